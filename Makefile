@@ -1,0 +1,44 @@
+# Every verb of the project. Each creates or refreshes .venv by itself.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test serve bench lint format clean
+.DEFAULT_GOAL := help
+
+help:  ## list the verbs
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+# pip resolves torch by itself first: a range inside another package's requirements would let it pick a newer build.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("dpo-service needs Python 3.11 or newer") if sys.version_info < (3, 11) else None'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[worker,test]'
+	@touch $@
+
+demo: $(READY)  ## train a model from preferences, end to end, over HTTP (under 5 minutes on 2 cores)
+	$(BIN)/python -m demo
+
+serve: $(READY)  ## the API and one worker in the foreground; Ctrl-C drains it
+	$(BIN)/dpo serve
+
+test: $(READY)  ## every test, real PostgreSQL and Redis processes included
+	@sh tests/servers.sh
+	$(BIN)/python -m pytest
+
+bench: $(READY)  ## speed of the engine beside TRL, in one run
+	$(BIN)/python -m bench
+
+lint: $(READY)  ## ruff and mypy, strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)  ## rewrite the code the way lint wants it
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environment and the embedded default's data
+	rm -rf $(VENV) .dpo

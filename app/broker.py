@@ -1,0 +1,69 @@
+"""Wake-ups: messages that tell the workers of a lane to look at the database.
+
+A wake-up names a lane, not a job. It may be lost, late or delivered twice: the job's row is the truth, and an
+idle worker also looks by itself every few seconds.
+"""
+
+from enum import StrEnum
+from pathlib import Path
+
+import structlog
+from celery import Celery
+from kombu import Queue
+
+from app.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+WAKE_TASK = "dpo.wake"
+
+
+class Lane(StrEnum):
+    """Which workers: those with a GPU train, the others check datasets."""
+
+    GPU = "gpu"
+    CPU = "cpu"
+
+
+def make_celery(settings: Settings) -> Celery:
+    """The Celery application on the broker of `settings`; the worker registers its task on it."""
+    celery = Celery("dpo", broker=settings.broker_url)
+    options: dict[str, object] = {"socket_timeout": 5, "socket_connect_timeout": 5}
+    if settings.broker_url.startswith("filesystem:"):
+        messages, control = settings.home / "broker" / "messages", settings.home / "broker" / "control"
+        for folder in (messages, control):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        options = {
+            "data_folder_in": str(messages),
+            "data_folder_out": str(messages),
+            "control_folder": str(control),
+        }
+    celery.conf.update(
+        accept_content=["json"],
+        task_serializer="json",
+        result_serializer="json",
+        task_ignore_result=True,
+        task_queues=[Queue(lane.value) for lane in Lane],
+        task_create_missing_queues=False,
+        task_default_queue=Lane.CPU.value,
+        broker_transport_options=options,
+        broker_connection_timeout=5,
+        broker_connection_retry_on_startup=True,
+        worker_prefetch_multiplier=1,
+        worker_hijack_root_logger=False,
+    )
+    return celery
+
+
+class Broker:
+    """Sends wake-ups. A broker that is out of reach delays a job by seconds and loses nothing."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.celery = make_celery(settings)
+
+    def wake(self, lane: Lane) -> None:
+        """Tell one idle worker of `lane` to look. Call it after the commit."""
+        try:
+            self.celery.send_task(WAKE_TASK, args=[lane.value], queue=lane.value, retry=False)
+        except Exception as error:  # kombu raises whatever its transport does; the poll of an idle worker takes over
+            log.warning("wake-up not sent", lane=lane.value, reason=str(error))

@@ -1,0 +1,105 @@
+"""One SQLAlchemy session style for API and worker, on SQLite and on PostgreSQL.
+
+    with database.read() as session: ...     a consistent look
+    with database.write() as session: ...    commits at the end, rolls back on an error
+
+Times are unix seconds (float) by the database's clock, so that hosts whose clocks differ agree on leases.
+"""
+
+import secrets
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import JSON, Connection, Dialect, Double, Engine, create_engine, event
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.orm import DeclarativeBase, Session
+from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.types import Text, TypeDecorator
+
+ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
+
+
+class Base(DeclarativeBase):
+    """The tables of every feature register here."""
+
+    type_annotation_map = {float: Double, dict[str, Any]: JSON, list[str]: JSON}  # noqa: RUF012
+
+
+class database_now(FunctionElement[float]):  # noqa: N801 - reads as the SQL function it is
+    """The database's clock at this statement: unix seconds with a sub-second part."""
+
+    type = Double()
+    inherit_cache = True
+
+
+@compiles(database_now, "sqlite")
+def _now_sqlite(_element: database_now, _compiler: SQLCompiler, **_: Any) -> str:
+    # `unixepoch('subsec')` is NULL before SQLite 3.42; a Julian day holds the milliseconds that SQLite's clock has.
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+@compiles(database_now, "postgresql")
+def _now_postgresql(_element: database_now, _compiler: SQLCompiler, **_: Any) -> str:
+    # now() stands still inside a transaction; clock_timestamp() does not.
+    return "CAST(extract(epoch FROM clock_timestamp()) AS double precision)"
+
+
+class PlainText(TypeDecorator[str]):
+    """Text for what users write: PostgreSQL cannot hold U+0000, so it is kept out on every database alike."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        return None if value is None else value.replace("\x00", "\ufffd")
+
+
+def new_id(prefix: str) -> str:
+    """An id that cannot be guessed: `prefix-` and 24 letters and digits (142 bits)."""
+    return f"{prefix}-" + "".join(secrets.choice(ALPHABET) for _ in range(24))
+
+
+class Database:
+    """Where sessions come from. Safe to share between threads."""
+
+    def __init__(self, url: str) -> None:
+        if url.startswith("sqlite:///"):
+            Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+            self.engine = create_engine(url, connect_args={"timeout": 30, "check_same_thread": False})
+            event.listen(self.engine, "connect", _sqlite_on_connect)
+            event.listen(self.engine, "begin", _sqlite_on_begin)
+        else:
+            self.engine = create_engine(url, pool_pre_ping=True, connect_args={"connect_timeout": 5})
+        # SQLite fails at once, whatever its timeout, where a transaction reads first and then writes while
+        # another writes: a writer therefore says so when it begins.
+        self._writer: Engine = self.engine.execution_options(begin="BEGIN IMMEDIATE")
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """A session that only looks."""
+        with Session(self.engine, expire_on_commit=False) as session:
+            yield session
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        """A transaction: committed at the end of the block, rolled back where it raises."""
+        with Session(self._writer, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+def _sqlite_on_connect(connection: sqlite3.Connection, _record: ConnectionPoolEntry) -> None:
+    connection.isolation_level = None  # the driver's own BEGIN is out of the way: `_sqlite_on_begin` sends it
+    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}").close()
+
+
+def _sqlite_on_begin(connection: Connection) -> None:
+    connection.exec_driver_sql(connection.get_execution_options().get("begin", "BEGIN"))

@@ -1,0 +1,1 @@
+"""Uploaded files: datasets, and the result files of jobs."""

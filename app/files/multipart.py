@@ -1,0 +1,121 @@
+"""Read a multipart/form-data body as a stream: fields first, then the bytes of one file as they arrive.
+
+Starlette's own parser copies the whole file to the disk before a route runs; this hands the chunks on.
+"""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from python_multipart.exceptions import MultipartParseError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.requests import ClientDisconnect, Request
+
+from app.errors import ServiceError, TooLarge
+
+MAX_FIELD_BYTES = 64 * 1024
+MAX_FIELDS = 32
+
+
+def _malformed(reason: str) -> ServiceError:
+    return ServiceError(
+        f"The multipart body is malformed: {reason}. Nothing was stored; send it again.",
+        code="invalid_multipart",
+    )
+
+
+@dataclass
+class UploadForm:
+    """The form of one upload. `fields` is complete once `file_chunks` is exhausted.
+
+    Form fields may stand before or after the file; `filename` is known when the first chunk comes.
+    """
+
+    request: Request
+    max_bytes: int
+    fields: dict[str, str] = field(default_factory=dict)
+    filename: str | None = None
+    size: int = 0
+    _header: bytearray = field(default_factory=bytearray)
+    _headers: dict[str, bytearray] = field(default_factory=dict)
+    _value: bytearray | None = None
+    _name: str = ""
+    _pending: list[bytes] = field(default_factory=list)
+    _ended: bool = False
+
+    async def file_chunks(self) -> AsyncIterator[bytes]:
+        """The bytes of the part named `file`.
+
+        Raises `ServiceError` for a body that is not whole multipart, `TooLarge` for a file over `max_bytes`.
+        """
+        kind, options = parse_options_header(self.request.headers.get("content-type", ""))
+        if kind != b"multipart/form-data" or b"boundary" not in options:
+            raise ServiceError(
+                "Send the file as multipart/form-data with the fields 'purpose' and 'file'.",
+                param="file",
+                code="invalid_content_type",
+            )
+        parser = MultipartParser(options[b"boundary"], {  # type: ignore[arg-type]
+            "on_part_begin": self._part_begin,
+            "on_header_field": lambda data, start, end: self._header.extend(data[start:end]),
+            "on_header_value": self._header_value,
+            "on_header_end": self._header.clear,
+            "on_headers_finished": self._headers_finished,
+            "on_part_data": self._part_data,
+            "on_part_end": self._part_end,
+            "on_end": self._end,
+        })  # fmt: skip
+        try:
+            async for chunk in self.request.stream():
+                parser.write(chunk)
+                for piece in self._pending:
+                    self.size += len(piece)
+                    if self.size > self.max_bytes:
+                        raise TooLarge(
+                            f"The file is larger than {self.max_bytes} bytes.",
+                            param="file",
+                            code="file_too_large",
+                        )
+                    yield piece
+                self._pending.clear()
+        except MultipartParseError as error:
+            raise _malformed(str(error)) from error
+        except ClientDisconnect as error:
+            raise _malformed("the connection ended early") from error
+        if not self._ended:
+            raise _malformed("it ends before its last boundary")
+
+    def _part_begin(self) -> None:
+        self._header.clear()
+        self._headers.clear()
+
+    def _header_value(self, data: bytes, start: int, end: int) -> None:
+        self._headers.setdefault(self._header.decode("latin-1").lower(), bytearray()).extend(data[start:end])
+
+    def _headers_finished(self) -> None:
+        disposition = bytes(self._headers.get("content-disposition", b""))
+        _, options = parse_options_header(disposition)
+        self._name = options.get(b"name", b"").decode("utf-8", "replace")
+        if self._name == "file":
+            if self.filename is not None:
+                raise _malformed("it has two parts named 'file'")
+            self.filename = options.get(b"filename", b"").decode("utf-8", "replace") or "upload"
+            self._value = None
+            return
+        if self._name in self.fields or len(self.fields) >= MAX_FIELDS:
+            raise _malformed(f"the field '{self._name}' is one too many")
+        self._value = bytearray()
+
+    def _part_data(self, data: bytes, start: int, end: int) -> None:
+        if self._value is None:
+            self._pending.append(data[start:end])
+            return
+        self._value.extend(data[start:end])
+        if len(self._value) > MAX_FIELD_BYTES:
+            raise _malformed(f"the field '{self._name}' is over {MAX_FIELD_BYTES} bytes")
+
+    def _part_end(self) -> None:
+        if self._value is not None:
+            self.fields[self._name] = self._value.decode("utf-8", "replace")
+
+    def _end(self) -> None:
+        self._ended = True

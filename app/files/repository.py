@@ -1,0 +1,42 @@
+"""All SQL about files. Every statement starts from what the caller's project may read."""
+
+from sqlalchemy import Select, select, tuple_, update
+from sqlalchemy.orm import Session
+
+from app.database import database_now
+from app.files.tables import File
+
+
+def readable(project: str) -> Select[tuple[File]]:
+    """The files that `project` may see."""
+    return select(File).where(File.project == project, File.deleted_at.is_(None))
+
+
+def get(session: Session, project: str, file_id: str) -> File | None:
+    return session.scalar(readable(project).where(File.id == file_id))
+
+
+def page(
+    session: Session, project: str, *, purpose: str | None, after: File | None, limit: int, ascending: bool
+) -> list[File]:
+    """Up to `limit` + 1 files by age, those after `after`."""
+    statement = readable(project)
+    if purpose is not None:
+        statement = statement.where(File.purpose == purpose)
+    place = tuple_(File.created_at, File.id)
+    if after is not None:
+        mark = tuple_(after.created_at, after.id)
+        statement = statement.where(place > mark if ascending else place < mark)
+    order = (File.created_at, File.id) if ascending else (File.created_at.desc(), File.id.desc())
+    return list(session.scalars(statement.order_by(*order).limit(limit + 1)))
+
+
+def mark_deleted(session: Session, project: str, file_id: str) -> bool:
+    """Hide a file from now on; False where there is none."""
+    statement = (
+        update(File)
+        .where(File.id == file_id, File.project == project, File.deleted_at.is_(None))
+        .values(deleted_at=database_now())
+        .returning(File.id)
+    )
+    return session.scalar(statement) is not None

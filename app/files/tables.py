@@ -1,0 +1,26 @@
+"""The table of files; their bytes are objects under `files/{id}`."""
+
+from sqlalchemy import BigInteger
+from sqlalchemy.orm import Mapped, mapped_column
+
+from app.database import Base, PlainText
+
+
+class File(Base):
+    """A file. One that was deleted keeps its row and its object while an active job still needs it."""
+
+    __tablename__ = "files"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    project: Mapped[str] = mapped_column(index=True)
+    filename: Mapped[str] = mapped_column(PlainText)
+    purpose: Mapped[str]
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    sha256: Mapped[str]
+    created_at: Mapped[float]
+    deleted_at: Mapped[float | None]
+
+    @property
+    def key(self) -> str:
+        """Where the bytes are in the object store."""
+        return f"files/{self.id}"

@@ -1,0 +1,248 @@
+"""All SQL about jobs: what callers may read, the transitions of the state machine, and leases."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Select, and_, func, or_, select, tuple_, update
+from sqlalchemy.orm import Session
+
+from app.database import database_now, new_id
+from app.jobs.states import ACTIVE, TRANSITIONS, Actor, Status
+from app.jobs.tables import Checkpoint, Job, JobEvent
+
+LEASE_SECONDS = 15.0
+HEARTBEAT_SECONDS = 3.0
+
+
+def readable(project: str) -> Select[tuple[Job]]:
+    """The jobs that `project` may see."""
+    return select(Job).where(Job.project == project)
+
+
+def get(session: Session, project: str, job_id: str) -> Job | None:
+    return session.scalar(readable(project).where(Job.id == job_id))
+
+
+def now(session: Session) -> float:
+    """The database's clock, in unix seconds."""
+    return session.scalars(select(database_now())).one()
+
+
+def page(session: Session, project: str, *, after: Job | None, limit: int, metadata: dict[str, str]) -> list[Job]:
+    """Up to `limit` + 1 jobs, newest first, those older than `after` whose metadata hold `metadata`."""
+    statement = readable(project)
+    for key, value in metadata.items():
+        statement = statement.where(Job.job_metadata[key].as_string() == value)
+    if after is not None:
+        statement = statement.where(tuple_(Job.created_at, Job.id) < tuple_(after.created_at, after.id))
+    statement = statement.order_by(Job.created_at.desc(), Job.id.desc())
+    return list(session.scalars(statement.limit(limit + 1)))
+
+
+def queue_position(session: Session, job: Job) -> int | None:
+    """1 for the queued job that starts next; None for a job that does not wait."""
+    if job.status != Status.QUEUED:
+        return None
+    ahead = or_(
+        Job.priority > job.priority,
+        and_(
+            Job.priority == job.priority,
+            tuple_(Job.created_at, Job.id) < tuple_(job.created_at, job.id),
+        ),
+    )
+    statement = select(func.count()).select_from(Job).where(Job.status == Status.QUEUED, ahead)
+    return session.scalars(statement).one() + 1
+
+
+def add_event(
+    session: Session,
+    job_id: str,
+    message: str,
+    *,
+    level: str = "info",
+    type: str = "message",
+    data: dict[str, Any] | None = None,
+) -> None:
+    """Append to the job's events, in the transaction of what it tells."""
+    session.add(
+        JobEvent(
+            id=new_id("ftevent"),
+            job_id=job_id,
+            created_at=database_now(),
+            level=level,
+            type=type,
+            message=message,
+            data=data,
+        )
+    )
+    session.flush()
+
+
+def events(session: Session, job_id: str, *, after: str | None, limit: int) -> list[JobEvent] | None:
+    """Up to `limit` + 1 events, newest first; None where `after` is not an event of this job."""
+    statement = select(JobEvent).where(JobEvent.job_id == job_id)
+    if after is not None:
+        mark = session.scalar(select(JobEvent.sequence).where(JobEvent.id == after, JobEvent.job_id == job_id))
+        if mark is None:
+            return None
+        statement = statement.where(JobEvent.sequence < mark)
+    return list(session.scalars(statement.order_by(JobEvent.sequence.desc()).limit(limit + 1)))
+
+
+def checkpoints(session: Session, job_id: str, *, after: str | None, limit: int) -> list[Checkpoint] | None:
+    """Up to `limit` + 1 checkpoints, latest step first; None where `after` is not one of this job."""
+    statement = select(Checkpoint).where(Checkpoint.job_id == job_id)
+    if after is not None:
+        mark = session.scalar(select(Checkpoint.step_number).where(Checkpoint.id == after, Checkpoint.job_id == job_id))
+        if mark is None:
+            return None
+        statement = statement.where(Checkpoint.step_number < mark)
+    return list(session.scalars(statement.order_by(Checkpoint.step_number.desc()).limit(limit + 1)))
+
+
+def latest_checkpoint(session: Session, job_id: str) -> Checkpoint | None:
+    """Where the next attempt resumes."""
+    found = checkpoints(session, job_id, after=None, limit=0)
+    return found[0] if found else None
+
+
+def transition(
+    session: Session,
+    job_id: str,
+    source: Status,
+    target: Status,
+    *,
+    actor: Actor,
+    message: str,
+    attempt: int | None = None,
+    level: str = "info",
+    **values: Any,
+) -> bool:
+    """Take one edge of the state machine and write its event; False where the job is not there any more.
+
+    The row is changed only while it still has the status `source` and, on a fenced edge, the same `attempt`:
+    a stale worker's write touches no row. Raises `ValueError` for an edge, actor or column that the table of
+    `states.py` does not allow.
+    """
+    edge = TRANSITIONS.get((source, target))
+    if edge is None or actor not in edge.actors:
+        raise ValueError(f"{actor} may not take a job from {source} to {target}")
+    if edge.fenced and attempt is None:
+        raise ValueError(f"{source} to {target} needs the attempt that holds the lease")
+    if unknown := set(values) - edge.writes:
+        raise ValueError(f"{source} to {target} does not write {sorted(unknown)}")
+    written: dict[str, Any] = dict(values)
+    if "lease_owner" in edge.writes and "lease_owner" not in values:
+        written |= {"lease_owner": None, "lease_expires_at": None}
+    if "finished_at" in edge.writes:
+        written |= {"finished_at": database_now()}
+        if target != Status.SUCCEEDED:
+            written |= {"progress": None}
+    statement = update(Job).where(Job.id == job_id, Job.status == source)
+    if attempt is not None:
+        statement = statement.where(Job.attempt == attempt)
+    changed = session.scalar(statement.values(status=target, **written).returning(Job.id))
+    if changed is None:
+        return False
+    add_event(session, job_id, message, level=level)
+    return True
+
+
+def claim(session: Session, status: Status, owner: str, served: Sequence[str] | None = None) -> Job | None:
+    """Take the lease of the best eligible job with `status`, by one statement; None where there is none.
+
+    Priority first, then age. `served` holds patterns of base models (`*` matches anything); None takes any.
+    A claim is a new attempt.
+    """
+    best = select(Job.id).where(Job.status == status, Job.lease_owner.is_(None))
+    if served is not None:
+        best = best.where(or_(*(Job.base_model.like(_like(name), escape="\\") for name in served)))
+    best = best.order_by(Job.priority.desc(), Job.created_at, Job.id).limit(1)
+    claimed = (
+        update(Job)
+        .where(
+            Job.id == best.with_for_update(skip_locked=True).scalar_subquery(),
+            Job.status == status,
+            Job.lease_owner.is_(None),
+        )
+        .values(
+            attempt=Job.attempt + 1,
+            lease_owner=owner,
+            lease_expires_at=database_now() + LEASE_SECONDS,
+        )
+        .returning(Job)
+        .execution_options(populate_existing=True)
+    )
+    return session.scalar(claimed)
+
+
+def _like(pattern: str) -> str:
+    for special in ("\\", "%", "_"):
+        pattern = pattern.replace(special, "\\" + special)
+    return pattern.replace("*", "%")
+
+
+def holds(job_id: str, attempt: int) -> Any:
+    """The condition that this attempt still holds the job's lease."""
+    return and_(Job.id == job_id, Job.attempt == attempt, Job.lease_owner.is_not(None))
+
+
+def heartbeat(session: Session, job_id: str, attempt: int) -> bool:
+    """Extend the lease; False where another has it, or nobody."""
+    statement = (
+        update(Job)
+        .where(holds(job_id, attempt))
+        .values(lease_expires_at=database_now() + LEASE_SECONDS)
+        .returning(Job.id)
+    )
+    return session.scalar(statement) is not None
+
+
+def write_guarded(session: Session, job_id: str, attempt: int, **values: Any) -> bool:
+    """Write columns of a job whose lease this attempt holds; False where it does not."""
+    statement = update(Job).where(holds(job_id, attempt)).values(**values).returning(Job.id)
+    return session.scalar(statement) is not None
+
+
+def expired(session: Session) -> list[Job]:
+    """Jobs whose worker stopped renewing its lease."""
+    statement = select(Job).where(
+        Job.status.in_([Status.VALIDATING, Status.RUNNING]),
+        Job.lease_owner.is_not(None),
+        or_(Job.lease_expires_at.is_(None), Job.lease_expires_at < database_now()),
+    )
+    return list(session.scalars(statement.with_for_update(skip_locked=True)))
+
+
+def release_validation(session: Session, job: Job) -> None:
+    """Let another worker check the files of a job whose validator died."""
+    statement = (
+        update(Job)
+        .where(Job.id == job.id, Job.attempt == job.attempt, Job.status == Status.VALIDATING)
+        .values(lease_owner=None, lease_expires_at=None, lost_attempts=Job.lost_attempts + 1)
+        .returning(Job.id)
+    )
+    if session.scalar(statement) is not None:
+        add_event(session, job.id, "The worker that checked the files was lost; checking again.", level="warn")
+
+
+def waiting(session: Session, status: Status) -> int:
+    """Jobs with `status` that nobody works on."""
+    statement = select(func.count()).select_from(Job).where(Job.status == status, Job.lease_owner.is_(None))
+    return session.scalars(statement).one()
+
+
+def active_files(session: Session) -> set[str]:
+    """Ids of the files that unfinished jobs read."""
+    used: set[str] = set()
+    for spec in session.scalars(select(Job.spec).where(Job.status.in_(ACTIVE))):
+        sft = spec["sft"] or {}
+        for value in (
+            spec["training_file"],
+            spec["validation_file"],
+            sft.get("training_file"),
+            sft.get("validation_file"),
+        ):
+            if value is not None:
+                used.add(value)
+    return used

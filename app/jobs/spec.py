@@ -1,0 +1,289 @@
+"""The job spec: the body of `POST /v1/fine_tuning/jobs`, and of `dpo train` with paths in place of file ids.
+
+Pure pydantic; the trainer imports it too. A field that is not here is refused by name, and so is one of the
+contract that is not built yet. Numbers left out or "auto" mean the default; `JobSpec.resolved` fills them in,
+so that what is stored says what was run.
+"""
+
+import difflib
+import secrets
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic_core import PydanticCustomError
+
+DEFAULT_VALIDATION_SPLIT = 0.05
+
+
+def inconsistent(field: str, message: str) -> PydanticCustomError:
+    """The error for a value that is fine by itself but not with the others."""
+    return PydanticCustomError("inconsistent", "{message}.", {"field": field, "message": message})
+
+
+class Strict(BaseModel):
+    """No coercion, no unknown fields. `NOT_BUILT` names the contract's fields that a later version will take."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    NOT_BUILT: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        for field, value in data.items():
+            if field in cls.model_fields:
+                continue
+            if field in cls.NOT_BUILT:
+                if value is None or value == []:
+                    continue
+                raise PydanticCustomError(
+                    "unsupported_parameter",
+                    "'{field}' is part of the contract but not available yet.",
+                    {"field": field},
+                )
+            close = difflib.get_close_matches(str(field), list(cls.model_fields), n=1, cutoff=0.8)
+            hint = f" Did you mean '{close[0]}'?" if close else ""
+            raise PydanticCustomError(
+                "unknown_parameter",
+                "Unknown parameter: '{field}'.{hint}",
+                {"field": str(field), "hint": hint},
+            )
+        return {field: value for field, value in data.items() if field not in cls.NOT_BUILT}
+
+
+def _auto(value: object) -> object:
+    return None if value == "auto" else value
+
+
+def _auto_schema(kind: str) -> dict[str, Any]:
+    return {"anyOf": [{"type": kind}, {"type": "string", "const": "auto"}, {"type": "null"}]}
+
+
+Auto = BeforeValidator(_auto)
+AutoInt = Annotated[int | None, Auto, Field(json_schema_extra=_auto_schema("integer"))]
+AutoFloat = Annotated[float | None, Auto, Field(json_schema_extra=_auto_schema("number"))]
+
+
+class Hyperparameters(Strict):
+    """What every stage has."""
+
+    NOT_BUILT = frozenset({"optimizer", "early_stopping", "activation_checkpointing", "compile"})
+
+    batch_size: Annotated[AutoInt, Field(ge=1, le=256)] = None
+    """Rows (for DPO: pairs) per optimizer step."""
+    n_epochs: Annotated[AutoInt, Field(ge=1, le=50)] = None
+    learning_rate_multiplier: Annotated[AutoFloat, Field(gt=0)] = None
+    learning_rate: Annotated[AutoFloat, Field(gt=0, le=1)] = None
+    """Peak learning rate before the multiplier."""
+    max_length: Annotated[AutoInt, Field(ge=16)] = None
+    """Tokens of a prompt and one answer; the default is the model's context, at most 2,048."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    max_steps: Annotated[AutoInt, Field(ge=1)] = None
+    """Stop after this many optimizer steps, or go round again until they are reached."""
+    eval_every: Annotated[AutoInt, Field(ge=1)] = None
+    """Optimizer steps between validations; the default is a fifth of the stage."""
+    checkpoint_every: Annotated[AutoInt, Field(ge=1)] = None
+    """Optimizer steps between checkpoints; the default is a fifth of the stage."""
+
+    def _resolved(self, learning_rate: float) -> dict[str, Any]:
+        return {
+            "batch_size": self.batch_size or 16,
+            "n_epochs": self.n_epochs or 1,
+            "learning_rate_multiplier": self.learning_rate_multiplier or 1.0,
+            "learning_rate": self.learning_rate or learning_rate,
+        }
+
+
+class SupervisedHyperparameters(Hyperparameters):
+    """SFT."""
+
+    loss_on: Literal["answers", "text"] = "answers"
+    """Score the answer's tokens only, or the prompt's too."""
+
+    def resolved(self, full: bool) -> Self:
+        """The same with every default filled in; `full` for full-parameter training."""
+        return self.model_copy(update=self._resolved(2e-5 if full else 2e-4))
+
+
+class DPOHyperparameters(Hyperparameters):
+    """DPO (Rafailov et al. 2023)."""
+
+    NOT_BUILT = Hyperparameters.NOT_BUILT | {
+        "loss_weights", "label_smoothing", "f_divergence", "ld_alpha", "use_weighting", "sync_reference",
+        "reference_model", "ipo_length_average",
+    }  # fmt: skip
+
+    beta: Annotated[AutoFloat, Field(gt=0, le=100)] = None
+    """β of Eq. 7: how strongly the policy is held to the reference."""
+    loss: Literal["sigmoid"] = "sigmoid"
+
+    def resolved(self, full: bool) -> Self:
+        """The same with every default filled in; `full` for full-parameter training."""
+        values = self._resolved(1e-6 if full else 5e-5)
+        return self.model_copy(update={**values, "beta": self.beta or 0.1})
+
+
+class SupervisedMethod(Strict):
+    """Configuration of the method `supervised`."""
+
+    hyperparameters: SupervisedHyperparameters = SupervisedHyperparameters()
+
+
+class DPOMethod(Strict):
+    """Configuration of the method `dpo`."""
+
+    hyperparameters: DPOHyperparameters = DPOHyperparameters()
+
+
+class Method(Strict):
+    """Which method, and its configuration."""
+
+    NOT_BUILT = frozenset({"reinforcement"})
+
+    type: Literal["supervised", "dpo"]
+    supervised: SupervisedMethod | None = None
+    dpo: DPOMethod | None = None
+
+    @model_validator(mode="after")
+    def _one_method(self) -> Self:
+        other = "dpo" if self.type == "supervised" else "supervised"
+        if getattr(self, other) is not None:
+            raise inconsistent(other, f"'{other}' does not go with the method type '{self.type}'")
+        return self
+
+
+FileName = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+
+
+class SftStage(Strict):
+    """A supervised stage before the preference stage, in the same job."""
+
+    training_file: FileName | None = None
+    """Without one, the stage trains on the preferred answers."""
+    validation_file: FileName | None = None
+    hyperparameters: SupervisedHyperparameters = SupervisedHyperparameters()
+
+
+class Adapter(Strict):
+    """A LoRA adapter (Hu et al. 2021)."""
+
+    NOT_BUILT = frozenset({"use_dora"})
+
+    r: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Rank."""
+    alpha: Annotated[float, Field(gt=0)] = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Acts in the SFT stage; the DPO stage has no dropout."""
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1, max_length=64)] = "all-linear"
+    use_rslora: bool = False
+
+    @model_validator(mode="after")
+    def _head_stays_frozen(self) -> Self:
+        if "lm_head" in self.target_modules or "embed_tokens" in self.target_modules:
+            raise ValueError("target_modules can name layers inside the model only, not its head or embeddings")
+        return self
+
+
+Quantization = Literal["nf4", "none"]
+Metadata = dict[Annotated[str, StringConstraints(max_length=64)], Annotated[str, StringConstraints(max_length=512)]]
+
+
+class JobSpec(Strict):
+    """The body of `POST /v1/fine_tuning/jobs`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "model": "meta-llama/Llama-3.1-8B",
+                "training_file": "file-abc123",
+                "sft": {"hyperparameters": {"n_epochs": 1}},
+                "method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.1}}},
+                "adapter": {"r": 16, "alpha": 32},
+                "quantization": "nf4",
+                "suffix": "support",
+            }
+        }
+    )
+    NOT_BUILT = frozenset({"integrations", "gates", "timeout_seconds", "mapping", "evaluation"})
+
+    model: Annotated[str, StringConstraints(min_length=1, max_length=512)]
+    training_file: FileName
+    validation_file: FileName | None = None
+    method: Method = Method(type="supervised")
+    hyperparameters: SupervisedHyperparameters | None = None
+    """Deprecated by OpenAI in favour of `method`; for supervised jobs only."""
+    sft: SftStage | None = None
+    adapter: Adapter | Literal["none"] | None = None
+    """None: a new LoRA adapter with the defaults, or the one that `model` already has."""
+    quantization: Quantization | None = None
+    suffix: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] | None = None
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    metadata: Annotated[Metadata, Field(max_length=16)] | None = None
+    validation_split: Annotated[float, Field(ge=0, le=0.5)] | None = None
+    priority: Annotated[int, Field(ge=-100, le=100)] = 0
+    """Jobs of higher priority start first."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nulls(cls, data: Any) -> Any:
+        # The official client sends null for what was passed as None.
+        if isinstance(data, dict):
+            return {k: v for k, v in data.items() if v is not None or k not in ("method", "priority")}
+        return data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.hyperparameters is not None:
+            if self.method.type != "supervised" or self.method.supervised is not None:
+                raise inconsistent(
+                    "hyperparameters",
+                    "'hyperparameters' goes with a supervised job without 'method'; set it there",
+                )
+            self.method = Method(type="supervised", supervised=SupervisedMethod(hyperparameters=self.hyperparameters))
+            self.hyperparameters = None
+        if self.sft is not None and self.method.type == "supervised":
+            raise inconsistent("sft", "'sft' runs before the method 'dpo'; a supervised job has that one stage already")
+        if self.adapter == "none" and self.quantization == "nf4":
+            raise inconsistent("quantization", "Full-parameter training (adapter 'none') needs quantization 'none'")
+        if self.validation_file is not None and self.validation_split:
+            raise inconsistent("validation_split", "Give 'validation_file' or 'validation_split', not both")
+        return self
+
+    def resolved(self) -> Self:
+        """The spec as it will be run: no "auto", a seed, and every default written out."""
+        full = self.adapter == "none"
+        if self.method.type == "dpo":
+            dpo = (self.method.dpo or DPOMethod()).hyperparameters.resolved(full)
+            method = Method(type="dpo", dpo=DPOMethod(hyperparameters=dpo))
+        else:
+            supervised = (self.method.supervised or SupervisedMethod()).hyperparameters.resolved(full)
+            method = Method(type="supervised", supervised=SupervisedMethod(hyperparameters=supervised))
+        sft = self.sft and self.sft.model_copy(update={"hyperparameters": self.sft.hyperparameters.resolved(full)})
+        split = self.validation_split
+        if split is None:
+            split = 0.0 if self.validation_file is not None else DEFAULT_VALIDATION_SPLIT
+        return self.model_copy(
+            update={
+                "method": method,
+                "sft": sft,
+                "adapter": Adapter() if self.adapter is None else self.adapter,
+                "quantization": self.quantization or ("none" if full else "nf4"),
+                "seed": secrets.randbelow(2**31) if self.seed is None else self.seed,
+                "validation_split": split,
+            }
+        )
+
+    def files(self) -> list[tuple[str, str]]:
+        """(field, file id or path) of every file that the job reads."""
+        named = [("training_file", self.training_file), ("validation_file", self.validation_file)]
+        if self.sft is not None:
+            named += [
+                ("sft.training_file", self.sft.training_file),
+                ("sft.validation_file", self.sft.validation_file),
+            ]
+        return [(field, name) for field, name in named if name is not None]

@@ -1,0 +1,79 @@
+"""The tables of jobs, their events and their checkpoints."""
+
+from typing import Any
+
+from sqlalchemy import BigInteger, ForeignKey, Index
+from sqlalchemy.orm import Mapped, mapped_column
+
+from app.database import Base, PlainText
+
+
+class Job(Base):
+    """A job. This row is the truth: whatever the broker delivers, what a worker does is decided here."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (Index("ix_jobs_queue", "status", "priority", "created_at"),)
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    project: Mapped[str] = mapped_column(index=True)
+    created_at: Mapped[float]
+    model: Mapped[str]
+    """As the user named it: a base model, a made one, or a checkpoint."""
+    base_model: Mapped[str]
+    """The base model below it: a worker claims a job only where it can serve this one."""
+    training_file: Mapped[str]
+    validation_file: Mapped[str | None]
+    spec: Mapped[dict[str, Any]]
+    """The resolved `JobSpec`."""
+    job_metadata: Mapped[dict[str, Any] | None]
+    priority: Mapped[int]
+
+    status: Mapped[str]
+    stage: Mapped[str | None]
+    progress: Mapped[dict[str, Any] | None]
+    metrics: Mapped[dict[str, Any] | None]
+    started_at: Mapped[float | None]
+    finished_at: Mapped[float | None]
+    error: Mapped[dict[str, Any] | None]
+    fine_tuned_model: Mapped[str | None]
+    trained_tokens: Mapped[int | None] = mapped_column(BigInteger)
+    result_files: Mapped[list[str]]
+
+    attempt: Mapped[int]
+    """The fencing token: every write of a worker is guarded by `id` and `attempt`."""
+    lease_owner: Mapped[str | None]
+    lease_expires_at: Mapped[float | None]
+    lost_attempts: Mapped[int]
+    """Attempts whose worker died since the last checkpoint."""
+
+
+class JobEvent(Base):
+    """Something that happened to a job, in the order of `sequence`."""
+
+    __tablename__ = "job_events"
+    __table_args__ = (Index("ix_job_events_job", "job_id", "sequence"),)
+
+    sequence: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(unique=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    created_at: Mapped[float]
+    level: Mapped[str]
+    type: Mapped[str]
+    message: Mapped[str] = mapped_column(PlainText)
+    data: Mapped[dict[str, Any] | None]
+
+
+class Checkpoint(Base):
+    """A checkpoint whose objects are all there: `model/` to use, `state/` to resume from."""
+
+    __tablename__ = "checkpoints"
+    __table_args__ = (Index("ix_checkpoints_job", "job_id", "step_number"),)
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    created_at: Mapped[float]
+    stage: Mapped[str]
+    step_number: Mapped[int]
+    model_name: Mapped[str] = mapped_column(unique=True)
+    metrics: Mapped[dict[str, Any]]
+    prefix: Mapped[str]

@@ -1,0 +1,1 @@
+"""Base models that workers registered, and models that jobs made."""

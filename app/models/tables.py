@@ -1,0 +1,27 @@
+"""The table of models."""
+
+from typing import Any
+
+from sqlalchemy.orm import Mapped, mapped_column
+
+from app.database import Base
+
+
+class Model(Base):
+    """A model. `kind`: `base` (a worker can serve it), `hub` (a pattern of hub ids that workers may download),
+    or what a job made: `adapter`, `full`."""
+
+    __tablename__ = "models"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    kind: Mapped[str]
+    project: Mapped[str | None] = mapped_column(index=True)
+    """None for base models, which everybody may use."""
+    created_at: Mapped[float]
+    base_model: Mapped[str]
+    job_id: Mapped[str | None] = mapped_column(index=True)
+    prefix: Mapped[str | None]
+    """Where a made model's folder is in the object store."""
+    revision: Mapped[str | None]
+    details: Mapped[dict[str, Any]]
+    """Of a base model: architecture, context_length, bytes, chat_template. Of a made one: adapter settings."""

@@ -1,0 +1,75 @@
+"""The services of every feature, built once from the settings; API and workers share them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+
+import migrations
+from app.broker import Broker
+from app.database import Database
+from app.files.service import Files
+from app.jobs.service import Jobs
+from app.keys.service import Keys
+from app.models.service import Models
+from app.settings import Settings
+from app.storage import Storage
+
+
+@dataclass(frozen=True)
+class Services:
+    """Everything an endpoint or a worker needs."""
+
+    settings: Settings
+    database: Database
+    storage: Storage
+    broker: Broker
+    keys: Keys
+    files: Files
+    jobs: Jobs
+    models: Models
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Services":
+        database, storage, broker = (
+            Database(settings.database_url),
+            Storage(settings.storage_url),
+            Broker(settings),
+        )
+        return cls(
+            settings=settings,
+            database=database,
+            storage=storage,
+            broker=broker,
+            keys=Keys(database, settings.secret_key, settings.admin_key),
+            files=Files(database, storage),
+            jobs=Jobs(database, storage, broker),
+            models=Models(database, storage),
+        )
+
+    def migrate(self, revision: str = "head") -> None:
+        """Bring the database to `revision`, up or down."""
+        with self.database.engine.begin() as connection:
+            config = alembic_config()
+            config.attributes["connection"] = connection
+            if revision in ("base", "-1"):
+                command.downgrade(config, revision)
+            else:
+                command.upgrade(config, revision)
+
+    def migrated(self) -> bool:
+        """Whether the database has the schema of this version."""
+        with self.database.engine.connect() as connection:
+            current = MigrationContext.configure(connection).get_current_revision()
+        return current == ScriptDirectory.from_config(alembic_config()).get_current_head()
+
+
+def alembic_config() -> Config:
+    """Alembic, pointed at the `migrations` package."""
+    config = Config()
+    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+    config.set_main_option("path_separator", "os")
+    return config

@@ -1,0 +1,88 @@
+"""Settings, all from the environment (`DPO_*`), with defaults under which nothing needs to be configured."""
+
+import os
+import secrets
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """What an operator can set; `docs/configuration.md` lists it. Reading it has no side effect on the disk."""
+
+    model_config = SettingsConfigDict(env_prefix="DPO_", extra="ignore", frozen=True)
+
+    home: Path = Path(".dpo")
+    database_url: str = ""
+    storage_url: str = ""
+    broker_url: str = ""
+    models_dir: Path = Path()
+    hub_models: Annotated[tuple[str, ...], NoDecode] = ()
+    admin_key_value: SecretStr = Field(SecretStr(""), alias="DPO_ADMIN_KEY")
+    secret_key_value: SecretStr = Field(SecretStr(""), alias="DPO_SECRET_KEY")
+    host: str = "127.0.0.1"
+    port: int = 8000
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = ("localhost", "127.0.0.1", "[::1]")
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
+
+    @field_validator("hub_models", "allowed_hosts", "cors_origins", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("admin_key_value", "secret_key_value")
+    @classmethod
+    def _long_enough(cls, value: SecretStr) -> SecretStr:
+        if 0 < len(value.get_secret_value()) < 16:
+            raise ValueError("must have 16 characters or more")
+        return value
+
+    @field_validator("home")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return value.expanduser().absolute()
+
+    def model_post_init(self, _context: object) -> None:
+        defaults = {
+            "database_url": f"sqlite:///{self.home}/dpo.sqlite3",
+            "storage_url": f"file://{self.home}/objects",
+            "broker_url": "filesystem://",
+            "models_dir": self.home / "models",
+        }
+        for name, default in defaults.items():
+            if name not in self.model_fields_set or not str(getattr(self, name)):
+                object.__setattr__(self, name, default)
+        if self.database_url.startswith("postgresql://"):
+            object.__setattr__(self, "database_url", "postgresql+psycopg" + self.database_url[10:])
+
+    @cached_property
+    def admin_key(self) -> str:
+        """The operator's key: from the environment, else made once and kept in `DPO_HOME/admin.key`."""
+        return self.admin_key_value.get_secret_value() or _kept_secret(self.home / "admin.key")
+
+    @cached_property
+    def secret_key(self) -> str:
+        """Keys the HMAC of API keys; from the environment, else kept in `DPO_HOME/secret.key`."""
+        return self.secret_key_value.get_secret_value() or _kept_secret(self.home / "secret.key")
+
+
+def _kept_secret(path: Path) -> str:
+    """Read the secret in `path`, or make it; several processes that start at once agree on one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    if not path.exists():
+        descriptor = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write("dpo-" + secrets.token_urlsafe(32) + "\n")
+        try:
+            os.link(made, path)  # fails where another process was first: its secret is the one
+        except FileExistsError:
+            pass
+        finally:
+            made.unlink()
+    return path.read_text().strip()

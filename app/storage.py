@@ -1,0 +1,92 @@
+"""Objects (uploaded files, checkpoints, adapters, logs) in a folder, S3, GCS or Azure: obstore behind one class.
+
+Keys are made of ids by this program, never of what a user typed.
+"""
+
+import os
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import obstore
+from obstore.exceptions import NotFoundError
+from obstore.store import ObjectStore, from_url
+
+CHUNK = 8 * 1024 * 1024
+
+
+class Storage:
+    """An object store. A put is atomic: an object is whole or not there."""
+
+    def __init__(self, url: str) -> None:
+        if url.startswith("file://"):
+            folder = Path(url.removeprefix("file://"))
+            folder.mkdir(parents=True, exist_ok=True)
+            self.store: ObjectStore = from_url(f"file://{folder}", mkdir=True)
+        elif url.startswith("s3://"):
+            plain = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
+            self.store = from_url(url, client_options={"allow_http": plain})
+        else:
+            self.store = from_url(url)
+
+    async def put_stream(self, key: str, chunks: AsyncIterator[bytes]) -> None:
+        """Write an object from a stream; nothing stays behind where the stream raises."""
+        await obstore.put_async(self.store, key, chunks, use_multipart=True, chunk_size=CHUNK, max_concurrency=2)
+
+    def put_bytes(self, key: str, content: bytes) -> None:
+        obstore.put(self.store, key, content)
+
+    def put_file(self, key: str, path: Path) -> None:
+        obstore.put(self.store, key, path, chunk_size=CHUNK, max_concurrency=2)
+
+    def put_folder(self, prefix: str, folder: Path) -> None:
+        """Write every file below `folder` under `prefix/`."""
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                self.put_file(f"{prefix}/{path.relative_to(folder).as_posix()}", path)
+
+    def chunks(self, key: str) -> Iterator[bytes]:
+        """The object's bytes, piece by piece. Raises `FileNotFoundError` at once where there is none."""
+        try:
+            found = obstore.get(self.store, key)
+        except NotFoundError as error:
+            raise FileNotFoundError(key) from error
+        return (bytes(chunk) for chunk in found.stream(min_chunk_size=1024 * 1024))
+
+    def read(self, key: str) -> bytes:
+        """A small object, whole."""
+        return b"".join(self.chunks(key))
+
+    def get_file(self, key: str, path: Path) -> None:
+        """Copy an object to the file `path`."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        chunks = self.chunks(key)
+        with path.open("wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+
+    def get_folder(self, prefix: str, folder: Path) -> None:
+        """Copy every object under `prefix/` below `folder`."""
+        for key, _size in self.list(prefix):
+            self.get_file(key, folder / key.removeprefix(f"{prefix}/"))
+
+    def list(self, prefix: str) -> list[tuple[str, int]]:
+        """(key, size in bytes) of every object under `prefix/`, sorted."""
+        batches = obstore.list(self.store, prefix)
+        return sorted((meta["path"], meta["size"]) for batch in batches for meta in batch)
+
+    def delete(self, key: str) -> None:
+        """Delete an object; one that is not there is deleted already."""
+        try:
+            obstore.delete(self.store, key)
+        except (NotFoundError, FileNotFoundError):
+            pass
+
+    def delete_folder(self, prefix: str) -> None:
+        """Delete every object under `prefix/`."""
+        for key, _size in self.list(prefix):
+            self.delete(key)
+
+    def check(self) -> None:
+        """Raise where the store cannot be reached."""
+        for _batch in obstore.list(self.store, "readiness"):
+            break

@@ -1,0 +1,15 @@
+"""How Alembic runs: always on the connection that `Services.migrate` gives it."""
+
+from alembic import context
+from sqlalchemy import Connection
+
+from app.database import Base
+from app.files import tables as _files  # noqa: F401 - each import registers its tables
+from app.jobs import tables as _jobs  # noqa: F401
+from app.keys import tables as _keys  # noqa: F401
+from app.models import tables as _models  # noqa: F401
+
+connection: Connection = context.config.attributes["connection"]
+context.configure(connection=connection, target_metadata=Base.metadata, render_as_batch=True, compare_type=True)
+with context.begin_transaction():
+    context.run_migrations()

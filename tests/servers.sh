@@ -1,0 +1,18 @@
+#!/bin/sh
+# The tests start throwaway PostgreSQL and Redis servers: this makes sure that the programs are there.
+set -eu
+missing=""
+command -v redis-server >/dev/null 2>&1 || missing="redis-server"
+if ! command -v initdb >/dev/null 2>&1 && ! ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1; then
+    missing="$missing postgresql"
+fi
+[ -z "$missing" ] && exit 0
+if [ -f /etc/debian_version ] && [ "$(id -u)" = 0 ]; then
+    apt-get update -qq
+    # shellcheck disable=SC2086
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $missing
+else
+    echo "make test needs these server programs, and can install them itself only as root on Debian: $missing" >&2
+    echo "Install them with your system's package manager, then run make test again." >&2
+    exit 1
+fi

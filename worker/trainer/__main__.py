@@ -1,0 +1,60 @@
+"""`python -m worker.trainer WORKDIR`: a folder in, events on standard output, a folder left.
+
+Exit status: 0 done; 1 failed, and a `failed` event says why; 75 stopped after SIGTERM, to be resumed from the
+last checkpoint. The process ends by itself, at once, when its standard input does: a trainer whose runner was
+killed must not keep the GPU.
+"""
+
+import os
+import signal
+import sys
+import threading
+import traceback
+from pathlib import Path
+
+STOPPED = 75
+
+
+def main() -> int:
+    folder = Path(sys.argv[1])
+    # Libraries print to standard output; what they say goes to the log, and the events get the real one.
+    stream = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    threading.Thread(target=_watch_runner, daemon=True).start()
+    stopping = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the runner decides
+    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_PROGRESS_BARS="1")
+
+    # Imported here, so that the watch stands before seconds are spent on torch.
+    from app.datasets.reader import DatasetError
+    from worker.trainer.events import Events, UserError
+    from worker.trainer.loop import Stopped, Trainer
+
+    events = Events(stream)
+    try:
+        Trainer(folder, events, stopping).run()
+    except Stopped:
+        return STOPPED
+    except UserError as error:
+        events.emit("failed", code=error.code, message=error.message, param=error.param)
+        return 1
+    except DatasetError as error:
+        events.emit("failed", code="invalid_file", message=str(error), param="training_file")
+        return 1
+    except Exception as error:
+        traceback.print_exc()
+        message = f"The trainer failed: {type(error).__name__}: {error}. The job's log has the details."
+        events.emit("failed", code="trainer_error", message=message[:2000], param=None)
+        return 1
+    return 0
+
+
+def _watch_runner() -> None:
+    while os.read(0, 1024):
+        pass
+    os._exit(STOPPED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

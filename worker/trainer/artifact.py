@@ -1,0 +1,144 @@
+"""What a run leaves: weights, tokenizer, model card, metrics and spec, in one folder that others can load."""
+
+import csv
+import gc
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from app.jobs.spec import Adapter, JobSpec
+from worker.trainer.data import Row
+from worker.trainer.events import Events
+from worker.trainer.model import Base, Policy, load_policy
+from worker.trainer.plan import Stage
+
+DRIFT_ROWS = 32
+RESULT_COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
+
+
+@dataclass(frozen=True)
+class Results:
+    """What is known about a finished run. `validation` holds row, log-probs and the reference's, after the end."""
+
+    spec: JobSpec
+    base: Base
+    history: list[dict[str, Any]]
+    stage: Stage
+    validation: list[tuple[Row, Tensor, Tensor | None]]
+
+
+def write(folder: Path, policy: Policy, results: Results, events: Events) -> None:
+    """Write the artifact of `policy` into `folder`. The policy is freed on the way."""
+    policy.save(folder)
+    _write_csv(folder / "metrics.csv", _columns(results.history), results.history)
+    _write_csv(folder.parent / "result.csv", list(RESULT_COLUMNS), _result_rows(results.history))
+    public = results.spec.model_dump(mode="json")
+    (folder / "spec.json").write_text(json.dumps(public, indent=2, sort_keys=True) + "\n")
+    with (folder / "validation_logps.jsonl").open("w") as file:
+        for row, logps, reference in sorted(results.validation, key=lambda entry: entry[0].line):
+            theirs = None if reference is None else reference.tolist()
+            file.write(json.dumps({"line": row.line, "logps": logps.tolist(), "reference_logps": theirs}) + "\n")
+    drift = _drift(folder, policy, results, events)
+    (folder / "README.md").write_text(_card(results, policy.full, drift))
+
+
+def _columns(history: list[dict[str, Any]]) -> list[str]:
+    names = {name for entry in history for name in entry} - {"step", "stage"}
+    return ["step", "stage", *sorted(names)]
+
+
+def _write_csv(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _result_rows(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The contract's result file: for DPO the accuracies are those of the implicit rewards."""
+    rows = []
+    for entry in history:
+        accuracy = "mean_token_accuracy" if entry["stage"] == "sft" else "rewards/accuracies"
+        values = (
+            entry["step"],
+            entry.get("loss"),
+            entry.get(accuracy),
+            entry.get("eval/loss"),
+            entry.get(f"eval/{accuracy}"),
+        )
+        rows.append(dict(zip(RESULT_COLUMNS, values, strict=True)))
+    return rows
+
+
+def _drift(folder: Path, policy: Policy, results: Results, events: Events) -> str:
+    """How far the adapter's log-probs move when it is put on the unquantised base: a sentence for the card."""
+    if results.spec.quantization == "none":
+        return "The base was not quantised."
+    chosen = results.validation[:DRIFT_ROWS]
+    if not chosen:
+        return "Not measured: the job had no validation rows."
+    name, device = policy.name, policy.device
+    policy.model = None  # the unquantised base needs the room
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    plain = results.spec.model_copy(update={"quantization": "none"})
+    rows = [row for row, _, _ in chosen]
+    try:
+        unquantised = load_policy(plain, results.base, folder, events, trainable=False)
+        total, tokens = 0.0, 0
+        with torch.no_grad():
+            for number, (row, logps, _) in enumerate(chosen):
+                (pack,) = unquantised.packs(rows, [number])
+                total += (unquantised.score(pack).responses.cpu() - logps).abs().sum().item()
+                tokens += row.scored_tokens
+    except torch.OutOfMemoryError:
+        return f"Not measured: the unquantised '{name}' does not fit on the worker's GPU."
+    return (
+        f"On the unquantised base the adapter's log-probs differ by {total / tokens:.4f} nats a token on average "
+        f"({len(rows)} validation rows, {tokens} tokens). Compare adapters on a base quantised as here."
+    )
+
+
+def _card(results: Results, full: bool, drift: str) -> str:
+    spec, base = results.spec, results.base
+    last: dict[str, Any] = {}
+    for entry in results.history:
+        last |= entry if entry["stage"] == results.stage.name else {}
+    metrics = "\n".join(f"| {name} | {value:.6g} |" for name, value in sorted(last.items()) if isinstance(value, float))
+    adapter = "none: all parameters were trained"
+    if isinstance(spec.adapter, Adapter):
+        adapter = ", ".join(f"{name} {value}" for name, value in spec.adapter.model_dump().items())
+    settings = "\n".join(
+        f"| {name} | {value} |"
+        for name, value in results.stage.hyperparameters.model_dump().items()
+        if value is not None
+    )
+    front = f"base_model: {base.name}\nlibrary_name: {'transformers' if full else 'peft'}\ntags: [dpo-service, {results.stage.name}]"
+    return f"""---
+{front}
+---
+
+# {spec.suffix or base.name}: {"SFT, then DPO" if spec.sft else results.stage.name.upper()} by dpo-service
+
+- **Base model**: {base.name}, revision {base.revision or "not versioned"}, started from {spec.model}
+- **Data**: training file {spec.training_file}, {len(results.stage.train)} rows; {len(results.validation)} validation rows
+- **Adapter**: {adapter}
+- **Quantisation of the base in training**: {spec.quantization}. {drift}
+- **Seed**: {spec.seed}
+- **Licence**: the base model's licence and the terms of the data apply to this model too; dpo-service adds none.
+
+| hyperparameter ({results.stage.name}) | value |
+|---|---|
+{settings}
+
+| metric at the end | value |
+|---|---|
+{metrics}
+
+`metrics.csv` has every step, `spec.json` the whole job, `validation_logps.jsonl` the log-probs of each validation row.
+"""

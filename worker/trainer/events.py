@@ -1,0 +1,29 @@
+"""What a trainer tells its runner: a line of JSON on standard output for each event."""
+
+import json
+import time
+from typing import IO, Any
+
+
+class UserError(Exception):
+    """Something that the user can mend: it fails the job with this message. `param` names the field."""
+
+    def __init__(self, code: str, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.code, self.message, self.param = code, message, param
+
+
+class Events:
+    """Writes events. Kinds: message, stage, metrics, checkpoint, done, failed."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def emit(self, kind: str, **fields: Any) -> None:
+        line = json.dumps({"kind": kind, "time": time.time(), **fields}, allow_nan=False)
+        self._stream.write(line + "\n")
+        self._stream.flush()
+
+    def message(self, text: str, level: str = "info") -> None:
+        """Something for people; `level` is info, warn or error."""
+        self.emit("message", message=text, level=level)

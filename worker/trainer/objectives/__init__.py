@@ -1,0 +1,1 @@
+"""Objectives: pure functions from log-probabilities to losses, each with its paper and equation."""

@@ -1,0 +1,154 @@
+"""What a run will do: its stages, their rows, and which rows each optimizer step takes."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from app.datasets.check import Report, examples
+from app.jobs.spec import DPOHyperparameters, JobSpec, SupervisedHyperparameters
+from worker.trainer.data import Row, Tokenizer, Truncation, preferred_only, rows
+from worker.trainer.events import Events, UserError
+
+DEFAULT_MAX_LENGTH = 2048
+DEFAULT_INTERVALS = 5
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage: `sft` or `dpo`, the rows it trains on and is validated on, and its settings."""
+
+    name: str
+    hyperparameters: SupervisedHyperparameters | DPOHyperparameters
+    train: list[Row]
+    validation: list[Row]
+    seed: int
+
+    @property
+    def batch_size(self) -> int:
+        return min(self.hyperparameters.batch_size or 16, len(self.train))
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps. Batches run on over the ends of epochs, so that each has exactly `batch_size` rows."""
+        if self.hyperparameters.max_steps is not None:
+            return self.hyperparameters.max_steps
+        return math.ceil(len(self.train) * (self.hyperparameters.n_epochs or 1) / self.batch_size)
+
+    @property
+    def eval_every(self) -> int:
+        return self.hyperparameters.eval_every or math.ceil(self.steps / DEFAULT_INTERVALS)
+
+    @property
+    def checkpoint_every(self) -> int:
+        return self.hyperparameters.checkpoint_every or math.ceil(self.steps / DEFAULT_INTERVALS)
+
+    def batch(self, step: int) -> list[int]:
+        """Numbers of the rows of optimizer step `step` (from 0): a function of seed and step alone."""
+        first = step * self.batch_size
+        return [self._order(i // len(self.train))[i % len(self.train)] for i in range(first, first + self.batch_size)]
+
+    def _order(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        return torch.randperm(len(self.train), generator=generator).tolist()
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of optimizer step `step`: linear warm-up, then cosine, linear or constant."""
+        h = self.hyperparameters
+        peak = (h.learning_rate or 0.0) * (h.learning_rate_multiplier or 1.0)
+        warmup = math.ceil(h.warmup_ratio * self.steps)
+        if step < warmup:
+            return peak * (step + 1) / (warmup + 1)
+        done = (step - warmup) / max(1, self.steps - warmup)
+        if h.lr_scheduler == "cosine":
+            return peak * 0.5 * (1 + math.cos(math.pi * done))
+        return peak * (1 - done) if h.lr_scheduler == "linear" else peak
+
+
+def stages(spec: JobSpec, folder: Path, tokenizer: Tokenizer, context: int, events: Events) -> list[Stage]:
+    """The stages of `spec`, whose files are paths relative to `folder`. `context` is the model's, in tokens."""
+    load = _Loader(folder, tokenizer, context, events)
+    seed, split = spec.seed or 0, spec.validation_split or 0.0
+    if spec.method.type == "supervised":
+        assert spec.method.supervised is not None
+        settings = spec.method.supervised.hyperparameters
+        train, validation = load.both(spec.training_file, spec.validation_file, split, seed, settings, "training_file")
+        return [Stage("sft", settings, *_preferred(train, validation), seed)]
+    assert spec.method.dpo is not None
+    dpo = spec.method.dpo.hyperparameters
+    train, validation = load.both(spec.training_file, spec.validation_file, split, seed, dpo, "training_file")
+    result = [Stage("dpo", dpo, train, validation, seed)]
+    if spec.sft is not None:
+        settings = spec.sft.hyperparameters
+        if spec.sft.training_file is not None:
+            sft_split = 0.0 if spec.sft.validation_file else split or 0.05
+            train, validation = load.both(
+                spec.sft.training_file,
+                spec.sft.validation_file,
+                sft_split,
+                seed,
+                settings,
+                "sft.training_file",
+            )
+        else:
+            train, validation = load.both(
+                spec.training_file, spec.validation_file, split, seed, settings, "training_file"
+            )
+        result.insert(0, Stage("sft", settings, *_preferred(train, validation), seed))
+    return result
+
+
+def _preferred(train: list[Row], validation: list[Row]) -> tuple[list[Row], list[Row]]:
+    return [preferred_only(row) for row in train], [preferred_only(row) for row in validation]
+
+
+@dataclass
+class _Loader:
+    folder: Path
+    tokenizer: Tokenizer
+    context: int
+    events: Events
+
+    def both(
+        self,
+        training: str,
+        validation: str | None,
+        split: float,
+        seed: int,
+        settings: SupervisedHyperparameters | DPOHyperparameters,
+        param: str,
+    ) -> tuple[list[Row], list[Row]]:
+        """The rows to train on and to validate on."""
+        train = self._rows(training, settings, param)
+        if validation is not None:
+            return train, self._rows(validation, settings, param.replace("training", "validation"))
+        held_out = min(round(split * len(train)), len(train) - 1)
+        generator = torch.Generator().manual_seed(seed)
+        chosen = set(torch.randperm(len(train), generator=generator)[:held_out].tolist())
+        return (
+            [row for number, row in enumerate(train) if number not in chosen],
+            [row for number, row in enumerate(train) if number in chosen],
+        )
+
+    def _rows(self, name: str, settings: SupervisedHyperparameters | DPOHyperparameters, param: str) -> list[Row]:
+        max_length = min(settings.max_length or DEFAULT_MAX_LENGTH, self.context)
+        loss_on = getattr(settings, "loss_on", "answers")
+        cut = Truncation()
+        kept = list(self._scored(name, max_length, loss_on, cut))
+        if not kept:
+            raise UserError("no_training_rows", f"No row of '{name}' has a token to learn.", param)
+        if cut.prompts or cut.answers:
+            self.events.message(
+                f"Cut to max_length {max_length}: {cut.prompts} prompts (from the left), {cut.answers} rows with "
+                f"an answer cut short.",
+                level="warn",
+            )
+        return kept
+
+    def _scored(self, name: str, max_length: int, loss_on: str, cut: Truncation) -> Iterator[Row]:
+        with (self.folder / name).open("rb") as file:
+            for row in rows(examples(file, Report()), self.tokenizer, max_length=max_length, loss_on=loss_on, cut=cut):
+                if all(any(response.scored) for response in row.responses):
+                    yield row
