@@ -9,7 +9,7 @@ from pathlib import Path
 
 import structlog
 from celery import Celery
-from kombu import Queue
+from kombu import Exchange, Queue
 
 from app.settings import Settings
 
@@ -43,7 +43,7 @@ def make_celery(settings: Settings) -> Celery:
         task_serializer="json",
         result_serializer="json",
         task_ignore_result=True,
-        task_queues=[Queue(lane.value) for lane in Lane],
+        task_queues=[Queue(lane.value, Exchange("dpo"), routing_key=lane.value) for lane in Lane],
         task_create_missing_queues=False,
         task_default_queue=Lane.CPU.value,
         broker_transport_options=options,

@@ -51,7 +51,7 @@ class Settings(BaseSettings):
         defaults = {
             "database_url": f"sqlite:///{self.home}/dpo.sqlite3",
             "storage_url": f"file://{self.home}/objects",
-            "broker_url": "filesystem://",
+            "broker_url": "filesystem://localhost//",
             "models_dir": self.home / "models",
         }
         for name, default in defaults.items():

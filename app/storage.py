@@ -5,6 +5,7 @@ Keys are made of ids by this program, never of what a user typed.
 
 import os
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import obstore
@@ -76,10 +77,8 @@ class Storage:
 
     def delete(self, key: str) -> None:
         """Delete an object; one that is not there is deleted already."""
-        try:
+        with suppress(NotFoundError, FileNotFoundError):
             obstore.delete(self.store, key)
-        except (NotFoundError, FileNotFoundError):
-            pass
 
     def delete_folder(self, prefix: str) -> None:
         """Delete every object under `prefix/`."""

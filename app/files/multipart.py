@@ -54,7 +54,7 @@ class UploadForm:
                 param="file",
                 code="invalid_content_type",
             )
-        parser = MultipartParser(options[b"boundary"], {  # type: ignore[arg-type]
+        parser = MultipartParser(options[b"boundary"], {
             "on_part_begin": self._part_begin,
             "on_header_field": lambda data, start, end: self._header.extend(data[start:end]),
             "on_header_value": self._header_value,

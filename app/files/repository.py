@@ -7,7 +7,7 @@ from app.database import database_now
 from app.files.tables import File
 
 
-def readable(project: str) -> Select[tuple[File]]:
+def readable(project: str) -> Select[File]:
     """The files that `project` may see."""
     return select(File).where(File.project == project, File.deleted_at.is_(None))
 

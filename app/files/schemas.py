@@ -45,7 +45,7 @@ class FileObject(BaseModel):
             bytes=file.bytes,
             created_at=int(file.created_at),
             filename=file.filename,
-            purpose=file.purpose,  # type: ignore[arg-type]  # the column holds what the API validated
+            purpose=file.purpose,
         )
 
 

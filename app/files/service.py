@@ -55,7 +55,7 @@ class Files:
                 raise failure[0] if failure else error from None
             self._check_form(form)
             file.filename, file.purpose = (form.filename or "upload")[:512], form.fields["purpose"]
-            file.bytes, file.sha256, file.created_at = form.size, digest.hexdigest(), database_now()  # type: ignore[assignment]
+            file.bytes, file.sha256, file.created_at = form.size, digest.hexdigest(), database_now()
             return await run_in_threadpool(self._insert, file)
         except BaseException:
             # Shielded, because a client that hangs up cancels this task: the object must go all the same.

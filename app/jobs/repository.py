@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Select, and_, func, or_, select, tuple_, update
+from sqlalchemy import Select, and_, false, func, or_, select, tuple_, update
 from sqlalchemy.orm import Session
 
 from app.database import database_now, new_id
@@ -12,9 +12,10 @@ from app.jobs.tables import Checkpoint, Job, JobEvent
 
 LEASE_SECONDS = 15.0
 HEARTBEAT_SECONDS = 3.0
+MAX_LOST_ATTEMPTS = 3
 
 
-def readable(project: str) -> Select[tuple[Job]]:
+def readable(project: str) -> Select[Job]:
     """The jobs that `project` may see."""
     return select(Job).where(Job.project == project)
 
@@ -148,24 +149,27 @@ def transition(
     return True
 
 
-def claim(session: Session, status: Status, owner: str, served: Sequence[str] | None = None) -> Job | None:
-    """Take the lease of the best eligible job with `status`, by one statement; None where there is none.
+def claim(
+    session: Session, source: Status, target: Status, owner: str, served: Sequence[str] | None = None
+) -> Job | None:
+    """Take the lease of the best eligible job with the status `source`, in one statement; None if there is none.
 
     Priority first, then age. `served` holds patterns of base models (`*` matches anything); None takes any.
-    A claim is a new attempt.
+    A claim is a new attempt. `target` is the job's status from then on.
     """
-    best = select(Job.id).where(Job.status == status, Job.lease_owner.is_(None))
+    best = select(Job.id).where(Job.status == source, Job.lease_owner.is_(None))
     if served is not None:
-        best = best.where(or_(*(Job.base_model.like(_like(name), escape="\\") for name in served)))
+        best = best.where(or_(false(), *(Job.base_model.like(_like(name), escape="\\") for name in served)))
     best = best.order_by(Job.priority.desc(), Job.created_at, Job.id).limit(1)
-    claimed = (
+    statement = (
         update(Job)
         .where(
             Job.id == best.with_for_update(skip_locked=True).scalar_subquery(),
-            Job.status == status,
+            Job.status == source,
             Job.lease_owner.is_(None),
         )
         .values(
+            status=target,
             attempt=Job.attempt + 1,
             lease_owner=owner,
             lease_expires_at=database_now() + LEASE_SECONDS,
@@ -173,7 +177,7 @@ def claim(session: Session, status: Status, owner: str, served: Sequence[str] | 
         .returning(Job)
         .execution_options(populate_existing=True)
     )
-    return session.scalar(claimed)
+    return session.scalar(statement)
 
 
 def _like(pattern: str) -> str:
@@ -214,22 +218,31 @@ def expired(session: Session) -> list[Job]:
     return list(session.scalars(statement.with_for_update(skip_locked=True)))
 
 
-def release_validation(session: Session, job: Job) -> None:
-    """Let another worker check the files of a job whose validator died."""
-    statement = (
-        update(Job)
-        .where(Job.id == job.id, Job.attempt == job.attempt, Job.status == Status.VALIDATING)
-        .values(lease_owner=None, lease_expires_at=None, lost_attempts=Job.lost_attempts + 1)
-        .returning(Job.id)
-    )
-    if session.scalar(statement) is not None:
-        add_event(session, job.id, "The worker that checked the files was lost; checking again.", level="warn")
+def recover(session: Session, job: Job, actor: Actor, reason: str) -> None:
+    """Let another attempt go on with a job whose worker or trainer died; fail it when that keeps happening.
 
-
-def waiting(session: Session, status: Status) -> int:
-    """Jobs with `status` that nobody works on."""
-    statement = select(func.count()).select_from(Job).where(Job.status == status, Job.lease_owner.is_(None))
-    return session.scalars(statement).one()
+    Only attempts without a checkpoint since the last one count.
+    """
+    lost = job.lost_attempts + 1
+    status = Status(job.status)
+    if lost >= MAX_LOST_ATTEMPTS:
+        error = {
+            "code": "worker_lost",
+            "message": f"{reason} This happened {lost} times without progress, so the job was given up. "
+            "This is a fault of the service or its machines, not of the job's data.",
+            "param": None,
+        }
+        transition(
+            session, job.id, status, Status.FAILED,
+            actor=actor, attempt=job.attempt, message=error["message"] or "", level="error", error=error,
+        )  # fmt: skip
+    elif status == Status.RUNNING:
+        transition(
+            session, job.id, Status.RUNNING, Status.QUEUED,
+            actor=actor, attempt=job.attempt, message=f"{reason} The job will resume.", level="warn", lost_attempts=lost,
+        )  # fmt: skip
+    elif write_guarded(session, job.id, job.attempt, lease_owner=None, lease_expires_at=None, lost_attempts=lost):
+        add_event(session, job.id, f"{reason} The files will be checked again.", level="warn")
 
 
 def active_files(session: Session) -> set[str]:

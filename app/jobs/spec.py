@@ -57,13 +57,7 @@ def _auto(value: object) -> object:
     return None if value == "auto" else value
 
 
-def _auto_schema(kind: str) -> dict[str, Any]:
-    return {"anyOf": [{"type": kind}, {"type": "string", "const": "auto"}, {"type": "null"}]}
-
-
 Auto = BeforeValidator(_auto)
-AutoInt = Annotated[int | None, Auto, Field(json_schema_extra=_auto_schema("integer"))]
-AutoFloat = Annotated[float | None, Auto, Field(json_schema_extra=_auto_schema("number"))]
 
 
 class Hyperparameters(Strict):
@@ -71,23 +65,23 @@ class Hyperparameters(Strict):
 
     NOT_BUILT = frozenset({"optimizer", "early_stopping", "activation_checkpointing", "compile"})
 
-    batch_size: Annotated[AutoInt, Field(ge=1, le=256)] = None
+    batch_size: Annotated[Annotated[int, Field(ge=1, le=256)] | None, Auto] = None
     """Rows (for DPO: pairs) per optimizer step."""
-    n_epochs: Annotated[AutoInt, Field(ge=1, le=50)] = None
-    learning_rate_multiplier: Annotated[AutoFloat, Field(gt=0)] = None
-    learning_rate: Annotated[AutoFloat, Field(gt=0, le=1)] = None
+    n_epochs: Annotated[Annotated[int, Field(ge=1, le=50)] | None, Auto] = None
+    learning_rate_multiplier: Annotated[Annotated[float, Field(gt=0)] | None, Auto] = None
+    learning_rate: Annotated[Annotated[float, Field(gt=0, le=1)] | None, Auto] = None
     """Peak learning rate before the multiplier."""
-    max_length: Annotated[AutoInt, Field(ge=16)] = None
+    max_length: Annotated[Annotated[int, Field(ge=16)] | None, Auto] = None
     """Tokens of a prompt and one answer; the default is the model's context, at most 2,048."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    max_steps: Annotated[AutoInt, Field(ge=1)] = None
+    max_steps: Annotated[Annotated[int, Field(ge=1)] | None, Auto] = None
     """Stop after this many optimizer steps, or go round again until they are reached."""
-    eval_every: Annotated[AutoInt, Field(ge=1)] = None
+    eval_every: Annotated[Annotated[int, Field(ge=1)] | None, Auto] = None
     """Optimizer steps between validations; the default is a fifth of the stage."""
-    checkpoint_every: Annotated[AutoInt, Field(ge=1)] = None
+    checkpoint_every: Annotated[Annotated[int, Field(ge=1)] | None, Auto] = None
     """Optimizer steps between checkpoints; the default is a fifth of the stage."""
 
     def _resolved(self, learning_rate: float) -> dict[str, Any]:
@@ -118,7 +112,7 @@ class DPOHyperparameters(Hyperparameters):
         "reference_model", "ipo_length_average",
     }  # fmt: skip
 
-    beta: Annotated[AutoFloat, Field(gt=0, le=100)] = None
+    beta: Annotated[Annotated[float, Field(gt=0, le=100)] | None, Auto] = None
     """β of Eq. 7: how strongly the policy is held to the reference."""
     loss: Literal["sigmoid"] = "sigmoid"
 

@@ -32,7 +32,6 @@ class Job(Base):
     stage: Mapped[str | None]
     progress: Mapped[dict[str, Any] | None]
     metrics: Mapped[dict[str, Any] | None]
-    started_at: Mapped[float | None]
     finished_at: Mapped[float | None]
     error: Mapped[dict[str, Any] | None]
     fine_tuned_model: Mapped[str | None]

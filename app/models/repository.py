@@ -28,7 +28,7 @@ class Found:
     adapter: Adapter | None
 
 
-def readable(project: str) -> Select[tuple[Model]]:
+def readable(project: str) -> Select[Model]:
     """The models that `project` may use."""
     return select(Model).where(or_(Model.project.is_(None), Model.project == project))
 

@@ -51,7 +51,6 @@ def upgrade() -> None:
         sa.Column("stage", sa.String(), nullable=True),
         sa.Column("progress", sa.JSON(), nullable=True),
         sa.Column("metrics", sa.JSON(), nullable=True),
-        sa.Column("started_at", sa.Double(), nullable=True),
         sa.Column("finished_at", sa.Double(), nullable=True),
         sa.Column("error", sa.JSON(), nullable=True),
         sa.Column("fine_tuned_model", sa.String(), nullable=True),

@@ -118,7 +118,8 @@ def _card(results: Results, full: bool, drift: str) -> str:
         for name, value in results.stage.hyperparameters.model_dump().items()
         if value is not None
     )
-    front = f"base_model: {base.name}\nlibrary_name: {'transformers' if full else 'peft'}\ntags: [dpo-service, {results.stage.name}]"
+    library = "transformers" if full else "peft"
+    front = f"base_model: {base.name}\nlibrary_name: {library}\ntags: [dpo-service, {results.stage.name}]"
     return f"""---
 {front}
 ---
@@ -126,7 +127,7 @@ def _card(results: Results, full: bool, drift: str) -> str:
 # {spec.suffix or base.name}: {"SFT, then DPO" if spec.sft else results.stage.name.upper()} by dpo-service
 
 - **Base model**: {base.name}, revision {base.revision or "not versioned"}, started from {spec.model}
-- **Data**: training file {spec.training_file}, {len(results.stage.train)} rows; {len(results.validation)} validation rows
+- **Data**: {spec.training_file}, {len(results.stage.train)} rows; {len(results.validation)} validation rows
 - **Adapter**: {adapter}
 - **Quantisation of the base in training**: {spec.quantization}. {drift}
 - **Seed**: {spec.seed}

@@ -73,5 +73,5 @@ def token_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Te
     """
     # Autocast is off inside: the dtypes here are the caller's, and the sums are float32.
     with torch.autocast(hidden.device.type, enabled=False):
-        logps, correct = _TokenLogps.apply(hidden, weight, bias, targets)
+        logps, correct = _TokenLogps.apply(hidden, weight, bias, targets)  # type: ignore[no-untyped-call]
     return logps, correct

@@ -165,7 +165,7 @@ class Trainer:
         of_batch = None if logps is None else logps[0][numbers]
         for pack in packs:
             losses = self._losses(stage, pack, of_batch, averages)
-            (losses.sum() / count).backward()
+            (losses.sum() / count).backward()  # type: ignore[no-untyped-call]
         parameters = list(policy.trainable().values())
         norm = torch.nn.utils.clip_grad_norm_(parameters, stage.hyperparameters.max_grad_norm).item()
         means = averages.means()

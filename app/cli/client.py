@@ -1,0 +1,107 @@
+"""The HTTP client of the CLI's verbs: base URL and key from the environment, errors as one sentence."""
+
+import io
+import os
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+
+from app.settings import Settings
+
+
+class ClientError(Exception):
+    """What the server refused, or why it could not be asked."""
+
+
+class Client:
+    """Calls the service. `DPO_BASE_URL` and `DPO_API_KEY`, else this machine's service and its admin key."""
+
+    def __init__(self) -> None:
+        url = os.environ.get("DPO_BASE_URL") or "http://127.0.0.1:8000/v1"
+        self._http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {self._key()}"}, timeout=60)
+
+    @staticmethod
+    def _key() -> str:
+        if key := os.environ.get("DPO_API_KEY") or os.environ.get("DPO_ADMIN_KEY"):
+            return key
+        kept = Settings().home / "admin.key"
+        if kept.exists():
+            return kept.read_text().strip()
+        raise ClientError("No API key: set DPO_API_KEY, or run this where the service keeps its DPO_HOME.")
+
+    def request(self, method: str, path: str, **options: Any) -> Any:
+        """The JSON answer. Raises `ClientError` with the server's own words."""
+        with self.stream(method, path, **options) as response:
+            response.read()
+            return response.json()
+
+    @contextmanager
+    def stream(self, method: str, path: str, **options: Any) -> Iterator[httpx.Response]:
+        """An answer whose body is read piece by piece."""
+        try:
+            with self._http.stream(method, path, **options) as response:
+                if response.status_code >= 400:
+                    response.read()
+                    raise ClientError(_refusal(response))
+                yield response
+        except httpx.HTTPError as error:
+            raise ClientError(f"{self._http.base_url} cannot be reached: {error}") from error
+
+    def pages(self, path: str, limit: int) -> Iterator[dict[str, Any]]:
+        """Up to `limit` objects of a list, newest first, page by page."""
+        after: str | None = None
+        while limit > 0:
+            params: dict[str, Any] = {"limit": min(limit, 100)} | ({"after": after} if after else {})
+            answer = self.request("GET", path, params=params)
+            yield from answer["data"]
+            limit -= len(answer["data"])
+            if not answer["has_more"] or not answer["data"]:
+                return
+            after = answer["data"][-1]["id"]
+
+    def upload(self, path: Path) -> Any:
+        with path.open("rb") as file:
+            return self.request(
+                "POST", "/files", data={"purpose": "fine-tune"}, files={"file": (path.name, file)}, timeout=None
+            )
+
+    def download(self, model: str, folder: Path) -> None:
+        """Unpack a made model or a checkpoint into `folder`."""
+        with self.stream("GET", f"/models/{quote(model, safe=':')}/download", timeout=None) as response:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tarfile.open(fileobj=_Reader(response.iter_bytes()), mode="r|") as archive:
+                archive.extractall(folder, filter="data")
+
+
+class _Reader(io.RawIOBase):
+    """A stream of chunks as the file that tarfile reads."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks, self._rest = chunks, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        while size < 0 or len(self._rest) < size:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                break
+            self._rest += chunk
+        size = len(self._rest) if size < 0 else size
+        data, self._rest = self._rest[:size], self._rest[size:]
+        return data
+
+
+def _refusal(response: httpx.Response) -> str:
+    try:
+        error = response.json()["error"]
+        where = f" ({error['param']})" if error.get("param") else ""
+        return f"{error['message']}{where}"
+    except (ValueError, KeyError, TypeError):
+        return f"The server answered {response.status_code}: {response.text[:300]}"

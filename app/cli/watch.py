@@ -1,0 +1,60 @@
+"""`dpo jobs watch`: a progress bar and live metrics until the job ends."""
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from app.cli.client import Client
+
+EXIT_STATUS = {"succeeded": 0, "failed": 1, "cancelled": 3}
+SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "eval/loss", "eval/rewards/accuracies")
+INTERVAL_SECONDS = 1.0
+
+
+def watch(client: Client, job_id: str, console: Console) -> dict[str, Any]:
+    """Follow a job until it ends; returns the job object."""
+    columns = (
+        TextColumn("{task.fields[state]:<18}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[metrics]}"),
+    )
+    seen: str | None = None
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("job", total=None, state="", metrics="")
+        while True:
+            job: dict[str, Any] = client.request("GET", f"/fine_tuning/jobs/{job_id}")
+            seen = _print_new_events(client, job_id, seen, console)
+            _show(progress, task, job)
+            if job["status"] in EXIT_STATUS:
+                return job
+            time.sleep(INTERVAL_SECONDS)
+
+
+def _show(progress: Progress, task: Any, job: dict[str, Any]) -> None:
+    state = job["status"]
+    if state == "running" and job["stage"]:
+        state = f"running {job['stage']}"
+    elif state == "queued" and job["queue_position"]:
+        state = f"queued, place {job['queue_position']}"
+    metrics = job["metrics"] or {}
+    text = "  ".join(f"{name} {metrics[name]:.3f}" for name in SHOWN if name in metrics)
+    steps = job["progress"] or {}
+    progress.update(task, completed=steps.get("step", 0), total=steps.get("total_steps"), state=state, metrics=text)
+
+
+def _print_new_events(client: Client, job_id: str, seen: str | None, console: Console) -> str | None:
+    """Print the messages (not the metrics) that came since the event `seen`; returns the newest id."""
+    new = []
+    for event in client.pages(f"/fine_tuning/jobs/{job_id}/events", limit=200):
+        if event["id"] == seen:
+            break
+        new.append(event)
+    for event in reversed(new):
+        if event["type"] == "message":
+            style = {"warn": "yellow", "error": "red"}.get(event["level"], "")
+            console.print(event["message"], style=style, highlight=False, markup=False, soft_wrap=True)
+    return new[0]["id"] if new else seen

@@ -1,0 +1,1 @@
+"""`make demo`: the whole path on a world whose true preference is known."""

@@ -1,0 +1,244 @@
+"""From text to token rows, held against what the tokenizer itself says about the whole text."""
+
+from itertools import chain
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from app.datasets.example import Example, Message
+from tests.tiny_model import CHATML, CHATML_WITH_BOS, CORPUS, make_tokenizer
+from worker.trainer.data import Row, Truncation, fingerprint, rows
+from worker.trainer.events import UserError
+from worker.trainer.packing import tree_pack
+
+PLAIN = make_tokenizer()
+BOS, EOS = PLAIN.bos_token_id, PLAIN.eos_token_id
+LONG = 10_000
+CONVERSATION: list[Message] = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "what is the answer?"},
+    {"role": "assistant", "content": "which"},
+    {"role": "user", "content": "the other"},
+]
+
+
+def tokenise(example: Example, tokenizer: Any = PLAIN, max_length: int = LONG, loss_on: str = "answers") -> list[Row]:
+    return list(rows([example], tokenizer, max_length=max_length, loss_on=loss_on, cut=Truncation()))
+
+
+def tokenise_one(example: Example, tokenizer: Any = PLAIN) -> Row:
+    (row,) = tokenise(example, tokenizer)
+    return row
+
+
+def whole(row: Row, k: int = 0) -> list[int]:
+    return list(row.prompt + row.responses[k].ids)
+
+
+def decode(ids: list[int] | tuple[int, ...], tokenizer: Any = PLAIN) -> str:
+    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
+
+
+def ids_of(text: str, tokenizer: Any = PLAIN) -> list[int]:
+    """The tokens of `text`, with what the tokenizer adds by itself."""
+    return list(tokenizer(text).input_ids)
+
+
+def test_a_pair_is_what_the_tokenizer_makes_of_the_whole_texts() -> None:
+    row = tokenise_one(Example(7, "What is it?", (" the cat.", " a dog, then.")))
+    assert row.line == 7
+    assert whole(row, 0) == ids_of("What is it? the cat.</s>")
+    assert whole(row, 1) == ids_of("What is it? a dog, then.</s>")
+    assert list(row.prompt) == ids_of("What is it?")
+    assert all(all(response.scored) for response in row.responses)
+
+
+def test_a_prompt_of_many_bytes_a_character_ends_where_it_ends() -> None:
+    row = tokenise_one(Example(1, "naïve 日本 🙂", ("🙃 été", "🙂")))
+    assert decode(row.prompt) == "<s>naïve 日本 🙂"
+    assert [decode(response.ids) for response in row.responses] == ["🙃 été</s>", "🙂</s>"]
+    assert all(all(response.scored) for response in row.responses)
+
+
+def test_a_token_over_the_boundary_is_scored_and_belongs_to_the_answer() -> None:
+    row = tokenise_one(Example(1, "see t", ("he cat",)))
+    assert whole(row) == ids_of("see the cat</s>")
+    assert decode(row.prompt) == "<s>see"
+    assert decode(row.responses[0].ids) == " the cat</s>"
+    assert row.responses[0].ids[0] == PLAIN.convert_tokens_to_ids("Ġthe")
+    assert all(row.responses[0].scored)
+
+
+def test_the_end_of_a_prompt_behind_the_common_prefix_is_context_that_is_not_scored() -> None:
+    row = tokenise_one(Example(1, "see t", ("he cat", "!")))
+    merged, unmerged = row.responses
+    assert decode(row.prompt) == "<s>see"
+    assert decode(merged.ids) == " the cat</s>"
+    assert all(merged.scored)
+    # The other answer does not merge: the prompt's " t" is in front of it and is not scored.
+    assert decode(unmerged.ids) == " t!</s>"
+    remainder = [decode([token]) for token, scored in zip(unmerged.ids, unmerged.scored, strict=True) if not scored]
+    assert "".join(remainder) == " t"
+    assert whole(row, 1) == ids_of("see t!</s>")
+
+
+def test_the_prompt_never_passes_its_last_character_though_the_answers_begin_alike() -> None:
+    row = tokenise_one(Example(1, "see", (" the cat", " the dog")))
+    assert decode(row.prompt) == "<s>see"
+    assert [decode(response.ids) for response in row.responses] == [" the cat</s>", " the dog</s>"]
+    assert all(all(response.scored) for response in row.responses)
+
+
+def test_both_answers_may_merge_with_the_prompt() -> None:
+    row = tokenise_one(Example(1, "see t", ("he cat", "he dog")))
+    assert decode(row.prompt) == "<s>see"
+    assert [decode(response.ids) for response in row.responses] == [" the cat</s>", " the dog</s>"]
+    assert all(all(response.scored) for response in row.responses)
+
+
+texts = st.text("abcdehot .\n", max_size=12)
+
+
+@given(texts, st.lists(texts.filter(bool), min_size=1, max_size=3))
+@settings(deadline=None, max_examples=150)
+def test_every_answer_is_whole_and_scored_exactly_where_it_has_a_character(prompt: str, answers: list[str]) -> None:
+    row = tokenise_one(Example(1, prompt, tuple(answers)))
+    assert f"<s>{prompt}".startswith(decode(row.prompt))
+    for k, answer in enumerate(answers):
+        ids, scored = whole(row, k), [False] * len(row.prompt) + list(row.responses[k].scored)
+        assert ids == ids_of(f"{prompt}{answer}</s>")
+        assert decode(ids) == f"<s>{prompt}{answer}</s>"
+        assert (ids.count(BOS), ids[0], ids[-1]) == (1, BOS, EOS)
+        ends = [len(decode(ids[: i + 1])) for i in range(len(ids))]
+        assert scored == [end > len(f"<s>{prompt}") for end in ends]
+    longest_common = [len(set(column)) for column in zip(*(whole(row, k) for k in range(len(answers))), strict=False)]
+    ends_inside = sum(len(decode(whole(row)[: i + 1])) <= len(f"<s>{prompt}") for i in range(len(whole(row))))
+    common = next((i for i, kinds in enumerate(longest_common) if kinds > 1), len(longest_common))
+    assert len(row.prompt) == min(common, ends_inside)
+
+
+def test_a_text_that_brings_its_own_bos_gets_no_second_one() -> None:
+    row = tokenise_one(Example(1, "<s>see", (" the cat",)))
+    assert whole(row).count(BOS) == 1
+    assert decode(whole(row)) == "<s>see the cat</s>"
+
+
+def test_a_tokenizer_that_adds_no_bos_gets_none() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = None
+    assert BOS not in tokenizer("see").input_ids
+    row = tokenise_one(Example(1, "see", (" the cat",)), tokenizer)
+    assert decode(whole(row)) == "see the cat</s>"
+
+
+def test_a_conversation_without_a_template_is_a_transcript() -> None:
+    row = tokenise_one(Example(1, CONVERSATION, ("the cat",)))
+    prompt = "be brief\n\nHuman: what is the answer?\n\nAssistant: which\n\nHuman: the other\n\nAssistant:"
+    assert decode(row.prompt) == f"<s>{prompt}"
+    assert decode(row.responses[0].ids) == " the cat</s>"
+    assert all(row.responses[0].scored)
+
+
+@pytest.mark.parametrize("template", [CHATML, CHATML_WITH_BOS], ids=["without BOS", "with BOS"])
+@pytest.mark.parametrize("prompt", ["what is the answer?", CONVERSATION], ids=["text", "conversation"])
+def test_a_chat_template_is_used_as_transformers_uses_it(template: str, prompt: str | list[Message]) -> None:
+    tokenizer = make_tokenizer(template)
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    row = tokenise_one(Example(1, prompt, ("the cat", "a dog")), tokenizer)
+    for k, answer in enumerate(("the cat", "a dog")):
+        conversation = [*turns, {"role": "assistant", "content": answer}]
+        assert whole(row, k) == tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=False)
+        assert whole(row, k).count(BOS) == (1 if template == CHATML_WITH_BOS else 0)
+        assert decode(row.responses[k].ids) == f"{answer}</s>\n"
+        assert all(row.responses[k].scored)
+    generating = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False, add_generation_prompt=True)
+    assert list(row.prompt) == generating
+
+
+def test_a_template_that_rewrites_what_stands_before_an_answer_gets_the_prompt_of_generation() -> None:
+    thinking = CHATML + "{% if add_generation_prompt %}<think>\n{% endif %}"
+    row = tokenise_one(Example(1, "what?", ("the cat",)), make_tokenizer(thinking))
+    assert decode(row.prompt) == "<|user|>\nwhat?</s>\n<|assistant|>\n<think>\n"
+    assert decode(row.responses[0].ids) == "the cat</s>"
+
+
+def test_a_template_that_refuses_a_conversation_is_the_users_error_with_its_line() -> None:
+    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + CHATML
+    with pytest.raises(UserError, match=r"Line 4: .*no system here") as caught:
+        tokenise(Example(4, CONVERSATION, ("the cat",)), make_tokenizer(template))
+    assert caught.value.code == "chat_template_error"
+
+
+def test_loss_on_text_scores_all_that_something_predicts() -> None:
+    (row,) = tokenise(Example(1, "see", (" the cat",)), loss_on="text")
+    pack = tree_pack([row], [0])
+    assert whole(row) == ids_of("see the cat</s>")
+    assert pack.targets.tolist() == ids_of("see the cat</s>")[1:]
+    assert pack.predictors.tolist() == list(range(len(whole(row)) - 1))
+
+
+def test_raw_text_is_cut_in_pieces_and_loses_nothing() -> None:
+    text = " ".join(CORPUS)
+    pieces = tokenise(Example(1, "", (text,), raw=True), max_length=16)
+    assert len(pieces) > 3
+    assert all(0 < len(whole(piece)) <= 16 for piece in pieces)
+    assert list(chain.from_iterable(map(whole, pieces))) == ids_of(f"{text}</s>")
+
+
+def test_raw_text_is_learned_as_it_is_though_there_is_a_template() -> None:
+    tokenizer = make_tokenizer(CHATML)
+    (row,) = tokenise(Example(1, "", ("the cat",), raw=True), tokenizer)
+    assert decode(whole(row)) == "<s>the cat</s>"
+    assert all(row.responses[0].scored)
+
+
+def test_truncation_cuts_the_prompt_from_the_left_and_keeps_the_answers() -> None:
+    cut = Truncation()
+    prompt, answers = CORPUS[0] + "?", (" the cat.", " then the other dog!")
+    full = tokenise_one(Example(1, prompt, answers))
+    (row,) = rows([Example(1, prompt, answers)], PLAIN, max_length=16, loss_on="answers", cut=cut)
+    assert row.responses == full.responses
+    room = 16 - max(len(response.ids) for response in full.responses)
+    assert row.prompt == (BOS, *full.prompt[-(room - 1) :])
+    assert (cut.prompts, cut.answers) == (1, 0)
+
+
+def test_truncation_cuts_answers_only_when_the_prompt_is_gone() -> None:
+    cut = Truncation()
+    full = tokenise_one(Example(1, "see the dog?", (" " + CORPUS[0], " the cat.")))
+    (row,) = rows(
+        [Example(1, "see the dog?", (" " + CORPUS[0], " the cat."))], PLAIN, max_length=16, loss_on="answers", cut=cut
+    )
+    assert row.prompt == (BOS,)
+    assert row.responses[0].ids == full.responses[0].ids[:15]
+    assert row.responses[1] == full.responses[1]
+    assert (cut.prompts, cut.answers) == (1, 1)
+
+
+@given(st.lists(st.sampled_from(CORPUS[0].split()), max_size=30), st.lists(st.sampled_from(CORPUS[1].split())))
+@settings(deadline=None, max_examples=60)
+def test_no_row_is_longer_than_max_length(prompt: list[str], answer: list[str]) -> None:
+    example = Example(1, " ".join(prompt), (" ".join(answer) + "!", " no"))
+    full = tokenise_one(example)
+    cut = Truncation()
+    (row,) = rows([example], PLAIN, max_length=16, loss_on="answers", cut=cut)
+    assert all(len(whole(row, k)) <= 16 for k in range(2))
+    assert (row == full) == (cut == Truncation()) == all(len(whole(full, k)) <= 16 for k in range(2))
+
+
+def test_many_examples_keep_their_order() -> None:
+    examples = [Example(line, f"{line}?", (f" {line}.",)) for line in range(1, 601)]
+    made = list(rows(examples, PLAIN, max_length=LONG, loss_on="answers", cut=Truncation()))
+    assert [row.line for row in made] == list(range(1, 601))
+    assert [decode(whole(row)) for row in made] == [f"<s>{n}? {n}.</s>" for n in range(1, 601)]
+
+
+def test_a_fingerprint_tells_rows_apart() -> None:
+    first = tokenise(Example(1, "see", (" the cat",)))
+    second = tokenise(Example(1, "see", (" the dog",)))
+    assert fingerprint(first) == fingerprint(tokenise(Example(9, "see", (" the cat",))))
+    assert len({fingerprint(first), fingerprint(second), fingerprint(first + second), fingerprint([])}) == 4

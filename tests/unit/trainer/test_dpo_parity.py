@@ -1,0 +1,199 @@
+"""DPO, held against TRL's DPOTrainer on the same texts and against the closed form of the paper."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer
+
+from app.datasets.example import Example
+from tests.unit.trainer.work import (
+    disturb,
+    dpo_method,
+    gradients,
+    load,
+    make_pairs,
+    make_work_folder,
+    run_in_process,
+    training_metrics,
+)
+from worker.trainer import reference
+from worker.trainer.data import Row, Truncation, rows
+from worker.trainer.loop import Averages, dpo_losses
+from worker.trainer.model import Policy
+from worker.trainer.objectives.preference import implicit_rewards, sigmoid_loss
+
+PAIRS = make_pairs(6)
+BETA = 0.3
+
+
+def make_trl_trainer(policy: Path, reference: Path, folder: Path, **settings: Any) -> Any:
+    """TRL as it is, on the CPU, in single precision."""
+    given: dict[str, Any] = {
+        "output_dir": str(folder),
+        "beta": BETA,
+        "use_cpu": True,
+        "bf16": False,
+        "activation_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "per_device_train_batch_size": len(PAIRS),
+        "dataloader_pin_memory": False,
+    }
+    return DPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32),
+        ref_model=AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32),
+        args=DPOConfig(**given | settings),
+        train_dataset=Dataset.from_list(PAIRS),
+        processing_class=AutoTokenizer.from_pretrained(reference),
+    )
+
+
+@dataclass
+class Parity:
+    """The same policy, reference and pairs in both engines."""
+
+    policy: Policy
+    rows: list[Row]
+    reference: Tensor
+    trl: Any
+    batch: dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def parity(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Parity:
+    policy = load(llama, adapter="none")
+    examples = [Example(i, p["prompt"], (p["chosen"], p["rejected"])) for i, p in enumerate(PAIRS, 1)]
+    made = list(rows(examples, policy.tokenizer, max_length=512, loss_on="answers", cut=Truncation()))
+    at_start = reference.compute(policy, made, lambda: None)
+    disturb(policy, scale=0.02)
+    moved = tmp_path_factory.mktemp("moved")
+    policy.save(moved)
+    trl = make_trl_trainer(moved, llama, tmp_path_factory.mktemp("trl"))
+    batch = trl.data_collator([trl.train_dataset[i] for i in range(len(PAIRS))])
+    return Parity(policy, made, at_start, trl, batch)
+
+
+def our_loss(parity: Parity, logps: Tensor, averages: Averages) -> Tensor:
+    (pack,) = parity.policy.packs(parity.rows, list(range(len(parity.rows))))
+    return dpo_losses(parity.policy.score(pack), pack, logps, BETA, averages).mean()
+
+
+def test_the_tokens_are_trls(parity: Parity) -> None:
+    count = len(PAIRS)
+    for number, row in enumerate(parity.rows):
+        for k, response in enumerate(row.responses):
+            length = int(parity.batch["attention_mask"][k * count + number].sum())
+            ids = parity.batch["input_ids"][k * count + number, :length].tolist()
+            answer = parity.batch["completion_mask"][k * count + number, :length].tolist()
+            assert ids == list(row.prompt + response.ids)
+            assert answer == [0] * len(row.prompt) + [1] * len(response.ids)
+
+
+def test_the_log_probs_of_reference_and_policy_are_trls(parity: Parity) -> None:
+    theirs = torch.stack(parity.trl.compute_ref_log_probs(parity.trl.ref_model, parity.batch), dim=1)
+    torch.testing.assert_close(parity.reference, theirs, rtol=1e-5, atol=0)
+    moved = torch.stack(parity.trl.compute_ref_log_probs(parity.trl.model, parity.batch), dim=1)
+    ours = reference.compute(parity.policy, parity.rows, lambda: None)
+    torch.testing.assert_close(ours, moved, rtol=1e-5, atol=0)
+    assert not torch.allclose(theirs, moved, rtol=1e-2)
+
+
+def test_the_loss_its_gradient_and_its_metrics_are_trls(parity: Parity) -> None:
+    averages = Averages()
+    loss = our_loss(parity, parity.reference, averages)
+    parity.trl.model.train()
+    their_loss = parity.trl.compute_loss(parity.trl.model, parity.batch)
+    torch.testing.assert_close(loss, their_loss.detach(), rtol=1e-5, atol=0)
+    assert abs(loss.item() - math.log(2)) > 0.01  # the policy has left its reference
+
+    their_loss.backward()
+    theirs = {name: p.grad for name, p in parity.trl.model.named_parameters()}
+    ours = gradients(parity.policy, loss)
+    assert ours.keys() == theirs.keys()
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, theirs[name], rtol=0, atol=1e-5 * gradient.abs().max().item(), msg=name)
+
+    means = averages.means()
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
+        assert means[name] == pytest.approx(parity.trl._metrics["train"][name][-1], rel=1e-4), name
+    for name in ("logps/chosen", "logps/rejected"):
+        assert means[name] == pytest.approx(parity.trl._metrics["train"][name][-1], rel=1e-5), name
+
+
+def test_the_loss_curve_is_trls(llama: Path, tmp_path: Path) -> None:
+    """Each step is over all pairs at once, so that their order says nothing."""
+    steps, rate = 50, 1e-5
+    trl = make_trl_trainer(
+        llama,
+        llama,
+        tmp_path / "trl",
+        max_steps=steps,
+        learning_rate=rate,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        weight_decay=0.0,
+        logging_steps=1,
+        disable_tqdm=True,
+    )
+    trl.train()
+    theirs = [entry["loss"] for entry in trl.state.log_history if "loss" in entry]
+
+    method = dpo_method(
+        beta=BETA,
+        batch_size=len(PAIRS),
+        max_steps=steps,
+        learning_rate=rate,
+        lr_scheduler="constant",
+        warmup_ratio=0.0,
+    )
+    spec = {"method": method, "adapter": "none", "quantization": "none", "seed": 0, "validation_split": 0.0}
+    folder = make_work_folder(tmp_path / "ours", llama, spec, train=PAIRS)
+    ours = training_metrics(run_in_process(folder), "loss", "dpo")
+
+    assert len(ours) == steps
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert ours[-1] < 0.5 * ours[0]
+
+
+def test_the_gradient_of_the_sigmoid_loss_is_that_of_the_paper() -> None:
+    """∇L = −β σ(r̂_l − r̂_w) [∇log π(y_w) − ∇log π(y_l)], below Eq. 7."""
+    generator = torch.Generator().manual_seed(0)
+    policy = (20 * torch.randn(9, 2, generator=generator, dtype=torch.float64) - 50).requires_grad_()
+    reference_logps = 20 * torch.randn(9, 2, generator=generator, dtype=torch.float64) - 50
+    losses = sigmoid_loss(implicit_rewards(policy, reference_logps, BETA))
+
+    rewards = BETA * (policy - reference_logps).detach()
+    weight = 1 / (1 + torch.exp(rewards[:, 0] - rewards[:, 1]))
+    torch.testing.assert_close(losses.detach(), torch.log1p(torch.exp(rewards[:, 1] - rewards[:, 0])))
+    (gradient,) = torch.autograd.grad(losses.sum(), policy)
+    torch.testing.assert_close(gradient, torch.stack([-BETA * weight, BETA * weight], dim=1))
+
+
+def test_an_undecided_pair_costs_ln_2_and_a_hopeless_one_is_finite() -> None:
+    rewards = torch.tensor([[3.0, 3.0], [0.0, 1000.0], [1000.0, 0.0]], requires_grad=True)
+    losses = sigmoid_loss(rewards)
+    losses.sum().backward()
+    assert losses.tolist() == pytest.approx([math.log(2), 1000.0, 0.0])
+    assert rewards.grad is not None
+    assert rewards.grad.tolist() == [[-0.5, 0.5], [-1.0, 1.0], [0.0, 0.0]]
+
+
+def test_swapping_the_answers_changes_the_sign_of_the_margins(parity: Parity) -> None:
+    averages, swapped = Averages(), Averages()
+    our_loss(parity, parity.reference, averages)
+    turned = [Row(row.line, row.prompt, row.responses[::-1]) for row in parity.rows]
+    other = Parity(parity.policy, turned, parity.reference.flip(1), parity.trl, parity.batch)
+    our_loss(other, other.reference, swapped)
+    one, two = averages.means(), swapped.means()
+    assert one["rewards/margins"] == pytest.approx(-two["rewards/margins"], rel=1e-4)
+    assert abs(one["rewards/margins"]) > 0.01
+    assert one["rewards/chosen"] == pytest.approx(two["rewards/rejected"], rel=1e-4)
+    assert one["rewards/accuracies"] == pytest.approx(1 - two["rewards/accuracies"])
+    assert one["gradient_weight"] == pytest.approx(1 - two["gradient_weight"], rel=1e-4)

@@ -1,0 +1,143 @@
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from worker.trainer import logps
+from worker.trainer.logps import token_logps
+
+POSITIONS, HIDDEN, VOCABULARY = 7, 5, 11
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three positions at a time: two full chunks and a part of one."""
+    monkeypatch.setattr(logps, "CHUNK_ELEMENTS", 3 * VOCABULARY)
+
+
+def make_inputs(dtype: torch.dtype = torch.float64, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(hidden, weight, bias, targets)"""
+    generator = torch.Generator().manual_seed(0)
+    hidden = scale * torch.randn(POSITIONS, HIDDEN, generator=generator, dtype=torch.float64)
+    weight = scale * torch.randn(VOCABULARY, HIDDEN, generator=generator, dtype=torch.float64)
+    bias = torch.randn(VOCABULARY, generator=generator, dtype=torch.float64)
+    targets = torch.randint(VOCABULARY, (POSITIONS,), generator=generator)
+    return hidden.to(dtype), weight.to(dtype), bias.to(dtype), targets
+
+
+def expected_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    logits = hidden @ weight.T if bias is None else hidden @ weight.T + bias
+    return torch.log_softmax(logits, dim=-1)[torch.arange(len(targets)), targets]
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_values_and_gradients_are_those_of_log_softmax(with_bias: bool) -> None:
+    hidden, weight, bias, targets = make_inputs()
+    inputs = [hidden, weight, bias] if with_bias else [hidden, weight]
+    for tensor in inputs:
+        tensor.requires_grad_()
+    given = bias if with_bias else None
+    coefficients = torch.linspace(-1, 2, POSITIONS, dtype=torch.float64)
+
+    found, _ = token_logps(hidden, weight, given, targets)
+    expected = expected_logps(hidden, weight, given, targets)
+
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        torch.autograd.grad((found * coefficients).sum(), inputs),
+        torch.autograd.grad((expected * coefficients).sum(), inputs),
+        rtol=1e-12,
+        atol=1e-12,
+    )
+
+
+def test_gradients_are_those_of_finite_differences() -> None:
+    hidden, weight, bias, targets = make_inputs()
+
+    def score(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return token_logps(h, w, b, targets)[0]
+
+    inputs = (hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_())
+    assert torch.autograd.gradcheck(score, inputs)
+
+
+def test_a_frozen_head_gets_no_gradient() -> None:
+    hidden, weight, bias, targets = make_inputs()
+    hidden.requires_grad_()
+    token_logps(hidden, weight, bias, targets)[0].sum().backward()
+    assert hidden.grad is not None
+    assert weight.grad is None
+    assert bias.grad is None
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
+def test_single_precision_is_close_to_the_truth(scale: float) -> None:
+    hidden, weight, bias, targets = make_inputs(torch.float32, scale)
+    truth = expected_logps(hidden.double(), weight.double(), bias.double(), targets)
+    found, _ = token_logps(hidden, weight, bias, targets)
+    assert found.dtype == torch.float32
+    assert bool(((found.double() - truth).abs() <= 1e-5 * truth.abs().clamp(min=1)).all())
+
+
+def test_logits_beyond_the_range_of_exp_stay_finite() -> None:
+    hidden = torch.tensor([[1000.0], [1000.0]], requires_grad=True)
+    weight = torch.tensor([[1.0], [0.0], [-1.0]])
+    found, _ = token_logps(hidden, weight, None, torch.tensor([0, 2]))
+    found.sum().backward()
+    assert found.tolist() == [0.0, -2000.0]
+    assert hidden.grad is not None
+    assert hidden.grad.flatten().tolist() == [0.0, -2.0]
+
+
+def test_half_precision_sums_in_single() -> None:
+    hidden, weight, bias, targets = make_inputs(torch.bfloat16)
+    found, _ = token_logps(hidden, weight, bias, targets)
+    expected = torch.nn.functional.linear(hidden, weight, bias).float().log_softmax(-1)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected[torch.arange(POSITIONS), targets], rtol=1e-6, atol=1e-6)
+
+
+def test_says_whether_the_target_is_the_most_likely_token() -> None:
+    hidden, weight, bias, targets = make_inputs()
+    best = (hidden @ weight.T + bias).argmax(-1)
+    mixed = torch.where(torch.arange(POSITIONS) % 2 == 0, best, (best + 1) % VOCABULARY)
+    _, correct = token_logps(hidden, weight, bias, mixed)
+    assert correct.tolist() == [True, False, True, False, True, False, True]
+
+
+def test_nothing_to_score_is_an_empty_result() -> None:
+    hidden, weight, bias, _ = make_inputs()
+    hidden.requires_grad_()
+    found, correct = token_logps(hidden[:0], weight, bias, torch.zeros(0, dtype=torch.long))
+    found.sum().backward()
+    assert found.shape == correct.shape == (0,)
+    assert hidden.grad is not None
+    assert not hidden.grad.any()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers how large the largest tensor was that any operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(value, Tensor):
+                self.elements = max(self.elements, value.numel())
+        return result
+
+
+def test_no_more_than_a_chunk_of_logits_ever_exists() -> None:
+    positions = 400
+    hidden = torch.randn(positions, 2, requires_grad=True)
+    weight = torch.randn(VOCABULARY, 2, requires_grad=True)
+    targets = torch.zeros(positions, dtype=torch.long)
+    with LargestTensor() as largest:
+        token_logps(hidden, weight, None, targets)[0].sum().backward()
+    # The states themselves, and nothing of the size of all logits.
+    assert largest.elements == hidden.numel() < positions * VOCABULARY

@@ -1,0 +1,146 @@
+"""A base in four bits: it really is one, and looking at it does not change it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from torch import Tensor
+
+from tests.unit.trainer.work import (
+    disturb,
+    gradients,
+    load,
+    make_pairs,
+    make_trainer,
+    make_work_folder,
+    plain_logps,
+    sft_method,
+)
+from worker.trainer import plan
+from worker.trainer.loop import Trainer
+from worker.trainer.model import load_policy
+from worker.trainer.plan import Stage
+
+PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def quantised_projections(model: torch.nn.Module) -> set[str]:
+    modules = [(name, m) for name, m in model.named_modules() if isinstance(m, Linear4bit)]
+    return {f"{name.split('.layers.')[1].split('.')[0]}.{name.split('.')[-2]}" for name, _ in modules}
+
+
+def test_every_projection_is_in_nf4_and_the_adapter_is_not(llama: Path) -> None:
+    policy = load(llama, quantization="nf4")
+    layers = [m for m in policy.model.modules() if isinstance(m, Linear4bit)]
+    assert quantised_projections(policy.model) == {f"{i}.{name}" for i in range(2) for name in PROJECTIONS}
+    for layer in layers:
+        assert layer.weight.dtype == torch.uint8
+        assert layer.weight.quant_state.quant_type == "nf4"
+        assert layer.weight.quant_state.nested  # the scales are quantised too
+        assert not layer.weight.requires_grad
+    assert len(policy.trainable()) == 28
+    assert all(p.dtype == torch.float32 and "lora" in name for name, p in policy.trainable().items())
+
+
+def test_four_bits_move_the_log_probs_but_not_far(llama: Path) -> None:
+    from tests.unit.trainer.test_packing import ROWS
+
+    exact, quantised = load(llama), load(llama, quantization="nf4")
+    with torch.no_grad():
+        for row in ROWS:
+            tokens = torch.tensor([len(response.ids) for response in row.responses])
+            moved = (plain_logps(quantised, row) - plain_logps(exact, row)).abs() / tokens
+            assert bool((moved > 1e-4).all())
+            assert bool((moved < 1.0).all())
+
+
+@pytest.fixture(params=["llama", "qwen3"])
+def trainer(request: pytest.FixtureRequest, tmp_path: Path) -> Trainer:
+    """A trainer before its first step, with a policy that has left its start."""
+    spec = {
+        "method": sft_method(),
+        "adapter": {"r": 4, "dropout": 0.1},
+        "quantization": "nf4",
+        "seed": 0,
+        "validation_split": 0.5,
+    }
+    folder = make_work_folder(tmp_path, request.getfixturevalue(request.param), spec, train=make_pairs(12))
+    made = make_trainer(folder)
+    made.policy = disturb(load_policy(made.spec, made.base, None, made.events))
+    made.policy.set_dropout(False)
+    return made
+
+
+def only_stage(trainer: Trainer) -> Stage:
+    (stage,) = plan.stages(trainer.spec, trainer.folder, trainer.policy.tokenizer, 512, trainer.events)
+    return stage
+
+
+def scores_and_gradients(trainer: Trainer, stage: Stage) -> tuple[Tensor, dict[str, Tensor]]:
+    (pack,) = trainer.policy.packs(stage.train, list(range(len(stage.train))))
+    responses = trainer.policy.score(pack).responses
+    return responses.detach(), gradients(trainer.policy, responses.sum())
+
+
+def test_a_validation_changes_no_bit_of_log_probs_or_gradients(trainer: Trainer) -> None:
+    stage = only_stage(trainer)
+    before, gradients_before = scores_and_gradients(trainer, stage)
+    metrics = trainer._validate(stage, None, record=False)
+    after, gradients_after = scores_and_gradients(trainer, stage)
+
+    assert metrics["eval/loss"] > 0
+    assert torch.equal(before, after)
+    assert gradients_before.keys() == gradients_after.keys()
+    for name, gradient in gradients_before.items():
+        assert gradient.any(), name
+        assert torch.equal(gradient, gradients_after[name]), name
+
+
+def test_the_gradients_of_a_quantised_base_are_those_of_its_dequantised_weights(trainer: Trainer) -> None:
+    """What a 4-bit layer computes, computed with an ordinary one; after a validation, when it goes wrong first."""
+    stage = only_stage(trainer)
+    trainer._validate(stage, None, record=False)
+    scores, found = scores_and_gradients(trainer, stage)
+    for module in trainer.policy.model.modules():
+        for name, child in list(module.named_children()):
+            if isinstance(child, Linear4bit):
+                setattr(module, name, dequantised(child))
+    expected_scores, expected = scores_and_gradients(trainer, stage)
+    torch.testing.assert_close(scores, expected_scores, rtol=1e-5, atol=0)
+    for name, gradient in expected.items():
+        tolerance = 1e-4 * gradient.abs().max().item()
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=tolerance, msg=name)
+
+
+def dequantised(layer: Linear4bit) -> torch.nn.Linear:
+    from bitsandbytes.functional import dequantize_4bit
+
+    plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
+    plain.weight = torch.nn.Parameter(dequantize_4bit(layer.weight.data, layer.weight.quant_state), False)
+    return plain
+
+
+def test_the_policy_stays_in_training_mode(trainer: Trainer) -> None:
+    """In evaluation mode some CPUs keep other weights for a 4-bit layer, which have no gradient."""
+    trainer._validate(only_stage(trainer), None, record=False)
+    assert all(module.training for module in trainer.policy.model.modules())
+
+
+def test_dropout_is_the_adapters_and_is_switched_by_hand(llama: Path) -> None:
+    from tests.unit.trainer.test_packing import ROWS
+
+    policy = disturb(load(llama, adapter={"r": 4, "dropout": 0.5}))
+    (pack,) = policy.packs(ROWS, [0, 1, 2])
+
+    def two_scores(on: bool) -> tuple[Tensor, Tensor]:
+        policy.set_dropout(on)
+        with torch.no_grad():
+            return policy.score(pack).responses, policy.score(pack).responses
+
+    first, second = two_scores(True)
+    assert not torch.allclose(first, second)
+    still, again = two_scores(False)
+    assert torch.equal(still, again)
+    expected = torch.cat([plain_logps(policy, ROWS[number]) for number in pack.rows])
+    torch.testing.assert_close(still, expected, rtol=1e-5, atol=0)

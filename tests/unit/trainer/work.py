@@ -1,0 +1,188 @@
+"""Work folders of the trainer, and runs over them."""
+
+import csv
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from app.jobs.spec import JobSpec
+from tests.tiny_model import CORPUS
+from worker.trainer.data import Row
+from worker.trainer.events import Events
+from worker.trainer.loop import Trainer
+from worker.trainer.model import Base, Policy, load_policy
+
+Event = dict[str, Any]
+Record = dict[str, Any]
+REPOSITORY = Path(__file__).parents[3]
+BASE_NAME = "tiny/random-model"
+TIME_DEPENDENT = frozenset({"tokens_per_second", "peak_memory_bytes"})
+WORDS = sorted({word for text in CORPUS for word in text.replace(",", " ").replace(".", " ").split()})
+
+
+def make_pairs(count: int, seed: int = 0) -> list[Record]:
+    """Preference records of many lengths. No token merges over the end of a prompt."""
+    source = random.Random(seed)
+
+    def words(least: int, most: int) -> str:
+        return " ".join(source.choice(WORDS) for _ in range(source.randint(least, most)))
+
+    return [
+        {
+            "prompt": f"{number}. {words(2, 12)}?",
+            "chosen": " " + words(1, 10) + ".",
+            "rejected": " " + words(1, 10) + "!",
+        }
+        for number in range(count)
+    ]
+
+
+def write_records(path: Path, records: Sequence[Record]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def make_work_folder(folder: Path, model: Path, spec: dict[str, Any], **files: Sequence[Record]) -> Path:
+    """Lay out `folder` for the trainer. `files` become `{name}.jsonl`; `spec` names them so."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "base").symlink_to(model, target_is_directory=True)
+    (folder / "spec.json").write_text(json.dumps({"model": BASE_NAME, "training_file": "train.jsonl", **spec}))
+    (folder / "run.json").write_text(json.dumps({"base_model": BASE_NAME, "revision": None}))
+    for name, records in files.items():
+        write_records(folder / f"{name}.jsonl", records)
+    return folder
+
+
+def sft_method(**hyperparameters: Any) -> dict[str, Any]:
+    return {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
+
+
+def dpo_method(**hyperparameters: Any) -> dict[str, Any]:
+    return {"type": "dpo", "dpo": {"hyperparameters": hyperparameters}}
+
+
+def make_trainer(folder: Path, stream: io.StringIO | None = None) -> Trainer:
+    return Trainer(folder, Events(stream or io.StringIO()), threading.Event())
+
+
+def run_in_process(folder: Path) -> list[Event]:
+    """Run the trainer over `folder` here; what it raises comes through."""
+    stream = io.StringIO()
+    make_trainer(folder, stream).run()
+    return parse(stream)
+
+
+def parse(stream: io.StringIO) -> list[Event]:
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+class TrainerProcess:
+    """`python -m worker.trainer FOLDER`, whose standard input stays open until it is closed or the block ends."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __enter__(self) -> Self:
+        with (self._folder / "trainer.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "worker.trainer", str(self._folder)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                cwd=REPOSITORY,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                text=True,
+            )
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def events(self) -> Iterator[Event]:
+        """The events as they come, until the process closes its end."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            yield json.loads(line)
+
+    def terminate(self) -> None:
+        self._process.send_signal(signal.SIGTERM)
+
+    def close_stdin(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.stdin = None
+
+    def status(self) -> int:
+        return self._process.wait(timeout=120)
+
+    def log(self) -> str:
+        return (self._folder / "trainer.log").read_text()
+
+
+def run_process(folder: Path) -> tuple[int, list[Event]]:
+    """Run the trainer over `folder` to its end: (exit status, events)."""
+    with TrainerProcess(folder) as process:
+        events = list(process.events())
+        return process.status(), events
+
+
+def of_kind(events: Sequence[Event], kind: str) -> list[Event]:
+    return [event for event in events if event["kind"] == kind]
+
+
+def training_metrics(events: Sequence[Event], name: str, stage: str = "sft") -> list[float]:
+    """The values of the metric `name` over the steps of `stage`."""
+    found = [event["metrics"] for event in of_kind(events, "metrics") if event["stage"] == stage]
+    return [metrics[name] for metrics in found if name in metrics]
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def load(model: Path, *, stream: io.StringIO | None = None, **fields: Any) -> Policy:
+    """The policy of a job on `model`: by default a LoRA adapter of rank 4 on an unquantised base."""
+    given = {"adapter": {"r": 4}, "quantization": "none", "seed": 1, **fields}
+    spec = JobSpec.model_validate({"model": BASE_NAME, "training_file": "train.jsonl", **given}).resolved()
+    return load_policy(spec, Base(BASE_NAME, None, model), None, Events(stream or io.StringIO()))
+
+
+def disturb(policy: Policy, scale: float = 0.1, seed: int = 3) -> Policy:
+    """Move what trains away from where it starts: the gradient of a fresh adapter's A is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.trainable().values():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+            parameter.add_(scale * noise.to(parameter.dtype))
+    return policy
+
+
+def plain_logps(policy: Policy, row: Row) -> Tensor:
+    """Summed log-probs of each response of `row`, from ordinary forward passes over one whole text each."""
+    sums = []
+    for response in row.responses:
+        ids = torch.tensor([row.prompt + response.ids])
+        logps = policy.causal(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+        first = len(row.prompt)
+        positions = [first + j for j, scored in enumerate(response.scored) if scored and first + j > 0]
+        sums.append(sum((logps[t - 1, ids[0, t]] for t in positions), torch.zeros((), dtype=logps.dtype)))
+    return torch.stack(sums)
+
+
+def gradients(policy: Policy, loss: Tensor) -> dict[str, Tensor]:
+    """∂ loss for everything that trains."""
+    parameters = policy.trainable()
+    return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))

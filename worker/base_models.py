@@ -1,0 +1,108 @@
+"""The base models that this worker can serve: subfolders of `DPO_MODELS_DIR`, and hub ids that it may download.
+
+It reads configuration files only; torch is the trainer's.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from app.models.repository import HUB_NAME
+from app.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+MAX_DEPTH = 3
+HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+
+
+class ModelUnavailable(Exception):
+    """A base model that this worker cannot serve, and why."""
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """A model in the models folder."""
+
+    name: str
+    folder: Path
+    revision: str
+    details: dict[str, Any]
+
+
+class BaseModels:
+    """Finds base models by name. A name never leads out of the models folder."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.root = settings.models_dir
+        self.patterns = settings.hub_models
+
+    def local(self) -> list[LocalModel]:
+        """The models in the folder: subfolders with a configuration, safetensors weights and a tokenizer."""
+        found = []
+        for config in sorted(self.root.glob("**/config.json")):
+            folder = config.parent
+            name = folder.relative_to(self.root).as_posix()
+            if name == "." or len(name.split("/")) > MAX_DEPTH:
+                continue
+            if not folder.resolve().is_relative_to(self.root.resolve()):
+                log.warning("model ignored: it is a link out of the models folder", model=name)
+            elif not any(folder.glob("*.safetensors")) or not (folder / "tokenizer.json").exists():
+                log.warning("model ignored: it has no safetensors weights or no tokenizer.json", model=name)
+            else:
+                found.append(_describe(name, folder))
+        return found
+
+    def served(self) -> list[str]:
+        """Names and patterns of all base models whose jobs this worker can take."""
+        return [model.name for model in self.local()] + list(self.patterns)
+
+    def locate(self, name: str) -> tuple[Path, str | None]:
+        """(folder, hub revision) of a base model, downloaded first where it is a hub id that is allowed.
+
+        The revision is None for a model of the folder. Raises `ModelUnavailable`.
+        """
+        for model in self.local():
+            if model.name == name:
+                return model.folder, None
+        if HUB_NAME.fullmatch(name) and any(fnmatchcase(name, pattern) for pattern in self.patterns):
+            return _download(name)
+        raise ModelUnavailable(f"The base model '{name}' is not in this worker's models folder any more.")
+
+
+def _describe(name: str, folder: Path) -> LocalModel:
+    config = json.loads((folder / "config.json").read_text())
+    text = config.get("text_config", config)
+    weights = sorted(folder.glob("*.safetensors"))
+    # A fingerprint that does not read gigabytes: the configuration, and each file's name, size and header.
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in weights:
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(1024 * 1024))
+    tokenizer_config = folder / "tokenizer_config.json"
+    template = (folder / "chat_template.jinja").exists() or (
+        tokenizer_config.exists() and bool(json.loads(tokenizer_config.read_text()).get("chat_template"))
+    )
+    details = {
+        "architecture": (config.get("architectures") or [None])[0],
+        "context_length": text.get("max_position_embeddings"),
+        "vocabulary_size": text.get("vocab_size"),
+        "bytes": sum(path.stat().st_size for path in weights),
+        "chat_template": template,
+    }
+    return LocalModel(name, folder, digest.hexdigest()[:16], details)
+
+
+def _download(name: str) -> tuple[Path, str | None]:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except Exception as error:  # the hub client raises its own, httpx's and the system's
+        raise ModelUnavailable(f"The model '{name}' could not be downloaded: {error}") from error
+    return folder, folder.name

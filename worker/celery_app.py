@@ -1,0 +1,54 @@
+"""The Celery application of a worker process, and its one task: a doorbell.
+
+The task returns at once, so that no message is ever held while a training runs: visibility timeouts, late
+acknowledgements and redeliveries have nothing to act on. What is to be done is in the database.
+"""
+
+import sys
+import warnings
+
+from celery import Celery
+from celery.exceptions import SecurityWarning
+from celery.signals import worker_init, worker_shutdown, worker_shutting_down
+
+from app.broker import WAKE_TASK, Lane, make_celery
+from app.logging import configure_logging
+from app.services import Services
+from app.settings import Settings
+from worker.lane import LaneWorker
+
+
+def make_worker(settings: Settings, lane: Lane) -> Celery:
+    """The application of a worker of `lane`; its threads start and stop with the Celery worker."""
+    services = Services.of(settings)
+    worker = LaneWorker(services, lane)
+    celery = make_celery(settings)
+
+    @celery.task(name=WAKE_TASK)  # type: ignore[untyped-decorator]
+    def wake(_lane: str) -> None:
+        worker.ring()
+
+    # At worker_init, before the broker is reached: a worker without a broker still looks by itself.
+    worker_init.connect(lambda **_: worker.start(), weak=False)
+    worker_shutting_down.connect(lambda **_: worker.stop(), weak=False)
+    worker_shutdown.connect(lambda **_: worker.join(), weak=False)
+    return celery
+
+
+def run(lane: Lane) -> None:
+    """Run a worker of `lane` in this process until SIGTERM or Ctrl-C."""
+    configure_logging()
+    # Celery warns root of pickled messages; this service's messages are JSON, and name a lane.
+    warnings.filterwarnings("ignore", category=SecurityWarning)
+    celery = make_worker(Settings(), lane)
+    arguments = [
+        "--quiet",
+        "worker",
+        "--pool=threads",
+        "--concurrency=1",
+        f"--queues={lane.value}",
+        f"--hostname={lane.value}@%h",
+    ]
+    arguments += ["--loglevel=WARNING", "--without-gossip", "--without-mingle"]
+    celery.worker_main(arguments)
+    sys.exit(0)

@@ -1,0 +1,43 @@
+"""What every worker does beside its jobs, every few seconds. That several do it at once is harmless."""
+
+import structlog
+from sqlalchemy import delete, select
+
+from app.broker import Lane
+from app.database import Database
+from app.files.tables import File
+from app.jobs import repository
+from app.jobs.states import Actor, Status
+from app.services import Services
+
+log = structlog.get_logger(__name__)
+
+
+def keep_house(services: Services) -> None:
+    """Requeue jobs whose worker was lost, and remove the bytes of deleted files."""
+    for lane in reap(services.database):
+        services.broker.wake(lane)
+    purge_deleted_files(services)
+
+
+def reap(database: Database) -> set[Lane]:
+    """Take expired leases away. Returns the lanes that have work again."""
+    lanes = set()
+    with database.write() as session:
+        for job in repository.expired(session):
+            log.warning("lease expired", job=job.id, attempt=job.attempt, owner=job.lease_owner)
+            lanes.add(Lane.GPU if job.status == Status.RUNNING else Lane.CPU)
+            repository.recover(session, job, Actor.HOUSEKEEPING, "The worker of this job was lost.")
+    return lanes
+
+
+def purge_deleted_files(services: Services) -> None:
+    """Remove deleted files that no unfinished job reads: the object first, then the row that remembers it."""
+    with services.database.read() as session:
+        deleted = list(session.scalars(select(File).where(File.deleted_at.is_not(None)).limit(100)))
+        used = repository.active_files(session) if deleted else set()
+    for file in deleted:
+        if file.id not in used:
+            services.storage.delete(file.key)
+            with services.database.write() as session:
+                session.execute(delete(File).where(File.id == file.id))

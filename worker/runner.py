@@ -1,0 +1,370 @@
+"""GPU lane: run the trainer of one job in a process of its own, and bring what it makes to safety.
+
+    claim the lease → prepare a folder → spawn the trainer → relay its events → upload → finish
+
+Every write is guarded by the attempt. Where the lease is lost (cancelled, or given to another worker) the
+trainer's whole process group is killed and nothing more is written.
+"""
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import structlog
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
+
+from app.database import database_now, new_id
+from app.files.tables import File
+from app.jobs import repository
+from app.jobs.service import log_key
+from app.jobs.spec import JobSpec
+from app.jobs.states import Actor, Status
+from app.jobs.tables import Checkpoint, Job
+from app.models import repository as models
+from app.models.tables import Model
+from app.services import Services
+from worker.base_models import BaseModels, ModelUnavailable
+from worker.lease import Lease
+from worker.validator import work_folder
+
+log = structlog.get_logger(__name__)
+
+STOPPED = 75
+LOG_SECONDS = 3.0
+SECRETS = ("DPO_ADMIN_KEY", "DPO_SECRET_KEY", "DPO_DATABASE_URL", "DPO_BROKER_URL", "HF_TOKEN")
+Result = TypeVar("Result")
+
+
+class LeaseLost(Exception):
+    """Another has the job, or nobody: stop, and write nothing."""
+
+
+def model_name(job: Job) -> str:
+    """`ft:{base}:{project}:{suffix}:{8 characters of the job's id}`"""
+    return f"ft:{job.base_model}:{job.project}:{job.spec['suffix'] or ''}:{job.id.removeprefix('ftjob-')[:8].lower()}"
+
+
+def trainer_environment() -> dict[str, str]:
+    """The environment without what a trainer has no use for: keys of the service, its stores and the hub."""
+    return {k: v for k, v in os.environ.items() if k not in SECRETS and not k.startswith("AWS_")}
+
+
+class Run:
+    """One attempt at one job."""
+
+    def __init__(self, services: Services, base_models: BaseModels, job: Job, stopping: threading.Event) -> None:
+        self.services, self.base_models, self.job, self.stopping = services, base_models, job, stopping
+        self.prefix = f"jobs/{job.id}/attempt-{job.attempt}"
+        self.outcome: dict[str, Any] | None = None
+        self.log = log.bind(job=job.id, attempt=job.attempt)
+
+    def run(self) -> None:
+        """Run the attempt to its end, whatever that is."""
+        folder = tempfile.TemporaryDirectory(dir=work_folder(self.services), ignore_cleanup_errors=True)
+        with folder as name, Lease(self.services.database, self.job.id, self.job.attempt) as self.lease:
+            self.folder = Path(name)
+            try:
+                if self._prepare():
+                    self._finish(self._train())
+            except LeaseLost:
+                self.log.warning("lease lost; the trainer was stopped")
+            except Exception as error:  # the store, the disk: the job must not hang until its lease expires
+                self.log.error("the attempt failed", exc_info=error)
+                reason = f"The worker failed ({type(error).__name__})."
+                self._write(lambda session: repository.recover(session, self._current(session), Actor.RUNNER, reason))
+
+    # -- before ------------------------------------------------------------------------------------------------
+
+    def _prepare(self) -> bool:
+        """Lay out the trainer's folder; False where the job was failed instead."""
+        spec = JobSpec.model_validate(self.job.spec)
+        named = dict(spec.files())
+        paths = {file_id: f"data/{file_id}" for file_id in named.values()}
+        try:
+            base, revision = self.base_models.locate(self.job.base_model)
+            for file_id, path in paths.items():
+                self.services.storage.get_file(f"files/{file_id}", self.folder / path)
+        except ModelUnavailable as error:
+            return self._fail("model_unavailable", str(error), "model")
+        except FileNotFoundError as error:
+            return self._fail("file_not_found", f"A file of the job is gone: {error}", "training_file")
+        (self.folder / "base").symlink_to(base.resolve(), target_is_directory=True)
+        with self.services.database.read() as session:
+            started_from = models.find(session, self.job.project, spec.model)
+            latest = repository.latest_checkpoint(session, self.job.id)
+        if started_from is None:
+            return self._fail("model_not_found", f"The model '{spec.model}' was deleted.", "model")
+        if started_from.prefix is not None:
+            self.services.storage.get_folder(started_from.prefix, self.folder / "start")
+        if latest is not None:
+            self.services.storage.get_folder(latest.prefix, self.folder / "resume")
+        body = spec.model_dump(mode="json")
+        for field, file_id in named.items():
+            target = body["sft"] if field.startswith("sft.") else body
+            target[field.removeprefix("sft.")] = paths[file_id]
+        (self.folder / "spec.json").write_text(json.dumps(body))
+        run = {"base_model": self.job.base_model, "revision": revision}
+        (self.folder / "run.json").write_text(json.dumps(run))
+        return True
+
+    # -- during ------------------------------------------------------------------------------------------------
+
+    def _train(self) -> int:
+        """Run the trainer; returns its exit status."""
+        with (self.folder / "trainer.log").open("wb") as logfile:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "worker.trainer", str(self.folder)],
+                stdin=subprocess.PIPE,  # held open: the trainer ends by itself when this process is gone
+                stdout=subprocess.PIPE,
+                stderr=logfile,
+                start_new_session=True,
+                env=trainer_environment(),
+            )
+        self.log.info("trainer started", pid=process.pid)
+        lines: queue.Queue[bytes | None] = queue.Queue()
+        reader = threading.Thread(target=_read_lines, args=(process, lines), daemon=True)
+        reader.start()
+        try:
+            self._relay_until_end(process, lines)
+            return process.wait()
+        finally:
+            _kill_group(process)
+            self._upload_log()
+
+    def _relay_until_end(self, process: subprocess.Popen[bytes], lines: "queue.Queue[bytes | None]") -> None:
+        asked, uploaded = False, time.monotonic()
+        while True:
+            batch, ended = _drain(lines)
+            if self.lease.lost.is_set():
+                raise LeaseLost
+            if self.stopping.is_set() and not asked:
+                process.send_signal(signal.SIGTERM)
+                asked = True
+            if batch:
+                self._relay(batch)
+            if ended:
+                return
+            if time.monotonic() - uploaded > LOG_SECONDS:
+                self._upload_log()
+                uploaded = time.monotonic()
+
+    def _relay(self, batch: list[dict[str, Any]]) -> None:
+        """Write a batch of the trainer's events: checkpoints are uploaded first, so that their rows are true."""
+        for event in batch:
+            if event["kind"] == "checkpoint":
+                stored = self.services.storage
+                stored.put_folder(f"{self.prefix}/{event['path']}", self.folder / event["path"])
+            elif event["kind"] in ("done", "failed"):
+                self.outcome = event
+
+        def write(session: Session) -> None:
+            columns = _columns(batch)
+            if not repository.write_guarded(session, self.job.id, self.job.attempt, **columns):
+                raise LeaseLost
+            for event in batch:
+                self._write_event(session, event)
+
+        self._write(write)
+
+    def _write_event(self, session: Session, event: dict[str, Any]) -> None:
+        if event["kind"] == "message":
+            repository.add_event(session, self.job.id, event["message"], level=event["level"])
+        elif event["kind"] == "stage":
+            text = f"Stage {event['stage']}: {event['rows']} rows, {event['validation_rows']} for validation."
+            repository.add_event(session, self.job.id, text)
+        elif event["kind"] == "metrics":
+            shown = ("loss", "eval/loss", "rewards/accuracies", "eval/rewards/accuracies", "eval/rewards/margins")
+            values = ", ".join(f"{n}={event['metrics'][n]:.4f}" for n in shown if n in event["metrics"])
+            data = {"step": event["step"], "stage": event["stage"], "total_steps": event["total_steps"]}
+            data |= event["metrics"] | {"train_loss": event["metrics"].get("loss")}
+            message = f"Step {event['step']}/{event['total_steps']}: {values}"
+            repository.add_event(session, self.job.id, message, type="metrics", data=data)
+        elif event["kind"] == "checkpoint":
+            name = f"{model_name(self.job)}:ckpt-step-{event['step']}"
+            existing = repository.latest_checkpoint(session, self.job.id)
+            if existing is not None and existing.step_number >= event["step"]:
+                return  # written again after a resume; the first one is as good
+            session.add(
+                Checkpoint(
+                    id=new_id("ftckpt"),
+                    job_id=self.job.id,
+                    created_at=database_now(),
+                    stage=event["stage"],
+                    step_number=event["step"],
+                    model_name=name,
+                    metrics=_checkpoint_metrics(event["step"], event["metrics"]),
+                    prefix=f"{self.prefix}/{event['path']}",
+                )
+            )
+            repository.add_event(session, self.job.id, f"Checkpoint created at step {event['step']}: {name}")
+
+    def _upload_log(self) -> None:
+        path = self.folder / "trainer.log"
+        with suppress(Exception):  # a log that cannot be stored must not stop a training
+            self.services.storage.put_file(log_key(self.job.id, self.job.attempt), path)
+
+    # -- after -------------------------------------------------------------------------------------------------
+
+    def _finish(self, status: int) -> None:
+        if status == 0 and self.outcome is not None and self.outcome["kind"] == "done":
+            self._succeed(self.outcome)
+        elif self.outcome is not None and self.outcome["kind"] == "failed":
+            self._fail(self.outcome["code"], self.outcome["message"], self.outcome["param"])
+        elif status == STOPPED and self.stopping.is_set():
+            self._write(lambda session: self._end(session, Status.QUEUED, "The worker stops; the job will resume."))
+        else:
+            how = f"signal {-status}" if status < 0 else f"exit status {status}"
+            reason = f"The trainer died ({how})."
+            self._write(lambda session: repository.recover(session, self._current(session), Actor.RUNNER, reason))
+
+    def _succeed(self, outcome: dict[str, Any]) -> None:
+        """Upload the artifact, then make it visible in one transaction."""
+        name, result_id = model_name(self.job), new_id("file")
+        storage, result = self.services.storage, self.folder / "result.csv"
+        storage.put_folder(f"{self.prefix}/model", self.folder / "output")
+        storage.put_file(f"files/{result_id}", result)
+        adapter = self.job.spec["adapter"]
+
+        def write(session: Session) -> None:
+            self._end(
+                session,
+                Status.SUCCEEDED,
+                f"The job has succeeded. New fine-tuned model: {name}",
+                fine_tuned_model=name,
+                trained_tokens=outcome["trained_tokens"],
+                result_files=[result_id],
+                metrics=outcome["metrics"],
+            )
+            session.add(
+                Model(
+                    name=name,
+                    kind="full" if adapter == "none" else "adapter",
+                    project=self.job.project,
+                    created_at=database_now(),
+                    base_model=self.job.base_model,
+                    job_id=self.job.id,
+                    prefix=f"{self.prefix}/model",
+                    revision=None,
+                    details={"adapter": adapter, "quantization": self.job.spec["quantization"]},
+                )
+            )
+            session.add(
+                File(
+                    id=result_id,
+                    project=self.job.project,
+                    filename="step_metrics.csv",
+                    purpose="fine-tune-results",
+                    bytes=result.stat().st_size,
+                    sha256="",
+                    created_at=database_now(),
+                )
+            )
+
+        self._write(write)
+
+    def _fail(self, code: str, message: str, param: str | None) -> bool:
+        error = {"code": code, "message": message, "param": param}
+        self._write(lambda session: self._end(session, Status.FAILED, message, level="error", error=error))
+        return False
+
+    def _end(self, session: Session, target: Status, message: str, **values: Any) -> None:
+        taken = repository.transition(
+            session,
+            self.job.id,
+            Status.RUNNING,
+            target,
+            actor=Actor.RUNNER,
+            attempt=self.job.attempt,
+            message=message,
+            **values,
+        )
+        if not taken:
+            raise LeaseLost
+
+    def _current(self, session: Session) -> Job:
+        return session.get_one(Job, self.job.id)
+
+    def _write(self, work: Callable[[Session], Result]) -> Result:
+        """Run `work` in a transaction, again and again while the database is away and the lease is good."""
+        while True:
+            try:
+                with self.services.database.write() as session:
+                    return work(session)
+            except OperationalError as error:
+                self.log.warning("database out of reach", reason=str(error.orig))
+                if self.lease.lost.wait(1.0):
+                    raise LeaseLost from error
+
+
+def _columns(batch: list[dict[str, Any]]) -> dict[str, Any]:
+    """The job's columns after `batch`."""
+    columns: dict[str, Any] = {}
+    for event in batch:
+        if event["kind"] == "stage":
+            columns["stage"] = event["stage"]
+        elif event["kind"] == "metrics":
+            columns["progress"] = {
+                "step": event["step"],
+                "total_steps": event["total_steps"],
+                "seconds_remaining": event["seconds_remaining"],
+                "tokens_per_second": event["metrics"].get("tokens_per_second"),
+            }
+            columns["metrics"] = (columns.get("metrics") or {}) | event["metrics"]
+            columns["stage"] = event["stage"]
+        elif event["kind"] == "checkpoint":
+            columns["lost_attempts"] = 0
+    return columns or {"lost_attempts": Job.lost_attempts}
+
+
+def _checkpoint_metrics(step: int, metrics: dict[str, float]) -> dict[str, float]:
+    """The contract's names beside ours."""
+    names = {
+        "train_loss": "loss",
+        "train_mean_token_accuracy": "mean_token_accuracy",
+        "valid_loss": "eval/loss",
+        "valid_mean_token_accuracy": "eval/mean_token_accuracy",
+    }
+    contract = {theirs: metrics[ours] for theirs, ours in names.items() if ours in metrics}
+    return {"step": float(step), **contract, **metrics}
+
+
+def _read_lines(process: subprocess.Popen[bytes], lines: "queue.Queue[bytes | None]") -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.put(line)
+    lines.put(None)
+
+
+def _drain(lines: "queue.Queue[bytes | None]") -> tuple[list[dict[str, Any]], bool]:
+    """(events that came within a moment, whether the trainer closed its output)."""
+    batch: list[dict[str, Any]] = []
+    with suppress(queue.Empty):
+        line = lines.get(timeout=0.25)
+        while True:
+            if line is None:
+                return batch, True
+            batch.append(json.loads(line))
+            line = lines.get_nowait()
+    return batch, False
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    """End the trainer and whatever it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with suppress(OSError):
+                pipe.close()

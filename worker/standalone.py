@@ -1,0 +1,118 @@
+"""`dpo train SPEC.json --output DIR`: the engine alone, with no service.
+
+SPEC.json is the body of `POST /v1/fine_tuning/jobs` with file paths in place of file ids, relative to SPEC.json's
+folder; `model` names a base model as on a worker. DIR ends as the artifact folder.
+"""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from rich.console import Console
+
+from app.datasets.check import check
+from app.datasets.reader import DatasetError
+from app.errors import describe_validation_error
+from app.jobs.spec import JobSpec
+from app.settings import Settings
+from worker.base_models import BaseModels, ModelUnavailable
+from worker.runner import trainer_environment
+
+USAGE = 2
+
+
+class UsageError(Exception):
+    """A spec that cannot be run."""
+
+
+def train(spec_path: Path, output: Path, settings: Settings, console: Console) -> int:
+    """Run the trainer; returns the exit status: 0 done, 1 failed, 2 the spec or a file is wrong."""
+    try:
+        spec = _read_spec(spec_path)
+        if output.exists() and any(output.iterdir()):
+            raise UsageError(f"{output} exists and is not empty.")
+        base, revision = BaseModels(settings).locate(spec.model)
+    except (UsageError, ModelUnavailable) as error:
+        console.print(f"[red]{error}[/]", highlight=False)
+        return USAGE
+    with tempfile.TemporaryDirectory(prefix="dpo-train-") as name:
+        folder = Path(name)
+        (folder / "base").symlink_to(base.resolve(), target_is_directory=True)
+        (folder / "spec.json").write_text(spec.model_dump_json())
+        (folder / "run.json").write_text(json.dumps({"base_model": spec.model, "revision": revision}))
+        status = _run(folder, console)
+        if status == 0:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(folder / "output", output, dirs_exist_ok=True)
+            console.print(f"[green]Done.[/] The model is in {output}", highlight=False)
+        return status
+
+
+def _read_spec(path: Path) -> JobSpec:
+    try:
+        body = json.loads(path.read_text())
+        spec = JobSpec.model_validate(body).resolved()
+    except (OSError, json.JSONDecodeError) as error:
+        raise UsageError(f"{path}: {error}") from error
+    except ValidationError as error:
+        first: dict[str, Any] = dict(error.errors()[0])
+        first["loc"] = ("body", *first["loc"])
+        raise UsageError(f"{path}: {describe_validation_error(first)[0]}") from error
+    located = spec.model_dump(mode="json")
+    for field, name in spec.files():
+        file = (path.parent / name).resolve()
+        preference = spec.method.type == "dpo" and not field.startswith("sft.")
+        try:
+            with file.open("rb") as stream:
+                check(stream, preference=preference)
+        except (OSError, DatasetError) as error:
+            raise UsageError(f"{field}: {file}: {error}") from error
+        target = located["sft"] if field.startswith("sft.") else located
+        target[field.removeprefix("sft.")] = str(file)
+    return JobSpec.model_validate(located)
+
+
+def _run(folder: Path, console: Console) -> int:
+    with (folder / "trainer.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "worker.trainer", str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            start_new_session=True,
+            env=trainer_environment(),
+        )
+    assert process.stdout is not None
+    failed = False
+    try:
+        for line in process.stdout:
+            event = json.loads(line)
+            if event["kind"] == "metrics":
+                values = "  ".join(f"{name} {value:.4g}" for name, value in _shown(event["metrics"]))
+                console.print(f"{event['stage']} {event['step']}/{event['total_steps']}  {values}", highlight=False)
+            elif event["kind"] in ("message", "failed"):
+                failed |= event["kind"] == "failed"
+                console.print(event["message"], highlight=False)
+        status = process.wait()
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+        return 130
+    if status != 0 and not failed:
+        console.print((folder / "trainer.log").read_text()[-4000:], highlight=False)
+    return 0 if status == 0 else 1
+
+
+def _shown(metrics: dict[str, float]) -> list[tuple[str, float]]:
+    names = ("loss", "rewards/accuracies", "rewards/margins", "eval/loss", "eval/rewards/accuracies")
+    return [(name, metrics[name]) for name in names if name in metrics]
+
+
+if __name__ == "__main__":
+    sys.exit(train(Path(sys.argv[1]), Path(sys.argv[2]), Settings(), Console()))

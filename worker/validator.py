@@ -1,0 +1,92 @@
+"""CPU lane: check the files of a new job, then put it in the queue or fail it with line and field."""
+
+import tempfile
+from pathlib import Path
+
+import structlog
+
+from app.broker import Lane
+from app.datasets.check import Report, check
+from app.datasets.reader import DatasetError
+from app.jobs import repository
+from app.jobs.spec import JobSpec
+from app.jobs.states import Actor, Status
+from app.jobs.tables import Job
+from app.services import Services
+from worker.lease import Lease
+
+log = structlog.get_logger(__name__)
+
+
+def validate(services: Services, job: Job) -> None:
+    """Check the files of `job`, whose lease this worker has."""
+    with Lease(services.database, job.id, job.attempt):
+        try:
+            spec = JobSpec.model_validate(job.spec)
+            reports = [(field, _check(services, job, spec, field, file_id)) for field, file_id in spec.files()]
+        except _InvalidFile as invalid:
+            _fail(services, job, invalid)
+            return
+        except Exception as error:  # storage or disk: another attempt may do better, and they are counted
+            log.error("files could not be checked", job=job.id, exc_info=error)
+            with services.database.write() as session:
+                repository.recover(session, job, Actor.VALIDATOR, "The files could not be read.")
+            return
+        with services.database.write() as session:
+            queued = repository.transition(
+                session,
+                job.id,
+                Status.VALIDATING,
+                Status.QUEUED,
+                actor=Actor.VALIDATOR,
+                attempt=job.attempt,
+                message="Files validated, job queued: "
+                + "; ".join(f"{field}: {report.summary()}" for field, report in reports),
+            )
+    if queued:
+        services.broker.wake(Lane.GPU)
+
+
+class _InvalidFile(Exception):
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(reason)
+        self.field, self.reason = field, reason
+
+
+def _check(services: Services, job: Job, spec: JobSpec, field: str, file_id: str) -> Report:
+    preference = spec.method.type == "dpo" and not field.startswith("sft.")
+    with tempfile.TemporaryDirectory(dir=work_folder(services)) as folder:
+        path = Path(folder) / "dataset"
+        try:
+            services.storage.get_file(f"files/{file_id}", path)
+        except FileNotFoundError:
+            raise _InvalidFile(field, f"the file {file_id} is gone") from None
+        try:
+            with path.open("rb") as file:
+                return check(file, preference=preference)
+        except DatasetError as error:
+            raise _InvalidFile(field, str(error)) from error
+
+
+def _fail(services: Services, job: Job, invalid: _InvalidFile) -> None:
+    name = invalid.field.removeprefix("sft.")
+    error = {"code": f"invalid_{name}", "message": invalid.reason, "param": invalid.field}
+    with services.database.write() as session:
+        repository.transition(
+            session,
+            job.id,
+            Status.VALIDATING,
+            Status.FAILED,
+            actor=Actor.VALIDATOR,
+            attempt=job.attempt,
+            message=f"{invalid.field} cannot be trained on. {invalid.reason}",
+            level="error",
+            error=error,
+        )
+
+
+def work_folder(services: Services) -> Path:
+    """Where this worker keeps what it works on."""
+    folder = services.settings.home / "work"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
