@@ -146,6 +146,8 @@ def install_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     def http_exception(request: Request, error: HTTPException) -> JSONResponse:
+        if isinstance(error.__cause__, ServiceError):  # raised while FastAPI read the body, which it hides
+            return error.__cause__.response()
         headers = dict(error.headers or {})
         route = f"{request.method} {request.url.path}"
         if error.status_code == 404:

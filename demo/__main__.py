@@ -6,6 +6,7 @@ reward of sampled completions higher for DPO than for SFT than for the base, eac
 
 import argparse
 import json
+import math
 import os
 import signal
 import socket
@@ -16,6 +17,7 @@ import tempfile
 import time
 import warnings
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from app.cli.watch import watch
 from app.settings import Settings
 from demo import base_model, sampling, world
 
-PAIRS, HELD_OUT, DEMONSTRATIONS, SAMPLES = 800, 150, 500, 240
+PAIRS, HELD_OUT, DEMONSTRATIONS, SAMPLES = 800, 150, 500, 400
 console = Console(soft_wrap=True)
 
 
@@ -48,7 +50,7 @@ class Sampled:
 
     @property
     def standard_error(self) -> float:
-        return statistics.stdev(self.rewards) / len(self.rewards) ** 0.5
+        return statistics.stdev(self.rewards) / math.sqrt(len(self.rewards))
 
 
 def main() -> int:
@@ -149,11 +151,11 @@ def run_job(client: Client, files: dict[str, str]) -> dict[str, Any]:
         "validation_file": files["held-out"],
         "sft": {
             "training_file": files["demonstrations"],
-            "hyperparameters": {"learning_rate": 2e-3, "n_epochs": 2, "batch_size": 16},
+            "hyperparameters": {"learning_rate": 1e-3, "n_epochs": 2, "batch_size": 16},
         },
         "method": {
             "type": "dpo",
-            "dpo": {"hyperparameters": {"beta": 0.1, "learning_rate": 1e-3, "n_epochs": 1, "batch_size": 16}},
+            "dpo": {"hyperparameters": {"beta": 0.1, "learning_rate": 1.5e-4, "n_epochs": 1, "batch_size": 16}},
         },
         "adapter": {"r": 16, "alpha": 32},
         "quantization": "nf4",
@@ -213,7 +215,7 @@ def verdict(after: dict[str, float], sampled: list[Sampled]) -> list[str]:
     accuracy = after["eval/rewards/accuracies"]
     if accuracy < 0.8:
         problems.append(f"the held-out reward accuracy is {accuracy:.2f}, below 0.8")
-    for worse, better in zip(sampled, sampled[1:], strict=False):
+    for worse, better in pairwise(sampled):
         error = (worse.standard_error**2 + better.standard_error**2) ** 0.5
         if better.mean - worse.mean <= 2 * error:
             problems.append(f"{better.name} is not above {worse.name} by two standard errors")

@@ -68,7 +68,8 @@ def _write_untrained(folder: Path, texts: list[str]) -> None:
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    names = dict(zip(("bos_token", "eos_token", "pad_token"), special, strict=True))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
     torch.manual_seed(1)
     config = LlamaConfig(
         vocab_size=512,

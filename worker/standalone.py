@@ -93,7 +93,7 @@ def _run(folder: Path, console: Console) -> int:
     try:
         for line in process.stdout:
             event = json.loads(line)
-            if event["kind"] == "metrics":
+            if event["kind"] == "metrics" and _worth_a_line(event):
                 values = "  ".join(f"{name} {value:.4g}" for name, value in _shown(event["metrics"]))
                 console.print(f"{event['stage']} {event['step']}/{event['total_steps']}  {values}", highlight=False)
             elif event["kind"] in ("message", "failed"):
@@ -107,6 +107,12 @@ def _run(folder: Path, console: Console) -> int:
     if status != 0 and not failed:
         console.print((folder / "trainer.log").read_text()[-4000:], highlight=False)
     return 0 if status == 0 else 1
+
+
+def _worth_a_line(event: dict[str, Any]) -> bool:
+    """Validations, and a twentieth of the steps: `metrics.csv` has them all."""
+    every = max(1, event["total_steps"] // 20)
+    return event["step"] % every == 0 or any(name.startswith("eval/") for name in event["metrics"])
 
 
 def _shown(metrics: dict[str, float]) -> list[tuple[str, float]]:

@@ -44,7 +44,8 @@ def _raw_records(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
     first = file.read(3)
     if first == b"\xef\xbb\xbf":  # a byte order mark
         first = b""
-    head, line = first.lstrip(), 1 + first.count(b"\n")
+    head = first.lstrip()
+    line = 1 + first[: len(first) - len(head)].count(b"\n")
     while not head:
         more = file.read(_CHUNK)
         if not more:

@@ -179,7 +179,9 @@ class Adapter(Strict):
     @model_validator(mode="after")
     def _head_stays_frozen(self) -> Self:
         if "lm_head" in self.target_modules or "embed_tokens" in self.target_modules:
-            raise ValueError("target_modules can name layers inside the model only, not its head or embeddings")
+            raise inconsistent(
+                "target_modules", "'target_modules' can name layers inside the model, not its head or embeddings"
+            )
         return self
 
 

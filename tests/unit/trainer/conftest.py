@@ -12,12 +12,12 @@ os.environ.update(
     OMP_NUM_THREADS="1",  # these models are too small to gain from more, and tests share the machine
 )
 
-from pathlib import Path  # noqa: E402
+from pathlib import Path
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
-from tests.tiny_model import make_tiny_model  # noqa: E402
+from tests.tiny_model import make_tiny_model
 
 torch.set_num_threads(1)  # where another package's tests have imported torch before
 

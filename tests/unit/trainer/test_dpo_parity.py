@@ -179,7 +179,7 @@ def test_the_gradient_of_the_sigmoid_loss_is_that_of_the_paper() -> None:
 def test_an_undecided_pair_costs_ln_2_and_a_hopeless_one_is_finite() -> None:
     rewards = torch.tensor([[3.0, 3.0], [0.0, 1000.0], [1000.0, 0.0]], requires_grad=True)
     losses = sigmoid_loss(rewards)
-    losses.sum().backward()
+    losses.sum().backward()  # type: ignore[no-untyped-call]
     assert losses.tolist() == pytest.approx([math.log(2), 1000.0, 0.0])
     assert rewards.grad is not None
     assert rewards.grad.tolist() == [[-0.5, 0.5], [-1.0, 1.0], [0.0, 0.0]]

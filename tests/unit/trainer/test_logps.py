@@ -66,7 +66,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
 def test_a_frozen_head_gets_no_gradient() -> None:
     hidden, weight, bias, targets = make_inputs()
     hidden.requires_grad_()
-    token_logps(hidden, weight, bias, targets)[0].sum().backward()
+    token_logps(hidden, weight, bias, targets)[0].sum().backward()  # type: ignore[no-untyped-call]
     assert hidden.grad is not None
     assert weight.grad is None
     assert bias.grad is None
@@ -85,7 +85,7 @@ def test_logits_beyond_the_range_of_exp_stay_finite() -> None:
     hidden = torch.tensor([[1000.0], [1000.0]], requires_grad=True)
     weight = torch.tensor([[1.0], [0.0], [-1.0]])
     found, _ = token_logps(hidden, weight, None, torch.tensor([0, 2]))
-    found.sum().backward()
+    found.sum().backward()  # type: ignore[no-untyped-call]
     assert found.tolist() == [0.0, -2000.0]
     assert hidden.grad is not None
     assert hidden.grad.flatten().tolist() == [0.0, -2.0]
@@ -100,7 +100,7 @@ def test_half_precision_sums_in_single() -> None:
 
 
 def test_says_whether_the_target_is_the_most_likely_token() -> None:
-    hidden, weight, bias, targets = make_inputs()
+    hidden, weight, bias, _ = make_inputs()
     best = (hidden @ weight.T + bias).argmax(-1)
     mixed = torch.where(torch.arange(POSITIONS) % 2 == 0, best, (best + 1) % VOCABULARY)
     _, correct = token_logps(hidden, weight, bias, mixed)
@@ -111,13 +111,13 @@ def test_nothing_to_score_is_an_empty_result() -> None:
     hidden, weight, bias, _ = make_inputs()
     hidden.requires_grad_()
     found, correct = token_logps(hidden[:0], weight, bias, torch.zeros(0, dtype=torch.long))
-    found.sum().backward()
+    found.sum().backward()  # type: ignore[no-untyped-call]
     assert found.shape == correct.shape == (0,)
     assert hidden.grad is not None
     assert not hidden.grad.any()
 
 
-class LargestTensor(TorchDispatchMode):
+class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Remembers how large the largest tensor was that any operation made."""
 
     elements = 0
@@ -137,7 +137,7 @@ def test_no_more_than_a_chunk_of_logits_ever_exists() -> None:
     hidden = torch.randn(positions, 2, requires_grad=True)
     weight = torch.randn(VOCABULARY, 2, requires_grad=True)
     targets = torch.zeros(positions, dtype=torch.long)
-    with LargestTensor() as largest:
-        token_logps(hidden, weight, None, targets)[0].sum().backward()
+    with LargestTensor() as largest:  # type: ignore[no-untyped-call]
+        token_logps(hidden, weight, None, targets)[0].sum().backward()  # type: ignore[no-untyped-call]
     # The states themselves, and nothing of the size of all logits.
     assert largest.elements == hidden.numel() < positions * VOCABULARY

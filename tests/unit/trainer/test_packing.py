@@ -8,28 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.trainer.work import disturb, gradients, load, of_kind, parse, plain_logps
+from tests.unit.trainer.work import ROWS, disturb, gradients, load, make_row, of_kind, parse, plain_logps
 from worker.trainer.attention import tree_mask
-from worker.trainer.data import Response, Row
+from worker.trainer.data import Row
 from worker.trainer.events import Events, UserError
 from worker.trainer.model import Policy
 from worker.trainer.packing import padded_pack, plan, tree_pack
 
-
-def make_row(line: int, prompt: int, *responses: int) -> Row:
-    """A row of random tokens, given its lengths; the first token of the first response is not scored."""
-    generator = torch.Generator().manual_seed(line)
-
-    def ids(length: int) -> tuple[int, ...]:
-        return tuple(torch.randint(2, 300, (length,), generator=generator).tolist())
-
-    made = tuple(
-        Response(ids(length), tuple(k > 0 or j > 0 for j in range(length))) for k, length in enumerate(responses)
-    )
-    return Row(line, ids(prompt), made)
-
-
-ROWS = [make_row(1, 12, 5, 9), make_row(2, 3, 7, 2), make_row(3, 20, 4, 6)]
 RAW = [make_row(1, 0, 9), make_row(2, 0, 5), make_row(3, 4, 3)]
 
 

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor
 
 from tests.unit.trainer.work import (
+    ROWS,
     disturb,
     gradients,
     load,
@@ -44,8 +46,6 @@ def test_every_projection_is_in_nf4_and_the_adapter_is_not(llama: Path) -> None:
 
 
 def test_four_bits_move_the_log_probs_but_not_far(llama: Path) -> None:
-    from tests.unit.trainer.test_packing import ROWS
-
     exact, quantised = load(llama), load(llama, quantization="nf4")
     with torch.no_grad():
         for row in ROWS:
@@ -114,8 +114,6 @@ def test_the_gradients_of_a_quantised_base_are_those_of_its_dequantised_weights(
 
 
 def dequantised(layer: Linear4bit) -> torch.nn.Linear:
-    from bitsandbytes.functional import dequantize_4bit
-
     plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
     plain.weight = torch.nn.Parameter(dequantize_4bit(layer.weight.data, layer.weight.quant_state), False)
     return plain
@@ -128,8 +126,6 @@ def test_the_policy_stays_in_training_mode(trainer: Trainer) -> None:
 
 
 def test_dropout_is_the_adapters_and_is_switched_by_hand(llama: Path) -> None:
-    from tests.unit.trainer.test_packing import ROWS
-
     policy = disturb(load(llama, adapter={"r": 4, "dropout": 0.5}))
     (pack,) = policy.packs(ROWS, [0, 1, 2])
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from app.jobs.spec import JobSpec
 from tests.tiny_model import CORPUS
-from worker.trainer.data import Row
+from worker.trainer.data import Response, Row
 from worker.trainer.events import Events
 from worker.trainer.loop import Trainer
 from worker.trainer.model import Base, Policy, load_policy
@@ -47,6 +47,22 @@ def make_pairs(count: int, seed: int = 0) -> list[Record]:
         }
         for number in range(count)
     ]
+
+
+def make_row(line: int, prompt: int, *responses: int) -> Row:
+    """A row of random tokens, given its lengths; the first token of the first response is not scored."""
+    generator = torch.Generator().manual_seed(line)
+
+    def ids(length: int) -> tuple[int, ...]:
+        return tuple(torch.randint(2, 300, (length,), generator=generator).tolist())
+
+    made = tuple(
+        Response(ids(length), tuple(k > 0 or j > 0 for j in range(length))) for k, length in enumerate(responses)
+    )
+    return Row(line, ids(prompt), made)
+
+
+ROWS = [make_row(1, 12, 5, 9), make_row(2, 3, 7, 2), make_row(3, 20, 4, 6)]
 
 
 def write_records(path: Path, records: Sequence[Record]) -> None:

@@ -1,0 +1,33 @@
+"""Models and data of the acceptance tests, made here."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_model import make_tiny_model
+
+WORDS = "sun moon star rain snow wind leaf tree bird fish".split()
+
+
+def pairs(count: int, seed: int) -> list[dict[str, str]]:
+    """Preference pairs in which the answer that repeats the question's word is preferred."""
+    generator = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        asked, other = generator.sample(WORDS, 2)
+        rows.append({"prompt": f"say {asked}: ", "chosen": f"{asked} it is", "rejected": f"no {other} at all"})
+    return rows
+
+
+def write(path: Path, rows: list[dict[str, str]]) -> Path:
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A DPO_HOME with one base model, `tiny`."""
+    make_tiny_model(tmp_path / "home" / "models" / "tiny")
+    return tmp_path / "home"

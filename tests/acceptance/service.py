@@ -1,0 +1,128 @@
+"""A real service for acceptance tests: `dpo serve` as a process tree, on any stack."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from openai import OpenAI
+
+from tests.servers import free_port, postgres, redis_server, s3, wait_until
+
+
+@dataclass(frozen=True)
+class Running:
+    """A service that answers."""
+
+    url: str
+    key: str
+    home: Path
+    environment: dict[str, str]
+    process: subprocess.Popen[bytes]
+
+    def openai(self) -> OpenAI:
+        """The official client; a response that is not the contract's raises."""
+        return OpenAI(base_url=self.url, api_key=self.key, _strict_response_validation=True, max_retries=0)
+
+    def http(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {self.key}"}, timeout=60)
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        with self.http() as client:
+            found: dict[str, Any] = client.get(f"/fine_tuning/jobs/{job_id}").raise_for_status().json()
+        return found
+
+    def wait_for(self, job_id: str, reached: Callable[[dict[str, Any]], bool], seconds: float = 120) -> dict[str, Any]:
+        """The job, once `reached` holds for it."""
+        seen: dict[str, Any] = {}
+
+        def look() -> bool:
+            seen.update(self.job(job_id))
+            assert reached(seen) or seen["status"] not in ("failed", "cancelled", "succeeded"), seen
+            return reached(seen)
+
+        try:
+            wait_until(look, f"job {job_id}", seconds)
+        except AssertionError as error:
+            raise AssertionError(f"the job ended as {seen['status']}: {seen['error']}") from error
+        return seen
+
+    def dpo(self, *arguments: str, **options: Any) -> "subprocess.CompletedProcess[str]":
+        """Run the command-line client."""
+        environment = self.environment | {"DPO_BASE_URL": self.url, "DPO_API_KEY": self.key}
+        command = [sys.executable, "-m", "app.cli.main", *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, **options)
+
+
+@contextmanager
+def running(home: Path, extra: dict[str, str] | None = None) -> Iterator[Running]:
+    """Start `dpo serve` with `home`/models as its base models; stop it with SIGTERM at the end."""
+    port = free_port()
+    environment = os.environ | {"DPO_HOME": str(home), "DPO_PORT": str(port)} | (extra or {})
+    log = home / "serve.log"
+    home.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "app.cli.main", "serve"], env=environment, stdout=output, stderr=output
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+
+        def ready() -> bool:
+            assert process.poll() is None, log.read_text()
+            return httpx.get(f"{url}/readyz").status_code == 200 and bool(service.openai().models.list().data)
+
+        service = Running(f"{url}/v1", "", home, environment, process)
+        wait_until(lambda: (home / "admin.key").exists(), "the admin key")
+        service = Running(f"{url}/v1", (home / "admin.key").read_text().strip(), home, environment, process)
+        wait_until(ready, "the service")
+        yield service
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+
+
+@contextmanager
+def stack(name: str) -> Iterator[dict[str, str]]:
+    """The environment of the stack `embedded`, or of `servers`: PostgreSQL, Redis and S3, each throwaway."""
+    if name == "embedded":
+        yield {}
+        return
+    with ExitStack() as servers:
+        yield {
+            "DPO_DATABASE_URL": servers.enter_context(postgres()),
+            "DPO_BROKER_URL": servers.enter_context(redis_server()),
+            **servers.enter_context(s3()),
+        }
+
+
+def trainers(home: Path) -> list[int]:
+    """Pids of the trainer processes that work under `home`."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes().decode().split("\0")
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if "worker.trainer" in command and any(part.startswith(str(home)) for part in command):
+                found.append(int(entry.name))
+    return found
+
+
+def lanes(service: Running, lane: str) -> list[int]:
+    """Pids of the worker processes of `lane` that this service started."""
+    children = Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children").read_text().split()
+    return [
+        int(pid) for pid in children if Path(f"/proc/{pid}/cmdline").read_bytes().endswith(f"worker\0{lane}\0".encode())
+    ]

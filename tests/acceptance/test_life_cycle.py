@@ -1,0 +1,91 @@
+"""What happens to a running job when it is cancelled, when its worker dies, and when the service stops."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.acceptance.conftest import pairs, write
+from tests.acceptance.service import Running, lanes, running, stack, trainers
+from tests.servers import wait_until
+
+
+def start_long_job(service: Running, folder: Path) -> str:
+    """A job that is in its training loop, with hundreds of steps to go and a checkpoint every few."""
+    client = service.openai()
+    file = client.files.create(file=write(folder / "train.jsonl", pairs(40, seed=1)), purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(
+        model="tiny",
+        training_file=file.id,
+        seed=3,
+        method={"type": "dpo"},
+        extra_body={
+            "method": {
+                "type": "dpo",
+                "dpo": {"hyperparameters": {"batch_size": 8, "max_steps": 400, "checkpoint_every": 5}},
+            }
+        },
+    )
+    service.wait_for(job.id, lambda seen: bool(seen["progress"]) and seen["progress"]["step"] >= 7)
+    return job.id
+
+
+def test_cancel_stops_the_trainer_and_keeps_the_checkpoints(home: Path, tmp_path: Path) -> None:
+    with running(home) as service:
+        job_id = start_long_job(service, tmp_path)
+        assert len(trainers(home)) == 1
+        assert service.openai().fine_tuning.jobs.cancel(job_id).status == "cancelled"
+        wait_until(lambda: not trainers(home), "the trainer's end", seconds=10)
+        assert service.openai().fine_tuning.jobs.checkpoints.list(job_id).data
+        assert service.job(job_id)["status"] == "cancelled"
+        wait_until(lambda: not list((home / "work").iterdir()), "an empty work folder")
+
+
+@pytest.mark.parametrize("victim", ["trainer", "worker"])
+def test_a_killed_process_costs_an_attempt_and_no_more(victim: str, home: Path, tmp_path: Path) -> None:
+    """kill -9: the trainer does not outlive its runner, and the job resumes from its checkpoint."""
+    with running(home) as service:
+        job_id = start_long_job(service, tmp_path)
+        before = service.job(job_id)
+        if victim == "trainer":
+            os.kill(trainers(home)[0], signal.SIGKILL)
+            resumes(service, job_id, before["attempt"])
+            service.openai().fine_tuning.jobs.cancel(job_id)
+        else:
+            (gpu,) = lanes(service, "gpu")
+            os.kill(gpu, signal.SIGKILL)
+            wait_until(lambda: not trainers(home), "the orphan's end", seconds=10)
+            wait_until(lambda: service.process.poll() is not None, "the service's end")
+    if victim == "worker":  # `dpo serve` ends where a part of it died; whoever runs it starts it again
+        with running(home) as service:
+            resumes(service, job_id, before["attempt"])
+            service.openai().fine_tuning.jobs.cancel(job_id)
+
+
+def resumes(service: Running, job_id: str, attempt: int) -> None:
+    """The next attempt goes on from a checkpoint, and makes steps of its own."""
+    listed = service.openai().fine_tuning.jobs.list_events
+
+    def resumed() -> bool:
+        newest = listed(job_id, limit=100).data
+        at = [n for n, event in enumerate(newest) if event.message.startswith("Resumed stage dpo after step")]
+        return bool(at) and any(event.type == "metrics" for event in newest[: at[0]])
+
+    wait_until(resumed, "the resumed training")
+    assert service.job(job_id)["attempt"] == attempt + 1
+
+
+@pytest.mark.parametrize("name", ["embedded", "servers"])
+def test_a_stopped_service_hands_its_job_back(name: str, home: Path, tmp_path: Path) -> None:
+    """SIGTERM: checkpoint, back to the queue, no attempt counted as lost; the next service resumes."""
+    with stack(name) as environment:
+        with running(home, environment) as service:
+            job_id = start_long_job(service, tmp_path)
+            attempt = service.job(job_id)["attempt"]
+        assert not trainers(home)
+        with running(home, environment) as service:
+            resumes(service, job_id, attempt)
+            messages = [e.message for e in service.openai().fine_tuning.jobs.list_events(job_id, limit=100).data]
+            assert "The worker stops; the job will resume." in messages
+            service.openai().fine_tuning.jobs.cancel(job_id)

@@ -1,0 +1,162 @@
+"""The main path as its users walk it: the official client, then plain peft and transformers on the result."""
+
+import csv
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from openai import BadRequestError, NotFoundError
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer, BitsAndBytesConfig
+
+from tests.acceptance.conftest import pairs, write
+from tests.acceptance.service import Running, running, stack
+
+
+@pytest.mark.parametrize("name", ["embedded", "servers"])
+def test_upload_train_and_load_the_adapter(
+    name: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with stack(name) as environment, running(home, environment) as service:
+        validation = pairs(12, seed=2)
+        adapter = train_with_the_official_client(service, tmp_path, validation)
+    # The adapter names its base by the model's name; where that is a folder is the user's affair.
+    monkeypatch.chdir(home / "models")
+    log_probs_are_as_reported(adapter, validation)
+
+
+def train_with_the_official_client(service: Running, folder: Path, validation: list[dict[str, str]]) -> Path:
+    client = service.openai()
+    training_file = client.files.create(file=write(folder / "train.jsonl", pairs(48, seed=1)), purpose="fine-tune")
+    validation_file = client.files.create(file=write(folder / "valid.jsonl", validation), purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(
+        model="tiny",
+        training_file=training_file.id,
+        validation_file=validation_file.id,
+        suffix="echo",
+        seed=11,
+        method={
+            "type": "dpo",
+            "dpo": {"hyperparameters": {"beta": 0.1, "batch_size": 8, "n_epochs": 2, "learning_rate_multiplier": 20}},
+        },
+        metadata={"from": "test"},
+        extra_body={"sft": {"hyperparameters": {"batch_size": 8}}, "quantization": "nf4", "adapter": {"r": 4}},
+    )
+    assert job.status == "validating_files"
+    service.wait_for(job.id, lambda seen: seen["status"] == "succeeded")
+    job = client.fine_tuning.jobs.retrieve(job.id)
+    assert job.fine_tuned_model is not None and job.fine_tuned_model.startswith("ft:tiny:default:echo:")
+    assert job.trained_tokens and job.finished_at and job.error is None
+
+    events = list(client.fine_tuning.jobs.list_events(job.id, limit=7))
+    assert len({event.id for event in events}) == len(events), "pages overlap"
+    metrics = [event.data for event in reversed(events) if event.type == "metrics"]
+    assert [m["step"] for m in metrics if isinstance(m, dict) and m["stage"] == "dpo" and "loss" in m] == [
+        *range(7, 19)
+    ]
+    first = next(m for m in metrics if isinstance(m, dict) and m["stage"] == "dpo" and "loss" in m)
+    assert first["loss"] == pytest.approx(0.693147, abs=1e-5), "the reference is the policy at step 0"
+
+    checkpoints = list(client.fine_tuning.jobs.checkpoints.list(job.id))
+    assert checkpoints[0].step_number == 18 and {c.fine_tuning_job_id for c in checkpoints} == {job.id}
+    assert [c.step_number for c in checkpoints] == sorted((c.step_number for c in checkpoints), reverse=True)
+
+    (result_id,) = job.result_files
+    assert client.files.retrieve(result_id).purpose == "fine-tune-results"
+    rows = list(csv.DictReader(io.StringIO(client.files.content(result_id).text)))
+    assert list(rows[0]) == ["step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy"]
+    assert float(rows[-1]["train_loss"]) > 0 and rows[-1]["step"] == "18"
+
+    names = {model.id for model in client.models.list()}
+    assert {"tiny", job.fine_tuned_model} <= names
+    with pytest.raises(BadRequestError):
+        client.fine_tuning.jobs.create(model="tiny", training_file=result_id)
+
+    adapter = folder / "adapter"
+    downloaded = service.dpo("models", "download", job.fine_tuned_model, "--output", str(adapter))
+    assert downloaded.returncode == 0, downloaded.stderr
+    with service.http() as http:
+        content = http.get(f"/models/{checkpoints[-1].fine_tuned_model_checkpoint}/download").content
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        assert "adapter_model.safetensors" in archive.getnames()
+
+    assert client.models.delete(job.fine_tuned_model).deleted
+    with pytest.raises(NotFoundError):
+        client.models.retrieve(job.fine_tuned_model)
+    return adapter
+
+
+def log_probs_are_as_reported(adapter: Path, validation: list[dict[str, str]]) -> None:
+    """Plain peft on the same quantised base gives the log-probs that the job reported."""
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    model = AutoPeftModelForCausalLM.from_pretrained(adapter, quantization_config=quantization, dtype=torch.float32)
+    model.train()  # bitsandbytes on some CPUs computes with other weights in evaluation mode
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    reported = [json.loads(line) for line in (adapter / "validation_logps.jsonl").read_text().splitlines()]
+    assert [entry["line"] for entry in reported] == list(range(1, len(validation) + 1))
+    for entry, row in zip(reported, validation, strict=True):
+        for side, value in zip(("chosen", "rejected"), entry["logps"], strict=True):
+            text = row["prompt"] + row[side] + tokenizer.eos_token
+            encoded = tokenizer(text, return_offsets_mapping=True, return_tensors="pt")
+            with torch.no_grad():
+                logps = model(input_ids=encoded.input_ids).logits[0].log_softmax(-1)
+            answer = [i for i, (_, end) in enumerate(encoded.offset_mapping[0].tolist()) if end > len(row["prompt"])]
+            expected = sum(logps[i - 1, encoded.input_ids[0, i]].item() for i in answer)
+            assert value == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_command_line_walks_the_same_path(home: Path, tmp_path: Path) -> None:
+    """`dpo jobs create --watch` uploads, follows and says what to do next; a bad file fails with line and field."""
+    with running(home) as service:
+        training = write(tmp_path / "train.jsonl", pairs(24, seed=1))
+        done = service.dpo(
+            "jobs", "create", "--model", "tiny", "--training-file", str(training), "--sft", "--beta", "0.2", "--watch"
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "AutoPeftModelForCausalLM" in done.stdout and "vllm serve tiny" in done.stdout
+        (listed,) = json.loads(service.dpo("jobs", "list", "--json").stdout)
+        assert listed["status"] == "succeeded"
+        assert service.dpo("jobs", "logs", listed["id"]).returncode == 0
+        assert json.loads(service.dpo("jobs", "show", listed["id"], "--json").stdout)["id"] == listed["id"]
+        assert service.dpo("jobs", "cancel", listed["id"]).returncode == 2
+
+        # A model made here is where the next job starts: its adapter goes on.
+        body = {"model": listed["fine_tuned_model"], "method": {"type": "dpo"}, "suffix": "again"}
+        spec = tmp_path / "spec.json"
+        spec.write_text(json.dumps(body | {"training_file": listed["training_file"]}))
+        chained = service.dpo("jobs", "create", "--spec", str(spec), "--watch", "--json")
+        assert chained.returncode == 0, chained.stdout + chained.stderr
+        assert json.loads(chained.stdout)["fine_tuned_model"].startswith("ft:tiny:default:again:")
+
+        training.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "b"}\n')
+        failed = service.dpo("jobs", "create", "--model", "tiny", "--training-file", str(training), "--watch")
+        assert failed.returncode == 1
+        assert "Line 2" in failed.stdout and "'rejected'" in failed.stdout
+        unknown = service.dpo("jobs", "create", "--model", "nothing", "--training-file", str(training))
+        assert unknown.returncode == 2 and "does not exist" in unknown.stderr
+
+
+def test_the_trainer_runs_alone(home: Path, tmp_path: Path) -> None:
+    """`dpo train` makes the same artifact folder with no service."""
+    write(tmp_path / "train.jsonl", pairs(24, seed=1))
+    spec = tmp_path / "spec.json"
+    spec.write_text(json.dumps({"model": "tiny", "training_file": "train.jsonl", "method": {"type": "dpo"}, "seed": 1}))
+    service = Running("", "", home, {"DPO_HOME": str(home), "PATH": ""}, None)  # type: ignore[arg-type]
+    output = tmp_path / "made"
+    done = service.dpo("train", str(spec), "--output", str(output))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "metrics.csv", "spec.json"} <= {
+        path.name for path in output.iterdir()
+    }
+    assert service.dpo("train", str(spec), "--output", str(output)).returncode == 2, "a folder with things in it"
+    spec.write_text(json.dumps({"model": "../tiny", "training_file": "train.jsonl"}))
+    refused = service.dpo("train", str(spec), "--output", str(tmp_path / "other"))
+    assert refused.returncode == 2 and not (tmp_path / "other").exists()

@@ -1,0 +1,8 @@
+"""What all tests share: nothing may reach a hub, and the environment of the person who runs them stays out."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+for name in [name for name in os.environ if name.startswith(("DPO_", "AWS_")) and name != "DPO_SHARED"]:
+    del os.environ[name]

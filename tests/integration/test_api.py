@@ -1,0 +1,318 @@
+"""The HTTP contract: wire shapes, errors, and that a refused request leaves nothing behind."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from httpx import Response
+from sqlalchemy import func, select
+
+from app.files.tables import File
+from app.jobs.tables import Job
+from app.keys.service import generate, well_formed
+from app.services import Services
+
+ROW = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+
+
+def upload(client: TestClient, content: bytes = ROW, **form: str) -> str:
+    answer = client.post("/v1/files", files={"file": ("p.jsonl", content)}, data={"purpose": "fine-tune", **form})
+    assert answer.status_code == 200, answer.text
+    file_id: str = answer.json()["id"]
+    return file_id
+
+
+def error_of(answer: Response, status: int) -> dict[str, Any]:
+    """The error of `answer`, which has the contract's shape and nothing else."""
+    assert answer.status_code == status, answer.text
+    assert list(answer.json()) == ["error"]
+    error: dict[str, Any] = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    return error
+
+
+def rows(services: Services) -> tuple[int, int]:
+    with services.database.read() as session:
+        counts = [session.scalars(select(func.count()).select_from(table)).one() for table in (File, Job)]
+    return counts[0], counts[1]
+
+
+def objects(services: Services) -> int:
+    return len(services.storage.list("files"))
+
+
+# -- keys and hosts -------------------------------------------------------------------------------------------
+
+PRIVATE = [
+    ("POST", "/v1/files"),
+    ("GET", "/v1/files"),
+    ("GET", "/v1/files/x/content"),
+    ("DELETE", "/v1/files/x"),
+    ("POST", "/v1/fine_tuning/jobs"),
+    ("GET", "/v1/fine_tuning/jobs/x/events"),
+    ("GET", "/v1/fine_tuning/jobs/x/logs"),
+    ("GET", "/v1/models/x/download"),
+    ("DELETE", "/v1/models/x"),
+    ("GET", "/v1/unknown"),
+]
+
+
+@pytest.mark.parametrize(("method", "path"), PRIVATE)
+def test_every_route_needs_a_good_key(client: TestClient, method: str, path: str) -> None:
+    for header in ("", "Bearer ", "Bearer dpo_wrong", f"Bearer {generate()}", "Basic abc"):
+        error = error_of(client.request(method, path, headers={"Authorization": header}), 401)
+        assert error["code"] in ("missing_api_key", "invalid_api_key")
+
+
+def test_made_keys_are_good_until_they_expire(client: TestClient, services: Services) -> None:
+    key = services.keys.create("ci")
+    assert well_formed(key)
+    assert client.get("/v1/files", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+    expired = services.keys.create("old", lifetime_days=-1)
+    error_of(client.get("/v1/files", headers={"Authorization": f"Bearer {expired}"}), 401)
+    mistyped = key[:-1] + ("0" if key[-1] != "0" else "1")
+    assert not well_formed(mistyped)
+
+
+def test_a_key_of_another_project_sees_nothing(client: TestClient, services: Services) -> None:
+    file_id = upload(client)
+    other = {"Authorization": f"Bearer {services.keys.create('other', project='other')}"}
+    error_of(client.get(f"/v1/files/{file_id}", headers=other), 404)
+    error_of(client.get(f"/v1/files/{file_id}/content", headers=other), 404)
+    error_of(client.delete(f"/v1/files/{file_id}", headers=other), 404)
+    assert client.get("/v1/files", headers=other).json()["data"] == []
+    body = {"model": "tiny", "training_file": file_id}
+    assert error_of(client.post("/v1/fine_tuning/jobs", json=body, headers=other), 400)["param"] == "training_file"
+
+
+def test_public_paths_need_no_key_but_a_known_host(client: TestClient) -> None:
+    for path in ("/healthz", "/readyz", "/openapi.json", "/docs"):
+        assert client.get(path, headers={"Authorization": ""}).status_code == 200
+        assert error_of(client.get(path, headers={"Host": "evil.example"}), 400)["code"] == "invalid_host"
+
+
+# -- files ----------------------------------------------------------------------------------------------------
+
+
+def test_a_file_comes_back_byte_for_byte(client: TestClient, services: Services) -> None:
+    content = ROW * 400_000  # 18 MB: several parts of the object store's multipart upload
+    file_id = upload(client, content)
+    description = client.get(f"/v1/files/{file_id}").json()
+    assert description["bytes"] == len(content)
+    assert description["purpose"] == "fine-tune"
+    assert client.get(f"/v1/files/{file_id}/content").content == content
+    assert client.delete(f"/v1/files/{file_id}").json() == {"id": file_id, "object": "file", "deleted": True}
+    error_of(client.get(f"/v1/files/{file_id}"), 404)
+    error_of(client.delete(f"/v1/files/{file_id}"), 404)
+
+
+def test_pages_of_files(client: TestClient) -> None:
+    made = [upload(client) for _ in range(5)]
+    first = client.get("/v1/files", params={"limit": 2, "order": "asc"}).json()
+    assert [item["id"] for item in first["data"]] == made[:2]
+    assert first["has_more"] and first["first_id"] == made[0] and first["last_id"] == made[1]
+    rest = client.get("/v1/files", params={"limit": 3, "order": "asc", "after": made[1]}).json()
+    assert [item["id"] for item in rest["data"]] == made[2:]
+    assert not rest["has_more"]
+    newest = client.get("/v1/files").json()
+    assert [item["id"] for item in newest["data"]] == made[::-1]
+    assert error_of(client.get("/v1/files", params={"after": "file-none"}), 404)["param"] == "after"
+    assert error_of(client.get("/v1/files", params={"limit": 0}), 400)["param"] == "limit"
+
+
+HEADERS = {"content-type": "multipart/form-data; boundary=xx"}
+PART = '--xx\r\nContent-Disposition: form-data; name="{}"{}\r\n\r\n{}\r\n'
+PURPOSE = PART.format("purpose", "", "fine-tune")
+FILE = PART.format("file", '; filename="p.jsonl"', "abc")
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "param"),
+    [
+        (FILE + "--xx--", "missing_required_parameter", "purpose"),
+        (PURPOSE + "--xx--", "missing_required_parameter", "file"),
+        (PURPOSE + FILE, "invalid_multipart", None),
+        ((PURPOSE + FILE + "--xx--")[:-60], "invalid_multipart", None),
+        ("", "invalid_multipart", None),
+        ("no boundary at all", "invalid_multipart", None),
+        (PURPOSE + FILE + FILE + "--xx--", "invalid_multipart", None),
+        (PART.format("purpose", "", "assistants") + FILE + "--xx--", "invalid_value", "purpose"),
+        (PURPOSE + PART.format("file", '; filename="p"', "") + "--xx--", "empty_file", "file"),
+        (PURPOSE + FILE + PART.format("colour", "", "red") + "--xx--", "unknown_parameter", "colour"),
+        (PURPOSE + FILE + PART.format("expires_after[seconds]", "", "9") + "--xx--", "unsupported_parameter", "expires_after"),
+    ],
+)  # fmt: skip
+def test_a_bad_upload_leaves_nothing(
+    client: TestClient, services: Services, body: str, code: str, param: str | None
+) -> None:
+    error = error_of(client.post("/v1/files", content=body, headers=HEADERS), 400)
+    assert (error["code"], error["param"]) == (code, param)
+    assert rows(services) == (0, 0)
+    assert objects(services) == 0
+
+
+def test_an_upload_that_is_not_multipart(client: TestClient, services: Services) -> None:
+    assert error_of(client.post("/v1/files", json={}), 400)["code"] == "invalid_content_type"
+    assert objects(services) == 0
+
+
+# -- jobs -----------------------------------------------------------------------------------------------------
+
+
+def test_a_job_is_stored_with_everything_written_out(client: TestClient) -> None:
+    file_id = upload(client)
+    body = {
+        "model": "tiny",
+        "training_file": file_id,
+        "method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": "auto"}}},
+        "sft": {},
+        "metadata": {"team": "search"},
+        "suffix": "x",
+        "seed": 5,
+    }
+    job = client.post("/v1/fine_tuning/jobs", json=body).json()
+    assert job["object"] == "fine_tuning.job"
+    assert job["status"] == "validating_files"
+    assert job["method"]["dpo"]["hyperparameters"]["beta"] == 0.2
+    assert job["hyperparameters"] == {"batch_size": 16, "learning_rate_multiplier": 1.0, "n_epochs": 1}
+    assert (job["adapter"]["r"], job["quantization"], job["seed"]) == (16, "nf4", 5)
+    assert job["error"] is None and job["result_files"] == [] and not job["paused"]
+    assert client.get(f"/v1/fine_tuning/jobs/{job['id']}").json() == job
+    events = client.get(f"/v1/fine_tuning/jobs/{job['id']}/events").json()["data"]
+    assert [event["message"] for event in events] == [f"Created fine-tuning job: {job['id']}"]
+    listed = client.get("/v1/fine_tuning/jobs", params={"metadata[team]": "search"}).json()["data"]
+    assert [item["id"] for item in listed] == [job["id"]]
+    assert client.get("/v1/fine_tuning/jobs", params={"metadata[team]": "ads"}).json()["data"] == []
+
+
+def test_a_job_that_ended_cannot_be_cancelled_again(client: TestClient) -> None:
+    job = client.post("/v1/fine_tuning/jobs", json={"model": "tiny", "training_file": upload(client)}).json()
+    cancelled = client.post(f"/v1/fine_tuning/jobs/{job['id']}/cancel").json()
+    assert cancelled["status"] == "cancelled" and cancelled["finished_at"]
+    again = client.post(f"/v1/fine_tuning/jobs/{job['id']}/cancel")
+    assert error_of(again, 409)["code"] == "job_already_ended"
+    assert again.headers["x-should-retry"] == "false"
+
+
+DPO = {"type": "dpo"}
+BAD_JOBS: list[tuple[dict[str, Any], str, str]] = [
+    ({"model": "gpt-4o-mini"}, "model_not_found", "model"),
+    ({"model": "../tiny"}, "model_not_found", "model"),
+    ({"model": "/etc"}, "model_not_found", "model"),
+    ({"model": ""}, "invalid_value", "model"),
+    ({"model": 5}, "invalid_value", "model"),
+    ({"training_file": "file-none"}, "file_not_found", "training_file"),
+    ({"training_file": "../../etc/passwd"}, "file_not_found", "training_file"),
+    ({"validation_file": "file-none"}, "file_not_found", "validation_file"),
+    ({"method": DPO, "sft": {"training_file": "file-none"}}, "file_not_found", "sft.training_file"),
+    ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}}, "invalid_value", "method.dpo.hyperparameters.beta"),
+    ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": -1}}}}, "invalid_value", "method.dpo.hyperparameters.beta"),
+    ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 101}}}}, "invalid_value", "method.dpo.hyperparameters.beta"),
+    ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": "0.1"}}}}, "invalid_value", "method.dpo.hyperparameters.beta"),
+    ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"loss": "ipo"}}}}, "invalid_value", "method.dpo.hyperparameters.loss"),
+    ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"label_smoothing": 0.1}}}}, "unsupported_parameter", "method.dpo.hyperparameters.label_smoothing"),
+    ({"method": {"type": "reinforcement"}}, "invalid_value", "method.type"),
+    ({"method": {"type": "dpo", "supervised": {}}}, "invalid_value", "method.supervised"),
+    ({"method": {"type": "supervised"}, "sft": {}}, "invalid_value", "sft"),
+    ({"hyperparameters": {"n_epochs": 1}, "method": DPO}, "invalid_value", "hyperparameters"),
+    ({"hyperparameters": {"n_epochs": 51}}, "invalid_value", "hyperparameters.n_epochs"),
+    ({"hyperparameters": {"batch_size": True}}, "invalid_value", "hyperparameters.batch_size"),
+    ({"traning_file": "x"}, "unknown_parameter", "traning_file"),
+    ({"gates": [{"metric": "loss", "max": 1}]}, "unsupported_parameter", "gates"),
+    ({"integrations": [{"type": "wandb", "wandb": {"project": "x"}}]}, "unsupported_parameter", "integrations"),
+    ({"timeout_seconds": 5}, "unsupported_parameter", "timeout_seconds"),
+    ({"adapter": {"r": 0}}, "invalid_value", "adapter.r"),
+    ({"adapter": {"use_dora": True}}, "unsupported_parameter", "adapter.use_dora"),
+    ({"adapter": {"target_modules": ["lm_head"]}}, "invalid_value", "adapter.target_modules"),
+    ({"adapter": "none", "quantization": "nf4"}, "invalid_value", "quantization"),
+    ({"quantization": "int8"}, "invalid_value", "quantization"),
+    ({"suffix": "../x"}, "invalid_value", "suffix"),
+    ({"seed": -1}, "invalid_value", "seed"),
+    ({"metadata": {"k": 5}}, "invalid_value", "metadata.k"),
+    ({"validation_split": 0.9}, "invalid_value", "validation_split"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "code", "param"), BAD_JOBS, ids=[str(case[0])[:60] for case in BAD_JOBS])
+def test_a_bad_job_is_refused_by_name_and_leaves_nothing(
+    client: TestClient, services: Services, change: dict[str, Any], code: str, param: str
+) -> None:
+    body = {"model": "tiny", "training_file": upload(client)} | change
+    error = error_of(client.post("/v1/fine_tuning/jobs", json=body), 400)
+    assert (error["code"], error["param"]) == (code, param)
+    assert rows(services) == (1, 0)
+
+
+def test_a_misspelt_field_gets_a_suggestion(client: TestClient) -> None:
+    answer = client.post("/v1/fine_tuning/jobs", json={"model": "tiny", "traning_file": "x"})
+    assert "Did you mean 'training_file'?" in answer.json()["error"]["message"]
+
+
+def test_a_deleted_file_cannot_be_trained_on(client: TestClient, services: Services) -> None:
+    file_id = upload(client)
+    client.delete(f"/v1/files/{file_id}")
+    body = {"model": "tiny", "training_file": file_id}
+    assert error_of(client.post("/v1/fine_tuning/jobs", json=body), 400)["param"] == "training_file"
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'"x"', b"\xff\xfe", b'{"model": NaN}', b"null"])
+def test_a_body_that_is_not_a_json_object(client: TestClient, services: Services, content: bytes) -> None:
+    headers = {"content-type": "application/json"}
+    error_of(client.post("/v1/fine_tuning/jobs", content=content, headers=headers), 400)
+    assert rows(services) == (0, 0)
+
+
+def test_statuses_that_no_route_makes(client: TestClient) -> None:
+    assert error_of(client.get("/v1/nothing"), 404)["code"] == "unknown_url"
+    assert error_of(client.get("/"), 404)["code"] == "unknown_url"
+    assert error_of(client.put("/v1/files"), 405)["code"] == "method_not_allowed"
+    huge = b'{"model": "' + b"x" * 2_000_000 + b'"}'
+    assert error_of(client.post("/v1/fine_tuning/jobs", content=huge), 413)["code"] == "body_too_large"
+
+    def stream() -> Any:
+        yield from (b"x" * 100_000 for _ in range(30))
+
+    headers = {"content-type": "application/json"}
+    assert (
+        error_of(client.post("/v1/fine_tuning/jobs", content=stream(), headers=headers), 413)["code"]
+        == "body_too_large"
+    )
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/fine_tuning/jobs/ftjob-x", "/v1/fine_tuning/jobs/ftjob-x/events", "/v1/fine_tuning/jobs/ftjob-x/checkpoints",
+     "/v1/fine_tuning/jobs/ftjob-x/logs", "/v1/files/file-x", "/v1/files/file-x/content", "/v1/models/none",
+     "/v1/models/org%2Fnone", "/v1/models/none/download"],
+)  # fmt: skip
+def test_what_is_not_there_is_404(client: TestClient, path: str) -> None:
+    assert error_of(client.get(path), 404)["code"].endswith("_not_found")
+
+
+# -- models ---------------------------------------------------------------------------------------------------
+
+
+def test_models_with_slashes_in_their_names(client: TestClient, services: Services) -> None:
+    from app.models import repository as models
+
+    with services.database.write() as session:
+        models.register(session, "org/tiny", "base", "r1", {})
+        models.register(session, "meta-llama/*", "hub", None, {})
+    assert client.get("/v1/models/org%2Ftiny").json()["id"] == "org/tiny"
+    assert {item["id"] for item in client.get("/v1/models").json()["data"]} == {"tiny", "org/tiny"}
+    error_of(client.delete("/v1/models/tiny"), 400)
+    error_of(client.get("/v1/models/tiny/download"), 400)
+    body = {"model": "meta-llama/Llama-2-7b-hf", "training_file": upload(client)}
+    assert client.post("/v1/fine_tuning/jobs", json=body).status_code == 200
+    body["model"] = "meta-llama/../../etc"
+    assert error_of(client.post("/v1/fine_tuning/jobs", json=body), 400)["code"] == "model_not_found"
+
+
+def test_readiness_says_what_is_wrong(client: TestClient, services: Services, tmp_path: Path) -> None:
+    assert client.get("/readyz").json() == {"status": "ok", "problems": {}}
+    services.migrate("base")
+    answer = client.get("/readyz")
+    assert answer.status_code == 503
+    assert "dpo migrate" in answer.json()["problems"]["database"]

@@ -1,0 +1,198 @@
+"""Leases and the state machine, on SQLite and PostgreSQL: what is guarded, and what a stale worker can do."""
+
+import threading
+from typing import Any
+
+import pytest
+from sqlalchemy import select, update
+
+from app.database import database_now
+from app.jobs import repository
+from app.jobs.schemas import JobObject
+from app.jobs.spec import JobSpec
+from app.jobs.states import ACTIVE, TRANSITIONS, Actor, Status
+from app.jobs.tables import Job, JobEvent
+from app.services import Services
+from worker.housekeeping import purge_deleted_files, reap
+
+
+def make_job(services: Services, **changes: Any) -> str:
+    """A queued job, as if its files had been checked."""
+    spec = JobSpec(model="tiny", training_file="file-1").resolved().model_dump(mode="json")
+    values: dict[str, Any] = {
+        "id": f"ftjob-{threading.get_ident()}-{changes.pop('name', 'a')}",
+        "project": "default",
+        "model": "tiny",
+        "base_model": "tiny",
+        "training_file": "file-1",
+        "spec": spec,
+        "priority": 0,
+        "status": Status.QUEUED,
+        "result_files": [],
+        "attempt": 0,
+        "lost_attempts": 0,
+    }
+    with services.database.write() as session:
+        session.add(Job(created_at=database_now(), **(values | changes)))
+    job_id: str = values["id"]
+    return job_id
+
+
+def claim(services: Services, served: list[str] | None = None) -> Job | None:
+    with services.database.write() as session:
+        return repository.claim(session, Status.QUEUED, Status.RUNNING, "test", served)
+
+
+def get(services: Services, job_id: str) -> Job:
+    with services.database.read() as session:
+        return session.get_one(Job, job_id)
+
+
+def end(services: Services, job_id: str, attempt: int) -> bool:
+    with services.database.write() as session:
+        return repository.transition(
+            session, job_id, Status.RUNNING, Status.SUCCEEDED, actor=Actor.RUNNER, attempt=attempt, message="done"
+        )
+
+
+def expire(services: Services, job_id: str) -> None:
+    with services.database.write() as session:
+        session.execute(update(Job).where(Job.id == job_id).values(lease_expires_at=database_now() - 1))
+
+
+def test_ended_states_have_no_way_out() -> None:
+    assert {edge.source for edge in TRANSITIONS.values()} == set(ACTIVE)
+    assert all(
+        edge.fenced == (Actor.API not in edge.actors) or edge.target == Status.RUNNING for edge in TRANSITIONS.values()
+    )
+
+
+def test_priority_comes_before_age(services: Services) -> None:
+    old = make_job(services, name="old")
+    urgent = make_job(services, name="urgent", priority=5)
+    new = make_job(services, name="new")
+    with services.database.read() as session:
+        places = [repository.queue_position(session, session.get_one(Job, job)) for job in (urgent, old, new)]
+    assert places == [1, 2, 3]
+    order = [job.id for job in (claim(services), claim(services), claim(services)) if job]
+    assert order == [urgent, old, new]
+    assert claim(services) is None
+
+
+def test_a_worker_takes_only_what_it_can_serve(services: Services) -> None:
+    job_id = make_job(services, base_model="org/big_model")
+    for pattern in ("tiny", "org/bigXmodel", "big_model", "%", "other/*"):
+        assert claim(services, [pattern]) is None
+    assert claim(services, []) is None
+    claimed = claim(services, ["tiny", "org/*"])
+    assert claimed is not None and claimed.id == job_id
+
+
+def test_one_of_many_workers_gets_a_job(services: Services) -> None:
+    make_job(services)
+    claimed: list[Job | None] = []
+    start = threading.Barrier(8)
+
+    def work() -> None:
+        start.wait()
+        claimed.append(claim(services))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(claimed) == 8
+    assert sum(job is not None for job in claimed) == 1
+
+
+def test_an_expired_lease_is_taken_away_and_the_stale_attempt_writes_nothing(services: Services) -> None:
+    job_id = make_job(services)
+    first = claim(services)
+    assert first is not None
+    reap(services.database)
+    assert get(services, job_id).status == Status.RUNNING, "a good lease stays"
+    expire(services, job_id)
+    reap(services.database)
+    assert get(services, job_id).status == Status.QUEUED
+    second = claim(services)
+    assert second is not None and second.attempt == first.attempt + 1
+    with services.database.write() as session:
+        assert not repository.heartbeat(session, job_id, first.attempt)
+        assert not repository.write_guarded(session, job_id, first.attempt, stage="stale")
+        assert repository.heartbeat(session, job_id, second.attempt)
+    assert not end(services, job_id, first.attempt)
+    assert get(services, job_id).stage is None
+    assert end(services, job_id, second.attempt)
+
+
+def test_attempts_without_progress_are_bounded_and_progress_resets_them(services: Services) -> None:
+    job_id = make_job(services)
+    for round_ in range(repository.MAX_LOST_ATTEMPTS):
+        job = claim(services)
+        assert job is not None
+        if round_ == 0:  # a checkpoint was written, then another two attempts died before theirs
+            with services.database.write() as session:
+                repository.write_guarded(session, job_id, job.attempt, lost_attempts=0)
+        expire(services, job_id)
+        reap(services.database)
+    job = get(services, job_id)
+    assert job.status == Status.FAILED
+    assert job.error is not None and job.error["code"] == "worker_lost"
+
+
+def test_a_cancelled_job_stays_cancelled(services: Services) -> None:
+    job_id = make_job(services)
+    job = claim(services)
+    assert job is not None
+    assert services.jobs.cancel("default", job_id).status == Status.CANCELLED
+    with services.database.write() as session:
+        assert not repository.heartbeat(session, job_id, job.attempt), "this is how its worker hears of it"
+    assert not end(services, job_id, job.attempt)
+    assert get(services, job_id).status == Status.CANCELLED
+
+
+def test_every_transition_writes_its_event_or_nothing(services: Services) -> None:
+    job_id = make_job(services)
+    job = claim(services)
+    assert job is not None
+    assert not end(services, job_id, job.attempt + 1)
+    assert end(services, job_id, job.attempt)
+    with services.database.read() as session:
+        assert list(session.scalars(select(JobEvent.message).where(JobEvent.job_id == job_id))) == ["done"]
+        assert JobObject.of(session.get_one(Job, job_id), None, 0.0).status == Status.SUCCEEDED
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "actor", "values"),
+    [
+        (Status.QUEUED, Status.SUCCEEDED, Actor.RUNNER, {}),
+        (Status.RUNNING, Status.SUCCEEDED, Actor.API, {}),
+        (Status.RUNNING, Status.SUCCEEDED, Actor.RUNNER, {"priority": 9}),
+        (Status.SUCCEEDED, Status.RUNNING, Actor.RUNNER, {}),
+    ],
+)
+def test_what_the_table_does_not_allow_raises(
+    services: Services, source: Status, target: Status, actor: Actor, values: dict[str, Any]
+) -> None:
+    with services.database.write() as session, pytest.raises(ValueError, match=r"may not|does not write"):
+        repository.transition(session, "x", source, target, actor=actor, attempt=1, message="no", **values)
+
+
+def test_a_deleted_file_keeps_its_bytes_while_a_job_needs_them(services: Services) -> None:
+    from app.files.tables import File
+
+    job_id = make_job(services, training_file="file-1")
+    services.storage.put_bytes("files/file-1", b"data")
+    with services.database.write() as session:
+        session.add(
+            File(id="file-1", project="default", filename="f", purpose="fine-tune", bytes=4, sha256="", created_at=0.0)
+        )
+    services.files.delete("default", "file-1")
+    purge_deleted_files(services)
+    assert services.storage.read("files/file-1") == b"data"
+    services.jobs.cancel("default", job_id)
+    purge_deleted_files(services)
+    with pytest.raises(FileNotFoundError):
+        services.storage.read("files/file-1")
+    purge_deleted_files(services)

@@ -1,0 +1,200 @@
+"""Datasets: every format, every defect with its line and field, on text made here."""
+
+import gzip
+import io
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.datasets.check import Report, check, examples
+from app.datasets.example import Example
+from app.datasets.reader import DatasetError, records
+
+
+def read(content: bytes) -> tuple[list[Example], Report]:
+    report = Report()
+    return list(examples(io.BytesIO(content), report)), report
+
+
+def one(record: dict[str, Any]) -> Example:
+    found, _ = read(json.dumps(record).encode())
+    (example,) = found
+    return example
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+HH = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: {}\n\nAssistant:{}"
+
+
+@pytest.mark.parametrize(
+    ("record", "prompt", "responses"),
+    [
+        (
+            {"input": {"messages": [user("q")]}, "preferred_output": [assistant("a")], "non_preferred_output": [assistant("b")]},
+            [user("q")], ("a", "b"),
+        ),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "q", ("a", "b")),
+        ({"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]}, [user("q")], ("a", "b")),
+        ({"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]}, [user("q")], ("a", "b")),
+        (
+            {"chosen": HH.format("why", " because"), "rejected": HH.format("why", " no")},
+            [user("hi"), assistant("hello"), user("why")], ("because", "no"),
+        ),
+        (
+            {"question": "q?", "response_j": "good", "response_k": "bad", "qid": 7, "date": "x"},
+            "Question: q?\n\nAnswer: ", ("good", "bad"),
+        ),
+        ({"messages": [user("q"), assistant("a"), user("r"), assistant("b")]}, [user("q"), assistant("a"), user("r")], ("b",)),
+        ({"messages": [{"role": "developer", "content": "s"}, user("q"), assistant("a")]},
+         [{"role": "system", "content": "s"}, user("q")], ("a",)),
+        ({"messages": [user("q"), {"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]},
+         [user("q")], ("ab",)),
+        ({"prompt": "q", "completion": "a"}, "q", ("a",)),
+        ({"text": "once upon"}, "", ("once upon",)),
+    ],
+)  # fmt: skip
+def test_every_format_becomes_a_prompt_and_its_responses(
+    record: dict[str, Any], prompt: Any, responses: tuple[str, ...]
+) -> None:
+    example = one(record)
+    assert (example.prompt, example.responses) == (prompt, responses)
+
+
+def test_the_containers_all_read_the_same() -> None:
+    rows = [{"text": f'row {i} "quoted" [brackets] {{braces}} \\ ü'} for i in range(5)]
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
+    array = json.dumps(rows, indent=2).encode()
+    expected = [(row["text"],) for row in rows]
+    for content in (
+        lines,
+        lines.replace(b"\n", b"\r\n") + b"\r\n\r\n",
+        b"\xef\xbb\xbf" + lines,
+        b"\n\n  " + lines,
+        array,
+        b"\xef\xbb\xbf\r\n" + array + b"\n",
+        json.dumps(rows).encode(),
+        gzip.compress(lines),
+        gzip.compress(array),
+    ):
+        found, report = read(content)
+        assert [example.responses for example in found] == expected
+        assert (report.rows, report.kept) == (5, 5)
+
+
+def test_lines_are_counted_from_one_in_every_container() -> None:
+    rows = b'{"text": "a"}\n\n{"text": "b"}\n{"text": 5}'
+    array = b'\n[\n{"text": "a"},\n\n{"text":\n"b"}, {"text": 5}\n]'
+    for content, line in ((rows, 4), (b"\r\n" + rows, 5), (array, 6)):
+        with pytest.raises(DatasetError) as caught:
+            read(content)
+        assert (caught.value.line, caught.value.field) == (line, "text")
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "field", "says"),
+    [
+        (b'{"text": "a"}\n{"text": "b"', 2, None, "not valid JSON"),
+        (b'{"text": "a"}\n[1]', 2, None, "must be a JSON object, not an array"),
+        (b'{"text": "a"}\n{"txt": "b"}', 2, "text", "is missing"),
+        (b'{"text": "\xff"}', 1, None, "UTF-8"),
+        (b'{"text": "\\ud800"}', 1, None, "not valid JSON"),
+        (b'{"text": NaN}', 1, None, "not valid JSON"),
+        (b'[{"text": "a"}', 1, None, "cut off"),
+        (b'[{"text": "a"},,]', 1, None, "comma"),
+        (b'[{"text": "a"}] {"text": "b"}', 1, None, "after the end"),
+        (b'{"a": 1}', 1, None, "no known format"),
+        (b'{"prompt": "q", "chosen": 5, "rejected": "b"}', 1, "chosen", "list of messages"),
+        (b'{"prompt": "q", "chosen": "a", "rejected": null}', 1, "rejected", "list of messages"),
+        (b'{"messages": []}', 1, "messages", "not empty"),
+        (b'{"messages": [{"role": "robot", "content": "x"}]}', 1, "messages[0].role", "one of"),
+        (b'{"messages": [{"role": "user", "content": 5}]}', 1, "messages[0].content", "must be a string"),
+        (b'{"messages": [{"role": "user", "content": "q"}], "tools": [{}]}', 1, "tools", "not available yet"),
+        (b'{"messages": [{"role": "assistant", "content": "a"}], "label": true}', 1, "label", "not available yet"),
+        (b'{"chosen": "no turns", "rejected": "x"}', 1, "chosen", "transcript"),
+        (b'{"input": {}, "preferred_output": [], "non_preferred_output": []}', 1, "input.messages", "list"),
+        (gzip.compress(b'{"text": "a"}\n' * 100)[:-12], 1, None, "damaged or cut off"),
+        (b"\x1f\x8bnot gzip", 1, None, "damaged or cut off"),
+    ],
+)  # fmt: skip
+def test_a_defect_is_told_with_line_and_field(content: bytes, line: int, field: str | None, says: str) -> None:
+    with pytest.raises(DatasetError) as caught:
+        read(content)
+    assert (caught.value.line, caught.value.field) == (line, field)
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"prompt": "q", "chosen": "a", "rejected": "a"}, "identical_responses"),
+        ({"prompt": "q", "chosen": " ", "rejected": "a"}, "empty_chosen"),
+        ({"prompt": "q", "chosen": "a", "rejected": ""}, "empty_rejected"),
+        ({"chosen": HH.format("x", " a"), "rejected": HH.format("y", " b")}, "histories_differ"),
+        ({"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: a"}, "ends_without_an_answer"),
+        ({"messages": [user("q")]}, "ends_without_an_answer"),
+        ({"messages": [user("q"), assistant("a") | {"weight": 0}]}, "no_answer_to_train_on"),
+        ({"prompt": "q", "completion": ""}, "empty_completion"),
+        ({"text": " \n"}, "empty_text"),
+    ],
+)  # fmt: skip
+def test_a_useless_row_is_dropped_and_counted(record: dict[str, Any], reason: str) -> None:
+    found, report = read(json.dumps(record).encode())
+    assert found == []
+    assert (report.rows, report.kept, report.dropped) == (1, 0, {reason: 1})
+    assert report.issues[0]["line"] == 1 and report.issues[0]["reason"] == reason
+
+
+def test_a_file_that_cannot_train_the_method_is_refused() -> None:
+    for content in (b"", b"[]", b"\n \n"):
+        with pytest.raises(DatasetError, match="no rows"):
+            check(io.BytesIO(content), preference=False)
+    with pytest.raises(DatasetError, match="needs pairs"):
+        check(io.BytesIO(b'{"text": "a"}'), preference=True)
+    with pytest.raises(DatasetError, match="no row is left"):
+        check(io.BytesIO(b'{"prompt": "q", "chosen": "a", "rejected": "a"}'), preference=True)
+    assert check(io.BytesIO(b'{"prompt": "q", "chosen": "a", "rejected": "b"}'), preference=False).kept == 1
+
+
+def test_a_record_over_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.datasets.reader.MAX_RECORD_BYTES", 1000)
+    for content in (b'{"text": "' + b"x" * 2_000_000, b'[{"text": "' + b"x" * 2_000_000):
+        with pytest.raises(DatasetError, match="larger than 1000 bytes"):
+            read(content)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(
+    rows=st.lists(st.dictionaries(st.text(), json_values, max_size=4), min_size=1, max_size=6),
+    indent=st.sampled_from([None, 1]),
+    chunk=st.integers(1, 40),
+)
+def test_an_array_is_cut_where_json_says(rows: list[dict[str, Any]], indent: int | None, chunk: int) -> None:
+    """Whatever is inside the elements, and wherever a read of the file ends."""
+    content = json.dumps(rows, indent=indent).encode()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("app.datasets.reader._CHUNK", chunk)
+        assert [record for _, record in records(io.BytesIO(content))] == rows
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_give_examples_or_a_dataset_error(content: bytes) -> None:
+    try:
+        read(content)
+    except DatasetError as error:
+        assert error.line >= 1

@@ -1,0 +1,323 @@
+"""Whole runs: what is told, what is left, and how they fail."""
+
+import io
+import math
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from app.jobs.spec import SupervisedHyperparameters
+from tests.tiny_model import make_tiny_model
+from tests.unit.trainer.work import (
+    dpo_method,
+    make_pairs,
+    make_row,
+    make_work_folder,
+    of_kind,
+    parse,
+    run_in_process,
+    run_process,
+    sft_method,
+    training_metrics,
+)
+from worker.trainer.events import Events, UserError
+from worker.trainer.loop import Stopped, Trainer
+from worker.trainer.plan import Stage
+
+PAIRS = make_pairs(8)
+PLAIN = {"adapter": {"r": 4}, "quantization": "none", "seed": 0, "validation_split": 0.0}
+NO_SPLIT = {name: value for name, value in PLAIN.items() if name != "validation_split"}
+Method = Callable[..., dict[str, Any]]
+
+
+def weights_of(folder: Path) -> bytes:
+    return (folder / "output" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_dpo_starts_at_ln_2_since_the_reference_is_the_policy_at_step_0(
+    llama: Path, tmp_path: Path, quantization: str
+) -> None:
+    """After an SFT stage too, when the policy is no longer the base."""
+    spec = {
+        **PLAIN,
+        "quantization": quantization,
+        "validation_split": 0.25,
+        "sft": {"hyperparameters": {"max_steps": 3, "learning_rate": 0.01}},
+        "method": dpo_method(max_steps=2, batch_size=8, learning_rate=0.001, warmup_ratio=0.0),
+    }
+    events = run_in_process(make_work_folder(tmp_path, llama, spec, train=PAIRS))
+    before_sft, *_ = training_metrics(events, "eval/loss", "sft")
+    after_sft = training_metrics(events, "eval/loss", "sft")[-1]
+    assert after_sft < before_sft - 0.1
+    assert training_metrics(events, "loss", "dpo")[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert training_metrics(events, "eval/loss", "dpo")[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert training_metrics(events, "rewards/margins", "dpo")[0] == pytest.approx(0, abs=1e-4)
+    assert training_metrics(events, "gradient_weight", "dpo")[0] == pytest.approx(0.5, abs=1e-5)
+    assert training_metrics(events, "loss", "dpo")[1] < math.log(2) - 1e-3
+
+
+def test_training_on_swapped_pairs_turns_the_preference_round(llama: Path, tmp_path: Path) -> None:
+    swapped = [{**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in PAIRS]
+    margins = []
+    for name, train in (("as they are", PAIRS), ("swapped", swapped)):
+        spec = {**NO_SPLIT, "validation_file": "validation.jsonl"}
+        spec["method"] = dpo_method(max_steps=4, batch_size=8, learning_rate=0.003)
+        folder = make_work_folder(tmp_path / name, llama, spec, train=train, validation=PAIRS)
+        margins.append(training_metrics(run_in_process(folder), "eval/rewards/margins", "dpo")[-1])
+    assert margins[0] > 0.1
+    assert margins[1] < -0.1
+
+
+def test_one_job_of_two_stages_is_two_jobs_of_one_stage(llama: Path, tmp_path: Path) -> None:
+    sft_settings = {"max_steps": 3, "learning_rate": 0.01}
+    dpo = dpo_method(max_steps=3, batch_size=4, learning_rate=0.01)
+    both = {**PLAIN, "sft": {"hyperparameters": sft_settings}, "method": dpo}
+    together = make_work_folder(tmp_path / "both", llama, both, train=PAIRS)
+    run_in_process(together)
+
+    first = make_work_folder(tmp_path / "sft", llama, {**PLAIN, "method": sft_method(**sft_settings)}, train=PAIRS)
+    run_in_process(first)
+    second = make_work_folder(tmp_path / "dpo", llama, {**PLAIN, "method": dpo}, train=PAIRS)
+    (second / "start").symlink_to(first / "output", target_is_directory=True)
+    run_in_process(second)
+    assert weights_of(second) == weights_of(together) != weights_of(first)
+
+
+def test_the_seed_decides_everything(llama: Path, tmp_path: Path) -> None:
+    def train(name: str, seed: int) -> bytes:
+        spec = {**PLAIN, "seed": seed, "adapter": {"r": 4, "dropout": 0.2}}
+        spec["method"] = sft_method(max_steps=3, batch_size=3)
+        folder = make_work_folder(tmp_path / name, llama, spec, train=PAIRS)
+        run_in_process(folder)
+        return weights_of(folder)
+
+    assert train("one", 1) == train("again", 1)
+    assert train("other", 2) != train("one more", 1)
+
+
+def test_full_parameter_training_leaves_a_transformers_model(llama: Path, tmp_path: Path) -> None:
+    spec = {**PLAIN, "adapter": "none", "method": sft_method(max_steps=4, batch_size=8, learning_rate=1e-3)}
+    folder = make_work_folder(tmp_path, llama, spec, train=PAIRS)
+    losses = training_metrics(run_in_process(folder), "loss")
+    assert losses[-1] < losses[0]
+    base = AutoModelForCausalLM.from_pretrained(llama)
+    trained = AutoModelForCausalLM.from_pretrained(folder / "output")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "output")
+    moved = [not torch.equal(a, b) for a, b in zip(base.parameters(), trained.parameters(), strict=True)]
+    assert all(moved)
+    assert not (folder / "output" / "adapter_config.json").exists()
+    text = PAIRS[0]["prompt"] + PAIRS[0]["chosen"] + "</s>"
+    ids = torch.tensor([tokenizer(text).input_ids])
+    with torch.no_grad():
+        assert trained(input_ids=ids, labels=ids).loss < base(input_ids=ids, labels=ids).loss
+
+
+def test_the_events_tell_the_run(llama: Path, tmp_path: Path) -> None:
+    spec = {
+        **PLAIN,
+        "validation_split": 0.25,
+        "sft": {"hyperparameters": {"n_epochs": 2, "batch_size": 3, "checkpoint_every": 2, "eval_every": 2}},
+        "method": dpo_method(max_steps=3, batch_size=2, eval_every=3, checkpoint_every=2),
+    }
+    folder = make_work_folder(tmp_path, llama, spec, train=PAIRS)
+    events = run_in_process(folder)
+
+    assert [(e["stage"], e["rows"], e["validation_rows"]) for e in of_kind(events, "stage")] == [
+        ("sft", 6, 2),
+        ("dpo", 6, 2),
+    ]
+    metrics = of_kind(events, "metrics")
+    # Step 0 of a stage is its validation before the first update.
+    assert [(e["stage"], e["step"]) for e in metrics] == [
+        *[("sft", step) for step in (0, 1, 2, 3, 4)],
+        *[("dpo", step) for step in (4, 5, 6, 7)],
+    ]
+    assert {e["total_steps"] for e in metrics} == {7}
+    validated = [(e["stage"], e["step"]) for e in metrics if "eval/loss" in e["metrics"]]
+    assert validated == [("sft", 0), ("sft", 2), ("sft", 4), ("dpo", 4), ("dpo", 7)]
+    assert metrics[0]["seconds_remaining"] is None
+    assert all(e["seconds_remaining"] >= 0 for e in metrics if "loss" in e["metrics"])
+    assert metrics[-1]["seconds_remaining"] == 0
+
+    checkpoints = of_kind(events, "checkpoint")
+    assert [(e["stage"], e["step"]) for e in checkpoints] == [("sft", 2), ("sft", 4), ("dpo", 6), ("dpo", 7)]
+    last = folder / checkpoints[-1]["path"]
+    assert (last / "model" / "adapter_model.safetensors").read_bytes() == weights_of(folder)
+
+    assert events[-1]["kind"] == "done"
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    longest = max(len(tokenizer(pair["prompt"] + pair["chosen"]).input_ids) for pair in PAIRS)
+    rows_trained = 4 * 3 + 3 * 2
+    assert rows_trained < events[-1]["trained_tokens"] < rows_trained * 2 * longest
+    assert events[-1]["metrics"]["loss"] == metrics[-1]["metrics"]["loss"]
+
+
+def test_trained_tokens_count_a_shared_prompt_once(llama: Path, tmp_path: Path) -> None:
+    spec = {**PLAIN, "method": dpo_method(n_epochs=2, batch_size=8)}
+    (done,) = of_kind(run_in_process(make_work_folder(tmp_path, llama, spec, train=PAIRS)), "done")
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+
+    def count(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False).input_ids)
+
+    an_epoch = sum(1 + count(p["prompt"]) + count(p["chosen"]) + 1 + count(p["rejected"]) + 1 for p in PAIRS)
+    assert done["trained_tokens"] == 2 * an_epoch
+
+
+def test_a_run_told_to_stop_before_its_first_step_stops_without_a_checkpoint(llama: Path, tmp_path: Path) -> None:
+    folder = make_work_folder(tmp_path, llama, {**PLAIN, "method": sft_method()}, train=PAIRS)
+    stopping, stream = threading.Event(), io.StringIO()
+    stopping.set()
+    with pytest.raises(Stopped):
+        Trainer(folder, Events(stream), stopping).run()
+    assert of_kind(parse(stream), "checkpoint") == []
+    assert not (folder / "output").exists()
+
+
+# -- which rows, which rate ------------------------------------------------------------------------------------
+
+
+def make_stage(row_count: int, seed: int = 0, **hyperparameters: Any) -> Stage:
+    resolved = SupervisedHyperparameters(**hyperparameters).resolved(full=False)
+    return Stage("sft", resolved, [make_row(i, 1, 1) for i in range(row_count)], [], seed)
+
+
+@given(st.integers(1, 60), st.integers(1, 40), st.integers(1, 4), st.integers(0, 2**31 - 1))
+@settings(deadline=None, max_examples=80)
+def test_batches_are_full_and_every_row_is_seen_in_every_epoch(
+    row_count: int, batch_size: int, n_epochs: int, seed: int
+) -> None:
+    stage = make_stage(row_count, seed, batch_size=batch_size, n_epochs=n_epochs)
+    batches = [stage.batch(step) for step in range(stage.steps)]
+    assert {len(batch) for batch in batches} == {min(batch_size, row_count)}
+    drawn = [number for batch in batches for number in batch]
+    assert len(drawn) - row_count * n_epochs in range(stage.batch_size)  # no step more than it takes
+    for epoch in range(n_epochs):
+        assert sorted(drawn[epoch * row_count : (epoch + 1) * row_count]) == list(range(row_count))
+    assert batches == [make_stage(row_count, seed, batch_size=batch_size).batch(step) for step in range(stage.steps)]
+
+
+def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+    first, second = make_stage(30, batch_size=30).batch(0), make_stage(30, batch_size=30).batch(1)
+    other = make_stage(30, seed=1, batch_size=30).batch(0)
+    assert len({tuple(order) for order in (first, second, other, range(30))}) == 4
+
+
+def test_max_steps_goes_round_again() -> None:
+    stage = make_stage(3, batch_size=2, max_steps=6)
+    assert stage.steps == 6
+    assert Counter(number for step in range(6) for number in stage.batch(step)) == {0: 4, 1: 4, 2: 4}
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "halfway", "end"), [("cosine", 0.5, 0.0), ("linear", 0.5, 0.0), ("constant", 1.0, 1.0)]
+)
+def test_the_learning_rate_warms_up_and_decays(scheduler: str, halfway: float, end: float) -> None:
+    stage = make_stage(
+        1, max_steps=110, warmup_ratio=10 / 110, learning_rate=0.2, learning_rate_multiplier=3.0, lr_scheduler=scheduler
+    )
+    peak = 0.6
+    rates = [stage.learning_rate(step) for step in range(111)]
+    assert rates[:10] == pytest.approx([peak * (step + 1) / 11 for step in range(10)])
+    assert rates[10] == pytest.approx(peak)
+    assert rates[60] == pytest.approx(peak * halfway)
+    assert rates[110] == pytest.approx(peak * end)
+    assert rates[109] > 0
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_the_learning_rate_of_the_schedule_is_the_one_of_the_steps(llama: Path, tmp_path: Path) -> None:
+    method = sft_method(max_steps=5, batch_size=2, learning_rate=0.1, warmup_ratio=0.4)
+    events = run_in_process(make_work_folder(tmp_path, llama, {**PLAIN, "method": method}, train=PAIRS))
+    expected = [0.1 / 3, 0.2 / 3, 0.1, 0.1 * 0.75, 0.1 * 0.25]  # two steps of warm-up, then (1 + cos) / 2
+    assert training_metrics(events, "learning_rate") == pytest.approx(expected)
+
+
+# -- failures --------------------------------------------------------------------------------------------------
+
+
+def explosive(method: Method, eval_every: int = 4) -> dict[str, Any]:
+    return method(max_steps=4, batch_size=8, eval_every=eval_every, learning_rate=1.0, learning_rate_multiplier=1e30)
+
+
+def test_a_loss_that_is_not_finite_fails_the_job_with_that_code(llama: Path, tmp_path: Path) -> None:
+    folder = make_work_folder(tmp_path, llama, {**PLAIN, "method": explosive(dpo_method)}, train=PAIRS)
+    status, events = run_process(folder)
+    assert status == 1
+    assert events[-1]["kind"] == "failed"
+    assert events[-1]["code"] == "loss_not_finite"
+    assert events[-1]["param"] == "method"
+    assert "learning rate" in events[-1]["message"]
+    assert not (folder / "output").exists()
+
+
+@pytest.mark.parametrize("method", [sft_method, dpo_method], ids=["sft", "dpo"])
+def test_a_validation_loss_that_is_not_finite_fails_the_job_with_that_code(
+    llama: Path, tmp_path: Path, method: Method
+) -> None:
+    spec = {**PLAIN, "validation_split": 0.25, "method": explosive(method, eval_every=1)}
+    with pytest.raises(UserError) as caught:
+        run_in_process(make_work_folder(tmp_path, llama, spec, train=PAIRS))
+    assert caught.value.code == "loss_not_finite"
+
+
+def test_a_base_model_with_a_weight_that_is_not_a_number_is_not_blamed_for_its_head(tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "broken")
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    folder = make_work_folder(tmp_path / "work", model, {**PLAIN, "method": sft_method()}, train=PAIRS)
+    with pytest.raises(UserError) as caught:
+        run_in_process(folder)
+    assert caught.value.code == "loss_not_finite"
+
+
+def test_target_modules_that_match_nothing_fail_the_job_by_name(llama: Path, tmp_path: Path) -> None:
+    spec = {**PLAIN, "adapter": {"target_modules": ["no_such_layer"]}, "method": sft_method()}
+    status, events = run_process(make_work_folder(tmp_path, llama, spec, train=PAIRS))
+    assert status == 1
+    assert events[-1]["kind"] == "failed"
+    assert events[-1]["param"] == "adapter.target_modules"
+    assert "no_such_layer" in events[-1]["message"]
+
+
+def test_target_modules_that_match_only_embeddings_or_norms_fail_too(llama: Path, tmp_path: Path) -> None:
+    spec = {**PLAIN, "adapter": {"target_modules": ["input_layernorm"]}, "method": sft_method()}
+    with pytest.raises(UserError) as caught:
+        run_in_process(make_work_folder(tmp_path, llama, spec, train=PAIRS))
+    assert caught.value.param == "adapter.target_modules"
+
+
+def test_rows_without_anything_to_learn_fail_the_job(llama: Path, tmp_path: Path) -> None:
+    spec = {**PLAIN, "method": sft_method()}
+    folder = make_work_folder(tmp_path, llama, spec, train=[{"prompt": "see", "completion": " "}])
+    with pytest.raises(UserError) as caught:
+        run_in_process(folder)
+    assert (caught.value.code, caught.value.param) == ("no_training_rows", "training_file")
+
+
+def test_a_folder_that_holds_no_model_fails_the_job(tmp_path: Path) -> None:
+    (tmp_path / "nothing").mkdir()
+    folder = make_work_folder(tmp_path / "work", tmp_path / "nothing", {**PLAIN, "method": sft_method()}, train=PAIRS)
+    with pytest.raises(UserError) as caught:
+        run_in_process(folder)
+    assert (caught.value.code, caught.value.param) == ("model_not_loadable", "model")
+
+
+def test_a_prompt_cut_short_is_said(llama: Path, tmp_path: Path) -> None:
+    long = [{"prompt": "the cat and the dog " * 20, "completion": " slept."}]
+    spec = {**PLAIN, "method": sft_method(max_length=16)}
+    events = run_in_process(make_work_folder(tmp_path, llama, spec, train=long))
+    (warning,) = [event for event in of_kind(events, "message") if event["level"] == "warn"]
+    assert "16" in warning["message"]
+    assert "1 prompts" in warning["message"]

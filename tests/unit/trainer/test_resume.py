@@ -1,0 +1,130 @@
+"""A run that was stopped and resumed is, to the bit, the run that was not."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.trainer.work import (
+    TIME_DEPENDENT,
+    Event,
+    TrainerProcess,
+    dpo_method,
+    make_pairs,
+    make_work_folder,
+    of_kind,
+    read_csv,
+    run_in_process,
+    run_process,
+    sft_method,
+)
+
+STOPPED = 75
+STEPS = 6
+"""Of each stage."""
+SETTINGS = {"max_steps": STEPS, "batch_size": 3, "checkpoint_every": 2, "eval_every": 3, "learning_rate": 0.005}
+SPEC: dict[str, Any] = {
+    "sft": {"hyperparameters": SETTINGS},
+    "method": dpo_method(**SETTINGS),
+    "adapter": {"r": 4, "dropout": 0.1},
+    "quantization": "nf4",
+    "seed": 11,
+    "validation_split": 0.2,
+}
+PAIRS = make_pairs(10)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Event]]:
+    """(work folder, events)"""
+    folder = make_work_folder(tmp_path_factory.mktemp("uninterrupted"), llama, SPEC, train=PAIRS)
+    status, events = run_process(folder)
+    assert status == 0
+    return folder, events
+
+
+def run_until(folder: Path, step: int) -> list[Event]:
+    """Run, ask the process to stop when it has told of step `step`, and return all events up to its end."""
+    events: list[Event] = []
+    with TrainerProcess(folder) as process:
+        for event in process.events():
+            events.append(event)
+            if event["kind"] == "metrics" and event["step"] == step:
+                process.terminate()
+        assert process.status() == STOPPED, process.log()
+    return events
+
+
+def comparable(event: Event) -> dict[str, Any]:
+    metrics = {name: value for name, value in event["metrics"].items() if name not in TIME_DEPENDENT}
+    return {"stage": event["stage"], "step": event["step"], "total_steps": event["total_steps"], **metrics}
+
+
+def timeless_rows(path: Path) -> list[dict[str, str]]:
+    return [{name: value for name, value in row.items() if name not in TIME_DEPENDENT} for row in read_csv(path)]
+
+
+@pytest.mark.parametrize(("stage", "stop_at"), [("sft", 1), ("dpo", STEPS + 3)])
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
+    uninterrupted: tuple[Path, list[Event]], llama: Path, tmp_path: Path, stage: str, stop_at: int
+) -> None:
+    expected_folder, expected_events = uninterrupted
+    folder = make_work_folder(tmp_path, llama, SPEC, train=PAIRS)
+    before = run_until(folder, stop_at)
+    last = of_kind(before, "checkpoint")[-1]
+    assert last["stage"] == stage
+    assert stop_at <= last["step"] < 2 * STEPS
+    assert not (folder / "output").exists()
+    shutil.move(folder / last["path"], folder / "resume")
+    assert not list(folder.rglob("*.pt")) + list(folder.rglob("*.bin")) + list(folder.rglob("*.pkl"))
+
+    status, after = run_process(folder)
+    assert status == 0, after[-1]
+    told = [comparable(e) for e in of_kind(before, "metrics") if e["step"] <= last["step"]]
+    told += [comparable(e) for e in of_kind(after, "metrics")]
+    assert told == [comparable(e) for e in of_kind(expected_events, "metrics")]
+    assert after[-1]["kind"] == "done"
+    assert after[-1]["trained_tokens"] == expected_events[-1]["trained_tokens"]
+
+    output, expected_output = folder / "output", expected_folder / "output"
+    for name in ("adapter_model.safetensors", "validation_logps.jsonl", "spec.json"):
+        assert (output / name).read_bytes() == (expected_output / name).read_bytes(), name
+    assert timeless_rows(output / "metrics.csv") == timeless_rows(expected_output / "metrics.csv")
+    assert (folder / "result.csv").read_bytes() == (expected_folder / "result.csv").read_bytes()
+
+
+def test_full_parameters_and_a_stage_that_was_finished_resume_too(llama: Path, tmp_path: Path) -> None:
+    """Resume from the last checkpoint of SFT: nothing of that stage is left to do."""
+    hyperparameters = {**SETTINGS, "learning_rate": 1e-4, "checkpoint_every": STEPS}
+    spec = {
+        **SPEC,
+        "sft": {"hyperparameters": hyperparameters},
+        "method": dpo_method(**hyperparameters),
+        "adapter": "none",
+        "quantization": "none",
+    }
+    first = make_work_folder(tmp_path / "first", llama, spec, train=PAIRS)
+    boundary, end = of_kind(run_in_process(first), "checkpoint")
+    assert (boundary["stage"], end["stage"]) == ("sft", "dpo")
+
+    second = make_work_folder(tmp_path / "second", llama, spec, train=PAIRS)
+    shutil.copytree(first / boundary["path"], second / "resume")
+    resumed = run_in_process(second)
+    assert [e["step"] for e in of_kind(resumed, "metrics")] == [6, 7, 8, 9, 10, 11, 12]
+    for name in ("model.safetensors", "validation_logps.jsonl"):
+        assert (second / "output" / name).read_bytes() == (first / "output" / name).read_bytes(), name
+    assert timeless_rows(second / "output" / "metrics.csv") == timeless_rows(first / "output" / "metrics.csv")
+
+
+def test_the_process_ends_by_itself_when_its_standard_input_does(llama: Path, tmp_path: Path) -> None:
+    spec = {**SPEC, "sft": None, "method": sft_method(max_steps=3000, batch_size=3)}
+    with TrainerProcess(make_work_folder(tmp_path, llama, spec, train=PAIRS)) as process:
+        closed = False
+        for event in process.events():
+            if event["kind"] == "metrics" and not closed:
+                process.close_stdin()
+                closed = True
+        assert closed
+        assert process.status() == STOPPED
+    assert not (tmp_path / "output").exists()
