@@ -13,7 +13,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 class Settings(BaseSettings):
     """What an operator can set; `docs/configuration.md` lists it. Reading it has no side effect on the disk."""
 
-    model_config = SettingsConfigDict(env_prefix="DPO_", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="DPO_", env_ignore_empty=True, extra="ignore", frozen=True)
 
     home: Path = Path(".dpo")
     database_url: str = ""
@@ -55,7 +55,7 @@ class Settings(BaseSettings):
             "models_dir": self.home / "models",
         }
         for name, default in defaults.items():
-            if name not in self.model_fields_set or not str(getattr(self, name)):
+            if name not in self.model_fields_set:
                 object.__setattr__(self, name, default)
         if self.database_url.startswith("postgresql://"):
             object.__setattr__(self, "database_url", "postgresql+psycopg" + self.database_url[10:])

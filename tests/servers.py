@@ -63,7 +63,12 @@ def postgres() -> Iterator[str]:
             )
         try:
             connect = f"host=127.0.0.1 port={port} user=dpo dbname=postgres"
-            wait_until(lambda: psycopg.connect(connect).close() or True, "PostgreSQL")
+
+            def connects() -> bool:
+                with psycopg.connect(connect) as connection:
+                    return not connection.closed
+
+            wait_until(connects, "PostgreSQL")
             yield f"postgresql+psycopg://dpo@127.0.0.1:{port}/postgres"
         finally:
             server.terminate()

@@ -50,7 +50,6 @@ def train(spec_path: Path, output: Path, settings: Settings, console: Console) -
         if status == 0:
             output.parent.mkdir(parents=True, exist_ok=True)
             shutil.copytree(folder / "output", output, dirs_exist_ok=True)
-            console.print(f"[green]Done.[/] The model is in {output}", highlight=False)
         return status
 
 
@@ -120,5 +119,16 @@ def _shown(metrics: dict[str, float]) -> list[tuple[str, float]]:
     return [(name, metrics[name]) for name in names if name in metrics]
 
 
+def main() -> int:
+    spec, output, console = Path(sys.argv[1]), Path(sys.argv[2]), Console(soft_wrap=True)
+    status = train(spec, output, Settings(), console)
+    if status == 0:
+        loader = "AutoPeftModelForCausalLM" if (output / "adapter_config.json").exists() else "AutoModelForCausalLM"
+        package = "peft" if loader.startswith("AutoPeft") else "transformers"
+        console.print(f"Done. The model is in {output}. Load it with:", highlight=False)
+        console.print(f'    from {package} import {loader}\n    {loader}.from_pretrained("{output}")', highlight=False)
+    return status
+
+
 if __name__ == "__main__":
-    sys.exit(train(Path(sys.argv[1]), Path(sys.argv[2]), Settings(), Console()))
+    sys.exit(main())

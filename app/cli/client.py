@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import httpx
+import httpx2
 
 from app.settings import Settings
 
@@ -23,7 +23,7 @@ class Client:
 
     def __init__(self) -> None:
         url = os.environ.get("DPO_BASE_URL") or "http://127.0.0.1:8000/v1"
-        self._http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {self._key()}"}, timeout=60)
+        self._http = httpx2.Client(base_url=url, headers={"Authorization": f"Bearer {self._key()}"}, timeout=60)
 
     @staticmethod
     def _key() -> str:
@@ -41,7 +41,7 @@ class Client:
             return response.json()
 
     @contextmanager
-    def stream(self, method: str, path: str, **options: Any) -> Iterator[httpx.Response]:
+    def stream(self, method: str, path: str, **options: Any) -> Iterator[httpx2.Response]:
         """An answer whose body is read piece by piece."""
         try:
             with self._http.stream(method, path, **options) as response:
@@ -49,7 +49,7 @@ class Client:
                     response.read()
                     raise ClientError(_refusal(response))
                 yield response
-        except httpx.HTTPError as error:
+        except httpx2.HTTPError as error:
             raise ClientError(f"{self._http.base_url} cannot be reached: {error}") from error
 
     def pages(self, path: str, limit: int) -> Iterator[dict[str, Any]]:
@@ -98,7 +98,7 @@ class _Reader(io.RawIOBase):
         return data
 
 
-def _refusal(response: httpx.Response) -> str:
+def _refusal(response: httpx2.Response) -> str:
     try:
         error = response.json()["error"]
         where = f" ({error['param']})" if error.get("param") else ""

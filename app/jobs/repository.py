@@ -226,21 +226,33 @@ def recover(session: Session, job: Job, actor: Actor, reason: str) -> None:
     lost = job.lost_attempts + 1
     status = Status(job.status)
     if lost >= MAX_LOST_ATTEMPTS:
-        error = {
-            "code": "worker_lost",
-            "message": f"{reason} This happened {lost} times without progress, so the job was given up. "
-            "This is a fault of the service or its machines, not of the job's data.",
-            "param": None,
-        }
+        message = (
+            f"{reason} This happened {lost} times without progress, so the job was given up. "
+            "This is a fault of the service or its machines, not of the job's data."
+        )
         transition(
-            session, job.id, status, Status.FAILED,
-            actor=actor, attempt=job.attempt, message=error["message"] or "", level="error", error=error,
-        )  # fmt: skip
+            session,
+            job.id,
+            status,
+            Status.FAILED,
+            actor=actor,
+            attempt=job.attempt,
+            message=message,
+            level="error",
+            error={"code": "worker_lost", "message": message, "param": None},
+        )
     elif status == Status.RUNNING:
         transition(
-            session, job.id, Status.RUNNING, Status.QUEUED,
-            actor=actor, attempt=job.attempt, message=f"{reason} The job will resume.", level="warn", lost_attempts=lost,
-        )  # fmt: skip
+            session,
+            job.id,
+            Status.RUNNING,
+            Status.QUEUED,
+            actor=actor,
+            attempt=job.attempt,
+            message=f"{reason} The job will resume.",
+            level="warn",
+            lost_attempts=lost,
+        )
     elif write_guarded(session, job.id, job.attempt, lease_owner=None, lease_expires_at=None, lost_attempts=lost):
         add_event(session, job.id, f"{reason} The files will be checked again.", level="warn")
 

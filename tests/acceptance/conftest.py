@@ -8,7 +8,7 @@ import pytest
 
 from tests.tiny_model import make_tiny_model
 
-WORDS = "sun moon star rain snow wind leaf tree bird fish".split()
+WORDS = ["sun", "moon", "star", "rain", "snow", "wind", "leaf", "tree", "bird", "fish"]
 
 
 def pairs(count: int, seed: int) -> list[dict[str, str]]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 from openai import OpenAI
 
 from tests.servers import free_port, postgres, redis_server, s3, wait_until
@@ -30,8 +30,8 @@ class Running:
         """The official client; a response that is not the contract's raises."""
         return OpenAI(base_url=self.url, api_key=self.key, _strict_response_validation=True, max_retries=0)
 
-    def http(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {self.key}"}, timeout=60)
+    def http(self) -> httpx2.Client:
+        return httpx2.Client(base_url=self.url, headers={"Authorization": f"Bearer {self.key}"}, timeout=60)
 
     def job(self, job_id: str) -> dict[str, Any]:
         with self.http() as client:
@@ -76,7 +76,7 @@ def running(home: Path, extra: dict[str, str] | None = None) -> Iterator[Running
 
         def ready() -> bool:
             assert process.poll() is None, log.read_text()
-            return httpx.get(f"{url}/readyz").status_code == 200 and bool(service.openai().models.list().data)
+            return httpx2.get(f"{url}/readyz").status_code == 200 and bool(service.openai().models.list().data)
 
         service = Running(f"{url}/v1", "", home, environment, process)
         wait_until(lambda: (home / "admin.key").exists(), "the admin key")

@@ -1,0 +1,28 @@
+# syntax=docker/dockerfile:1
+# Two images from one file: `api` (no torch) and `worker` (CUDA). Both run as an ordinary user.
+
+FROM python:3.11-slim AS base
+ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 DPO_HOME=/var/lib/dpo
+RUN useradd --create-home --uid 10001 dpo && install -d -o dpo -g dpo /var/lib/dpo
+WORKDIR /opt/dpo
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY app app
+COPY worker worker
+COPY migrations migrations
+COPY demo demo
+
+FROM base AS api
+RUN pip install --constraint constraints.txt .
+USER dpo
+VOLUME /var/lib/dpo
+EXPOSE 8000
+HEALTHCHECK --interval=5s --timeout=3s --start-period=20s \
+    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/healthz')"]
+CMD ["dpo", "api"]
+
+# torch's own wheel brings the CUDA libraries; the host brings the driver.
+FROM base AS worker
+RUN pip install --constraint constraints.txt torch==2.13.0 && pip install --constraint constraints.txt '.[worker]'
+USER dpo
+VOLUME /var/lib/dpo
+CMD ["dpo", "worker", "--lane", "gpu"]

@@ -1,0 +1,78 @@
+"""The storage module means the same on a folder and on S3."""
+
+import io
+import tarfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import anyio
+import pytest
+
+from app.models.archive import tar
+from app.storage import Storage
+from tests.servers import s3
+
+
+@pytest.fixture(scope="module")
+def s3_environment() -> Iterator[dict[str, str]]:
+    with s3() as environment:
+        yield environment
+
+
+@pytest.fixture(params=["file", "s3"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
+    if request.param == "file":
+        return Storage(f"file://{tmp_path}/objects")
+    for name, value in request.getfixturevalue("s3_environment").items():
+        monkeypatch.setenv(name, value)
+    return Storage(f"s3://dpo/{tmp_path.name}")
+
+
+def test_objects_come_back_and_deletes_are_idempotent(storage: Storage, tmp_path: Path) -> None:
+    content = bytes(range(256)) * 100_000  # 25 MB: several parts
+    source = tmp_path / "source"
+    source.write_bytes(content)
+    storage.put_file("a/file", source)
+    storage.put_bytes("a/b/small", b"x")
+    storage.put_bytes("ab", b"not below a/")
+    assert storage.list("a") == [("a/b/small", 1), ("a/file", len(content))]
+    storage.get_file("a/file", tmp_path / "deep" / "copy")
+    assert (tmp_path / "deep" / "copy").read_bytes() == content
+    storage.get_folder("a", tmp_path / "folder")
+    assert (tmp_path / "folder" / "b" / "small").read_bytes() == b"x"
+    for _ in range(2):
+        storage.delete("a/file")
+        storage.delete_folder("a")
+    assert storage.list("a") == []
+    assert storage.read("ab") == b"not below a/"
+    with pytest.raises(FileNotFoundError):
+        storage.chunks("a/file")
+    storage.check()
+
+
+def test_a_stream_that_breaks_leaves_nothing(storage: Storage) -> None:
+    async def chunks(broken: bool) -> AsyncIterator[bytes]:
+        for _ in range(20):
+            yield b"x" * 1_000_000
+        if broken:
+            raise ConnectionError("the client went away")
+
+    async def put(key: str, broken: bool) -> None:
+        await storage.put_stream(key, chunks(broken))
+
+    anyio.run(put, "whole", False)
+    with pytest.raises(Exception, match="the client went away"):
+        anyio.run(put, "broken", True)
+    assert len(storage.read("whole")) == 20_000_000
+    with pytest.raises(FileNotFoundError):
+        storage.chunks("broken")
+
+
+def test_a_folder_streams_as_a_tar_file(storage: Storage) -> None:
+    files = {"config.json": b"{}", "sub/weights": b"w" * 1_000_001, "empty": b""}
+    for name, content in files.items():
+        storage.put_bytes(f"model/{name}", content)
+    stream = io.BytesIO(b"".join(tar(storage, "model")))
+    with tarfile.open(fileobj=stream) as archive:
+        found = {name: archive.extractfile(name) for name in archive.getnames()}
+        assert {name: file.read() for name, file in found.items() if file is not None} == files

@@ -1,0 +1,102 @@
+"""What can be checked of the container files without a container engine."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.main import get_command
+
+from app.cli.main import cli
+
+ROOT = Path(__file__).parents[2]
+COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+
+
+def dockerfile() -> list[tuple[str, list[str]]]:
+    """(instruction, words) of the Dockerfile."""
+    text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    return [(line.split()[0], line.split()[1:]) for line in lines]
+
+
+def test_the_dockerfile_copies_what_is_there_and_all_packages() -> None:
+    copied = {source for instruction, words in dockerfile() if instruction == "COPY" for source in words[:-1]}
+    assert all((ROOT / source).exists() for source in copied)
+    wheel = re.search(r"packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text())
+    assert wheel is not None and set(re.findall(r'"(\w+)"', wheel[1])) <= copied
+
+
+def test_the_targets_of_compose_are_stages_of_the_dockerfile_and_run_as_a_user() -> None:
+    stages = [words[2] for instruction, words in dockerfile() if instruction == "FROM"]
+    assert stages == ["base", "api", "worker"]
+    users = [words[0] for instruction, words in dockerfile() if instruction == "USER"]
+    assert users == ["dpo", "dpo"]
+    targets = {service["build"]["target"] for service in SERVICES.values() if "build" in service}
+    assert targets == {"api", "worker"}
+    api = [" ".join(words) for instruction, words in dockerfile() if instruction == "RUN"][1]
+    assert "worker" not in api and "torch" not in api
+
+
+def is_a_command(words: list[str]) -> bool:
+    """Whether `dpo …` parses to a command of this project, with these options."""
+    command: Any = get_command(cli)
+    assert words[0] == "dpo"
+    name, *arguments = words[1:]
+    found = command.commands[name]
+    found.make_context(name, list(arguments))
+    return True
+
+
+def test_every_command_is_one_of_ours() -> None:
+    commands = [service["command"] for service in SERVICES.values() if service.get("command", [""])[0] == "dpo"]
+    commands += [
+        shlex.split(" ".join(words).replace("[", "").replace("]", "").replace(",", " "))
+        for instruction, words in dockerfile()
+        if instruction == "CMD" and "dpo" in words[0]
+    ]
+    assert len(commands) >= 5
+    assert all(is_a_command(command) for command in commands)
+
+
+def test_compose_is_complete() -> None:
+    assert set(SERVICES) == {"migrate", "api", "gpu-worker", "cpu-worker", "postgres", "redis", "s3", "bucket"}
+    for name, service in SERVICES.items():
+        assert "image" in service, name
+        for needed in service.get("depends_on", {}):
+            assert needed in SERVICES
+        for volume in service.get("volumes", []):
+            source = volume.split(":")[0]
+            assert source in COMPOSE["volumes"] or source.startswith(("$", ".", "/"))
+    healthy = {
+        needed
+        for service in SERVICES.values()
+        for needed, condition in service.get("depends_on", {}).items()
+        if condition["condition"] == "service_healthy"
+    }
+    assert all("healthcheck" in SERVICES[name] for name in healthy)
+    (device,) = SERVICES["gpu-worker"]["deploy"]["resources"]["reservations"]["devices"]
+    assert device["capabilities"] == ["gpu"]
+
+
+@pytest.mark.parametrize("name", ["migrate", "api", "gpu-worker", "cpu-worker"])
+def test_every_part_gets_the_same_stores_and_secrets(name: str) -> None:
+    environment = SERVICES[name]["environment"]
+    for variable in ("DPO_DATABASE_URL", "DPO_BROKER_URL", "DPO_STORAGE_URL", "AWS_ENDPOINT_URL", "DPO_SECRET_KEY"):
+        assert variable in environment
+
+
+def test_no_secret_is_written_down_and_the_example_names_them_all() -> None:
+    text = (ROOT / "docker-compose.yml").read_text()
+    required = set(re.findall(r"\$\{(\w+):\?", text))
+    example = dict(
+        line.split("=", 1)
+        for line in (ROOT / ".env.example").read_text().splitlines()
+        if "=" in line and line[0] != "#"
+    )
+    assert {"DPO_ADMIN_KEY", "DPO_SECRET_KEY", "POSTGRES_PASSWORD", "REDIS_PASSWORD", "S3_SECRET_KEY"} == required
+    assert all(example[name] == "" for name in required)
+    assert set(re.findall(r"\$\{(\w+)", text)) == set(example)

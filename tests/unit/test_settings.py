@@ -1,0 +1,69 @@
+"""Settings: defaults, the variables of the contract, and secrets that are made once."""
+
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from app.broker import Lane, make_celery
+from app.settings import Settings
+
+
+def test_defaults_are_embedded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = Settings()
+    assert settings.home == tmp_path / ".dpo"
+    assert settings.database_url == f"sqlite:///{tmp_path}/.dpo/dpo.sqlite3"
+    assert settings.storage_url == f"file://{tmp_path}/.dpo/objects"
+    assert settings.broker_url.startswith("filesystem:")
+    assert settings.models_dir == tmp_path / ".dpo" / "models"
+    assert (settings.host, settings.port, settings.hub_models) == ("127.0.0.1", 8000, ())
+    assert not (tmp_path / ".dpo").exists(), "reading settings writes nothing"
+
+
+def test_each_variable_swaps_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DPO_DATABASE_URL", "postgresql://u@h/d")
+    monkeypatch.setenv("DPO_STORAGE_URL", "s3://bucket/prefix")
+    monkeypatch.setenv("DPO_BROKER_URL", "redis://h:1/0")
+    monkeypatch.setenv("DPO_HUB_MODELS", "a/b, c/*")
+    monkeypatch.setenv("DPO_ALLOWED_HOSTS", "one,two")
+    monkeypatch.setenv("DPO_MODELS_DIR", "")
+    settings = Settings()
+    assert settings.database_url == "postgresql+psycopg://u@h/d"
+    assert settings.storage_url == "s3://bucket/prefix"
+    assert settings.broker_url == "redis://h:1/0"
+    assert settings.hub_models == ("a/b", "c/*")
+    assert settings.allowed_hosts == ("one", "two")
+    assert settings.models_dir == settings.home / "models"
+
+
+def test_secrets_are_made_once_and_kept_private(tmp_path: Path) -> None:
+    found: list[str] = []
+    threads = [threading.Thread(target=lambda: found.append(Settings(home=tmp_path).admin_key)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8 and len(set(found)) == 1 and len(found[0]) > 32
+    assert stat.S_IMODE((tmp_path / "admin.key").stat().st_mode) == 0o600
+    assert Settings(home=tmp_path).secret_key != found[0]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["admin.key", "secret.key"]
+
+
+def test_secrets_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DPO_ADMIN_KEY", "any string of enough characters")
+    settings = Settings(home=tmp_path)
+    assert settings.admin_key == "any string of enough characters"
+    assert "any string" not in repr(settings)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("DPO_ADMIN_KEY", "short")
+    with pytest.raises(ValidationError, match="16 characters"):
+        Settings(home=tmp_path)
+
+
+def test_each_lane_has_a_queue_of_its_own(tmp_path: Path) -> None:
+    """A wake-up for one lane must not be delivered to the other."""
+    queues = make_celery(Settings(home=tmp_path)).conf.task_queues
+    assert {queue.name: queue.routing_key for queue in queues} == {lane.value: lane.value for lane in Lane}
