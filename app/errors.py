@@ -17,8 +17,9 @@ import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from obstore.exceptions import BaseError
 from pydantic import BaseModel
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DataError, OperationalError
 from starlette.exceptions import HTTPException
 
 log = structlog.get_logger(__name__)
@@ -162,6 +163,16 @@ def install_handlers(app: FastAPI) -> None:
     def database_error(request: Request, error: OperationalError) -> JSONResponse:
         log.error("database out of reach", path=request.url.path, reason=str(error.orig))
         return Unavailable("The database is out of reach. Try again.", code="database_unavailable").response()
+
+    @app.exception_handler(DataError)
+    def unstorable(_request: Request, _error: DataError) -> JSONResponse:
+        # PostgreSQL refuses U+0000 and numbers beyond its types.
+        return error_response(400, "The request holds a value that cannot be stored.", code="invalid_value")
+
+    @app.exception_handler(BaseError)
+    def storage_error(request: Request, error: BaseError) -> JSONResponse:
+        log.error("object store out of reach", path=request.url.path, reason=str(error))
+        return Unavailable("The object store is out of reach. Try again.", code="storage_unavailable").response()
 
     @app.exception_handler(Exception)
     def unexpected(request: Request, error: Exception) -> JSONResponse:

@@ -41,38 +41,46 @@ class BaseModels:
     def __init__(self, settings: Settings) -> None:
         self.root = settings.models_dir
         self.patterns = settings.hub_models
+        self._ignored: set[Path] = set()
+
+    def folders(self) -> dict[str, Path]:
+        """Subfolders with a configuration, safetensors weights and a tokenizer, by their path below the root."""
+        found = {}
+        for depth in range(1, MAX_DEPTH + 1):
+            for config in sorted(self.root.glob("*/" * depth + "config.json")):
+                folder = config.parent
+                if not folder.resolve().is_relative_to(self.root.resolve()):
+                    self._ignore(folder, "it is a link out of the models folder")
+                elif not any(folder.glob("*.safetensors")) or not (folder / "tokenizer.json").exists():
+                    self._ignore(folder, "it has no safetensors weights or no tokenizer.json")
+                else:
+                    found[folder.relative_to(self.root).as_posix()] = folder
+        return found
+
+    def _ignore(self, folder: Path, reason: str) -> None:
+        if folder not in self._ignored:
+            log.warning("model ignored", folder=str(folder), reason=reason)
+            self._ignored.add(folder)
 
     def local(self) -> list[LocalModel]:
-        """The models in the folder: subfolders with a configuration, safetensors weights and a tokenizer."""
-        found = []
-        for config in sorted(self.root.glob("**/config.json")):
-            folder = config.parent
-            name = folder.relative_to(self.root).as_posix()
-            if name == "." or len(name.split("/")) > MAX_DEPTH:
-                continue
-            if not folder.resolve().is_relative_to(self.root.resolve()):
-                log.warning("model ignored: it is a link out of the models folder", model=name)
-            elif not any(folder.glob("*.safetensors")) or not (folder / "tokenizer.json").exists():
-                log.warning("model ignored: it has no safetensors weights or no tokenizer.json", model=name)
-            else:
-                found.append(_describe(name, folder))
-        return found
+        """The models of the folder, described."""
+        return [_describe(name, folder) for name, folder in self.folders().items()]
 
     def served(self) -> list[str]:
         """Names and patterns of all base models whose jobs this worker can take."""
-        return [model.name for model in self.local()] + list(self.patterns)
+        return [*self.folders(), *self.patterns]
 
     def locate(self, name: str) -> tuple[Path, str | None]:
         """(folder, hub revision) of a base model, downloaded first where it is a hub id that is allowed.
 
         The revision is None for a model of the folder. Raises `ModelUnavailable`.
         """
-        for model in self.local():
-            if model.name == name:
-                return model.folder, None
+        folder = self.folders().get(name)
+        if folder is not None:
+            return folder, None
         if HUB_NAME.fullmatch(name) and any(fnmatchcase(name, pattern) for pattern in self.patterns):
             return _download(name)
-        raise ModelUnavailable(f"The base model '{name}' is not in this worker's models folder any more.")
+        raise ModelUnavailable(f"The base model '{name}' is not in the models folder {self.root}.")
 
 
 def _describe(name: str, folder: Path) -> LocalModel:

@@ -81,8 +81,7 @@ class Run:
                 self.log.warning("lease lost; the trainer was stopped")
             except Exception as error:  # the store, the disk: the job must not hang until its lease expires
                 self.log.error("the attempt failed", exc_info=error)
-                reason = f"The worker failed ({type(error).__name__})."
-                self._write(lambda session: repository.recover(session, self._current(session), Actor.RUNNER, reason))
+                self._recover(f"The worker failed ({type(error).__name__}).")
 
     # -- before ------------------------------------------------------------------------------------------------
 
@@ -99,14 +98,19 @@ class Run:
             return self._fail("model_unavailable", str(error), "model")
         except FileNotFoundError as error:
             return self._fail("file_not_found", f"A file of the job is gone: {error}", "training_file")
-        (self.folder / "base").symlink_to(base.resolve(), target_is_directory=True)
         with self.services.database.read() as session:
             started_from = models.find(session, self.job.project, spec.model)
             latest = repository.latest_checkpoint(session, self.job.id)
         if started_from is None:
             return self._fail("model_not_found", f"The model '{spec.model}' was deleted.", "model")
-        if started_from.prefix is not None:
-            self.services.storage.get_folder(started_from.prefix, self.folder / "start")
+        name = self.job.base_model
+        if started_from.kind == "full" and started_from.prefix is not None:
+            name = spec.model
+            self.services.storage.get_folder(started_from.prefix, self.folder / "base")
+        else:
+            (self.folder / "base").symlink_to(base.resolve(), target_is_directory=True)
+            if started_from.prefix is not None:
+                self.services.storage.get_folder(started_from.prefix, self.folder / "start")
         if latest is not None:
             self.services.storage.get_folder(latest.prefix, self.folder / "resume")
         body = spec.model_dump(mode="json")
@@ -114,7 +118,7 @@ class Run:
             target = body["sft"] if field.startswith("sft.") else body
             target[field.removeprefix("sft.")] = paths[file_id]
         (self.folder / "spec.json").write_text(json.dumps(body))
-        run = {"base_model": self.job.base_model, "revision": revision}
+        run = {"base_model": name, "revision": revision}
         (self.folder / "run.json").write_text(json.dumps(run))
         return True
 
@@ -225,8 +229,7 @@ class Run:
             self._write(lambda session: self._end(session, Status.QUEUED, "The worker stops; the job will resume."))
         else:
             how = f"signal {-status}" if status < 0 else f"exit status {status}"
-            reason = f"The trainer died ({how})."
-            self._write(lambda session: repository.recover(session, self._current(session), Actor.RUNNER, reason))
+            self._recover(f"The trainer died ({how}).")
 
     def _succeed(self, outcome: dict[str, Any]) -> None:
         """Upload the artifact, then make it visible in one transaction."""
@@ -292,8 +295,14 @@ class Run:
         if not taken:
             raise LeaseLost
 
-    def _current(self, session: Session) -> Job:
-        return session.get_one(Job, self.job.id)
+    def _recover(self, reason: str) -> None:
+        def write(session: Session) -> None:
+            current = session.get_one(Job, self.job.id)
+            if current.attempt == self.job.attempt and current.status == Status.RUNNING:
+                repository.recover(session, current, Actor.RUNNER, reason)
+
+        with suppress(LeaseLost):
+            self._write(write)
 
     def _write(self, work: Callable[[Session], Result]) -> Result:
         """Run `work` in a transaction, again and again while the database is away and the lease is good."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Select, and_, false, func, or_, select, tuple_, update
+from sqlalchemy import ColumnElement, Select, and_, false, func, or_, select, tuple_, update
 from sqlalchemy.orm import Session
 
 from app.database import database_now, new_id
@@ -159,7 +159,7 @@ def claim(
     """
     best = select(Job.id).where(Job.status == source, Job.lease_owner.is_(None))
     if served is not None:
-        best = best.where(or_(false(), *(Job.base_model.like(_like(name), escape="\\") for name in served)))
+        best = best.where(or_(false(), *(_serves(name) for name in served)))
     best = best.order_by(Job.priority.desc(), Job.created_at, Job.id).limit(1)
     statement = (
         update(Job)
@@ -180,13 +180,15 @@ def claim(
     return session.scalar(statement)
 
 
-def _like(pattern: str) -> str:
+def _serves(name: str) -> ColumnElement[bool]:
+    if "*" not in name:
+        return Job.base_model == name
     for special in ("\\", "%", "_"):
-        pattern = pattern.replace(special, "\\" + special)
-    return pattern.replace("*", "%")
+        name = name.replace(special, "\\" + special)
+    return Job.base_model.like(name.replace("*", "%"), escape="\\")
 
 
-def holds(job_id: str, attempt: int) -> Any:
+def holds(job_id: str, attempt: int) -> ColumnElement[bool]:
     """The condition that this attempt still holds the job's lease."""
     return and_(Job.id == job_id, Job.attempt == attempt, Job.lease_owner.is_not(None))
 

@@ -244,6 +244,8 @@ class JobSpec(Strict):
             self.hyperparameters = None
         if self.sft is not None and self.method.type == "supervised":
             raise inconsistent("sft", "'sft' runs before the method 'dpo'; a supervised job has that one stage already")
+        if self.sft is not None and self.sft.validation_file is not None and self.sft.training_file is None:
+            raise inconsistent("sft.validation_file", "'sft.validation_file' goes with 'sft.training_file'")
         if self.adapter == "none" and self.quantization == "nf4":
             raise inconsistent("quantization", "Full-parameter training (adapter 'none') needs quantization 'none'")
         if self.validation_file is not None and self.validation_split:

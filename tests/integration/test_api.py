@@ -226,6 +226,7 @@ BAD_JOBS: list[tuple[dict[str, Any], str, str]] = [
     ({"adapter": {"r": 0}}, "invalid_value", "adapter.r"),
     ({"adapter": {"use_dora": True}}, "unsupported_parameter", "adapter.use_dora"),
     ({"adapter": {"target_modules": ["lm_head"]}}, "invalid_value", "adapter.target_modules"),
+    ({"method": DPO, "sft": {"validation_file": "file-none"}}, "invalid_value", "sft.validation_file"),
     ({"adapter": "none", "quantization": "nf4"}, "invalid_value", "quantization"),
     ({"quantization": "int8"}, "invalid_value", "quantization"),
     ({"suffix": "../x"}, "invalid_value", "suffix"),
@@ -257,11 +258,21 @@ def test_a_deleted_file_cannot_be_trained_on(client: TestClient, services: Servi
     assert error_of(client.post("/v1/fine_tuning/jobs", json=body), 400)["param"] == "training_file"
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'"x"', b"\xff\xfe", b'{"model": NaN}', b"null"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b'"x"', b"\xff\xfe", b'{"model": NaN}', b"null", b'{"model": "\\ud800", "training_file": "x"}'],
+)
 def test_a_body_that_is_not_a_json_object(client: TestClient, services: Services, content: bytes) -> None:
     headers = {"content-type": "application/json"}
     error_of(client.post("/v1/fine_tuning/jobs", content=content, headers=headers), 400)
     assert rows(services) == (0, 0)
+
+
+def test_a_zero_byte_is_the_users_mistake_on_every_database(client: TestClient) -> None:
+    assert client.get("/v1/files/%00").status_code in (400, 404)
+    assert client.get("/v1/files", params={"after": "\x00"}).status_code in (400, 404)
+    error_of(client.post("/v1/fine_tuning/jobs", json={"model": "\x00", "training_file": "x"}), 400)
+    assert upload(client) and client.get("/v1/files").status_code == 200
 
 
 def test_statuses_that_no_route_makes(client: TestClient) -> None:

@@ -32,7 +32,7 @@ def test_models_are_named_by_their_path(root: Path) -> None:
     assert found["tiny"].details["architecture"] == "LlamaForCausalLM"
     assert found["tiny"].details["context_length"] == 512
     assert [found[name].details["chat_template"] for name in ("tiny", "org/tiny-chat")] == [False, True]
-    assert models.served() == ["org/tiny-chat", "tiny", "meta-llama/*"]
+    assert models.served() == ["tiny", "org/tiny-chat", "meta-llama/*"]
     assert models.locate("tiny") == (root / "tiny", None)
 
 

@@ -79,7 +79,7 @@ def dpo_losses(scores: Scores, pack: Pack, logps: Tensor, beta: float, averages:
 
 
 class Trainer:
-    """One run over a work folder; `README.md` of `docs/` describes the folder."""
+    """One run over a work folder: `spec.json`, `run.json`, `base/`, the data; maybe `start/` or `resume/`."""
 
     def __init__(self, folder: Path, events: Events, stopping: threading.Event) -> None:
         self.folder, self.events, self.stopping = folder, events, stopping
@@ -131,6 +131,8 @@ class Trainer:
             state.stage, state.stage_step = stage.name, 0
             logps = self._reference(stage)
             torch.manual_seed(stage.seed)
+        if stage.batch_size != settings.batch_size:
+            self.events.message(f"Only {stage.batch_size} rows: the batch size is that.", level="warn")
         self.events.emit("stage", stage=stage.name, rows=len(stage.train), validation_rows=len(stage.validation))
         if state.stage_step == 0:
             self._validate(stage, logps, record=True)

@@ -102,12 +102,12 @@ class Policy:
         return states
 
     def check(self, rows: list[Row], events: Events) -> None:
-        """Hold this engine's log-probs of the first rows against the model's own logits, one response a row.
+        """Hold this engine's log-probs of the two shortest rows against the model's own logits, one response a row.
 
         A tree that is off falls back to one response a row, with an event. A head that is off ends the job:
         wrong log-probs must not train anything.
         """
-        numbers = list(range(min(2, len(rows))))
+        numbers = sorted(range(len(rows)), key=lambda number: rows[number].tokens)[:2]
         with torch.no_grad():
             expected = self._reference_logps(padded_pack(rows, numbers).to(self.device))
             tolerance = 1e-4 if self.device.type == "cpu" else 5e-2

@@ -23,14 +23,14 @@ from tests.unit.trainer.work import (
     sft_method,
 )
 
-PAIRS = make_pairs(10)
+PAIRS = make_pairs(14)
 SPEC: dict[str, Any] = {
     "sft": {"hyperparameters": {"max_steps": 3, "batch_size": 4, "learning_rate": 0.01}},
     "method": dpo_method(max_steps=3, batch_size=4, learning_rate=0.01, eval_every=2),
     "adapter": {"r": 4, "dropout": 0.1},
     "seed": 5,
     "suffix": "trial",
-    "validation_split": 0.3,
+    "validation_split": 0.5,
 }
 
 
@@ -62,7 +62,7 @@ def plain(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 @pytest.fixture(scope="module")
 def full(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    spec = {"adapter": "none", "method": sft_method(max_steps=2), "seed": 5, "validation_split": 0.3}
+    spec = {"adapter": "none", "method": sft_method(max_steps=2), "seed": 5, "validation_split": 0.5}
     return Artifact(make_work_folder(tmp_path_factory.mktemp("full"), llama, spec, train=PAIRS))
 
 
@@ -148,7 +148,7 @@ def test_the_adapter_loads_on_the_base_and_scores_as_it_did_at_the_end(plain: Ar
     model = PeftModel.from_pretrained(base, plain.output).eval()
     tokenizer = AutoTokenizer.from_pretrained(plain.output)
     entries = plain.validation()
-    assert len(entries) == 3
+    assert len(entries) == 7
 
     def logp(prompt: str, answer: str) -> float:
         encoded = tokenizer(prompt + answer + "</s>", return_offsets_mapping=True)
@@ -191,7 +191,7 @@ def test_the_model_card_says_what_it_is_and_how_far_it_drifts(quantised: Artifac
     assert "library_name: peft" in front.splitlines()
     for word in ("trial", "SFT, then DPO", "nf4", "train.jsonl", "| beta | 0.1 |", "eval/loss", "icence"):
         assert word in body
-    drift = re.search(r"differ by (\d+\.\d+) nats a token on average \(3 validation rows, (\d+) tokens\)", body)
+    drift = re.search(r"differ by (\d+\.\d+) nats a token on average \(7 validation rows, (\d+) tokens\)", body)
     assert drift is not None
     assert 0 < float(drift[1]) < 1
     assert "The base was not quantised." in (plain.output / "README.md").read_text()
