@@ -92,10 +92,10 @@ def _drift(folder: Path, policy: Policy, results: Results, events: Events) -> st
         unquantised = load_policy(plain, results.base, folder, events, trainable=False)
         total, tokens = 0.0, 0
         with torch.no_grad():
-            for number, (row, logps, _) in enumerate(chosen):
+            for number, (_, logps, _) in enumerate(chosen):
                 (pack,) = unquantised.packs(rows, [number])
                 total += (unquantised.score(pack).responses.cpu() - logps).abs().sum().item()
-                tokens += row.scored_tokens
+                tokens += len(pack.targets)
     except torch.OutOfMemoryError:
         return f"Not measured: the unquantised '{name}' does not fit on the worker's GPU."
     return (

@@ -6,7 +6,6 @@ character. A token is scored where it holds a character of the answer, by its of
 the answer's, and prompt tokens behind the common prefix are context that is not scored.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -39,8 +38,10 @@ class Row:
         return len(self.prompt) + sum(len(response.ids) for response in self.responses)
 
     @property
-    def scored_tokens(self) -> int:
-        return sum(sum(response.scored) for response in self.responses)
+    def learnable(self) -> bool:
+        """Whether each response has a scored token that something predicts: nothing predicts a row's first token."""
+        first = 0 if self.prompt else 1
+        return all(any(response.scored[first:]) for response in self.responses)
 
 
 @dataclass
@@ -165,16 +166,3 @@ def _fit(row: Row, max_length: int, cut: Truncation) -> Row:
         cut.answers += 1
     responses = tuple(Response(response.ids[:room], response.scored[:room]) for response in row.responses)
     return replace(row, prompt=prompt, responses=responses)
-
-
-def preferred_only(row: Row) -> Row:
-    """The SFT row of a pair: its prompt and the preferred answer."""
-    return replace(row, responses=row.responses[:1])
-
-
-def fingerprint(all_rows: Iterable[Row]) -> str:
-    """A hash of the tokens of `all_rows`, in order."""
-    digest = hashlib.sha256()
-    for row in all_rows:
-        digest.update(repr((row.prompt, row.responses)).encode())
-    return digest.hexdigest()

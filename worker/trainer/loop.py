@@ -171,13 +171,7 @@ class Trainer:
         parameters = list(policy.trainable().values())
         norm = torch.nn.utils.clip_grad_norm_(parameters, stage.hyperparameters.max_grad_norm).item()
         means = averages.means()
-        if not math.isfinite(means["loss"]) or not math.isfinite(norm):
-            raise UserError(
-                "loss_not_finite",
-                f"The loss became {means['loss']} at step {self.state.step + 1} (gradient norm {norm}). "
-                "Try a lower learning rate; the checkpoints before it are kept.",
-                "method",
-            )
+        self._require_finite(means | {"grad_norm": norm}, "loss", "grad_norm")
         rate = stage.learning_rate(step)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -192,6 +186,16 @@ class Trainer:
             "tokens_per_second": tokens / (time.monotonic() - began),
             "peak_memory_bytes": float(_peak_memory(policy)),
         }
+
+    def _require_finite(self, metrics: dict[str, float], *names: str) -> None:
+        for name in names:
+            if not math.isfinite(metrics[name]):
+                raise UserError(
+                    "loss_not_finite",
+                    f"{name} became {metrics[name]} after {self.state.step} steps. Try a lower learning rate; "
+                    "the checkpoints before it are kept.",
+                    "method",
+                )
 
     def _losses(self, stage: Stage, pack: Pack, logps: Tensor | None, averages: Averages) -> Tensor:
         scores = self.policy.score(pack)
@@ -229,6 +233,7 @@ class Trainer:
                     self.validation_logps.append((stage.validation[number], values, theirs))
                 self._tick()
         metrics = {f"eval/{name}": value for name, value in averages.means().items()}
+        self._require_finite(metrics, "eval/loss")
         if record:
             self._record(stage, metrics)
             self._report(stage, metrics, seconds_remaining=None)

@@ -110,6 +110,10 @@ class Policy:
         numbers = sorted(range(len(rows)), key=lambda number: rows[number].tokens)[:2]
         with torch.no_grad():
             expected = self._reference_logps(padded_pack(rows, numbers).to(self.device))
+            if not expected.isfinite().all():
+                raise UserError(
+                    "loss_not_finite", f"The log-probs of '{self.name}' are not finite before any training.", "model"
+                )
             tolerance = 1e-4 if self.device.type == "cpu" else 5e-2
             if self.shared:
                 shared = self.score(tree_pack(rows, numbers)).responses
@@ -185,6 +189,7 @@ def load_policy(spec: JobSpec, base: Base, start: Path | None, events: Events, *
     budget = 512 if device.type == "cpu" else 8192
     policy = Policy(model, tokenizer, base.name, base.revision, full, device, budget=budget)
     policy._dropout = {m: m.p for m in model.modules() if isinstance(m, nn.Dropout) and m.p > 0}
+    policy.set_dropout(False)
     reason = why_not_shared(policy.causal)
     if reason is not None:
         policy.shared = False

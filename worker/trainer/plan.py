@@ -1,15 +1,17 @@
 """What a run will do: its stages, their rows, and which rows each optimizer step takes."""
 
 import math
+import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from app.datasets.check import Report, examples
+from app.datasets.example import Example
 from app.jobs.spec import DPOHyperparameters, JobSpec, SupervisedHyperparameters
-from worker.trainer.data import Row, Tokenizer, Truncation, preferred_only, rows
+from worker.trainer.data import Row, Tokenizer, Truncation, rows
 from worker.trainer.events import Events, UserError
 
 DEFAULT_MAX_LENGTH = 2048
@@ -75,7 +77,7 @@ def stages(spec: JobSpec, folder: Path, tokenizer: Tokenizer, context: int, even
         assert spec.method.supervised is not None
         settings = spec.method.supervised.hyperparameters
         train, validation = load.both(spec.training_file, spec.validation_file, split, seed, settings, "training_file")
-        return [Stage("sft", settings, *_preferred(train, validation), seed)]
+        return [Stage("sft", settings, train, validation, seed)]
     assert spec.method.dpo is not None
     dpo = spec.method.dpo.hyperparameters
     train, validation = load.both(spec.training_file, spec.validation_file, split, seed, dpo, "training_file")
@@ -96,12 +98,8 @@ def stages(spec: JobSpec, folder: Path, tokenizer: Tokenizer, context: int, even
             train, validation = load.both(
                 spec.training_file, spec.validation_file, split, seed, settings, "training_file"
             )
-        result.insert(0, Stage("sft", settings, *_preferred(train, validation), seed))
+        result.insert(0, Stage("sft", settings, train, validation, seed))
     return result
-
-
-def _preferred(train: list[Row], validation: list[Row]) -> tuple[list[Row], list[Row]]:
-    return [preferred_only(row) for row in train], [preferred_only(row) for row in validation]
 
 
 @dataclass
@@ -124,19 +122,17 @@ class _Loader:
         train = self._rows(training, settings, param)
         if validation is not None:
             return train, self._rows(validation, settings, param.replace("training", "validation"))
-        held_out = min(round(split * len(train)), len(train) - 1)
-        generator = torch.Generator().manual_seed(seed)
-        chosen = set(torch.randperm(len(train), generator=generator)[:held_out].tolist())
-        return (
-            [row for number, row in enumerate(train) if number not in chosen],
-            [row for number, row in enumerate(train) if number in chosen],
-        )
+        # By line, so that the stages of a job hold out the same examples, and a text's pieces stay together.
+        lines = sorted({row.line for row in train}, key=lambda line: random.Random(f"{seed} {line}").random())  # noqa: S311
+        chosen = set(lines[: min(round(split * len(lines)), len(lines) - 1)])
+        return [row for row in train if row.line not in chosen], [row for row in train if row.line in chosen]
 
     def _rows(self, name: str, settings: SupervisedHyperparameters | DPOHyperparameters, param: str) -> list[Row]:
         max_length = min(settings.max_length or DEFAULT_MAX_LENGTH, self.context)
-        loss_on = getattr(settings, "loss_on", "answers")
         cut = Truncation()
-        kept = list(self._scored(name, max_length, loss_on, cut))
+        supervised = isinstance(settings, SupervisedHyperparameters)
+        loss_on = settings.loss_on if isinstance(settings, SupervisedHyperparameters) else "answers"
+        kept = list(self._learnable(name, max_length, loss_on, cut, supervised=supervised))
         if not kept:
             raise UserError("no_training_rows", f"No row of '{name}' has a token to learn.", param)
         if cut.prompts or cut.answers:
@@ -147,8 +143,12 @@ class _Loader:
             )
         return kept
 
-    def _scored(self, name: str, max_length: int, loss_on: str, cut: Truncation) -> Iterator[Row]:
+    def _learnable(
+        self, name: str, max_length: int, loss_on: str, cut: Truncation, *, supervised: bool
+    ) -> Iterator[Row]:
         with (self.folder / name).open("rb") as file:
-            for row in rows(examples(file, Report()), self.tokenizer, max_length=max_length, loss_on=loss_on, cut=cut):
-                if all(any(response.scored) for response in row.responses):
-                    yield row
+            found: Iterator[Example] = examples(file, Report())
+            if supervised:  # of a pair, SFT learns the preferred answer
+                found = (replace(example, responses=example.responses[:1]) for example in found)
+            made = rows(found, self.tokenizer, max_length=max_length, loss_on=loss_on, cut=cut)
+            yield from (row for row in made if row.learnable)

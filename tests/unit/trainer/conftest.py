@@ -9,7 +9,6 @@ os.environ.update(
     HF_HUB_DISABLE_PROGRESS_BARS="1",
     TQDM_DISABLE="1",
     HF_DATASETS_OFFLINE="1",
-    OMP_NUM_THREADS="1",  # these models are too small to gain from more, and tests share the machine
 )
 
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 
 from tests.tiny_model import make_tiny_model
 
-torch.set_num_threads(1)  # where another package's tests have imported torch before
+torch.set_num_threads(1)  # these models are too small to gain from more, and tests share the machine
 
 
 @pytest.fixture(scope="session")

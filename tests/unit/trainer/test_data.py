@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from app.datasets.example import Example, Message
 from tests.tiny_model import CHATML, CHATML_WITH_BOS, CORPUS, make_tokenizer
-from worker.trainer.data import Row, Truncation, fingerprint, rows
+from worker.trainer.data import Row, Truncation, rows
 from worker.trainer.events import UserError
 from worker.trainer.packing import tree_pack
 
@@ -235,10 +235,3 @@ def test_many_examples_keep_their_order() -> None:
     made = list(rows(examples, PLAIN, max_length=LONG, loss_on="answers", cut=Truncation()))
     assert [row.line for row in made] == list(range(1, 601))
     assert [decode(whole(row)) for row in made] == [f"<s>{n}? {n}.</s>" for n in range(1, 601)]
-
-
-def test_a_fingerprint_tells_rows_apart() -> None:
-    first = tokenise(Example(1, "see", (" the cat",)))
-    second = tokenise(Example(1, "see", (" the dog",)))
-    assert fingerprint(first) == fingerprint(tokenise(Example(9, "see", (" the cat",))))
-    assert len({fingerprint(first), fingerprint(second), fingerprint(first + second), fingerprint([])}) == 4

@@ -81,13 +81,14 @@ def test_training_on_swapped_pairs_turns_the_preference_round(llama: Path, tmp_p
 def test_one_job_of_two_stages_is_two_jobs_of_one_stage(llama: Path, tmp_path: Path) -> None:
     sft_settings = {"max_steps": 3, "learning_rate": 0.01}
     dpo = dpo_method(max_steps=3, batch_size=4, learning_rate=0.01)
-    both = {**PLAIN, "sft": {"hyperparameters": sft_settings}, "method": dpo}
+    common = {**PLAIN, "adapter": {"r": 4, "dropout": 0.1}}
+    both = {**common, "sft": {"hyperparameters": sft_settings}, "method": dpo}
     together = make_work_folder(tmp_path / "both", llama, both, train=PAIRS)
     run_in_process(together)
 
-    first = make_work_folder(tmp_path / "sft", llama, {**PLAIN, "method": sft_method(**sft_settings)}, train=PAIRS)
+    first = make_work_folder(tmp_path / "sft", llama, {**common, "method": sft_method(**sft_settings)}, train=PAIRS)
     run_in_process(first)
-    second = make_work_folder(tmp_path / "dpo", llama, {**PLAIN, "method": dpo}, train=PAIRS)
+    second = make_work_folder(tmp_path / "dpo", llama, {**common, "method": dpo}, train=PAIRS)
     (second / "start").symlink_to(first / "output", target_is_directory=True)
     run_in_process(second)
     assert weights_of(second) == weights_of(together) != weights_of(first)
@@ -316,7 +317,7 @@ def test_a_folder_that_holds_no_model_fails_the_job(tmp_path: Path) -> None:
 
 def test_a_prompt_cut_short_is_said(llama: Path, tmp_path: Path) -> None:
     long = [{"prompt": "the cat and the dog " * 20, "completion": " slept."}]
-    spec = {**PLAIN, "method": sft_method(max_length=16)}
+    spec = {**PLAIN, "method": sft_method(max_length=16, batch_size=1)}
     events = run_in_process(make_work_folder(tmp_path, llama, spec, train=long))
     (warning,) = [event for event in of_kind(events, "message") if event["level"] == "warn"]
     assert "16" in warning["message"]

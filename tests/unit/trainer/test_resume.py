@@ -94,8 +94,11 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
     assert (folder / "result.csv").read_bytes() == (expected_folder / "result.csv").read_bytes()
 
 
-def test_full_parameters_and_a_stage_that_was_finished_resume_too(llama: Path, tmp_path: Path) -> None:
-    """Resume from the last checkpoint of SFT: nothing of that stage is left to do."""
+@pytest.mark.parametrize(("finished", "told"), [("sft", [6, 7, 8, 9, 10, 11, 12]), ("dpo", [])])
+def test_a_run_stopped_between_two_stages_or_after_the_last_resumes(
+    llama: Path, tmp_path: Path, finished: str, told: list[int]
+) -> None:
+    """From the last checkpoint of a stage nothing of it is left to do. All parameters train here."""
     hyperparameters = {**SETTINGS, "learning_rate": 1e-4, "checkpoint_every": STEPS}
     spec = {
         **SPEC,
@@ -105,13 +108,12 @@ def test_full_parameters_and_a_stage_that_was_finished_resume_too(llama: Path, t
         "quantization": "none",
     }
     first = make_work_folder(tmp_path / "first", llama, spec, train=PAIRS)
-    boundary, end = of_kind(run_in_process(first), "checkpoint")
-    assert (boundary["stage"], end["stage"]) == ("sft", "dpo")
+    checkpoints = {e["stage"]: e["path"] for e in of_kind(run_in_process(first), "checkpoint")}
 
     second = make_work_folder(tmp_path / "second", llama, spec, train=PAIRS)
-    shutil.copytree(first / boundary["path"], second / "resume")
+    shutil.copytree(first / checkpoints[finished], second / "resume")
     resumed = run_in_process(second)
-    assert [e["step"] for e in of_kind(resumed, "metrics")] == [6, 7, 8, 9, 10, 11, 12]
+    assert [e["step"] for e in of_kind(resumed, "metrics")] == told
     for name in ("model.safetensors", "validation_logps.jsonl"):
         assert (second / "output" / name).read_bytes() == (first / "output" / name).read_bytes(), name
     assert timeless_rows(second / "output" / "metrics.csv") == timeless_rows(first / "output" / "metrics.csv")

@@ -117,7 +117,7 @@ class TrainerProcess:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 cwd=REPOSITORY,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1"},  # as in `conftest.py`
                 text=True,
             )
         return self
