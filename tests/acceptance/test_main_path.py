@@ -144,6 +144,29 @@ def test_the_command_line_walks_the_same_path(home: Path, tmp_path: Path) -> Non
         assert unknown.returncode == 2 and "does not exist" in unknown.stderr
 
 
+def test_an_adapter_on_a_fully_trained_model(home: Path, tmp_path: Path) -> None:
+    """Full parameters first; then DPO starts from that model, whose folder is the adapter's base."""
+    with running(home) as service:
+        client = service.openai()
+        rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs(24, seed=1)]
+        sft = client.files.create(file=write(tmp_path / "sft.jsonl", rows), purpose="fine-tune")
+        dpo = client.files.create(file=write(tmp_path / "dpo.jsonl", pairs(24, seed=2)), purpose="fine-tune")
+        full = client.fine_tuning.jobs.create(
+            model="tiny", training_file=sft.id, seed=1, extra_body={"adapter": "none"}, suffix="full"
+        )
+        made = service.wait_for(full.id, lambda job: job["status"] == "succeeded")["fine_tuned_model"]
+        job = client.fine_tuning.jobs.create(model=made, training_file=dpo.id, method={"type": "dpo"}, seed=1)
+        tuned = service.wait_for(job.id, lambda seen: seen["status"] == "succeeded")["fine_tuned_model"]
+        service.dpo("models", "download", tuned, "--output", str(tmp_path / "adapter"))
+        service.dpo("models", "download", made, "--output", str(tmp_path / "full"))
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == made
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= {
+        path.name for path in (tmp_path / "full").iterdir()
+    }
+    first, last = (json.loads(p.read_text()) for p in (tmp_path / "full/spec.json", tmp_path / "adapter/spec.json"))
+    assert (first["adapter"], first["quantization"], last["quantization"]) == ("none", "none", "nf4")
+
+
 def test_the_trainer_runs_alone(home: Path, tmp_path: Path) -> None:
     """`dpo train` makes the same artifact folder with no service."""
     write(tmp_path / "train.jsonl", pairs(24, seed=1))
