@@ -40,10 +40,12 @@ class Storage:
         obstore.put(self.store, key, path, chunk_size=CHUNK, max_concurrency=2)
 
     def put_folder(self, prefix: str, folder: Path) -> None:
-        """Write every file below `folder` under `prefix/`."""
-        for path in sorted(folder.rglob("*")):
-            if path.is_file():
-                self.put_file(f"{prefix}/{path.relative_to(folder).as_posix()}", path)
+        """Write every file below `folder` under `prefix/`. Raises `FileNotFoundError` where there is none."""
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        if not files:
+            raise FileNotFoundError(folder)
+        for path in files:
+            self.put_file(f"{prefix}/{path.relative_to(folder).as_posix()}", path)
 
     def chunks(self, key: str) -> Iterator[bytes]:
         """The object's bytes, piece by piece. Raises `FileNotFoundError` at once where there is none."""

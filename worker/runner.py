@@ -9,6 +9,7 @@ trainer's whole process group is killed and nothing more is written.
 import json
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -167,8 +168,8 @@ class Run:
         """Write a batch of the trainer's events: checkpoints are uploaded first, so that their rows are true."""
         for event in batch:
             if event["kind"] == "checkpoint":
-                stored = self.services.storage
-                stored.put_folder(f"{self.prefix}/{event['path']}", self.folder / event["path"])
+                self.services.storage.put_folder(f"{self.prefix}/{event['path']}", self.folder / event["path"])
+                shutil.rmtree(self.folder / event["path"])
             elif event["kind"] in ("done", "failed"):
                 self.outcome = event
 

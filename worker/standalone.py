@@ -95,6 +95,8 @@ def _run(folder: Path, console: Console) -> int:
             if event["kind"] == "metrics" and _worth_a_line(event):
                 values = "  ".join(f"{name} {value:.4g}" for name, value in _shown(event["metrics"]))
                 console.print(f"{event['stage']} {event['step']}/{event['total_steps']}  {values}", highlight=False)
+            elif event["kind"] == "checkpoint":
+                shutil.rmtree(folder / event["path"])  # for resuming, which only the service does
             elif event["kind"] in ("message", "failed"):
                 failed |= event["kind"] == "failed"
                 console.print(event["message"], highlight=False)

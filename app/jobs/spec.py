@@ -68,7 +68,7 @@ class Hyperparameters(Strict):
     batch_size: Annotated[Annotated[int, Field(ge=1, le=256)] | None, Auto] = None
     """Rows (for DPO: pairs) per optimizer step."""
     n_epochs: Annotated[Annotated[int, Field(ge=1, le=50)] | None, Auto] = None
-    learning_rate_multiplier: Annotated[Annotated[float, Field(gt=0)] | None, Auto] = None
+    learning_rate_multiplier: Annotated[Annotated[float, Field(gt=0, le=1e30)] | None, Auto] = None
     learning_rate: Annotated[Annotated[float, Field(gt=0, le=1)] | None, Auto] = None
     """Peak learning rate before the multiplier."""
     max_length: Annotated[Annotated[int, Field(ge=16)] | None, Auto] = None

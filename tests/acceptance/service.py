@@ -64,7 +64,9 @@ class Running:
 def running(home: Path, extra: dict[str, str] | None = None) -> Iterator[Running]:
     """Start `dpo serve` with `home`/models as its base models; stop it with SIGTERM at the end."""
     port = free_port()
-    environment = os.environ | {"DPO_HOME": str(home), "DPO_PORT": str(port)} | (extra or {})
+    # One thread: a tiny model gains nothing from two, and two that wait for each other on a busy machine crawl.
+    own = {"DPO_HOME": str(home), "DPO_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | own | (extra or {})
     log = home / "serve.log"
     home.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:

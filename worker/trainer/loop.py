@@ -11,7 +11,6 @@ for each stage:
 import json
 import math
 import resource
-import shutil
 import threading
 import time
 from pathlib import Path
@@ -63,8 +62,8 @@ def sft_losses(scores: Scores, averages: Averages) -> Tensor:
 def dpo_losses(scores: Scores, pack: Pack, logps: Tensor, beta: float, averages: Averages) -> Tensor:
     """Losses of a pack, one for each pair: [B]. `logps` [rows, 2] are the reference's, of all rows."""
     policy = scores.responses.view(-1, 2)
-    ratios = policy - logps[list(pack.rows)].to(policy.device)
-    rewards = implicit_rewards(policy, policy - ratios, beta)
+    theirs = logps[list(pack.rows)].to(policy.device)
+    ratios, rewards = policy - theirs, implicit_rewards(policy, theirs, beta)
     losses = sigmoid_loss(rewards)
     margins = rewards[:, 0] - rewards[:, 1]
     averages.add("loss", losses)
@@ -131,6 +130,8 @@ class Trainer:
             state.stage, state.stage_step = stage.name, 0
             logps = self._reference(stage)
             torch.manual_seed(stage.seed)
+        if stage.name == "dpo" and policy.has_dropout:
+            self.events.message("The adapter's dropout acts in SFT only; the DPO stage runs without it.", level="warn")
         if stage.batch_size != settings.batch_size:
             self.events.message(f"Only {stage.batch_size} rows: the batch size is that.", level="warn")
         self.events.emit("stage", stage=stage.name, rows=len(stage.train), validation_rows=len(stage.validation))
@@ -166,7 +167,7 @@ class Trainer:
         count = len(batch) if stage.name == "dpo" else sum(len(pack.targets) for pack in packs)
         of_batch = None if logps is None else logps[0][numbers]
         for pack in packs:
-            losses = self._losses(stage, pack, of_batch, averages)
+            losses = self._losses(stage, policy.score(pack), pack, of_batch, averages)
             (losses.sum() / count).backward()  # type: ignore[no-untyped-call]
         parameters = list(policy.trainable().values())
         norm = torch.nn.utils.clip_grad_norm_(parameters, stage.hyperparameters.max_grad_norm).item()
@@ -197,8 +198,8 @@ class Trainer:
                     "method",
                 )
 
-    def _losses(self, stage: Stage, pack: Pack, logps: Tensor | None, averages: Averages) -> Tensor:
-        scores = self.policy.score(pack)
+    def _losses(self, stage: Stage, scores: Scores, pack: Pack, logps: Tensor | None, averages: Averages) -> Tensor:
+        """Losses of a pack, to be summed; `averages` gets the metrics."""
         if stage.name == "sft":
             return sft_losses(scores, averages)
         assert isinstance(stage.hyperparameters, DPOHyperparameters) and logps is not None
@@ -222,11 +223,7 @@ class Trainer:
         with torch.no_grad():
             for pack in self.policy.packs(stage.validation, list(range(len(stage.validation)))):
                 scores = self.policy.score(pack)
-                if stage.name == "sft":
-                    sft_losses(scores, averages)
-                else:
-                    assert isinstance(stage.hyperparameters, DPOHyperparameters) and reference_logps is not None
-                    dpo_losses(scores, pack, reference_logps, stage.hyperparameters.beta or 0.1, averages)
+                self._losses(stage, scores, pack, reference_logps, averages)
                 by_row = scores.responses.cpu().view(len(pack.rows), -1)
                 for number, values in zip(pack.rows, by_row, strict=True):
                     theirs = None if reference_logps is None else reference_logps[number]
@@ -253,16 +250,12 @@ class Trainer:
         )
 
     def _checkpoint(self, stage: Stage, optimizer: torch.optim.Optimizer, logps: tuple[Tensor, Tensor] | None) -> None:
-        """Write a checkpoint, unless no step was made since there was nothing to save."""
+        """Write a checkpoint, unless no step was made yet. Whoever hears of it removes it when it is safe."""
         if self.state.stage_step == 0:
             return
         folder = self.folder / "checkpoints" / f"step-{self.state.step}"
         if not folder.exists():
             checkpoint.save(folder, self.policy, optimizer, self.state, logps)
-        for older in (self.folder / "checkpoints").iterdir():
-            # The runner uploads a checkpoint when it hears of it; two are kept here for it to catch up.
-            if older.name.startswith("step-") and int(older.name[5:]) < self.state.step - 2 * stage.checkpoint_every:
-                shutil.rmtree(older)
         self.events.emit(
             "checkpoint",
             stage=stage.name,

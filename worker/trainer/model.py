@@ -72,6 +72,11 @@ class Policy:
     def trainable(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether the adapter was made with dropout."""
+        return bool(self._dropout)
+
     def set_dropout(self, on: bool) -> None:
         """Switch the adapter's dropout; the base model's own is always off."""
         for module, probability in self._dropout.items():
@@ -146,6 +151,8 @@ class Policy:
             config = folder / "adapter_config.json"
             settings = json.loads(config.read_text())
             settings |= {"base_model_name_or_path": self.name, "revision": self.revision}
+            if isinstance(settings["target_modules"], list):  # peft keeps a set, whose order changes from run to run
+                settings["target_modules"].sort()
             config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
         self.tokenizer.save_pretrained(folder)
 

@@ -81,6 +81,10 @@ def stages(spec: JobSpec, folder: Path, tokenizer: Tokenizer, context: int, even
     assert spec.method.dpo is not None
     dpo = spec.method.dpo.hyperparameters
     train, validation = load.both(spec.training_file, spec.validation_file, split, seed, dpo, "training_file")
+    if any(len(row.responses) != 2 for row in train + validation):
+        raise UserError(
+            "invalid_training_file", "DPO needs a preferred and a rejected answer in every row.", "training_file"
+        )
     result = [Stage("dpo", dpo, train, validation, seed)]
     if spec.sft is not None:
         settings = spec.sft.hyperparameters
