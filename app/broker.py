@@ -4,6 +4,7 @@ A wake-up names a lane, not a job. It may be lost, late or delivered twice: the 
 idle worker also looks by itself every few seconds.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 from pathlib import Path
 
@@ -56,13 +57,21 @@ def make_celery(settings: Settings) -> Celery:
 
 
 class Broker:
-    """Sends wake-ups. A broker that is out of reach delays a job by seconds and loses nothing."""
+    """Sends wake-ups, from a thread of its own: a broker that is out of reach delays no request and loses no job."""
 
     def __init__(self, settings: Settings) -> None:
         self.celery = make_celery(settings)
+        self._sender = ThreadPoolExecutor(max_workers=1, thread_name_prefix="wake-ups")
+        self._pending: set[Lane] = set()
 
     def wake(self, lane: Lane) -> None:
         """Tell one idle worker of `lane` to look. Call it after the commit."""
+        if lane not in self._pending:  # one that waits to be sent says it all
+            self._pending.add(lane)
+            self._sender.submit(self._send, lane)
+
+    def _send(self, lane: Lane) -> None:
+        self._pending.discard(lane)
         try:
             self.celery.send_task(WAKE_TASK, args=[lane.value], queue=lane.value, retry=False)
         except Exception as error:  # kombu raises whatever its transport does; the poll of an idle worker takes over

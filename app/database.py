@@ -70,11 +70,13 @@ class Database:
     def __init__(self, url: str) -> None:
         if url.startswith("sqlite:///"):
             Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-            self.engine = create_engine(url, connect_args={"timeout": 30, "check_same_thread": False})
+            self.engine = create_engine(url, connect_args={"timeout": 10, "check_same_thread": False})
             event.listen(self.engine, "connect", _sqlite_on_connect)
             event.listen(self.engine, "begin", _sqlite_on_begin)
         else:
-            self.engine = create_engine(url, pool_pre_ping=True, connect_args={"connect_timeout": 5})
+            self.engine = create_engine(
+                url, pool_pre_ping=True, connect_args={"connect_timeout": 5, "tcp_user_timeout": 10_000}
+            )
         # SQLite fails at once, whatever its timeout, where a transaction reads first and then writes while
         # another writes: a writer therefore says so when it begins.
         self._writer: Engine = self.engine.execution_options(begin="BEGIN IMMEDIATE")

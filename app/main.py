@@ -24,7 +24,7 @@ ERRORS: dict[int | str, dict[str, object]] = {
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
-    """The application. Nothing is opened or made before the first request but the key files of `DPO_HOME`."""
+    """The application. Key files and folders of `DPO_HOME` are made where they are missing."""
     configure_logging()
     services = Services.of(settings or Settings())
 

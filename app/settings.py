@@ -1,6 +1,7 @@
 """Settings, all from the environment (`DPO_*`), with defaults under which nothing needs to be configured."""
 
 import os
+import re
 import secrets
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 
 class Settings(BaseSettings):
-    """What an operator can set; `docs/configuration.md` lists it. Reading it has no side effect on the disk."""
+    """What an operator can set; the README lists it. Reading it has no side effect on the disk."""
 
     model_config = SettingsConfigDict(env_prefix="DPO_", env_ignore_empty=True, extra="ignore", frozen=True)
 
@@ -33,6 +34,14 @@ class Settings(BaseSettings):
     def _split(cls, value: object) -> object:
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("hub_models")
+    @classmethod
+    def _hub_patterns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in value:
+            if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.*-]+", pattern):
+                raise ValueError(f"'{pattern}' is not a hub id such as 'org/model', or a pattern such as 'org/*'")
         return value
 
     @field_validator("admin_key_value", "secret_key_value")

@@ -100,7 +100,6 @@ def ours(model: Path, pairs: Pairs, epochs: int) -> float:
         folder = Path(name)
         (folder / "base").symlink_to(model)
         (folder / "data.jsonl").write_text("\n".join(map(json.dumps, pairs)))
-        (folder / "run.json").write_text(json.dumps({"base_model": "bench", "revision": None}))
         settings = {"n_epochs": epochs, "batch_size": BATCH, "max_length": MAX_LENGTH, "learning_rate": 1e-4}
         spec = {
             "model": "bench",
@@ -111,6 +110,9 @@ def ours(model: Path, pairs: Pairs, epochs: int) -> float:
             "method": {"type": "dpo", "dpo": {"hyperparameters": settings | {"checkpoint_every": 10_000}}},
         }
         (folder / "spec.json").write_text(json.dumps(spec))
+        (folder / "run.json").write_text(
+            json.dumps({"base_model": "bench", "revision": None, "version": None, "spec": spec})
+        )
         began = time.monotonic()
         Trainer(folder, Events(sink), threading.Event()).run()
         return time.monotonic() - began

@@ -64,7 +64,13 @@ class BaseModels:
 
     def local(self) -> list[LocalModel]:
         """The models of the folder, described."""
-        return [_describe(name, folder) for name, folder in self.folders().items()]
+        found = []
+        for name, folder in self.folders().items():
+            try:
+                found.append(_describe(name, folder))
+            except (OSError, ValueError, AttributeError, TypeError) as error:  # half copied, or not what it says
+                self._ignore(folder, f"its files cannot be read: {error}")
+        return found
 
     def served(self) -> list[str]:
         """Names and patterns of all base models whose jobs this worker can take."""
@@ -108,9 +114,10 @@ def _describe(name: str, folder: Path) -> LocalModel:
 
 def _download(name: str) -> tuple[Path, str | None]:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
         folder = Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except Exception as error:  # the hub client raises its own, httpx's and the system's
-        raise ModelUnavailable(f"The model '{name}' could not be downloaded: {error}") from error
+    except RepositoryNotFoundError as error:  # gated ones too; what passes by itself is tried again by the queue
+        raise ModelUnavailable(f"The model '{name}' cannot be downloaded: {error}") from error
     return folder, folder.name

@@ -34,7 +34,7 @@ def reap(database: Database) -> set[Lane]:
 def purge_deleted_files(services: Services) -> None:
     """Remove deleted files that no unfinished job reads: the object first, then the row that remembers it."""
     with services.database.read() as session:
-        deleted = list(session.scalars(select(File).where(File.deleted_at.is_not(None)).limit(100)))
+        deleted = list(session.scalars(select(File).where(File.deleted_at.is_not(None))))
         used = repository.active_files(session) if deleted else set()
     for file in deleted:
         if file.id not in used:

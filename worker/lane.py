@@ -71,15 +71,13 @@ class LaneWorker:
         """Claim and run one job; False where there is none."""
         if self.lane == Lane.CPU:
             with self.services.database.write() as session:
-                job = repository.claim(session, Status.VALIDATING, Status.VALIDATING, self.owner)
+                job = repository.claim(session, Status.VALIDATING, self.owner)
             if job is not None:
                 validate(self.services, job)
             return job is not None
         served = self.base_models.served()
         with self.services.database.write() as session:
-            job = repository.claim(session, Status.QUEUED, Status.RUNNING, self.owner, served)
-            if job is not None:
-                repository.add_event(session, job.id, "Fine-tuning job started.")
+            job = repository.claim(session, Status.QUEUED, self.owner, served)
         if job is not None:
             Run(self.services, self.base_models, job, self.stopping).run()
         return job is not None
@@ -88,18 +86,19 @@ class LaneWorker:
         registered = -REGISTER_SECONDS
         while not self.stopping.is_set():
             try:
+                keep_house(self.services)
                 if self.lane == Lane.GPU and time.monotonic() - registered >= REGISTER_SECONDS:
                     self._register()
                     registered = time.monotonic()
-                keep_house(self.services)
             except Exception as error:  # whatever it is, the next round may do better
                 log.warning("housekeeping failed", reason=str(error))
             self.stopping.wait(LOOK_SECONDS)
 
     def _register(self) -> None:
         """Tell the API which base models there are."""
+        found = self.base_models.local()
         with self.services.database.write() as session:
-            for model in self.base_models.local():
-                models.register(session, model.name, "base", model.revision, model.details)
+            for model in found:
+                models.register(session, model.name, model.revision, model.details)
             for pattern in self.base_models.patterns:
-                models.register(session, pattern, "hub", None, {})
+                models.register_hub(session, pattern)

@@ -1,37 +1,53 @@
-"""A lease held: a thread renews it, and tells when it is lost."""
+"""A lease held: a thread renews it, and another tells when it is lost, whatever the first is waiting for."""
 
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 import structlog
-from sqlalchemy.exc import SQLAlchemyError
 
 from app.database import Database
 from app.jobs import repository
 
 log = structlog.get_logger(__name__)
 
+WATCH_SECONDS = 0.25
+
 
 class Lease:
-    """Renews the lease of one attempt while the block runs. `lost` is set when another may have the job."""
+    """Renews the lease of one attempt while the block runs. `lost` turns true when another may have the job."""
 
     def __init__(self, database: Database, job_id: str, attempt: int) -> None:
         self.database, self.job_id, self.attempt = database, job_id, attempt
-        self.lost = threading.Event()
+        self._lost = threading.Event()
         self._released = threading.Event()
         self._valid_until = time.monotonic() + repository.LEASE_SECONDS
-        self._thread = threading.Thread(target=self._renew, name=f"lease-{job_id}", daemon=True)
+        self._callbacks: list[Callable[[], None]] = []
+        self._threads = [threading.Thread(target=target, daemon=True) for target in (self._renew, self._watch)]
 
     def __enter__(self) -> "Lease":
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._released.set()
-        self._thread.join()
+        self._threads[1].join()  # the other may hang in the database; it writes nothing but a heartbeat
+
+    @property
+    def lost(self) -> bool:
+        return self._lost.is_set()
+
+    def wait_lost(self, seconds: float) -> bool:
+        """Wait until the lease is lost, at most `seconds`; returns whether it is."""
+        return self._lost.wait(seconds)
+
+    def on_lost(self, callback: Callable[[], None]) -> None:
+        """Call `callback`, from another thread, when the lease is lost."""
+        self._callbacks.append(callback)
 
     def _renew(self) -> None:
         while not self._released.wait(repository.HEARTBEAT_SECONDS):
@@ -39,12 +55,19 @@ class Lease:
             try:
                 with self.database.write() as session:
                     held = repository.heartbeat(session, self.job_id, self.attempt)
-            except SQLAlchemyError as error:
-                # The database may be away for a while; the lease is good until it expires.
+            except Exception as error:  # the database may be away for a while; the lease is good until it expires
                 log.warning("heartbeat failed", job=self.job_id, reason=str(error))
-                held = time.monotonic() < self._valid_until
-            else:
-                self._valid_until = asked + repository.LEASE_SECONDS
+                continue
             if not held:
-                self.lost.set()
+                self._lost.set()
+                return
+            self._valid_until = asked + repository.LEASE_SECONDS
+
+    def _watch(self) -> None:
+        while not self._released.is_set():
+            if time.monotonic() > self._valid_until:
+                self._lost.set()
+            if self._lost.wait(WATCH_SECONDS):
+                for callback in self._callbacks:
+                    callback()
                 return

@@ -43,7 +43,20 @@ log = structlog.get_logger(__name__)
 
 STOPPED = 75
 LOG_SECONDS = 3.0
-SECRETS = ("DPO_ADMIN_KEY", "DPO_SECRET_KEY", "DPO_DATABASE_URL", "DPO_BROKER_URL", "HF_TOKEN")
+TRAINER_VARIABLES = ("PATH", "HOME", "TMPDIR", "LANG", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
+TRAINER_PREFIXES = (
+    "CUDA_",
+    "NVIDIA_",
+    "OMP_",
+    "MKL_",
+    "KMP_",
+    "GOMP_",
+    "TORCH",
+    "PYTORCH_",
+    "TRITON_",
+    "LC_",
+    "HF_HOME",
+)
 Result = TypeVar("Result")
 
 
@@ -57,8 +70,8 @@ def model_name(job: Job) -> str:
 
 
 def trainer_environment() -> dict[str, str]:
-    """The environment without what a trainer has no use for: keys of the service, its stores and the hub."""
-    return {k: v for k, v in os.environ.items() if k not in SECRETS and not k.startswith("AWS_")}
+    """What a trainer needs of the environment, and none of its secrets: an allow-list."""
+    return {k: v for k, v in os.environ.items() if k in TRAINER_VARIABLES or k.startswith(TRAINER_PREFIXES)}
 
 
 class Run:
@@ -101,25 +114,31 @@ class Run:
             return self._fail("file_not_found", f"A file of the job is gone: {error}", "training_file")
         with self.services.database.read() as session:
             started_from = models.find(session, self.job.project, spec.model)
+            foundation = None
+            if self.job.foundation is not None:
+                missing = models.Found(self.job.foundation, "full", self.job.base_model, None, None, None, None)
+                foundation = models.find(session, self.job.project, self.job.foundation) or missing
+            version = models.version(session, self.job.base_model)
             latest = repository.latest_checkpoint(session, self.job.id)
         if started_from is None:
             return self._fail("model_not_found", f"The model '{spec.model}' was deleted.", "model")
-        name = self.job.base_model
-        if started_from.kind == "full" and started_from.prefix is not None:
-            name = spec.model
-            self.services.storage.get_folder(started_from.prefix, self.folder / "base")
-        else:
+        if foundation is None:
             (self.folder / "base").symlink_to(base.resolve(), target_is_directory=True)
-            if started_from.prefix is not None:
-                self.services.storage.get_folder(started_from.prefix, self.folder / "start")
+        elif foundation.prefix is None:
+            return self._fail("model_not_found", f"The model '{self.job.foundation}' was deleted.", "model")
+        else:
+            self.services.storage.get_folder(foundation.prefix, self.folder / "base")
+        if started_from.kind == "adapter" and started_from.prefix is not None:
+            self.services.storage.get_folder(started_from.prefix, self.folder / "start")
         if latest is not None:
             self.services.storage.get_folder(latest.prefix, self.folder / "resume")
-        body = spec.model_dump(mode="json")
+        body, public = spec.model_dump(mode="json"), spec.model_dump(mode="json")
         for field, file_id in named.items():
             target = body["sft"] if field.startswith("sft.") else body
             target[field.removeprefix("sft.")] = paths[file_id]
         (self.folder / "spec.json").write_text(json.dumps(body))
-        run = {"base_model": name, "revision": revision}
+        name = self.job.foundation or self.job.base_model
+        run = {"base_model": name, "revision": revision, "version": version, "spec": public}
         (self.folder / "run.json").write_text(json.dumps(run))
         return True
 
@@ -127,6 +146,8 @@ class Run:
 
     def _train(self) -> int:
         """Run the trainer; returns its exit status."""
+        if self.lease.lost:
+            raise LeaseLost
         with (self.folder / "trainer.log").open("wb") as logfile:
             process = subprocess.Popen(
                 [sys.executable, "-m", "worker.trainer", str(self.folder)],
@@ -137,6 +158,8 @@ class Run:
                 env=trainer_environment(),
             )
         self.log.info("trainer started", pid=process.pid)
+        # Whatever this thread is busy with then: a trainer without a lease ends at once.
+        self.lease.on_lost(lambda: _kill_group(process))
         lines: queue.Queue[bytes | None] = queue.Queue()
         reader = threading.Thread(target=_read_lines, args=(process, lines), daemon=True)
         reader.start()
@@ -151,7 +174,7 @@ class Run:
         asked, uploaded = False, time.monotonic()
         while True:
             batch, ended = _drain(lines)
-            if self.lease.lost.is_set():
+            if self.lease.lost:
                 raise LeaseLost
             if self.stopping.is_set() and not asked:
                 process.send_signal(signal.SIGTERM)
@@ -260,7 +283,11 @@ class Run:
                     job_id=self.job.id,
                     prefix=f"{self.prefix}/model",
                     revision=None,
-                    details={"adapter": adapter, "quantization": self.job.spec["quantization"]},
+                    details={
+                        "adapter": adapter,
+                        "quantization": self.job.spec["quantization"],
+                        "foundation": self.job.foundation,
+                    },
                 )
             )
             session.add(
@@ -313,7 +340,7 @@ class Run:
                     return work(session)
             except OperationalError as error:
                 self.log.warning("database out of reach", reason=str(error.orig))
-                if self.lease.lost.wait(1.0):
+                if self.lease.wait_lost(1.0):
                     raise LeaseLost from error
 
 

@@ -45,7 +45,13 @@ def train(spec_path: Path, output: Path, settings: Settings, console: Console) -
         folder = Path(name)
         (folder / "base").symlink_to(base.resolve(), target_is_directory=True)
         (folder / "spec.json").write_text(spec.model_dump_json())
-        (folder / "run.json").write_text(json.dumps({"base_model": spec.model, "revision": revision}))
+        run = {
+            "base_model": spec.model,
+            "revision": revision,
+            "version": None,
+            "spec": json.loads(spec_path.read_text()),
+        }
+        (folder / "run.json").write_text(json.dumps(run))
         status = _run(folder, console)
         if status == 0:
             output.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 Exit status: 0 done; 1 failed; 2 usage; 3 cancelled (`dpo jobs watch`).
 """
 
-import subprocess
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,11 +11,12 @@ from urllib.parse import quote
 
 import orjson
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
 from app.cli.client import Client, ClientError
-from app.cli.processes import supervise
+from app.cli.processes import end_with_parent, supervise
 from app.cli.watch import EXIT_STATUS, watch
 from app.settings import Settings
 
@@ -34,11 +35,18 @@ Limit = Annotated[int, typer.Option(min=1, help="At most this many.")]
 
 def main() -> None:
     """Entry point: what the server or the settings refuse is one sentence and exit status 2."""
+    end_with_parent()
     try:
         cli()
     except ClientError as error:
-        Console(stderr=True).print(f"dpo: {error}", style="red", highlight=False, markup=False)
-        sys.exit(2)
+        message = str(error)
+    except ValidationError as error:  # a variable of the environment
+        first = error.errors()[0]
+        message = f"{'DPO_' + str(first['loc'][0]).removeprefix('DPO_').upper()}: {first['msg']}"
+    else:
+        return
+    Console(stderr=True).print(f"dpo: {message}", style="red", highlight=False, markup=False)
+    sys.exit(2)
 
 
 def _emit(value: Any, as_json: bool, text: str) -> None:
@@ -143,7 +151,8 @@ def train(
 ) -> None:
     """Run the engine alone, with no service."""
     # The worker package needs torch; the CLI and the API do not, and start it as a program.
-    raise typer.Exit(subprocess.call([sys.executable, "-m", "worker.standalone", str(spec), str(output)]))
+    # It takes this process's place, so that Ctrl-C and the exit status are its own.
+    os.execv(sys.executable, [sys.executable, "-m", "worker.standalone", str(spec), str(output)])  # noqa: S606
 
 
 # -- talk to a service ----------------------------------------------------------------------------------------
@@ -168,7 +177,7 @@ def jobs_create(
     model: Annotated[str, typer.Option(help="Base model, made model or checkpoint.")] = "",
     training_file: Annotated[str, typer.Option(help="File id, or a path to upload first.")] = "",
     validation_file: Annotated[str, typer.Option(help="File id or path.")] = "",
-    method: Annotated[str, typer.Option(help="dpo or supervised.")] = "dpo",
+    method: Annotated[str, typer.Option(help="dpo (if nothing says otherwise) or supervised.")] = "",
     sft: Annotated[bool, typer.Option("--sft", help="Run a supervised stage first.")] = False,
     beta: Annotated[float | None, typer.Option(help="β of DPO.")] = None,
     suffix: Annotated[str, typer.Option(help="Part of the new model's name.")] = "",
@@ -184,12 +193,14 @@ def jobs_create(
             body = orjson.loads(sys.stdin.buffer.read() if str(spec) == "-" else spec.read_bytes())
         except (OSError, orjson.JSONDecodeError) as error:
             raise typer.BadParameter(str(error), param_hint="--spec") from error
-    else:
-        body["method"] = {"type": method}
-        if beta is not None:
-            body["method"]["dpo"] = {"hyperparameters": {"beta": beta}}
-        if sft:
-            body["sft"] = {}
+        if not isinstance(body, dict):
+            raise typer.BadParameter("must hold a JSON object", param_hint="--spec")
+    if method or "method" not in body:
+        body["method"] = {"type": method or "dpo"}
+    if beta is not None:
+        body["method"].setdefault("dpo", {}).setdefault("hyperparameters", {})["beta"] = beta
+    if sft:
+        body.setdefault("sft", {})
     given = {"model": model, "training_file": training_file, "validation_file": validation_file, "suffix": suffix}
     body |= {key: value for key, value in given.items() if value}
     for field in ("training_file", "validation_file"):
@@ -246,9 +257,12 @@ serve it:           vllm serve {base} --enable-lora --lora-modules tuned=adapter
 
 
 @jobs.command("logs")
-def jobs_logs(job_id: str) -> None:
+def jobs_logs(job_id: str, as_json: Json = False) -> None:
     """The trainer's log of the latest attempt."""
     with Client().stream("GET", f"/fine_tuning/jobs/{quote(job_id, safe='')}/logs") as response:
+        if as_json:
+            print(orjson.dumps({"job": job_id, "log": response.read().decode("utf-8", "replace")}).decode())
+            return
         for chunk in response.iter_bytes():
             sys.stdout.buffer.write(chunk)
 

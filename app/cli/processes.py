@@ -7,7 +7,22 @@ import sys
 import threading
 from types import FrameType
 
-GRACE_SECONDS = 60
+GRACE_SECONDS = 110
+"""For a checkpoint to be written and uploaded; a little less than docker-compose.yml gives the container."""
+PARENT_PIPE = "DPO_PARENT_PIPE"
+
+
+def end_with_parent() -> None:
+    """In a process that `supervise` started: drain when the supervisor is gone."""
+    number = os.environ.pop(PARENT_PIPE, None)
+    if number is not None:
+        threading.Thread(target=_wait_for_end, args=(int(number),), daemon=True).start()
+
+
+def _wait_for_end(pipe: int) -> None:
+    while os.read(pipe, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def supervise(commands: dict[str, list[str]]) -> int:
@@ -24,11 +39,15 @@ def supervise(commands: dict[str, list[str]]) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
+    # The children hold the reading end of a pipe that nobody writes to: it ends when this process is gone, even by
+    # kill -9. Each is in a process group of its own, so that Ctrl-C reaches this process only, which then drains them.
+    reading, _writing = os.pipe()
+    environment = os.environ | {PARENT_PIPE: str(reading)}
     children = {
-        # In a process group of its own, so that Ctrl-C reaches this process only, which then drains them in order.
-        name: subprocess.Popen([sys.executable, *arguments], process_group=0)
+        name: subprocess.Popen([sys.executable, *arguments], process_group=0, pass_fds=[reading], env=environment)
         for name, arguments in commands.items()
     }
+    os.close(reading)
     for name, child in children.items():
         threading.Thread(target=_watch, args=(name, child, stop), daemon=True).start()
     stop.wait()

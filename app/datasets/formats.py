@@ -69,7 +69,7 @@ def _messages(value: object, field: str, line: int) -> list[Message]:
         role = item.get("role")
         if role in ("tool", "function") or item.get("tool_calls") or item.get("function_call"):
             raise DatasetError(line, where, "tool calls are part of the contract but not available yet")
-        if role not in _ROLES:
+        if not isinstance(role, str) or role not in _ROLES:
             raise DatasetError(line, f"{where}.role", f"must be one of {', '.join(sorted(_ROLES))}")
         content = _content(item.get("content"), f"{where}.content", line)
         role = "system" if role == "developer" else role

@@ -6,7 +6,7 @@ Starlette's own parser copies the whole file to the disk before a route runs; th
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-from python_multipart.exceptions import MultipartParseError
+from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
@@ -54,17 +54,17 @@ class UploadForm:
                 param="file",
                 code="invalid_content_type",
             )
-        parser = MultipartParser(options[b"boundary"], {
-            "on_part_begin": self._part_begin,
-            "on_header_field": lambda data, start, end: self._header.extend(data[start:end]),
-            "on_header_value": self._header_value,
-            "on_header_end": self._header.clear,
-            "on_headers_finished": self._headers_finished,
-            "on_part_data": self._part_data,
-            "on_part_end": self._part_end,
-            "on_end": self._end,
-        })  # fmt: skip
         try:
+            parser = MultipartParser(options[b"boundary"], {
+                "on_part_begin": self._part_begin,
+                "on_header_field": lambda data, start, end: self._header.extend(data[start:end]),
+                "on_header_value": self._header_value,
+                "on_header_end": self._header.clear,
+                "on_headers_finished": self._headers_finished,
+                "on_part_data": self._part_data,
+                "on_part_end": self._part_end,
+                "on_end": self._end,
+            })  # fmt: skip
             async for chunk in self.request.stream():
                 parser.write(chunk)
                 for piece in self._pending:
@@ -77,7 +77,7 @@ class UploadForm:
                         )
                     yield piece
                 self._pending.clear()
-        except MultipartParseError as error:
+        except FormParserError as error:
             raise _malformed(str(error)) from error
         except ClientDisconnect as error:
             raise _malformed("the connection ended early") from error

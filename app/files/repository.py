@@ -12,8 +12,10 @@ def readable(project: str) -> Select[File]:
     return select(File).where(File.project == project, File.deleted_at.is_(None))
 
 
-def get(session: Session, project: str, file_id: str) -> File | None:
-    return session.scalar(readable(project).where(File.id == file_id))
+def get(session: Session, project: str, file_id: str, *, lock: bool = False) -> File | None:
+    """One file. `lock`: it cannot be deleted until this transaction ends (SQLite has one writer anyway)."""
+    statement = readable(project).where(File.id == file_id)
+    return session.scalar(statement.with_for_update(read=True) if lock else statement)
 
 
 def page(

@@ -65,8 +65,9 @@ class Files:
     def _insert(self, file: File) -> File:
         with self.database.write() as session:
             session.add(file)
-        with self.database.read() as session:
-            return session.get_one(File, file.id)
+            session.flush()
+            session.refresh(file)
+        return file
 
     @staticmethod
     def _check_form(form: UploadForm) -> None:
@@ -113,7 +114,10 @@ class Files:
 
     def content(self, project: str, file_id: str) -> tuple[File, Iterator[bytes]]:
         file = self.get(project, file_id)
-        return file, self.storage.chunks(file.key)
+        try:
+            return file, self.storage.chunks(file.key)
+        except FileNotFoundError:  # deleted this moment
+            raise not_found(file_id) from None
 
     def delete(self, project: str, file_id: str) -> None:
         """Hide the file now. Housekeeping removes its bytes once no active job needs them."""

@@ -13,6 +13,7 @@ from app.jobs.tables import Checkpoint, Job, JobEvent
 LEASE_SECONDS = 15.0
 HEARTBEAT_SECONDS = 3.0
 MAX_LOST_ATTEMPTS = 3
+RETRY_SECONDS = 20.0
 
 
 def readable(project: str) -> Select[Job]:
@@ -141,7 +142,7 @@ def transition(
             written |= {"progress": None}
     statement = update(Job).where(Job.id == job_id, Job.status == source)
     if attempt is not None:
-        statement = statement.where(Job.attempt == attempt)
+        statement = statement.where(holds(job_id, attempt))
     changed = session.scalar(statement.values(status=target, **written).returning(Job.id))
     if changed is None:
         return False
@@ -149,25 +150,21 @@ def transition(
     return True
 
 
-def claim(
-    session: Session, source: Status, target: Status, owner: str, served: Sequence[str] | None = None
-) -> Job | None:
-    """Take the lease of the best eligible job with the status `source`, in one statement; None if there is none.
+def claim(session: Session, status: Status, owner: str, served: Sequence[str] | None = None) -> Job | None:
+    """Take the lease of the best eligible job with `status`, in one statement; None if there is none.
 
     Priority first, then age. `served` holds patterns of base models (`*` matches anything); None takes any.
-    A claim is a new attempt. `target` is the job's status from then on.
+    A claim is a new attempt. A queued job is running from then on.
     """
-    best = select(Job.id).where(Job.status == source, Job.lease_owner.is_(None))
+    target = Status.RUNNING if status == Status.QUEUED else status
+    free = and_(Job.status == status, Job.lease_owner.is_(None), Job.eligible_at <= database_now())
+    best = select(Job.id).where(free)
     if served is not None:
         best = best.where(or_(false(), *(_serves(name) for name in served)))
     best = best.order_by(Job.priority.desc(), Job.created_at, Job.id).limit(1)
     statement = (
         update(Job)
-        .where(
-            Job.id == best.with_for_update(skip_locked=True).scalar_subquery(),
-            Job.status == source,
-            Job.lease_owner.is_(None),
-        )
+        .where(Job.id == best.with_for_update(skip_locked=True).scalar_subquery(), free)
         .values(
             status=target,
             attempt=Job.attempt + 1,
@@ -177,7 +174,10 @@ def claim(
         .returning(Job)
         .execution_options(populate_existing=True)
     )
-    return session.scalar(statement)
+    job = session.scalar(statement)
+    if job is not None and target == Status.RUNNING:
+        add_event(session, job.id, "Fine-tuning job started.")
+    return job
 
 
 def _serves(name: str) -> ColumnElement[bool]:
@@ -226,7 +226,7 @@ def recover(session: Session, job: Job, actor: Actor, reason: str) -> None:
     Only attempts without a checkpoint since the last one count.
     """
     lost = job.lost_attempts + 1
-    status = Status(job.status)
+    status, pause = Status(job.status), RETRY_SECONDS ** (lost - 1)  # 1 s, then 20 s: most outages are short
     if lost >= MAX_LOST_ATTEMPTS:
         message = (
             f"{reason} This happened {lost} times without progress, so the job was given up. "
@@ -254,8 +254,17 @@ def recover(session: Session, job: Job, actor: Actor, reason: str) -> None:
             message=f"{reason} The job will resume.",
             level="warn",
             lost_attempts=lost,
+            eligible_at=database_now() + pause,
         )
-    elif write_guarded(session, job.id, job.attempt, lease_owner=None, lease_expires_at=None, lost_attempts=lost):
+    elif write_guarded(
+        session,
+        job.id,
+        job.attempt,
+        lease_owner=None,
+        lease_expires_at=None,
+        lost_attempts=lost,
+        eligible_at=database_now() + pause,
+    ):
         add_event(session, job.id, f"{reason} The files will be checked again.", level="warn")
 
 

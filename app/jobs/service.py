@@ -41,7 +41,7 @@ class Jobs:
                     code="model_not_found",
                 )
             for field, file_id in spec.files():
-                file = files.get(session, project, file_id)
+                file = files.get(session, project, file_id, lock=True)
                 if file is None:
                     raise ServiceError(f"No such File object: {file_id}", param=field, code="file_not_found")
                 if file.purpose != "fine-tune":
@@ -57,6 +57,7 @@ class Jobs:
                 created_at=database_now(),
                 model=spec.model,
                 base_model=model.base_model,
+                foundation=model.foundation,
                 training_file=spec.training_file,
                 validation_file=spec.validation_file,
                 spec=resolved.model_dump(mode="json"),
@@ -65,6 +66,7 @@ class Jobs:
                 status=Status.VALIDATING,
                 result_files=[],
                 attempt=0,
+                eligible_at=0.0,
                 lost_attempts=0,
             )
             session.add(job)

@@ -43,12 +43,13 @@ class Strict(BaseModel):
                     "'{field}' is part of the contract but not available yet.",
                     {"field": field},
                 )
-            close = difflib.get_close_matches(str(field), list(cls.model_fields), n=1, cutoff=0.8)
+            field = str(field).encode("utf-8", "replace").decode()  # a lone surrogate cannot be answered
+            close = difflib.get_close_matches(field, list(cls.model_fields), n=1, cutoff=0.8)
             hint = f" Did you mean '{close[0]}'?" if close else ""
             raise PydanticCustomError(
                 "unknown_parameter",
                 "Unknown parameter: '{field}'.{hint}",
-                {"field": str(field), "hint": hint},
+                {"field": field, "hint": hint},
             )
         return {field: value for field, value in data.items() if field not in cls.NOT_BUILT}
 
@@ -151,7 +152,8 @@ class Method(Strict):
         return self
 
 
-FileName = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+NO_NUL = r"^[^\x00]*$"
+FileName = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=NO_NUL)]
 
 
 class SftStage(Strict):
@@ -186,7 +188,10 @@ class Adapter(Strict):
 
 
 Quantization = Literal["nf4", "none"]
-Metadata = dict[Annotated[str, StringConstraints(max_length=64)], Annotated[str, StringConstraints(max_length=512)]]
+Metadata = dict[
+    Annotated[str, StringConstraints(max_length=64, pattern=NO_NUL)],
+    Annotated[str, StringConstraints(max_length=512, pattern=NO_NUL)],
+]
 
 
 class JobSpec(Strict):
@@ -207,7 +212,7 @@ class JobSpec(Strict):
     )
     NOT_BUILT = frozenset({"integrations", "gates", "timeout_seconds", "mapping", "evaluation"})
 
-    model: Annotated[str, StringConstraints(min_length=1, max_length=512)]
+    model: Annotated[str, StringConstraints(min_length=1, max_length=512, pattern=NO_NUL)]
     training_file: FileName
     validation_file: FileName | None = None
     method: Method = Method(type="supervised")

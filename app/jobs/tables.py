@@ -21,6 +21,8 @@ class Job(Base):
     """As the user named it: a base model, a made one, or a checkpoint."""
     base_model: Mapped[str]
     """The base model below it: a worker claims a job only where it can serve this one."""
+    foundation: Mapped[str | None]
+    """The fully trained model that stands in the base model's place, where `model` is one or sits on one."""
     training_file: Mapped[str]
     validation_file: Mapped[str | None]
     spec: Mapped[dict[str, Any]]
@@ -42,6 +44,8 @@ class Job(Base):
     """The fencing token: every write of a worker is guarded by `id` and `attempt`."""
     lease_owner: Mapped[str | None]
     lease_expires_at: Mapped[float | None]
+    eligible_at: Mapped[float]
+    """Not to be claimed before: a job whose attempt was lost waits a little."""
     lost_attempts: Mapped[int]
     """Attempts whose worker died since the last checkpoint."""
 

@@ -18,7 +18,8 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True)
 class Found:
-    """What a model name stands for: `prefix` is its folder in the object store, None for a base model."""
+    """What a model name stands for: `prefix` is its folder in the object store, None for a base model; `foundation`
+    the fully trained model that an adapter sits on, where it is not the base model itself."""
 
     name: str
     kind: str
@@ -26,6 +27,7 @@ class Found:
     prefix: str | None
     revision: str | None
     adapter: Adapter | None
+    foundation: str | None
 
 
 def readable(project: str) -> Select[Model]:
@@ -53,6 +55,7 @@ def find(session: Session, project: str, name: str) -> Found | None:
             model.prefix,
             model.revision,
             Adapter(**adapter) if isinstance(adapter, dict) else None,
+            name if model.kind == "full" else model.details.get("foundation"),
         )
     checkpoint = session.execute(
         select(Checkpoint, Job)
@@ -69,18 +72,35 @@ def find(session: Session, project: str, name: str) -> Found | None:
             f"{saved.prefix}/model",
             None,
             None if trained == "none" else Adapter(**trained),
+            name if trained == "none" else job.foundation,
         )
     if HUB_NAME.fullmatch(name):
-        patterns = session.scalars(select(Model.name).where(Model.kind == "hub"))
+        patterns = session.scalars(select(Model.base_model).where(Model.kind == "hub"))
         if any(fnmatchcase(name, pattern) for pattern in patterns):
-            return Found(name, "base", name, None, None, None)
+            return Found(name, "base", name, None, None, None, None)
     return None
 
 
-def register(session: Session, name: str, kind: str, revision: str | None, details: dict[str, Any]) -> None:
+def version(session: Session, base_model: str) -> str | None:
+    """The version of a base model that a worker registered."""
+    return session.scalar(select(Model.revision).where(Model.name == base_model, Model.kind == "base"))
+
+
+def register(session: Session, name: str, revision: str, details: dict[str, Any]) -> None:
     """Make or refresh the row of a base model that a worker can serve."""
+    _register(session, name, "base", name, revision, details)
+
+
+def register_hub(session: Session, pattern: str) -> None:
+    """Make the row of a pattern of hub ids that a worker may download. Its name cannot be a model's."""
+    _register(session, f"hub::{pattern}", "hub", pattern, None, {})
+
+
+def _register(
+    session: Session, name: str, kind: str, base_model: str, revision: str | None, details: dict[str, Any]
+) -> None:
     row = session.get(Model, name)
     if row is None:
-        row = Model(name=name, kind=kind, project=None, created_at=database_now(), base_model=name)
+        row = Model(name=name, kind=kind, project=None, created_at=database_now(), base_model=base_model)
         session.add(row)
-    row.kind, row.revision, row.details = kind, revision, details
+    row.revision, row.details = revision, details

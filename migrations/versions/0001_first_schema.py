@@ -42,6 +42,7 @@ def upgrade() -> None:
         sa.Column("created_at", sa.Double(), nullable=False),
         sa.Column("model", sa.String(), nullable=False),
         sa.Column("base_model", sa.String(), nullable=False),
+        sa.Column("foundation", sa.String(), nullable=True),
         sa.Column("training_file", sa.String(), nullable=False),
         sa.Column("validation_file", sa.String(), nullable=True),
         sa.Column("spec", sa.JSON(), nullable=False),
@@ -59,6 +60,7 @@ def upgrade() -> None:
         sa.Column("attempt", sa.Integer(), nullable=False),
         sa.Column("lease_owner", sa.String(), nullable=True),
         sa.Column("lease_expires_at", sa.Double(), nullable=True),
+        sa.Column("eligible_at", sa.Double(), nullable=False),
         sa.Column("lost_attempts", sa.Integer(), nullable=False),
         sa.PrimaryKeyConstraint("id"),
     )

@@ -89,3 +89,13 @@ def test_a_stopped_service_hands_its_job_back(name: str, home: Path, tmp_path: P
             messages = [e.message for e in service.openai().fine_tuning.jobs.list_events(job_id, limit=100).data]
             assert "The worker stops; the job will resume." in messages
             service.openai().fine_tuning.jobs.cancel(job_id)
+
+
+def test_the_parts_end_when_their_supervisor_is_killed(home: Path, tmp_path: Path) -> None:
+    """kill -9 of `dpo serve` itself: nothing stays behind that keeps the port or the GPU."""
+    with running(home) as service:
+        start_long_job(service, tmp_path)
+        parts = [*lanes(service, "gpu"), *lanes(service, "cpu"), *trainers(home)]
+        assert len(parts) == 3
+        service.process.kill()
+        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in parts), "the end of all parts")

@@ -158,8 +158,14 @@ def test_an_adapter_on_a_fully_trained_model(home: Path, tmp_path: Path) -> None
         job = client.fine_tuning.jobs.create(model=made, training_file=dpo.id, method={"type": "dpo"}, seed=1)
         tuned = service.wait_for(job.id, lambda seen: seen["status"] == "succeeded")["fine_tuned_model"]
         service.dpo("models", "download", tuned, "--output", str(tmp_path / "adapter"))
+        # A third job starts from the adapter: it still sits on the full model, not on the base below that.
+        again = client.fine_tuning.jobs.create(model=tuned, training_file=dpo.id, method={"type": "dpo"}, seed=1)
+        third = service.wait_for(again.id, lambda seen: seen["status"] == "succeeded")["fine_tuned_model"]
+        service.dpo("models", "download", third, "--output", str(tmp_path / "third"))
         service.dpo("models", "download", made, "--output", str(tmp_path / "full"))
-    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == made
+    for name in ("adapter", "third"):
+        config = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == made
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= {
         path.name for path in (tmp_path / "full").iterdir()
     }

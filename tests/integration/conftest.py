@@ -45,7 +45,7 @@ def services(settings: Settings) -> Iterator[Services]:
     found = Services.of(settings)
     found.migrate()
     with found.database.write() as session:
-        models.register(session, "tiny", "base", "r1", {"architecture": "LlamaForCausalLM"})
+        models.register(session, "tiny", "r1", {"architecture": "LlamaForCausalLM"})
     yield found
     found.database.close()
 

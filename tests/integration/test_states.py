@@ -14,6 +14,7 @@ from app.jobs.states import ACTIVE, TRANSITIONS, Actor, Status
 from app.jobs.tables import Job, JobEvent
 from app.services import Services
 from worker.housekeeping import purge_deleted_files, reap
+from worker.lease import Lease
 
 
 def make_job(services: Services, **changes: Any) -> str:
@@ -30,6 +31,7 @@ def make_job(services: Services, **changes: Any) -> str:
         "status": Status.QUEUED,
         "result_files": [],
         "attempt": 0,
+        "eligible_at": 0.0,
         "lost_attempts": 0,
     }
     with services.database.write() as session:
@@ -40,7 +42,7 @@ def make_job(services: Services, **changes: Any) -> str:
 
 def claim(services: Services, served: list[str] | None = None) -> Job | None:
     with services.database.write() as session:
-        return repository.claim(session, Status.QUEUED, Status.RUNNING, "test", served)
+        return repository.claim(session, Status.QUEUED, "test", served)
 
 
 def get(services: Services, job_id: str) -> Job:
@@ -57,7 +59,9 @@ def end(services: Services, job_id: str, attempt: int) -> bool:
 
 def expire(services: Services, job_id: str) -> None:
     with services.database.write() as session:
-        session.execute(update(Job).where(Job.id == job_id).values(lease_expires_at=database_now() - 1))
+        session.execute(
+            update(Job).where(Job.id == job_id).values(lease_expires_at=database_now() - 1, eligible_at=0.0)
+        )
 
 
 def test_ended_states_have_no_way_out() -> None:
@@ -115,6 +119,8 @@ def test_an_expired_lease_is_taken_away_and_the_stale_attempt_writes_nothing(ser
     expire(services, job_id)
     reap(services.database)
     assert get(services, job_id).status == Status.QUEUED
+    with services.database.write() as session:
+        session.execute(update(Job).values(eligible_at=0.0))
     second = claim(services)
     assert second is not None and second.attempt == first.attempt + 1
     with services.database.write() as session:
@@ -124,6 +130,47 @@ def test_an_expired_lease_is_taken_away_and_the_stale_attempt_writes_nothing(ser
     assert not end(services, job_id, first.attempt)
     assert get(services, job_id).stage is None
     assert end(services, job_id, second.attempt)
+
+
+def test_a_lost_attempt_waits_a_little_before_the_next(services: Services) -> None:
+    job_id = make_job(services)
+    job = claim(services)
+    assert job is not None
+    expire(services, job_id)
+    reap(services.database)
+    with services.database.read() as session:
+        assert session.get_one(Job, job_id).eligible_at > repository.now(session) - 1.0
+    with services.database.write() as session:
+        session.execute(update(Job).where(Job.id == job_id).values(eligible_at=database_now() + 60))
+    assert claim(services) is None
+
+
+def test_a_lease_that_cannot_be_renewed_is_lost_in_time(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A heartbeat that hangs must not keep a trainer alive whose job another worker may have."""
+    monkeypatch.setattr(repository, "LEASE_SECONDS", 1.0)
+    monkeypatch.setattr(repository, "HEARTBEAT_SECONDS", 0.1)
+    job_id = make_job(services)
+    job = claim(services)
+    assert job is not None
+    hang, killed = threading.Event(), threading.Event()
+    monkeypatch.setattr(repository, "heartbeat", lambda *_: hang.wait(30))
+    with Lease(services.database, job_id, job.attempt) as lease:
+        lease.on_lost(killed.set)
+        assert killed.wait(10)
+        assert lease.lost
+    hang.set()
+
+
+def test_a_cancelled_jobs_lease_is_lost_at_the_next_heartbeat(
+    services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(repository, "HEARTBEAT_SECONDS", 0.05)
+    job_id = make_job(services)
+    job = claim(services)
+    assert job is not None
+    with Lease(services.database, job_id, job.attempt) as lease:
+        services.jobs.cancel("default", job_id)
+        assert lease.wait_lost(10)
 
 
 def test_attempts_without_progress_are_bounded_and_progress_resets_them(services: Services) -> None:
@@ -136,6 +183,8 @@ def test_attempts_without_progress_are_bounded_and_progress_resets_them(services
                 repository.write_guarded(session, job_id, job.attempt, lost_attempts=0)
         expire(services, job_id)
         reap(services.database)
+        with services.database.write() as session:
+            session.execute(update(Job).values(eligible_at=0.0))
     job = get(services, job_id)
     assert job.status == Status.FAILED
     assert job.error is not None and job.error["code"] == "worker_lost"
@@ -159,7 +208,8 @@ def test_every_transition_writes_its_event_or_nothing(services: Services) -> Non
     assert not end(services, job_id, job.attempt + 1)
     assert end(services, job_id, job.attempt)
     with services.database.read() as session:
-        assert list(session.scalars(select(JobEvent.message).where(JobEvent.job_id == job_id))) == ["done"]
+        told = list(session.scalars(select(JobEvent.message).where(JobEvent.job_id == job_id)))
+        assert told == ["Fine-tuning job started.", "done"]
         assert JobObject.of(session.get_one(Job, job_id), None, 0.0).status == Status.SUCCEEDED
 
 

@@ -44,6 +44,19 @@ def test_other_names_lead_nowhere(root: Path, name: str) -> None:
         base_models(root, ("meta-llama/*",)).locate(name)
 
 
+def test_a_broken_folder_does_not_hide_the_others(root: Path) -> None:
+    for name, config in (("half", '{"architectures": ['), ("list", "[]"), ("null", '{"text_config": null}')):
+        make_tiny_model(root / name)
+        (root / name / "config.json").write_text(config)
+    assert {model.name for model in base_models(root).local()} == {"tiny", "org/tiny-chat"}
+
+
+@pytest.mark.parametrize("pattern", ["*", "org", "a/b/c", "or*/x", "org/?", "../x"])
+def test_patterns_that_say_too_much_are_refused(pattern: str) -> None:
+    with pytest.raises(ValueError, match="hub id"):
+        Settings(hub_models=(pattern,))
+
+
 def test_the_revision_follows_the_contents(root: Path) -> None:
     (before,) = (model.revision for model in base_models(root).local() if model.name == "tiny")
     config = root / "tiny" / "config.json"

@@ -116,6 +116,7 @@ def test_lines_are_counted_from_one_in_every_container() -> None:
         (b'{"prompt": "q", "chosen": 5, "rejected": "b"}', 1, "chosen", "list of messages"),
         (b'{"prompt": "q", "chosen": "a", "rejected": null}', 1, "rejected", "list of messages"),
         (b'{"messages": []}', 1, "messages", "not empty"),
+        (b'{"messages": [{"role": ["user"], "content": "x"}]}', 1, "messages[0].role", "one of"),
         (b'{"messages": [{"role": "robot", "content": "x"}]}', 1, "messages[0].role", "one of"),
         (b'{"messages": [{"role": "user", "content": 5}]}', 1, "messages[0].content", "must be a string"),
         (b'{"messages": [{"role": "user", "content": "q"}], "tools": [{}]}', 1, "tools", "not available yet"),

@@ -3,6 +3,7 @@
 import csv
 import gc
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ RESULT_COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_m
 
 @dataclass(frozen=True)
 class Results:
-    """What is known about a finished run. `validation` holds row, log-probs and the reference's, after the end."""
+    """What is known about a finished run. `public_spec` is the job as its user wrote it. `validation` holds
+    row, log-probs and the reference's, after the end."""
 
     spec: JobSpec
+    public_spec: dict[str, Any]
     base: Base
     history: list[dict[str, Any]]
     stage: Stage
@@ -36,8 +39,7 @@ def write(folder: Path, policy: Policy, results: Results, events: Events) -> Non
     policy.save(folder)
     _write_csv(folder / "metrics.csv", _columns(results.history), results.history)
     _write_csv(folder.parent / "result.csv", list(RESULT_COLUMNS), _result_rows(results.history))
-    public = results.spec.model_dump(mode="json")
-    (folder / "spec.json").write_text(json.dumps(public, indent=2, sort_keys=True) + "\n")
+    (folder / "spec.json").write_text(json.dumps(results.public_spec, indent=2, sort_keys=True) + "\n")
     with (folder / "validation_logps.jsonl").open("w") as file:
         for row, logps, reference in sorted(results.validation, key=lambda entry: entry[0].line):
             theirs = None if reference is None else reference.tolist()
@@ -81,27 +83,36 @@ def _drift(folder: Path, policy: Policy, results: Results, events: Events) -> st
     chosen = results.validation[:DRIFT_ROWS]
     if not chosen:
         return "Not measured: the job had no validation rows."
-    name, device = policy.name, policy.device
+    name, device, shared = policy.name, policy.device, policy.shared
+    if device.type == "cpu" and not _fits_in_memory(results.base.folder):
+        return f"Not measured: the unquantised '{name}' does not fit into the worker's memory."
     policy.model = None  # the unquantised base needs the room
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     plain = results.spec.model_copy(update={"quantization": "none"})
     rows = [row for row, _, _ in chosen]
+    total, tokens = 0.0, 0
     try:
         unquantised = load_policy(plain, results.base, folder, events, trainable=False)
-        total, tokens = 0.0, 0
+        unquantised.shared = shared
         with torch.no_grad():
             for number, (_, logps, _) in enumerate(chosen):
                 (pack,) = unquantised.packs(rows, [number])
                 total += (unquantised.score(pack).responses.cpu() - logps).abs().sum().item()
                 tokens += len(pack.targets)
-    except torch.OutOfMemoryError:
-        return f"Not measured: the unquantised '{name}' does not fit on the worker's GPU."
+    except Exception as error:  # the job is done: what this figure cannot tell must not cost it
+        return f"Not measured: {type(error).__name__} with the unquantised '{name}'."
     return (
         f"On the unquantised base the adapter's log-probs differ by {total / tokens:.4f} nats a token on average "
         f"({len(rows)} validation rows, {tokens} tokens). Compare adapters on a base quantised as here."
     )
+
+
+def _fits_in_memory(folder: Path) -> bool:
+    """Whether the weights in `folder` fit as float32, at most twice their size on the disk."""
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 2 * sum(path.stat().st_size for path in folder.glob("*.safetensors")) < available
 
 
 def _card(results: Results, full: bool, drift: str) -> str:
@@ -118,6 +129,8 @@ def _card(results: Results, full: bool, drift: str) -> str:
         for name, value in results.stage.hyperparameters.model_dump().items()
         if value is not None
     )
+    rows, held_out = len(results.stage.train), len(results.validation)
+    data = f"{results.public_spec['training_file']}, {rows} rows; {held_out} validation rows"
     library = "transformers" if full else "peft"
     front = f"base_model: {base.name}\nlibrary_name: {library}\ntags: [dpo-service, {results.stage.name}]"
     return f"""---
@@ -126,8 +139,8 @@ def _card(results: Results, full: bool, drift: str) -> str:
 
 # {spec.suffix or base.name}: {"SFT, then DPO" if spec.sft else results.stage.name.upper()} by dpo-service
 
-- **Base model**: {base.name}, revision {base.revision or "not versioned"}, started from {spec.model}
-- **Data**: {spec.training_file}, {len(results.stage.train)} rows; {len(results.validation)} validation rows
+- **Base model**: {base.name}, revision {base.revision or base.version or "unknown"}, started from {spec.model}
+- **Data**: {data}
 - **Adapter**: {adapter}
 - **Quantisation of the base in training**: {spec.quantization}. {drift}
 - **Seed**: {spec.seed}

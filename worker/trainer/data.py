@@ -50,6 +50,8 @@ class Truncation:
 
     prompts: int = 0
     answers: int = 0
+    lost: int = 0
+    """Rows left out because nothing was left to learn."""
 
 
 def rows(

@@ -84,9 +84,11 @@ class Trainer:
         self.folder, self.events, self.stopping = folder, events, stopping
         self.spec = JobSpec.model_validate_json((folder / "spec.json").read_text()).resolved()
         run = json.loads((folder / "run.json").read_text())
-        self.base = Base(run["base_model"], run["revision"], folder / "base")
+        self.base = Base(run["base_model"], run["revision"], run["version"], folder / "base")
+        self.public_spec: dict[str, Any] = run["spec"]
         resume = folder / "resume"
         self.resume = resume if resume.exists() else None
+        self._saved_step = -1
 
     def run(self) -> None:
         """Train, and leave the artifact in `output/`. Raises `UserError` or `Stopped`."""
@@ -103,12 +105,17 @@ class Trainer:
             f"on {self.policy.device.type} ({torch.get_num_threads()} threads)."
         )
         self.total_steps = sum(stage.steps for stage in self.stages)
-        self.state = checkpoint.load_state(self.resume) if self.resume else State(self.stages[0].name)
+        self.state = State(self.stages[0].name)
+        if self.resume is not None:
+            self.state = checkpoint.load_state(self.resume)
+            self._saved_step = self.state.step
         resumed = [stage.name for stage in self.stages].index(self.state.stage)
         for stage in self.stages[resumed:]:
             self._run_stage(stage)
             self.resume = None
-        results = artifact.Results(self.spec, self.base, self.state.history, self.stages[-1], self.validation_logps)
+        results = artifact.Results(
+            self.spec, self.public_spec, self.base, self.state.history, self.stages[-1], self.validation_logps
+        )
         artifact.write(self.folder / "output", self.policy, results, self.events)
         self.events.emit("done", trained_tokens=self.state.trained_tokens, metrics=self._last_metrics())
 
@@ -163,7 +170,7 @@ class Trainer:
         numbers = stage.batch(step)
         batch = [stage.train[number] for number in numbers]
         policy.set_dropout(stage.name == "sft")
-        packs = policy.packs(batch, list(range(len(batch))))
+        packs = list(policy.packs(batch, list(range(len(batch)))))
         count = len(batch) if stage.name == "dpo" else sum(len(pack.targets) for pack in packs)
         of_batch = None if logps is None else logps[0][numbers]
         for pack in packs:
@@ -250,12 +257,12 @@ class Trainer:
         )
 
     def _checkpoint(self, stage: Stage, optimizer: torch.optim.Optimizer, logps: tuple[Tensor, Tensor] | None) -> None:
-        """Write a checkpoint, unless no step was made yet. Whoever hears of it removes it when it is safe."""
-        if self.state.stage_step == 0:
+        """Write a checkpoint, unless this step has one. Whoever hears of it removes it when it is safe."""
+        if self.state.stage_step == 0 or self.state.step == self._saved_step:
             return
+        self._saved_step = self.state.step
         folder = self.folder / "checkpoints" / f"step-{self.state.step}"
-        if not folder.exists():
-            checkpoint.save(folder, self.policy, optimizer, self.state, logps)
+        checkpoint.save(folder, self.policy, optimizer, self.state, logps)
         self.events.emit(
             "checkpoint",
             stage=stage.name,

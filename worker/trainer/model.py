@@ -1,6 +1,7 @@
 """The policy: a base model, quantised or not, with a LoRA adapter or all its parameters to train."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,12 @@ _DROPOUTS = (
 
 @dataclass(frozen=True)
 class Base:
-    """A base model: the name that artifacts carry, its revision where a hub has one, and its folder here."""
+    """A base model: the name that artifacts carry, its revision where a hub has one (peft loads by it), the version
+    that the worker registered, and its folder here."""
 
     name: str
     revision: str | None
+    version: str | None
     folder: Path
 
 
@@ -82,10 +85,10 @@ class Policy:
         for module, probability in self._dropout.items():
             module.p = probability if on else 0.0
 
-    def packs(self, rows: list[Row], numbers: list[int]) -> list[Pack]:
-        """The rows `numbers`, in packs of at most `budget` tokens."""
+    def packs(self, rows: list[Row], numbers: list[int]) -> Iterator[Pack]:
+        """The rows `numbers`, in packs of at most `budget` tokens, one at a time."""
         build = tree_pack if self.shared else padded_pack
-        return [build(rows, group) for group in plan(rows, numbers, self.budget)]
+        return (build(rows, group) for group in plan(rows, numbers, self.budget))
 
     def score(self, pack: Pack) -> Scores:
         """One forward pass: the log-probs of everything that is scored in `pack`."""

@@ -5,6 +5,7 @@ position   0 1 2 3 4 3 4 5 | 0 1 2 3 2        a response goes on where its promp
 branch     0 0 0 1 1 2 2 2 | 0 0 1 1 2        0 is the prompt
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,17 +45,17 @@ def plan(rows: Sequence[Row], numbers: Sequence[int], budget: int) -> list[list[
     Deterministic in its arguments. Every number of `numbers` is in exactly one list.
     """
     bins: list[list[int]] = []
-    room: list[int] = []
+    free: list[tuple[int, int]] = []  # (room, bin), sorted: the tightest fit is found by bisection
     for number in sorted(numbers, key=lambda n: (-rows[n].tokens, n)):
         size = rows[number].tokens
-        fitting = [(space, i) for i, space in enumerate(room) if space >= size]
-        if fitting:
-            _, best = min(fitting)
-            bins[best].append(number)
-            room[best] -= size
+        at = bisect_left(free, (size, 0))
+        if at < len(free):
+            room, best = free.pop(at)
         else:
-            bins.append([number])
-            room.append(budget - size)
+            room, best = budget, len(bins)
+            bins.append([])
+        bins[best].append(number)
+        insort(free, (room - size, best))
     return bins
 
 

@@ -4,13 +4,14 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 
 from app.datasets.check import Report, examples
 from app.datasets.example import Example
-from app.jobs.spec import DPOHyperparameters, JobSpec, SupervisedHyperparameters
+from app.jobs.spec import DEFAULT_VALIDATION_SPLIT, DPOHyperparameters, JobSpec, SupervisedHyperparameters
 from worker.trainer.data import Row, Tokenizer, Truncation, rows
 from worker.trainer.events import Events, UserError
 
@@ -49,12 +50,9 @@ class Stage:
 
     def batch(self, step: int) -> list[int]:
         """Numbers of the rows of optimizer step `step` (from 0): a function of seed and step alone."""
-        first = step * self.batch_size
-        return [self._order(i // len(self.train))[i % len(self.train)] for i in range(first, first + self.batch_size)]
-
-    def _order(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        return torch.randperm(len(self.train), generator=generator).tolist()
+        size, first = len(self.train), step * self.batch_size
+        order = partial(_order, size, self.seed)
+        return [order(i // size)[i % size] for i in range(first, first + self.batch_size)]
 
     def learning_rate(self, step: int) -> float:
         """The rate of optimizer step `step`: linear warm-up, then cosine, linear or constant."""
@@ -67,6 +65,12 @@ class Stage:
         if h.lr_scheduler == "cosine":
             return peak * 0.5 * (1 + math.cos(math.pi * done))
         return peak * (1 - done) if h.lr_scheduler == "linear" else peak
+
+
+@lru_cache(maxsize=2)  # a batch touches one epoch, or the ends of two
+def _order(size: int, seed: int, epoch: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(size, generator=generator).tolist()
 
 
 def stages(spec: JobSpec, folder: Path, tokenizer: Tokenizer, context: int, events: Events) -> list[Stage]:
@@ -89,7 +93,8 @@ def stages(spec: JobSpec, folder: Path, tokenizer: Tokenizer, context: int, even
     if spec.sft is not None:
         settings = spec.sft.hyperparameters
         if spec.sft.training_file is not None:
-            sft_split = 0.0 if spec.sft.validation_file else split or 0.05
+            own = split if spec.validation_file is None else DEFAULT_VALIDATION_SPLIT
+            sft_split = 0.0 if spec.sft.validation_file else own
             train, validation = load.both(
                 spec.sft.training_file,
                 spec.sft.validation_file,
@@ -139,10 +144,10 @@ class _Loader:
         kept = list(self._learnable(name, max_length, loss_on, cut, supervised=supervised))
         if not kept:
             raise UserError("no_training_rows", f"No row of '{name}' has a token to learn.", param)
-        if cut.prompts or cut.answers:
+        if cut.prompts or cut.answers or cut.lost:
             self.events.message(
                 f"Cut to max_length {max_length}: {cut.prompts} prompts (from the left), {cut.answers} rows with "
-                f"an answer cut short.",
+                f"an answer cut short, {cut.lost} left out because no token to learn was left.",
                 level="warn",
             )
         return kept
@@ -155,4 +160,8 @@ class _Loader:
             if supervised:  # of a pair, SFT learns the preferred answer
                 found = (replace(example, responses=example.responses[:1]) for example in found)
             made = rows(found, self.tokenizer, max_length=max_length, loss_on=loss_on, cut=cut)
-            yield from (row for row in made if row.learnable)
+            for row in made:
+                if row.learnable:
+                    yield row
+                else:
+                    cut.lost += 1

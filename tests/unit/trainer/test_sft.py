@@ -98,7 +98,7 @@ def test_packed_rows_have_the_loss_and_the_gradient_of_rows_one_by_one(llama: Pa
         trainer.policy = disturb(load_policy(trainer.spec, trainer.base, None, trainer.events))
         trainer.policy.budget = budget
         (stage,) = plan.stages(trainer.spec, folder, trainer.policy.tokenizer, 512, trainer.events)
-        assert len(trainer.policy.packs(stage.train, list(range(len(ANSWERS))))) == packs
+        assert len(list(trainer.policy.packs(stage.train, list(range(len(ANSWERS)))))) == packs
         trainer.state = State(stage.name)
         before = {name: p.detach().clone() for name, p in trainer.policy.trainable().items()}
         optimizer = torch.optim.SGD(trainer.policy.trainable().values())

@@ -73,8 +73,10 @@ def make_work_folder(folder: Path, model: Path, spec: dict[str, Any], **files: S
     """Lay out `folder` for the trainer. `files` become `{name}.jsonl`; `spec` names them so."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "base").symlink_to(model, target_is_directory=True)
-    (folder / "spec.json").write_text(json.dumps({"model": BASE_NAME, "training_file": "train.jsonl", **spec}))
-    (folder / "run.json").write_text(json.dumps({"base_model": BASE_NAME, "revision": None}))
+    body = {"model": BASE_NAME, "training_file": "train.jsonl", **spec}
+    (folder / "spec.json").write_text(json.dumps(body))
+    run = {"base_model": BASE_NAME, "revision": None, "version": "v1", "spec": body}
+    (folder / "run.json").write_text(json.dumps(run))
     for name, records in files.items():
         write_records(folder / f"{name}.jsonl", records)
     return folder
@@ -173,7 +175,7 @@ def load(model: Path, *, stream: io.StringIO | None = None, **fields: Any) -> Po
     """The policy of a job on `model`: by default a LoRA adapter of rank 4 on an unquantised base."""
     given = {"adapter": {"r": 4}, "quantization": "none", "seed": 1, **fields}
     spec = JobSpec.model_validate({"model": BASE_NAME, "training_file": "train.jsonl", **given}).resolved()
-    return load_policy(spec, Base(BASE_NAME, None, model), None, Events(stream or io.StringIO()))
+    return load_policy(spec, Base(BASE_NAME, None, None, model), None, Events(stream or io.StringIO()))
 
 
 def disturb(policy: Policy, scale: float = 0.1, seed: int = 3) -> Policy:
