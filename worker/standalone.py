@@ -34,7 +34,7 @@ class UsageError(Exception):
 def train(spec_path: Path, output: Path, settings: Settings, console: Console) -> int:
     """Run the trainer; returns the exit status: 0 done, 1 failed, 2 the spec or a file is wrong."""
     try:
-        spec = _read_spec(spec_path)
+        spec, public = _read_spec(spec_path)
         if output.exists() and any(output.iterdir()):
             raise UsageError(f"{output} exists and is not empty.")
         base, revision = BaseModels(settings).locate(spec.model)
@@ -59,7 +59,8 @@ def train(spec_path: Path, output: Path, settings: Settings, console: Console) -
         return status
 
 
-def _read_spec(path: Path) -> JobSpec:
+def _read_spec(path: Path) -> tuple[JobSpec, dict[str, Any]]:
+    """(the spec with the files' places on this machine, the spec as its user wrote it), defaults filled in."""
     try:
         body = json.loads(path.read_text())
         spec = JobSpec.model_validate(body).resolved()
@@ -80,7 +81,7 @@ def _read_spec(path: Path) -> JobSpec:
             raise UsageError(f"{field}: {file}: {error}") from error
         target = located["sft"] if field.startswith("sft.") else located
         target[field.removeprefix("sft.")] = str(file)
-    return JobSpec.model_validate(located)
+    return JobSpec.model_validate(located), spec.model_dump(mode="json")
 
 
 def _run(folder: Path, console: Console) -> int:

@@ -75,7 +75,8 @@ def make_work_folder(folder: Path, model: Path, spec: dict[str, Any], **files: S
     (folder / "base").symlink_to(model, target_is_directory=True)
     body = {"model": BASE_NAME, "training_file": "train.jsonl", **spec}
     (folder / "spec.json").write_text(json.dumps(body))
-    run = {"base_model": BASE_NAME, "revision": None, "version": "v1", "spec": body}
+    public = JobSpec.model_validate(body).resolved().model_dump(mode="json")
+    run = {"base_model": BASE_NAME, "revision": None, "version": "v1", "spec": public}
     (folder / "run.json").write_text(json.dumps(run))
     for name, records in files.items():
         write_records(folder / f"{name}.jsonl", records)
