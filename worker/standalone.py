@@ -49,7 +49,7 @@ def train(spec_path: Path, output: Path, settings: Settings, console: Console) -
             "base_model": spec.model,
             "revision": revision,
             "version": None,
-            "spec": json.loads(spec_path.read_text()),
+            "spec": public,
         }
         (folder / "run.json").write_text(json.dumps(run))
         status = _run(folder, console)
