@@ -2,13 +2,20 @@
 
 import os
 import signal
+import socket
 from pathlib import Path
 
+import httpx2
 import pytest
 
 from tests.acceptance.conftest import pairs, write
 from tests.acceptance.service import Running, lanes, running, stack, trainers
 from tests.servers import wait_until
+
+PART = (
+    b'--xx\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n'
+    b'--xx\r\nContent-Disposition: form-data; name="file"; filename="p.jsonl"\r\n\r\n'
+)
 
 
 def start_long_job(service: Running, folder: Path) -> str:
@@ -99,3 +106,20 @@ def test_the_parts_end_when_their_supervisor_is_killed(home: Path, tmp_path: Pat
         assert len(parts) == 3
         service.process.kill()
         wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in parts), "the end of all parts")
+
+
+def test_an_upload_whose_connection_is_cut_leaves_nothing(home: Path) -> None:
+    """Over a real socket: half of the promised bytes, then nothing more."""
+    with running(home) as service:
+        url = httpx2.URL(service.url)
+        half = PART + b"x" * 20_000_000
+        head = (
+            f"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {service.key}\r\n"
+            f"Content-Type: multipart/form-data; boundary=xx\r\nContent-Length: {2 * len(half)}\r\n\r\n"
+        )
+        objects = home / "objects" / "files"
+        with socket.create_connection((url.host, url.port or 80)) as connection:
+            connection.sendall(head.encode() + half)
+            wait_until(lambda: list(objects.iterdir()), "the upload's first bytes in the object store")
+        wait_until(lambda: not list(objects.iterdir()), "an empty object store")
+        assert service.openai().files.list().data == []
