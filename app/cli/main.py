@@ -177,7 +177,7 @@ def jobs_create(
     model: Annotated[str, typer.Option(help="Base model, made model or checkpoint.")] = "",
     training_file: Annotated[str, typer.Option(help="File id, or a path to upload first.")] = "",
     validation_file: Annotated[str, typer.Option(help="File id or path.")] = "",
-    method: Annotated[str, typer.Option(help="dpo (if nothing says otherwise) or supervised.")] = "",
+    method: Annotated[str, typer.Option(help="dpo (without --spec, the default) or supervised.")] = "",
     sft: Annotated[bool, typer.Option("--sft", help="Run a supervised stage first.")] = False,
     beta: Annotated[float | None, typer.Option(help="β of DPO.")] = None,
     suffix: Annotated[str, typer.Option(help="Part of the new model's name.")] = "",
@@ -195,9 +195,11 @@ def jobs_create(
             raise typer.BadParameter(str(error), param_hint="--spec") from error
         if not isinstance(body, dict):
             raise typer.BadParameter("must hold a JSON object", param_hint="--spec")
-    if method or "method" not in body:
+    if method or spec is None:
         body["method"] = {"type": method or "dpo"}
     if beta is not None:
+        if not isinstance(body.get("method"), dict) or body["method"].get("type") != "dpo":
+            raise typer.BadParameter("goes with the method dpo", param_hint="--beta")
         body["method"].setdefault("dpo", {}).setdefault("hyperparameters", {})["beta"] = beta
     if sft:
         body.setdefault("sft", {})
