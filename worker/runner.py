@@ -74,6 +74,19 @@ def trainer_environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k in TRAINER_VARIABLES or k.startswith(TRAINER_PREFIXES)}
 
 
+def spawn_trainer(folder: Path) -> "subprocess.Popen[bytes]":
+    """Start the trainer on `folder`, in a process group of its own; its log goes to `trainer.log` there."""
+    with (folder / "trainer.log").open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "worker.trainer", str(folder)],
+            stdin=subprocess.PIPE,  # held open: the trainer ends by itself when this process is gone
+            stdout=subprocess.PIPE,
+            stderr=log,
+            start_new_session=True,
+            env=trainer_environment(),
+        )
+
+
 class Run:
     """One attempt at one job."""
 
@@ -114,31 +127,25 @@ class Run:
             return self._fail("file_not_found", f"A file of the job is gone: {error}", "training_file")
         with self.services.database.read() as session:
             started_from = models.find(session, self.job.project, spec.model)
-            foundation = None
-            if self.job.foundation is not None:
-                missing = models.Found(self.job.foundation, "full", self.job.base_model, None, None, None, None)
-                foundation = models.find(session, self.job.project, self.job.foundation) or missing
+            foundation = self.job.foundation and models.find(session, self.job.project, self.job.foundation)
             version = models.version(session, self.job.base_model)
             latest = repository.latest_checkpoint(session, self.job.id)
         if started_from is None:
             return self._fail("model_not_found", f"The model '{spec.model}' was deleted.", "model")
-        if foundation is None:
+        if not self.job.foundation:
             (self.folder / "base").symlink_to(base.resolve(), target_is_directory=True)
-        elif foundation.prefix is None:
-            return self._fail("model_not_found", f"The model '{self.job.foundation}' was deleted.", "model")
-        else:
+        elif foundation and foundation.prefix:
             self.services.storage.get_folder(foundation.prefix, self.folder / "base")
+        else:
+            return self._fail("model_not_found", f"The model '{self.job.foundation}' was deleted.", "model")
         if started_from.kind == "adapter" and started_from.prefix is not None:
             self.services.storage.get_folder(started_from.prefix, self.folder / "start")
         if latest is not None:
             self.services.storage.get_folder(latest.prefix, self.folder / "resume")
-        body, public = spec.model_dump(mode="json"), spec.model_dump(mode="json")
-        for field, file_id in named.items():
-            target = body["sft"] if field.startswith("sft.") else body
-            target[field.removeprefix("sft.")] = paths[file_id]
-        (self.folder / "spec.json").write_text(json.dumps(body))
+        located = spec.with_files({field: paths[file_id] for field, file_id in named.items()})
+        (self.folder / "spec.json").write_text(located.model_dump_json())
         name = self.job.foundation or self.job.base_model
-        run = {"base_model": name, "revision": revision, "version": version, "spec": public}
+        run = {"base_model": name, "revision": revision, "version": version, "spec": self.job.spec}
         (self.folder / "run.json").write_text(json.dumps(run))
         return True
 
@@ -148,15 +155,7 @@ class Run:
         """Run the trainer; returns its exit status."""
         if self.lease.lost:
             raise LeaseLost
-        with (self.folder / "trainer.log").open("wb") as logfile:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "worker.trainer", str(self.folder)],
-                stdin=subprocess.PIPE,  # held open: the trainer ends by itself when this process is gone
-                stdout=subprocess.PIPE,
-                stderr=logfile,
-                start_new_session=True,
-                env=trainer_environment(),
-            )
+        process = spawn_trainer(self.folder)
         self.log.info("trainer started", pid=process.pid)
         # Whatever this thread is busy with then: a trainer without a lease ends at once.
         self.lease.on_lost(lambda: _kill_group(process))

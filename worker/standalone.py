@@ -7,7 +7,6 @@ folder; `model` names a base model as on a worker. DIR ends as the artifact fold
 import json
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -22,7 +21,7 @@ from app.errors import describe_validation_error
 from app.jobs.spec import JobSpec
 from app.settings import Settings
 from worker.base_models import BaseModels, ModelUnavailable
-from worker.runner import trainer_environment
+from worker.runner import spawn_trainer
 
 USAGE = 2
 
@@ -70,30 +69,20 @@ def _read_spec(path: Path) -> tuple[JobSpec, dict[str, Any]]:
         first: dict[str, Any] = dict(error.errors()[0])
         first["loc"] = ("body", *first["loc"])
         raise UsageError(f"{path}: {describe_validation_error(first)[0]}") from error
-    located = spec.model_dump(mode="json")
+    located = {}
     for field, name in spec.files():
         file = (path.parent / name).resolve()
-        preference = spec.method.type == "dpo" and not field.startswith("sft.")
         try:
             with file.open("rb") as stream:
-                check(stream, preference=preference)
+                check(stream, preference=spec.needs_pairs(field))
         except (OSError, DatasetError) as error:
             raise UsageError(f"{field}: {file}: {error}") from error
-        target = located["sft"] if field.startswith("sft.") else located
-        target[field.removeprefix("sft.")] = str(file)
-    return JobSpec.model_validate(located), spec.model_dump(mode="json")
+        located[field] = str(file)
+    return spec.with_files(located), spec.model_dump(mode="json")
 
 
 def _run(folder: Path, console: Console) -> int:
-    with (folder / "trainer.log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "worker.trainer", str(folder)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            start_new_session=True,
-            env=trainer_environment(),
-        )
+    process = spawn_trainer(folder)
     assert process.stdout is not None
     failed = False
     try:

@@ -54,7 +54,6 @@ class _InvalidFile(Exception):
 
 
 def _check(services: Services, job: Job, spec: JobSpec, field: str, file_id: str) -> Report:
-    preference = spec.method.type == "dpo" and not field.startswith("sft.")
     with tempfile.TemporaryDirectory(dir=work_folder(services)) as folder:
         path = Path(folder) / "dataset"
         try:
@@ -63,7 +62,7 @@ def _check(services: Services, job: Job, spec: JobSpec, field: str, file_id: str
             raise _InvalidFile(field, f"the file {file_id} is gone") from None
         try:
             with path.open("rb") as file:
-                return check(file, preference=preference)
+                return check(file, preference=spec.needs_pairs(field))
         except DatasetError as error:
             raise _InvalidFile(field, str(error)) from error
 

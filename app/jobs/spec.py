@@ -290,3 +290,15 @@ class JobSpec(Strict):
                 ("sft.validation_file", self.sft.validation_file),
             ]
         return [(field, name) for field, name in named if name is not None]
+
+    def with_files(self, places: dict[str, str]) -> Self:
+        """The same job with other names for its files: `places` maps fields, as `files` names them, to names."""
+        body = self.model_dump(mode="json")
+        for field, place in places.items():
+            target = body["sft"] if field.startswith("sft.") else body
+            target[field.removeprefix("sft.")] = place
+        return self.model_validate(body)
+
+    def needs_pairs(self, field: str) -> bool:
+        """Whether the file in `field` must hold pairs; SFT takes the preferred answers of pairs, and all else."""
+        return self.method.type == "dpo" and not field.startswith("sft.")
