@@ -39,5 +39,7 @@ def purge_deleted_files(services: Services) -> None:
     for file in deleted:
         if file.id not in used:
             services.storage.delete(file.key)
+            if file.sha256:  # what was made of it goes with it
+                services.storage.delete_folder(f"cache/tokens/{file.sha256}")
             with services.database.write() as session:
                 session.execute(delete(File).where(File.id == file.id))

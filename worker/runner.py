@@ -9,6 +9,7 @@ trainer's whole process group is killed and nothing more is written.
 import json
 import os
 import queue
+import re
 import shutil
 import signal
 import subprocess
@@ -42,6 +43,7 @@ from worker.validator import work_folder
 log = structlog.get_logger(__name__)
 
 STOPPED = 75
+CACHE_KEY = re.compile(r"(tokens|reference)(/[0-9a-f]{64}){1,2}")
 LOG_SECONDS = 3.0
 TRAINER_VARIABLES = ("PATH", "HOME", "TMPDIR", "LANG", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
 TRAINER_PREFIXES = (
@@ -93,6 +95,7 @@ class Run:
     def __init__(self, services: Services, base_models: BaseModels, job: Job, stopping: threading.Event) -> None:
         self.services, self.base_models, self.job, self.stopping = services, base_models, job, stopping
         self.prefix = f"jobs/{job.id}/attempt-{job.attempt}"
+        self.spec = JobSpec.model_validate(job.spec)
         self.outcome: dict[str, Any] | None = None
         self.log = log.bind(job=job.id, attempt=job.attempt)
 
@@ -114,9 +117,10 @@ class Run:
 
     def _prepare(self) -> bool:
         """Lay out the trainer's folder; False where the job was failed instead."""
-        spec = JobSpec.model_validate(self.job.spec)
+        spec = self.spec
         named = dict(spec.files())
         paths = {file_id: f"data/{file_id}" for file_id in named.values()}
+        reference = spec.reference_model
         try:
             base, revision = self.base_models.locate(self.job.base_model)
             for file_id, path in paths.items():
@@ -128,18 +132,26 @@ class Run:
         with self.services.database.read() as session:
             started_from = models.find(session, self.job.project, spec.model)
             foundation = self.job.foundation and models.find(session, self.job.project, self.job.foundation)
+            held_to = reference and models.find(session, self.job.project, reference)
+            held_to_foundation = (
+                held_to and held_to.foundation and models.find(session, self.job.project, held_to.foundation)
+            )
             version = models.version(session, self.job.base_model)
             latest = repository.latest_checkpoint(session, self.job.id)
         if started_from is None:
             return self._fail("model_not_found", f"The model '{spec.model}' was deleted.", "model")
-        if not self.job.foundation:
-            (self.folder / "base").symlink_to(base.resolve(), target_is_directory=True)
-        elif foundation and foundation.prefix:
-            self.services.storage.get_folder(foundation.prefix, self.folder / "base")
-        else:
+        if self.job.foundation and not foundation:
             return self._fail("model_not_found", f"The model '{self.job.foundation}' was deleted.", "model")
-        if started_from.kind == "adapter" and started_from.prefix is not None:
-            self.services.storage.get_folder(started_from.prefix, self.folder / "start")
+        self._place(started_from, foundation or None, base, self.folder)
+        if reference:
+            field = "method.dpo.hyperparameters.reference_model"
+            if not held_to:
+                return self._fail("model_not_found", f"The model '{reference}' was deleted.", field)
+            try:
+                other, _ = self.base_models.locate(held_to.base_model)
+            except ModelUnavailable as error:
+                return self._fail("model_unavailable", str(error), field)
+            self._place(held_to, held_to_foundation or None, other, self.folder / "reference")
         if latest is not None:
             self.services.storage.get_folder(latest.prefix, self.folder / "resume")
         located = spec.with_files({field: paths[file_id] for field, file_id in named.items()})
@@ -148,6 +160,16 @@ class Run:
         run = {"base_model": name, "revision": revision, "version": version, "spec": self.job.spec}
         (self.folder / "run.json").write_text(json.dumps(run))
         return True
+
+    def _place(self, model: models.Found, foundation: models.Found | None, base: Path, folder: Path) -> None:
+        """Put what `model` is made of into `folder`: `base`, and for an adapter `start`."""
+        folder.mkdir(exist_ok=True)
+        if foundation is not None and foundation.prefix is not None:
+            self.services.storage.get_folder(foundation.prefix, folder / "base")
+        else:
+            (folder / "base").symlink_to(base.resolve(), target_is_directory=True)
+        if model.kind == "adapter" and model.prefix is not None:
+            self.services.storage.get_folder(model.prefix, folder / "start")
 
     # -- during ------------------------------------------------------------------------------------------------
 
@@ -179,12 +201,36 @@ class Run:
                 process.send_signal(signal.SIGTERM)
                 asked = True
             if batch:
+                self._serve_cache(process, batch)
                 self._relay(batch)
             if ended:
                 return
             if time.monotonic() - uploaded > LOG_SECONDS:
                 self._upload_log()
                 uploaded = time.monotonic()
+
+    def _serve_cache(self, process: "subprocess.Popen[bytes]", batch: list[dict[str, Any]]) -> None:
+        """Fetch what the trainer wants and others made, and store what it made. A cache that fails is only slower."""
+        assert process.stdin is not None
+        for event in batch:
+            if event["kind"] not in ("wanted", "made") or not CACHE_KEY.fullmatch(event["key"]):
+                continue
+            key, path = f"cache/{event['key']}", self.folder / "cache" / event["key"]
+            try:
+                if event["kind"] == "made":
+                    self.services.storage.put_file(key, path)
+                else:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    self.services.storage.get_file(key, path)
+            except FileNotFoundError:
+                pass
+            except Exception as error:
+                path.unlink(missing_ok=True)
+                self.log.warning("the cache is out of reach", key=key, reason=str(error))
+            if event["kind"] == "wanted":
+                with suppress(BrokenPipeError):
+                    process.stdin.write(json.dumps({"key": event["key"]}).encode() + b"\n")
+                    process.stdin.flush()
 
     def _relay(self, batch: list[dict[str, Any]]) -> None:
         """Write a batch of the trainer's events: checkpoints are uploaded first, so that their rows are true."""
@@ -275,7 +321,7 @@ class Run:
             session.add(
                 Model(
                     name=name,
-                    kind="full" if adapter == "none" else "adapter",
+                    kind="reward" if self.spec.trains_rewards else "full" if adapter == "none" else "adapter",
                     project=self.job.project,
                     created_at=database_now(),
                     base_model=self.job.base_model,

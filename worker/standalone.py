@@ -37,12 +37,16 @@ def train(spec_path: Path, output: Path, settings: Settings, console: Console) -
         if output.exists() and any(output.iterdir()):
             raise UsageError(f"{output} exists and is not empty.")
         base, revision = BaseModels(settings).locate(spec.model)
+        reference = spec.reference_model and BaseModels(settings).locate(spec.reference_model)[0]
     except (UsageError, ModelUnavailable) as error:
         console.print(f"[red]{error}[/]", highlight=False)
         return USAGE
     with tempfile.TemporaryDirectory(prefix="dpo-train-") as name:
         folder = Path(name)
         (folder / "base").symlink_to(base.resolve(), target_is_directory=True)
+        if reference:
+            (folder / "reference").mkdir()
+            (folder / "reference" / "base").symlink_to(reference.resolve(), target_is_directory=True)
         (folder / "spec.json").write_text(spec.model_dump_json())
         run = {
             "base_model": spec.model,
@@ -74,7 +78,7 @@ def _read_spec(path: Path) -> tuple[JobSpec, dict[str, Any]]:
         file = (path.parent / name).resolve()
         try:
             with file.open("rb") as stream:
-                check(stream, preference=spec.needs_pairs(field))
+                check(stream, spec.needs(field))
         except (OSError, DatasetError) as error:
             raise UsageError(f"{field}: {file}: {error}") from error
         located[field] = str(file)
@@ -93,6 +97,10 @@ def _run(folder: Path, console: Console) -> int:
                 console.print(f"{event['stage']} {event['step']}/{event['total_steps']}  {values}", highlight=False)
             elif event["kind"] == "checkpoint":
                 shutil.rmtree(folder / event["path"])  # for resuming, which only the service does
+            elif event["kind"] == "wanted":  # nobody else has made anything
+                assert process.stdin is not None
+                process.stdin.write(json.dumps({"key": event["key"]}).encode() + b"\n")
+                process.stdin.flush()
             elif event["kind"] in ("message", "failed"):
                 failed |= event["kind"] == "failed"
                 console.print(event["message"], highlight=False)
@@ -121,8 +129,11 @@ def main() -> int:
     spec, output, console = Path(sys.argv[1]), Path(sys.argv[2]), Console(soft_wrap=True)
     status = train(spec, output, Settings(), console)
     if status == 0:
-        loader = "AutoPeftModelForCausalLM" if (output / "adapter_config.json").exists() else "AutoModelForCausalLM"
-        package = "peft" if loader.startswith("AutoPeft") else "transformers"
+        package, loader = "transformers", "AutoModelForCausalLM"
+        if (output / "adapter_config.json").exists():
+            package, loader = "peft", "AutoPeftModelForCausalLM"
+        elif "reward_mean" in json.loads((output / "config.json").read_text()):
+            loader = "AutoModelForSequenceClassification"
         console.print(f"Done. The model is in {output}. Load it with:", highlight=False)
         console.print(f'    from {package} import {loader}\n    {loader}.from_pretrained("{output}")', highlight=False)
     return status

@@ -62,7 +62,7 @@ def _check(services: Services, job: Job, spec: JobSpec, field: str, file_id: str
             raise _InvalidFile(field, f"the file {file_id} is gone") from None
         try:
             with path.open("rb") as file:
-                return check(file, preference=spec.needs_pairs(field))
+                return check(file, spec.needs(field))
         except DatasetError as error:
             raise _InvalidFile(field, str(error)) from error
 

@@ -58,8 +58,15 @@ def examples(file: IO[bytes], report: Report) -> Iterator[Example]:
         yield example
 
 
-def check(file: IO[bytes], *, preference: bool) -> Report:
-    """Read all of `file`. `preference`: whether it must hold pairs; for SFT their preferred answers serve.
+NEEDS = {
+    Kind.PREFERENCE: "pairs of a preferred and a rejected answer",
+    Kind.RANKED: "ranked lists of answers",
+    Kind.LABELLED: "answers with a label, good or bad",
+}
+
+
+def check(file: IO[bytes], need: Kind) -> Report:
+    """Read all of `file`, whose examples must serve `need`.
 
     Raises `DatasetError` for a file that cannot be trained on.
     """
@@ -68,12 +75,8 @@ def check(file: IO[bytes], *, preference: bool) -> Report:
         pass
     if report.rows == 0:
         raise DatasetError(1, None, "the file has no rows")
-    if preference and report.kind != Kind.PREFERENCE:
-        raise DatasetError(
-            1,
-            None,
-            f"the method 'dpo' needs pairs of a preferred and a rejected answer; this is {report.format}",
-        )
+    if not report.kind.serves(need):
+        raise DatasetError(1, None, f"the method needs {NEEDS[need]}; this is {report.format} ({report.kind})")
     if report.kept == 0:
         raise DatasetError(1, None, f"no row is left to train on: {report.summary()}")
     return report

@@ -17,19 +17,40 @@ Prompt = str | list[Message]
 
 
 class Kind(StrEnum):
-    """What a format's examples can train."""
+    """What a format's examples hold, and what a method needs."""
 
-    PREFERENCE = "preference"
-    """Two responses: the preferred one, then the other."""
     SUPERVISED = "supervised"
     """One response."""
+    PREFERENCE = "preference"
+    """Two responses: the preferred one, then the other."""
+    RANKED = "ranked"
+    """K ≥ 2 responses, the best first."""
+    LABELLED = "labelled"
+    """One response, and whether it is desirable."""
+
+    def serves(self, need: "Kind") -> bool:
+        """Whether examples of this kind can be used where `need` is asked for.
+
+        SFT learns the best response of anything; a ranked list is its pairs, a pair a list of two, and a pair
+        is one desirable and one undesirable response.
+        """
+        return need in (self, Kind.SUPERVISED) or (self, need) in (
+            (Kind.RANKED, Kind.PREFERENCE),
+            (Kind.PREFERENCE, Kind.RANKED),
+            (Kind.PREFERENCE, Kind.LABELLED),
+        )
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and its responses. `raw`: plain text with no prompt, to be learned as it is, without a template."""
+    """A prompt and its responses, the best first.
+
+    `raw`: plain text with no prompt, to be learned as it is, without a template. `desirable`: of a labelled
+    response, whether it is.
+    """
 
     line: int
     prompt: Prompt
     responses: tuple[str, ...]
     raw: bool = False
+    desirable: bool = True

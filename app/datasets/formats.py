@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from app.datasets.example import Example, Kind, Message, Prompt
@@ -11,6 +11,7 @@ from app.datasets.reader import DatasetError
 Record = dict[str, object]
 _ROLES = {"system", "user", "assistant", "developer"}
 _TURN = re.compile(r"\n\n(Human|Assistant):")
+_LABELS = ("label", "kto_tag")
 
 
 class Dropped(Exception):
@@ -30,11 +31,15 @@ class Format:
     needs: frozenset[str]
     read: Callable[[Record, int], Example]
 
+    def applies(self, record: Record) -> bool:
+        """Answers are labelled good or bad by true or false; a label of another kind is some other column."""
+        return self.kind != Kind.LABELLED or any(isinstance(record.get(name), bool) for name in _LABELS)
+
 
 def detect(record: Record, line: int) -> Format:
     """The format of a file whose first record is `record`. Raises `DatasetError` where none fits."""
     for candidate in FORMATS:
-        if candidate.needs <= record.keys():
+        if candidate.needs <= record.keys() and candidate.applies(record):
             return candidate
     known = "; ".join(" + ".join(sorted(format.needs)) for format in FORMATS)
     have = ", ".join(sorted(map(repr, record)))[:300] or "none"
@@ -116,11 +121,6 @@ def _openai_preference(record: Record, line: int) -> Example:
 
 def _openai_chat(record: Record, line: int) -> Example:
     _refuse_tools(record, line)
-    for field in ("label", "kto_tag"):
-        if isinstance(record.get(field), bool):
-            raise DatasetError(
-                line, field, "answers labelled good or bad are part of the contract but not available yet"
-            )
     messages = _messages(record.get("messages"), "messages", line)
     *history, last = messages
     raw = cast(list[dict[str, Any]], record["messages"])
@@ -188,6 +188,52 @@ def _prompt_completion(record: Record, line: int) -> Example:
     return Example(line, prompt, (completion,))
 
 
+def _labelled(record: Record, line: int) -> Example:
+    label = record["label"]
+    if not isinstance(label, bool):
+        raise DatasetError(line, "label", "must be true (a good answer) or false")
+    return replace(_prompt_completion(record, line), desirable=label)
+
+
+def _labelled_chat(record: Record, line: int) -> Example:
+    label = record["kto_tag"] if "kto_tag" in record else record["label"]
+    if not isinstance(label, bool):
+        raise DatasetError(line, "kto_tag" if "kto_tag" in record else "label", "must be true (a good answer) or false")
+    return replace(_openai_chat(record, line), desirable=label)
+
+
+def _ranked(record: Record, line: int) -> Example:
+    given = record["prompt"]
+    prompt = given if isinstance(given, str) else _messages(given, "prompt", line)
+    listed = record["responses"]
+    if not isinstance(listed, list) or len(listed) < 2:
+        raise DatasetError(line, "responses", "must be a list of at least two answers")
+    answers = [_answer(item, f"responses[{k}]", line) for k, item in enumerate(listed)]
+    order = _order(record, len(answers), line)
+    if not all(answer.strip() for answer in answers):
+        raise Dropped("empty_response", "responses")
+    if len(set(answers)) < len(answers):
+        raise Dropped("identical_responses", "responses")
+    return Example(line, prompt, tuple(answers[k] for k in order))
+
+
+def _order(record: Record, count: int, line: int) -> list[int]:
+    """The answers' numbers, best first: by `ranks` (1 is best), by `scores` (high is best), or as they stand."""
+    if "ranks" in record and "scores" in record:
+        raise DatasetError(line, "ranks", "goes without 'scores': one of them says the order")
+    field = "ranks" if "ranks" in record else "scores"
+    if field not in record:
+        return list(range(count))
+    values = record[field]
+    if not isinstance(values, list) or len(values) != count:
+        raise DatasetError(line, field, f"must be a list of {count} numbers, one for each answer")
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        raise DatasetError(line, field, "must be numbers")
+    if len(set(values)) < count:
+        raise Dropped("tied_ranks", field)
+    return sorted(range(count), key=values.__getitem__, reverse=field == "scores")
+
+
 def _plain_text(record: Record, line: int) -> Example:
     text = _text(record, "text", line)
     if not text.strip():
@@ -209,6 +255,10 @@ FORMATS = (
     _format("preference", Kind.PREFERENCE, "prompt chosen rejected", _preference),
     _format("transcripts", Kind.PREFERENCE, "chosen rejected", _common_history),
     _format("stack_exchange_paired", Kind.PREFERENCE, "question response_j response_k", _stack_exchange),
+    _format("ranked", Kind.RANKED, "prompt responses", _ranked),
+    _format("labelled", Kind.LABELLED, "prompt completion label", _labelled),
+    _format("labelled_chat", Kind.LABELLED, "messages label", _labelled_chat),
+    _format("labelled_chat", Kind.LABELLED, "messages kto_tag", _labelled_chat),
     _format("openai_chat", Kind.SUPERVISED, "messages", _openai_chat),
     _format("prompt_completion", Kind.SUPERVISED, "prompt completion", _prompt_completion),
     _format("text", Kind.SUPERVISED, "text", _plain_text),

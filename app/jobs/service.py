@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+from sqlalchemy.orm import Session
+
 from app.broker import Broker, Lane
 from app.database import Database, database_now, new_id
 from app.errors import Conflict, NotFound, ServiceError
@@ -40,6 +42,10 @@ class Jobs:
                     param="model",
                     code="model_not_found",
                 )
+            if model.kind == "reward":
+                message = f"'{spec.model}' is a reward model, which cannot be trained further."
+                raise ServiceError(message, param="model", code="invalid_value")
+            self._check_reference(session, project, spec)
             for field, file_id in spec.files():
                 file = files.get(session, project, file_id, lock=True)
                 if file is None:
@@ -74,6 +80,18 @@ class Jobs:
             repository.add_event(session, job.id, f"Created fine-tuning job: {job.id}")
         self.broker.wake(Lane.CPU)
         return self.get(project, job.id)
+
+    def _check_reference(self, session: Session, project: str, spec: JobSpec) -> None:
+        if spec.reference_model is None:
+            return
+        param = "method.dpo.hyperparameters.reference_model"
+        found = models.find(session, project, spec.reference_model)
+        if found is None:
+            message = f"The model '{spec.reference_model}' does not exist. GET /v1/models lists those that do."
+            raise ServiceError(message, param=param, code="model_not_found")
+        if found.kind == "reward":
+            message = f"'{spec.reference_model}' is a reward model, which has no log-probs."
+            raise ServiceError(message, param=param, code="invalid_value")
 
     def get(self, project: str, job_id: str) -> JobObject:
         with self.database.read() as session:

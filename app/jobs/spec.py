@@ -5,122 +5,16 @@ contract that is not built yet. Numbers left out or "auto" mean the default; `Jo
 so that what is stored says what was run.
 """
 
-import difflib
 import secrets
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import ConfigDict, Field, StringConstraints, model_validator
+
+from app.datasets.example import Kind
+from app.jobs.hyperparameters import DPOHyperparameters, SupervisedHyperparameters
+from app.jobs.strict import Strict, inconsistent
 
 DEFAULT_VALIDATION_SPLIT = 0.05
-
-
-def inconsistent(field: str, message: str) -> PydanticCustomError:
-    """The error for a value that is fine by itself but not with the others."""
-    return PydanticCustomError("inconsistent", "{message}.", {"field": field, "message": message})
-
-
-class Strict(BaseModel):
-    """No coercion, no unknown fields. `NOT_BUILT` names the contract's fields that a later version will take."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    NOT_BUILT: ClassVar[frozenset[str]] = frozenset()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_fields(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        for field, value in data.items():
-            if field in cls.model_fields:
-                continue
-            if field in cls.NOT_BUILT:
-                if value is None or value == []:
-                    continue
-                raise PydanticCustomError(
-                    "unsupported_parameter",
-                    "'{field}' is part of the contract but not available yet.",
-                    {"field": field},
-                )
-            field = str(field).encode("utf-8", "replace").decode()  # a lone surrogate cannot be answered
-            close = difflib.get_close_matches(field, list(cls.model_fields), n=1, cutoff=0.8)
-            hint = f" Did you mean '{close[0]}'?" if close else ""
-            raise PydanticCustomError(
-                "unknown_parameter",
-                "Unknown parameter: '{field}'.{hint}",
-                {"field": field, "hint": hint},
-            )
-        return {field: value for field, value in data.items() if field not in cls.NOT_BUILT}
-
-
-def _auto(value: object) -> object:
-    return None if value == "auto" else value
-
-
-Auto = BeforeValidator(_auto)
-
-
-class Hyperparameters(Strict):
-    """What every stage has."""
-
-    NOT_BUILT = frozenset({"optimizer", "early_stopping", "activation_checkpointing", "compile"})
-
-    batch_size: Annotated[Annotated[int, Field(ge=1, le=256)] | None, Auto] = None
-    """Rows (for DPO: pairs) per optimizer step."""
-    n_epochs: Annotated[Annotated[int, Field(ge=1, le=50)] | None, Auto] = None
-    learning_rate_multiplier: Annotated[Annotated[float, Field(gt=0, le=1e30)] | None, Auto] = None
-    learning_rate: Annotated[Annotated[float, Field(gt=0, le=1)] | None, Auto] = None
-    """Peak learning rate before the multiplier."""
-    max_length: Annotated[Annotated[int, Field(ge=16)] | None, Auto] = None
-    """Tokens of a prompt and one answer; the default is the model's context, at most 2,048."""
-    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
-    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    max_steps: Annotated[Annotated[int, Field(ge=1)] | None, Auto] = None
-    """Stop after this many optimizer steps, or go round again until they are reached."""
-    eval_every: Annotated[Annotated[int, Field(ge=1)] | None, Auto] = None
-    """Optimizer steps between validations; the default is a fifth of the stage."""
-    checkpoint_every: Annotated[Annotated[int, Field(ge=1)] | None, Auto] = None
-    """Optimizer steps between checkpoints; the default is a fifth of the stage."""
-
-    def _resolved(self, learning_rate: float) -> dict[str, Any]:
-        return {
-            "batch_size": self.batch_size or 16,
-            "n_epochs": self.n_epochs or 1,
-            "learning_rate_multiplier": self.learning_rate_multiplier or 1.0,
-            "learning_rate": self.learning_rate or learning_rate,
-        }
-
-
-class SupervisedHyperparameters(Hyperparameters):
-    """SFT."""
-
-    loss_on: Literal["answers", "text"] = "answers"
-    """Score the answer's tokens only, or the prompt's too."""
-
-    def resolved(self, full: bool) -> Self:
-        """The same with every default filled in; `full` for full-parameter training."""
-        return self.model_copy(update=self._resolved(2e-5 if full else 2e-4))
-
-
-class DPOHyperparameters(Hyperparameters):
-    """DPO (Rafailov et al. 2023)."""
-
-    NOT_BUILT = Hyperparameters.NOT_BUILT | {
-        "loss_weights", "label_smoothing", "f_divergence", "ld_alpha", "use_weighting", "sync_reference",
-        "reference_model", "ipo_length_average",
-    }  # fmt: skip
-
-    beta: Annotated[Annotated[float, Field(gt=0, le=100)] | None, Auto] = None
-    """β of Eq. 7: how strongly the policy is held to the reference."""
-    loss: Literal["sigmoid"] = "sigmoid"
-
-    def resolved(self, full: bool) -> Self:
-        """The same with every default filled in; `full` for full-parameter training."""
-        values = self._resolved(1e-6 if full else 5e-5)
-        return self.model_copy(update={**values, "beta": self.beta or 0.1})
 
 
 class SupervisedMethod(Strict):
@@ -168,8 +62,6 @@ class SftStage(Strict):
 class Adapter(Strict):
     """A LoRA adapter (Hu et al. 2021)."""
 
-    NOT_BUILT = frozenset({"use_dora"})
-
     r: Annotated[int, Field(ge=1, le=1024)] = 16
     """Rank."""
     alpha: Annotated[float, Field(gt=0)] = 32
@@ -177,6 +69,9 @@ class Adapter(Strict):
     """Acts in the SFT stage; the DPO stage has no dropout."""
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1, max_length=64)] = "all-linear"
     use_rslora: bool = False
+    """Rank-stabilised scaling α/√r (Kalajdzievski 2023)."""
+    use_dora: bool = False
+    """Weight-decomposed adaptation (Liu et al. 2024): slower; not every server loads it."""
 
     @model_validator(mode="after")
     def _head_stays_frozen(self) -> Self:
@@ -187,7 +82,7 @@ class Adapter(Strict):
         return self
 
 
-Quantization = Literal["nf4", "none"]
+Quantization = Literal["nf4", "int8", "none"]
 Metadata = dict[
     Annotated[str, StringConstraints(max_length=64, pattern=NO_NUL)],
     Annotated[str, StringConstraints(max_length=512, pattern=NO_NUL)],
@@ -251,7 +146,7 @@ class JobSpec(Strict):
             raise inconsistent("sft", "'sft' runs before the method 'dpo'; a supervised job has that one stage already")
         if self.sft is not None and self.sft.validation_file is not None and self.sft.training_file is None:
             raise inconsistent("sft.validation_file", "'sft.validation_file' goes with 'sft.training_file'")
-        if self.adapter == "none" and self.quantization == "nf4":
+        if self.adapter == "none" and self.quantization in ("nf4", "int8"):
             raise inconsistent("quantization", "Full-parameter training (adapter 'none') needs quantization 'none'")
         if self.validation_file is not None and self.validation_split:
             raise inconsistent("validation_split", "Give 'validation_file' or 'validation_split', not both")
@@ -299,6 +194,18 @@ class JobSpec(Strict):
             target[field.removeprefix("sft.")] = place
         return self.model_validate(body)
 
-    def needs_pairs(self, field: str) -> bool:
-        """Whether the file in `field` must hold pairs; SFT takes the preferred answers of pairs, and all else."""
-        return self.method.type == "dpo" and not field.startswith("sft.")
+    @property
+    def reference_model(self) -> str | None:
+        """The name of the model that the policy is held to, where it is not the policy itself."""
+        return self.method.dpo.hyperparameters.reference_model if self.method.dpo is not None else None
+
+    @property
+    def trains_rewards(self) -> bool:
+        """Whether the job makes a reward model."""
+        return self.method.dpo is not None and self.method.dpo.hyperparameters.rewards
+
+    def needs(self, field: str) -> Kind:
+        """What the examples in the file of `field` must be good for."""
+        if self.method.type != "dpo" or field.startswith("sft."):
+            return Kind.SUPERVISED
+        return (self.method.dpo or DPOMethod()).hyperparameters.data

@@ -9,7 +9,7 @@ from sqlalchemy import Select, or_, select
 from sqlalchemy.orm import Session
 
 from app.database import database_now
-from app.jobs.spec import Adapter
+from app.jobs.spec import Adapter, JobSpec
 from app.jobs.tables import Checkpoint, Job
 from app.models.tables import Model
 
@@ -65,9 +65,10 @@ def find(session: Session, project: str, name: str) -> Found | None:
     if checkpoint is not None:
         saved, job = checkpoint
         trained = job.spec["adapter"]
+        rewards = saved.stage == "dpo" and JobSpec.model_validate(job.spec).trains_rewards
         return Found(
             name,
-            "full" if trained == "none" else "adapter",
+            "reward" if rewards else "full" if trained == "none" else "adapter",
             job.base_model,
             f"{saved.prefix}/model",
             None,

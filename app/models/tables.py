@@ -9,7 +9,7 @@ from app.database import Base
 
 class Model(Base):
     """A model. `kind`: `base` (a worker can serve it), `hub` (a pattern of hub ids that workers may download),
-    or what a job made: `adapter`, `full`."""
+    or what a job made: `adapter`, `full`, `reward`."""
 
     __tablename__ = "models"
 

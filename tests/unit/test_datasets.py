@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.datasets.check import Report, check, examples
-from app.datasets.example import Example
+from app.datasets.example import Example, Kind
 from app.datasets.reader import DatasetError, records
 
 
@@ -120,7 +120,13 @@ def test_lines_are_counted_from_one_in_every_container() -> None:
         (b'{"messages": [{"role": "robot", "content": "x"}]}', 1, "messages[0].role", "one of"),
         (b'{"messages": [{"role": "user", "content": 5}]}', 1, "messages[0].content", "must be a string"),
         (b'{"messages": [{"role": "user", "content": "q"}], "tools": [{}]}', 1, "tools", "not available yet"),
-        (b'{"messages": [{"role": "assistant", "content": "a"}], "label": true}', 1, "label", "not available yet"),
+        (b'{"prompt": "q", "completion": "a", "label": true}\n{"prompt": "q", "completion": "a", "label": 1}', 2, "label", "true"),
+        (b'{"messages": [{"role": "assistant", "content": "a"}], "kto_tag": 1, "label": true}', 1, "kto_tag", "true"),
+        (b'{"prompt": "q", "responses": ["a"]}', 1, "responses", "at least two"),
+        (b'{"prompt": "q", "responses": ["a", 5]}', 1, "responses[1]", "list of messages"),
+        (b'{"prompt": "q", "responses": ["a", "b"], "scores": [1]}', 1, "scores", "list of 2 numbers"),
+        (b'{"prompt": "q", "responses": ["a", "b"], "ranks": [1, true]}', 1, "ranks", "must be numbers"),
+        (b'{"prompt": "q", "responses": ["a", "b"], "ranks": [1, 2], "scores": [1, 2]}', 1, "ranks", "without 'scores'"),
         (b'{"chosen": "no turns", "rejected": "x"}', 1, "chosen", "transcript"),
         (b'{"input": {}, "preferred_output": [], "non_preferred_output": []}', 1, "input.messages", "list"),
         (gzip.compress(b'{"text": "a"}\n' * 100)[:-12], 1, None, "damaged or cut off"),
@@ -158,12 +164,12 @@ def test_a_useless_row_is_dropped_and_counted(record: dict[str, Any], reason: st
 def test_a_file_that_cannot_train_the_method_is_refused() -> None:
     for content in (b"", b"[]", b"\n \n"):
         with pytest.raises(DatasetError, match="no rows"):
-            check(io.BytesIO(content), preference=False)
+            check(io.BytesIO(content), Kind.SUPERVISED)
     with pytest.raises(DatasetError, match="needs pairs"):
-        check(io.BytesIO(b'{"text": "a"}'), preference=True)
+        check(io.BytesIO(b'{"text": "a"}'), Kind.PREFERENCE)
     with pytest.raises(DatasetError, match="no row is left"):
-        check(io.BytesIO(b'{"prompt": "q", "chosen": "a", "rejected": "a"}'), preference=True)
-    assert check(io.BytesIO(b'{"prompt": "q", "chosen": "a", "rejected": "b"}'), preference=False).kept == 1
+        check(io.BytesIO(b'{"prompt": "q", "chosen": "a", "rejected": "a"}'), Kind.PREFERENCE)
+    assert check(io.BytesIO(b'{"prompt": "q", "chosen": "a", "rejected": "b"}'), Kind.SUPERVISED).kept == 1
 
 
 def test_a_record_over_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,3 +205,66 @@ def test_any_bytes_give_examples_or_a_dataset_error(content: bytes) -> None:
         read(content)
     except DatasetError as error:
         assert error.line >= 1
+
+
+def test_labelled_answers_say_whether_they_are_desirable() -> None:
+    assert one({"prompt": "q", "completion": " a", "label": False}) == Example(1, "q", (" a",), desirable=False)
+    chat = {"messages": [user("q"), {"role": "assistant", "content": "a"}]}
+    assert one({**chat, "label": True}) == Example(1, [user("q")], ("a",), desirable=True)  # type: ignore[list-item]
+    assert one({**chat, "kto_tag": False}) == Example(1, [user("q")], ("a",), desirable=False)  # type: ignore[list-item]
+
+
+def test_a_label_that_is_not_true_or_false_is_some_other_column() -> None:
+    assert one({"prompt": "q", "completion": " a", "label": "spam"}) == Example(1, "q", (" a",))
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        ({}, ("a", "b", "c")),
+        ({"ranks": [2, 3, 1]}, ("c", "a", "b")),
+        ({"scores": [0.5, -1, 7]}, ("c", "a", "b")),
+    ],
+)
+def test_ranked_answers_come_best_first(order: dict[str, list[float]], expected: tuple[str, ...]) -> None:
+    assert one({"prompt": "q", "responses": ["a", "b", "c"], **order}) == Example(1, "q", expected)
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"responses": ["a", "b"], "scores": [1, 1]}, "tied_ranks"),
+        ({"responses": ["a", "a"]}, "identical_responses"),
+        ({"responses": ["a", " "]}, "empty_response"),
+    ],
+)
+def test_a_ranking_that_says_nothing_is_dropped(record: dict[str, Any], reason: str) -> None:
+    _, report = read(json.dumps({"prompt": "q", **record}).encode())
+    assert report.dropped == {reason: 1}
+
+
+SERVED = {
+    Kind.SUPERVISED: {Kind.SUPERVISED},
+    Kind.PREFERENCE: {Kind.SUPERVISED, Kind.PREFERENCE, Kind.RANKED, Kind.LABELLED},
+    Kind.RANKED: {Kind.SUPERVISED, Kind.PREFERENCE, Kind.RANKED},
+    Kind.LABELLED: {Kind.SUPERVISED, Kind.LABELLED},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "record"),
+    [
+        (Kind.SUPERVISED, {"prompt": "q", "completion": "a"}),
+        (Kind.PREFERENCE, {"prompt": "q", "chosen": "a", "rejected": "b"}),
+        (Kind.RANKED, {"prompt": "q", "responses": ["a", "b"]}),
+        (Kind.LABELLED, {"prompt": "q", "completion": "a", "label": True}),
+    ],
+)
+def test_what_a_file_holds_decides_what_it_can_train(kind: Kind, record: dict[str, Any]) -> None:
+    content = json.dumps(record).encode()
+    for need in Kind:
+        if need in SERVED[kind]:
+            assert check(io.BytesIO(content), need).kind == kind
+        else:
+            with pytest.raises(DatasetError, match="the method needs"):
+                check(io.BytesIO(content), need)

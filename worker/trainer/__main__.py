@@ -1,11 +1,12 @@
 """`python -m worker.trainer WORKDIR`: a folder in, events on standard output, a folder left.
 
 Exit status: 0 done; 1 failed, and a `failed` event says why; 75 stopped after SIGTERM, to be resumed from the
-last checkpoint. The process ends by itself, at once, when its standard input does: a trainer whose runner was
-killed must not keep the GPU.
+last checkpoint. Answers to what it asks its runner for come on its standard input, a line of JSON each; the
+process ends by itself, at once, when that input does: a trainer whose runner was killed must not keep the GPU.
 """
 
 import os
+import queue
 import signal
 import sys
 import threading
@@ -20,7 +21,8 @@ def main() -> int:
     # Libraries print to standard output; what they say goes to the log, and the events get the real one.
     stream = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    threading.Thread(target=_watch_runner, daemon=True).start()
+    answers: queue.Queue[str] = queue.Queue()
+    threading.Thread(target=_listen, args=(answers,), daemon=True).start()
     stopping = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the runner decides
@@ -28,12 +30,13 @@ def main() -> int:
 
     # Imported here, so that the watch stands before seconds are spent on torch.
     from app.datasets.reader import DatasetError
+    from worker.trainer.cache import Cache
     from worker.trainer.events import Events, UserError
     from worker.trainer.loop import Stopped, Trainer
 
     events = Events(stream)
     try:
-        Trainer(folder, events, stopping).run()
+        Trainer(folder, events, stopping, Cache(folder / "cache", events, answers)).run()
     except Stopped:
         return STOPPED
     except UserError as error:
@@ -50,10 +53,11 @@ def main() -> int:
     return 0
 
 
-def _watch_runner() -> None:
-    while os.read(0, 1024):
-        pass
-    os._exit(STOPPED)
+def _listen(answers: "queue.Queue[str]") -> None:
+    with os.fdopen(0) as stream:
+        for line in stream:
+            answers.put(line)
+        os._exit(STOPPED)
 
 
 if __name__ == "__main__":

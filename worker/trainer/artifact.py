@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from app.jobs.spec import Adapter, JobSpec
+from worker.trainer import reward
 from worker.trainer.data import Row
 from worker.trainer.events import Events
 from worker.trainer.model import Base, Policy, load_policy
@@ -36,16 +37,23 @@ class Results:
 
 def write(folder: Path, policy: Policy, results: Results, events: Events) -> None:
     """Write the artifact of `policy` into `folder`. The policy is freed on the way."""
-    policy.save(folder)
+    if policy.reward_head is not None:
+        reward.save(folder, policy, results.base, results.stage.train)
+    else:
+        policy.save(folder)
     _write_csv(folder / "metrics.csv", _columns(results.history), results.history)
     _write_csv(folder.parent / "result.csv", list(RESULT_COLUMNS), _result_rows(results.history))
     (folder / "spec.json").write_text(json.dumps(results.public_spec, indent=2, sort_keys=True) + "\n")
     with (folder / "validation_logps.jsonl").open("w") as file:
         for row, logps, reference in sorted(results.validation, key=lambda entry: entry[0].line):
             theirs = None if reference is None else reference.tolist()
-            file.write(json.dumps({"line": row.line, "logps": logps.tolist(), "reference_logps": theirs}) + "\n")
+            found = {"logps": logps.tolist(), "reference_logps": theirs}
+            if policy.reward_head is not None:
+                found = {"rewards": logps.tolist()}
+            file.write(json.dumps({"line": row.line} | found) + "\n")
+    kind = "reward" if policy.reward_head is not None else "full" if policy.full else "adapter"
     drift = _drift(folder, policy, results, events)
-    (folder / "README.md").write_text(_card(results, policy.full, drift))
+    (folder / "README.md").write_text(_card(results, kind, drift))
 
 
 def _columns(history: list[dict[str, Any]]) -> list[str]:
@@ -80,6 +88,8 @@ def _drift(folder: Path, policy: Policy, results: Results, events: Events) -> st
     """How far the adapter's log-probs move when it is put on the unquantised base: a sentence for the card."""
     if results.spec.quantization == "none":
         return "The base was not quantised."
+    if policy.reward_head is not None:
+        return "The adapter was merged into the unquantised base; its rewards differ slightly from those in training."
     chosen = results.validation[:DRIFT_ROWS]
     if not chosen:
         return "Not measured: the job had no validation rows."
@@ -98,7 +108,7 @@ def _drift(folder: Path, policy: Policy, results: Results, events: Events) -> st
         unquantised.shared = shared
         with torch.no_grad():
             for number, (_, logps, _) in enumerate(chosen):
-                (pack,) = unquantised.packs(rows, [number])
+                (pack,) = unquantised.packs(rows, [number], merge=False)
                 total += (unquantised.score(pack).responses.cpu() - logps).abs().sum().item()
                 tokens += len(pack.targets)
     except Exception as error:  # the job is done: what this figure cannot tell must not cost it
@@ -115,7 +125,7 @@ def _fits_in_memory(folder: Path) -> bool:
     return 2 * sum(path.stat().st_size for path in folder.glob("*.safetensors")) < available
 
 
-def _card(results: Results, full: bool, drift: str) -> str:
+def _card(results: Results, kind: str, drift: str) -> str:
     spec, base = results.spec, results.base
     last: dict[str, Any] = {}
     for entry in results.history:
@@ -131,13 +141,20 @@ def _card(results: Results, full: bool, drift: str) -> str:
     )
     rows, held_out = len(results.stage.train), len(results.validation)
     data = f"{results.public_spec['training_file']}, {rows} rows; {held_out} validation rows"
-    library = "transformers" if full else "peft"
+    cut = results.stage.cut
+    if cut.prompts or cut.answers or cut.lost:
+        data += (
+            f"; to fit, {cut.prompts} prompts were cut from the left and {cut.answers} answers from the right, "
+            f"{cut.lost} rows left out"
+        )
+    library = "peft" if kind == "adapter" else "transformers"
     front = f"base_model: {base.name}\nlibrary_name: {library}\ntags: [dpo-service, {results.stage.name}]"
+    method = "reward model" if kind == "reward" else results.stage.name.upper()
     return f"""---
 {front}
 ---
 
-# {spec.suffix or base.name}: {"SFT, then DPO" if spec.sft else results.stage.name.upper()} by dpo-service
+# {spec.suffix or base.name}: {f"SFT, then {method}" if spec.sft else method} by dpo-service
 
 - **Base model**: {base.name}, revision {base.revision or base.version or "unknown"}, started from {spec.model}
 - **Data**: {data}

@@ -1,47 +1,178 @@
-"""Which position may look at which, and which models can be given that as a mask."""
+"""Attention over packs: which position may look at which, and the kernels that compute it.
 
+`tree_attention` is registered with transformers' attention interface under `NAME`; a model that uses that
+interface hands it queries, keys and values, its scaling, sliding window and soft-capping, and the `tree` that its
+caller passed to `forward`. Nothing of the model is patched.
+"""
+
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
 
 from worker.trainer.packing import Pack
 
+NAME = "dpo_tree"
+SHAREABLE_LAYERS = {"full_attention", "sliding_attention"}
+SHAREABLE_ROPE = {"default", "linear", "llama3", "yarn"}
+"""Rotary embeddings in which a position's encoding depends on that position alone."""
 
-def tree_mask(pack: Pack) -> Tensor:
-    """[B, 1, T, T], true where a query (dim 2) sees a key (dim 3).
 
-    A position sees what comes before it in its own row and is of the prompt or of its own response. Padding sees
-    itself only, so that no row of the softmax is empty.
+class TreeMask:
+    """The mask of a pack, made once for each sliding window that the model's layers have.
+
+    A position sees what comes before it in its own tree, of the prompt and of its own response, no further back
+    than the window: by distance of positions, not of places in the pack. Padding sees itself only, so that no row
+    of the softmax is empty.
     """
-    length = pack.ids.shape[1]
-    before = torch.ones(length, length, dtype=torch.bool, device=pack.ids.device).tril()
-    same_row = pack.row[:, :, None] == pack.row[:, None, :]
-    seen = (pack.branch[:, None, :] == 0) | (pack.branch[:, :, None] == pack.branch[:, None, :])
-    mask = before & same_row & seen & (pack.row >= 0)[:, None, :]
-    return (mask | torch.eye(length, dtype=torch.bool, device=mask.device)).unsqueeze(1)
+
+    def __init__(self, pack: Pack) -> None:
+        self.pack = pack
+        self._dense: dict[int | None, Tensor] = {}
+        self._blocks: dict[int | None, Any] = {}
+
+    def dense(self, window: int | None = None) -> Tensor:
+        """[B, 1, T, T], true where a query (dim 2) sees a key (dim 3)."""
+        if window not in self._dense:
+            pack, places = self.pack, torch.arange(self.pack.ids.shape[1], device=self.pack.ids.device)
+            query, key = (slice(None), slice(None), None), (slice(None), None, slice(None))
+            mask = (pack.tree[query] == pack.tree[key]) & (places[:, None] >= places[None, :])
+            mask &= (pack.branch[key] == 0) | (pack.branch[query] == pack.branch[key])
+            mask &= pack.tree[key] >= 0
+            if window is not None:
+                mask &= pack.positions[query] - pack.positions[key] < window
+            self._dense[window] = (mask | (places[:, None] == places[None, :])).unsqueeze(1)
+        return self._dense[window]
+
+    def blocks(self, window: int | None = None) -> Any:
+        """The same for FlexAttention: a block mask."""
+        if window not in self._blocks:
+            from torch.nn.attention.flex_attention import create_block_mask
+
+            batch, length = self.pack.ids.shape
+            visible = visibility(self.pack.tree, self.pack.branch, self.pack.positions, window)
+            self._blocks[window] = create_block_mask(visible, batch, None, length, length, self.pack.ids.device)
+        return self._blocks[window]
+
+
+def visibility(
+    tree: Tensor, branch: Tensor, positions: Tensor, window: int | None
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """FlexAttention's `mask_mod` for tensors [B, T]: whether query place q sees key place k of sequence b."""
+
+    def mask_mod(b: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        same = (tree[b, q] == tree[b, k]) & (tree[b, k] >= 0) & (q >= k)
+        seen = same & ((branch[b, k] == 0) | (branch[b, q] == branch[b, k]))
+        if window is not None:
+            seen = seen & (positions[b, q] - positions[b, k] < window)
+        return seen | (q == k)
+
+    return mask_mod
+
+
+def tree_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    *,
+    tree: TreeMask,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """softmax(Q Kᵀ · scaling) V over the pack of `tree`.
+
+    Shapes: `query` [B, H, T, D]; `key`, `value` [B, H or fewer, T, D]. Returns [B, T, H, D]. Dropout is off, always:
+    one mask is drawn for a prompt, and it would be that of all its responses.
+    """
+    if query.device.type == "cuda":
+        attended = _flex(query, key, value, tree.blocks(sliding_window), scaling, softcap)
+    else:
+        mask, grouped = tree.dense(sliding_window), query.shape[1] != key.shape[1]
+        if softcap is None:
+            attended = scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=grouped)
+        else:
+            attended = _capped(query, key, value, mask, scaling, softcap)
+    return attended.transpose(1, 2).contiguous(), None
+
+
+def _capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, softcap: float) -> Tensor:
+    """Attention whose scores s are c · tanh(s / c), which SDPA does not have."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1) @ value
+
+
+def _flex(
+    query: Tensor, key: Tensor, value: Tensor, blocks: Any, scaling: float | None, softcap: float | None
+) -> Tensor:
+    grouped = query.shape[1] != key.shape[1]
+    cap = None if softcap is None else _cap(softcap)
+    attended: Tensor = _compiled_flex()(
+        query, key, value, score_mod=cap, block_mask=blocks, scale=scaling, enable_gqa=grouped
+    )
+    return attended
+
+
+@cache
+def _cap(softcap: float) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
+    def score_mod(score: Tensor, _b: Tensor, _head: Tensor, _q: Tensor, _k: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return score_mod
+
+
+@cache
+def _compiled_flex() -> Any:
+    """FlexAttention's fused kernels. Each width of a pack and each window compiles once."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def padding_mask(pack: Pack) -> Tensor:
     """[B, T], one where there is a token: the mask of an ordinary padded batch."""
-    return (pack.row >= 0).long()
+    return (pack.tree >= 0).long()
 
 
 def why_not_shared(model: Any) -> str | None:
-    """Why the layers of `model` cannot take a tree mask; None where they can.
+    """Why the layers of `model` cannot take a tree; None where they can.
 
-    A caller's mask replaces the model's own, sliding windows included, and positions that restart are only right
-    where a position's encoding depends on that position alone. What this does not know, the check on the first
-    pack of a run finds out.
+    Positions that restart are only right where a position's encoding depends on that position alone, and a mask
+    is only seen by layers that ask the attention interface. What this does not know, the check on the first
+    rows of a run finds out.
     """
     config = model.config.get_text_config()
-    if not model._supports_sdpa:
-        return "its attention does not run on scaled_dot_product_attention"
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        return "it has sliding-window attention"
-    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or []):
-        return "it has layers other than full attention"
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") not in ("default", "linear", "llama3", "yarn"):
-        return f"its rotary embedding ('{rope['rope_type']}') depends on the length of the sequence"
+    if not (model._supports_attention_backend and model._can_set_attn_implementation()):
+        return "its attention does not go through transformers' attention interface"
+    if getattr(model, "_is_stateful", False):
+        return "it has recurrent layers"
+    others = set(getattr(config, "layer_types", None) or []) - SHAREABLE_LAYERS
+    if others:
+        return f"it has layers of the kind '{sorted(others)[0]}'"
+    if getattr(config, "use_bidirectional_attention", False):
+        return "its attention looks ahead"
+    ropes = rope_kinds(model) - SHAREABLE_ROPE
+    if ropes:
+        return f"its rotary embedding ('{sorted(ropes)[0]}') depends on the length of the sequence"
     return None
+
+
+def rope_kinds(model: Any) -> set[str]:
+    """The kinds of rotary embeddings of the layers of `model`; "default" where it has none."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    by_layer = bool(rope) and all(isinstance(value, dict) for value in rope.values())
+    return {parameters.get("rope_type", "default") for parameters in (rope.values() if by_layer else [rope])}
+
+
+AttentionInterface.register(NAME, tree_attention)

@@ -14,74 +14,102 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from worker.trainer.best import Best
+from worker.trainer.methods import Method, Preference, References
 from worker.trainer.model import Policy
+from worker.trainer.reference import Reference
 
 
 @dataclass
 class State:
-    """Where a run is. `step` counts over all stages; `stage_step` within `stage`."""
+    """Where a run is. `step` counts over all stages; `stage_step` within `stage`, which `ended` early or not."""
 
     stage: str
     step: int = 0
     stage_step: int = 0
+    ended: bool = False
     trained_tokens: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
+    best: Best = field(default_factory=Best)
 
 
 def save(
-    folder: Path,
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    state: State,
-    reference: tuple[Tensor, Tensor] | None,
+    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, method: Method, state: State, best: Path
 ) -> None:
-    """Write a checkpoint into `folder`, which must not exist."""
+    """Write a checkpoint into `folder`, which must not exist. `best` is the file of the best weights, if it exists."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "state").mkdir(parents=True)
     policy.save(partial / "model")
-    save_file(_optimizer_tensors(policy, optimizer), partial / "state" / "optimizer.safetensors")
+    tensors, numbers = _optimizer_state(policy, optimizer)
+    save_file(tensors, partial / "state" / "optimizer.safetensors")
     save_file(_generators(policy), partial / "state" / "generators.safetensors")
-    if reference is not None:
-        save_file({"train": reference[0], "validation": reference[1]}, partial / "state" / "reference.safetensors")
-    (partial / "state" / "state.json").write_text(json.dumps(asdict(state)))
+    if isinstance(method, Preference) and method.references is not None:
+        parts = {"train": method.references.train, "validation": method.references.validation}
+        flat = {f"{part}/{name}": value for part, found in parts.items() for name, value in vars(found).items()}
+        save_file(flat, partial / "state" / "reference.safetensors")
+    if isinstance(method, Preference) and method.anchor is not None:
+        save_file(method.anchor, partial / "state" / "anchor.safetensors")
+    if best.exists():
+        shutil.copyfile(best, partial / "state" / "best.safetensors")
+    (partial / "state" / "state.json").write_text(json.dumps(asdict(state) | {"optimizer": numbers}))
     partial.rename(folder)
 
 
 def load_state(folder: Path) -> State:
-    return State(**json.loads((folder / "state" / "state.json").read_text()))
+    found = json.loads((folder / "state" / "state.json").read_text())
+    del found["optimizer"]
+    return State(**found | {"best": Best(**found["best"])})
 
 
-def load_reference(folder: Path) -> tuple[Tensor, Tensor] | None:
+def load_references(folder: Path) -> References | None:
+    """The reference log-probs of the stage that `folder` is of."""
     path = folder / "state" / "reference.safetensors"
     if not path.exists():
         return None
-    tensors = load_file(path)
-    return tensors["train"], tensors["validation"]
+    flat = load_file(path)
+    train, validation = (Reference(flat[f"{part}/logps"], flat[f"{part}/first"]) for part in ("train", "validation"))
+    return References(train, validation)
 
 
-def restore(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-    """Put the optimizer's state and the random generators back; the model was loaded from `folder`/model."""
-    tensors = load_file(folder / "state" / "optimizer.safetensors")
+def restore(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, method: Method, best: Path) -> None:
+    """Put back what the model's folder does not hold; the model was loaded from `folder`/model."""
+    state = folder / "state"
+    tensors = load_file(state / "optimizer.safetensors")
+    numbers = json.loads((state / "state.json").read_text())["optimizer"]
     for name, parameter in policy.trainable().items():
         prefix = name + "/"
-        entries = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        # AdamW keeps its step count on the CPU; the moments belong where the parameter is.
+        entries: dict[str, Any] = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        # torch's optimizers keep their step count on the CPU; the moments belong where the parameter is.
         optimizer.state[parameter] = {
             key: value if key == "step" else value.to(parameter.device) for key, value in entries.items()
-        }
-    generators = load_file(folder / "state" / "generators.safetensors")
+        } | numbers.get(name, {})
+    generators = load_file(state / "generators.safetensors")
     torch.set_rng_state(generators["cpu"])
     if "cuda" in generators and policy.device.type == "cuda":
         torch.cuda.set_rng_state(generators["cuda"])
+    if isinstance(method, Preference) and (state / "anchor.safetensors").exists():
+        anchor = load_file(state / "anchor.safetensors", device=str(policy.device))
+        sync = method.settings.sync_reference
+        method.anchor, method.moved = anchor, sync is not None and load_state(folder).stage_step >= sync.steps
+    if (state / "best.safetensors").exists():
+        best.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(state / "best.safetensors", best)
 
 
-def _optimizer_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}/{key}": value.detach().clone().contiguous()
-        for name, parameter in policy.trainable().items()
-        for key, value in optimizer.state[parameter].items()
-    }
+def _optimizer_state(
+    policy: Policy, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """(tensors by parameter and key, plain numbers by parameter)."""
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, dict[str, Any]] = {}
+    for name, parameter in policy.trainable().items():
+        for key, value in optimizer.state[parameter].items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}/{key}"] = value.detach().clone().contiguous()
+            else:
+                numbers.setdefault(name, {})[key] = value
+    return tensors, numbers
 
 
 def _generators(policy: Policy) -> dict[str, Tensor]:

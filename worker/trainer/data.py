@@ -8,9 +8,9 @@ the answer's, and prompt tokens behind the common prefix are context that is not
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
-from app.datasets.example import Example, Prompt
+from app.datasets.example import Example, Kind, Prompt
 from worker.trainer.events import UserError
 
 Tokenizer = Any
@@ -26,11 +26,15 @@ class Response:
 
 @dataclass(frozen=True)
 class Row:
-    """A training row: K ≥ 1 responses share one prompt. `line` is where the example was in its file."""
+    """A training row: K ≥ 1 responses share one prompt, the best first.
+
+    `line` is where the example was in its file; `desirable` says of a labelled response whether it is.
+    """
 
     line: int
     prompt: tuple[int, ...]
     responses: tuple[Response, ...]
+    desirable: bool = True
 
     @property
     def tokens(self) -> int:
@@ -38,8 +42,13 @@ class Row:
         return len(self.prompt) + sum(len(response.ids) for response in self.responses)
 
     @property
+    def scored(self) -> int:
+        """Scored tokens of the best response. Nothing predicts a row's first token."""
+        return sum(self.responses[0].scored[0 if self.prompt else 1 :])
+
+    @property
     def learnable(self) -> bool:
-        """Whether each response has a scored token that something predicts: nothing predicts a row's first token."""
+        """Whether each response has a scored token that something predicts."""
         first = 0 if self.prompt else 1
         return all(any(response.scored[first:]) for response in self.responses)
 
@@ -53,29 +62,79 @@ class Truncation:
     lost: int = 0
     """Rows left out because nothing was left to learn."""
 
+    def add(self, other: "Truncation") -> None:
+        self.prompts, self.answers, self.lost = (
+            self.prompts + other.prompts,
+            self.answers + other.answers,
+            self.lost + other.lost,
+        )
 
-def rows(
-    examples: Iterable[Example], tokenizer: Tokenizer, *, max_length: int, loss_on: str, cut: Truncation
-) -> Iterator[Row]:
-    """Tokenise examples. `loss_on`: "answers", or "text" to score the prompt as well.
+
+@dataclass(frozen=True)
+class Recipe:
+    """How examples become rows.
+
+    `need` is what the method compares; `loss_on` scores the last answer, every assistant turn, or all of the text.
+    """
+
+    need: Kind
+    max_length: int
+    loss_on: Literal["answers", "turns", "text"] = "answers"
+
+
+def rows(examples: Iterable[Example], tokenizer: Tokenizer, recipe: Recipe, cut: Truncation) -> Iterator[Row]:
+    """Tokenise examples; a row in which nothing is left to learn is counted and left out.
 
     A row that is too long loses the left end of its prompt, then the right end of its answers; plain text is
     cut into pieces of `max_length`, none of which is lost.
     """
-    for group in _batched(examples, 256):
-        rendered = [_render(example, tokenizer) for example in group]
-        texts = [text for _, texts, _ in rendered for text in texts]
+    for group in batched(_wanted(examples, recipe.need), 256):
+        rendered = [_render(example, tokenizer, recipe.loss_on) for example in group]
+        texts = [text for found in rendered for text in found.texts]
         encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         encodings = iter(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
-        for example, (boundary, responses, template) in zip(group, rendered, strict=True):
-            tokens = [next(encodings) for _ in responses]
-            row = _row(example.line, boundary, tokens, [] if template else _bos(tokenizer))
-            if loss_on == "text" or example.raw:
-                row = _whole_text(row)
-            yield from _pieces(row, max_length) if example.raw else [_fit(row, max_length, cut)]
+        for example, found in zip(group, rendered, strict=True):
+            tokens = [next(encodings) for _ in found.texts]
+            bos = [] if found.template else _bos(tokenizer)
+            if example.raw or recipe.loss_on == "text":
+                row = _conversation(example, tokens[0], bos, [(0, len(found.texts[0]))])
+            elif recipe.loss_on == "turns":
+                row = _conversation(example, tokens[0], bos, found.turns)
+            else:
+                row = _row(example, found.boundary, tokens, bos)
+            if example.raw:
+                pieces = _pieces(row, recipe.max_length)
+            elif recipe.loss_on == "answers":
+                pieces = [_fit(row, recipe.max_length, cut)]
+            else:
+                pieces = [_fit_conversation(row, recipe.max_length, cut)]
+            for piece in pieces:
+                if piece.learnable:
+                    yield piece
+                else:
+                    cut.lost += 1
 
 
-def _batched(items: Iterable[Example], size: int) -> Iterator[list[Example]]:
+def _wanted(examples: Iterable[Example], need: Kind) -> Iterator[Example]:
+    """The examples in the form that `need` asks for."""
+    for example in examples:
+        answers = example.responses
+        if need == Kind.SUPERVISED:
+            if example.desirable:
+                yield replace(example, responses=answers[:1])
+        elif need == Kind.PREFERENCE:
+            for k, better in enumerate(answers):
+                for worse in answers[k + 1 :]:
+                    yield replace(example, responses=(better, worse))
+        elif need == Kind.LABELLED and len(answers) == 2:
+            yield replace(example, responses=answers[:1], desirable=True)
+            yield replace(example, responses=answers[1:], desirable=False)
+        else:
+            yield example
+
+
+def batched(items: Iterable[Example], size: int) -> Iterator[list[Example]]:
+    """`items` in lists of `size`, the last one shorter."""
     group: list[Example] = []
     for item in items:
         group.append(item)
@@ -86,28 +145,75 @@ def _batched(items: Iterable[Example], size: int) -> Iterator[list[Example]]:
         yield group
 
 
-def _render(example: Example, tokenizer: Tokenizer) -> tuple[int, list[str], bool]:
-    """(characters of the prompt, the whole text of each response, whether a chat template made them)."""
+@dataclass(frozen=True)
+class _Rendered:
+    """The whole text of each response, where its prompt ends, and where the assistant's turns are, in characters."""
+
+    texts: list[str]
+    boundary: int
+    turns: list[tuple[int, int]]
+    template: bool
+
+
+def _render(example: Example, tokenizer: Tokenizer, loss_on: str) -> _Rendered:
     if tokenizer.chat_template is None or example.raw:
-        prompt = plain_prompt(example.prompt)
-        # The transcript's "Assistant:" is followed by a space, as in the data that made this form common.
-        space = " " if isinstance(example.prompt, list) else ""
-        end = tokenizer.eos_token or ""
-        return len(prompt), [f"{prompt}{space}{answer}{end}" for answer in example.responses], False
+        return _render_plain(example, tokenizer)
     turns = [{"role": "user", "content": example.prompt}] if isinstance(example.prompt, str) else example.prompt
+    spans: list[tuple[int, int]] = []
     try:
         prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         texts = [
             tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": answer}], tokenize=False)
             for answer in example.responses
         ]
+        if loss_on == "turns":
+            spans = _spans([*turns, {"role": "assistant", "content": example.responses[0]}], tokenizer)
     except Exception as error:  # a template may raise anything, on purpose too
         message = f"Line {example.line}: the model's chat template refuses the conversation: {error}"
         raise UserError("chat_template_error", message, "training_file") from error
+    if loss_on == "turns" and not all(texts[0].startswith(part) for part in _prefixes(turns, tokenizer)):
+        message = (
+            f"Line {example.line}: the model's chat template writes earlier turns differently once later ones "
+            "are there, so that 'loss_on': 'turns' would train on text the model never writes; use 'answers'."
+        )
+        raise UserError("chat_template_error", message, "loss_on")
     if not all(text.startswith(prompt) for text in texts):
         # Some templates write what stands before an answer differently once the answer is there.
         texts = [prompt + answer.strip() + (tokenizer.eos_token or "") for answer in example.responses]
-    return len(prompt), texts, True
+    return _Rendered(texts, len(prompt), spans, True)
+
+
+def _spans(turns: list[Any], tokenizer: Tokenizer) -> list[tuple[int, int]]:
+    """Where each assistant turn is in the rendered conversation, its end mark included."""
+    spans = []
+    for k, turn in enumerate(turns):
+        if turn["role"] == "assistant":
+            before = tokenizer.apply_chat_template(turns[:k], tokenize=False, add_generation_prompt=True)
+            spans.append((len(before), len(tokenizer.apply_chat_template(turns[: k + 1], tokenize=False))))
+    return spans
+
+
+def _prefixes(turns: list[Any], tokenizer: Tokenizer) -> Iterator[str]:
+    """The conversation up to each assistant turn, and with it."""
+    for k, turn in enumerate(turns):
+        if turn["role"] == "assistant":
+            yield tokenizer.apply_chat_template(turns[:k], tokenize=False, add_generation_prompt=True)
+            yield tokenizer.apply_chat_template(turns[: k + 1], tokenize=False)
+
+
+def _render_plain(example: Example, tokenizer: Tokenizer) -> _Rendered:
+    # The transcript's "Assistant:" is followed by a space, as in the data that made this form common.
+    space = " " if isinstance(example.prompt, list) else ""
+    end = tokenizer.eos_token or ""
+    prompt = plain_prompt(example.prompt)
+    texts = [f"{prompt}{space}{answer}{end}" for answer in example.responses]
+    spans = [(len(prompt), len(texts[0]))]
+    if isinstance(example.prompt, list):
+        for k, turn in enumerate(example.prompt):
+            if turn["role"] == "assistant":
+                before = plain_prompt(example.prompt[:k])
+                spans.append((len(before), len(before) + 1 + len(turn["content"])))
+    return _Rendered(texts, len(prompt), sorted(spans), False)
 
 
 def plain_prompt(prompt: Prompt) -> str:
@@ -124,7 +230,11 @@ def _bos(tokenizer: Tokenizer) -> list[int]:
     return [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and alone[0] == tokenizer.bos_token_id else []
 
 
-def _row(line: int, boundary: int, tokens: list[tuple[list[int], list[tuple[int, int]]]], bos: list[int]) -> Row:
+Encoding = tuple[list[int], list[tuple[int, int]]]
+"""Token ids, and the characters that each holds."""
+
+
+def _row(example: Example, boundary: int, tokens: list[Encoding], bos: list[int]) -> Row:
     inside = [sum(1 for _, end in offsets if end <= boundary) for _, offsets in tokens]
     shared = 0
     first = tokens[0][0]
@@ -134,14 +244,18 @@ def _row(line: int, boundary: int, tokens: list[tuple[list[int], list[tuple[int,
         Response(tuple(ids[shared:]), tuple(end > boundary for _, end in offsets[shared:])) for ids, offsets in tokens
     )
     prompt = first[:shared]
-    return Row(line, tuple(prompt if prompt[:1] == bos[:1] and bos else bos + prompt), responses)
+    return Row(
+        example.line, tuple(prompt if prompt[:1] == bos[:1] and bos else bos + prompt), responses, example.desirable
+    )
 
 
-def _whole_text(row: Row) -> Row:
-    """The same tokens with the prompt scored too: all of them are the response."""
-    (response,) = row.responses
-    ids = row.prompt + response.ids
-    return replace(row, prompt=(), responses=(Response(ids, (True,) * len(ids)),))
+def _conversation(example: Example, tokens: Encoding, bos: list[int], spans: list[tuple[int, int]]) -> Row:
+    """All of the text as one response without a prompt, scored where a token holds a character of `spans`."""
+    ids, offsets = tokens
+    scored = [any(start < end and begin < stop for start, stop in spans) for begin, end in offsets]
+    if bos and ids[:1] != bos:
+        ids, scored = bos + ids, [False, *scored]
+    return Row(example.line, (), (Response(tuple(ids), tuple(scored)),))
 
 
 def _pieces(row: Row, max_length: int) -> list[Row]:
@@ -152,6 +266,16 @@ def _pieces(row: Row, max_length: int) -> list[Row]:
     ]
 
 
+def _fit_conversation(row: Row, max_length: int, cut: Truncation) -> Row:
+    (response,) = row.responses
+    if len(response.ids) <= max_length:
+        return row
+    cut.prompts += 1
+    kept = max_length - 1  # the first token stays: it is BOS, or as good as any other
+    ids, scored = response.ids, response.scored
+    return replace(row, responses=(Response(ids[:1] + ids[-kept:], scored[:1] + scored[-kept:]),))
+
+
 def _fit(row: Row, max_length: int, cut: Truncation) -> Row:
     longest = max(len(response.ids) for response in row.responses)
     if len(row.prompt) + longest <= max_length:
@@ -160,7 +284,6 @@ def _fit(row: Row, max_length: int, cut: Truncation) -> Row:
     if len(prompt) > 1:
         room = max(max_length - longest, 1)
         if len(prompt) > room:
-            # The first token stays: it is BOS, or as good as any other.
             prompt = prompt[:1] + prompt[len(prompt) - room + 1 :]
             cut.prompts += 1
     room = max_length - len(prompt)

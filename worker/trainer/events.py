@@ -9,12 +9,15 @@ class UserError(Exception):
     """Something that the user can mend: it fails the job with this message. `param` names the field."""
 
     def __init__(self, code: str, message: str, param: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(code, message, param)  # all of them, so that it can be sent between processes
         self.code, self.message, self.param = code, message, param
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class Events:
-    """Writes events. Kinds: message, stage, metrics, checkpoint, done, failed."""
+    """Writes events. Kinds: message, stage, metrics, checkpoint, wanted, made, done, failed."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream

@@ -1,105 +1,81 @@
-"""The training loop: SFT, then DPO, on one policy. It reads top to bottom.
+"""The training loop: SFT, then a preference method, on one policy. It reads top to bottom.
 
 for each stage:
-    reference log-probs, once, before the first update        (DPO)
+    reference log-probs, once, before the first update        (where the loss has a reference)
     for each step:
         rows of the step → packs → log-probs → loss → backward
         clip, set the learning rate, update
         validate and write checkpoints now and then
 """
 
+import gc
 import json
 import math
-import resource
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from app.jobs.spec import DPOHyperparameters, JobSpec
-from worker.trainer import artifact, checkpoint, plan, reference
+from app.jobs.hyperparameters import DPOHyperparameters
+from app.jobs.spec import JobSpec
+from worker.trainer import artifact, best, checkpoint, memory, plan, reference, reward, throughput
+from worker.trainer.averages import Averages
+from worker.trainer.best import Best
+from worker.trainer.cache import Cache
 from worker.trainer.checkpoint import State
 from worker.trainer.data import Row
+from worker.trainer.dataset import Rows
 from worker.trainer.events import Events, UserError
-from worker.trainer.model import Base, Policy, Scores, load_policy
-from worker.trainer.objectives.preference import implicit_rewards, sigmoid_loss
-from worker.trainer.objectives.supervised import negative_log_likelihood
-from worker.trainer.packing import Pack
+from worker.trainer.methods import Method, Preference, References, Supervised
+from worker.trainer.model import Base, Policy, load_policy, load_tokenizer
+from worker.trainer.optimizer import make_optimizer
+from worker.trainer.packing import tree_pack, trees
 from worker.trainer.plan import Stage
+from worker.trainer.reference import Reference
+
+Result = TypeVar("Result")
+PROBE_TOKENS = 512
 
 
 class Stopped(Exception):
     """The run was asked to stop, and has written a checkpoint where it could."""
 
 
-class Averages:
-    """Weighted means, by name."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
-        self._weights: dict[str, float] = {}
-
-    def add(self, name: str, values: Tensor) -> None:
-        """Count each element of `values`, once."""
-        self._sums[name] = self._sums.get(name, 0.0) + values.detach().double().sum().item()
-        self._weights[name] = self._weights.get(name, 0.0) + values.numel()
-
-    def means(self) -> dict[str, float]:
-        return {name: total / self._weights[name] for name, total in self._sums.items() if self._weights[name]}
-
-
-def sft_losses(scores: Scores, averages: Averages) -> Tensor:
-    """Losses of a pack, one for each scored token: [N]."""
-    losses = negative_log_likelihood(scores.tokens)
-    averages.add("loss", losses)
-    averages.add("mean_token_accuracy", scores.correct)
-    return losses
-
-
-def dpo_losses(scores: Scores, pack: Pack, logps: Tensor, beta: float, averages: Averages) -> Tensor:
-    """Losses of a pack, one for each pair: [B]. `logps` [rows, 2] are the reference's, of all rows."""
-    policy = scores.responses.view(-1, 2)
-    theirs = logps[list(pack.rows)].to(policy.device)
-    ratios, rewards = policy - theirs, implicit_rewards(policy, theirs, beta)
-    losses = sigmoid_loss(rewards)
-    margins = rewards[:, 0] - rewards[:, 1]
-    averages.add("loss", losses)
-    for k, side in enumerate(("chosen", "rejected")):
-        averages.add(f"rewards/{side}", rewards[:, k])
-        averages.add(f"logps/{side}", policy[:, k])
-        averages.add(f"logratios/{side}", ratios[:, k])
-    averages.add("rewards/margins", margins)
-    averages.add("rewards/accuracies", (margins > 0).float())
-    averages.add("gradient_weight", torch.sigmoid(-margins))
-    return losses
-
-
 class Trainer:
-    """One run over a work folder: `spec.json`, `run.json`, `base/`, the data; maybe `start/` or `resume/`."""
+    """One run over a work folder: `spec.json`, `run.json`, `base/`, the data; maybe `start/`, `reference/`, `resume/`.
 
-    def __init__(self, folder: Path, events: Events, stopping: threading.Event) -> None:
+    `cache` finds what other runs computed; without one, what is in the work folder.
+    """
+
+    def __init__(self, folder: Path, events: Events, stopping: threading.Event, cache: Cache | None = None) -> None:
         self.folder, self.events, self.stopping = folder, events, stopping
+        self.cache = cache or Cache(folder / "cache", events)
         self.spec = JobSpec.model_validate_json((folder / "spec.json").read_text()).resolved()
         run = json.loads((folder / "run.json").read_text())
         self.base = Base(run["base_model"], run["revision"], run["version"], folder / "base")
         self.public_spec: dict[str, Any] = run["spec"]
         resume = folder / "resume"
         self.resume = resume if resume.exists() else None
+        self.best_weights = folder / "best" / "weights.safetensors"
         self._saved_step = -1
 
     def run(self) -> None:
         """Train, and leave the artifact in `output/`. Raises `UserError` or `Stopped`."""
         began = time.monotonic()
         start = self.folder / "start" if (self.folder / "start").exists() else None
+        self.stages = self._stages(start or self.base.folder)
+        self._tick()
+        others = self._other_reference() if self.resume is None else None
         self.policy = load_policy(self.spec, self.base, self.resume / "model" if self.resume else start, self.events)
         self._tick()
-        context = getattr(self.policy.causal.config.get_text_config(), "max_position_embeddings", 2048)
-        self.stages = plan.stages(self.spec, self.folder, self.policy.tokenizer, context, self.events)
-        self._tick()
         self.policy.check(self.stages[-1].train, self.events)
+        if self.policy.reward_head is not None:
+            reward.require_classifier(self.policy)
         self.events.message(
             f"Model and {sum(len(s.train) for s in self.stages)} rows ready after {time.monotonic() - began:.1f} s "
             f"on {self.policy.device.type} ({torch.get_num_threads()} threads)."
@@ -111,7 +87,7 @@ class Trainer:
             self._saved_step = self.state.step
         resumed = [stage.name for stage in self.stages].index(self.state.stage)
         for stage in self.stages[resumed:]:
-            self._run_stage(stage)
+            self._run_stage(stage, others)
             self.resume = None
         results = artifact.Results(
             self.spec, self.public_spec, self.base, self.state.history, self.stages[-1], self.validation_logps
@@ -119,81 +95,201 @@ class Trainer:
         artifact.write(self.folder / "output", self.policy, results, self.events)
         self.events.emit("done", trained_tokens=self.state.trained_tokens, metrics=self._last_metrics())
 
-    def _run_stage(self, stage: Stage) -> None:
+    def _stages(self, model: Path) -> list[Stage]:
+        try:
+            tokenizer = load_tokenizer(model)
+            config = json.loads((self.base.folder / "config.json").read_text())
+        except (OSError, ValueError, KeyError) as error:
+            message = f"The model '{self.spec.model}' cannot be loaded: {error}"
+            raise UserError("model_not_loadable", message, "model") from error
+        context = config.get("text_config", config).get("max_position_embeddings") or plan.DEFAULT_MAX_LENGTH
+        return plan.stages(self.spec, self.folder, tokenizer, context, self.cache, self.events)
+
+    def _run_stage(self, stage: Stage, others: References | None) -> None:
         policy, state, settings = self.policy, self.state, stage.hyperparameters
-        optimizer = torch.optim.AdamW(
-            policy.trainable().values(),
-            lr=0.0,
-            betas=(0.9, 0.999),
-            eps=1e-8,
-            weight_decay=settings.weight_decay,
-        )
+        optimizer = make_optimizer(settings, policy.trainable().values())
         policy.set_dropout(False)
+        self._choose_checkpointing(stage)
+        if settings.compile:
+            policy.compile()
         if self.resume is not None and state.stage == stage.name:
-            logps = checkpoint.load_reference(self.resume)
-            checkpoint.restore(self.resume, policy, optimizer)
+            method = self._method(stage, checkpoint.load_references(self.resume))
+            checkpoint.restore(self.resume, policy, optimizer, method, self.best_weights)
             self.events.message(f"Resumed stage {stage.name} after step {state.stage_step} of {stage.steps}.")
         else:
-            state.stage, state.stage_step = stage.name, 0
-            logps = self._reference(stage)
+            state.stage, state.stage_step, state.ended, state.best = stage.name, 0, False, Best()
+            self.best_weights.unlink(missing_ok=True)
+            method = self._method(stage, self._references(stage, others))
             torch.manual_seed(stage.seed)
         if stage.name == "dpo" and policy.has_dropout:
             self.events.message("The adapter's dropout acts in SFT only; the DPO stage runs without it.", level="warn")
         if stage.batch_size != settings.batch_size:
             self.events.message(f"Only {stage.batch_size} rows: the batch size is that.", level="warn")
+        if settings.early_stopping is not None and not stage.validation:
+            raise UserError("no_validation_rows", "'early_stopping' needs validation rows.", "early_stopping")
         self.events.emit("stage", stage=stage.name, rows=len(stage.train), validation_rows=len(stage.validation))
         if state.stage_step == 0:
-            self._validate(stage, logps, record=True)
-        began, first = time.monotonic(), state.stage_step
-        for step in range(state.stage_step, stage.steps):
+            self._judge(stage, self._validate(stage, method, record=True))
+        began, first, validated = time.monotonic(), state.stage_step, state.stage_step == 0
+        while state.stage_step < stage.steps and not state.ended:
             if self.stopping.is_set():
-                self._checkpoint(stage, optimizer, logps)
+                self._checkpoint(stage, optimizer, method)
                 raise Stopped
-            metrics = self._step(stage, optimizer, step, logps)
-            state.step, state.stage_step = state.step + 1, step + 1
-            last = state.stage_step == stage.steps
-            if last or state.stage_step % stage.eval_every == 0:
-                metrics |= self._validate(stage, logps, record=False)
+            metrics = self._step(stage, optimizer, method)
+            state.step, state.stage_step = state.step + 1, state.stage_step + 1
+            method.after_step(state.stage_step)
+            validated = state.stage_step in (stage.steps,) or state.stage_step % stage.eval_every == 0
+            if validated:
+                found = self._validate(stage, method, record=False)
+                metrics |= found
+                self._judge(stage, found)
             self._record(stage, metrics)
             each = (time.monotonic() - began) / (state.stage_step - first)
             self._report(stage, metrics, seconds_remaining=each * (self.total_steps - state.step))
+            last = state.ended or state.stage_step == stage.steps
             if last or state.stage_step % stage.checkpoint_every == 0:
-                self._checkpoint(stage, optimizer, logps)
-        if first == stage.steps:  # interrupted between the last step of this stage and what follows it
-            self._validate(stage, logps, record=False)
+                self._checkpoint(stage, optimizer, method)
+        self._finish_stage(stage, method, validated=validated)
 
-    def _step(
-        self, stage: Stage, optimizer: torch.optim.Optimizer, step: int, logps: tuple[Tensor, Tensor] | None
-    ) -> dict[str, float]:
+    def _finish_stage(self, stage: Stage, method: Method, *, validated: bool) -> None:
+        """Go back to the best weights where the job asked for it, and know the final validation log-probs."""
+        state = self.state
+        if state.ended:
+            self.total_steps -= stage.steps - state.stage_step
+        if stage.hyperparameters.early_stopping is not None and state.best.step != state.step:
+            best.bring_back(self.policy, self.best_weights)
+            metric = stage.hyperparameters.early_stopping.metric
+            self.events.message(f"Stage {stage.name} keeps step {state.best.step}: {metric} {state.best.value:.6g}.")
+            validated = False
+        if not validated:
+            self._validate(stage, method, record=False)
+
+    def _judge(self, stage: Stage, metrics: dict[str, float]) -> None:
+        """Early stopping: keep the weights of the best validation, and end the stage when it is too long ago."""
+        settings, state = stage.hyperparameters.early_stopping, self.state
+        if settings is None:
+            return
+        if state.best.improves(settings, metrics, state.step):
+            best.keep(self.policy, self.best_weights)
+        elif state.best.without >= settings.patience and state.stage_step < stage.steps:
+            state.ended = True
+            self.events.message(
+                f"Stage {stage.name} stops early, after step {state.stage_step} of {stage.steps}: {settings.metric} "
+                f"has not improved in {state.best.without} validations."
+            )
+
+    def _method(self, stage: Stage, references: References | None) -> Method:
+        settings = stage.hyperparameters
+        if isinstance(settings, DPOHyperparameters):
+            return Preference(self.policy, settings, stage.train, stage.validation, references)
+        return Supervised(self.policy, settings, stage.train, stage.validation)
+
+    def _references(self, stage: Stage, others: References | None) -> References | None:
+        settings = stage.hyperparameters
+        if not isinstance(settings, DPOHyperparameters) or not settings.needs_reference:
+            return None
+        return others or self._reference_by(self.policy, stage, settings)
+
+    def _other_reference(self) -> References | None:
+        """The log-probs of the model in `reference/`, which is loaded, asked, and let go before the policy is."""
+        stage, folder = self.stages[-1], self.folder / "reference"
+        settings = stage.hyperparameters
+        if not isinstance(settings, DPOHyperparameters) or settings.reference_model is None:
+            return None
+        start = folder / "start" if (folder / "start").exists() else None
+        base = Base(settings.reference_model, None, None, folder / "base")
+        # A fresh adapter changes nothing: it stands for the bare base model.
+        spec = self.spec.model_copy(update={"adapter": None, "model": settings.reference_model})
+        other = load_policy(spec.resolved(), base, start, self.events, trainable=False)
+        ours = load_tokenizer(self.base.folder).get_vocab()
+        if other.tokenizer.get_vocab() != ours:
+            message = f"'{settings.reference_model}' has another tokenizer than '{self.spec.model}'."
+            raise UserError("invalid_value", message, "reference_model")
+        self.policy = other
+        found = self._reference_by(other, stage, settings)
+        del self.policy, other
+        gc.collect()
+        return found
+
+    def _reference_by(self, policy: Policy, stage: Stage, settings: DPOHyperparameters) -> References:
+        began, hits = time.monotonic(), len(self.cache.hits)
+
+        def find(rows: Rows) -> Reference:
+            return self._in_memory(
+                lambda: reference.find(policy, rows, settings.ld_alpha, self.cache, self._tick), stage
+            )
+
+        found = References(find(stage.train), find(stage.validation))
+        how = "found in the cache" if len(self.cache.hits) == hits + 2 else "computed"
+        self.events.message(f"Reference log-probs {how} in {time.monotonic() - began:.1f} s.")
+        return found
+
+    def _choose_checkpointing(self, stage: Stage) -> None:
+        """Recompute activations where the job says so, or where they would not fit."""
+        asked = stage.hyperparameters.activation_checkpointing
+        if asked is None:
+            row = stage.train[0]
+            pack = tree_pack(trees([row], [0], PROBE_TOKENS)).to(self.policy.device)
+            longest = max(row.tokens for row in stage.train)
+            asked = not self._in_memory(lambda: memory.fits(self.policy, pack, longest), stage)
+            if asked:
+                self.events.message("Activations are recomputed in the backward pass: they would not fit into memory.")
+        self.policy.recompute_activations(asked)
+
+    def _in_memory(self, work: Callable[[], Result], stage: Stage) -> Result:
+        """Run `work`; where the GPU's memory is not enough, with half the budget, again and again."""
+        longest = max(row.tokens for row in stage.train)
+        while True:
+            generator = torch.get_rng_state()
+            try:
+                return work()
+            except torch.OutOfMemoryError as error:
+                packing = self.policy.packing
+                if packing.budget <= longest:
+                    message = f"The longest row ({longest} tokens) does not fit into the GPU's memory."
+                    raise UserError("out_of_memory", f"{message} Lower 'max_length'.", "max_length") from error
+                self.policy.packing = replace(packing, budget=packing.budget // 2)
+            self.events.message(
+                f"Out of memory: packs of {self.policy.packing.budget} tokens from now on.", level="warn"
+            )
+            for parameter in self.policy.trainable().values():
+                parameter.grad = None
+            torch.set_rng_state(generator)
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    def _step(self, stage: Stage, optimizer: torch.optim.Optimizer, method: Method) -> dict[str, float]:
         """One optimizer step over exactly `stage.batch_size` rows."""
-        began, policy, averages = time.monotonic(), self.policy, Averages()
+        began, policy, step = time.monotonic(), self.policy, self.state.stage_step
         numbers = stage.batch(step)
-        batch = [stage.train[number] for number in numbers]
         policy.set_dropout(stage.name == "sft")
-        packs = list(policy.packs(batch, list(range(len(batch)))))
-        count = len(batch) if stage.name == "dpo" else sum(len(pack.targets) for pack in packs)
-        of_batch = None if logps is None else logps[0][numbers]
-        for pack in packs:
-            losses = self._losses(stage, policy.score(pack), pack, of_batch, averages)
-            (losses.sum() / count).backward()  # type: ignore[no-untyped-call]
+        work, averages = self._in_memory(lambda: _with_averages(method, numbers), stage)
         parameters = list(policy.trainable().values())
-        norm = torch.nn.utils.clip_grad_norm_(parameters, stage.hyperparameters.max_grad_norm).item()
-        means = averages.means()
-        self._require_finite(means | {"grad_norm": norm}, "loss", "grad_norm")
+        norm = torch.nn.utils.clip_grad_norm_(parameters, stage.hyperparameters.max_grad_norm)
+        averages.add("grad_norm", norm)
+        metrics = averages.means()
+        if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
+            self._checkpoint(stage, optimizer, method)  # the weights are those of the step before, which were good
+            self._require_finite(metrics, "loss", "grad_norm")
         rate = stage.learning_rate(step)
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         policy.set_dropout(False)
-        tokens = sum(row.tokens for row in batch)
+        tokens = sum(stage.train[number].tokens for number in numbers)
         self.state.trained_tokens += tokens
-        return means | {
-            "grad_norm": norm,
+        seconds = time.monotonic() - began
+        metrics |= {
             "learning_rate": rate,
-            "tokens_per_second": tokens / (time.monotonic() - began),
-            "peak_memory_bytes": float(_peak_memory(policy)),
+            "fill_rate": work.tokens / work.places,
+            "tokens_per_second": tokens / seconds,
+            "peak_memory_bytes": float(memory.peak_bytes(policy.device)),
         }
+        if not throughput.has_experts(policy.causal):
+            needed = throughput.needed_flops(policy, work.tokens, work.scored)
+            metrics["mfu"] = needed / (seconds * throughput.peak_flops(policy.device))
+        return metrics
 
     def _require_finite(self, metrics: dict[str, float], *names: str) -> None:
         for name in names:
@@ -205,37 +301,18 @@ class Trainer:
                     "method",
                 )
 
-    def _losses(self, stage: Stage, scores: Scores, pack: Pack, logps: Tensor | None, averages: Averages) -> Tensor:
-        """Losses of a pack, to be summed; `averages` gets the metrics."""
-        if stage.name == "sft":
-            return sft_losses(scores, averages)
-        assert isinstance(stage.hyperparameters, DPOHyperparameters) and logps is not None
-        return dpo_losses(scores, pack, logps, stage.hyperparameters.beta or 0.1, averages)
-
-    def _reference(self, stage: Stage) -> tuple[Tensor, Tensor] | None:
-        if stage.name != "dpo":
-            return None
-        began = time.monotonic()
-        found = tuple(reference.compute(self.policy, rows, self._tick) for rows in (stage.train, stage.validation))
-        self.events.message(f"Reference log-probs computed in {time.monotonic() - began:.1f} s.")
-        return found[0], found[1]
-
-    def _validate(self, stage: Stage, logps: tuple[Tensor, Tensor] | None, *, record: bool) -> dict[str, float]:
+    def _validate(self, stage: Stage, method: Method, *, record: bool) -> dict[str, float]:
         """The metrics of the validation rows, under `eval/`."""
         self.validation_logps: list[tuple[Row, Tensor, Tensor | None]] = []
         if not stage.validation:
             return {}
-        averages = Averages()
-        reference_logps = None if logps is None else logps[1]
-        with torch.no_grad():
-            for pack in self.policy.packs(stage.validation, list(range(len(stage.validation)))):
-                scores = self.policy.score(pack)
-                self._losses(stage, scores, pack, reference_logps, averages)
-                by_row = scores.responses.cpu().view(len(pack.rows), -1)
-                for number, values in zip(pack.rows, by_row, strict=True):
-                    theirs = None if reference_logps is None else reference_logps[number]
-                    self.validation_logps.append((stage.validation[number], values, theirs))
-                self._tick()
+
+        def work() -> tuple[Any, Averages]:
+            averages = Averages()
+            return method.evaluate(averages, self._tick), averages
+
+        found, averages = self._in_memory(work, stage)
+        self.validation_logps = [(stage.validation[number], ours, theirs) for number, ours, theirs in found]
         metrics = {f"eval/{name}": value for name, value in averages.means().items()}
         self._require_finite(metrics, "eval/loss")
         if record:
@@ -256,13 +333,13 @@ class Trainer:
             metrics=metrics,
         )
 
-    def _checkpoint(self, stage: Stage, optimizer: torch.optim.Optimizer, logps: tuple[Tensor, Tensor] | None) -> None:
+    def _checkpoint(self, stage: Stage, optimizer: torch.optim.Optimizer, method: Method) -> None:
         """Write a checkpoint, unless this step has one. Whoever hears of it removes it when it is safe."""
         if self.state.stage_step == 0 or self.state.step == self._saved_step:
             return
         self._saved_step = self.state.step
         folder = self.folder / "checkpoints" / f"step-{self.state.step}"
-        checkpoint.save(folder, self.policy, optimizer, self.state, logps)
+        checkpoint.save(folder, self.policy, optimizer, method, self.state, self.best_weights)
         self.events.emit(
             "checkpoint",
             stage=stage.name,
@@ -284,7 +361,6 @@ class Trainer:
             raise Stopped
 
 
-def _peak_memory(policy: Policy) -> int:
-    if policy.device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _with_averages(method: Method, numbers: list[int]) -> tuple[Any, Averages]:
+    averages = Averages()
+    return method.backward(numbers, averages), averages

@@ -1,23 +1,30 @@
 """The policy: a base model, quantised or not, with a LoRA adapter or all its parameters to train."""
 
+import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from app.jobs.spec import Adapter, JobSpec
-from worker.trainer.attention import padding_mask, tree_mask, why_not_shared
+from worker.trainer.attention import NAME, SHAREABLE_ROPE, TreeMask, padding_mask, rope_kinds, why_not_shared
 from worker.trainer.data import Row, Tokenizer
 from worker.trainer.events import Events, UserError
-from worker.trainer.logps import token_logps
-from worker.trainer.packing import Pack, padded_pack, plan, tree_pack
+from worker.trainer.logps import Head, TokenScores, score_tokens
+from worker.trainer.packing import Pack, Packing, tree_pack, trees
 
+CPU_BUDGET, CUDA_BUDGET = 512, 8192
+"""Tokens of a pack. On a CPU the mask's zeros are computed too, so that short packs are faster; on a GPU the
+weights of a quantised layer are unpacked once a pack, so that long ones are."""
+REWARD_HEAD = "reward_head.safetensors"
 _DROPOUTS = (
     "attention_dropout",
     "hidden_dropout",
@@ -41,11 +48,9 @@ class Base:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one pack: the log-prob of each scored token [N], whether it was the most likely one [N], and the sums
-    over the tokens of each response [R]."""
+    """Of one pack: its N scored tokens, and for each of its rows' R responses the sums over the tokens, [R]."""
 
-    tokens: Tensor
-    correct: Tensor
+    tokens: TokenScores
     responses: Tensor
 
 
@@ -54,7 +59,8 @@ class Policy:
     """The model in training, and how to ask it for log-probabilities.
 
     The model stays in training mode, always: on some CPUs a quantised layer that has run once in evaluation mode
-    keeps other weights and loses its gradient. Dropout is switched by its own hands instead.
+    keeps other weights and loses its gradient. Dropout is switched by its own hands instead. `reward_head` is there
+    where a reward model is trained; `one_by_one` where even the longest text of a padded batch would change the others.
     """
 
     model: Any
@@ -63,8 +69,10 @@ class Policy:
     revision: str | None
     full: bool
     device: torch.device
-    shared: bool = True
-    budget: int = 1024
+    packing: Packing
+    own_attention: str
+    one_by_one: bool = False
+    reward_head: nn.Linear | None = None
     _dropout: dict[nn.Dropout, float] = field(default_factory=dict)
 
     @property
@@ -72,8 +80,19 @@ class Policy:
         """The transformers model inside, head included."""
         return self.model if self.full else self.model.get_base_model()
 
+    @property
+    def shared(self) -> bool:
+        """Whether responses share their prompt."""
+        return self.packing.shared
+
+    @shared.setter
+    def shared(self, shared: bool) -> None:
+        self.packing = replace(self.packing, shared=shared)
+        self.causal.set_attn_implementation(NAME if shared else self.own_attention)
+
     def trainable(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        found = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return found if self.reward_head is None else found | {"reward_head.weight": self.reward_head.weight}
 
     @property
     def has_dropout(self) -> bool:
@@ -85,68 +104,151 @@ class Policy:
         for module, probability in self._dropout.items():
             module.p = probability if on else 0.0
 
-    def packs(self, rows: list[Row], numbers: list[int]) -> Iterator[Pack]:
-        """The rows `numbers`, in packs of at most `budget` tokens, one at a time."""
-        build = tree_pack if self.shared else padded_pack
-        return (build(rows, group) for group in plan(rows, numbers, self.budget))
+    def recompute_activations(self, on: bool) -> None:
+        """Activation checkpointing: keep each layer's input only, and run the layer again in the backward pass."""
+        if on:
+            self.causal.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            self.causal.activation_checkpointing_disable()
 
-    def score(self, pack: Pack) -> Scores:
-        """One forward pass: the log-probs of everything that is scored in `pack`."""
-        pack = pack.to(self.device)
-        hidden = self._hidden(pack)
-        head = self.causal.get_output_embeddings()
-        tokens, correct = token_logps(
-            hidden.flatten(0, 1)[pack.predictors], head.weight, getattr(head, "bias", None), pack.targets
-        )
-        sums = torch.zeros(pack.responses, dtype=tokens.dtype, device=self.device)
-        return Scores(tokens, correct, sums.index_add(0, pack.response, tokens))
+    def compile(self) -> None:
+        """Compile each layer of the model when it first runs. On a CPU every pack has another width."""
+        lists = [m for m in self.causal.base_model.modules() if isinstance(m, nn.ModuleList)]
+        for layer in max(lists, key=len, default=nn.ModuleList()):
+            layer.compile(dynamic=self.device.type == "cpu")
+
+    def packs(self, rows: Sequence[Row], numbers: Sequence[int], *, merge: bool = True) -> Iterator[Pack]:
+        """The rows `numbers`, in packs of at most the budget's tokens, one at a time, on the policy's device."""
+        return (pack.to(self.device) for pack in replace(self.packing, merge=merge).packs(rows, numbers))
+
+    def score(
+        self, pack: Pack, *, entropy: bool = False, alignment: bool = False, tail_weight: float | None = None
+    ) -> Scores:
+        """One forward pass: the log-probs of everything that is scored in `pack`, which is on the policy's device.
+
+        With `tail_weight` a response's tokens beyond the length of its row's shortest response count that much
+        (LD-DPO); the pack must not have merged rows then.
+        """
+        hidden = self._hidden(pack).flatten(0, 1).index_select(0, pack.predictors)
+        tokens = score_tokens(hidden, Head.of(self.causal), pack.targets, entropy=entropy, alignment=alignment)
+        logps = tokens.logps
+        if tail_weight is not None:
+            logps = torch.where(pack.order < shortest(pack)[pack.leaf], logps, tail_weight * logps)
+        return Scores(tokens, per_response(pack, logps))
+
+    def rewards(self, pack: Pack) -> Tensor:
+        """The reward model's scalar for each response of each row of `pack`, [R], float32 or wider."""
+        assert self.reward_head is not None
+        last = self._hidden(pack).flatten(0, 1).index_select(0, pack.last)
+        return self.reward_head(last.to(self.reward_head.weight.dtype)).squeeze(1)[pack.leaves]  # type: ignore[no-any-return]
 
     def _hidden(self, pack: Pack) -> Tensor:
-        mask = tree_mask(pack) if self.shared else padding_mask(pack)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        """The last hidden states, [B, T, H]."""
+        if self.shared:
+            return self._forward(pack.ids, pack.positions, attention_mask=None, tree=TreeMask(pack))
+        mask = padding_mask(pack)
+        if not self.one_by_one:
+            return self._forward(pack.ids, pack.positions, attention_mask=mask)
+        texts = zip(pack.ids, pack.positions, mask.sum(1).tolist(), strict=True)
+        return torch.cat(
+            [
+                nn.functional.pad(self._forward(ids[None, :n], at[None, :n]), (0, 0, 0, len(ids) - n))
+                for ids, at, n in texts
+            ]
+        )
+
+    def _forward(self, ids: Tensor, positions: Tensor, **options: Any) -> Tensor:
+        with self._autocast():
             states: Tensor = self.causal.base_model(
-                input_ids=pack.ids, position_ids=pack.positions, attention_mask=mask, use_cache=False
+                input_ids=ids, position_ids=positions, use_cache=False, **options
             ).last_hidden_state
         return states
 
-    def check(self, rows: list[Row], events: Events) -> None:
-        """Hold this engine's log-probs of the two shortest rows against the model's own logits, one response a row.
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+    def check(self, rows: Sequence[Row], events: Events) -> None:
+        """Hold this engine's log-probs of the first pack's rows against the model's own logits, one response a row.
 
         A tree that is off falls back to one response a row, with an event. A head that is off ends the job:
         wrong log-probs must not train anything.
         """
-        numbers = sorted(range(len(rows)), key=lambda number: rows[number].tokens)[:2]
+        numbers = sorted(range(min(len(rows), CHECKED_FROM)), key=lambda n: rows[n].tokens)[:CHECKED_ROWS]
+        tolerance = 1e-4 if self.device.type == "cpu" else 5e-2
         with torch.no_grad():
-            expected = self._reference_logps(padded_pack(rows, numbers).to(self.device))
+            expected = torch.cat([self._own_logps(rows[number]) for number in numbers])
             if not expected.isfinite().all():
                 raise UserError(
                     "loss_not_finite", f"The log-probs of '{self.name}' are not finite before any training.", "model"
                 )
-            tolerance = 1e-4 if self.device.type == "cpu" else 5e-2
-            if self.shared:
-                shared = self.score(tree_pack(rows, numbers)).responses
-                if _close(shared, expected, tolerance):
-                    return
+            if self.shared and not _close(self._checked_logps(rows, numbers), expected, tolerance):
                 self.shared = False
                 events.message("Prompts are not shared: the first pack's log-probs would differ.", level="warn")
-            if not _close(self.score(padded_pack(rows, numbers)).responses, expected, tolerance):
+            if not self.shared and not _close(self._checked_logps(rows, numbers), expected, tolerance):
                 raise UserError(
                     "unsupported_model",
-                    f"The output head of '{self.name}' does more than a linear layer, which is not supported yet.",
+                    f"The output head of '{self.name}' does more to its logits than this engine knows of.",
                     "model",
                 )
 
-    def _reference_logps(self, pack: Pack) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            logits = self.causal(input_ids=pack.ids, attention_mask=padding_mask(pack), use_cache=False).logits
-        logps = logits.flatten(0, 1)[pack.predictors].float().log_softmax(-1)
-        tokens = logps.gather(1, pack.targets[:, None]).squeeze(1)
-        return torch.zeros(pack.responses, device=self.device).index_add(0, pack.response, tokens)
+    def _checked_logps(self, rows: Sequence[Row], numbers: list[int]) -> Tensor:
+        packing = replace(self.packing, merge=False)
+        pack = packing.build(trees(rows, numbers, packing.budget, merge=False)).to(self.device)
+        return self.score(pack).responses
+
+    def _own_logps(self, row: Row) -> Tensor:
+        """What the model's own forward pass says of each response of `row`, one at a time."""
+        found = []
+        with self._own():
+            for response in row.responses:
+                alone = tree_pack(trees([replace(row, responses=(response,))], [0], 0)).to(self.device)
+                with self._autocast():
+                    logits = self.causal(input_ids=alone.ids, use_cache=False).logits
+                logps = logits[0, alone.predictors].float().log_softmax(-1)
+                found.append(logps.gather(1, alone.targets[:, None]).sum())
+        return torch.stack(found)
+
+    @contextmanager
+    def _own(self) -> Iterator[None]:
+        """The model with its own attention."""
+        current = self.causal.config._attn_implementation
+        self.causal.set_attn_implementation(self.own_attention)
+        try:
+            yield
+        finally:
+            self.causal.set_attn_implementation(current)
+
+    def digest(self) -> str:
+        """A hash of all weights and of the configuration, to name what was computed from them.
+
+        An adapter that changes nothing yet is left out: jobs of other ranks and seeds have the same reference.
+        """
+        config = self.causal.config.to_dict() | {"_attn_implementation": self.own_attention, "_name_or_path": None}
+        found = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+        blank = not self.full and self._adapter_is_blank()
+        if not self.full and not blank:
+            found.update(
+                json.dumps(self.model.peft_config["default"].to_dict(), sort_keys=True, default=sorted).encode()
+            )
+        for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
+            if blank and "lora_" in name:
+                continue
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {_checksum(tensor)}".encode())
+        return found.hexdigest()
+
+    def _adapter_is_blank(self) -> bool:
+        """Whether the adapter is a fresh LoRA: B is zero, and x + 0 is x to the bit. DoRA rescales even then."""
+        named = dict(self.model.named_parameters())
+        dora = any("lora_magnitude_vector" in name for name in named)
+        return not dora and not any(
+            p.any() for name, p in named.items() if "lora_B" in name or "lora_embedding_B" in name
+        )
 
     def save(self, folder: Path) -> None:
         """Write the adapter (PEFT) or the whole model (transformers), and the tokenizer, into `folder`."""
         if self.full:
-            self.model.save_pretrained(folder)
+            with self._own():
+                self.model.save_pretrained(folder)
         else:
             # "auto" would look the base model up on the hub; the head and the embeddings are frozen anyway.
             self.model.save_pretrained(folder, save_embedding_layers=False)
@@ -157,11 +259,43 @@ class Policy:
             if isinstance(settings["target_modules"], list):  # peft keeps a set, whose order changes from run to run
                 settings["target_modules"].sort()
             config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        if self.reward_head is not None:
+            save_file({"weight": self.reward_head.weight.detach()}, folder / REWARD_HEAD)
         self.tokenizer.save_pretrained(folder)
+
+
+CHECKED_FROM, CHECKED_ROWS = 256, 3
+"""The check before training takes the shortest few of the first rows."""
+
+
+def shortest(pack: Pack) -> Tensor:
+    """For each response of a pack without merged rows, the scored tokens of its row's shortest one, [L]."""
+    least = torch.full((len(pack.rows),), torch.iinfo(torch.int64).max, device=pack.lengths.device)
+    least = least.scatter_reduce(0, pack.row_of, pack.lengths[pack.leaves], "amin")
+    return torch.zeros_like(pack.lengths).index_copy(0, pack.leaves, least[pack.row_of])
+
+
+def per_response(pack: Pack, values: Tensor) -> Tensor:
+    """Sums of tokens' `values` [N] for each response of each row of `pack`, [R]."""
+    sums = torch.zeros(len(pack.lengths), dtype=values.dtype, device=values.device)
+    return sums.index_add(0, pack.leaf, values)[pack.leaves]
 
 
 def _close(values: Tensor, expected: Tensor, tolerance: float) -> bool:
     return bool(((values.float() - expected).abs() <= tolerance * expected.abs().clamp(min=1)).all())
+
+
+def _checksum(tensor: Tensor) -> str:
+    """Two sums over the bits of `tensor`, the second by place: exact, in any order, and fast on any device."""
+    data = tensor.detach().contiguous().flatten().view(torch.uint8)
+    plain, weighted = 0, 0
+    for number, start in enumerate(range(0, len(data), 1 << 24)):
+        part = data[start : start + (1 << 24)]
+        part = torch.nn.functional.pad(part, (0, -len(part) % 4)).view(torch.int32).long()
+        places = torch.arange(1, len(part) + 1, device=part.device)
+        plain += (number + 1) * int(part.sum())
+        weighted += (number + 1) * int((part * places).sum())
+    return f"{plain % 2**64:x} {weighted % 2**64:x}"
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -188,46 +322,81 @@ def load_policy(spec: JobSpec, base: Base, start: Path | None, events: Events, *
         )
     except (OSError, ValueError, KeyError) as error:
         raise UserError("model_not_loadable", f"The model '{spec.model}' cannot be loaded: {error}", "model") from error
+    return wrap(model, tokenizer, spec, base, start, events, trainable=trainable)
+
+
+def wrap(
+    model: Any,
+    tokenizer: Tokenizer,
+    spec: JobSpec,
+    base: Base,
+    start: Path | None,
+    events: Events,
+    *,
+    trainable: bool = True,
+) -> Policy:
+    """A policy of a transformers `model` that is on its device already, with the adapter that `spec` asks for."""
+    full, own, device = spec.adapter == "none", model.config._attn_implementation, model.device
     _silence_dropout(model)
     if not full:
         torch.manual_seed(spec.seed or 0)
+        model.requires_grad_(False)
         model = _with_adapter(model, spec, start, trainable)
     model.train()
-    if device.type == "cuda" and trainable:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    # On a CPU the mask's zeros are computed too, so that short packs are faster.
-    budget = 512 if device.type == "cpu" else 8192
-    policy = Policy(model, tokenizer, base.name, base.revision, full, device, budget=budget)
+    cuda = device.type == "cuda"
+    packing = Packing(CUDA_BUDGET if cuda else CPU_BUDGET, fixed=cuda)
+    policy = Policy(model, tokenizer, base.name, base.revision, full, device, packing, own)
     policy._dropout = {m: m.p for m in model.modules() if isinstance(m, nn.Dropout) and m.p > 0}
     policy.set_dropout(False)
+    if spec.method.dpo is not None and spec.method.dpo.hyperparameters.rewards:
+        policy.reward_head = _reward_head(policy, spec, start)
+    policy.one_by_one = not rope_kinds(policy.causal) <= SHAREABLE_ROPE
     reason = why_not_shared(policy.causal)
+    policy.shared = reason is None
     if reason is not None:
-        policy.shared = False
         events.message(f"Prompts are not shared between responses: {reason}.", level="warn")
     return policy
 
 
+def _reward_head(policy: Policy, spec: JobSpec, start: Path | None) -> nn.Linear:
+    """The linear layer over the last hidden state: as it was saved, or small random weights that the seed draws."""
+    config = policy.causal.config.get_text_config()
+    generator = torch.Generator().manual_seed(spec.seed or 0)
+    weight = torch.randn(1, config.hidden_size, generator=generator) * getattr(config, "initializer_range", 0.02)
+    if start is not None and (start / REWARD_HEAD).exists():
+        weight = load_file(start / REWARD_HEAD)["weight"]
+    head = nn.Linear(config.hidden_size, 1, bias=False, device=policy.device, dtype=torch.float32)
+    head.weight.data.copy_(weight)
+    return head
+
+
 def _load_base(folder: Path, quantization: str, device: torch.device, full: bool) -> Any:
     dtype = torch.bfloat16 if device.type == "cuda" and not full else torch.float32
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa"}
-    if quantization == "nf4":
-        options["quantization_config"] = BitsAndBytesConfig(
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        trust_remote_code=False,
+        local_files_only=True,
+        use_safetensors=True,
+        device_map={"": device},
+        **quantisation(quantization, dtype),
+    )
+
+
+def quantisation(name: str, dtype: torch.dtype) -> dict[str, Any]:
+    """transformers' options for `nf4`, `int8` or `none`; `dtype` is what is computed in."""
+    if name == "nf4":
+        config = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        trust_remote_code=False,
-        local_files_only=True,
-        use_safetensors=True,
-        device_map={"": device},
-        **options,
-    )
-    if not full:
-        model.requires_grad_(False)
-    return model
+    elif name == "int8":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        return {}
+    return {"quantization_config": config}
 
 
 def _silence_dropout(model: nn.Module) -> None:
@@ -250,6 +419,9 @@ def _with_adapter(model: Any, spec: JobSpec, start: Path | None, trainable: bool
         lora_dropout=adapter.dropout,
         target_modules=adapter.target_modules,
         use_rslora=adapter.use_rslora,
+        use_dora=adapter.use_dora,
+        # GPT-2's linear layers keep their weights transposed.
+        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
         bias="none",
         task_type="CAUSAL_LM",
     )

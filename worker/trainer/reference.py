@@ -1,24 +1,78 @@
-"""Reference log-probs: the policy's own at step 0, computed once, before the first update.
+"""Reference log-probs: of the starting policy, or of another model, computed once and kept.
 
-There is no second model and no toggling of adapters. The packing they are computed in depends on the rows only,
-never on training settings, so that the same rows always get the same bits.
+The rows are packed in their own order, whatever the job's batches are, so that the same rows on the same weights
+give the same bits in every job; the cache's key holds all that the bits depend on.
 """
 
+import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from worker.trainer.data import Row
+from worker.trainer.cache import Cache
+from worker.trainer.dataset import Rows
 from worker.trainer.model import Policy
+from worker.trainer.packing import columns
+
+ENGINE = 1
+"""Raised with every change to the engine that moves bits: what older ones computed is not used then."""
 
 
-def compute(policy: Policy, rows: list[Row], tick: Callable[[], None]) -> Tensor:
-    """log π_ref of every response: [rows, K], float32 or wider, on the CPU. `tick` is called after each pack."""
-    logps: dict[int, Tensor] = {}
+@dataclass(frozen=True)
+class Reference:
+    """Log-probs of every response of some rows: `logps` [responses], and where each row's begin, `first` [rows]."""
+
+    logps: Tensor
+    first: Tensor
+
+    def of(self, row: Tensor, column: Tensor) -> Tensor:
+        """The log-probs of responses `column` [R] of rows `row` [R]."""
+        return self.logps[self.first[row] + column]
+
+
+def find(policy: Policy, rows: Rows, tail_weight: float | None, cache: Cache, tick: Callable[[], None]) -> Reference:
+    """The log-probs of `rows`, from the cache or computed. On the CPU, float32 or wider."""
+    key = _key(policy, rows, tail_weight)
+    found = cache.get(key)
+    if found is not None:
+        return Reference(**load_file(found))
+    made = compute(policy, rows, tail_weight, tick)
+    with cache.put(key) as place:
+        save_file(vars(made), place)
+    return made
+
+
+def compute(
+    policy: Policy, rows: Rows, tail_weight: float | None = None, tick: Callable[[], None] = lambda: None
+) -> Reference:
+    """Log-probs of `rows` under `policy` as it is. `tick` is called after each pack; `tail_weight` is LD-DPO's."""
+    counts = torch.tensor([len(row.responses) for row in rows], dtype=torch.long)
+    first = counts.cumsum(0) - counts
+    logps = torch.zeros(int(counts.sum()))
     with torch.no_grad():
-        for pack in policy.packs(rows, list(range(len(rows)))):
-            sums = policy.score(pack).responses.cpu().view(len(pack.rows), -1)
-            logps.update(zip(pack.rows, sums, strict=True))
+        for pack in policy.packs(rows, range(len(rows)), merge=tail_weight is None):
+            values = policy.score(pack, tail_weight=tail_weight).responses.cpu()
+            logps = logps.to(values.dtype)
+            numbers, row = torch.tensor(pack.rows), pack.row_of.cpu()
+            logps[first[numbers[row]] + columns(row)] = values
             tick()
-    return torch.stack([logps[number] for number in range(len(rows))]) if rows else torch.zeros(0, 2)
+    return Reference(logps, first)
+
+
+def _key(policy: Policy, rows: Rows, tail_weight: float | None) -> str:
+    device = torch.cuda.get_device_name(policy.device) if policy.device.type == "cuda" else torch.__version__
+    parts = (
+        ENGINE,
+        policy.digest(),
+        rows.digest(),
+        tail_weight,
+        policy.packing,
+        policy.device.type,
+        device,
+        torch.get_num_threads(),
+        torch.backends.cpu.get_cpu_capability(),
+    )
+    return f"reference/{hashlib.sha256(repr(parts).encode()).hexdigest()}"

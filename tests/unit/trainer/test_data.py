@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.datasets.example import Example, Message
+from app.datasets.example import Example, Kind, Message
 from tests.tiny_model import CHATML, CHATML_WITH_BOS, CORPUS, make_tokenizer
-from worker.trainer.data import Row, Truncation, rows
+from worker.trainer.data import Recipe, Row, Truncation, rows
 from worker.trainer.events import UserError
-from worker.trainer.packing import tree_pack
+from worker.trainer.packing import tree_pack, trees
 
 PLAIN = make_tokenizer()
 BOS, EOS = PLAIN.bos_token_id, PLAIN.eos_token_id
@@ -24,8 +24,13 @@ CONVERSATION: list[Message] = [
 ]
 
 
+def recipe(max_length: int = LONG, loss_on: Any = "answers") -> Recipe:
+    """Examples as they are: RANKED takes any number of responses."""
+    return Recipe(Kind.RANKED, max_length, loss_on)
+
+
 def tokenise(example: Example, tokenizer: Any = PLAIN, max_length: int = LONG, loss_on: str = "answers") -> list[Row]:
-    return list(rows([example], tokenizer, max_length=max_length, loss_on=loss_on, cut=Truncation()))
+    return list(rows([example], tokenizer, recipe(max_length, loss_on), Truncation()))
 
 
 def tokenise_one(example: Example, tokenizer: Any = PLAIN) -> Row:
@@ -175,7 +180,7 @@ def test_a_template_that_refuses_a_conversation_is_the_users_error_with_its_line
 
 def test_loss_on_text_scores_all_that_something_predicts() -> None:
     (row,) = tokenise(Example(1, "see", (" the cat",)), loss_on="text")
-    pack = tree_pack([row], [0])
+    pack = tree_pack(trees([row], [0], LONG))
     assert whole(row) == ids_of("see the cat</s>")
     assert pack.targets.tolist() == ids_of("see the cat</s>")[1:]
     assert pack.predictors.tolist() == list(range(len(whole(row)) - 1))
@@ -193,14 +198,14 @@ def test_raw_text_is_learned_as_it_is_though_there_is_a_template() -> None:
     tokenizer = make_tokenizer(CHATML)
     (row,) = tokenise(Example(1, "", ("the cat",), raw=True), tokenizer)
     assert decode(whole(row)) == "<s>the cat</s>"
-    assert all(row.responses[0].scored)
+    assert row.responses[0].scored == (False, True, True, True)  # nothing predicts BOS
 
 
 def test_truncation_cuts_the_prompt_from_the_left_and_keeps_the_answers() -> None:
     cut = Truncation()
     prompt, answers = CORPUS[0] + "?", (" the cat.", " then the other dog!")
     full = tokenise_one(Example(1, prompt, answers))
-    (row,) = rows([Example(1, prompt, answers)], PLAIN, max_length=16, loss_on="answers", cut=cut)
+    (row,) = rows([Example(1, prompt, answers)], PLAIN, recipe(16), cut)
     assert row.responses == full.responses
     room = 16 - max(len(response.ids) for response in full.responses)
     assert row.prompt == (BOS, *full.prompt[-(room - 1) :])
@@ -210,9 +215,7 @@ def test_truncation_cuts_the_prompt_from_the_left_and_keeps_the_answers() -> Non
 def test_truncation_cuts_answers_only_when_the_prompt_is_gone() -> None:
     cut = Truncation()
     full = tokenise_one(Example(1, "see the dog?", (" " + CORPUS[0], " the cat.")))
-    (row,) = rows(
-        [Example(1, "see the dog?", (" " + CORPUS[0], " the cat."))], PLAIN, max_length=16, loss_on="answers", cut=cut
-    )
+    (row,) = rows([Example(1, "see the dog?", (" " + CORPUS[0], " the cat."))], PLAIN, recipe(16), cut)
     assert row.prompt == (BOS,)
     assert row.responses[0].ids == full.responses[0].ids[:15]
     assert row.responses[1] == full.responses[1]
@@ -225,13 +228,13 @@ def test_no_row_is_longer_than_max_length(prompt: list[str], answer: list[str]) 
     example = Example(1, " ".join(prompt), (" ".join(answer) + "!", " no"))
     full = tokenise_one(example)
     cut = Truncation()
-    (row,) = rows([example], PLAIN, max_length=16, loss_on="answers", cut=cut)
+    (row,) = rows([example], PLAIN, recipe(16), cut)
     assert all(len(whole(row, k)) <= 16 for k in range(2))
     assert (row == full) == (cut == Truncation()) == all(len(whole(full, k)) <= 16 for k in range(2))
 
 
 def test_many_examples_keep_their_order() -> None:
     examples = [Example(line, f"{line}?", (f" {line}.",)) for line in range(1, 601)]
-    made = list(rows(examples, PLAIN, max_length=LONG, loss_on="answers", cut=Truncation()))
+    made = list(rows(examples, PLAIN, recipe(), Truncation()))
     assert [row.line for row in made] == list(range(1, 601))
     assert [decode(whole(row)) for row in made] == [f"<s>{n}? {n}.</s>" for n in range(1, 601)]

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
-from app.datasets.example import Example
+from app.datasets.example import Example, Kind
+from app.jobs.hyperparameters import DPOHyperparameters
 from tests.unit.trainer.work import (
     disturb,
     dpo_method,
-    gradients,
     load,
     make_pairs,
     make_work_folder,
@@ -24,10 +24,12 @@ from tests.unit.trainer.work import (
     training_metrics,
 )
 from worker.trainer import reference
-from worker.trainer.data import Row, Truncation, rows
-from worker.trainer.loop import Averages, dpo_losses
+from worker.trainer.averages import Averages
+from worker.trainer.data import Recipe, Row, Truncation, rows
+from worker.trainer.dataset import Rows
+from worker.trainer.methods import Preference, References
 from worker.trainer.model import Policy
-from worker.trainer.objectives.preference import implicit_rewards, sigmoid_loss
+from worker.trainer.reference import Reference
 
 PAIRS = make_pairs(6)
 BETA = 0.3
@@ -60,8 +62,8 @@ class Parity:
     """The same policy, reference and pairs in both engines."""
 
     policy: Policy
-    rows: list[Row]
-    reference: Tensor
+    rows: Rows
+    reference: Reference
     trl: Any
     batch: dict[str, Tensor]
 
@@ -70,8 +72,8 @@ class Parity:
 def parity(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Parity:
     policy = load(llama, adapter="none")
     examples = [Example(i, p["prompt"], (p["chosen"], p["rejected"])) for i, p in enumerate(PAIRS, 1)]
-    made = list(rows(examples, policy.tokenizer, max_length=512, loss_on="answers", cut=Truncation()))
-    at_start = reference.compute(policy, made, lambda: None)
+    made = Rows.of(rows(examples, policy.tokenizer, Recipe(Kind.PREFERENCE, 512), Truncation()))
+    at_start = reference.compute(policy, made)
     disturb(policy, scale=0.02)
     moved = tmp_path_factory.mktemp("moved")
     policy.save(moved)
@@ -80,9 +82,16 @@ def parity(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Parity:
     return Parity(policy, made, at_start, trl, batch)
 
 
-def our_loss(parity: Parity, logps: Tensor, averages: Averages) -> Tensor:
-    (pack,) = parity.policy.packs(parity.rows, list(range(len(parity.rows))))
-    return dpo_losses(parity.policy.score(pack), pack, logps, BETA, averages).mean()
+def our_gradients(parity: Parity, averages: Averages) -> dict[str, Tensor]:
+    """One step's gradient over all pairs; the metrics, the loss among them, go to `averages`."""
+    settings = DPOHyperparameters(beta=BETA).resolved(full=True)
+    empty = Reference(torch.zeros(0), torch.zeros(0, dtype=torch.long))
+    references = References(parity.reference, empty)
+    method = Preference(parity.policy, settings, parity.rows, Rows.of([]), references)
+    method.backward(list(range(len(parity.rows))), averages)
+    found = {name: p.grad for name, p in parity.policy.trainable().items() if p.grad is not None}
+    parity.policy.model.zero_grad(set_to_none=True)
+    return found
 
 
 def test_the_tokens_are_trls(parity: Parity) -> None:
@@ -98,24 +107,24 @@ def test_the_tokens_are_trls(parity: Parity) -> None:
 
 def test_the_log_probs_of_reference_and_policy_are_trls(parity: Parity) -> None:
     theirs = torch.stack(parity.trl.compute_ref_log_probs(parity.trl.ref_model, parity.batch), dim=1)
-    torch.testing.assert_close(parity.reference, theirs, rtol=1e-5, atol=0)
+    torch.testing.assert_close(parity.reference.logps.view(-1, 2), theirs, rtol=1e-5, atol=0)
     moved = torch.stack(parity.trl.compute_ref_log_probs(parity.trl.model, parity.batch), dim=1)
-    ours = reference.compute(parity.policy, parity.rows, lambda: None)
-    torch.testing.assert_close(ours, moved, rtol=1e-5, atol=0)
+    ours = reference.compute(parity.policy, parity.rows)
+    torch.testing.assert_close(ours.logps.view(-1, 2), moved, rtol=1e-5, atol=0)
     assert not torch.allclose(theirs, moved, rtol=1e-2)
 
 
 def test_the_loss_its_gradient_and_its_metrics_are_trls(parity: Parity) -> None:
     averages = Averages()
-    loss = our_loss(parity, parity.reference, averages)
+    ours = our_gradients(parity, averages)
+    loss = averages.means()["loss"]
     parity.trl.model.train()
     their_loss = parity.trl.compute_loss(parity.trl.model, parity.batch)
-    torch.testing.assert_close(loss, their_loss.detach(), rtol=1e-5, atol=0)
-    assert abs(loss.item() - math.log(2)) > 0.01  # the policy has left its reference
+    assert loss == pytest.approx(their_loss.item(), rel=1e-5)
+    assert abs(loss - math.log(2)) > 0.01  # the policy has left its reference
 
     their_loss.backward()
     theirs = {name: p.grad for name, p in parity.trl.model.named_parameters()}
-    ours = gradients(parity.policy, loss)
     assert ours.keys() == theirs.keys()
     for name, gradient in ours.items():
         torch.testing.assert_close(gradient, theirs[name], rtol=0, atol=1e-5 * gradient.abs().max().item(), msg=name)
@@ -162,35 +171,12 @@ def test_the_loss_curve_is_trls(llama: Path, tmp_path: Path) -> None:
     assert ours[-1] < 0.5 * ours[0]
 
 
-def test_the_gradient_of_the_sigmoid_loss_is_that_of_the_paper() -> None:
-    """∇L = −β σ(r̂_l − r̂_w) [∇log π(y_w) − ∇log π(y_l)], below Eq. 7."""
-    generator = torch.Generator().manual_seed(0)
-    policy = (20 * torch.randn(9, 2, generator=generator, dtype=torch.float64) - 50).requires_grad_()
-    reference_logps = 20 * torch.randn(9, 2, generator=generator, dtype=torch.float64) - 50
-    losses = sigmoid_loss(implicit_rewards(policy, reference_logps, BETA))
-
-    rewards = BETA * (policy - reference_logps).detach()
-    weight = 1 / (1 + torch.exp(rewards[:, 0] - rewards[:, 1]))
-    torch.testing.assert_close(losses.detach(), torch.log1p(torch.exp(rewards[:, 1] - rewards[:, 0])))
-    (gradient,) = torch.autograd.grad(losses.sum(), policy)
-    torch.testing.assert_close(gradient, torch.stack([-BETA * weight, BETA * weight], dim=1))
-
-
-def test_an_undecided_pair_costs_ln_2_and_a_hopeless_one_is_finite() -> None:
-    rewards = torch.tensor([[3.0, 3.0], [0.0, 1000.0], [1000.0, 0.0]], requires_grad=True)
-    losses = sigmoid_loss(rewards)
-    losses.sum().backward()  # type: ignore[no-untyped-call]
-    assert losses.tolist() == pytest.approx([math.log(2), 1000.0, 0.0])
-    assert rewards.grad is not None
-    assert rewards.grad.tolist() == [[-0.5, 0.5], [-1.0, 1.0], [0.0, 0.0]]
-
-
 def test_swapping_the_answers_changes_the_sign_of_the_margins(parity: Parity) -> None:
     averages, swapped = Averages(), Averages()
-    our_loss(parity, parity.reference, averages)
-    turned = [Row(row.line, row.prompt, row.responses[::-1]) for row in parity.rows]
-    other = Parity(parity.policy, turned, parity.reference.flip(1), parity.trl, parity.batch)
-    our_loss(other, other.reference, swapped)
+    our_gradients(parity, averages)
+    turned = Rows.of(Row(row.line, row.prompt, row.responses[::-1]) for row in parity.rows)
+    flipped = Reference(parity.reference.logps.view(-1, 2).flip(1).flatten(), parity.reference.first)
+    our_gradients(Parity(parity.policy, turned, flipped, parity.trl, parity.batch), swapped)
     one, two = averages.means(), swapped.means()
     assert one["rewards/margins"] == pytest.approx(-two["rewards/margins"], rel=1e-4)
     assert abs(one["rewards/margins"]) > 0.01

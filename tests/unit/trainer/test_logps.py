@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from worker.trainer import logps
-from worker.trainer.logps import token_logps
+from worker.trainer.logps import Head, score_tokens
 
 POSITIONS, HIDDEN, VOCABULARY = 7, 5, 11
 
@@ -15,6 +15,11 @@ POSITIONS, HIDDEN, VOCABULARY = 7, 5, 11
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three positions at a time: two full chunks and a part of one."""
     monkeypatch.setattr(logps, "CHUNK_ELEMENTS", 3 * VOCABULARY)
+
+
+def token_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+    scores = score_tokens(hidden, Head(weight, bias), targets)
+    return scores.logps, scores.correct
 
 
 def make_inputs(dtype: torch.dtype = torch.float64, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -51,6 +56,40 @@ def test_values_and_gradients_are_those_of_log_softmax(with_bias: bool) -> None:
         rtol=1e-12,
         atol=1e-12,
     )
+
+
+@pytest.mark.parametrize(("scale", "softcap"), [(0.0625, None), (1.0, 2.0), (3.0, 5.0)])
+def test_a_head_that_scales_and_caps_its_logits(scale: float, softcap: float | None) -> None:
+    hidden, weight, bias, targets = make_inputs()
+    inputs = [tensor.requires_grad_() for tensor in (hidden, weight, bias)]
+    coefficients = torch.linspace(-1, 2, POSITIONS, dtype=torch.float64)
+    found = score_tokens(hidden, Head(weight, bias, scale, softcap), targets).logps
+    logits = scale * (hidden @ weight.T + bias)
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    expected = logits.log_softmax(-1)[torch.arange(POSITIONS), targets]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        torch.autograd.grad((found * coefficients).sum(), inputs),
+        torch.autograd.grad((expected * coefficients).sum(), inputs),
+        rtol=1e-11,
+        atol=1e-12,
+    )
+
+
+def test_entropy_and_alignment_are_those_of_the_distribution() -> None:
+    hidden, weight, bias, targets = make_inputs()
+    scores = score_tokens(hidden.requires_grad_(), Head(weight, bias), targets, entropy=True, alignment=True)
+    logps = (hidden @ weight.T + bias).log_softmax(-1)
+    torch.testing.assert_close(scores.entropy, -(logps.exp() * logps).sum(-1), rtol=1e-12, atol=1e-12)
+    expected = scores.logps - logps.exp().square().sum(-1).log()
+    torch.testing.assert_close(scores.alignment, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_not_asked_for_is_not_there() -> None:
+    hidden, weight, bias, targets = make_inputs()
+    scores = score_tokens(hidden, Head(weight, bias), targets)
+    assert scores.entropy is None
+    assert scores.alignment is None
 
 
 def test_gradients_are_those_of_finite_differences() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from app.jobs.spec import SupervisedHyperparameters
+from app.jobs.hyperparameters import SupervisedHyperparameters
 from tests.tiny_model import make_tiny_model
 from tests.unit.trainer.work import (
     dpo_method,
@@ -29,6 +29,7 @@ from tests.unit.trainer.work import (
     sft_method,
     training_metrics,
 )
+from worker.trainer.dataset import Rows
 from worker.trainer.events import Events, UserError
 from worker.trainer.loop import Stopped, Trainer
 from worker.trainer.plan import Stage
@@ -190,7 +191,7 @@ def test_a_run_told_to_stop_before_its_first_step_stops_without_a_checkpoint(lla
 
 def make_stage(row_count: int, seed: int = 0, **hyperparameters: Any) -> Stage:
     resolved = SupervisedHyperparameters(**hyperparameters).resolved(full=False)
-    return Stage("sft", resolved, [make_row(i, 1, 1) for i in range(row_count)], [], seed)
+    return Stage("sft", resolved, Rows.of(make_row(i, 1, 1) for i in range(row_count)), Rows.of([]), seed)
 
 
 @given(st.integers(1, 60), st.integers(1, 40), st.integers(1, 4), st.integers(0, 2**31 - 1))

@@ -1,40 +1,53 @@
 """Sharing prompts and packing rows must change nothing but the time it takes."""
 
 import io
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from tests.unit.trainer.work import ROWS, disturb, gradients, load, make_row, of_kind, parse, plain_logps
-from worker.trainer.attention import tree_mask
-from worker.trainer.data import Row
+from tests.unit.trainer.work import ROWS, disturb, gradients, load, make_row, of_kind, pack_of, parse, plain_logps
+from worker.trainer.attention import TreeMask
+from worker.trainer.data import Response, Row
 from worker.trainer.events import Events, UserError
 from worker.trainer.model import Policy
-from worker.trainer.packing import padded_pack, plan, tree_pack
+from worker.trainer.packing import Packing, plan, tree_pack, trees
 
 RAW = [make_row(1, 0, 9), make_row(2, 0, 5), make_row(3, 4, 3)]
+RANKED = [make_row(1, 12, 5, 9, 3, 2), make_row(2, 3, 7), make_row(3, 20, 4, 6, 1)]
+COMMON = [
+    ROWS[0],
+    replace(ROWS[0], responses=(ROWS[0].responses[1], ROWS[1].responses[0])),
+    ROWS[2],
+    replace(ROWS[0], responses=ROWS[0].responses[::-1]),
+]
+"""Three pairs of one prompt, which have three different answers among them."""
 
 
-@pytest.fixture(params=["llama", "qwen3"])
+@pytest.fixture(params=["llama", "qwen3", "mistral"])
 def policy(request: pytest.FixtureRequest) -> Policy:
     return disturb(load(request.getfixturevalue(request.param)))
 
 
-@pytest.mark.parametrize("rows", [ROWS, RAW], ids=["pairs", "without prompts"])
+@pytest.mark.parametrize(
+    "rows", [ROWS, RAW, RANKED, COMMON], ids=["pairs", "without prompts", "ranked lists", "one prompt"]
+)
 @pytest.mark.parametrize("shared", [True, False], ids=["tree", "padded"])
 def test_packed_log_probs_and_gradients_are_those_of_one_text_at_a_time(
     policy: Policy, rows: list[Row], shared: bool
 ) -> None:
     policy.model.double()
     assert policy.shared
-    numbers = [2, 0, 1]
-    pack = (tree_pack if shared else padded_pack)(rows, numbers)
     policy.shared = shared
+    pack = pack_of(policy, rows, [2, 0, 1, 3][: len(rows)])
     found = policy.score(pack).responses
-    expected = torch.cat([plain_logps(policy, rows[number]) for number in numbers])
+    expected = torch.cat([plain_logps(policy, rows[number]) for number in pack.rows])
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
     # Each response counts differently, so that none can stand in for another.
@@ -49,45 +62,84 @@ def test_packed_log_probs_and_gradients_are_those_of_one_text_at_a_time(
 
 
 def test_single_precision_stays_within_the_tolerance_of_the_contract(policy: Policy) -> None:
-    found = policy.score(tree_pack(ROWS, [0, 1, 2])).responses
-    expected = torch.cat([plain_logps(policy, row) for row in ROWS])
+    pack = pack_of(policy, ROWS, [0, 1, 2])
+    found = policy.score(pack).responses
+    expected = torch.cat([plain_logps(policy, ROWS[number]) for number in pack.rows])
     assert bool(((found - expected).abs() <= 1e-5 * expected.abs().clamp(min=1)).all())
 
 
 def test_a_row_scores_the_same_whatever_it_is_packed_with(policy: Policy) -> None:
     policy.model.double()
-    alone = policy.score(tree_pack(ROWS, [1])).responses
-    together = policy.score(tree_pack(ROWS, [0, 2, 1])).responses
-    torch.testing.assert_close(together[-2:], alone, rtol=1e-6, atol=0)
+    alone = policy.score(pack_of(policy, ROWS, [1])).responses
+    together = pack_of(policy, ROWS, [0, 2, 1])
+    place = together.row_of == together.rows.index(1)
+    torch.testing.assert_close(policy.score(together).responses[place], alone, rtol=1e-6, atol=0)
 
 
-def test_a_sliding_window_is_not_shared_and_is_respected(mistral: Path) -> None:
-    stream = io.StringIO()
-    policy = disturb(load(mistral, stream=stream))
-    assert not policy.shared
-    (message,) = of_kind(parse(stream), "message")
-    assert message["level"] == "warn"
-    assert "sliding-window" in message["message"]
-
-    (pack,) = policy.packs(ROWS, [0, 1, 2])
-    found = policy.score(pack).responses
-    expected = torch.cat([plain_logps(policy, ROWS[number]) for number in pack.rows])
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
-
-    # The window matters for these rows: without it the log-probs are others.
-    policy.shared = True
-    windowless = policy.score(tree_pack(ROWS, pack.rows)).responses
-    assert bool(((windowless - expected).abs() > 1e-3 * expected.abs()).any())
+def test_rows_of_one_prompt_share_it_and_the_responses_that_they_have_in_common(policy: Policy) -> None:
+    pack, apart = pack_of(policy, COMMON, [0, 1, 2, 3]), pack_of(policy, COMMON, [0, 1, 2, 3], merge=False)
+    distinct = (ROWS[0].responses[0], ROWS[0].responses[1], ROWS[1].responses[0])
+    assert pack.tokens == len(ROWS[0].prompt) + sum(len(r.ids) for r in distinct) + ROWS[2].tokens
+    assert len(pack.lengths) == 3 + 2
+    assert apart.tokens == sum(row.tokens for row in COMMON)
+    found, expected = policy.score(pack).responses, policy.score(apart).responses
+    by_row = {number: found[pack.row_of == at] for at, number in enumerate(pack.rows)}
+    by_row_apart = {number: expected[apart.row_of == at] for at, number in enumerate(apart.rows)}
+    for number in range(4):
+        torch.testing.assert_close(by_row[number], by_row_apart[number], rtol=1e-5, atol=0)
+    assert torch.equal(by_row[0], by_row[3].flip(0))
 
 
-def test_the_check_before_training_falls_back_where_a_tree_is_off(mistral: Path) -> None:
+@pytest.mark.parametrize("tail_weight", [0.0, 0.3, 1.0])
+def test_tokens_beyond_the_shorter_response_count_as_much_as_ld_dpo_says(policy: Policy, tail_weight: float) -> None:
+    """LD-DPO, arXiv:2409.06411: log π of the common length, and α times log π of the rest."""
+    policy.model.double()
+    pack = pack_of(policy, ROWS, [0, 1, 2], merge=False)
+    found = policy.score(pack, tail_weight=tail_weight).responses
+    expected = []
+    for number in pack.rows:
+        row = ROWS[number]
+        least = min(sum(response.scored) for response in row.responses)
+        whole = plain_logps(policy, row)
+        cut = [first_scored(response, least) for response in row.responses]
+        head = plain_logps(policy, replace(row, responses=tuple(cut)))
+        expected.append(head + tail_weight * (whole - head))
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-6, atol=0)
+
+
+def first_scored(response: Response, count: int) -> Response:
+    """The same tokens, of which only the first `count` scored ones are scored."""
+    seen = [sum(response.scored[: j + 1]) for j in range(len(response.ids))]
+    return replace(response, scored=tuple(s and n <= count for s, n in zip(response.scored, seen, strict=True)))
+
+
+def test_a_sliding_window_is_measured_by_position_and_matters_here(mistral: Path) -> None:
+    """The tree's mask has the window; without it the log-probs would be others."""
     policy = disturb(load(mistral))
-    policy.shared = True
+    window = policy.causal.config.sliding_window
+    assert window < min(len(row.prompt) + max(len(r.ids) for r in row.responses) for row in (ROWS[0], ROWS[2]))
+    found = policy.score(pack_of(policy, ROWS, [0, 1, 2])).responses
+    policy.causal.config.sliding_window = None
+    windowless = policy.score(pack_of(policy, ROWS, [0, 1, 2])).responses
+    assert bool(((windowless - found).abs() > 1e-3 * found.abs()).any())
+
+
+def test_the_check_before_training_falls_back_where_a_tree_is_off(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def everything(mask: TreeMask, window: int | None = None) -> Tensor:
+        length = mask.pack.ids.shape[1]
+        return torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+
+    monkeypatch.setattr(TreeMask, "dense", everything)
     stream = io.StringIO()
     policy.check(ROWS, Events(stream))
     assert not policy.shared
     (message,) = of_kind(parse(stream), "message")
     assert message["level"] == "warn"
+    pack = pack_of(policy, ROWS, [0, 1, 2])
+    expected = torch.cat([plain_logps(policy, ROWS[number]) for number in pack.rows])
+    torch.testing.assert_close(policy.score(pack).responses, expected, rtol=1e-5, atol=0)
 
 
 def test_the_check_before_training_keeps_a_tree_that_is_right(policy: Policy) -> None:
@@ -109,40 +161,103 @@ sizes = st.tuples(st.integers(0, 8), st.lists(st.integers(1, 8), min_size=1, max
 
 
 def rows_of(sizes: list[tuple[int, list[int]]]) -> list[Row]:
-    return [make_row(line, prompt, *responses) for line, (prompt, responses) in enumerate(sizes, 1)]
+    """Rows of these lengths. Prompts of equal length are one prompt, and so are the responses of equal length."""
+    made = []
+    for line, (prompt, responses) in enumerate(sizes, 1):
+        row = make_row(prompt, prompt, *responses)
+        same = [make_row(length, 0, length).responses[0] for length in responses]
+        made.append(replace(row, line=line, responses=tuple(same)))
+    return made
 
 
-@given(st.lists(sizes, max_size=12), st.integers(1, 40), st.data())
-@settings(deadline=None, max_examples=100)
-def test_plan_puts_every_row_in_one_pack_and_keeps_to_the_budget(
-    sizes: list[tuple[int, list[int]]], budget: int, data: st.DataObject
+@given(st.lists(sizes, max_size=12), st.integers(1, 40), st.booleans(), st.data())
+@settings(deadline=None, max_examples=150)
+def test_every_row_is_in_one_pack_and_packs_keep_to_the_budget(
+    sizes: list[tuple[int, list[int]]], budget: int, merge: bool, data: st.DataObject
 ) -> None:
     rows = rows_of(sizes)
     numbers = data.draw(st.lists(st.sampled_from(range(len(rows))), unique=True) if rows else st.just([]))
-    packs = plan(rows, numbers, budget)
-    assert sorted(number for pack in packs for number in pack) == sorted(numbers)
+    made = trees(rows, numbers, budget, merge=merge)
+    for tree in made:
+        assert tree.tokens <= budget or len(tree.rows) == 1
+        for number, leaves in tree.rows:
+            assert rows[number].prompt == tree.prompt
+            assert rows[number].responses == tuple(tree.responses[leaf] for leaf in leaves)
+    packs = plan(made, budget)
+    assert sorted(number for pack in packs for tree in pack for number, _ in tree.rows) == sorted(numbers)
     for pack in packs:
-        used = sum(len(rows[n].prompt) + sum(len(r.ids) for r in rows[n].responses) for n in pack)
-        assert used <= budget or len(pack) == 1
-    assert packs == plan(rows, list(reversed(numbers)), budget)
+        assert sum(tree.tokens for tree in pack) <= budget or len(pack) == 1
+    assert packs == plan(made[::-1], budget)
 
 
 @given(st.lists(sizes, min_size=1, max_size=4))
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=60)
 def test_what_predicts_a_token_sees_the_text_before_it_and_nothing_else(sizes: list[tuple[int, list[int]]]) -> None:
     rows = rows_of(sizes)
-    pack = tree_pack(rows, list(range(len(rows))))
-    seen = tree_mask(pack)[0, 0]
-    found: list[tuple[list[int], int]] = []
-    for predictor, target in zip(pack.predictors.tolist(), pack.targets.tolist(), strict=True):
+    pack = tree_pack(trees(rows, range(len(rows)), 1000))
+    seen = TreeMask(pack).dense()[0, 0]
+    found: dict[int, list[tuple[list[int], int]]] = {leaf: [] for leaf in range(len(pack.lengths))}
+    scored = zip(pack.predictors.tolist(), pack.targets.tolist(), pack.leaf.tolist(), strict=True)
+    for predictor, target, leaf in scored:
         visible = seen[predictor].nonzero().flatten()
         assert pack.positions[0, visible].tolist() == list(range(len(visible)))
-        found.append((pack.ids[0, visible].tolist(), target))
-    expected = [
+        found[leaf].append((pack.ids[0, visible].tolist(), target))
+    for response, row in zip(pack.leaves.tolist(), pack.row_of.tolist(), strict=True):
+        expected = [texts_of(rows[pack.rows[row]], r) for r in rows[pack.rows[row]].responses]
+        assert found[response] in expected
+    flat = [found[leaf] for leaf in pack.leaves.tolist()]
+    assert flat == [texts_of(rows[number], r) for number in pack.rows for r in rows[number].responses]
+
+
+def texts_of(row: Row, response: Response) -> list[tuple[list[int], int]]:
+    """(text before, token) of what is scored; nothing comes before the first token of all."""
+    return [
         (list(row.prompt + response.ids[:j]), response.ids[j])
-        for row in rows
-        for response in row.responses
         for j, scored in enumerate(response.scored)
-        if scored and len(row.prompt) + j > 0  # nothing comes before the first token of all
+        if scored and len(row.prompt) + j > 0
     ]
-    assert found == expected
+
+
+@given(st.lists(sizes, min_size=1, max_size=6), st.integers(8, 40), st.integers(1, 20))
+@settings(deadline=None, max_examples=25)
+def test_random_rows_in_random_packs_score_what_they_score_alone(
+    tiny: Policy, sizes: list[tuple[int, list[int]]], budget: int, seed: int
+) -> None:
+    rows = [row for row in rows_of(sizes) if row.learnable] or ROWS
+    tiny.packing = Packing(budget)
+    weights = torch.rand(sum(len(row.responses) for row in rows), generator=torch.Generator().manual_seed(seed))
+    first = [sum(len(row.responses) for row in rows[:number]) for number in range(len(rows))]
+
+    def of_row(number: int) -> Tensor:
+        return weights[first[number] : first[number] + len(rows[number].responses)].double()
+
+    found, total, seen = {}, torch.zeros((), dtype=torch.float64), Counter[int]()
+    for pack in tiny.packs(rows, range(len(rows))):
+        scores = tiny.score(pack).responses
+        for at, number in enumerate(pack.rows):
+            found[number] = scores[pack.row_of == at]
+            seen[number] += 1
+            total = total + (found[number] * of_row(number)).sum()
+    assert seen == Counter(range(len(rows)))
+    expected = [plain_logps(tiny, row) for row in rows]
+    for number, logps in enumerate(expected):
+        torch.testing.assert_close(found[number], logps, rtol=1e-6, atol=1e-9)
+    weighted = torch.stack([(logps * of_row(number)).sum() for number, logps in enumerate(expected)]).sum()
+    theirs = gradients(tiny, weighted)
+    for name, gradient in gradients(tiny, total).items():
+        tolerance = 1e-6 * max(theirs[name].abs().max().item(), 1e-6)
+        torch.testing.assert_close(gradient, theirs[name], rtol=0, atol=tolerance, msg=name)
+
+
+@pytest.fixture(scope="module")
+def tiny(llama: Path) -> Policy:
+    policy = disturb(load(llama))
+    policy.model.double()
+    return policy
+
+
+def test_packs_of_a_fixed_width_are_padded_to_an_eighth_of_the_budget() -> None:
+    rows: Sequence[Row] = [make_row(line, 200, 100, 150) for line in range(5)]
+    packs = list(Packing(2048, fixed=True).packs(rows, range(5)))
+    assert [(pack.tokens, pack.places) for pack in packs] == [(1800, 2048), (450, 512)]
+    assert [(pack.tokens, pack.places) for pack in Packing(2048).packs(rows, range(5))] == [(1800, 1800), (450, 450)]

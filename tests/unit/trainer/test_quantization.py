@@ -73,7 +73,7 @@ def trainer(request: pytest.FixtureRequest, tmp_path: Path) -> Trainer:
 
 
 def only_stage(trainer: Trainer) -> Stage:
-    (stage,) = plan.stages(trainer.spec, trainer.folder, trainer.policy.tokenizer, 512, trainer.events)
+    (stage,) = plan.stages(trainer.spec, trainer.folder, trainer.policy.tokenizer, 512, trainer.cache, trainer.events)
     return stage
 
 
@@ -86,7 +86,7 @@ def scores_and_gradients(trainer: Trainer, stage: Stage) -> tuple[Tensor, dict[s
 def test_a_validation_changes_no_bit_of_log_probs_or_gradients(trainer: Trainer) -> None:
     stage = only_stage(trainer)
     before, gradients_before = scores_and_gradients(trainer, stage)
-    metrics = trainer._validate(stage, None, record=False)
+    metrics = trainer._validate(stage, trainer._method(stage, None), record=False)
     after, gradients_after = scores_and_gradients(trainer, stage)
 
     assert metrics["eval/loss"] > 0
@@ -100,7 +100,7 @@ def test_a_validation_changes_no_bit_of_log_probs_or_gradients(trainer: Trainer)
 def test_the_gradients_of_a_quantised_base_are_those_of_its_dequantised_weights(trainer: Trainer) -> None:
     """What a 4-bit layer computes, computed with an ordinary one; after a validation, when it goes wrong first."""
     stage = only_stage(trainer)
-    trainer._validate(stage, None, record=False)
+    trainer._validate(stage, trainer._method(stage, None), record=False)
     scores, found = scores_and_gradients(trainer, stage)
     for module in trainer.policy.model.modules():
         for name, child in list(module.named_children()):
@@ -121,7 +121,8 @@ def dequantised(layer: Linear4bit) -> torch.nn.Linear:
 
 def test_the_policy_stays_in_training_mode(trainer: Trainer) -> None:
     """In evaluation mode some CPUs keep other weights for a 4-bit layer, which have no gradient."""
-    trainer._validate(only_stage(trainer), None, record=False)
+    stage = only_stage(trainer)
+    trainer._validate(stage, trainer._method(stage, None), record=False)
     assert all(module.training for module in trainer.policy.model.modules())
 
 

@@ -1,6 +1,7 @@
 """SFT: its loss is transformers' own, however its rows are packed, and only it has dropout."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,13 +97,13 @@ def test_packed_rows_have_the_loss_and_the_gradient_of_rows_one_by_one(llama: Pa
     for budget, packs in ((100_000, 1), (1, len(ANSWERS))):
         trainer = make_trainer(folder)
         trainer.policy = disturb(load_policy(trainer.spec, trainer.base, None, trainer.events))
-        trainer.policy.budget = budget
-        (stage,) = plan.stages(trainer.spec, folder, trainer.policy.tokenizer, 512, trainer.events)
+        trainer.policy.packing = replace(trainer.policy.packing, budget=budget)
+        (stage,) = plan.stages(trainer.spec, folder, trainer.policy.tokenizer, 512, trainer.cache, trainer.events)
         assert len(list(trainer.policy.packs(stage.train, list(range(len(ANSWERS)))))) == packs
         trainer.state = State(stage.name)
         before = {name: p.detach().clone() for name, p in trainer.policy.trainable().items()}
         optimizer = torch.optim.SGD(trainer.policy.trainable().values())
-        metrics = trainer._step(stage, optimizer, 0, None)
+        metrics = trainer._step(stage, optimizer, trainer._method(stage, None))
         rate = metrics["learning_rate"]
         moved = {name: (before[name] - p.detach()) / rate for name, p in trainer.policy.trainable().items()}
         outcomes.append((metrics, moved))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,12 +24,13 @@ from worker.trainer.data import Response, Row
 from worker.trainer.events import Events
 from worker.trainer.loop import Trainer
 from worker.trainer.model import Base, Policy, load_policy
+from worker.trainer.packing import Pack
 
 Event = dict[str, Any]
 Record = dict[str, Any]
 REPOSITORY = Path(__file__).parents[3]
 BASE_NAME = "tiny/random-model"
-TIME_DEPENDENT = frozenset({"tokens_per_second", "peak_memory_bytes"})
+TIME_DEPENDENT = frozenset({"tokens_per_second", "peak_memory_bytes", "mfu"})
 WORDS = sorted({word for text in CORPUS for word in text.replace(",", " ").replace(".", " ").split()})
 
 
@@ -130,10 +132,14 @@ class TrainerProcess:
         self._process.communicate()
 
     def events(self) -> Iterator[Event]:
-        """The events as they come, until the process closes its end."""
+        """The events as they come, until the process closes its end. Nobody has what it wants from the cache."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            yield json.loads(line)
+            event = json.loads(line)
+            if event["kind"] == "wanted" and self._process.stdin is not None:
+                self._process.stdin.write(json.dumps({"key": event["key"]}) + "\n")
+                self._process.stdin.flush()
+            yield event
 
     def terminate(self) -> None:
         self._process.send_signal(signal.SIGTERM)
@@ -190,15 +196,23 @@ def disturb(policy: Policy, scale: float = 0.1, seed: int = 3) -> Policy:
 
 
 def plain_logps(policy: Policy, row: Row) -> Tensor:
-    """Summed log-probs of each response of `row`, from ordinary forward passes over one whole text each."""
+    """Summed log-probs of each response of `row`, from the model's own forward passes over one whole text each."""
     sums = []
     for response in row.responses:
         ids = torch.tensor([row.prompt + response.ids])
-        logps = policy.causal(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+        with policy._own():
+            logps = policy.causal(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
         first = len(row.prompt)
         positions = [first + j for j, scored in enumerate(response.scored) if scored and first + j > 0]
         sums.append(sum((logps[t - 1, ids[0, t]] for t in positions), torch.zeros((), dtype=logps.dtype)))
     return torch.stack(sums)
+
+
+def pack_of(policy: Policy, rows: Sequence[Row], numbers: Sequence[int], *, merge: bool = True) -> Pack:
+    """All the rows `numbers` in one pack, as `policy` packs."""
+    packing = replace(policy.packing, budget=1_000_000, merge=merge)
+    (pack,) = packing.packs(rows, numbers)
+    return pack
 
 
 def gradients(policy: Policy, loss: Tensor) -> dict[str, Tensor]:

@@ -1,0 +1,54 @@
+"""What every part of the job spec has: no coercion, and a field that is not known is refused by name."""
+
+import difflib
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic_core import PydanticCustomError
+
+
+def inconsistent(field: str, message: str) -> PydanticCustomError:
+    """The error for a value that is fine by itself but not with the others."""
+    return PydanticCustomError("inconsistent", "{message}.", {"field": field, "message": message})
+
+
+class Strict(BaseModel):
+    """No coercion, no unknown fields. `NOT_BUILT` names the contract's fields that a later version will take."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    NOT_BUILT: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        for field, value in data.items():
+            if field in cls.model_fields:
+                continue
+            if field in cls.NOT_BUILT:
+                if value is None or value == []:
+                    continue
+                raise PydanticCustomError(
+                    "unsupported_parameter",
+                    "'{field}' is part of the contract but not available yet.",
+                    {"field": field},
+                )
+            field = str(field).encode("utf-8", "replace").decode()  # a lone surrogate cannot be answered
+            close = difflib.get_close_matches(field, list(cls.model_fields), n=1, cutoff=0.8)
+            hint = f" Did you mean '{close[0]}'?" if close else ""
+            raise PydanticCustomError(
+                "unknown_parameter",
+                "Unknown parameter: '{field}'.{hint}",
+                {"field": field, "hint": hint},
+            )
+        return {field: value for field, value in data.items() if field not in cls.NOT_BUILT}
+
+
+def _auto(value: object) -> object:
+    return None if value == "auto" else value
+
+
+Auto = BeforeValidator(_auto)
+"""For numbers: "auto" means the default, as None does."""

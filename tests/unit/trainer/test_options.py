@@ -1,0 +1,417 @@
+"""Options of a training: each does what it says, and no more."""
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from tests.unit.trainer.work import (
+    ROWS,
+    Event,
+    disturb,
+    dpo_method,
+    gradients,
+    load,
+    make_pairs,
+    make_trainer,
+    make_work_folder,
+    of_kind,
+    pack_of,
+    parse,
+    read_csv,
+    run_in_process,
+    sft_method,
+    training_metrics,
+)
+from worker.trainer import memory
+from worker.trainer.cache import Cache
+from worker.trainer.events import UserError
+from worker.trainer.model import Policy
+from worker.trainer.packing import Packing
+
+PAIRS = make_pairs(12)
+PLAIN = {"adapter": {"r": 4}, "quantization": "none", "seed": 0, "validation_split": 0.0}
+SETTINGS = {"max_steps": 4, "batch_size": 4, "learning_rate": 0.005}
+RANKED = [{"prompt": p["prompt"], "responses": [p["chosen"], p["rejected"], p["chosen"] + " or so"]} for p in PAIRS]
+LABELLED = [
+    {"prompt": p["prompt"], "completion": p["chosen" if k % 2 else "rejected"], "label": k % 2 == 1}
+    for k, p in enumerate(PAIRS)
+]
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "output" / "adapter_model.safetensors")
+
+
+def messages(events: list[Event]) -> str:
+    return "\n".join(event["message"] for event in of_kind(events, "message"))
+
+
+# -- the reference --------------------------------------------------------------------------------------------
+
+
+def run_with_cache(folder: Path, cache: Path) -> list[Event]:
+    stream = io.StringIO()
+    trainer = make_trainer(folder, stream)
+    trainer.cache = Cache(cache, trainer.events)
+    trainer.run()
+    return parse(stream)
+
+
+def test_a_beta_sweep_computes_the_reference_once_and_a_hit_changes_no_bit(llama: Path, tmp_path: Path) -> None:
+    """The seed and the rank of a fresh adapter do not matter to it either."""
+    told, adapters = [], []
+    for number, (beta, rank, cache) in enumerate(
+        [(0.05, 4, "one"), (0.5, 4, "one"), (0.5, 8, "one"), (0.5, 4, "other")]
+    ):
+        method = dpo_method(**SETTINGS, beta=beta)
+        spec = {**PLAIN, "adapter": {"r": rank}, "seed": rank, "validation_split": 0.25, "method": method}
+        folder = make_work_folder(tmp_path / str(number), llama, spec, train=PAIRS)
+        told.append(run_with_cache(folder, tmp_path / cache))
+        adapters.append((folder / "output" / "adapter_model.safetensors").read_bytes())
+    made = [[event["key"].split("/")[0] for event in of_kind(events, "made")] for events in told]
+    # A seed decides which rows are held out; the rows of the third job are others, the file's tokens are not.
+    assert made == [["tokens", "reference", "reference"], [], ["reference", "reference"], made[0]]
+    assert "Reference log-probs found in the cache" in messages(told[1])
+    assert "Reference log-probs computed" in messages(told[3])
+    assert adapters[1] == adapters[3] != adapters[0]
+
+
+def test_the_references_key_is_other_after_sft_and_with_other_rows(llama: Path, tmp_path: Path) -> None:
+    keys = []
+    sft = {"hyperparameters": {"max_steps": 2, "learning_rate": 0.01}}
+    for number, (train, stage) in enumerate([(PAIRS, None), (PAIRS[1:], None), (PAIRS, sft)]):
+        spec = {**PLAIN, "sft": stage, "method": dpo_method(**SETTINGS)}
+        events = run_in_process(make_work_folder(tmp_path / str(number), llama, spec, train=train))
+        keys.append(next(event["key"] for event in of_kind(events, "made") if event["key"].startswith("reference")))
+    assert len(set(keys)) == 3
+
+
+def test_another_model_can_be_the_reference(llama: Path, tmp_path: Path) -> None:
+    """Rewards are measured from it: they are not 0 before the first update, and 0 where it is the policy itself."""
+    sft = make_work_folder(tmp_path / "sft", llama, {**PLAIN, "method": sft_method(**SETTINGS)}, train=PAIRS)
+    run_in_process(sft)
+    found = {}
+    for name, start in (("itself", None), ("another", sft / "output")):
+        spec = {**PLAIN, "method": dpo_method(**SETTINGS, reference_model="some/model")}
+        folder = make_work_folder(tmp_path / name, llama, spec, train=PAIRS)
+        (folder / "reference").mkdir()
+        (folder / "reference" / "base").symlink_to(llama, target_is_directory=True)
+        if start is not None:
+            (folder / "reference" / "start").symlink_to(start, target_is_directory=True)
+        found[name] = training_metrics(run_in_process(folder), "logratios/chosen", "dpo")[0]
+    assert found["itself"] == pytest.approx(0, abs=1e-4)
+    # SFT made the chosen answers likelier than the policy, a fresh adapter, has them.
+    assert found["another"] < -1
+
+
+def test_a_reference_with_another_tokenizer_is_refused(llama: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(llama, other)
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(other)
+    spec = {**PLAIN, "method": dpo_method(**SETTINGS, reference_model="some/model")}
+    folder = make_work_folder(tmp_path / "work", llama, spec, train=PAIRS)
+    (folder / "reference").mkdir()
+    (folder / "reference" / "base").symlink_to(other, target_is_directory=True)
+    with pytest.raises(UserError, match="tokenizer"):
+        run_in_process(folder)
+
+
+# -- what is trained, and how ---------------------------------------------------------------------------------
+
+
+def test_ranked_lists_train_plackett_luce_and_as_pairs_dpo(llama: Path, tmp_path: Path) -> None:
+    rows = {}
+    for loss in ("plackett_luce", "sigmoid"):
+        spec = {**PLAIN, "method": dpo_method(**SETTINGS, loss=loss)}
+        events = run_in_process(make_work_folder(tmp_path / loss, llama, spec, train=RANKED))
+        (stage,) = of_kind(events, "stage")
+        rows[loss] = stage["rows"]
+        losses = training_metrics(events, "loss", "dpo")
+        assert losses[-1] < losses[0]
+    assert rows == {"plackett_luce": 12, "sigmoid": 12 * 3}
+
+
+@pytest.mark.parametrize("records", [LABELLED, PAIRS], ids=["labelled", "pairs"])
+def test_kto_trains_on_labelled_answers_and_on_pairs(llama: Path, tmp_path: Path, records: list[Any]) -> None:
+    spec = {**PLAIN, "validation_split": 0.25, "method": dpo_method(**SETTINGS, loss="kto")}
+    events = run_in_process(make_work_folder(tmp_path, llama, spec, train=records))
+    assert training_metrics(events, "loss", "dpo")[0] == pytest.approx(0.5, abs=1e-6)  # 1 − σ(0)
+    assert training_metrics(events, "eval/kl", "dpo")[0] == pytest.approx(0, abs=1e-4)
+    (stage,) = of_kind(events, "stage")
+    assert stage["rows"] + stage["validation_rows"] == (12 if records is LABELLED else 24)
+
+
+def test_sft_learns_the_good_answers_of_labelled_ones(llama: Path, tmp_path: Path) -> None:
+    events = run_in_process(
+        make_work_folder(tmp_path, llama, {**PLAIN, "method": sft_method(**SETTINGS)}, train=LABELLED)
+    )
+    (stage,) = of_kind(events, "stage")
+    assert stage["rows"] == sum(bool(record["label"]) for record in LABELLED)
+
+
+@pytest.mark.parametrize("adapter", [{"r": 4}, "none"], ids=["adapter", "full"])
+def test_a_reward_model_loads_with_transformers_and_says_what_training_said(
+    llama: Path, tmp_path: Path, adapter: Any
+) -> None:
+    settings = {**SETTINGS, "learning_rate": 0.002}
+    spec = {
+        **PLAIN,
+        "adapter": adapter,
+        "validation_split": 0.25,
+        "method": dpo_method(**settings, loss="reward_model"),
+    }
+    folder = make_work_folder(tmp_path, llama, spec, train=PAIRS)
+    events = run_in_process(folder)
+    assert training_metrics(events, "loss", "dpo")[-1] < training_metrics(events, "loss", "dpo")[0]
+
+    output = folder / "output"
+    model = AutoModelForSequenceClassification.from_pretrained(output)
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    assert model.config.num_labels == 1
+
+    def reward(text: str) -> float:
+        with torch.no_grad():
+            return float(model(**tokenizer(text + "</s>", return_tensors="pt")).logits)
+
+    entries = [json.loads(line) for line in (output / "validation_logps.jsonl").read_text().splitlines()]
+    assert len(entries) == 3
+    for entry in entries:
+        pair = PAIRS[entry["line"] - 1]
+        expected = [reward(pair["prompt"] + pair[side]) for side in ("chosen", "rejected")]
+        assert entry["rewards"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    held_out = {entry["line"] for entry in entries}
+    trained = [pair for line, pair in enumerate(PAIRS, 1) if line not in held_out]
+    rewards = [reward(pair["prompt"] + pair[side]) for pair in trained for side in ("chosen", "rejected")]
+    assert model.config.reward_mean == pytest.approx(sum(rewards) / len(rewards), rel=1e-3, abs=1e-5)
+    # Two texts of different lengths in one padded batch: the end of sequence is not taken for padding.
+    texts = [PAIRS[0]["prompt"] + "</s>", PAIRS[1]["prompt"] + PAIRS[1]["chosen"] + "</s>"]
+    with torch.no_grad():
+        batch = model(**tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")).logits[:, 0]
+    assert batch.tolist() == pytest.approx([reward(text.removesuffix("</s>")) for text in texts], rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"use_rslora": True}], ids=["dora", "rslora"])
+def test_other_adapters_train_and_start_at_the_reference(llama: Path, tmp_path: Path, options: dict[str, bool]) -> None:
+    spec = {**PLAIN, "adapter": {"r": 4, **options}, "method": dpo_method(**SETTINGS)}
+    folder = make_work_folder(tmp_path, llama, spec, train=PAIRS)
+    losses = training_metrics(run_in_process(folder), "loss", "dpo")
+    assert losses[0] == pytest.approx(0.6931472, abs=1e-5)
+    assert losses[-1] < losses[0]
+    config = json.loads((folder / "output" / "adapter_config.json").read_text())
+    assert all(config[name] for name in options)
+
+
+def test_int8_trains_and_its_log_probs_are_near_the_bases(llama: Path, tmp_path: Path) -> None:
+    from bitsandbytes.nn import Linear8bitLt
+
+    exact, quantised = load(llama), load(llama, quantization="int8")
+    assert sum(isinstance(m, Linear8bitLt) for m in quantised.model.modules()) == 14
+    with torch.no_grad():
+        plain, eight = (p.score(pack_of(p, ROWS, [0, 1, 2])) for p in (exact, quantised))
+    moved = (plain.tokens.logps - eight.tokens.logps).abs()
+    assert 1e-4 < moved.mean().item() < 0.2
+    spec = {**PLAIN, "quantization": "int8", "method": dpo_method(**SETTINGS)}
+    losses = training_metrics(run_in_process(make_work_folder(tmp_path, llama, spec, train=PAIRS)), "loss", "dpo")
+    assert losses[-1] < losses[0] == pytest.approx(0.6931472, abs=1e-4)
+
+
+def test_rmsprop_is_torchs(llama: Path, tmp_path: Path) -> None:
+    """One step from rest moves each weight by rate · g / (√(0.01 g²) + ε): ten times the rate, by the sign."""
+    settings = {"max_steps": 1, "batch_size": 12, "learning_rate": 1e-4, "warmup_ratio": 0.0, "optimizer": "rmsprop"}
+    folder = make_work_folder(tmp_path, llama, {**PLAIN, "method": sft_method(**settings)}, train=PAIRS)
+    start = load(llama, seed=0, adapter={"r": 4}).trainable()
+    run_in_process(folder)
+    moved = {name: (tensor - start[adapted(name)]).abs() for name, tensor in weights_of(folder).items()}
+    steps = torch.cat([m.flatten() for name, m in moved.items() if "lora_B" in name])
+    assert steps.median().item() == pytest.approx(1e-3, rel=1e-2)
+
+
+def adapted(name: str) -> str:
+    return name.replace("lora_A.weight", "lora_A.default.weight").replace("lora_B.weight", "lora_B.default.weight")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the 8-bit optimizers run on it")
+def test_an_8_bit_optimizer_without_a_gpu_is_refused_by_name(llama: Path, tmp_path: Path) -> None:
+    spec = {**PLAIN, "method": sft_method(**SETTINGS, optimizer="adamw_8bit")}
+    with pytest.raises(UserError) as caught:
+        run_in_process(make_work_folder(tmp_path, llama, spec, train=PAIRS))
+    assert (caught.value.code, caught.value.param) == ("optimizer_needs_gpu", "optimizer")
+
+
+def test_dft_weighs_each_token_by_its_probability(llama: Path, tmp_path: Path) -> None:
+    losses = {}
+    for loss in ("nll", "dft"):
+        spec = {**PLAIN, "method": sft_method(max_steps=1, batch_size=12, loss=loss)}
+        events = run_in_process(make_work_folder(tmp_path / loss, llama, spec, train=PAIRS))
+        (losses[loss],) = training_metrics(events, "loss")
+    assert 0 < losses["dft"] < losses["nll"]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_recomputed_activations_change_no_bit_and_take_less_memory(request: pytest.FixtureRequest, family: str) -> None:
+    policy = disturb(load(request.getfixturevalue(family)))
+    pack = pack_of(policy, ROWS, [0, 1, 2])
+    found, kept = [], []
+    for on in (False, True):
+        policy.recompute_activations(on)
+        kept.append(memory.activation_bytes(policy, pack))
+        found.append(gradients(policy, policy.score(pack).responses.sum()))
+    for name, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][name]), name
+    assert kept[1] < 0.5 * kept[0]
+
+
+@pytest.mark.parametrize(("free", "told"), [(10**12, False), (1, True)])
+def test_activations_are_recomputed_where_they_would_not_fit(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, told: bool
+) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    spec = {**PLAIN, "method": dpo_method(**SETTINGS)}
+    events = run_in_process(make_work_folder(tmp_path, llama, spec, train=PAIRS))
+    assert ("Activations are recomputed" in messages(events)) == told
+
+
+def test_the_activations_that_a_pass_keeps_grow_with_the_pack(llama: Path) -> None:
+    policy = load(llama)
+    one, all_three = (memory.activation_bytes(policy, pack_of(policy, ROWS, n)) for n in ([0], [0, 1, 2]))
+    tokens = [pack_of(policy, ROWS, n).tokens for n in ([0], [0, 1, 2])]
+    hidden, layers = 64, 2
+    assert one > 4 * hidden * layers * tokens[0]
+    assert all_three / one == pytest.approx(tokens[1] / tokens[0], rel=0.5)
+
+
+# -- when to stop ---------------------------------------------------------------------------------------------
+
+
+def test_early_stopping_keeps_the_best_weights(llama: Path, tmp_path: Path) -> None:
+    """A learning rate that overshoots: the validation gets worse after a few steps, and the job goes back."""
+    settings = {
+        "max_steps": 12, "batch_size": 9, "learning_rate": 0.03, "lr_scheduler": "constant", "warmup_ratio": 0.0,
+        "eval_every": 1, "early_stopping": {"metric": "eval/loss", "patience": 2},
+    }  # fmt: skip
+    spec = {**PLAIN, "validation_split": 0.25, "method": dpo_method(**settings)}
+    folder = make_work_folder(tmp_path, llama, spec, train=PAIRS)
+    events = run_in_process(folder)
+    losses = training_metrics(events, "eval/loss", "dpo")
+    best = min(range(len(losses)), key=losses.__getitem__)
+    assert 0 < best == len(losses) - 3 < 9  # two more, then no more
+    assert f"keeps step {best}" in messages(events)
+    entries = [json.loads(line) for line in (folder / "output" / "validation_logps.jsonl").read_text().splitlines()]
+    margins = [
+        0.1 * (e["logps"][0] - e["logps"][1] - e["reference_logps"][0] + e["reference_logps"][1]) for e in entries
+    ]
+    final = torch.nn.functional.softplus(-torch.tensor(margins)).mean().item()
+    assert final == pytest.approx(losses[best], rel=1e-5)
+    rows = read_csv(folder / "output" / "metrics.csv")
+    assert len(rows) == len(losses)
+
+
+def test_early_stopping_needs_validation_rows(llama: Path, tmp_path: Path) -> None:
+    spec = {**PLAIN, "method": dpo_method(**SETTINGS, early_stopping={})}
+    with pytest.raises(UserError) as caught:
+        run_in_process(make_work_folder(tmp_path, llama, spec, train=PAIRS))
+    assert caught.value.param == "early_stopping"
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(llama: Path, tmp_path: Path) -> None:
+    """No checkpoint was due; the weights of the step before are written nevertheless."""
+    settings = {"max_steps": 9, "batch_size": 4, "checkpoint_every": 9, "learning_rate": 1.0}
+    method = dpo_method(**settings, learning_rate_multiplier=1e30, warmup_ratio=0.5)
+    folder = make_work_folder(tmp_path, llama, {**PLAIN, "method": method}, train=PAIRS)
+    stream = io.StringIO()
+    with pytest.raises(UserError) as caught:
+        make_trainer(folder, stream).run()
+    assert caught.value.code == "loss_not_finite"
+    (checkpoint,) = of_kind(parse(stream), "checkpoint")
+    assert (folder / checkpoint["path"] / "model" / "adapter_model.safetensors").exists()
+
+
+# -- memory ---------------------------------------------------------------------------------------------------
+
+
+def out_of_memory(times: int) -> tuple[list[int], Callable[..., Any]]:
+    """What a GPU does when a pack is too large: `score` raises, `times` times. Also the budgets it was called with."""
+    budgets: list[int] = []
+    score = Policy.score
+
+    def failing(policy: Policy, pack: Any, **options: Any) -> Any:
+        budgets.append(policy.packing.budget)
+        if torch.is_grad_enabled() and len({*budgets}) <= times:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return score(policy, pack, **options)
+
+    return budgets, failing
+
+
+def test_out_of_memory_halves_the_budget_and_repeats_the_step(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**SETTINGS, "max_steps": 1, "activation_checkpointing": True}
+    spec = {**PLAIN, "method": dpo_method(**settings)}
+    undisturbed = run_in_process(make_work_folder(tmp_path / "undisturbed", llama, spec, train=PAIRS))
+    budgets, failing = out_of_memory(times=2)
+    monkeypatch.setattr(Policy, "score", failing)
+    disturbed = run_in_process(make_work_folder(tmp_path / "disturbed", llama, spec, train=PAIRS))
+    assert sorted(set(budgets), reverse=True) == [512, 256, 128]
+    warnings = [e["message"] for e in of_kind(disturbed, "message") if "Out of memory" in e["message"]]
+    assert warnings == [
+        "Out of memory: packs of 256 tokens from now on.",
+        "Out of memory: packs of 128 tokens from now on.",
+    ]
+    for name in ("loss", "grad_norm"):
+        expected = training_metrics(undisturbed, name, "dpo")
+        assert training_metrics(disturbed, name, "dpo") == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_row_that_cannot_fit_fails_the_job_and_names_max_length(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Policy, "score", out_of_memory(times=100)[1])
+    spec = {**PLAIN, "method": dpo_method(**SETTINGS, activation_checkpointing=True)}
+    with pytest.raises(UserError) as caught:
+        run_in_process(make_work_folder(tmp_path, llama, spec, train=PAIRS))
+    assert (caught.value.code, caught.value.param) == ("out_of_memory", "max_length")
+
+
+# -- metrics --------------------------------------------------------------------------------------------------
+
+
+def test_every_step_says_how_full_its_packs_were_and_what_was_used(llama: Path, tmp_path: Path) -> None:
+    events = run_in_process(make_work_folder(tmp_path, llama, {**PLAIN, "method": dpo_method(**SETTINGS)}, train=PAIRS))
+    assert all(0 < value <= 1 for value in training_metrics(events, "fill_rate", "dpo"))
+    assert all(0 < value < 1 for value in training_metrics(events, "mfu", "dpo"))
+    (padded,) = Packing(1024, fixed=True).packs(ROWS, [0, 1, 2])
+    assert padded.tokens / padded.places == pytest.approx(sum(row.tokens for row in ROWS) / 128)
+
+
+def test_pairs_of_one_prompt_stand_together_but_fill_no_batch_alone(llama: Path, tmp_path: Path) -> None:
+    pairs = [{**pair, "prompt": "same"} if k % 2 else pair for k, pair in enumerate(make_pairs(40))]
+    spec = {**PLAIN, "method": dpo_method(batch_size=8, n_epochs=1)}
+    folder = make_work_folder(tmp_path, llama, spec, train=pairs)
+    trainer = make_trainer(folder)
+    (stage,) = trainer._stages(llama)
+    drawn = [stage.batch(step) for step in range(stage.steps)]
+    assert sorted(number for batch in drawn for number in batch) == list(range(40))
+    for batch in drawn:
+        same = [k for k, number in enumerate(batch) if number % 2]
+        # Groups of two (a quarter of the batch) stand side by side.
+        assert all(any(abs(k - other) == 1 for other in same if other != k) for k in same[1:-1])
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile warns of itself
+def test_compiled_layers_have_the_same_log_probs(llama: Path) -> None:
+    policy = disturb(load(llama))
+    plain = policy.score(pack_of(policy, ROWS, [0, 1, 2])).responses
+    policy.compile()
+    compiled = policy.score(pack_of(policy, ROWS, [0, 1, 2])).responses
+    torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=0)

@@ -1,0 +1,25 @@
+"""Means of what the packs of a step, or of a validation, report."""
+
+import torch
+from torch import Tensor
+
+
+class Averages:
+    """Weighted means, by name. Sums stay on their device until the end: a GPU is not waited for at each pack."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._weights: dict[str, float] = {}
+
+    def add(self, name: str, values: Tensor) -> None:
+        """Count each element of `values`, once."""
+        if values.numel():
+            total = values.detach().double().sum()
+            self._sums[name] = self._sums[name] + total if name in self._sums else total
+            self._weights[name] = self._weights.get(name, 0.0) + values.numel()
+
+    def means(self) -> dict[str, float]:
+        if not self._sums:
+            return {}
+        sums = torch.stack(list(self._sums.values())).tolist()
+        return {name: total / self._weights[name] for name, total in zip(self._sums, sums, strict=True)}

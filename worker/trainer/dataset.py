@@ -1,0 +1,221 @@
+"""Token rows of a whole file: in flat arrays, made by several processes, cached by content hash."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, overload
+
+import numpy
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from app.datasets.check import Report, examples
+from app.datasets.example import Example
+from worker.trainer import data
+from worker.trainer.cache import Cache
+from worker.trainer.data import Recipe, Response, Row, Tokenizer, Truncation
+
+VERSION = 1
+"""Of the rows that examples become: part of every key of the cache."""
+PARALLEL_BYTES = 16 * 1024 * 1024
+"""Files larger than this are tokenised by several processes, each of which takes seconds to start."""
+CHUNK = 1024
+"""Examples that a process tokenises at a time."""
+
+Integers = NDArray[numpy.int64]
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """All rows of a file. A row has segments, its prompt and its responses; a segment has tokens.
+
+    Shapes: `lines` [rows]; `desirable` [rows]; `segments` [rows + 1], the first segment of each row; `tokens`
+    [segments + 1], the first token of each segment; `ids` [tokens] int32; `scored` [tokens] bool.
+    """
+
+    lines: Integers
+    desirable: NDArray[numpy.bool_]
+    segments: Integers
+    tokens: Integers
+    ids: NDArray[numpy.int32]
+    scored: NDArray[numpy.bool_]
+
+    @classmethod
+    def of(cls, rows: Iterable[Row]) -> "Arrays":
+        lines, desirable, segments, tokens = [], [], [0], [0]
+        ids: list[int] = []
+        scored: list[bool] = []
+        for row in rows:
+            lines.append(row.line)
+            desirable.append(row.desirable)
+            for part, flags in ((row.prompt, (False,) * len(row.prompt)), *((r.ids, r.scored) for r in row.responses)):
+                ids += part
+                scored += flags
+                tokens.append(len(ids))
+            segments.append(len(tokens) - 1)
+        return cls(
+            numpy.array(lines, dtype=numpy.int64),
+            numpy.array(desirable, dtype=bool),
+            numpy.array(segments, dtype=numpy.int64),
+            numpy.array(tokens, dtype=numpy.int64),
+            numpy.array(ids, dtype=numpy.int32),
+            numpy.array(scored, dtype=bool),
+        )
+
+    @classmethod
+    def joined(cls, chunks: Sequence["Arrays"]) -> "Arrays":
+        """All rows of `chunks`, in order."""
+        if len(chunks) == 1:
+            return chunks[0]
+        segments, tokens = [numpy.zeros(1, dtype=numpy.int64)], [numpy.zeros(1, dtype=numpy.int64)]
+        for chunk in chunks:
+            segments.append(chunk.segments[1:] + segments[-1][-1])
+            tokens.append(chunk.tokens[1:] + tokens[-1][-1])
+        flat = {name: numpy.concatenate([getattr(c, name) for c in chunks]) for name in cls.FLAT}
+        return cls(segments=numpy.concatenate(segments), tokens=numpy.concatenate(tokens), **flat)
+
+    FLAT = ("lines", "desirable", "ids", "scored")
+
+
+class Rows(Sequence[Row]):
+    """Some rows of a file, made into `Row` objects as they are asked for: 5 bytes a token, not a Python object."""
+
+    def __init__(self, arrays: Arrays, numbers: Integers | None = None) -> None:
+        self._arrays = arrays
+        self._numbers = numpy.arange(len(arrays.lines)) if numbers is None else numbers
+
+    @classmethod
+    def of(cls, rows: Iterable[Row]) -> "Rows":
+        return cls(Arrays.of(rows))
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Rows": ...
+    def __getitem__(self, index: int | slice) -> "Row | Rows":
+        if isinstance(index, slice):
+            return Rows(self._arrays, self._numbers[index])
+        a, number = self._arrays, self._numbers[index]
+        first, last = a.segments[number : number + 2]
+        bounds = a.tokens[first : last + 1].tolist()
+        start, stop = bounds[0], bounds[-1]
+        ids, scored = a.ids[start:stop].tolist(), a.scored[start:stop].tolist()
+        parts = [(tuple(ids[i - start : j - start]), tuple(scored[i - start : j - start])) for i, j in pairwise(bounds)]
+        responses = tuple(Response(part, flags) for part, flags in parts[1:])
+        return Row(int(a.lines[number]), parts[0][0], responses, bool(a.desirable[number]))
+
+    @property
+    def lines(self) -> list[int]:
+        """The line of each row."""
+        return list(self._arrays.lines[self._numbers].tolist())
+
+    def where(self, keep: Sequence[bool]) -> "Rows":
+        """The rows for which `keep` is true."""
+        return Rows(self._arrays, self._numbers[numpy.asarray(keep, dtype=bool)])
+
+    def digest(self) -> str:
+        """A hash of the rows' tokens, and of which are scored."""
+        found = hashlib.sha256(str(len(self)).encode())
+        for row in self:
+            parts = (row.prompt, *(response.ids for response in row.responses))
+            found.update(numpy.array([len(parts), *map(len, parts)], dtype=numpy.int32).tobytes())
+            found.update(b"".join(numpy.array(part, dtype=numpy.int32).tobytes() for part in parts))
+            found.update(bytes(flag for response in row.responses for flag in response.scored))
+        return found.hexdigest()
+
+    def prompts(self) -> list[bytes]:
+        """A key for each row that is the same for rows of one prompt; rows without a prompt have their own."""
+        a, keys = self._arrays, []
+        for position, number in enumerate(self._numbers):
+            start, stop = a.tokens[a.segments[number] : a.segments[number] + 2]
+            keys.append(a.ids[start:stop].tobytes() if stop > start else f"row {position}".encode())
+        return keys
+
+
+def load(path: Path, tokenizer: Tokenizer, recipe: Recipe, cache: Cache) -> tuple[Rows, Truncation]:
+    """The rows of the file `path`, and what had to be cut; from the cache where the same was tokenised before.
+
+    Raises `DatasetError` for a file that cannot be read, `UserError` for one that the chat template refuses.
+    """
+    key = _key(path, tokenizer, recipe)
+    found = cache.get(key)
+    if found is not None:
+        with safe_open(found, framework="np") as file:
+            arrays = Arrays(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            return Rows(arrays), Truncation(**json.loads(file.metadata()["truncation"]))
+    arrays, cut = _tokenise(path, tokenizer, recipe)
+    with cache.put(key) as place:
+        save_file(vars(arrays), place, metadata={"truncation": json.dumps(asdict(cut))})
+    return Rows(arrays), cut
+
+
+def _key(path: Path, tokenizer: Tokenizer, recipe: Recipe) -> str:
+    with path.open("rb") as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()
+    parts = (VERSION, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.eos_token, recipe)
+    return f"tokens/{content}/{hashlib.sha256(repr(parts).encode()).hexdigest()}"
+
+
+def _tokenise(path: Path, tokenizer: Tokenizer, recipe: Recipe) -> tuple[Arrays, Truncation]:
+    cut, chunks = Truncation(), []
+    with path.open("rb") as file:
+        groups = data.batched(examples(file, Report()), CHUNK)
+        processes = len(os.sched_getaffinity(0)) if path.stat().st_size > PARALLEL_BYTES else 1
+        results = (
+            (_chunk(group, tokenizer, recipe) for group in groups)
+            if processes == 1
+            else _in_processes(groups, tokenizer, recipe, processes)
+        )
+        for arrays, lost in results:
+            chunks.append(arrays)
+            cut.add(lost)
+    return Arrays.joined(chunks or [Arrays.of([])]), cut
+
+
+def _chunk(group: list[Example], tokenizer: Tokenizer, recipe: Recipe) -> tuple[Arrays, Truncation]:
+    cut = Truncation()
+    return Arrays.of(data.rows(group, tokenizer, recipe, cut)), cut
+
+
+_tokenizer: Tokenizer = None
+"""The tokenizer of a tokenising process."""
+
+
+def _start(tokenizer: Tokenizer) -> None:
+    """In a new process: keep the tokenizer, and end when the trainer does, however it does."""
+    global _tokenizer
+    _tokenizer = tokenizer
+    parent: Any = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
+
+
+def _chunk_here(group: list[Example], recipe: Recipe) -> tuple[Arrays, Truncation]:
+    return _chunk(group, _tokenizer, recipe)
+
+
+def _in_processes(
+    groups: Iterator[list[Example]], tokenizer: Tokenizer, recipe: Recipe, processes: int
+) -> Iterator[tuple[Arrays, Truncation]]:
+    """The chunks in order, a few ahead of the one asked for. Spawned: a fork of a process with threads may hang."""
+    context = multiprocessing.get_context("spawn")
+    waiting: deque[Future[tuple[Arrays, Truncation]]] = deque()
+    with ProcessPoolExecutor(processes, context, _start, (tokenizer,)) as pool:
+        for group in groups:
+            waiting.append(pool.submit(_chunk_here, group, recipe))
+            if len(waiting) > 2 * processes:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

@@ -1,0 +1,60 @@
+"""What a step needs of the memory, by measurement, and how much there is."""
+
+import os
+import resource
+
+import torch
+from torch import Tensor
+
+from worker.trainer.model import Policy
+from worker.trainer.packing import Pack
+
+RESERVE = 0.8
+"""The share of the free memory that activations may fill."""
+OPTIMIZER_BYTES = 12
+"""For each trained parameter, in float32: its gradient and two moments."""
+
+
+def activation_bytes(policy: Policy, pack: Pack) -> int:
+    """Bytes that a forward pass over `pack` keeps for its backward pass, weights not counted."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in policy.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        # The result stays until the sum is made: its graph holds the storages, so that no address is used twice.
+        result = policy.rewards(pack) if policy.reward_head is not None else policy.score(pack).responses
+        total = sum(kept.values())
+    del result
+    return total
+
+
+def fits(policy: Policy, pack: Pack, longest: int) -> bool:
+    """Whether a step's activations fit into memory without recomputing them, judged by `pack`.
+
+    `longest` is the largest row's tokens: a pack can be no smaller.
+    """
+    width = max(policy.packing.budget, longest)
+    needed = activation_bytes(policy, pack) * width / pack.places
+    trained = sum(parameter.numel() for parameter in policy.trainable().values())
+    return needed + OPTIMIZER_BYTES * trained < RESERVE * free_bytes(policy.device)
+
+
+def free_bytes(device: torch.device) -> int:
+    """What can still be allocated on `device`."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most that was ever allocated: on a GPU by torch, on a CPU by the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,300 @@
+"""The two methods: what a step's gradient is, and what a validation finds.
+
+A method takes rows by number, packs them, and asks the policy for scores. The loss of a step is a mean over its
+rows (for SFT: over its scored tokens), whatever packs they are in.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from app.datasets.example import Kind
+from app.jobs.hyperparameters import DPOHyperparameters, SupervisedHyperparameters
+from worker.trainer.averages import Averages
+from worker.trainer.data import Row
+from worker.trainer.model import Policy, per_response
+from worker.trainer.objectives import losses_of
+from worker.trainer.objectives.batch import Batch
+from worker.trainer.objectives.preference import beta_of
+from worker.trainer.objectives.supervised import LOSSES
+from worker.trainer.packing import Pack, columns
+from worker.trainer.reference import Reference
+
+Found = list[tuple[int, Tensor, Tensor | None]]
+"""(number of the row, log-probs of its responses, the reference's) of validated rows."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the packs of a step held: distinct tokens, places (with padding), and scored tokens."""
+
+    tokens: int
+    places: int
+    scored: int
+
+    @classmethod
+    def of(cls, packs: Sequence[Pack]) -> "Work":
+        sums = (sum(values) for values in zip(*((p.tokens, p.places, len(p.targets)) for p in packs), strict=True))
+        return cls(*sums)
+
+
+class Method(Protocol):
+    """SFT or a preference method, on the rows of one stage."""
+
+    def backward(self, numbers: list[int], averages: Averages) -> Work:
+        """Add the gradient of the step's loss over the training rows `numbers` to what trains."""
+        ...
+
+    def evaluate(self, averages: Averages, tick: Callable[[], None]) -> Found:
+        """Validate: metrics go to `averages`; `tick` is called after each pack."""
+        ...
+
+    def after_step(self, step: int) -> None:
+        """Optimizer step `step` (from 1) is done."""
+        ...
+
+
+@dataclass
+class Supervised:
+    """Maximum likelihood of the answers."""
+
+    policy: Policy
+    settings: SupervisedHyperparameters
+    train: Sequence[Row]
+    validation: Sequence[Row]
+
+    def backward(self, numbers: list[int], averages: Averages) -> Work:
+        packs = list(self.policy.packs(self.train, numbers))
+        count = sum(len(pack.targets) for pack in packs)
+        for pack in packs:
+            scores = self.policy.score(pack).tokens
+            losses = LOSSES[self.settings.loss](scores.logps)
+            averages.add("loss", losses)
+            averages.add("mean_token_accuracy", scores.correct)
+            (losses.sum() / count).backward()  # type: ignore[no-untyped-call]
+        return Work.of(packs)
+
+    def evaluate(self, averages: Averages, tick: Callable[[], None]) -> Found:
+        found: Found = []
+        with torch.no_grad():
+            for pack in self.policy.packs(self.validation, range(len(self.validation))):
+                scores = self.policy.score(pack, entropy=True)
+                averages.add("loss", LOSSES[self.settings.loss](scores.tokens.logps))
+                averages.add("mean_token_accuracy", scores.tokens.correct)
+                if scores.tokens.entropy is not None:
+                    averages.add("entropy", scores.tokens.entropy)
+                found += [(n, v, None) for n, v in zip(pack.rows, _by_row(pack, scores.responses), strict=True)]
+                tick()
+        return found
+
+    def after_step(self, step: int) -> None:
+        pass
+
+
+@dataclass
+class References:
+    """The reference log-probs of the rows to train on and to validate on."""
+
+    train: Reference
+    validation: Reference
+
+
+@dataclass
+class Preference:
+    """A loss over the log-probs of whole responses, or over rewards.
+
+    `anchor` holds the weights of a reference that follows the policy (TR-DPO), by name; once it has `moved`, what
+    was computed at the start is of no use.
+    """
+
+    policy: Policy
+    settings: DPOHyperparameters
+    train: Sequence[Row]
+    validation: Sequence[Row]
+    references: References | None
+    anchor: dict[str, Tensor] | None = None
+    moved: bool = False
+
+    def __post_init__(self) -> None:
+        if self.settings.sync_reference is not None and self.anchor is None:
+            self.anchor = {name: p.detach().clone() for name, p in self.policy.trainable().items()}
+
+    def backward(self, numbers: list[int], averages: Averages) -> Work:
+        packs = list(self.policy.packs(self.train, numbers, merge=self.settings.ld_alpha is None))
+        chosen = sum(self.train[number].scored for number in numbers) / len(numbers)
+        known = None if self.references is None else self.references.train
+        references = [self._reference(pack, known) for pack in packs]
+        if self.settings.couples and len(packs) > 1:
+            self._backward_coupled(packs, references, chosen, averages)
+        else:
+            for pack, reference in zip(packs, references, strict=True):
+                values, alignment = self._values(pack)
+                batch = self._batch([pack], values, reference, alignment, chosen, self.train)
+                losses = losses_of(batch, self.settings)
+                report(batch, losses, self.settings, averages)
+                (losses.sum() / len(numbers)).backward()  # type: ignore[no-untyped-call]
+        return Work.of(packs)
+
+    def _backward_coupled(self, packs: list[Pack], references: list[Tensor], chosen: float, averages: Averages) -> None:
+        """Where rows depend on each other: all log-probs first, then the gradient of each pack with its share.
+
+        ∂L/∂θ = Σ_r ∂L/∂log π(y_r) · ∂log π(y_r)/∂θ, so that one graph at a time is enough (as in GradCache, Gao et
+        al. 2021); the price is a second forward pass.
+        """
+        with torch.no_grad():
+            found = [self._values(pack) for pack in packs]
+        values = torch.cat([value for value, _ in found]).requires_grad_()
+        alignments = [alignment for _, alignment in found if alignment is not None]
+        alignment = torch.cat(alignments) if alignments else None
+        batch = self._batch(packs, values, torch.cat(references), alignment, chosen, self.train)
+        losses = losses_of(batch, self.settings)
+        report(batch, losses, self.settings, averages)
+        (gradient,) = torch.autograd.grad(losses.mean(), values)
+        parts = torch.split(gradient, [len(pack.leaves) for pack in packs])
+        for pack, part in zip(packs, parts, strict=True):
+            self._values(pack)[0].backward(part)  # type: ignore[no-untyped-call]
+
+    def evaluate(self, averages: Averages, tick: Callable[[], None]) -> Found:
+        """A loss that couples rows is taken over all validation rows at once."""
+        merge = self.settings.ld_alpha is None
+        known = None if self.references is None else self.references.validation
+        found: list[tuple[Pack, Tensor, Tensor, Tensor | None]] = []
+        lengths = [row.scored for row in self.validation]
+        with torch.no_grad():
+            for pack in self.policy.packs(self.validation, range(len(self.validation)), merge=merge):
+                ours, alignment = self._values(pack)
+                found.append((pack, ours, self._reference(pack, known), alignment))
+                tick()
+            packs, values = [f[0] for f in found], [f[1] for f in found]
+            references = [f[2] for f in found]
+            alignments = [f[3] for f in found if f[3] is not None]
+            aligned = torch.cat(alignments) if alignments else None
+            mean = sum(lengths) / len(lengths)
+            batch = self._batch(packs, torch.cat(values), torch.cat(references), aligned, mean, self.validation)
+            report(batch, losses_of(batch, self.settings), self.settings, averages)
+        rows: Found = []
+        for pack, mine, theirs in zip(packs, values, references, strict=True):
+            split: list[Tensor | None] = [None] * len(pack.rows)
+            if self.settings.needs_reference:
+                split = list(_by_row(pack, theirs))
+            rows += list(zip(pack.rows, _by_row(pack, mine), split, strict=True))
+        return rows
+
+    def after_step(self, step: int) -> None:
+        sync = self.settings.sync_reference
+        if sync is None or step % sync.steps:
+            return
+        trained = self.policy.trainable()
+        for name, weights in (self.anchor or {}).items():
+            weights.lerp_(trained[name].detach(), sync.alpha)
+        self.moved = True
+
+    def _values(self, pack: Pack) -> tuple[Tensor, Tensor | None]:
+        """Log-probs (or rewards) of each response of each row of `pack`, [R], and WPO's alignment, [R]."""
+        if self.policy.reward_head is not None:
+            return self.policy.rewards(pack), None
+        weighing = bool(self.settings.use_weighting)
+        scores = self.policy.score(pack, alignment=weighing, tail_weight=self.settings.ld_alpha)
+        if scores.tokens.alignment is None:
+            return scores.responses, None
+        return scores.responses, per_response(pack, scores.tokens.alignment) / pack.lengths[pack.leaves]
+
+    def _reference(self, pack: Pack, known: Reference | None) -> Tensor:
+        """The reference's log-probs of each response of each row of `pack`, [R]; zeros where the loss has none."""
+        if self.moved and self.anchor is not None:
+            with torch.no_grad(), self._reference_weights(self.anchor):
+                return self._values(pack)[0]
+        if known is None:
+            return torch.zeros(len(pack.leaves), device=self.policy.device)
+        row = pack.row_of.cpu()
+        return known.of(torch.tensor(pack.rows)[row], columns(row)).to(self.policy.device)
+
+    @contextmanager
+    def _reference_weights(self, weights: dict[str, Tensor]) -> Iterator[None]:
+        """The policy with the reference's weights in the place of its own."""
+        trained = self.policy.trainable()
+        own = {name: parameter.data for name, parameter in trained.items()}
+        try:
+            for name, parameter in trained.items():
+                parameter.data = weights[name]
+            yield
+        finally:
+            for name, parameter in trained.items():
+                parameter.data = own[name]
+
+    def _batch(
+        self,
+        packs: list[Pack],
+        values: Tensor,
+        reference: Tensor,
+        alignment: Tensor | None,
+        mean_length: float,
+        rows: Sequence[Row],
+    ) -> Batch:
+        """Flat values [R] of the rows of `packs` as a table [B, K]."""
+        counts = torch.tensor([len(pack.rows) for pack in packs]).cumsum(0).tolist()
+        row_of = torch.cat([pack.row_of + (end - len(pack.rows)) for pack, end in zip(packs, counts, strict=True)])
+        column = columns(row_of)
+        shape = (counts[-1], max(len(rows[number].responses) for pack in packs for number in pack.rows))
+        lengths = torch.cat([pack.lengths[pack.leaves] for pack in packs])
+
+        def table(flat: Tensor) -> Tensor:
+            return flat.new_zeros(shape).index_put((row_of, column), flat)
+
+        desirable = [rows[number].desirable for pack in packs for number in pack.rows]
+        return Batch(
+            table(values),
+            table(reference.to(values.dtype)),
+            table(lengths),
+            table(torch.ones_like(row_of, dtype=torch.bool)),
+            torch.tensor(desirable, device=values.device),
+            mean_length,
+            None if alignment is None else table(alignment),
+        )
+
+
+def _by_row(pack: Pack, values: Tensor) -> list[Tensor]:
+    """`values` [R] of the rows of `pack`, one tensor a row, on the CPU."""
+    counts = torch.bincount(pack.row_of, minlength=len(pack.rows)).tolist()
+    return list(torch.split(values.cpu(), counts))
+
+
+def report(batch: Batch, losses: Tensor, settings: DPOHyperparameters, averages: Averages) -> None:
+    """The metrics of some rows: TRL's names, and where it has none, ours."""
+    with torch.no_grad():
+        averages.add("loss", losses)
+        rewards = batch.policy if settings.rewards else beta_of(settings) * batch.logratios
+        if settings.kinds[0].length_average:
+            rewards = rewards / batch.lengths.clamp(min=1)
+        if settings.data == Kind.LABELLED:
+            _report_labelled(batch, rewards, averages)
+            return
+        last = batch.present.sum(1, keepdim=True) - 1
+        sides = {"chosen": torch.zeros_like(last), "rejected": last}
+        for side, column in sides.items():
+            averages.add(f"rewards/{side}", rewards.gather(1, column))
+            if not settings.rewards:
+                averages.add(f"logps/{side}", batch.policy.gather(1, column))
+            if settings.needs_reference:
+                averages.add(f"logratios/{side}", batch.logratios.gather(1, column))
+        margins = rewards[:, :1] - rewards.gather(1, last)
+        better = rewards[:, :, None] > rewards[:, None, :]
+        ordered = (batch.present[:, :, None] & batch.present[:, None, :]).triu(1)
+        averages.add("rewards/margins", margins)
+        averages.add("rewards/accuracies", better[ordered].float())
+        if not settings.rewards:
+            averages.add("gradient_weight", torch.sigmoid(-margins))
+
+
+def _report_labelled(batch: Batch, rewards: Tensor, averages: Averages) -> None:
+    divergence = batch.rejected.mean().clamp(min=0)
+    averages.add("kl", divergence)
+    for side, rows in (("chosen", batch.desirable), ("rejected", ~batch.desirable)):
+        averages.add(f"rewards/{side}", rewards[rows, 0])
+        averages.add(f"logps/{side}", batch.policy[rows, 0])
+        averages.add(f"logratios/{side}", batch.chosen[rows])
+    averages.add("rewards/accuracies", ((batch.chosen > divergence) == batch.desirable).float())
