@@ -26,27 +26,31 @@ class TreeMask:
     """The mask of a pack, made once for each sliding window that the model's layers have.
 
     A position sees what comes before it in its own tree, of the prompt and of its own response, no further back
-    than the window: by distance of positions, not of places in the pack. Padding sees itself only, so that no row
-    of the softmax is empty.
+    than the window: by distance of positions, not of places in the pack.
     """
 
     def __init__(self, pack: Pack) -> None:
         self.pack = pack
-        self._dense: dict[int | None, Tensor] = {}
+        self._trees: dict[int | None, list[tuple[int, int, Tensor | None]]] = {}
         self._blocks: dict[int | None, Any] = {}
 
-    def dense(self, window: int | None = None) -> Tensor:
-        """[B, 1, T, T], true where a query (dim 2) sees a key (dim 3)."""
-        if window not in self._dense:
-            pack, places = self.pack, torch.arange(self.pack.ids.shape[1], device=self.pack.ids.device)
-            query, key = (slice(None), slice(None), None), (slice(None), None, slice(None))
-            mask = (pack.tree[query] == pack.tree[key]) & (places[:, None] >= places[None, :])
-            mask &= (pack.branch[key] == 0) | (pack.branch[query] == pack.branch[key])
-            mask &= pack.tree[key] >= 0
-            if window is not None:
-                mask &= pack.positions[query] - pack.positions[key] < window
-            self._dense[window] = (mask | (places[:, None] == places[None, :])).unsqueeze(1)
-        return self._dense[window]
+    def trees(self, window: int | None = None) -> list[tuple[int, int, Tensor | None]]:
+        """(first place, place behind the last, mask [1, 1, n, n]) of each tree of a pack of one sequence.
+
+        The mask is None where a tree is a plain causal text.
+        """
+        if window not in self._trees:
+            self._trees[window] = []
+            for start, stop in self.pack.spans:
+                branch, positions = self.pack.branch[0, start:stop], self.pack.positions[0, start:stop]
+                places = torch.arange(stop - start, device=branch.device)
+                plain = int(branch.max()) <= 1 and (window is None or stop - start <= window)
+                mask = (branch[None, :] == 0) | (branch[:, None] == branch[None, :])
+                mask &= places[:, None] >= places[None, :]
+                if window is not None:
+                    mask &= positions[:, None] - positions[None, :] < window
+                self._trees[window].append((start, stop, None if plain else mask[None, None]))
+        return self._trees[window]
 
     def blocks(self, window: int | None = None) -> Any:
         """The same for FlexAttention: a block mask."""
@@ -62,7 +66,10 @@ class TreeMask:
 def visibility(
     tree: Tensor, branch: Tensor, positions: Tensor, window: int | None
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """FlexAttention's `mask_mod` for tensors [B, T]: whether query place q sees key place k of sequence b."""
+    """FlexAttention's `mask_mod` for tensors [B, T]: whether query place q sees key place k of sequence b.
+
+    Padding sees itself only, so that no row of the softmax is empty.
+    """
 
     def mask_mod(b: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         same = (tree[b, q] == tree[b, k]) & (tree[b, k] >= 0) & (q >= k)
@@ -95,20 +102,29 @@ def tree_attention(
     if query.device.type == "cuda":
         attended = _flex(query, key, value, tree.blocks(sliding_window), scaling, softcap)
     else:
-        mask, grouped = tree.dense(sliding_window), query.shape[1] != key.shape[1]
-        if softcap is None:
-            attended = scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=grouped)
-        else:
-            attended = _capped(query, key, value, mask, scaling, softcap)
+        # Tree by tree: most of a pack's dense mask would be zeros, which SDPA computes all the same.
+        parts = [
+            _attend(query[:, :, i:j], key[:, :, i:j], value[:, :, i:j], mask, scaling, softcap)
+            for i, j, mask in tree.trees(sliding_window)
+        ]
+        attended = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
     return attended.transpose(1, 2).contiguous(), None
 
 
-def _capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, softcap: float) -> Tensor:
-    """Attention whose scores s are c · tanh(s / c), which SDPA does not have."""
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, softcap: float | None
+) -> Tensor:
+    """Attention within one tree, causal where it has no mask. SDPA has no scores c · tanh(s / c), so they are made."""
+    grouped = query.shape[1] != key.shape[1]
+    if softcap is None:
+        return scaled_dot_product_attention(
+            query, key, value, mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+        )
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, -torch.inf)
+    seen = torch.ones_like(scores[0, 0], dtype=torch.bool).tril() if mask is None else mask
+    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~seen, -torch.inf)
     return scores.softmax(-1) @ value
 
 

@@ -212,15 +212,16 @@ class Trainer:
         return found
 
     def _reference_by(self, policy: Policy, stage: Stage, settings: DPOHyperparameters) -> References:
-        began, hits = time.monotonic(), len(self.cache.hits)
+        began, hits, digest = time.monotonic(), len(self.cache.hits), policy.digest()
 
         def find(rows: Rows) -> Reference:
             return self._in_memory(
-                lambda: reference.find(policy, rows, settings.ld_alpha, self.cache, self._tick), stage
+                lambda: reference.find(policy, digest, rows, settings.ld_alpha, self.cache, self._tick), stage
             )
 
         found = References(find(stage.train), find(stage.validation))
-        how = "found in the cache" if len(self.cache.hits) == hits + 2 else "computed"
+        wanted = bool(stage.train) + bool(stage.validation)
+        how = "found in the cache" if len(self.cache.hits) == hits + wanted else "computed"
         self.events.message(f"Reference log-probs {how} in {time.monotonic() - began:.1f} s.")
         return found
 

@@ -19,11 +19,12 @@ from worker.trainer.attention import NAME, SHAREABLE_ROPE, TreeMask, padding_mas
 from worker.trainer.data import Row, Tokenizer
 from worker.trainer.events import Events, UserError
 from worker.trainer.logps import Head, TokenScores, score_tokens
+from worker.trainer.lora import with_fast_layers
 from worker.trainer.packing import Pack, Packing, tree_pack, trees
 
-CPU_BUDGET, CUDA_BUDGET = 512, 8192
-"""Tokens of a pack. On a CPU the mask's zeros are computed too, so that short packs are faster; on a GPU the
-weights of a quantised layer are unpacked once a pack, so that long ones are."""
+CPU_BUDGET, CUDA_BUDGET = 2048, 8192
+"""Tokens of a pack: long ones spread over more tokens what a pass costs whatever its length, on a GPU the unpacking
+of quantised weights above all."""
 REWARD_HEAD = "reward_head.safetensors"
 _DROPOUTS = (
     "attention_dropout",
@@ -233,7 +234,9 @@ class Policy:
         for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
             if blank and "lora_" in name:
                 continue
-            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {_checksum(tensor)}".encode())
+            data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(data)
         return found.hexdigest()
 
     def _adapter_is_blank(self) -> bool:
@@ -283,19 +286,6 @@ def per_response(pack: Pack, values: Tensor) -> Tensor:
 
 def _close(values: Tensor, expected: Tensor, tolerance: float) -> bool:
     return bool(((values.float() - expected).abs() <= tolerance * expected.abs().clamp(min=1)).all())
-
-
-def _checksum(tensor: Tensor) -> str:
-    """Two sums over the bits of `tensor`, the second by place: exact, in any order, and fast on any device."""
-    data = tensor.detach().contiguous().flatten().view(torch.uint8)
-    plain, weighted = 0, 0
-    for number, start in enumerate(range(0, len(data), 1 << 24)):
-        part = data[start : start + (1 << 24)]
-        part = torch.nn.functional.pad(part, (0, -len(part) % 4)).view(torch.int32).long()
-        places = torch.arange(1, len(part) + 1, device=part.device)
-        plain += (number + 1) * int(part.sum())
-        weighted += (number + 1) * int((part * places).sum())
-    return f"{plain % 2**64:x} {weighted % 2**64:x}"
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -411,7 +401,8 @@ def _silence_dropout(model: nn.Module) -> None:
 
 def _with_adapter(model: Any, spec: JobSpec, start: Path | None, trainable: bool) -> Any:
     if start is not None:
-        return PeftModel.from_pretrained(model, start, is_trainable=trainable)
+        config = with_fast_layers(LoraConfig.from_pretrained(start))
+        return PeftModel.from_pretrained(model, start, is_trainable=trainable, config=config)
     adapter = spec.adapter if isinstance(spec.adapter, Adapter) else Adapter()
     config = LoraConfig(
         r=adapter.r,
@@ -426,7 +417,7 @@ def _with_adapter(model: Any, spec: JobSpec, start: Path | None, trainable: bool
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, config)
+        return get_peft_model(model, with_fast_layers(config))
     except ValueError as error:
         raise UserError(
             "invalid_value", f"The adapter does not fit the model: {error}", "adapter.target_modules"

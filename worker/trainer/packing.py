@@ -32,11 +32,13 @@ class Pack:
     [N], which response of the pack it belongs to; `order` [N], how many scored tokens of it come before. For
     each of the L distinct responses: `last` [L], the flat index of its last token; `lengths` [L], scored tokens.
     `rows` are the caller's numbers of the rows, in order, and `leaves` [R] the response of each of theirs, row by
-    row; `row_of` [R] says which row that is. `tokens` counts what is not padding.
+    row; `row_of` [R] says which row that is. `tokens` counts what is not padding. `spans` are the
+    (first place, place behind the last) of each tree of a pack of one sequence.
     """
 
     rows: tuple[int, ...]
     tokens: int
+    spans: tuple[tuple[int, int], ...]
     ids: Tensor
     positions: Tensor
     tree: Tensor
@@ -57,7 +59,7 @@ class Pack:
 
     def to(self, device: torch.device) -> "Pack":
         """The same on `device`."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("rows", "tokens")}
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("rows", "tokens", "spans")}
         return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
 
@@ -178,7 +180,7 @@ def _build(group: Sequence[Tree], sequences: list[list[tuple[Tree, int | None]]]
     shape = (len(sequences), width)
     ids, positions, branch = (numpy.zeros(shape, dtype=numpy.int64) for _ in range(3))
     tree_of = numpy.full(shape, -1, dtype=numpy.int64)
-    predictors, targets, leaf, order = [], [], [], []
+    predictors, targets, leaf, order, spans = [], [], [], [], []
     last = numpy.zeros(count, dtype=numpy.int64)
     lengths = numpy.zeros(count, dtype=numpy.int64)
     for b, sequence in enumerate(sequences):
@@ -208,6 +210,7 @@ def _build(group: Sequence[Tree], sequences: list[list[tuple[Tree, int | None]]]
                 at += size
                 last[number] = b * width + at - 1
             tree_of[b, start:at] = local
+            spans.append((start, at))
     rows = [(number, [first_leaf[id(tree)] + k for k in mine]) for tree in group for number, mine in tree.rows]
     arrays = {
         "ids": ids,
@@ -224,7 +227,7 @@ def _build(group: Sequence[Tree], sequences: list[list[tuple[Tree, int | None]]]
         "row_of": numpy.array([at for at, (_, mine) in enumerate(rows) for _ in mine]),
     }
     tensors = {name: torch.from_numpy(array.astype(numpy.int64, copy=False)) for name, array in arrays.items()}
-    return Pack(tuple(number for number, _ in rows), sum(sizes), **tensors)
+    return Pack(tuple(number for number, _ in rows), sum(sizes), tuple(spans), **tensors)
 
 
 def _tokens(tree: Tree, only: int | None) -> int:

@@ -33,9 +33,13 @@ class Reference:
         return self.logps[self.first[row] + column]
 
 
-def find(policy: Policy, rows: Rows, tail_weight: float | None, cache: Cache, tick: Callable[[], None]) -> Reference:
-    """The log-probs of `rows`, from the cache or computed. On the CPU, float32 or wider."""
-    key = _key(policy, rows, tail_weight)
+def find(
+    policy: Policy, digest: str, rows: Rows, tail_weight: float | None, cache: Cache, tick: Callable[[], None]
+) -> Reference:
+    """The log-probs of `rows`, from the cache or computed. On the CPU, float32 or wider. `digest` is the policy's."""
+    if not len(rows):
+        return compute(policy, rows)
+    key = _key(policy, digest, rows, tail_weight)
     found = cache.get(key)
     if found is not None:
         return Reference(**load_file(found))
@@ -62,11 +66,11 @@ def compute(
     return Reference(logps, first)
 
 
-def _key(policy: Policy, rows: Rows, tail_weight: float | None) -> str:
+def _key(policy: Policy, digest: str, rows: Rows, tail_weight: float | None) -> str:
     device = torch.cuda.get_device_name(policy.device) if policy.device.type == "cuda" else torch.__version__
     parts = (
         ENGINE,
-        policy.digest(),
+        digest,
         rows.digest(),
         tail_weight,
         policy.packing,

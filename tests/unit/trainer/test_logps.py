@@ -14,7 +14,7 @@ POSITIONS, HIDDEN, VOCABULARY = 7, 5, 11
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three positions at a time: two full chunks and a part of one."""
-    monkeypatch.setattr(logps, "CHUNK_ELEMENTS", 3 * VOCABULARY)
+    monkeypatch.setitem(logps.CHUNK_ELEMENTS, "cpu", 3 * VOCABULARY)
 
 
 def token_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -362,11 +362,11 @@ def test_out_of_memory_halves_the_budget_and_repeats_the_step(
     budgets, failing = out_of_memory(times=2)
     monkeypatch.setattr(Policy, "score", failing)
     disturbed = run_in_process(make_work_folder(tmp_path / "disturbed", llama, spec, train=PAIRS))
-    assert sorted(set(budgets), reverse=True) == [512, 256, 128]
+    assert sorted(set(budgets), reverse=True) == [2048, 1024, 512]
     warnings = [e["message"] for e in of_kind(disturbed, "message") if "Out of memory" in e["message"]]
     assert warnings == [
-        "Out of memory: packs of 256 tokens from now on.",
-        "Out of memory: packs of 128 tokens from now on.",
+        "Out of memory: packs of 1024 tokens from now on.",
+        "Out of memory: packs of 512 tokens from now on.",
     ]
     for name in ("loss", "grad_norm"):
         expected = training_metrics(undisturbed, name, "dpo")

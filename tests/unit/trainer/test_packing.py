@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.unit.trainer.work import ROWS, disturb, gradients, load, make_row, of_kind, pack_of, parse, plain_logps
-from worker.trainer.attention import TreeMask
+from worker.trainer.attention import TreeMask, visibility
 from worker.trainer.data import Response, Row
 from worker.trainer.events import Events, UserError
 from worker.trainer.model import Policy
@@ -127,11 +127,10 @@ def test_a_sliding_window_is_measured_by_position_and_matters_here(mistral: Path
 def test_the_check_before_training_falls_back_where_a_tree_is_off(
     policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def everything(mask: TreeMask, window: int | None = None) -> Tensor:
-        length = mask.pack.ids.shape[1]
-        return torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+    def everything(mask: TreeMask, window: int | None = None) -> list[tuple[int, int, None]]:
+        return [(0, mask.pack.ids.shape[1], None)]
 
-    monkeypatch.setattr(TreeMask, "dense", everything)
+    monkeypatch.setattr(TreeMask, "trees", everything)
     stream = io.StringIO()
     policy.check(ROWS, Events(stream))
     assert not policy.shared
@@ -190,12 +189,40 @@ def test_every_row_is_in_one_pack_and_packs_keep_to_the_budget(
     assert packs == plan(made[::-1], budget)
 
 
+def dense(mask: TreeMask, window: int | None = None) -> Tensor:
+    """[T, T], true where a query (dim 0) sees a key (dim 1): the masks of the trees, put together."""
+    length = mask.pack.ids.shape[1]
+    seen = torch.zeros(length, length, dtype=torch.bool)
+    for start, stop, inside in mask.trees(window):
+        causal = torch.ones(stop - start, stop - start, dtype=torch.bool).tril()
+        seen[start:stop, start:stop] = causal if inside is None else inside[0, 0]
+    return seen
+
+
+@given(st.lists(sizes, min_size=1, max_size=4), st.none() | st.integers(1, 12), st.integers(0, 20))
+@settings(deadline=None, max_examples=60)
+def test_the_mask_of_the_gpu_is_the_one_of_the_cpu(
+    sizes: list[tuple[int, list[int]]], window: int | None, padding: int
+) -> None:
+    rows = rows_of(sizes)
+    group = trees(rows, range(len(rows)), 1000)
+    pack = tree_pack(group)
+    padded = tree_pack(group, pack.places + padding)
+    places = torch.arange(padded.places)
+    visible = visibility(padded.tree, padded.branch, padded.positions, window)
+    zero = torch.zeros((), dtype=torch.long)
+    seen = visible(zero, zero, places[:, None], places[None, :])
+    expected = torch.eye(padded.places, dtype=torch.bool)
+    expected[: pack.places, : pack.places] = dense(TreeMask(pack), window)
+    assert torch.equal(seen, expected)
+
+
 @given(st.lists(sizes, min_size=1, max_size=4))
 @settings(deadline=None, max_examples=60)
 def test_what_predicts_a_token_sees_the_text_before_it_and_nothing_else(sizes: list[tuple[int, list[int]]]) -> None:
     rows = rows_of(sizes)
     pack = tree_pack(trees(rows, range(len(rows)), 1000))
-    seen = TreeMask(pack).dense()[0, 0]
+    seen = dense(TreeMask(pack))
     found: dict[int, list[tuple[list[int], int]]] = {leaf: [] for leaf in range(len(pack.lengths))}
     scored = zip(pack.predictors.tolist(), pack.targets.tolist(), pack.leaf.tolist(), strict=True)
     for predictor, target, leaf in scored:
