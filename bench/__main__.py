@@ -1,192 +1,138 @@
-"""`make bench`: DPO on the CPU, this engine beside TRL's DPOTrainer, same model, rows and batches, two threads.
+"""`make bench`: this engine beside TRL on the CPU, in one run: same model, rows and batches, two threads.
 
-The rows have the lengths of Anthropic HH: from `DPO_SHARED` where it is there, else drawn from a log-normal
-distribution with HH's medians, which the table says. Each figure is the median of `RUNS` runs, taken in turn, so
-that what else the machine does falls on both. The reference pass is counted.
+Each entrant is a process of its own, and they take turns, so that what else the machine does falls on all. A figure is
+the median of `RUNS` runs, with its spread; the reference pass is counted. The rows have the lengths of Anthropic HH:
+from `DPO_SHARED` where it is there, else a log-normal distribution with its medians, which the table says.
 """
 
 import json
 import os
 import platform
-import random
 import statistics
+import subprocess
+import sys
 import tempfile
-import threading
-import time
-import warnings
-from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-warnings.filterwarnings("ignore")
-
-import torch
-import transformers
-import trl
-from datasets import Dataset
-from datasets.utils.logging import disable_progress_bar
-from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from app.datasets.check import Report, examples
-from app.datasets.example import Example
-from worker.trainer.data import plain_prompt
-from worker.trainer.events import Events
-from worker.trainer.loop import Trainer
+from bench.entrants import BATCH, MAX_LENGTH, THREADS
+from bench.inputs import HH, VOCABULARY, Arithmetic, Pairs, lengths_of, make_model, make_pairs
 
-THREADS, PAIRS, BATCH, MAX_LENGTH, RUNS = 2, 16, 8, 512, 3
-VOCABULARY = 32_000
-Pairs = list[dict[str, str]]
-
-
-def hh_pairs(count: int) -> tuple[Pairs, str]:
-    """`count` pairs as rows of word numbers with HH's lengths, and where the lengths are from."""
-    shared = Path(os.environ.get("DPO_SHARED", "../shared")) / "data/preference/hh-rlhf/helpful-base.test.jsonl.gz"
-    generator = random.Random(0)
-    if shared.exists():
-        with shared.open("rb") as file:
-            found = list(examples(file, Report()))
-        lengths = [_words(example) for example in generator.sample(found, count)]
-        source = "Anthropic HH helpful-base test"
-    else:
-        draw = generator.lognormvariate
-        lengths = [(int(draw(4.6, 0.8)) + 1, int(draw(4.0, 0.8)) + 1, int(draw(4.0, 0.8)) + 1) for _ in range(count)]
-        source = "log-normal, medians 100 / 55 / 55 words"
-
-    def text(words: int) -> str:
-        return " ".join(f"w{generator.randrange(VOCABULARY - 10)}" for _ in range(min(words, MAX_LENGTH // 2 - 1)))
-
-    rows = [{"prompt": text(p), "chosen": " " + text(c), "rejected": " " + text(r)} for p, c, r in lengths]
-    return rows, source
+PAIRS, RUNS, EPOCHS = 16, 3, (1, 3)
+DPO = ("dpo-service", "TRL default", "TRL precomputed reference", "TRL best options")
+SFT = ("dpo-service", "TRL packed", "TRL packed, no checkpointing")
+SCHEMES = {
+    "TRL default": {"reference_each_step": True, "recompute": True},
+    "TRL precomputed reference": {"reference_each_step": False, "recompute": True},
+    "TRL best options": {"reference_each_step": False, "recompute": False},
+}
+Measured = dict[str, list[dict[str, float]]]
 
 
-def _words(example: Example) -> tuple[int, int, int]:
-    chosen, rejected = example.responses
-    prompt = plain_prompt(example.prompt)
-    return len(prompt.split()), max(1, len(chosen.split())), max(1, len(rejected.split()))
+class Entrant:
+    """A running entrant."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": str(THREADS), "CUDA_VISIBLE_DEVICES": ""}
+        with (folder / f"{name}.log").open("w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "bench.entrants", name, str(folder)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=environment,
+            )
+        self._log = folder / f"{name}.log"
+
+    def run(self, task: str, epochs: int) -> dict[str, float]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps({"task": task, "epochs": epochs}) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"An entrant failed:\n{self._log.read_text()[-4000:]}")
+        result: dict[str, float] = json.loads(answer)
+        return result
+
+    def end(self) -> None:
+        self._process.communicate()
 
 
-def make_model(folder: Path) -> int:
-    """A Llama of about 20 million parameters with a vocabulary of 32,000; returns its parameters."""
-    vocabulary = {"<s>": 0, "</s>": 1, "<unk>": 2} | {f"w{i}": i + 3 for i in range(VOCABULARY - 3)}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        max_position_embeddings=MAX_LENGTH,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(folder)
-    return sum(parameter.numel() for parameter in model.parameters())
+def measure(names: tuple[str, ...], folder: Path, task: str, epochs: int) -> Measured:
+    """`RUNS` runs of each entrant, in turn, after one that is not counted where it is short."""
+    entrants = {name: Entrant(name, folder) for name in names}
+    found: Measured = {name: [] for name in names}
+    entrants["dpo-service"].run(task, 1)
+    for _ in range(RUNS):
+        for name, entrant in entrants.items():
+            found[name].append(entrant.run(task, epochs))
+    for entrant in entrants.values():
+        entrant.end()
+    return found
 
 
-def ours(model: Path, pairs: Pairs, epochs: int) -> float:
-    """Seconds of a whole run of this engine: loading, tokenising, reference pass, training, writing the artifact."""
-    with tempfile.TemporaryDirectory() as name, Path(os.devnull).open("w") as sink:
-        folder = Path(name)
-        (folder / "base").symlink_to(model)
-        (folder / "data.jsonl").write_text("\n".join(map(json.dumps, pairs)))
-        settings = {"n_epochs": epochs, "batch_size": BATCH, "max_length": MAX_LENGTH, "learning_rate": 1e-4}
-        spec = {
-            "model": "bench",
-            "training_file": "data.jsonl",
-            "validation_split": 0.0,
-            "quantization": "none",
-            "seed": 0,
-            "method": {"type": "dpo", "dpo": {"hyperparameters": settings | {"checkpoint_every": 10_000}}},
-        }
-        (folder / "spec.json").write_text(json.dumps(spec))
-        (folder / "run.json").write_text(
-            json.dumps({"base_model": "bench", "revision": None, "version": None, "spec": spec})
+def table(title: str, found: Measured, items: int, tokens: int, unit: str, bounds: dict[str, float]) -> Table:
+    """A row for each entrant: throughput, its spread, memory, and how many times as fast this engine is."""
+    made = Table(title=title, title_justify="left")
+    headings = (unit, "spread", "tokens/s", "peak memory", "dpo-service is")
+    for heading in ("engine", *headings, *(["by FLOPs alone"] if bounds else [])):
+        made.add_column(heading, justify="left" if heading == "engine" else "right")
+    fastest = statistics.median(run["seconds"] for run in found["dpo-service"])
+    for name, runs in found.items():
+        seconds = sorted(run["seconds"] for run in runs)
+        median, peak = statistics.median(seconds), max(run["peak_bytes"] for run in runs)
+        made.add_row(
+            name,
+            f"{items / median:.2f}",
+            f"{items / seconds[-1]:.2f} to {items / seconds[0]:.2f}",
+            f"{tokens / median:,.0f}",
+            f"{peak / 1e6:,.0f} MB",
+            "" if name == "dpo-service" else f"{median / fastest:.1f} × as fast",
+            *([f"{bounds[name]:.1f} ×" if name in bounds else ""] if bounds else []),
         )
-        began = time.monotonic()
-        Trainer(folder, Events(sink), threading.Event()).run()
-        return time.monotonic() - began
+    return made
 
 
-def peer(model: Path, pairs: Pairs, epochs: int, **options: Any) -> float:
-    """Seconds of TRL on the same rows: tokenising, reference pass, training. Loading is not counted."""
-    with tempfile.TemporaryDirectory() as folder:
-        settings: dict[str, Any] = {
-            "output_dir": folder,
-            "use_cpu": True,
-            "bf16": False,
-            "per_device_train_batch_size": BATCH,
-            "num_train_epochs": epochs,
-            "max_length": MAX_LENGTH,
-            "learning_rate": 1e-4,
-            "report_to": "none",
-            "logging_strategy": "no",
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "dataloader_pin_memory": False,
-        }
-        policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        began = time.monotonic()
-        trainer = trl.DPOTrainer(
-            model=policy,
-            args=trl.DPOConfig(**settings | options),
-            train_dataset=Dataset.from_list(pairs),
-            processing_class=tokenizer,
-            peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
-        )
-        trainer.train()
-        return time.monotonic() - began
+def processor() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def main() -> None:
-    torch.set_num_threads(THREADS)
-    disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    pairs, source = hh_pairs(PAIRS)
-    console = Console(soft_wrap=True)
+    lengths, source = lengths_of(HH, PAIRS, (70, 32, 24))
+    pairs: Pairs = make_pairs(lengths, MAX_LENGTH)
+    console, results = Console(width=130), Path(__file__).parent / "results"
+    machine = {"processor": processor(), "cores": os.cpu_count(), "threads": THREADS}
+    machine |= {name: version(name) for name in ("torch", "transformers", "peft", "trl")}
+    record: dict[str, Any] = {"machine": machine, "rows": f"{PAIRS} pairs, {source}, at most {MAX_LENGTH} tokens"}
     with tempfile.TemporaryDirectory() as name:
-        model = Path(name)
-        parameters = make_model(model)
-        entrants: dict[str, Callable[[int], float]] = {
-            "dpo-service": lambda epochs: ours(model, pairs, epochs),
-            "TRL default": lambda epochs: peer(model, pairs, epochs),
-            "TRL precomputed reference": lambda epochs: peer(model, pairs, epochs, precompute_ref_log_probs=True),
-        }
-        seconds: dict[str, list[float]] = {entrant: [] for entrant in entrants}
-        for _ in range(RUNS):
-            for entrant, run in entrants.items():
-                seconds[entrant].append(run(1))
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": THREADS,
-        "torch": torch.__version__,
-        "trl": trl.__version__,
-    }
-    title = f"DPO, 1 epoch, {PAIRS} pairs ({source}), batch {BATCH}, {parameters / 1e6:.1f} M parameters, fp32, LoRA 16"
-    table = Table("engine", "pairs/s (median)", "spread", "dpo-service is", title=title, title_justify="left")
-    fastest = statistics.median(seconds["dpo-service"])
-    for entrant, values in seconds.items():
-        median = statistics.median(values)
-        spread = f"{PAIRS / max(values):.3f} to {PAIRS / min(values):.3f}"
-        table.add_row(entrant, f"{PAIRS / median:.3f}", spread, f"{median / fastest:.1f} × as fast")
-    console.print(table)
-    results = Path(__file__).parent / "results"
+        folder = Path(name)
+        parameters = make_model(folder / "model", MAX_LENGTH)
+        (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+        head = VOCABULARY * 256
+        arithmetic = Arithmetic.of(pairs, parameters - 2 * head, head)
+        setting = f"{record['rows']}, batch {BATCH}, {parameters / 1e6:.1f} M parameters, fp32, LoRA 16"
+        for epochs in EPOCHS:
+            found = measure(DPO, folder, "dpo", epochs)
+            bounds = {peer: arithmetic.bound(epochs, **scheme) for peer, scheme in SCHEMES.items()}
+            title = f"DPO, {epochs} epoch{'s' * (epochs > 1)}, {setting}"
+            console.print(table(title, found, epochs * PAIRS, epochs * arithmetic.shared, "pairs/s", bounds))
+            record[f"dpo, {epochs} epochs"] = found | {"bounds": bounds}
+        found = measure(SFT, folder, "sft", 3)
+        tokens = 3 * sum(len(f"{pair['prompt']} {pair['chosen']}".split()) + 2 for pair in pairs)
+        console.print(
+            table(f"SFT on the chosen answers, packed, 3 epochs, {setting}", found, tokens, tokens, "tokens/s", {})
+        )
+        record["sft, 3 epochs"] = found
     results.mkdir(exist_ok=True)
-    record = {"title": title, "machine": machine, "seconds": seconds}
-    (results / "cpu.json").write_text(json.dumps(record, indent=2) + "\n")
+    (results / "cpu.json").write_text(json.dumps(record, indent=1) + "\n")
     console.print(f"{machine}\nwritten to {results / 'cpu.json'}", highlight=False)
 
 

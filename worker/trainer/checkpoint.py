@@ -22,12 +22,17 @@ from worker.trainer.reference import Reference
 
 @dataclass
 class State:
-    """Where a run is. `step` counts over all stages; `stage_step` within `stage`, which `ended` early or not."""
+    """Where a run is.
+
+    `step` counts over all stages; `stage_step` within `stage`, which `ended` early or not; `skipped` counts the steps
+    that stages which did leave out.
+    """
 
     stage: str
     step: int = 0
     stage_step: int = 0
     ended: bool = False
+    skipped: int = 0
     trained_tokens: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     best: Best = field(default_factory=Best)

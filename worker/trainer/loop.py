@@ -80,7 +80,6 @@ class Trainer:
             f"Model and {sum(len(s.train) for s in self.stages)} rows ready after {time.monotonic() - began:.1f} s "
             f"on {self.policy.device.type} ({torch.get_num_threads()} threads)."
         )
-        self.total_steps = sum(stage.steps for stage in self.stages)
         self.state = State(self.stages[0].name)
         if self.resume is not None:
             self.state = checkpoint.load_state(self.resume)
@@ -94,6 +93,11 @@ class Trainer:
         )
         artifact.write(self.folder / "output", self.policy, results, self.events)
         self.events.emit("done", trained_tokens=self.state.trained_tokens, metrics=self._last_metrics())
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run, as far as it is known."""
+        return sum(stage.steps for stage in self.stages) - self.state.skipped
 
     def _stages(self, model: Path) -> list[Stage]:
         try:
@@ -154,8 +158,6 @@ class Trainer:
     def _finish_stage(self, stage: Stage, method: Method, *, validated: bool) -> None:
         """Go back to the best weights where the job asked for it, and know the final validation log-probs."""
         state = self.state
-        if state.ended:
-            self.total_steps -= stage.steps - state.stage_step
         if stage.hyperparameters.early_stopping is not None and state.best.step != state.step:
             best.bring_back(self.policy, self.best_weights)
             metric = stage.hyperparameters.early_stopping.metric
@@ -172,7 +174,7 @@ class Trainer:
         if state.best.improves(settings, metrics, state.step):
             best.keep(self.policy, self.best_weights)
         elif state.best.without >= settings.patience and state.stage_step < stage.steps:
-            state.ended = True
+            state.ended, state.skipped = True, state.skipped + stage.steps - state.stage_step
             self.events.message(
                 f"Stage {stage.name} stops early, after step {state.stage_step} of {stage.steps}: {settings.metric} "
                 f"has not improved in {state.best.without} validations."

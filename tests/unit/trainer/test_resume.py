@@ -1,5 +1,6 @@
 """A run that was stopped and resumed is, to the bit, the run that was not."""
 
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -130,3 +131,57 @@ def test_the_process_ends_by_itself_when_its_standard_input_does(llama: Path, tm
         assert closed
         assert process.status() == STOPPED
     assert not (tmp_path / "output").exists()
+
+
+# -- anywhere ---------------------------------------------------------------------------------------------------
+
+POINTS = 20
+LONG = {**SETTINGS, "max_steps": 12, "checkpoint_every": 1, "eval_every": 5}
+EVERYTHING: dict[str, Any] = {
+    **SPEC,
+    "sft": {"hyperparameters": {**LONG, "early_stopping": {"patience": 3, "metric": "eval/loss"}}},
+    "method": dpo_method(
+        **LONG, loss="bco_pair", sync_reference={"steps": 4, "alpha": 0.5}, early_stopping={"patience": 9}
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Event], dict[int, Path]]:
+    """(work folder of a run with a checkpoint at every step, its events, the checkpoints by step)"""
+    folder = make_work_folder(tmp_path_factory.mktemp("whole"), llama, EVERYTHING, train=PAIRS)
+    events = run_in_process(folder)
+    checkpoints = {e["step"]: folder / e["path"] for e in of_kind(events, "checkpoint")}
+    assert len(checkpoints) >= POINTS
+    return folder, events, checkpoints
+
+
+@pytest.mark.parametrize("point", random.Random(0).sample(range(24), POINTS))
+def test_a_run_resumed_at_any_step_has_the_same_bytes(
+    whole: tuple[Path, list[Event], dict[int, Path]], llama: Path, tmp_path: Path, point: int
+) -> None:
+    """With dropout, early stopping, a reference that moves, and a loss that couples the batch. Half of them find
+    tokens and reference in the cache."""
+    expected, events, checkpoints = whole
+    step = sorted(checkpoints)[point % len(checkpoints)]
+    folder = make_work_folder(tmp_path / "work", llama, EVERYTHING, train=PAIRS)
+    shutil.copytree(checkpoints[step], folder / "resume")
+    if point % 2:
+        shutil.copytree(expected / "cache", folder / "cache")
+    resumed = run_in_process(folder)
+    told = [comparable(e) for e in of_kind(resumed, "metrics")]
+    at = next(k for k, e in enumerate(events) if e["kind"] == "checkpoint" and e["step"] == step)
+    assert told == [comparable(e) for e in of_kind(events[at:], "metrics")]
+    for name in ("adapter_model.safetensors", "validation_logps.jsonl"):
+        assert (folder / "output" / name).read_bytes() == (expected / "output" / name).read_bytes(), name
+    assert timeless_rows(folder / "output" / "metrics.csv") == timeless_rows(expected / "output" / "metrics.csv")
+
+
+def test_a_warm_cache_changes_no_bit(uninterrupted: tuple[Path, list[Event]], llama: Path, tmp_path: Path) -> None:
+    expected, _ = uninterrupted
+    folder = make_work_folder(tmp_path, llama, SPEC, train=PAIRS)
+    shutil.copytree(expected / "cache", folder / "cache")
+    events = run_in_process(folder)
+    assert of_kind(events, "made") == []
+    output = "output/adapter_model.safetensors"
+    assert (folder / output).read_bytes() == (expected / output).read_bytes()

@@ -1,0 +1,94 @@
+"""What only a GPU can show, and the part of it that a CPU can."""
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import flex_attention
+
+from tests.unit.trainer.test_families import FAMILIES, ROWS, make_policy
+from tests.unit.trainer.work import (
+    disturb,
+    dpo_method,
+    gradients,
+    load,
+    make_pairs,
+    make_work_folder,
+    pack_of,
+    plain_logps,
+    run_in_process,
+    sft_method,
+    training_metrics,
+)
+from worker.trainer import attention
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+PLAIN = {"adapter": {"r": 4}, "quantization": "none", "seed": 0, "validation_split": 0.0}
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3_text", "gpt2"])
+def test_flex_attention_computes_what_the_cpus_kernels_do(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uncompiled, forward only: FlexAttention has no backward pass on a CPU. Padding is in it, as on a GPU."""
+    policy = make_policy(family, FAMILIES[family], io.StringIO())
+    with torch.no_grad():
+        expected = policy.score(pack_of(policy, ROWS, [0, 1, 2, 3])).responses
+        policy.packing = replace(policy.packing, fixed=True)
+        pack = pack_of(policy, ROWS, [0, 1, 2, 3])
+        assert pack.places > pack.tokens
+
+        def flex(_module: object, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _mask: object, **given: object) -> object:  # fmt: skip
+            blocks = given["tree"].blocks(given.get("sliding_window"))  # type: ignore[attr-defined]
+            attended = attention._flex(query, key, value, blocks, given.get("scaling"), given.get("softcap"))  # type: ignore[arg-type]
+            return attended.transpose(1, 2).contiguous(), None
+
+        monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention)
+        attention.AttentionInterface.register(attention.NAME, flex)  # type: ignore[arg-type]
+        try:
+            found = policy.score(pack).responses
+        finally:
+            attention.AttentionInterface.register(attention.NAME, attention.tree_attention)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+@needs_gpu
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral"])
+def test_shared_log_probs_and_gradients_on_a_gpu(request: pytest.FixtureRequest, architecture: str) -> None:
+    """In bfloat16, against the model's own attention."""
+    policy = disturb(load(request.getfixturevalue(architecture)), 0.02)
+    assert policy.shared and policy.packing.fixed
+    pack = pack_of(policy, ROWS, [0, 1, 2]).to(policy.device)
+    found = policy.score(pack).responses
+    rows = [ROWS[number] for number in pack.rows]
+    with torch.autocast("cuda", torch.bfloat16):
+        expected = torch.cat([plain_logps(policy, row).float() for row in rows])
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=0.2)
+    theirs = gradients(policy, expected.sum())
+    for name, gradient in gradients(policy, found.sum()).items():
+        cosine = torch.nn.functional.cosine_similarity(gradient.flatten(), theirs[name].flatten(), dim=0)
+        assert cosine > 0.98, name
+
+
+@needs_gpu
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit"])
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+def test_8_bit_optimizers_train_on_a_gpu(llama: Path, tmp_path: Path, optimizer: str, quantization: str) -> None:
+    method = dpo_method(max_steps=6, batch_size=8, learning_rate=0.005, optimizer=optimizer)
+    spec = {**PLAIN, "quantization": quantization, "method": method}
+    losses = training_metrics(
+        run_in_process(make_work_folder(tmp_path, llama, spec, train=make_pairs(8))), "loss", "dpo"
+    )
+    assert losses[0] == pytest.approx(0.6931, abs=2e-2)
+    assert losses[-1] < losses[0]
+
+
+@needs_gpu
+def test_recomputed_activations_train_alike_on_a_gpu(llama: Path, tmp_path: Path) -> None:
+    found = []
+    for recompute in (True, False):
+        method = sft_method(max_steps=3, batch_size=8, activation_checkpointing=recompute)
+        folder = make_work_folder(tmp_path / str(recompute), llama, {**PLAIN, "method": method}, train=make_pairs(8))
+        found.append(training_metrics(run_in_process(folder), "loss"))
+    assert found[0] == pytest.approx(found[1], rel=1e-2)

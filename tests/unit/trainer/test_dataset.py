@@ -1,0 +1,238 @@
+"""Token rows of a file: flat arrays give back what was put in, however they were made."""
+
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from app.datasets.example import Example, Kind, Message
+from app.datasets.reader import DatasetError
+from tests.tiny_model import CHATML, make_tokenizer
+from tests.unit.trainer.work import make_pairs, make_row, write_records
+from worker.trainer import dataset
+from worker.trainer.cache import Cache
+from worker.trainer.data import Recipe, Response, Row, Truncation, rows
+from worker.trainer.dataset import Arrays, Rows, load
+from worker.trainer.events import Events, UserError
+
+TOKENIZER = make_tokenizer()
+PAIRS = Recipe(Kind.PREFERENCE, 64)
+
+tokens = st.lists(st.integers(0, 2**31 - 1), max_size=5)
+responses = st.lists(st.tuples(tokens, st.booleans()), min_size=1, max_size=4)
+any_rows = st.lists(st.tuples(st.integers(1, 10**9), tokens, responses, st.booleans()), max_size=6)
+
+
+def made(drawn: Sequence[tuple[int, list[int], list[tuple[list[int], bool]], bool]]) -> list[Row]:
+    return [
+        Row(line, tuple(prompt), tuple(Response(tuple(ids), (flag,) * len(ids)) for ids, flag in answers), desirable)
+        for line, prompt, answers, desirable in drawn
+    ]
+
+
+@given(any_rows, st.lists(st.integers(0, 6), max_size=3), st.data())
+@settings(deadline=None, max_examples=100)
+def test_rows_come_back_as_they_went_in(drawn: Any, cuts: list[int], data: st.DataObject) -> None:
+    expected = made(drawn)
+    bounds = [0, *sorted(min(cut, len(expected)) for cut in cuts), len(expected)]
+    chunks = [Arrays.of(expected[a:b]) for a, b in pairwise(bounds)]
+    found = Rows(Arrays.joined(chunks))
+    assert list(found) == expected
+    assert found.lines == [row.line for row in expected]
+    keep = data.draw(st.lists(st.booleans(), min_size=len(expected), max_size=len(expected)))
+    assert list(found.where(keep)) == [row for row, kept in zip(expected, keep, strict=True) if kept]
+    assert list(found[1:3]) == expected[1:3]
+    assert found.digest() == Rows.of(expected).digest()
+
+
+def test_the_digest_sees_every_token_and_which_are_scored() -> None:
+    row = make_row(1, 4, 3, 5)
+    first = row.responses[0]
+    others = [
+        Row(1, row.prompt[:-1], row.responses),
+        Row(1, (*row.prompt[:-1], row.prompt[-1] + 1), row.responses),
+        Row(1, row.prompt, row.responses[::-1]),
+        Row(1, row.prompt, row.responses[:1]),
+        Row(1, row.prompt, (Response(first.ids, (True,) * 3), row.responses[1])),
+        Row(1, (*row.prompt, first.ids[0]), (Response(first.ids[1:], first.scored[1:]), row.responses[1])),
+    ]
+    digests = {Rows.of([other]).digest() for other in [row, *others]} | {Rows.of([row, row]).digest()}
+    assert len(digests) == len(others) + 2
+    assert Rows.of([Row(2, row.prompt, row.responses)]).digest() == Rows.of([row]).digest()  # a line is no content
+
+
+def test_rows_of_one_prompt_have_one_key_and_rows_without_a_prompt_their_own() -> None:
+    same, other = make_row(1, 4, 3), make_row(2, 4, 3)
+    keys = Rows.of([same, other, same, make_row(3, 0, 3), make_row(3, 0, 3)]).prompts()
+    assert keys[0] == keys[2] != keys[1]
+    assert len(set(keys)) == 4
+
+
+def test_several_processes_make_the_rows_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_records(tmp_path / "data.jsonl", make_pairs(50))
+    one = dataset._tokenise(tmp_path / "data.jsonl", TOKENIZER, Recipe(Kind.PREFERENCE, 16))
+    monkeypatch.setattr(dataset, "PARALLEL_BYTES", 0)
+    monkeypatch.setattr(dataset, "CHUNK", 7)
+    monkeypatch.setattr(dataset.os, "sched_getaffinity", lambda pid: {0, 1})
+    several = dataset._tokenise(tmp_path / "data.jsonl", TOKENIZER, Recipe(Kind.PREFERENCE, 16))
+    assert list(Rows(several[0])) == list(Rows(one[0]))
+    assert several[1] == one[1] != Truncation()
+
+
+def test_what_a_process_finds_wrong_reaches_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = "{% if messages[0]['content'] == 'bad' %}{{ raise_exception('never this') }}{% endif %}" + CHATML
+    pairs = [{**pair, "prompt": "bad" if k == 30 else pair["prompt"]} for k, pair in enumerate(make_pairs(40))]
+    write_records(tmp_path / "data.jsonl", pairs)
+    monkeypatch.setattr(dataset, "PARALLEL_BYTES", 0)
+    monkeypatch.setattr(dataset, "CHUNK", 7)
+    monkeypatch.setattr(dataset.os, "sched_getaffinity", lambda pid: {0, 1})
+    with pytest.raises(UserError, match=r"Line 31: .*never this") as caught:
+        dataset._tokenise(tmp_path / "data.jsonl", make_tokenizer(template), PAIRS)
+    assert (caught.value.code, caught.value.param) == ("chat_template_error", "training_file")
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    with (tmp_path / "events").open("w") as stream:
+        yield Cache(tmp_path / "cache", Events(stream))  # type: ignore[misc]
+
+
+def test_a_file_is_tokenised_once(tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_records(tmp_path / "data.jsonl", make_pairs(9))
+    first, cut = load(tmp_path / "data.jsonl", TOKENIZER, Recipe(Kind.PREFERENCE, 16), cache)
+    assert cut.prompts > 0
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("tokenised again")
+
+    monkeypatch.setattr(dataset, "_tokenise", never)
+    again, cut_again = load(tmp_path / "data.jsonl", TOKENIZER, Recipe(Kind.PREFERENCE, 16), cache)
+    assert list(again) == list(first)
+    assert cut_again == cut
+    assert len(cache.hits) == 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"recipe": Recipe(Kind.SUPERVISED, 64)},
+        {"recipe": Recipe(Kind.PREFERENCE, 32)},
+        {"recipe": Recipe(Kind.SUPERVISED, 64, "text")},
+        {"tokenizer": make_tokenizer(CHATML)},
+        {"records": make_pairs(4)},
+    ],
+    ids=["what is compared", "length", "what is scored", "template", "content"],
+)
+def test_other_settings_are_another_entry(tmp_path: Path, cache: Cache, other: dict[str, Any]) -> None:
+    for number, given_ in enumerate(({}, other)):
+        path = tmp_path / f"{number}.jsonl"
+        write_records(path, given_.get("records", make_pairs(3)))
+        load(path, given_.get("tokenizer", TOKENIZER), given_.get("recipe", PAIRS), cache)
+    assert cache.hits == []
+    assert len(list((tmp_path / "cache").rglob("*"))) >= 3
+
+
+def test_a_file_that_cannot_be_read_leaves_nothing_in_the_cache(tmp_path: Path, cache: Cache) -> None:
+    (tmp_path / "data.jsonl").write_text(json.dumps(make_pairs(1)[0]) + "\n{}\n")
+    with pytest.raises(DatasetError, match="Line 2"):
+        load(tmp_path / "data.jsonl", TOKENIZER, PAIRS, cache)
+    assert not (tmp_path / "cache").exists()
+
+
+# -- what the methods compare -----------------------------------------------------------------------------------
+
+
+def responses_of(example: Example, need: Kind) -> list[tuple[list[str], bool]]:
+    found = rows([example], TOKENIZER, Recipe(need, 512), Truncation())
+    return [
+        ([TOKENIZER.decode(r.ids).removesuffix("</s>").strip() for r in row.responses], row.desirable) for row in found
+    ]
+
+
+RANKED = Example(1, "see", (" a", " b", " c"))
+PAIR = Example(1, "see", (" a", " b"))
+
+
+@pytest.mark.parametrize(
+    ("example", "need", "expected"),
+    [
+        (RANKED, Kind.SUPERVISED, [(["a"], True)]),
+        (RANKED, Kind.PREFERENCE, [(["a", "b"], True), (["a", "c"], True), (["b", "c"], True)]),
+        (RANKED, Kind.RANKED, [(["a", "b", "c"], True)]),
+        (PAIR, Kind.RANKED, [(["a", "b"], True)]),
+        (PAIR, Kind.LABELLED, [(["a"], True), (["b"], False)]),
+        (Example(1, "see", (" a",), desirable=False), Kind.LABELLED, [(["a"], False)]),
+        (Example(1, "see", (" a",), desirable=False), Kind.SUPERVISED, []),
+    ],
+)
+def test_an_example_serves_other_methods_in_their_form(example: Example, need: Kind, expected: Any) -> None:
+    assert responses_of(example, need) == expected
+
+
+CONVERSATION: list[Message] = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "what is it?"},
+    {"role": "assistant", "content": "which one"},
+    {"role": "user", "content": "the other"},
+]
+
+
+def scored_text(row: Row, tokenizer: Any) -> list[str]:
+    """The runs of scored tokens."""
+    (response,) = row.responses
+    runs: list[list[int]] = [[]]
+    for token, scored in zip(response.ids, response.scored, strict=True):
+        if scored:
+            runs[-1].append(token)
+        elif runs[-1]:
+            runs.append([])
+    return [tokenizer.decode(run) for run in runs if run]
+
+
+def test_loss_on_turns_scores_every_assistant_turn_and_nothing_else() -> None:
+    example = Example(1, CONVERSATION, ("the cat",))
+    recipe = Recipe(Kind.SUPERVISED, 512, "turns")
+    (plain,) = rows([example], TOKENIZER, recipe, Truncation())
+    assert scored_text(plain, TOKENIZER) == [" which one", " the cat</s>"]
+    chat = make_tokenizer(CHATML)
+    (row,) = rows([example], chat, recipe, Truncation())
+    assert scored_text(row, chat) == ["which one</s>\n", "the cat</s>\n"]
+
+
+def test_loss_on_turns_is_refused_where_the_template_rewrites_earlier_turns() -> None:
+    forgetful = (
+        "{% for m in messages %}{% if loop.last or m['role'] != 'assistant' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(UserError, match=r"Line 3: .*'answers'") as caught:
+        list(
+            rows(
+                [Example(3, CONVERSATION, ("the cat",))],
+                make_tokenizer(forgetful),
+                Recipe(Kind.SUPERVISED, 512, "turns"),
+                Truncation(),
+            )
+        )
+    assert caught.value.param == "loss_on"
+
+
+def test_a_long_conversation_loses_its_beginning_and_keeps_its_last_answer() -> None:
+    cut = Truncation()
+    (row,) = rows([Example(1, CONVERSATION, ("the cat",))], TOKENIZER, Recipe(Kind.SUPERVISED, 16, "turns"), cut)
+    assert len(row.responses[0].ids) == 16
+    assert row.responses[0].ids[0] == TOKENIZER.bos_token_id
+    assert scored_text(row, TOKENIZER)[-1] == " the cat</s>"
+    assert (cut.prompts, cut.answers, cut.lost) == (1, 0, 0)
+
+
+def test_a_row_whose_answer_vanishes_is_left_out_and_counted() -> None:
+    """The merged boundary token belongs to the answer, and nothing is left of it."""
+    cut = Truncation()
+    example = Example(1, "see", (" ", " the cat"))
+    found = list(rows([example, Example(2, "see", (" a", " b"))], TOKENIZER, PAIRS, cut))
+    assert [row.line for row in found][-1] == 2
+    assert len(found) + cut.lost == 2
