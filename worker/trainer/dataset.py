@@ -78,9 +78,11 @@ class Arrays:
         if len(chunks) == 1:
             return chunks[0]
         segments, tokens = [numpy.zeros(1, dtype=numpy.int64)], [numpy.zeros(1, dtype=numpy.int64)]
+        first_segment = first_token = 0
         for chunk in chunks:
-            segments.append(chunk.segments[1:] + segments[-1][-1])
-            tokens.append(chunk.tokens[1:] + tokens[-1][-1])
+            segments.append(chunk.segments[1:] + first_segment)
+            tokens.append(chunk.tokens[1:] + first_token)
+            first_segment, first_token = first_segment + chunk.segments[-1], first_token + chunk.tokens[-1]
         flat = {name: numpy.concatenate([getattr(c, name) for c in chunks]) for name in cls.FLAT}
         return cls(segments=numpy.concatenate(segments), tokens=numpy.concatenate(tokens), **flat)
 

@@ -35,8 +35,7 @@ def test_flex_attention_computes_what_the_cpus_kernels_do(family: str, monkeypat
     policy = make_policy(family, FAMILIES[family], io.StringIO())
     with torch.no_grad():
         expected = policy.score(pack_of(policy, ROWS, [0, 1, 2, 3])).responses
-        policy.packing = replace(policy.packing, fixed=True)
-        pack = pack_of(policy, ROWS, [0, 1, 2, 3])
+        (pack,) = replace(policy.packing, fixed=True).packs(ROWS, [0, 1, 2, 3])
         assert pack.places > pack.tokens
 
         def flex(_module: object, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _mask: object, **given: object) -> object:  # fmt: skip
