@@ -54,7 +54,7 @@ from worker.trainer.averages import Averages
 from worker.trainer.checkpoint import State
 from worker.trainer.data import Response, Row
 from worker.trainer.dataset import Rows
-from worker.trainer.events import Events
+from worker.trainer.events import Events, UserError
 from worker.trainer.methods import Preference, References, Supervised
 from worker.trainer.model import Policy, wrap
 from worker.trainer.reference import compute
@@ -121,7 +121,7 @@ def _quantise(model: Any) -> None:
                 data = child.weight.data.to("cpu")
                 four.weight = Params4bit(data, requires_grad=False, compress_statistics=True, quant_type="nf4").cuda()
                 setattr(module, name, four)
-    model.is_loaded_in_4bit = model.is_quantized = True
+    model.is_loaded_in_4bit = True  # and not `is_quantized`, which stands for transformers' own quantiser
     model.config.quantization_config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
@@ -193,14 +193,22 @@ def ours(model: Any, folder: Path, pairs: Pairs, batch: int, epochs: int, recomp
             trainer.state = State(stage.name)
             trainer._run_stage(stage, None)
 
-        found = measured(run)
+        trainer._checkpoint = lambda *_: None  # type: ignore[method-assign]
+        try:
+            found = measured(run)
+        finally:
+            release(policy)
         steps = [json.loads(line) for line in stream.getvalue().splitlines()]
         mfu = [step["metrics"]["mfu"] for step in steps if "mfu" in step.get("metrics", {})]
         found["mfu"] = statistics.median(mfu)
-        policy.causal.set_attn_implementation(policy.own_attention)
-        policy.recompute_activations(False)
-        policy.model.unload()
         return found
+
+
+def release(policy: Policy) -> None:
+    """Leave the model as it was before it became a policy."""
+    policy.causal.set_attn_implementation(policy.own_attention)
+    policy.recompute_activations(False)
+    policy.model.unload()
 
 
 def trl(model: Any, folder: Path, pairs: Pairs, batch: int, epochs: int, **options: Any) -> dict[str, float]:
@@ -240,11 +248,13 @@ def trl(model: Any, folder: Path, pairs: Pairs, batch: int, epochs: int, **optio
             )
             made[0].train()
 
-        found = measured(run)
-        model.activation_checkpointing_disable()
-        made[0].model.unload()
-        model.requires_grad_(False)
-        return found
+        try:
+            return measured(run)
+        finally:
+            model.activation_checkpointing_disable()
+            if made:
+                made[0].model.unload()
+            model.requires_grad_(False)
 
 
 ENTRANTS: dict[str, Callable[..., dict[str, float]]] = {
@@ -263,11 +273,12 @@ SCHEMES = {
 }
 
 
-def compare(model: Any, folder: Path, deadline: float, peers: bool) -> dict[str, Any]:
+def compare(model: Any, folder: Path, deadline: float, peers: bool, tiny: bool) -> dict[str, Any]:
     """Every entrant on every workload, as often as there is time for: first all once, then again."""
     record: dict[str, Any] = {}
     layers, head = layer_weights(model), model.get_output_embeddings().weight.numel()
     for workload, (file, medians, count, batch) in WORKLOADS.items():
+        count, batch = (count // 8, batch // 8) if tiny else (count, batch)
         lengths, source = lengths_of(file, count, medians)
         pairs = make_pairs(lengths, MAX_LENGTH)
         arithmetic = Arithmetic.of(pairs, layers, head)
@@ -280,12 +291,14 @@ def compare(model: Any, folder: Path, deadline: float, peers: bool) -> dict[str,
                     if turn == 0 or time.monotonic() < deadline:
                         try:
                             run = ENTRANTS[name](model, folder, pairs, batch, epochs)
-                        except torch.OutOfMemoryError:
+                        except (torch.OutOfMemoryError, UserError):
                             console.print(f"{name}: out of memory on {workload}")
                             continue
                         found.setdefault(name, []).append(run)
             bounds = {name: arithmetic.bound(epochs, **scheme) for name, scheme in SCHEMES.items()}
             title = f"{workload}, {epochs} epochs, {count} pairs ({source}), batch {batch}"
+            if "dpo-service" not in found:
+                continue
             show(title, found, epochs * count, epochs * arithmetic.shared, bounds)
             record[f"{workload}, {epochs} epochs"] = {"source": source, "runs": found, "bounds": bounds}
     return record
@@ -334,7 +347,11 @@ def scaling(model: Any, folder: Path, tiny: bool, deadline: float) -> list[dict[
             count = max(1, 2 * budget // size)
             rows = Rows.of(_row(number, prompt, response) for number in range(count))
             policy.packing = replace(policy.packing, budget=budget)
-            entry = _step(policy, rows, DPOHyperparameters().resolved(full=False))
+            try:
+                entry = _step(policy, rows, DPOHyperparameters().resolved(full=False))
+            except torch.OutOfMemoryError:
+                table.add_row(str(prompt), str(response), str(budget), str(count), "out of memory")
+                continue
             entry |= {"prompt": prompt, "response": response, "budget": budget, "pairs": count}
             record.append(entry)
             table.add_row(
@@ -342,7 +359,7 @@ def scaling(model: Any, folder: Path, tiny: bool, deadline: float) -> list[dict[
                 f"{entry['mfu']:.1%}", f"{entry['activation_bytes'] / 2**30:.1f} GiB",
             )  # fmt: skip
     console.print(table)
-    policy.model.unload()
+    release(policy)
     return record
 
 
@@ -412,7 +429,7 @@ def main() -> None:
         model.config.save_pretrained(folder)
         record: dict[str, Any] = {"machine": machine, "tiny": arguments.tiny, "weights_bytes": allocated()}
         record["scaling"] = scaling(model, folder, arguments.tiny, deadline - 60 * arguments.minutes * 0.7)
-        record |= compare(model, folder, deadline, machine["trl"] is not None)
+        record |= compare(model, folder, deadline, machine["trl"] is not None, arguments.tiny)
     if not arguments.tiny:
         results = Path(__file__).parent / "results"
         results.mkdir(exist_ok=True)

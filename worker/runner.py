@@ -265,8 +265,7 @@ class Run:
             repository.add_event(session, self.job.id, message, type="metrics", data=data)
         elif event["kind"] == "checkpoint":
             name = f"{model_name(self.job)}:ckpt-step-{event['step']}"
-            existing = repository.latest_checkpoint(session, self.job.id)
-            if existing is not None and existing.step_number >= event["step"]:
+            if repository.has_checkpoint(session, self.job.id, event["step"]):
                 return  # written again after a resume; the first one is as good
             session.add(
                 Checkpoint(

@@ -6,7 +6,6 @@ folder; `model` names a base model as on a worker. DIR ends as the artifact fold
 
 import json
 import shutil
-import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -106,7 +105,8 @@ def _run(folder: Path, console: Console) -> int:
                 console.print(event["message"], highlight=False)
         status = process.wait()
     except KeyboardInterrupt:
-        process.send_signal(signal.SIGTERM)
+        assert process.stdin is not None
+        process.stdin.close()  # the trainer ends with its input, wherever it is
         process.wait()
         return 130
     if status != 0 and not failed:

@@ -176,7 +176,8 @@ class DPOHyperparameters(Hyperparameters):
             value, without = getattr(self, field), [name for name in names if field not in LOSSES[name].options]
             asked = value is not None and not (field == "use_weighting" and value is False)
             # What shapes the log-probs or the labels shapes those of every term; the rest belongs to one of them.
-            if asked and (len(without) == len(names) or (field in SHARED and set(without) - {"sft"})):
+            exempt = set() if field == "ld_alpha" else {"sft"}
+            if asked and (len(without) == len(names) or (field in SHARED and set(without) - exempt)):
                 raise inconsistent(field, f"'{field}' has no meaning with the loss '{without[0]}'")
         if self.f_alpha is not None and self.f_divergence != "alpha_divergence":
             raise inconsistent("f_alpha", "'f_alpha' goes with 'f_divergence': 'alpha_divergence'")
@@ -192,7 +193,10 @@ class DPOHyperparameters(Hyperparameters):
         metric = self.early_stopping and self.early_stopping.metric
         if metric == "eval/mean_token_accuracy" or (metric == "eval/rewards/margins" and self.data == Kind.LABELLED):
             raise inconsistent("early_stopping.metric", f"The loss '{names[0]}' has no metric '{metric}'")
-        if self.beta is not None and all(kind.beta is None for kind in self.kinds):
+        defaults = {kind.beta for kind in self.kinds if kind.beta is not None}
+        if self.beta is None and len(defaults) > 1:
+            raise inconsistent("beta", f"Give 'beta': the losses {', '.join(names)} have different defaults")
+        if self.beta is not None and not defaults:
             raise inconsistent("beta", f"'beta' has no meaning with the loss '{names[0]}'")
         return self
 

@@ -102,6 +102,12 @@ def checkpoints(session: Session, job_id: str, *, after: str | None, limit: int)
     return list(session.scalars(statement.order_by(Checkpoint.step_number.desc()).limit(limit + 1)))
 
 
+def has_checkpoint(session: Session, job_id: str, step: int) -> bool:
+    """Whether the job has a checkpoint of `step`."""
+    found = select(Checkpoint.id).where(Checkpoint.job_id == job_id, Checkpoint.step_number == step)
+    return session.scalar(found) is not None
+
+
 def latest_checkpoint(session: Session, job_id: str) -> Checkpoint | None:
     """Where the next attempt resumes."""
     found = checkpoints(session, job_id, after=None, limit=0)

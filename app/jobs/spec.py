@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
 from app.datasets.example import Kind
-from app.jobs.hyperparameters import DPOHyperparameters, SupervisedHyperparameters
+from app.jobs.hyperparameters import DPOHyperparameters, Hyperparameters, SupervisedHyperparameters
 from app.jobs.strict import Strict, inconsistent
 
 DEFAULT_VALIDATION_SPLIT = 0.05
@@ -150,7 +150,23 @@ class JobSpec(Strict):
             raise inconsistent("quantization", "Full-parameter training (adapter 'none') needs quantization 'none'")
         if self.validation_file is not None and self.validation_split:
             raise inconsistent("validation_split", "Give 'validation_file' or 'validation_split', not both")
+        self._validated()
         return self
+
+    def _validated(self) -> None:
+        """Early stopping needs something to judge by."""
+        if self.validation_file is not None or self.validation_split != 0:
+            return
+        method, sft = self.method.dpo or self.method.supervised, self.sft
+        stages: dict[str, Hyperparameters | None] = {f"method.{self.method.type}": None}
+        if method is not None:
+            stages[f"method.{self.method.type}"] = method.hyperparameters
+        if sft is not None and sft.validation_file is None:
+            stages["sft"] = sft.hyperparameters
+        for field, settings in stages.items():
+            if settings is not None and settings.early_stopping is not None:
+                field = f"{field}.hyperparameters.early_stopping"
+                raise inconsistent(field, "'early_stopping' needs a 'validation_file' or a 'validation_split' above 0")
 
     def resolved(self) -> Self:
         """The spec as it will be run: no "auto", a seed, and every default written out."""

@@ -5,12 +5,13 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from openai import BadRequestError, NotFoundError
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
 
 from tests.acceptance.conftest import pairs, write
 from tests.acceptance.service import Running, running, stack
@@ -178,7 +179,7 @@ def test_the_trainer_runs_alone(home: Path, tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", pairs(24, seed=1))
     spec = tmp_path / "spec.json"
     spec.write_text(json.dumps({"model": "tiny", "training_file": "train.jsonl", "method": {"type": "dpo"}, "seed": 1}))
-    service = Running("", "", home, {"DPO_HOME": str(home), "PATH": ""}, None)  # type: ignore[arg-type]
+    service = Running("", "", home, {"DPO_HOME": str(home), "PATH": ""}, None)
     output = tmp_path / "made"
     done = service.dpo("train", str(spec), "--output", str(output))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -189,3 +190,51 @@ def test_the_trainer_runs_alone(home: Path, tmp_path: Path) -> None:
     spec.write_text(json.dumps({"model": "../tiny", "training_file": "train.jsonl"}))
     refused = service.dpo("train", str(spec), "--output", str(tmp_path / "other"))
     assert refused.returncode == 2 and not (tmp_path / "other").exists()
+
+
+def test_a_sweep_shares_the_reference_and_a_reward_model_is_a_classifier(home: Path, tmp_path: Path) -> None:
+    """What jobs on the same file have in common is computed once, through the object store."""
+    with running(home, {}) as service:
+        client: Any = service.openai()
+        file = client.files.create(file=write(tmp_path / "train.jsonl", pairs(24, seed=1)), purpose="fine-tune")
+
+        def train(name: str, **hyperparameters: Any) -> str:
+            method = {"type": "dpo", "dpo": {"hyperparameters": {"batch_size": 8, **hyperparameters}}}
+            job = client.fine_tuning.jobs.create(
+                model="tiny",
+                training_file=file.id,
+                method=method,
+                seed=3,
+                suffix=name,
+                extra_body={"adapter": {"r": 4}},
+            )
+            service.wait_for(job.id, lambda seen: seen["status"] == "succeeded")
+            return str(job.id)
+
+        def told(job_id: str) -> str:
+            return "\n".join(event.message for event in client.fine_tuning.jobs.list_events(job_id, limit=100))
+
+        first, second = train("low", beta=0.05), train("high", beta=0.5)
+        assert "Reference log-probs computed" in told(first)
+        assert "Reference log-probs found in the cache" in told(second)
+
+        policy = client.fine_tuning.jobs.retrieve(first).fine_tuned_model
+        held = train("held", reference_model=policy)
+        assert "Reference log-probs computed" in told(held)
+
+        rewards = client.fine_tuning.jobs.retrieve(train("judge", loss="reward_model")).fine_tuned_model
+        assert policy is not None and rewards is not None
+        folder = tmp_path / "rewards"
+        downloaded = service.dpo("models", "download", rewards, "--output", str(folder))
+        assert downloaded.returncode == 0, downloaded.stderr
+        for body in ({"model": rewards}, {"model": "tiny", "method": reference_by(rewards)}):
+            with pytest.raises(BadRequestError, match="reward model"):
+                client.fine_tuning.jobs.create(training_file=file.id, **body)
+    judge = AutoModelForSequenceClassification.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        assert judge(**tokenizer("see</s>", return_tensors="pt")).logits.shape == (1, 1)
+
+
+def reference_by(model: str) -> dict[str, Any]:
+    return {"type": "dpo", "dpo": {"hyperparameters": {"reference_model": model}}}

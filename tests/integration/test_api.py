@@ -236,6 +236,8 @@ BAD_JOBS: list[tuple[dict[str, Any], str, str]] = [
     ({"adapter": {"target_modules": ["lm_head"]}}, "invalid_value", "adapter.target_modules"),
     ({"method": DPO, "sft": {"validation_file": "file-none"}}, "invalid_value", "sft.validation_file"),
     ({"adapter": "none", "quantization": "nf4"}, "invalid_value", "quantization"),
+    ({"validation_split": 0, "method": {"type": "dpo", "dpo": {"hyperparameters": {"early_stopping": {}}}}}, "invalid_value", "method.dpo.hyperparameters.early_stopping"),
+    ({"validation_split": 0, "method": DPO, "sft": {"hyperparameters": {"early_stopping": {}}}}, "invalid_value", "sft.hyperparameters.early_stopping"),
     ({"adapter": "none", "quantization": "int8"}, "invalid_value", "quantization"),
     ({"quantization": "fp8"}, "invalid_value", "quantization"),
     ({"suffix": "../x"}, "invalid_value", "suffix"),

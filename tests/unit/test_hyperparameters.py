@@ -35,7 +35,7 @@ READ_BY: dict[str, set[str]] = {
     "label_smoothing": {"sigmoid", "robust", "exo_pair", "aot", "aot_unpaired", "cpo"},
     "f_divergence": {"sigmoid", "hinge", "ipo", "robust", "exo_pair", "discopop", "sigmoid_norm"},
     "f_alpha": {"sigmoid", "hinge", "ipo", "robust", "exo_pair", "discopop", "sigmoid_norm"},
-    "ld_alpha": set(NAMES) - {"sft", "unlikelihood", "kto", "plackett_luce", "reward_model"},
+    "ld_alpha": set(NAMES) - {"sft", "orpo", "cpo", "unlikelihood", "kto", "plackett_luce", "reward_model"},
     "use_weighting": set(NAMES) - {"aot", "aot_unpaired", "kto", "plackett_luce", "reward_model"},
 }
 """Which losses an option is for, written out by hand."""
@@ -105,7 +105,7 @@ def test_an_option_that_shapes_pairs_must_suit_every_term(option: str) -> None:
     assert f"'{other}'" in message
 
 
-@pytest.mark.parametrize("option", ["label_smoothing", "f_divergence", "ld_alpha", "use_weighting"])
+@pytest.mark.parametrize("option", ["label_smoothing", "f_divergence", "use_weighting"])
 def test_sft_beside_another_loss_takes_its_options(option: str) -> None:
     values = {"loss": terms("sft", "sigmoid"), option: VALUES[option]}
     assert getattr(DPOHyperparameters.model_validate(values), option) == VALUES[option]
@@ -277,8 +277,12 @@ def test_each_loss_has_its_own_beta(name: str) -> None:
     assert settings.resolved(full=True).beta == BETAS.get(name, 0.1)
 
 
-def test_the_beta_of_a_sum_is_that_of_its_first_term_with_one() -> None:
-    assert DPOHyperparameters.model_validate({"loss": terms("sft", "simpo", "sigmoid")}).resolved(True).beta == 2.0
+def test_the_beta_of_a_sum_is_given_where_its_terms_differ() -> None:
+    field, message = refusal({"loss": terms("sft", "simpo", "sigmoid")})
+    assert field == "beta" and "different defaults" in message
+    both = {"loss": terms("sft", "simpo", "sigmoid"), "beta": 1.5}
+    assert DPOHyperparameters.model_validate(both).resolved(True).beta == 1.5
+    assert DPOHyperparameters.model_validate({"loss": terms("sft", "simpo")}).resolved(True).beta == 2.0
     assert DPOHyperparameters.model_validate({"loss": terms("sft", "unlikelihood")}).resolved(True).beta is None
 
 

@@ -3,18 +3,17 @@
 import csv
 import gc
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from app.jobs.spec import Adapter, JobSpec
 from worker.trainer import reward
-from worker.trainer.data import Row
 from worker.trainer.events import Events
+from worker.trainer.memory import free_host_bytes
+from worker.trainer.methods import Found
 from worker.trainer.model import Base, Policy, load_policy
 from worker.trainer.plan import Stage
 
@@ -24,15 +23,15 @@ RESULT_COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_m
 
 @dataclass(frozen=True)
 class Results:
-    """What is known about a finished run. `public_spec` is the job as its user wrote it. `validation` holds
-    row, log-probs and the reference's, after the end."""
+    """What is known about a finished run. `public_spec` is the job as its user wrote it. `validation` holds the
+    number of each validation row of `stage`, its log-probs and the reference's, after the end."""
 
     spec: JobSpec
     public_spec: dict[str, Any]
     base: Base
     history: list[dict[str, Any]]
     stage: Stage
-    validation: list[tuple[Row, Tensor, Tensor | None]]
+    validation: Found
 
 
 def write(folder: Path, policy: Policy, results: Results, events: Events) -> None:
@@ -45,12 +44,13 @@ def write(folder: Path, policy: Policy, results: Results, events: Events) -> Non
     _write_csv(folder.parent / "result.csv", list(RESULT_COLUMNS), _result_rows(results.history))
     (folder / "spec.json").write_text(json.dumps(results.public_spec, indent=2, sort_keys=True) + "\n")
     with (folder / "validation_logps.jsonl").open("w") as file:
-        for row, logps, reference in sorted(results.validation, key=lambda entry: entry[0].line):
+        lines = results.stage.validation.lines
+        for number, logps, reference in sorted(results.validation, key=lambda entry: (lines[entry[0]], entry[0])):
             theirs = None if reference is None else reference.tolist()
             found = {"logps": logps.tolist(), "reference_logps": theirs}
             if policy.reward_head is not None:
                 found = {"rewards": logps.tolist()}
-            file.write(json.dumps({"line": row.line} | found) + "\n")
+            file.write(json.dumps({"line": lines[number]} | found) + "\n")
     kind = "reward" if policy.reward_head is not None else "full" if policy.full else "adapter"
     drift = _drift(folder, policy, results, events)
     (folder / "README.md").write_text(_card(results, kind, drift))
@@ -101,7 +101,7 @@ def _drift(folder: Path, policy: Policy, results: Results, events: Events) -> st
     if device.type == "cuda":
         torch.cuda.empty_cache()
     plain = results.spec.model_copy(update={"quantization": "none"})
-    rows = [row for row, _, _ in chosen]
+    rows = [results.stage.validation[number] for number, _, _ in chosen]
     total, tokens = 0.0, 0
     try:
         unquantised = load_policy(plain, results.base, folder, events, trainable=False)
@@ -121,8 +121,7 @@ def _drift(folder: Path, policy: Policy, results: Results, events: Events) -> st
 
 def _fits_in_memory(folder: Path) -> bool:
     """Whether the weights in `folder` fit as float32, at most twice their size on the disk."""
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 2 * sum(path.stat().st_size for path in folder.glob("*.safetensors")) < available
+    return 2 * sum(path.stat().st_size for path in folder.glob("*.safetensors")) < free_host_bytes()
 
 
 def _card(results: Results, kind: str, drift: str) -> str:

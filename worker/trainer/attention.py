@@ -34,6 +34,12 @@ class TreeMask:
         self._trees: dict[int | None, list[tuple[int, int, Tensor | None]]] = {}
         self._blocks: dict[int | None, Any] = {}
 
+    def prepare(self, windows: set[int | None]) -> None:
+        """Make the masks for `windows` now: on a GPU before the layers run, which may be compiled."""
+        if self.pack.ids.is_cuda:
+            for window in windows:
+                self.blocks(window)
+
     def trees(self, window: int | None = None) -> list[tuple[int, int, Tensor | None]]:
         """(first place, place behind the last, mask [1, 1, n, n]) of each tree of a pack of one sequence.
 
@@ -182,6 +188,14 @@ def why_not_shared(model: Any) -> str | None:
     if ropes:
         return f"its rotary embedding ('{sorted(ropes)[0]}') depends on the length of the sequence"
     return None
+
+
+def windows(model: Any) -> set[int | None]:
+    """The sliding windows of the layers of `model`; None for those that see everything."""
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
+    return {window if kind == "sliding_attention" else None for kind in kinds}
 
 
 def rope_kinds(model: Any) -> set[str]:

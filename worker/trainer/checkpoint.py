@@ -36,6 +36,8 @@ class State:
     trained_tokens: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     best: Best = field(default_factory=Best)
+    pending: dict[str, float] | None = None
+    """The metrics of a step that is not validated yet."""
 
 
 def save(

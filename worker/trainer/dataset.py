@@ -5,10 +5,12 @@ import json
 import multiprocessing
 import os
 import threading
+from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import pairwise
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -52,24 +54,23 @@ class Arrays:
 
     @classmethod
     def of(cls, rows: Iterable[Row]) -> "Arrays":
-        lines, desirable, segments, tokens = [], [], [0], [0]
-        ids: list[int] = []
-        scored: list[bool] = []
+        lines, desirable, segments, tokens = array("q"), bytearray(), array("q", [0]), array("q", [0])
+        ids, scored = array("i"), bytearray()
         for row in rows:
             lines.append(row.line)
             desirable.append(row.desirable)
             for part, flags in ((row.prompt, (False,) * len(row.prompt)), *((r.ids, r.scored) for r in row.responses)):
-                ids += part
-                scored += flags
+                ids.extend(part)
+                scored.extend(flags)
                 tokens.append(len(ids))
             segments.append(len(tokens) - 1)
         return cls(
             numpy.array(lines, dtype=numpy.int64),
-            numpy.array(desirable, dtype=bool),
+            numpy.frombuffer(desirable, dtype=bool),
             numpy.array(segments, dtype=numpy.int64),
             numpy.array(tokens, dtype=numpy.int64),
             numpy.array(ids, dtype=numpy.int32),
-            numpy.array(scored, dtype=bool),
+            numpy.frombuffer(scored, dtype=bool),
         )
 
     @classmethod
@@ -118,6 +119,13 @@ class Rows(Sequence[Row]):
         parts = [(tuple(ids[i - start : j - start]), tuple(scored[i - start : j - start])) for i, j in pairwise(bounds)]
         responses = tuple(Response(part, flags) for part, flags in parts[1:])
         return Row(int(a.lines[number]), parts[0][0], responses, bool(a.desirable[number]))
+
+    @cached_property
+    def longest(self) -> int:
+        """The tokens of the largest row."""
+        a, numbers = self._arrays, self._numbers
+        sizes = a.tokens[a.segments[numbers + 1]] - a.tokens[a.segments[numbers]]
+        return int(sizes.max()) if len(sizes) else 0
 
     @property
     def lines(self) -> list[int]:

@@ -28,18 +28,16 @@ from worker.trainer.averages import Averages
 from worker.trainer.best import Best
 from worker.trainer.cache import Cache
 from worker.trainer.checkpoint import State
-from worker.trainer.data import Row
 from worker.trainer.dataset import Rows
 from worker.trainer.events import Events, UserError
-from worker.trainer.methods import Method, Preference, References, Supervised
+from worker.trainer.methods import Found, Method, Preference, References, Supervised
 from worker.trainer.model import Base, Policy, load_policy, load_tokenizer
-from worker.trainer.optimizer import make_optimizer
-from worker.trainer.packing import tree_pack, trees
+from worker.trainer.optimizer import NEED_GPU, make_optimizer
+from worker.trainer.packing import trees
 from worker.trainer.plan import Stage
 from worker.trainer.reference import Reference
 
 Result = TypeVar("Result")
-PROBE_TOKENS = 512
 
 
 class Stopped(Exception):
@@ -63,27 +61,38 @@ class Trainer:
         self.resume = resume if resume.exists() else None
         self.best_weights = folder / "best" / "weights.safetensors"
         self._saved_step = -1
+        self._last_good: dict[str, Tensor] | None = None
 
     def run(self) -> None:
         """Train, and leave the artifact in `output/`. Raises `UserError` or `Stopped`."""
+        try:
+            self._run()
+        except torch.OutOfMemoryError as error:  # not in a step, which is tried with smaller packs
+            message = "The model, its optimizer or one row do not fit into the GPU's memory."
+            raise UserError("out_of_memory", f"{message} Lower 'max_length', or quantise the base.", "model") from error
+
+    def _run(self) -> None:
         began = time.monotonic()
         start = self.folder / "start" if (self.folder / "start").exists() else None
         self.stages = self._stages(start or self.base.folder)
         self._tick()
-        others = self._other_reference() if self.resume is None else None
+        self.state = State(self.stages[0].name)
+        if self.resume is not None:
+            self.state = checkpoint.load_state(self.resume)
+            self._saved_step = self.state.step
+        done = self.resume is not None and self.state.stage == self.stages[-1].name
+        others = None if done else self._other_reference()
         self.policy = load_policy(self.spec, self.base, self.resume / "model" if self.resume else start, self.events)
         self._tick()
         self.policy.check(self.stages[-1].train, self.events)
+        for stage in self.stages:
+            require_possible(stage, self.policy)
         if self.policy.reward_head is not None:
             reward.require_classifier(self.policy)
         self.events.message(
             f"Model and {sum(len(s.train) for s in self.stages)} rows ready after {time.monotonic() - began:.1f} s "
             f"on {self.policy.device.type} ({torch.get_num_threads()} threads)."
         )
-        self.state = State(self.stages[0].name)
-        if self.resume is not None:
-            self.state = checkpoint.load_state(self.resume)
-            self._saved_step = self.state.step
         resumed = [stage.name for stage in self.stages].index(self.state.stage)
         for stage in self.stages[resumed:]:
             self._run_stage(stage, others)
@@ -129,31 +138,44 @@ class Trainer:
             self.events.message("The adapter's dropout acts in SFT only; the DPO stage runs without it.", level="warn")
         if stage.batch_size != settings.batch_size:
             self.events.message(f"Only {stage.batch_size} rows: the batch size is that.", level="warn")
-        if settings.early_stopping is not None and not stage.validation:
-            raise UserError("no_validation_rows", "'early_stopping' needs validation rows.", "early_stopping")
         self.events.emit("stage", stage=stage.name, rows=len(stage.train), validation_rows=len(stage.validation))
         if state.stage_step == 0:
             self._judge(stage, self._validate(stage, method, record=True))
         began, first, validated = time.monotonic(), state.stage_step, state.stage_step == 0
-        while state.stage_step < stage.steps and not state.ended:
-            if self.stopping.is_set():
-                self._checkpoint(stage, optimizer, method)
-                raise Stopped
-            metrics = self._step(stage, optimizer, method)
-            state.step, state.stage_step = state.step + 1, state.stage_step + 1
-            method.after_step(state.stage_step)
-            validated = state.stage_step in (stage.steps,) or state.stage_step % stage.eval_every == 0
+        self._last_good = None
+        while state.pending is not None or (state.stage_step < stage.steps and not state.ended):
+            if state.pending is None:
+                if self.stopping.is_set():
+                    self._checkpoint(stage, optimizer, method)
+                    raise Stopped
+                state.pending = self._step(stage, optimizer, method)
+                state.step, state.stage_step = state.step + 1, state.stage_step + 1
+                method.after_step(state.stage_step)
+            metrics = state.pending
+            validated = state.stage_step == stage.steps or state.stage_step % stage.eval_every == 0
             if validated:
-                found = self._validate(stage, method, record=False)
-                metrics |= found
-                self._judge(stage, found)
+                metrics |= self._validate_step(stage, optimizer, method)
+            state.pending = None
             self._record(stage, metrics)
-            each = (time.monotonic() - began) / (state.stage_step - first)
+            each = (time.monotonic() - began) / max(1, state.stage_step - first)
             self._report(stage, metrics, seconds_remaining=each * (self.total_steps - state.step))
             last = state.ended or state.stage_step == stage.steps
             if last or state.stage_step % stage.checkpoint_every == 0:
                 self._checkpoint(stage, optimizer, method)
         self._finish_stage(stage, method, validated=validated)
+
+    def _validate_step(self, stage: Stage, optimizer: torch.optim.Optimizer, method: Method) -> dict[str, float]:
+        """Validate after a step. Asked to stop meanwhile, the run goes on from here: the step is not lost."""
+        try:
+            found = self._validate(stage, method, record=False)
+        except Stopped:
+            self._checkpoint(stage, optimizer, method)
+            raise
+        if not math.isfinite(found.get("eval/loss", 0.0)):
+            self._keep_last_good(stage, optimizer, method)
+        self._require_finite(found, "eval/loss")
+        self._judge(stage, found)
+        return found
 
     def _finish_stage(self, stage: Stage, method: Method, *, validated: bool) -> None:
         """Go back to the best weights where the job asked for it, and know the final validation log-probs."""
@@ -206,8 +228,9 @@ class Trainer:
         ours = load_tokenizer(self.base.folder).get_vocab()
         if other.tokenizer.get_vocab() != ours:
             message = f"'{settings.reference_model}' has another tokenizer than '{self.spec.model}'."
-            raise UserError("invalid_value", message, "reference_model")
+            raise UserError("invalid_value", message, f"{stage.param}.reference_model")
         self.policy = other
+        other.check(stage.train, self.events)
         found = self._reference_by(other, stage, settings)
         del self.policy, other
         gc.collect()
@@ -231,17 +254,15 @@ class Trainer:
         """Recompute activations where the job says so, or where they would not fit."""
         asked = stage.hyperparameters.activation_checkpointing
         if asked is None:
-            row = stage.train[0]
-            pack = tree_pack(trees([row], [0], PROBE_TOKENS)).to(self.policy.device)
-            longest = max(row.tokens for row in stage.train)
-            asked = not self._in_memory(lambda: memory.fits(self.policy, pack, longest), stage)
+            pack = self.policy.packing.build(trees(stage.train, [0], 0)).to(self.policy.device)
+            asked = not self._in_memory(lambda: memory.fits(self.policy, pack, stage.train.longest), stage)
             if asked:
                 self.events.message("Activations are recomputed in the backward pass: they would not fit into memory.")
         self.policy.recompute_activations(asked)
 
     def _in_memory(self, work: Callable[[], Result], stage: Stage) -> Result:
         """Run `work`; where the GPU's memory is not enough, with half the budget, again and again."""
-        longest = max(row.tokens for row in stage.train)
+        longest = max(stage.train.longest, stage.validation.longest)
         while True:
             generator = torch.get_rng_state()
             try:
@@ -250,7 +271,9 @@ class Trainer:
                 packing = self.policy.packing
                 if packing.budget <= longest:
                     message = f"The longest row ({longest} tokens) does not fit into the GPU's memory."
-                    raise UserError("out_of_memory", f"{message} Lower 'max_length'.", "max_length") from error
+                    raise UserError(
+                        "out_of_memory", f"{message} Lower 'max_length'.", f"{stage.param}.max_length"
+                    ) from error
                 self.policy.packing = replace(packing, budget=packing.budget // 2)
             self.events.message(
                 f"Out of memory: packs of {self.policy.packing.budget} tokens from now on.", level="warn"
@@ -272,8 +295,10 @@ class Trainer:
         averages.add("grad_norm", norm)
         metrics = averages.means()
         if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
-            self._checkpoint(stage, optimizer, method)  # the weights are those of the step before, which were good
-            self._require_finite(metrics, "loss", "grad_norm")
+            self._keep_last_good(stage, optimizer, method)
+        self._require_finite(metrics, "loss", "grad_norm")
+        if not policy.full:  # of an adapter a copy costs nothing
+            self._last_good = {name: p.detach().clone() for name, p in policy.trainable().items()}
         rate = stage.learning_rate(step)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -294,31 +319,44 @@ class Trainer:
             metrics["mfu"] = needed / (seconds * throughput.peak_flops(policy.device))
         return metrics
 
+    def _keep_last_good(self, stage: Stage, optimizer: torch.optim.Optimizer, method: Method) -> None:
+        """Write a checkpoint of the weights of the last finite loss: one step back, since the last update broke it.
+
+        It is for those who want to train on from there; its optimizer state is the one after that update.
+        """
+        if self._last_good is None or self.state.stage_step < 2:
+            return
+        with torch.no_grad():
+            for name, parameter in self.policy.trainable().items():
+                parameter.copy_(self._last_good[name])
+        self.state.step, self.state.stage_step = self.state.step - 1, self.state.stage_step - 1
+        if not (self.folder / "checkpoints" / f"step-{self.state.step}").exists():
+            self._checkpoint(stage, optimizer, method)
+
     def _require_finite(self, metrics: dict[str, float], *names: str) -> None:
         for name in names:
-            if not math.isfinite(metrics[name]):
+            if not math.isfinite(metrics.get(name, 0.0)):
                 raise UserError(
                     "loss_not_finite",
-                    f"{name} became {metrics[name]} after {self.state.step} steps. Try a lower learning rate; "
-                    "the checkpoints before it are kept.",
+                    f"{name} became {metrics[name]}. Try a lower learning rate. Step {self.state.step} is the last "
+                    "one known to be good; checkpoints up to it are kept.",
                     "method",
                 )
 
     def _validate(self, stage: Stage, method: Method, *, record: bool) -> dict[str, float]:
         """The metrics of the validation rows, under `eval/`."""
-        self.validation_logps: list[tuple[Row, Tensor, Tensor | None]] = []
+        self.validation_logps: Found = []
         if not stage.validation:
             return {}
 
-        def work() -> tuple[Any, Averages]:
+        def work() -> tuple[Found, Averages]:
             averages = Averages()
             return method.evaluate(averages, self._tick), averages
 
-        found, averages = self._in_memory(work, stage)
-        self.validation_logps = [(stage.validation[number], ours, theirs) for number, ours, theirs in found]
+        self.validation_logps, averages = self._in_memory(work, stage)
         metrics = {f"eval/{name}": value for name, value in averages.means().items()}
-        self._require_finite(metrics, "eval/loss")
         if record:
+            self._require_finite(metrics, "eval/loss")
             self._record(stage, metrics)
             self._report(stage, metrics, seconds_remaining=None)
         return metrics
@@ -362,6 +400,17 @@ class Trainer:
         """Between two pieces of work that are not a step: stop here if asked to."""
         if self.stopping.is_set():
             raise Stopped
+
+
+def require_possible(stage: Stage, policy: Policy) -> None:
+    """Refuse before any step what this machine or these rows cannot do."""
+    settings = stage.hyperparameters
+    if settings.early_stopping is not None and not stage.validation:
+        message = "'early_stopping' needs validation rows, and none was held out."
+        raise UserError("no_validation_rows", message, f"{stage.param}.early_stopping")
+    if settings.optimizer in NEED_GPU and policy.device.type != "cuda":
+        message = f"'{settings.optimizer}' needs a GPU; use 'adamw'."
+        raise UserError("optimizer_needs_gpu", message, f"{stage.param}.optimizer")
 
 
 def _with_averages(method: Method, numbers: list[int]) -> tuple[Any, Averages]:

@@ -7,7 +7,7 @@ rows (for SFT: over its scored tokens), whatever packs they are in.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +42,18 @@ class Work:
         return cls(*sums)
 
 
+class Part(NamedTuple):
+    """What a batch needs to know of a pack: its rows, and of each of their responses the row and the scored tokens."""
+
+    rows: tuple[int, ...]
+    row_of: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def of(cls, pack: Pack) -> "Part":
+        return cls(pack.rows, pack.row_of, pack.lengths[pack.leaves])
+
+
 class Method(Protocol):
     """SFT or a preference method, on the rows of one stage."""
 
@@ -68,7 +80,8 @@ class Supervised:
     validation: Sequence[Row]
 
     def backward(self, numbers: list[int], averages: Averages) -> Work:
-        packs = list(self.policy.packs(self.train, numbers))
+        # Rows are not merged: two that are the same count twice.
+        packs = list(self.policy.packs(self.train, numbers, merge=False))
         count = sum(len(pack.targets) for pack in packs)
         for pack in packs:
             scores = self.policy.score(pack).tokens
@@ -81,13 +94,15 @@ class Supervised:
     def evaluate(self, averages: Averages, tick: Callable[[], None]) -> Found:
         found: Found = []
         with torch.no_grad():
-            for pack in self.policy.packs(self.validation, range(len(self.validation))):
+            for pack in self.policy.packs(self.validation, range(len(self.validation)), merge=False):
                 scores = self.policy.score(pack, entropy=True)
                 averages.add("loss", LOSSES[self.settings.loss](scores.tokens.logps))
                 averages.add("mean_token_accuracy", scores.tokens.correct)
                 if scores.tokens.entropy is not None:
                     averages.add("entropy", scores.tokens.entropy)
-                found += [(n, v, None) for n, v in zip(pack.rows, _by_row(pack, scores.responses), strict=True)]
+                found += [
+                    (n, v, None) for n, v in zip(pack.rows, _by_row(Part.of(pack), scores.responses), strict=True)
+                ]
                 tick()
         return found
 
@@ -133,7 +148,7 @@ class Preference:
         else:
             for pack, reference in zip(packs, references, strict=True):
                 values, alignment = self._values(pack)
-                batch = self._batch([pack], values, reference, alignment, chosen, self.train)
+                batch = self._batch([Part.of(pack)], values, reference, alignment, chosen, self.train)
                 losses = losses_of(batch, self.settings)
                 report(batch, losses, self.settings, averages)
                 (losses.sum() / len(numbers)).backward()  # type: ignore[no-untyped-call]
@@ -150,38 +165,39 @@ class Preference:
         values = torch.cat([value for value, _ in found]).requires_grad_()
         alignments = [alignment for _, alignment in found if alignment is not None]
         alignment = torch.cat(alignments) if alignments else None
-        batch = self._batch(packs, values, torch.cat(references), alignment, chosen, self.train)
+        parts = [Part.of(pack) for pack in packs]
+        batch = self._batch(parts, values, torch.cat(references), alignment, chosen, self.train)
         losses = losses_of(batch, self.settings)
         report(batch, losses, self.settings, averages)
         (gradient,) = torch.autograd.grad(losses.mean(), values)
-        parts = torch.split(gradient, [len(pack.leaves) for pack in packs])
-        for pack, part in zip(packs, parts, strict=True):
-            self._values(pack)[0].backward(part)  # type: ignore[no-untyped-call]
+        shares = torch.split(gradient, [len(pack.leaves) for pack in packs])
+        for pack, share in zip(packs, shares, strict=True):
+            self._values(pack)[0].backward(share)  # type: ignore[no-untyped-call]
 
     def evaluate(self, averages: Averages, tick: Callable[[], None]) -> Found:
         """A loss that couples rows is taken over all validation rows at once."""
         merge = self.settings.ld_alpha is None
         known = None if self.references is None else self.references.validation
-        found: list[tuple[Pack, Tensor, Tensor, Tensor | None]] = []
+        found: list[tuple[Part, Tensor, Tensor, Tensor | None]] = []
         lengths = [row.scored for row in self.validation]
         with torch.no_grad():
             for pack in self.policy.packs(self.validation, range(len(self.validation)), merge=merge):
                 ours, alignment = self._values(pack)
-                found.append((pack, ours, self._reference(pack, known), alignment))
+                found.append((Part.of(pack), ours, self._reference(pack, known), alignment))
                 tick()
-            packs, values = [f[0] for f in found], [f[1] for f in found]
+            parts, values = [f[0] for f in found], [f[1] for f in found]
             references = [f[2] for f in found]
             alignments = [f[3] for f in found if f[3] is not None]
             aligned = torch.cat(alignments) if alignments else None
             mean = sum(lengths) / len(lengths)
-            batch = self._batch(packs, torch.cat(values), torch.cat(references), aligned, mean, self.validation)
+            batch = self._batch(parts, torch.cat(values), torch.cat(references), aligned, mean, self.validation)
             report(batch, losses_of(batch, self.settings), self.settings, averages)
         rows: Found = []
-        for pack, mine, theirs in zip(packs, values, references, strict=True):
-            split: list[Tensor | None] = [None] * len(pack.rows)
+        for part, mine, theirs in zip(parts, values, references, strict=True):
+            split: list[Tensor | None] = [None] * len(part.rows)
             if self.settings.needs_reference:
-                split = list(_by_row(pack, theirs))
-            rows += list(zip(pack.rows, _by_row(pack, mine), split, strict=True))
+                split = list(_by_row(part, theirs))
+            rows += list(zip(part.rows, _by_row(part, mine), split, strict=True))
         return rows
 
     def after_step(self, step: int) -> None:
@@ -228,24 +244,24 @@ class Preference:
 
     def _batch(
         self,
-        packs: list[Pack],
+        parts: list[Part],
         values: Tensor,
         reference: Tensor,
         alignment: Tensor | None,
         mean_length: float,
         rows: Sequence[Row],
     ) -> Batch:
-        """Flat values [R] of the rows of `packs` as a table [B, K]."""
-        counts = torch.tensor([len(pack.rows) for pack in packs]).cumsum(0).tolist()
-        row_of = torch.cat([pack.row_of + (end - len(pack.rows)) for pack, end in zip(packs, counts, strict=True)])
+        """Flat values [R] of the rows of `parts` as a table [B, K]."""
+        counts = torch.tensor([len(part.rows) for part in parts]).cumsum(0).tolist()
+        row_of = torch.cat([part.row_of + (end - len(part.rows)) for part, end in zip(parts, counts, strict=True)])
         column = columns(row_of)
-        shape = (counts[-1], max(len(rows[number].responses) for pack in packs for number in pack.rows))
-        lengths = torch.cat([pack.lengths[pack.leaves] for pack in packs])
+        shape = (counts[-1], max(len(rows[number].responses) for part in parts for number in part.rows))
+        lengths = torch.cat([part.lengths for part in parts])
 
         def table(flat: Tensor) -> Tensor:
             return flat.new_zeros(shape).index_put((row_of, column), flat)
 
-        desirable = [rows[number].desirable for pack in packs for number in pack.rows]
+        desirable = [rows[number].desirable for part in parts for number in part.rows]
         return Batch(
             table(values),
             table(reference.to(values.dtype)),
@@ -257,9 +273,9 @@ class Preference:
         )
 
 
-def _by_row(pack: Pack, values: Tensor) -> list[Tensor]:
-    """`values` [R] of the rows of `pack`, one tensor a row, on the CPU."""
-    counts = torch.bincount(pack.row_of, minlength=len(pack.rows)).tolist()
+def _by_row(part: Part, values: Tensor) -> list[Tensor]:
+    """`values` [R] of the rows of `part`, one tensor a row, on the CPU."""
+    counts = torch.bincount(part.row_of, minlength=len(part.rows)).tolist()
     return list(torch.split(values.cpu(), counts))
 
 

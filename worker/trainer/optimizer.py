@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from app.jobs.hyperparameters import Hyperparameters
-from worker.trainer.events import UserError
+
+NEED_GPU = {"adamw_8bit", "paged_adamw_8bit"}
 
 
 def make_optimizer(settings: Hyperparameters, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -20,8 +21,6 @@ def make_optimizer(settings: Hyperparameters, parameters: Iterable[nn.Parameter]
         return torch.optim.RMSprop(chosen, lr=0.0, alpha=0.99, eps=1e-8, weight_decay=decay)
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(chosen, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=decay)
-    if not all(parameter.is_cuda for parameter in chosen):
-        raise UserError("optimizer_needs_gpu", f"'{settings.optimizer}' needs a GPU; use 'adamw'.", "optimizer")
     import bitsandbytes.optim
 
     kind = bitsandbytes.optim.PagedAdamW8bit if settings.optimizer.startswith("paged") else bitsandbytes.optim.AdamW8bit

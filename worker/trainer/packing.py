@@ -123,6 +123,23 @@ def plan(trees: Sequence[Tree], budget: int) -> list[list[Tree]]:
     return bins
 
 
+def plan_padded(trees: Sequence[Tree], budget: int) -> list[list[Tree]]:
+    """Trees of similar length together: lists whose texts, padded to the longest, fit `budget`; or one tree."""
+
+    def width(tree: Tree) -> int:
+        return len(tree.prompt) + max(len(response.ids) for response in tree.responses)
+
+    groups: list[list[Tree]] = []
+    texts = widest = 0
+    for tree in sorted(trees, key=lambda tree: (-width(tree), tree.rows[0][0])):
+        texts += len(tree.responses)
+        if not groups or texts * widest > budget:
+            groups.append([])
+            texts, widest = len(tree.responses), width(tree)
+        groups[-1].append(tree)
+    return groups
+
+
 @dataclass(frozen=True)
 class Packing:
     """How rows become packs.
@@ -141,7 +158,8 @@ class Packing:
         """The rows `numbers`, one pack at a time, planned in windows of `WINDOW` rows."""
         for first in range(0, len(numbers), WINDOW):
             window = trees(rows, numbers[first : first + WINDOW], self.budget, merge=self.merge)
-            for group in plan(window, self.budget):
+            groups = plan(window, self.budget) if self.shared else plan_padded(window, self.budget)
+            for group in groups:
                 yield self.build(group)
 
     def build(self, group: Sequence[Tree]) -> Pack:

@@ -29,6 +29,8 @@ class Stage:
     train: Rows
     validation: Rows
     seed: int
+    param: str = ""
+    """Where its hyperparameters are in the job spec."""
     cut: Truncation = field(default_factory=Truncation)
 
     @property
@@ -110,17 +112,19 @@ def stages(
     if spec.method.type == "supervised":
         assert spec.method.supervised is not None
         supervised = spec.method.supervised.hyperparameters
-        return [loader.stage("sft", supervised, spec.training_file, spec.validation_file, split, "training_file")]
+        files = (spec.training_file, spec.validation_file, split, "training_file")
+        return [loader.stage("sft", supervised, *files, "method.supervised.hyperparameters")]
     assert spec.method.dpo is not None
     dpo = spec.method.dpo.hyperparameters
-    result = [loader.stage("dpo", dpo, spec.training_file, spec.validation_file, split, "training_file")]
+    files = (spec.training_file, spec.validation_file, split, "training_file")
+    result = [loader.stage("dpo", dpo, *files, "method.dpo.hyperparameters")]
     if spec.sft is not None:
-        settings, files = spec.sft.hyperparameters, (spec.training_file, spec.validation_file, split, "training_file")
+        settings = spec.sft.hyperparameters
         if spec.sft.training_file is not None:
             own = split if spec.validation_file is None else DEFAULT_VALIDATION_SPLIT
             share = 0.0 if spec.sft.validation_file else own
             files = (spec.sft.training_file, spec.sft.validation_file, share, "sft.training_file")
-        result.insert(0, loader.stage("sft", settings, *files))
+        result.insert(0, loader.stage("sft", settings, *files, "sft.hyperparameters"))
     return result
 
 
@@ -143,6 +147,7 @@ class _Loader:
         validation: str | None,
         split: float,
         param: str,
+        settings_param: str,
     ) -> Stage:
         """A stage on the file `training`, validated on `validation` or on a share of the examples."""
         need = settings.data if isinstance(settings, DPOHyperparameters) else Kind.SUPERVISED
@@ -160,7 +165,7 @@ class _Loader:
             train, held_out = train.where([not one for one in inside]), train.where(inside)
         if need == Kind.LABELLED:
             train, held_out = with_mismatches(train, recipe.max_length), with_mismatches(held_out, recipe.max_length)
-        return Stage(name, settings, train, held_out, self.seed, cut)
+        return Stage(name, settings, train, held_out, self.seed, settings_param, cut)
 
     def _rows(self, name: str, recipe: Recipe, param: str) -> tuple[Rows, Truncation]:
         found, cut = load(self.folder / name, self.tokenizer, recipe, self.cache)

@@ -74,6 +74,7 @@ def _key(policy: Policy, digest: str, rows: Rows, tail_weight: float | None) -> 
         rows.digest(),
         tail_weight,
         policy.packing,
+        policy.compiled,
         policy.device.type,
         device,
         torch.get_num_threads(),

@@ -3,10 +3,13 @@
 import io
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
+from transformers import AttentionInterface
 
 from tests.unit.trainer.test_families import FAMILIES, ROWS, make_policy
 from tests.unit.trainer.work import (
@@ -38,18 +41,20 @@ def test_flex_attention_computes_what_the_cpus_kernels_do(family: str, monkeypat
         (pack,) = replace(policy.packing, fixed=True).packs(ROWS, [0, 1, 2, 3])
         assert pack.places > pack.tokens
 
-        def flex(_module: object, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _mask: object, **given: object) -> object:  # fmt: skip
-            blocks = given["tree"].blocks(given.get("sliding_window"))  # type: ignore[attr-defined]
-            attended = attention._flex(query, key, value, blocks, given.get("scaling"), given.get("softcap"))  # type: ignore[arg-type]
-            return attended.transpose(1, 2).contiguous(), None
-
         monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention)
-        attention.AttentionInterface.register(attention.NAME, flex)  # type: ignore[arg-type]
+        AttentionInterface.register(attention.NAME, flex)
         try:
             found = policy.score(pack).responses
         finally:
-            attention.AttentionInterface.register(attention.NAME, attention.tree_attention)
+            AttentionInterface.register(attention.NAME, attention.tree_attention)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+def flex(_module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, **given: Any) -> tuple[Tensor, None]:
+    """The GPU's path, here."""
+    blocks = given["tree"].blocks(given.get("sliding_window"))
+    attended = attention._flex(query, key, value, blocks, given.get("scaling"), given.get("softcap"))
+    return attended.transpose(1, 2).contiguous(), None
 
 
 @needs_gpu

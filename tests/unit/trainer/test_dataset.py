@@ -1,5 +1,6 @@
 """Token rows of a file: flat arrays give back what was put in, however they were made."""
 
+import io
 import json
 from collections.abc import Sequence
 from itertools import pairwise
@@ -78,7 +79,7 @@ def test_several_processes_make_the_rows_of_one(tmp_path: Path, monkeypatch: pyt
     one = dataset._tokenise(tmp_path / "data.jsonl", TOKENIZER, Recipe(Kind.PREFERENCE, 16))
     monkeypatch.setattr(dataset, "PARALLEL_BYTES", 0)
     monkeypatch.setattr(dataset, "CHUNK", 7)
-    monkeypatch.setattr(dataset.os, "sched_getaffinity", lambda pid: {0, 1})
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
     several = dataset._tokenise(tmp_path / "data.jsonl", TOKENIZER, Recipe(Kind.PREFERENCE, 16))
     assert list(Rows(several[0])) == list(Rows(one[0]))
     assert several[1] == one[1] != Truncation()
@@ -90,7 +91,7 @@ def test_what_a_process_finds_wrong_reaches_the_user(tmp_path: Path, monkeypatch
     write_records(tmp_path / "data.jsonl", pairs)
     monkeypatch.setattr(dataset, "PARALLEL_BYTES", 0)
     monkeypatch.setattr(dataset, "CHUNK", 7)
-    monkeypatch.setattr(dataset.os, "sched_getaffinity", lambda pid: {0, 1})
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
     with pytest.raises(UserError, match=r"Line 31: .*never this") as caught:
         dataset._tokenise(tmp_path / "data.jsonl", make_tokenizer(template), PAIRS)
     assert (caught.value.code, caught.value.param) == ("chat_template_error", "training_file")
@@ -98,8 +99,7 @@ def test_what_a_process_finds_wrong_reaches_the_user(tmp_path: Path, monkeypatch
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Cache:
-    with (tmp_path / "events").open("w") as stream:
-        yield Cache(tmp_path / "cache", Events(stream))  # type: ignore[misc]
+    return Cache(tmp_path / "cache", Events(io.StringIO()))
 
 
 def test_a_file_is_tokenised_once(tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:

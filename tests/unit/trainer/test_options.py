@@ -35,6 +35,7 @@ from worker.trainer.cache import Cache
 from worker.trainer.events import UserError
 from worker.trainer.model import Policy
 from worker.trainer.packing import Packing
+from worker.trainer.plan import Stage
 
 PAIRS = make_pairs(12)
 PLAIN = {"adapter": {"r": 4}, "quantization": "none", "seed": 0, "validation_split": 0.0}
@@ -94,6 +95,21 @@ def test_the_references_key_is_other_after_sft_and_with_other_rows(llama: Path, 
     assert len(set(keys)) == 3
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_the_digest_sees_the_scales_of_quantised_layers(llama: Path, quantization: str) -> None:
+    policy = load(llama, quantization=quantization)
+    with torch.no_grad():
+        policy.score(pack_of(policy, ROWS, [0]))  # int8 moves its scales with the first pass
+    before = policy.digest()
+    assert policy.digest() == before
+    layer = policy.causal.model.layers[0].mlp.up_proj.base_layer
+    if quantization == "nf4":
+        layer.weight.quant_state.absmax += 1
+    else:
+        (layer.state if layer.state.SCB is not None else layer.weight).SCB.mul_(2)
+    assert policy.digest() != before
+
+
 def test_another_model_can_be_the_reference(llama: Path, tmp_path: Path) -> None:
     """Rewards are measured from it: they are not 0 before the first update, and 0 where it is the policy itself."""
     sft = make_work_folder(tmp_path / "sft", llama, {**PLAIN, "method": sft_method(**SETTINGS)}, train=PAIRS)
@@ -110,6 +126,25 @@ def test_another_model_can_be_the_reference(llama: Path, tmp_path: Path) -> None
     assert found["itself"] == pytest.approx(0, abs=1e-4)
     # SFT made the chosen answers likelier than the policy, a fresh adapter, has them.
     assert found["another"] < -1
+
+
+def test_another_models_reference_outlives_an_interruption_in_sft(llama: Path, tmp_path: Path) -> None:
+    spec = {**PLAIN, "sft": {"hyperparameters": {**SETTINGS, "checkpoint_every": 2}}}
+    spec["method"] = dpo_method(**SETTINGS, reference_model="some/model")
+
+    def folder(name: str) -> Path:
+        made = make_work_folder(tmp_path / name, llama, spec, train=PAIRS)
+        (made / "reference").mkdir()
+        (made / "reference" / "base").symlink_to(llama, target_is_directory=True)
+        return made
+
+    straight = folder("straight")
+    events = run_in_process(straight)
+    resumed = folder("resumed")
+    shutil.copytree(straight / of_kind(events, "checkpoint")[0]["path"], resumed / "resume")
+    ratios = training_metrics(run_in_process(resumed), "logratios/chosen", "dpo")
+    assert ratios == training_metrics(events, "logratios/chosen", "dpo")
+    assert abs(ratios[0]) > 1  # the SFT stage has moved the policy away from it
 
 
 def test_a_reference_with_another_tokenizer_is_refused(llama: Path, tmp_path: Path) -> None:
@@ -245,7 +280,10 @@ def test_an_8_bit_optimizer_without_a_gpu_is_refused_by_name(llama: Path, tmp_pa
     spec = {**PLAIN, "method": sft_method(**SETTINGS, optimizer="adamw_8bit")}
     with pytest.raises(UserError) as caught:
         run_in_process(make_work_folder(tmp_path, llama, spec, train=PAIRS))
-    assert (caught.value.code, caught.value.param) == ("optimizer_needs_gpu", "optimizer")
+    assert (caught.value.code, caught.value.param) == (
+        "optimizer_needs_gpu",
+        "method.supervised.hyperparameters.optimizer",
+    )
 
 
 def test_dft_weighs_each_token_by_its_probability(llama: Path, tmp_path: Path) -> None:
@@ -255,6 +293,16 @@ def test_dft_weighs_each_token_by_its_probability(llama: Path, tmp_path: Path) -
         events = run_in_process(make_work_folder(tmp_path / loss, llama, spec, train=PAIRS))
         (losses[loss],) = training_metrics(events, "loss")
     assert 0 < losses["dft"] < losses["nll"]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_recomputing_can_be_switched_often(request: pytest.FixtureRequest, family: str) -> None:
+    policy = load(request.getfixturevalue(family))
+    hooks = len(policy.causal.get_input_embeddings()._forward_hooks)
+    for on in (True, False, True, False):
+        policy.recompute_activations(on)
+        policy.recompute_activations(on)
+    assert len(policy.causal.get_input_embeddings()._forward_hooks) == hooks
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
@@ -317,23 +365,34 @@ def test_early_stopping_keeps_the_best_weights(llama: Path, tmp_path: Path) -> N
 
 
 def test_early_stopping_needs_validation_rows(llama: Path, tmp_path: Path) -> None:
-    spec = {**PLAIN, "method": dpo_method(**SETTINGS, early_stopping={})}
+    """Three rows, of which a twentieth is none."""
+    spec = {**PLAIN, "validation_split": 0.05, "method": dpo_method(**SETTINGS, early_stopping={})}
     with pytest.raises(UserError) as caught:
-        run_in_process(make_work_folder(tmp_path, llama, spec, train=PAIRS))
-    assert caught.value.param == "early_stopping"
+        run_in_process(make_work_folder(tmp_path, llama, spec, train=PAIRS[:3]))
+    assert caught.value.param == "method.dpo.hyperparameters.early_stopping"
 
 
-def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(llama: Path, tmp_path: Path) -> None:
-    """No checkpoint was due; the weights of the step before are written nevertheless."""
-    settings = {"max_steps": 9, "batch_size": 4, "checkpoint_every": 9, "learning_rate": 1.0}
-    method = dpo_method(**settings, learning_rate_multiplier=1e30, warmup_ratio=0.5)
-    folder = make_work_folder(tmp_path, llama, {**PLAIN, "method": method}, train=PAIRS)
+@pytest.mark.parametrize("eval_every", [1, 9], ids=["seen in validation", "seen in training"])
+def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eval_every: int
+) -> None:
+    """The third update breaks the weights; no checkpoint was due, and those of the second are written nevertheless."""
+    monkeypatch.setattr(Stage, "learning_rate", lambda stage, step: 1e-3 if step < 2 else 1e30)
+    method = dpo_method(max_steps=9, batch_size=4, checkpoint_every=9, eval_every=eval_every)
+    spec = {**PLAIN, "validation_split": 0.25, "method": method}
+    folder = make_work_folder(tmp_path / "work", llama, spec, train=PAIRS)
     stream = io.StringIO()
     with pytest.raises(UserError) as caught:
         make_trainer(folder, stream).run()
     assert caught.value.code == "loss_not_finite"
-    (checkpoint,) = of_kind(parse(stream), "checkpoint")
-    assert (folder / checkpoint["path"] / "model" / "adapter_model.safetensors").exists()
+    assert "Step 2 is the last" in caught.value.message
+    (kept,) = of_kind(parse(stream), "checkpoint")
+    assert kept["step"] == 2
+    monkeypatch.undo()
+    spec = {**PLAIN, "method": dpo_method(**SETTINGS)}
+    again = make_work_folder(tmp_path / "again", llama, spec, train=PAIRS)
+    (again / "start").symlink_to(folder / kept["path"] / "model", target_is_directory=True)
+    assert training_metrics(run_in_process(again), "loss", "dpo")[0] == pytest.approx(0.6931472, abs=1e-4)
 
 
 # -- memory ---------------------------------------------------------------------------------------------------
@@ -380,7 +439,7 @@ def test_a_row_that_cannot_fit_fails_the_job_and_names_max_length(
     spec = {**PLAIN, "method": dpo_method(**SETTINGS, activation_checkpointing=True)}
     with pytest.raises(UserError) as caught:
         run_in_process(make_work_folder(tmp_path, llama, spec, train=PAIRS))
-    assert (caught.value.code, caught.value.param) == ("out_of_memory", "max_length")
+    assert (caught.value.code, caught.value.param) == ("out_of_memory", "method.dpo.hyperparameters.max_length")
 
 
 # -- metrics --------------------------------------------------------------------------------------------------

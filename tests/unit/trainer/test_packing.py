@@ -199,6 +199,16 @@ def dense(mask: TreeMask, window: int | None = None) -> Tensor:
     return seen
 
 
+@given(st.lists(sizes, max_size=12), st.integers(1, 60))
+@settings(deadline=None, max_examples=80)
+def test_unshared_packs_keep_to_the_budget_with_their_padding(sizes: list[tuple[int, list[int]]], budget: int) -> None:
+    rows = rows_of(sizes)
+    packs = list(Packing(budget, shared=False).packs(rows, range(len(rows))))
+    assert sorted(number for pack in packs for number in pack.rows) == list(range(len(rows)))
+    for pack in packs:
+        assert pack.places <= budget or len(pack.rows) == 1 or len(pack.ids) == len(rows[pack.rows[0]].responses)
+
+
 @given(st.lists(sizes, min_size=1, max_size=4), st.none() | st.integers(1, 12), st.integers(0, 20))
 @settings(deadline=None, max_examples=60)
 def test_the_mask_of_the_gpu_is_the_one_of_the_cpu(

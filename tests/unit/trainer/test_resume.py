@@ -1,7 +1,9 @@
 """A run that was stopped and resumed is, to the bit, the run that was not."""
 
+import io
 import random
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,17 @@ from tests.unit.trainer.work import (
     TrainerProcess,
     dpo_method,
     make_pairs,
+    make_trainer,
     make_work_folder,
     of_kind,
+    parse,
     read_csv,
     run_in_process,
     run_process,
     sft_method,
 )
+from worker.trainer.loop import Stopped
+from worker.trainer.methods import Preference
 
 STOPPED = 75
 STEPS = 6
@@ -33,6 +39,7 @@ SPEC: dict[str, Any] = {
     "seed": 11,
     "validation_split": 0.2,
 }
+PLAIN_SPEC = {"adapter": {"r": 4}, "quantization": "none", "seed": 11, "validation_split": 0.2}
 PAIRS = make_pairs(10)
 
 
@@ -175,6 +182,35 @@ def test_a_run_resumed_at_any_step_has_the_same_bytes(
     for name in ("adapter_model.safetensors", "validation_logps.jsonl"):
         assert (folder / "output" / name).read_bytes() == (expected / "output" / name).read_bytes(), name
     assert timeless_rows(folder / "output" / "metrics.csv") == timeless_rows(expected / "output" / "metrics.csv")
+
+
+def test_a_stop_in_the_middle_of_a_validation_loses_no_step(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = {**PLAIN_SPEC, "method": dpo_method(**SETTINGS)}
+    whole = make_work_folder(tmp_path / "whole", llama, spec, train=PAIRS)
+    run_in_process(whole)
+    folder, stream = make_work_folder(tmp_path / "stopped", llama, spec, train=PAIRS), io.StringIO()
+    trainer, evaluate, calls = make_trainer(folder, stream), Preference.evaluate, Counter[str]()
+
+    def stopping(method: Preference, *given: Any) -> Any:
+        calls["validations"] += 1
+        if calls["validations"] == 2:  # the first is before the first step; this one is after the third
+            trainer.stopping.set()
+        return evaluate(method, *given)
+
+    monkeypatch.setattr(Preference, "evaluate", stopping)
+    with pytest.raises(Stopped):
+        trainer.run()
+    last = of_kind(parse(stream), "checkpoint")[-1]
+    assert last["step"] == 3
+    monkeypatch.undo()
+    shutil.move(folder / last["path"], folder / "resume")
+    told = of_kind(run_in_process(folder), "metrics")
+    assert told[0]["step"] == 3 and "eval/loss" in told[0]["metrics"] and "loss" in told[0]["metrics"]
+    for name in ("adapter_model.safetensors", "validation_logps.jsonl"):
+        assert (folder / "output" / name).read_bytes() == (whole / "output" / name).read_bytes(), name
+    assert timeless_rows(folder / "output" / "metrics.csv") == timeless_rows(whole / "output" / "metrics.csv")
 
 
 def test_a_warm_cache_changes_no_bit(uninterrupted: tuple[Path, list[Event]], llama: Path, tmp_path: Path) -> None:

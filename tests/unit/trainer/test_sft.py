@@ -126,6 +126,14 @@ def test_the_loss_of_a_step_is_the_mean_over_its_tokens_not_over_its_rows(llama:
     assert abs(sum(by_row) / len(by_row) - loss) > 1e-3
 
 
+def test_two_rows_that_are_the_same_count_twice(llama: Path, tmp_path: Path) -> None:
+    records = [ANSWERS[0], ANSWERS[0], ANSWERS[1]]
+    spec = {**PLAIN, "method": sft_method(batch_size=3, max_steps=1)}
+    (loss,) = training_metrics(run_in_process(make_work_folder(tmp_path, llama, spec, train=records)), "loss")
+    assert loss == pytest.approx(cross_entropy(llama, records), rel=1e-5)
+    assert abs(loss - cross_entropy(llama, records[1:])) > 1e-3
+
+
 def adapter_after(folder: Path) -> dict[str, Tensor]:
     run_in_process(folder)
     return load_file(folder / "output" / "adapter_model.safetensors")
