@@ -179,7 +179,7 @@ def test_the_trainer_runs_alone(home: Path, tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", pairs(24, seed=1))
     spec = tmp_path / "spec.json"
     spec.write_text(json.dumps({"model": "tiny", "training_file": "train.jsonl", "method": {"type": "dpo"}, "seed": 1}))
-    service = Running("", "", home, {"DPO_HOME": str(home), "PATH": ""}, None)
+    service = Running("", "", home, {"DPO_HOME": str(home), "PATH": ""}, None)  # type: ignore[arg-type]
     output = tmp_path / "made"
     done = service.dpo("train", str(spec), "--output", str(output))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
@@ -19,6 +20,7 @@ from tests.unit.trainer.work import (
     dpo_method,
     load,
     make_pairs,
+    make_trainer,
     make_work_folder,
     run_in_process,
     training_metrics,
@@ -169,6 +171,53 @@ def test_the_loss_curve_is_trls(llama: Path, tmp_path: Path) -> None:
     assert len(ours) == steps
     assert ours == pytest.approx(theirs, abs=1e-4)
     assert ours[-1] < 0.5 * ours[0]
+
+
+def test_the_loss_curve_of_an_adapter_is_trls_batch_by_batch(llama: Path, tmp_path: Path) -> None:
+    """Fifty steps of LoRA in single precision, in our order, both from the same fresh adapter."""
+    steps, size, rate = 50, 2, 2e-3
+    start = tmp_path / "start"
+    load(llama).save(start)
+    method = dpo_method(
+        beta=BETA, batch_size=size, max_steps=steps, learning_rate=rate, lr_scheduler="constant", warmup_ratio=0.0
+    )
+    spec = {"method": method, "adapter": {"r": 4}, "quantization": "none", "seed": 0, "validation_split": 0.0}
+    folder = make_work_folder(tmp_path / "ours", llama, spec, train=PAIRS)
+    (folder / "start").symlink_to(start, target_is_directory=True)
+    (stage,) = make_trainer(folder)._stages(llama)
+    order = [number for step in range(steps) for number in stage.batch(step)]
+    ours = training_metrics(run_in_process(folder), "loss", "dpo")
+
+    base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    trl = DPOTrainer(
+        model=PeftModel.from_pretrained(base, start, is_trainable=True),
+        args=DPOConfig(
+            output_dir=str(tmp_path / "trl"),
+            beta=BETA,
+            use_cpu=True,
+            bf16=False,
+            activation_checkpointing=False,
+            report_to="none",
+            save_strategy="no",
+            per_device_train_batch_size=size,
+            train_sampling_strategy="sequential",
+            num_train_epochs=1,
+            learning_rate=rate,
+            lr_scheduler_type="constant",
+            warmup_steps=0,
+            weight_decay=0.0,
+            logging_steps=1,
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        ),
+        train_dataset=Dataset.from_list([PAIRS[number] for number in order]),
+        processing_class=AutoTokenizer.from_pretrained(llama),
+    )
+    trl.train()
+    theirs = [entry["loss"] for entry in trl.state.log_history if "loss" in entry]
+    assert len(ours) == len(theirs) == steps
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert min(ours) < 0.5 * ours[0]
 
 
 def test_swapping_the_answers_changes_the_sign_of_the_margins(parity: Parity) -> None:
