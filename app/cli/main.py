@@ -180,6 +180,7 @@ def jobs_create(
     method: Annotated[str, typer.Option(help="dpo (without --spec, the default) or supervised.")] = "",
     sft: Annotated[bool, typer.Option("--sft", help="Run a supervised stage first.")] = False,
     beta: Annotated[float | None, typer.Option(help="β of DPO.")] = None,
+    loss: Annotated[str, typer.Option(help="sigmoid (the default), ipo, simpo, kto, …: see docs/jobs.md.")] = "",
     suffix: Annotated[str, typer.Option(help="Part of the new model's name.")] = "",
     spec: Annotated[Path | None, typer.Option(help="A JSON file with the whole job body; '-' for stdin.")] = None,
     follow: Annotated[bool, typer.Option("--watch", help="Follow it to its end.")] = False,
@@ -197,10 +198,11 @@ def jobs_create(
             raise typer.BadParameter("must hold a JSON object", param_hint="--spec")
     if method or spec is None:
         body["method"] = {"type": method or "dpo"}
-    if beta is not None:
-        if not isinstance(body.get("method"), dict) or body["method"].get("type") != "dpo":
-            raise typer.BadParameter("goes with the method dpo", param_hint="--beta")
-        body["method"].setdefault("dpo", {}).setdefault("hyperparameters", {})["beta"] = beta
+    for name, value in (("beta", beta), ("loss", loss or None)):
+        if value is not None:
+            if not isinstance(body.get("method"), dict) or body["method"].get("type") != "dpo":
+                raise typer.BadParameter("goes with the method dpo", param_hint=f"--{name}")
+            body["method"].setdefault("dpo", {}).setdefault("hyperparameters", {})[name] = value
     if sft:
         body.setdefault("sft", {})
     given = {"model": model, "training_file": training_file, "validation_file": validation_file, "suffix": suffix}
@@ -249,13 +251,29 @@ def _follow(client: Client, job_id: str, as_json: bool) -> None:
 def _next_steps(job: dict[str, Any]) -> str:
     name = job["fine_tuned_model"]
     base = job["model"] if not job["model"].startswith("ft:") else name.split(":")[1]
+    loss = ((job["method"].get("dpo") or {}).get("hyperparameters") or {}).get("loss")
+    package, loader, serve = (
+        "peft",
+        "AutoPeftModelForCausalLM",
+        f"vllm serve {base} --enable-lora --lora-modules tuned=model",
+    )
+    if loss == "reward_model":
+        package, loader, serve = (
+            "transformers",
+            "AutoModelForSequenceClassification",
+            "vllm serve ./model --task classify",
+        )
+    elif job["adapter"] == "none":
+        package, loader, serve = "transformers", "AutoModelForCausalLM", "vllm serve ./model"
+    elif job["adapter"]["use_dora"]:
+        serve = "merge it first: vLLM takes no DoRA adapters"
     return f"""
 model: {name}
 
-download it:        dpo models download '{name}' --output adapter
-load it in Python:  from peft import AutoPeftModelForCausalLM
-                    AutoPeftModelForCausalLM.from_pretrained("adapter")
-serve it:           vllm serve {base} --enable-lora --lora-modules tuned=adapter"""
+download it:        dpo models download '{name}' --output model
+load it in Python:  from {package} import {loader}
+                    {loader}.from_pretrained("model")
+serve it:           {serve}"""
 
 
 @jobs.command("logs")

@@ -119,7 +119,18 @@ def test_the_command_line_walks_the_same_path(home: Path, tmp_path: Path) -> Non
     with running(home) as service:
         training = write(tmp_path / "train.jsonl", pairs(24, seed=1))
         done = service.dpo(
-            "jobs", "create", "--model", "tiny", "--training-file", str(training), "--sft", "--beta", "0.2", "--watch"
+            "jobs",
+            "create",
+            "--model",
+            "tiny",
+            "--training-file",
+            str(training),
+            "--sft",
+            "--beta",
+            "0.2",
+            "--loss",
+            "hinge",
+            "--watch",
         )
         assert done.returncode == 0, done.stdout + done.stderr
         assert "AutoPeftModelForCausalLM" in done.stdout and "vllm serve tiny" in done.stdout

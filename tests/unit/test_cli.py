@@ -24,6 +24,7 @@ def dpo(*arguments: str, home: Path, **environment: str) -> "subprocess.Complete
         (["jobs", "create", "--spec", "none.json"], {"DPO_API_KEY": "x" * 20}, "No such file"),
         (["jobs", "create", "--spec", "list.json"], {"DPO_API_KEY": "x" * 20}, "must hold a JSON object"),
         (["jobs", "create", "--spec", "sft.json", "--beta", "0.1"], {"DPO_API_KEY": "x" * 20}, "goes with the method"),
+        (["jobs", "create", "--spec", "sft.json", "--loss", "ipo"], {"DPO_API_KEY": "x" * 20}, "goes with the method"),
         (["models", "download", "m", "--output", "."], {"DPO_API_KEY": "x" * 20}, "is not empty"),
         (["files", "upload", "none.jsonl"], {"DPO_API_KEY": "x" * 20}, "does not exist"),
         (["worker", "--lane", "tpu"], {}, "must be gpu or cpu"),

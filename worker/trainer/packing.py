@@ -157,7 +157,8 @@ class Packing:
     def packs(self, rows: Sequence[Row], numbers: Sequence[int]) -> Iterator[Pack]:
         """The rows `numbers`, one pack at a time, planned in windows of `WINDOW` rows."""
         for first in range(0, len(numbers), WINDOW):
-            window = trees(rows, numbers[first : first + WINDOW], self.budget, merge=self.merge)
+            merge = self.merge and self.shared  # where nothing is shared there is nothing to gain
+            window = trees(rows, numbers[first : first + WINDOW], self.budget, merge=merge)
             groups = plan(window, self.budget) if self.shared else plan_padded(window, self.budget)
             for group in groups:
                 yield self.build(group)
