@@ -213,24 +213,26 @@ class Run:
         """Fetch what the trainer wants and others made, and store what it made. A cache that fails is only slower."""
         assert process.stdin is not None
         for event in batch:
-            if event["kind"] not in ("wanted", "made") or not CACHE_KEY.fullmatch(event["key"]):
-                continue
-            key, path = f"cache/{event['key']}", self.folder / "cache" / event["key"]
-            try:
-                if event["kind"] == "made":
-                    self.services.storage.put_file(key, path)
-                else:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    self.services.storage.get_file(key, path)
-            except FileNotFoundError:
-                pass
-            except Exception as error:
-                path.unlink(missing_ok=True)
-                self.log.warning("the cache is out of reach", key=key, reason=str(error))
-            if event["kind"] == "wanted":
+            if event["kind"] == "made":
+                self._share(event["key"], self.services.storage.put_file)
+            elif event["kind"] == "wanted":
+                if not self._share(event["key"], self.services.storage.get_file):
+                    (self.folder / "cache" / event["key"]).unlink(missing_ok=True)  # half of it may be there
                 with suppress(BrokenPipeError):
                     process.stdin.write(json.dumps({"key": event["key"]}).encode() + b"\n")
                     process.stdin.flush()
+
+    def _share(self, key: str, copy: Callable[[str, Path], None]) -> bool:
+        """Copy what the cache has under `key` from or to the object store; whether that worked."""
+        assert CACHE_KEY.fullmatch(key)
+        try:
+            copy(f"cache/{key}", self.folder / "cache" / key)
+        except FileNotFoundError:
+            return False
+        except Exception as error:
+            self.log.warning("the cache is out of reach", key=key, reason=str(error))
+            return False
+        return True
 
     def _relay(self, batch: list[dict[str, Any]]) -> None:
         """Write a batch of the trainer's events: checkpoints are uploaded first, so that their rows are true."""

@@ -7,11 +7,14 @@ that answers, the folder is all there is.
 
 import json
 import queue
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from worker.trainer.events import Events
+
+Value = TypeVar("Value")
 
 
 class Cache:
@@ -22,8 +25,8 @@ class Cache:
         self.hits: list[str] = []
         """The keys that were there."""
 
-    def get(self, key: str) -> Path | None:
-        """Where the file of `key` is, None where nobody has it."""
+    def get(self, key: str, load: Callable[[Path], Value]) -> Value | None:
+        """What `load` makes of the file of `key`; None where nobody has it, or where it is damaged."""
         path = self.folder / key
         if not path.exists() and self._answers is not None:
             self._events.emit("wanted", key=key)
@@ -31,8 +34,13 @@ class Cache:
                 pass
         if not path.exists():
             return None
+        try:
+            value = load(path)
+        except Exception:  # whatever a damaged file makes of itself: what it held can be computed
+            path.unlink()
+            return None
         self.hits.append(key)
-        return path
+        return value
 
     @contextmanager
     def put(self, key: str) -> Iterator[Path]:

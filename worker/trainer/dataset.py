@@ -161,15 +161,19 @@ def load(path: Path, tokenizer: Tokenizer, recipe: Recipe, cache: Cache) -> tupl
     Raises `DatasetError` for a file that cannot be read, `UserError` for one that the chat template refuses.
     """
     key = _key(path, tokenizer, recipe)
-    found = cache.get(key)
+    found = cache.get(key, _read)
     if found is not None:
-        with safe_open(found, framework="np") as file:
-            arrays = Arrays(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-            return Rows(arrays), Truncation(**json.loads(file.metadata()["truncation"]))
+        return found
     arrays, cut = _tokenise(path, tokenizer, recipe)
     with cache.put(key) as place:
         save_file(vars(arrays), place, metadata={"truncation": json.dumps(asdict(cut))})
     return Rows(arrays), cut
+
+
+def _read(path: Path) -> tuple[Rows, Truncation]:
+    with safe_open(path, framework="np") as file:
+        arrays = Arrays(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        return Rows(arrays), Truncation(**json.loads(file.metadata()["truncation"]))
 
 
 def _key(path: Path, tokenizer: Tokenizer, recipe: Recipe) -> str:

@@ -40,9 +40,9 @@ def find(
     if not len(rows):
         return compute(policy, rows)
     key = _key(policy, digest, rows, tail_weight)
-    found = cache.get(key)
+    found = cache.get(key, lambda path: Reference(**load_file(path)))
     if found is not None:
-        return Reference(**load_file(found))
+        return found
     made = compute(policy, rows, tail_weight, tick)
     with cache.put(key) as place:
         save_file(vars(made), place)

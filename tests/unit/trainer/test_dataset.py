@@ -117,6 +117,16 @@ def test_a_file_is_tokenised_once(tmp_path: Path, cache: Cache, monkeypatch: pyt
     assert len(cache.hits) == 1
 
 
+def test_a_damaged_entry_is_made_again(tmp_path: Path, cache: Cache) -> None:
+    write_records(tmp_path / "data.jsonl", make_pairs(9))
+    first, _ = load(tmp_path / "data.jsonl", TOKENIZER, PAIRS, cache)
+    (entry,) = (path for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    entry.write_bytes(entry.read_bytes()[:-7])
+    again, _ = load(tmp_path / "data.jsonl", TOKENIZER, PAIRS, cache)
+    assert list(again) == list(first)
+    assert cache.hits == []
+
+
 @pytest.mark.parametrize(
     "other",
     [
