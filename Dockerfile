@@ -18,8 +18,10 @@ VOLUME /var/lib/dpo
 EXPOSE 8000
 CMD ["dpo", "api"]
 
-# torch's own wheel brings the CUDA libraries; the host brings the driver.
+# torch's own wheel brings the CUDA libraries; the host brings the driver. The attention kernels are compiled when a
+# training first needs them, for which Triton wants a C compiler.
 FROM base AS worker
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 RUN pip install --constraint constraints.txt torch==2.13.0 && pip install --constraint constraints.txt '.[worker]'
 USER dpo
 VOLUME /var/lib/dpo

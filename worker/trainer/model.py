@@ -195,15 +195,28 @@ class Policy:
                 raise UserError(
                     "loss_not_finite", f"The log-probs of '{self.name}' are not finite before any training.", "model"
                 )
-            if self.shared and not _close(self._checked_logps(rows, numbers), expected, tolerance):
+            reason = self._why_off(rows, numbers, expected, tolerance) if self.shared else None
+            if reason is not None:
                 self.shared = False
-                events.message("Prompts are not shared: the first pack's log-probs would differ.", level="warn")
+                events.message(f"Prompts are not shared: {reason}.", level="warn")
             if not self.shared and not _close(self._checked_logps(rows, numbers), expected, tolerance):
                 raise UserError(
                     "unsupported_model",
                     f"The output head of '{self.name}' does more to its logits than this engine knows of.",
                     "model",
                 )
+
+    def _why_off(self, rows: Sequence[Row], numbers: list[int], expected: Tensor, tolerance: Tensor) -> str | None:
+        """What is wrong with the log-probs of shared prompts; None where nothing is."""
+        try:
+            found = self._checked_logps(rows, numbers)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if self.device.type == "cpu":
+                raise
+            return f"the GPU's attention kernel cannot be compiled ({type(error).__name__}: {str(error)[:200]})"
+        return None if _close(found, expected, tolerance) else "the first pack's log-probs would differ"
 
     def _checked_logps(self, rows: Sequence[Row], numbers: list[int]) -> Tensor:
         packing = replace(self.packing, merge=False)

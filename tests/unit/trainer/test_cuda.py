@@ -26,6 +26,7 @@ from tests.unit.trainer.work import (
     training_metrics,
 )
 from worker.trainer import attention
+from worker.trainer.events import Events
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 PLAIN = {"adapter": {"r": 4}, "quantization": "none", "seed": 0, "validation_split": 0.0}
@@ -96,3 +97,17 @@ def test_recomputed_activations_train_alike_on_a_gpu(llama: Path, tmp_path: Path
         folder = make_work_folder(tmp_path / str(recompute), llama, {**PLAIN, "method": method}, train=make_pairs(8))
         found.append(training_metrics(run_in_process(folder), "loss"))
     assert found[0] == pytest.approx(found[1], rel=1e-2)
+
+
+@needs_gpu
+def test_a_kernel_that_cannot_be_compiled_ends_sharing_and_not_the_job(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_compiler() -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(attention, "_compiled_flex", no_compiler)
+    policy, stream = load(llama), io.StringIO()
+    policy.check(ROWS, Events(stream))
+    assert not policy.shared
+    assert "C compiler" in stream.getvalue()
