@@ -387,7 +387,7 @@ def _step(policy: Policy, rows: Rows, settings: Any) -> dict[str, float]:
     return {
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
-        "mfu": needed_flops(policy, tokens, scored) / seconds / peak_flops(policy.device),
+        "mfu": needed_flops(policy, layer_weights(policy.causal), tokens, scored) / seconds / peak_flops(policy.device),
         "activation_bytes": max(run["activation_bytes"] for run in runs),
     }
 

@@ -46,16 +46,13 @@ class TreeMask:
         The mask is None where a tree is a plain causal text.
         """
         if window not in self._trees:
+            visible, first = self._visibility(window), self.pack.tree.new_zeros(())
             self._trees[window] = []
             for start, stop in self.pack.spans:
-                branch, positions = self.pack.branch[0, start:stop], self.pack.positions[0, start:stop]
-                places = torch.arange(stop - start, device=branch.device)
-                plain = int(branch.max()) <= 1 and (window is None or stop - start <= window)
-                mask = (branch[None, :] == 0) | (branch[:, None] == branch[None, :])
-                mask &= places[:, None] >= places[None, :]
-                if window is not None:
-                    mask &= positions[:, None] - positions[None, :] < window
-                self._trees[window].append((start, stop, None if plain else mask[None, None]))
+                places = torch.arange(start, stop, device=first.device)
+                plain = int(self.pack.branch[0, start:stop].max()) <= 1 and (window is None or stop - start <= window)
+                mask = None if plain else visible(first, first, places[:, None], places[None, :])[None, None]
+                self._trees[window].append((start, stop, mask))
         return self._trees[window]
 
     def blocks(self, window: int | None = None) -> Any:
@@ -64,9 +61,12 @@ class TreeMask:
             from torch.nn.attention.flex_attention import create_block_mask
 
             batch, length = self.pack.ids.shape
-            visible = visibility(self.pack.tree, self.pack.branch, self.pack.positions, window)
+            visible = self._visibility(window)
             self._blocks[window] = create_block_mask(visible, batch, None, length, length, self.pack.ids.device)
         return self._blocks[window]
+
+    def _visibility(self, window: int | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        return visibility(self.pack.tree, self.pack.branch, self.pack.positions, window)
 
 
 def visibility(

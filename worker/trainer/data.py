@@ -159,7 +159,7 @@ def _render(example: Example, tokenizer: Tokenizer, loss_on: str) -> _Rendered:
     if tokenizer.chat_template is None or example.raw:
         return _render_plain(example, tokenizer)
     turns = [{"role": "user", "content": example.prompt}] if isinstance(example.prompt, str) else example.prompt
-    spans: list[tuple[int, int]] = []
+    parts: list[tuple[str, str]] = []
     try:
         prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         texts = [
@@ -167,11 +167,11 @@ def _render(example: Example, tokenizer: Tokenizer, loss_on: str) -> _Rendered:
             for answer in example.responses
         ]
         if loss_on == "turns":
-            spans = _spans([*turns, {"role": "assistant", "content": example.responses[0]}], tokenizer)
+            parts = _assistant_turns([*turns, {"role": "assistant", "content": example.responses[0]}], tokenizer)
     except Exception as error:  # a template may raise anything, on purpose too
         message = f"Line {example.line}: the model's chat template refuses the conversation: {error}"
         raise UserError("chat_template_error", message, "training_file") from error
-    if loss_on == "turns" and not all(texts[0].startswith(part) for part in _prefixes(turns, tokenizer)):
+    if not all(texts[0].startswith(part) for earlier in parts[:-1] for part in earlier):
         message = (
             f"Line {example.line}: the model's chat template writes earlier turns differently once later ones "
             "are there, so that 'loss_on': 'turns' would train on text the model never writes; use 'answers'."
@@ -180,25 +180,19 @@ def _render(example: Example, tokenizer: Tokenizer, loss_on: str) -> _Rendered:
     if not all(text.startswith(prompt) for text in texts):
         # Some templates write what stands before an answer differently once the answer is there.
         texts = [prompt + answer.strip() + (tokenizer.eos_token or "") for answer in example.responses]
-    return _Rendered(texts, len(prompt), spans, True)
+    return _Rendered(texts, len(prompt), [(len(before), len(after)) for before, after in parts], True)
 
 
-def _spans(turns: list[Any], tokenizer: Tokenizer) -> list[tuple[int, int]]:
-    """Where each assistant turn is in the rendered conversation, its end mark included."""
-    spans = []
-    for k, turn in enumerate(turns):
-        if turn["role"] == "assistant":
-            before = tokenizer.apply_chat_template(turns[:k], tokenize=False, add_generation_prompt=True)
-            spans.append((len(before), len(tokenizer.apply_chat_template(turns[: k + 1], tokenize=False))))
-    return spans
-
-
-def _prefixes(turns: list[Any], tokenizer: Tokenizer) -> Iterator[str]:
-    """The conversation up to each assistant turn, and with it."""
-    for k, turn in enumerate(turns):
-        if turn["role"] == "assistant":
-            yield tokenizer.apply_chat_template(turns[:k], tokenize=False, add_generation_prompt=True)
-            yield tokenizer.apply_chat_template(turns[: k + 1], tokenize=False)
+def _assistant_turns(turns: list[Any], tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    """The rendered conversation up to each assistant turn, and with it, its end mark included."""
+    return [
+        (
+            tokenizer.apply_chat_template(turns[:k], tokenize=False, add_generation_prompt=True),
+            tokenizer.apply_chat_template(turns[: k + 1], tokenize=False),
+        )
+        for k, turn in enumerate(turns)
+        if turn["role"] == "assistant"
+    ]
 
 
 def _render_plain(example: Example, tokenizer: Tokenizer) -> _Rendered:

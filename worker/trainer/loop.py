@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -107,6 +108,10 @@ class Trainer:
     def total_steps(self) -> int:
         """Optimizer steps of the whole run, as far as it is known."""
         return sum(stage.steps for stage in self.stages) - self.state.skipped
+
+    @cached_property
+    def _layer_weights(self) -> int:
+        return throughput.layer_weights(self.policy.causal)
 
     def _stages(self, model: Path) -> list[Stage]:
         try:
@@ -315,7 +320,7 @@ class Trainer:
             "peak_memory_bytes": float(memory.peak_bytes(policy.device)),
         }
         if not throughput.has_experts(policy.causal):
-            needed = throughput.needed_flops(policy, work.tokens, work.scored)
+            needed = throughput.needed_flops(policy, self._layer_weights, work.tokens, work.scored)
             metrics["mfu"] = needed / (seconds * throughput.peak_flops(policy.device))
         return metrics
 

@@ -163,8 +163,7 @@ class Preference:
         with torch.no_grad():
             found = [self._values(pack) for pack in packs]
         values = torch.cat([value for value, _ in found]).requires_grad_()
-        alignments = [alignment for _, alignment in found if alignment is not None]
-        alignment = torch.cat(alignments) if alignments else None
+        alignment = _joined([alignment for _, alignment in found])
         parts = [Part.of(pack) for pack in packs]
         batch = self._batch(parts, values, torch.cat(references), alignment, chosen, self.train)
         losses = losses_of(batch, self.settings)
@@ -187,8 +186,7 @@ class Preference:
                 tick()
             parts, values = [f[0] for f in found], [f[1] for f in found]
             references = [f[2] for f in found]
-            alignments = [f[3] for f in found if f[3] is not None]
-            aligned = torch.cat(alignments) if alignments else None
+            aligned = _joined([f[3] for f in found])
             mean = sum(lengths) / len(lengths)
             batch = self._batch(parts, torch.cat(values), torch.cat(references), aligned, mean, self.validation)
             report(batch, losses_of(batch, self.settings), self.settings, averages)
@@ -271,6 +269,12 @@ class Preference:
             mean_length,
             None if alignment is None else table(alignment),
         )
+
+
+def _joined(alignments: list[Tensor | None]) -> Tensor | None:
+    """The alignments of some packs, which have them all or not at all."""
+    there = [alignment for alignment in alignments if alignment is not None]
+    return torch.cat(there) if there else None
 
 
 def _by_row(part: Part, values: Tensor) -> list[Tensor]:

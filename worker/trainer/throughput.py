@@ -33,11 +33,14 @@ def has_experts(causal: Any) -> bool:
     return any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
 
 
-def needed_flops(policy: Policy, tokens: int, scored: int) -> float:
-    """FLOPs of a training step over `tokens` distinct tokens, `scored` of which are predicted."""
+def needed_flops(policy: Policy, layers: int, tokens: int, scored: int) -> float:
+    """FLOPs of a training step over `tokens` distinct tokens, `scored` of which are predicted.
+
+    `layers` is what `layer_weights` counts, which walks over the whole model.
+    """
     passes = 6 if policy.full else 4
     head = policy.causal.get_output_embeddings().weight
-    return float(passes * (layer_weights(policy.causal) * tokens + head.numel() * scored))
+    return float(passes * (layers * tokens + head.numel() * scored))
 
 
 @cache

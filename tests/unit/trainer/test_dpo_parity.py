@@ -37,7 +37,17 @@ PAIRS = make_pairs(6)
 BETA = 0.3
 
 
-def make_trl_trainer(policy: Path, reference: Path, folder: Path, **settings: Any) -> Any:
+CURVE: dict[str, Any] = {
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+    "weight_decay": 0.0,
+    "logging_steps": 1,
+    "disable_tqdm": True,
+}
+"""A constant learning rate, and the loss of every step."""
+
+
+def trl_config(folder: Path, **settings: Any) -> DPOConfig:
     """TRL as it is, on the CPU, in single precision."""
     given: dict[str, Any] = {
         "output_dir": str(folder),
@@ -50,10 +60,14 @@ def make_trl_trainer(policy: Path, reference: Path, folder: Path, **settings: An
         "per_device_train_batch_size": len(PAIRS),
         "dataloader_pin_memory": False,
     }
+    return DPOConfig(**given | settings)
+
+
+def make_trl_trainer(policy: Path, reference: Path, folder: Path, **settings: Any) -> Any:
     return DPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32),
         ref_model=AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32),
-        args=DPOConfig(**given | settings),
+        args=trl_config(folder, **settings),
         train_dataset=Dataset.from_list(PAIRS),
         processing_class=AutoTokenizer.from_pretrained(reference),
     )
@@ -147,11 +161,7 @@ def test_the_loss_curve_is_trls(llama: Path, tmp_path: Path) -> None:
         tmp_path / "trl",
         max_steps=steps,
         learning_rate=rate,
-        lr_scheduler_type="constant",
-        warmup_steps=0,
-        weight_decay=0.0,
-        logging_steps=1,
-        disable_tqdm=True,
+        **CURVE,
     )
     trl.train()
     theirs = [entry["loss"] for entry in trl.state.log_history if "loss" in entry]
@@ -191,24 +201,13 @@ def test_the_loss_curve_of_an_adapter_is_trls_batch_by_batch(llama: Path, tmp_pa
     base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     trl = DPOTrainer(
         model=PeftModel.from_pretrained(base, start, is_trainable=True),
-        args=DPOConfig(
-            output_dir=str(tmp_path / "trl"),
-            beta=BETA,
-            use_cpu=True,
-            bf16=False,
-            activation_checkpointing=False,
-            report_to="none",
-            save_strategy="no",
+        args=trl_config(
+            tmp_path / "trl",
             per_device_train_batch_size=size,
             train_sampling_strategy="sequential",
             num_train_epochs=1,
             learning_rate=rate,
-            lr_scheduler_type="constant",
-            warmup_steps=0,
-            weight_decay=0.0,
-            logging_steps=1,
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
+            **CURVE,
         ),
         train_dataset=Dataset.from_list([PAIRS[number] for number in order]),
         processing_class=AutoTokenizer.from_pretrained(llama),
