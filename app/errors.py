@@ -2,9 +2,11 @@
 
     ServiceError            400, and the base of all
     ├── Unauthenticated     401
+    ├── Forbidden           403
     ├── NotFound            404
     ├── Conflict            409, never retried by the client
     ├── TooLarge            413
+    ├── TooMany             429, worth a retry after a while
     └── Unavailable         503, worth a retry
 
 Services raise them; `install_handlers` turns them, and everything else that can go wrong while a request is
@@ -19,7 +21,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from obstore.exceptions import BaseError
 from pydantic import BaseModel
-from sqlalchemy.exc import DataError, OperationalError
+from sqlalchemy.exc import DataError, IntegrityError, OperationalError
 from starlette.exceptions import HTTPException
 
 log = structlog.get_logger(__name__)
@@ -45,7 +47,7 @@ class ServiceError(Exception):
 
     status: ClassVar[int] = 400
     type: ClassVar[str] = "invalid_request_error"
-    headers: ClassVar[dict[str, str]] = {}
+    headers: dict[str, str] = {}
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -61,7 +63,13 @@ class Unauthenticated(ServiceError):
     """No key, or one that is not good."""
 
     status = 401
-    headers: ClassVar[dict[str, str]] = {"WWW-Authenticate": "Bearer"}
+    headers = {"WWW-Authenticate": "Bearer"}
+
+
+class Forbidden(ServiceError):
+    """A key that is good, but not for this; or a limit of its project."""
+
+    status = 403
 
 
 class NotFound(ServiceError):
@@ -74,7 +82,7 @@ class Conflict(ServiceError):
     """The object is in a state that does not allow this. The official client would resend a bare 409."""
 
     status = 409
-    headers: ClassVar[dict[str, str]] = {"x-should-retry": "false"}
+    headers = {"x-should-retry": "false"}
 
 
 class TooLarge(ServiceError):
@@ -83,12 +91,23 @@ class TooLarge(ServiceError):
     status = 413
 
 
+class TooMany(ServiceError):
+    """Requests faster than allowed; `seconds` is when the next one is answered."""
+
+    status = 429
+    type = "rate_limit_error"
+
+    def __init__(self, message: str, seconds: int, *, code: str) -> None:
+        super().__init__(message, code=code)
+        self.headers = {"Retry-After": str(seconds)}
+
+
 class Unavailable(ServiceError):
     """A part of the service is out of reach for now."""
 
     status = 503
     type = "server_error"
-    headers: ClassVar[dict[str, str]] = {"Retry-After": "2"}
+    headers = {"Retry-After": "2"}
 
 
 def error_response(
@@ -163,6 +182,10 @@ def install_handlers(app: FastAPI) -> None:
     def database_error(request: Request, error: OperationalError) -> JSONResponse:
         log.error("database out of reach", path=request.url.path, reason=str(error.orig))
         return Unavailable("The database is out of reach. Try again.", code="database_unavailable").response()
+
+    @app.exception_handler(IntegrityError)
+    def collision(_request: Request, _error: IntegrityError) -> JSONResponse:
+        return Unavailable("Another request made the same at the same moment. Try again.", code="collision").response()
 
     @app.exception_handler(DataError)
     def unstorable(_request: Request, _error: DataError) -> JSONResponse:

@@ -2,25 +2,63 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
+from fastapi.staticfiles import StaticFiles
 
 from app import __version__
+from app.dashboard.endpoints import FOLDER as DASHBOARD
+from app.dashboard.endpoints import router as dashboard_router
+from app.dashboard.session import NotSignedIn, ask_for_a_key
 from app.dependencies import ServicesDependency
 from app.errors import ErrorResponse, install_handlers
+from app.estimates.endpoints import router as estimates_router
 from app.files.endpoints import router as files_router
 from app.jobs.endpoints import router as jobs_router
+from app.keys.endpoints import router as keys_router
 from app.keys.middleware import Gate
 from app.logging import configure_logging
 from app.models.endpoints import router as models_router
+from app.projects.endpoints import router as projects_router
+from app.reports.endpoints import router as reports_router
 from app.services import Services
 from app.settings import Settings
+from app.uploads.endpoints import router as uploads_router
+from app.webhooks.endpoints import router as webhooks_router
 
 ERRORS: dict[int | str, dict[str, object]] = {
-    status: {"model": ErrorResponse} for status in (400, 401, 404, 409, 413, 500, 503)
+    status: {"model": ErrorResponse} for status in (400, 401, 403, 404, 409, 413, 429, 500, 503)
 }
+ROUTERS = (
+    files_router,
+    reports_router,
+    uploads_router,
+    jobs_router,
+    estimates_router,
+    models_router,
+    webhooks_router,
+    projects_router,
+    keys_router,
+)
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's document; it writes error answers of streaming routes as streams, which they are not."""
+    if app.openapi_schema is None:
+        document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
+        error = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}}
+        for methods in document["paths"].values():
+            for operation in methods.values():
+                for status, answer in operation["responses"].items():
+                    if int(status) in ERRORS:
+                        answer["content"] = error
+                operation["responses"].pop("422", None)  # what FastAPI would answer, and this service does not
+        app.openapi_schema = document
+    return app.openapi_schema
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -31,6 +69,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         yield
+        await services.jobs.feed.close()
         services.database.close()
 
     app = FastAPI(
@@ -43,9 +82,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.services = services
     install_handlers(app)
-    for router in (files_router, jobs_router, models_router):
+    for router in ROUTERS:
         app.include_router(router, prefix="/v1", responses=ERRORS)
-    app.add_middleware(Gate, keys=services.keys, allowed_hosts=services.settings.allowed_hosts)
+    app.include_router(dashboard_router)
+    app.mount("/dashboard/static", StaticFiles(directory=DASHBOARD / "static"))
+    app.add_exception_handler(NotSignedIn, ask_for_a_key)
+    app.add_middleware(Gate, keys=services.keys, rates=services.rates, allowed_hosts=services.settings.allowed_hosts)
     if services.settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -75,4 +117,5 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         status = "ok" if not problems else "unavailable"
         return JSONResponse({"status": status, "problems": problems}, status_code=503 if problems else 200)
 
+    app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return app

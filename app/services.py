@@ -11,12 +11,19 @@ from alembic.script import ScriptDirectory
 import migrations
 from app.broker import Broker
 from app.database import Database
+from app.estimates.service import Estimates
 from app.files.service import Files
 from app.jobs.service import Jobs
+from app.keys.rates import Rates
 from app.keys.service import Keys
 from app.models.service import Models
+from app.projects.service import Projects
+from app.reports.service import Reports
 from app.settings import Settings
 from app.storage import Storage
+from app.uploads.service import Uploads
+from app.vault import Vault
+from app.webhooks.service import Webhooks
 
 
 @dataclass(frozen=True)
@@ -28,9 +35,16 @@ class Services:
     storage: Storage
     broker: Broker
     keys: Keys
+    rates: Rates
+    projects: Projects
     files: Files
+    uploads: Uploads
+    reports: Reports
     jobs: Jobs
+    estimates: Estimates
     models: Models
+    vault: Vault
+    webhooks: Webhooks
 
     @classmethod
     def of(cls, settings: Settings) -> "Services":
@@ -39,15 +53,25 @@ class Services:
             Storage(settings.storage_url),
             Broker(settings),
         )
+        keys = Keys(database, settings.secret_key, settings.admin_key)
+        vault = Vault(settings.secret_key)
+        jobs = Jobs(database, storage, broker, keys)
         return cls(
             settings=settings,
             database=database,
             storage=storage,
             broker=broker,
-            keys=Keys(database, settings.secret_key, settings.admin_key),
+            keys=keys,
+            rates=Rates(settings.rate_limit, settings.broker_url),
+            projects=Projects(database),
             files=Files(database, storage),
-            jobs=Jobs(database, storage, broker),
-            models=Models(database, storage),
+            uploads=Uploads(database, storage),
+            reports=Reports(database, broker),
+            jobs=jobs,
+            estimates=Estimates(database, broker, jobs),
+            models=Models(database, storage, broker),
+            vault=vault,
+            webhooks=Webhooks(database, broker, vault, settings.private_webhooks),
         )
 
     def migrate(self, revision: str = "head") -> None:

@@ -28,8 +28,12 @@ class Settings(BaseSettings):
     port: int = 8000
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = ("localhost", "127.0.0.1", "[::1]")
     cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
+    rate_limit: int = Field(6000, ge=0)
+    """Requests a minute for each key; 0 is no limit."""
+    private_webhooks: Annotated[tuple[str, ...], NoDecode] = ()
+    """Hosts inside the operator's own network that webhooks may be sent to."""
 
-    @field_validator("hub_models", "allowed_hosts", "cors_origins", mode="before")
+    @field_validator("hub_models", "allowed_hosts", "cors_origins", "private_webhooks", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):

@@ -30,8 +30,21 @@ class Storage:
             self.store = from_url(url)
 
     async def put_stream(self, key: str, chunks: AsyncIterator[bytes]) -> None:
-        """Write an object from a stream; nothing stays behind where the stream raises."""
-        await obstore.put_async(self.store, key, chunks, use_multipart=True, chunk_size=CHUNK, max_concurrency=2)
+        """Write an object from a stream; nothing stays behind where the stream raises, and what it raised comes out."""
+        failure: list[BaseException] = []
+
+        async def watched() -> AsyncIterator[bytes]:
+            try:
+                async for chunk in chunks:
+                    yield chunk
+            except BaseException as error:
+                failure.append(error)
+                raise
+
+        try:
+            await obstore.put_async(self.store, key, watched(), use_multipart=True, chunk_size=CHUNK, max_concurrency=2)
+        except Exception as error:  # obstore wraps what its source raises in an error of its own
+            raise failure[0] if failure else error from None
 
     def put_bytes(self, key: str, content: bytes) -> None:
         obstore.put(self.store, key, content)
@@ -54,6 +67,16 @@ class Storage:
         except NotFoundError as error:
             raise FileNotFoundError(key) from error
         return (bytes(chunk) for chunk in found.stream(min_chunk_size=1024 * 1024))
+
+    async def stream(self, key: str) -> AsyncIterator[bytes]:
+        """The object's bytes, piece by piece, for a source of `put_stream`: a store cannot be read in the middle of a
+        write of its own but so."""
+        try:
+            found = await obstore.get_async(self.store, key)
+        except NotFoundError as error:
+            raise FileNotFoundError(key) from error
+        async for chunk in found.stream(min_chunk_size=1024 * 1024):
+            yield bytes(chunk)
 
     def read(self, key: str) -> bytes:
         """A small object, whole."""

@@ -7,12 +7,10 @@ from `DPO_SHARED` where it is there, else a log-normal distribution with its med
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from rich.table import Table
 
 from bench.entrants import BATCH, MAX_LENGTH, THREADS
 from bench.inputs import HH, VOCABULARY, Arithmetic, Pairs, lengths_of, make_model, make_pairs
+from bench.machine import describe_machine
 
 PAIRS, RUNS, EPOCHS = 16, 3, (1, 3)
 DPO = ("dpo-service", "TRL default", "TRL precomputed reference", "TRL best options")
@@ -98,19 +97,11 @@ def table(title: str, found: Measured, items: int, tokens: int, unit: str, bound
     return made
 
 
-def processor() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def main() -> None:
     lengths, source = lengths_of(HH, PAIRS, (70, 32, 24))
     pairs: Pairs = make_pairs(lengths, MAX_LENGTH)
     console, results = Console(width=130), Path(__file__).parent / "results"
-    machine = {"processor": processor(), "cores": os.cpu_count(), "threads": THREADS}
-    machine |= {name: version(name) for name in ("torch", "transformers", "peft", "trl")}
+    machine = describe_machine() | {"threads": THREADS}
     record: dict[str, Any] = {"machine": machine, "rows": f"{PAIRS} pairs, {source}, at most {MAX_LENGTH} tokens"}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

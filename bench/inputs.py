@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from app.datasets.check import Report, examples
+from app.datasets.check import examples
 from app.datasets.example import Example
 from worker.trainer.data import plain_prompt
 
@@ -30,7 +30,7 @@ def lengths_of(file: Path, count: int, medians: Lengths) -> tuple[list[Lengths],
     generator = random.Random(0)
     if file.exists():
         with file.open("rb") as stream:
-            found = list(examples(stream, Report()))
+            found = list(examples(stream))
         chosen = generator.sample(found, count) if count <= len(found) else generator.choices(found, k=count)
         return [_words(example) for example in chosen], f"lengths of {file.parent.name}/{file.name}"
     logs = [torch.tensor(float(median)).log().item() for median in medians]
@@ -39,7 +39,7 @@ def lengths_of(file: Path, count: int, medians: Lengths) -> tuple[list[Lengths],
 
 
 def _words(example: Example) -> Lengths:
-    chosen, rejected = example.responses
+    chosen, rejected = map(str, example.responses)
     prompt = plain_prompt(example.prompt)
     return len(prompt.split()), max(1, len(chosen.split())), max(1, len(rejected.split()))
 

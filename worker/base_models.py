@@ -5,6 +5,9 @@ It reads configuration files only; torch is the trainer's.
 
 import hashlib
 import json
+import math
+import re
+from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -67,7 +70,7 @@ class BaseModels:
         found = []
         for name, folder in self.folders().items():
             try:
-                found.append(_describe(name, folder))
+                found.append(describe(name, folder))
             except (OSError, ValueError, AttributeError, TypeError) as error:  # half copied, or not what it says
                 self._ignore(folder, f"its files cannot be read: {error}")
         return found
@@ -89,7 +92,8 @@ class BaseModels:
         raise ModelUnavailable(f"The base model '{name}' is not in the models folder {self.root}.")
 
 
-def _describe(name: str, folder: Path) -> LocalModel:
+def describe(name: str, folder: Path) -> LocalModel:
+    """A model of the folder: its name, a version, and what the API must know of it."""
     config = json.loads((folder / "config.json").read_text())
     text = config.get("text_config", config)
     weights = sorted(folder.glob("*.safetensors"))
@@ -108,8 +112,39 @@ def _describe(name: str, folder: Path) -> LocalModel:
         "vocabulary_size": text.get("vocab_size"),
         "bytes": sum(path.stat().st_size for path in weights),
         "chat_template": template,
+        "shape": _shape(text, weights),
     }
     return LocalModel(name, folder, digest.hexdigest()[:16], details)
+
+
+LAYER = re.compile(r"\.\d+\.")
+
+
+def _shape(config: dict[str, Any], weights: list[Path]) -> dict[str, Any] | None:
+    """The sizes that memory depends on, from the headers of the weight files; None where they do not tell."""
+    linears: Counter[tuple[str, int, int]] = Counter()
+    others = 0
+    for path in weights:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        for name, tensor in header.items():
+            if name == "__metadata__":
+                continue
+            size = tensor["shape"]
+            if LAYER.search(name) and name.endswith(".weight") and len(size) == 2:
+                linears[(name.split(".")[-2], size[0], size[1])] += 1
+            else:
+                others += math.prod(size)
+    hidden, layers = config.get("hidden_size"), config.get("num_hidden_layers")
+    if not hidden or not layers or not linears:
+        return None
+    return {
+        "hidden": hidden,
+        "layers": layers,
+        "vocabulary": config.get("vocab_size") or 0,
+        "linears": [[*key, count] for key, count in sorted(linears.items())],
+        "others": others,
+    }
 
 
 def _download(name: str) -> tuple[Path, str | None]:

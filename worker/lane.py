@@ -4,6 +4,7 @@ import os
 import socket
 import threading
 import time
+from contextlib import suppress
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
@@ -13,14 +14,20 @@ from app.jobs import repository
 from app.jobs.states import Status
 from app.models import repository as models
 from app.services import Services
+from app.tasks import repository as tasks
+from app.workers import repository as workers
+from worker import integrations
 from worker.base_models import BaseModels
+from worker.device import device
 from worker.housekeeping import keep_house
-from worker.runner import Run
+from worker.runner import Run, Spare
+from worker.tasks import run_task
 from worker.validator import validate
+from worker.webhooks import Sender
 
 log = structlog.get_logger(__name__)
 
-LOOK_SECONDS = 2.0
+LOOK_SECONDS = 1.0
 REGISTER_SECONDS = 30.0
 
 
@@ -31,12 +38,16 @@ class LaneWorker:
         self.services, self.lane = services, lane
         self.base_models = BaseModels(services.settings)
         self.owner = f"{lane.value}@{socket.gethostname()}:{os.getpid()}"
+        self.device = device() if lane == Lane.GPU else None
         self.stopping = threading.Event()
+        self.spare = Spare()
         self._bell = threading.Event()
         self._threads = [
             threading.Thread(target=self._work, name=f"{lane.value}-lane"),
             threading.Thread(target=self._keep_house, name="housekeeping"),
         ]
+        if lane == Lane.CPU:
+            self._threads.append(threading.Thread(target=Sender(services, self.stopping).run, name="webhooks"))
 
     def start(self) -> None:
         for thread in self._threads:
@@ -66,6 +77,7 @@ class LaneWorker:
                 log.error("unexpected error in the lane", exc_info=error)
             self._bell.wait(LOOK_SECONDS)
             self._bell.clear()
+        self.spare.close()
 
     def _work_once(self) -> bool:
         """Claim and run one job; False where there is none."""
@@ -74,12 +86,19 @@ class LaneWorker:
                 job = repository.claim(session, Status.VALIDATING, self.owner)
             if job is not None:
                 validate(self.services, job)
-            return job is not None
+                return True
+            with self.services.database.write() as session:
+                task = tasks.claim(session, self.owner, self.base_models.served())
+            if task is not None:
+                run_task(self.services, self.base_models, task)
+            return task is not None
         served = self.base_models.served()
         with self.services.database.write() as session:
             job = repository.claim(session, Status.QUEUED, self.owner, served)
         if job is not None:
-            Run(self.services, self.base_models, job, self.stopping).run()
+            Run(self.services, self.base_models, job, self.stopping, self.spare).run()
+        if not self.stopping.is_set():
+            self.spare.prepare()
         return job is not None
 
     def _keep_house(self) -> None:
@@ -87,18 +106,24 @@ class LaneWorker:
         while not self.stopping.is_set():
             try:
                 keep_house(self.services)
-                if self.lane == Lane.GPU and time.monotonic() - registered >= REGISTER_SECONDS:
+                if time.monotonic() - registered >= REGISTER_SECONDS:
                     self._register()
                     registered = time.monotonic()
             except Exception as error:  # whatever it is, the next round may do better
                 log.warning("housekeeping failed", reason=str(error))
             self.stopping.wait(LOOK_SECONDS)
+        with suppress(SQLAlchemyError), self.services.database.write() as session:
+            workers.leave(session, self.owner)
 
     def _register(self) -> None:
-        """Tell the API which base models there are."""
-        found = self.base_models.local()
+        """Tell the API who is here, on what device, and which base models there are."""
+        gpu = self.lane == Lane.GPU
+        found = self.base_models.local() if gpu else []
+        serves = [*(model.name for model in found), *self.base_models.patterns] if gpu else []
+        details = {"device": self.device, "integrations": integrations.configured()} if gpu else {}
         with self.services.database.write() as session:
+            workers.report(session, self.owner, self.lane, serves, details)
             for model in found:
                 models.register(session, model.name, model.revision, model.details)
-            for pattern in self.base_models.patterns:
+            for pattern in self.base_models.patterns if gpu else ():
                 models.register_hub(session, pattern)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 import structlog
+from sqlalchemy.orm import Session
 
 from app.database import Database
 from app.jobs import repository
@@ -16,13 +17,24 @@ WATCH_SECONDS = 0.25
 
 
 class Lease:
-    """Renews the lease of one attempt while the block runs. `lost` turns true when another may have the job."""
+    """Renews the lease of one attempt while the block runs. `lost` turns true when another may have the job.
 
-    def __init__(self, database: Database, job_id: str, attempt: int) -> None:
+    `heartbeat` renews it, a job's if none is given; it returns False where the lease is another's.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        job_id: str,
+        attempt: int,
+        heartbeat: Callable[[Session, str, int], bool] | None = None,
+    ) -> None:
         self.database, self.job_id, self.attempt = database, job_id, attempt
+        self._heartbeat = heartbeat or self._of_job
         self._lost = threading.Event()
         self._released = threading.Event()
         self._valid_until = time.monotonic() + repository.LEASE_SECONDS
+        self._paused = threading.Event()
         self._callbacks: list[Callable[[], None]] = []
         self._threads = [threading.Thread(target=target, daemon=True) for target in (self._renew, self._watch)]
 
@@ -41,6 +53,11 @@ class Lease:
     def lost(self) -> bool:
         return self._lost.is_set()
 
+    @property
+    def paused(self) -> bool:
+        """Whether the job was paused while this attempt had it."""
+        return self._paused.is_set()
+
     def wait_lost(self, seconds: float) -> bool:
         """Wait until the lease is lost, at most `seconds`; returns whether it is."""
         return self._lost.wait(seconds)
@@ -49,12 +66,18 @@ class Lease:
         """Call `callback`, from another thread, when the lease is lost."""
         self._callbacks.append(callback)
 
+    def _of_job(self, session: Session, job_id: str, attempt: int) -> bool:
+        held = repository.heartbeat(session, job_id, attempt)
+        if held is not None and held.paused:
+            self._paused.set()
+        return held is not None
+
     def _renew(self) -> None:
         while not self._released.wait(repository.HEARTBEAT_SECONDS):
             asked = time.monotonic()
             try:
                 with self.database.write() as session:
-                    held = repository.heartbeat(session, self.job_id, self.attempt)
+                    held = self._heartbeat(session, self.job_id, self.attempt)
             except Exception as error:  # the database may be away for a while; the lease is good until it expires
                 log.warning("heartbeat failed", job=self.job_id, reason=str(error))
                 continue

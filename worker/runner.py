@@ -7,6 +7,7 @@ trainer's whole process group is killed and nothing more is written.
 """
 
 import json
+import math
 import os
 import queue
 import re
@@ -28,7 +29,7 @@ from sqlalchemy.orm import Session
 
 from app.database import database_now, new_id
 from app.files.tables import File
-from app.jobs import repository
+from app.jobs import gates, repository
 from app.jobs.service import log_key
 from app.jobs.spec import JobSpec
 from app.jobs.states import Actor, Status
@@ -37,14 +38,17 @@ from app.models import repository as models
 from app.models.tables import Model
 from app.services import Services
 from worker.base_models import BaseModels, ModelUnavailable
+from worker.integrations import Reporter
 from worker.lease import Lease
-from worker.validator import work_folder
+from worker.work import work_folder
 
 log = structlog.get_logger(__name__)
 
 STOPPED = 75
 CACHE_KEY = re.compile(r"(tokens|reference)(/[0-9a-f]{64}){1,2}")
 LOG_SECONDS = 3.0
+OVERDUE_SECONDS = 30.0
+"""For the checkpoint of a job whose time is over."""
 TRAINER_VARIABLES = ("PATH", "HOME", "TMPDIR", "LANG", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
 TRAINER_PREFIXES = (
     "CUDA_",
@@ -76,27 +80,64 @@ def trainer_environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k in TRAINER_VARIABLES or k.startswith(TRAINER_PREFIXES)}
 
 
-def spawn_trainer(folder: Path) -> "subprocess.Popen[bytes]":
-    """Start the trainer on `folder`, in a process group of its own; its log goes to `trainer.log` there."""
-    with (folder / "trainer.log").open("wb") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "worker.trainer", str(folder)],
-            stdin=subprocess.PIPE,  # held open: the trainer ends by itself when this process is gone
-            stdout=subprocess.PIPE,
-            stderr=log,
-            start_new_session=True,
-            env=trainer_environment(),
-        )
+def spawn_trainer() -> "subprocess.Popen[bytes]":
+    """Start a trainer, in a process group of its own, that waits for its folder as a line on its standard input."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "worker.trainer"],
+        stdin=subprocess.PIPE,  # held open: the trainer ends by itself when this process is gone
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,  # until it has a folder with a log
+        start_new_session=True,
+        env=trainer_environment(),
+    )
+
+
+def give_folder(process: "subprocess.Popen[bytes]", folder: Path) -> None:
+    """Let a trainer that waits begin. Raises `BrokenPipeError` for one that has died."""
+    assert process.stdin is not None
+    process.stdin.write(f"{folder}\n".encode())
+    process.stdin.flush()
+
+
+class Spare:
+    """A trainer that has torch loaded and waits, so that a job's first step need not."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def prepare(self) -> None:
+        """Have one ready."""
+        if self._process is None or self._process.poll() is not None:
+            self._process = spawn_trainer()
+
+    def take(self, folder: Path) -> "subprocess.Popen[bytes]":
+        """The trainer of `folder`; the next one is prepared when this one no longer needs the machine."""
+        process, self._process = self._process, None
+        if process is not None and process.poll() is None:
+            with suppress(BrokenPipeError):
+                give_folder(process, folder)
+                return process
+        process = spawn_trainer()
+        give_folder(process, folder)
+        return process
+
+    def close(self) -> None:
+        if self._process is not None:
+            kill_group(self._process)
 
 
 class Run:
     """One attempt at one job."""
 
-    def __init__(self, services: Services, base_models: BaseModels, job: Job, stopping: threading.Event) -> None:
+    def __init__(
+        self, services: Services, base_models: BaseModels, job: Job, stopping: threading.Event, spare: Spare
+    ) -> None:
         self.services, self.base_models, self.job, self.stopping = services, base_models, job, stopping
+        self.spare = spare
         self.prefix = f"jobs/{job.id}/attempt-{job.attempt}"
         self.spec = JobSpec.model_validate(job.spec)
         self.outcome: dict[str, Any] | None = None
+        self.began = time.monotonic()
         self.log = log.bind(job=job.id, attempt=job.attempt)
 
     def run(self) -> None:
@@ -104,6 +145,7 @@ class Run:
         folder = tempfile.TemporaryDirectory(dir=work_folder(self.services), ignore_cleanup_errors=True)
         with folder as name, Lease(self.services.database, self.job.id, self.job.attempt) as self.lease:
             self.folder = Path(name)
+            self.reporter = Reporter(self.job.id, self.spec, self.folder)
             try:
                 if self._prepare():
                     self._finish(self._train())
@@ -112,6 +154,14 @@ class Run:
             except Exception as error:  # the store, the disk: the job must not hang until its lease expires
                 self.log.error("the attempt failed", exc_info=error)
                 self._recover(f"The worker failed ({type(error).__name__}).")
+            finally:
+                self.reporter.close()
+
+    @property
+    def overdue(self) -> bool:
+        """Whether the job has trained for longer than it may."""
+        limit = self.job.timeout_seconds
+        return limit is not None and self.job.ran_seconds + time.monotonic() - self.began > limit
 
     # -- before ------------------------------------------------------------------------------------------------
 
@@ -177,10 +227,10 @@ class Run:
         """Run the trainer; returns its exit status."""
         if self.lease.lost:
             raise LeaseLost
-        process = spawn_trainer(self.folder)
+        process = self.spare.take(self.folder)
         self.log.info("trainer started", pid=process.pid)
         # Whatever this thread is busy with then: a trainer without a lease ends at once.
-        self.lease.on_lost(lambda: _kill_group(process))
+        self.lease.on_lost(lambda: kill_group(process))
         lines: queue.Queue[bytes | None] = queue.Queue()
         reader = threading.Thread(target=_read_lines, args=(process, lines), daemon=True)
         reader.start()
@@ -188,18 +238,20 @@ class Run:
             self._relay_until_end(process, lines)
             return process.wait()
         finally:
-            _kill_group(process)
+            kill_group(process)
             self._upload_log()
 
     def _relay_until_end(self, process: subprocess.Popen[bytes], lines: "queue.Queue[bytes | None]") -> None:
-        asked, uploaded = False, time.monotonic()
+        asked, uploaded = math.inf, time.monotonic()
         while True:
             batch, ended = _drain(lines)
             if self.lease.lost:
                 raise LeaseLost
-            if self.stopping.is_set() and not asked:
+            if asked == math.inf and (self.stopping.is_set() or self.lease.paused or self.overdue):
                 process.send_signal(signal.SIGTERM)
-                asked = True
+                asked = time.monotonic()
+            if self.overdue and time.monotonic() - asked > OVERDUE_SECONDS:
+                kill_group(process)
             if batch:
                 self._serve_cache(process, batch)
                 self._relay(batch)
@@ -240,6 +292,8 @@ class Run:
             if event["kind"] == "checkpoint":
                 self.services.storage.put_folder(f"{self.prefix}/{event['path']}", self.folder / event["path"])
                 shutil.rmtree(self.folder / event["path"])
+            elif event["kind"] == "metrics":
+                self.reporter.metrics(event["step"], event["metrics"])
             elif event["kind"] in ("done", "failed"):
                 self.outcome = event
 
@@ -295,6 +349,14 @@ class Run:
             self._succeed(self.outcome)
         elif self.outcome is not None and self.outcome["kind"] == "failed":
             self._fail(self.outcome["code"], self.outcome["message"], self.outcome["param"])
+        elif self.overdue:
+            message = (
+                f"The job trained for {self.job.timeout_seconds} s, which is its 'timeout_seconds'. "
+                "Its checkpoints are kept: a new job can start from one."
+            )
+            self._fail("timeout_exceeded", message, "timeout_seconds")
+        elif status == STOPPED and self.lease.paused:
+            self._write(lambda session: self._end(session, Status.QUEUED, "The job waits, paused; its GPU is free."))
         elif status == STOPPED and self.stopping.is_set():
             self._write(lambda session: self._end(session, Status.QUEUED, "The worker stops; the job will resume."))
         else:
@@ -308,12 +370,22 @@ class Run:
         storage.put_folder(f"{self.prefix}/model", self.folder / "output")
         storage.put_file(f"files/{result_id}", result)
         adapter = self.job.spec["adapter"]
+        verdicts = gates.judge(self.spec, outcome["metrics"])
+        size = sum(path.stat().st_size for path in (self.folder / "output").rglob("*") if path.is_file())
 
         def write(session: Session) -> None:
+            if verdicts:
+                # The row first: a job's events are numbered in the order of their commits.
+                if not repository.write_guarded(session, self.job.id, self.job.attempt, gates=verdicts):
+                    raise LeaseLost
+                level = "info" if all(gate["met"] for gate in verdicts) else "warn"
+                repository.add_event(session, self.job.id, gates.summary(verdicts), level=level)
             self._end(
                 session,
                 Status.SUCCEEDED,
                 f"The job has succeeded. New fine-tuned model: {name}",
+                gates=verdicts or None,
+                pace=outcome["pace"],
                 fine_tuned_model=name,
                 trained_tokens=outcome["trained_tokens"],
                 result_files=[result_id],
@@ -328,6 +400,7 @@ class Run:
                     base_model=self.job.base_model,
                     job_id=self.job.id,
                     prefix=f"{self.prefix}/model",
+                    bytes=size,
                     revision=None,
                     details={
                         "adapter": adapter,
@@ -442,7 +515,7 @@ def _drain(lines: "queue.Queue[bytes | None]") -> tuple[list[dict[str, Any]], bo
     return batch, False
 
 
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
+def kill_group(process: subprocess.Popen[bytes]) -> None:
     """End the trainer and whatever it started."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

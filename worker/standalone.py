@@ -20,7 +20,7 @@ from app.errors import describe_validation_error
 from app.jobs.spec import JobSpec
 from app.settings import Settings
 from worker.base_models import BaseModels, ModelUnavailable
-from worker.runner import spawn_trainer
+from worker.runner import give_folder, spawn_trainer
 
 USAGE = 2
 
@@ -77,7 +77,7 @@ def _read_spec(path: Path) -> tuple[JobSpec, dict[str, Any]]:
         file = (path.parent / name).resolve()
         try:
             with file.open("rb") as stream:
-                check(stream, spec.needs(field))
+                check(stream, spec.needs(field), spec.reads(field))
         except (OSError, DatasetError) as error:
             raise UsageError(f"{field}: {file}: {error}") from error
         located[field] = str(file)
@@ -85,7 +85,8 @@ def _read_spec(path: Path) -> tuple[JobSpec, dict[str, Any]]:
 
 
 def _run(folder: Path, console: Console) -> int:
-    process = spawn_trainer(folder)
+    process = spawn_trainer()
+    give_folder(process, folder)
     assert process.stdout is not None
     failed = False
     try:

@@ -8,12 +8,14 @@ import structlog
 from app.broker import Lane
 from app.datasets.check import Report, check
 from app.datasets.reader import DatasetError
+from app.estimates.service import expected_seconds
 from app.jobs import repository
 from app.jobs.spec import JobSpec
 from app.jobs.states import Actor, Status
 from app.jobs.tables import Job
 from app.services import Services
 from worker.lease import Lease
+from worker.work import work_folder
 
 log = structlog.get_logger(__name__)
 
@@ -33,6 +35,7 @@ def validate(services: Services, job: Job) -> None:
                 repository.recover(session, job, Actor.VALIDATOR, "The files could not be read.")
             return
         with services.database.write() as session:
+            seconds = expected_seconds(session, spec, job.base_model, dict(reports))
             queued = repository.transition(
                 session,
                 job.id,
@@ -40,6 +43,7 @@ def validate(services: Services, job: Job) -> None:
                 Status.QUEUED,
                 actor=Actor.VALIDATOR,
                 attempt=job.attempt,
+                estimated_seconds=seconds,
                 message="Files validated, job queued: "
                 + "; ".join(f"{field}: {report.summary()}" for field, report in reports),
             )
@@ -62,7 +66,7 @@ def _check(services: Services, job: Job, spec: JobSpec, field: str, file_id: str
             raise _InvalidFile(field, f"the file {file_id} is gone") from None
         try:
             with path.open("rb") as file:
-                return check(file, spec.needs(field))
+                return check(file, spec.needs(field), spec.reads(field))
         except DatasetError as error:
             raise _InvalidFile(field, str(error)) from error
 
@@ -82,10 +86,3 @@ def _fail(services: Services, job: Job, invalid: _InvalidFile) -> None:
             level="error",
             error=error,
         )
-
-
-def work_folder(services: Services) -> Path:
-    """Where this worker keeps what it works on."""
-    folder = services.settings.home / "work"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

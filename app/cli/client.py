@@ -3,6 +3,7 @@
 import io
 import os
 import tarfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 from urllib.parse import quote
 
 import httpx2
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from app.settings import Settings
 
@@ -64,18 +67,58 @@ class Client:
                 return
             after = answer["data"][-1]["id"]
 
-    def upload(self, path: Path) -> Any:
-        with path.open("rb") as file:
+    def when_ready(self, method: str, path: str, **options: Any) -> Any:
+        """The JSON answer of a route that answers 202 until a worker has made it."""
+        while True:
+            with self.stream(method, path, **options) as response:
+                response.read()
+                if response.status_code != 202:
+                    return response.json()
+                seconds = float(response.headers.get("retry-after", 1))
+            time.sleep(seconds)
+
+    def upload(self, path: Path, form: dict[str, Any] | None = None) -> Any:
+        """Upload a dataset, with a progress bar on a terminal."""
+        with _progress() as progress, progress.open(path, "rb", description=path.name) as file:
             return self.request(
-                "POST", "/files", data={"purpose": "fine-tune"}, files={"file": (path.name, file)}, timeout=None
+                "POST",
+                "/files",
+                data={"purpose": "fine-tune", **(form or {})},
+                files={"file": (path.name, file)},
+                timeout=None,
             )
 
-    def download(self, model: str, folder: Path) -> None:
-        """Unpack a made model or a checkpoint into `folder`."""
-        with self.stream("GET", f"/models/{quote(model, safe=':')}/download", timeout=None) as response:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tarfile.open(fileobj=_Reader(response.iter_bytes()), mode="r|") as archive:
+    def download(self, model: str, folder: Path, params: dict[str, str] | None = None) -> None:
+        """Unpack a made model or a checkpoint into `folder`; one that is to be merged is waited for."""
+        url = f"/models/{quote(model, safe=':')}/download"
+        while True:
+            with self.stream("GET", url, params=params, timeout=None) as response:
+                if response.status_code != 202:
+                    self._unpack(response, folder, model)
+                    return
+                seconds = float(response.headers.get("retry-after", 1))
+            time.sleep(seconds)
+
+    @staticmethod
+    def _unpack(response: httpx2.Response, folder: Path, model: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _progress() as progress:
+            task = progress.add_task(model, total=None)
+
+            def chunks() -> Iterator[bytes]:
+                for chunk in response.iter_bytes():
+                    progress.advance(task, len(chunk))
+                    yield chunk
+
+            with tarfile.open(fileobj=_Reader(chunks()), mode="r|") as archive:
                 archive.extractall(folder, filter="data")
+
+
+def _progress() -> Progress:
+    """A bar on standard error, where that is a terminal: standard output is for results."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 class _Reader(io.RawIOBase):

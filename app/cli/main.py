@@ -1,12 +1,12 @@
 """The `dpo` command: run the service, and talk to one over HTTP.
 
-Exit status: 0 done; 1 failed; 2 usage; 3 cancelled (`dpo jobs watch`).
+Exit status: 0 done; 1 failed; 2 usage; 3 cancelled and 4 a quality gate not met (`dpo jobs watch`).
 """
 
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
 
 import orjson
@@ -16,16 +16,27 @@ from rich.console import Console
 from rich.table import Table
 
 from app.cli.client import Client, ClientError
+from app.cli.describe import describe_estimate, describe_gate, describe_report
 from app.cli.processes import end_with_parent, supervise
-from app.cli.watch import EXIT_STATUS, watch
+from app.cli.tokens import count_tokens
+from app.cli.watch import EXIT_STATUS, GATE_NOT_MET, watch
+from app.datasets.check import survey
+from app.datasets.mapping import Mapping
+from app.errors import ServiceError
+from app.keys.schemas import KeySpec, Scope
+from app.projects.schemas import Limits, ProjectSpec
 from app.settings import Settings
+
+if TYPE_CHECKING:
+    from app.services import Services
 
 cli = typer.Typer(name="dpo", help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 keys = typer.Typer(help="API keys of this installation (on the service's machine).", no_args_is_help=True)
+projects = typer.Typer(help="Projects of this installation (on the service's machine).", no_args_is_help=True)
 files = typer.Typer(help="Datasets.", no_args_is_help=True)
 jobs = typer.Typer(help="Fine-tuning jobs.", no_args_is_help=True)
 models = typer.Typer(help="Base models, and models made here.", no_args_is_help=True)
-for name, group in (("keys", keys), ("files", files), ("jobs", jobs), ("models", models)):
+for name, group in (("keys", keys), ("projects", projects), ("files", files), ("jobs", jobs), ("models", models)):
     cli.add_typer(group, name=name)
 
 console = Console()
@@ -38,11 +49,13 @@ def main() -> None:
     end_with_parent()
     try:
         cli()
-    except ClientError as error:
+    except (ClientError, ServiceError) as error:
         message = str(error)
-    except ValidationError as error:  # a variable of the environment
+    except ValidationError as error:  # a variable of the environment, or an option that is not what it should be
         first = error.errors()[0]
-        message = f"{'DPO_' + str(first['loc'][0]).removeprefix('DPO_').upper()}: {first['msg']}"
+        name = str(first["loc"][0]) if first["loc"] else ""
+        variable = "DPO_" + name.removeprefix("DPO_").upper()
+        message = f"{variable if error.title == 'Settings' else name}: {first['msg']}"
     else:
         return
     Console(stderr=True).print(f"dpo: {message}", style="red", highlight=False, markup=False)
@@ -130,18 +143,77 @@ def _migrate(settings: Settings, revision: str = "head") -> None:
     Services.of(settings).migrate(revision)
 
 
-@keys.command("create")
-def keys_create(
-    name: Annotated[str, typer.Option(help="What the key is for.")],
-    project: Annotated[str, typer.Option(help="Whose data it reaches.")] = "default",
-    expires_in_days: Annotated[float | None, typer.Option(min=0, help="No end if not given.")] = None,
-) -> None:
-    """Make an API key and print it. It is not stored and cannot be shown again."""
+def _local() -> "Services":
+    """This machine's installation, its database brought to this version's schema."""
     from app.services import Services
 
     services = Services.of(Settings())
     services.migrate()
-    print(services.keys.create(name, project, expires_in_days))
+    return services
+
+
+@keys.command("create")
+def keys_create(
+    name: Annotated[str, typer.Option(help="What the key is for.")],
+    project: Annotated[str, typer.Option(help="Whose data it reaches.")] = "default",
+    scope: Annotated[list[Scope] | None, typer.Option(help="read, write (the default) or admin.")] = None,
+    expires_in_days: Annotated[float | None, typer.Option(min=0, help="No end if not given.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make an API key and print it. It is not stored and cannot be shown again."""
+    seconds = None if expires_in_days is None else max(1, round(expires_in_days * 86400))
+    scopes = scope or [Scope.READ, Scope.WRITE]
+    key = _local().keys.create(KeySpec(name=name, project=project, scopes=scopes, expires_in=seconds))
+    _emit(key.model_dump(), as_json, key.key)
+
+
+@keys.command("list")
+def keys_list(
+    project: Annotated[str | None, typer.Option(help="Only those of this project.")] = None, as_json: Json = False
+) -> None:
+    """All keys, oldest first; not what they are, which nobody knows."""
+    rows = [key.model_dump(mode="json") for key in _local().keys.list(project)]
+    _table(rows, ["id", "name", "project", "scopes", "expires_at", "last_used_at", "revoked_at"], as_json)
+
+
+@keys.command("revoke")
+def keys_revoke(key_id: str, as_json: Json = False) -> None:
+    """Refuse a key from now on."""
+    key = _local().keys.revoke(key_id)
+    _emit(key.model_dump(mode="json"), as_json, f"{key.id} ({key.name}): revoked")
+
+
+@projects.command("create")
+def projects_create(
+    project: Annotated[str, typer.Argument(help="Lower-case letters, digits and dashes.")],
+    max_storage_bytes: Annotated[int | None, typer.Option(min=0, help="No limit if not given.")] = None,
+    max_running_jobs: Annotated[int | None, typer.Option(min=0, help="No limit if not given.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a project. Keys of one see nothing of another."""
+    spec = ProjectSpec(id=project, max_storage_bytes=max_storage_bytes, max_running_jobs=max_running_jobs)
+    _emit(_local().projects.create(spec).model_dump(), as_json, project)
+
+
+@projects.command("list")
+def projects_list(as_json: Json = False) -> None:
+    """All projects, with what they use."""
+    rows = [project.model_dump() for project in _local().projects.list()]
+    _table(rows, ["id", "storage_bytes", "max_storage_bytes", "max_running_jobs"], as_json)
+
+
+@projects.command("limit")
+def projects_limit(
+    project: str,
+    max_storage_bytes: Annotated[int | None, typer.Option(min=-1, help="-1: no limit.")] = None,
+    max_running_jobs: Annotated[int | None, typer.Option(min=-1, help="-1: no limit.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Change what a project may use; what is not given stays."""
+    given = {"max_storage_bytes": max_storage_bytes, "max_running_jobs": max_running_jobs}
+    limits = {name: None if value == -1 else value for name, value in given.items() if value is not None}
+    found = _local().projects.limit(project, Limits(**limits))
+    _emit(found.model_dump(), as_json, f"{found.id}: limits changed")
 
 
 @cli.command()
@@ -158,11 +230,82 @@ def train(
 # -- talk to a service ----------------------------------------------------------------------------------------
 
 
+def _mapping(value: str) -> Mapping | None:
+    """A mapping from the command line: JSON, or the name of a file with it."""
+    if not value:
+        return None
+    try:
+        text = value if value.lstrip().startswith("{") else Path(value).read_text()
+        return Mapping.model_validate_json(text)
+    except OSError as error:
+        raise typer.BadParameter(str(error), param_hint="--mapping") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise typer.BadParameter(f"{where}: {first['msg']}".lstrip(": "), param_hint="--mapping") from error
+
+
+MappingOption = Annotated[
+    str,
+    typer.Option("--mapping", help='Which columns hold what: JSON such as \'{"prompt": "question", …}\', or a file.'),
+]
+
+
+@files.command("check")
+def files_check(
+    path: Annotated[Path, typer.Argument(exists=True, dir_okay=False)],
+    mapping: MappingOption = "",
+    model: Annotated[str, typer.Option(help="Count tokens too: a folder, or a model of DPO_MODELS_DIR.")] = "",
+    max_length: Annotated[int, typer.Option(min=16, help="Tokens of a prompt and one answer, with --model.")] = 2048,
+    as_json: Json = False,
+) -> None:
+    """Check a dataset here, with no service. Exit status: 0 it can be trained on, 1 it cannot."""
+    said = _mapping(mapping)
+    with path.open("rb") as file:
+        report = survey(file, said)
+    found = report.as_json()
+    if model and found["valid"]:
+        folder = Path(model) if Path(model).is_dir() else Settings().models_dir / model
+        found["tokens"] = count_tokens(path, folder, model, max_length, found, said)
+    _emit(found, as_json, describe_report(found))
+    raise typer.Exit(0 if found["valid"] else 1)
+
+
+@files.command("report")
+def files_report(
+    file_id: str,
+    model: Annotated[str, typer.Option(help="Count tokens as this model does.")] = "",
+    max_length: Annotated[int | None, typer.Option(min=16)] = None,
+    as_json: Json = False,
+) -> None:
+    """What the service found in an uploaded file; waits until it is counted."""
+    params = {name: value for name, value in (("model", model), ("max_length", max_length)) if value}
+    found = Client().when_ready("GET", f"/files/{quote(file_id, safe='')}/report", params=params)
+    _emit(found, as_json, describe_report(found))
+
+
 @files.command("upload")
-def files_upload(path: Annotated[Path, typer.Argument(exists=True, dir_okay=False)], as_json: Json = False) -> None:
+def files_upload(
+    path: Annotated[Path, typer.Argument(exists=True, dir_okay=False)],
+    mapping: MappingOption = "",
+    expires_in: Annotated[
+        int | None, typer.Option(min=3600, max=2592000, help="Seconds until it goes by itself.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Upload a dataset and print its id."""
-    file = Client().upload(path)
+    said = _mapping(mapping)
+    form: dict[str, Any] = {} if said is None else {"mapping": said.model_dump_json(exclude_none=True)}
+    if expires_in is not None:
+        form |= {"expires_after[anchor]": "created_at", "expires_after[seconds]": str(expires_in)}
+    file = Client().upload(path, form)
     _emit(file, as_json, file["id"])
+
+
+@files.command("delete")
+def files_delete(file_id: str, as_json: Json = False) -> None:
+    """Delete a file. Jobs that already use it keep their copy until they end."""
+    _emit(Client().request("DELETE", f"/files/{quote(file_id, safe='')}"), as_json, f"{file_id}: deleted")
 
 
 @files.command("list")
@@ -183,10 +326,18 @@ def jobs_create(
     loss: Annotated[str, typer.Option(help="sigmoid (the default), ipo, simpo, kto, …: see docs/jobs.md.")] = "",
     suffix: Annotated[str, typer.Option(help="Part of the new model's name.")] = "",
     spec: Annotated[Path | None, typer.Option(help="A JSON file with the whole job body; '-' for stdin.")] = None,
+    gate: Annotated[
+        list[str] | None,
+        typer.Option(help="What must hold at the end: 'eval/rewards/accuracies>=0.6'; several."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--estimate", help="Say what it would take, and start nothing.")] = False,
     follow: Annotated[bool, typer.Option("--watch", help="Follow it to its end.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Start a job. Options add to or override the body of --spec."""
+    """Start a job. Options add to or override the body of --spec.
+
+    With --watch, the exit status is that of `dpo jobs watch`. With --estimate: 0 it would be accepted, 1 refused.
+    """
     client = Client()
     body: dict[str, Any] = {}
     if spec is not None:
@@ -207,13 +358,28 @@ def jobs_create(
         body.setdefault("sft", {})
     given = {"model": model, "training_file": training_file, "validation_file": validation_file, "suffix": suffix}
     body |= {key: value for key, value in given.items() if value}
+    if gate:
+        body["gates"] = [*body.get("gates", []), *map(_gate, gate)]
     for field in ("training_file", "validation_file"):
         if field in body and Path(body[field]).is_file():
             body[field] = client.upload(Path(body[field]))["id"]
+    if dry_run:
+        found = client.when_ready("POST", "/fine_tuning/estimate", json=body)
+        _emit(found, as_json, describe_estimate(found))
+        raise typer.Exit(0 if found["ok"] else 1)
     job = client.request("POST", "/fine_tuning/jobs", json=body)
     if follow:
         _follow(client, job["id"], as_json)
     _emit(job, as_json, job["id"])
+
+
+def _gate(text: str) -> dict[str, Any]:
+    """A gate from the command line: METRIC>=NUMBER or METRIC<=NUMBER."""
+    metric, sign, number = text.partition(">=") if ">=" in text else text.partition("<=")
+    try:
+        return {"metric": metric.strip(), "min" if sign == ">=" else "max": float(number)}
+    except ValueError:
+        raise typer.BadParameter(f"'{text}' is not METRIC>=NUMBER or METRIC<=NUMBER", param_hint="--gate") from None
 
 
 @jobs.command("list")
@@ -233,7 +399,7 @@ def jobs_show(job_id: str, as_json: Json = False) -> None:
 
 @jobs.command("watch")
 def jobs_watch(job_id: str, as_json: Json = False) -> None:
-    """Follow a job to its end. Exit status: 0 succeeded, 1 failed, 3 cancelled."""
+    """Follow a job to its end. Exit status: 0 succeeded, 1 failed, 3 cancelled, 4 a quality gate not met."""
     _follow(Client(), job_id, as_json)
 
 
@@ -242,10 +408,13 @@ def _follow(client: Client, job_id: str, as_json: bool) -> None:
     text = f"{job['id']}: {job['status']}"
     if job["error"]:
         text += f"\n{job['error']['message']}"
+    for verdict in job["gates"]:
+        text += f"\n{describe_gate(verdict)}"
     if job["status"] == "succeeded":
         text += _next_steps(job)
     _emit(job, as_json, text)
-    raise typer.Exit(EXIT_STATUS[job["status"]])
+    missed = job["status"] == "succeeded" and not all(verdict["met"] for verdict in job["gates"])
+    raise typer.Exit(GATE_NOT_MET if missed else EXIT_STATUS[job["status"]])
 
 
 def _next_steps(job: dict[str, Any]) -> str:
@@ -294,6 +463,20 @@ def jobs_cancel(job_id: str, as_json: Json = False) -> None:
     _emit(job, as_json, f"{job['id']}: {job['status']}")
 
 
+@jobs.command("pause")
+def jobs_pause(job_id: str, as_json: Json = False) -> None:
+    """Hold a job back. A running one writes a checkpoint and frees its GPU."""
+    job = Client().request("POST", f"/fine_tuning/jobs/{quote(job_id, safe='')}/pause")
+    _emit(job, as_json, f"{job['id']}: {job['status']}, paused")
+
+
+@jobs.command("resume")
+def jobs_resume(job_id: str, as_json: Json = False) -> None:
+    """Let a paused job go on from where it was."""
+    job = Client().request("POST", f"/fine_tuning/jobs/{quote(job_id, safe='')}/resume")
+    _emit(job, as_json, f"{job['id']}: {job['status']}")
+
+
 @models.command("list")
 def models_list(as_json: Json = False) -> None:
     """Base models that workers serve, and models made here."""
@@ -304,13 +487,32 @@ def models_list(as_json: Json = False) -> None:
 def models_download(
     model: str,
     output: Annotated[Path, typer.Option(help="Folder to unpack into; it must be empty or new.")],
+    merged: Annotated[bool, typer.Option("--merged", help="Whole weights, the adapter in them.")] = False,
+    dtype: Annotated[str, typer.Option(help="Of merged weights: bf16 or fp16.")] = "bf16",
     as_json: Json = False,
 ) -> None:
     """Download a model made here, or a checkpoint, into a folder."""
     if output.exists() and any(output.iterdir()):
         raise typer.BadParameter(f"{output} is not empty", param_hint="--output")
-    Client().download(model, output)
+    Client().download(model, output, {"format": "merged", "dtype": dtype} if merged else {})
     _emit({"model": model, "folder": str(output)}, as_json, str(output))
+
+
+@models.command("lineage")
+def models_lineage(model: str, as_json: Json = False) -> None:
+    """How a model came to be, from its base model on."""
+    found = Client().request("GET", f"/models/{quote(model, safe=':')}/lineage")
+    text = f"{found['base_model']} (revision {found['base_revision'] or 'unknown'})"
+    for step in found["steps"]:
+        method = ("SFT, then " if step["sft"] else "") + step["method"]
+        text += f"\n  {method} on {', '.join(step['files'])} by {step['job']}\n{step['model']}"
+    _emit(found, as_json, text)
+
+
+@models.command("delete")
+def models_delete(model: str, as_json: Json = False) -> None:
+    """Delete a model made here, unless something needs it."""
+    _emit(Client().request("DELETE", f"/models/{quote(model, safe=':')}"), as_json, f"{model}: deleted")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from app.cli.client import Client
 
 EXIT_STATUS = {"succeeded": 0, "failed": 1, "cancelled": 3}
+GATE_NOT_MET = 4
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "eval/loss", "eval/rewards/accuracies")
 INTERVAL_SECONDS = 1.0
 
@@ -36,7 +37,9 @@ def watch(client: Client, job_id: str, console: Console) -> dict[str, Any]:
 
 def _show(progress: Progress, task: Any, job: dict[str, Any]) -> None:
     state = job["status"]
-    if state == "running" and job["stage"]:
+    if job["paused"]:
+        state += ", paused"
+    elif state == "running" and job["stage"]:
         state = f"running {job['stage']}"
     elif state == "queued" and job["queue_position"]:
         state = f"queued, place {job['queue_position']}"

@@ -2,18 +2,23 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 
 class Message(TypedDict):
-    """A turn of a conversation."""
+    """A turn of a conversation. `tool_calls` are an assistant's; their arguments are objects, not text."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "user", "assistant", "tool"]
     content: str
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    tool_call_id: NotRequired[str]
+    name: NotRequired[str]
 
 
 Prompt = str | list[Message]
 """Plain text, or the turns of a conversation, which a model's chat template renders."""
+Response = str | Message
+"""What the assistant says: text, or a message that calls tools."""
 
 
 class Kind(StrEnum):
@@ -41,16 +46,19 @@ class Kind(StrEnum):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """A prompt and its responses, the best first.
 
     `raw`: plain text with no prompt, to be learned as it is, without a template. `desirable`: of a labelled
-    response, whether it is.
+    response, whether it is. `tools`: what the assistant may call. `turns`: numbers of the prompt's messages whose
+    text is learned too, besides the response.
     """
 
     line: int
     prompt: Prompt
-    responses: tuple[str, ...]
+    responses: tuple[Response, ...]
     raw: bool = False
     desirable: bool = True
+    tools: tuple[dict[str, Any], ...] = ()
+    turns: tuple[int, ...] = ()

@@ -1,15 +1,22 @@
-"""Records of a JSON Lines file or a JSON array, plain or gzipped, one at a time, each with its line number."""
+"""Records of a file, one at a time, each with its line number, whatever the file is.
 
+JSON Lines, a JSON array, CSV or TSV, each plain or gzipped; or Parquet, whose rows are counted in place of lines.
+"""
+
+import csv
 import gzip
+import io
 import re
 import zlib
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Any
 
 import orjson
 
 MAX_RECORD_BYTES = 16 * 1024 * 1024
 """A record larger than this is refused before it is in memory."""
+PARQUET_ROWS = 16
+"""Rows that are in memory at a time: a few bytes of Parquet can stand for megabytes in each."""
 _CHUNK = 1024 * 1024
 _STRUCTURE = re.compile(rb'["\\{}\[\],\n]')
 
@@ -25,22 +32,20 @@ class DatasetError(Exception):
 def records(file: IO[bytes]) -> Iterator[tuple[int, dict[str, object]]]:
     """(line, object) of every record of `file`, which must be seekable.
 
-    Raises `DatasetError` for bytes that are not gzip, UTF-8 or JSON, and for records that are not objects.
+    Raises `DatasetError` for bytes that are not what they seem to be, and for records that are not objects.
     """
+    magic = file.read(4)
+    file.seek(0)
     try:
-        for line, raw in _raw_records(_decompressed(file)):
-            yield line, _parse(line, raw)
+        if magic == b"PAR1":
+            yield from _parquet(file)
+        else:
+            yield from _text_records(gzip.GzipFile(fileobj=file) if magic[:2] == b"\x1f\x8b" else file)  # type: ignore[arg-type]
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DatasetError(1, None, f"the gzip data is damaged or cut off ({error}); upload it again") from error
 
 
-def _decompressed(file: IO[bytes]) -> IO[bytes]:
-    magic = file.read(2)
-    file.seek(0)
-    return gzip.open(file) if magic == b"\x1f\x8b" else file  # type: ignore[return-value]
-
-
-def _raw_records(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+def _text_records(file: IO[bytes]) -> Iterator[tuple[int, dict[str, object]]]:
     first = file.read(3)
     if first == b"\xef\xbb\xbf":  # a byte order mark
         first = b""
@@ -52,27 +57,143 @@ def _raw_records(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
             return
         head = more.lstrip()
         line += more[: len(more) - len(head)].count(b"\n")
-    if head.startswith(b"["):
-        yield from _array(head, line, file)
-    else:
-        yield from _lines(head, line, file)
+    if head[:1] in b"{[":
+        raw = _array(head, line, file) if head[:1] == b"[" else _lines(head, line, file)
+        for number, record in raw:
+            yield number, _parse(number, record)
+        return
+    head += file.readline(MAX_RECORD_BYTES)
+    delimiter = _delimiter(head)
+    if delimiter is None:  # not JSON either: its parser says where
+        for number, record in _lines(head, line, file):
+            yield number, _parse(number, record)
+        return
+    yield from _table(head, line, file, delimiter)
+
+
+def _delimiter(head: bytes) -> str | None:
+    """What separates the columns of a table that begins with `head`; None where it is not one."""
+    header = head.split(b"\n", 1)[0]
+    if b"\t" in header:
+        return "\t"
+    return next((mark for mark in (",", ";") if mark.encode() in header), None)
+
+
+def _table(head: bytes, line: int, file: IO[bytes], delimiter: str) -> Iterator[tuple[int, dict[str, object]]]:
+    """The rows of a CSV or TSV file, whose first row names the columns."""
+    csv.field_size_limit(MAX_RECORD_BYTES)
+    source = _TextLines(head, line, file)
+    rows = csv.reader(source, delimiter=delimiter, strict=True)
+    columns: list[str] | None = None
+    while True:
+        start = source.line
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            raise DatasetError(start, None, f"not valid CSV: {error}") from error
+        if row is None:
+            return
+        if columns is None:
+            columns = row
+            if len(set(columns)) < len(columns):
+                raise DatasetError(start, None, "the header names a column twice")
+        elif len(row) == len(columns):
+            yield start, {name: _cell(name, value) for name, value in zip(columns, row, strict=True) if name}
+        elif row:
+            raise DatasetError(start, None, f"has {len(row)} columns, the header {len(columns)}")
+
+
+class _TextLines:
+    """The lines of a file as text, of bounded length. `line` is the number of the next one."""
+
+    def __init__(self, head: bytes, line: int, file: IO[bytes]) -> None:
+        self.line, self.file = line, file
+        self._ahead = io.BytesIO(head)
+
+    def __iter__(self) -> "_TextLines":
+        return self
+
+    def __next__(self) -> str:
+        line = self._ahead.readline()
+        if not line.endswith(b"\n"):
+            line += self.file.readline(MAX_RECORD_BYTES + 1)
+        if not line:
+            raise StopIteration
+        if len(line) > MAX_RECORD_BYTES:
+            raise DatasetError(self.line, None, f"the record is larger than {MAX_RECORD_BYTES} bytes")
+        try:
+            decoded = line.decode()
+        except UnicodeDecodeError as error:
+            raise DatasetError(self.line, None, f"not valid UTF-8: {error.reason}") from error
+        self.line += 1
+        return decoded
+
+
+STRUCTURED = {"messages", "conversations", "responses", "ranks", "scores", "completions", "tools", "history"}
+
+
+def _cell(name: str, value: str) -> object:
+    """A cell of a table: text, or JSON where a column holds lists or messages. An answer may be JSON itself."""
+    if name not in STRUCTURED and not value.startswith(("[{", '{"')):
+        return value
+    try:
+        found = orjson.loads(value)
+    except orjson.JSONDecodeError:
+        return value
+    first = found[0] if isinstance(found, list) and found else found
+    message = isinstance(first, dict) and ("role" in first or "from" in first)
+    return found if message or name in STRUCTURED else value
+
+
+def _parquet(file: IO[bytes]) -> Iterator[tuple[int, dict[str, object]]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(file).iter_batches(batch_size=PARQUET_ROWS):
+            coded = any(pyarrow.types.is_dictionary(column.type) for column in batch.columns)
+            large = coded or batch.nbytes > 2 * MAX_RECORD_BYTES
+            for part in (batch.slice(k, 1) for k in range(batch.num_rows)) if large else (batch,):
+                for record in part.to_pylist():
+                    number += 1
+                    if any(
+                        isinstance(value, str | bytes) and len(value) > MAX_RECORD_BYTES for value in record.values()
+                    ):
+                        raise DatasetError(number, None, f"the record is larger than {MAX_RECORD_BYTES} bytes")
+                    yield number, _plain(record)
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, TypeError) as error:
+        raise DatasetError(number + 1, None, f"the Parquet file cannot be read: {error}") from error
+
+
+def _plain(record: dict[str, Any]) -> dict[str, object]:
+    """A Parquet row without the nulls that it has in place of fields that are not there."""
+
+    def cleaned(value: object) -> object:
+        if isinstance(value, dict):
+            return {name: cleaned(item) for name, item in value.items() if item is not None}
+        return [cleaned(item) for item in value] if isinstance(value, list) else value
+
+    return {name: cleaned(value) for name, value in record.items() if value is not None}
 
 
 def _lines(head: bytes, line: int, file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    current = head
-    while True:
-        if b"\n" in current:
-            parts = current.split(b"\n")
-            yield from ((line + i, part) for i, part in enumerate(parts[:-1]) if part.strip())
-            line, current = line + len(parts) - 1, parts[-1]
-        more = file.readline(MAX_RECORD_BYTES + 1 - len(current))
-        if not more:
+    rest = head
+    while chunk := file.read(_CHUNK):
+        parts = (rest + chunk).split(b"\n")
+        rest = parts.pop()
+        if len(parts[0] if parts else rest) > MAX_RECORD_BYTES:
             break
-        current += more
-        if len(current) > MAX_RECORD_BYTES:
-            raise DatasetError(line, None, f"the record is larger than {MAX_RECORD_BYTES} bytes")
-    if current.strip():
-        yield line, current
+        for part in parts:
+            if part and not part.isspace():
+                yield line, part
+            line += 1
+    if len(rest) > MAX_RECORD_BYTES or chunk:
+        raise DatasetError(line, None, f"the record is larger than {MAX_RECORD_BYTES} bytes")
+    for part in rest.split(b"\n"):  # there are several where the file is no longer than its head
+        if part and not part.isspace():
+            yield line, part
+        line += 1
 
 
 def _array(head: bytes, line: int, file: IO[bytes]) -> Iterator[tuple[int, bytes]]:

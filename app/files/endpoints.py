@@ -1,43 +1,43 @@
 """/v1/files"""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import StreamingResponse
+from starlette.concurrency import run_in_threadpool
 
 from app.dependencies import ServicesDependency
-from app.files.multipart import UploadForm
-from app.files.schemas import FileDeleted, FileObject, Purpose
+from app.files.multipart import UploadForm, form_schema
+from app.files.schemas import FileDeleted, FileObject, Purpose, UploadPurpose
 from app.files.service import MAX_BYTES
+from app.idempotency.service import SendingDependency
 from app.keys.middleware import CallerDependency
 from app.pagination import After, Page, page
 
 router = APIRouter(prefix="/files", tags=["files"])
 
-UPLOAD_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file", "purpose"],
-                    "properties": {
-                        "file": {"type": "string", "format": "binary"},
-                        "purpose": {"type": "string", "enum": ["fine-tune"]},
-                    },
-                }
-            }
-        },
-    }
-}
+BODY = form_schema(
+    {
+        "file": {"type": "string", "format": "binary"},
+        "purpose": {"type": "string", "enum": list(get_args(UploadPurpose))},
+        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+        "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2592000},
+        "mapping": {"type": "string", "contentMediaType": "application/json"},
+    },
+    ["file", "purpose"],
+)
 
 
-@router.post("", openapi_extra=UPLOAD_BODY)
-async def create_file(request: Request, caller: CallerDependency, services: ServicesDependency) -> FileObject:
+@router.post("", openapi_extra=BODY)
+async def create_file(
+    request: Request, caller: CallerDependency, services: ServicesDependency, sending: SendingDependency
+) -> FileObject:
     """Upload a dataset. It streams to the object store; the service never holds it whole."""
-    return FileObject.of(await services.files.upload(caller.project, UploadForm(request, MAX_BYTES)))
+    file = await services.files.upload(caller.project, UploadForm(request, MAX_BYTES), sending)
+    described = FileObject.of(file)
+    await run_in_threadpool(services.reports.begin, caller.project, described)
+    return described
 
 
 @router.get("")

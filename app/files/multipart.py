@@ -3,8 +3,9 @@
 Starlette's own parser copies the whole file to the disk before a route runs; this hands the chunks on.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -14,6 +15,12 @@ from app.errors import ServiceError, TooLarge
 
 MAX_FIELD_BYTES = 64 * 1024
 MAX_FIELDS = 32
+
+
+def form_schema(properties: dict[str, Any], required: list[str]) -> dict[str, Any]:
+    """The request body of a route that reads its form as a stream, for the OpenAPI document."""
+    schema = {"type": "object", "required": required, "properties": properties, "additionalProperties": False}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
 def _malformed(reason: str) -> ServiceError:
@@ -32,6 +39,8 @@ class UploadForm:
 
     request: Request
     max_bytes: int
+    name: str = "file"
+    """The field that holds the bytes."""
     fields: dict[str, str] = field(default_factory=dict)
     filename: str | None = None
     size: int = 0
@@ -42,16 +51,16 @@ class UploadForm:
     _pending: list[bytes] = field(default_factory=list)
     _ended: bool = False
 
-    async def file_chunks(self) -> AsyncIterator[bytes]:
-        """The bytes of the part named `file`.
+    async def file_chunks(self, see: Callable[[bytes], object]) -> AsyncIterator[bytes]:
+        """The bytes of the part named `name`; `see` is called with each piece.
 
         Raises `ServiceError` for a body that is not whole multipart, `TooLarge` for a file over `max_bytes`.
         """
         kind, options = parse_options_header(self.request.headers.get("content-type", ""))
         if kind != b"multipart/form-data" or b"boundary" not in options:
             raise ServiceError(
-                "Send the file as multipart/form-data with the fields 'purpose' and 'file'.",
-                param="file",
+                f"Send a multipart/form-data body whose field '{self.name}' holds the bytes.",
+                param=self.name,
                 code="invalid_content_type",
             )
         try:
@@ -71,10 +80,11 @@ class UploadForm:
                     self.size += len(piece)
                     if self.size > self.max_bytes:
                         raise TooLarge(
-                            f"The file is larger than {self.max_bytes} bytes.",
-                            param="file",
+                            f"'{self.name}' is larger than {self.max_bytes} bytes.",
+                            param=self.name,
                             code="file_too_large",
                         )
+                    see(piece)
                     yield piece
                 self._pending.clear()
         except FormParserError as error:
@@ -83,6 +93,17 @@ class UploadForm:
             raise _malformed("the connection ended early") from error
         if not self._ended:
             raise _malformed("it ends before its last boundary")
+
+    def require(self, *required: str, optional: tuple[str, ...] = ()) -> None:
+        """Refuse a form that lacks a field, or has one that it should not."""
+        for name in self.fields:
+            if name not in (*required, *optional):
+                raise ServiceError(f"Unknown parameter: '{name[:64]}'.", param=name[:64], code="unknown_parameter")
+        for name in required:
+            if name not in self.fields and not (name == self.name and self.filename is not None):
+                raise ServiceError(
+                    f"Missing required parameter: '{name}'.", param=name, code="missing_required_parameter"
+                )
 
     def _part_begin(self) -> None:
         self._header.clear()
@@ -95,9 +116,9 @@ class UploadForm:
         disposition = bytes(self._headers.get("content-disposition", b""))
         _, options = parse_options_header(disposition)
         self._name = options.get(b"name", b"").decode("utf-8", "replace")
-        if self._name == "file":
+        if self._name == self.name:
             if self.filename is not None:
-                raise _malformed("it has two parts named 'file'")
+                raise _malformed(f"it has two parts named '{self.name}'")
             self.filename = options.get(b"filename", b"").decode("utf-8", "replace") or "upload"
             self._value = None
             return

@@ -1,6 +1,6 @@
 """All SQL about files. Every statement starts from what the caller's project may read."""
 
-from sqlalchemy import Select, select, tuple_, update
+from sqlalchemy import Select, or_, select, tuple_, update
 from sqlalchemy.orm import Session
 
 from app.database import database_now
@@ -9,7 +9,11 @@ from app.files.tables import File
 
 def readable(project: str) -> Select[File]:
     """The files that `project` may see."""
-    return select(File).where(File.project == project, File.deleted_at.is_(None))
+    return select(File).where(
+        File.project == project,
+        File.deleted_at.is_(None),
+        or_(File.expires_at.is_(None), File.expires_at > database_now()),
+    )
 
 
 def get(session: Session, project: str, file_id: str, *, lock: bool = False) -> File | None:
@@ -33,6 +37,14 @@ def page(
     return list(session.scalars(statement.order_by(*order).limit(limit + 1)))
 
 
+def hashes(session: Session, project: str, file_ids: list[str]) -> dict[str, str | None]:
+    """The SHA-256 of each file that is still known."""
+    found = dict(
+        session.execute(select(File.id, File.sha256).where(File.project == project, File.id.in_(file_ids))).all()
+    )
+    return {file_id: found.get(file_id) for file_id in file_ids}
+
+
 def mark_deleted(session: Session, project: str, file_id: str) -> bool:
     """Hide a file from now on; False where there is none."""
     statement = (
@@ -42,3 +54,9 @@ def mark_deleted(session: Session, project: str, file_id: str) -> bool:
         .returning(File.id)
     )
     return session.scalar(statement) is not None
+
+
+def expire(session: Session) -> None:
+    """Delete the files whose time is over, as their owner would."""
+    over = update(File).where(File.deleted_at.is_(None), File.expires_at < database_now())
+    session.execute(over.values(deleted_at=database_now()))

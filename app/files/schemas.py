@@ -1,32 +1,39 @@
 """Files on the wire."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from app.files.tables import File
+from app.strict import Strict
 
-Purpose = Literal["fine-tune", "fine-tune-results"]
+UploadPurpose = Literal["assistants", "batch", "fine-tune", "vision", "user_data", "evals"]
+"""Training takes files with the purpose `fine-tune`; the others are kept as they are."""
+Purpose = Literal[UploadPurpose, "assistants_output", "batch_output", "fine-tune-results"]
+EXAMPLE: dict[str, JsonValue] = {
+    "id": "file-abc123",
+    "object": "file",
+    "bytes": 120000,
+    "created_at": 1730000000,
+    "filename": "preferences.jsonl",
+    "purpose": "fine-tune",
+    "status": "processed",
+    "status_details": None,
+    "expires_at": None,
+}
+
+
+class ExpiresAfter(Strict):
+    """When a file goes by itself."""
+
+    anchor: Literal["created_at"]
+    seconds: Annotated[int, Field(ge=3600, le=2592000)]
 
 
 class FileObject(BaseModel):
     """OpenAI's `file` object."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "example": {
-                "id": "file-abc123",
-                "object": "file",
-                "bytes": 120000,
-                "created_at": 1730000000,
-                "filename": "preferences.jsonl",
-                "purpose": "fine-tune",
-                "status": "processed",
-                "status_details": None,
-                "expires_at": None,
-            }
-        }
-    )
+    model_config = ConfigDict(json_schema_extra={"example": EXAMPLE})
 
     id: str
     object: Literal["file"] = "file"
@@ -46,6 +53,7 @@ class FileObject(BaseModel):
             created_at=int(file.created_at),
             filename=file.filename,
             purpose=file.purpose,
+            expires_at=None if file.expires_at is None else int(file.expires_at),
         )
 
 

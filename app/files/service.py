@@ -2,15 +2,23 @@
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, get_args
 
+from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from app.database import Database, database_now, new_id
-from app.errors import NotFound, ServiceError
+from app.datasets.mapping import Mapping
+from app.errors import NotFound, ServiceError, describe_validation_error
 from app.files import repository
 from app.files.multipart import UploadForm
+from app.files.schemas import ExpiresAfter, UploadPurpose
 from app.files.tables import File
+from app.idempotency.service import Sending
+from app.projects.service import require_room
 from app.storage import Storage
 
 MAX_BYTES = 8 * 1024**3
@@ -26,76 +34,46 @@ class Files:
     def __init__(self, database: Database, storage: Storage) -> None:
         self.database, self.storage = database, storage
 
-    async def upload(self, project: str, form: UploadForm) -> File:
+    async def upload(self, project: str, form: UploadForm, sending: Sending) -> File:
         """Stream an upload to the object store, then make its row; where anything fails, neither stays."""
-        file_id = new_id("file")
         digest = hashlib.sha256()
-
-        async def hashed() -> AsyncIterator[bytes]:
-            async for chunk in form.file_chunks():
-                digest.update(chunk)
-                yield chunk
-
-        file = File(id=file_id, project=project)
-        failure: list[BaseException] = []
-
-        async def kept() -> AsyncIterator[bytes]:
-            # The store wraps what its source raises in an error of its own; the cause is what the user must see.
-            try:
-                async for chunk in hashed():
-                    yield chunk
-            except BaseException as error:
-                failure.append(error)
-                raise
-
+        file = File(id=new_id("file"), project=project)
         try:
-            try:
-                await self.storage.put_stream(file.key, kept())
-            except Exception as error:
-                raise failure[0] if failure else error from None
-            self._check_form(form)
+            await self.storage.put_stream(file.key, form.file_chunks(digest.update))
+            said = _checked(form)
             file.filename, file.purpose = (form.filename or "upload")[:512], form.fields["purpose"]
-            file.bytes, file.sha256, file.created_at = form.size, digest.hexdigest(), database_now()
-            return await run_in_threadpool(self._insert, file)
+            file.bytes, file.sha256 = form.size, digest.hexdigest()
+            kept = await run_in_threadpool(self._insert, file, said, sending)
+            if kept is not file:  # it came before
+                await run_in_threadpool(self.storage.delete, file.key)
         except BaseException:
             # Shielded, because a client that hangs up cancels this task: the object must go all the same.
             await asyncio.shield(run_in_threadpool(self.storage.delete, file.key))
             raise
+        return kept
 
-    def _insert(self, file: File) -> File:
+    def _insert(self, file: File, said: "_Fields", sending: Sending) -> File:
+        content = {
+            "sha256": file.sha256,
+            "filename": file.filename,
+            "purpose": file.purpose,
+            "expires_after": said.expires_after,
+            "mapping": said.mapping,
+        }
         with self.database.write() as session:
+            earlier = sending.earlier(session, "files.create", content)
+            found = None if earlier is None else repository.get(session, file.project, earlier)
+            if found is not None:
+                return found
+            require_room(session, file.project, file.bytes)
+            file.created_at, file.mapping = database_now(), said.mapping
+            if said.expires_after is not None:
+                file.expires_at = database_now() + said.expires_after
             session.add(file)
             session.flush()
             session.refresh(file)
+            sending.made(session, "files.create", content, file.id)
         return file
-
-    @staticmethod
-    def _check_form(form: UploadForm) -> None:
-        for required in ("file", "purpose"):
-            if required not in form.fields and not (required == "file" and form.filename is not None):
-                raise ServiceError(
-                    f"Missing required parameter: '{required}'.",
-                    param=required,
-                    code="missing_required_parameter",
-                )
-        for name in form.fields:
-            if name.startswith("expires_after"):
-                raise ServiceError(
-                    "'expires_after' is part of the contract but not available yet.",
-                    param="expires_after",
-                    code="unsupported_parameter",
-                )
-            if name != "purpose":
-                raise ServiceError(f"Unknown parameter: '{name}'.", param=name, code="unknown_parameter")
-        if form.fields["purpose"] != "fine-tune":
-            raise ServiceError(
-                f"Invalid value for 'purpose': '{form.fields['purpose'][:64]}'. "
-                "This service takes files with the purpose 'fine-tune'.",
-                param="purpose",
-                code="invalid_value",
-            )
-        if form.size == 0:
-            raise ServiceError("The file is empty.", param="file", code="empty_file")
 
     def get(self, project: str, file_id: str) -> File:
         with self.database.read() as session:
@@ -124,3 +102,52 @@ class Files:
         with self.database.write() as session:
             if not repository.mark_deleted(session, project, file_id):
                 raise not_found(file_id)
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """What the form of an upload says."""
+
+    expires_after: int | None
+    mapping: dict[str, Any] | None
+
+
+def _checked(form: UploadForm) -> _Fields:
+    """Raises `ServiceError` for a form that is not good."""
+    fields = form.fields
+    expiry = {
+        name.removeprefix("expires_after[").removesuffix("]"): fields.pop(name)
+        for name in list(fields)
+        if name.startswith("expires_after[") and name.endswith("]")
+    }
+    form.require("file", "purpose", optional=("mapping",))
+    if fields["purpose"] not in get_args(UploadPurpose):
+        raise ServiceError(
+            f"Invalid value for 'purpose': '{fields['purpose'][:64]}'. It is one of "
+            f"{', '.join(get_args(UploadPurpose))}; training takes 'fine-tune'.",
+            param="purpose",
+            code="invalid_value",
+        )
+    if form.size == 0:
+        raise ServiceError("The file is empty.", param="file", code="empty_file")
+    seconds = mapping = None
+    if expiry:
+        with _refusing("expires_after"):
+            seconds = ExpiresAfter.model_validate(expiry, strict=False).seconds
+    if "mapping" in fields:
+        with _refusing("mapping"):
+            mapping = Mapping.model_validate_json(fields["mapping"]).model_dump(mode="json")
+    return _Fields(seconds, mapping)
+
+
+@contextmanager
+def _refusing(field: str) -> Iterator[None]:
+    """Turn what pydantic says of `field` into the service's words."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            raise ServiceError(f"'{field}' is not valid JSON.", param=field, code="invalid_json") from error
+        message, param, code = describe_validation_error({**first, "loc": ("body", field, *first["loc"])})
+        raise ServiceError(message, param=param or field, code=code) from error

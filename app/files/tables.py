@@ -1,6 +1,8 @@
 """The table of files; their bytes are objects under `files/{id}`."""
 
-from sqlalchemy import BigInteger
+from typing import Any
+
+from sqlalchemy import BigInteger, Index
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.database import Base, PlainText
@@ -10,14 +12,18 @@ class File(Base):
     """A file. One that was deleted keeps its row and its object while an active job still needs it."""
 
     __tablename__ = "files"
+    __table_args__ = (Index("ix_files_project_created_at", "project", "created_at", "id"),)
 
     id: Mapped[str] = mapped_column(primary_key=True)
-    project: Mapped[str] = mapped_column(index=True)
+    project: Mapped[str]
     filename: Mapped[str] = mapped_column(PlainText)
     purpose: Mapped[str]
     bytes: Mapped[int] = mapped_column(BigInteger)
     sha256: Mapped[str]
     created_at: Mapped[float]
+    mapping: Mapped[dict[str, Any] | None]
+    """How its rows are read, where the uploader said so."""
+    expires_at: Mapped[float | None]
     deleted_at: Mapped[float | None]
 
     @property

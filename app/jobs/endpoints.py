@@ -1,13 +1,16 @@
 """/v1/fine_tuning/jobs"""
 
 import re
+from collections.abc import AsyncIterator
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.responses import StreamingResponse
+from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from app.dependencies import ServicesDependency
-from app.jobs.schemas import CheckpointObject, EventObject, JobObject
+from app.idempotency.service import SendingDependency
+from app.jobs.schemas import CheckpointObject, EventObject, JobObject, MetricSeries, StreamToken
 from app.jobs.spec import JobSpec
 from app.keys.middleware import CallerDependency
 from app.pagination import After, Page, page
@@ -18,9 +21,11 @@ METADATA = re.compile(r"metadata\[(.{1,64})\]")
 
 
 @router.post("")
-def create_job(spec: JobSpec, caller: CallerDependency, services: ServicesDependency) -> JobObject:
+def create_job(
+    spec: JobSpec, caller: CallerDependency, services: ServicesDependency, sending: SendingDependency
+) -> JobObject:
     """Start a job: its files are checked, it waits in the queue, and a GPU worker trains."""
-    return services.jobs.create(caller.project, spec)
+    return services.jobs.create(caller.project, spec, sending)
 
 
 @router.get("")
@@ -45,9 +50,23 @@ def get_job(job_id: str, caller: CallerDependency, services: ServicesDependency)
 
 
 @router.post("/{job_id}/cancel")
-def cancel_job(job_id: str, caller: CallerDependency, services: ServicesDependency) -> JobObject:
-    """Cancel a job that has not ended. Its checkpoints stay."""
-    return services.jobs.cancel(caller.project, job_id)
+def cancel_job(
+    job_id: str, caller: CallerDependency, services: ServicesDependency, sending: SendingDependency
+) -> JobObject:
+    """Cancel a job that has not ended. Its GPU is free within seconds; its checkpoints stay."""
+    return services.jobs.cancel(caller.project, job_id, sending)
+
+
+@router.post("/{job_id}/pause")
+def pause_job(job_id: str, caller: CallerDependency, services: ServicesDependency) -> JobObject:
+    """Hold a job back. A running one writes a checkpoint and is then `queued` with `paused` true."""
+    return services.jobs.pause(caller.project, job_id)
+
+
+@router.post("/{job_id}/resume")
+def resume_job(job_id: str, caller: CallerDependency, services: ServicesDependency) -> JobObject:
+    """Let a paused job go on from where it was: it ends with the bytes it would have had without the pause."""
+    return services.jobs.resume(caller.project, job_id)
 
 
 @router.get("/{job_id}/events")
@@ -60,6 +79,47 @@ def list_events(
 ) -> Page[EventObject]:
     """What happened to a job, newest first."""
     return page(services.jobs.events(caller.project, job_id, after=after, limit=limit), limit)
+
+
+@router.get("/{job_id}/metrics")
+def get_metrics(
+    job_id: str,
+    caller: CallerDependency,
+    services: ServicesDependency,
+    names: Annotated[list[str] | None, Query(max_length=64, description="Only these; repeat for several.")] = None,
+    points: Annotated[int, Query(ge=3, le=10_000, description="At most so many of each, which keep its shape.")] = 1000,
+) -> MetricSeries:
+    """The metrics of a job as series by step."""
+    return services.jobs.metrics(caller.project, job_id, names, points)
+
+
+@router.post("/{job_id}/stream_token")
+def create_stream_token(job_id: str, caller: CallerDependency, services: ServicesDependency) -> StreamToken:
+    """A token for browsers, whose EventSource sends no key: it opens this job's stream within a minute."""
+    return services.jobs.stream_token(caller.project, job_id)
+
+
+def _seen(
+    job_id: str,
+    caller: CallerDependency,
+    services: ServicesDependency,
+    last_event_id: Annotated[str | None, Header(description="The id of the last event that came before.")] = None,
+) -> int:
+    """Where a stream begins; what is wrong with the request is said before it does."""
+    return services.jobs.seen(caller.project, job_id, last_event_id)
+
+
+@router.get("/{job_id}/stream", response_class=EventSourceResponse)
+async def stream_job(
+    job_id: str,
+    caller: CallerDependency,
+    services: ServicesDependency,
+    seen: Annotated[int, Depends(_seen)],
+    token: Annotated[str | None, Query(description="In place of a key: see stream_token.")] = None,
+) -> AsyncIterator[ServerSentEvent]:
+    """Server-sent events until the job has ended: `message` and `metrics` (its events) and `job` (its state)."""
+    async for event in services.jobs.stream(caller.project, job_id, seen):
+        yield event
 
 
 @router.get("/{job_id}/checkpoints")

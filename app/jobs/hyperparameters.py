@@ -6,7 +6,7 @@ from pydantic import Field, StringConstraints, model_validator
 
 from app.datasets.example import Kind
 from app.jobs.losses import LOSSES, OPTIONS, SHARED, Loss
-from app.jobs.strict import Auto, Strict, inconsistent
+from app.strict import Auto, Strict, inconsistent
 
 LossName = Literal[
     "sigmoid", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
@@ -32,7 +32,7 @@ class SyncReference(Strict):
 
     alpha: Annotated[float, Field(gt=0, le=1)] = 0.6
     """reference ← α policy + (1 − α) reference. Of an adapter its two factors are mixed, each by itself."""
-    steps: Annotated[int, Field(ge=1)] = 512
+    steps: Annotated[int, Field(ge=1, le=10**9)] = 512
     """Optimizer steps between two updates of the reference."""
 
 
@@ -52,7 +52,7 @@ class Hyperparameters(Strict):
     learning_rate_multiplier: Annotated[Annotated[float, Field(gt=0, le=1e30)] | None, Auto] = None
     learning_rate: Annotated[Annotated[float, Field(gt=0, le=1)] | None, Auto] = None
     """Peak learning rate before the multiplier."""
-    max_length: Annotated[Annotated[int, Field(ge=16)] | None, Auto] = None
+    max_length: Annotated[Annotated[int, Field(ge=16, le=10**7)] | None, Auto] = None
     """Tokens of a prompt and one answer; the default is the model's context, at most 2,048."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
@@ -60,11 +60,11 @@ class Hyperparameters(Strict):
     """The 8-bit ones (Dettmers et al. 2022) need a GPU; `rmsprop` is the DPO paper's."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    max_steps: Annotated[Annotated[int, Field(ge=1)] | None, Auto] = None
+    max_steps: Annotated[Annotated[int, Field(ge=1, le=10**9)] | None, Auto] = None
     """Stop after this many optimizer steps, or go round again until they are reached."""
-    eval_every: Annotated[Annotated[int, Field(ge=1)] | None, Auto] = None
+    eval_every: Annotated[Annotated[int, Field(ge=1, le=10**9)] | None, Auto] = None
     """Optimizer steps between validations; the default is a fifth of the stage."""
-    checkpoint_every: Annotated[Annotated[int, Field(ge=1)] | None, Auto] = None
+    checkpoint_every: Annotated[Annotated[int, Field(ge=1, le=10**9)] | None, Auto] = None
     """Optimizer steps between checkpoints; the default is a fifth of the stage."""
     early_stopping: EarlyStopping | None = None
     activation_checkpointing: Annotated[bool | None, Auto] = None

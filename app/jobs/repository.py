@@ -1,19 +1,24 @@
 """All SQL about jobs: what callers may read, the transitions of the state machine, and leases."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
-from sqlalchemy import ColumnElement, Select, and_, false, func, or_, select, tuple_, update
-from sqlalchemy.orm import Session
+from sqlalchemy import ColumnElement, Row, Select, and_, case, false, func, or_, select, tuple_, update
+from sqlalchemy.orm import Session, aliased
 
 from app.database import database_now, new_id
 from app.jobs.states import ACTIVE, TRANSITIONS, Actor, Status
 from app.jobs.tables import Checkpoint, Job, JobEvent
+from app.projects.tables import Project
+from app.webhooks import repository as webhooks
 
 LEASE_SECONDS = 15.0
 HEARTBEAT_SECONDS = 3.0
 MAX_LOST_ATTEMPTS = 3
 RETRY_SECONDS = 20.0
+CLAIM_LOCK = 0x64706F
+"""Any number that nobody else uses."""
 
 
 def readable(project: str) -> Select[Job]:
@@ -41,10 +46,18 @@ def page(session: Session, project: str, *, after: Job | None, limit: int, metad
     return list(session.scalars(statement.limit(limit + 1)))
 
 
-def queue_position(session: Session, job: Job) -> int | None:
-    """1 for the queued job that starts next; None for a job that does not wait."""
-    if job.status != Status.QUEUED:
-        return None
+QUEUE_ORDER = (Job.priority.desc(), Job.created_at, Job.id)
+WAITING = (Job.status == Status.QUEUED, Job.paused.is_(False))
+
+
+def queue(session: Session, limit: int) -> Sequence[Row[str, str, float | None]]:
+    """(id, base model, expected seconds of training) of the first `limit` jobs that wait, the next one first."""
+    statement = select(Job.id, Job.base_model, Job.estimated_seconds).where(*WAITING)
+    return session.execute(statement.order_by(*QUEUE_ORDER).limit(limit)).all()
+
+
+def queue_position(session: Session, job: Job) -> int:
+    """1 for the waiting job that starts next."""
     ahead = or_(
         Job.priority > job.priority,
         and_(
@@ -52,8 +65,24 @@ def queue_position(session: Session, job: Job) -> int | None:
             tuple_(Job.created_at, Job.id) < tuple_(job.created_at, job.id),
         ),
     )
-    statement = select(func.count()).select_from(Job).where(Job.status == Status.QUEUED, ahead)
-    return session.scalars(statement).one() + 1
+    return session.scalars(select(func.count()).select_from(Job).where(*WAITING, ahead)).one() + 1
+
+
+def running(session: Session) -> Sequence[Job]:
+    """All jobs that train now."""
+    return session.scalars(select(Job).where(Job.status == Status.RUNNING)).all()
+
+
+def paces(session: Session, base_model: str, limit: int) -> Sequence[Job]:
+    """The last jobs that succeeded on `base_model` and measured their pace."""
+    statement = select(Job).where(Job.status == Status.SUCCEEDED, Job.base_model == base_model, Job.pace.is_not(None))
+    return session.scalars(statement.order_by(Job.finished_at.desc()).limit(limit)).all()
+
+
+def set_paused(session: Session, job_id: str, paused: bool) -> bool:
+    """Hold a job back, or let it go on; False where it has ended."""
+    statement = update(Job).where(Job.id == job_id, Job.status.in_(ACTIVE)).values(paused=paused).returning(Job.id)
+    return session.scalar(statement) is not None
 
 
 def add_event(
@@ -89,6 +118,23 @@ def events(session: Session, job_id: str, *, after: str | None, limit: int) -> l
             return None
         statement = statement.where(JobEvent.sequence < mark)
     return list(session.scalars(statement.order_by(JobEvent.sequence.desc()).limit(limit + 1)))
+
+
+def events_after(session: Session, job_id: str, seen: int, limit: int) -> list[JobEvent]:
+    """Up to `limit` events after number `seen`, in their order."""
+    statement = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.sequence > seen)
+    return list(session.scalars(statement.order_by(JobEvent.sequence).limit(limit)))
+
+
+def sequence_of(session: Session, job_id: str, event_id: str) -> int | None:
+    """The number of an event of a job."""
+    return session.scalar(select(JobEvent.sequence).where(JobEvent.id == event_id, JobEvent.job_id == job_id))
+
+
+def metrics(session: Session, job_id: str) -> Sequence[dict[str, Any]]:
+    """What each measuring event of a job says, in order: `step`, `stage` and the metrics."""
+    statement = select(JobEvent.data).where(JobEvent.job_id == job_id, JobEvent.type == "metrics")
+    return [data for data in session.scalars(statement.order_by(JobEvent.sequence)) if data]
 
 
 def checkpoints(session: Session, job_id: str, *, after: str | None, limit: int) -> list[Checkpoint] | None:
@@ -149,10 +195,17 @@ def transition(
     statement = update(Job).where(Job.id == job_id, Job.status == source)
     if attempt is not None:
         statement = statement.where(holds(job_id, attempt))
-    changed = session.scalar(statement.values(status=target, **written).returning(Job.id))
-    if changed is None:
+    job = session.scalar(
+        statement.values(status=target, **written).returning(Job).execution_options(populate_existing=True)
+    )
+    if job is None:
         return False
     add_event(session, job_id, message, level=level)
+    if target not in ACTIVE:
+        data: dict[str, Any] = {"id": job_id}
+        if job.gates:
+            data["gates"] = job.gates
+        webhooks.enqueue(session, job.project, f"fine_tuning.job.{target}", data)
     return True
 
 
@@ -164,9 +217,12 @@ def claim(session: Session, status: Status, owner: str, served: Sequence[str] | 
     """
     target = Status.RUNNING if status == Status.QUEUED else status
     free = and_(Job.status == status, Job.lease_owner.is_(None), Job.eligible_at <= database_now())
+    if target == Status.RUNNING:
+        _one_claim_at_a_time(session)
+        free = and_(free, Job.paused.is_(False), _within_limit())
     best = select(Job.id).where(free)
     if served is not None:
-        best = best.where(or_(false(), *(_serves(name) for name in served)))
+        best = best.where(or_(false(), *(serves(Job.base_model, name) for name in served)))
     best = best.order_by(Job.priority.desc(), Job.created_at, Job.id).limit(1)
     statement = (
         update(Job)
@@ -174,6 +230,7 @@ def claim(session: Session, status: Status, owner: str, served: Sequence[str] | 
         .values(
             status=target,
             attempt=Job.attempt + 1,
+            started_at=func.coalesce(Job.started_at, database_now()) if target == Status.RUNNING else None,
             lease_owner=owner,
             lease_expires_at=database_now() + LEASE_SECONDS,
         )
@@ -186,12 +243,32 @@ def claim(session: Session, status: Status, owner: str, served: Sequence[str] | 
     return job
 
 
-def _serves(name: str) -> ColumnElement[bool]:
+def _within_limit() -> ColumnElement[bool]:
+    """Whether the job's project may have one more job running."""
+    other = aliased(Job)
+    limit = select(Project.max_running_jobs).where(Project.id == Job.project).correlate(Job).scalar_subquery()
+    count = (
+        select(func.count())
+        .where(other.project == Job.project, other.status == Status.RUNNING)
+        .correlate(Job)
+        .scalar_subquery()
+    )
+    return or_(limit.is_(None), count < limit)
+
+
+def _one_claim_at_a_time(session: Session) -> None:
+    """Two that count a project's running jobs at once would both start one. SQLite has one writer anyway."""
+    if session.get_bind().dialect.name == "postgresql":
+        session.execute(select(func.pg_advisory_xact_lock(CLAIM_LOCK)))
+
+
+def serves(column: Any, name: str) -> ColumnElement[bool]:
+    """The condition that the base model in `column` is `name`, or fits it where that is a pattern."""
     if "*" not in name:
-        return Job.base_model == name
+        return cast(ColumnElement[bool], column == name)
     for special in ("\\", "%", "_"):
         name = name.replace(special, "\\" + special)
-    return Job.base_model.like(name.replace("*", "%"), escape="\\")
+    return cast(ColumnElement[bool], column.like(name.replace("*", "%"), escape="\\"))
 
 
 def holds(job_id: str, attempt: int) -> ColumnElement[bool]:
@@ -199,15 +276,28 @@ def holds(job_id: str, attempt: int) -> ColumnElement[bool]:
     return and_(Job.id == job_id, Job.attempt == attempt, Job.lease_owner.is_not(None))
 
 
-def heartbeat(session: Session, job_id: str, attempt: int) -> bool:
-    """Extend the lease; False where another has it, or nobody."""
+@dataclass(frozen=True)
+class Held:
+    """What a heartbeat learns of the job whose lease it renewed."""
+
+    paused: bool
+    ran_seconds: float
+
+
+def heartbeat(session: Session, job_id: str, attempt: int) -> Held | None:
+    """Extend the lease; None where another has it, or nobody. The time since the last heartbeat counts as trained."""
+    since = database_now() - (Job.lease_expires_at - LEASE_SECONDS)
     statement = (
         update(Job)
         .where(holds(job_id, attempt))
-        .values(lease_expires_at=database_now() + LEASE_SECONDS)
-        .returning(Job.id)
+        .values(
+            lease_expires_at=database_now() + LEASE_SECONDS,
+            ran_seconds=Job.ran_seconds + case((Job.status == Status.RUNNING, since), else_=0.0),
+        )
+        .returning(Job.paused, Job.ran_seconds)
     )
-    return session.scalar(statement) is not None
+    row = session.execute(statement).one_or_none()
+    return None if row is None else Held(*row)
 
 
 def write_guarded(session: Session, job_id: str, attempt: int, **values: Any) -> bool:
@@ -274,17 +364,23 @@ def recover(session: Session, job: Job, actor: Actor, reason: str) -> None:
         add_event(session, job.id, f"{reason} The files will be checked again.", level="warn")
 
 
+def files_of(job: Job) -> list[str]:
+    """Ids of the files that a job reads."""
+    parts = (job.spec, job.spec["sft"] or {})
+    named = [part.get(field) for part in parts for field in ("training_file", "validation_file")]
+    return [name for name in named if name is not None]
+
+
 def active_files(session: Session) -> set[str]:
     """Ids of the files that unfinished jobs read."""
-    used: set[str] = set()
-    for spec in session.scalars(select(Job.spec).where(Job.status.in_(ACTIVE))):
-        sft = spec["sft"] or {}
-        for value in (
-            spec["training_file"],
-            spec["validation_file"],
-            sft.get("training_file"),
-            sft.get("validation_file"),
-        ):
-            if value is not None:
-                used.add(value)
-    return used
+    return {name for job in session.scalars(select(Job).where(Job.status.in_(ACTIVE))) for name in files_of(job)}
+
+
+def users_of(session: Session, model: str) -> list[str]:
+    """Ids of the unfinished jobs that start from a model, are held to it, or sit on it."""
+
+    def reference(job: Job) -> Any:
+        return ((job.spec["method"].get("dpo") or {}).get("hyperparameters") or {}).get("reference_model")
+
+    unfinished = session.scalars(select(Job).where(Job.status.in_(ACTIVE)))
+    return [job.id for job in unfinished if model in (job.model, job.foundation, reference(job))]

@@ -4,6 +4,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from app.jobs.outlook import Place
+from app.jobs.spec import Integration
 from app.jobs.states import Status
 from app.jobs.tables import Checkpoint, Job, JobEvent
 
@@ -33,6 +35,16 @@ class Progress(BaseModel):
     tokens_per_second: float | None
 
 
+class GateVerdict(BaseModel):
+    """A gate; `met` is null until the job has succeeded."""
+
+    metric: str
+    min: float | None
+    max: float | None
+    value: float | None
+    met: bool | None
+
+
 class JobObject(BaseModel):
     """OpenAI's `fine_tuning.job` object, and our extensions."""
 
@@ -56,6 +68,7 @@ class JobObject(BaseModel):
     object: Literal["fine_tuning.job"] = "fine_tuning.job"
     created_at: int
     finished_at: int | None
+    estimated_start: int | None
     estimated_finish: int | None
     model: str
     fine_tuned_model: str | None
@@ -68,7 +81,7 @@ class JobObject(BaseModel):
     trained_tokens: int | None
     hyperparameters: JobHyperparameters
     method: dict[str, Any]
-    integrations: list[Any]
+    integrations: list[Integration]
     seed: int
     suffix: str | None
     metadata: dict[str, str] | None
@@ -77,30 +90,31 @@ class JobObject(BaseModel):
     adapter: dict[str, Any] | str
     quantization: str
     validation_split: float
+    mapping: dict[str, Any] | None
     priority: int
+    timeout_seconds: int | None
+    started_at: int | None
+    running_seconds: float
     stage: str | None
     progress: Progress | None
     queue_position: int | None
     attempt: int
     metrics: dict[str, float] | None
-    gates: list[Any]
+    gates: list[GateVerdict]
     paused: bool
 
     @classmethod
-    def of(cls, job: Job, queue_position: int | None, now: float) -> "JobObject":
-        """The object for `job`; `now` is the database's clock."""
-        spec = job.spec
+    def of(cls, job: Job, place: Place | None = None) -> "JobObject":
+        """The object for `job`, which has `place` in the queue or on a worker."""
+        spec, place = job.spec, place or Place()
         method = spec["method"]
         hyperparameters = method[method["type"]]["hyperparameters"]
-        progress = Progress(**job.progress) if job.progress else None
-        finish = None
-        if progress is not None and progress.seconds_remaining is not None:
-            finish = int(now + progress.seconds_remaining)
         return cls(
             id=job.id,
             created_at=int(job.created_at),
-            finished_at=None if job.finished_at is None else int(job.finished_at),
-            estimated_finish=finish,
+            finished_at=_seconds(job.finished_at),
+            estimated_start=_seconds(place.start),
+            estimated_finish=_seconds(place.finish),
             model=job.model,
             fine_tuned_model=job.fine_tuned_model,
             organization_id=f"org-{job.project}",
@@ -114,7 +128,7 @@ class JobObject(BaseModel):
                 **{name: hyperparameters[name] for name in JobHyperparameters.model_fields}
             ),
             method={key: value for key, value in method.items() if value is not None},
-            integrations=[],
+            integrations=[Integration(**item) for item in spec.get("integrations") or []],
             seed=spec["seed"],
             suffix=spec["suffix"],
             metadata=job.job_metadata,
@@ -122,15 +136,26 @@ class JobObject(BaseModel):
             adapter=spec["adapter"],
             quantization=spec["quantization"],
             validation_split=spec["validation_split"],
+            mapping=spec.get("mapping"),
             priority=job.priority,
+            timeout_seconds=job.timeout_seconds,
+            started_at=_seconds(job.started_at),
+            running_seconds=job.ran_seconds,
             stage=job.stage,
-            progress=progress,
-            queue_position=queue_position,
+            progress=Progress(**job.progress) if job.progress else None,
+            queue_position=place.position,
             attempt=job.attempt,
             metrics=job.metrics,
-            gates=[],
-            paused=False,
+            gates=[
+                GateVerdict(**gate)
+                for gate in job.gates or [gate | {"value": None, "met": None} for gate in spec.get("gates") or []]
+            ],
+            paused=job.paused,
         )
+
+
+def _seconds(time: float | None) -> int | None:
+    return None if time is None else int(time)
 
 
 class EventObject(BaseModel):
@@ -154,6 +179,43 @@ class EventObject(BaseModel):
             type=event.type,
             data=event.data,
         )
+
+
+class Point(BaseModel):
+    """A value of a metric."""
+
+    step: int
+    value: float
+
+
+class MetricSeries(BaseModel):
+    """What was measured at which step."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "object": "fine_tuning.job.metrics",
+                "job_id": "ftjob-abc123",
+                "stages": {"sft": 1, "dpo": 101},
+                "series": {"loss": [{"step": 101, "value": 0.6931}, {"step": 102, "value": 0.6917}]},
+            }
+        }
+    )
+
+    object: Literal["fine_tuning.job.metrics"] = "fine_tuning.job.metrics"
+    job_id: str
+    stages: dict[str, int]
+    """The first step of each stage."""
+    series: dict[str, list[Point]]
+
+
+class StreamToken(BaseModel):
+    """Opens a job's stream without a key, within a minute."""
+
+    object: Literal["stream.token"] = "stream.token"
+    token: str
+    expires_at: int
+    url: str
 
 
 class CheckpointObject(BaseModel):

@@ -5,14 +5,16 @@ contract that is not built yet. Numbers left out or "auto" mean the default; `Jo
 so that what is stored says what was run.
 """
 
+import difflib
 import secrets
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
 from app.datasets.example import Kind
+from app.datasets.mapping import Mapping
 from app.jobs.hyperparameters import DPOHyperparameters, Hyperparameters, SupervisedHyperparameters
-from app.jobs.strict import Strict, inconsistent
+from app.strict import Strict, inconsistent
 
 DEFAULT_VALIDATION_SPLIT = 0.05
 
@@ -56,6 +58,8 @@ class SftStage(Strict):
     training_file: FileName | None = None
     """Without one, the stage trains on the preferred answers."""
     validation_file: FileName | None = None
+    mapping: Mapping | None = None
+    """How the rows of these files are read."""
     hyperparameters: SupervisedHyperparameters = SupervisedHyperparameters()
 
 
@@ -82,6 +86,52 @@ class Adapter(Strict):
         return self
 
 
+class Wandb(Strict):
+    """Where Weights & Biases keeps the run."""
+
+    project: Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=NO_NUL)]
+    name: Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=NO_NUL)] | None = None
+    """The run's name; without one, the job's id."""
+    entity: Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=NO_NUL)] | None = None
+    tags: Annotated[
+        list[Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=NO_NUL)]], Field(max_length=32)
+    ] = []
+
+
+class Integration(Strict):
+    """Another service that gets the job's metrics."""
+
+    type: Literal["wandb"]
+    wandb: Wandb
+
+
+class Gate(Strict):
+    """What a metric at the end must be. A gate that is not met leaves the job succeeded and keeps the model."""
+
+    metric: Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=NO_NUL)]
+    min: float | None = None
+    max: float | None = None
+
+    @model_validator(mode="after")
+    def _can_be_judged(self) -> Self:
+        if self.min is None and self.max is None:
+            raise inconsistent("min", "A gate needs a 'min', a 'max', or both")
+        if self.metric not in METRICS:
+            close = difflib.get_close_matches(self.metric, METRICS, n=1)
+            hint = f" Did you mean '{close[0]}'" + "?" if close else ""
+            raise inconsistent("metric", f"There is no metric '{self.metric}'.{hint}".removesuffix("."))
+        return self
+
+
+_MEASURED = (
+    "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
+    "logps/rejected", "logratios/chosen", "logratios/rejected", "gradient_weight", "mean_token_accuracy", "entropy",
+    "kl",
+)  # fmt: skip
+METRICS = (*_MEASURED, *(f"eval/{name}" for name in _MEASURED), "grad_norm", "tokens_per_second", "mfu",
+           "peak_memory_bytes")  # fmt: skip
+"""What a gate can ask for."""
+
 Quantization = Literal["nf4", "int8", "none"]
 Metadata = dict[
     Annotated[str, StringConstraints(max_length=64, pattern=NO_NUL)],
@@ -105,7 +155,7 @@ class JobSpec(Strict):
             }
         }
     )
-    NOT_BUILT = frozenset({"integrations", "gates", "timeout_seconds", "mapping", "evaluation"})
+    NOT_BUILT = frozenset({"evaluation"})
 
     model: Annotated[str, StringConstraints(min_length=1, max_length=512, pattern=NO_NUL)]
     training_file: FileName
@@ -123,6 +173,12 @@ class JobSpec(Strict):
     validation_split: Annotated[float, Field(ge=0, le=0.5)] | None = None
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
     """Jobs of higher priority start first."""
+    timeout_seconds: Annotated[int, Field(ge=1, le=10**8)] | None = None
+    """Seconds that the job may train, waiting not counted; then it fails and keeps its checkpoints."""
+    integrations: Annotated[list[Integration], Field(max_length=5)] | None = None
+    gates: Annotated[list[Gate], Field(max_length=32)] | None = None
+    mapping: Mapping | None = None
+    """How the rows of `training_file` and `validation_file` are read, where their columns do not say it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -146,6 +202,8 @@ class JobSpec(Strict):
             raise inconsistent("sft", "'sft' runs before the method 'dpo'; a supervised job has that one stage already")
         if self.sft is not None and self.sft.validation_file is not None and self.sft.training_file is None:
             raise inconsistent("sft.validation_file", "'sft.validation_file' goes with 'sft.training_file'")
+        if self.sft is not None and self.sft.mapping is not None and self.sft.training_file is None:
+            raise inconsistent("sft.mapping", "'sft.mapping' goes with 'sft.training_file'")
         if self.adapter == "none" and self.quantization in ("nf4", "int8"):
             raise inconsistent("quantization", "Full-parameter training (adapter 'none') needs quantization 'none'")
         if self.validation_file is not None and self.validation_split:
@@ -201,6 +259,10 @@ class JobSpec(Strict):
                 ("sft.validation_file", self.sft.validation_file),
             ]
         return [(field, name) for field, name in named if name is not None]
+
+    def reads(self, field: str) -> Mapping | None:
+        """How the rows of the file of `field` are read."""
+        return self.sft.mapping if field.startswith("sft.") and self.sft is not None else self.mapping
 
     def with_files(self, places: dict[str, str]) -> Self:
         """The same job with other names for its files: `places` maps fields, as `files` names them, to names."""

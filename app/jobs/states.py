@@ -4,6 +4,8 @@ validating_files ──> queued ──> running ──> succeeded
       │    │           │  ▲       │  │ └──> failed
       │    └──> failed │  └───────┘  │
       └──────> cancelled <───────────┘
+
+A paused job is not a state of its own: it is validated, then waits in the queue with `paused` set.
 """
 
 from dataclasses import dataclass
@@ -56,7 +58,7 @@ _API, _VALIDATOR, _RUNNER, _KEEPER = Actor.API, Actor.VALIDATOR, Actor.RUNNER, A
 TRANSITIONS: dict[tuple[Status, Status], Transition] = {
     (edge.source, edge.target): edge
     for edge in (
-        _edge(_V, _Q, {_VALIDATOR}, _LEASE, fenced=True),
+        _edge(_V, _Q, {_VALIDATOR}, _LEASE | {"estimated_seconds"}, fenced=True),
         _edge(_V, Status.FAILED, {_VALIDATOR, _KEEPER}, _END | {"error"}, fenced=True),
         _edge(_V, Status.CANCELLED, {_API}, _END, fenced=False),
         _edge(_Q, _R, {_RUNNER}, _LEASE | {"attempt"}, fenced=False),  # by `repository.claim`, which takes the lease
@@ -64,7 +66,7 @@ TRANSITIONS: dict[tuple[Status, Status], Transition] = {
         _edge(_R, _Q, {_RUNNER, _KEEPER}, _LEASE | {"lost_attempts", "eligible_at"}, fenced=True),
         _edge(
             _R, Status.SUCCEEDED, {_RUNNER},
-            _END | {"fine_tuned_model", "trained_tokens", "result_files", "metrics"}, fenced=True,
+            _END | {"fine_tuned_model", "trained_tokens", "result_files", "metrics", "gates", "pace"}, fenced=True,
         ),
         _edge(_R, Status.FAILED, {_RUNNER, _KEEPER}, _END | {"error", "lost_attempts"}, fenced=True),
         _edge(_R, Status.CANCELLED, {_API}, _END, fenced=False),

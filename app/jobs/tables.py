@@ -12,10 +12,13 @@ class Job(Base):
     """A job. This row is the truth: whatever the broker delivers, what a worker does is decided here."""
 
     __tablename__ = "jobs"
-    __table_args__ = (Index("ix_jobs_queue", "status", "priority", "created_at"),)
+    __table_args__ = (
+        Index("ix_jobs_queue", "status", "priority", "created_at"),
+        Index("ix_jobs_project_created_at", "project", "created_at", "id"),
+    )
 
     id: Mapped[str] = mapped_column(primary_key=True)
-    project: Mapped[str] = mapped_column(index=True)
+    project: Mapped[str]
     created_at: Mapped[float]
     model: Mapped[str]
     """As the user named it: a base model, a made one, or a checkpoint."""
@@ -30,10 +33,23 @@ class Job(Base):
     job_metadata: Mapped[dict[str, Any] | None]
     priority: Mapped[int]
 
+    timeout_seconds: Mapped[int | None]
+
     status: Mapped[str]
+    paused: Mapped[bool]
+    """Not to be started; a running job writes a checkpoint and goes back to the queue."""
     stage: Mapped[str | None]
     progress: Mapped[dict[str, Any] | None]
     metrics: Mapped[dict[str, Any] | None]
+    gates: Mapped[list[dict[str, Any]] | None]
+    """Each gate of the spec with its verdict, once the job has succeeded."""
+    started_at: Mapped[float | None]
+    ran_seconds: Mapped[float]
+    """How long workers trained it, over all attempts, up to the last heartbeat."""
+    estimated_seconds: Mapped[float | None]
+    """How long it was expected to train when its files were checked."""
+    pace: Mapped[dict[str, Any] | None]
+    """What its last attempt measured: `tokens`, `seconds` and `overhead_seconds` before the first step."""
     finished_at: Mapped[float | None]
     error: Mapped[dict[str, Any] | None]
     fine_tuned_model: Mapped[str | None]

@@ -1,23 +1,44 @@
-"""What every request passes before a byte of its body is read: the Host header, the key, a limit on the body."""
+"""What every request passes before a byte of its body is read.
 
+The Host header, the key and its scope, the rate of its requests, a limit on the body.
+"""
+
+import re
 from typing import Annotated
+from urllib.parse import parse_qs
 
 from fastapi import Depends, Request
 from sqlalchemy.exc import OperationalError
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Send
+from starlette.types import Scope as ConnectionScope
 
-from app.errors import ServiceError, TooLarge, Unauthenticated, Unavailable
+from app.errors import Forbidden, NotFound, ServiceError, TooLarge, Unauthenticated, Unavailable
+from app.keys.rates import Rates
+from app.keys.schemas import Scope
 from app.keys.service import Caller, Keys
 
 PROBES = {"/healthz", "/readyz"}
 """For whoever runs the service, by whatever address it has."""
-PUBLIC = PROBES | {"/docs", "/openapi.json"}
-
-
-UPLOADS = {("POST", "/v1/files")}
+PUBLIC = re.compile(r"/healthz|/readyz|/docs|/openapi\.json|/dashboard(/.*)?")
+"""The dashboard asks for a key by itself."""
+ADMIN = ("/v1/projects", "/v1/keys")
+READING_POSTS = re.compile(r"/v1/fine_tuning/estimate|/v1/fine_tuning/jobs/[^/]+/stream_token|/v1/files/[^/]+/report")
+"""They change nothing."""
+STREAMS = re.compile(r"/v1/fine_tuning/jobs/[^/]+/stream")
+UPLOADS = re.compile(r"/v1/files|/v1/uploads/[^/]+/parts")
+"""Their bodies are read as streams, with limits of their own."""
 MAX_BODY_BYTES = 1024 * 1024
+
+
+def required_scope(method: str, path: str) -> Scope:
+    """What a key must be good for to send this."""
+    if path.startswith(ADMIN):
+        return Scope.ADMIN
+    if method in ("GET", "HEAD") or READING_POSTS.fullmatch(path):
+        return Scope.READ
+    return Scope.WRITE
 
 
 def _limited(receive: Receive, headers: Headers) -> Receive:
@@ -41,25 +62,38 @@ def _limited(receive: Receive, headers: Headers) -> Receive:
 class Gate:
     """ASGI middleware. FastAPI reads a multipart body before it runs dependencies; this stands before that."""
 
-    def __init__(self, app: ASGIApp, keys: Keys, allowed_hosts: tuple[str, ...]) -> None:
-        self.app, self.keys, self.allowed_hosts = app, keys, allowed_hosts
+    def __init__(self, app: ASGIApp, keys: Keys, rates: Rates, allowed_hosts: tuple[str, ...]) -> None:
+        self.app, self.keys, self.rates, self.allowed_hosts = app, keys, rates, allowed_hosts
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: ConnectionScope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         try:
-            headers = Headers(scope=scope)
-            if scope["path"] not in PROBES:
+            headers, method, path = Headers(scope=scope), scope["method"], scope["path"]
+            if not path.isprintable():  # a router may take a line break for the end of a path
+                raise NotFound("Unknown request URL: it holds a control character.", code="unknown_url")
+            if path not in PROBES:
                 self._check_host(headers)
-            if scope["path"] not in PUBLIC:
-                scope.setdefault("state", {})["caller"] = await self._caller(headers)
-            if (scope["method"], scope["path"]) not in UPLOADS:
+            if not PUBLIC.fullmatch(path):
+                caller = await self._caller(headers, path, scope["query_string"])
+                self._check_scope(caller, method, path)
+                await run_in_threadpool(self.rates.check, caller)
+                scope.setdefault("state", {})["caller"] = caller
+            if method != "POST" or not UPLOADS.fullmatch(path):
                 receive = _limited(receive, headers)
         except ServiceError as error:
             await error.response()(scope, receive, send)
             return
         await self.app(scope, receive, send)
+
+    @staticmethod
+    def _check_scope(caller: Caller, method: str, path: str) -> None:
+        needed = required_scope(method, path)
+        if not caller.may(needed):
+            has = ", ".join(sorted(caller.scopes))
+            message = f"This needs a key with the scope '{needed}'; this one has: {has}."
+            raise Forbidden(message, code="insufficient_scope")
 
     def _check_host(self, headers: Headers) -> None:
         host = headers.get("host", "").lower()
@@ -71,7 +105,13 @@ class Gate:
                 code="invalid_host",
             )
 
-    async def _caller(self, headers: Headers) -> Caller:
+    async def _caller(self, headers: Headers, path: str, query: bytes) -> Caller:
+        token = parse_qs(query.decode("latin-1")).get("token") if STREAMS.fullmatch(path) else None
+        if token and "authorization" not in headers:
+            caller = self.keys.identify_stream(token[0], path)
+            if caller is None:
+                raise Unauthenticated("Incorrect or expired stream token.", code="invalid_stream_token")
+            return caller
         scheme, _, key = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             raise Unauthenticated(

@@ -7,16 +7,23 @@ key without asking the database.
 import hashlib
 import hmac
 import secrets
+import time
 import zlib
 from dataclasses import dataclass
 
-from sqlalchemy import or_, select
+from sqlalchemy import or_, select, update
 
 from app.database import ALPHABET, Database, database_now, new_id
+from app.errors import NotFound
+from app.keys.schemas import KeyObject, KeySpec, NewKeyObject, Scope
 from app.keys.tables import ApiKey
+from app.projects import repository as projects
+from app.projects.service import not_found as no_project
 
 PREFIX = "dpo_"
 DEFAULT_PROJECT = "default"
+LAST_USED_SECONDS = 60
+STREAM_TOKEN_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,11 @@ class Caller:
 
     key_id: str
     project: str
+    scopes: frozenset[Scope] = frozenset(Scope)
+
+    def may(self, scope: Scope) -> bool:
+        order = list(Scope)
+        return any(order.index(own) >= order.index(scope) for own in self.scopes)
 
 
 def generate() -> str:
@@ -40,43 +52,89 @@ def well_formed(key: str) -> bool:
 
 
 class Keys:
-    """Creates keys and finds out whose a key is."""
+    """Creates keys, finds out whose a key is, and signs tokens that stand for one for a minute."""
 
     def __init__(self, database: Database, secret_key: str, admin_key: str) -> None:
         self.database = database
         self._secret = secret_key.encode()
         self._admin = admin_key.encode()
 
-    def _digest(self, key: str) -> str:
-        return hmac.new(self._secret, key.encode(), hashlib.sha256).hexdigest()
+    def _digest(self, text: str) -> str:
+        return hmac.new(self._secret, text.encode(), hashlib.sha256).hexdigest()
 
-    def create(self, name: str, project: str = DEFAULT_PROJECT, lifetime_days: float | None = None) -> str:
-        """Make a key and return it; it is not stored and cannot be shown again."""
+    def create(self, spec: KeySpec) -> NewKeyObject:
+        """Make a key. What it is is not stored and cannot be shown again."""
         key = generate()
-        lifetime = None if lifetime_days is None else lifetime_days * 86400
         with self.database.write() as session:
-            session.add(
-                ApiKey(
-                    id=new_id("key"),
-                    name=name,
-                    project=project,
-                    digest=self._digest(key),
-                    created_at=database_now(),
-                    expires_at=None if lifetime is None else database_now() + lifetime,
-                )
+            if projects.get(session, spec.project) is None:
+                raise no_project(spec.project, "project")
+            made = ApiKey(
+                id=new_id("key"),
+                name=spec.name,
+                project=spec.project,
+                scopes=sorted(spec.scopes),
+                digest=self._digest(key),
+                created_at=database_now(),
+                expires_at=None if spec.expires_in is None else database_now() + spec.expires_in,
             )
-        return key
+            session.add(made)
+            session.flush()
+            session.refresh(made)
+        return NewKeyObject(**KeyObject.of(made).model_dump(), key=key)
+
+    def list(self, project: str | None = None) -> list[KeyObject]:
+        """All keys, or those of `project`, oldest first."""
+        statement = select(ApiKey).order_by(ApiKey.created_at, ApiKey.id)
+        if project is not None:
+            statement = statement.where(ApiKey.project == project)
+        with self.database.read() as session:
+            return [KeyObject.of(key) for key in session.scalars(statement)]
+
+    def get(self, key_id: str) -> KeyObject:
+        with self.database.read() as session:
+            key = session.get(ApiKey, key_id)
+        if key is None:
+            raise NotFound(f"No such key: {key_id}", param="id", code="key_not_found")
+        return KeyObject.of(key)
+
+    def revoke(self, key_id: str) -> KeyObject:
+        """Refuse a key from now on; one that is revoked already stays so."""
+        statement = update(ApiKey).where(ApiKey.id == key_id, ApiKey.revoked_at.is_(None))
+        with self.database.write() as session:
+            session.execute(statement.values(revoked_at=database_now()))
+        return self.get(key_id)
 
     def identify(self, key: str) -> Caller | None:
-        """Whose key this is; None for one that is unknown, mistyped or expired."""
+        """Whose key this is; None for one that is unknown, mistyped, revoked or expired."""
         if hmac.compare_digest(key.encode(), self._admin):
             return Caller("admin", DEFAULT_PROJECT)
         if not well_formed(key):
             return None
-        valid = select(ApiKey).where(
+        valid = select(ApiKey, database_now()).where(
             ApiKey.digest == self._digest(key),
+            ApiKey.revoked_at.is_(None),
             or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > database_now()),
         )
         with self.database.read() as session:
-            found = session.scalar(valid)
-            return None if found is None else Caller(found.id, found.project)
+            row = session.execute(valid).one_or_none()
+        if row is None:
+            return None
+        found, now = row
+        if found.last_used_at is None or found.last_used_at < now - LAST_USED_SECONDS:
+            with self.database.write() as session:
+                session.execute(update(ApiKey).where(ApiKey.id == found.id).values(last_used_at=database_now()))
+        return Caller(found.id, found.project, frozenset(map(Scope, found.scopes)))
+
+    def stream_token(self, project: str, path: str) -> tuple[str, int]:
+        """(token, when it ends): lets whoever has it start reading `path` within a minute, with no key."""
+        expires_at = int(time.time()) + STREAM_TOKEN_SECONDS
+        return f"{project}.{expires_at}.{self._digest(f'stream {project} {expires_at} {path}')}", expires_at
+
+    def identify_stream(self, token: str, path: str) -> Caller | None:
+        """Who may read `path` with `token`; None where it is not a good one, or no more."""
+        project, _, rest = token.partition(".")
+        expires_at, _, signature = rest.partition(".")
+        expected = self._digest(f"stream {project} {expires_at} {path}")
+        if not hmac.compare_digest(signature.encode(), expected.encode()) or int(expires_at) < time.time():
+            return None
+        return Caller("stream", project, frozenset({Scope.READ}))

@@ -13,6 +13,10 @@ class ApiKey(Base):
     id: Mapped[str] = mapped_column(primary_key=True)
     name: Mapped[str]
     project: Mapped[str]
+    scopes: Mapped[list[str]]
     digest: Mapped[str] = mapped_column(unique=True)
     created_at: Mapped[float]
     expires_at: Mapped[float | None]
+    last_used_at: Mapped[float | None]
+    """To the minute."""
+    revoked_at: Mapped[float | None]

@@ -1,16 +1,16 @@
 """/v1/models. Names may contain `/`, which the official client sends as %2F."""
 
-from typing import Literal
+from typing import Annotated, Literal
 from urllib.parse import quote
 
-from fastapi import APIRouter
-from fastapi.responses import StreamingResponse
+from fastapi import APIRouter, Query, Response
+from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel
 
 from app.dependencies import ServicesDependency
-from app.errors import ServiceError
 from app.keys.middleware import CallerDependency
-from app.models.schemas import ModelDeleted, ModelObject
+from app.models.schemas import Lineage, ModelDeleted, ModelObject
+from app.reports.schemas import Pending
 
 router = APIRouter(prefix="/models", tags=["models"])
 
@@ -28,27 +28,37 @@ def list_models(caller: CallerDependency, services: ServicesDependency) -> Model
     return ModelList(data=[ModelObject.of(model) for model in services.models.list(caller.project)])
 
 
+@router.get("/{name:path}/lineage")
+def get_lineage(name: str, caller: CallerDependency, services: ServicesDependency) -> Lineage:
+    """How a model came to be: base model and revision, then each job with its files by hash, its spec and metrics."""
+    return services.models.lineage(caller.project, name)
+
+
 @router.get(
     "/{name:path}/download",
     response_class=StreamingResponse,
-    responses={200: {"content": {"application/x-tar": {}}}},
+    responses={
+        200: {"content": {"application/x-tar": {}}},
+        202: {"model": Pending, "description": "Not ready; ask again after Retry-After seconds."},
+    },
 )
 def download_model(
     name: str,
     caller: CallerDependency,
     services: ServicesDependency,
-    format: Literal["adapter", "merged"] = "adapter",
-) -> StreamingResponse:
-    """The model's folder as a tar file: an adapter, or all weights of a fully trained model."""
+    format: Annotated[Literal["adapter", "merged"], Query(description="What is made, or whole weights.")] = "adapter",
+    dtype: Annotated[Literal["bf16", "fp16"], Query(description="Of merged weights.")] = "bf16",
+) -> Response:
+    """The model's folder as a tar file: an adapter, or all weights. A merge is made first: 202 until then."""
     if format == "merged":
-        raise ServiceError(
-            "The format 'merged' is part of the contract but not available yet.",
-            param="format",
-            code="unsupported_parameter",
-        )
+        chunks = services.models.download_merged(caller.project, name, dtype)
+    else:
+        chunks = services.models.download(caller.project, name)
+    if chunks is None:
+        return JSONResponse(Pending().model_dump(), status_code=202, headers={"Retry-After": "2"})
     filename = quote(name.replace("/", "_").replace(":", "_"), safe="") + ".tar"
     return StreamingResponse(
-        services.models.download(caller.project, name),
+        chunks,
         media_type="application/x-tar",
         headers={"Content-Disposition": f'attachment; filename="{filename}"'},
     )
@@ -62,6 +72,6 @@ def get_model(name: str, caller: CallerDependency, services: ServicesDependency)
 
 @router.delete("/{name:path}")
 def delete_model(name: str, caller: CallerDependency, services: ServicesDependency) -> ModelDeleted:
-    """Delete a model made here."""
+    """Delete a model made here, unless an unfinished job or another model needs it."""
     services.models.delete(caller.project, name)
     return ModelDeleted(id=name)

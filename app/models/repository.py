@@ -82,6 +82,23 @@ def find(session: Session, project: str, name: str) -> Found | None:
     return None
 
 
+def job_of(session: Session, project: str, name: str) -> Job | None:
+    """The job that made a model or a checkpoint; None for a base model, or where it is not known any more."""
+    job = session.scalar(
+        select(Job).join(Model, Model.job_id == Job.id).where(Model.name == name, Job.project == project)
+    )
+    if job is not None:
+        return job
+    statement = select(Job).join(Checkpoint, Checkpoint.job_id == Job.id)
+    return session.scalar(statement.where(Checkpoint.model_name == name, Job.project == project))
+
+
+def sitting_on(session: Session, name: str) -> list[str]:
+    """Names of the adapters that were trained on the fully trained model `name`."""
+    made = session.scalars(select(Model).where(Model.job_id.is_not(None)))
+    return [model.name for model in made if model.details.get("foundation") == name and model.name != name]
+
+
 def version(session: Session, base_model: str) -> str | None:
     """The version of a base model that a worker registered."""
     return session.scalar(select(Model.revision).where(Model.name == base_model, Model.kind == "base"))
@@ -102,6 +119,6 @@ def _register(
 ) -> None:
     row = session.get(Model, name)
     if row is None:
-        row = Model(name=name, kind=kind, project=None, created_at=database_now(), base_model=base_model)
+        row = Model(name=name, kind=kind, project=None, created_at=database_now(), base_model=base_model, bytes=0)
         session.add(row)
     row.revision, row.details = revision, details

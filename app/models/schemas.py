@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from app.jobs.tables import Job
 from app.models.tables import Model
 
 
@@ -27,6 +28,8 @@ class ModelObject(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str
+    shutdown_date: str | None = None
+    """Of the contract; models here have none."""
     kind: str
     base_model: str
     fine_tuning_job_id: str | None
@@ -45,6 +48,45 @@ class ModelObject(BaseModel):
             revision=model.revision,
             details=model.details,
         )
+
+
+class LineageStep(BaseModel):
+    """A job on the way: what it started from, read and measured, and what it made."""
+
+    model: str
+    started_from: str
+    job: str
+    method: str
+    sft: bool
+    files: dict[str, str | None]
+    """SHA-256 by file id; null where the file is gone."""
+    spec: dict[str, Any]
+    metrics: dict[str, float]
+    finished_at: int | None
+
+    @classmethod
+    def of(cls, name: str, job: Job, files: dict[str, str | None]) -> "LineageStep":
+        return cls(
+            model=name,
+            started_from=job.model,
+            job=job.id,
+            method=job.spec["method"]["type"],
+            sft=job.spec["sft"] is not None,
+            files=files,
+            spec=job.spec,
+            metrics=job.metrics or {},
+            finished_at=None if job.finished_at is None else int(job.finished_at),
+        )
+
+
+class Lineage(BaseModel):
+    """How a model came to be, from its base model on."""
+
+    model: str
+    object: Literal["model.lineage"] = "model.lineage"
+    base_model: str
+    base_revision: str | None
+    steps: list[LineageStep]
 
 
 class ModelDeleted(BaseModel):

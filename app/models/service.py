@@ -2,11 +2,20 @@
 
 from collections.abc import Iterator
 
+from sqlalchemy.orm import Session
+
+from app.broker import Broker, Lane
 from app.database import Database
-from app.errors import NotFound, ServiceError
+from app.errors import Conflict, NotFound, ServiceError
+from app.files import repository as files
+from app.jobs import repository as jobs
 from app.models import archive, repository
+from app.models.schemas import Lineage, LineageStep
 from app.models.tables import Model
 from app.storage import Storage
+from app.tasks import repository as tasks
+
+MERGED_KEPT_SECONDS = 24 * 3600
 
 
 def not_found(name: str) -> NotFound:
@@ -16,8 +25,8 @@ def not_found(name: str) -> NotFound:
 class Models:
     """List, find, download and delete models."""
 
-    def __init__(self, database: Database, storage: Storage) -> None:
-        self.database, self.storage = database, storage
+    def __init__(self, database: Database, storage: Storage, broker: Broker) -> None:
+        self.database, self.storage, self.broker = database, storage, broker
 
     def list(self, project: str) -> list[Model]:
         with self.database.read() as session:
@@ -33,7 +42,33 @@ class Models:
     def download(self, project: str, name: str) -> Iterator[bytes]:
         """The folder of a made model or a checkpoint, as a tar stream."""
         with self.database.read() as session:
-            found = repository.find(session, project, name)
+            return archive.tar(self.storage, self._made(session, project, name)[1])
+
+    def download_merged(self, project: str, name: str, dtype: str) -> Iterator[bytes] | None:
+        """The model with its adapter in its weights, as a tar stream; None while a worker makes it."""
+        with self.database.write() as session:
+            found, prefix = self._made(session, project, name)
+            if found.kind != "adapter":
+                return archive.tar(self.storage, prefix)  # its weights are whole
+            task = tasks.ensure(
+                session,
+                tasks.MERGE,
+                f"{prefix} {dtype}",
+                project=project,
+                owner=name,
+                base_model=found.base_model,
+                arguments={"model": name, "dtype": dtype},
+            )
+        if task.status == "pending":
+            self.broker.wake(Lane.CPU)
+            return None
+        if task.error is not None:
+            raise ServiceError(task.error["message"], param=task.error.get("param"), code=task.error["code"])
+        return archive.tar(self.storage, (task.result or {})["prefix"])
+
+    @staticmethod
+    def _made(session: Session, project: str, name: str) -> tuple[repository.Found, str]:
+        found = repository.find(session, project, name)
         if found is None:
             raise not_found(name)
         if found.prefix is None:
@@ -42,10 +77,32 @@ class Models:
                 param="model",
                 code="not_downloadable",
             )
-        return archive.tar(self.storage, found.prefix)
+        return found, found.prefix
+
+    def lineage(self, project: str, name: str) -> Lineage:
+        """How a model came to be: from its base model on, each job with its files, its spec and what it measured."""
+        steps: list[LineageStep] = []
+        seen: set[str] = set()
+        current: str | None = name
+        with self.database.read() as session:
+            root = repository.find(session, project, name)
+            if root is None:
+                raise not_found(name)
+            while current is not None and current not in seen:
+                seen.add(current)
+                job = repository.job_of(session, project, current)
+                if job is None:
+                    break
+                steps.append(LineageStep.of(current, job, files.hashes(session, project, jobs.files_of(job))))
+                current = job.model
+            revision = repository.version(session, root.base_model)
+        return Lineage(model=name, base_model=root.base_model, base_revision=revision, steps=steps[::-1])
 
     def delete(self, project: str, name: str) -> None:
-        """Delete a made model: its row first, so that nobody can reach a folder that is half gone."""
+        """Delete a made model: its row first, so that nobody can reach a folder that is half gone.
+
+        Raises `Conflict` while an unfinished job or another model needs it.
+        """
         with self.database.write() as session:
             model = repository.get(session, project, name)
             if model is None:
@@ -56,5 +113,22 @@ class Models:
                     param="model",
                     code="not_deletable",
                 )
+            users = [*jobs.users_of(session, name), *repository.sitting_on(session, name)]
+            if users:
+                message = f"'{name}' is needed by {', '.join(users[:5])}. End or delete what needs it first."
+                raise Conflict(message, param="model", code="model_in_use")
+            merged = [f"merged/{task.id}" for task in tasks.of_owner(session, name)]
+            tasks.forget(session, name)
             session.delete(model)
-        self.storage.delete_folder(model.prefix)
+        for prefix in (model.prefix, *merged):
+            self.storage.delete_folder(prefix)
+
+    def forget_merged(self) -> None:
+        """Remove merged models that were made a day ago: whoever needs one again has it made again."""
+        with self.database.write() as session:
+            old = tasks.finished_before(session, tasks.MERGE, MERGED_KEPT_SECONDS)
+            prefixes = [f"merged/{task.id}" for task in old]
+            for task in old:
+                session.delete(task)
+        for prefix in prefixes:
+            self.storage.delete_folder(prefix)

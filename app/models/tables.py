@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from sqlalchemy import BigInteger
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.database import Base
@@ -22,6 +23,8 @@ class Model(Base):
     job_id: Mapped[str | None] = mapped_column(index=True)
     prefix: Mapped[str | None]
     """Where a made model's folder is in the object store."""
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    """What a made model has in the object store; 0 for a base model."""
     revision: Mapped[str | None]
     details: Mapped[dict[str, Any]]
     """Of a base model: architecture, context_length, bytes, chat_template. Of a made one: adapter settings."""

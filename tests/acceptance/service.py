@@ -117,7 +117,8 @@ def trainers(home: Path) -> list[int]:
                 command = (entry / "cmdline").read_bytes().decode().split("\0")
             except (FileNotFoundError, ProcessLookupError):
                 continue
-            if "worker.trainer" in command and any(part.startswith(str(home)) for part in command):
+            # One that waits for a job is where its worker is; one at work is in the job's folder.
+            if "worker.trainer" in command and str((entry / "cwd").readlink()).startswith(str(home)):
                 found.append(int(entry.name))
     return found
 

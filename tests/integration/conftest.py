@@ -1,11 +1,13 @@
 """The service without its workers, on each database, and a client that talks to it in this process."""
 
+import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
-from sqlalchemy import text
+from sqlalchemy import create_engine, text
 
 from app.main import create_app
 from app.models import repository as models
@@ -20,18 +22,23 @@ def postgres_url() -> Iterator[str]:
         yield url
 
 
+def admin(url: str, statement: str) -> None:
+    """Run a statement that no transaction may hold."""
+    engine = create_engine(url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(statement))
+    engine.dispose()
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """An empty database of each kind."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/test.sqlite3"
     url: str = request.getfixturevalue("postgres_url")
-    services = Services.of(Settings(home=tmp_path / "wipe", database_url=url))
-    with services.database.engine.begin() as connection:
-        connection.execute(text("DROP SCHEMA public CASCADE"))
-        connection.execute(text("CREATE SCHEMA public"))
-    services.database.close()
-    return url
+    name = f"test_{secrets.token_hex(8)}"
+    admin(url, f"CREATE DATABASE {name}")
+    return url.rpartition("/")[0] + f"/{name}"
 
 
 @pytest.fixture
@@ -39,11 +46,37 @@ def settings(tmp_path: Path, database_url: str) -> Settings:
     return Settings(home=tmp_path, database_url=database_url)
 
 
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with the schema and nothing in it: copying it is faster than migrating."""
+    services = Services.of(Settings(home=tmp_path_factory.mktemp("migrated")))
+    services.migrate()
+    services.database.close()
+    return services.settings.home / "dpo.sqlite3"
+
+
+@pytest.fixture(scope="session")
+def postgres_template(postgres_url: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The name of such a database on PostgreSQL."""
+    admin(postgres_url, "CREATE DATABASE migrated")
+    url = postgres_url.rpartition("/")[0] + "/migrated"
+    services = Services.of(Settings(home=tmp_path_factory.mktemp("migrated"), database_url=url))
+    services.migrate()
+    services.database.close()
+    return "migrated"
+
+
 @pytest.fixture
-def services(settings: Settings) -> Iterator[Services]:
+def services(settings: Settings, request: pytest.FixtureRequest) -> Iterator[Services]:
     """Migrated, with a base model registered as a worker would."""
+    url = settings.database_url
+    if url.startswith("sqlite:///"):
+        shutil.copyfile(request.getfixturevalue("sqlite_template"), url.removeprefix("sqlite:///"))
+    else:
+        template, name = request.getfixturevalue("postgres_template"), url.rpartition("/")[2]
+        admin(request.getfixturevalue("postgres_url"), f"DROP DATABASE {name}")
+        admin(request.getfixturevalue("postgres_url"), f"CREATE DATABASE {name} TEMPLATE {template}")
     found = Services.of(settings)
-    found.migrate()
     with found.database.write() as session:
         models.register(session, "tiny", "r1", {"architecture": "LlamaForCausalLM"})
     yield found

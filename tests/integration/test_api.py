@@ -6,11 +6,15 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 from httpx2 import Response
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 
+from app.database import database_now
 from app.files.tables import File
 from app.jobs.tables import Job
+from app.keys.schemas import KeySpec, Scope
 from app.keys.service import generate, well_formed
+from app.keys.tables import ApiKey
+from app.projects.schemas import ProjectSpec
 from app.services import Services
 
 ROW = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
@@ -31,6 +35,13 @@ def error_of(answer: Response, status: int) -> dict[str, Any]:
     assert set(error) == {"message", "type", "param", "code"}
     assert error["message"]
     return error
+
+
+def key_of(services: Services, project: str, *scopes: Scope) -> str:
+    """A key of `project`, which is made where it is not there."""
+    if all(found.id != project for found in services.projects.list()):
+        services.projects.create(ProjectSpec(id=project))
+    return services.keys.create(KeySpec(name="test", project=project, scopes=list(scopes or Scope))).key
 
 
 def rows(services: Services) -> tuple[int, int]:
@@ -67,10 +78,13 @@ def test_every_route_needs_a_good_key(client: TestClient, method: str, path: str
 
 
 def test_made_keys_are_good_until_they_expire(client: TestClient, services: Services) -> None:
-    key = services.keys.create("ci")
+    key = services.keys.create(KeySpec(name="ci")).key
     assert well_formed(key)
     assert client.get("/v1/files", headers={"Authorization": f"Bearer {key}"}).status_code == 200
-    expired = services.keys.create("old", lifetime_days=-1)
+    made = services.keys.create(KeySpec(name="old", expires_in=1000))
+    expired = made.key
+    with services.database.write() as session:
+        session.execute(update(ApiKey).where(ApiKey.id == made.id).values(expires_at=database_now() - 1))
     error_of(client.get("/v1/files", headers={"Authorization": f"Bearer {expired}"}), 401)
     mistyped = key[:-1] + ("0" if key[-1] != "0" else "1")
     assert not well_formed(mistyped)
@@ -78,7 +92,7 @@ def test_made_keys_are_good_until_they_expire(client: TestClient, services: Serv
 
 def test_a_key_of_another_project_sees_nothing(client: TestClient, services: Services) -> None:
     file_id = upload(client)
-    other = {"Authorization": f"Bearer {services.keys.create('other', project='other')}"}
+    other = {"Authorization": f"Bearer {key_of(services, 'other')}"}
     error_of(client.get(f"/v1/files/{file_id}", headers=other), 404)
     error_of(client.get(f"/v1/files/{file_id}/content", headers=other), 404)
     error_of(client.delete(f"/v1/files/{file_id}", headers=other), 404)
@@ -130,6 +144,7 @@ def test_pages_of_files(client: TestClient) -> None:
 HEADERS = {"content-type": "multipart/form-data; boundary=xx"}
 PART = '--xx\r\nContent-Disposition: form-data; name="{}"{}\r\n\r\n{}\r\n'
 PURPOSE = PART.format("purpose", "", "fine-tune")
+EXPIRY = PART.format("expires_after[anchor]", "", "created_at") + PART.format("expires_after[seconds]", "", "{}")
 FILE = PART.format("file", '; filename="p.jsonl"', "abc")
 
 
@@ -143,10 +158,14 @@ FILE = PART.format("file", '; filename="p.jsonl"', "abc")
         ("", "invalid_multipart", None),
         ("no boundary at all", "invalid_multipart", None),
         (PURPOSE + FILE + FILE + "--xx--", "invalid_multipart", None),
-        (PART.format("purpose", "", "assistants") + FILE + "--xx--", "invalid_value", "purpose"),
+        (PART.format("purpose", "", "fine-tune-results") + FILE + "--xx--", "invalid_value", "purpose"),
         (PURPOSE + PART.format("file", '; filename="p"', "") + "--xx--", "empty_file", "file"),
         (PURPOSE + FILE + PART.format("colour", "", "red") + "--xx--", "unknown_parameter", "colour"),
-        (PURPOSE + FILE + PART.format("expires_after[seconds]", "", "9") + "--xx--", "unsupported_parameter", "expires_after"),
+        (PURPOSE + FILE + PART.format("expires_after[seconds]", "", "9") + "--xx--", "missing_required_parameter", "expires_after.anchor"),
+        (PURPOSE + FILE + EXPIRY.format(3599) + "--xx--", "invalid_value", "expires_after.seconds"),
+        (PURPOSE + FILE + EXPIRY.format("soon") + "--xx--", "invalid_value", "expires_after.seconds"),
+        (PURPOSE + FILE + PART.format("mapping", "", "{") + "--xx--", "invalid_json", "mapping"),
+        (PURPOSE + FILE + PART.format("mapping", "", '{"colour": "red"}') + "--xx--", "unknown_parameter", "mapping.colour"),
     ],
 )  # fmt: skip
 def test_a_bad_upload_leaves_nothing(
@@ -228,11 +247,17 @@ BAD_JOBS: list[tuple[dict[str, Any], str, str]] = [
     ({"hyperparameters": {"n_epochs": 51}}, "invalid_value", "hyperparameters.n_epochs"),
     ({"hyperparameters": {"batch_size": True}}, "invalid_value", "hyperparameters.batch_size"),
     ({"traning_file": "x"}, "unknown_parameter", "traning_file"),
-    ({"gates": [{"metric": "loss", "max": 1}]}, "unsupported_parameter", "gates"),
-    ({"integrations": [{"type": "wandb", "wandb": {"project": "x"}}]}, "unsupported_parameter", "integrations"),
-    ({"timeout_seconds": 5}, "unsupported_parameter", "timeout_seconds"),
+    ({"gates": [{"metric": "eval/lss", "max": 1}]}, "invalid_value", "gates.0.metric"),
+    ({"gates": [{"metric": "loss"}]}, "invalid_value", "gates.0.min"),
+    ({"integrations": [{"type": "wandb", "wandb": {"project": "x"}}]}, "integration_not_configured", "integrations.0.type"),
+    ({"integrations": [{"type": "wandb"}]}, "missing_required_parameter", "integrations.0.wandb"),
+    ({"timeout_seconds": 0}, "invalid_value", "timeout_seconds"),
+    ({"mapping": {}}, "invalid_value", "mapping.prompt"),
+    ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"max_steps": 10**40}}}}, "invalid_value", "method.dpo.hyperparameters.max_steps"),
+    ({"mapping": {"colour": "red"}}, "unknown_parameter", "mapping.colour"),
+    ({"sft": {"mapping": {"prompt": "a"}}, "method": {"type": "dpo"}}, "invalid_value", "sft.mapping"),
     ({"adapter": {"r": 0}}, "invalid_value", "adapter.r"),
-    ({"gates": [{"metric": "eval/loss", "max": 1}]}, "unsupported_parameter", "gates"),
+    ({"evaluation": {}}, "unsupported_parameter", "evaluation"),
     ({"adapter": {"target_modules": ["lm_head"]}}, "invalid_value", "adapter.target_modules"),
     ({"method": DPO, "sft": {"validation_file": "file-none"}}, "invalid_value", "sft.validation_file"),
     ({"adapter": "none", "quantization": "nf4"}, "invalid_value", "quantization"),

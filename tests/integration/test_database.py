@@ -8,6 +8,7 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy import inspect, select
 
 from app.database import Base, database_now
+from app.keys.schemas import KeySpec
 from app.services import Services
 from app.settings import Settings
 
@@ -44,7 +45,7 @@ def test_writers_that_read_first_wait_for_each_other(services: Services) -> None
 
     def create(number: int) -> None:
         try:
-            services.keys.create(f"key {number}")
+            services.keys.create(KeySpec(name=f"key {number}"))
             with services.database.write() as session:
                 session.scalars(select(database_now())).one()
                 session.execute(Base.metadata.tables["api_keys"].update().values(name="read, then written"))

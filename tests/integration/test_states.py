@@ -7,6 +7,7 @@ import pytest
 from sqlalchemy import select, update
 
 from app.database import database_now
+from app.idempotency.service import Sending
 from app.jobs import repository
 from app.jobs.schemas import JobObject
 from app.jobs.spec import JobSpec
@@ -29,6 +30,8 @@ def make_job(services: Services, **changes: Any) -> str:
         "spec": spec,
         "priority": 0,
         "status": Status.QUEUED,
+        "paused": False,
+        "ran_seconds": 0.0,
         "result_files": [],
         "attempt": 0,
         "eligible_at": 0.0,
@@ -153,7 +156,7 @@ def test_a_lease_that_cannot_be_renewed_is_lost_in_time(services: Services, monk
     job = claim(services)
     assert job is not None
     hang, killed = threading.Event(), threading.Event()
-    monkeypatch.setattr(repository, "heartbeat", lambda *_: hang.wait(30))
+    monkeypatch.setattr(repository, "heartbeat", lambda *_: hang.wait(30) and None)
     with Lease(services.database, job_id, job.attempt) as lease:
         lease.on_lost(killed.set)
         assert killed.wait(10)
@@ -169,7 +172,7 @@ def test_a_cancelled_jobs_lease_is_lost_at_the_next_heartbeat(
     job = claim(services)
     assert job is not None
     with Lease(services.database, job_id, job.attempt) as lease:
-        services.jobs.cancel("default", job_id)
+        services.jobs.cancel("default", job_id, Sending("test"))
         assert lease.wait_lost(10)
 
 
@@ -194,7 +197,7 @@ def test_a_cancelled_job_stays_cancelled(services: Services) -> None:
     job_id = make_job(services)
     job = claim(services)
     assert job is not None
-    assert services.jobs.cancel("default", job_id).status == Status.CANCELLED
+    assert services.jobs.cancel("default", job_id, Sending("test")).status == Status.CANCELLED
     with services.database.write() as session:
         assert not repository.heartbeat(session, job_id, job.attempt), "this is how its worker hears of it"
     assert not end(services, job_id, job.attempt)
@@ -210,7 +213,7 @@ def test_every_transition_writes_its_event_or_nothing(services: Services) -> Non
     with services.database.read() as session:
         told = list(session.scalars(select(JobEvent.message).where(JobEvent.job_id == job_id)))
         assert told == ["Fine-tuning job started.", "done"]
-        assert JobObject.of(session.get_one(Job, job_id), None, 0.0).status == Status.SUCCEEDED
+        assert JobObject.of(session.get_one(Job, job_id)).status == Status.SUCCEEDED
 
 
 @pytest.mark.parametrize(
@@ -241,7 +244,7 @@ def test_a_deleted_file_keeps_its_bytes_while_a_job_needs_them(services: Service
     services.files.delete("default", "file-1")
     purge_deleted_files(services)
     assert services.storage.read("files/file-1") == b"data"
-    services.jobs.cancel("default", job_id)
+    services.jobs.cancel("default", job_id, Sending("test"))
     purge_deleted_files(services)
     with pytest.raises(FileNotFoundError):
         services.storage.read("files/file-1")

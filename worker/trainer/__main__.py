@@ -1,4 +1,7 @@
-"""`python -m worker.trainer WORKDIR`: a folder in, events on standard output, a folder left.
+"""`python -m worker.trainer [WORKDIR]`: a folder in, events on standard output, a folder left.
+
+Without WORKDIR it gets ready and waits for the folder as the first line of its standard input: the seconds that torch
+takes to load are over when a job comes. It touches no GPU before that. Its log is then `trainer.log` in the folder.
 
 Exit status: 0 done; 1 failed, and a `failed` event says why; 75 stopped after SIGTERM, to be resumed from the
 last checkpoint. Answers to what it asks its runner for come on its standard input, a line of JSON each; the
@@ -17,7 +20,6 @@ STOPPED = 75
 
 
 def main() -> int:
-    folder = Path(sys.argv[1])
     # Libraries print to standard output; what they say goes to the log, and the events get the real one.
     stream = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -34,6 +36,14 @@ def main() -> int:
     from worker.trainer.events import Events, UserError
     from worker.trainer.loop import Stopped, Trainer
 
+    if len(sys.argv) > 1:
+        folder = Path(sys.argv[1])
+    else:
+        folder = Path(answers.get().rstrip("\n"))
+        log = os.open(folder / "trainer.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(log, 2)
+        os.dup2(2, 1)
+        os.chdir(folder)
     events = Events(stream)
     try:
         Trainer(folder, events, stopping, Cache(folder / "cache", events, answers)).run()

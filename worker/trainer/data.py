@@ -10,7 +10,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from app.datasets.example import Example, Kind, Prompt
+from app.datasets.example import Example, Kind, Message, Prompt
+from app.datasets.example import Response as Said
+from app.datasets.mapping import Mapping
 from worker.trainer.events import UserError
 
 Tokenizer = Any
@@ -80,6 +82,8 @@ class Recipe:
     need: Kind
     max_length: int
     loss_on: Literal["answers", "turns", "text"] = "answers"
+    mapping: Mapping | None = None
+    """Which columns hold what, where the file does not say it."""
 
 
 def rows(examples: Iterable[Example], tokenizer: Tokenizer, recipe: Recipe, cut: Truncation) -> Iterator[Row]:
@@ -98,13 +102,13 @@ def rows(examples: Iterable[Example], tokenizer: Tokenizer, recipe: Recipe, cut:
             bos = [] if found.template else _bos(tokenizer)
             if example.raw or recipe.loss_on == "text":
                 row = _conversation(example, tokens[0], bos, [(0, len(found.texts[0]))])
-            elif recipe.loss_on == "turns":
+            elif recipe.loss_on == "turns" or example.turns:
                 row = _conversation(example, tokens[0], bos, found.turns)
             else:
                 row = _row(example, found.boundary, tokens, bos)
             if example.raw:
                 pieces = _pieces(row, recipe.max_length)
-            elif recipe.loss_on == "answers":
+            elif recipe.loss_on == "answers" and not example.turns:
                 pieces = [_fit(row, recipe.max_length, cut)]
             else:
                 pieces = [_fit_conversation(row, recipe.max_length, cut)]
@@ -158,55 +162,86 @@ class _Rendered:
 def _render(example: Example, tokenizer: Tokenizer, loss_on: str) -> _Rendered:
     if tokenizer.chat_template is None or example.raw:
         return _render_plain(example, tokenizer)
-    turns = [{"role": "user", "content": example.prompt}] if isinstance(example.prompt, str) else example.prompt
+    turns: list[Message] = (
+        [{"role": "user", "content": example.prompt}] if isinstance(example.prompt, str) else example.prompt
+    )
+    tools = list(example.tools) or None
+
+    def render(messages: list[Message], **options: Any) -> str:
+        text: str = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
+        return text
+
     parts: list[tuple[str, str]] = []
     try:
-        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        texts = [
-            tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": answer}], tokenize=False)
-            for answer in example.responses
-        ]
-        if loss_on == "turns":
-            parts = _assistant_turns([*turns, {"role": "assistant", "content": example.responses[0]}], tokenizer)
+        prompt = render(turns, add_generation_prompt=True)
+        texts = [render([*turns, _message(answer)]) for answer in example.responses]
+        scored = _scored_turns(example, turns, loss_on)
+        if scored:
+            whole = [*turns, _message(example.responses[0])]
+            parts = [(render(whole[:k], add_generation_prompt=True), render(whole[: k + 1])) for k in scored]
+        ignored = tools and tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) == prompt
     except Exception as error:  # a template may raise anything, on purpose too
         message = f"Line {example.line}: the model's chat template refuses the conversation: {error}"
         raise UserError("chat_template_error", message, "training_file") from error
+    if ignored or not all(map(_says_its_calls, example.responses, texts)):
+        message = (
+            f"Line {example.line}: the model's chat template leaves tools out; use a model that was made for them."
+        )
+        raise UserError("chat_template_error", message, "model")
     if not all(texts[0].startswith(part) for earlier in parts[:-1] for part in earlier):
         message = (
             f"Line {example.line}: the model's chat template writes earlier turns differently once later ones "
-            "are there, so that 'loss_on': 'turns' would train on text the model never writes; use 'answers'."
+            "are there, so that learning them ('loss_on': 'turns', or a 'weight') would train on text the model never "
+            "writes; learn the last answer alone ('answers')."
         )
         raise UserError("chat_template_error", message, "loss_on")
     if not all(text.startswith(prompt) for text in texts):
         # Some templates write what stands before an answer differently once the answer is there.
-        texts = [prompt + answer.strip() + (tokenizer.eos_token or "") for answer in example.responses]
+        if not all(isinstance(answer, str) for answer in example.responses):
+            message = (
+                f"Line {example.line}: the model's chat template writes tool calls in a way that cannot be learned."
+            )
+            raise UserError("chat_template_error", message, "model")
+        texts = [prompt + str(answer).strip() + (tokenizer.eos_token or "") for answer in example.responses]
     return _Rendered(texts, len(prompt), [(len(before), len(after)) for before, after in parts], True)
 
 
-def _assistant_turns(turns: list[Any], tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    """The rendered conversation up to each assistant turn, and with it, its end mark included."""
-    return [
-        (
-            tokenizer.apply_chat_template(turns[:k], tokenize=False, add_generation_prompt=True),
-            tokenizer.apply_chat_template(turns[: k + 1], tokenize=False),
-        )
-        for k, turn in enumerate(turns)
-        if turn["role"] == "assistant"
-    ]
+def _message(answer: Said) -> Message:
+    return {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
+
+
+def _says_its_calls(answer: Said, text: str) -> bool:
+    """Whether the tools that `answer` calls are named in the text that the template made of it."""
+    calls = [] if isinstance(answer, str) else answer.get("tool_calls", [])
+    return all(call["function"]["name"] in text for call in calls)
+
+
+def _scored_turns(example: Example, turns: list[Message], loss_on: str) -> list[int]:
+    """Numbers of the messages that are learned, the answer last; none where it is the answer alone."""
+    if example.turns:
+        return [*example.turns, len(turns)]
+    if loss_on != "turns":
+        return []
+    return [*(k for k, turn in enumerate(turns) if turn["role"] == "assistant"), len(turns)]
 
 
 def _render_plain(example: Example, tokenizer: Tokenizer) -> _Rendered:
+    conversation = [] if isinstance(example.prompt, str) else example.prompt
+    answers = [answer for answer in example.responses if isinstance(answer, str)]
+    with_tools = any(turn["role"] == "tool" or "tool_calls" in turn for turn in conversation)
+    if example.tools or with_tools or len(answers) < len(example.responses):
+        message = f"Line {example.line}: the model has no chat template, so that tools cannot be written for it."
+        raise UserError("chat_template_error", message, "model")
     # The transcript's "Assistant:" is followed by a space, as in the data that made this form common.
     space = " " if isinstance(example.prompt, list) else ""
     end = tokenizer.eos_token or ""
     prompt = plain_prompt(example.prompt)
-    texts = [f"{prompt}{space}{answer}{end}" for answer in example.responses]
+    texts = [f"{prompt}{space}{answer}{end}" for answer in answers]
     spans = [(len(prompt), len(texts[0]))]
-    if isinstance(example.prompt, list):
-        for k, turn in enumerate(example.prompt):
-            if turn["role"] == "assistant":
-                before = plain_prompt(example.prompt[:k])
-                spans.append((len(before), len(before) + 1 + len(turn["content"])))
+    for k, turn in enumerate(conversation):
+        if turn["role"] == "assistant" and (not example.turns or k in example.turns):
+            before = plain_prompt(conversation[:k])
+            spans.append((len(before), len(before) + 1 + len(turn["content"])))
     return _Rendered(texts, len(prompt), sorted(spans), False)
 
 

@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from app.datasets.check import Report, examples
+from app.datasets.check import examples
 from app.datasets.example import Example
 from worker.trainer import data
 from worker.trainer.cache import Cache
 from worker.trainer.data import Recipe, Response, Row, Tokenizer, Truncation
 
-VERSION = 1
+VERSION = 2
 """Of the rows that examples become: part of every key of the cache."""
 PARALLEL_BYTES = 16 * 1024 * 1024
 """Files larger than this are tokenised by several processes, each of which takes seconds to start."""
@@ -186,7 +186,7 @@ def _key(path: Path, tokenizer: Tokenizer, recipe: Recipe) -> str:
 def _tokenise(path: Path, tokenizer: Tokenizer, recipe: Recipe) -> tuple[Arrays, Truncation]:
     cut, chunks = Truncation(), []
     with path.open("rb") as file:
-        groups = data.batched(examples(file, Report()), CHUNK)
+        groups = data.batched(examples(file, recipe.mapping), CHUNK)
         processes = len(os.sched_getaffinity(0)) if path.stat().st_size > PARALLEL_BYTES else 1
         results = (
             (_chunk(group, tokenizer, recipe) for group in groups)

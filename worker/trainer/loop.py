@@ -32,11 +32,12 @@ from worker.trainer.checkpoint import State
 from worker.trainer.dataset import Rows
 from worker.trainer.events import Events, UserError
 from worker.trainer.methods import Found, Method, Preference, References, Supervised
-from worker.trainer.model import Base, Policy, load_policy, load_tokenizer
+from worker.trainer.model import Base, Policy, load_policy
 from worker.trainer.optimizer import NEED_GPU, make_optimizer
 from worker.trainer.packing import trees
 from worker.trainer.plan import Stage
 from worker.trainer.reference import Reference
+from worker.trainer.tokenizer import load_tokenizer
 
 Result = TypeVar("Result")
 
@@ -63,6 +64,8 @@ class Trainer:
         self.best_weights = folder / "best" / "weights.safetensors"
         self._saved_step = -1
         self._last_good: dict[str, Tensor] | None = None
+        self._final: dict[str, float] = {}
+        """The validation of the weights that are kept, where they are not those of the last step."""
 
     def run(self) -> None:
         """Train, and leave the artifact in `output/`. Raises `UserError` or `Stopped`."""
@@ -95,14 +98,25 @@ class Trainer:
             f"on {self.policy.device.type} ({torch.get_num_threads()} threads)."
         )
         resumed = [stage.name for stage in self.stages].index(self.state.stage)
+        ready, tokens_before = time.monotonic(), self.state.trained_tokens
         for stage in self.stages[resumed:]:
             self._run_stage(stage, others)
             self.resume = None
+        trained = time.monotonic()
         results = artifact.Results(
             self.spec, self.public_spec, self.base, self.state.history, self.stages[-1], self.validation_logps
         )
         artifact.write(self.folder / "output", self.policy, results, self.events)
-        self.events.emit("done", trained_tokens=self.state.trained_tokens, metrics=self._last_metrics())
+        self.events.emit(
+            "done",
+            trained_tokens=self.state.trained_tokens,
+            metrics=self._last_metrics() | self._final,
+            pace={
+                "tokens": self.state.trained_tokens - tokens_before,
+                "seconds": trained - ready,
+                "overhead_seconds": ready - began,
+            },
+        )
 
     @property
     def total_steps(self) -> int:
@@ -190,8 +204,7 @@ class Trainer:
             metric = stage.hyperparameters.early_stopping.metric
             self.events.message(f"Stage {stage.name} keeps step {state.best.step}: {metric} {state.best.value:.6g}.")
             validated = False
-        if not validated:
-            self._validate(stage, method, record=False)
+        self._final = {} if validated else self._validate(stage, method, record=False)
 
     def _judge(self, stage: Stage, metrics: dict[str, float]) -> None:
         """Early stopping: keep the weights of the best validation, and end the stage when it is too long ago."""

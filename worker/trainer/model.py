@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from app.jobs.spec import Adapter, JobSpec
 from worker.trainer.attention import NAME, SHAREABLE_ROPE, TreeMask, padding_mask, rope_kinds, why_not_shared, windows
@@ -21,6 +21,7 @@ from worker.trainer.events import Events, UserError
 from worker.trainer.logps import Head, TokenScores, score_tokens
 from worker.trainer.lora import with_fast_layers
 from worker.trainer.packing import Pack, Packing, tree_pack, trees
+from worker.trainer.tokenizer import load_tokenizer
 
 CPU_BUDGET, CUDA_BUDGET = 2048, 8192
 """Tokens of a pack: long ones spread over more tokens what a pass costs whatever its length, on a GPU the unpacking
@@ -335,15 +336,6 @@ def fingerprint(tensor: Tensor) -> bytes:
         places = torch.arange(1, len(part) + 1, device=part.device)
         sums += (number + 1) * torch.stack([part.sum(), (part * places).sum()])
     return str(sums.tolist()).encode()
-
-
-def load_tokenizer(folder: Path) -> Tokenizer:
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    if not tokenizer.is_fast:
-        raise UserError("unsupported_model", "The model has no fast tokenizer, which gives character offsets.", "model")
-    if tokenizer.eos_token_id is None:
-        raise UserError("unsupported_model", "The model's tokenizer has no end-of-sequence token.", "model")
-    return tokenizer
 
 
 def load_policy(spec: JobSpec, base: Base, start: Path | None, events: Events, *, trainable: bool = True) -> Policy:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from app.datasets.example import Kind
+from app.datasets.mapping import Mapping
 from app.jobs.hyperparameters import DPOHyperparameters, SupervisedHyperparameters
 from app.jobs.spec import DEFAULT_VALIDATION_SPLIT, JobSpec
 from worker.trainer.cache import Cache
@@ -113,18 +114,19 @@ def stages(
         assert spec.method.supervised is not None
         supervised = spec.method.supervised.hyperparameters
         files = (spec.training_file, spec.validation_file, split, "training_file")
-        return [loader.stage("sft", supervised, *files, "method.supervised.hyperparameters")]
+        return [loader.stage("sft", supervised, *files, "method.supervised.hyperparameters", spec.mapping)]
     assert spec.method.dpo is not None
     dpo = spec.method.dpo.hyperparameters
     files = (spec.training_file, spec.validation_file, split, "training_file")
-    result = [loader.stage("dpo", dpo, *files, "method.dpo.hyperparameters")]
+    result = [loader.stage("dpo", dpo, *files, "method.dpo.hyperparameters", spec.mapping)]
     if spec.sft is not None:
         settings = spec.sft.hyperparameters
+        mapping = spec.mapping if spec.sft.training_file is None else spec.sft.mapping
         if spec.sft.training_file is not None:
             own = split if spec.validation_file is None else DEFAULT_VALIDATION_SPLIT
             share = 0.0 if spec.sft.validation_file else own
             files = (spec.sft.training_file, spec.sft.validation_file, share, "sft.training_file")
-        result.insert(0, loader.stage("sft", settings, *files, "sft.hyperparameters"))
+        result.insert(0, loader.stage("sft", settings, *files, "sft.hyperparameters", mapping))
     return result
 
 
@@ -148,11 +150,12 @@ class _Loader:
         split: float,
         param: str,
         settings_param: str,
+        mapping: Mapping | None,
     ) -> Stage:
         """A stage on the file `training`, validated on `validation` or on a share of the examples."""
         need = settings.data if isinstance(settings, DPOHyperparameters) else Kind.SUPERVISED
         loss_on = settings.loss_on if isinstance(settings, SupervisedHyperparameters) else "answers"
-        recipe = Recipe(need, min(settings.max_length or DEFAULT_MAX_LENGTH, self.context), loss_on)
+        recipe = Recipe(need, min(settings.max_length or DEFAULT_MAX_LENGTH, self.context), loss_on, mapping)
         train, cut = self._rows(training, recipe, param)
         if validation is not None:
             held_out, _ = self._rows(validation, recipe, param.replace("training", "validation"))

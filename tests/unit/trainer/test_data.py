@@ -238,3 +238,53 @@ def test_many_examples_keep_their_order() -> None:
     made = list(rows(examples, PLAIN, recipe(), Truncation()))
     assert [row.line for row in made] == list(range(1, 601))
     assert [decode(whole(row)) for row in made] == [f"<s>{n}? {n}.</s>" for n in range(1, 601)]
+
+
+TOOLS = (
+    "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}{% for m in messages %}<|im_start|>"
+    "{{ m['role'] }}\n{{ m['content'] }}{% for call in m['tool_calls'] or [] %}CALL {{ call.function.name }} "
+    "{{ call.function.arguments | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CALL: Message = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {"at": "cat"}}}],
+}
+LOOK = ({"type": "function", "function": {"name": "look", "parameters": {}}},)
+
+
+def scored_text(row: Row, tokenizer: Any) -> str:
+    (response,) = row.responses
+    return decode([i for i, flag in zip(response.ids, response.scored, strict=True) if flag], tokenizer)
+
+
+def test_a_tool_call_is_learned_as_the_template_writes_it() -> None:
+    tokenizer = make_tokenizer(TOOLS)
+    row = tokenise_one(Example(1, CONVERSATION, (CALL,), tools=LOOK), tokenizer)
+    assert scored_text(row, tokenizer).startswith('CALL look {"at": "cat"}')
+    expected = tokenizer.apply_chat_template([*CONVERSATION, CALL], tools=list(LOOK), tokenize=False)
+    assert decode(whole(row), tokenizer) == expected
+
+
+@pytest.mark.parametrize("tokenizer", [PLAIN, make_tokenizer(CHATML)])
+def test_a_model_that_was_not_made_for_tools_refuses_them(tokenizer: Any) -> None:
+    for example in (Example(5, "q", ("a",), tools=LOOK), Example(5, [CONVERSATION[1]], (CALL,))):
+        with pytest.raises(UserError, match=r"Line 5: .*tools") as caught:
+            tokenise_one(example, tokenizer)
+        assert caught.value.param == "model"
+
+
+@pytest.mark.parametrize("template", [None, CHATML])
+def test_turns_with_a_weight_are_learned_beside_the_answer(template: str | None) -> None:
+    tokenizer = make_tokenizer(template)
+    turns: list[Message] = [
+        *CONVERSATION,
+        {"role": "assistant", "content": "never"},
+        {"role": "user", "content": "why"},
+    ]
+    learned = scored_text(tokenise_one(Example(1, turns, ("because",), turns=(2,)), tokenizer), tokenizer)
+    assert "which" in learned and "because" in learned
+    assert "never" not in learned and "why" not in learned
+    every = scored_text(tokenise(Example(1, turns, ("because",)), tokenizer, loss_on="turns")[0], tokenizer)
+    assert "which" in every and "never" in every

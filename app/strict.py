@@ -1,4 +1,4 @@
-"""What every part of the job spec has: no coercion, and a field that is not known is refused by name."""
+"""What every body of the API has: no coercion, and a field that is not known is refused by name."""
 
 import difflib
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ def inconsistent(field: str, message: str) -> PydanticCustomError:
 class Strict(BaseModel):
     """No coercion, no unknown fields. `NOT_BUILT` names the contract's fields that a later version will take."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     NOT_BUILT: ClassVar[frozenset[str]] = frozenset()
 

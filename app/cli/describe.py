@@ -1,0 +1,70 @@
+"""What the service or a check found, in words for a terminal."""
+
+from typing import Any
+
+SHOWN_ISSUES = 10
+
+
+def describe_report(report: dict[str, Any]) -> str:
+    """A dataset report."""
+    lines = [f"{report['format'] or 'no known format'}: {report['kept']} of {report['rows']} rows can be trained on"]
+    if report["error"]:
+        lines.append(f"error: {report['error']['message']}")
+    for reason, count in sorted(report["dropped"].items()):
+        at = [str(issue["line"]) for issue in report["issues"] if issue["reason"] == reason]
+        more = ", …" if len(at) > SHOWN_ISSUES else ""
+        lines.append(f"left out: {count} {reason} (line {', '.join(at[:SHOWN_ISSUES])}{more})")
+    if report["duplicates"]["rows"]:
+        first = report["duplicates"]["lines"][0]
+        lines.append(
+            f"{report['duplicates']['rows']} rows repeat an earlier one "
+            f"(line {first['line']} repeats line {first['first_line']})"
+        )
+    if report["chosen_longer_rate"] is not None:
+        lines.append(f"the preferred answer is longer in {report['chosen_longer_rate']:.0%} of pairs")
+    if report["labels"]:
+        lines.append(f"{report['labels']['desirable']} good answers, {report['labels']['undesirable']} not")
+    counted = report.get("tokens")
+    for name, lengths in (counted["lengths"] if counted else report["characters"]).items():
+        unit = "tokens" if counted else "characters"
+        lines.append(f"{name}: mean {lengths['mean']:.0f}, at most {lengths['max']} {unit}")
+    if counted:
+        lines.append(f"{counted['truncated_share']:.1%} of rows are cut to {counted['max_length']} tokens")
+        for sample in counted["samples"][:2]:
+            lines.append(
+                f"line {sample['line']} as the model sees it:\n{sample['prompt']}\u2502{sample['responses'][0]}"
+            )
+    lines += [f"warning: {warning}" for warning in report["warnings"]]
+    return "\n".join(lines)
+
+
+def describe_estimate(estimate: dict[str, Any]) -> str:
+    """What a job would take."""
+    lines = [f"refused: {one['message']} ({one['param']})" for one in estimate["refused"]]
+    for stage in estimate["stages"]:
+        lines.append(
+            f"{stage['name']}: {stage['rows']} rows, {stage['steps']} steps of {stage['batch_size']}, "
+            f"{stage['tokens']} tokens"
+        )
+    if estimate["memory"]:
+        parts = ", ".join(
+            f"{name} {estimate['memory'][name] / 1e9:.2f}" for name in ("model", "adapter", "optimizer", "activations")
+        )
+        lines.append(f"memory: {estimate['memory']['total'] / 1e9:.2f} GB ({parts})")
+    if estimate["device"]:
+        fits = "fits" if estimate["fits"] else "does not fit"
+        lines.append(f"{fits} on {estimate['device']['name']}, {estimate['device']['memory_bytes'] / 1e9:.1f} GB")
+    if estimate["seconds"] is not None:
+        lines.append(f"time: about {estimate['seconds']:.0f} s, behind {estimate['queued_jobs']} waiting jobs")
+    lines += [f"warning: {warning}" for warning in estimate["warnings"]]
+    return "\n".join(lines)
+
+
+def describe_gate(gate: dict[str, Any]) -> str:
+    """A gate and its verdict."""
+    bounds = [
+        f"{word} {gate[end]:g}" for word, end in (("at least", "min"), ("at most", "max")) if gate[end] is not None
+    ]
+    verdict = {True: "met", False: "NOT MET", None: "not judged"}[gate["met"]]
+    value = "" if gate["value"] is None else f": {gate['value']:.6g}"
+    return f"gate {gate['metric']} {' and '.join(bounds)}{value}, {verdict}"

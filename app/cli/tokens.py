@@ -1,0 +1,47 @@
+"""Count a dataset in tokens on this machine: the trainer's own program does it, in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from app.cli.client import ClientError
+from app.datasets.mapping import Mapping
+
+
+def count_tokens(
+    path: Path, model: Path, name: str, max_length: int, report: dict[str, Any], mapping: Mapping | None
+) -> dict[str, Any]:
+    """The part `tokens` of a report. Raises `ClientError` where the model's tokenizer cannot be used."""
+    if not (model / "tokenizer.json").exists():
+        raise ClientError(f"{model} has no tokenizer.json: --model is a folder, or the name of one in DPO_MODELS_DIR.")
+    recipe = {
+        "need": report["kind"],
+        "max_length": max_length,
+        "loss_on": "answers",
+        "mapping": None if mapping is None else mapping.model_dump(mode="json"),
+    }
+    with tempfile.TemporaryDirectory(prefix="dpo-check-") as place:
+        folder = Path(place)
+        (folder / "dataset").symlink_to(path.resolve())
+        (folder / "model").symlink_to(model.resolve(), target_is_directory=True)
+        (folder / "tokens.json").write_text(json.dumps({"recipe": recipe, "rows": report["kept"]}))
+        done = subprocess.run(
+            [sys.executable, "-m", "worker.trainer.tokens", str(folder)],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+        )
+    if done.returncode != 0:
+        raise ClientError(
+            "Tokens cannot be counted (is the worker installed? pip install 'dpo-service[worker]'): "
+            + done.stderr[-500:]
+        )
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    if "error" in found:
+        raise ClientError(found["error"]["message"])
+    method = "supervised" if report["kind"] == "supervised" else "dpo"
+    return {"model": name, "max_length": max_length, "method": method} | found

@@ -1,0 +1,118 @@
+"""/dashboard"""
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Form, Request
+from fastapi.responses import HTMLResponse, RedirectResponse, Response
+from fastapi.templating import Jinja2Templates
+
+from app.dashboard.session import COOKIE, ViewerDependency, sign_in
+from app.dependencies import ServicesDependency
+from app.errors import ServiceError
+from app.jobs.schemas import MetricSeries
+
+FOLDER = Path(__file__).parent
+POLICY = "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'; object-src 'none'"
+EVENTS, JOBS = 50, 50
+LATEST = 2.5e11
+"""The end of what a date can be, in unix seconds."""
+
+router = APIRouter(prefix="/dashboard", include_in_schema=False)
+templates = Jinja2Templates(FOLDER / "templates")
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None or seconds > LATEST:
+        return ""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+templates.env.filters |= {"time": _time, "duration": _duration}
+
+
+def _page(request: Request, name: str, status: int = 200, **context: Any) -> HTMLResponse:
+    headers = {"Content-Security-Policy": POLICY, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+    return templates.TemplateResponse(request, name, context, status_code=status, headers=headers)
+
+
+@router.get("/login")
+def login_page(request: Request) -> HTMLResponse:
+    return _page(request, "login.html", wrong=False)
+
+
+@router.post("/login")
+def login(request: Request, services: ServicesDependency, key: Annotated[str, Form(max_length=512)] = "") -> Response:
+    response = RedirectResponse("/dashboard", status_code=303)
+    if not sign_in(services, request, response, key.strip()):
+        return _page(request, "login.html", 401, wrong=True)
+    return response
+
+
+@router.post("/logout")
+def logout() -> Response:
+    response = RedirectResponse("/dashboard/login", status_code=303)
+    response.delete_cookie(COOKIE, path="/dashboard")
+    return response
+
+
+@router.get("")
+def jobs(request: Request, viewer: ViewerDependency, services: ServicesDependency) -> HTMLResponse:
+    found = services.jobs.page(viewer.project, after=None, limit=JOBS, metadata={})[:JOBS]
+    name = "jobs_rows.html" if "hx-request" in request.headers else "jobs.html"
+    return _page(request, name, jobs=found, project=viewer.project)
+
+
+@router.get("/jobs/{job_id}")
+def job(request: Request, job_id: str, viewer: ViewerDependency, services: ServicesDependency) -> HTMLResponse:
+    try:
+        found = services.jobs.get(viewer.project, job_id)
+        events = services.jobs.events(viewer.project, job_id, after=None, limit=EVENTS)[:EVENTS]
+    except ServiceError as error:
+        return _page(request, "missing.html", error.status, message=error.message)
+    shown = [event for event in events if event.type == "message"]
+    name = "job_live.html" if "hx-request" in request.headers else "job.html"
+    return _page(request, name, job=found, events=shown)
+
+
+@router.get("/jobs/{job_id}/metrics")
+def metrics(job_id: str, viewer: ViewerDependency, services: ServicesDependency) -> MetricSeries:
+    return services.jobs.metrics(viewer.project, job_id, None, 500)
+
+
+@router.get("/files/{file_id}")
+def file(
+    request: Request, file_id: str, viewer: ViewerDependency, services: ServicesDependency, model: str | None = None
+) -> HTMLResponse:
+    """The report of a file, with samples as `model` sees them."""
+    problem = None
+    try:
+        described = services.files.get(viewer.project, file_id)
+        report = services.reports.get(viewer.project, file_id, model=None, max_length=None, method=None)
+    except ServiceError as error:
+        return _page(request, "missing.html", error.status, message=error.message)
+    counted = None
+    if report is not None and model is not None:
+        try:
+            counted = services.reports.get(viewer.project, file_id, model=model, max_length=None, method=None)
+        except ServiceError as error:
+            problem = error.message
+    name = "file_report.html" if "hx-request" in request.headers else "file.html"
+    return _page(
+        request,
+        name,
+        file=described,
+        report=counted or report,
+        model=model,
+        counting=bool(report is None or (model and counted is None and problem is None)),
+        problem=problem,
+    )

@@ -1,0 +1,55 @@
+"""Who looks at the dashboard: a cookie that holds the API key, sealed, so that a revoked key ends the session too."""
+
+from typing import Annotated
+
+from fastapi import Depends, Request
+from fastapi.responses import RedirectResponse, Response
+
+from app.dependencies import ServicesDependency
+from app.keys.schemas import Scope
+from app.keys.service import Caller
+from app.services import Services
+
+COOKIE = "dpo_session"
+LIFETIME_SECONDS = 12 * 3600
+
+
+class NotSignedIn(Exception):
+    """No session, or one that is over: the page asks for a key."""
+
+
+def sign_in(services: Services, request: Request, response: Response, key: str) -> bool:
+    """Begin a session with `key`; False for one that is not good."""
+    caller = services.keys.identify(key)
+    if caller is None or not caller.may(Scope.READ):
+        return False
+    response.set_cookie(
+        COOKIE,
+        services.vault.seal(key),
+        max_age=LIFETIME_SECONDS,
+        path="/dashboard",
+        httponly=True,
+        samesite="strict",
+        secure=request.url.scheme == "https",
+    )
+    return True
+
+
+def _viewer(request: Request, services: ServicesDependency) -> Caller:
+    try:
+        caller = services.keys.identify(services.vault.open(request.cookies.get(COOKIE, "")))
+    except ValueError:
+        caller = None
+    if caller is None:
+        raise NotSignedIn
+    return caller
+
+
+ViewerDependency = Annotated[Caller, Depends(_viewer)]
+
+
+def ask_for_a_key(request: Request, _error: Exception) -> Response:
+    """The answer to `NotSignedIn`; htmx follows its own header."""
+    if "hx-request" in request.headers:
+        return Response(headers={"HX-Redirect": "/dashboard/login"})
+    return RedirectResponse("/dashboard/login", status_code=303)

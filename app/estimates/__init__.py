@@ -1,0 +1,1 @@
+"""Know before you run: tokens, steps, memory and time of a job, with nothing run."""

@@ -1,0 +1,117 @@
+"""Find what an earlier sending of the same request made.
+
+A client that gives an `Idempotency-Key` gets what that key made, for a day. The official client gives none: it
+resends a create after a lost connection or a 5xx and only counts in `x-stainless-retry-count`. A request that counts
+as resent therefore gets what the same API key made with the same content in the last half hour, which is as long as
+that client goes on. Sendings that overlap wait for each other.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import Depends, Header
+from sqlalchemy import delete, func, select
+from sqlalchemy.orm import Session
+
+from app.database import database_now
+from app.errors import ServiceError
+from app.idempotency.tables import SentRequest
+from app.keys.middleware import CallerDependency
+
+KEPT_SECONDS = 24 * 3600
+RESENT_SECONDS = 1800
+
+
+@dataclass(frozen=True)
+class Sending:
+    """How a request was sent: by which API key, under which idempotency key, and whether it was sent before."""
+
+    key_id: str
+    idempotency_key: str | None = None
+    resent: bool = False
+
+    def earlier(self, session: Session, operation: str, content: Any) -> str | None:
+        """The id of what an earlier sending made; None where this is the first. Call it in a write transaction.
+
+        `content` is what the request asks for, as JSON. Raises `ServiceError` for an idempotency key that came with
+        other content before.
+        """
+        fingerprint = self._fingerprint(operation, content)
+        _wait_for_others(session, self._lock(operation, fingerprint))
+        sent = select(SentRequest).where(SentRequest.key_id == self.key_id, SentRequest.operation == operation)
+        if self.idempotency_key is not None:
+            found = session.scalar(sent.where(SentRequest.idempotency_key == self.idempotency_key))
+            if found is not None and found.fingerprint != fingerprint:
+                raise ServiceError(
+                    "This Idempotency-Key came with another request before. Use a new key for a new request.",
+                    param="Idempotency-Key",
+                    code="idempotency_key_reused",
+                )
+            return None if found is None else found.resource_id
+        if not self.resent:
+            return None
+        recent = sent.where(
+            SentRequest.fingerprint == fingerprint, SentRequest.created_at > database_now() - RESENT_SECONDS
+        )
+        found = session.scalar(recent.order_by(SentRequest.sequence.desc()).limit(1))
+        return None if found is None else found.resource_id
+
+    def made(self, session: Session, operation: str, content: Any, resource_id: str) -> None:
+        """Remember, in the transaction that makes it, what this request made."""
+        if self.idempotency_key is not None:  # what it made before is gone, else `earlier` would have found it
+            session.execute(
+                delete(SentRequest).where(
+                    SentRequest.key_id == self.key_id,
+                    SentRequest.operation == operation,
+                    SentRequest.idempotency_key == self.idempotency_key,
+                )
+            )
+        session.add(
+            SentRequest(
+                key_id=self.key_id,
+                operation=operation,
+                idempotency_key=self.idempotency_key,
+                fingerprint=self._fingerprint(operation, content),
+                resource_id=resource_id,
+                created_at=database_now(),
+            )
+        )
+
+    def _fingerprint(self, operation: str, content: Any) -> str:
+        body = json.dumps([self.key_id, operation, content], sort_keys=True)
+        return hashlib.sha256(body.encode()).hexdigest()
+
+    def _lock(self, operation: str, fingerprint: str) -> int:
+        name = fingerprint if self.idempotency_key is None else f"{self.key_id} {operation} {self.idempotency_key}"
+        return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
+
+
+def _wait_for_others(session: Session, lock: int) -> None:
+    """Until the transaction of another sending ends. SQLite has one writer at a time anyway."""
+    if session.get_bind().dialect.name == "postgresql":
+        session.execute(select(func.pg_advisory_xact_lock(lock)))
+
+
+def forget_old(session: Session) -> None:
+    """Remove what is older than a day."""
+    session.execute(delete(SentRequest).where(SentRequest.created_at < database_now() - KEPT_SECONDS))
+
+
+def _sending(
+    caller: CallerDependency,
+    idempotency_key: Annotated[
+        str | None,
+        Header(
+            min_length=1,
+            max_length=255,
+            description="Requests with the same key and body make one object, however often they are sent.",
+        ),
+    ] = None,
+    x_stainless_retry_count: Annotated[int, Header(ge=0, description="Sent by the official client.")] = 0,
+) -> Sending:
+    return Sending(caller.key_id, idempotency_key, x_stainless_retry_count > 0)
+
+
+SendingDependency = Annotated[Sending, Depends(_sending)]

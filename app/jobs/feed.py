@@ -1,0 +1,85 @@
+"""Follow jobs: one thread of control asks the database for all event streams of this process, every half second.
+
+A stream of a job is its events in their order, resumable by their number, and its state whenever that changes. With
+200 streams open, a tick is one query for the newest event of each job, and one more for each job that has news.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import structlog
+from sqlalchemy import func, select
+from starlette.concurrency import run_in_threadpool
+
+from app.database import Database
+from app.jobs import repository
+from app.jobs.tables import JobEvent
+
+log = structlog.get_logger(__name__)
+
+TICK_SECONDS = 0.5
+
+
+@dataclass(eq=False)
+class Follower:
+    """Someone who waits for news of a job."""
+
+    job_id: str
+    seen: int
+    """The number of the last event that it has."""
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Feed:
+    """Tells followers when there is something new."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self._followers: set[Follower] = set()
+        self._task: asyncio.Task[None] | None = None
+        self.closed = False
+
+    @asynccontextmanager
+    async def follow(self, job_id: str, seen: int) -> AsyncIterator[Follower]:
+        """A follower whose `news` is set whenever the job has events after its `seen`."""
+        follower = Follower(job_id, seen)
+        self._followers.add(follower)
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._watch())
+        try:
+            yield follower
+        finally:
+            self._followers.discard(follower)
+
+    async def close(self) -> None:
+        """Stop watching, and let every stream end."""
+        self.closed = True
+        if self._task is not None:
+            self._task.cancel()
+        for follower in self._followers:
+            follower.news.set()
+
+    async def _watch(self) -> None:
+        while self._followers:
+            try:
+                newest = await run_in_threadpool(self._newest, {follower.job_id for follower in self._followers})
+            except Exception as error:  # the database may be away for a while; the streams stay open
+                log.warning("event streams wait", reason=type(error).__name__)
+            else:
+                for follower in self._followers:
+                    if newest.get(follower.job_id, 0) > follower.seen:
+                        follower.news.set()
+            await asyncio.sleep(TICK_SECONDS)
+
+    def _newest(self, jobs: set[str]) -> dict[str, int]:
+        """The number of the last event of each job."""
+        statement = select(JobEvent.job_id, func.max(JobEvent.sequence)).where(JobEvent.job_id.in_(jobs))
+        with self.database.read() as session:
+            return {row[0]: row[1] for row in session.execute(statement.group_by(JobEvent.job_id))}
+
+    def after(self, job_id: str, seen: int, limit: int = 500) -> list[JobEvent]:
+        """Up to `limit` events of a job after number `seen`, in their order."""
+        with self.database.read() as session:
+            return repository.events_after(session, job_id, seen, limit)

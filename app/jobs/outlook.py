@@ -1,0 +1,79 @@
+"""When the jobs in the queue will start and end, as far as can be told.
+
+The queue is played forward: each GPU worker that is there takes the next job it serves as soon as it is free. A job
+whose own time is not known makes those behind it unknown too.
+"""
+
+import heapq
+import math
+from dataclasses import dataclass
+
+from sqlalchemy.orm import Session
+
+from app.broker import Lane
+from app.jobs import repository
+from app.jobs.states import Status
+from app.jobs.tables import Job
+from app.workers import repository as workers
+
+HORIZON = 200
+"""Jobs that are played forward; those behind them have a place and no times."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a job stands: `position` from 1, and unix seconds; None is not known."""
+
+    position: int | None = None
+    start: float | None = None
+    finish: float | None = None
+
+
+def outlook(session: Session, jobs: list[Job]) -> dict[str, Place]:
+    """The place of each of `jobs` that has not ended."""
+    if not any(job.status in (Status.RUNNING, Status.QUEUED) for job in jobs):
+        return {}
+    now = repository.now(session)
+    places = {job.id: Place(None, job.started_at, _finish(job, now)) for job in jobs if job.status == Status.RUNNING}
+    waiting = [job for job in jobs if job.status == Status.QUEUED and not job.paused]
+    if waiting:
+        queue = _played(session, now)
+        for job in waiting:
+            places[job.id] = queue.get(job.id) or Place(repository.queue_position(session, job))
+    return places
+
+
+def _finish(job: Job, now: float) -> float | None:
+    remaining = (job.progress or {}).get("seconds_remaining")
+    if remaining is not None:
+        return now + float(remaining)
+    if job.estimated_seconds is None:
+        return None
+    return now + max(0.0, job.estimated_seconds - job.ran_seconds)
+
+
+def _played(session: Session, now: float) -> dict[str, Place]:
+    """The places of the first jobs of the queue."""
+    busy = {job.lease_owner: _finish(job, now) for job in repository.running(session)}
+    present = workers.present(session, Lane.GPU)
+    # When each worker is free; one whose job's end is not known is never free.
+    free = [(busy.get(worker.name, now), number) for number, worker in enumerate(present)]
+    heap = [(math.inf if at is None else at, number) for at, number in free]
+    heapq.heapify(heap)
+    places = {}
+    for position, (job_id, base_model, seconds) in enumerate(repository.queue(session, HORIZON), start=1):
+        passed = []
+        start = math.inf
+        while heap:
+            at, number = heapq.heappop(heap)
+            if workers.serves(present[number], base_model):
+                start = at
+                heapq.heappush(heap, (at + (math.inf if seconds is None else seconds), number))
+                break
+            passed.append((at, number))
+        for entry in passed:
+            heapq.heappush(heap, entry)
+        known = math.isfinite(start)
+        finish = start + seconds if known and seconds is not None else None
+        places[job_id] = Place(position, start if known else None, finish)
+    return places

@@ -1,0 +1,74 @@
+"""API keys on the wire."""
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from app.keys.tables import ApiKey
+from app.projects.schemas import ProjectId
+from app.strict import Strict
+
+
+class Scope(StrEnum):
+    """What a key may do; each includes the one before it."""
+
+    READ = "read"
+    WRITE = "write"
+    ADMIN = "admin"
+    """Projects and keys of the whole installation."""
+
+
+class KeySpec(Strict):
+    """The body of `POST /v1/keys`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {"name": "ci", "project": "search-team", "scopes": ["read", "write"], "expires_in": 7776000}
+        }
+    )
+
+    name: Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00]*$")]
+    project: ProjectId = "default"
+    scopes: Annotated[list[Annotated[Scope, Field(strict=False)]], Field(min_length=1, max_length=3)] = [
+        Scope.READ,
+        Scope.WRITE,
+    ]
+    expires_in: Annotated[int, Field(ge=1, le=10**10)] | None = None
+    """Seconds from now; null is no end."""
+
+
+class KeyObject(BaseModel):
+    """A key, without what it is."""
+
+    id: str
+    object: Literal["api_key"] = "api_key"
+    name: str
+    project: str
+    scopes: list[Scope]
+    created_at: int
+    expires_at: int | None
+    last_used_at: int | None
+    revoked_at: int | None
+
+    @classmethod
+    def of(cls, key: ApiKey) -> "KeyObject":
+        def seconds(time: float | None) -> int | None:
+            return None if time is None else int(time)
+
+        return cls(
+            id=key.id,
+            name=key.name,
+            project=key.project,
+            scopes=[Scope(scope) for scope in key.scopes],
+            created_at=int(key.created_at),
+            expires_at=seconds(key.expires_at),
+            last_used_at=seconds(key.last_used_at),
+            revoked_at=seconds(key.revoked_at),
+        )
+
+
+class NewKeyObject(KeyObject):
+    """A key that was just made: `key` is shown this once."""
+
+    key: str

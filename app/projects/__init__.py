@@ -1,0 +1,1 @@
+"""Projects: who owns what, and how much of it there may be."""

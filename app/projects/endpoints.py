@@ -1,0 +1,34 @@
+"""/v1/projects, for keys with the scope `admin`."""
+
+from fastapi import APIRouter
+
+from app.dependencies import ServicesDependency
+from app.pagination import Page, page
+from app.projects.schemas import Limits, ProjectObject, ProjectSpec
+
+router = APIRouter(prefix="/projects", tags=["administration"])
+
+
+@router.post("")
+def create_project(spec: ProjectSpec, services: ServicesDependency) -> ProjectObject:
+    """Make a project."""
+    return services.projects.create(spec)
+
+
+@router.get("")
+def list_projects(services: ServicesDependency) -> Page[ProjectObject]:
+    """All projects, with what they use."""
+    found = services.projects.list()
+    return page(found, len(found))
+
+
+@router.get("/{project_id}")
+def get_project(project_id: str, services: ServicesDependency) -> ProjectObject:
+    """One project."""
+    return services.projects.get(project_id)
+
+
+@router.post("/{project_id}")
+def limit_project(project_id: str, limits: Limits, services: ServicesDependency) -> ProjectObject:
+    """Change the limits that the body names."""
+    return services.projects.limit(project_id, limits)

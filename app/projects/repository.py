@@ -1,0 +1,34 @@
+"""All SQL about projects, and what each uses."""
+
+from collections.abc import Sequence
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from app.files.tables import File
+from app.models.tables import Model
+from app.projects.tables import Project
+from app.uploads.tables import Upload
+
+
+def get(session: Session, project_id: str) -> Project | None:
+    return session.get(Project, project_id)
+
+
+def lock(session: Session, project: Project) -> None:
+    """Until the transaction ends, no other one locks it."""
+    session.refresh(project, with_for_update=True)
+
+
+def listed(session: Session) -> Sequence[Project]:
+    return session.scalars(select(Project).order_by(Project.created_at, Project.id)).all()
+
+
+def storage_bytes(session: Session, project_id: str) -> int:
+    """Bytes of the project's files (deleted ones too, while a job still reads them), of what its uploads will be, and
+    of its models."""
+    files = select(func.coalesce(func.sum(File.bytes), 0)).where(File.project == project_id)
+    pending = (Upload.project == project_id, Upload.status == "pending")
+    parts = select(func.coalesce(func.sum(Upload.bytes), 0)).where(*pending)
+    models = select(func.coalesce(func.sum(Model.bytes), 0)).where(Model.project == project_id)
+    return sum(int(session.scalars(statement).one()) for statement in (files, parts, models))

@@ -1,0 +1,51 @@
+"""Projects on the wire."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from app.projects.tables import Project
+from app.strict import Strict
+
+ProjectId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+
+
+class Limits(Strict):
+    """What a project may use; null is no limit."""
+
+    max_storage_bytes: Annotated[int, Field(ge=0, lt=2**62)] | None = None
+    """Bytes of files, of parts of uploads and of models made."""
+    max_running_jobs: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    """Trainings at a time; the others wait in the queue. 0 holds all of them back."""
+
+
+class ProjectSpec(Limits):
+    """The body of `POST /v1/projects`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"example": {"id": "search-team", "max_storage_bytes": 10**11, "max_running_jobs": 2}}
+    )
+
+    id: ProjectId
+
+
+class ProjectObject(BaseModel):
+    """A project."""
+
+    id: str
+    object: Literal["project"] = "project"
+    created_at: int
+    max_storage_bytes: int | None
+    max_running_jobs: int | None
+    storage_bytes: int
+    """What it uses now."""
+
+    @classmethod
+    def of(cls, project: Project, storage_bytes: int) -> "ProjectObject":
+        return cls(
+            id=project.id,
+            created_at=int(project.created_at),
+            max_storage_bytes=project.max_storage_bytes,
+            max_running_jobs=project.max_running_jobs,
+            storage_bytes=storage_bytes,
+        )

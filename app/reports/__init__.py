@@ -1,0 +1,1 @@
+"""Dataset reports: what a file holds, before any job."""

@@ -1,0 +1,1 @@
+"""Uploads in parts: large files, sent as pieces that may travel at once."""

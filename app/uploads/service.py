@@ -1,0 +1,222 @@
+"""What can be done with uploads."""
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator
+
+from starlette.concurrency import run_in_threadpool
+
+from app.database import Database, database_now, new_id
+from app.errors import Conflict, NotFound, ServiceError
+from app.files import repository as files
+from app.files.multipart import UploadForm
+from app.files.schemas import FileObject
+from app.files.tables import File
+from app.idempotency.service import Sending
+from app.projects.service import require_room
+from app.storage import Storage
+from app.uploads import repository
+from app.uploads.schemas import Completion, PartObject, UploadObject, UploadSpec
+from app.uploads.tables import Upload, UploadPart
+
+LIFETIME_SECONDS = 3600
+MAX_PART_BYTES = 64 * 1024**2
+
+
+def not_found(upload_id: str) -> NotFound:
+    return NotFound(f"No such Upload object: {upload_id}", param="upload_id", code="upload_not_found")
+
+
+class Uploads:
+    """Create uploads, take their parts, and make files of them."""
+
+    def __init__(self, database: Database, storage: Storage) -> None:
+        self.database, self.storage = database, storage
+
+    def create(self, project: str, spec: UploadSpec, sending: Sending) -> UploadObject:
+        content = spec.model_dump(mode="json")
+        with self.database.write() as session:
+            earlier = sending.earlier(session, "uploads.create", content)
+            upload = None if earlier is None else repository.get(session, project, earlier)
+            if upload is None:
+                require_room(session, project, spec.bytes)
+                upload = Upload(
+                    id=new_id("upload"),
+                    project=project,
+                    created_at=database_now(),
+                    expires_at=database_now() + LIFETIME_SECONDS,
+                    filename=spec.filename,
+                    purpose=spec.purpose,
+                    bytes=spec.bytes,
+                    status="pending",
+                    mapping=None if spec.mapping is None else spec.mapping.model_dump(mode="json"),
+                    expires_after=None if spec.expires_after is None else spec.expires_after.seconds,
+                )
+                session.add(upload)
+                session.flush()
+                session.refresh(upload)
+                sending.made(session, "uploads.create", content, upload.id)
+        return UploadObject.of(upload)
+
+    async def add_part(self, project: str, upload_id: str, form: UploadForm, sending: Sending) -> PartObject:
+        """Stream a part to the object store, then make its row; where anything fails, neither stays."""
+        upload = await run_in_threadpool(self._pending, project, upload_id)
+        part_id, digest = new_id("part"), hashlib.sha256()
+        key = f"{upload.prefix}/{part_id}"
+        try:
+            await self.storage.put_stream(key, form.file_chunks(digest.update))
+            form.require("data")
+            if form.size == 0:
+                raise ServiceError("The part is empty.", param="data", code="empty_part")
+            part = await run_in_threadpool(
+                self._add_part, project, upload_id, part_id, form.size, digest.hexdigest(), sending
+            )
+            if part.id != part_id:  # it came before
+                await run_in_threadpool(self.storage.delete, key)
+        except BaseException:
+            await asyncio.shield(run_in_threadpool(self.storage.delete, key))
+            raise
+        return PartObject.of(part)
+
+    def _add_part(
+        self, project: str, upload_id: str, part_id: str, size: int, digest: str, sending: Sending
+    ) -> UploadPart:
+        with self.database.write() as session:
+            content = {"upload": upload_id, "sha256": digest}
+            # Only by its key: two parts may be the same bytes, and one that is left over does no harm.
+            earlier = sending.earlier(session, "uploads.parts.create", content) if sending.idempotency_key else None
+            found = None if earlier is None else repository.get_part(session, earlier)
+            if found is not None:
+                return found
+            upload = repository.get(session, project, upload_id, lock=True)
+            if upload is None or upload.status != "pending":
+                raise _ended(upload_id, upload)
+            # A part may have come twice; which of them are the file, completing says.
+            if size > upload.bytes or repository.received(session, upload_id) + size > 2 * upload.bytes:
+                raise ServiceError(
+                    f"The parts have more than the {upload.bytes} bytes that the upload was created with.",
+                    param="data",
+                    code="upload_too_large",
+                )
+            part = UploadPart(id=part_id, upload_id=upload_id, created_at=database_now(), bytes=size)
+            session.add(part)
+            session.flush()
+            session.refresh(part)
+            sending.made(session, "uploads.parts.create", content, part_id)
+        return part
+
+    def _pending(self, project: str, upload_id: str) -> Upload:
+        with self.database.read() as session:
+            upload = repository.get(session, project, upload_id)
+        if upload is None or upload.status != "pending":
+            raise _ended(upload_id, upload)
+        return upload
+
+    async def complete(self, project: str, upload_id: str, completion: Completion) -> UploadObject:
+        """Join the parts into a file. An upload that is complete already is answered as it is."""
+        upload = await run_in_threadpool(self._completable, project, upload_id, completion)
+        if upload.status == "pending":
+            # A file id of its own for each completion: of two at once one wins, and the other removes what it wrote.
+            file = File(id=new_id("file"), project=project)
+            try:
+                await self._join(upload, completion, file)
+                upload = await run_in_threadpool(self._complete, upload, file)
+            except FileNotFoundError:  # cancelled, expired or completed meanwhile
+                upload = await run_in_threadpool(self._completable, project, upload_id, completion)
+                await asyncio.shield(run_in_threadpool(self.storage.delete, file.key))
+            except BaseException:
+                await asyncio.shield(run_in_threadpool(self._discard, upload, file))
+                raise
+        return await run_in_threadpool(self._completed, project, upload)
+
+    def _completable(self, project: str, upload_id: str, completion: Completion) -> Upload:
+        """The upload, pending with the parts that `completion` names, or completed."""
+        with self.database.read() as session:
+            upload = repository.get(session, project, upload_id)
+            if upload is not None and upload.status == "completed":
+                return upload
+            if upload is None or upload.status != "pending":
+                raise _ended(upload_id, upload)
+            parts = repository.parts(session, upload_id, completion.part_ids)
+        for part_id, part in zip(completion.part_ids, parts, strict=True):
+            if part is None:
+                message = f"{part_id[:64]!r} is not a part of {upload_id}."
+                raise ServiceError(message, param="part_ids", code="part_not_found")
+        if len(set(completion.part_ids)) < len(completion.part_ids):
+            raise ServiceError("A part is named twice.", param="part_ids", code="invalid_value")
+        size = sum(part.bytes for part in parts if part is not None)
+        if size != upload.bytes:
+            message = f"The parts have {size} bytes; the upload was created for {upload.bytes}."
+            raise ServiceError(message, param="part_ids", code="upload_size_mismatch")
+        return upload
+
+    async def _join(self, upload: Upload, completion: Completion, file: File) -> None:
+        """Write the parts as the object of `file`, and check their sum."""
+        sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
+
+        async def chunks() -> AsyncIterator[bytes]:
+            for part_id in completion.part_ids:
+                async for chunk in self.storage.stream(f"{upload.prefix}/{part_id}"):
+                    sha256.update(chunk)
+                    md5.update(chunk)
+                    yield chunk
+
+        await self.storage.put_stream(file.key, chunks())
+        if completion.md5 is not None and md5.hexdigest() != completion.md5.lower():
+            message = f"The md5 of the parts in this order is {md5.hexdigest()}, not {completion.md5}."
+            raise ServiceError(message, param="md5", code="checksum_mismatch")
+        file.filename, file.purpose = upload.filename, upload.purpose
+        file.bytes, file.sha256, file.mapping = upload.bytes, sha256.hexdigest(), upload.mapping
+
+    def _complete(self, upload: Upload, file: File) -> Upload:
+        """Make `file` visible, unless the upload ended meanwhile. Returns the upload as it is then."""
+        with self.database.write() as session:
+            won = repository.end(session, upload.id, "completed", file.id)
+            if won:
+                file.created_at = database_now()
+                if upload.expires_after is not None:
+                    file.expires_at = database_now() + upload.expires_after
+                session.add(file)
+        if won:
+            self.tidy(upload)
+        else:
+            self.storage.delete(file.key)
+        with self.database.read() as session:
+            now = repository.get(session, upload.project, upload.id)
+        if now is None or now.status != "completed":
+            raise _ended(upload.id, now)
+        return now
+
+    def _discard(self, upload: Upload, file: File) -> None:
+        """Remove the object of a file that was not made; whether it was, only the row can tell."""
+        with self.database.read() as session:
+            made = files.get(session, upload.project, file.id)
+        if made is None:
+            self.storage.delete(file.key)
+
+    def tidy(self, upload: Upload) -> None:
+        """Remove the parts of an upload that has ended: the objects first, then the rows that remember them."""
+        self.storage.delete_folder(upload.prefix)
+        with self.database.write() as session:
+            repository.forget_parts(session, upload.id)
+
+    def _completed(self, project: str, upload: Upload) -> UploadObject:
+        with self.database.read() as session:
+            file = files.get(session, project, upload.file_id or "")
+        return UploadObject.of(upload, None if file is None else FileObject.of(file))
+
+    def cancel(self, project: str, upload_id: str) -> UploadObject:
+        """Take no more parts. One that is cancelled already is answered as it is."""
+        with self.database.write() as session:
+            upload = repository.get(session, project, upload_id, lock=True)
+            if upload is None or upload.status in ("completed", "expired"):
+                raise _ended(upload_id, upload)
+            upload.status = "cancelled"
+        self.tidy(upload)
+        return UploadObject.of(upload)
+
+
+def _ended(upload_id: str, upload: Upload | None) -> ServiceError:
+    if upload is None:
+        return not_found(upload_id)
+    return Conflict(f"{upload_id} is {upload.status}; create a new upload.", param="upload_id", code="upload_ended")

@@ -1,0 +1,44 @@
+"""The tables of uploads and their parts; the bytes are objects under `uploads/{upload}/{part}`."""
+
+from typing import Any
+
+from sqlalchemy import BigInteger, ForeignKey
+from sqlalchemy.orm import Mapped, mapped_column
+
+from app.database import Base, PlainText
+
+
+class Upload(Base):
+    """A file that comes in parts. Completing it makes the file."""
+
+    __tablename__ = "uploads"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    project: Mapped[str] = mapped_column(index=True)
+    created_at: Mapped[float]
+    expires_at: Mapped[float]
+    filename: Mapped[str] = mapped_column(PlainText)
+    purpose: Mapped[str]
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    status: Mapped[str]
+    """`pending`, `completed`, `cancelled` or `expired`."""
+    mapping: Mapped[dict[str, Any] | None]
+    """How the file's rows are read."""
+    expires_after: Mapped[int | None]
+    """Seconds that the file will live."""
+    file_id: Mapped[str | None]
+
+    @property
+    def prefix(self) -> str:
+        return f"uploads/{self.id}"
+
+
+class UploadPart(Base):
+    """A part whose bytes are all there."""
+
+    __tablename__ = "upload_parts"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    upload_id: Mapped[str] = mapped_column(ForeignKey("uploads.id"), index=True)
+    created_at: Mapped[float]
+    bytes: Mapped[int] = mapped_column(BigInteger)

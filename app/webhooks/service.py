@@ -1,0 +1,102 @@
+"""What can be done with webhooks over HTTP."""
+
+import base64
+import secrets
+
+from app.broker import Broker, Lane
+from app.database import Database, database_now, new_id
+from app.errors import NotFound, ServiceError
+from app.vault import Vault
+from app.webhooks import repository, target
+from app.webhooks.schemas import DeliveryObject, EndpointChange, EndpointObject, EndpointSpec, NewEndpointObject
+from app.webhooks.tables import WebhookEndpoint
+
+
+def not_found(endpoint_id: str) -> NotFound:
+    return NotFound(f"No such webhook endpoint: {endpoint_id}", param="id", code="webhook_endpoint_not_found")
+
+
+class Webhooks:
+    """Create, change and delete endpoints; see what was sent to them, and send it again."""
+
+    def __init__(self, database: Database, broker: Broker, vault: Vault, private_hosts: tuple[str, ...]) -> None:
+        self.database, self.broker, self.vault, self.private_hosts = database, broker, vault, private_hosts
+
+    def create(self, project: str, spec: EndpointSpec) -> NewEndpointObject:
+        """Make an endpoint and the secret that signs what it gets."""
+        try:
+            target.find(spec.url, self.private_hosts)
+        except target.Refused as refused:
+            raise ServiceError(f"Nothing is sent to this URL: {refused}.", param="url", code="invalid_url") from None
+        secret = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
+        with self.database.write() as session:
+            endpoint = WebhookEndpoint(
+                id=new_id("whe"),
+                project=project,
+                url=spec.url,
+                events=sorted(set(spec.events)),
+                sealed_secret=self.vault.seal(secret),
+                created_at=database_now(),
+            )
+            session.add(endpoint)
+            session.flush()
+            session.refresh(endpoint)
+        return NewEndpointObject(**EndpointObject.of(endpoint).model_dump(), secret=secret)
+
+    def endpoints(self, project: str) -> list[EndpointObject]:
+        with self.database.read() as session:
+            return [EndpointObject.of(endpoint) for endpoint in repository.listed(session, project)]
+
+    def get(self, project: str, endpoint_id: str) -> EndpointObject:
+        with self.database.read() as session:
+            endpoint = repository.get(session, project, endpoint_id)
+        if endpoint is None:
+            raise not_found(endpoint_id)
+        return EndpointObject.of(endpoint)
+
+    def change(self, project: str, endpoint_id: str, change: EndpointChange) -> EndpointObject:
+        """Change the events of an endpoint, or switch it off or on."""
+        with self.database.write() as session:
+            endpoint = repository.get(session, project, endpoint_id)
+            if endpoint is None:
+                raise not_found(endpoint_id)
+            if change.events is not None:
+                endpoint.events = sorted(set(change.events))
+            if change.enabled:
+                endpoint.disabled_at = endpoint.disabled_reason = None
+            elif change.enabled is False:
+                repository.disable(session, endpoint_id, "switched off")
+        return self.get(project, endpoint_id)
+
+    def delete(self, project: str, endpoint_id: str) -> None:
+        """Delete an endpoint, and what is on its way to it."""
+        with self.database.write() as session:
+            endpoint = repository.get(session, project, endpoint_id)
+            if endpoint is None:
+                raise not_found(endpoint_id)
+            session.delete(endpoint)
+
+    def deliveries(self, project: str, endpoint_id: str, *, after: str | None, limit: int) -> list[DeliveryObject]:
+        """Up to `limit` + 1 deliveries, newest first."""
+        self.get(project, endpoint_id)
+        with self.database.read() as session:
+            mark = None
+            if after is not None and (mark := repository.get_delivery(session, endpoint_id, after)) is None:
+                raise NotFound(f"No such delivery: {after}", param="after", code="webhook_delivery_not_found")
+            found = repository.deliveries(session, endpoint_id, after=mark, limit=limit)
+        return [DeliveryObject.of(delivery) for delivery in found]
+
+    def resend(self, project: str, endpoint_id: str, delivery_id: str) -> DeliveryObject:
+        """Send an event again, with the same id, by which its receiver knows it."""
+        if not self.get(project, endpoint_id).enabled:
+            message = "The endpoint is switched off; switch it on first: POST {'enabled': true} to it."
+            raise ServiceError(message, param="id", code="webhook_endpoint_disabled")
+        with self.database.write() as session:
+            delivery = repository.get_delivery(session, endpoint_id, delivery_id)
+            if delivery is None:
+                raise NotFound(f"No such delivery: {delivery_id}", param="id", code="webhook_delivery_not_found")
+            repository.resend(session, delivery)
+            session.flush()
+            session.refresh(delivery)
+        self.broker.wake(Lane.CPU)
+        return DeliveryObject.of(delivery)

@@ -1,0 +1,43 @@
+"""The tables of webhook endpoints and of what is to be sent to them."""
+
+from typing import Any
+
+from sqlalchemy import ForeignKey, Index
+from sqlalchemy.orm import Mapped, mapped_column
+
+from app.database import Base
+
+
+class WebhookEndpoint(Base):
+    """A URL of a project that gets events."""
+
+    __tablename__ = "webhook_endpoints"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    project: Mapped[str] = mapped_column(index=True)
+    url: Mapped[str]
+    events: Mapped[list[str]]
+    sealed_secret: Mapped[str]
+    """What signs its messages, encrypted."""
+    created_at: Mapped[float]
+    disabled_at: Mapped[float | None]
+    disabled_reason: Mapped[str | None]
+
+
+class WebhookDelivery(Base):
+    """An event on its way to an endpoint. It is due at `next_attempt_at`; None: it arrived, or was given up."""
+
+    __tablename__ = "webhook_deliveries"
+    __table_args__ = (Index("ix_webhook_deliveries_due", "next_attempt_at"),)
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    endpoint_id: Mapped[str] = mapped_column(ForeignKey("webhook_endpoints.id", ondelete="CASCADE"), index=True)
+    event_id: Mapped[str]
+    type: Mapped[str]
+    body: Mapped[dict[str, Any]]
+    created_at: Mapped[float]
+    attempts: Mapped[int]
+    next_attempt_at: Mapped[float | None]
+    delivered_at: Mapped[float | None]
+    log: Mapped[list[dict[str, Any]]]
+    """Each attempt: `at`, `status` (null without an answer), `error`, `seconds`."""

@@ -1,0 +1,38 @@
+"""All SQL about workers."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
+
+from app.database import database_now
+from app.workers.tables import Worker
+
+GONE_SECONDS = 90.0
+
+
+def report(session: Session, name: str, lane: str, serves: list[str], details: dict[str, Any]) -> None:
+    """Say that a worker is there, and forget those that have not for long."""
+    row = session.get(Worker, name)
+    if row is None:
+        row = Worker(name=name)
+        session.add(row)
+    row.lane, row.serves, row.details, row.seen_at = lane, serves, details, database_now()
+    session.execute(delete(Worker).where(Worker.seen_at < database_now() - 10 * GONE_SECONDS))
+
+
+def leave(session: Session, name: str) -> None:
+    """A worker ends."""
+    session.execute(delete(Worker).where(Worker.name == name))
+
+
+def present(session: Session, lane: str) -> Sequence[Worker]:
+    """The workers of a lane that were heard of lately."""
+    alive = Worker.seen_at > database_now() - GONE_SECONDS
+    return session.scalars(select(Worker).where(Worker.lane == lane, alive).order_by(Worker.name)).all()
+
+
+def serves(worker: Worker, base_model: str) -> bool:
+    return any(fnmatchcase(base_model, pattern) for pattern in worker.serves)

@@ -1,0 +1,21 @@
+"""The table of workers."""
+
+from typing import Any
+
+from sqlalchemy.orm import Mapped, mapped_column
+
+from app.database import Base
+
+
+class Worker(Base):
+    """A worker that says every half minute that it is there."""
+
+    __tablename__ = "workers"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    lane: Mapped[str]
+    seen_at: Mapped[float]
+    serves: Mapped[list[str]]
+    """Names of base models, or patterns of hub ids."""
+    details: Mapped[dict[str, Any]]
+    """`device`: `kind`, `name`, `memory_bytes`; `integrations`: those it has a key for."""

@@ -1,0 +1,190 @@
+"""`python -m bench.memory`: the memory model of estimates, held against measured peaks of whole runs.
+
+Each spec is a run of the real trainer in a process of its own, with a model made for it. On a CPU the peak is the
+process's largest resident set, on a GPU what torch allocated at most (the estimate's runtime is left out there).
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from app.estimates.memory import Settings, Shape, estimate
+from app.jobs.spec import JobSpec
+from bench.machine import describe_machine
+from tests.tiny_model import make_tokenizer
+from worker.base_models import describe
+from worker.runner import trainer_environment
+
+RESULT = Path(__file__).parent / "results" / "memory.json"
+VOCABULARY, STEPS = 8192, 2
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A Llama's."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    pairs: int
+    layers: int
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A run: `words` are those of a prompt, and of each of its two answers; `batch` counts pairs."""
+
+    sizes: Sizes
+    adapter: Any
+    quantization: str
+    words: int
+    batch: int
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+
+
+SMALL, MEDIUM = Sizes(512, 1376, 8, 8, 8), Sizes(768, 2048, 12, 12, 10)
+WIDE, DEEP, GROUPED = Sizes(1024, 4096, 8, 8, 6), Sizes(384, 1024, 6, 6, 24), Sizes(1024, 2816, 16, 4, 8)
+LORA, WIDE_LORA = {"r": 16}, {"r": 64}
+ATTENTION = {"r": 16, "target_modules": ["q_proj", "v_proj"]}
+AGAIN = {"activation_checkpointing": True}
+SPECS = [
+    Spec(SMALL, LORA, "none", 30, 8),
+    Spec(SMALL, LORA, "nf4", 30, 8),
+    Spec(SMALL, LORA, "int8", 30, 8),
+    Spec(SMALL, WIDE_LORA, "none", 30, 8),
+    Spec(SMALL, ATTENTION, "none", 30, 8),
+    Spec(SMALL, LORA, "none", 30, 8, AGAIN),
+    Spec(SMALL, "none", "none", 30, 8),
+    Spec(SMALL, "none", "none", 30, 8, AGAIN),
+    Spec(SMALL, LORA, "none", 30, 2),
+    Spec(MEDIUM, LORA, "none", 30, 8),
+    Spec(MEDIUM, LORA, "nf4", 30, 8),
+    Spec(MEDIUM, LORA, "none", 30, 8, AGAIN),
+    Spec(MEDIUM, LORA, "none", 15, 4),
+    Spec(MEDIUM, "none", "none", 15, 4),
+    Spec(MEDIUM, "none", "none", 15, 4, {"optimizer": "rmsprop"}),
+    Spec(WIDE, LORA, "none", 30, 4),
+    Spec(WIDE, LORA, "nf4", 30, 4),
+    Spec(WIDE, WIDE_LORA, "none", 15, 4),
+    Spec(DEEP, LORA, "none", 30, 4),
+    Spec(DEEP, LORA, "nf4", 30, 4, AGAIN),
+    Spec(GROUPED, LORA, "none", 30, 4),
+    Spec(GROUPED, LORA, "nf4", 15, 8),
+]
+
+
+def make_model(folder: Path, sizes: Sizes) -> None:
+    tokenizer = make_tokenizer()
+    config = LlamaConfig(
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.intermediate,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.pairs,
+        num_hidden_layers=sizes.layers,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=1024,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def measure(spec: Spec) -> dict[str, Any]:
+    """Run a spec; the figures of what was measured and what was expected."""
+    with tempfile.TemporaryDirectory(prefix="dpo-memory-") as name:
+        folder = Path(name)
+        make_model(folder / "base", spec.sizes)
+        texts = ["cat " * spec.words, "dog " * spec.words, "sun " * spec.words]
+        rows = [
+            dict(zip(("prompt", "chosen", "rejected"), (f"{k} {texts[0]}", *texts[1:]), strict=True)) for k in range(32)
+        ]
+        (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        hyperparameters = {"batch_size": spec.batch, "max_steps": STEPS, "max_length": 1024} | spec.hyperparameters
+        body = {
+            "model": "made",
+            "training_file": "train.jsonl",
+            "adapter": spec.adapter,
+            "quantization": spec.quantization,
+            "seed": 0,
+            "validation_split": 0.0,
+            "method": {"type": "dpo", "dpo": {"hyperparameters": hyperparameters}},
+        }
+        job = JobSpec.model_validate(body).resolved()
+        (folder / "spec.json").write_text(job.model_dump_json())
+        run = {"base_model": "made", "revision": None, "version": None, "spec": body}
+        (folder / "run.json").write_text(json.dumps(run))
+        events = _run(folder)
+        peak = max(event["metrics"].get("peak_memory_bytes", 0) for event in events if event["kind"] == "metrics")
+        tokens = next(event for event in events if event["kind"] == "done")["trained_tokens"] / STEPS
+        shape = Shape.of(describe("made", folder / "base").details)
+    assert shape is not None
+    return compared(spec, shape, job, peak, tokens)
+
+
+def compared(spec: Spec, shape: Shape, job: JobSpec, peak: float, tokens: float) -> dict[str, Any]:
+    """A row of the table: `peak` bytes were measured on batches of `tokens`."""
+    cuda = torch.cuda.is_available()
+    settings = Settings.of(job, "dpo", tokens / spec.batch, round(tokens / spec.batch))
+    memory = estimate(shape, settings, "cuda" if cuda else "cpu", None)
+    expected = memory.total - (memory.runtime if cuda else 0)
+    return {
+        **asdict(spec),
+        "shape": asdict(shape),
+        "job": job.model_dump(mode="json"),
+        "batch_tokens": tokens,
+        "measured": peak,
+        "expected": expected,
+        "ratio": round(expected / peak, 3),
+        "parts": {name: value for name, value in vars(memory).items() if name != "recompute"},
+    }
+
+
+def _run(folder: Path) -> list[dict[str, Any]]:
+    """The events of a run of the trainer, which ends with its standard input."""
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "worker.trainer", str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=trainer_environment() | {"OMP_NUM_THREADS": "2"},
+        )
+    assert process.stdin is not None and process.stdout is not None
+    events = []
+    for line in process.stdout:
+        event = json.loads(line)
+        events.append(event)
+        if event["kind"] == "wanted":
+            process.stdin.write(json.dumps({"key": event["key"]}).encode() + b"\n")
+            process.stdin.flush()
+    if process.wait() != 0:
+        raise RuntimeError((folder / "log").read_text()[-2000:] + str(events[-1:]))
+    return events
+
+
+def main() -> None:
+    chosen = [int(argument) for argument in sys.argv[1:]] or range(len(SPECS))
+    results = []
+    for number in chosen:
+        found = measure(SPECS[number])
+        results.append(found)
+        megabytes = {name: round(value / 1e6) for name, value in found["parts"].items()}
+        print(f"{number:2} measured {found['measured'] / 1e6:7.0f} MB, expected {found['expected'] / 1e6:7.0f} MB, "
+              f"ratio {found['ratio']:.3f}  {megabytes}", flush=True)  # fmt: skip
+    worst = max(results, key=lambda found: abs(found["ratio"] - 1))
+    print(f"{len(results)} specs, worst ratio {worst['ratio']}")
+    if len(results) == len(SPECS):
+        RESULT.write_text(json.dumps({"machine": describe_machine(), "specs": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

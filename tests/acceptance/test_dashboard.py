@@ -1,0 +1,101 @@
+"""The dashboard, seen in a real headless Chromium: sign in, follow a job, read a report. Leaves screenshots."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+from playwright.sync_api import Page, expect, sync_playwright
+
+from tests.acceptance.conftest import pairs, write
+from tests.acceptance.service import running
+from tests.acceptance.test_service import body, create
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+SCREENSHOTS = os.environ.get("DASHBOARD_SCREENSHOTS")
+"""A folder that gets the pictures of docs/."""
+expect.set_options(timeout=60_000)
+"""Of a page that waits for others on a busy machine; what is there is seen at once."""
+ARGUMENTS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+
+
+@pytest.fixture
+def page() -> Iterator[Page]:
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium on this machine: the dashboard was not looked at")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        found = browser.new_page(viewport={"width": 1200, "height": 900})
+        problems: list[str] = []
+        found.on("pageerror", lambda error: problems.append(str(error)))
+        found.on("console", lambda said: problems.append(said.text) if said.type == "error" else None)
+        yield found
+        browser.close()
+    assert problems == []
+
+
+def picture(page: Page, name: str) -> None:
+    if SCREENSHOTS:
+        page.screenshot(path=Path(SCREENSHOTS) / f"{name}.png", full_page=False)
+
+
+def test_people_can_look(page: Page, home: Path, tmp_path: Path) -> None:
+    with running(home) as service, service.http() as http:
+        root = str(httpx2.URL(service.url).join("/dashboard"))
+        with service.openai() as client:
+            rows = [*pairs(60, seed=1), {"prompt": "x", "chosen": "same", "rejected": "same"}]
+            file = client.files.create(file=write(tmp_path / "train.jsonl", rows), purpose="fine-tune")
+        long = body(
+            file.id,
+            hyperparameters={"max_steps": 150, "eval_every": 15},
+            gates=[{"metric": "eval/rewards/accuracies", "min": 0.6}],
+        )
+        job_id = create(http, **long)
+
+        page.goto(root)
+        expect(page.get_by_role("heading", name="Sign in")).to_be_visible()
+        refused = httpx2.post(f"{root}/login", data={"key": "wrong"})
+        assert refused.status_code == 401 and "not good" in refused.text and "set-cookie" not in refused.headers
+        page.get_by_label("API key").fill(service.key)
+        page.get_by_role("button", name="Sign in").click()
+        expect(page.get_by_role("heading", name="Jobs of the project default")).to_be_visible()
+        expect(page.get_by_role("link", name=job_id)).to_be_visible()
+        (cookie,) = page.context.cookies()
+        assert cookie["httpOnly"] and cookie["sameSite"] == "Strict" and service.key not in cookie["value"]
+
+        page.get_by_role("link", name=job_id).click()
+        expect(page.locator("#charts canvas")).to_have_count(4)  # drawn while it trains
+        expect(page.locator("#job")).to_have_attribute("data-status", "succeeded", timeout=120_000)
+        expect(page.get_by_role("cell", name="eval/rewards/accuracies")).to_be_visible()
+        expect(page.locator(".events li").first).to_contain_text("succeeded")
+        page.reload()
+        expect(page.locator("#charts canvas")).to_have_count(4)
+        picture(page, "dashboard-job")
+        page.goto(root)
+        expect(page.locator(".state.succeeded")).to_be_visible()
+        picture(page, "dashboard-jobs")
+
+        page.goto(f"{root}/files/{file.id}?model=tiny")
+        expect(page.get_by_role("heading", name="As tiny sees it")).to_be_visible()
+        expect(page.get_by_role("cell", name="identical_responses")).to_be_visible()
+        picture(page, "dashboard-report")
+
+        page.get_by_role("button", name="Sign out").click()
+        page.goto(f"{root}/jobs/{job_id}")
+        expect(page.get_by_role("heading", name="Sign in")).to_be_visible()
+
+
+def test_nothing_is_shown_without_a_session(home: Path) -> None:
+    with running(home) as service:
+        root = str(httpx2.URL(service.url).join("/dashboard"))
+        for path in ("", "/jobs/ftjob-x", "/jobs/ftjob-x/metrics", "/files/file-x"):
+            answer = httpx2.get(root + path)
+            assert (answer.status_code, answer.headers["location"]) == (303, "/dashboard/login")
+            assert httpx2.get(root + path, cookies={"dpo_session": "forged"}).status_code == 303
+        page = httpx2.get(f"{root}/login")
+        assert "default-src 'self'" in page.headers["content-security-policy"]

@@ -1,0 +1,132 @@
+"""Every resource and every error through the official client, sync and async, with strict response validation."""
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from openai import AsyncOpenAI, OpenAI
+
+from tests.acceptance.conftest import pairs, write
+from tests.acceptance.service import Running, running, stack
+
+SHORT: dict[str, Any] = {
+    "method": {"type": "dpo", "dpo": {"hyperparameters": {"batch_size": 8, "max_steps": 2}}},
+    "quantization": "none",
+}
+
+
+@pytest.mark.parametrize("name", ["embedded", "servers"])
+def test_every_resource_and_error(name: str, home: Path, tmp_path: Path) -> None:
+    with stack(name) as environment, running(home, environment) as service:
+        with service.openai() as client:
+            sync(service, client, tmp_path)
+            errors(service, client)
+        asyncio.run(concurrently(service, tmp_path))
+
+
+def sync(service: Running, client: OpenAI, folder: Path) -> None:
+    path = write(folder / "train.jsonl", pairs(32, seed=1))
+    files = [
+        client.files.create(file=path, purpose="fine-tune", expires_after={"anchor": "created_at", "seconds": 3600})
+        for _ in range(3)
+    ]
+    assert files[0].expires_at == files[0].created_at + 3600
+    assert [file.id for file in client.files.list(order="asc", limit=2)] == [file.id for file in files]
+    assert client.files.retrieve(files[0].id) == files[0]
+    assert client.files.content(files[0].id).read() == path.read_bytes()
+    assert client.files.delete(files[2].id).deleted
+
+    content = path.read_bytes()
+    upload = client.uploads.create(
+        filename="train.jsonl", purpose="fine-tune", bytes=len(content), mime_type="text/jsonl"
+    )
+    half = len(content) // 2
+    parts = [client.uploads.parts.create(upload.id, data=piece) for piece in (content[:half], content[half:])]
+    done = client.uploads.complete(
+        upload.id, part_ids=[part.id for part in parts], md5=hashlib.md5(content).hexdigest()
+    )
+    assert done.status == "completed" and done.file is not None
+    whole = client.uploads.upload_file_chunked(
+        file=path, mime_type="text/jsonl", purpose="fine-tune", part_size=max(1, len(content) // 3)
+    )
+    assert whole.file is not None and client.files.content(whole.file.id).read() == content
+    given_up = client.uploads.create(filename="x", purpose="fine-tune", bytes=1, mime_type="text/jsonl")
+    assert client.uploads.cancel(given_up.id).status == "cancelled"
+
+    held = client.fine_tuning.jobs.create(
+        model="tiny", training_file=done.file.id, metadata={"run": "held"}, extra_body=SHORT
+    )
+    assert client.fine_tuning.jobs.pause(held.id).id == held.id
+    job = client.fine_tuning.jobs.create(
+        model="tiny", training_file=done.file.id, metadata={"run": "first"}, extra_body=SHORT, suffix="s", seed=1
+    )
+    service.wait_for(job.id, lambda seen: seen["status"] == "succeeded")
+    assert client.fine_tuning.jobs.resume(held.id).id == held.id
+    service.wait_for(held.id, lambda seen: seen["status"] == "succeeded")
+    assert [one.id for one in client.fine_tuning.jobs.list(metadata={"run": "first"})] == [job.id]
+    assert {one.id for one in client.fine_tuning.jobs.list(limit=1)} == {job.id, held.id}
+    assert len(list(client.fine_tuning.jobs.list_events(job.id, limit=3))) >= 6
+    (checkpoint, *_) = client.fine_tuning.jobs.checkpoints.list(job.id)
+    assert checkpoint.fine_tuning_job_id == job.id
+    made = client.fine_tuning.jobs.retrieve(job.id).fine_tuned_model
+    assert made is not None and client.models.retrieve(made).id == made
+    assert made in {model.id for model in client.models.list()}
+    assert client.models.delete(made).deleted
+
+
+def errors(service: Running, client: OpenAI) -> None:
+    """Each class of the client's exceptions, with its code."""
+    keys = service.dpo("keys", "create", "--name", "reader", "--scope", "read")
+    reader = OpenAI(base_url=service.url, api_key=keys.stdout.strip(), max_retries=0)
+    wrong = OpenAI(base_url=service.url, api_key="dpo_wrong", max_retries=0)
+    ended = next(iter(client.fine_tuning.jobs.list(limit=1)))
+    cases: list[tuple[type[openai.APIStatusError], str, Callable[[], object]]] = [
+        (openai.BadRequestError, "model_not_found", lambda: client.fine_tuning.jobs.create(model="none", training_file="x")),
+        (openai.BadRequestError, "invalid_value", lambda: client.files.create(file=b"x", purpose="none")),  # type: ignore[arg-type]
+        (openai.AuthenticationError, "invalid_api_key", lambda: wrong.files.list()),
+        (openai.PermissionDeniedError, "insufficient_scope", lambda: reader.files.create(file=b"x", purpose="fine-tune")),
+        (openai.NotFoundError, "file_not_found", lambda: client.files.retrieve("file-none")),
+        (openai.NotFoundError, "fine_tuning_job_not_found", lambda: client.fine_tuning.jobs.retrieve("ftjob-none")),
+        (openai.NotFoundError, "upload_not_found", lambda: client.uploads.cancel("upload-none")),
+        (openai.NotFoundError, "model_not_found", lambda: client.models.retrieve("org/none")),
+        (openai.ConflictError, "job_already_ended", lambda: client.fine_tuning.jobs.cancel(ended.id)),
+        (openai.ConflictError, "job_already_ended", lambda: client.fine_tuning.jobs.pause(ended.id)),
+    ]  # fmt: skip
+    for expected, code, call in cases:
+        with pytest.raises(expected) as caught:
+            call()
+        assert caught.value.code == code
+    reader.close()
+    wrong.close()
+
+
+async def concurrently(service: Running, folder: Path) -> None:
+    """The async client: parts at once, two jobs at once, and an iteration over pages."""
+    async with AsyncOpenAI(
+        base_url=service.url, api_key=service.key, _strict_response_validation=True, max_retries=0
+    ) as client:
+        content = (folder / "train.jsonl").read_bytes()
+        upload = await client.uploads.create(
+            filename="a.jsonl", purpose="fine-tune", bytes=len(content), mime_type="text/jsonl"
+        )
+        size = len(content) // 4 + 1
+        pieces = [content[start : start + size] for start in range(0, len(content), size)]
+        parts = await asyncio.gather(*(client.uploads.parts.create(upload.id, data=piece) for piece in pieces))
+        done = await client.uploads.complete(upload.id, part_ids=[part.id for part in parts])
+        assert done.file is not None
+        file_id = done.file.id
+        jobs = await asyncio.gather(
+            *(client.fine_tuning.jobs.create(model="tiny", training_file=file_id, extra_body=SHORT) for _ in range(2))
+        )
+        assert jobs[0].id != jobs[1].id
+        cancelled = await asyncio.gather(*(client.fine_tuning.jobs.cancel(job.id) for job in jobs))
+        assert {job.status for job in cancelled} == {"cancelled"}
+        events: AsyncIterator[Any] = aiter(client.fine_tuning.jobs.list_events(jobs[0].id, limit=1))
+        assert len([event async for event in events]) >= 2
+        with pytest.raises(openai.NotFoundError):
+            await client.files.retrieve("file-none")
+        assert (await client.files.delete(file_id)).deleted

@@ -1,0 +1,29 @@
+"""schemathesis over the whole OpenAPI document, against a real service: no 5xx, and every answer is what it says."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.acceptance.conftest import pairs, write
+from tests.acceptance.service import running
+
+EXAMPLES = 10
+"""For each operation, beside those that cover its schema."""
+
+
+def test_no_request_makes_the_service_fail_or_say_what_its_document_does_not(home: Path, tmp_path: Path) -> None:
+    with running(home, {"DPO_RATE_LIMIT": "0"}) as service:
+        with service.openai() as client:
+            client.files.create(file=write(tmp_path / "train.jsonl", pairs(12, seed=1)), purpose="fine-tune")
+        report = tmp_path / "report"
+        done = subprocess.run(
+            [
+                str(Path(sys.executable).with_name("schemathesis")), "run", service.url.removesuffix("/v1") + "/openapi.json",
+                "-H", f"Authorization: Bearer {service.key}", "--max-examples", str(EXAMPLES), "--seed", "1",
+                "--checks", "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance",
+                "--exclude-path-regex", "/stream$", "--phases", "examples,coverage,fuzzing", "--report", "ndjson",
+                "--report-dir", str(report), "--no-color", "--request-timeout", "30",
+            ],
+            capture_output=True, text=True, timeout=560, cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -1,0 +1,75 @@
+"""Merged models, held against PEFT's own merge."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.tiny_model import make_tiny_model
+from worker.trainer.events import UserError
+from worker.trainer.merge import merge
+
+
+def make_adapter(base: Path, folder: Path, **options: Any) -> None:
+    """An adapter that changes something, as PEFT writes it."""
+    torch.manual_seed(3)
+    config = LoraConfig(r=4, lora_alpha=9, target_modules="all-linear", task_type="CAUSAL_LM", **options)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    described = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(described | {"base_model_name_or_path": str(base)}))
+    (folder / "README.md").write_text("library_name: peft\n")
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["lora", "rslora", "dora"])
+def test_a_merge_is_pefts_own(tmp_path: Path, options: dict[str, Any]) -> None:
+    base = make_tiny_model(tmp_path / "base")
+    make_adapter(base, tmp_path / "adapter", **options)
+    merge(base, tmp_path / "adapter", tmp_path / "output", torch.float32)
+    adapted = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32)
+    expected = adapted.merge_and_unload().state_dict()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "output", dtype=torch.float32).state_dict()
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-7)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
+    assert any(not torch.equal(plain[name], value) for name, value in found.items())
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_the_program_writes_a_model_in_the_precision_asked_for(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    base = make_tiny_model(tmp_path / "base")
+    make_adapter(base, tmp_path / "adapter")
+    (tmp_path / "merge.json").write_text(json.dumps({"dtype": name}))
+    done = subprocess.run(
+        [sys.executable, "-m", "worker.trainer.merge", str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout) == {}
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "output")
+    assert {parameter.dtype for parameter in merged.parameters()} == {dtype}
+    assert AutoTokenizer.from_pretrained(tmp_path / "output").eos_token is not None
+    card = (tmp_path / "output" / "README.md").read_text()
+    assert "library_name: transformers" in card and "merged" in card
+    assert not list((tmp_path / "output").glob("adapter_*"))
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
+    base = make_tiny_model(tmp_path / "base")
+    make_adapter(base, tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    renamed = {name.replace("q_proj", "queries"): value for name, value in tensors.items()}
+    save_file(renamed, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="no weights for"):
+        merge(base, tmp_path / "adapter", tmp_path / "output", torch.float32)

@@ -1,0 +1,183 @@
+"""CPU lane: make dataset reports and merged models. What needs torch or a tokenizer runs in a process of its own."""
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from app.database import Database
+from app.datasets.check import survey
+from app.datasets.mapping import Mapping
+from app.files.tables import File
+from app.models import repository as models
+from app.services import Services
+from app.tasks import repository
+from app.tasks.tables import Task
+from worker.base_models import BaseModels, ModelUnavailable
+from worker.lease import Lease
+from worker.runner import kill_group, trainer_environment
+from worker.work import work_folder
+
+log = structlog.get_logger(__name__)
+
+
+class TaskFailed(Exception):
+    """What the user must know about why a task cannot be done."""
+
+    def __init__(self, code: str, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.error = {"code": code, "message": message, "param": param}
+
+
+class LeaseLost(Exception):
+    """Another has the task, or it is gone: stop."""
+
+
+def run_task(services: Services, base_models: BaseModels, task: Task) -> None:
+    """Do a task whose lease this worker has, to its end."""
+    with (
+        tempfile.TemporaryDirectory(dir=work_folder(services), ignore_cleanup_errors=True) as name,
+        Lease(services.database, task.id, task.attempt, repository.heartbeat) as lease,
+    ):
+        work = _Work(services, base_models, task, Path(name), lease)
+        try:
+            result = work.report() if task.kind == repository.REPORT else work.merge()
+        except TaskFailed as failed:
+            _finish(services.database, task, error=failed.error)
+        except LeaseLost:
+            work.undo()
+            log.warning("task lost", task=task.id)
+        except Exception as error:  # the store, the disk: another attempt may do better, and they are counted
+            with suppress(Exception):
+                work.undo()
+            log.error("task failed", task=task.id, kind=task.kind, exc_info=error)
+            with services.database.write() as session:
+                repository.hand_back(session, task, f"The worker failed ({type(error).__name__}).")
+        else:
+            if not _finish(services.database, task, result=result):
+                work.undo()
+
+
+def _finish(database: Database, task: Task, **outcome: dict[str, Any]) -> bool:
+    with database.write() as session:
+        return repository.finish(session, task.id, task.attempt, **outcome)
+
+
+class _Work:
+    """One attempt at one task, in `folder`."""
+
+    def __init__(self, services: Services, base_models: BaseModels, task: Task, folder: Path, lease: Lease) -> None:
+        self.services, self.base_models, self.task, self.folder, self.lease = (
+            services, base_models, task, folder, lease,
+        )  # fmt: skip
+        self.prefix: str | None = None
+
+    def undo(self) -> None:
+        """Remove what nobody will find."""
+        if self.prefix is not None:
+            self.services.storage.delete_folder(self.prefix)
+
+    def report(self) -> dict[str, Any]:
+        """A dataset report, with what was found before where that is only to be counted in tokens."""
+        asked = self.task.arguments
+        with self.services.database.read() as session:
+            file = session.get(File, asked["file_id"])
+            before = repository.find(session, repository.REPORT, asked["file_id"])
+        if file is None:
+            raise TaskFailed("file_not_found", "The file was deleted.", "file_id")
+        dataset = self.folder / "dataset"
+        try:
+            self.services.storage.get_file(file.key, dataset)
+        except FileNotFoundError:
+            raise TaskFailed("file_not_found", "The file was deleted.", "file_id") from None
+        if "model" not in asked:
+            mapping = None if file.mapping is None else Mapping.model_validate(file.mapping)
+            with dataset.open("rb") as stream:
+                return survey(stream, mapping).as_json()
+        found = dict((before.result if before is not None else None) or {})
+        with self.services.database.read() as session:
+            model = models.find(session, self.task.project, asked["model"])
+        if model is None or not found:
+            raise TaskFailed("model_not_found", f"The model '{asked['model']}' was deleted.", "model")
+        self._tokenizer(model)
+        mapping = asked.get("mapping", file.mapping)
+        if mapping != file.mapping:  # what was found before was read in another way
+            with dataset.open("rb") as stream:
+                found = survey(stream, mapping and Mapping.model_validate(mapping)).as_json()
+            if not found["valid"]:
+                return found
+        recipe = {
+            "need": asked["need"],
+            "max_length": asked["max_length"],
+            "loss_on": asked.get("loss_on", "answers"),
+            "mapping": mapping,
+        }
+        (self.folder / "tokens.json").write_text(json.dumps({"recipe": recipe, "rows": found["kept"]}))
+        counted = self._run("worker.trainer.tokens")
+        told = {name: asked[name] for name in ("model", "max_length", "method")}
+        return found | {"tokens": told | counted}
+
+    def _tokenizer(self, model: models.Found) -> None:
+        """Put the model's tokenizer files into `model/`."""
+        place = self.folder / "model"
+        if model.prefix is None:
+            place.symlink_to(self._base(model.base_model), target_is_directory=True)
+            return
+        for key, _size in self.services.storage.list(model.prefix):
+            if not key.endswith(".safetensors"):
+                self.services.storage.get_file(key, place / key.removeprefix(f"{model.prefix}/"))
+
+    def _base(self, name: str) -> Path:
+        try:
+            return self.base_models.locate(name)[0].resolve()
+        except ModelUnavailable as error:
+            raise TaskFailed("model_unavailable", str(error), "model") from error
+
+    def merge(self) -> dict[str, Any]:
+        """A made adapter and its base as one model; returns where it is in the object store."""
+        name, dtype = self.task.arguments["model"], self.task.arguments["dtype"]
+        with self.services.database.read() as session:
+            model = models.find(session, self.task.project, name)
+            foundation = model and model.foundation and models.find(session, self.task.project, model.foundation)
+        if model is None or model.prefix is None or (model.foundation and not foundation):
+            raise TaskFailed("model_not_found", f"The model '{name}' was deleted.", "model")
+        storage = self.services.storage
+        if foundation and foundation.prefix is not None:
+            storage.get_folder(foundation.prefix, self.folder / "base")
+        else:
+            (self.folder / "base").symlink_to(self._base(model.base_model), target_is_directory=True)
+        storage.get_folder(model.prefix, self.folder / "adapter")
+        (self.folder / "merge.json").write_text(json.dumps({"dtype": dtype}))
+        self._run("worker.trainer.merge")
+        self.prefix = f"merged/{self.task.id}/attempt-{self.task.attempt}"
+        storage.put_folder(self.prefix, self.folder / "output")
+        shutil.rmtree(self.folder / "output")
+        return {"prefix": self.prefix}
+
+    def _run(self, module: str) -> dict[str, Any]:
+        """Run a module of the trainer on the folder; returns what it prints. Raises `TaskFailed` with its error."""
+        with (self.folder / "log").open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", module, str(self.folder)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                start_new_session=True,
+                env=trainer_environment() | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+            )
+        self.lease.on_lost(lambda: kill_group(process))
+        written, _ = process.communicate()
+        if self.lease.lost:
+            raise LeaseLost
+        if process.returncode != 0:
+            raise RuntimeError((self.folder / "log").read_text(errors="replace")[-2000:])
+        found: dict[str, Any] = json.loads(written.splitlines()[-1])
+        if "error" in found:
+            raise TaskFailed(found["error"]["code"], found["error"]["message"], found["error"]["param"])
+        return found

@@ -1,0 +1,113 @@
+"""CPU lane: send what is due to webhook endpoints, a few at a time, so that a slow one holds up no other."""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import UTC, datetime
+from typing import Any
+
+import httpx2
+import orjson
+import structlog
+from standardwebhooks import Webhook
+
+from app import __version__
+from app.services import Services
+from app.webhooks import repository
+from app.webhooks.tables import WebhookDelivery, WebhookEndpoint
+from app.webhooks.target import Refused, find
+
+log = structlog.get_logger(__name__)
+
+TIMEOUT_SECONDS = 20.0
+SENDERS, AT_ONCE = 8, 2
+"""Deliveries under way at a time, and those of them to one endpoint."""
+LOOK_SECONDS = 1.0
+
+
+class Sender:
+    """Sends what is due until it is stopped."""
+
+    def __init__(self, services: Services, stopping: threading.Event) -> None:
+        self.services, self.stopping = services, stopping
+
+    def run(self) -> None:
+        """The loop of the sending thread."""
+        with ThreadPoolExecutor(SENDERS, thread_name_prefix="webhooks") as pool:
+            busy: dict[Future[None], str] = {}
+            while not self.stopping.is_set():
+                busy = {future: endpoint for future, endpoint in busy.items() if not future.done()}
+                full = [endpoint for endpoint, count in Counter(busy.values()).items() if count >= AT_ONCE]
+                try:
+                    due = self._claim(full) if len(busy) < SENDERS else None
+                except Exception as error:  # the database may be away; what is due stays due
+                    log.warning("webhooks wait", reason=type(error).__name__)
+                    due = None
+                if due is None:
+                    self.stopping.wait(LOOK_SECONDS)
+                else:
+                    busy[pool.submit(self._send, *due)] = due[1].id
+
+    def _claim(self, busy: Sequence[str] = ()) -> tuple[WebhookDelivery, WebhookEndpoint] | None:
+        with self.services.database.write() as session:
+            return repository.claim(session, busy)
+
+    def send_due(self) -> int:
+        """Send all that is due now, one after the other; returns how much it was."""
+        sent = 0
+        while (due := self._claim()) is not None:
+            self._send(*due)
+            sent += 1
+        return sent
+
+    def _send(self, delivery: WebhookDelivery, endpoint: WebhookEndpoint) -> None:
+        began = time.monotonic()
+        status, problem = self._post(delivery, endpoint)
+        entry = {"status": status, "error": problem, "seconds": round(time.monotonic() - began, 3)}
+        delivered = status is not None and 200 <= status < 300
+        log.info("webhook sent", endpoint=endpoint.id, delivery=delivery.id, event_type=delivery.type, **entry)
+        try:
+            with self.services.database.write() as session:
+                repository.record(session, delivery, entry, delivered=delivered, gone=status == 410)
+        except Exception as error:  # it is sent again after a while: receivers know events by their id
+            log.warning("webhook not recorded", delivery=delivery.id, reason=type(error).__name__)
+
+    def _post(self, delivery: WebhookDelivery, endpoint: WebhookEndpoint) -> tuple[int | None, str | None]:
+        """(the answer's status, what went wrong)."""
+        body = orjson.dumps(delivery.body)
+        try:
+            target = find(endpoint.url, self.services.settings.private_webhooks)
+            signed_at = datetime.now(UTC)
+            secret = Webhook(self.services.vault.open(endpoint.sealed_secret))
+            headers: dict[str, Any] = {
+                "Host": target.host_header,
+                "Content-Type": "application/json",
+                "User-Agent": f"dpo-service/{__version__}",
+                "webhook-id": delivery.event_id,
+                "webhook-timestamp": str(int(signed_at.timestamp())),
+                "webhook-signature": secret.sign(delivery.event_id, signed_at, body.decode()),
+            }
+            # No redirects and no proxy of the environment: the connection goes to the address that was checked.
+            with httpx2.Client(timeout=TIMEOUT_SECONDS, trust_env=False, follow_redirects=False) as client:
+                request = client.build_request(
+                    "POST", target.url, content=body, headers=headers, extensions={"sni_hostname": target.host}
+                )
+                # The timeout is that of a read; an answer that comes drop by drop must not hold a sender for ever.
+                overdue = threading.Timer(TIMEOUT_SECONDS, client.close)
+                overdue.start()
+                try:
+                    answer = client.send(request, stream=True)
+                    answer.close()  # nothing of it is read: its status says it all
+                finally:
+                    overdue.cancel()
+        except Refused as refused:
+            return None, f"not sent: {refused}"
+        except ValueError as error:
+            return None, f"not sent: {error}"
+        except Exception as error:  # whatever a stranger's server does to a connection
+            return None, f"{type(error).__name__}: {error}"[:500]
+        if 300 <= answer.status_code < 400:
+            return answer.status_code, "it redirects, which is not followed"
+        return answer.status_code, None if answer.status_code < 300 else f"it answered {answer.status_code}"
