@@ -38,6 +38,7 @@ def make_celery(settings: Settings) -> Celery:
             "data_folder_in": str(messages),
             "data_folder_out": str(messages),
             "control_folder": str(control),
+            "polling_interval": 0.1,
         }
     celery.conf.update(
         accept_content=["json"],

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import JSON, Connection, Dialect, Double, Engine, create_engine, event
+from sqlalchemy import JSON, Connection, Dialect, Double, Engine, create_engine, event, func, select
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Session
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -47,6 +47,12 @@ def _now_sqlite(_element: database_now, _compiler: SQLCompiler, **_: Any) -> str
 def _now_postgresql(_element: database_now, _compiler: SQLCompiler, **_: Any) -> str:
     # now() stands still inside a transaction; clock_timestamp() does not.
     return "CAST(extract(epoch FROM clock_timestamp()) AS double precision)"
+
+
+def wait_for_others(session: Session, lock: int) -> None:
+    """Until no other transaction that has asked for this number is open. SQLite has one writer at a time anyway."""
+    if session.get_bind().dialect.name == "postgresql":
+        session.execute(select(func.pg_advisory_xact_lock(lock)))
 
 
 class PlainText(TypeDecorator[str]):

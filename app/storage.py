@@ -3,14 +3,16 @@
 Keys are made of ids by this program, never of what a user typed.
 """
 
+import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import obstore
 from obstore.exceptions import NotFoundError
 from obstore.store import ObjectStore, from_url
+from starlette.concurrency import run_in_threadpool
 
 CHUNK = 8 * 1024 * 1024
 
@@ -45,6 +47,17 @@ class Storage:
             await obstore.put_async(self.store, key, watched(), use_multipart=True, chunk_size=CHUNK, max_concurrency=2)
         except Exception as error:  # obstore wraps what its source raises in an error of its own
             raise failure[0] if failure else error from None
+
+    @asynccontextmanager
+    async def written(self, key: str, chunks: AsyncIterator[bytes]) -> AsyncIterator[None]:
+        """Write an object from a stream for the length of a block; where either fails, the object does not stay."""
+        try:
+            await self.put_stream(key, chunks)
+            yield
+        except BaseException:
+            # Shielded, because a client that hangs up cancels this task: the object must go all the same.
+            await asyncio.shield(run_in_threadpool(self.delete, key))
+            raise
 
     def put_bytes(self, key: str, content: bytes) -> None:
         obstore.put(self.store, key, content)

@@ -20,7 +20,7 @@ from app.jobs.spec import JobSpec
 from bench.machine import describe_machine
 from tests.tiny_model import make_tokenizer
 from worker.base_models import describe
-from worker.runner import trainer_environment
+from worker.processes import trainer_environment
 
 RESULT = Path(__file__).parent / "results" / "memory.json"
 VOCABULARY, STEPS = 8192, 2

@@ -4,12 +4,14 @@ The task returns at once, so that no message is ever held while a training runs:
 acknowledgements and redeliveries have nothing to act on. What is to be done is in the database.
 """
 
+import os
 import sys
+import threading
 import warnings
 
 from celery import Celery
 from celery.exceptions import SecurityWarning
-from celery.signals import worker_init, worker_shutdown, worker_shutting_down
+from celery.signals import worker_init, worker_shutting_down
 
 from app.broker import WAKE_TASK, Lane, make_celery
 from app.logging import configure_logging
@@ -28,10 +30,21 @@ def make_worker(settings: Settings, lane: Lane) -> Celery:
     def wake(_lane: str) -> None:
         worker.ring()
 
+    def end() -> None:
+        worker.join()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+    def drain() -> None:
+        worker.stop()
+        # Celery's loop looks twice, two seconds each, before it ends by itself; with no message held, it has nothing
+        # to finish once the lane's threads have.
+        threading.Thread(target=end, name="end").start()
+
     # At worker_init, before the broker is reached: a worker without a broker still looks by itself.
     worker_init.connect(lambda **_: worker.start(), weak=False)
-    worker_shutting_down.connect(lambda **_: worker.stop(), weak=False)
-    worker_shutdown.connect(lambda **_: worker.join(), weak=False)
+    worker_shutting_down.connect(lambda **_: drain(), weak=False)
     return celery
 
 

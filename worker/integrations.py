@@ -17,8 +17,9 @@ Entries = queue.Queue[tuple[int, dict[str, float]] | None]
 
 
 def configured() -> list[str]:
-    """The integrations that this worker has a key for."""
-    return ["wandb"] if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") == "offline" else []
+    """The integrations that this worker has a key for, or a folder that `wandb sync` sends from later."""
+    offline = os.environ.get("WANDB_MODE") == "offline" and os.environ.get("WANDB_DIR")
+    return ["wandb"] if os.environ.get("WANDB_API_KEY") or offline else []
 
 
 class Reporter:
@@ -58,7 +59,7 @@ class Reporter:
                 tags=["dpo-service", self.job_id, *settings.tags],
                 id=self.job_id if number == 0 else f"{self.job_id}-{number}",
                 resume="allow",  # a later attempt goes on with the same run
-                dir=self.folder,
+                dir=os.environ.get("WANDB_DIR") or self.folder,
                 config=self.spec.model_dump(mode="json"),
                 settings=wandb.Settings(console="off", silent=True, x_disable_stats=True),
             )

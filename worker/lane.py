@@ -20,14 +20,16 @@ from worker import integrations
 from worker.base_models import BaseModels
 from worker.device import device
 from worker.housekeeping import keep_house
-from worker.runner import Run, Spare
+from worker.processes import Spare
+from worker.runner import Run
 from worker.tasks import run_task
 from worker.validator import validate
 from worker.webhooks import Sender
 
 log = structlog.get_logger(__name__)
 
-LOOK_SECONDS = 1.0
+LOOK_SECONDS = 2.0
+"""An idle worker looks by itself so often, should a wake-up be lost; so often it keeps house."""
 REGISTER_SECONDS = 30.0
 
 

@@ -16,6 +16,10 @@ log = structlog.get_logger(__name__)
 WATCH_SECONDS = 0.25
 
 
+class LeaseLost(Exception):
+    """Another has the job or the task, or nobody: stop, and write nothing."""
+
+
 class Lease:
     """Renews the lease of one attempt while the block runs. `lost` turns true when another may have the job.
 

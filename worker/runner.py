@@ -8,13 +8,11 @@ trainer's whole process group is killed and nothing more is written.
 
 import json
 import math
-import os
 import queue
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -39,7 +37,8 @@ from app.models.tables import Model
 from app.services import Services
 from worker.base_models import BaseModels, ModelUnavailable
 from worker.integrations import Reporter
-from worker.lease import Lease
+from worker.lease import Lease, LeaseLost
+from worker.processes import Spare, kill_group
 from worker.work import work_folder
 
 log = structlog.get_logger(__name__)
@@ -49,81 +48,12 @@ CACHE_KEY = re.compile(r"(tokens|reference)(/[0-9a-f]{64}){1,2}")
 LOG_SECONDS = 3.0
 OVERDUE_SECONDS = 30.0
 """For the checkpoint of a job whose time is over."""
-TRAINER_VARIABLES = ("PATH", "HOME", "TMPDIR", "LANG", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
-TRAINER_PREFIXES = (
-    "CUDA_",
-    "NVIDIA_",
-    "OMP_",
-    "MKL_",
-    "KMP_",
-    "GOMP_",
-    "TORCH",
-    "PYTORCH_",
-    "TRITON_",
-    "LC_",
-    "HF_HOME",
-)
 Result = TypeVar("Result")
-
-
-class LeaseLost(Exception):
-    """Another has the job, or nobody: stop, and write nothing."""
 
 
 def model_name(job: Job) -> str:
     """`ft:{base}:{project}:{suffix}:{8 characters of the job's id}`"""
     return f"ft:{job.base_model}:{job.project}:{job.spec['suffix'] or ''}:{job.id.removeprefix('ftjob-')[:8].lower()}"
-
-
-def trainer_environment() -> dict[str, str]:
-    """What a trainer needs of the environment, and none of its secrets: an allow-list."""
-    return {k: v for k, v in os.environ.items() if k in TRAINER_VARIABLES or k.startswith(TRAINER_PREFIXES)}
-
-
-def spawn_trainer() -> "subprocess.Popen[bytes]":
-    """Start a trainer, in a process group of its own, that waits for its folder as a line on its standard input."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "worker.trainer"],
-        stdin=subprocess.PIPE,  # held open: the trainer ends by itself when this process is gone
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,  # until it has a folder with a log
-        start_new_session=True,
-        env=trainer_environment(),
-    )
-
-
-def give_folder(process: "subprocess.Popen[bytes]", folder: Path) -> None:
-    """Let a trainer that waits begin. Raises `BrokenPipeError` for one that has died."""
-    assert process.stdin is not None
-    process.stdin.write(f"{folder}\n".encode())
-    process.stdin.flush()
-
-
-class Spare:
-    """A trainer that has torch loaded and waits, so that a job's first step need not."""
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def prepare(self) -> None:
-        """Have one ready."""
-        if self._process is None or self._process.poll() is not None:
-            self._process = spawn_trainer()
-
-    def take(self, folder: Path) -> "subprocess.Popen[bytes]":
-        """The trainer of `folder`; the next one is prepared when this one no longer needs the machine."""
-        process, self._process = self._process, None
-        if process is not None and process.poll() is None:
-            with suppress(BrokenPipeError):
-                give_folder(process, folder)
-                return process
-        process = spawn_trainer()
-        give_folder(process, folder)
-        return process
-
-    def close(self) -> None:
-        if self._process is not None:
-            kill_group(self._process)
 
 
 class Run:
@@ -513,14 +443,3 @@ def _drain(lines: "queue.Queue[bytes | None]") -> tuple[list[dict[str, Any]], bo
             batch.append(json.loads(line))
             line = lines.get_nowait()
     return batch, False
-
-
-def kill_group(process: subprocess.Popen[bytes]) -> None:
-    """End the trainer and whatever it started."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            with suppress(OSError):
-                pipe.close()

@@ -20,7 +20,7 @@ from app.errors import describe_validation_error
 from app.jobs.spec import JobSpec
 from app.settings import Settings
 from worker.base_models import BaseModels, ModelUnavailable
-from worker.runner import give_folder, spawn_trainer
+from worker.processes import give_folder, spawn_trainer
 
 USAGE = 2
 

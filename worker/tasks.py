@@ -20,8 +20,8 @@ from app.services import Services
 from app.tasks import repository
 from app.tasks.tables import Task
 from worker.base_models import BaseModels, ModelUnavailable
-from worker.lease import Lease
-from worker.runner import kill_group, trainer_environment
+from worker.lease import Lease, LeaseLost
+from worker.processes import kill_group, trainer_environment
 from worker.work import work_folder
 
 log = structlog.get_logger(__name__)
@@ -33,10 +33,6 @@ class TaskFailed(Exception):
     def __init__(self, code: str, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.error = {"code": code, "message": message, "param": param}
-
-
-class LeaseLost(Exception):
-    """Another has the task, or it is gone: stop."""
 
 
 def run_task(services: Services, base_models: BaseModels, task: Task) -> None:

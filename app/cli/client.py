@@ -55,6 +55,17 @@ class Client:
         except httpx2.HTTPError as error:
             raise ClientError(f"{self._http.base_url} cannot be reached: {error}") from error
 
+    @contextmanager
+    def _stream_when_ready(self, method: str, path: str, **options: Any) -> Iterator[httpx2.Response]:
+        """The answer of a route that answers 202 until a worker has made what it is asked for."""
+        while True:
+            with self.stream(method, path, **options) as response:
+                if response.status_code != 202:
+                    yield response
+                    return
+                seconds = float(response.headers.get("retry-after", 1))
+            time.sleep(seconds)
+
     def pages(self, path: str, limit: int) -> Iterator[dict[str, Any]]:
         """Up to `limit` objects of a list, newest first, page by page."""
         after: str | None = None
@@ -69,13 +80,9 @@ class Client:
 
     def when_ready(self, method: str, path: str, **options: Any) -> Any:
         """The JSON answer of a route that answers 202 until a worker has made it."""
-        while True:
-            with self.stream(method, path, **options) as response:
-                response.read()
-                if response.status_code != 202:
-                    return response.json()
-                seconds = float(response.headers.get("retry-after", 1))
-            time.sleep(seconds)
+        with self._stream_when_ready(method, path, **options) as response:
+            response.read()
+            return response.json()
 
     def upload(self, path: Path, form: dict[str, Any] | None = None) -> Any:
         """Upload a dataset, with a progress bar on a terminal."""
@@ -91,18 +98,8 @@ class Client:
     def download(self, model: str, folder: Path, params: dict[str, str] | None = None) -> None:
         """Unpack a made model or a checkpoint into `folder`; one that is to be merged is waited for."""
         url = f"/models/{quote(model, safe=':')}/download"
-        while True:
-            with self.stream("GET", url, params=params, timeout=None) as response:
-                if response.status_code != 202:
-                    self._unpack(response, folder, model)
-                    return
-                seconds = float(response.headers.get("retry-after", 1))
-            time.sleep(seconds)
-
-    @staticmethod
-    def _unpack(response: httpx2.Response, folder: Path, model: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _progress() as progress:
+        with self._stream_when_ready("GET", url, params=params, timeout=None) as response, _progress() as progress:
+            folder.mkdir(parents=True, exist_ok=True)
             task = progress.add_task(model, total=None)
 
             def chunks() -> Iterator[bytes]:

@@ -1,6 +1,5 @@
 """What can be done with files."""
 
-import asyncio
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +27,14 @@ def not_found(file_id: str, param: str = "id") -> NotFound:
     return NotFound(f"No such File object: {file_id}", param=param, code="file_not_found")
 
 
+@dataclass(frozen=True)
+class _Fields:
+    """What the form of an upload says."""
+
+    expires_after: int | None
+    mapping: dict[str, Any] | None
+
+
 class Files:
     """Create, find, read and delete files."""
 
@@ -38,21 +45,16 @@ class Files:
         """Stream an upload to the object store, then make its row; where anything fails, neither stays."""
         digest = hashlib.sha256()
         file = File(id=new_id("file"), project=project)
-        try:
-            await self.storage.put_stream(file.key, form.file_chunks(digest.update))
+        async with self.storage.written(file.key, form.file_chunks(digest.update)):
             said = _checked(form)
             file.filename, file.purpose = (form.filename or "upload")[:512], form.fields["purpose"]
             file.bytes, file.sha256 = form.size, digest.hexdigest()
             kept = await run_in_threadpool(self._insert, file, said, sending)
             if kept is not file:  # it came before
                 await run_in_threadpool(self.storage.delete, file.key)
-        except BaseException:
-            # Shielded, because a client that hangs up cancels this task: the object must go all the same.
-            await asyncio.shield(run_in_threadpool(self.storage.delete, file.key))
-            raise
         return kept
 
-    def _insert(self, file: File, said: "_Fields", sending: Sending) -> File:
+    def _insert(self, file: File, said: _Fields, sending: Sending) -> File:
         content = {
             "sha256": file.sha256,
             "filename": file.filename,
@@ -102,14 +104,6 @@ class Files:
         with self.database.write() as session:
             if not repository.mark_deleted(session, project, file_id):
                 raise not_found(file_id)
-
-
-@dataclass(frozen=True)
-class _Fields:
-    """What the form of an upload says."""
-
-    expires_after: int | None
-    mapping: dict[str, Any] | None
 
 
 def _checked(form: UploadForm) -> _Fields:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import Depends, Header
-from sqlalchemy import delete, func, select
+from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
-from app.database import database_now
+from app.database import database_now, wait_for_others
 from app.errors import ServiceError
 from app.idempotency.tables import SentRequest
 from app.keys.middleware import CallerDependency
@@ -39,7 +39,7 @@ class Sending:
         other content before.
         """
         fingerprint = self._fingerprint(operation, content)
-        _wait_for_others(session, self._lock(operation, fingerprint))
+        wait_for_others(session, self._lock(operation, fingerprint))
         sent = select(SentRequest).where(SentRequest.key_id == self.key_id, SentRequest.operation == operation)
         if self.idempotency_key is not None:
             found = session.scalar(sent.where(SentRequest.idempotency_key == self.idempotency_key))
@@ -86,12 +86,6 @@ class Sending:
     def _lock(self, operation: str, fingerprint: str) -> int:
         name = fingerprint if self.idempotency_key is None else f"{self.key_id} {operation} {self.idempotency_key}"
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
-
-
-def _wait_for_others(session: Session, lock: int) -> None:
-    """Until the transaction of another sending ends. SQLite has one writer at a time anyway."""
-    if session.get_bind().dialect.name == "postgresql":
-        session.execute(select(func.pg_advisory_xact_lock(lock)))
 
 
 def forget_old(session: Session) -> None:

@@ -7,7 +7,7 @@ from typing import Any, cast
 from sqlalchemy import ColumnElement, Row, Select, and_, case, false, func, or_, select, tuple_, update
 from sqlalchemy.orm import Session, aliased
 
-from app.database import database_now, new_id
+from app.database import database_now, new_id, wait_for_others
 from app.jobs.states import ACTIVE, TRANSITIONS, Actor, Status
 from app.jobs.tables import Checkpoint, Job, JobEvent
 from app.projects.tables import Project
@@ -218,7 +218,7 @@ def claim(session: Session, status: Status, owner: str, served: Sequence[str] | 
     target = Status.RUNNING if status == Status.QUEUED else status
     free = and_(Job.status == status, Job.lease_owner.is_(None), Job.eligible_at <= database_now())
     if target == Status.RUNNING:
-        _one_claim_at_a_time(session)
+        wait_for_others(session, CLAIM_LOCK)  # two that count a project's running jobs at once would both start one
         free = and_(free, Job.paused.is_(False), _within_limit())
     best = select(Job.id).where(free)
     if served is not None:
@@ -254,12 +254,6 @@ def _within_limit() -> ColumnElement[bool]:
         .scalar_subquery()
     )
     return or_(limit.is_(None), count < limit)
-
-
-def _one_claim_at_a_time(session: Session) -> None:
-    """Two that count a project's running jobs at once would both start one. SQLite has one writer anyway."""
-    if session.get_bind().dialect.name == "postgresql":
-        session.execute(select(func.pg_advisory_xact_lock(CLAIM_LOCK)))
 
 
 def serves(column: Any, name: str) -> ColumnElement[bool]:

@@ -63,8 +63,7 @@ class Uploads:
         upload = await run_in_threadpool(self._pending, project, upload_id)
         part_id, digest = new_id("part"), hashlib.sha256()
         key = f"{upload.prefix}/{part_id}"
-        try:
-            await self.storage.put_stream(key, form.file_chunks(digest.update))
+        async with self.storage.written(key, form.file_chunks(digest.update)):
             form.require("data")
             if form.size == 0:
                 raise ServiceError("The part is empty.", param="data", code="empty_part")
@@ -73,9 +72,6 @@ class Uploads:
             )
             if part.id != part_id:  # it came before
                 await run_in_threadpool(self.storage.delete, key)
-        except BaseException:
-            await asyncio.shield(run_in_threadpool(self.storage.delete, key))
-            raise
         return PartObject.of(part)
 
     def _add_part(

@@ -44,13 +44,10 @@ class Running:
 
         def look() -> bool:
             seen.update(self.job(job_id))
-            assert reached(seen) or seen["status"] not in ("failed", "cancelled", "succeeded"), seen
-            return reached(seen)
+            return reached(seen) or seen["status"] in ("failed", "cancelled", "succeeded")
 
-        try:
-            wait_until(look, f"job {job_id}", seconds)
-        except AssertionError as error:
-            raise AssertionError(f"the job ended as {seen['status']}: {seen['error']}") from error
+        wait_until(look, f"job {job_id}", seconds)
+        assert reached(seen), f"the job ended as {seen['status']}: {seen['error']}"
         return seen
 
     def dpo(self, *arguments: str, **options: Any) -> "subprocess.CompletedProcess[str]":

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,18 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from tests.acceptance.conftest import pairs, write
-from tests.acceptance.service import running, stack, trainers
+from tests.acceptance.service import Running, running, stack, trainers
 from tests.servers import wait_until
+from tests.tiny_model import make_tiny_model
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """One service on the embedded default for all tests that leave it as they found it."""
+    home = tmp_path_factory.mktemp("shared") / "home"
+    make_tiny_model(home / "models" / "tiny")
+    with running(home, {"DPO_RATE_LIMIT": "0", "WANDB_MODE": "offline", "WANDB_DIR": str(home)}) as service:
+        yield service
 
 
 def adapter_hash(folder: Path) -> str:
@@ -110,8 +121,8 @@ def test_a_pause_frees_the_gpu_and_changes_no_bit(name: str, home: Path, tmp_pat
         assert later["pace"]["jobs"] >= 2 and later["seconds"] > 0
 
 
-def test_a_job_past_its_time_fails_and_keeps_its_checkpoint(home: Path, tmp_path: Path) -> None:
-    with running(home) as service, service.http() as http:
+def test_a_job_past_its_time_fails_and_keeps_its_checkpoint(service: Running, tmp_path: Path) -> None:
+    with service.http() as http:
         file = service.openai().files.create(
             file=write(tmp_path / "train.jsonl", pairs(40, seed=1)), purpose="fine-tune"
         )
@@ -123,7 +134,7 @@ def test_a_job_past_its_time_fails_and_keeps_its_checkpoint(home: Path, tmp_path
         failed = service.job(job_id)
         assert failed["error"]["code"] == "timeout_exceeded" and failed["error"]["param"] == "timeout_seconds"
         checkpoints = service.openai().fine_tuning.jobs.checkpoints.list(job_id).data
-        assert checkpoints and not trainers(home)
+        assert checkpoints and not trainers(service.home)
         again = create(
             http,
             **body(file.id, hyperparameters={"max_steps": 1}) | {"model": checkpoints[0].fine_tuned_model_checkpoint},
@@ -131,9 +142,9 @@ def test_a_job_past_its_time_fails_and_keeps_its_checkpoint(home: Path, tmp_path
         service.wait_for(again, lambda seen: seen["status"] == "succeeded")
 
 
-def test_a_stream_follows_a_job_from_its_beginning_to_its_end(home: Path, tmp_path: Path) -> None:
+def test_a_stream_follows_a_job_from_its_beginning_to_its_end(service: Running, tmp_path: Path) -> None:
     """Cut in the middle, gone on with by another; an event comes once, in its order."""
-    with running(home) as service, service.http() as http:
+    with service.http() as http:
         file = service.openai().files.create(
             file=write(tmp_path / "train.jsonl", pairs(40, seed=1)), purpose="fine-tune"
         )
@@ -170,8 +181,8 @@ def test_a_stream_follows_a_job_from_its_beginning_to_its_end(home: Path, tmp_pa
         assert [point["step"] for point in series["series"]["loss"]] == list(range(1, 46))
 
 
-def test_two_hundred_streams_on_one_api_process(home: Path, tmp_path: Path) -> None:
-    with running(home, {"DPO_RATE_LIMIT": "0"}) as service, service.http() as http:
+def test_two_hundred_streams_on_one_api_process(service: Running, tmp_path: Path) -> None:
+    with service.http() as http:
         file = service.openai().files.create(
             file=write(tmp_path / "train.jsonl", pairs(40, seed=1)), purpose="fine-tune"
         )
@@ -204,9 +215,9 @@ def test_two_hundred_streams_on_one_api_process(home: Path, tmp_path: Path) -> N
         assert ended == ["event: job"] * 200
 
 
-def test_wandb_gets_the_metrics(home: Path, tmp_path: Path) -> None:
+def test_wandb_gets_the_metrics(service: Running, tmp_path: Path) -> None:
     """Offline: what would be sent is written, by wandb itself."""
-    with running(home, {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}) as service, service.http() as http:
+    with service.http() as http:
         file = service.openai().files.create(
             file=write(tmp_path / "train.jsonl", pairs(40, seed=1)), purpose="fine-tune"
         )
@@ -214,22 +225,23 @@ def test_wandb_gets_the_metrics(home: Path, tmp_path: Path) -> None:
         job_id = create(http, **body(file.id, integrations=wandb, hyperparameters={"max_steps": 3}))
         done = service.wait_for(job_id, lambda seen: seen["status"] == "succeeded")
         assert done["integrations"][0]["wandb"]["project"] == "tests"
+    (written,) = service.home.rglob(f"*{job_id}*.wandb")
+    assert written.stat().st_size > 0
 
 
-def test_the_dataset_check_needs_no_service(home: Path, tmp_path: Path) -> None:
-    with running(home) as service:  # for its environment
-        rows = write(tmp_path / "pairs.jsonl", [*pairs(12, seed=1), {"prompt": "x", "chosen": "a", "rejected": "a"}])
-        done = service.dpo("files", "check", str(rows), "--model", "tiny", "--json")
-        assert done.returncode == 0, done.stderr
-        found = json.loads(done.stdout)
-        assert found["dropped"] == {"identical_responses": 1} and found["tokens"]["sampled_rows"] == 12
-        (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": 1}\n')
-        bad = service.dpo("files", "check", str(tmp_path / "bad.jsonl"))
-        assert bad.returncode == 1 and "Line 2" in bad.stdout
-        table = tmp_path / "t.csv"
-        table.write_text("q,good,bad\none,a,b\n")
-        mapping = json.dumps({"prompt": "{q}?", "chosen": "good", "rejected": "bad"})
-        assert service.dpo("files", "check", str(table), "--mapping", mapping).returncode == 0
-        assert service.dpo("files", "check", str(table)).returncode == 1
-        uploaded = service.dpo("files", "upload", str(table), "--mapping", mapping, "--expires-in", "3600", "--json")
-        assert json.loads(uploaded.stdout)["expires_at"] is not None
+def test_the_dataset_check_needs_no_service(service: Running, tmp_path: Path) -> None:
+    rows = write(tmp_path / "pairs.jsonl", [*pairs(12, seed=1), {"prompt": "x", "chosen": "a", "rejected": "a"}])
+    done = service.dpo("files", "check", str(rows), "--model", "tiny", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["dropped"] == {"identical_responses": 1} and found["tokens"]["sampled_rows"] == 12
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": 1}\n')
+    bad = service.dpo("files", "check", str(tmp_path / "bad.jsonl"))
+    assert bad.returncode == 1 and "Line 2" in bad.stdout
+    table = tmp_path / "t.csv"
+    table.write_text("q,good,bad\none,a,b\n")
+    mapping = json.dumps({"prompt": "{q}?", "chosen": "good", "rejected": "bad"})
+    assert service.dpo("files", "check", str(table), "--mapping", mapping).returncode == 0
+    assert service.dpo("files", "check", str(table)).returncode == 1
+    uploaded = service.dpo("files", "upload", str(table), "--mapping", mapping, "--expires-in", "3600", "--json")
+    assert json.loads(uploaded.stdout)["expires_at"] is not None
