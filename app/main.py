@@ -11,11 +11,11 @@ from fastapi.responses import JSONResponse
 from fastapi.staticfiles import StaticFiles
 
 from app import __version__
+from app.answers import ErrorResponse, install_handlers
 from app.dashboard.endpoints import FOLDER as DASHBOARD
 from app.dashboard.endpoints import router as dashboard_router
 from app.dashboard.session import NotSignedIn, ask_for_a_key
 from app.dependencies import ServicesDependency
-from app.errors import ErrorResponse, install_handlers
 from app.estimates.endpoints import router as estimates_router
 from app.files.endpoints import router as files_router
 from app.jobs.endpoints import router as jobs_router

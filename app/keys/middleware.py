@@ -14,6 +14,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as ConnectionScope
 
+from app.answers import error_answer
 from app.errors import Forbidden, NotFound, ServiceError, TooLarge, Unauthenticated, Unavailable
 from app.keys.rates import Rates
 from app.keys.schemas import Scope
@@ -83,7 +84,7 @@ class Gate:
             if method != "POST" or not UPLOADS.fullmatch(path):
                 receive = _limited(receive, headers)
         except ServiceError as error:
-            await error.response()(scope, receive, send)
+            await error_answer(error)(scope, receive, send)
             return
         await self.app(scope, receive, send)
 

@@ -1,13 +1,15 @@
 """API keys on the wire."""
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from app.keys.tables import ApiKey
 from app.projects.schemas import ProjectId
 from app.strict import Strict
+
+if TYPE_CHECKING:  # the command line needs these schemas, and no SQLAlchemy
+    from app.keys.tables import ApiKey
 
 
 class Scope(StrEnum):
@@ -52,7 +54,7 @@ class KeyObject(BaseModel):
     revoked_at: int | None
 
     @classmethod
-    def of(cls, key: ApiKey) -> "KeyObject":
+    def of(cls, key: "ApiKey") -> "KeyObject":
         def seconds(time: float | None) -> int | None:
             return None if time is None else int(time)
 

@@ -1,11 +1,13 @@
 """Projects on the wire."""
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from app.projects.tables import Project
 from app.strict import Strict
+
+if TYPE_CHECKING:  # the command line needs these schemas, and no SQLAlchemy
+    from app.projects.tables import Project
 
 ProjectId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 
@@ -41,7 +43,7 @@ class ProjectObject(BaseModel):
     """What it uses now."""
 
     @classmethod
-    def of(cls, project: Project, storage_bytes: int) -> "ProjectObject":
+    def of(cls, project: "Project", storage_bytes: int) -> "ProjectObject":
         return cls(
             id=project.id,
             created_at=int(project.created_at),

@@ -2,10 +2,12 @@
 
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.acceptance.service import Running, running
 from tests.tiny_model import make_tiny_model
 
 WORDS = ["sun", "moon", "star", "rain", "snow", "wind", "leaf", "tree", "bird", "fish"]
@@ -31,3 +33,12 @@ def home(tmp_path: Path) -> Path:
     """A DPO_HOME with one base model, `tiny`."""
     make_tiny_model(tmp_path / "home" / "models" / "tiny")
     return tmp_path / "home"
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """One service on the embedded default for those tests of a module that leave it running."""
+    home = tmp_path_factory.mktemp("shared") / "home"
+    make_tiny_model(home / "models" / "tiny")
+    with running(home, {"DPO_RATE_LIMIT": "0", "WANDB_MODE": "offline", "WANDB_DIR": str(home)}) as service:
+        yield service

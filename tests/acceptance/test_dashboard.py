@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
 from tests.acceptance.conftest import pairs, write
-from tests.acceptance.service import running
+from tests.acceptance.service import Running
 from tests.acceptance.test_service import body, create
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -44,8 +44,8 @@ def picture(page: Page, name: str) -> None:
         page.screenshot(path=Path(SCREENSHOTS) / f"{name}.png", full_page=False)
 
 
-def test_people_can_look(page: Page, home: Path, tmp_path: Path) -> None:
-    with running(home) as service, service.http() as http:
+def test_people_can_look(page: Page, service: Running, tmp_path: Path) -> None:
+    with service.http() as http:
         root = str(httpx2.URL(service.url).join("/dashboard"))
         with service.openai() as client:
             rows = [*pairs(60, seed=1), {"prompt": "x", "chosen": "same", "rejected": "same"}]
@@ -90,12 +90,11 @@ def test_people_can_look(page: Page, home: Path, tmp_path: Path) -> None:
         expect(page.get_by_role("heading", name="Sign in")).to_be_visible()
 
 
-def test_nothing_is_shown_without_a_session(home: Path) -> None:
-    with running(home) as service:
-        root = str(httpx2.URL(service.url).join("/dashboard"))
-        for path in ("", "/jobs/ftjob-x", "/jobs/ftjob-x/metrics", "/files/file-x"):
-            answer = httpx2.get(root + path)
-            assert (answer.status_code, answer.headers["location"]) == (303, "/dashboard/login")
-            assert httpx2.get(root + path, cookies={"dpo_session": "forged"}).status_code == 303
-        page = httpx2.get(f"{root}/login")
-        assert "default-src 'self'" in page.headers["content-security-policy"]
+def test_nothing_is_shown_without_a_session(service: Running) -> None:
+    root = str(httpx2.URL(service.url).join("/dashboard"))
+    for path in ("", "/jobs/ftjob-x", "/jobs/ftjob-x/metrics", "/files/file-x"):
+        answer = httpx2.get(root + path)
+        assert (answer.status_code, answer.headers["location"]) == (303, "/dashboard/login")
+        assert httpx2.get(root + path, cookies={"dpo_session": "forged"}).status_code == 303
+    page = httpx2.get(f"{root}/login")
+    assert "default-src 'self'" in page.headers["content-security-policy"]

@@ -38,36 +38,36 @@ def start_long_job(service: Running, folder: Path) -> str:
     return job.id
 
 
-def test_cancel_stops_the_trainer_and_keeps_the_checkpoints(home: Path, tmp_path: Path) -> None:
-    with running(home) as service:
-        job_id = start_long_job(service, tmp_path)
-        assert len(trainers(home)) == 1
-        assert service.openai().fine_tuning.jobs.cancel(job_id).status == "cancelled"
-        wait_until(lambda: not trainers(home), "the trainer's end", seconds=10)
-        assert service.openai().fine_tuning.jobs.checkpoints.list(job_id).data
-        assert service.job(job_id)["status"] == "cancelled"
-        wait_until(lambda: not list((home / "work").iterdir()), "an empty work folder")
+def test_cancel_stops_the_trainer_and_keeps_the_checkpoints(service: Running, tmp_path: Path) -> None:
+    job_id = start_long_job(service, tmp_path)
+    assert len(trainers(service.home)) == 1
+    assert service.openai().fine_tuning.jobs.cancel(job_id).status == "cancelled"
+    wait_until(lambda: not trainers(service.home), "the trainer's end", seconds=10)
+    assert service.openai().fine_tuning.jobs.checkpoints.list(job_id).data
+    assert service.job(job_id)["status"] == "cancelled"
+    wait_until(lambda: not list((service.home / "work").iterdir()), "an empty work folder")
 
 
-@pytest.mark.parametrize("victim", ["trainer", "worker"])
-def test_a_killed_process_costs_an_attempt_and_no_more(victim: str, home: Path, tmp_path: Path) -> None:
+def test_a_killed_trainer_costs_an_attempt_and_no_more(service: Running, tmp_path: Path) -> None:
+    job_id = start_long_job(service, tmp_path)
+    attempt = service.job(job_id)["attempt"]
+    os.kill(trainers(service.home)[0], signal.SIGKILL)
+    resumes(service, job_id, attempt)
+    service.openai().fine_tuning.jobs.cancel(job_id)
+
+
+def test_a_killed_worker_costs_an_attempt_and_no_more(home: Path, tmp_path: Path) -> None:
     """kill -9: the trainer does not outlive its runner, and the job resumes from its checkpoint."""
     with running(home) as service:
         job_id = start_long_job(service, tmp_path)
-        before = service.job(job_id)
-        if victim == "trainer":
-            os.kill(trainers(home)[0], signal.SIGKILL)
-            resumes(service, job_id, before["attempt"])
-            service.openai().fine_tuning.jobs.cancel(job_id)
-        else:
-            (gpu,) = lanes(service, "gpu")
-            os.kill(gpu, signal.SIGKILL)
-            wait_until(lambda: not trainers(home), "the orphan's end", seconds=10)
-            wait_until(lambda: service.process.poll() is not None, "the service's end")
-    if victim == "worker":  # `dpo serve` ends where a part of it died; whoever runs it starts it again
-        with running(home) as service:
-            resumes(service, job_id, before["attempt"])
-            service.openai().fine_tuning.jobs.cancel(job_id)
+        attempt = service.job(job_id)["attempt"]
+        (gpu,) = lanes(service, "gpu")
+        os.kill(gpu, signal.SIGKILL)
+        wait_until(lambda: not trainers(home), "the orphan's end", seconds=10)
+        wait_until(lambda: service.process.poll() is not None, "the service's end")
+    with running(home) as service:  # `dpo serve` ends where a part of it died; whoever runs it starts it again
+        resumes(service, job_id, attempt)
+        service.openai().fine_tuning.jobs.cancel(job_id)
 
 
 def resumes(service: Running, job_id: str, attempt: int) -> None:
@@ -108,18 +108,18 @@ def test_the_parts_end_when_their_supervisor_is_killed(home: Path, tmp_path: Pat
         wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in parts), "the end of all parts")
 
 
-def test_an_upload_whose_connection_is_cut_leaves_nothing(home: Path) -> None:
+def test_an_upload_whose_connection_is_cut_leaves_nothing(service: Running) -> None:
     """Over a real socket: half of the promised bytes, then nothing more."""
-    with running(home) as service:
-        url = httpx2.URL(service.url)
-        half = PART + b"x" * 20_000_000
-        head = (
-            f"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {service.key}\r\n"
-            f"Content-Type: multipart/form-data; boundary=xx\r\nContent-Length: {2 * len(half)}\r\n\r\n"
-        )
-        objects = home / "objects" / "files"
-        with socket.create_connection((url.host, url.port or 80)) as connection:
-            connection.sendall(head.encode() + half)
-            wait_until(lambda: list(objects.iterdir()), "the upload's first bytes in the object store")
-        wait_until(lambda: not list(objects.iterdir()), "an empty object store")
-        assert service.openai().files.list().data == []
+    url = httpx2.URL(service.url)
+    half = PART + b"x" * 20_000_000
+    head = (
+        f"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {service.key}\r\n"
+        f"Content-Type: multipart/form-data; boundary=xx\r\nContent-Length: {2 * len(half)}\r\n\r\n"
+    )
+    objects = service.home / "objects" / "files"
+    before, listed = set(objects.glob("*")), service.openai().files.list().data
+    with socket.create_connection((url.host, url.port or 80)) as connection:
+        connection.sendall(head.encode() + half)
+        wait_until(lambda: set(objects.glob("*")) > before, "the upload's first bytes in the object store")
+    wait_until(lambda: set(objects.glob("*")) == before, "the end of what came")
+    assert service.openai().files.list().data == listed

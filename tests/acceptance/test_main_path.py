@@ -114,67 +114,65 @@ def log_probs_are_as_reported(adapter: Path, validation: list[dict[str, str]]) -
             assert value == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_command_line_walks_the_same_path(home: Path, tmp_path: Path) -> None:
+def test_the_command_line_walks_the_same_path(service: Running, tmp_path: Path) -> None:
     """`dpo jobs create --watch` uploads, follows and says what to do next; a bad file fails with line and field."""
-    with running(home) as service:
-        training = write(tmp_path / "train.jsonl", pairs(24, seed=1))
-        done = service.dpo(
-            "jobs",
-            "create",
-            "--model",
-            "tiny",
-            "--training-file",
-            str(training),
-            "--sft",
-            "--beta",
-            "0.2",
-            "--loss",
-            "hinge",
-            "--watch",
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "AutoPeftModelForCausalLM" in done.stdout and "vllm serve tiny" in done.stdout
-        (listed,) = json.loads(service.dpo("jobs", "list", "--json").stdout)
-        assert listed["status"] == "succeeded"
-        assert service.dpo("jobs", "logs", listed["id"]).returncode == 0
-        assert json.loads(service.dpo("jobs", "show", listed["id"], "--json").stdout)["id"] == listed["id"]
-        assert service.dpo("jobs", "cancel", listed["id"]).returncode == 2
+    training = write(tmp_path / "train.jsonl", pairs(24, seed=1))
+    done = service.dpo(
+        "jobs",
+        "create",
+        "--model",
+        "tiny",
+        "--training-file",
+        str(training),
+        "--sft",
+        "--beta",
+        "0.2",
+        "--loss",
+        "hinge",
+        "--watch",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "AutoPeftModelForCausalLM" in done.stdout and "vllm serve tiny" in done.stdout
+    listed, *_ = json.loads(service.dpo("jobs", "list", "--json").stdout)
+    assert listed["status"] == "succeeded"
+    assert service.dpo("jobs", "logs", listed["id"]).returncode == 0
+    assert json.loads(service.dpo("jobs", "show", listed["id"], "--json").stdout)["id"] == listed["id"]
+    assert service.dpo("jobs", "cancel", listed["id"]).returncode == 2
 
-        # A model made here is where the next job starts: its adapter goes on.
-        body = {"model": listed["fine_tuned_model"], "method": {"type": "dpo"}, "suffix": "again"}
-        spec = tmp_path / "spec.json"
-        spec.write_text(json.dumps(body | {"training_file": listed["training_file"]}))
-        chained = service.dpo("jobs", "create", "--spec", str(spec), "--watch", "--json")
-        assert chained.returncode == 0, chained.stdout + chained.stderr
-        assert json.loads(chained.stdout)["fine_tuned_model"].startswith("ft:tiny:default:again:")
+    # A model made here is where the next job starts: its adapter goes on.
+    body = {"model": listed["fine_tuned_model"], "method": {"type": "dpo"}, "suffix": "again"}
+    spec = tmp_path / "spec.json"
+    spec.write_text(json.dumps(body | {"training_file": listed["training_file"]}))
+    chained = service.dpo("jobs", "create", "--spec", str(spec), "--watch", "--json")
+    assert chained.returncode == 0, chained.stdout + chained.stderr
+    assert json.loads(chained.stdout)["fine_tuned_model"].startswith("ft:tiny:default:again:")
 
-        training.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "b"}\n')
-        failed = service.dpo("jobs", "create", "--model", "tiny", "--training-file", str(training), "--watch")
-        assert failed.returncode == 1
-        assert "Line 2" in failed.stdout and "'rejected'" in failed.stdout
-        unknown = service.dpo("jobs", "create", "--model", "nothing", "--training-file", str(training))
-        assert unknown.returncode == 2 and "does not exist" in unknown.stderr
+    training.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "b"}\n')
+    failed = service.dpo("jobs", "create", "--model", "tiny", "--training-file", str(training), "--watch")
+    assert failed.returncode == 1
+    assert "Line 2" in failed.stdout and "'rejected'" in failed.stdout
+    unknown = service.dpo("jobs", "create", "--model", "nothing", "--training-file", str(training))
+    assert unknown.returncode == 2 and "does not exist" in unknown.stderr
 
 
-def test_an_adapter_on_a_fully_trained_model(home: Path, tmp_path: Path) -> None:
+def test_an_adapter_on_a_fully_trained_model(service: Running, tmp_path: Path) -> None:
     """Full parameters first; then DPO starts from that model, whose folder is the adapter's base."""
-    with running(home) as service:
-        client = service.openai()
-        rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs(24, seed=1)]
-        sft = client.files.create(file=write(tmp_path / "sft.jsonl", rows), purpose="fine-tune")
-        dpo = client.files.create(file=write(tmp_path / "dpo.jsonl", pairs(24, seed=2)), purpose="fine-tune")
-        full = client.fine_tuning.jobs.create(
-            model="tiny", training_file=sft.id, seed=1, extra_body={"adapter": "none"}, suffix="full"
-        )
-        made = service.wait_for(full.id, lambda job: job["status"] == "succeeded")["fine_tuned_model"]
-        job = client.fine_tuning.jobs.create(model=made, training_file=dpo.id, method={"type": "dpo"}, seed=1)
-        tuned = service.wait_for(job.id, lambda seen: seen["status"] == "succeeded")["fine_tuned_model"]
-        service.dpo("models", "download", tuned, "--output", str(tmp_path / "adapter"))
-        # A third job starts from the adapter: it still sits on the full model, not on the base below that.
-        again = client.fine_tuning.jobs.create(model=tuned, training_file=dpo.id, method={"type": "dpo"}, seed=1)
-        third = service.wait_for(again.id, lambda seen: seen["status"] == "succeeded")["fine_tuned_model"]
-        service.dpo("models", "download", third, "--output", str(tmp_path / "third"))
-        service.dpo("models", "download", made, "--output", str(tmp_path / "full"))
+    client = service.openai()
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs(24, seed=1)]
+    sft = client.files.create(file=write(tmp_path / "sft.jsonl", rows), purpose="fine-tune")
+    dpo = client.files.create(file=write(tmp_path / "dpo.jsonl", pairs(24, seed=2)), purpose="fine-tune")
+    full = client.fine_tuning.jobs.create(
+        model="tiny", training_file=sft.id, seed=1, extra_body={"adapter": "none"}, suffix="full"
+    )
+    made = service.wait_for(full.id, lambda job: job["status"] == "succeeded")["fine_tuned_model"]
+    job = client.fine_tuning.jobs.create(model=made, training_file=dpo.id, method={"type": "dpo"}, seed=1)
+    tuned = service.wait_for(job.id, lambda seen: seen["status"] == "succeeded")["fine_tuned_model"]
+    service.dpo("models", "download", tuned, "--output", str(tmp_path / "adapter"))
+    # A third job starts from the adapter: it still sits on the full model, not on the base below that.
+    again = client.fine_tuning.jobs.create(model=tuned, training_file=dpo.id, method={"type": "dpo"}, seed=1)
+    third = service.wait_for(again.id, lambda seen: seen["status"] == "succeeded")["fine_tuned_model"]
+    service.dpo("models", "download", third, "--output", str(tmp_path / "third"))
+    service.dpo("models", "download", made, "--output", str(tmp_path / "full"))
     for name in ("adapter", "third"):
         config = json.loads((tmp_path / name / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == made
@@ -203,44 +201,43 @@ def test_the_trainer_runs_alone(home: Path, tmp_path: Path) -> None:
     assert refused.returncode == 2 and not (tmp_path / "other").exists()
 
 
-def test_a_sweep_shares_the_reference_and_a_reward_model_is_a_classifier(home: Path, tmp_path: Path) -> None:
+def test_a_sweep_shares_the_reference_and_a_reward_model_is_a_classifier(service: Running, tmp_path: Path) -> None:
     """What jobs on the same file have in common is computed once, through the object store."""
-    with running(home, {}) as service:
-        client: Any = service.openai()
-        file = client.files.create(file=write(tmp_path / "train.jsonl", pairs(24, seed=1)), purpose="fine-tune")
+    client: Any = service.openai()
+    file = client.files.create(file=write(tmp_path / "train.jsonl", pairs(24, seed=7)), purpose="fine-tune")
 
-        def train(name: str, **hyperparameters: Any) -> str:
-            method = {"type": "dpo", "dpo": {"hyperparameters": {"batch_size": 8, **hyperparameters}}}
-            job = client.fine_tuning.jobs.create(
-                model="tiny",
-                training_file=file.id,
-                method=method,
-                seed=3,
-                suffix=name,
-                extra_body={"adapter": {"r": 4}},
-            )
-            service.wait_for(job.id, lambda seen: seen["status"] == "succeeded")
-            return str(job.id)
+    def train(name: str, **hyperparameters: Any) -> str:
+        method = {"type": "dpo", "dpo": {"hyperparameters": {"batch_size": 8, **hyperparameters}}}
+        job = client.fine_tuning.jobs.create(
+            model="tiny",
+            training_file=file.id,
+            method=method,
+            seed=3,
+            suffix=name,
+            extra_body={"adapter": {"r": 4}},
+        )
+        service.wait_for(job.id, lambda seen: seen["status"] == "succeeded")
+        return str(job.id)
 
-        def told(job_id: str) -> str:
-            return "\n".join(event.message for event in client.fine_tuning.jobs.list_events(job_id, limit=100))
+    def told(job_id: str) -> str:
+        return "\n".join(event.message for event in client.fine_tuning.jobs.list_events(job_id, limit=100))
 
-        first, second = train("low", beta=0.05), train("high", beta=0.5)
-        assert "Reference log-probs computed" in told(first)
-        assert "Reference log-probs found in the cache" in told(second)
+    first, second = train("low", beta=0.05), train("high", beta=0.5)
+    assert "Reference log-probs computed" in told(first)
+    assert "Reference log-probs found in the cache" in told(second)
 
-        policy = client.fine_tuning.jobs.retrieve(first).fine_tuned_model
-        held = train("held", reference_model=policy)
-        assert "Reference log-probs computed" in told(held)
+    policy = client.fine_tuning.jobs.retrieve(first).fine_tuned_model
+    held = train("held", reference_model=policy)
+    assert "Reference log-probs computed" in told(held)
 
-        rewards = client.fine_tuning.jobs.retrieve(train("judge", loss="reward_model")).fine_tuned_model
-        assert policy is not None and rewards is not None
-        folder = tmp_path / "rewards"
-        downloaded = service.dpo("models", "download", rewards, "--output", str(folder))
-        assert downloaded.returncode == 0, downloaded.stderr
-        for body in ({"model": rewards}, {"model": "tiny", "method": reference_by(rewards)}):
-            with pytest.raises(BadRequestError, match="reward model"):
-                client.fine_tuning.jobs.create(training_file=file.id, **body)
+    rewards = client.fine_tuning.jobs.retrieve(train("judge", loss="reward_model")).fine_tuned_model
+    assert policy is not None and rewards is not None
+    folder = tmp_path / "rewards"
+    downloaded = service.dpo("models", "download", rewards, "--output", str(folder))
+    assert downloaded.returncode == 0, downloaded.stderr
+    for body in ({"model": rewards}, {"model": "tiny", "method": reference_by(rewards)}):
+        with pytest.raises(BadRequestError, match="reward model"):
+            client.fine_tuning.jobs.create(training_file=file.id, **body)
     judge = AutoModelForSequenceClassification.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,6 @@ from transformers import AutoModelForCausalLM
 from tests.acceptance.conftest import pairs, write
 from tests.acceptance.service import Running, running, stack, trainers
 from tests.servers import wait_until
-from tests.tiny_model import make_tiny_model
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """One service on the embedded default for all tests that leave it as they found it."""
-    home = tmp_path_factory.mktemp("shared") / "home"
-    make_tiny_model(home / "models" / "tiny")
-    with running(home, {"DPO_RATE_LIMIT": "0", "WANDB_MODE": "offline", "WANDB_DIR": str(home)}) as service:
-        yield service
 
 
 def adapter_hash(folder: Path) -> str:
@@ -68,10 +57,10 @@ def test_a_pause_frees_the_gpu_and_changes_no_bit(name: str, home: Path, tmp_pat
     with stack(name) as environment, running(home, environment) as service, service.http() as http:
         official = service.openai()
         file = official.files.create(file=write(tmp_path / "train.jsonl", pairs(64, seed=1)), purpose="fine-tune")
-        long = body(file.id, hyperparameters={"max_steps": 400, "eval_every": 400})
+        long = body(file.id, hyperparameters={"max_steps": 200, "eval_every": 200})
         estimate = ready(http, "POST", "/fine_tuning/estimate", json=long).json()
         assert estimate["ok"] and estimate["fits"] and estimate["device"]["kind"] == "cpu"
-        assert [stage["steps"] for stage in estimate["stages"]] == [5, 400]
+        assert [stage["steps"] for stage in estimate["stages"]] == [5, 200]
 
         plain = create(http, **long)
         done = service.wait_for(plain, lambda seen: seen["status"] == "succeeded")

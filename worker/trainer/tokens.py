@@ -81,6 +81,8 @@ def _shown(row: Row, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def main() -> int:
+    # transformers would load torch, which takes most of the time of a small file, and no tokenizer needs it.
+    sys.modules["torch"] = None  # type: ignore[assignment]
     from worker.trainer.tokenizer import load_tokenizer
 
     folder = Path(sys.argv[1])

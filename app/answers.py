@@ -1,0 +1,108 @@
+"""Errors in OpenAI's wire shape: `{"error": {"message", "type", "param", "code"}}`, all four keys always.
+
+Services raise `ServiceError`s; `install_handlers` turns them, and everything else that can go wrong while a request
+is served, into answers.
+"""
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from obstore.exceptions import BaseError
+from pydantic import BaseModel
+from sqlalchemy.exc import DataError, IntegrityError, OperationalError
+from starlette.exceptions import HTTPException
+
+from app.errors import ServiceError, Unavailable, describe_validation_error
+
+log = structlog.get_logger(__name__)
+
+
+class ErrorBody(BaseModel):
+    """What went wrong: a sentence, a class, the field it is about and a code for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """The body of every answer that is not 2xx."""
+
+    error: ErrorBody
+
+
+def error_response(
+    status: int,
+    message: str,
+    type: str = "invalid_request_error",
+    *,
+    param: str | None = None,
+    code: str | None = None,
+    headers: dict[str, str] | None = None,
+) -> JSONResponse:
+    """An HTTP answer in OpenAI's error shape."""
+    body = ErrorResponse(error=ErrorBody(message=message, type=type, param=param, code=code))
+    return JSONResponse(body.model_dump(), status_code=status, headers=headers)
+
+
+def error_answer(error: ServiceError) -> JSONResponse:
+    """What a request that raised `error` is answered."""
+    return error_response(
+        error.status, error.message, error.type, param=error.param, code=error.code, headers=error.headers
+    )
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Make `app` answer every failure in OpenAI's shape, without a stack trace."""
+
+    @app.exception_handler(ServiceError)
+    def service_error(_request: Request, error: ServiceError) -> JSONResponse:
+        return error_answer(error)
+
+    @app.exception_handler(RequestValidationError)
+    def validation_error(_request: Request, error: RequestValidationError) -> JSONResponse:
+        message, param, code = describe_validation_error(error.errors()[0])
+        return error_response(400, message, param=param, code=code)
+
+    @app.exception_handler(HTTPException)
+    def http_exception(request: Request, error: HTTPException) -> JSONResponse:
+        if isinstance(error.__cause__, ServiceError):  # raised while FastAPI read the body, which it hides
+            return error_answer(error.__cause__)
+        headers = dict(error.headers or {})
+        route = f"{request.method} {request.url.path}"
+        if error.status_code == 404:
+            return error_response(404, f"Unknown request URL: {route}.", code="unknown_url")
+        if error.status_code == 405:
+            message = f"Not allowed: {route}. This URL takes {headers.get('Allow') or 'other methods'}."
+            return error_response(405, message, code="method_not_allowed", headers=headers)
+        type = "server_error" if error.status_code >= 500 else "invalid_request_error"
+        return error_response(error.status_code, str(error.detail), type, headers=headers)
+
+    @app.exception_handler(OperationalError)
+    def database_error(request: Request, error: OperationalError) -> JSONResponse:
+        log.error("database out of reach", path=request.url.path, reason=str(error.orig))
+        return error_answer(Unavailable("The database is out of reach. Try again.", code="database_unavailable"))
+
+    @app.exception_handler(IntegrityError)
+    def collision(_request: Request, _error: IntegrityError) -> JSONResponse:
+        return error_answer(
+            Unavailable("Another request made the same at the same moment. Try again.", code="collision")
+        )
+
+    @app.exception_handler(DataError)
+    def unstorable(_request: Request, _error: DataError) -> JSONResponse:
+        # PostgreSQL refuses U+0000 and numbers beyond its types.
+        return error_response(400, "The request holds a value that cannot be stored.", code="invalid_value")
+
+    @app.exception_handler(BaseError)
+    def storage_error(request: Request, error: BaseError) -> JSONResponse:
+        log.error("object store out of reach", path=request.url.path, reason=str(error))
+        return error_answer(Unavailable("The object store is out of reach. Try again.", code="storage_unavailable"))
+
+    @app.exception_handler(Exception)
+    def unexpected(request: Request, error: Exception) -> JSONResponse:
+        log.error("unexpected error", path=request.url.path, exc_info=error)
+        message = "The service failed to answer this request; its log says why."
+        return error_response(500, message, "server_error", code="internal_error")
