@@ -1,9 +1,11 @@
 """`create_app()`: the HTTP service."""
 
+import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import uvicorn
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
@@ -119,3 +121,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return app
+
+
+def serve(app: FastAPI, settings: Settings) -> None:
+    """Answer requests until SIGTERM or Ctrl-C."""
+    gc.collect()
+    gc.freeze()  # what was imported stays: the collector need not walk it in the middle of a request
+    uvicorn.run(app, host=settings.host, port=settings.port, log_level="warning", access_log=False)

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-import uvicorn
 from fastapi import Request
 from rich.console import Console
 from rich.table import Table
@@ -28,6 +27,7 @@ from app.database import new_id
 from app.jobs.spec import JobSpec
 from app.jobs.tables import Job, JobEvent
 from app.main import create_app
+from app.main import serve as run_server
 from app.models import repository as models
 from app.services import Services
 from app.settings import Settings
@@ -102,7 +102,7 @@ def serve() -> None:
             session.execute(text("INSERT INTO bare (id, body) VALUES (:id, 'x')"), {"id": next(counter)})
         return {"status": "ok"}
 
-    uvicorn.run(app, host="127.0.0.1", port=settings.port, log_level="warning", access_log=False)
+    run_server(app, settings)
 
 
 @contextmanager

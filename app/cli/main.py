@@ -109,12 +109,10 @@ def serve() -> None:
 @cli.command()
 def api() -> None:
     """The HTTP API alone."""
-    import uvicorn
-
-    from app.main import create_app
+    from app.main import create_app, serve
 
     settings = Settings()
-    uvicorn.run(create_app(settings), host=settings.host, port=settings.port, log_level="warning", access_log=False)
+    serve(create_app(settings), settings)
 
 
 @cli.command()

@@ -38,8 +38,10 @@ def outlook(session: Session, jobs: list[Job]) -> dict[str, Place]:
     waiting = [job for job in jobs if job.status == Status.QUEUED and not job.paused]
     if waiting:
         queue = _played(session, now)
-        for job in waiting:
-            places[job.id] = queue.get(job.id) or Place(repository.queue_position(session, job))
+        places |= {job.id: queue[job.id] for job in waiting if job.id in queue}
+        behind = [job.id for job in waiting if job.id not in queue]
+        if behind:
+            places |= {job_id: Place(at) for job_id, at in repository.queue_positions(session, behind).items()}
     return places
 
 

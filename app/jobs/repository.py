@@ -56,16 +56,12 @@ def queue(session: Session, limit: int) -> Sequence[Row[str, str, float | None]]
     return session.execute(statement.order_by(*QUEUE_ORDER).limit(limit)).all()
 
 
-def queue_position(session: Session, job: Job) -> int:
-    """1 for the waiting job that starts next."""
-    ahead = or_(
-        Job.priority > job.priority,
-        and_(
-            Job.priority == job.priority,
-            tuple_(Job.created_at, Job.id) < tuple_(job.created_at, job.id),
-        ),
-    )
-    return session.scalars(select(func.count()).select_from(Job).where(*WAITING, ahead)).one() + 1
+def queue_positions(session: Session, job_ids: Sequence[str]) -> dict[str, int]:
+    """The places in the queue of those of `job_ids` that wait; 1 starts next."""
+    number = func.row_number().over(order_by=QUEUE_ORDER).label("position")
+    places = select(Job.id, number).where(*WAITING).subquery()
+    found = session.execute(select(places.c.id, places.c.position).where(places.c.id.in_(job_ids)))
+    return dict(found.all())
 
 
 def running(session: Session) -> Sequence[Job]:

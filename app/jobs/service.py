@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from app.broker import Broker, Lane
-from app.database import Database, database_now, new_id
+from app.database import Database, new_id
 from app.datasets.mapping import Mapping
 from app.errors import Conflict, NotFound, ServiceError
 from app.estimates import fit
@@ -66,8 +66,6 @@ class Jobs:
             if job is None:
                 job = self._insert(session, project, spec)
                 sending.made(session, "jobs.create", content, job.id)
-                session.flush()
-                session.refresh(job)
         self.broker.wake(Lane.CPU)
         return JobObject.of(job) if earlier is None else self.get(project, job.id)
 
@@ -89,7 +87,6 @@ class Jobs:
         job = Job(
             id=new_id("ftjob"),
             project=project,
-            created_at=database_now(),
             model=spec.model,
             base_model=model.base_model,
             foundation=model.foundation,

@@ -5,7 +5,7 @@ from typing import Any
 from sqlalchemy import BigInteger, ForeignKey, Index
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.database import Base, PlainText
+from app.database import Base, PlainText, database_now
 
 
 class Job(Base):
@@ -19,7 +19,7 @@ class Job(Base):
 
     id: Mapped[str] = mapped_column(primary_key=True)
     project: Mapped[str]
-    created_at: Mapped[float]
+    created_at: Mapped[float] = mapped_column(default=database_now())
     model: Mapped[str]
     """As the user named it: a base model, a made one, or a checkpoint."""
     base_model: Mapped[str]

@@ -77,9 +77,7 @@ class Gate:
             if path not in PROBES:
                 self._check_host(headers)
             if not PUBLIC.fullmatch(path):
-                caller = await self._caller(headers, path, scope["query_string"])
-                self._check_scope(caller, method, path)
-                await run_in_threadpool(self.rates.check, caller)
+                caller = await run_in_threadpool(self._admit, headers, method, path, scope["query_string"])
                 scope.setdefault("state", {})["caller"] = caller
             if method != "POST" or not UPLOADS.fullmatch(path):
                 receive = _limited(receive, headers)
@@ -87,6 +85,13 @@ class Gate:
             await error_answer(error)(scope, receive, send)
             return
         await self.app(scope, receive, send)
+
+    def _admit(self, headers: Headers, method: str, path: str, query: bytes) -> Caller:
+        """Who sends a request that may be sent, and now."""
+        caller = self._caller(headers, path, query)
+        self._check_scope(caller, method, path)
+        self.rates.check(caller)
+        return caller
 
     @staticmethod
     def _check_scope(caller: Caller, method: str, path: str) -> None:
@@ -106,7 +111,7 @@ class Gate:
                 code="invalid_host",
             )
 
-    async def _caller(self, headers: Headers, path: str, query: bytes) -> Caller:
+    def _caller(self, headers: Headers, path: str, query: bytes) -> Caller:
         token = parse_qs(query.decode("latin-1")).get("token") if STREAMS.fullmatch(path) else None
         if token and "authorization" not in headers:
             caller = self.keys.identify_stream(token[0], path)
@@ -120,7 +125,7 @@ class Gate:
                 code="missing_api_key",
             )
         try:
-            caller = await run_in_threadpool(self.keys.identify, key.strip())
+            caller = self.keys.identify(key.strip())
         except OperationalError as error:
             raise Unavailable("The database is out of reach.", code="database_unavailable") from error
         if caller is None:

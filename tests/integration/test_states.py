@@ -79,7 +79,8 @@ def test_priority_comes_before_age(services: Services) -> None:
     urgent = make_job(services, name="urgent", priority=5)
     new = make_job(services, name="new")
     with services.database.read() as session:
-        places = [repository.queue_position(session, session.get_one(Job, job)) for job in (urgent, old, new)]
+        found = repository.queue_positions(session, [urgent, old, new])
+        places = [found[job] for job in (urgent, old, new)]
     assert places == [1, 2, 3]
     order = [job.id for job in (claim(services), claim(services), claim(services)) if job]
     assert order == [urgent, old, new]
