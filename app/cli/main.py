@@ -313,6 +313,21 @@ def files_list(limit: Limit = 100, as_json: Json = False) -> None:
     _table(rows, ["id", "filename", "purpose", "bytes"], as_json)
 
 
+def _set_hyperparameters(body: dict[str, Any], **given: float | str | None) -> None:
+    """Write those that are given into the method of a job's body."""
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if not chosen:
+        return
+    method = body.get("method")
+    kind = method.get("type") if isinstance(method, dict) else None
+    for name in ("beta", "loss"):
+        if name in chosen and kind != "dpo":
+            raise typer.BadParameter("goes with the method dpo", param_hint=f"--{name}")
+    if not isinstance(method, dict) or not isinstance(kind, str):
+        raise typer.BadParameter("--spec has no method to set them in", param_hint="hyperparameters")
+    method.setdefault(kind, {}).setdefault("hyperparameters", {}).update(chosen)
+
+
 @jobs.command("create")
 def jobs_create(
     model: Annotated[str, typer.Option(help="Base model, made model or checkpoint.")] = "",
@@ -322,6 +337,8 @@ def jobs_create(
     sft: Annotated[bool, typer.Option("--sft", help="Run a supervised stage first.")] = False,
     beta: Annotated[float | None, typer.Option(help="β of DPO.")] = None,
     loss: Annotated[str, typer.Option(help="sigmoid (the default), ipo, simpo, kto, …: see docs/jobs.md.")] = "",
+    epochs: Annotated[int | None, typer.Option(help="Passes over the method's data.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of the method's stage.")] = None,
     suffix: Annotated[str, typer.Option(help="Part of the new model's name.")] = "",
     spec: Annotated[Path | None, typer.Option(help="A JSON file with the whole job body; '-' for stdin.")] = None,
     gate: Annotated[
@@ -347,11 +364,7 @@ def jobs_create(
             raise typer.BadParameter("must hold a JSON object", param_hint="--spec")
     if method or spec is None:
         body["method"] = {"type": method or "dpo"}
-    for name, value in (("beta", beta), ("loss", loss or None)):
-        if value is not None:
-            if not isinstance(body.get("method"), dict) or body["method"].get("type") != "dpo":
-                raise typer.BadParameter("goes with the method dpo", param_hint=f"--{name}")
-            body["method"].setdefault("dpo", {}).setdefault("hyperparameters", {})[name] = value
+    _set_hyperparameters(body, beta=beta, loss=loss or None, n_epochs=epochs, learning_rate=learning_rate)
     if sft:
         body.setdefault("sft", {})
     given = {"model": model, "training_file": training_file, "validation_file": validation_file, "suffix": suffix}

@@ -19,7 +19,7 @@ def summary(verdicts: list[dict[str, Any]]) -> str:
     """A sentence for people."""
     missed = [verdict for verdict in verdicts if not verdict["met"]]
     if not missed:
-        return f"All {len(verdicts)} gates are met."
+        return "The gate is met." if len(verdicts) == 1 else f"All {len(verdicts)} gates are met."
     told = []
     for gate in missed:
         value = "was not measured" if gate["value"] is None else f"is {gate['value']:.6g}"

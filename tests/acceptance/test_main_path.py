@@ -129,6 +129,10 @@ def test_the_command_line_walks_the_same_path(service: Running, tmp_path: Path) 
         "0.2",
         "--loss",
         "hinge",
+        "--epochs",
+        "2",
+        "--learning-rate",
+        "0.0005",
         "--watch",
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -136,7 +140,9 @@ def test_the_command_line_walks_the_same_path(service: Running, tmp_path: Path) 
     listed, *_ = json.loads(service.dpo("jobs", "list", "--json").stdout)
     assert listed["status"] == "succeeded"
     assert service.dpo("jobs", "logs", listed["id"]).returncode == 0
-    assert json.loads(service.dpo("jobs", "show", listed["id"], "--json").stdout)["id"] == listed["id"]
+    shown = json.loads(service.dpo("jobs", "show", listed["id"], "--json").stdout)
+    set_here = {"beta": 0.2, "loss": "hinge", "n_epochs": 2, "learning_rate": 0.0005}
+    assert set_here.items() <= shown["method"]["dpo"]["hyperparameters"].items()
     assert service.dpo("jobs", "cancel", listed["id"]).returncode == 2
 
     # A model made here is where the next job starts: its adapter goes on.
