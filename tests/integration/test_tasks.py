@@ -76,24 +76,32 @@ def test_a_report_in_tokens_shows_what_the_model_will_see(client: TestClient, se
     found = client.get(f"/v1/files/{file_id}/report", params=asked).json()["tokens"]
     tokenizer: Any = AutoTokenizer.from_pretrained(services.settings.models_dir / "tiny")
     rows = [json.loads(line) for line in PAIRS.splitlines()]
-    texts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["chosen"]}],
-            tokenize=False,
-        )
-        for row in rows
-    ]
-    lengths = [len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+    texts, others = (
+        [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[side]}],
+                tokenize=False,
+            )
+            for row in rows
+        ]
+        for side in ("chosen", "rejected")
+    )
+    lengths, other_lengths = (
+        [len(tokenizer(text, add_special_tokens=False).input_ids) for text in found] for found in (texts, others)
+    )
     first = found["samples"][0]
     assert first["prompt"] + first["responses"][0] == texts[0]
     assert first["scored"][0].startswith("yes")
     prompts, chosen = found["lengths"]["prompt"], found["lengths"]["chosen"]
     assert prompts["mean"] + chosen["mean"] == pytest.approx(sum(lengths) / len(lengths), abs=0.11)
     assert (found["rows"], found["sampled_rows"], found["truncated_share"]) == (30, 30, 0.0)
-    short: dict[str, Any] = {"model": "tiny", "max_length": 16}
+    limit = int(sum(lengths) / len(lengths))
+    cut = sum(max(pair) > limit for pair in zip(lengths, other_lengths, strict=True)) / len(rows)
+    assert 0.0 < cut < 1.0
+    short: dict[str, Any] = {"model": "tiny", "max_length": limit}
     client.get(f"/v1/files/{file_id}/report", params=short)
     work(services)
-    assert client.get(f"/v1/files/{file_id}/report", params=short).json()["tokens"]["truncated_share"] > 0.5
+    assert client.get(f"/v1/files/{file_id}/report", params=short).json()["tokens"]["truncated_share"] == cut
     assert error_of(client.get(f"/v1/files/{file_id}/report", params={"model": "none"}), 400)["param"] == "model"
 
 

@@ -63,13 +63,12 @@ class Truncation:
     answers: int = 0
     lost: int = 0
     """Rows left out because nothing was left to learn."""
+    rows: int = 0
+    """Rows that were cut at all."""
 
     def add(self, other: "Truncation") -> None:
-        self.prompts, self.answers, self.lost = (
-            self.prompts + other.prompts,
-            self.answers + other.answers,
-            self.lost + other.lost,
-        )
+        for name, count in vars(other).items():
+            setattr(self, name, getattr(self, name) + count)
 
 
 @dataclass(frozen=True)
@@ -112,6 +111,7 @@ def rows(examples: Iterable[Example], tokenizer: Tokenizer, recipe: Recipe, cut:
                 pieces = [_fit(row, recipe.max_length, cut)]
             else:
                 pieces = [_fit_conversation(row, recipe.max_length, cut)]
+            cut.rows += not example.raw and pieces[0] is not row
             for piece in pieces:
                 if piece.learnable:
                     yield piece

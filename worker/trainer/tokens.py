@@ -55,7 +55,7 @@ def count(path: Path, tokenizer: Tokenizer, recipe: Recipe, kept: int) -> dict[s
         "tokens_per_row": tokens / max(1, seen),
         "longest_row": longest,
         "scored_tokens_per_row": scored / max(1, seen),
-        "truncated_share": min(1.0, (cut.prompts + cut.answers + cut.lost) / max(1, seen + cut.lost)),
+        "truncated_share": cut.rows / max(1, seen + cut.lost),
         "samples": samples,
     }
 
