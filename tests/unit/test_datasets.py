@@ -129,7 +129,7 @@ def test_lines_are_counted_from_one_in_every_container() -> None:
         (b'{"prompt": "q", "responses": ["a", "b"], "ranks": [1, 2], "scores": [1, 2]}', 1, "ranks", "without 'scores'"),
         (b'{"chosen": "no turns", "rejected": "x"}', 1, "chosen", "transcript"),
         (b'{"input": {}, "preferred_output": [], "non_preferred_output": []}', 1, "input.messages", "list"),
-        (gzip.compress(b'{"text": "a"}\n' * 100)[:-12], 1, None, "damaged or cut off"),
+        (gzip.compress(b'{"text": "a"}\n' * 100, mtime=0)[:-12], 1, None, "damaged or cut off"),
         (b"\x1f\x8bnot gzip", 1, None, "damaged or cut off"),
     ],
 )  # fmt: skip
