@@ -11,6 +11,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 from fastapi.staticfiles import StaticFiles
+from prometheus_client import CollectorRegistry, ProcessCollector
 
 from app import __version__
 from app.answers import ErrorResponse, install_handlers
@@ -25,6 +26,9 @@ from app.keys.endpoints import router as keys_router
 from app.keys.middleware import Gate
 from app.logging import configure_logging
 from app.models.endpoints import router as models_router
+from app.monitoring.collector import ServiceCollector
+from app.monitoring.endpoints import router as monitoring_router
+from app.monitoring.middleware import Measured
 from app.projects.endpoints import router as projects_router
 from app.reports.endpoints import router as reports_router
 from app.services import Services
@@ -83,10 +87,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.services = services
+    app.state.registry = registry = CollectorRegistry()
+    registry.register(ServiceCollector(services.database))
+    ProcessCollector(registry=registry)
     install_handlers(app)
     for router in ROUTERS:
         app.include_router(router, prefix="/v1", responses=ERRORS)
     app.include_router(dashboard_router)
+    app.include_router(monitoring_router, responses=ERRORS)
     app.mount("/dashboard/static", StaticFiles(directory=DASHBOARD / "static"))
     app.add_exception_handler(NotSignedIn, ask_for_a_key)
     app.add_middleware(Gate, keys=services.keys, rates=services.rates, allowed_hosts=services.settings.allowed_hosts)
@@ -97,6 +105,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             allow_methods=["*"],
             allow_headers=["*"],
         )
+    app.add_middleware(Measured, registry=registry)
 
     @app.get("/healthz", tags=["operations"])
     def healthz() -> dict[str, str]:

@@ -1,0 +1,1 @@
+"""Numbers about the service, for Prometheus."""

@@ -1,0 +1,106 @@
+"""/metrics, read with Prometheus's own parser."""
+
+import re
+from pathlib import Path
+
+import yaml
+from fastapi.testclient import TestClient
+from prometheus_client.parser import text_string_to_metric_families
+from sqlalchemy import update
+
+from app.database import database_now
+from app.jobs.states import Status
+from app.jobs.tables import Job
+from app.services import Services
+from app.webhooks import repository as webhooks
+from app.webhooks.tables import WebhookDelivery, WebhookEndpoint
+from tests.integration.test_api import error_of, key_of, upload
+from tests.integration.test_states import make_job
+
+RULES = Path(__file__).parents[2] / "docs" / "alerts.yml"
+Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+def read(client: TestClient) -> Samples:
+    answer = client.get("/metrics")
+    assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/plain")
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    }
+
+
+def one(samples: Samples, name: str, **labels: str) -> float:
+    return samples[name, tuple(sorted(labels.items()))]
+
+
+def test_the_state_of_the_installation(client: TestClient, services: Services) -> None:
+    empty = read(client)
+    assert one(empty, "dpo_jobs", status="queued") == one(empty, "dpo_queue_oldest_seconds") == 0
+    old = make_job(services, name="old")
+    make_job(services, name="new")
+    make_job(services, name="paused", paused=True)
+    lease = {"status": Status.RUNNING, "lease_owner": "gpu@a:1", "attempt": 3}
+    make_job(services, name="held", **lease, progress={"tokens_per_second": 40.5}, metrics={"peak_memory_bytes": 7e9})
+    make_job(services, name="lost", **lease, progress={"tokens_per_second": 2.0})
+    make_job(services, name="done", status=Status.SUCCEEDED)
+    with services.database.write() as session:
+        times = {"old": {"created_at": database_now() - 100}}
+        session.execute(update(Job).where(Job.id == old).values(**times["old"]))
+        session.execute(update(Job).where(Job.id.endswith("-held")).values(lease_expires_at=database_now() + 10))
+        session.execute(update(Job).where(Job.id.endswith("-lost")).values(lease_expires_at=database_now() - 1))
+        session.add(
+            WebhookEndpoint(
+                id="whe-1", project="default", url="https://example.com/", events=["fine_tuning.job.failed"],
+                sealed_secret="", created_at=database_now(),
+            )
+        )  # fmt: skip
+        session.flush()
+        webhooks.enqueue(session, "default", "fine_tuning.job.failed", {})
+        session.flush()
+        session.execute(update(WebhookDelivery).values(next_attempt_at=database_now() - 30))
+    found = read(client)
+    by_status = {labels[0][1]: value for (name, labels), value in found.items() if name == "dpo_jobs"}
+    assert by_status == {
+        "validating_files": 0, "queued": 2, "paused": 1, "running": 2, "succeeded": 1, "failed": 0, "cancelled": 0,
+    }  # fmt: skip
+    assert 100 <= one(found, "dpo_queue_oldest_seconds") < 160
+    assert (one(found, "dpo_leases", state="held"), one(found, "dpo_leases", state="expired")) == (1, 1)
+    assert one(found, "dpo_job_attempts_total") == 6
+    assert one(found, "dpo_training_tokens_per_second") == 42.5
+    assert one(found, "dpo_training_peak_memory_bytes") == 7e9
+    assert one(found, "dpo_webhooks_due") == 1 and 30 <= one(found, "dpo_webhook_lag_seconds") < 90
+
+
+def test_requests_are_counted_by_route(client: TestClient, services: Services) -> None:
+    file_id = upload(client)
+    for _ in range(3):
+        client.get(f"/v1/files/{file_id}")
+    client.get("/v1/files/file-none")
+    client.get("/v1/files", headers={"Authorization": "Bearer wrong"})
+    for method in ("BREW", "STEEP"):
+        client.request(method, "/v1/files")
+    found = read(client)
+    route = "/v1/files/{file_id}"
+    count = "dpo_http_request_seconds_count"
+    assert one(found, count, method="GET", route=route, status="200") == 3
+    assert one(found, count, method="GET", route=route, status="404") == 1
+    assert one(found, count, method="GET", route="none", status="401") == 1
+    assert one(found, count, method="POST", route="/v1/files", status="200") == 1
+    assert {dict(labels)["method"] for name, labels in found if name == count} == {"GET", "POST", "other"}
+    error_of(client.get("/metrics", headers={"Authorization": "Bearer wrong"}), 401)
+    stranger = {"Authorization": f"Bearer {key_of(services, 'a-project-of-its-own')}"}
+    text = client.get("/metrics", headers=stranger).text
+    assert file_id not in text and "default" not in text and "a-project-of-its-own" not in text
+
+
+def test_the_alert_rules_name_what_is_there(client: TestClient) -> None:
+    client.get("/v1/files")
+    rules = yaml.safe_load(RULES.read_text())["groups"][0]["rules"]
+    told = {(name, *labels) for name, labels in read(client)}
+    for rule in rules:
+        asked = re.findall(r"(dpo_\w+)(?:\{(\w+)=\"(\w+)\"\})?", rule["expr"])
+        assert asked, rule
+        for name, label, value in asked:
+            assert any(name == found[0] and (not label or (label, value) in found[1:]) for found in told), rule["expr"]
