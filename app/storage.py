@@ -5,7 +5,7 @@ Keys are made of ids by this program, never of what a user typed.
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -112,6 +112,11 @@ class Storage:
         """(key, size in bytes) of every object under `prefix/`, sorted."""
         batches = obstore.list(self.store, prefix)
         return sorted((meta["path"], meta["size"]) for batch in batches for meta in batch)
+
+    def batches(self, prefix: str) -> Iterator[Sequence[tuple[str, float]]]:
+        """(key, unix seconds of its last write) of every object under `prefix/`, some hundreds at a time."""
+        for batch in obstore.list(self.store, prefix, chunk_size=500):
+            yield [(meta["path"], meta["last_modified"].timestamp()) for meta in batch]
 
     def delete(self, key: str) -> None:
         """Delete an object; one that is not there is deleted already."""

@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -36,6 +37,9 @@ def test_objects_come_back_and_deletes_are_idempotent(storage: Storage, tmp_path
     storage.put_bytes("a/b/small", b"x")
     storage.put_bytes("ab", b"not below a/")
     assert storage.list("a") == [("a/b/small", 1), ("a/file", len(content))]
+    written = dict(pair for batch in storage.batches("a") for pair in batch)
+    assert set(written) == {"a/b/small", "a/file"}
+    assert all(abs(at - time.time()) < 60 for at in written.values())
     storage.get_file("a/file", tmp_path / "deep" / "copy")
     assert (tmp_path / "deep" / "copy").read_bytes() == content
     storage.get_folder("a", tmp_path / "folder")

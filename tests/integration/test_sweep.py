@@ -1,0 +1,91 @@
+"""Objects that no row needs go; all others stay."""
+
+from fastapi.testclient import TestClient
+
+from app.database import database_now, new_id
+from app.files.tables import File
+from app.jobs.states import Status
+from app.jobs.tables import Checkpoint
+from app.models.tables import Model
+from app.services import Services
+from app.tasks.tables import Task
+from app.uploads.tables import Upload, UploadPart
+from tests.integration.test_api import upload
+from tests.integration.test_states import make_job
+from worker.sweep import sweep
+
+
+def test_only_what_a_row_needs_stays(client: TestClient, services: Services) -> None:
+    file_id = upload(client)
+    ended = make_job(services, name="ended", status=Status.SUCCEEDED)
+    running = make_job(services, name="running", status=Status.RUNNING)
+    kept = {f"files/{file_id}"}
+    gone = {"files/file-none", "uploads/upload-none/part-none", f"uploads/upload-1/{new_id('part')}"}
+    with services.database.write() as session:
+        session.add(
+            Model(
+                name="ft:tiny:default::x", kind="adapter", project="default", created_at=database_now(), bytes=1,
+                base_model="tiny", job_id=ended, prefix=f"jobs/{ended}/attempt-2/model", details={},
+            )
+        )  # fmt: skip
+        session.add(
+            Checkpoint(
+                id="ftckpt-1", job_id=ended, created_at=database_now(), stage="dpo", step_number=5, metrics={},
+                model_name="ft:tiny:default::x:ckpt-step-5", prefix=f"jobs/{ended}/attempt-1/checkpoints/5",
+            )
+        )  # fmt: skip
+        session.add(
+            Upload(
+                id="upload-1", project="default", created_at=database_now(), expires_at=database_now() + 60,
+                filename="x", purpose="fine-tune", bytes=5, status="pending",
+            )
+        )  # fmt: skip
+        session.flush()
+        session.add(UploadPart(id="part-1", upload_id="upload-1", created_at=database_now(), bytes=5))
+        for name, status, result in (
+            ("done", "done", {"prefix": "merged/task-done/attempt-2"}),
+            ("making", "pending", None),
+        ):
+            session.add(
+                Task(
+                    id=f"task-{name}", kind="merge", subject=name, owner=name, project="default", arguments={},
+                    created_at=database_now(), status=status, result=result, attempt=2, eligible_at=0.0,
+                    lost_attempts=0,
+                )
+            )  # fmt: skip
+    kept |= {
+        f"jobs/{ended}/attempt-2/model/adapter_model.safetensors",
+        f"jobs/{ended}/attempt-1/checkpoints/5/model/adapter_model.safetensors",
+        f"jobs/{ended}/attempt-1/trainer.log",
+        f"jobs/{running}/attempt-1/checkpoints/9/optimizer.safetensors",
+        "uploads/upload-1/part-1",
+        "merged/task-done/attempt-2/model.safetensors",
+        "merged/task-making/attempt-1/model.safetensors",
+        "cache/tokens/x/y",
+    }
+    gone |= {
+        f"jobs/{ended}/attempt-1/checkpoints/5/optimizer.safetensors",
+        f"jobs/{ended}/attempt-1/checkpoints/6/model/adapter_model.safetensors",
+        f"jobs/{ended}/attempt-2/model-of-another/x",
+        "jobs/ftjob-none/attempt-1/model/x",
+        "merged/task-done/attempt-1/model.safetensors",
+        "merged/task-none/attempt-1/model.safetensors",
+    }
+    for key in (kept | gone) - {f"files/{file_id}"}:
+        services.storage.put_bytes(key, b"x")
+    assert sweep(services) == 0, "their rows may be on their way"
+    assert sweep(services, grace=0.0) == len(gone)
+    left = {
+        key for prefix in ("files", "uploads", "jobs", "merged", "cache") for key, _ in services.storage.list(prefix)
+    }
+    assert left == kept
+    assert sweep(services, grace=0.0) == 0
+
+
+def test_a_deleted_file_keeps_its_bytes_until_housekeeping(client: TestClient, services: Services) -> None:
+    """An unfinished job may read it still: that is purge_deleted_files' to decide."""
+    file_id = upload(client)
+    client.delete(f"/v1/files/{file_id}")
+    with services.database.read() as session:
+        assert session.get_one(File, file_id).deleted_at is not None
+    assert sweep(services, grace=0.0) == 0
