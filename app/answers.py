@@ -14,6 +14,7 @@ from sqlalchemy.exc import DataError, IntegrityError, OperationalError
 from starlette.exceptions import HTTPException
 
 from app.errors import ServiceError, Unavailable, describe_validation_error
+from app.monitoring.middleware import REQUEST_ID
 
 log = structlog.get_logger(__name__)
 
@@ -103,6 +104,8 @@ def install_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     def unexpected(request: Request, error: Exception) -> JSONResponse:
-        log.error("unexpected error", path=request.url.path, exc_info=error)
-        message = "The service failed to answer this request; its log says why."
-        return error_response(500, message, "server_error", code="internal_error")
+        request_id = request.state.request_id
+        log.error("unexpected error", path=request.url.path, request=request_id, exc_info=error)
+        message = f"The service failed to answer this request; its log says why, under {request_id}."
+        headers = {REQUEST_ID: request_id}
+        return error_response(500, message, "server_error", code="internal_error", headers=headers)

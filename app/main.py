@@ -28,7 +28,7 @@ from app.logging import configure_logging
 from app.models.endpoints import router as models_router
 from app.monitoring.collector import ServiceCollector
 from app.monitoring.endpoints import router as monitoring_router
-from app.monitoring.middleware import Measured
+from app.monitoring.middleware import Observed
 from app.projects.endpoints import router as projects_router
 from app.reports.endpoints import router as reports_router
 from app.services import Services
@@ -105,7 +105,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             allow_methods=["*"],
             allow_headers=["*"],
         )
-    app.add_middleware(Measured, registry=registry)
+    app.add_middleware(Observed, registry=registry)
 
     @app.get("/healthz", tags=["operations"])
     def healthz() -> dict[str, str]:

@@ -3,12 +3,16 @@
 import re
 from pathlib import Path
 
+import pytest
 import yaml
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import update
+from structlog.testing import CapturingLogger
 
+from app import answers
 from app.database import database_now
+from app.files.service import Files
 from app.jobs.states import Status
 from app.jobs.tables import Job
 from app.services import Services
@@ -104,3 +108,24 @@ def test_the_alert_rules_name_what_is_there(client: TestClient) -> None:
         assert asked, rule
         for name, label, value in asked:
             assert any(name == found[0] and (not label or (label, value) in found[1:]) for found in told), rule["expr"]
+
+
+def test_a_failure_is_counted_and_found_in_the_log_by_its_id(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [client.get(path).headers["x-request-id"] for path in ("/v1/files", "/v1/files", "/v1/nothing", "/healthz")]
+    assert len(set(ids)) == 4 and all(found.startswith("req_") for found in ids)
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    log = CapturingLogger()
+    monkeypatch.setattr(answers, "log", log)
+    monkeypatch.setattr(Files, "page", fail)
+    answer = client.get("/v1/files")
+    error = error_of(answer, 500)
+    request_id = answer.headers["x-request-id"]
+    assert request_id in error["message"] and "a bug" not in answer.text
+    (call,) = log.calls
+    assert call.kwargs["request"] == request_id and str(call.kwargs["exc_info"]) == "a bug"
+    assert one(read(client), "dpo_http_request_seconds_count", method="GET", route="/v1/files", status="500") == 1
