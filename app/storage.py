@@ -12,6 +12,7 @@ from pathlib import Path
 import obstore
 from obstore.exceptions import NotFoundError
 from obstore.store import ObjectStore, from_url
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 
 CHUNK = 8 * 1024 * 1024
@@ -50,10 +51,15 @@ class Storage:
 
     @asynccontextmanager
     async def written(self, key: str, chunks: AsyncIterator[bytes]) -> AsyncIterator[None]:
-        """Write an object from a stream for the length of a block; where either fails, the object does not stay."""
+        """Write an object from a stream for the length of a block; where either fails, the object does not stay.
+
+        But where the database failed: whether a row was written only the database can tell.
+        """
         try:
             await self.put_stream(key, chunks)
             yield
+        except SQLAlchemyError:
+            raise  # the row may be there all the same: `dpo sweep` finds the object if it is not
         except BaseException:
             # Shielded, because a client that hangs up cancels this task: the object must go all the same.
             await asyncio.shield(run_in_threadpool(self.delete, key))

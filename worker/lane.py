@@ -22,7 +22,6 @@ from worker.device import device
 from worker.housekeeping import keep_house
 from worker.processes import Spare
 from worker.runner import Run
-from worker.sweep import sweep
 from worker.tasks import run_task
 from worker.validator import validate
 from worker.webhooks import Sender
@@ -32,7 +31,6 @@ log = structlog.get_logger(__name__)
 LOOK_SECONDS = 2.0
 """An idle worker looks by itself so often, should a wake-up be lost; so often it keeps house."""
 REGISTER_SECONDS = 30.0
-SWEEP_SECONDS = 3600.0
 
 
 class LaneWorker:
@@ -106,16 +104,13 @@ class LaneWorker:
         return job is not None
 
     def _keep_house(self) -> None:
-        registered, swept = -REGISTER_SECONDS, time.monotonic()
+        registered = -REGISTER_SECONDS
         while not self.stopping.is_set():
             try:
                 keep_house(self.services)
                 if time.monotonic() - registered >= REGISTER_SECONDS:
                     self._register()
                     registered = time.monotonic()
-                if self.lane == Lane.CPU and time.monotonic() - swept >= SWEEP_SECONDS:
-                    swept = time.monotonic()
-                    sweep(self.services)
             except Exception as error:  # whatever it is, the next round may do better
                 log.warning("housekeeping failed", reason=str(error))
             self.stopping.wait(LOOK_SECONDS)

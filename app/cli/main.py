@@ -116,6 +116,25 @@ def api() -> None:
 
 
 @cli.command()
+def sweep(
+    delete: Annotated[bool, typer.Option("--delete", help="Remove them; without it they are only counted.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Find objects in the store that no row of the database needs (on the service's machine).
+
+    They are what dead processes left half done, and of finished jobs what only a resume would have read. Look at the
+    numbers before you delete: beside a wrong or an empty database no object is needed.
+    """
+    from app.sweep import sweep as look
+
+    needed, spare = look(_local(), delete=delete)
+    what = "removed" if delete else "not needed; 'dpo sweep --delete' removes them"
+    _emit(
+        {"needed": needed, "not_needed": spare, "deleted": delete}, as_json, f"{needed} objects needed, {spare} {what}"
+    )
+
+
+@cli.command()
 def worker(
     lane: Annotated[str | None, typer.Option(help="gpu (trains) or cpu (checks datasets); both if not given.")] = None,
 ) -> None:
@@ -325,7 +344,11 @@ def _set_hyperparameters(body: dict[str, Any], **given: float | str | None) -> N
             raise typer.BadParameter("goes with the method dpo", param_hint=f"--{name}")
     if not isinstance(method, dict) or not isinstance(kind, str):
         raise typer.BadParameter("--spec has no method to set them in", param_hint="hyperparameters")
-    method.setdefault(kind, {}).setdefault("hyperparameters", {}).update(chosen)
+    own = method.get(kind) or {}
+    set_already = own.get("hyperparameters") or {} if isinstance(own, dict) else None
+    if not isinstance(set_already, dict):
+        raise typer.BadParameter(f"method.{kind} of --spec is not what docs/jobs.md says", param_hint="hyperparameters")
+    method[kind] = own | {"hyperparameters": set_already | chosen}
 
 
 @jobs.command("create")

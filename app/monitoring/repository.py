@@ -40,7 +40,7 @@ class Snapshot:
 
 
 def snapshot(session: Session) -> Snapshot:
-    """Look once. Ended jobs are counted from an index."""
+    """Look once. It reads a few columns of every job: tens of milliseconds at ten thousand."""
     counted = session.execute(select(Job.status, Job.paused, func.count()).group_by(Job.status, Job.paused)).all()
     found = {status.value: 0 for status in Status} | {"paused": 0}
     for status, paused, count in counted:

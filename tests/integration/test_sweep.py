@@ -1,5 +1,6 @@
 """Objects that no row needs go; all others stay."""
 
+import pytest
 from fastapi.testclient import TestClient
 
 from app.database import database_now, new_id
@@ -8,14 +9,14 @@ from app.jobs.states import Status
 from app.jobs.tables import Checkpoint
 from app.models.tables import Model
 from app.services import Services
+from app.sweep import sweep
 from app.tasks.tables import Task
 from app.uploads.tables import Upload, UploadPart
 from tests.integration.test_api import upload
 from tests.integration.test_states import make_job
-from worker.sweep import sweep
 
 
-def test_only_what_a_row_needs_stays(client: TestClient, services: Services) -> None:
+def test_only_what_a_row_needs_stays(client: TestClient, services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
     file_id = upload(client)
     ended = make_job(services, name="ended", status=Status.SUCCEEDED)
     running = make_job(services, name="running", status=Status.RUNNING)
@@ -73,13 +74,16 @@ def test_only_what_a_row_needs_stays(client: TestClient, services: Services) -> 
     }
     for key in (kept | gone) - {f"files/{file_id}"}:
         services.storage.put_bytes(key, b"x")
-    assert sweep(services) == 0, "their rows may be on their way"
-    assert sweep(services, grace=0.0) == len(gone)
+    assert sweep(services, delete=True) == (len(kept | gone), 0), "their rows may be on their way"
+    assert sweep(services, delete=False, grace=0.0) == (len(kept), len(gone))
+    assert sweep(services, delete=True, grace=0.0) == (len(kept), len(gone))
     left = {
         key for prefix in ("files", "uploads", "jobs", "merged", "cache") for key, _ in services.storage.list(prefix)
     }
     assert left == kept
-    assert sweep(services, grace=0.0) == 0
+    monkeypatch.setattr("app.sweep.CACHE_SECONDS", 0.0)
+    assert sweep(services, delete=True, grace=0.0) == (len(kept) - 1, 1)
+    assert services.storage.list("cache") == []
 
 
 def test_a_deleted_file_keeps_its_bytes_until_housekeeping(client: TestClient, services: Services) -> None:
@@ -88,4 +92,4 @@ def test_a_deleted_file_keeps_its_bytes_until_housekeeping(client: TestClient, s
     client.delete(f"/v1/files/{file_id}")
     with services.database.read() as session:
         assert session.get_one(File, file_id).deleted_at is not None
-    assert sweep(services, grace=0.0) == 0
+    assert sweep(services, delete=True, grace=0.0) == (1, 0)

@@ -1,12 +1,12 @@
-"""Remove the objects that no row needs: what a dead process left half done, and what only a resume would have read.
+"""Find the objects that no row needs: what a dead process left half done, and what only a resume would have read.
 
-The rows decide, object by object: a sweep may end anywhere, and several at once do no harm.
+The rows decide, object by object. It is a person who starts this (`dpo sweep`): beside a database that is not this
+store's, no object would be needed.
 """
 
 import time
 from collections.abc import Callable
 
-import structlog
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
@@ -18,30 +18,31 @@ from app.services import Services
 from app.tasks.tables import Task
 from app.uploads.tables import UploadPart
 
-log = structlog.get_logger(__name__)
-
-GRACE_SECONDS = 3600.0
-"""A row is written within seconds of its object, and while a job or a task is not done all of its objects are kept."""
+GRACE_SECONDS = 24 * 3600.0
+"""A row is written within seconds of its object, but some stores date an object by the beginning of its upload."""
 CACHE_SECONDS = 30 * 24 * 3600.0
 """What is cached is computed again where it is missed."""
 
 
-def sweep(services: Services, grace: float = GRACE_SECONDS) -> int:
-    """Look at every object that was last written more than `grace` seconds ago. Returns how many were removed."""
-    removed = 0
-    for prefix, needed in NEEDED.items():
+def sweep(services: Services, *, delete: bool, grace: float = GRACE_SECONDS) -> tuple[int, int]:
+    """Look at every object that was last written more than `grace` seconds ago.
+
+    Returns (objects that are needed, objects that are not); `delete` removes those.
+    """
+    needed, spare = 0, 0
+    for prefix, find in NEEDED.items():
+        age = CACHE_SECONDS if prefix == "cache" else grace
         for batch in services.storage.batches(prefix):
-            age = CACHE_SECONDS if prefix == "cache" else grace
             old = [key for key, written_at in batch if written_at <= time.time() - age]
             with services.database.read() as session:
-                kept = needed(session, old)
-            for key in old:
-                if key not in kept:
-                    services.storage.delete(key)
-                    removed += 1
-    if removed:
-        log.info("objects swept", count=removed)
-    return removed
+                kept = find(session, old)
+            needed += len(batch) - len(old) + len(kept)
+            spare += len(old) - len(kept)
+            if delete:
+                for key in old:
+                    if key not in kept:
+                        services.storage.delete(key)
+    return needed, spare
 
 
 def _files(session: Session, keys: list[str]) -> set[str]:
