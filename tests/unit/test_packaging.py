@@ -100,3 +100,10 @@ def test_no_secret_is_written_down_and_the_example_names_them_all() -> None:
     assert {"DPO_ADMIN_KEY", "DPO_SECRET_KEY", "POSTGRES_PASSWORD", "REDIS_PASSWORD", "S3_SECRET_KEY"} == required
     assert all(example[name] == "" for name in required)
     assert set(re.findall(r"\$\{(\w+)", text)) == set(example)
+
+
+def test_the_tests_that_security_md_names_are_there() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "SECURITY.md").read_text())
+    assert len(named) > 15
+    for path, name in named:
+        assert f"def {name}(" in (ROOT / path).read_text(), f"{path}::{name}"
