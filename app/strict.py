@@ -7,6 +7,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
 
 
+def unix_seconds(time: float | None) -> int | None:
+    """A time as the API writes it."""
+    return None if time is None else int(time)
+
+
 def inconsistent(field: str, message: str) -> PydanticCustomError:
     """The error for a value that is fine by itself but not with the others."""
     return PydanticCustomError("inconsistent", "{message}.", {"field": field, "message": message})

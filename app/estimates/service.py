@@ -22,6 +22,7 @@ from app.jobs.spec import DEFAULT_VALIDATION_SPLIT, JobSpec
 from app.models import repository as models
 from app.reports import service as reports
 from app.reports.service import DEFAULT_MAX_LENGTH
+from app.tasks.service import result
 
 MAX_PACES = 5
 CHARACTERS = 4
@@ -123,13 +124,12 @@ class Estimates:
         if file.mapping == asked["mapping"]:  # read as it would be by the job
             _require(found, Kind(asked["need"]), field)
         task = reports.with_tokens(session, file, asked, model)
-        if task.status == "pending":
+        made = result(task, field)
+        if made is None:
             session.commit()
             raise NotReady
-        if task.error is not None:
-            raise ServiceError(task.error["message"], param=task.error.get("param") or field, code=task.error["code"])
-        _require(task.result or {}, Kind(asked["need"]), field)
-        counted: dict[str, Any] = (task.result or {})["tokens"]
+        _require(made, Kind(asked["need"]), field)
+        counted: dict[str, Any] = made["tokens"]
         if asked["need"] == Kind.LABELLED:  # KTO computes each row with another's answer too
             answers = counted["lengths"]["answer"]
             counted |= {

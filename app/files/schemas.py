@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from app.files.tables import File
-from app.strict import Strict
+from app.strict import Strict, unix_seconds
 
 UploadPurpose = Literal["assistants", "batch", "fine-tune", "vision", "user_data", "evals"]
 """Training takes files with the purpose `fine-tune`; the others are kept as they are."""
@@ -53,7 +53,7 @@ class FileObject(BaseModel):
             created_at=int(file.created_at),
             filename=file.filename,
             purpose=file.purpose,
-            expires_at=None if file.expires_at is None else int(file.expires_at),
+            expires_at=unix_seconds(file.expires_at),
         )
 
 

@@ -109,7 +109,7 @@ def events(session: Session, job_id: str, *, after: str | None, limit: int) -> l
     """Up to `limit` + 1 events, newest first; None where `after` is not an event of this job."""
     statement = select(JobEvent).where(JobEvent.job_id == job_id)
     if after is not None:
-        mark = session.scalar(select(JobEvent.sequence).where(JobEvent.id == after, JobEvent.job_id == job_id))
+        mark = sequence_of(session, job_id, after)
         if mark is None:
             return None
         statement = statement.where(JobEvent.sequence < mark)

@@ -8,6 +8,7 @@ from app.jobs.outlook import Place
 from app.jobs.spec import Integration
 from app.jobs.states import Status
 from app.jobs.tables import Checkpoint, Job, JobEvent
+from app.strict import unix_seconds
 
 
 class JobError(BaseModel):
@@ -112,9 +113,9 @@ class JobObject(BaseModel):
         return cls(
             id=job.id,
             created_at=int(job.created_at),
-            finished_at=_seconds(job.finished_at),
-            estimated_start=_seconds(place.start),
-            estimated_finish=_seconds(place.finish),
+            finished_at=unix_seconds(job.finished_at),
+            estimated_start=unix_seconds(place.start),
+            estimated_finish=unix_seconds(place.finish),
             model=job.model,
             fine_tuned_model=job.fine_tuned_model,
             organization_id=f"org-{job.project}",
@@ -139,7 +140,7 @@ class JobObject(BaseModel):
             mapping=spec.get("mapping"),
             priority=job.priority,
             timeout_seconds=job.timeout_seconds,
-            started_at=_seconds(job.started_at),
+            started_at=unix_seconds(job.started_at),
             running_seconds=job.ran_seconds,
             stage=job.stage,
             progress=Progress(**job.progress) if job.progress else None,
@@ -152,10 +153,6 @@ class JobObject(BaseModel):
             ],
             paused=job.paused,
         )
-
-
-def _seconds(time: float | None) -> int | None:
-    return None if time is None else int(time)
 
 
 class EventObject(BaseModel):

@@ -175,11 +175,17 @@ class Jobs:
             message = f"'{spec.reference_model}' is a reward model, which has no log-probs."
             raise ServiceError(message, param=param, code="invalid_value")
 
+    @staticmethod
+    def _found(session: Session, project: str, job_id: str) -> Job:
+        """The row of a job that `project` may see. Raises `NotFound`."""
+        job = repository.get(session, project, job_id)
+        if job is None:
+            raise not_found(job_id)
+        return job
+
     def get(self, project: str, job_id: str) -> JobObject:
         with self.database.read() as session:
-            job = repository.get(session, project, job_id)
-            if job is None:
-                raise not_found(job_id)
+            job = self._found(session, project, job_id)
             places = outlook(session, [job])
             return JobObject.of(job, places.get(job.id))
 
@@ -196,9 +202,7 @@ class Jobs:
     def cancel(self, project: str, job_id: str, sending: Sending) -> JobObject:
         """Cancel an unfinished job. Its worker notices at its next heartbeat, seconds later."""
         with self.database.write() as session:
-            job = repository.get(session, project, job_id)
-            if job is None:
-                raise not_found(job_id)
+            job = self._found(session, project, job_id)
             status = Status(job.status)
             # The worker may take the job along an edge of its own between this read and the write.
             for source in (status, *(other for other in ACTIVE if other != status)):
@@ -228,9 +232,7 @@ class Jobs:
 
     def _set_paused(self, project: str, job_id: str, paused: bool, message: str) -> JobObject:
         with self.database.write() as session:
-            job = repository.get(session, project, job_id)
-            if job is None:
-                raise not_found(job_id)
+            job = self._found(session, project, job_id)
             if job.paused != paused or job.status not in ACTIVE:
                 if not repository.set_paused(session, job_id, paused):
                     raise Conflict(f"Job {job_id} is {job.status} already.", code="job_already_ended")
@@ -239,8 +241,8 @@ class Jobs:
 
     def events(self, project: str, job_id: str, *, after: str | None, limit: int) -> list[EventObject]:
         """Up to `limit` + 1 events, newest first."""
-        self.get(project, job_id)
         with self.database.read() as session:
+            self._found(session, project, job_id)
             found = repository.events(session, job_id, after=after, limit=limit)
         if found is None:
             raise NotFound(f"No such event of this job: {after}", param="after", code="event_not_found")
@@ -251,8 +253,8 @@ class Jobs:
 
         After a resume the steps since the checkpoint are measured again: the last measurement of a step counts.
         """
-        self.get(project, job_id)
         with self.database.read() as session:
+            self._found(session, project, job_id)
             measured = repository.metrics(session, job_id)
         series: dict[str, dict[int, float]] = {}
         stages: dict[str, int] = {}
@@ -272,7 +274,8 @@ class Jobs:
 
     def stream_token(self, project: str, job_id: str) -> StreamToken:
         """What a browser, whose EventSource sends no key, can open the job's stream with."""
-        self.get(project, job_id)
+        with self.database.read() as session:
+            self._found(session, project, job_id)
         path = f"/v1/fine_tuning/jobs/{job_id}/stream"
         token, expires_at = self.keys.stream_token(project, path)
         return StreamToken(token=token, expires_at=expires_at, url=f"{path}?token={quote(token, safe='')}")
@@ -308,10 +311,10 @@ class Jobs:
 
     def seen(self, project: str, job_id: str, last_event_id: str | None) -> int:
         """The number of an event of the job; 0 is before the first."""
-        self.get(project, job_id)
-        if last_event_id is None:
-            return 0
         with self.database.read() as session:
+            self._found(session, project, job_id)
+            if last_event_id is None:
+                return 0
             found = repository.sequence_of(session, job_id, last_event_id)
         if found is None:
             message = f"No such event of this job: {last_event_id}"
@@ -320,8 +323,8 @@ class Jobs:
 
     def checkpoints(self, project: str, job_id: str, *, after: str | None, limit: int) -> list[CheckpointObject]:
         """Up to `limit` + 1 checkpoints, latest step first."""
-        self.get(project, job_id)
         with self.database.read() as session:
+            self._found(session, project, job_id)
             found = repository.checkpoints(session, job_id, after=after, limit=limit)
         if found is None:
             raise NotFound(f"No such checkpoint of this job: {after}", param="after", code="checkpoint_not_found")
@@ -329,7 +332,9 @@ class Jobs:
 
     def logs(self, project: str, job_id: str) -> Iterator[bytes]:
         """The trainer's log of the latest attempt that has one."""
-        for attempt in range(self.get(project, job_id).attempt, 0, -1):
+        with self.database.read() as session:
+            attempts = self._found(session, project, job_id).attempt
+        for attempt in range(attempts, 0, -1):
             try:
                 return self.storage.chunks(log_key(job_id, attempt))
             except FileNotFoundError:

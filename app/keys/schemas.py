@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from app.projects.schemas import ProjectId
-from app.strict import Strict
+from app.strict import Strict, unix_seconds
 
 if TYPE_CHECKING:  # the command line needs these schemas, and no SQLAlchemy
     from app.keys.tables import ApiKey
@@ -55,18 +55,15 @@ class KeyObject(BaseModel):
 
     @classmethod
     def of(cls, key: "ApiKey") -> "KeyObject":
-        def seconds(time: float | None) -> int | None:
-            return None if time is None else int(time)
-
         return cls(
             id=key.id,
             name=key.name,
             project=key.project,
             scopes=[Scope(scope) for scope in key.scopes],
             created_at=int(key.created_at),
-            expires_at=seconds(key.expires_at),
-            last_used_at=seconds(key.last_used_at),
-            revoked_at=seconds(key.revoked_at),
+            expires_at=unix_seconds(key.expires_at),
+            last_used_at=unix_seconds(key.last_used_at),
+            revoked_at=unix_seconds(key.revoked_at),
         )
 
 

@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 from app.jobs.tables import Job
 from app.models.tables import Model
+from app.strict import unix_seconds
 
 
 class ModelObject(BaseModel):
@@ -75,7 +76,7 @@ class LineageStep(BaseModel):
             files=files,
             spec=job.spec,
             metrics=job.metrics or {},
-            finished_at=None if job.finished_at is None else int(job.finished_at),
+            finished_at=unix_seconds(job.finished_at),
         )
 
 

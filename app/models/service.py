@@ -14,6 +14,7 @@ from app.models.schemas import Lineage, LineageStep
 from app.models.tables import Model
 from app.storage import Storage
 from app.tasks import repository as tasks
+from app.tasks.service import result
 
 MERGED_KEPT_SECONDS = 24 * 3600
 
@@ -59,12 +60,11 @@ class Models:
                 base_model=found.base_model,
                 arguments={"model": name, "dtype": dtype},
             )
-        if task.status == "pending":
+        made = result(task)
+        if made is None:
             self.broker.wake(Lane.CPU)
             return None
-        if task.error is not None:
-            raise ServiceError(task.error["message"], param=task.error.get("param"), code=task.error["code"])
-        return archive.tar(self.storage, (task.result or {})["prefix"])
+        return archive.tar(self.storage, made["prefix"])
 
     @staticmethod
     def _made(session: Session, project: str, name: str) -> tuple[repository.Found, str]:

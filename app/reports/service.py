@@ -14,6 +14,7 @@ from app.files.tables import File
 from app.models import repository as models
 from app.reports.schemas import Report
 from app.tasks import repository as tasks
+from app.tasks.service import result
 from app.tasks.tables import Task
 
 DEFAULT_MAX_LENGTH = 2048
@@ -73,9 +74,8 @@ class Reports:
                 }
                 asked |= {"need": "supervised" if asked["method"] == "supervised" else task.result["kind"]}
                 task = with_tokens(session, file, asked, found)
-        if task.status == "pending":
+        made = result(task)
+        if made is None:
             self.broker.wake(Lane.CPU)
             return None
-        if task.error is not None:
-            raise ServiceError(task.error["message"], param=task.error.get("param"), code=task.error["code"])
-        return Report(file_id=file_id, **(task.result or {}))
+        return Report(file_id=file_id, **made)

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from app.strict import Strict
+from app.strict import Strict, unix_seconds
 from app.webhooks.tables import WebhookDelivery, WebhookEndpoint
 
 EventType = Literal["fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled"]
@@ -103,8 +103,8 @@ class DeliveryObject(BaseModel):
             type=delivery.type,
             created_at=int(delivery.created_at),
             status="pending" if due is not None else "delivered" if arrived is not None else "failed",
-            next_attempt_at=None if due is None else int(due),
-            delivered_at=None if arrived is None else int(arrived),
+            next_attempt_at=unix_seconds(due),
+            delivered_at=unix_seconds(arrived),
             attempts=[Attempt(**entry) for entry in delivery.log],
             body=delivery.body,
         )
