@@ -21,6 +21,7 @@ from app.dashboard.session import NotSignedIn, ask_for_a_key
 from app.dependencies import ServicesDependency
 from app.estimates.endpoints import router as estimates_router
 from app.files.endpoints import router as files_router
+from app.installation import is_store_of
 from app.jobs.endpoints import router as jobs_router
 from app.keys.endpoints import router as keys_router
 from app.keys.middleware import Gate
@@ -69,8 +70,9 @@ def _document(app: FastAPI) -> dict[str, Any]:
 
 def create_app(settings: Settings | None = None) -> FastAPI:
     """The application. Key files and folders of `DPO_HOME` are made where they are missing."""
-    configure_logging()
-    services = Services.of(settings or Settings())
+    settings = settings or Settings()
+    configure_logging(settings.log_level)
+    services = Services.of(settings)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -123,6 +125,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             problems["database"] = type(error).__name__
         try:
             services.storage.check()
+            if "database" not in problems and not is_store_of(services.database, services.storage):
+                problems["storage"] = "the object store belongs to another installation's database"
         except Exception as error:  # likewise
             problems["storage"] = type(error).__name__
         status = "ok" if not problems else "unavailable"

@@ -75,7 +75,9 @@ class Services:
         )
 
     def migrate(self, revision: str = "head") -> None:
-        """Bring the database to `revision`, up or down."""
+        """Bring the database to `revision`, up or down. One that is ahead of this version stays as it is."""
+        if revision == "head" and self.migrated():
+            return
         with self.database.engine.begin() as connection:
             config = alembic_config()
             config.attributes["connection"] = connection
@@ -85,10 +87,12 @@ class Services:
                 command.upgrade(config, revision)
 
     def migrated(self) -> bool:
-        """Whether the database has the schema of this version."""
+        """Whether the database has the schema of this version, or that of a later one: the next only adds to it."""
         with self.database.engine.connect() as connection:
             current = MigrationContext.configure(connection).get_current_revision()
-        return current == ScriptDirectory.from_config(alembic_config()).get_current_head()
+        scripts = ScriptDirectory.from_config(alembic_config())
+        before = {script.revision for script in scripts.walk_revisions()} - {scripts.get_current_head()}
+        return current is not None and current not in before
 
 
 def alembic_config() -> Config:

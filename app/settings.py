@@ -5,7 +5,7 @@ import re
 import secrets
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -28,8 +28,14 @@ class Settings(BaseSettings):
     port: int = 8000
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = ("localhost", "127.0.0.1", "[::1]")
     cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Of structured logs; what is less important is left out."""
     rate_limit: int = Field(6000, ge=0)
     """Requests a minute for each key; 0 is no limit."""
+    sweep_after_hours: float = Field(24.0, ge=0)
+    """Workers remove objects that no row needs when they are this old; 0: never."""
+    retain_events_days: float = Field(365.0, ge=0)
+    """Events, metrics and logs of jobs, and deliveries of webhooks, are kept so long after their end; 0: for ever."""
     private_webhooks: Annotated[tuple[str, ...], NoDecode] = ()
     """Hosts inside the operator's own network that webhooks may be sent to."""
 

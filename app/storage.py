@@ -11,7 +11,7 @@ from pathlib import Path
 
 import obstore
 from obstore.exceptions import NotFoundError
-from obstore.store import ObjectStore, from_url
+from obstore.store import LocalStore, ObjectStore, from_url
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 
@@ -25,7 +25,7 @@ class Storage:
         if url.startswith("file://"):
             folder = Path(url.removeprefix("file://"))
             folder.mkdir(parents=True, exist_ok=True)
-            self.store: ObjectStore = from_url(f"file://{folder}", mkdir=True)
+            self.store: ObjectStore = LocalStore(folder, mkdir=True, automatic_cleanup=True)
         elif url.startswith("s3://"):
             plain = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
             self.store = from_url(url, client_options={"allow_http": plain})

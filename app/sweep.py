@@ -1,7 +1,7 @@
 """Find the objects that no row needs: what a dead process left half done, and what only a resume would have read.
 
-The rows decide, object by object. It is a person who starts this (`dpo sweep`): beside a database that is not this
-store's, no object would be needed.
+The rows decide, object by object, and only beside a database that is this store's: beside another no object would
+be needed. Workers do it every hour, and a person with `dpo sweep`.
 """
 
 import time
@@ -10,9 +10,11 @@ from collections.abc import Callable
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from app.errors import Conflict
 from app.files.tables import File
+from app.installation import is_store_of
 from app.jobs.states import ACTIVE
-from app.jobs.tables import Checkpoint, Job
+from app.jobs.tables import Checkpoint, Job, JobEvent
 from app.models.tables import Model
 from app.services import Services
 from app.tasks.tables import Task
@@ -27,8 +29,15 @@ CACHE_SECONDS = 30 * 24 * 3600.0
 def sweep(services: Services, *, delete: bool, grace: float = GRACE_SECONDS) -> tuple[int, int]:
     """Look at every object that was last written more than `grace` seconds ago.
 
-    Returns (objects that are needed, objects that are not); `delete` removes those.
+    Returns (objects that are needed, objects that are not); `delete` removes those. Raises `Conflict` where the store
+    belongs to another installation than the database.
     """
+    if not is_store_of(services.database, services.storage):
+        raise Conflict(
+            "The object store is another installation's than the database: what one needs, the other does not know. "
+            "Check DPO_DATABASE_URL and DPO_STORAGE_URL.",
+            code="another_installation",
+        )
     needed, spare = 0, 0
     for prefix, find in NEEDED.items():
         age = CACHE_SECONDS if prefix == "cache" else grace
@@ -45,6 +54,16 @@ def sweep(services: Services, *, delete: bool, grace: float = GRACE_SECONDS) -> 
     return needed, spare
 
 
+def tidy_job(services: Services, job_id: str) -> None:
+    """Remove at once what only a resume of a job that has ended would have read, and what dead attempts left of it."""
+    keys = [key for key, _size in services.storage.list(f"jobs/{job_id}")]
+    with services.database.read() as session:
+        kept = _jobs(session, keys)
+    for key in keys:
+        if key not in kept:
+            services.storage.delete(key)
+
+
 def _files(session: Session, keys: list[str]) -> set[str]:
     """Those of files that are there; the bytes of deleted ones go with their rows."""
     names = [_part(key, 1) for key in keys]
@@ -59,9 +78,10 @@ def _parts(session: Session, keys: list[str]) -> set[str]:
 
 
 def _jobs(session: Session, keys: list[str]) -> set[str]:
-    """All of a job that has not ended; else its model, the models of its checkpoints, and its logs."""
+    """All of a job that has not ended; else its model, those of its checkpoints, and, while it has events, its logs."""
     ids = {_part(key, 1) for key in keys}
     active = set(session.scalars(select(Job.id).where(Job.id.in_(ids), Job.status.in_(ACTIVE))))
+    told = set(session.scalars(select(JobEvent.job_id).where(JobEvent.job_id.in_(ids)).distinct()))
     folders = set(session.scalars(select(Model.prefix).where(Model.job_id.in_(ids))))
     folders |= {
         f"{prefix}/model" for prefix in session.scalars(select(Checkpoint.prefix).where(Checkpoint.job_id.in_(ids)))
@@ -70,7 +90,7 @@ def _jobs(session: Session, keys: list[str]) -> set[str]:
         key
         for key in keys
         if _part(key, 1) in active
-        or key.endswith("/trainer.log")
+        or (key.endswith("/trainer.log") and _part(key, 1) in told)
         or any(key.startswith(f"{folder}/") for folder in folders)
     }
 

@@ -3,8 +3,9 @@
 from alembic import context
 from sqlalchemy import Connection
 
+from app import installation as _installation  # noqa: F401 - each import registers its tables
 from app.database import Base
-from app.files import tables as _files  # noqa: F401 - each import registers its tables
+from app.files import tables as _files  # noqa: F401
 from app.idempotency import tables as _idempotency  # noqa: F401
 from app.jobs import tables as _jobs  # noqa: F401
 from app.keys import tables as _keys  # noqa: F401

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import boto3
 import psycopg
@@ -42,9 +44,31 @@ def _postgres_program(name: str) -> str:
     return str(Path(found).resolve())
 
 
+class Server:
+    """A server process on a port of its own. It can be ended, and started again as it was."""
+
+    def __init__(self, command: list[str], port: int, ready: Callable[[], object], **options: Any) -> None:
+        self.command, self.port, self.ready, self.options = command, port, ready, options
+        self.start()
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        self.process = subprocess.Popen(self.command, **self.options)
+        try:
+            wait_until(self.ready, self.command[0])
+        except TimeoutError:
+            self.end()
+            raise
+
+    def end(self, how: signal.Signals = signal.SIGTERM) -> None:
+        """End it with a signal, and wait for it."""
+        self.process.send_signal(how)
+        self.process.wait()
+
+
 @contextmanager
-def postgres() -> Iterator[str]:
-    """A PostgreSQL cluster of its own; yields its SQLAlchemy URL."""
+def postgres_server() -> Iterator[Server]:
+    """A PostgreSQL cluster of its own: superuser `dpo`, database `postgres`."""
     # PostgreSQL refuses to run as root: there the package's own user runs it.
     user = "postgres" if os.geteuid() == 0 else None
     folder = Path(tempfile.mkdtemp(prefix="dpo-postgres-"))
@@ -57,46 +81,57 @@ def postgres() -> Iterator[str]:
             check=True, user=user, cwd=folder, stdout=subprocess.DEVNULL,
         )  # fmt: skip
         options = ["-p", str(port), "-k", str(folder), "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"]
+        connect = f"host=127.0.0.1 port={port} user=dpo dbname=postgres"
+
+        def connects() -> bool:
+            with psycopg.connect(connect) as connection:
+                return not connection.closed
+
         with (folder.parent / f"{folder.name}.log").open("wb") as log:
-            server = subprocess.Popen(
-                [_postgres_program("postgres"), "-D", data, *options], user=user, cwd=folder, stderr=log, stdout=log
-            )
+            command = [_postgres_program("postgres"), "-D", str(data), *options]
+            server = Server(command, port, connects, user=user, cwd=folder, stderr=log, stdout=log)
         try:
-            connect = f"host=127.0.0.1 port={port} user=dpo dbname=postgres"
-
-            def connects() -> bool:
-                with psycopg.connect(connect) as connection:
-                    return not connection.closed
-
-            wait_until(connects, "PostgreSQL")
-            yield f"postgresql+psycopg://dpo@127.0.0.1:{port}/postgres"
+            yield server
         finally:
-            server.terminate()
-            server.wait()
+            server.end(signal.SIGINT)
             (folder.parent / f"{folder.name}.log").unlink()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
+def postgres() -> Iterator[str]:
+    """A PostgreSQL cluster of its own; yields its SQLAlchemy URL."""
+    with postgres_server() as server:
+        yield postgres_url(server.port)
+
+
+def postgres_url(port: int) -> str:
+    return f"postgresql+psycopg://dpo@127.0.0.1:{port}/postgres"
+
+
+@contextmanager
+def redis_process() -> Iterator[Server]:
+    """A Redis server that keeps nothing: empty again after a restart."""
+    port = free_port()
+
+    def ping() -> bool:
+        with redis.Redis(port=port) as client:
+            return bool(client.ping())
+
+    options = ["--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+    server = Server(["redis-server", "--port", str(port), *options], port, ping, stdout=subprocess.DEVNULL)
+    try:
+        yield server
+    finally:
+        server.end()
+
+
+@contextmanager
 def redis_server() -> Iterator[str]:
     """A Redis server that keeps nothing; yields its URL."""
-    port = free_port()
-    server = subprocess.Popen(
-        ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"],
-        stdout=subprocess.DEVNULL,
-    )
-    try:
-
-        def ping() -> bool:
-            with redis.Redis(port=port) as client:
-                return bool(client.ping())
-
-        wait_until(ping, "Redis")
-        yield f"redis://127.0.0.1:{port}/0"
-    finally:
-        server.terminate()
-        server.wait()
+    with redis_process() as server:
+        yield f"redis://127.0.0.1:{server.port}/0"
 
 
 S3_ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}

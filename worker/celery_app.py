@@ -50,10 +50,11 @@ def make_worker(settings: Settings, lane: Lane) -> Celery:
 
 def run(lane: Lane) -> None:
     """Run a worker of `lane` in this process until SIGTERM or Ctrl-C."""
-    configure_logging()
+    settings = Settings()
+    configure_logging(settings.log_level)
     # Celery warns root of pickled messages; this service's messages are JSON, and name a lane.
     warnings.filterwarnings("ignore", category=SecurityWarning)
-    celery = make_worker(Settings(), lane)
+    celery = make_worker(settings, lane)
     arguments = [
         "--quiet",
         "worker",

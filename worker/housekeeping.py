@@ -1,43 +1,54 @@
-"""What every worker does beside its jobs, every few seconds. That several do it at once is harmless."""
+"""What every worker does beside its jobs, every few seconds or every hour. That several do it at once is harmless."""
 
 import structlog
 from sqlalchemy import delete, select
 
-from app.broker import Lane
 from app.database import Database
 from app.files import repository as files
 from app.files.tables import File
 from app.idempotency import service as idempotency
 from app.jobs import repository
-from app.jobs.states import Actor, Status
 from app.services import Services
+from app.sweep import sweep
 from app.tasks import repository as tasks
 from app.uploads import repository as uploads
+from app.webhooks import repository as webhooks
+
+FORGET_AT_ONCE = 1000
 
 log = structlog.get_logger(__name__)
 
 
 def keep_house(services: Services) -> None:
-    """Requeue jobs whose worker was lost, and remove what nobody can reach any more."""
-    for lane in reap(services.database):
-        services.broker.wake(lane)
+    """End what is past its time, and remove what nobody can reach any more."""
     expire(services)
     purge_deleted_files(services)
 
 
-def reap(database: Database) -> set[Lane]:
-    """Take expired leases away. Returns the lanes that have work again."""
-    lanes = set()
-    with database.write() as session:
-        for job in repository.expired(session):
-            log.warning("lease expired", job=job.id, attempt=job.attempt, owner=job.lease_owner)
-            lanes.add(Lane.GPU if job.status == Status.RUNNING else Lane.CPU)
-            repository.recover(session, job, Actor.HOUSEKEEPING, "The worker of this job was lost.")
-        for task in tasks.expired(session):
-            log.warning("lease expired", task=task.id, attempt=task.attempt, owner=task.lease_owner)
-            lanes.add(Lane.CPU)
-            tasks.hand_back(session, task, "The worker of this task was lost.")
-    return lanes
+def clear_out(services: Services) -> None:
+    """Forget what is told of jobs that ended long ago, and remove the objects that no row needs any more."""
+    days, hours = services.settings.retain_events_days, services.settings.sweep_after_hours
+    if days:
+        forgotten = forget_old_events(services.database, days * 86400)
+        log.info("old events forgotten", rows=forgotten, days=days)
+    if hours:
+        needed, removed = sweep(services, delete=True, grace=hours * 3600)
+        log.info("objects swept", needed=needed, removed=removed)
+
+
+def forget_old_events(database: Database, seconds: float) -> int:
+    """Remove the events of jobs that ended more than `seconds` ago, and webhooks' deliveries; returns the rows.
+
+    A job's last metrics are in its own row and stay.
+    """
+    forgotten = 0
+    while True:
+        with database.write() as session:
+            rows = repository.forget_events(session, seconds, FORGET_AT_ONCE)
+            rows += webhooks.forget(session, seconds, FORGET_AT_ONCE)
+        forgotten += rows
+        if rows == 0:
+            return forgotten
 
 
 def expire(services: Services) -> None:

@@ -19,8 +19,9 @@ from app.workers import repository as workers
 from worker import integrations
 from worker.base_models import BaseModels
 from worker.device import device
-from worker.housekeeping import keep_house
+from worker.housekeeping import clear_out, keep_house
 from worker.processes import Spare
+from worker.reaper import Reaper
 from worker.runner import Run
 from worker.tasks import run_task
 from worker.validator import validate
@@ -31,10 +32,11 @@ log = structlog.get_logger(__name__)
 LOOK_SECONDS = 2.0
 """An idle worker looks by itself so often, should a wake-up be lost; so often it keeps house."""
 REGISTER_SECONDS = 30.0
+SWEEP_SECONDS = 3600.0
 
 
 class LaneWorker:
-    """The threads of one worker process: one that works, one that keeps house."""
+    """The threads of one worker process: one that works, one that keeps house, one that takes leases of the lost."""
 
     def __init__(self, services: Services, lane: Lane) -> None:
         self.services, self.lane = services, lane
@@ -47,16 +49,22 @@ class LaneWorker:
         self._threads = [
             threading.Thread(target=self._work, name=f"{lane.value}-lane"),
             threading.Thread(target=self._keep_house, name="housekeeping"),
+            threading.Thread(target=self._reap, name="reaper"),
         ]
         if lane == Lane.CPU:
             self._threads.append(threading.Thread(target=Sender(services, self.stopping).run, name="webhooks"))
+        # Not waited for at the end: a long sweep may end anywhere.
+        self._sweeper = threading.Thread(target=self._sweep, name="sweeper", daemon=True)
 
     def start(self) -> None:
         for thread in self._threads:
             thread.start()
+        if self.lane == Lane.CPU:
+            self._sweeper.start()
 
     def ring(self) -> None:
         """A wake-up came."""
+        log.debug("woken", lane=self.lane)
         self._bell.set()
 
     def stop(self) -> None:
@@ -116,6 +124,23 @@ class LaneWorker:
             self.stopping.wait(LOOK_SECONDS)
         with suppress(SQLAlchemyError), self.services.database.write() as session:
             workers.leave(session, self.owner)
+
+    def _reap(self) -> None:
+        """In a thread of its own: an object store that hangs must not keep jobs from going on."""
+        reaper = Reaper(self.services)
+        while not self.stopping.is_set():
+            try:
+                reaper.look()
+            except Exception as error:  # whatever it is, the next look may do better
+                log.warning("leases could not be looked at", reason=str(error))
+            self.stopping.wait(LOOK_SECONDS)
+
+    def _sweep(self) -> None:
+        while not self.stopping.wait(SWEEP_SECONDS):
+            try:
+                clear_out(self.services)
+            except Exception as error:  # the store or the database are away; the next round comes
+                log.warning("sweep failed", reason=str(error))
 
     def _register(self) -> None:
         """Tell the API who is here, on what device, and which base models there are."""

@@ -21,7 +21,10 @@ class LeaseLost(Exception):
 
 
 class Lease:
-    """Renews the lease of one attempt while the block runs. `lost` turns true when another may have the job.
+    """Renews the lease of one attempt while the block runs. `lost` turns true when another has the job.
+
+    A database that does not answer may be away for this worker or for all: the work goes on for `OUTAGE_SECONDS` more
+    than the lease. Where another has the job by then, its attempt fences off whatever this one writes.
 
     `heartbeat` renews it, a job's if none is given; it returns False where the lease is another's.
     """
@@ -37,7 +40,7 @@ class Lease:
         self._heartbeat = heartbeat or self._of_job
         self._lost = threading.Event()
         self._released = threading.Event()
-        self._valid_until = time.monotonic() + repository.LEASE_SECONDS
+        self._valid_until = time.monotonic() + self._good_for()
         self._paused = threading.Event()
         self._callbacks: list[Callable[[], None]] = []
         self._threads = [threading.Thread(target=target, daemon=True) for target in (self._renew, self._watch)]
@@ -70,6 +73,10 @@ class Lease:
         """Call `callback`, from another thread, when the lease is lost."""
         self._callbacks.append(callback)
 
+    @staticmethod
+    def _good_for() -> float:
+        return repository.LEASE_SECONDS + repository.OUTAGE_SECONDS
+
     def _of_job(self, session: Session, job_id: str, attempt: int) -> bool:
         held = repository.heartbeat(session, job_id, attempt)
         if held is not None and held.paused:
@@ -82,17 +89,23 @@ class Lease:
             try:
                 with self.database.write() as session:
                     held = self._heartbeat(session, self.job_id, self.attempt)
-            except Exception as error:  # the database may be away for a while; the lease is good until it expires
+            except Exception as error:  # the database may be away for a while
                 log.warning("heartbeat failed", job=self.job_id, reason=str(error))
                 continue
             if not held:
                 self._lost.set()
                 return
-            self._valid_until = asked + repository.LEASE_SECONDS
+            self._valid_until = asked + self._good_for()
 
     def _watch(self) -> None:
+        told = False
         while not self._released.is_set():
-            if time.monotonic() > self._valid_until:
+            now = time.monotonic()
+            late = now > self._valid_until - repository.OUTAGE_SECONDS
+            if late and not told:
+                log.warning("lease not renewed in time; going on", job=self.job_id, attempt=self.attempt)
+            told = late
+            if now > self._valid_until:
                 self._lost.set()
             if self._lost.wait(WATCH_SECONDS):
                 for callback in self._callbacks:

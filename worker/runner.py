@@ -16,10 +16,10 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import structlog
 from sqlalchemy.exc import OperationalError
@@ -35,6 +35,8 @@ from app.jobs.tables import Checkpoint, Job
 from app.models import repository as models
 from app.models.tables import Model
 from app.services import Services
+from app.sweep import tidy_job
+from worker import manifest
 from worker.base_models import BaseModels, ModelUnavailable
 from worker.integrations import Reporter
 from worker.lease import Lease, LeaseLost
@@ -46,9 +48,10 @@ log = structlog.get_logger(__name__)
 STOPPED = 75
 CACHE_KEY = re.compile(r"(tokens|reference)(/[0-9a-f]{64}){1,2}")
 LOG_SECONDS = 3.0
+RESUMABLE = 2
+"""Checkpoints of a job that can be resumed from: the latest, and one more should that be damaged."""
 OVERDUE_SECONDS = 30.0
 """For the checkpoint of a job whose time is over."""
-Result = TypeVar("Result")
 
 
 def model_name(job: Job) -> str:
@@ -68,7 +71,7 @@ class Run:
         self.spec = JobSpec.model_validate(job.spec)
         self.outcome: dict[str, Any] | None = None
         self.began = time.monotonic()
-        self.log = log.bind(job=job.id, attempt=job.attempt)
+        self.log = log.bind(job=job.id, attempt=job.attempt, request=job.request_id)
 
     def run(self) -> None:
         """Run the attempt to its end, whatever that is."""
@@ -86,6 +89,8 @@ class Run:
                 self._recover(f"The worker failed ({type(error).__name__}).")
             finally:
                 self.reporter.close()
+        with suppress(Exception):  # a sweep will find it
+            tidy_job(self.services, self.job.id)
 
     @property
     def overdue(self) -> bool:
@@ -117,7 +122,6 @@ class Run:
                 held_to and held_to.foundation and models.find(session, self.job.project, held_to.foundation)
             )
             version = models.version(session, self.job.base_model)
-            latest = repository.latest_checkpoint(session, self.job.id)
         if started_from is None:
             return self._fail("model_not_found", f"The model '{spec.model}' was deleted.", "model")
         if self.job.foundation and not foundation:
@@ -132,14 +136,57 @@ class Run:
             except ModelUnavailable as error:
                 return self._fail("model_unavailable", str(error), field)
             self._place(held_to, held_to_foundation or None, other, self.folder / "reference")
-        if latest is not None:
-            self.services.storage.get_folder(latest.prefix, self.folder / "resume")
+        self._fetch_checkpoint()
         located = spec.with_files({field: paths[file_id] for field, file_id in named.items()})
         (self.folder / "spec.json").write_text(located.model_dump_json())
         name = self.job.foundation or self.job.base_model
         run = {"base_model": name, "revision": revision, "version": version, "spec": self.job.spec}
+        run["log"] = {"job": self.job.id, "attempt": self.job.attempt, "request": self.job.request_id}
         (self.folder / "run.json").write_text(json.dumps(run))
         return True
+
+    def _fetch_checkpoint(self) -> None:
+        """Bring the latest checkpoint that is as it was written into `resume`, if there is one."""
+        place = self.folder / "resume"
+        while True:
+            with self.services.database.read() as session:
+                latest = repository.latest_checkpoint(session, self.job.id)
+            if latest is None:
+                return
+            self.services.storage.get_folder(latest.prefix, place)
+            damage = manifest.damage(place)
+            if damage is None:
+                return
+            shutil.rmtree(place, ignore_errors=True)
+            self.log.error("damaged checkpoint", prefix=latest.prefix, damage=damage)
+            message = f"The checkpoint at step {latest.step_number} cannot be used ({damage}); going back to before it."
+            self._drop([latest], message)
+
+    def _drop(self, checkpoints: Sequence[Checkpoint], message: str | None = None) -> None:
+        """Remove checkpoints: their rows first, so that nobody finds one that is half gone."""
+
+        def write(session: Session) -> None:
+            if not repository.write_guarded(session, self.job.id, self.job.attempt, lost_attempts=Job.lost_attempts):
+                raise LeaseLost
+            repository.forget_checkpoints(session, [checkpoint.id for checkpoint in checkpoints])
+            if message is not None:
+                repository.add_event(session, self.job.id, message, level="warn")
+
+        self._write(write)
+        for checkpoint in checkpoints:
+            self.services.storage.delete_folder(checkpoint.prefix)
+
+    def _trim(self) -> None:
+        """Keep as many checkpoints as the job wants, and those that others need; of old ones only what can be used."""
+        with self.services.database.read() as session:
+            saved = repository.checkpoints(session, self.job.id, after=None, limit=repository.MAX_CHECKPOINTS) or []
+            surplus = [
+                old for old in saved[self.spec.keep_checkpoints :] if not models.users_of(session, old.model_name)
+            ]
+        if surplus:
+            self._drop(surplus)
+        for old in saved[RESUMABLE : RESUMABLE + 1]:
+            self.services.storage.delete_folder(f"{old.prefix}/state")
 
     def _place(self, model: models.Found, foundation: models.Found | None, base: Path, folder: Path) -> None:
         """Put what `model` is made of into `folder`: `base`, and for an adapter `start`."""
@@ -224,31 +271,35 @@ class Run:
                 shutil.rmtree(self.folder / event["path"])
             elif event["kind"] == "metrics":
                 self.reporter.metrics(event["step"], event["metrics"])
-            elif event["kind"] in ("done", "failed"):
+            elif event["kind"] in ("done", "failed", "broken"):
                 self.outcome = event
+
+        told = [new_id("ftevent") for _ in batch]
 
         def write(session: Session) -> None:
             columns = _columns(batch)
             if not repository.write_guarded(session, self.job.id, self.job.attempt, **columns):
                 raise LeaseLost
-            for event in batch:
-                self._write_event(session, event)
+            for event_id, event in zip(told, batch, strict=True):
+                self._write_event(session, event_id, event)
 
-        self._write(write)
+        self._write(write, lambda session: repository.any_event(session, told))
+        if any(event["kind"] == "checkpoint" for event in batch):
+            self._trim()
 
-    def _write_event(self, session: Session, event: dict[str, Any]) -> None:
+    def _write_event(self, session: Session, event_id: str, event: dict[str, Any]) -> None:
         if event["kind"] == "message":
-            repository.add_event(session, self.job.id, event["message"], level=event["level"])
+            repository.add_event(session, self.job.id, event["message"], level=event["level"], id=event_id)
         elif event["kind"] == "stage":
             text = f"Stage {event['stage']}: {event['rows']} rows, {event['validation_rows']} for validation."
-            repository.add_event(session, self.job.id, text)
+            repository.add_event(session, self.job.id, text, id=event_id)
         elif event["kind"] == "metrics":
             shown = ("loss", "eval/loss", "rewards/accuracies", "eval/rewards/accuracies", "eval/rewards/margins")
             values = ", ".join(f"{n}={event['metrics'][n]:.4f}" for n in shown if n in event["metrics"])
             data = {"step": event["step"], "stage": event["stage"], "total_steps": event["total_steps"]}
             data |= event["metrics"] | {"train_loss": event["metrics"].get("loss")}
             message = f"Step {event['step']}/{event['total_steps']}: {values}"
-            repository.add_event(session, self.job.id, message, type="metrics", data=data)
+            repository.add_event(session, self.job.id, message, type="metrics", data=data, id=event_id)
         elif event["kind"] == "checkpoint":
             name = f"{model_name(self.job)}:ckpt-step-{event['step']}"
             if repository.has_checkpoint(session, self.job.id, event["step"]):
@@ -265,7 +316,8 @@ class Run:
                     prefix=f"{self.prefix}/{event['path']}",
                 )
             )
-            repository.add_event(session, self.job.id, f"Checkpoint created at step {event['step']}: {name}")
+            text = f"Checkpoint created at step {event['step']}: {name}"
+            repository.add_event(session, self.job.id, text, id=event_id)
 
     def _upload_log(self) -> None:
         path = self.folder / "trainer.log"
@@ -289,6 +341,8 @@ class Run:
             self._write(lambda session: self._end(session, Status.QUEUED, "The job waits, paused; its GPU is free."))
         elif status == STOPPED and self.stopping.is_set():
             self._write(lambda session: self._end(session, Status.QUEUED, "The worker stops; the job will resume."))
+        elif self.outcome is not None and self.outcome["kind"] == "broken":
+            self._recover(f"The trainer could not go on ({self.outcome['reason']}).")
         else:
             how = f"signal {-status}" if status < 0 else f"exit status {status}"
             self._recover(f"The trainer died ({how}).")
@@ -373,6 +427,8 @@ class Run:
             raise LeaseLost
 
     def _recover(self, reason: str) -> None:
+        self.log.warning("attempt lost", reason=reason)
+
         def write(session: Session) -> None:
             current = session.get_one(Job, self.job.id)
             if current.attempt == self.job.attempt and current.status == Status.RUNNING:
@@ -381,13 +437,20 @@ class Run:
         with suppress(LeaseLost):
             self._write(write)
 
-    def _write(self, work: Callable[[Session], Result]) -> Result:
-        """Run `work` in a transaction, again and again while the database is away and the lease is good."""
+    def _write(self, work: Callable[[Session], None], committed: Callable[[Session], bool] | None = None) -> None:
+        """Run `work` in a transaction, again and again while the database is away and the lease is good.
+
+        A connection may break when the commit is done and before this side hears of it: `committed` tells then.
+        """
+        again = False
         while True:
             try:
                 with self.services.database.write() as session:
-                    return work(session)
+                    if not (again and committed and committed(session)):
+                        work(session)
+                    return
             except OperationalError as error:
+                again = True
                 self.log.warning("database out of reach", reason=str(error.orig))
                 if self.lease.wait_lost(1.0):
                     raise LeaseLost from error

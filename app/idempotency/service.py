@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastapi import Depends, Header
+from fastapi import Depends, Header, Request
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
@@ -26,11 +26,12 @@ RESENT_SECONDS = 1800
 
 @dataclass(frozen=True)
 class Sending:
-    """How a request was sent: by which API key, under which idempotency key, and whether it was sent before."""
+    """How a request was sent: by which API key, under which idempotency key, whether it was sent before, and its id."""
 
     key_id: str
     idempotency_key: str | None = None
     resent: bool = False
+    request_id: str | None = None
 
     def earlier(self, session: Session, operation: str, content: Any) -> str | None:
         """The id of what an earlier sending made; None where this is the first. Call it in a write transaction.
@@ -94,6 +95,7 @@ def forget_old(session: Session) -> None:
 
 
 def _sending(
+    request: Request,
     caller: CallerDependency,
     idempotency_key: Annotated[
         str | None,
@@ -105,7 +107,7 @@ def _sending(
     ] = None,
     x_stainless_retry_count: Annotated[int, Header(ge=0, description="Sent by the official client.")] = 0,
 ) -> Sending:
-    return Sending(caller.key_id, idempotency_key, x_stainless_retry_count > 0)
+    return Sending(caller.key_id, idempotency_key, x_stainless_retry_count > 0, request.state.request_id)
 
 
 SendingDependency = Annotated[Sending, Depends(_sending)]

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from sqlalchemy import ColumnElement, Row, Select, and_, case, false, func, or_, select, tuple_, update
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy import ColumnElement, Row, Select, and_, case, delete, false, func, or_, select, tuple_, update
+from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
 
 from app.database import database_now, new_id, wait_for_others
 from app.jobs.states import ACTIVE, TRANSITIONS, Actor, Status
@@ -15,7 +15,10 @@ from app.webhooks import repository as webhooks
 
 LEASE_SECONDS = 15.0
 HEARTBEAT_SECONDS = 3.0
+OUTAGE_SECONDS = 60.0
+"""So much longer than its lease a worker trains on while the database does not answer it."""
 MAX_LOST_ATTEMPTS = 3
+MAX_CHECKPOINTS = 1000
 RETRY_SECONDS = 20.0
 CLAIM_LOCK = 0x64706F
 """Any number that nobody else uses."""
@@ -89,11 +92,12 @@ def add_event(
     level: str = "info",
     type: str = "message",
     data: dict[str, Any] | None = None,
+    id: str | None = None,
 ) -> None:
     """Append to the job's events, in the transaction of what it tells."""
     session.add(
         JobEvent(
-            id=new_id("ftevent"),
+            id=id or new_id("ftevent"),
             job_id=job_id,
             created_at=database_now(),
             level=level,
@@ -122,6 +126,18 @@ def events_after(session: Session, job_id: str, seen: int, limit: int) -> list[J
     return list(session.scalars(statement.order_by(JobEvent.sequence).limit(limit)))
 
 
+def forget_events(session: Session, seconds: float, limit: int) -> int:
+    """Remove up to `limit` events of jobs that ended more than `seconds` ago; returns how many."""
+    ended = select(Job.id).where(Job.finished_at < database_now() - seconds)
+    old = select(JobEvent.sequence).where(JobEvent.job_id.in_(ended)).limit(limit)
+    return len(session.scalars(delete(JobEvent).where(JobEvent.sequence.in_(old)).returning(JobEvent.sequence)).all())
+
+
+def any_event(session: Session, event_ids: Sequence[str]) -> bool:
+    """Whether one of these events is there."""
+    return session.scalar(select(JobEvent.sequence).where(JobEvent.id.in_(event_ids)).limit(1)) is not None
+
+
 def sequence_of(session: Session, job_id: str, event_id: str) -> int | None:
     """The number of an event of a job."""
     return session.scalar(select(JobEvent.sequence).where(JobEvent.id == event_id, JobEvent.job_id == job_id))
@@ -148,6 +164,11 @@ def has_checkpoint(session: Session, job_id: str, step: int) -> bool:
     """Whether the job has a checkpoint of `step`."""
     found = select(Checkpoint.id).where(Checkpoint.job_id == job_id, Checkpoint.step_number == step)
     return session.scalar(found) is not None
+
+
+def forget_checkpoints(session: Session, checkpoint_ids: Sequence[str]) -> None:
+    """Remove the rows of checkpoints."""
+    session.execute(delete(Checkpoint).where(Checkpoint.id.in_(checkpoint_ids)))
 
 
 def latest_checkpoint(session: Session, job_id: str) -> Checkpoint | None:
@@ -212,7 +233,7 @@ def claim(session: Session, status: Status, owner: str, served: Sequence[str] | 
     A claim is a new attempt. A queued job is running from then on.
     """
     target = Status.RUNNING if status == Status.QUEUED else status
-    free = and_(Job.status == status, Job.lease_owner.is_(None), Job.eligible_at <= database_now())
+    free = and_(Job.status == status, Job.lease_owner.is_(None), eligible(Job.eligible_at))
     if target == Status.RUNNING:
         wait_for_others(session, CLAIM_LOCK)  # two that count a project's running jobs at once would both start one
         free = and_(free, Job.paused.is_(False), _within_limit())
@@ -261,6 +282,20 @@ def serves(column: Any, name: str) -> ColumnElement[bool]:
     return cast(ColumnElement[bool], column.like(name.replace("*", "%"), escape="\\"))
 
 
+def eligible(at: ColumnElement[float] | InstrumentedAttribute[float]) -> ColumnElement[bool]:
+    """The condition that the time `at` has come; one further away than any pause was set before the clock went back."""
+    return or_(at <= database_now(), at > database_now() + RETRY_SECONDS + HEARTBEAT_SECONDS)
+
+
+def lapsed(expires_at: InstrumentedAttribute[float | None]) -> ColumnElement[bool]:
+    """The condition that a lease is over. One that ends later than any could was set before the clock went back."""
+    return or_(
+        expires_at.is_(None),
+        expires_at < database_now(),
+        expires_at > database_now() + LEASE_SECONDS + HEARTBEAT_SECONDS,
+    )
+
+
 def holds(job_id: str, attempt: int) -> ColumnElement[bool]:
     """The condition that this attempt still holds the job's lease."""
     return and_(Job.id == job_id, Job.attempt == attempt, Job.lease_owner.is_not(None))
@@ -276,7 +311,9 @@ class Held:
 
 def heartbeat(session: Session, job_id: str, attempt: int) -> Held | None:
     """Extend the lease; None where another has it, or nobody. The time since the last heartbeat counts as trained."""
-    since = database_now() - (Job.lease_expires_at - LEASE_SECONDS)
+    passed = database_now() - (Job.lease_expires_at - LEASE_SECONDS)
+    # Between two heartbeats no more can have passed; what is more is the clock, which was set.
+    since = case((passed.between(0.0, LEASE_SECONDS + OUTAGE_SECONDS), passed), else_=0.0)
     statement = (
         update(Job)
         .where(holds(job_id, attempt))
@@ -301,7 +338,7 @@ def expired(session: Session) -> list[Job]:
     statement = select(Job).where(
         Job.status.in_([Status.VALIDATING, Status.RUNNING]),
         Job.lease_owner.is_not(None),
-        or_(Job.lease_expires_at.is_(None), Job.lease_expires_at < database_now()),
+        lapsed(Job.lease_expires_at),
     )
     return list(session.scalars(statement.with_for_update(skip_locked=True)))
 

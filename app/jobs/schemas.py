@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from app.jobs.outlook import Place
-from app.jobs.spec import Integration
+from app.jobs.spec import KEEP_CHECKPOINTS, Integration
 from app.jobs.states import Status
 from app.jobs.tables import Checkpoint, Job, JobEvent
 from app.strict import unix_seconds
@@ -94,6 +94,7 @@ class JobObject(BaseModel):
     mapping: dict[str, Any] | None
     priority: int
     timeout_seconds: int | None
+    keep_checkpoints: int
     started_at: int | None
     running_seconds: float
     stage: str | None
@@ -140,6 +141,7 @@ class JobObject(BaseModel):
             mapping=spec.get("mapping"),
             priority=job.priority,
             timeout_seconds=job.timeout_seconds,
+            keep_checkpoints=spec.get("keep_checkpoints", KEEP_CHECKPOINTS),
             started_at=unix_seconds(job.started_at),
             running_seconds=job.ran_seconds,
             stage=job.stage,

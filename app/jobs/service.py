@@ -6,6 +6,7 @@ from contextlib import suppress
 from typing import Any, cast
 from urllib.parse import quote
 
+import structlog
 from fastapi.sse import ServerSentEvent
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
@@ -30,6 +31,8 @@ from app.keys.service import Keys
 from app.models import repository as models
 from app.storage import Storage
 from app.workers import repository as workers
+
+log = structlog.get_logger(__name__)
 
 STREAM_BATCH = 500
 STATE_SECONDS = 5.0
@@ -64,8 +67,9 @@ class Jobs:
             earlier = sending.earlier(session, "jobs.create", content)
             job = None if earlier is None else repository.get(session, project, earlier)
             if job is None:
-                job = self._insert(session, project, spec)
+                job = self._insert(session, project, spec, sending.request_id)
                 sending.made(session, "jobs.create", content, job.id)
+        log.info("job accepted", job=job.id, project=project, request=sending.request_id)
         self.broker.wake(Lane.CPU)
         return JobObject.of(job) if earlier is None else self.get(project, job.id)
 
@@ -77,7 +81,7 @@ class Jobs:
         self._check_integrations(session, spec)
         return model, (spec.model_copy(update={"adapter": model.adapter}) if model.adapter else spec).resolved()
 
-    def _insert(self, session: Session, project: str, spec: JobSpec) -> Job:
+    def _insert(self, session: Session, project: str, spec: JobSpec, request_id: str | None) -> Job:
         model, resolved = self.prepare(session, project, spec)
         shape, device = fit.shape_of(session, model), fit.device_of(session, model)
         if shape is not None and device is not None:
@@ -94,6 +98,7 @@ class Jobs:
             validation_file=spec.validation_file,
             spec=resolved.model_dump(mode="json"),
             job_metadata=spec.metadata,
+            request_id=request_id,
             priority=spec.priority,
             timeout_seconds=spec.timeout_seconds,
             status=Status.VALIDATING,

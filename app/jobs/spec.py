@@ -16,6 +16,7 @@ from app.datasets.mapping import Mapping
 from app.jobs.hyperparameters import DPOHyperparameters, Hyperparameters, SupervisedHyperparameters
 from app.strict import Strict, inconsistent
 
+KEEP_CHECKPOINTS = 10
 DEFAULT_VALIDATION_SPLIT = 0.05
 
 
@@ -175,6 +176,8 @@ class JobSpec(Strict):
     """Jobs of higher priority start first."""
     timeout_seconds: Annotated[int, Field(ge=1, le=10**8)] | None = None
     """Seconds that the job may train, waiting not counted; then it fails and keeps its checkpoints."""
+    keep_checkpoints: Annotated[int, Field(ge=1, le=100)] = KEEP_CHECKPOINTS
+    """The latest ones that are kept; older ones are removed unless another job or model needs them."""
     integrations: Annotated[list[Integration], Field(max_length=5)] | None = None
     gates: Annotated[list[Gate], Field(max_length=32)] | None = None
     mapping: Mapping | None = None

@@ -31,6 +31,8 @@ class Job(Base):
     spec: Mapped[dict[str, Any]]
     """The resolved `JobSpec`."""
     job_metadata: Mapped[dict[str, Any] | None]
+    request_id: Mapped[str | None]
+    """The request that made it, to be found in the logs by."""
     priority: Mapped[int]
 
     timeout_seconds: Mapped[int | None]

@@ -9,6 +9,7 @@ from sqlalchemy import Select, or_, select
 from sqlalchemy.orm import Session
 
 from app.database import database_now
+from app.jobs import repository as jobs
 from app.jobs.spec import Adapter, JobSpec
 from app.jobs.tables import Checkpoint, Job
 from app.models.tables import Model
@@ -97,6 +98,11 @@ def sitting_on(session: Session, name: str) -> list[str]:
     """Names of the adapters that were trained on the fully trained model `name`."""
     made = session.scalars(select(Model).where(Model.job_id.is_not(None)))
     return [model.name for model in made if model.details.get("foundation") == name and model.name != name]
+
+
+def users_of(session: Session, name: str) -> list[str]:
+    """Ids of the unfinished jobs and names of the models that need the model `name`."""
+    return [*jobs.users_of(session, name), *sitting_on(session, name)]
 
 
 def version(session: Session, base_model: str) -> str | None:

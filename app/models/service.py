@@ -113,7 +113,7 @@ class Models:
                     param="model",
                     code="not_deletable",
                 )
-            users = [*jobs.users_of(session, name), *repository.sitting_on(session, name)]
+            users = repository.users_of(session, name)
             if users:
                 message = f"'{name}' is needed by {', '.join(users[:5])}. End or delete what needs it first."
                 raise Conflict(message, param="model", code="model_in_use")

@@ -8,7 +8,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from app.database import database_now, new_id
-from app.jobs.repository import LEASE_SECONDS, MAX_LOST_ATTEMPTS, RETRY_SECONDS, serves
+from app.jobs.repository import LEASE_SECONDS, MAX_LOST_ATTEMPTS, RETRY_SECONDS, eligible, lapsed, serves
 from app.tasks.tables import Task
 
 REPORT, MERGE = "report", "merge"
@@ -65,7 +65,7 @@ def ensure(
 
 def claim(session: Session, owner: str, served: Sequence[str]) -> Task | None:
     """Take the lease of the oldest task that can be done where `served` base models are, in one statement."""
-    free = (Task.status == "pending", Task.lease_owner.is_(None), Task.eligible_at <= database_now())
+    free = (Task.status == "pending", Task.lease_owner.is_(None), eligible(Task.eligible_at))
     able = or_(Task.base_model.is_(None), *(serves(Task.base_model, name) for name in served))
     best = select(Task.id).where(*free, able)
     best = best.order_by(Task.created_at, Task.id).limit(1)
@@ -124,7 +124,7 @@ def hand_back(session: Session, task: Task, reason: str) -> None:
 def expired(session: Session) -> Sequence[Task]:
     """Tasks whose worker stopped renewing its lease."""
     statement = select(Task).where(
-        Task.status == "pending", Task.lease_owner.is_not(None), Task.lease_expires_at < database_now()
+        Task.status == "pending", Task.lease_owner.is_not(None), lapsed(Task.lease_expires_at)
     )
     return session.scalars(statement.with_for_update(skip_locked=True)).all()
 

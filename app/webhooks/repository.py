@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Select, select, tuple_, update
+from sqlalchemy import Select, delete, select, tuple_, update
 from sqlalchemy.orm import Session
 
 from app.database import database_now, new_id
@@ -117,6 +117,14 @@ def record(session: Session, delivery: WebhookDelivery, entry: dict[str, Any], *
         row.next_attempt_at = database_now() + SCHEDULE[row.attempts]
     if gone:
         disable(session, row.endpoint_id, "it answered 410 Gone")
+
+
+def forget(session: Session, seconds: float, limit: int) -> int:
+    """Remove up to `limit` deliveries that are over and were made more than `seconds` ago; returns how many."""
+    over = (WebhookDelivery.next_attempt_at.is_(None), WebhookDelivery.created_at < database_now() - seconds)
+    old = select(WebhookDelivery.id).where(*over).limit(limit)
+    gone = delete(WebhookDelivery).where(WebhookDelivery.id.in_(old)).returning(WebhookDelivery.id)
+    return len(session.scalars(gone).all())
 
 
 def disable(session: Session, endpoint_id: str, reason: str) -> None:

@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -18,7 +19,7 @@ PART = (
 )
 
 
-def start_long_job(service: Running, folder: Path) -> str:
+def start_long_job(service: Running, folder: Path, **extensions: Any) -> str:
     """A job that is in its training loop, with hundreds of steps to go and a checkpoint every few."""
     client = service.openai()
     file = client.files.create(file=write(folder / "train.jsonl", pairs(40, seed=1)), purpose="fine-tune")
@@ -31,7 +32,8 @@ def start_long_job(service: Running, folder: Path) -> str:
             "method": {
                 "type": "dpo",
                 "dpo": {"hyperparameters": {"batch_size": 8, "max_steps": 400, "checkpoint_every": 5}},
-            }
+            },
+            **extensions,
         },
     )
     service.wait_for(job.id, lambda seen: bool(seen["progress"]) and seen["progress"]["step"] >= 7)
@@ -46,6 +48,36 @@ def test_cancel_stops_the_trainer_and_keeps_the_checkpoints(service: Running, tm
     assert service.openai().fine_tuning.jobs.checkpoints.list(job_id).data
     assert service.job(job_id)["status"] == "cancelled"
     wait_until(lambda: not list((service.home / "work").iterdir()), "an empty work folder")
+
+
+def test_a_damaged_checkpoint_is_gone_back_behind(service: Running, tmp_path: Path) -> None:
+    """Two can be resumed from; older ones hold only a model, and there are no more of them than the job wants."""
+    job_id = start_long_job(service, tmp_path, keep_checkpoints=3)
+    checkpoints = service.openai().fine_tuning.jobs.checkpoints
+    wait_until(lambda: "Checkpoint created at step 25" in str(told(service, job_id)), "the fifth checkpoint")
+    with service.http() as client:
+        client.post(f"/fine_tuning/jobs/{job_id}/pause").raise_for_status()
+        service.wait_for(job_id, lambda seen: seen["status"] == "queued")
+        saved = service.home / "objects" / "jobs" / job_id
+        kept = [found.step_number for found in checkpoints.list(job_id)]
+        assert len(kept) == 3
+        states = sorted(int(path.parent.name.rpartition("-")[2]) for path in saved.glob("*/*/*/state"))
+        assert states == sorted(kept)[-2:]
+        (latest,) = saved.glob(f"*/*/*{kept[0]}/state/optimizer.safetensors")
+        content = bytearray(latest.read_bytes())
+        content[-1] ^= 1
+        latest.write_bytes(content)
+        client.post(f"/fine_tuning/jobs/{job_id}/resume").raise_for_status()
+    damaged = f"The checkpoint at step {kept[0]} cannot be used (state/optimizer.safetensors is damaged)"
+    wait_until(lambda: f"Resumed stage dpo after step {kept[1]}" in str(told(service, job_id)), "the resumed training")
+    assert damaged in str(told(service, job_id))
+    service.openai().fine_tuning.jobs.cancel(job_id)
+    wait_until(lambda: not list(saved.glob("*/*/*/state")), "the end of what only a resume would have read")
+    assert checkpoints.list(job_id).data
+
+
+def told(service: Running, job_id: str) -> list[str]:
+    return [event.message for event in service.openai().fine_tuning.jobs.list_events(job_id, limit=100).data]
 
 
 def test_a_killed_trainer_costs_an_attempt_and_no_more(service: Running, tmp_path: Path) -> None:

@@ -5,12 +5,15 @@ import time
 
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import inspect, select
+from sqlalchemy import inspect, select, text
 
 from app.database import Base, database_now
+from app.jobs import repository
+from app.jobs.states import Status
 from app.keys.schemas import KeySpec
 from app.services import Services
 from app.settings import Settings
+from tests.integration.test_states import make_job
 
 
 def test_migrations_go_up_down_and_up_and_agree_with_the_models(settings: Settings) -> None:
@@ -60,3 +63,46 @@ def test_writers_that_read_first_wait_for_each_other(services: Services) -> None
     assert failures == []
     with services.database.read() as session:
         assert len(session.execute(select(Base.metadata.tables["api_keys"])).all()) == keys
+
+
+def test_a_database_that_is_one_version_ahead_serves_this_version(services: Services) -> None:
+    """The schema is migrated first, then the processes are replaced one by one: meanwhile the old ones go on."""
+    with services.database.write() as session:
+        session.execute(text("UPDATE alembic_version SET version_num = 'next'"))
+        session.execute(text("ALTER TABLE jobs ADD COLUMN what_the_next_version_adds VARCHAR"))
+    assert services.migrated()
+    services.migrate()
+    job = make_job(services)
+    with services.database.write() as session:
+        assert repository.claim(session, Status.QUEUED, "an old worker") is not None
+        assert repository.get(session, "default", job) is not None
+
+
+def test_the_last_migration_only_adds(settings: Settings) -> None:
+    """What the version before writes must still fit: no table or column is gone, and a new column needs no value."""
+    services = Services.of(settings)
+    services.migrate("head")
+    services.migrate("-1")
+    before = columns(services)
+    services.migrate("head")
+    after = columns(services)
+    services.database.close()
+    for table, names in before.items():
+        assert names.keys() <= after[table].keys()
+        for name in after[table].keys() - names.keys():
+            assert after[table][name], f"{table}.{name} must be nullable or have a default"
+        assert all(after[table][name] or not names[name] for name in names), (
+            "a column that could be left out no longer can"
+        )
+
+
+def columns(services: Services) -> dict[str, dict[str, bool]]:
+    """By table and column: whether a row can be written without it."""
+    found = inspect(services.database.engine)
+    return {
+        table: {
+            column["name"]: bool(column["nullable"] or column["default"] is not None)
+            for column in found.get_columns(table)
+        }
+        for table in found.get_table_names()
+    }

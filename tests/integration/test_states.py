@@ -14,8 +14,9 @@ from app.jobs.spec import JobSpec
 from app.jobs.states import ACTIVE, TRANSITIONS, Actor, Status
 from app.jobs.tables import Job, JobEvent
 from app.services import Services
-from worker.housekeeping import purge_deleted_files, reap
+from worker.housekeeping import purge_deleted_files
 from worker.lease import Lease
+from worker.reaper import Reaper, reap
 
 
 def make_job(services: Services, **changes: Any) -> str:
@@ -145,13 +146,70 @@ def test_a_lost_attempt_waits_a_little_before_the_next(services: Services) -> No
     with services.database.read() as session:
         assert session.get_one(Job, job_id).eligible_at > repository.now(session) - 1.0
     with services.database.write() as session:
-        session.execute(update(Job).where(Job.id == job_id).values(eligible_at=database_now() + 60))
+        session.execute(update(Job).where(Job.id == job_id).values(eligible_at=database_now() + 20))
     assert claim(services) is None
+
+
+def test_after_an_outage_every_lease_has_one_lease_of_grace(services: Services) -> None:
+    """All have expired while the database was away; those who held them have had no time to renew them."""
+    reaper = Reaper(services)
+    second = 1000.0
+    assert reaper.in_touch(second, 5000.0) == 0.0, "one that has just started cannot know what was before"
+    for _ in range(10):
+        second += 2.0
+        in_touch = reaper.in_touch(second, second + 4000.0)
+    assert in_touch == 20.0
+    second += 30.0
+    assert reaper.in_touch(second, second + 4000.0) == 0.0, "no look for 30 s: the database was away"
+    second += 2.0
+    assert reaper.in_touch(second, second + 4000.0) == 2.0
+    for jump in (300.0, -300.0):
+        second += 2.0
+        assert reaper.in_touch(second, second + 4000.0 + jump) == 0.0, "the database's clock was set"
+        second += 2.0
+        assert reaper.in_touch(second, second + 4000.0) == 0.0, "and set right again"
+
+
+def test_a_fresh_reaper_takes_no_lease(services: Services) -> None:
+    job_id = make_job(services)
+    assert claim(services)
+    expire(services, job_id)
+    reaper = Reaper(services)
+    reaper.look()
+    assert get(services, job_id).status == Status.RUNNING
+    reaper._since -= repository.LEASE_SECONDS
+    reaper.look()
+    assert get(services, job_id).status == Status.QUEUED
+
+
+@pytest.mark.parametrize("jump", [-300.0, 300.0])
+def test_a_clock_that_was_set_holds_up_no_job(services: Services, jump: float) -> None:
+    """The database's clock moves: what its old time left in the rows must neither wait nor count as trained."""
+    job_id = make_job(services)
+    job = claim(services)
+    assert job is not None
+
+    def move(**columns: Any) -> None:
+        with services.database.write() as session:
+            session.execute(update(Job).values(**columns))
+
+    move(lease_expires_at=Job.lease_expires_at - jump)
+    with services.database.write() as session:
+        held = repository.heartbeat(session, job_id, job.attempt)
+    assert held is not None and held.ran_seconds < 5.0
+    reap(services.database)
+    assert get(services, job_id).status == Status.RUNNING, "renewed by the new time"
+    move(lease_expires_at=Job.lease_expires_at - jump)
+    reap(services.database)
+    assert get(services, job_id).status == Status.QUEUED, "nobody renewed it"
+    move(eligible_at=database_now() + 1.0 - jump)
+    assert claim(services) is not None
 
 
 def test_a_lease_that_cannot_be_renewed_is_lost_in_time(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
     """A heartbeat that hangs must not keep a trainer alive whose job another worker may have."""
-    monkeypatch.setattr(repository, "LEASE_SECONDS", 1.0)
+    monkeypatch.setattr(repository, "LEASE_SECONDS", 0.5)
+    monkeypatch.setattr(repository, "OUTAGE_SECONDS", 0.5)
     monkeypatch.setattr(repository, "HEARTBEAT_SECONDS", 0.1)
     job_id = make_job(services)
     job = claim(services)

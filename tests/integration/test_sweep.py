@@ -2,11 +2,15 @@
 
 import pytest
 from fastapi.testclient import TestClient
+from sqlalchemy import select, update
 
 from app.database import database_now, new_id
+from app.errors import Conflict
 from app.files.tables import File
+from app.installation import Installation
+from app.jobs import repository
 from app.jobs.states import Status
-from app.jobs.tables import Checkpoint
+from app.jobs.tables import Checkpoint, Job, JobEvent
 from app.models.tables import Model
 from app.services import Services
 from app.sweep import sweep
@@ -14,6 +18,7 @@ from app.tasks.tables import Task
 from app.uploads.tables import Upload, UploadPart
 from tests.integration.test_api import upload
 from tests.integration.test_states import make_job
+from worker.housekeeping import clear_out, forget_old_events
 
 
 def test_only_what_a_row_needs_stays(client: TestClient, services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,6 +77,8 @@ def test_only_what_a_row_needs_stays(client: TestClient, services: Services, mon
         "merged/task-done/attempt-1/model.safetensors",
         "merged/task-none/attempt-1/model.safetensors",
     }
+    with services.database.write() as session:
+        repository.add_event(session, ended, "told")
     for key in (kept | gone) - {f"files/{file_id}"}:
         services.storage.put_bytes(key, b"x")
     assert sweep(services, delete=True) == (len(kept | gone), 0), "their rows may be on their way"
@@ -93,3 +100,37 @@ def test_a_deleted_file_keeps_its_bytes_until_housekeeping(client: TestClient, s
     with services.database.read() as session:
         assert session.get_one(File, file_id).deleted_at is not None
     assert sweep(services, delete=True, grace=0.0) == (1, 0)
+
+
+def test_nothing_is_swept_beside_another_database(client: TestClient, services: Services) -> None:
+    """An empty database knows of no object: beside the store of another it would remove everything."""
+    upload(client)
+    assert sweep(services, delete=True, grace=0.0) == (1, 0)
+    with services.database.write() as session:
+        session.execute(update(Installation).values(id="another"))
+    with pytest.raises(Conflict, match="another installation"):
+        sweep(services, delete=True, grace=0.0)
+    with pytest.raises(Conflict, match="another installation"):
+        clear_out(services)
+    assert len(services.storage.list("files")) == 1
+    ready = client.get("/readyz")
+    assert (ready.status_code, list(ready.json()["problems"])) == (503, ["storage"])
+
+
+def test_what_is_told_of_old_jobs_is_forgotten_and_their_results_stay(services: Services) -> None:
+    old = make_job(services, name="old", status=Status.SUCCEEDED, metrics={"loss": 0.5})
+    new, running = make_job(services, name="new", status=Status.FAILED), make_job(services, name="running")
+    with services.database.write() as session:
+        for job in (old, new, running):
+            for number in range(3):
+                repository.add_event(session, job, f"event {number}", type="metrics", data={"step": number})
+        session.execute(update(Job).where(Job.id == old).values(finished_at=database_now() - 100 * 86400))
+        session.execute(update(Job).where(Job.id == new).values(finished_at=database_now() - 86400))
+    log = f"jobs/{old}/attempt-1/trainer.log"
+    services.storage.put_bytes(log, b"x")
+    assert forget_old_events(services.database, 365 * 86400) == 0
+    assert forget_old_events(services.database, 30 * 86400) == 3
+    with services.database.read() as session:
+        assert set(session.scalars(select(JobEvent.job_id))) == {new, running}
+        assert session.get_one(Job, old).metrics == {"loss": 0.5}
+    assert sweep(services, delete=True, grace=0.0) == (0, 1)

@@ -23,7 +23,8 @@ from tests.integration.test_states import make_job
 from tests.tiny_model import CHATML, make_tiny_model
 from tests.unit.trainer.test_merge import make_adapter
 from worker.base_models import BaseModels
-from worker.housekeeping import keep_house, reap
+from worker.housekeeping import keep_house
+from worker.reaper import reap
 from worker.tasks import run_task
 
 PAIRS = b"".join(

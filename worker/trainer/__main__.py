@@ -3,11 +3,12 @@
 Without WORKDIR it gets ready and waits for the folder as the first line of its standard input: the seconds that torch
 takes to load are over when a job comes. It touches no GPU before that. Its log is then `trainer.log` in the folder.
 
-Exit status: 0 done; 1 failed, and a `failed` event says why; 75 stopped after SIGTERM, to be resumed from the
+Exit status: 0 done; 1 failed, and an event says why: `failed`, or `broken` where it was the machine and not the job; 75
 last checkpoint. Answers to what it asks its runner for come on its standard input, a line of JSON each; the
 process ends by itself, at once, when that input does: a trainer whose runner was killed must not keep the GPU.
 """
 
+import json
 import os
 import queue
 import signal
@@ -15,6 +16,7 @@ import sys
 import threading
 import traceback
 from pathlib import Path
+from typing import Any
 
 STOPPED = 75
 
@@ -31,7 +33,11 @@ def main() -> int:
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_PROGRESS_BARS="1")
 
     # Imported here, so that the watch stands before seconds are spent on torch.
+    import structlog
+    from safetensors import SafetensorError
+
     from app.datasets.reader import DatasetError
+    from app.logging import configure_logging
     from worker.trainer.cache import Cache
     from worker.trainer.events import Events, UserError
     from worker.trainer.loop import Stopped, Trainer
@@ -40,10 +46,12 @@ def main() -> int:
         folder = Path(sys.argv[1])
     else:
         folder = Path(answers.get().rstrip("\n"))
-        log = os.open(folder / "trainer.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(log, 2)
+        descriptor = os.open(folder / "trainer.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(descriptor, 2)
         os.dup2(2, 1)
         os.chdir(folder)
+    configure_logging()
+    structlog.get_logger("trainer").info("trainer began", **_named(folder))
     events = Events(stream)
     try:
         Trainer(folder, events, stopping, Cache(folder / "cache", events, answers)).run()
@@ -55,12 +63,22 @@ def main() -> int:
     except DatasetError as error:
         events.emit("failed", code="invalid_file", message=str(error), param="training_file")
         return 1
+    except (OSError, SafetensorError) as error:  # the disk, not the job: another attempt may do better
+        traceback.print_exc()
+        events.emit("broken", reason=f"{type(error).__name__}: {error}"[:500])
+        return 1
     except Exception as error:
         traceback.print_exc()
         message = f"The trainer failed: {type(error).__name__}: {error}. The job's log has the details."
         events.emit("failed", code="trainer_error", message=message[:2000], param=None)
         return 1
     return 0
+
+
+def _named(folder: Path) -> dict[str, Any]:
+    """What the log calls this work: the job, the attempt and the request that made the job."""
+    named: dict[str, Any] = json.loads((folder / "run.json").read_text()).get("log", {})
+    return named
 
 
 def _listen(answers: "queue.Queue[str]") -> None:

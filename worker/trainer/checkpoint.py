@@ -1,7 +1,7 @@
 """Checkpoints: a folder with `model/`, to use or to train on, and `state/`, to go on as if nothing had happened.
 
 Everything is safetensors or JSON; nothing is pickled. A checkpoint is written beside its place and renamed, so
-that one that is there is whole.
+that one that is there is whole, and it holds the hashes of its files: whoever resumes from it looks at them first.
 """
 
 import json
@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from worker import manifest
 from worker.trainer.best import Best
 from worker.trainer.methods import Method, Preference, References
 from worker.trainer.model import Policy
@@ -60,6 +61,7 @@ def save(
     if best.exists():
         shutil.copyfile(best, partial / "state" / "best.safetensors")
     (partial / "state" / "state.json").write_text(json.dumps(asdict(state) | {"optimizer": numbers}))
+    manifest.write(partial)
     partial.rename(folder)
 
 

@@ -17,7 +17,7 @@ class UserError(Exception):
 
 
 class Events:
-    """Writes events. Kinds: message, stage, metrics, checkpoint, wanted, made, done, failed."""
+    """Writes events. Kinds: message, stage, metrics, checkpoint, wanted, made, done, failed, broken."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream

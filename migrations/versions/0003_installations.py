@@ -1,0 +1,24 @@
+"""An installation's name, to tell its object store by; the request that made a job"""
+
+import secrets
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0003"
+down_revision = "0002"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    installations = op.create_table(
+        "installations", sa.Column("id", sa.String(), nullable=False), sa.PrimaryKeyConstraint("id")
+    )
+    op.bulk_insert(installations, [{"id": secrets.token_hex(16)}])
+    op.add_column("jobs", sa.Column("request_id", sa.String(), nullable=True))
+
+
+def downgrade() -> None:
+    op.drop_column("jobs", "request_id")
+    op.drop_table("installations")

@@ -1,0 +1,51 @@
+"""`python -m tests.faults`: inject faults into running trainings, many times, and say what came of it.
+
+    python -m tests.faults --times 20              every fault 20 times, each into a training of its own
+    python -m tests.faults --only kill_runner      one of them
+    python -m tests.faults --parallel 3            in that many clusters at once
+    python -m tests.faults --report FILE           the table as Markdown, beside the output
+
+Exit status: 0 where nothing was lost, done twice, or came out with other bytes; else 1.
+"""
+
+import argparse
+import multiprocessing
+import random
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from tests.faults.faults import FAULTS
+from tests.faults.report import table
+from tests.faults.run import inject
+
+
+def main() -> int:
+    arguments = _arguments()
+    plan = [name for name in arguments.only or FAULTS for _ in range(arguments.times)]
+    random.Random(arguments.seed).shuffle(plan)
+    shares = [plan[number :: arguments.parallel] for number in range(arguments.parallel)]
+    began = time.monotonic()
+    # Spawned: a fork would share the proxies' event loops and the database's connections.
+    with multiprocessing.get_context("spawn").Pool(arguments.parallel) as pool:
+        parts = pool.starmap(inject, [(share, arguments.seed + n) for n, share in enumerate(shares)])
+    report = table([asdict(part) for part in parts], time.monotonic() - began)
+    print(report)
+    if arguments.report is not None:
+        arguments.report.write_text(report + "\n")
+    return 1 if any(part.problems for part in parts) else 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument("--times", type=int, default=20, help="strikes of each fault")
+    parser.add_argument("--only", nargs="+", choices=list(FAULTS), metavar="FAULT", help=", ".join(FAULTS))
+    parser.add_argument("--parallel", type=int, default=2, help="clusters at once")
+    parser.add_argument("--seed", type=int, default=1, help="of the order and of the moments")
+    parser.add_argument("--report", type=Path, help="a file for the table")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,282 @@
+"""A whole service of throwaway processes, with a proxy before every server: what faults are injected into.
+
+PostgreSQL, Redis and an S3 server; two APIs, two GPU-lane workers and one of the CPU lane, on hosts whose clocks
+differ by ten minutes where libfaketime is there to say so.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psycopg
+
+from app.services import Services
+from app.settings import Settings
+from tests.faults.proxy import Proxy
+from tests.servers import Server, free_port, postgres_server, postgres_url, redis_process, s3, wait_until
+from tests.tiny_model import make_tiny_model
+
+REPOSITORY = Path(__file__).parents[2]
+FAKETIME = next(iter(Path("/usr/lib").glob("*/faketime/libfaketime.so.1")), None)
+ADMIN_KEY = "dpo-fault-harness-admin-key"
+Line = dict[str, Any]
+
+
+@dataclass
+class Program:
+    """A process of the service, which the harness starts again when it has ended."""
+
+    name: str
+    arguments: list[str]
+    environment: dict[str, str]
+    log: Path
+    folder: Path = REPOSITORY
+    process: "subprocess.Popen[bytes] | None" = None
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, *self.arguments], env=self.environment, cwd=self.folder, stdout=log, stderr=log
+            )
+
+    @property
+    def alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def signal(self, how: signal.Signals) -> None:
+        if self.process is not None:
+            self.process.send_signal(how)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        self.wait()
+
+    def wait(self, seconds: float | None = None) -> None:
+        if self.process is not None:
+            self.process.wait(seconds)
+
+
+class Logs:
+    """What all programs have logged, each line with the time when it was seen here: their own clocks are off."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.lines: list[Line] = []
+        self._places: dict[Path, int] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _follow(self) -> None:
+        while not self._stop.wait(0.03):
+            for path in self.folder.glob("*.log"):
+                with path.open("rb") as file:
+                    file.seek(self._places.get(path, 0))
+                    for raw in file:
+                        if not raw.endswith(b"\n"):
+                            break
+                        self._places[path] = self._places.get(path, 0) + len(raw)
+                        self.lines.append({"seen": time.monotonic(), "program": path.stem} | _parsed(raw))
+
+    def find(self, wanted: Callable[[Line], bool], since: float = 0.0) -> Line | None:
+        """The first line since a time that is wanted."""
+        return next((line for line in list(self.lines) if line["seen"] >= since and wanted(line)), None)
+
+    def wait(self, wanted: Callable[[Line], bool], since: float = 0.0, seconds: float = 60.0) -> Line | None:
+        """The same, waited for; None where it does not come."""
+        deadline = time.monotonic() + seconds
+        while (found := self.find(wanted, since)) is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return found
+
+
+def _parsed(raw: bytes) -> Line:
+    try:
+        found = json.loads(raw)
+    except ValueError:
+        found = raw.decode(errors="replace").strip()
+    return found if isinstance(found, dict) else {"event": str(found)}
+
+
+@dataclass
+class Cluster:
+    """The running parts. `home` is the folder of everything that they write to this machine's disk."""
+
+    home: Path
+    postgres: Server
+    redis: Server
+    database: Proxy
+    """Between the workers and PostgreSQL."""
+    api_database: Proxy
+    broker: Proxy
+    objects: Proxy
+    front: Proxy
+    """Between the clients and the first API."""
+    logs: Logs
+    services: Services
+    """On the servers themselves, past the proxies: what is true."""
+    programs: dict[str, Program]
+    fakes_time: bool
+    small_disks: bool
+    """Whether each GPU-lane worker works on a small file system of its own."""
+
+    @property
+    def proxies(self) -> tuple[Proxy, ...]:
+        return self.database, self.api_database, self.broker, self.objects, self.front
+
+    def workers(self) -> list[Program]:
+        return [program for program in self.programs.values() if program.name.startswith(("gpu", "cpu"))]
+
+    def revive(self) -> None:
+        """Start what has ended, as a supervisor would, and wait until the APIs answer."""
+        for program in self.programs.values():
+            if not program.alive:
+                program.start()
+        for name, program in self.programs.items():
+            if name.startswith("api"):
+                port = int(program.environment["DPO_PORT"])
+                wait_until(partial(_answers, port), name)
+
+    def set_clock(self, seconds: float) -> None:
+        """Let the database's clock be wrong by so much."""
+        with self.sql() as connection:
+            connection.execute("UPDATE clock_error SET seconds = %s", [seconds])
+
+    def sql(self) -> "psycopg.Connection[Any]":
+        """A connection to PostgreSQL itself."""
+        return psycopg.connect(f"host=127.0.0.1 port={self.postgres.port} user=dpo dbname=postgres", autocommit=True)
+
+
+def _answers(port: int) -> bool:
+    import httpx2
+
+    return httpx2.get(f"http://127.0.0.1:{port}/readyz", timeout=5).status_code == 200
+
+
+@contextmanager
+def cluster(home: Path, gpus: int = 2) -> Iterator[Cluster]:
+    """Start everything; end everything."""
+    models, logs = make_tiny_model(home / "models" / "tiny").parent, home / "logs"
+    logs.mkdir()
+    with ExitStack() as stack:
+        postgres = stack.enter_context(postgres_server())
+        redis = stack.enter_context(redis_process())
+        storage = stack.enter_context(s3())
+        api_port, other_port = free_port(), free_port()
+        s3_port = int(storage["AWS_ENDPOINT_URL"].rpartition(":")[2])
+        targets = {"database": postgres.port, "api_database": postgres.port, "broker": redis.port, "objects": s3_port}
+        proxies = {name: stack.enter_context(Proxy(name, target)) for name, target in targets.items()}
+        front = stack.enter_context(Proxy("front", api_port))
+        os.environ.update(storage)  # what obstore reads in this process, which looks past the proxies
+        shared = os.environ | {
+            "DPO_ADMIN_KEY": ADMIN_KEY,
+            "DPO_SECRET_KEY": "a-secret-of-the-fault-harness",
+            "DPO_MODELS_DIR": str(models),
+            "DPO_BROKER_URL": f"redis://127.0.0.1:{proxies['broker'].port}/0",
+            "DPO_RATE_LIMIT": "0",
+            "DPO_LOG_LEVEL": "debug",
+            "OMP_NUM_THREADS": "1",
+            **storage,
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxies['objects'].port}",
+        }
+        services = Services.of(
+            Settings(
+                home=home / "harness",
+                database_url=postgres_url(postgres.port),
+                storage_url=storage["DPO_STORAGE_URL"],
+                broker_url=f"redis://127.0.0.1:{redis.port}/0",
+            )
+        )
+        services.migrate()
+        stack.callback(services.database.close)
+        programs = {}
+
+        def add(name: str, arguments: list[str], skew: int = 0, **more: str) -> None:
+            database = proxies["api_database" if name.startswith("api") else "database"]
+            own = {"DPO_HOME": str(home / name), "DPO_DATABASE_URL": postgres_url(database.port), **more}
+            if skew and FAKETIME is not None:
+                own |= {"LD_PRELOAD": str(FAKETIME), "FAKETIME": f"{skew:+d}s", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+            programs[name] = Program(name, arguments, shared | own, logs / f"{name}.log")
+
+        add("api-1", ["-m", "app.cli.main", "api"], DPO_PORT=str(api_port))
+        add("api-2", ["-m", "app.cli.main", "api"], 300, DPO_PORT=str(other_port))
+        for number in range(1, gpus + 1):
+            add(f"gpu-{number}", ["-m", "worker", "gpu"], (-1) ** number * 300)
+        disks = [stack.enter_context(_small_disk(home / name / "work")) for name in programs if name.startswith("gpu")]
+        add("cpu-1", ["-m", "worker", "cpu"])
+        found = Cluster(
+            home=home, postgres=postgres, redis=redis, front=front, logs=Logs(logs), services=services,
+            programs=programs, fakes_time=FAKETIME is not None, small_disks=all(disks), **proxies,
+        )  # fmt: skip
+        stack.callback(found.logs.close)
+        _make_clock(found)
+        try:
+            found.revive()
+            yield found
+        finally:
+            for proxy in found.proxies:
+                proxy.heal()
+            for program in programs.values():
+                program.signal(signal.SIGCONT)
+                program.signal(signal.SIGTERM)
+            for program in programs.values():
+                try:
+                    program.wait(30)
+                except subprocess.TimeoutExpired:
+                    program.kill()
+
+
+@contextmanager
+def _small_disk(folder: Path) -> Iterator[bool]:
+    """Mount a file system of 64 MB on `folder`; yields whether this process may."""
+    folder.mkdir(parents=True)
+    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "dpo-faults", str(folder)]
+    mounted = subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def _make_clock(found: Cluster) -> None:
+    """Put a clock that can be set before PostgreSQL's own: a function of the same name, found first."""
+    with found.sql() as connection:
+        connection.execute("CREATE TABLE clock_error (seconds double precision NOT NULL)")
+        connection.execute("INSERT INTO clock_error VALUES (0)")
+        connection.execute(
+            "CREATE FUNCTION public.clock_timestamp() RETURNS timestamptz LANGUAGE sql VOLATILE AS "
+            "'SELECT pg_catalog.clock_timestamp() + make_interval(secs => seconds) FROM public.clock_error'"
+        )
+        connection.execute("ALTER ROLE dpo SET search_path = public, pg_catalog")
+
+
+def processes(home: Path) -> list[int]:
+    """Processes of the service that work for `home`, by what their environment or their folder says."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                environment = (entry / "environ").read_bytes()
+                place = str((entry / "cwd").readlink())
+                command = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            ours = f"DPO_HOME={home}".encode() in environment or place.startswith(str(home))
+            if ours and (b"worker" in command or b"app.cli" in command):
+                found.append(int(entry.name))
+    return found

@@ -1,0 +1,222 @@
+"""Jobs that are submitted until the service says yes, and what has to be true of them afterwards."""
+
+import csv
+import hashlib
+import io
+import json
+import random
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx2
+from sqlalchemy import func, select
+
+from app.database import new_id
+from app.files.tables import File
+from app.jobs.states import ACTIVE
+from app.jobs.tables import Checkpoint, Job, JobEvent
+from app.models.tables import Model
+from app.sweep import sweep
+from tests.faults.cluster import ADMIN_KEY, Cluster, Line, processes
+from tests.servers import wait_until
+
+TIME_DEPENDENT = {"tokens_per_second", "peak_memory_bytes", "mfu"}
+WORDS = ["sun", "moon", "star", "rain", "snow", "wind", "leaf", "tree", "bird", "fish"]
+LONG: dict[str, Any] = {
+    "model": "tiny",
+    "seed": 11,
+    "sft": {"hyperparameters": {"n_epochs": 1, "batch_size": 4, "checkpoint_every": 5, "learning_rate": 1e-3}},
+    "method": {
+        "type": "dpo",
+        "dpo": {
+            "hyperparameters": {
+                "batch_size": 4,
+                "max_steps": 240,
+                "checkpoint_every": 12,
+                "eval_every": 120,
+                "learning_rate": 1e-3,
+            }
+        },
+    },
+}
+"""A training that outlives a few faults."""
+SHORT = LONG | {
+    "sft": None,
+    "method": {"type": "dpo", "dpo": {"hyperparameters": {"batch_size": 8, "max_steps": 8, "learning_rate": 1e-3}}},
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a training made: its adapter's bytes by hash, and what it measured, without what time decides."""
+
+    adapter: str
+    metrics: str
+
+
+@dataclass
+class Attempt:
+    """A trainer that runs: whose it is, and its process."""
+
+    job: str
+    number: int
+    program: str
+    pid: int
+    seen: float
+
+
+@dataclass
+class Workload:
+    """A client that does not give up: what it was promised is in `accepted`."""
+
+    cluster: Cluster
+    random: random.Random
+    accepted: list[str] = field(default_factory=list)
+    short: set[str] = field(default_factory=set)
+    """Those of the accepted jobs that are `SHORT`."""
+    expected: dict[bool, Result] = field(default_factory=dict)
+    """Of an undisturbed training, by whether it is short."""
+    problems: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        port = self.cluster.front.port
+        self.http = httpx2.Client(
+            base_url=f"http://127.0.0.1:{port}/v1", headers={"Authorization": f"Bearer {ADMIN_KEY}"}, timeout=20
+        )
+
+    def close(self) -> None:
+        self.http.close()
+
+    def prepare(self) -> None:
+        """Upload the pairs, and see what an undisturbed training makes of them."""
+        source = random.Random(5)
+        rows = []
+        for _ in range(40):
+            asked, other = source.sample(WORDS, 2)
+            rows.append({"prompt": f"say {asked}: ", "chosen": f"{asked} it is", "rejected": f"no {other} at all"})
+        content = "\n".join(json.dumps(row) for row in rows).encode()
+        wait_until(lambda: self.http.get("/models").json()["data"], "the base model")
+        answer = self.http.post(
+            "/files", files={"file": ("pairs.jsonl", content)}, data={"purpose": "fine-tune"}
+        ).raise_for_status()
+        self.file = answer.json()["id"]
+        for short in (False, True):
+            job = self.submit(short=short)
+            self.wait_end(job)
+            self.expected[short] = self.result(job)
+
+    def submit(self, *, short: bool = False, priority: int = 0) -> str:
+        """Create a job, whatever it takes: the same idempotency key until the service answers."""
+        headers = {"Idempotency-Key": new_id("key")}
+        body = (SHORT if short else LONG) | {"training_file": self.file, "priority": priority}
+
+        def created() -> bool:
+            answer = self.http.post("/fine_tuning/jobs", json=body, headers=headers)
+            if answer.status_code >= 500:
+                return False
+            assert answer.status_code == 200, answer.text
+            self.accepted.append(answer.json()["id"])
+            return True
+
+        wait_until(created, "a new job", seconds=120)
+        if short:
+            self.short.add(self.accepted[-1])
+        return self.accepted[-1]
+
+    def cancel(self, job: str) -> None:
+        wait_until(lambda: self.http.post(f"/fine_tuning/jobs/{job}/cancel").status_code in (200, 409), "cancelling")
+
+    # -- what is seen of a job ---------------------------------------------------------------------------------
+
+    def row(self, job: str) -> Job:
+        """As the database has it, asked past all proxies."""
+        with self.cluster.services.database.read() as session:
+            return session.get_one(Job, job)
+
+    def wait_end(self, job: str, seconds: float = 240) -> Job:
+        wait_until(lambda: self.row(job).status not in ACTIVE, f"the end of {job}", seconds)
+        return self.row(job)
+
+    def started(self, job: str, number: int | None = None, seconds: float = 90) -> Attempt | None:
+        """The attempt `number` of a job, or any, once its trainer runs."""
+
+        def ours(line: Line) -> bool:
+            return line.get("event") == "trainer started" and line["job"] == job and number in (None, line["attempt"])
+
+        line = self.cluster.logs.wait(ours, seconds=seconds)
+        return None if line is None else Attempt(job, line["attempt"], line["program"], line["pid"], line["seen"])
+
+    def messages(self, job: str) -> list[str]:
+        with self.cluster.services.database.read() as session:
+            found = select(JobEvent.message).where(JobEvent.job_id == job).order_by(JobEvent.sequence)
+            return list(session.scalars(found))
+
+    def result(self, job: str) -> Result:
+        """Hashes of what a job that has succeeded left in the store."""
+        row, storage = self.row(job), self.cluster.services.storage
+        with self.cluster.services.database.read() as session:
+            model = session.scalars(select(Model).where(Model.job_id == job)).one()
+            file = session.get_one(File, row.result_files[0])
+        adapter = hashlib.sha256(storage.read(f"{model.prefix}/adapter_model.safetensors")).hexdigest()
+        table = csv.DictReader(io.StringIO(storage.read(file.key).decode()))
+        kept = [{name: value for name, value in line.items() if name not in TIME_DEPENDENT} for line in table]
+        return Result(adapter, hashlib.sha256(json.dumps(kept).encode()).hexdigest())
+
+    # -- what has to be true -----------------------------------------------------------------------------------
+
+    def check(self, job: str, status: str = "succeeded") -> None:
+        """A job has ended once, as it should, with the bytes of an undisturbed run."""
+        row = self.wait_end(job)
+        if row.status != status:
+            self.problems.append(f"{job} ended as {row.status}, not {status}: {row.error}")
+        ends = [told for told in self.messages(job) if told.startswith("The job has succeeded")]
+        with self.cluster.services.database.read() as session:
+            models = session.scalar(select(func.count()).select_from(Model).where(Model.job_id == job))
+        once = int(status == "succeeded")
+        if len(ends) != once or models != once:
+            self.problems.append(f"{job} succeeded {len(ends)} times and made {models} models")
+        if row.status == "succeeded" and self.result(job) != self.expected[job in self.short]:
+            self.problems.append(f"{job} made other bytes than an undisturbed run")
+
+    def check_all(self) -> dict[str, int]:
+        """The total-queue invariant, and that no object is missing, half there or left over; returns what was counted.
+
+        Call it when nothing is disturbed any more.
+        """
+        services = self.cluster.services
+        for job in self.accepted:
+            self.wait_end(job)
+        with services.database.read() as session:
+            states = Counter(session.scalars(select(Job.status)))
+            found = set(session.scalars(select(Job.id)))
+            folders = [model.prefix for model in session.scalars(select(Model)) if model.prefix]
+            folders += [f"{checkpoint.prefix}/model" for checkpoint in session.scalars(select(Checkpoint))]
+            keys = [file.key for file in session.scalars(select(File).where(File.deleted_at.is_(None)))]
+        lost, extra = set(self.accepted) - found, found - set(self.accepted)
+        if len(self.accepted) != len(set(self.accepted)) or extra:
+            self.problems.append(f"made twice: {sorted(extra)}")
+        if lost:
+            self.problems.append(f"lost: {sorted(lost)}")
+        if sum(states[end] for end in ("succeeded", "failed", "cancelled")) != len(self.accepted):
+            self.problems.append(f"{len(self.accepted)} accepted, but {dict(states)}")
+        for folder in folders:
+            names = {key.rpartition("/")[2] for key, _size in services.storage.list(folder)}
+            if not {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= names:
+                self.problems.append(f"half an artifact: {folder} holds {sorted(names)}")
+        for key in keys:
+            services.storage.read(key)
+        _, left = sweep(services, delete=True, grace=0.0)
+        _, after = sweep(services, delete=False, grace=0.0)
+        if after:
+            self.problems.append(f"{after} objects that a sweep does not remove")
+        return {"accepted": len(self.accepted), "left_over_objects": left} | dict(states)
+
+
+def orphans(cluster: Cluster) -> list[int]:
+    """Processes that outlived a cluster that has ended."""
+    deadline = time.monotonic() + 10
+    while (found := processes(cluster.home)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return found
