@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test serve bench lint format clean
+.PHONY: demo test serve bench faults fuzz audit lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the verbs
@@ -30,6 +30,19 @@ test: $(READY)  ## every test, real PostgreSQL and Redis processes included
 
 bench: $(READY)  ## speed of the engine beside TRL, in one run
 	$(BIN)/python -m bench
+
+faults: $(READY)  ## every fault 20 times into running trainings, two clusters at once (an hour)
+	@sh tests/servers.sh
+	$(BIN)/python -m tests.faults --times 20
+
+fuzz: $(READY)  ## any bytes into the dataset reader, for an hour
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
+	$(BIN)/python -m tests.fuzz --minutes 60
+
+audit: $(READY)  ## known weaknesses of dependencies (pip-audit) and of this code (bandit)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[audit]'
+	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml app worker migrations
+	$(BIN)/pip-audit --skip-editable
 
 lint: $(READY)  ## ruff and mypy, strict
 	$(BIN)/ruff check .

@@ -38,8 +38,9 @@ def wait_until(ready: Callable[[], object], what: str, seconds: float = 60) -> N
     raise TimeoutError(f"{what} not ready after {seconds} s: {last}")
 
 
-def _postgres_program(name: str) -> str:
-    found = shutil.which(name) or next(map(str, sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"))), None)
+def postgres_program(name: str) -> str:
+    # Debian's own first: what it puts into PATH is a wrapper that goes by its name.
+    found = next(map(str, sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"))), None) or shutil.which(name)
     assert found is not None, f"{name} is missing: run 'make test', which installs it"
     return str(Path(found).resolve())
 
@@ -77,7 +78,7 @@ def postgres_server() -> Iterator[Server]:
             shutil.chown(folder, user)
         port, data = free_port(), folder / "data"
         subprocess.run(
-            [_postgres_program("initdb"), "-D", data, "-U", "dpo", "-A", "trust", "--no-sync"],
+            [postgres_program("initdb"), "-D", data, "-U", "dpo", "-A", "trust", "--no-sync"],
             check=True, user=user, cwd=folder, stdout=subprocess.DEVNULL,
         )  # fmt: skip
         options = ["-p", str(port), "-k", str(folder), "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"]
@@ -88,7 +89,7 @@ def postgres_server() -> Iterator[Server]:
                 return not connection.closed
 
         with (folder.parent / f"{folder.name}.log").open("wb") as log:
-            command = [_postgres_program("postgres"), "-D", str(data), *options]
+            command = [postgres_program("postgres"), "-D", str(data), *options]
             server = Server(command, port, connects, user=user, cwd=folder, stderr=log, stdout=log)
         try:
             yield server

@@ -1,5 +1,6 @@
 """What happens to a running job when it is cancelled, when its worker dies, and when the service stops."""
 
+import json
 import os
 import signal
 import socket
@@ -74,6 +75,20 @@ def test_a_damaged_checkpoint_is_gone_back_behind(service: Running, tmp_path: Pa
     service.openai().fine_tuning.jobs.cancel(job_id)
     wait_until(lambda: not list(saved.glob("*/*/*/state")), "the end of what only a resume would have read")
     assert checkpoints.list(job_id).data
+
+
+def test_the_log_of_a_training_names_the_request_that_made_its_job(service: Running, tmp_path: Path) -> None:
+    file = service.openai().files.create(file=write(tmp_path / "train.jsonl", pairs(8, seed=1)), purpose="fine-tune")
+    with service.http() as client:
+        body = {"model": "tiny", "training_file": file.id, "hyperparameters": {"max_steps": 1}}
+        made = client.post("/fine_tuning/jobs", json=body).raise_for_status()
+        job_id, request = made.json()["id"], made.headers["x-request-id"]
+        service.wait_for(job_id, lambda seen: seen["status"] == "succeeded")
+        began = json.loads(client.get(f"/fine_tuning/jobs/{job_id}/logs").text.splitlines()[0])
+    assert (began["job"], began["attempt"], began["request"]) == (job_id, 2, request)
+    lines = [json.loads(line) for line in (service.home / "serve.log").read_text().splitlines() if job_id in line]
+    accepted, started = (next(x for x in lines if x["event"] == e) for e in ("job accepted", "trainer started"))
+    assert accepted["request"] == started["request"] == request
 
 
 def told(service: Running, job_id: str) -> list[str]:

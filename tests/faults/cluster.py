@@ -164,7 +164,9 @@ class Cluster:
 def _answers(port: int) -> bool:
     import httpx2
 
-    return httpx2.get(f"http://127.0.0.1:{port}/readyz", timeout=5).status_code == 200
+    answer = httpx2.get(f"http://127.0.0.1:{port}/readyz", timeout=5)
+    assert answer.status_code == 200, answer.text
+    return True
 
 
 @contextmanager

@@ -324,7 +324,10 @@ def publish_without_commit(scene: Scene) -> Strike | None:
 
 def restart_postgres(scene: Scene) -> Strike | None:
     """PostgreSQL dies with all its connections, and comes back."""
+    family = _family(scene.cluster.postgres.process.pid)
     scene.cluster.postgres.end(signal.SIGQUIT)
+    # One that still ends keeps the shared memory, without which the next does not start.
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in family), "the end of PostgreSQL")
     scene.cluster.postgres.start()
     shown = scene.line("heartbeat failed", "database out of reach", seconds=8)
     return Strike(_shown(shown)) if shown else None

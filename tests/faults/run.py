@@ -2,10 +2,13 @@
 
 import json
 import random
+import shutil
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +40,7 @@ def inject(plan: list[str], seed: int) -> Found:
     found = Found()
     with tempfile.TemporaryDirectory(prefix="dpo-faults-", ignore_cleanup_errors=True) as name:
         home = Path(name)
-        with cluster(home) as parts:
+        with _kept(home / "logs", found), cluster(home) as parts:
             found.fakes_time = parts.fakes_time
             found.lacking = {fault: lack for fault in set(plan) if (lack := missing(fault, parts))}
             workload = Workload(parts, random.Random(seed))
@@ -48,15 +51,23 @@ def inject(plan: list[str], seed: int) -> Found:
                 print(f"cluster {seed}: {len(left)} of {len(plan)} faults left", file=sys.stderr, flush=True)
             found.counted = workload.check_all()
             workload.close()
-        found.problems += workload.problems
+            found.problems += workload.problems
         if outlived := orphans(parts):
             found.problems.append(f"processes that outlived the service: {outlived}")
-        if found.problems:
-            kept = Path(tempfile.mkdtemp(prefix="dpo-faults-logs-"))
-            for log in (home / "logs").glob("*.log"):
-                (kept / log.name).write_bytes(log.read_bytes())
-            found.problems.append(f"logs kept in {kept}")
     return found
+
+
+@contextmanager
+def _kept(logs: Path, found: Found) -> Iterator[None]:
+    """Copy the logs of a run in which something was wrong, and say so where the run itself breaks off."""
+    try:
+        yield
+    except Exception as error:
+        found.problems.append(f"the run broke off: {type(error).__name__}: {error}")
+    if found.problems:
+        kept = Path(tempfile.mkdtemp(prefix="dpo-faults-logs-"))
+        shutil.copytree(logs, kept, dirs_exist_ok=True)
+        found.problems.append(f"logs kept in {kept}")
 
 
 def _one_training(left: list[str], parts: Cluster, workload: Workload, found: Found) -> None:
