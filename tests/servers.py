@@ -88,14 +88,13 @@ def postgres_server() -> Iterator[Server]:
             with psycopg.connect(connect) as connection:
                 return not connection.closed
 
-        with (folder.parent / f"{folder.name}.log").open("wb") as log:
-            command = [postgres_program("postgres"), "-D", str(data), *options]
-            server = Server(command, port, connects, user=user, cwd=folder, stderr=log, stdout=log)
+        command = [postgres_program("postgres"), "-D", str(data), *options]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        server = Server(command, port, connects, user=user, cwd=folder, **quiet)
         try:
             yield server
         finally:
             server.end(signal.SIGINT)
-            (folder.parent / f"{folder.name}.log").unlink()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

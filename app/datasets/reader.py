@@ -15,6 +15,11 @@ import orjson
 
 MAX_RECORD_BYTES = 16 * 1024 * 1024
 """A record larger than this is refused before it is in memory."""
+MAX_FIELDS = 100_000
+"""Of a record, at all depths; they take far more memory than bytes."""
+MAX_RATIO = 200
+UNPACKED_BYTES = 64 * 1024 * 1024
+"""A file that unpacks to more than this, and to more than `MAX_RATIO` times its size, is refused: it is a bomb."""
 PARQUET_ROWS = 16
 """Rows that are in memory at a time: a few bytes of Parquet can stand for megabytes in each."""
 _CHUNK = 1024 * 1024
@@ -40,9 +45,31 @@ def records(file: IO[bytes]) -> Iterator[tuple[int, dict[str, object]]]:
         if magic == b"PAR1":
             yield from _parquet(file)
         else:
-            yield from _text_records(gzip.GzipFile(fileobj=file) if magic[:2] == b"\x1f\x8b" else file)  # type: ignore[arg-type]
+            yield from _text_records(io.BufferedReader(_Unpacked(file), _CHUNK) if magic[:2] == b"\x1f\x8b" else file)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DatasetError(1, None, f"the gzip data is damaged or cut off ({error}); upload it again") from error
+
+
+def _refuse_bomb(unpacked: int, packed: int) -> None:
+    if unpacked > UNPACKED_BYTES and unpacked > MAX_RATIO * packed:
+        raise DatasetError(1, None, f"the file unpacks to more than {MAX_RATIO} times its size")
+
+
+class _Unpacked(io.RawIOBase):
+    """What a gzipped file holds, as long as that is in proportion."""
+
+    def __init__(self, packed: IO[bytes]) -> None:
+        self._packed, self._gzip, self._seen = packed, gzip.GzipFile(fileobj=packed), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = self._gzip.read1(len(buffer))
+        self._seen += len(content)
+        _refuse_bomb(self._seen, self._packed.tell())
+        buffer[: len(content)] = content
+        return len(content)
 
 
 def _text_records(file: IO[bytes]) -> Iterator[tuple[int, dict[str, object]]]:
@@ -149,7 +176,9 @@ def _parquet(file: IO[bytes]) -> Iterator[tuple[int, dict[str, object]]]:
     import pyarrow
     from pyarrow import parquet
 
-    number = 0
+    number = unpacked = 0
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
     try:
         for batch in parquet.ParquetFile(file).iter_batches(batch_size=PARQUET_ROWS):
             coded = any(pyarrow.types.is_dictionary(column.type) for column in batch.columns)
@@ -157,10 +186,11 @@ def _parquet(file: IO[bytes]) -> Iterator[tuple[int, dict[str, object]]]:
             for part in (batch.slice(k, 1) for k in range(batch.num_rows)) if large else (batch,):
                 for record in part.to_pylist():
                     number += 1
-                    if any(
-                        isinstance(value, str | bytes) and len(value) > MAX_RECORD_BYTES for value in record.values()
-                    ):
+                    texts = [len(value) for value in record.values() if isinstance(value, str | bytes)]
+                    if max(texts, default=0) > MAX_RECORD_BYTES:
                         raise DatasetError(number, None, f"the record is larger than {MAX_RECORD_BYTES} bytes")
+                    unpacked += sum(texts)
+                    _refuse_bomb(unpacked, size)
                     yield number, _plain(record)
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, TypeError) as error:
         raise DatasetError(number + 1, None, f"the Parquet file cannot be read: {error}") from error
@@ -245,6 +275,9 @@ def _array(head: bytes, line: int, file: IO[bytes]) -> Iterator[tuple[int, bytes
 
 
 def _parse(line: int, raw: bytes) -> dict[str, object]:
+    # In a text a quotation mark is escaped, so one before a colon ends a field's name.
+    if len(raw) > MAX_FIELDS and raw.count(b'":') - raw.count(b'\\":') > MAX_FIELDS:
+        raise DatasetError(line, None, f"the record has more than {MAX_FIELDS} fields")
     try:
         record = orjson.loads(raw)
     except orjson.JSONDecodeError as error:

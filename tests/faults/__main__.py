@@ -9,6 +9,7 @@ Exit status: 0 where nothing was lost, done twice, or came out with other bytes;
 """
 
 import argparse
+import math
 import multiprocessing
 import random
 import sys
@@ -29,7 +30,7 @@ def main() -> int:
     began = time.monotonic()
     # Spawned: a fork would share the proxies' event loops and the database's connections.
     with multiprocessing.get_context("spawn").Pool(arguments.parallel) as pool:
-        parts = pool.starmap(inject, [(share, arguments.seed + n) for n, share in enumerate(shares)])
+        parts = pool.starmap(inject, [(share, arguments.seed + n, arguments.minutes) for n, share in enumerate(shares)])
     report = table([asdict(part) for part in parts], time.monotonic() - began)
     print(report)
     if arguments.report is not None:
@@ -42,6 +43,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--times", type=int, default=20, help="strikes of each fault")
     parser.add_argument("--only", nargs="+", choices=list(FAULTS), metavar="FAULT", help=", ".join(FAULTS))
     parser.add_argument("--parallel", type=int, default=2, help="clusters at once")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no training after so long")
     parser.add_argument("--seed", type=int, default=1, help="of the order and of the moments")
     parser.add_argument("--report", type=Path, help="a file for the table")
     return parser.parse_args()

@@ -1,6 +1,7 @@
 """One cluster's share of a fault run: fault after fault into trainings that go on, and everything checked at the end."""
 
 import json
+import math
 import random
 import shutil
 import sys
@@ -35,9 +36,9 @@ class Found:
     fakes_time: bool = False
 
 
-def inject(plan: list[str], seed: int) -> Found:
-    """Inject the faults of `plan` one after the other into a cluster of its own."""
-    found = Found()
+def inject(plan: list[str], seed: int, minutes: float = math.inf) -> Found:
+    """Inject the faults of `plan` one after the other into a cluster of its own, those that it comes to in `minutes`."""
+    found, deadline = Found(), time.monotonic() + 60 * minutes
     with tempfile.TemporaryDirectory(prefix="dpo-faults-", ignore_cleanup_errors=True) as name:
         home = Path(name)
         with _kept(home / "logs", found), cluster(home) as parts:
@@ -46,7 +47,7 @@ def inject(plan: list[str], seed: int) -> Found:
             workload = Workload(parts, random.Random(seed))
             workload.prepare()
             left = [fault for fault in plan if fault not in found.lacking]
-            while left:
+            while left and time.monotonic() < deadline:
                 _one_training(left, parts, workload, found)
                 print(f"cluster {seed}: {len(left)} of {len(plan)} faults left", file=sys.stderr, flush=True)
             found.counted = workload.check_all()
