@@ -41,8 +41,8 @@ fuzz: $(READY)  ## any bytes into the dataset reader, for an hour
 
 audit: $(READY)  ## known weaknesses of dependencies (pip-audit) and of this code (bandit)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[audit]'
-	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml app worker migrations
-	$(BIN)/pip-audit --skip-editable
+	$(BIN)/bandit --quiet --recursive --severity-level medium --configfile pyproject.toml app worker migrations
+	$(BIN)/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt
 
 lint: $(READY)  ## ruff and mypy, strict
 	$(BIN)/ruff check .

@@ -253,7 +253,8 @@ class Run:
 
     def _share(self, key: str, copy: Callable[[str, Path], None]) -> bool:
         """Copy what the cache has under `key` from or to the object store; whether that worked."""
-        assert CACHE_KEY.fullmatch(key)
+        if not CACHE_KEY.fullmatch(key):
+            raise ValueError(f"not a key of the cache: {key}")
         try:
             copy(f"cache/{key}", self.folder / "cache" / key)
         except FileNotFoundError:

@@ -1,0 +1,123 @@
+"""`python -m tests.faults.soak --minutes 30`: a service that works on and on must not grow.
+
+`dpo serve` on the embedded default; a client uploads, trains, follows, downloads and deletes, again and again. Every few
+seconds the memory, file handles and threads of each process are read, and the rows and objects that are there for each job
+that was made. Exit status: 0 where the last quarter is as the second was.
+"""
+
+import argparse
+import json
+import sqlite3
+import statistics
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+from app.services import Services
+from app.settings import Settings
+from tests.acceptance.conftest import pairs
+from tests.acceptance.service import Running, lanes, running
+from tests.servers import wait_until
+from tests.tiny_model import make_tiny_model
+
+GROWTH = 1.05
+"""Of a process's memory from the second quarter to the last: what an allocator's fragments may do."""
+Sample = dict[str, float]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults.soak", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=30.0)
+    minutes = parser.parse_args().minutes
+    with tempfile.TemporaryDirectory(prefix="dpo-soak-") as name:
+        home = Path(name) / "home"
+        make_tiny_model(home / "models" / "tiny")
+        with running(home, {"DPO_RATE_LIMIT": "0"}) as service:
+            samples, jobs = soak(service, minutes)
+    print(f"{jobs} jobs in {minutes:.0f} minutes, {len(samples)} samples\n")
+    print("| | first quarter | second | third | last |\n|---|---:|---:|---:|---:|")
+    grown = []
+    for measure in samples[0]:
+        quarters = [
+            statistics.median(
+                sample[measure] for sample in samples[len(samples) * k // 4 : len(samples) * (k + 1) // 4]
+            )
+            for k in range(4)
+        ]
+        print(f"| {measure} | " + " | ".join(f"{value:.2f}" for value in quarters) + " |")
+        if quarters[3] > quarters[1] * GROWTH + 0.5:
+            grown.append(measure)
+    print("\n" + (f"GREW: {', '.join(grown)}" if grown else "Nothing grew."))
+    return 1 if grown else 0
+
+
+def soak(service: Running, minutes: float) -> tuple[list[Sample], int]:
+    """Work for so long; returns what was sampled, and how many jobs were made."""
+    deadline, samples, jobs = time.monotonic() + 60 * minutes, list[Sample](), 0
+    client = service.openai()
+    content = "\n".join(json.dumps(row) for row in pairs(24, seed=4)).encode()
+    while time.monotonic() < deadline:
+        file = client.files.create(file=("pairs.jsonl", content), purpose="fine-tune")
+        job = client.fine_tuning.jobs.create(
+            model="tiny",
+            training_file=file.id,
+            seed=1,
+            method={"type": "dpo"},
+            extra_body={"method": {"type": "dpo", "dpo": {"hyperparameters": {"max_steps": 4, "batch_size": 4}}}},
+        )
+        with service.http() as http:
+            with http.stream("GET", f"/fine_tuning/jobs/{job.id}/stream") as stream:
+                for _ in stream.iter_bytes():
+                    pass
+            ended = service.wait_for(job.id, lambda seen: seen["status"] == "succeeded")
+            http.get(f"/models/{ended['fine_tuned_model']}/download").raise_for_status()
+            http.get("/fine_tuning/jobs").raise_for_status()
+            http.get("/dashboard")
+            http.delete(f"/models/{ended['fine_tuned_model']}").raise_for_status()
+            for used in (file.id, *ended["result_files"]):
+                http.delete(f"/files/{used}").raise_for_status()
+        jobs += 1
+        wait_until(partial(_gone, service.home / "objects" / "files" / file.id), "housekeeping")
+        samples.append(_sample(service, jobs))
+    return samples, jobs
+
+
+def _gone(path: Path) -> bool:
+    return not path.exists()
+
+
+def _sample(service: Running, jobs: int) -> Sample:
+    parts = {
+        "supervisor": service.process.pid,
+        "GPU lane": lanes(service, "gpu")[0],
+        "CPU lane": lanes(service, "cpu")[0],
+    }
+    children = Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children").read_text().split()
+    parts["API"] = next(int(pid) for pid in children if int(pid) not in parts.values())
+    found: Sample = {}
+    for name, pid in parts.items():
+        status = dict(
+            line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line
+        )
+        found[f"{name}: MB of memory"] = int(status["VmRSS"].split()[0]) / 1024
+        found[f"{name}: file handles"] = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+        found[f"{name}: threads"] = int(status["Threads"])
+    database = sqlite3.connect(service.home / "dpo.sqlite3")
+    for (table,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+        if not table.startswith("sqlite_"):
+            (rows,) = database.execute(f'SELECT count(*) FROM "{table}"').fetchone()
+            found[f"rows of {table} for each job"] = rows / jobs
+    database.close()
+    storage = Services.of(Settings(home=service.home)).storage
+    found["objects for each job"] = (
+        sum(len(storage.list(part)) for part in ("files", "jobs", "uploads", "merged")) / jobs
+    )
+    found["objects of the cache"] = len(storage.list("cache"))
+    found["folders of work"] = len(list((service.home / "work").iterdir()))
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
