@@ -122,6 +122,8 @@ def _table(head: bytes, line: int, file: IO[bytes], delimiter: str) -> Iterator[
             return
         if columns is None:
             columns = row
+            if len(columns) > MAX_FIELDS:
+                raise DatasetError(start, None, f"the header has more than {MAX_FIELDS} columns")
             if len(set(columns)) < len(columns):
                 raise DatasetError(start, None, "the header names a column twice")
         elif len(row) == len(columns):

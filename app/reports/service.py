@@ -6,7 +6,7 @@ from sqlalchemy.orm import Session
 
 from app.broker import Broker, Lane
 from app.database import Database
-from app.errors import ServiceError
+from app.errors import ServiceError, TooMany
 from app.files import repository as files
 from app.files.schemas import FileObject
 from app.files.service import not_found
@@ -18,6 +18,7 @@ from app.tasks.service import result
 from app.tasks.tables import Task
 
 DEFAULT_MAX_LENGTH = 2048
+MAX_PENDING = 50
 
 
 def structural(session: Session, project: str, file_id: str) -> Task:
@@ -26,8 +27,14 @@ def structural(session: Session, project: str, file_id: str) -> Task:
 
 
 def with_tokens(session: Session, file: File, asked: dict[str, Any], model: models.Found) -> Task:
-    """The task of the report in tokens of a model. `asked`: model, max_length, method, need and loss_on, mapping."""
+    """The task of the report in tokens of a model. `asked`: model, max_length, method, need and loss_on, mapping.
+
+    Raises `TooMany` where the project has many that wait: each of so many ways to count a file is work for minutes.
+    """
     subject = f"{file.id} " + " ".join(f"{name}={asked[name]}" for name in sorted(asked))
+    if tasks.find(session, tasks.REPORT, subject) is None and tasks.pending(session, file.project) >= MAX_PENDING:
+        message = f"{MAX_PENDING} reports or merges of this project are being made. Ask again when some are done."
+        raise TooMany(message, 10, code="too_many_reports")
     return tasks.ensure(
         session,
         tasks.REPORT,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import delete, or_, select, update
+from sqlalchemy import delete, func, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -18,6 +18,12 @@ TRANSIENT, AGAIN_SECONDS = ("worker_lost", "model_unavailable"), 300.0
 
 def find(session: Session, kind: str, subject: str) -> Task | None:
     return session.scalar(select(Task).where(Task.kind == kind, Task.subject == subject))
+
+
+def pending(session: Session, project: str) -> int:
+    """How many tasks of a project are not done."""
+    waiting = select(func.count()).select_from(Task).where(Task.project == project, Task.status == "pending")
+    return session.scalars(waiting).one()
 
 
 def ensure(

@@ -6,6 +6,7 @@ differ by ten minutes where libfaketime is there to say so.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import psycopg
 
 from app.services import Services
 from app.settings import Settings
+from tests.acceptance.service import Running, running
 from tests.faults.proxy import Proxy
 from tests.servers import Server, free_port, postgres_server, postgres_url, redis_process, s3, wait_until
 from tests.tiny_model import make_tiny_model
@@ -156,6 +158,14 @@ class Cluster:
         with self.sql() as connection:
             connection.execute("UPDATE clock_error SET seconds = %s", [seconds])
 
+    @contextmanager
+    def embedded(self) -> Iterator[Running]:
+        """Another service, on the embedded default, with a small disk for all that it has."""
+        with _small_disk(self.home / "embedded"):
+            shutil.copytree(self.home / "models", self.home / "embedded" / "models")
+            with running(self.home / "embedded", {"DPO_RATE_LIMIT": "0"}) as service:
+                yield service
+
     def sql(self) -> "psycopg.Connection[Any]":
         """A connection to PostgreSQL itself."""
         return psycopg.connect(f"host=127.0.0.1 port={self.postgres.port} user=dpo dbname=postgres", autocommit=True)
@@ -245,7 +255,7 @@ def cluster(home: Path, gpus: int = 2) -> Iterator[Cluster]:
 @contextmanager
 def _small_disk(folder: Path) -> Iterator[bool]:
     """Mount a file system of 64 MB on `folder`; yields whether this process may."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     command = ["mount", "-t", "tmpfs", "-o", "size=64m", "dpo-faults", str(folder)]
     mounted = subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
     try:

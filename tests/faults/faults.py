@@ -4,16 +4,19 @@ itself.
 A fault returns a `Strike`, or None where it came too late or changed nothing; then it does not count.
 """
 
+import hashlib
+import io
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -24,7 +27,7 @@ from app.broker import WAKE_TASK, Lane, make_celery
 from app.jobs.states import ACTIVE
 from tests.faults.cluster import ADMIN_KEY, REPOSITORY, Cluster, Line, Program
 from tests.faults.proxy import Connection, Proxy
-from tests.faults.workload import Attempt, Workload
+from tests.faults.workload import LONG, Attempt, Workload
 from tests.servers import wait_until
 
 CGROUP = Path("/sys/fs/cgroup/memory")
@@ -203,6 +206,8 @@ def run_out_of_memory(scene: Scene) -> Strike | None:
 def two_reapers(scene: Scene) -> Strike | None:
     """kill -9 of the worker; all others are stopped until its lease is over, and look at the same moment."""
     others = [program for program in scene.cluster.workers() if program is not scene.runner]
+    lost, job = "The worker of this job was lost. The job will resume.", scene.attempt.job
+    before = scene.workload.messages(job).count(lost)
     for program in others:
         program.signal(signal.SIGSTOP)
     scene.runner.kill()
@@ -211,9 +216,9 @@ def two_reapers(scene: Scene) -> Strike | None:
         program.signal(signal.SIGCONT)
     scene.runner.start()
     strike = scene.after_next_attempt(scene.line("lease expired"), recovery=False)
-    told = scene.workload.messages(scene.attempt.job).count("The worker of this job was lost. The job will resume.")
+    told = scene.workload.messages(job).count(lost) - before
     if strike is not None and told != 1:
-        scene.workload.problems.append(f"{scene.attempt.job}: recovered {told} times")
+        scene.workload.problems.append(f"{job}: recovered {told} times")
     return strike
 
 
@@ -432,16 +437,53 @@ def s3_slow_bodies(scene: Scene) -> Strike | None:
 
 def fill_the_disk(scene: Scene) -> Strike | None:
     """The worker's disk is full until an attempt has failed for it."""
-    filler = scene.cluster.home / scene.runner.name / "work" / "filler"
-    with filler.open("wb") as file, suppress(OSError):
+    with _full(scene.cluster.home / scene.runner.name / "work"):
+        shown = scene.line("attempt lost", "the attempt failed", seconds=20)
+    return scene.after_next_attempt(shown, recovery=False)
+
+
+def fill_the_services_disk(scene: Scene) -> Strike | None:
+    """All that an embedded service has is on a disk that is full for a while: SQLite, objects, messages, work.
+
+    What is sent meanwhile is refused with an error that says so, and what was accepted comes to its end.
+    """
+    with scene.cluster.embedded() as service, service.http() as http:
+        content = scene.cluster.services.storage.read(f"files/{scene.workload.file}")
+        file = http.post("/files", files={"file": ("p.jsonl", content)}, data={"purpose": "fine-tune"}).json()["id"]
+        job = http.post("/fine_tuning/jobs", json=LONG | {"training_file": file}).raise_for_status().json()["id"]
+        service.wait_for(job, lambda seen: bool(seen["progress"]))
+        log = service.home / "serve.log"
+        place = log.stat().st_size
+        time.sleep(scene.random.uniform(0.0, 2.0))
+        with _full(service.home):
+            refused = http.post("/files", files={"file": ("p.jsonl", content * 9)}, data={"purpose": "fine-tune"})
+            if refused.status_code != 503:
+                scene.workload.problems.append(f"an upload to a full disk was answered {refused.status_code}")
+            time.sleep(scene.random.uniform(1.0, 6.0))
+        ended = service.wait_for(job, lambda seen: seen["status"] == "succeeded")
+        made = http.get(f"/models/{ended['fine_tuned_model']}/download").raise_for_status().content
+        with tarfile.open(fileobj=io.BytesIO(made)) as archive:
+            adapter = next(name for name in archive.getnames() if name.endswith("adapter_model.safetensors"))
+            weights = archive.extractfile(adapter)
+            digest = hashlib.sha256(weights.read() if weights else b"").hexdigest()
+        expected = scene.workload.expected[False]
+        if digest != expected.adapter:
+            scene.workload.problems.append(f"{job} made other bytes beside a full disk")
+        told = [line for line in log.read_bytes()[place:].decode().splitlines() if job in line and "warning" in line]
+    return Strike(f"embedded: {told[0][:120]}", same_attempt=True) if told else None
+
+
+@contextmanager
+def _full(folder: Path) -> Iterator[None]:
+    """No byte more fits into the file system of `folder` while the block runs."""
+    filler = folder / "filler"
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
         while True:
-            file.write(b"\0" * 65536)
-            file.flush()
+            file.write(b"\0" * 4096)
     try:
-        shown = scene.line("attempt lost", "the attempt failed", "the cache is out of reach", seconds=8)
+        yield
     finally:
         filler.unlink()
-    return scene.after_next_attempt(shown, recovery=False) if shown and "cache" not in shown["event"] else None
 
 
 def cut_uploads(scene: Scene) -> Strike | None:
@@ -502,7 +544,7 @@ def missing(fault: str, cluster: Cluster) -> str | None:
     """What this machine lacks for a fault, by name."""
     if fault == "run_out_of_memory" and not os.access(CGROUP, os.W_OK):
         return f"a memory controller that may be written to ({CGROUP})"
-    if fault == "fill_the_disk" and not cluster.small_disks:
+    if fault.startswith("fill_the") and not cluster.small_disks:
         return "the right to mount a small file system"
     return None
 
@@ -513,6 +555,7 @@ FAULTS: dict[str, Fault] = {
         kill_runner, kill_trainer, kill_api, kill_runner_and_trainer, stop_runner, drain_worker, run_out_of_memory,
         two_reapers, poison, restart_redis, restart_redis_with_a_queue, hold_redis, deliver_three_times,
         commit_without_publish, publish_without_commit, restart_postgres, cut_postgres, pause_postgres, set_the_clock,
-        s3_errors, s3_timeouts, s3_half_uploads, s3_slow_bodies, fill_the_disk, cut_uploads, deploy,
+        s3_errors, s3_timeouts, s3_half_uploads, s3_slow_bodies, fill_the_disk, fill_the_services_disk, cut_uploads,
+        deploy,
     )
 }  # fmt: skip

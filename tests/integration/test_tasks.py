@@ -14,6 +14,7 @@ from app.database import database_now
 from app.jobs.repository import MAX_LOST_ATTEMPTS
 from app.models import repository as models
 from app.models.tables import Model
+from app.reports.service import MAX_PENDING
 from app.services import Services
 from app.settings import Settings
 from app.tasks import repository as tasks
@@ -119,6 +120,17 @@ def test_a_mapping_given_at_upload_is_used(client: TestClient, services: Service
     assert job["mapping"]["prompt"] == "Q: {question}\n"
     both = {"model": "tiny", "training_file": file_id, "validation_file": plain}
     assert error_of(client.post("/v1/fine_tuning/jobs", json=both), 400)["param"] == "mapping"
+
+
+def test_a_file_is_not_counted_in_too_many_ways_at_once(client: TestClient, services: Services) -> None:
+    """Each is minutes of a worker, and a key that may only read can ask for them."""
+    file_id = upload(client, PAIRS)
+    work(services)
+    url = f"/v1/files/{file_id}/report?model=tiny&max_length="
+    answers = [client.get(f"{url}{length}") for length in range(100, 100 + MAX_PENDING + 1)]
+    assert [answer.status_code for answer in answers] == [202] * MAX_PENDING + [429]
+    assert error_of(answers[-1], 429)["code"] == "too_many_reports" and int(answers[-1].headers["Retry-After"]) > 0
+    assert client.get(f"{url}100").status_code == 202, "what is being made can be asked for"
 
 
 def test_a_deleted_files_report_goes_with_it(client: TestClient, services: Services) -> None:
