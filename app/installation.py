@@ -17,12 +17,15 @@ class Installation(Base):
     id: Mapped[str] = mapped_column(primary_key=True)
 
 
-def is_store_of(database: Database, storage: Storage) -> bool:
-    """Whether the object store is this database's. One that belongs to nobody yet is given its name."""
-    with database.read() as session:
-        name = session.scalars(select(Installation.id)).one()
+def owner_of(storage: Storage) -> str | None:
+    """The name of the installation that an object store belongs to; None for one that belongs to nobody yet."""
     try:
-        return storage.read(KEY).decode() == name
+        return storage.read(KEY).decode()
     except FileNotFoundError:
-        storage.put_bytes(KEY, name.encode())
-        return True
+        return None
+
+
+def name_of(database: Database) -> str:
+    """The name of the installation that a database is of."""
+    with database.read() as session:
+        return session.scalars(select(Installation.id)).one()

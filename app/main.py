@@ -21,7 +21,7 @@ from app.dashboard.session import NotSignedIn, ask_for_a_key
 from app.dependencies import ServicesDependency
 from app.estimates.endpoints import router as estimates_router
 from app.files.endpoints import router as files_router
-from app.installation import is_store_of
+from app.installation import name_of, owner_of
 from app.jobs.endpoints import router as jobs_router
 from app.keys.endpoints import router as keys_router
 from app.keys.middleware import Gate
@@ -125,8 +125,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             problems["database"] = type(error).__name__
         try:
             services.storage.check()
-            if "database" not in problems and not is_store_of(services.database, services.storage):
-                problems["storage"] = "the object store belongs to another installation's database"
+            owner = owner_of(services.storage)
+            if owner is not None and "database" not in problems and owner != name_of(services.database):
+                problems["storage"] = (
+                    "the object store is another installation's than the database; "
+                    "if they do belong together, delete the object 'installation'"
+                )
         except Exception as error:  # likewise
             problems["storage"] = type(error).__name__
         status = "ok" if not problems else "unavailable"

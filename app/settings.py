@@ -61,6 +61,13 @@ class Settings(BaseSettings):
             raise ValueError("must have 16 characters or more")
         return value
 
+    @field_validator("sweep_after_hours")
+    @classmethod
+    def _long_enough_to_write(cls, value: float) -> float:
+        if 0 < value < 1:
+            raise ValueError("must be 0, which is never, or 1 or more: an object is there before its row")
+        return value
+
     @field_validator("home")
     @classmethod
     def _absolute(cls, value: Path) -> Path:

@@ -3,8 +3,12 @@
 import difflib
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
+
+STORED = "stored"
+"""The context in which what was stored is read: by this version or, while one replaces the other, by the next, whose
+fields are not refused but left out."""
 
 
 def unix_seconds(time: float | None) -> int | None:
@@ -26,9 +30,11 @@ class Strict(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _known_fields(cls, data: Any) -> Any:
+    def _known_fields(cls, data: Any, info: ValidationInfo) -> Any:
         if not isinstance(data, dict):
             return data
+        if info.context == STORED:
+            return {field: value for field, value in data.items() if field in cls.model_fields}
         for field, value in data.items():
             if field in cls.model_fields:
                 continue

@@ -7,18 +7,21 @@ be needed. Workers do it every hour, and a person with `dpo sweep`.
 import time
 from collections.abc import Callable
 
+import structlog
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from app.errors import Conflict
 from app.files.tables import File
-from app.installation import is_store_of
+from app.installation import KEY, name_of, owner_of
 from app.jobs.states import ACTIVE
 from app.jobs.tables import Checkpoint, Job, JobEvent
 from app.models.tables import Model
 from app.services import Services
 from app.tasks.tables import Task
 from app.uploads.tables import UploadPart
+
+log = structlog.get_logger(__name__)
 
 GRACE_SECONDS = 24 * 3600.0
 """A row is written within seconds of its object, but some stores date an object by the beginning of its upload."""
@@ -32,10 +35,10 @@ def sweep(services: Services, *, delete: bool, grace: float = GRACE_SECONDS) -> 
     Returns (objects that are needed, objects that are not); `delete` removes those. Raises `Conflict` where the store
     belongs to another installation than the database.
     """
-    if not is_store_of(services.database, services.storage):
+    if not _is_ours(services):
         raise Conflict(
             "The object store is another installation's than the database: what one needs, the other does not know. "
-            "Check DPO_DATABASE_URL and DPO_STORAGE_URL.",
+            "Check DPO_DATABASE_URL and DPO_STORAGE_URL. If they do belong together, delete the object 'installation'.",
             code="another_installation",
         )
     needed, spare = 0, 0
@@ -48,10 +51,35 @@ def sweep(services: Services, *, delete: bool, grace: float = GRACE_SECONDS) -> 
             needed += len(batch) - len(old) + len(kept)
             spare += len(old) - len(kept)
             if delete:
-                for key in old:
-                    if key not in kept:
-                        services.storage.delete(key)
+                _remove(services, [key for key in old if key not in kept])
     return needed, spare
+
+
+def _remove(services: Services, keys: list[str]) -> None:
+    for key in keys:
+        try:
+            services.storage.delete(key)
+        except Exception as error:  # one that cannot be removed must not keep the others
+            log.warning("object not removed", key=key, reason=str(error))
+
+
+def _is_ours(services: Services) -> bool:
+    """Whether the store is this database's. One that nobody has put a name to is, where it holds nothing, or something
+    that a row needs: beside a wrong or empty database nothing would be needed."""
+    name, owner = name_of(services.database), owner_of(services.storage)
+    if owner is None:
+        empty = True
+        for prefix, find in NEEDED.items():
+            for batch in services.storage.batches(prefix) if prefix != "cache" else ():
+                empty = False
+                with services.database.read() as session:
+                    if find(session, [key for key, _ in batch]):
+                        services.storage.put_bytes(KEY, name.encode())
+                        return owner_of(services.storage) == name
+        if empty:
+            services.storage.put_bytes(KEY, name.encode())
+        owner = owner_of(services.storage)
+    return owner == name
 
 
 def tidy_job(services: Services, job_id: str) -> None:
@@ -59,9 +87,7 @@ def tidy_job(services: Services, job_id: str) -> None:
     keys = [key for key, _size in services.storage.list(f"jobs/{job_id}")]
     with services.database.read() as session:
         kept = _jobs(session, keys)
-    for key in keys:
-        if key not in kept:
-            services.storage.delete(key)
+    _remove(services, [key for key in keys if key not in kept])
 
 
 def _files(session: Session, keys: list[str]) -> set[str]:

@@ -1,5 +1,7 @@
 """What every worker does beside its jobs, every few seconds or every hour. That several do it at once is harmless."""
 
+import time
+
 import structlog
 from sqlalchemy import delete, select
 
@@ -25,12 +27,16 @@ def keep_house(services: Services) -> None:
     purge_deleted_files(services)
 
 
-def clear_out(services: Services) -> None:
-    """Forget what is told of jobs that ended long ago, and remove the objects that no row needs any more."""
-    days, hours = services.settings.retain_events_days, services.settings.sweep_after_hours
+def forget(services: Services) -> None:
+    """Forget what is told of jobs that ended long ago."""
+    days = services.settings.retain_events_days
     if days:
-        forgotten = forget_old_events(services.database, days * 86400)
-        log.info("old events forgotten", rows=forgotten, days=days)
+        log.info("old events forgotten", rows=forget_old_events(services.database, days * 86400), days=days)
+
+
+def clear_out(services: Services) -> None:
+    """Remove the objects that no row needs any more."""
+    hours = services.settings.sweep_after_hours
     if hours:
         needed, removed = sweep(services, delete=True, grace=hours * 3600)
         log.info("objects swept", needed=needed, removed=removed)
@@ -49,6 +55,7 @@ def forget_old_events(database: Database, seconds: float) -> int:
         forgotten += rows
         if rows == 0:
             return forgotten
+        time.sleep(0.1)  # for those who wait to write
 
 
 def expire(services: Services) -> None:

@@ -19,7 +19,7 @@ from app.workers import repository as workers
 from worker import integrations
 from worker.base_models import BaseModels
 from worker.device import device
-from worker.housekeeping import clear_out, keep_house
+from worker.housekeeping import clear_out, forget, keep_house
 from worker.processes import Spare
 from worker.reaper import Reaper
 from worker.runner import Run
@@ -137,10 +137,11 @@ class LaneWorker:
 
     def _sweep(self) -> None:
         while not self.stopping.wait(SWEEP_SECONDS):
-            try:
-                clear_out(self.services)
-            except Exception as error:  # the store or the database are away; the next round comes
-                log.warning("sweep failed", reason=str(error))
+            for work in (forget, clear_out):
+                try:
+                    work(self.services)
+                except Exception as error:  # the store or the database are away; the next round comes
+                    log.warning("housekeeping failed", reason=str(error))
 
     def _register(self) -> None:
         """Tell the API who is here, on what device, and which base models there are."""

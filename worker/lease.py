@@ -3,9 +3,12 @@
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import TracebackType
+from typing import TypeVar
 
 import structlog
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from app.database import Database
@@ -14,6 +17,7 @@ from app.jobs import repository
 log = structlog.get_logger(__name__)
 
 WATCH_SECONDS = 0.25
+Result = TypeVar("Result")
 
 
 class LeaseLost(Exception):
@@ -68,6 +72,30 @@ class Lease:
     def wait_lost(self, seconds: float) -> bool:
         """Wait until the lease is lost, at most `seconds`; returns whether it is."""
         return self._lost.wait(seconds)
+
+    def write(self, work: Callable[[Session], Result]) -> Result:
+        """Run `work` in a transaction, again and again while the database is away and the lease is good.
+
+        A connection may break when a commit is done and before this side hears of it: `work` must find out by itself
+        that it is done already, after it has touched the row that it guards. Raises `LeaseLost`.
+        """
+        return self._insist(self.database.write, work)
+
+    def read(self, work: Callable[[Session], Result]) -> Result:
+        """The same for what only looks."""
+        return self._insist(self.database.read, work)
+
+    def _insist(
+        self, begin: Callable[[], AbstractContextManager[Session]], work: Callable[[Session], Result]
+    ) -> Result:
+        while True:
+            try:
+                with begin() as session:
+                    return work(session)
+            except OperationalError as error:
+                log.warning("database out of reach", job=self.job_id, attempt=self.attempt, reason=str(error.orig))
+                if self.wait_lost(1.0):
+                    raise LeaseLost from error
 
     def on_lost(self, callback: Callable[[], None]) -> None:
         """Call `callback`, from another thread, when the lease is lost."""

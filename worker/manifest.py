@@ -20,9 +20,13 @@ def damage(folder: Path) -> str | None:
         return f"{NAME} is missing"
     except ValueError:
         return f"{NAME} is damaged"
+    if not isinstance(expected, dict):
+        return f"{NAME} is damaged"
     found = _hashes(folder)
     if missing := sorted(expected.keys() - found.keys()):
         return f"{missing[0]} is missing"
+    if more := sorted(found.keys() - expected.keys()):
+        return f"{more[0]} does not belong to it"
     if different := sorted(name for name in expected if expected[name] != found[name]):
         return f"{different[0]} is damaged"
     return None

@@ -16,13 +16,12 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import structlog
-from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from app.database import database_now, new_id
@@ -48,6 +47,8 @@ log = structlog.get_logger(__name__)
 STOPPED = 75
 CACHE_KEY = re.compile(r"(tokens|reference)(/[0-9a-f]{64}){1,2}")
 LOG_SECONDS = 3.0
+LEAVE_SECONDS = 600.0
+"""For those who download a checkpoint that is not to be kept."""
 RESUMABLE = 2
 """Checkpoints of a job that can be resumed from: the latest, and one more should that be damaged."""
 OVERDUE_SECONDS = 30.0
@@ -68,8 +69,12 @@ class Run:
         self.services, self.base_models, self.job, self.stopping = services, base_models, job, stopping
         self.spare = spare
         self.prefix = f"jobs/{job.id}/attempt-{job.attempt}"
-        self.spec = JobSpec.model_validate(job.spec)
+        self.spec = JobSpec.stored(job.spec)
         self.outcome: dict[str, Any] | None = None
+        self.stateless: set[str] = set()
+        """Prefixes of checkpoints whose `state/` is gone."""
+        self.leaving: list[tuple[float, str]] = []
+        """(when, prefix) of the objects of checkpoints whose rows are gone."""
         self.began = time.monotonic()
         self.log = log.bind(job=job.id, attempt=job.attempt, request=job.request_id)
 
@@ -114,14 +119,22 @@ class Run:
             return self._fail("model_unavailable", str(error), "model")
         except FileNotFoundError as error:
             return self._fail("file_not_found", f"A file of the job is gone: {error}", "training_file")
-        with self.services.database.read() as session:
-            started_from = models.find(session, self.job.project, spec.model)
-            foundation = self.job.foundation and models.find(session, self.job.project, self.job.foundation)
-            held_to = reference and models.find(session, self.job.project, reference)
-            held_to_foundation = (
-                held_to and held_to.foundation and models.find(session, self.job.project, held_to.foundation)
+
+        def look(session: Session) -> tuple[models.Found | None, models.Found | None, models.Found | None, str | None]:
+            of = self.job.project
+            return (
+                models.find(session, of, spec.model),
+                models.find(session, of, self.job.foundation) if self.job.foundation else None,
+                models.find(session, of, reference) if reference else None,
+                models.version(session, self.job.base_model),
             )
-            version = models.version(session, self.job.base_model)
+
+        def look_below(session: Session) -> models.Found | None:
+            below = held_to.foundation if held_to else None
+            return models.find(session, self.job.project, below) if below else None
+
+        started_from, foundation, held_to, version = self.lease.read(look)
+        held_to_foundation = self.lease.read(look_below)
         if started_from is None:
             return self._fail("model_not_found", f"The model '{spec.model}' was deleted.", "model")
         if self.job.foundation and not foundation:
@@ -146,47 +159,73 @@ class Run:
         return True
 
     def _fetch_checkpoint(self) -> None:
-        """Bring the latest checkpoint that is as it was written into `resume`, if there is one."""
+        """Bring the latest checkpoint that can be resumed from, and is as it was written, into `resume`."""
         place = self.folder / "resume"
-        while True:
-            with self.services.database.read() as session:
-                latest = repository.latest_checkpoint(session, self.job.id)
-            if latest is None:
-                return
-            self.services.storage.get_folder(latest.prefix, place)
-            damage = manifest.damage(place)
-            if damage is None:
-                return
-            shutil.rmtree(place, ignore_errors=True)
-            self.log.error("damaged checkpoint", prefix=latest.prefix, damage=damage)
-            message = f"The checkpoint at step {latest.step_number} cannot be used ({damage}); going back to before it."
-            self._drop([latest], message)
+        saved = self.lease.read(
+            lambda session: repository.checkpoints(session, self.job.id, after=None, limit=repository.MAX_CHECKPOINTS)
+        )
+        for checkpoint in saved or []:
+            if not self.services.storage.list(f"{checkpoint.prefix}/state"):
+                continue  # an old one: only its model is kept
+            for _ in range(2):  # what was damaged on the way is fetched once more
+                shutil.rmtree(place, ignore_errors=True)
+                self.services.storage.get_folder(checkpoint.prefix, place)
+                damage = manifest.damage(place)
+                if damage is None:
+                    return
+            shutil.rmtree(place)
+            self.log.error("damaged checkpoint", prefix=checkpoint.prefix, damage=damage)
+            self._tell(
+                f"The checkpoint at step {checkpoint.step_number} cannot be used ({damage}); going back behind it."
+            )
 
-    def _drop(self, checkpoints: Sequence[Checkpoint], message: str | None = None) -> None:
-        """Remove checkpoints: their rows first, so that nobody finds one that is half gone."""
+    def _tell(self, message: str) -> None:
+        """Warn in the job's events."""
+        event = new_id("ftevent")
 
         def write(session: Session) -> None:
             if not repository.write_guarded(session, self.job.id, self.job.attempt, lost_attempts=Job.lost_attempts):
                 raise LeaseLost
-            repository.forget_checkpoints(session, [checkpoint.id for checkpoint in checkpoints])
-            if message is not None:
-                repository.add_event(session, self.job.id, message, level="warn")
+            if not repository.any_event(session, [event]):
+                repository.add_event(session, self.job.id, message, level="warn", id=event)
 
-        self._write(write)
-        for checkpoint in checkpoints:
-            self.services.storage.delete_folder(checkpoint.prefix)
+        self.lease.write(write)
 
     def _trim(self) -> None:
-        """Keep as many checkpoints as the job wants, and those that others need; of old ones only what can be used."""
-        with self.services.database.read() as session:
+        """Keep as many checkpoints as the job wants, and those that others need; of old ones only what can be used.
+
+        The rows go first, the objects a while later: someone may be downloading them. What fails is done when the job
+        has ended.
+        """
+        surplus: list[str] = []
+
+        def write(session: Session) -> list[Checkpoint]:
+            if not repository.write_guarded(session, self.job.id, self.job.attempt, lost_attempts=Job.lost_attempts):
+                raise LeaseLost
             saved = repository.checkpoints(session, self.job.id, after=None, limit=repository.MAX_CHECKPOINTS) or []
-            surplus = [
-                old for old in saved[self.spec.keep_checkpoints :] if not models.users_of(session, old.model_name)
-            ]
-        if surplus:
-            self._drop(surplus)
-        for old in saved[RESUMABLE : RESUMABLE + 1]:
-            self.services.storage.delete_folder(f"{old.prefix}/state")
+            old = [one for one in saved[self.spec.keep_checkpoints :] if not models.users_of(session, one.model_name)]
+            repository.forget_checkpoints(session, [one.id for one in old])
+            surplus[:] = [one.prefix for one in old]
+            return saved
+
+        saved = self.lease.write(write)
+        now = time.monotonic()
+        self.leaving += [(now + LEAVE_SECONDS, prefix) for prefix in surplus]
+        for old in saved[RESUMABLE:]:
+            if old.prefix not in self.stateless:
+                self._remove(f"{old.prefix}/state")
+                self.stateless.add(old.prefix)
+        for due, prefix in list(self.leaving):
+            if due <= now:
+                self._remove(prefix)
+                self.leaving.remove((due, prefix))
+
+    def _remove(self, prefix: str) -> None:
+        """Delete objects that nobody needs any more. Where that fails, they go when the job has ended."""
+        try:
+            self.services.storage.delete_folder(prefix)
+        except Exception as error:
+            self.log.warning("objects not removed", prefix=prefix, reason=str(error))
 
     def _place(self, model: models.Found, foundation: models.Found | None, base: Path, folder: Path) -> None:
         """Put what `model` is made of into `folder`: `base`, and for an adapter `start`."""
@@ -281,12 +320,19 @@ class Run:
             columns = _columns(batch)
             if not repository.write_guarded(session, self.job.id, self.job.attempt, **columns):
                 raise LeaseLost
+            if repository.any_event(session, told):  # the commit was done, and only its answer was lost
+                return
             for event_id, event in zip(told, batch, strict=True):
                 self._write_event(session, event_id, event)
 
-        self._write(write, lambda session: repository.any_event(session, told))
+        self.lease.write(write)
         if any(event["kind"] == "checkpoint" for event in batch):
-            self._trim()
+            try:
+                self._trim()
+            except LeaseLost:
+                raise
+            except Exception as error:  # what is too much can wait; the training cannot
+                self.log.warning("checkpoints not trimmed", reason=str(error))
 
     def _write_event(self, session: Session, event_id: str, event: dict[str, Any]) -> None:
         if event["kind"] == "message":
@@ -303,8 +349,9 @@ class Run:
             repository.add_event(session, self.job.id, message, type="metrics", data=data, id=event_id)
         elif event["kind"] == "checkpoint":
             name = f"{model_name(self.job)}:ckpt-step-{event['step']}"
-            if repository.has_checkpoint(session, self.job.id, event["step"]):
-                return  # written again after a resume; the first one is as good
+            prefix = f"{self.prefix}/{event['path']}"
+            if repository.move_checkpoint(session, self.job.id, event["step"], prefix):
+                return  # written again after a resume: the same bytes, and whole, which the first may not be
             session.add(
                 Checkpoint(
                     id=new_id("ftckpt"),
@@ -314,7 +361,7 @@ class Run:
                     step_number=event["step"],
                     model_name=name,
                     metrics=_checkpoint_metrics(event["step"], event["metrics"]),
-                    prefix=f"{self.prefix}/{event['path']}",
+                    prefix=prefix,
                 )
             )
             text = f"Checkpoint created at step {event['step']}: {name}"
@@ -339,14 +386,21 @@ class Run:
             )
             self._fail("timeout_exceeded", message, "timeout_seconds")
         elif status == STOPPED and self.lease.paused:
-            self._write(lambda session: self._end(session, Status.QUEUED, "The job waits, paused; its GPU is free."))
+            self.lease.write(
+                lambda session: self._end(session, Status.QUEUED, "The job waits, paused; its GPU is free.")
+            )
         elif status == STOPPED and self.stopping.is_set():
-            self._write(lambda session: self._end(session, Status.QUEUED, "The worker stops; the job will resume."))
+            self.lease.write(
+                lambda session: self._end(session, Status.QUEUED, "The worker stops; the job will resume.")
+            )
         elif self.outcome is not None and self.outcome["kind"] == "broken":
             self._recover(f"The trainer could not go on ({self.outcome['reason']}).")
         else:
             how = f"signal {-status}" if status < 0 else f"exit status {status}"
             self._recover(f"The trainer died ({how}).")
+
+    def _hand_back(self, message: str) -> None:
+        self.lease.write(lambda session: self._end(session, Status.QUEUED, message))
 
     def _succeed(self, outcome: dict[str, Any]) -> None:
         """Upload the artifact, then make it visible in one transaction."""
@@ -406,11 +460,11 @@ class Run:
                 )
             )
 
-        self._write(write)
+        self.lease.write(write)
 
     def _fail(self, code: str, message: str, param: str | None) -> bool:
         error = {"code": code, "message": message, "param": param}
-        self._write(lambda session: self._end(session, Status.FAILED, message, level="error", error=error))
+        self.lease.write(lambda session: self._end(session, Status.FAILED, message, level="error", error=error))
         return False
 
     def _end(self, session: Session, target: Status, message: str, **values: Any) -> None:
@@ -436,25 +490,7 @@ class Run:
                 repository.recover(session, current, Actor.RUNNER, reason)
 
         with suppress(LeaseLost):
-            self._write(write)
-
-    def _write(self, work: Callable[[Session], None], committed: Callable[[Session], bool] | None = None) -> None:
-        """Run `work` in a transaction, again and again while the database is away and the lease is good.
-
-        A connection may break when the commit is done and before this side hears of it: `committed` tells then.
-        """
-        again = False
-        while True:
-            try:
-                with self.services.database.write() as session:
-                    if not (again and committed and committed(session)):
-                        work(session)
-                    return
-            except OperationalError as error:
-                again = True
-                self.log.warning("database out of reach", reason=str(error.orig))
-                if self.lease.wait_lost(1.0):
-                    raise LeaseLost from error
+            self.lease.write(write)
 
 
 def _columns(batch: list[dict[str, Any]]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import structlog
 
-from app.database import Database
 from app.datasets.check import survey
 from app.datasets.mapping import Mapping
 from app.files.tables import File
@@ -44,8 +43,10 @@ def run_task(services: Services, base_models: BaseModels, task: Task) -> None:
         work = _Work(services, base_models, task, Path(name), lease)
         try:
             result = work.report() if task.kind == repository.REPORT else work.merge()
+            if not _finish(lease, task, result=result):
+                raise LeaseLost
         except TaskFailed as failed:
-            _finish(services.database, task, error=failed.error)
+            _finish(lease, task, error=failed.error)
         except LeaseLost:
             work.undo()
             log.warning("task lost", task=task.id)
@@ -53,16 +54,13 @@ def run_task(services: Services, base_models: BaseModels, task: Task) -> None:
             with suppress(Exception):
                 work.undo()
             log.error("task failed", task=task.id, kind=task.kind, exc_info=error)
-            with services.database.write() as session:
-                repository.hand_back(session, task, f"The worker failed ({type(error).__name__}).")
-        else:
-            if not _finish(services.database, task, result=result):
-                work.undo()
+            reason = f"The worker failed ({type(error).__name__})."
+            with suppress(LeaseLost):
+                lease.write(lambda session: repository.hand_back(session, task, reason))
 
 
-def _finish(database: Database, task: Task, **outcome: dict[str, Any]) -> bool:
-    with database.write() as session:
-        return repository.finish(session, task.id, task.attempt, **outcome)
+def _finish(lease: Lease, task: Task, **outcome: dict[str, Any]) -> bool:
+    return lease.write(lambda session: repository.finish(session, task.id, task.attempt, **outcome))
 
 
 class _Work:

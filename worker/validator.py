@@ -1,9 +1,11 @@
 """CPU lane: check the files of a new job, then put it in the queue or fail it with line and field."""
 
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import structlog
+from sqlalchemy.orm import Session
 
 from app.broker import Lane
 from app.datasets.check import Report, check
@@ -14,7 +16,7 @@ from app.jobs.spec import JobSpec
 from app.jobs.states import Actor, Status
 from app.jobs.tables import Job
 from app.services import Services
-from worker.lease import Lease
+from worker.lease import Lease, LeaseLost
 from worker.work import work_folder
 
 log = structlog.get_logger(__name__)
@@ -22,33 +24,41 @@ log = structlog.get_logger(__name__)
 
 def validate(services: Services, job: Job) -> None:
     """Check the files of `job`, whose lease this worker has."""
-    with Lease(services.database, job.id, job.attempt):
-        try:
-            spec = JobSpec.model_validate(job.spec)
-            reports = [(field, _check(services, job, spec, field, file_id)) for field, file_id in spec.files()]
-        except _InvalidFile as invalid:
-            _fail(services, job, invalid)
-            return
-        except Exception as error:  # storage or disk: another attempt may do better, and they are counted
-            log.error("files could not be checked", job=job.id, exc_info=error)
-            with services.database.write() as session:
-                repository.recover(session, job, Actor.VALIDATOR, "The files could not be read.")
-            return
-        with services.database.write() as session:
-            seconds = expected_seconds(session, spec, job.base_model, dict(reports))
-            queued = repository.transition(
-                session,
-                job.id,
-                Status.VALIDATING,
-                Status.QUEUED,
-                actor=Actor.VALIDATOR,
-                attempt=job.attempt,
-                estimated_seconds=seconds,
-                message="Files validated, job queued: "
-                + "; ".join(f"{field}: {report.summary()}" for field, report in reports),
-            )
+    queued = False
+    with Lease(services.database, job.id, job.attempt) as lease, suppress(LeaseLost):
+        queued = _validate(services, job, lease)
     if queued:
         services.broker.wake(Lane.GPU)
+
+
+def _validate(services: Services, job: Job, lease: Lease) -> bool:
+    """Whether the job is in the queue now."""
+    try:
+        spec = JobSpec.stored(job.spec)
+        reports = [(field, _check(services, job, spec, field, file_id)) for field, file_id in spec.files()]
+    except _InvalidFile as invalid:
+        _fail(lease, job, invalid)
+        return False
+    except Exception as error:  # storage or disk: another attempt may do better, and they are counted
+        log.error("files could not be checked", job=job.id, exc_info=error)
+        lease.write(lambda session: repository.recover(session, job, Actor.VALIDATOR, "The files could not be read."))
+        return False
+
+    def write(session: Session) -> bool:
+        return repository.transition(
+            session,
+            job.id,
+            Status.VALIDATING,
+            Status.QUEUED,
+            actor=Actor.VALIDATOR,
+            attempt=job.attempt,
+            lost_attempts=0,  # the training has its own chances
+            estimated_seconds=expected_seconds(session, spec, job.base_model, dict(reports)),
+            message="Files validated, job queued: "
+            + "; ".join(f"{field}: {report.summary()}" for field, report in reports),
+        )
+
+    return lease.write(write)
 
 
 class _InvalidFile(Exception):
@@ -71,11 +81,11 @@ def _check(services: Services, job: Job, spec: JobSpec, field: str, file_id: str
             raise _InvalidFile(field, str(error)) from error
 
 
-def _fail(services: Services, job: Job, invalid: _InvalidFile) -> None:
+def _fail(lease: Lease, job: Job, invalid: _InvalidFile) -> None:
     name = invalid.field.removeprefix("sft.")
     error = {"code": f"invalid_{name}", "message": invalid.reason, "param": invalid.field}
-    with services.database.write() as session:
-        repository.transition(
+    lease.write(
+        lambda session: repository.transition(
             session,
             job.id,
             Status.VALIDATING,
@@ -86,3 +96,4 @@ def _fail(services: Services, job: Job, invalid: _InvalidFile) -> None:
             level="error",
             error=error,
         )
+    )

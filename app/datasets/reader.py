@@ -9,20 +9,22 @@ import io
 import re
 import zlib
 from collections.abc import Iterator
+from itertools import islice
 from typing import IO, Any
 
 import orjson
 
 MAX_RECORD_BYTES = 16 * 1024 * 1024
 """A record larger than this is refused before it is in memory."""
-MAX_FIELDS = 100_000
-"""Of a record, at all depths; they take far more memory than bytes."""
+MAX_VALUES = 200_000
+"""Of a record, at all depths: a value takes far more memory than bytes."""
 MAX_RATIO = 200
 UNPACKED_BYTES = 64 * 1024 * 1024
 """A file that unpacks to more than this, and to more than `MAX_RATIO` times its size, is refused: it is a bomb."""
 PARQUET_ROWS = 16
 """Rows that are in memory at a time: a few bytes of Parquet can stand for megabytes in each."""
 _CHUNK = 1024 * 1024
+_VALUE = re.compile(rb'"(?:[^"\\]|\\.)*+"|[,\[{]', re.DOTALL)
 _STRUCTURE = re.compile(rb'["\\{}\[\],\n]')
 
 
@@ -122,12 +124,12 @@ def _table(head: bytes, line: int, file: IO[bytes], delimiter: str) -> Iterator[
             return
         if columns is None:
             columns = row
-            if len(columns) > MAX_FIELDS:
-                raise DatasetError(start, None, f"the header has more than {MAX_FIELDS} columns")
+            if len(columns) > MAX_VALUES:
+                raise DatasetError(start, None, f"the header has more than {MAX_VALUES} columns")
             if len(set(columns)) < len(columns):
                 raise DatasetError(start, None, "the header names a column twice")
         elif len(row) == len(columns):
-            yield start, {name: _cell(name, value) for name, value in zip(columns, row, strict=True) if name}
+            yield start, {name: _cell(name, value, start) for name, value in zip(columns, row, strict=True) if name}
         elif row:
             raise DatasetError(start, None, f"has {len(row)} columns, the header {len(columns)}")
 
@@ -161,10 +163,12 @@ class _TextLines:
 STRUCTURED = {"messages", "conversations", "responses", "ranks", "scores", "completions", "tools", "history"}
 
 
-def _cell(name: str, value: str) -> object:
+def _cell(name: str, value: str, line: int) -> object:
     """A cell of a table: text, or JSON where a column holds lists or messages. An answer may be JSON itself."""
     if name not in STRUCTURED and not value.startswith(("[{", '{"')):
         return value
+    if _values(value.encode(errors="surrogatepass")) > MAX_VALUES:
+        raise DatasetError(line, name, f"holds more than {MAX_VALUES} values")
     try:
         found = orjson.loads(value)
     except orjson.JSONDecodeError:
@@ -188,14 +192,25 @@ def _parquet(file: IO[bytes]) -> Iterator[tuple[int, dict[str, object]]]:
             for part in (batch.slice(k, 1) for k in range(batch.num_rows)) if large else (batch,):
                 for record in part.to_pylist():
                     number += 1
-                    texts = [len(value) for value in record.values() if isinstance(value, str | bytes)]
-                    if max(texts, default=0) > MAX_RECORD_BYTES:
+                    held, length = _size(record)
+                    if length > MAX_RECORD_BYTES:
                         raise DatasetError(number, None, f"the record is larger than {MAX_RECORD_BYTES} bytes")
-                    unpacked += sum(texts)
+                    if held > MAX_VALUES:
+                        raise DatasetError(number, None, f"the record has more than {MAX_VALUES} values")
+                    unpacked += length
                     _refuse_bomb(unpacked, size)
                     yield number, _plain(record)
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, TypeError) as error:
         raise DatasetError(number + 1, None, f"the Parquet file cannot be read: {error}") from error
+
+
+def _size(value: object) -> tuple[int, int]:
+    """(values, characters and bytes) in a row, at all depths."""
+    if isinstance(value, str | bytes):
+        return 1, len(value)
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    sizes = [_size(item) for item in inner]
+    return 1 + sum(size[0] for size in sizes), sum(size[1] for size in sizes)
 
 
 def _plain(record: dict[str, Any]) -> dict[str, object]:
@@ -277,9 +292,8 @@ def _array(head: bytes, line: int, file: IO[bytes]) -> Iterator[tuple[int, bytes
 
 
 def _parse(line: int, raw: bytes) -> dict[str, object]:
-    # In a text a quotation mark is escaped, so one before a colon ends a field's name.
-    if len(raw) > MAX_FIELDS and raw.count(b'":') - raw.count(b'\\":') > MAX_FIELDS:
-        raise DatasetError(line, None, f"the record has more than {MAX_FIELDS} fields")
+    if _values(raw) > MAX_VALUES:
+        raise DatasetError(line, None, f"the record has more than {MAX_VALUES} values")
     try:
         record = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
@@ -287,6 +301,14 @@ def _parse(line: int, raw: bytes) -> dict[str, object]:
     if not isinstance(record, dict):
         raise DatasetError(line, None, f"a record must be a JSON object, not {_json_type(record)}")
     return record
+
+
+def _values(raw: bytes) -> int:
+    """How many values a JSON text holds at most, counted to `MAX_VALUES` and one; 0 where it is too short for many."""
+    if len(raw) <= MAX_VALUES:
+        return 0
+    found = (match for match in _VALUE.finditer(raw) if raw[match.start()] != 0x22)  # texts are passed over
+    return sum(1 for _ in islice(found, MAX_VALUES + 1))
 
 
 def _json_type(value: object) -> str:

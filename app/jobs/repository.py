@@ -129,7 +129,7 @@ def events_after(session: Session, job_id: str, seen: int, limit: int) -> list[J
 def forget_events(session: Session, seconds: float, limit: int) -> int:
     """Remove up to `limit` events of jobs that ended more than `seconds` ago; returns how many."""
     ended = select(Job.id).where(Job.finished_at < database_now() - seconds)
-    old = select(JobEvent.sequence).where(JobEvent.job_id.in_(ended)).limit(limit)
+    old = select(JobEvent.sequence).where(JobEvent.job_id.in_(ended)).order_by(JobEvent.sequence).limit(limit)
     return len(session.scalars(delete(JobEvent).where(JobEvent.sequence.in_(old)).returning(JobEvent.sequence)).all())
 
 
@@ -160,21 +160,15 @@ def checkpoints(session: Session, job_id: str, *, after: str | None, limit: int)
     return list(session.scalars(statement.order_by(Checkpoint.step_number.desc()).limit(limit + 1)))
 
 
-def has_checkpoint(session: Session, job_id: str, step: int) -> bool:
-    """Whether the job has a checkpoint of `step`."""
-    found = select(Checkpoint.id).where(Checkpoint.job_id == job_id, Checkpoint.step_number == step)
-    return session.scalar(found) is not None
+def move_checkpoint(session: Session, job_id: str, step: int, prefix: str) -> bool:
+    """Let the job's checkpoint of `step` be the one under `prefix`; False where there is none of that step."""
+    which = (Checkpoint.job_id == job_id, Checkpoint.step_number == step)
+    return session.scalar(update(Checkpoint).where(*which).values(prefix=prefix).returning(Checkpoint.id)) is not None
 
 
 def forget_checkpoints(session: Session, checkpoint_ids: Sequence[str]) -> None:
     """Remove the rows of checkpoints."""
     session.execute(delete(Checkpoint).where(Checkpoint.id.in_(checkpoint_ids)))
-
-
-def latest_checkpoint(session: Session, job_id: str) -> Checkpoint | None:
-    """Where the next attempt resumes."""
-    found = checkpoints(session, job_id, after=None, limit=0)
-    return found[0] if found else None
 
 
 def transition(

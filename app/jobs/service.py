@@ -62,7 +62,7 @@ class Jobs:
 
     def create(self, project: str, spec: JobSpec, sending: Sending) -> JobObject:
         """Check what the spec names, store the job, then wake a worker of the CPU lane to check its files."""
-        content = spec.model_dump(mode="json")
+        content = spec.to_store()
         with self.database.write() as session:
             earlier = sending.earlier(session, "jobs.create", content)
             job = None if earlier is None else repository.get(session, project, earlier)
@@ -96,7 +96,7 @@ class Jobs:
             foundation=model.foundation,
             training_file=spec.training_file,
             validation_file=spec.validation_file,
-            spec=resolved.model_dump(mode="json"),
+            spec=resolved.to_store(),
             job_metadata=spec.metadata,
             request_id=request_id,
             priority=spec.priority,

@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field, StringConstraints, model_validator
 from app.datasets.example import Kind
 from app.datasets.mapping import Mapping
 from app.jobs.hyperparameters import DPOHyperparameters, Hyperparameters, SupervisedHyperparameters
-from app.strict import Strict, inconsistent
+from app.strict import STORED, Strict, inconsistent
 
 KEEP_CHECKPOINTS = 10
 DEFAULT_VALIDATION_SPLIT = 0.05
@@ -176,7 +176,7 @@ class JobSpec(Strict):
     """Jobs of higher priority start first."""
     timeout_seconds: Annotated[int, Field(ge=1, le=10**8)] | None = None
     """Seconds that the job may train, waiting not counted; then it fails and keeps its checkpoints."""
-    keep_checkpoints: Annotated[int, Field(ge=1, le=100)] = KEEP_CHECKPOINTS
+    keep_checkpoints: Annotated[int, Field(ge=2, le=100)] = KEEP_CHECKPOINTS
     """The latest ones that are kept; older ones are removed unless another job or model needs them."""
     integrations: Annotated[list[Integration], Field(max_length=5)] | None = None
     gates: Annotated[list[Gate], Field(max_length=32)] | None = None
@@ -228,6 +228,18 @@ class JobSpec(Strict):
             if settings is not None and settings.early_stopping is not None:
                 field = f"{field}.hyperparameters.early_stopping"
                 raise inconsistent(field, "'early_stopping' needs a 'validation_file' or a 'validation_split' above 0")
+
+    @classmethod
+    def stored(cls, data: dict[str, Any]) -> Self:
+        """The spec of a job's row, which the next version may have written."""
+        return cls.model_validate(data, context=STORED)
+
+    def to_store(self) -> dict[str, Any]:
+        """The spec as a job's row has it: what the version before does not know is there only where it was set."""
+        stored = self.model_dump(mode="json")
+        if self.keep_checkpoints == KEEP_CHECKPOINTS:
+            del stored["keep_checkpoints"]
+        return stored
 
     def resolved(self) -> Self:
         """The spec as it will be run: no "auto", a seed, and every default written out."""

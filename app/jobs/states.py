@@ -58,7 +58,7 @@ _API, _VALIDATOR, _RUNNER, _KEEPER = Actor.API, Actor.VALIDATOR, Actor.RUNNER, A
 TRANSITIONS: dict[tuple[Status, Status], Transition] = {
     (edge.source, edge.target): edge
     for edge in (
-        _edge(_V, _Q, {_VALIDATOR}, _LEASE | {"estimated_seconds"}, fenced=True),
+        _edge(_V, _Q, {_VALIDATOR}, _LEASE | {"estimated_seconds", "lost_attempts"}, fenced=True),
         _edge(_V, Status.FAILED, {_VALIDATOR, _KEEPER}, _END | {"error"}, fenced=True),
         _edge(_V, Status.CANCELLED, {_API}, _END, fenced=False),
         _edge(_Q, _R, {_RUNNER}, _LEASE | {"attempt"}, fenced=False),  # by `repository.claim`, which takes the lease

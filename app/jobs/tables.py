@@ -14,6 +14,7 @@ class Job(Base):
     __tablename__ = "jobs"
     __table_args__ = (
         Index("ix_jobs_queue", "status", "priority", "created_at"),
+        Index("ix_jobs_finished_at", "finished_at"),
         Index("ix_jobs_project_created_at", "project", "created_at", "id"),
     )
 

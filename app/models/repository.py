@@ -66,7 +66,7 @@ def find(session: Session, project: str, name: str) -> Found | None:
     if checkpoint is not None:
         saved, job = checkpoint
         trained = job.spec["adapter"]
-        rewards = saved.stage == "dpo" and JobSpec.model_validate(job.spec).trains_rewards
+        rewards = saved.stage == "dpo" and JobSpec.stored(job.spec).trains_rewards
         return Found(
             name,
             "reward" if rewards else "full" if trained == "none" else "adapter",
@@ -97,7 +97,11 @@ def job_of(session: Session, project: str, name: str) -> Job | None:
 def sitting_on(session: Session, name: str) -> list[str]:
     """Names of the adapters that were trained on the fully trained model `name`."""
     made = session.scalars(select(Model).where(Model.job_id.is_not(None)))
-    return [model.name for model in made if model.details.get("foundation") == name and model.name != name]
+    saved = select(Checkpoint.model_name).join(Job, Job.id == Checkpoint.job_id).where(Job.foundation == name)
+    return [
+        *(model.name for model in made if model.details.get("foundation") == name and model.name != name),
+        *session.scalars(saved),
+    ]
 
 
 def users_of(session: Session, name: str) -> list[str]:

@@ -32,8 +32,11 @@ def with_tokens(session: Session, file: File, asked: dict[str, Any], model: mode
     Raises `TooMany` where the project has many that wait: each of so many ways to count a file is work for minutes.
     """
     subject = f"{file.id} " + " ".join(f"{name}={asked[name]}" for name in sorted(asked))
-    if tasks.find(session, tasks.REPORT, subject) is None and tasks.pending(session, file.project) >= MAX_PENDING:
-        message = f"{MAX_PENDING} reports or merges of this project are being made. Ask again when some are done."
+    if (
+        tasks.find(session, tasks.REPORT, subject) is None
+        and tasks.pending(session, file.project, 3600.0) >= MAX_PENDING
+    ):
+        message = f"{MAX_PENDING} reports in tokens are being made for this project. Ask again when some are done."
         raise TooMany(message, 10, code="too_many_reports")
     return tasks.ensure(
         session,

@@ -20,9 +20,10 @@ def find(session: Session, kind: str, subject: str) -> Task | None:
     return session.scalar(select(Task).where(Task.kind == kind, Task.subject == subject))
 
 
-def pending(session: Session, project: str) -> int:
-    """How many tasks of a project are not done."""
-    waiting = select(func.count()).select_from(Task).where(Task.project == project, Task.status == "pending")
+def pending(session: Session, project: str, seconds: float) -> int:
+    """How many reports in tokens a project has asked for in the last `seconds` that are not done."""
+    counted = (Task.kind == REPORT, Task.base_model.is_not(None), Task.created_at > database_now() - seconds)
+    waiting = select(func.count()).select_from(Task).where(Task.project == project, Task.status == "pending", *counted)
     return session.scalars(waiting).one()
 
 
@@ -99,7 +100,7 @@ def finish(
     result: dict[str, Any] | None = None,
     error: dict[str, Any] | None = None,
 ) -> bool:
-    """End a task whose lease this attempt holds; False where it does not."""
+    """End a task whose lease this attempt holds; False where it does not. One that it has ended already stays so."""
     values = {
         "status": "done" if error is None else "failed",
         "result": result,
@@ -108,7 +109,11 @@ def finish(
         "lease_owner": None,
         "lease_expires_at": None,
     }
-    return session.scalar(_held(task_id, attempt).values(**values).returning(Task.id)) is not None
+    if session.scalar(_held(task_id, attempt).values(**values).returning(Task.id)) is not None:
+        return True
+    # The commit may have been done and only its answer lost: nobody but this attempt ends the task under its number.
+    ended = select(Task.id).where(Task.id == task_id, Task.attempt == attempt, Task.status == values["status"])
+    return session.scalar(ended) is not None
 
 
 def hand_back(session: Session, task: Task, reason: str) -> None:

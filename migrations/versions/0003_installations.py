@@ -17,8 +17,10 @@ def upgrade() -> None:
     )
     op.bulk_insert(installations, [{"id": secrets.token_hex(16)}])
     op.add_column("jobs", sa.Column("request_id", sa.String(), nullable=True))
+    op.create_index("ix_jobs_finished_at", "jobs", ["finished_at"])
 
 
 def downgrade() -> None:
+    op.drop_index("ix_jobs_finished_at", "jobs")
     op.drop_column("jobs", "request_id")
     op.drop_table("installations")

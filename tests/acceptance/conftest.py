@@ -40,5 +40,6 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """One service on the embedded default for those tests of a module that leave it running."""
     home = tmp_path_factory.mktemp("shared") / "home"
     make_tiny_model(home / "models" / "tiny")
-    with running(home, {"DPO_RATE_LIMIT": "0", "WANDB_MODE": "offline", "WANDB_DIR": str(home)}) as service:
+    more = {"DPO_RATE_LIMIT": "0", "DPO_PRIVATE_WEBHOOKS": "localhost", "WANDB_MODE": "offline", "WANDB_DIR": str(home)}
+    with running(home, more) as service:
         yield service

@@ -91,6 +91,30 @@ def test_the_log_of_a_training_names_the_request_that_made_its_job(service: Runn
     assert accepted["request"] == started["request"] == request
 
 
+def test_no_secret_is_written_down(service: Running, tmp_path: Path) -> None:
+    """Not in the log, the database, messages, objects or work folders; the two key files are where secrets are."""
+    with service.http() as client:
+        key = client.post("/keys", json={"name": "secret"}).raise_for_status().json()["key"]
+        hook = {"url": "http://localhost:9/hook"}
+        webhook = client.post("/webhooks", json=hook).raise_for_status().json()
+        with httpx2.Client(base_url=service.url, headers={"Authorization": f"Bearer {key}"}, timeout=60) as other:
+            file = write(tmp_path / "train.jsonl", pairs(8, seed=2)).read_bytes()
+            uploaded = other.post("/files", files={"file": ("p", file)}, data={"purpose": "fine-tune"})
+            body = {"model": "tiny", "training_file": uploaded.json()["id"], "hyperparameters": {"max_steps": 1}}
+            job_id = other.post("/fine_tuning/jobs", json=body).raise_for_status().json()["id"]
+            token = other.post(f"/fine_tuning/jobs/{job_id}/stream_token").raise_for_status().json()["token"]
+            other.get(f"/fine_tuning/jobs/{job_id}/stream?token={token}")
+            other.get("/files", headers={"Authorization": "Bearer " + "sk-wrong-" + key[-8:] * 3})
+            service.wait_for(job_id, lambda seen: seen["status"] == "succeeded")
+        secrets = {"admin": service.key, "key": key, "webhook": webhook["secret"], "token": token}
+        secrets |= {"hash key": (service.home / "secret.key").read_text().strip(), "wrong": "sk-wrong-" + key[-8:]}
+        client.delete(f"/webhooks/{webhook['id']}").raise_for_status()
+    for path in service.home.rglob("*"):
+        if path.is_file() and path.name not in ("admin.key", "secret.key"):
+            content = path.read_bytes()
+            assert [name for name, secret in secrets.items() if secret.encode() in content] == [], path
+
+
 def told(service: Running, job_id: str) -> list[str]:
     return [event.message for event in service.openai().fine_tuning.jobs.list_events(job_id, limit=100).data]
 

@@ -31,6 +31,7 @@ from tests.faults.workload import LONG, Attempt, Workload
 from tests.servers import wait_until
 
 CGROUP = Path("/sys/fs/cgroup/memory")
+NEXT_FIELD = "    what_the_next_version_knows_{number}: int = {number}\n    priority: "
 NEXT_MIGRATION = '''"""What the next version adds"""
 
 import sqlalchemy as sa
@@ -175,10 +176,11 @@ def stop_runner(scene: Scene) -> Strike | None:
 
 def drain_worker(scene: Scene) -> Strike | None:
     """SIGTERM: a checkpoint, back to the queue, no attempt counted as lost."""
+    told = "The worker stops; the job will resume."
+    before = scene.workload.messages(scene.attempt.job).count(told)
     scene.runner.signal(signal.SIGTERM)
     scene.runner.wait(60)
-    told = "The worker stops; the job will resume."
-    if told not in scene.workload.messages(scene.attempt.job):
+    if scene.workload.messages(scene.attempt.job).count(told) == before:
         return None
     if scene.workload.row(scene.attempt.job).lost_attempts:
         scene.workload.problems.append(f"{scene.attempt.job}: draining cost an attempt")
@@ -522,6 +524,8 @@ def deploy(scene: Scene) -> Strike | None:
         text = NEXT_MIGRATION.format(revision=revision, before=before)
         (versions / f"{revision}_next_{step}.py").write_text(text)
         before = revision
+    spec = folder / "app" / "jobs" / "spec.py"
+    spec.write_text(spec.read_text().replace("    priority: ", NEXT_FIELD.format(number=number), 1))
     environment = cluster.programs["cpu-1"].environment | {"PYTHONPATH": str(folder)}
     # As a process of its own: the new version's migrations are another package of the same name.
     migrate = [sys.executable, "-m", "app.cli.main", "migrate"]
@@ -529,14 +533,14 @@ def deploy(scene: Scene) -> Strike | None:
     ready = httpx2.get(f"http://127.0.0.1:{cluster.front.port}/readyz").json()
     if ready["status"] != "ok":
         scene.workload.problems.append(f"the old version is not ready beside the new schema: {ready}")
-    struck = scene.running()
+    told = "The worker stops; the job will resume."
+    told_before, struck = scene.workload.messages(scene.attempt.job).count(told), scene.running()
     for program in cluster.programs.values():
         program.folder, program.environment = folder, program.environment | {"PYTHONPATH": str(folder)}
         program.signal(signal.SIGTERM)
         program.wait(60)
         program.start()
-    told = "The worker stops; the job will resume."
-    resumed = told in scene.workload.messages(scene.attempt.job)
+    resumed = scene.workload.messages(scene.attempt.job).count(told) > told_before
     return Strike(f"{scene.attempt.job}: {told}") if struck and resumed else None
 
 

@@ -6,20 +6,25 @@ import random
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from app.jobs.states import ACTIVE
+from app.sweep import sweep
 from tests.faults.cluster import Cluster, cluster
 from tests.faults.faults import FAULTS, Scene, missing
 from tests.faults.workload import Attempt, Workload, orphans
 from tests.servers import wait_until
 
+SWEEP_SECONDS, GRACE_SECONDS = 15.0, 120.0
 TRIES = 5
 """For a fault that struck too late or changed nothing: that does not count, and it is tried again."""
 
@@ -47,15 +52,27 @@ def inject(plan: list[str], seed: int, minutes: float = math.inf) -> Found:
             workload = Workload(parts, random.Random(seed))
             workload.prepare()
             left = [fault for fault in plan if fault not in found.lacking]
+            stop = threading.Event()
+            sweeper = threading.Thread(target=_sweep, args=(workload, stop))
+            sweeper.start()
             while left and time.monotonic() < deadline:
                 _one_training(left, parts, workload, found)
                 print(f"cluster {seed}: {len(left)} of {len(plan)} faults left", file=sys.stderr, flush=True)
+            stop.set()
+            sweeper.join()
             found.counted = workload.check_all()
             workload.close()
             found.problems += workload.problems
         if outlived := orphans(parts):
             found.problems.append(f"processes that outlived the service: {outlived}")
     return found
+
+
+def _sweep(workload: Workload, stop: threading.Event) -> None:
+    """Sweep beside all that goes wrong, as workers do every hour; PostgreSQL may be away."""
+    while not stop.wait(SWEEP_SECONDS):
+        with suppress(SQLAlchemyError):
+            sweep(workload.cluster.services, delete=True, grace=GRACE_SECONDS)
 
 
 @contextmanager

@@ -201,16 +201,16 @@ class Workload:
             self.problems.append(f"lost: {sorted(lost)}")
         if sum(states[end] for end in ("succeeded", "failed", "cancelled")) != len(self.accepted):
             self.problems.append(f"{len(self.accepted)} accepted, but {dict(states)}")
+        _, left = sweep(services, delete=True, grace=0.0)
+        _, after = sweep(services, delete=False, grace=0.0)
+        if after:
+            self.problems.append(f"{after} objects that a sweep does not remove")
         for folder in folders:
             names = {key.rpartition("/")[2] for key, _size in services.storage.list(folder)}
             if not {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= names:
                 self.problems.append(f"half an artifact: {folder} holds {sorted(names)}")
         for key in keys:
             services.storage.read(key)
-        _, left = sweep(services, delete=True, grace=0.0)
-        _, after = sweep(services, delete=False, grace=0.0)
-        if after:
-            self.problems.append(f"{after} objects that a sweep does not remove")
         return {"accepted": len(self.accepted), "left_over_objects": left} | dict(states)
 
 

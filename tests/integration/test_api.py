@@ -376,3 +376,15 @@ def test_readiness_says_what_is_wrong(client: TestClient, services: Services, tm
     answer = client.get("/readyz")
     assert answer.status_code == 503
     assert "dpo migrate" in answer.json()["problems"]["database"]
+
+
+@pytest.mark.parametrize("place", [(), ("method", "dpo"), ("method", "dpo", "hyperparameters"), ("sft",), ("mapping",)])
+def test_a_chat_template_is_not_taken_from_a_caller(client: TestClient, place: tuple[str, ...]) -> None:
+    """A template is a program: only the operator's base models bring one."""
+    body: dict[str, Any] = {"model": "tiny", "training_file": upload(client), "method": {"type": "dpo", "dpo": {}}}
+    inner = body
+    for name in place:
+        inner = inner.setdefault(name, {})
+    inner["chat_template"] = "{{ messages }}"
+    error = error_of(client.post("/v1/fine_tuning/jobs", json=body), 400)
+    assert (error["code"], error["param"]) == ("unknown_parameter", ".".join([*place, "chat_template"]))

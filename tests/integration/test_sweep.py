@@ -7,7 +7,7 @@ from sqlalchemy import select, update
 from app.database import database_now, new_id
 from app.errors import Conflict
 from app.files.tables import File
-from app.installation import Installation
+from app.installation import Installation, name_of, owner_of
 from app.jobs import repository
 from app.jobs.states import Status
 from app.jobs.tables import Checkpoint, Job, JobEvent
@@ -117,6 +117,16 @@ def test_nothing_is_swept_beside_another_database(client: TestClient, services: 
     assert (ready.status_code, list(ready.json()["problems"])) == (503, ["storage"])
 
 
+def test_a_store_that_belongs_to_nobody_is_not_taken_by_a_database_that_knows_nothing_in_it(services: Services) -> None:
+    services.storage.put_bytes("files/file-of-another", b"x")
+    with pytest.raises(Conflict, match="another installation"):
+        clear_out(services)
+    assert services.storage.list("files") and owner_of(services.storage) is None
+    services.storage.delete("files/file-of-another")
+    clear_out(services)
+    assert owner_of(services.storage) == name_of(services.database), "an empty one is"
+
+
 def test_what_is_told_of_old_jobs_is_forgotten_and_their_results_stay(services: Services) -> None:
     old = make_job(services, name="old", status=Status.SUCCEEDED, metrics={"loss": 0.5})
     new, running = make_job(services, name="new", status=Status.FAILED), make_job(services, name="running")
@@ -126,6 +136,7 @@ def test_what_is_told_of_old_jobs_is_forgotten_and_their_results_stay(services: 
                 repository.add_event(session, job, f"event {number}", type="metrics", data={"step": number})
         session.execute(update(Job).where(Job.id == old).values(finished_at=database_now() - 100 * 86400))
         session.execute(update(Job).where(Job.id == new).values(finished_at=database_now() - 86400))
+    assert sweep(services, delete=True) == (0, 0)
     log = f"jobs/{old}/attempt-1/trainer.log"
     services.storage.put_bytes(log, b"x")
     assert forget_old_events(services.database, 365 * 86400) == 0

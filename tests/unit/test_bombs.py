@@ -88,7 +88,15 @@ def bombs() -> Iterator[tuple[str, IO[bytes], str]]:
     yield "one value in many rows of Parquet", io.BytesIO(rows_of_one_value()), ratio
     yield "depth", io.BytesIO(b'{"prompt": ' + b"[" * 5_000_000), ""
     yield "depth that closes", io.BytesIO(b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"), ""
-    yield "a million keys", io.BytesIO(b'{"k":1' + b',"k":1' * 1_000_000 + b"}"), "fields"
+    yield "a million keys", io.BytesIO(b'{"k":1' + b',"k":1' * 1_000_000 + b"}"), "values"
+    yield "a million keys with blanks", io.BytesIO(b'{"k" :1' + b',"k" :1' * 1_000_000 + b"}"), "values"
+    yield "a million keys that end in a backslash", io.BytesIO(rb'{"\\":1' + rb',"\\":1' * 1_000_000 + b"}"), "values"
+    yield "millions of empty lists", io.BytesIO(b'{"prompt": [[]' + b",[]" * 5_000_000 + b"]}"), "values"
+    yield (
+        "a million keys in a cell",
+        io.BytesIO(b'messages,note\n"[{""k"":1' + b',""k"":1' * 1_000_000 + b'}]",x'),
+        "values",
+    )
     yield "numbers that are none", io.BytesIO(b'{"prompt": NaN, "chosen": Infinity}'), ""
     yield "a number of a million digits", io.BytesIO(b'{"prompt": ' + b"1" * 1_000_000 + b"}"), ""
     yield "half a surrogate pair", io.BytesIO(rb'{"prompt": "\ud800", "chosen": "a", "rejected": "b"}'), ""

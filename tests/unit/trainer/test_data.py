@@ -178,6 +178,21 @@ def test_a_template_that_refuses_a_conversation_is_the_users_error_with_its_line
     assert caught.value.code == "chat_template_error"
 
 
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+        "{{ messages.append(messages[0]) }}",
+    ],
+)
+def test_a_models_template_runs_in_a_sandbox(attack: str) -> None:
+    """Templates come with base models; what one reaches for beside its text fails the job."""
+    with pytest.raises(UserError, match=r"unsafe|undefined|immutable|SecurityError") as caught:
+        tokenise(Example(1, CONVERSATION, ("the cat",)), make_tokenizer(attack + CHATML))
+    assert caught.value.code == "chat_template_error"
+
+
 def test_loss_on_text_scores_all_that_something_predicts() -> None:
     (row,) = tokenise(Example(1, "see", (" the cat",)), loss_on="text")
     pack = tree_pack(trees([row], [0], LONG))
