@@ -3,10 +3,10 @@
 Without WORKDIR it gets ready and waits for the folder as the first line of its standard input: the seconds that torch
 takes to load are over when a job comes. It touches no GPU before that. Its log is then `trainer.log` in the folder.
 
-Exit status: 0 done; 1 failed, and an event says why: `failed`, or `broken` where it was the machine and not the job; 75
-stopped after SIGTERM, to be resumed from the last checkpoint. Answers to what it asks its runner for come on its standard
-input, a line of JSON each; the process ends by itself, at once, when that input does: a trainer whose runner was killed must
-not keep the GPU.
+Exit status: 0 done; 1 failed, and an event says why: `failed`, or `broken` where it was the machine and not the job;
+75 stopped after SIGTERM, to be resumed from the last checkpoint. Answers to what it asks its runner for come on its
+standard input, a line of JSON each; the process ends by itself, at once, when that input does: a trainer whose runner
+was killed must not keep the GPU.
 """
 
 import json
