@@ -1,10 +1,14 @@
 """Leases and the state machine, on SQLite and PostgreSQL: what is guarded, and what a stale worker can do."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 from sqlalchemy import select, update
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
 
 from app.database import database_now
 from app.idempotency.service import Sending
@@ -14,9 +18,12 @@ from app.jobs.spec import JobSpec
 from app.jobs.states import ACTIVE, TRANSITIONS, Actor, Status
 from app.jobs.tables import Job, JobEvent
 from app.services import Services
+from worker.base_models import BaseModels
 from worker.housekeeping import purge_deleted_files
 from worker.lease import Lease
+from worker.processes import Spare
 from worker.reaper import Reaper, reap
+from worker.runner import Run
 
 
 def make_job(services: Services, **changes: Any) -> str:
@@ -308,3 +315,29 @@ def test_a_deleted_file_keeps_its_bytes_while_a_job_needs_them(services: Service
     with pytest.raises(FileNotFoundError):
         services.storage.read("files/file-1")
     purge_deleted_files(services)
+
+
+def test_what_a_lost_answer_to_a_commit_hides_is_not_written_twice(
+    services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection breaks after the commit: the runner tries again, and finds its events there."""
+    job_id = make_job(services)
+    job = claim(services)
+    assert job is not None
+    run = Run(services, BaseModels(services.settings), job, threading.Event(), Spare())
+    write, broken = services.database.write, list[bool]()
+
+    @contextmanager
+    def breaks_once() -> Iterator[Session]:
+        with write() as session:
+            yield session
+        if not broken:
+            broken.append(True)
+            raise OperationalError("COMMIT", {}, Exception("server closed the connection unexpectedly"))
+
+    with Lease(services.database, job_id, job.attempt) as run.lease:
+        monkeypatch.setattr(services.database, "write", breaks_once)
+        run._relay([{"kind": "message", "message": "once", "level": "info"}])
+    with services.database.read() as session:
+        told = list(session.scalars(select(JobEvent.message).where(JobEvent.job_id == job_id)))
+    assert broken and told == ["Fine-tuning job started.", "once"]

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from app.datasets.example import Kind
 from app.jobs.hyperparameters import DPOHyperparameters, Hyperparameters, SupervisedHyperparameters
 from app.jobs.losses import LOSSES, OPTIONS
+from app.jobs.spec import JobSpec, Method
 
 NAMES = sorted(LOSSES)
 VALUES: dict[str, Any] = {
@@ -330,3 +331,16 @@ def test_one_term_with_a_reference_asks_for_it() -> None:
 def test_one_term_that_couples_couples_the_sum() -> None:
     assert DPOHyperparameters.model_validate({"loss": terms("sigmoid", "aot")}).couples
     assert not DPOHyperparameters.model_validate({"loss": terms("sigmoid", "hinge")}).couples
+
+
+def test_a_stored_spec_is_read_by_the_version_before_and_by_the_one_after() -> None:
+    """Both work beside each other while one replaces the other."""
+    spec = JobSpec(model="m", training_file="f", method=Method(type="dpo"), seed=1).resolved()
+    stored = spec.to_store()
+    assert "keep_checkpoints" not in stored, "what the version before does not know is there only where it was set"
+    assert spec.model_copy(update={"keep_checkpoints": 3}).to_store()["keep_checkpoints"] == 3
+    assert JobSpec.stored(stored) == spec
+    stored["of_the_next_version"] = stored["method"]["dpo"]["hyperparameters"]["of_the_next_version"] = 1
+    assert JobSpec.stored(stored) == spec
+    with pytest.raises(ValidationError, match="of_the_next_version"):
+        JobSpec.model_validate(stored)
