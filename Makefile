@@ -33,6 +33,7 @@ bench: $(READY)  ## speed of the engine beside TRL, in one run
 
 faults: $(READY)  ## every fault 20 times into running trainings, two clusters at once (an hour)
 	@sh tests/servers.sh
+	DPO_STATE_MACHINE_STEPS=10000 $(BIN)/python -m pytest tests/integration/test_life_of_jobs.py
 	$(BIN)/python -m tests.faults --times 20
 
 fuzz: $(READY)  ## any bytes into the dataset reader, for an hour
