@@ -10,7 +10,6 @@ SELECTION = [
     "s3_half_uploads",
     "kill_runner_and_trainer",
     "deliver_three_times",
-    "drain_worker",
 ]
 
 
