@@ -64,22 +64,24 @@ def _remove(services: Services, keys: list[str]) -> None:
 
 
 def _is_ours(services: Services) -> bool:
-    """Whether the store is this database's. One that nobody has put a name to is, where it holds nothing, or something
-    that a row needs: beside a wrong or empty database nothing would be needed."""
+    """Whether the store is this database's; one that nobody has put a name to is given it where that may be done."""
     name, owner = name_of(services.database), owner_of(services.storage)
-    if owner is None:
-        empty = True
-        for prefix, find in NEEDED.items():
-            for batch in services.storage.batches(prefix) if prefix != "cache" else ():
-                empty = False
-                with services.database.read() as session:
-                    if find(session, [key for key, _ in batch]):
-                        services.storage.put_bytes(KEY, name.encode())
-                        return owner_of(services.storage) == name
-        if empty:
-            services.storage.put_bytes(KEY, name.encode())
+    if owner is None and _may_adopt(services):
+        services.storage.put_bytes(KEY, name.encode())
         owner = owner_of(services.storage)
     return owner == name
+
+
+def _may_adopt(services: Services) -> bool:
+    """Whether the store holds nothing, or something that a row needs: beside a wrong or empty database nothing is."""
+    empty = True
+    for prefix in NEEDED.keys() - {"cache"}:
+        for batch in services.storage.batches(prefix):
+            empty = False
+            with services.database.read() as session:
+                if NEEDED[prefix](session, [key for key, _ in batch]):
+                    return True
+    return empty
 
 
 def tidy_job(services: Services, job_id: str) -> None:

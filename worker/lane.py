@@ -53,14 +53,12 @@ class LaneWorker:
         ]
         if lane == Lane.CPU:
             self._threads.append(threading.Thread(target=Sender(services, self.stopping).run, name="webhooks"))
-        # Not waited for at the end: a long sweep may end anywhere.
-        self._sweeper = threading.Thread(target=self._sweep, name="sweeper", daemon=True)
 
     def start(self) -> None:
         for thread in self._threads:
             thread.start()
-        if self.lane == Lane.CPU:
-            self._sweeper.start()
+        if self.lane == Lane.CPU:  # not waited for at the end: a long sweep may end anywhere
+            threading.Thread(target=self._sweep, name="sweeper", daemon=True).start()
 
     def ring(self) -> None:
         """A wake-up came."""

@@ -30,6 +30,7 @@ from tests.faults.proxy import Connection, Proxy
 from tests.faults.workload import LONG, Attempt, Workload
 from tests.servers import wait_until
 
+HANDED_BACK = "The worker stops; the job will resume."
 CGROUP = Path("/sys/fs/cgroup/memory")
 NEXT_FIELD = "    what_the_next_version_knows_{number}: int = {number}\n    priority: "
 NEXT_MIGRATION = '''"""What the next version adds"""
@@ -176,17 +177,16 @@ def stop_runner(scene: Scene) -> Strike | None:
 
 def drain_worker(scene: Scene) -> Strike | None:
     """SIGTERM: a checkpoint, back to the queue, no attempt counted as lost."""
-    told = "The worker stops; the job will resume."
-    before = scene.workload.messages(scene.attempt.job).count(told)
+    before = scene.workload.messages(scene.attempt.job).count(HANDED_BACK)
     scene.runner.signal(signal.SIGTERM)
     scene.runner.wait(60)
-    if scene.workload.messages(scene.attempt.job).count(told) == before:
+    if scene.workload.messages(scene.attempt.job).count(HANDED_BACK) == before:
         return None
     if scene.workload.row(scene.attempt.job).lost_attempts:
         scene.workload.problems.append(f"{scene.attempt.job}: draining cost an attempt")
     scene.runner.start()
     seconds = scene.next_attempt()
-    return None if seconds is None else Strike(f"{scene.attempt.job}: {told}")
+    return None if seconds is None else Strike(f"{scene.attempt.job}: {HANDED_BACK}")
 
 
 def run_out_of_memory(scene: Scene) -> Strike | None:
@@ -533,15 +533,14 @@ def deploy(scene: Scene) -> Strike | None:
     ready = httpx2.get(f"http://127.0.0.1:{cluster.front.port}/readyz").json()
     if ready["status"] != "ok":
         scene.workload.problems.append(f"the old version is not ready beside the new schema: {ready}")
-    told = "The worker stops; the job will resume."
-    told_before, struck = scene.workload.messages(scene.attempt.job).count(told), scene.running()
+    told_before, struck = scene.workload.messages(scene.attempt.job).count(HANDED_BACK), scene.running()
     for program in cluster.programs.values():
         program.folder, program.environment = folder, program.environment | {"PYTHONPATH": str(folder)}
         program.signal(signal.SIGTERM)
         program.wait(60)
         program.start()
-    resumed = scene.workload.messages(scene.attempt.job).count(told) > told_before
-    return Strike(f"{scene.attempt.job}: {told}") if struck and resumed else None
+    resumed = scene.workload.messages(scene.attempt.job).count(HANDED_BACK) > told_before
+    return Strike(f"{scene.attempt.job}: {HANDED_BACK}") if struck and resumed else None
 
 
 def missing(fault: str, cluster: Cluster) -> str | None:

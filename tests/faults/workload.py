@@ -19,11 +19,11 @@ from app.jobs.states import ACTIVE
 from app.jobs.tables import Checkpoint, Job, JobEvent
 from app.models.tables import Model
 from app.sweep import sweep
+from tests.acceptance.conftest import pairs
 from tests.faults.cluster import ADMIN_KEY, Cluster, Line, processes
 from tests.servers import wait_until
+from tests.unit.trainer.work import TIME_DEPENDENT
 
-TIME_DEPENDENT = {"tokens_per_second", "peak_memory_bytes", "mfu"}
-WORDS = ["sun", "moon", "star", "rain", "snow", "wind", "leaf", "tree", "bird", "fish"]
 LONG: dict[str, Any] = {
     "model": "tiny",
     "seed": 11,
@@ -91,12 +91,7 @@ class Workload:
 
     def prepare(self) -> None:
         """Upload the pairs, and see what an undisturbed training makes of them."""
-        source = random.Random(5)
-        rows = []
-        for _ in range(40):
-            asked, other = source.sample(WORDS, 2)
-            rows.append({"prompt": f"say {asked}: ", "chosen": f"{asked} it is", "rejected": f"no {other} at all"})
-        content = "\n".join(json.dumps(row) for row in rows).encode()
+        content = "\n".join(json.dumps(row) for row in pairs(40, seed=5)).encode()
         wait_until(lambda: self.http.get("/models").json()["data"], "the base model")
         answer = self.http.post(
             "/files", files={"file": ("pairs.jsonl", content)}, data={"purpose": "fine-tune"}
