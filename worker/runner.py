@@ -10,7 +10,6 @@ import json
 import math
 import queue
 import re
-import shutil
 import signal
 import subprocess
 import tempfile
@@ -35,8 +34,8 @@ from app.models import repository as models
 from app.models.tables import Model
 from app.services import Services
 from app.sweep import tidy_job
-from worker import manifest
 from worker.base_models import BaseModels, ModelUnavailable
+from worker.checkpoints import Checkpoints
 from worker.integrations import Reporter
 from worker.lease import Lease, LeaseLost
 from worker.processes import Spare, kill_group
@@ -47,10 +46,6 @@ log = structlog.get_logger(__name__)
 STOPPED = 75
 CACHE_KEY = re.compile(r"(tokens|reference)(/[0-9a-f]{64}){1,2}")
 LOG_SECONDS = 3.0
-LEAVE_SECONDS = 600.0
-"""For those who download a checkpoint that is not to be kept."""
-RESUMABLE = 2
-"""Checkpoints of a job that can be resumed from: the latest, and one more should that be damaged."""
 OVERDUE_SECONDS = 30.0
 """For the checkpoint of a job whose time is over."""
 
@@ -71,10 +66,6 @@ class Run:
         self.prefix = f"jobs/{job.id}/attempt-{job.attempt}"
         self.spec = JobSpec.stored(job.spec)
         self.outcome: dict[str, Any] | None = None
-        self.stateless: set[str] = set()
-        """Prefixes of checkpoints whose `state/` is gone."""
-        self.leaving: list[tuple[float, str]] = []
-        """(when, prefix) of the objects of checkpoints whose rows are gone."""
         self.began = time.monotonic()
         self.log = log.bind(job=job.id, attempt=job.attempt, request=job.request_id)
 
@@ -83,6 +74,7 @@ class Run:
         folder = tempfile.TemporaryDirectory(dir=work_folder(self.services), ignore_cleanup_errors=True)
         with folder as name, Lease(self.services.database, self.job.id, self.job.attempt) as self.lease:
             self.folder = Path(name)
+            self.checkpoints = Checkpoints(self.services.storage, self.lease, self.job)
             self.reporter = Reporter(self.job.id, self.spec, self.folder)
             try:
                 if self._prepare():
@@ -149,7 +141,7 @@ class Run:
             except ModelUnavailable as error:
                 return self._fail("model_unavailable", str(error), field)
             self._place(held_to, held_to_foundation or None, other, self.folder / "reference")
-        self._fetch_checkpoint()
+        self.checkpoints.fetch(self.folder / "resume")
         located = spec.with_files({field: paths[file_id] for field, file_id in named.items()})
         (self.folder / "spec.json").write_text(located.model_dump_json())
         name = self.job.foundation or self.job.base_model
@@ -157,75 +149,6 @@ class Run:
         run["log"] = {"job": self.job.id, "attempt": self.job.attempt, "request": self.job.request_id}
         (self.folder / "run.json").write_text(json.dumps(run))
         return True
-
-    def _fetch_checkpoint(self) -> None:
-        """Bring the latest checkpoint that can be resumed from, and is as it was written, into `resume`."""
-        place = self.folder / "resume"
-        saved = self.lease.read(
-            lambda session: repository.checkpoints(session, self.job.id, after=None, limit=repository.MAX_CHECKPOINTS)
-        )
-        for checkpoint in saved or []:
-            if not self.services.storage.list(f"{checkpoint.prefix}/state"):
-                continue  # an old one: only its model is kept
-            for _ in range(2):  # what was damaged on the way is fetched once more
-                shutil.rmtree(place, ignore_errors=True)
-                self.services.storage.get_folder(checkpoint.prefix, place)
-                damage = manifest.damage(place)
-                if damage is None:
-                    return
-            shutil.rmtree(place)
-            self.log.error("damaged checkpoint", prefix=checkpoint.prefix, damage=damage)
-            self._tell(
-                f"The checkpoint at step {checkpoint.step_number} cannot be used ({damage}); going back behind it."
-            )
-
-    def _tell(self, message: str) -> None:
-        """Warn in the job's events."""
-        event = new_id("ftevent")
-
-        def write(session: Session) -> None:
-            if not repository.write_guarded(session, self.job.id, self.job.attempt, lost_attempts=Job.lost_attempts):
-                raise LeaseLost
-            if not repository.any_event(session, [event]):
-                repository.add_event(session, self.job.id, message, level="warn", id=event)
-
-        self.lease.write(write)
-
-    def _trim(self) -> None:
-        """Keep as many checkpoints as the job wants, and those that others need; of old ones only what can be used.
-
-        The rows go first, the objects a while later: someone may be downloading them. What fails is done when the job
-        has ended.
-        """
-        surplus: list[str] = []
-
-        def write(session: Session) -> list[Checkpoint]:
-            if not repository.write_guarded(session, self.job.id, self.job.attempt, lost_attempts=Job.lost_attempts):
-                raise LeaseLost
-            saved = repository.checkpoints(session, self.job.id, after=None, limit=repository.MAX_CHECKPOINTS) or []
-            old = [one for one in saved[self.spec.keep_checkpoints :] if not models.users_of(session, one.model_name)]
-            repository.forget_checkpoints(session, [one.id for one in old])
-            surplus[:] = [one.prefix for one in old]
-            return saved
-
-        saved = self.lease.write(write)
-        now = time.monotonic()
-        self.leaving += [(now + LEAVE_SECONDS, prefix) for prefix in surplus]
-        for old in saved[RESUMABLE:]:
-            if old.prefix not in self.stateless:
-                self._remove(f"{old.prefix}/state")
-                self.stateless.add(old.prefix)
-        for due, prefix in list(self.leaving):
-            if due <= now:
-                self._remove(prefix)
-                self.leaving.remove((due, prefix))
-
-    def _remove(self, prefix: str) -> None:
-        """Delete objects that nobody needs any more. Where that fails, they go when the job has ended."""
-        try:
-            self.services.storage.delete_folder(prefix)
-        except Exception as error:
-            self.log.warning("objects not removed", prefix=prefix, reason=str(error))
 
     def _place(self, model: models.Found, foundation: models.Found | None, base: Path, folder: Path) -> None:
         """Put what `model` is made of into `folder`: `base`, and for an adapter `start`."""
@@ -307,8 +230,7 @@ class Run:
         """Write a batch of the trainer's events: checkpoints are uploaded first, so that their rows are true."""
         for event in batch:
             if event["kind"] == "checkpoint":
-                self.services.storage.put_folder(f"{self.prefix}/{event['path']}", self.folder / event["path"])
-                shutil.rmtree(self.folder / event["path"])
+                self.checkpoints.store(f"{self.prefix}/{event['path']}", self.folder / event["path"])
             elif event["kind"] == "metrics":
                 self.reporter.metrics(event["step"], event["metrics"])
             elif event["kind"] in ("done", "failed", "broken"):
@@ -328,7 +250,7 @@ class Run:
         self.lease.write(write)
         if any(event["kind"] == "checkpoint" for event in batch):
             try:
-                self._trim()
+                self.checkpoints.trim()
             except LeaseLost:
                 raise
             except Exception as error:  # what is too much can wait; the training cannot
@@ -398,9 +320,6 @@ class Run:
         else:
             how = f"signal {-status}" if status < 0 else f"exit status {status}"
             self._recover(f"The trainer died ({how}).")
-
-    def _hand_back(self, message: str) -> None:
-        self.lease.write(lambda session: self._end(session, Status.QUEUED, message))
 
     def _succeed(self, outcome: dict[str, Any]) -> None:
         """Upload the artifact, then make it visible in one transaction."""

@@ -12,10 +12,13 @@ import subprocess
 import sys
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +99,9 @@ class Logs:
 
     def find(self, wanted: Callable[[Line], bool], since: float = 0.0) -> Line | None:
         """The first line since a time that is wanted."""
-        return next((line for line in list(self.lines) if line["seen"] >= since and wanted(line)), None)
+        lines = self.lines
+        first = bisect_left(lines, since, hi=len(lines), key=itemgetter("seen"))
+        return next((line for line in islice(lines, first, len(lines)) if wanted(line)), None)
 
     def wait(self, wanted: Callable[[Line], bool], since: float = 0.0, seconds: float = 60.0) -> Line | None:
         """The same, waited for; None where it does not come."""
@@ -193,7 +198,8 @@ def cluster(home: Path, gpus: int = 2) -> Iterator[Cluster]:
         targets = {"database": postgres.port, "api_database": postgres.port, "broker": redis.port, "objects": s3_port}
         proxies = {name: stack.enter_context(Proxy(name, target)) for name, target in targets.items()}
         front = stack.enter_context(Proxy("front", api_port))
-        os.environ.update(storage)  # what obstore reads in this process, which looks past the proxies
+        # What obstore reads in this process, which looks past the proxies.
+        os.environ.update({name: value for name, value in storage.items() if name.startswith("AWS_")})
         shared = os.environ | {
             "DPO_ADMIN_KEY": ADMIN_KEY,
             "DPO_SECRET_KEY": "a-secret-of-the-fault-harness",

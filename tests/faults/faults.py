@@ -447,7 +447,7 @@ def fill_the_disk(scene: Scene) -> Strike | None:
 def fill_the_services_disk(scene: Scene) -> Strike | None:
     """All that an embedded service has is on a disk that is full for a while: SQLite, objects, messages, work.
 
-    What is sent meanwhile is refused with an error that says so, and what was accepted comes to its end.
+    What is sent meanwhile is kept whole or refused, and what was accepted comes to its end.
     """
     with scene.cluster.embedded() as service, service.http() as http:
         content = scene.cluster.services.storage.read(f"files/{scene.workload.file}")
@@ -458,10 +458,13 @@ def fill_the_services_disk(scene: Scene) -> Strike | None:
         place = log.stat().st_size
         time.sleep(scene.random.uniform(0.0, 2.0))
         with _full(service.home):
-            refused = http.post("/files", files={"file": ("p.jsonl", content * 9)}, data={"purpose": "fine-tune"})
-            if refused.status_code != 503:
-                scene.workload.problems.append(f"an upload to a full disk was answered {refused.status_code}")
+            answer = http.post("/files", files={"file": ("p.jsonl", content * 9)}, data={"purpose": "fine-tune"})
             time.sleep(scene.random.uniform(1.0, 6.0))
+        if answer.status_code == 200:  # something had just made room
+            kept = http.get(f"/files/{answer.json()['id']}/content").content == content * 9
+            scene.workload.problems += [] if kept else ["an upload beside a full disk was cut short"]
+        elif answer.status_code != 503:
+            scene.workload.problems.append(f"an upload to a full disk was answered {answer.status_code}")
         ended = service.wait_for(job, lambda seen: seen["status"] == "succeeded")
         made = http.get(f"/models/{ended['fine_tuned_model']}/download").raise_for_status().content
         with tarfile.open(fileobj=io.BytesIO(made)) as archive:

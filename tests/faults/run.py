@@ -24,7 +24,7 @@ from tests.faults.faults import FAULTS, Scene, missing
 from tests.faults.workload import Attempt, Workload, orphans
 from tests.servers import wait_until
 
-SWEEP_SECONDS, GRACE_SECONDS = 15.0, 120.0
+SWEEP_SECONDS, GRACE_SECONDS = 30.0, 120.0
 TRIES = 5
 """For a fault that struck too late or changed nothing: that does not count, and it is tried again."""
 

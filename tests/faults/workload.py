@@ -74,6 +74,8 @@ class Workload:
     cluster: Cluster
     random: random.Random
     accepted: list[str] = field(default_factory=list)
+    asked: dict[str, float] = field(default_factory=dict)
+    """When each of the accepted jobs was first asked for."""
     short: set[str] = field(default_factory=set)
     """Those of the accepted jobs that are `SHORT`."""
     expected: dict[bool, Result] = field(default_factory=dict)
@@ -104,7 +106,7 @@ class Workload:
 
     def submit(self, *, short: bool = False, priority: int = 0) -> str:
         """Create a job, whatever it takes: the same idempotency key until the service answers."""
-        headers = {"Idempotency-Key": new_id("key")}
+        headers, asked = {"Idempotency-Key": new_id("key")}, time.monotonic()
         body = (SHORT if short else LONG) | {"training_file": self.file, "priority": priority}
 
         def created() -> bool:
@@ -116,6 +118,7 @@ class Workload:
             return True
 
         wait_until(created, "a new job", seconds=120)
+        self.asked[self.accepted[-1]] = asked
         if short:
             self.short.add(self.accepted[-1])
         return self.accepted[-1]
@@ -140,7 +143,7 @@ class Workload:
         def ours(line: Line) -> bool:
             return line.get("event") == "trainer started" and line["job"] == job and number in (None, line["attempt"])
 
-        line = self.cluster.logs.wait(ours, seconds=seconds)
+        line = self.cluster.logs.wait(ours, self.asked[job], seconds)
         return None if line is None else Attempt(job, line["attempt"], line["program"], line["pid"], line["seen"])
 
     def messages(self, job: str) -> list[str]:
