@@ -190,38 +190,40 @@ def _parquet(file: IO[bytes]) -> Iterator[tuple[int, dict[str, object]]]:
             coded = any(pyarrow.types.is_dictionary(column.type) for column in batch.columns)
             large = coded or batch.nbytes > 2 * MAX_RECORD_BYTES
             for part in (batch.slice(k, 1) for k in range(batch.num_rows)) if large else (batch,):
-                for record in part.to_pylist():
+                for row in part.to_pylist():
                     number += 1
-                    held, length = _size(record)
+                    record, held, length = _plain(row)
                     if length > MAX_RECORD_BYTES:
                         raise DatasetError(number, None, f"the record is larger than {MAX_RECORD_BYTES} bytes")
                     if held > MAX_VALUES:
                         raise DatasetError(number, None, f"the record has more than {MAX_VALUES} values")
                     unpacked += length
                     _refuse_bomb(unpacked, size)
-                    yield number, _plain(record)
+                    yield number, record
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, TypeError) as error:
         raise DatasetError(number + 1, None, f"the Parquet file cannot be read: {error}") from error
 
 
-def _size(value: object) -> tuple[int, int]:
-    """(values, characters and bytes) in a row, at all depths."""
-    if isinstance(value, str | bytes):
-        return 1, len(value)
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    sizes = [_size(item) for item in inner]
-    return 1 + sum(size[0] for size in sizes), sum(size[1] for size in sizes)
-
-
-def _plain(record: dict[str, Any]) -> dict[str, object]:
-    """A Parquet row without the nulls that it has in place of fields that are not there."""
+def _plain(row: dict[str, object]) -> tuple[dict[str, object], int, int]:
+    """A Parquet row without the nulls that it has in place of fields that are not there; how many values were in it, at
+    all depths; and how many characters and bytes.
+    """
+    values = length = 0
 
     def cleaned(value: object) -> object:
+        nonlocal values, length
         if isinstance(value, dict):
+            values += len(value)
             return {name: cleaned(item) for name, item in value.items() if item is not None}
-        return [cleaned(item) for item in value] if isinstance(value, list) else value
+        if isinstance(value, list):
+            values += len(value)
+            return [cleaned(item) for item in value]
+        if isinstance(value, str | bytes):
+            length += len(value)
+        return value
 
-    return {name: cleaned(value) for name, value in record.items() if value is not None}
+    found = {name: cleaned(value) for name, value in row.items() if value is not None}
+    return found, values + len(row), length
 
 
 def _lines(head: bytes, line: int, file: IO[bytes]) -> Iterator[tuple[int, bytes]]:

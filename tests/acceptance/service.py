@@ -126,3 +126,16 @@ def lanes(service: Running, lane: str) -> list[int]:
     return [
         int(pid) for pid in children if Path(f"/proc/{pid}/cmdline").read_bytes().endswith(f"worker\0{lane}\0".encode())
     ]
+
+
+def half_upload(key: str, size: int) -> bytes:
+    """The first half of a request that uploads a file, as it goes over a socket: `size` bytes of the file."""
+    body = (
+        b'--xx\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n'
+        b'--xx\r\nContent-Disposition: form-data; name="file"; filename="p.jsonl"\r\n\r\n'
+    ) + b"x" * size
+    head = (
+        f"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {key}\r\n"
+        f"Content-Type: multipart/form-data; boundary=xx\r\nContent-Length: {2 * len(body)}\r\n\r\n"
+    )
+    return head.encode() + body

@@ -11,13 +11,8 @@ import httpx2
 import pytest
 
 from tests.acceptance.conftest import pairs, write
-from tests.acceptance.service import Running, lanes, running, stack, trainers
+from tests.acceptance.service import Running, half_upload, lanes, running, stack, trainers
 from tests.servers import wait_until
-
-PART = (
-    b'--xx\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n'
-    b'--xx\r\nContent-Disposition: form-data; name="file"; filename="p.jsonl"\r\n\r\n'
-)
 
 
 def start_long_job(service: Running, folder: Path, **extensions: Any) -> str:
@@ -182,15 +177,10 @@ def test_the_parts_end_when_their_supervisor_is_killed(home: Path, tmp_path: Pat
 def test_an_upload_whose_connection_is_cut_leaves_nothing(service: Running) -> None:
     """Over a real socket: half of the promised bytes, then nothing more."""
     url = httpx2.URL(service.url)
-    half = PART + b"x" * 20_000_000
-    head = (
-        f"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {service.key}\r\n"
-        f"Content-Type: multipart/form-data; boundary=xx\r\nContent-Length: {2 * len(half)}\r\n\r\n"
-    )
     objects = service.home / "objects" / "files"
     before, listed = set(objects.glob("*")), service.openai().files.list().data
     with socket.create_connection((url.host, url.port or 80)) as connection:
-        connection.sendall(head.encode() + half)
+        connection.sendall(half_upload(service.key, 20_000_000))
         wait_until(lambda: set(objects.glob("*")) > before, "the upload's first bytes in the object store")
     wait_until(lambda: set(objects.glob("*")) == before, "the end of what came")
     assert service.openai().files.list().data == listed

@@ -20,7 +20,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from app.jobs.states import ACTIVE
 from app.sweep import sweep
 from tests.faults.cluster import Cluster, cluster
-from tests.faults.faults import FAULTS, Scene, missing
+from tests.faults.faults import FAULTS, missing
+from tests.faults.scene import Scene
 from tests.faults.workload import Attempt, Workload, orphans
 from tests.servers import wait_until
 
@@ -134,6 +135,8 @@ def _strike(fault: str, scene: Scene) -> dict[str, Any] | None:
     workload, job = scene.workload, scene.attempt.job
     try:
         strike = FAULTS[fault](scene)
+    except ProcessLookupError:  # the training had just ended
+        strike = None
     except Exception as error:
         workload.problems.append(f"{fault} on {job}: {type(error).__name__}: {error}")
         strike = None

@@ -1,0 +1,53 @@
+"""What goes wrong: each fault strikes a training at a random moment, says which line shows that it did, and undoes itself.
+
+A fault returns a `Strike`, or None where it came too late or changed nothing; then it does not count.
+"""
+
+import os
+
+from tests.faults.cluster import Cluster
+from tests.faults.faults import database, disks, messages, objects, processes
+from tests.faults.scene import Fault
+
+
+def missing(fault: str, cluster: Cluster) -> str | None:
+    """What this machine lacks for a fault, by name."""
+    if fault == "run_out_of_memory" and not os.access(processes.CGROUP, os.W_OK):
+        return f"a memory controller that may be written to ({processes.CGROUP})"
+    if fault.startswith("fill_the") and not cluster.small_disks:
+        return "the right to mount a small file system"
+    return None
+
+
+FAULTS: dict[str, Fault] = {
+    fault.__name__: fault
+    for fault in (
+        processes.kill_runner,
+        processes.kill_trainer,
+        processes.kill_runner_and_trainer,
+        processes.kill_api,
+        processes.stop_runner,
+        processes.drain_worker,
+        processes.run_out_of_memory,
+        processes.two_reapers,
+        processes.poison,
+        processes.deploy,
+        messages.restart_redis,
+        messages.restart_redis_with_a_queue,
+        messages.hold_redis,
+        messages.deliver_three_times,
+        messages.commit_without_publish,
+        messages.publish_without_commit,
+        database.restart_postgres,
+        database.cut_postgres,
+        database.pause_postgres,
+        database.set_the_clock,
+        objects.s3_errors,
+        objects.s3_timeouts,
+        objects.s3_half_uploads,
+        objects.s3_slow_bodies,
+        objects.cut_uploads,
+        disks.fill_the_disk,
+        disks.fill_the_services_disk,
+    )
+}

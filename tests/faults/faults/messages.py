@@ -1,0 +1,87 @@
+"""Redis, and messages that come too often, too early, or not at all."""
+
+import signal
+import time
+
+from app.broker import WAKE_TASK, Lane, make_celery
+from tests.faults.proxy import Connection
+from tests.faults.scene import Scene, Strike, shown
+
+
+def restart_redis(scene: Scene) -> Strike | None:
+    """Redis is killed and comes back empty."""
+    scene.cluster.redis.end(signal.SIGKILL)
+    struck = scene.line("WARNING celery.worker.consumer", seconds=10, job=False)
+    still = scene.running()
+    scene.cluster.redis.start()
+    return Strike(shown(struck), same_attempt=True) if struck and still else None
+
+
+def restart_redis_with_a_queue(scene: Scene) -> Strike | None:
+    """Redis comes back empty while 100 jobs are in the queue: they are in the database."""
+    queued = [scene.workload.submit(short=True, priority=-1) for _ in range(100)]
+    strike = restart_redis(scene)
+    for job in queued[1:]:
+        scene.workload.cancel(job)
+    return strike and Strike(strike.evidence, same_attempt=True)
+
+
+def hold_redis(scene: Scene) -> Strike | None:
+    """Nothing comes through to Redis or from it for eight seconds."""
+    broker = scene.cluster.broker
+    before = len(broker.struck)
+    broker.hold(True)
+    try:
+        made = scene.workload.submit(short=True)
+        time.sleep(8)
+    finally:
+        broker.hold(False)
+    held = broker.struck[before:]
+    return Strike(f"{len(held)} messages to Redis held", same_attempt=True, more=[made]) if held else None
+
+
+def deliver_three_times(scene: Scene) -> Strike | None:
+    """Every wake-up comes three times, to workers that have enough to do."""
+    celery = make_celery(scene.cluster.services.settings)
+    for lane in Lane:
+        for _ in range(3):
+            celery.send_task(WAKE_TASK, args=[lane.value], queue=lane.value)
+    celery.close()
+    woken = scene.line("woken", seconds=10, job=False)
+    return Strike(shown(woken), same_attempt=True) if woken and scene.running() else None
+
+
+def commit_without_publish(scene: Scene) -> Strike | None:
+    """A job is committed while Redis takes no message: a worker finds it all the same."""
+    broker = scene.cluster.broker
+    broker.refuse = True
+    broker.cut()
+    try:
+        made = scene.workload.submit(short=True)
+        line = scene.line("wake-up not sent", seconds=30, job=False)
+    finally:
+        broker.refuse = False
+    return Strike(shown(line), same_attempt=True, more=[made]) if line else None
+
+
+def publish_without_commit(scene: Scene) -> Strike | None:
+    """A wake-up for a job whose commit is lost on the way, or whose answer is: one job in the end, not none, not two."""
+    celery, database = make_celery(scene.cluster.services.settings), scene.cluster.api_database
+    broken: list[Connection] = []
+    upstream = scene.random.random() < 0.5
+
+    def spoil(connection: Connection, from_client: bool, chunk: bytes) -> bool:
+        if from_client != upstream or b"COMMIT" not in chunk or len(broken) >= 3:
+            return False
+        broken.append(connection)
+        return True
+
+    database.spoil = spoil
+    try:
+        celery.send_task(WAKE_TASK, args=[Lane.CPU.value], queue=Lane.CPU.value)
+        made = scene.workload.submit(short=True)
+        line = scene.line("database out of reach", seconds=5, job=False)
+    finally:
+        database.spoil = None
+        celery.close()
+    return Strike(shown(line), same_attempt=True, more=[made]) if line and broken else None

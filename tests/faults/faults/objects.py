@@ -1,0 +1,63 @@
+"""The object store, and uploads on their way to it."""
+
+import socket
+import time
+from collections.abc import Callable
+
+from tests.acceptance.service import half_upload
+from tests.faults.cluster import ADMIN_KEY
+from tests.faults.proxy import Connection, Proxy
+from tests.faults.scene import Scene, Strike
+from tests.servers import wait_until
+
+
+def _objects(scene: Scene, disturb: Callable[[Proxy], None], seconds: float) -> Strike | None:
+    """Disturb the object store for a while; the strike is a request about this job that was hit."""
+    proxy = scene.cluster.objects
+    before = len(proxy.struck)
+    disturb(proxy)
+    try:
+        time.sleep(seconds)
+    finally:
+        proxy.heal()
+    hit = [request for _at, request in proxy.struck[before:] if scene.attempt.job in request]
+    return Strike(f"S3: {hit[0]} ({len(hit)} requests)", recovery=None) if hit else None
+
+
+def s3_errors(scene: Scene) -> Strike | None:
+    """The object store answers 503 to everything."""
+    return _objects(scene, lambda proxy: setattr(proxy, "busy", True), scene.random.uniform(1, 4))
+
+
+def s3_timeouts(scene: Scene) -> Strike | None:
+    """The object store answers nothing."""
+    return _objects(scene, lambda proxy: proxy.hold(True), scene.random.uniform(2, 8))
+
+
+def s3_half_uploads(scene: Scene) -> Strike | None:
+    """Connections break in the middle of what is uploaded, or of what is answered."""
+    most = scene.random.randint(1, 60_000)
+
+    def spoil(connection: Connection, from_client: bool, _chunk: bytes) -> bool:
+        return (from_client and connection.passed > most) or scene.random.random() < 0.1
+
+    return _objects(scene, lambda proxy: setattr(proxy, "spoil", spoil), scene.random.uniform(1, 3))
+
+
+def s3_slow_bodies(scene: Scene) -> Strike | None:
+    """Everything from and to the object store creeps."""
+    return _objects(scene, lambda proxy: setattr(proxy, "rate", 50_000.0), scene.random.uniform(2, 4))
+
+
+def cut_uploads(scene: Scene) -> Strike | None:
+    """Uploads break off at a random byte; nothing of them stays."""
+    size = scene.random.randint(1, 3_000_000)
+    storage = scene.cluster.services.storage
+    before = storage.list("files")
+    with socket.create_connection(("127.0.0.1", scene.cluster.front.port)) as connection:
+        connection.sendall(half_upload(ADMIN_KEY, size))
+        front = scene.cluster.front
+        wait_until(lambda: any(c.passed >= size for c in front._connections), "the upload at the API", 20)
+        front.cut()
+    wait_until(lambda: storage.list("files") == before, "the end of what came of the upload")
+    return Strike(f"POST /v1/files cut after {size} bytes while {scene.attempt.job} ran", same_attempt=True)

@@ -1,0 +1,200 @@
+"""Processes that die, stop, or are replaced by those of a new version."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import httpx2
+
+from tests.faults.cluster import REPOSITORY
+from tests.faults.scene import HANDED_BACK, Scene, Strike, shown
+from tests.servers import wait_until
+
+CGROUP = Path("/sys/fs/cgroup/memory")
+NEXT_FIELD = "    what_the_next_version_knows_{number}: int = {number}\n    priority: "
+NEXT_MIGRATION = '''"""What the next version adds"""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "{revision}"
+down_revision = "{before}"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    op.add_column("jobs", sa.Column("added_{revision}", sa.String(), nullable=True))
+
+
+def downgrade() -> None:
+    op.drop_column("jobs", "added_{revision}")
+'''
+
+
+def kill_runner(scene: Scene) -> Strike | None:
+    """kill -9 of the worker that runs the job; its trainer ends by itself."""
+    scene.runner.kill()
+    scene.runner.start()
+    return scene.after_next_attempt(scene.line("lease expired"))
+
+
+def kill_trainer(scene: Scene) -> Strike | None:
+    """kill -9 of the process that trains."""
+    os.kill(scene.attempt.pid, signal.SIGKILL)
+    return scene.after_next_attempt(scene.line("attempt lost", seconds=10))
+
+
+def kill_runner_and_trainer(scene: Scene) -> Strike | None:
+    """kill -9 of both at once."""
+    os.kill(scene.attempt.pid, signal.SIGKILL)
+    scene.runner.kill()
+    scene.runner.start()
+    return scene.after_next_attempt(scene.line("lease expired"))
+
+
+def kill_api(scene: Scene) -> Strike | None:
+    """kill -9 of an API while it streams the job's events and takes another job."""
+    job, api, broken = scene.attempt.job, scene.cluster.programs["api-1"], threading.Event()
+    opened = threading.Event()
+
+    def follow() -> None:
+        with suppress(httpx2.HTTPError), scene.workload.http.stream("GET", f"/fine_tuning/jobs/{job}/stream") as stream:
+            for _ in stream.iter_bytes():
+                opened.set()
+        broken.set()
+
+    threading.Thread(target=follow, daemon=True).start()
+    if not opened.wait(10):
+        return None
+    made: list[str] = []
+    creating = threading.Thread(target=lambda: made.append(scene.workload.submit(short=True)))
+    creating.start()
+    time.sleep(scene.random.uniform(0.0, 0.03))
+    api.kill()
+    struck = scene.running()
+    broken.wait(10)
+    api.start()
+    creating.join()
+    return Strike(f"the stream of {job} broke", same_attempt=True, more=made) if struck else None
+
+
+def stop_runner(scene: Scene) -> Strike | None:
+    """SIGSTOP of the worker until another has the job, then SIGCONT: what it still writes must touch no row."""
+    scene.runner.signal(signal.SIGSTOP)
+    try:
+        strike = scene.after_next_attempt(scene.line("lease expired"))
+    finally:
+        scene.runner.signal(signal.SIGCONT)
+    stale = scene.line("lease lost")
+    if strike is not None and (stale is None or stale["attempt"] != scene.attempt.number):
+        scene.workload.problems.append(f"{scene.attempt.job}: the stale attempt did not notice")
+    return strike
+
+
+def drain_worker(scene: Scene) -> Strike | None:
+    """SIGTERM: a checkpoint, back to the queue, no attempt counted as lost."""
+    before = scene.workload.messages(scene.attempt.job).count(HANDED_BACK)
+    scene.runner.signal(signal.SIGTERM)
+    scene.runner.wait(60)
+    if scene.workload.messages(scene.attempt.job).count(HANDED_BACK) == before:
+        return None
+    if scene.workload.row(scene.attempt.job).lost_attempts:
+        scene.workload.problems.append(f"{scene.attempt.job}: draining cost an attempt")
+    scene.runner.start()
+    seconds = scene.next_attempt()
+    return None if seconds is None else Strike(f"{scene.attempt.job}: {HANDED_BACK}")
+
+
+def run_out_of_memory(scene: Scene) -> Strike | None:
+    """The kernel's out-of-memory killer takes the trainer."""
+    group = CGROUP / f"dpo-faults-{scene.attempt.pid}"
+    group.mkdir()
+    try:
+        (group / "memory.limit_in_bytes").write_text(str(2**16))
+        with suppress(ProcessLookupError):
+            (group / "cgroup.procs").write_text(str(scene.attempt.pid))
+        strike = scene.after_next_attempt(scene.line("attempt lost", seconds=20))
+        kills = (group / "memory.oom_control").read_text()
+        return strike if "oom_kill 0" not in kills else None
+    finally:
+        wait_until(lambda: not (group / "cgroup.procs").read_text(), "the end of the trainer")
+        group.rmdir()
+
+
+def two_reapers(scene: Scene) -> Strike | None:
+    """kill -9 of the worker; all others are stopped until its lease is over, and look at the same moment."""
+    others = [program for program in scene.cluster.workers() if program is not scene.runner]
+    lost, job = "The worker of this job was lost. The job will resume.", scene.attempt.job
+    before = scene.workload.messages(job).count(lost)
+    for program in others:
+        program.signal(signal.SIGSTOP)
+    scene.runner.kill()
+    time.sleep(16)
+    for program in others:
+        program.signal(signal.SIGCONT)
+    scene.runner.start()
+    strike = scene.after_next_attempt(scene.line("lease expired"), recovery=False)
+    told = scene.workload.messages(job).count(lost) - before
+    if strike is not None and told != 1:
+        scene.workload.problems.append(f"{job}: recovered {told} times")
+    return strike
+
+
+def poison(scene: Scene) -> Strike | None:
+    """A job whose trainer dies at once, each time: it is given up, and the error says whose fault that is."""
+    job = scene.workload.submit(short=True)
+    line = None
+    for number in range(2, 5):  # the first attempt is the check of its files
+        attempt = scene.workload.started(job, number)
+        if attempt is None:
+            scene.workload.problems.append(f"{job}: no attempt {number}")
+            return None
+        with suppress(ProcessLookupError):
+            os.kill(attempt.pid, signal.SIGKILL)
+        line = scene.cluster.logs.wait(
+            lambda line: line.get("event") == "attempt lost" and line["job"] == job, attempt.seen, 10
+        )
+    row = scene.workload.wait_end(job)
+    if row.status != "failed" or (row.error or {}).get("code") != "worker_lost":
+        scene.workload.problems.append(f"{job}: ended as {row.status}, {row.error}")
+    return None if line is None else Strike(shown(line), same_attempt=True)
+
+
+def deploy(scene: Scene) -> Strike | None:
+    """A version with a new migration: the schema first, then one process after the other, while the job runs."""
+    cluster = scene.cluster
+    number = len(list(cluster.home.glob("version-*"))) + 1
+    folder = cluster.home / f"version-{number}"
+    for name in ("app", "worker", "migrations"):
+        shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    versions = folder / "migrations" / "versions"
+    before = sorted(path.name[:4] for path in versions.glob("0*.py"))[-1]
+    for step in range(1, number + 1):
+        revision = f"{int(before) + 1:04d}"
+        text = NEXT_MIGRATION.format(revision=revision, before=before)
+        (versions / f"{revision}_next_{step}.py").write_text(text)
+        before = revision
+    spec = folder / "app" / "jobs" / "spec.py"
+    spec.write_text(spec.read_text().replace("    priority: ", NEXT_FIELD.format(number=number), 1))
+    environment = cluster.programs["cpu-1"].environment | {"PYTHONPATH": str(folder)}
+    # As a process of its own: the new version's migrations are another package of the same name.
+    migrate = [sys.executable, "-m", "app.cli.main", "migrate"]
+    subprocess.run(migrate, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+    ready = httpx2.get(f"http://127.0.0.1:{cluster.front.port}/readyz").json()
+    if ready["status"] != "ok":
+        scene.workload.problems.append(f"the old version is not ready beside the new schema: {ready}")
+    told_before, struck = scene.workload.messages(scene.attempt.job).count(HANDED_BACK), scene.running()
+    for program in cluster.programs.values():
+        program.folder, program.environment = folder, program.environment | {"PYTHONPATH": str(folder)}
+        program.signal(signal.SIGTERM)
+        program.wait(60)
+        program.start()
+    resumed = scene.workload.messages(scene.attempt.job).count(HANDED_BACK) > told_before
+    return Strike(f"{scene.attempt.job}: {HANDED_BACK}") if struck and resumed else None
