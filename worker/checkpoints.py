@@ -72,6 +72,7 @@ class Checkpoints:
         def write(session: Session) -> list[Checkpoint]:
             self._guard(session)
             saved = repository.checkpoints(session, self.job.id, after=None, limit=repository.MAX_CHECKPOINTS) or []
+            repository.hold_checkpoints(session, [one.id for one in saved[self.keep :]])
             old = [one for one in saved[self.keep :] if not models.users_of(session, one.model_name)]
             repository.forget_checkpoints(session, [one.id for one in old])
             surplus[:] = [one.prefix for one in old]

@@ -166,6 +166,12 @@ def move_checkpoint(session: Session, job_id: str, step: int, prefix: str) -> bo
     return session.scalar(update(Checkpoint).where(*which).values(prefix=prefix).returning(Checkpoint.id)) is not None
 
 
+def hold_checkpoints(session: Session, checkpoint_ids: Sequence[str]) -> None:
+    """Let nobody begin to use these checkpoints until this transaction ends."""
+    which = Checkpoint.id.in_(checkpoint_ids)
+    session.execute(select(Checkpoint.id).where(which).order_by(Checkpoint.id).with_for_update())
+
+
 def forget_checkpoints(session: Session, checkpoint_ids: Sequence[str]) -> None:
     """Remove the rows of checkpoints."""
     session.execute(delete(Checkpoint).where(Checkpoint.id.in_(checkpoint_ids)))

@@ -116,7 +116,7 @@ class Jobs:
 
     @staticmethod
     def _model(session: Session, project: str, spec: JobSpec) -> models.Found:
-        model = models.find(session, project, spec.model)
+        model = models.find(session, project, spec.model, lock=True)
         if model is None:
             raise ServiceError(
                 f"The model '{spec.model}' does not exist. GET /v1/models lists those that do.",
@@ -172,7 +172,7 @@ class Jobs:
         if spec.reference_model is None:
             return
         param = "method.dpo.hyperparameters.reference_model"
-        found = models.find(session, project, spec.reference_model)
+        found = models.find(session, project, spec.reference_model, lock=True)
         if found is None:
             message = f"The model '{spec.reference_model}' does not exist. GET /v1/models lists those that do."
             raise ServiceError(message, param=param, code="model_not_found")

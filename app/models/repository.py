@@ -36,17 +36,27 @@ def readable(project: str) -> Select[Model]:
     return select(Model).where(or_(Model.project.is_(None), Model.project == project))
 
 
-def get(session: Session, project: str, name: str) -> Model | None:
-    return session.scalar(readable(project).where(Model.name == name, Model.kind != "hub"))
+def get(session: Session, project: str, name: str, *, lock: bool = False) -> Model | None:
+    """One model. `lock`: it cannot be deleted until this transaction ends (SQLite has one writer anyway)."""
+    statement = readable(project).where(Model.name == name, Model.kind != "hub")
+    return session.scalar(statement.with_for_update(read=True) if lock else statement)
+
+
+def to_delete(session: Session, project: str, name: str) -> Model | None:
+    """One model, which nobody else can begin to use until this transaction ends."""
+    return session.scalar(readable(project).where(Model.name == name, Model.kind != "hub").with_for_update())
 
 
 def listed(session: Session, project: str) -> list[Model]:
     return list(session.scalars(readable(project).where(Model.kind != "hub").order_by(Model.created_at.desc())))
 
 
-def find(session: Session, project: str, name: str) -> Found | None:
-    """Resolve the name of a base model, a made model, a checkpoint or a hub id that workers may download."""
-    model = get(session, project, name)
+def find(session: Session, project: str, name: str, *, lock: bool = False) -> Found | None:
+    """Resolve the name of a base model, a made model, a checkpoint or a hub id that workers may download.
+
+    `lock`: what it finds cannot be deleted until this transaction ends.
+    """
+    model = get(session, project, name, lock=lock)
     if model is not None:
         adapter = model.details.get("adapter")
         return Found(
@@ -58,11 +68,13 @@ def find(session: Session, project: str, name: str) -> Found | None:
             Adapter(**adapter) if isinstance(adapter, dict) else None,
             name if model.kind == "full" else model.details.get("foundation"),
         )
-    checkpoint = session.execute(
+    statement = (
         select(Checkpoint, Job)
         .join(Job, Job.id == Checkpoint.job_id)
         .where(Checkpoint.model_name == name, Job.project == project)
-    ).one_or_none()
+    )
+    held = statement.with_for_update(read=True, of=Checkpoint)
+    checkpoint = session.execute(held if lock else statement).one_or_none()
     if checkpoint is not None:
         saved, job = checkpoint
         trained = job.spec["adapter"]

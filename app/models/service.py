@@ -104,7 +104,7 @@ class Models:
         Raises `Conflict` while an unfinished job or another model needs it.
         """
         with self.database.write() as session:
-            model = repository.get(session, project, name)
+            model = repository.to_delete(session, project, name)
             if model is None:
                 raise not_found(name)
             if model.prefix is None:

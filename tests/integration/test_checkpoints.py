@@ -1,0 +1,98 @@
+"""Which checkpoints of a running job are kept: rows and objects, on both databases."""
+
+import threading
+from pathlib import Path
+
+import pytest
+from sqlalchemy import select, text, update
+
+from app.database import database_now
+from app.jobs.states import Status
+from app.jobs.tables import Checkpoint, Job
+from app.models import repository as models
+from app.services import Services
+from tests.integration.test_states import claim, get, make_job
+from tests.servers import wait_until
+from worker import checkpoints
+from worker.checkpoints import Checkpoints
+from worker.lease import Lease
+
+NAME = "ft:tiny:default::12345678:ckpt-step-{}"
+
+
+@pytest.fixture
+def job(services: Services, tmp_path: Path) -> Job:
+    """One that runs and has checkpoints of the steps 1 to 5, of which it wants two."""
+    job_id = make_job(services, spec={**_spec(services), "keep_checkpoints": 2})
+    assert claim(services) is not None
+    folder = tmp_path / "checkpoint"
+    for part in ("model", "state"):
+        (folder / part).mkdir(parents=True)
+        (folder / part / "weights").write_text("x")
+    with services.database.write() as session:
+        for step in range(1, 6):
+            prefix = f"jobs/{job_id}/attempt-1/checkpoints/{step}"
+            services.storage.put_folder(prefix, folder)
+            session.add(
+                Checkpoint(
+                    id=f"ftckpt-{step}", job_id=job_id, created_at=database_now(), stage="dpo", step_number=step,
+                    metrics={}, model_name=NAME.format(step), prefix=prefix,
+                )
+            )  # fmt: skip
+    return get(services, job_id)
+
+
+def _spec(services: Services) -> dict[str, object]:
+    found = get(services, make_job(services, name="other", status=Status.SUCCEEDED))
+    return dict(found.spec)
+
+
+def steps(services: Services) -> list[int]:
+    with services.database.read() as session:
+        return sorted(session.scalars(select(Checkpoint.step_number)))
+
+
+def kept(services: Services, job: Job, part: str) -> list[int]:
+    return sorted(int(key.split("/")[4]) for key, _ in services.storage.list(f"jobs/{job.id}") if f"/{part}/" in key)
+
+
+def trim(services: Services, job: Job) -> None:
+    Checkpoints(services.storage, Lease(services.database, job.id, job.attempt), job).trim()
+
+
+def test_as_many_are_kept_as_the_job_wants(services: Services, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    trim(services, job)
+    assert steps(services) == [4, 5]
+    assert kept(services, job, "state") == [4, 5], "and two can be resumed from"
+    assert kept(services, job, "model") == [1, 2, 3, 4, 5], "someone may be downloading one"
+    with services.database.write() as session:
+        session.execute(update(Checkpoint).where(Checkpoint.step_number == 4).values(step_number=3))
+    monkeypatch.setattr(checkpoints, "LEAVE_SECONDS", 0.0)
+    lasting = Checkpoints(services.storage, Lease(services.database, job.id, job.attempt), job)
+    lasting.keep = 1
+    lasting.trim()
+    assert steps(services) == [5]
+    assert kept(services, job, "model") == [1, 2, 3, 5], "the one that went now; others when the job ends"
+
+
+def test_one_that_a_new_job_starts_from_stays(services: Services, job: Job) -> None:
+    """Looked up before it would go, and used after: whoever comes second waits."""
+    name = NAME.format(2)
+    trimming = threading.Thread(target=trim, args=(services, job))
+    with services.database.write() as session:
+        assert models.find(session, "default", name, lock=True) is not None
+        trimming.start()
+        if services.settings.database_url.startswith("postgresql"):
+            waiting = text(
+                "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%FOR UPDATE%'"
+            )
+
+            def blocked() -> bool:
+                with services.database.read() as other:
+                    return bool(other.scalar(waiting))
+
+            wait_until(blocked, "the one that trims to wait")
+        values = {column.name: getattr(job, column.name) for column in Job.__table__.columns}
+        session.add(Job(**values | {"id": "ftjob-second", "model": name, "status": Status.VALIDATING, "attempt": 0}))
+    trimming.join()
+    assert steps(services) == [2, 4, 5]
