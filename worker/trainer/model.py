@@ -170,13 +170,13 @@ class Policy:
         )
 
     def _forward(self, ids: Tensor, positions: Tensor, **options: Any) -> Tensor:
-        with self._autocast():
+        with self.autocast():
             states: Tensor = self.causal.base_model(
                 input_ids=ids, position_ids=positions, use_cache=False, **options
             ).last_hidden_state
         return states
 
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     def check(self, rows: Sequence[Row], events: Events) -> None:
@@ -227,17 +227,17 @@ class Policy:
     def _own_logps(self, row: Row) -> Tensor:
         """What the model's own forward pass says of each response of `row`, one at a time."""
         found = []
-        with self._own():
+        with self.own_attention_in_use():
             for response in row.responses:
                 alone = tree_pack(trees([replace(row, responses=(response,))], [0], 0)).to(self.device)
-                with self._autocast():
+                with self.autocast():
                     logits = self.causal(input_ids=alone.ids, use_cache=False).logits
                 logps = logits[0, alone.predictors].float().log_softmax(-1)
                 found.append(logps.gather(1, alone.targets[:, None]).sum())
         return torch.stack(found)
 
     @contextmanager
-    def _own(self) -> Iterator[None]:
+    def own_attention_in_use(self) -> Iterator[None]:
         """The model with its own attention."""
         current = self.causal.config._attn_implementation
         self.causal.set_attn_implementation(self.own_attention)
@@ -273,7 +273,7 @@ class Policy:
     def save(self, folder: Path) -> None:
         """Write the adapter (PEFT) or the whole model (transformers), and the tokenizer, into `folder`."""
         if self.full:
-            with self._own():
+            with self.own_attention_in_use():
                 self.model.save_pretrained(folder)
         else:
             # "auto" would look the base model up on the hub; the head and the embeddings are frozen anyway.

@@ -125,7 +125,7 @@ def test_rewards_are_the_heads_answer_to_the_last_token(llama: Path) -> None:
     for number in pack.rows:
         for response in PAIRS[number].responses:
             ids = torch.tensor([PAIRS[number].prompt + response.ids])
-            with policy._own():
+            with policy.own_attention_in_use():
                 states = policy.causal.base_model(input_ids=ids, use_cache=False).last_hidden_state
             expected.append(policy.reward_head(states[0, -1]))
     torch.testing.assert_close(found, torch.cat(expected), rtol=1e-6, atol=0)

@@ -200,7 +200,7 @@ def plain_logps(policy: Policy, row: Row) -> Tensor:
     sums = []
     for response in row.responses:
         ids = torch.tensor([row.prompt + response.ids])
-        with policy._own():
+        with policy.own_attention_in_use():
             logps = policy.causal(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
         first = len(row.prompt)
         positions = [first + j for j, scored in enumerate(response.scored) if scored and first + j > 0]

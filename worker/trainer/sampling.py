@@ -1,0 +1,154 @@
+"""Sampling completions from a policy: in batches, and the same whatever else is in a batch.
+
+A prompt is computed once, whatever number of completions hang on it. Each completion has a stream of random numbers of
+its own, named by the seed, its prompt and its number: what is sampled does not depend on the size of a batch, on who
+else is in it, or on where a run was broken off and went on.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from worker.trainer.model import Policy
+
+COMPACT = 0.5
+"""Once so many of a batch have ended they leave it: a shorter batch is worth the copy."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample. `temperature` 0 takes the likeliest token; `top_p` keeps the fewest tokens that have that much
+    probability together (Holtzman et al. 2020)."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_tokens: int = 256
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One completion to make: of the prompt `prompt` (token ids), which the caller calls `row`, its `sample`-th."""
+
+    row: int
+    sample: int
+    prompt: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What was sampled for one `Wanted`.
+
+    `ids` are the answer's tokens, the end-of-sequence token with them where `ended`. `logp` is the log-probability
+    of `ids` under the distribution that they were drawn from, tempered and cut: 0 for temperature 0.
+    """
+
+    row: int
+    sample: int
+    ids: tuple[int, ...]
+    ended: bool
+    logp: float
+
+
+def stream(seed: int, row: int, sample: int, count: int) -> "numpy.ndarray[tuple[int], numpy.dtype[numpy.float64]]":
+    """The random numbers of one completion, in [0, 1): `count` of them, one a token."""
+    name = hashlib.sha256(f"{seed} {row} {sample}".encode()).digest()
+    return numpy.random.Generator(numpy.random.Philox(int.from_bytes(name[:8], "big"))).random(count)
+
+
+def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """(token ids [n], their log-probs [n]) from `logits` [n, V] and a number in [0, 1) for each, `uniform` [n].
+
+    The token is the one at which the sum of the probabilities, in the vocabulary's order, passes `uniform`.
+    """
+    if sampling.temperature == 0:
+        best = logits.argmax(-1)
+        return best, torch.zeros_like(best, dtype=torch.float64)
+    logps = torch.log_softmax(logits.double() / sampling.temperature, -1)
+    if sampling.top_p < 1:
+        ordered, tokens = logps.sort(stable=True, dim=-1, descending=True)
+        probabilities = ordered.exp()
+        outside = probabilities.cumsum(-1) - probabilities >= sampling.top_p
+        outside[:, 0] = False
+        logps = logps.masked_fill(outside.scatter(-1, tokens, outside), -torch.inf).log_softmax(-1)
+    sums = logps.exp().cumsum(-1)
+    drawn = (sums <= uniform[:, None] * sums[:, -1:]).sum(-1).clamp(max=logits.shape[-1] - 1)
+    return drawn, logps.gather(-1, drawn[:, None]).squeeze(-1)
+
+
+@torch.no_grad()
+def sample(
+    policy: Policy, wanted: Sequence[Wanted], sampling: Sampling, *, batch_tokens: int, ends: Sequence[int]
+) -> Iterator[Completion]:
+    """Make the completions `wanted`, the shortest prompts first, as they come.
+
+    `batch_tokens` bounds the tokens, prompts and answers together, that a batch may grow to; `ends` are the tokens
+    that end an answer. A prompt must not be empty.
+    """
+    order = sorted(range(len(wanted)), key=lambda n: (len(wanted[n].prompt), wanted[n].row, wanted[n].sample))
+    with policy.own_attention_in_use():
+        batch: list[Wanted] = []
+        for number in order:
+            one = wanted[number]
+            if batch and (len(batch) + 1) * (len(one.prompt) + sampling.max_tokens) > batch_tokens:
+                yield from _batch(policy, batch, sampling, frozenset(ends))
+                batch = []
+            batch.append(one)
+        if batch:
+            yield from _batch(policy, batch, sampling, frozenset(ends))
+
+
+def _batch(policy: Policy, batch: list[Wanted], sampling: Sampling, ends: frozenset[int]) -> Iterator[Completion]:
+    device, model = policy.device, policy.causal
+    prompts = list(dict.fromkeys(one.prompt for one in batch))
+    which = torch.tensor([prompts.index(one.prompt) for one in batch], device=device)
+    width = max(map(len, prompts))
+    # Before a prompt stands any token: the mask hides it.
+    ids = torch.tensor([[p[0]] * (width - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    uniform = torch.tensor(
+        numpy.stack([stream(sampling.seed, one.row, one.sample, sampling.max_tokens) for one in batch]), device=device
+    )
+    cache = DynamicCache(config=model.config.get_text_config())
+    with policy.autocast():
+        out = model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+            logits_to_keep=1,
+        )  # fmt: skip
+    cache.batch_select_indices(which)
+    logits, mask, at = out.logits[which, -1], mask[which], positions[which, -1:]
+    alive, made, logps = list(range(len(batch))), [list[int]() for _ in batch], [0.0] * len(batch)
+    for step in range(sampling.max_tokens):
+        tokens, found = draw(logits, uniform[:, step], sampling)
+        kept = []
+        for place, (token, logp) in enumerate(zip(tokens.tolist(), found.tolist(), strict=True)):
+            number = alive[place]
+            if number < 0:
+                continue
+            made[number].append(token)
+            logps[number] += logp
+            if token in ends or step + 1 == sampling.max_tokens:
+                one = batch[number]
+                yield Completion(one.row, one.sample, tuple(made[number]), token in ends, logps[number])
+                alive[place] = -1
+            else:
+                kept.append(place)
+        if not kept:
+            return
+        if len(kept) <= COMPACT * len(alive):
+            rows = torch.tensor(kept, device=device)
+            cache.batch_select_indices(rows)
+            tokens, mask, at, uniform = tokens[rows], mask[rows], at[rows], uniform[rows]
+            alive = [alive[place] for place in kept]
+        mask, at = torch.cat([mask, torch.ones_like(mask[:, :1])], -1), at + 1
+        with policy.autocast():
+            out = model(
+                input_ids=tokens[:, None], attention_mask=mask, position_ids=at, past_key_values=cache, use_cache=True
+            )
+        logits = out.logits[:, -1]
