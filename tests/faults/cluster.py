@@ -87,7 +87,7 @@ class Logs:
         self._thread.join()
 
     def _follow(self) -> None:
-        while not self._stop.wait(0.03):
+        while not self._stop.wait(0.05):
             for path in self.folder.glob("*.log"):
                 with path.open("rb") as file:
                     file.seek(self._places.get(path, 0))
@@ -107,7 +107,7 @@ class Logs:
         """The same, waited for; None where it does not come."""
         deadline = time.monotonic() + seconds
         while (found := self.find(wanted, since)) is None and time.monotonic() < deadline:
-            time.sleep(0.02)
+            time.sleep(0.05)
         return found
 
 
