@@ -1,0 +1,108 @@
+"""Estimates of evaluations against scikit-learn, SciPy, closed forms, and what they promise: their coverage."""
+
+import math
+import random
+
+import numpy
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import cohen_kappa_score
+
+from worker import statistics
+
+
+def test_a_mean_of_independent_values_has_the_textbook_error() -> None:
+    values = numpy.random.default_rng(1).gamma(2.0, size=300)
+    found = statistics.mean(values)
+    assert found.value == pytest.approx(values.mean())
+    assert found.error == pytest.approx(stats.sem(values))
+    assert found.high - found.value == pytest.approx(stats.norm.ppf(0.975) * stats.sem(values), rel=1e-6)
+    assert statistics.mean(values, list(range(300))).error == pytest.approx(found.error)
+
+
+def test_an_error_over_clusters_covers_the_truth_where_a_plain_one_does_not() -> None:
+    generator = numpy.random.default_rng(2)
+    covered, plain = 0, 0
+    for _ in range(400):
+        prompts = generator.normal(size=60)
+        values = (prompts[:, None] + 0.3 * generator.normal(size=(60, 4))).ravel()
+        names = numpy.repeat(numpy.arange(60), 4).tolist()
+        found, naive = statistics.mean(values, names), statistics.mean(values)
+        covered += found.low <= 0 <= found.high
+        plain += naive.low <= 0 <= naive.high
+    assert 0.91 <= covered / 400 <= 0.98
+    assert plain / 400 < 0.8, "completions of one prompt are not independent"
+
+
+def test_equal_clusters_are_the_means_of_clusters() -> None:
+    values = numpy.random.default_rng(3).normal(size=(40, 5))
+    found = statistics.mean(values.ravel(), numpy.repeat(numpy.arange(40), 5).tolist())
+    assert found.error == pytest.approx(stats.sem(values.mean(1)))
+    assert math.isnan(statistics.mean([1.0, 2.0], ["a", "a"]).error), "one prompt says nothing of others"
+
+
+def test_a_win_rate_is_bootstrapped_as_scipy_does() -> None:
+    points = random.Random(4).choices([0.0, 0.5, 1.0], [3, 1, 6], k=250)
+    found = statistics.win_rate(points, range(250), seed=1)
+    expected = stats.bootstrap((points,), numpy.mean, method="percentile", n_resamples=4000, rng=5)
+    assert found.value == pytest.approx(numpy.mean(points))
+    assert found.error == pytest.approx(expected.standard_error, rel=0.05)
+    assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval), abs=0.01)
+    assert statistics.win_rate(points, range(250), seed=1) == found, "the same each time"
+
+
+def test_a_bootstrap_over_prompts_knows_that_completions_hang_together() -> None:
+    points = [float(k % 2) for k in range(40) for _ in range(8)]
+    alone = statistics.win_rate(points, range(320))
+    together = statistics.win_rate(points, [k for k in range(40) for _ in range(8)])
+    assert together.error == pytest.approx(alone.error * math.sqrt(8), rel=0.1)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abt"), st.sampled_from("abt")), min_size=2, max_size=60),
+)
+def test_kappa_is_that_of_scikit_learn(pairs: list[tuple[str, str]]) -> None:
+    first, second = [a for a, _ in pairs], [b for _, b in pairs]
+    found = statistics.kappa(first, second)
+    if len({*first, *second}) == 1:
+        assert math.isnan(found)
+    else:
+        assert found == pytest.approx(cohen_kappa_score(first, second), abs=1e-12)
+    assert statistics.raw_agreement(first, second) == pytest.approx(numpy.mean(numpy.array(first) == second))
+
+
+def test_reliability_bins_are_those_of_scikit_learn() -> None:
+    margins = numpy.random.default_rng(5).normal(0.4, 1.5, size=3000)
+    error, bins = statistics.calibration(margins, 5)
+    confidence = 1 / (1 + numpy.exp(-abs(margins)))
+    accuracy, mean = calibration_curve(margins > 0, 2 * confidence - 1, n_bins=5)
+    assert [one.accuracy for one in bins] == pytest.approx(accuracy.tolist())
+    assert [one.confidence for one in bins] == pytest.approx(((mean + 1) / 2).tolist())
+    assert sum(one.count for one in bins) == 3000
+    assert error == pytest.approx(sum(b.count / 3000 * abs(b.accuracy - b.confidence) for b in bins))
+
+
+def test_probabilities_that_are_true_are_calibrated() -> None:
+    generator = numpy.random.default_rng(6)
+    belief = generator.normal(0, 2, size=20_000)
+    chosen_first = generator.random(20_000) < 1 / (1 + numpy.exp(-belief))
+    error, _ = statistics.calibration(numpy.where(chosen_first, belief, -belief))
+    assert error < 0.02
+    overconfident, _ = statistics.calibration(3 * numpy.where(chosen_first, belief, -belief))
+    assert overconfident > 0.08
+    equal, bins = statistics.calibration([0.0] * 10)
+    assert equal == 0 and bins[0].accuracy == 0.5, "one that cannot tell says so"
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=25))
+def test_the_pareto_set_is_what_nothing_beats(points: list[tuple[int, int]]) -> None:
+    def beaten(k: int) -> bool:
+        cost, gain = points[k]
+        return any((c <= cost and g >= gain) and (c < cost or g > gain) for c, g in points)
+
+    found = statistics.pareto([(float(c), float(g)) for c, g in points])
+    assert sorted(found) == [k for k in range(len(points)) if not beaten(k)]
+    assert [points[k][0] for k in found] == sorted(points[k][0] for k in found)

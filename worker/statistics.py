@@ -1,0 +1,137 @@
+"""What evaluations report: means, rates and agreement, each with how sure it is. NumPy arrays in, plain numbers out."""
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy
+from numpy.typing import NDArray
+
+Floats = NDArray[numpy.float64]
+
+RESAMPLES = 2000
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its standard error and its 95 % confidence interval."""
+
+    value: float
+    error: float
+    low: float
+    high: float
+
+
+def clusters(names: Sequence[Hashable]) -> list[NDArray[numpy.int64]]:
+    """The positions of each name, in the order in which names come first."""
+    found: dict[Hashable, list[int]] = {}
+    for position, name in enumerate(names):
+        found.setdefault(name, []).append(position)
+    return [numpy.array(positions) for positions in found.values()]
+
+
+def mean(values: Sequence[float] | Floats, names: Sequence[Hashable] | None = None) -> Estimate:
+    """The mean of `values` [n] with its standard error, by the normal approximation.
+
+    Values that share a name (completions of one prompt) are not independent: the error is then that of a mean over
+    clusters (linearised ratio, Cochran 1977, eq. 6.13). With one cluster the error is not known: NaN.
+    """
+    given = numpy.asarray(values, numpy.float64)
+    center = float(given.mean())
+    apart = given - center
+    totals = apart if names is None else numpy.array([apart[one].sum() for one in clusters(names)])
+    count = len(totals)
+    if count < 2:
+        return Estimate(center, math.nan, math.nan, math.nan)
+    error = math.sqrt(count / (count - 1) * float((totals**2).sum())) / len(given)
+    return Estimate(center, error, center - 1.959964 * error, center + 1.959964 * error)
+
+
+def bootstrap(
+    statistic: Callable[[NDArray[numpy.int64]], float], groups: Sequence[NDArray[numpy.int64]], seed: int = 0
+) -> Estimate:
+    """A percentile bootstrap (Efron 1979) of `statistic`, a function of positions, drawing whole `groups` of them."""
+    value = statistic(numpy.concatenate(groups))
+    generator = numpy.random.default_rng(seed)
+    found = []
+    for _ in range(RESAMPLES):
+        drawn = generator.integers(len(groups), size=len(groups))
+        found.append(statistic(numpy.concatenate([groups[k] for k in drawn])))
+    low, high = numpy.nanquantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Estimate(value, float(numpy.nanstd(found, ddof=1)), float(low), float(high))
+
+
+def win_rate(points: Sequence[float], prompts: Sequence[Hashable], seed: int = 0) -> Estimate:
+    """The mean of `points` (1 a win, ½ a tie, 0 a loss), bootstrapped over prompts."""
+    given = numpy.asarray(points, numpy.float64)
+    return bootstrap(lambda at: float(given[at].mean()), clusters(prompts), seed)
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Of the pairs whose confidence lies in [`low`, `high`): how many, how sure on average, and how often right."""
+
+    low: float
+    high: float
+    count: int
+    confidence: float
+    accuracy: float
+
+
+def calibration(margins: Sequence[float] | Floats, bins: int = 10) -> tuple[float, list[Bin]]:
+    """(expected calibration error, reliability bins) of σ(margin), the probability that the chosen answer is better.
+
+    A margin below zero prefers the rejected answer, with confidence 1 − σ(margin): confidences lie in [½, 1], in
+    `bins` of equal width. ECE = Σ_b n_b/n · |accuracy_b − confidence_b| (Guo et al. 2017, eq. 3). A margin of zero is
+    a guess: half right.
+    """
+    given = numpy.asarray(margins, numpy.float64)
+    confidence = 1 / (1 + numpy.exp(-numpy.abs(given)))
+    right = accuracy_points(given)
+    edges = numpy.linspace(0.5, 1.0, bins + 1)
+    place = numpy.clip(numpy.searchsorted(edges, confidence, side="right") - 1, 0, bins - 1)
+    found = [
+        Bin(
+            float(edges[k]), float(edges[k + 1]), int((place == k).sum()),
+            float(confidence[place == k].mean()), float(right[place == k].mean()),
+        )
+        for k in range(bins) if (place == k).any()
+    ]  # fmt: skip
+    error = sum(one.count / len(given) * abs(one.accuracy - one.confidence) for one in found)
+    return float(error), found
+
+
+def accuracy_points(margins: Floats) -> Floats:
+    """1 where a margin is above zero, ½ where it is zero, else 0: what random choices between equals would earn."""
+    return numpy.where(margins > 0, 1.0, numpy.where(margins == 0, 0.5, 0.0))
+
+
+def raw_agreement(first: Sequence[Hashable], second: Sequence[Hashable]) -> float:
+    """How often two raters of the same items say the same."""
+    return sum(a == b for a, b in zip(first, second, strict=True)) / len(first)
+
+
+def kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> float:
+    """Cohen's κ = (p_o − p_e)/(1 − p_e) of two raters of the same items (Cohen 1960).
+
+    NaN where both always say the same one thing: then chance alone explains all.
+    """
+    names = sorted({*first, *second}, key=str)
+    count = len(first)
+    expected = sum(first.count(name) / count * second.count(name) / count for name in names)
+    return math.nan if expected == 1 else (raw_agreement(first, second) - expected) / (1 - expected)
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Which of `points` (cost, gain) no other beats: none has at most the cost and at least the gain, one of them
+    strictly. In order of cost."""
+    order = sorted(range(len(points)), key=lambda k: (points[k][0], -points[k][1]))
+    kept: list[int] = []
+    best, at = -math.inf, math.nan
+    for k in order:
+        cost, gain = points[k]
+        if gain > best or (gain == best and cost == at):
+            kept.append(k)
+            best, at = gain, cost
+    return kept
