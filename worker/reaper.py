@@ -1,42 +1,70 @@
 """Take the leases of workers that are gone, so that others go on. That several reapers look at once is harmless."""
 
 import time
+from dataclasses import dataclass
 
 import structlog
+from sqlalchemy.orm import Session
 
 from app.broker import Lane
 from app.database import Database
 from app.jobs import repository
 from app.jobs.states import Actor, Status
+from app.jobs.tables import Job
 from app.services import Services
 from app.tasks import repository as tasks
+from app.tasks.tables import Task
 
 log = structlog.get_logger(__name__)
 
 OUTAGE_SECONDS = repository.LEASE_SECONDS - repository.HEARTBEAT_SECONDS - 2.0
 """A break shorter than this ends no lease that its worker renews."""
 DRIFT_SECONDS = 2.0
+UNRENEWED_SECONDS = repository.HEARTBEAT_SECONDS + 2.0
+"""A lease that stays as it is for so long is not being renewed, whatever the clocks were meanwhile."""
+Held = tuple[str, int, float | None]
+"""A lease as its row has it: whose, of which attempt, until when."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """That leases may be taken now: when that was found, by this process's clock and by the database's, and those that
+    nobody has renewed for a while.
+    """
+
+    own: float
+    shown: float
+    unrenewed: frozenset[Held]
 
 
 class Reaper:
-    """Reaps only after it has been in touch with the database, without a break, for as long as a lease lasts.
+    """Reaps only after it has been in touch with the database, without a break, for as long as a lease lasts, and only
+    what it has itself seen unrenewed.
 
     What was an outage for this process, or a jump of the database's clock, was one for the workers too, who have had
-    no time to renew their leases since: they get one lease's time. A process that has just started cannot know.
+    no time to renew their leases since: they get one lease's time. A process that has just started cannot know. A clock
+    that was wrong between two looks leaves leases that end at any time; their workers write them again.
     """
 
     def __init__(self, services: Services) -> None:
         self.services = services
         self._last: tuple[float, float] | None = None
         self._since = 0.0
+        self._seen: dict[Held, float] = {}
+        """When each lease was first seen as it is."""
 
     def look(self) -> None:
         """Take expired leases away, unless there was a break, and wake the workers that have work again."""
         with self.services.database.read() as session:
             shown = repository.now(session)
+            found = [*repository.leases(session), *tasks.leases(session)]
         own = time.monotonic()
-        if self.in_touch(own, shown) >= repository.LEASE_SECONDS:
-            for lane in reap(self.services.database, (own, shown)):
+        in_touch, unrenewed = (
+            self.in_touch(own, shown),
+            self.unrenewed(own, {(whose, attempt, end) for whose, attempt, end in found}),
+        )
+        if in_touch >= repository.LEASE_SECONDS and unrenewed:
+            for lane in reap(self.services.database, Look(own, shown, unrenewed)):
                 self.services.broker.wake(lane)
 
     def in_touch(self, own: float, shown: float) -> float:
@@ -49,26 +77,40 @@ class Reaper:
             self._since = own
         return own - self._since
 
+    def unrenewed(self, own: float, held: set[Held]) -> frozenset[Held]:
+        """Those of the leases that are `held` now that were the same some looks ago."""
+        self._seen = {lease: self._seen.get(lease, own) for lease in held}
+        return frozenset(lease for lease, first in self._seen.items() if own - first >= UNRENEWED_SECONDS)
 
-def reap(database: Database, looked: tuple[float, float] | None = None) -> set[Lane]:
-    """Take expired leases away. Returns the lanes that have work again.
 
-    `looked` is when that was found to be right, by this process's clock and by the database's: where both do not agree
-    that it was just now, as after a wait for a lock that kept heartbeats waiting too, nothing is taken.
+def reap(database: Database, look: Look | None = None) -> set[Lane]:
+    """Take expired leases away, of those that a reaper's `look` allows; returns the lanes that have work again.
+
+    Where the clocks do not agree that the look was just now, as after a wait for a lock that kept heartbeats waiting
+    too, nothing is taken.
     """
     lanes = set[Lane]()
     with database.write() as session:
-        jobs = repository.expired(session)
-        if looked is not None:
-            passed, shown = time.monotonic() - looked[0], repository.now(session) - looked[1]
-            if max(passed, shown) > DRIFT_SECONDS or shown < 0:
-                return lanes
+        jobs, waiting = repository.expired(session), tasks.expired(session)
+        if look is not None and not _just_now(session, look):
+            return lanes
         for job in jobs:
-            log.warning("lease expired", job=job.id, attempt=job.attempt, owner=job.lease_owner)
-            lanes.add(Lane.GPU if job.status == Status.RUNNING else Lane.CPU)
-            repository.recover(session, job, Actor.HOUSEKEEPING, "The worker of this job was lost.")
-        for task in tasks.expired(session):
-            log.warning("lease expired", task=task.id, attempt=task.attempt, owner=task.lease_owner)
-            lanes.add(Lane.CPU)
-            tasks.hand_back(session, task, "The worker of this task was lost.")
+            if _may_be_taken(job, look):
+                log.warning("lease expired", job=job.id, attempt=job.attempt, owner=job.lease_owner)
+                lanes.add(Lane.GPU if job.status == Status.RUNNING else Lane.CPU)
+                repository.recover(session, job, Actor.HOUSEKEEPING, "The worker of this job was lost.")
+        for task in waiting:
+            if _may_be_taken(task, look):
+                log.warning("lease expired", task=task.id, attempt=task.attempt, owner=task.lease_owner)
+                lanes.add(Lane.CPU)
+                tasks.hand_back(session, task, "The worker of this task was lost.")
     return lanes
+
+
+def _just_now(session: Session, look: Look) -> bool:
+    passed, shown = time.monotonic() - look.own, repository.now(session) - look.shown
+    return max(passed, shown) <= DRIFT_SECONDS and shown >= 0
+
+
+def _may_be_taken(row: Job | Task, look: Look | None) -> bool:
+    return look is None or (row.id, row.attempt, row.lease_expires_at) in look.unrenewed

@@ -24,6 +24,9 @@ CLAIM_LOCK = 0x64706F
 """Any number that nobody else uses."""
 
 
+_LEASED = (Job.status.in_([Status.VALIDATING, Status.RUNNING]), Job.lease_owner.is_not(None))
+
+
 def readable(project: str) -> Select[Job]:
     """The jobs that `project` may see."""
     return select(Job).where(Job.project == project)
@@ -333,13 +336,14 @@ def write_guarded(session: Session, job_id: str, attempt: int, **values: Any) ->
     return session.scalar(statement) is not None
 
 
+def leases(session: Session) -> Sequence[Row[str, int, float | None]]:
+    """(id, attempt, end) of every lease of a job that someone holds."""
+    return session.execute(select(Job.id, Job.attempt, Job.lease_expires_at).where(*_LEASED)).all()
+
+
 def expired(session: Session) -> list[Job]:
     """Jobs whose worker stopped renewing its lease."""
-    statement = select(Job).where(
-        Job.status.in_([Status.VALIDATING, Status.RUNNING]),
-        Job.lease_owner.is_not(None),
-        lapsed(Job.lease_expires_at),
-    )
+    statement = select(Job).where(*_LEASED, lapsed(Job.lease_expires_at))
     return list(session.scalars(statement.with_for_update(skip_locked=True)))
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import delete, func, or_, select, update
+from sqlalchemy import Row, delete, func, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -11,6 +11,7 @@ from app.database import database_now, new_id
 from app.jobs.repository import LEASE_SECONDS, MAX_LOST_ATTEMPTS, RETRY_SECONDS, eligible, lapsed, serves
 from app.tasks.tables import Task
 
+_LEASED = (Task.status == "pending", Task.lease_owner.is_not(None))
 REPORT, MERGE = "report", "merge"
 TRANSIENT, AGAIN_SECONDS = ("worker_lost", "model_unavailable"), 300.0
 """Failures that say nothing of the task, and after how long it is tried again when it is asked for."""
@@ -132,11 +133,14 @@ def hand_back(session: Session, task: Task, reason: str) -> None:
     )
 
 
+def leases(session: Session) -> Sequence[Row[str, int, float | None]]:
+    """(id, attempt, end) of every lease of a task that someone holds."""
+    return session.execute(select(Task.id, Task.attempt, Task.lease_expires_at).where(*_LEASED)).all()
+
+
 def expired(session: Session) -> Sequence[Task]:
     """Tasks whose worker stopped renewing its lease."""
-    statement = select(Task).where(
-        Task.status == "pending", Task.lease_owner.is_not(None), lapsed(Task.lease_expires_at)
-    )
+    statement = select(Task).where(*_LEASED, lapsed(Task.lease_expires_at))
     return session.scalars(statement.with_for_update(skip_locked=True)).all()
 
 

@@ -186,7 +186,30 @@ def test_a_fresh_reaper_takes_no_lease(services: Services) -> None:
     assert get(services, job_id).status == Status.RUNNING
     reaper._since -= repository.LEASE_SECONDS
     reaper.look()
+    assert get(services, job_id).status == Status.RUNNING, "it has seen the lease once only"
+    reaper._seen = {lease: first - 60.0 for lease, first in reaper._seen.items()}
+    reaper.look()
     assert get(services, job_id).status == Status.QUEUED
+
+
+def test_a_lease_that_is_renewed_is_not_taken_whatever_the_clock_was(services: Services) -> None:
+    """The clock was wrong for a moment between two looks, and a heartbeat was written then."""
+    job_id = make_job(services)
+    job = claim(services)
+    assert job is not None
+    reaper = Reaper(services)
+    reaper.look()
+    reaper._since -= repository.LEASE_SECONDS
+    for wrong in (-300.0, 300.0):
+        reaper._seen = {lease: first - 60.0 for lease, first in reaper._seen.items()}
+        with services.database.write() as session:
+            lease = database_now() + wrong
+            session.execute(update(Job).where(Job.id == job_id).values(lease_expires_at=lease))
+        reaper.look()
+        assert get(services, job_id).status == Status.RUNNING
+        with services.database.write() as session:
+            assert repository.heartbeat(session, job_id, job.attempt)
+        reaper.look()
 
 
 @pytest.mark.parametrize("jump", [-300.0, 300.0])
