@@ -58,11 +58,8 @@ class Reaper:
         with self.services.database.read() as session:
             shown = repository.now(session)
             found = [*repository.leases(session), *tasks.leases(session)]
-        own = time.monotonic()
-        in_touch, unrenewed = (
-            self.in_touch(own, shown),
-            self.unrenewed(own, {(whose, attempt, end) for whose, attempt, end in found}),
-        )
+        own, held = time.monotonic(), {(whose, attempt, end) for whose, attempt, end in found}
+        in_touch, unrenewed = self.in_touch(own, shown), self.unrenewed(own, held)
         if in_touch >= repository.LEASE_SECONDS and unrenewed:
             for lane in reap(self.services.database, Look(own, shown, unrenewed)):
                 self.services.broker.wake(lane)

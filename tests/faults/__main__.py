@@ -3,17 +3,19 @@
     python -m tests.faults --times 20              every fault 20 times, each into a training of its own
     python -m tests.faults --only kill_runner      one of them
     python -m tests.faults --parallel 3            in that many clusters at once
-    python -m tests.faults --report FILE           the table as Markdown, beside the output
+    python -m tests.faults --keep FILE             what struck is kept there, and what was kept there counts already
 
 Exit status: 0 where nothing was lost, done twice, or came out with other bytes; else 1.
 """
 
 import argparse
+import json
 import math
 import multiprocessing
 import random
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,18 +26,20 @@ from tests.faults.run import inject
 
 def main() -> int:
     arguments = _arguments()
-    plan = [name for name in arguments.only or FAULTS for _ in range(arguments.times)]
+    runs = json.loads(arguments.keep.read_text()) if arguments.keep and arguments.keep.exists() else []
+    struck = Counter(strike["fault"] for run in runs for part in run["parts"] for strike in part["strikes"])
+    plan = [name for name in arguments.only or FAULTS for _ in range(arguments.times - struck[name])]
     random.Random(arguments.seed).shuffle(plan)
     shares = [plan[number :: arguments.parallel] for number in range(arguments.parallel)]
     began = time.monotonic()
     # Spawned: a fork would share the proxies' event loops and the database's connections.
     with multiprocessing.get_context("spawn").Pool(arguments.parallel) as pool:
         parts = pool.starmap(inject, [(share, arguments.seed + n, arguments.minutes) for n, share in enumerate(shares)])
-    report = table([asdict(part) for part in parts], time.monotonic() - began)
-    print(report)
-    if arguments.report is not None:
-        arguments.report.write_text(report + "\n")
-    return 1 if any(part.problems for part in parts) else 0
+    runs.append({"seconds": time.monotonic() - began, "parts": [asdict(part) for part in parts]})
+    if arguments.keep is not None:
+        arguments.keep.write_text(json.dumps(runs))
+    print(table(runs))
+    return 1 if any(part["problems"] for run in runs for part in run["parts"]) else 0
 
 
 def _arguments() -> argparse.Namespace:
@@ -45,7 +49,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--parallel", type=int, default=2, help="clusters at once")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no training after so long")
     parser.add_argument("--seed", type=int, default=1, help="of the order and of the moments")
-    parser.add_argument("--report", type=Path, help="a file for the table")
+    parser.add_argument("--keep", type=Path, help="a file for what struck, of this run and of those before")
     return parser.parse_args()
 
 

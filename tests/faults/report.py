@@ -7,8 +7,9 @@ from collections import Counter
 from typing import Any
 
 
-def table(parts: list[dict[str, Any]], seconds: float) -> str:
+def table(runs: list[dict[str, Any]]) -> str:
     """Markdown: a row for each fault with how often it struck, what was wrong after it, and how long recovery took."""
+    parts, minutes = [part for run in runs for part in run["parts"]], sum(run["seconds"] for run in runs) / 60
     strikes = [strike for part in parts for strike in part["strikes"]]
     misses = Counter(name for part in parts for name in part["misses"])
     problems = [problem for part in parts for problem in part["problems"]]
@@ -24,11 +25,11 @@ def table(parts: list[dict[str, Any]], seconds: float) -> str:
         wrong = sum(bool(strike["wrong"]) for strike in of)
         times = [strike["recovery"] for strike in of if strike["recovery"] is not None]
         middle, worst = (f"{statistics.median(times):.1f} s", f"{quantile(times):.1f} s") if times else ("", "")
-        lines.append(f"| {fault} | {len(of)} | {wrong} | {middle} | {worst} | {of[0]['evidence']} |")
+        lines.append(f"| {fault} | {len(of)} | {wrong} | {middle} | {worst} | {of[0]['evidence'][:120]} |")
     lines += [
         "",
-        f"{len(strikes)} strikes in {seconds / 60:.0f} minutes on {os.cpu_count()} cores ({platform.machine()}), "
-        f"{len(parts)} clusters at once. Not counted, because they came too late or changed nothing: "
+        f"{len(strikes)} strikes in {minutes:.0f} minutes on {os.cpu_count()} cores ({platform.machine()}), "
+        f"{max(len(run['parts']) for run in runs)} clusters at once, {len(runs)} runs. Not counted, because they came too late or changed nothing: "
         f"{sum(misses.values())} ({dict(misses)}).",
         "",
         "At the end: " + ", ".join(f"{name} {number}" for name, number in sorted(counted.items())) + ".",
