@@ -40,8 +40,8 @@ def main() -> int:
     from app.datasets.reader import DatasetError
     from app.logging import configure_logging
     from worker.trainer.cache import Cache
-    from worker.trainer.events import Events, UserError
-    from worker.trainer.loop import Stopped, Trainer
+    from worker.trainer.events import Events, Stopped, UserError
+    from worker.trainer.loop import Trainer
 
     if len(sys.argv) > 1:
         folder = Path(sys.argv[1])

@@ -8,7 +8,7 @@ the answer's, and prompt tokens behind the common prefix are context that is not
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from app.datasets.example import Example, Kind, Message, Prompt
 from app.datasets.example import Response as Said
@@ -16,6 +16,7 @@ from app.datasets.mapping import Mapping
 from worker.trainer.events import UserError
 
 Tokenizer = Any
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def rows(examples: Iterable[Example], tokenizer: Tokenizer, recipe: Recipe, cut:
             elif recipe.loss_on == "turns" or example.turns:
                 row = _conversation(example, tokens[0], bos, found.turns)
             else:
-                row = _row(example, found.boundary, tokens, bos)
+                row = _row(example, len(found.prompt), tokens, bos)
             if example.raw:
                 pieces = _pieces(row, recipe.max_length)
             elif recipe.loss_on == "answers" and not example.turns:
@@ -137,9 +138,9 @@ def _wanted(examples: Iterable[Example], need: Kind) -> Iterator[Example]:
             yield example
 
 
-def batched(items: Iterable[Example], size: int) -> Iterator[list[Example]]:
+def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     """`items` in lists of `size`, the last one shorter."""
-    group: list[Example] = []
+    group: list[Item] = []
     for item in items:
         group.append(item)
         if len(group) == size:
@@ -151,10 +152,10 @@ def batched(items: Iterable[Example], size: int) -> Iterator[list[Example]]:
 
 @dataclass(frozen=True)
 class _Rendered:
-    """The whole text of each response, where its prompt ends, and where the assistant's turns are, in characters."""
+    """The prompt, the whole text of each response, and where the assistant's turns are, in characters."""
 
+    prompt: str
     texts: list[str]
-    boundary: int
     turns: list[tuple[int, int]]
     template: bool
 
@@ -188,7 +189,7 @@ def _render(example: Example, tokenizer: Tokenizer, loss_on: str) -> _Rendered:
             f"Line {example.line}: the model's chat template leaves tools out; use a model that was made for them."
         )
         raise UserError("chat_template_error", message, "model")
-    if not all(texts[0].startswith(part) for earlier in parts[:-1] for part in earlier):
+    if parts and not all(texts[0].startswith(part) for earlier in parts[:-1] for part in earlier):
         message = (
             f"Line {example.line}: the model's chat template writes earlier turns differently once later ones "
             "are there, so that learning them ('loss_on': 'turns', or a 'weight') would train on text the model never "
@@ -203,7 +204,7 @@ def _render(example: Example, tokenizer: Tokenizer, loss_on: str) -> _Rendered:
             )
             raise UserError("chat_template_error", message, "model")
         texts = [prompt + str(answer).strip() + (tokenizer.eos_token or "") for answer in example.responses]
-    return _Rendered(texts, len(prompt), [(len(before), len(after)) for before, after in parts], True)
+    return _Rendered(prompt, texts, [(len(before), len(after)) for before, after in parts], True)
 
 
 def _message(answer: Said) -> Message:
@@ -242,7 +243,24 @@ def _render_plain(example: Example, tokenizer: Tokenizer) -> _Rendered:
         if turn["role"] == "assistant" and (not example.turns or k in example.turns):
             before = plain_prompt(conversation[:k])
             spans.append((len(before), len(before) + 1 + len(turn["content"])))
-    return _Rendered(texts, len(prompt), sorted(spans), False)
+    return _Rendered(prompt, texts, sorted(spans), False)
+
+
+def said(answer: Said) -> str:
+    """The text of an answer."""
+    return answer if isinstance(answer, str) else answer["content"]
+
+
+def prompt_ids(example: Example, tokenizer: Tokenizer, room: int) -> tuple[int, ...]:
+    """The tokens to which a model writes an answer: at most `room`, the first and the last ones; never none."""
+    if tokenizer.chat_template is None or example.raw:
+        bos, text = _bos(tokenizer), plain_prompt(example.prompt)
+    else:
+        bos, text = [], _render(replace(example, responses=()), tokenizer, "answers").prompt
+    ids = bos + tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    if not ids:
+        ids = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
+    return tuple(ids if len(ids) <= room else ids[:1] + ids[len(ids) - room + 1 :])
 
 
 def plain_prompt(prompt: Prompt) -> str:

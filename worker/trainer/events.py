@@ -16,8 +16,12 @@ class UserError(Exception):
         return self.message
 
 
+class Stopped(Exception):
+    """The run was asked to stop, and has kept what it could."""
+
+
 class Events:
-    """Writes events. Kinds: message, stage, metrics, checkpoint, wanted, made, done, failed, broken."""
+    """Writes events. Kinds: message, stage, metrics, checkpoint, part, wanted, made, done, failed, broken."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream

@@ -30,7 +30,7 @@ from worker.trainer.best import Best
 from worker.trainer.cache import Cache
 from worker.trainer.checkpoint import State
 from worker.trainer.dataset import Rows
-from worker.trainer.events import Events, UserError
+from worker.trainer.events import Events, Stopped, UserError
 from worker.trainer.methods import Found, Method, Preference, References, Supervised
 from worker.trainer.model import Base, Policy, load_policy
 from worker.trainer.optimizer import NEED_GPU, make_optimizer
@@ -40,10 +40,6 @@ from worker.trainer.reference import Reference
 from worker.trainer.tokenizer import load_tokenizer
 
 Result = TypeVar("Result")
-
-
-class Stopped(Exception):
-    """The run was asked to stop, and has written a checkpoint where it could."""
 
 
 class Trainer:

@@ -6,7 +6,7 @@ The artifact is a sequence classifier of transformers with one label: base and a
 """
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,13 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
-from worker.trainer.data import Row
+from app.datasets.example import Example, Kind
+from worker.trainer.data import Recipe, Row, Truncation, batched, rows
 from worker.trainer.events import UserError
 from worker.trainer.model import Base, Policy
+from worker.trainer.tokenizer import load_tokenizer
 
+SCORED_TOGETHER = 16
 MEAN_ROWS = 4096
 """The mean reward is taken over at most this many of the training rows."""
 
@@ -63,3 +66,31 @@ def save(folder: Path, policy: Policy, base: Base, rows: Sequence[Row]) -> None:
     model.config.reward_mean = mean
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def scores(
+    folder: Path, answered: Sequence[Example], max_length: int | None, tick: Callable[[], None] = lambda: None
+) -> list[float]:
+    """What the reward model in `folder` says of the answer of each of `answered`, its mean taken off."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(folder)
+    model: Any = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, local_files_only=True,
+        trust_remote_code=False, use_safetensors=True, device_map={"": device},
+    ).eval()  # fmt: skip
+    context = model.config.get_text_config().max_position_embeddings
+    recipe = Recipe(Kind.SUPERVISED, min(max_length or context, context))
+    texts = [row.prompt + row.responses[0].ids for row in rows(answered, tokenizer, recipe, Truncation())]
+    assert len(texts) == len(answered)
+    found, padding = [0.0] * len(texts), model.config.pad_token_id
+    order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
+    with torch.no_grad():
+        for group in batched(order, SCORED_TOGETHER):
+            width = len(texts[group[-1]])
+            ids = torch.tensor([[*texts[n], *[padding] * (width - len(texts[n]))] for n in group], device=device)
+            mask = torch.tensor([[1] * len(texts[n]) + [0] * (width - len(texts[n])) for n in group], device=device)
+            logits = model(input_ids=ids, attention_mask=mask).logits.float().squeeze(1)
+            for number, value in zip(group, logits.tolist(), strict=True):
+                found[number] = value - model.config.reward_mean
+            tick()
+    return found

@@ -6,7 +6,7 @@ else is in it, or on where a run was broken off and went on.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy
@@ -81,29 +81,24 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, T
     return drawn, logps.gather(-1, drawn[:, None]).squeeze(-1)
 
 
+def batches(wanted: Sequence[Wanted], tokens: int, max_tokens: int) -> list[list[Wanted]]:
+    """The completions in batches that grow to at most `tokens`, prompts and answers together; short prompts first."""
+    found: list[list[Wanted]] = []
+    for one in sorted(wanted, key=lambda one: (len(one.prompt), one.row, one.sample)):
+        if not found or (len(found[-1]) + 1) * (len(one.prompt) + max_tokens) > tokens:
+            found.append([])
+        found[-1].append(one)
+    return found
+
+
 @torch.no_grad()
-def sample(
-    policy: Policy, wanted: Sequence[Wanted], sampling: Sampling, *, batch_tokens: int, ends: Sequence[int]
-) -> Iterator[Completion]:
-    """Make the completions `wanted`, the shortest prompts first, as they come.
-
-    `batch_tokens` bounds the tokens, prompts and answers together, that a batch may grow to; `ends` are the tokens
-    that end an answer. A prompt must not be empty.
-    """
-    order = sorted(range(len(wanted)), key=lambda n: (len(wanted[n].prompt), wanted[n].row, wanted[n].sample))
+def sample(policy: Policy, batch: Sequence[Wanted], sampling: Sampling, ends: Collection[int]) -> Iterator[Completion]:
+    """Make the completions of one batch, each when it ends. `ends` are the tokens that end one; no prompt is empty."""
     with policy.own_attention_in_use():
-        batch: list[Wanted] = []
-        for number in order:
-            one = wanted[number]
-            if batch and (len(batch) + 1) * (len(one.prompt) + sampling.max_tokens) > batch_tokens:
-                yield from _batch(policy, batch, sampling, frozenset(ends))
-                batch = []
-            batch.append(one)
-        if batch:
-            yield from _batch(policy, batch, sampling, frozenset(ends))
+        yield from _sample(policy, batch, sampling, ends)
 
 
-def _batch(policy: Policy, batch: list[Wanted], sampling: Sampling, ends: frozenset[int]) -> Iterator[Completion]:
+def _sample(policy: Policy, batch: Sequence[Wanted], sampling: Sampling, ends: Collection[int]) -> Iterator[Completion]:
     device, model = policy.device, policy.causal
     prompts = list(dict.fromkeys(one.prompt for one in batch))
     which = torch.tensor([prompts.index(one.prompt) for one in batch], device=device)

@@ -30,8 +30,8 @@ from tests.unit.trainer.work import (
     training_metrics,
 )
 from worker.trainer.dataset import Rows
-from worker.trainer.events import Events, UserError
-from worker.trainer.loop import Stopped, Trainer
+from worker.trainer.events import Events, Stopped, UserError
+from worker.trainer.loop import Trainer
 from worker.trainer.plan import Stage
 
 PAIRS = make_pairs(8)

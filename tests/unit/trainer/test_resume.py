@@ -24,7 +24,7 @@ from tests.unit.trainer.work import (
     run_process,
     sft_method,
 )
-from worker.trainer.loop import Stopped
+from worker.trainer.events import Stopped
 from worker.trainer.methods import Preference
 
 STOPPED = 75

@@ -1,6 +1,7 @@
 """Sampled completions: from the distribution that is asked for, and the same in any batch."""
 
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy
 import pytest
@@ -11,7 +12,7 @@ from transformers import TopPLogitsWarper
 from tests.unit.trainer.work import disturb, load
 from worker.trainer.data import Response, Row
 from worker.trainer.model import Policy
-from worker.trainer.sampling import Completion, Sampling, Wanted, draw, sample, stream
+from worker.trainer.sampling import Completion, Sampling, Wanted, batches, draw, sample, stream
 
 PROMPTS = [(5, 9, 13), (7, 8, 30, 44, 61, 3, 9), (12,), (5, 9, 13, 77, 90)]
 END = 1
@@ -28,9 +29,11 @@ def wanted(samples: int) -> list[Wanted]:
 
 
 def made(
-    policy: Policy, asked: list[Wanted], sampling: Sampling, batch: int = 4096
+    policy: Policy, asked: list[Wanted], sampling: Sampling, tokens: int = 4096, ends: Sequence[int] = (END,)
 ) -> dict[tuple[int, int], Completion]:
-    found = list(sample(policy, asked, sampling, batch_tokens=batch, ends=[END]))
+    found = [
+        one for batch in batches(asked, tokens, sampling.max_tokens) for one in sample(policy, batch, sampling, ends)
+    ]
     assert len(found) == len(asked)
     return {(one.row, one.sample): one for one in found}
 
@@ -39,7 +42,7 @@ def made(
 def test_the_batch_changes_nothing(policy: Policy, temperature: float) -> None:
     sampling = Sampling(temperature, 0.95, 24, seed=3)
     together = made(policy, wanted(3), sampling)
-    alone = made(policy, list(reversed(wanted(3))), sampling, batch=1)
+    alone = made(policy, list(reversed(wanted(3))), sampling, tokens=1)
     assert {key: one.ids for key, one in alone.items()} == {key: one.ids for key, one in together.items()}
     for key, one in alone.items():
         assert one.logp == pytest.approx(together[key].logp, abs=1e-4)
@@ -71,10 +74,7 @@ def test_an_answer_ends_where_the_model_ends_it(policy: Policy) -> None:
     plain = made(policy, wanted(6), Sampling(1.0, max_tokens=12, seed=2))
     longest = max(plain.values(), key=lambda one: len(set(one.ids)))
     end = longest.ids[5]
-    found = {
-        (o.row, o.sample): o
-        for o in sample(policy, wanted(6), Sampling(1.0, max_tokens=12, seed=2), batch_tokens=4096, ends=[END, end])
-    }
+    found = made(policy, wanted(6), Sampling(1.0, max_tokens=12, seed=2), ends=[END, end])
     for key, one in plain.items():
         at = one.ids.index(end) + 1 if end in one.ids else len(one.ids)
         assert found[key].ids == one.ids[:at] and found[key].ended == (end in one.ids or one.ended)

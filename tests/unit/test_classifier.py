@@ -1,0 +1,41 @@
+"""A linear classifier from a file scores as the scikit-learn pipeline that it was written from."""
+
+from pathlib import Path
+
+import pytest
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+
+from tests.tiny_model import CORPUS
+from worker.classifier import BadClassifier, LinearClassifier, export
+
+TEXTS = [*CORPUS, "Not good, NOT good at all: it's a the a", "Écoute — c'est 10 fois naïve_x!", "", "a b c"]
+
+
+@pytest.mark.parametrize("sublinear", [False, True])
+@pytest.mark.parametrize("norm", ["l2", None])
+def test_scores_are_those_of_scikit_learn(sublinear: bool, norm: str | None, tmp_path: Path) -> None:
+    vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=sublinear, norm=norm)
+    model = LogisticRegression().fit(vectorizer.fit_transform(TEXTS), [k % 2 for k in range(len(TEXTS))])
+    export(tmp_path / "classifier.json", vectorizer, model)
+    found = LinearClassifier.load(tmp_path / "classifier.json")
+    others = ["good not good at all, words that nobody has seen", *TEXTS, " ".join(TEXTS)]
+    expected = model.decision_function(vectorizer.transform(others))
+    assert [found.score(text) for text in others] == pytest.approx(expected.tolist(), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("[1]", "the file"),
+        ('{"terms": {}, "intercept": 0}', "terms"),
+        ('{"terms": {"good": [1]}, "intercept": 0}', "terms.good"),
+        ('{"terms": {"good": [1, 2]}, "intercept": NaN}', "intercept"),
+        ('{"terms": {"good": [1, 2]}, "intercept": 0, "pattern": "(a+)+$"}', "pattern"),
+        ("\x80\x04", "the file"),
+    ],
+)
+def test_what_is_no_classifier_is_refused_by_name(content: str, named: str, tmp_path: Path) -> None:
+    (tmp_path / "x").write_text(content)
+    with pytest.raises(BadClassifier, match=named):
+        LinearClassifier.load(tmp_path / "x")

@@ -1,0 +1,245 @@
+"""Evaluations by the engine alone: known truths come out, and a run that is broken off goes on where it was."""
+
+import io
+import json
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from app.evaluations.spec import EvaluationSpec
+from tests.unit.trainer.work import (
+    disturb,
+    dpo_method,
+    load,
+    make_pairs,
+    make_work_folder,
+    parse,
+    run_in_process,
+    write_records,
+)
+from worker.reports import flat, report
+from worker.trainer import evaluation
+from worker.trainer.evaluation import Evaluator
+from worker.trainer.events import Events, Stopped
+from worker.trainer.sampling import sample
+
+PAIRS = make_pairs(24)
+CLASSIFIER = {"terms": {"the": [1.0, 0.5], "and": [1.0, -0.3], "was": [1.0, 1.0]}, "intercept": 0.1, "normalise": False}
+SAMPLING = {"temperatures": [1.0], "max_tokens": 12, "samples": 3}
+Items = list[dict[str, Any]]
+
+
+@pytest.fixture
+def adapter(llama: Path, tmp_path: Path) -> Path:
+    """An adapter that moves the model a little."""
+    disturb(load(llama), scale=0.05).save(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def lay_out(
+    folder: Path, model: Path, spec: dict[str, Any], *, candidate: Path | None = None, judge: Path | None = None
+) -> Path:
+    """A work folder as a runner makes it; `candidate` is an adapter's folder."""
+    folder.mkdir(parents=True)
+    sides = {}
+    for name, start in (("candidate", candidate), ("baseline", None)):
+        (folder / "sides" / name).mkdir(parents=True)
+        (folder / "sides" / name / "base").symlink_to(model, target_is_directory=True)
+        if start is not None:
+            (folder / "sides" / name / "start").symlink_to(start, target_is_directory=True)
+        sides[name] = {"model": name, "base_model": "tiny", "version": "v1", "quantization": "none"}
+    if judge is not None:
+        (folder / "sides" / "judge").mkdir()
+        (folder / "sides" / "judge" / "base").symlink_to(judge, target_is_directory=True)
+    write_records(folder / "data.jsonl", PAIRS)
+    (folder / "classifier.json").write_text(json.dumps(CLASSIFIER))
+    (folder / "evaluation.json").write_text(json.dumps({"data": "data.jsonl", "seed": 3, **spec}))
+    (folder / "run.json").write_text(json.dumps({"sides": sides, "beta": 0.5, "attempt": 1}))
+    return folder
+
+
+def evaluate(folder: Path) -> Items:
+    Evaluator(folder, Events(io.StringIO()), threading.Event()).run()
+    return items(folder)
+
+
+def items(folder: Path) -> Items:
+    return [json.loads(line) for line in (folder / "output" / "items.jsonl").read_text().splitlines()]
+
+
+def figures(folder: Path) -> dict[str, float]:
+    spec = EvaluationSpec.model_validate_json((folder / "evaluation.json").read_text())
+    return flat(report(spec, items(folder)))
+
+
+PREFERENCE = {"type": "preference", "candidate": {"model": "c"}, "baseline": {"model": "b"}}
+REWARD_KL = PREFERENCE | {
+    "type": "reward_kl",
+    "sampling": SAMPLING,
+    "judge": {"type": "classifier", "classifier": {"file": "classifier.json"}},
+}
+
+
+def test_margins_are_the_papers(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    folder = lay_out(tmp_path / "run", llama, PREFERENCE, candidate=adapter)
+    found = evaluate(folder)
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    base = AutoModelForCausalLM.from_pretrained(llama)
+    policy = load(llama)
+    policy.model.load_adapter(adapter, "moved")
+    policy.model.set_adapter("moved")
+
+    def logp(model: Any, prompt: str, answer: str) -> float:
+        bos = tokenizer("a").input_ids[:1] if tokenizer("a").input_ids[0] == tokenizer.bos_token_id else []
+        before = bos + tokenizer(prompt, add_special_tokens=False).input_ids
+        ids = bos + tokenizer(prompt + answer + tokenizer.eos_token, add_special_tokens=False).input_ids
+        with torch.no_grad():
+            logps = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        return float(sum(logps[at - 1, ids[at]] for at in range(len(before), len(ids))))
+
+    with policy.own_attention_in_use():
+        for item, pair in zip(found, PAIRS, strict=True):
+            of = [logp(m, pair["prompt"], pair[s]) for m in (policy.causal, base) for s in ("chosen", "rejected")]
+            assert item["margin"] == pytest.approx(0.5 * ((of[0] - of[2]) - (of[1] - of[3])), abs=2e-3)
+    assert figures(folder)["accuracy"] == sum(item["margin"] > 0 for item in found) / len(found)
+
+
+def test_a_model_against_itself_prefers_nothing(llama: Path, tmp_path: Path) -> None:
+    folder = lay_out(tmp_path / "run", llama, PREFERENCE)
+    assert all(item["margin"] == 0 for item in evaluate(folder))
+    found = figures(folder)
+    assert found["accuracy"] == 0.5 and found["calibration/error"] == 0 and found["pairs"] == len(PAIRS)
+
+
+def test_only_so_many_rows_always_the_same(llama: Path, tmp_path: Path) -> None:
+    drawn = [
+        [
+            item["line"]
+            for item in evaluate(lay_out(tmp_path / f"run-{k}", llama, PREFERENCE | {"max_rows": 7, "seed": k // 2}))
+        ]
+        for k in range(4)
+    ]
+    assert len(drawn[0]) == 7 and drawn[0] == drawn[1] == sorted(drawn[0])
+    assert drawn[2] == drawn[3] != drawn[0]
+
+
+def test_the_kl_of_a_model_to_itself_is_zero(llama: Path, tmp_path: Path) -> None:
+    folder = lay_out(tmp_path / "run", llama, REWARD_KL)
+    found = evaluate(folder)
+    assert len(found) == 3 * len(PAIRS)
+    assert all(item["logp"] == pytest.approx(item["reference_logp"], rel=1e-5) for item in found)
+    assert abs(figures(folder)["kl"]) < 1e-3
+
+
+def test_the_kl_is_that_of_the_distributions(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    """One token an answer: the KL of next-token distributions, summed over the vocabulary, is the truth."""
+    sampling = {"temperatures": [1.0, 0.5], "max_tokens": 1, "samples": 200}
+    folder = lay_out(tmp_path / "run", llama, REWARD_KL | {"sampling": sampling}, candidate=adapter)
+    evaluate(folder)
+    policy = load(llama)
+    policy.model.load_adapter(adapter, "moved")
+    truth = {1.0: [], 0.5: []}  # type: dict[float, list[float]]
+    for pair in PAIRS:
+        tokenizer = policy.tokenizer
+        ids = torch.tensor(
+            [tokenizer("a").input_ids[:-1] + tokenizer(pair["prompt"], add_special_tokens=False).input_ids]
+        )
+        with policy.own_attention_in_use(), torch.no_grad():
+            policy.model.set_adapter("default")
+            base = policy.causal(input_ids=ids).logits[0, -1].double().log_softmax(-1)
+            policy.model.set_adapter("moved")
+            moved = policy.causal(input_ids=ids).logits[0, -1].double()
+        for temperature, found in truth.items():
+            tempered = (moved / temperature).log_softmax(-1)
+            found.append(float((tempered.exp() * (tempered - base)).sum()))
+    measured = figures(folder)
+    for temperature, values in truth.items():
+        expected, name = sum(values) / len(values), f"kl@{temperature:g}"
+        assert expected > 0.05
+        # The prompts are the same in both: only the completions' own noise is left, which is less than the error.
+        assert abs(measured[name] - expected) < 2 * measured[f"kl/error@{temperature:g}"]
+
+
+def test_a_classifier_says_the_reward(llama: Path, tmp_path: Path) -> None:
+    found = evaluate(lay_out(tmp_path / "run", llama, REWARD_KL))
+    for item in found:
+        words = re.findall(r"\b\w\w+\b", f"{PAIRS[item['line'] - 1]['prompt']} {item['text']}".lower())
+        expected = 0.1 + 0.5 * words.count("the") - 0.3 * words.count("and") + words.count("was")
+        assert item["reward"] == pytest.approx(expected)
+
+
+def test_a_reward_model_says_the_reward(llama: Path, tmp_path: Path) -> None:
+    training = {
+        "adapter": {"r": 4}, "quantization": "none", "seed": 0, "validation_split": 0.0,
+        "method": dpo_method(max_steps=2, batch_size=4, loss="reward_model"),
+    }  # fmt: skip
+    made = make_work_folder(tmp_path / "training", llama, training, train=PAIRS)
+    run_in_process(made)
+    spec = REWARD_KL | {"judge": {"type": "reward_model", "model": "r"}}
+    found = evaluate(lay_out(tmp_path / "run", llama, spec, judge=made / "output"))
+    model = AutoModelForSequenceClassification.from_pretrained(made / "output")
+    tokenizer = AutoTokenizer.from_pretrained(made / "output")
+    for item in found[:10]:
+        text = PAIRS[item["line"] - 1]["prompt"] + item["text"] + tokenizer.eos_token
+        bos = tokenizer("a").input_ids[:1] if tokenizer("a").input_ids[0] == tokenizer.bos_token_id else []
+        ids = bos + tokenizer(text, add_special_tokens=False).input_ids
+        with torch.no_grad():
+            score = float(model(input_ids=torch.tensor([ids])).logits[0, 0]) - model.config.reward_mean
+        assert item["reward"] == pytest.approx(score, abs=1e-4)
+
+
+def test_both_sides_answer(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    spec = {
+        "type": "win_rate", "candidate": {"model": "c"}, "baseline": {"answers": "chosen"},
+        "sampling": SAMPLING | {"temperatures": [0.0, 1.0]},
+        "judge": {"type": "classifier", "classifier": {"file": "classifier.json"}},
+    }  # fmt: skip
+    found = evaluate(lay_out(tmp_path / "run", llama, spec, candidate=adapter))
+    assert len(found) == len(PAIRS) * (1 + 3), "at temperature 0 there is one completion"
+    assert all(item["baseline"] == PAIRS[item["line"] - 1]["chosen"] for item in found)
+    fixed = {
+        "type": "win_rate",
+        "candidate": {"answers": "rejected"},
+        "baseline": {"answers": "chosen"},
+        "judge": spec["judge"],
+    }
+    found = evaluate(lay_out(tmp_path / "fixed", llama, fixed))
+    assert [(item["candidate"], item["baseline"]) for item in found] == [(p["rejected"], p["chosen"]) for p in PAIRS]
+
+
+@pytest.mark.parametrize("places", [[1], [20, 50], [13, 14, 70]])
+def test_what_was_sampled_is_not_sampled_again(
+    places: list[int], llama: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after so many completions in all, each time: the same bytes in the end."""
+    monkeypatch.setattr(evaluation, "BATCH_TOKENS", {"cpu": 200})
+    monkeypatch.setattr(evaluation, "PART_SECONDS", 0.0)
+    expected = evaluate(lay_out(tmp_path / "whole", llama, REWARD_KL, candidate=adapter))
+    folder, stream, stopping = lay_out(tmp_path / "run", llama, REWARD_KL, candidate=adapter), io.StringIO(), None
+    sampled = 0
+
+    def counted(*given: Any) -> Any:
+        nonlocal sampled
+        for one in sample(*given):
+            sampled += 1
+            if stopping is not None and sampled == places[0]:
+                stopping.set()
+            yield one
+
+    monkeypatch.setattr(evaluation, "sample", counted)
+    while places:
+        stopping = threading.Event()
+        with pytest.raises(Stopped):
+            Evaluator(folder, Events(stream), stopping).run()
+        places.pop(0)
+    stopping = None
+    assert evaluate(folder) == expected
+    batch = 200 // (12 + min(len(pair["prompt"].split()) for pair in PAIRS))
+    assert sampled < len(expected) + 3 * batch, "no more is made again than the batch that was broken off"
+    parts = [event for event in parse(stream) if event["kind"] == "part"]
+    assert all((folder / part["path"]).exists() for part in parts)

@@ -1,0 +1,309 @@
+"""Evaluations: what a model says of answers, and the answers that it gives itself.
+
+Like a training, an evaluation is a work folder in, events out, and a folder left: `evaluation.json`, `sides/` with
+the models that it needs, the data; then `output/items.jsonl`, a line for each pair or completion, of which
+`worker.reports` makes figures. One model is in memory at a time. Completions are handed over as they come, in parts:
+a run that is broken off goes on behind them.
+"""
+
+import gc
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from app.datasets.check import examples
+from app.datasets.example import Example
+from app.evaluations.spec import EvaluationSpec, Side
+from app.jobs.spec import JobSpec
+from worker.classifier import BadClassifier, LinearClassifier
+from worker.trainer import data, dataset, reference, reward
+from worker.trainer.cache import Cache
+from worker.trainer.data import Recipe, Response, Row
+from worker.trainer.events import Events, Stopped, UserError
+from worker.trainer.model import Base, Policy, load_policy
+from worker.trainer.plan import DEFAULT_MAX_LENGTH
+from worker.trainer.sampling import Sampling, Wanted, batches, sample
+
+PART_SECONDS = 5.0
+BATCH_TOKENS = {"cpu": 16_384, "cuda": 131_072}
+"""Of prompts and answers that are sampled at once, by device."""
+FIXED = -1.0
+"""In the place of a temperature: an answer that was not sampled."""
+Item = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A completion as it is kept: of row `line`, the `sample`-th at `temperature`."""
+
+    temperature: float
+    line: int
+    sample: int
+    ids: tuple[int, ...]
+    ended: bool
+    logp: float
+
+    @property
+    def key(self) -> tuple[float, int, int]:
+        return self.temperature, self.line, self.sample
+
+
+class Evaluator:
+    """One run over a work folder."""
+
+    def __init__(self, folder: Path, events: Events, stopping: threading.Event, cache: Cache | None = None) -> None:
+        self.folder, self.events, self.stopping = folder, events, stopping
+        self.cache = cache or Cache(folder / "cache", events)
+        self.spec = EvaluationSpec.model_validate_json((folder / "evaluation.json").read_text()).resolved()
+        self.run_settings: dict[str, Any] = json.loads((folder / "run.json").read_text())
+
+    def run(self) -> None:
+        """Evaluate, and leave `output/items.jsonl`. Raises `UserError` or `Stopped`."""
+        work = {"preference": self._preference, "reward_kl": self._reward_kl, "win_rate": self._answers}[self.spec.type]
+        try:
+            items = work()
+        except torch.OutOfMemoryError as error:
+            message = (
+                "The model or one row does not fit into the GPU's memory. Lower 'max_length', or quantise the base."
+            )
+            raise UserError("out_of_memory", message, "candidate.model") from error
+        output = self.folder / "output"
+        output.mkdir(exist_ok=True)
+        with (output / "items.jsonl").open("w") as file:
+            file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+        self.events.emit("done", items=len(items))
+
+    # -- what each type does -----------------------------------------------------------------------------------
+
+    def _preference(self) -> list[Item]:
+        """Of each pair its implicit reward margin, β·[log π/π_ref (chosen) − log π/π_ref (rejected)] (paper, eq. 4)."""
+        candidate, baseline = self._pair_logps("candidate"), self._pair_logps("baseline")
+        keys = self._drawn([key for key in candidate if key in baseline])
+        beta = self.run_settings["beta"]
+        items = []
+        for key in keys:
+            (chosen, rejected), (chosen_ref, rejected_ref) = candidate[key].logps, baseline[key].logps
+            items.append(
+                {
+                    "line": key[0],
+                    "margin": beta * ((chosen - chosen_ref) - (rejected - rejected_ref)),
+                    "logps": [chosen, rejected],
+                    "reference_logps": [chosen_ref, rejected_ref],
+                    "tokens": list(candidate[key].tokens),
+                }
+            )
+        return items
+
+    def _reward_kl(self) -> list[Item]:
+        """Of each completion its log-probs under candidate and reference, and what its reward says."""
+        rows, made = self._examples(), {}
+        policy = self._load("candidate")
+        prompts = self._prompts(policy, rows)
+        texts = {}
+        for one in self._sampled(policy, "candidate", prompts):
+            made[one.key] = one
+            texts[one.key] = self._text(policy, one)
+        vocabulary = policy.tokenizer.get_vocab()
+        del policy
+        gc.collect()
+        policy = self._load("baseline")
+        if policy.tokenizer.get_vocab() != vocabulary:
+            message = "Candidate and baseline have other tokenizers: the KL between them is not defined."
+            raise UserError("invalid_value", message, "baseline.model")
+        keys = sorted(made)
+        answers = [
+            Row(key[1], prompts[key[1]], (Response(made[key].ids, (True,) * len(made[key].ids)),)) for key in keys
+        ]
+        under = reference.compute(policy, dataset.Rows.of(answers), tick=self._tick).logps.tolist()
+        del policy
+        gc.collect()
+        rewards = self._rewards([(rows[key[1]], texts[key]) for key in keys])
+        return [
+            self._item(made[key], texts[key]) | {"logp": made[key].logp, "reference_logp": logp, "reward": reward}
+            for key, logp, reward in zip(keys, under, rewards, strict=True)
+        ]
+
+    def _answers(self) -> list[Item]:
+        """Of each row the answers of both sides."""
+        rows = self._examples()
+        of = {name: self._side(name, getattr(self.spec, name), rows) for name in ("candidate", "baseline")}
+        items = []
+        known = {key for found in of.values() for key in found}
+        sampled = sorted(key for key in known if key[0] != FIXED)
+        for temperature, line, number in sampled or sorted(known):
+            pair = {
+                name: found.get((temperature, line, number), found.get((FIXED, line, 0))) for name, found in of.items()
+            }
+            if all(answer is not None for answer in pair.values()):
+                items.append({"temperature": temperature, "line": line, "sample": number} | pair)
+        return items
+
+    # -- models ------------------------------------------------------------------------------------------------
+
+    def _load(self, name: str) -> Policy:
+        """The model of a side, without anything that trains."""
+        folder, settings = self.folder / "sides" / name, self.run_settings["sides"][name]
+        start = folder / "start" if (folder / "start").exists() else None
+        spec = JobSpec.model_validate(
+            {"model": settings["model"], "training_file": "-", "quantization": settings["quantization"], "seed": 0}
+        )
+        base = Base(settings["base_model"], None, settings["version"], folder / "base")
+        policy = load_policy(spec.resolved(), base, start, self.events, trainable=False)
+        self.events.message(f"'{settings['model']}' is loaded on {policy.device.type}.")
+        return policy
+
+    def _tick(self) -> None:
+        if self.stopping.is_set():
+            raise Stopped
+
+    # -- rows --------------------------------------------------------------------------------------------------
+
+    def _examples(self) -> dict[int, Example]:
+        """The rows of the data by line, those that are drawn."""
+        with (self.folder / self.spec.data).open("rb") as file:
+            found = {example.line: example for example in examples(file, self.spec.mapping)}
+        return {line: found[line] for (line, _) in self._drawn([(line, 0) for line in found])}
+
+    def _drawn(self, keys: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """`max_rows` of the rows, always the same ones for a seed, in their order."""
+        limit = self.spec.max_rows
+        if limit is None or len(keys) <= limit:
+            return sorted(keys)
+        return sorted(sorted(keys, key=lambda key: sha256(f"{self.spec.seed} {key}".encode()).digest())[:limit])
+
+    @dataclass(frozen=True)
+    class _Pair:
+        logps: tuple[float, float]
+        tokens: tuple[int, int]
+
+    def _pair_logps(self, name: str) -> "dict[tuple[int, int], Evaluator._Pair]":
+        """The log-probs of all pairs under a side's model, by line and place among the pairs of that line."""
+        policy = self._load(name)
+        recipe = Recipe(self.spec.needs(), self._max_length(policy), "answers", self.spec.mapping)
+        rows, _ = dataset.load(self.folder / self.spec.data, policy.tokenizer, recipe, self.cache)
+        if not len(rows):
+            raise UserError("invalid_file", "No row of the data is left to evaluate.", "data")
+        policy.check(rows, self.events)
+        found = reference.find(policy, policy.digest(), rows, None, self.cache, self._tick)
+        seen: Counter[int] = Counter()
+        pairs = {}
+        for number, row in enumerate(rows):
+            chosen, rejected = found.logps[found.first[number] :][:2].tolist()
+            tokens = tuple(sum(response.scored) for response in row.responses[:2])
+            pairs[row.line, seen[row.line]] = self._Pair((chosen, rejected), (tokens[0], tokens[1]))
+            seen[row.line] += 1
+        return pairs
+
+    def _max_length(self, policy: Policy) -> int:
+        config = policy.causal.config.get_text_config()
+        context = getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH
+        return min(self.spec.max_length or context, context)
+
+    def _prompts(self, policy: Policy, rows: dict[int, Example]) -> dict[int, tuple[int, ...]]:
+        assert self.spec.sampling is not None
+        room = self._max_length(policy) - self.spec.sampling.max_tokens
+        if room < 1:
+            message = f"'max_tokens' leaves no room for a prompt in the model's {self._max_length(policy)} tokens."
+            raise UserError("invalid_value", message, "sampling.max_tokens")
+        return {line: data.prompt_ids(example, policy.tokenizer, room) for line, example in rows.items()}
+
+    # -- answers -----------------------------------------------------------------------------------------------
+
+    def _side(self, name: str, side: Side, rows: dict[int, Example]) -> dict[tuple[float, int, int], str]:
+        """The answers of a side by temperature, row and number."""
+        if side.answers is not None:
+            place = 0 if side.answers == "chosen" else -1
+            return {(FIXED, line, 0): data.said(example.responses[place]) for line, example in rows.items()}
+        if side.file is not None:
+            with (self.folder / side.file).open("rb") as file:
+                given = {example.line: data.said(example.responses[0]) for example in examples(file)}
+            return {(FIXED, line, 0): given[line] for line in rows if line in given}
+        policy = self._load(name)
+        made = self._sampled(policy, name, self._prompts(policy, rows))
+        found = {one.key: self._text(policy, one) for one in made}
+        del policy
+        gc.collect()
+        return found
+
+    def _sampled(self, policy: Policy, name: str, prompts: dict[int, tuple[int, ...]]) -> Iterator[Made]:
+        """All completions of a side: those of the parts that are there, then new ones, in parts of their own."""
+        spec = self.spec.sampling
+        assert spec is not None
+        settings = policy.causal.generation_config.eos_token_id
+        ends = {policy.tokenizer.eos_token_id, *(settings if isinstance(settings, list) else [settings])} - {None}
+        there = {one.key: one for one in self._kept(name)}
+        self.events.message(f"{name}: {len(there)} completions are there already.")
+        fresh, written = list[Made](), time.monotonic()
+        for temperature in spec.temperatures:
+            sampling = Sampling(temperature, spec.top_p, spec.max_tokens, self.spec.seed or 0)
+            numbers = range(spec.samples if temperature else 1)
+            wanted = [Wanted(line, number, prompt) for line, prompt in prompts.items() for number in numbers]
+            # The same batches each time, and whole ones: a run that was broken off comes to the same bits.
+            for batch in batches(wanted, BATCH_TOKENS[policy.device.type], spec.max_tokens):
+                keys = [(temperature, one.row, one.sample) for one in batch]
+                if not all(key in there for key in keys):
+                    made = []
+                    for one in sample(policy, batch, sampling, ends):
+                        if self.stopping.is_set():
+                            self._keep(name, fresh)
+                            raise Stopped
+                        made.append(Made(temperature, one.row, one.sample, one.ids, one.ended, one.logp))
+                    fresh += made
+                    there |= {one.key: one for one in made}
+                    if time.monotonic() - written > PART_SECONDS:
+                        self._keep(name, fresh)
+                        fresh, written = [], time.monotonic()
+                yield from (there[key] for key in keys)
+        self._keep(name, fresh)
+
+    def _kept(self, name: str) -> Iterator[Made]:
+        for path in sorted((self.folder / "parts").glob(f"{name}-*.jsonl")):
+            for line in path.read_text().splitlines():
+                found = json.loads(line)
+                yield Made(**found | {"ids": tuple(found["ids"])})
+
+    def _keep(self, name: str, made: list[Made]) -> None:
+        """Hand completions over, so that they need not be made again."""
+        if not made:
+            return
+        folder = self.folder / "parts"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{name}-{len(list(folder.iterdir())):05d}-{self.run_settings['attempt']}.jsonl"
+        path.write_text("".join(json.dumps(vars(one)) + "\n" for one in made))
+        self.events.emit("part", path=f"parts/{path.name}", completions=len(made))
+
+    def _text(self, policy: Policy, one: Made) -> str:
+        ids = one.ids[:-1] if one.ended else one.ids
+        text: str = policy.tokenizer.decode(ids, skip_special_tokens=True)
+        return text.strip()
+
+    @staticmethod
+    def _item(one: Made, text: str) -> Item:
+        return {
+            "temperature": one.temperature, "line": one.line, "sample": one.sample, "text": text,
+            "tokens": len(one.ids), "ended": one.ended,
+        }  # fmt: skip
+
+    # -- rewards -----------------------------------------------------------------------------------------------
+
+    def _rewards(self, answers: list[tuple[Example, str]]) -> list[float]:
+        """What the judge's reward says of each answer to its prompt."""
+        judge = self.spec.judge
+        assert judge is not None
+        if judge.classifier is not None:
+            try:
+                classifier = LinearClassifier.load(self.folder / judge.classifier.file)
+            except BadClassifier as error:
+                message = f"The file is not a classifier: {error}"
+                raise UserError("invalid_file", message, "judge.classifier.file") from error
+            return [classifier.score(data.plain_prompt(example.prompt) + " " + text) for example, text in answers]
+        answered = [replace(example, responses=(text,)) for example, text in answers]
+        return reward.scores(self.folder / "sides" / "judge" / "base", answered, self.spec.max_length, self._tick)
