@@ -13,7 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psycopg
 from sqlalchemy import JSON, Connection, Dialect, Double, Engine, create_engine, event, func, select
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Session
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -21,6 +24,8 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import Text, TypeDecorator
 
+IDLE_SECONDS = 10
+"""A process that stands still in the middle of a transaction holds its locks no longer: less than a lease lasts."""
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 
 
@@ -86,6 +91,8 @@ class Database:
             self.engine = create_engine(
                 url, pool_pre_ping=True, connect_args={"connect_timeout": 5, "tcp_user_timeout": 10_000}
             )
+            event.listen(self.engine, "connect", _postgresql_on_connect)
+            event.listen(self.engine, "handle_error", _postgresql_on_error, retval=True)
         # SQLite fails at once, whatever its timeout, where a transaction reads first and then writes while
         # another writes: a writer therefore says so when it begins.
         self._writer: Engine = self.engine.execution_options(begin="BEGIN IMMEDIATE")
@@ -104,6 +111,18 @@ class Database:
 
     def close(self) -> None:
         self.engine.dispose()
+
+
+def _postgresql_on_connect(connection: psycopg.Connection[Any], _record: ConnectionPoolEntry) -> None:
+    connection.execute(f"SET idle_in_transaction_session_timeout = '{IDLE_SECONDS}s'")
+    connection.commit()
+
+
+def _postgresql_on_error(context: ExceptionContext) -> BaseException | None:
+    """A connection that the server ended for standing still is one that broke, as others do."""
+    if not isinstance(context.original_exception, psycopg.errors.IdleInTransactionSessionTimeout):
+        return None
+    return OperationalError(context.statement, None, context.original_exception, connection_invalidated=True)
 
 
 def _sqlite_on_connect(connection: sqlite3.Connection, _record: ConnectionPoolEntry) -> None:

@@ -3,17 +3,22 @@
 import threading
 import time
 
+import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import inspect, select, text
+from sqlalchemy import inspect, select, text, update
+from sqlalchemy.exc import OperationalError
 
-from app.database import Base, database_now
+from app import database
+from app.database import Base, Database, database_now
 from app.jobs import repository
 from app.jobs.states import Status
+from app.jobs.tables import Job
 from app.keys.schemas import KeySpec
 from app.services import Services
 from app.settings import Settings
 from tests.integration.test_states import make_job
+from tests.servers import wait_until
 
 
 def test_migrations_go_up_down_and_up_and_agree_with_the_models(settings: Settings) -> None:
@@ -106,3 +111,28 @@ def columns(services: Services) -> dict[str, dict[str, bool]]:
         }
         for table in found.get_table_names()
     }
+
+
+def test_a_process_that_stands_still_in_a_transaction_keeps_no_lock(
+    services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stopped or frozen worker has its connection open, and the row of its job locked: nobody could take the lease."""
+    url = services.settings.database_url
+    if url.startswith("sqlite"):
+        return  # one machine: what stands still there stands still for all
+    monkeypatch.setattr(database, "IDLE_SECONDS", 1)
+    frozen, job_id = Database(url), make_job(services)
+    with pytest.raises(OperationalError, match="idle-in-transaction timeout"), frozen.write() as session:
+        session.execute(update(Job).where(Job.id == job_id).values(priority=7))
+
+        def free() -> bool:
+            with services.database.write() as other:
+                taken = select(Job.id).where(Job.id == job_id).with_for_update(skip_locked=True)
+                return other.scalar(taken) is not None
+
+        assert not free()
+        wait_until(free, "the lock")
+        session.execute(update(Job).where(Job.id == job_id).values(priority=8))
+    frozen.close()
+    with services.database.read() as session:
+        assert session.get_one(Job, job_id).priority == 0
