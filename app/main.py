@@ -20,6 +20,7 @@ from app.dashboard.endpoints import router as dashboard_router
 from app.dashboard.session import NotSignedIn, ask_for_a_key
 from app.dependencies import ServicesDependency
 from app.estimates.endpoints import router as estimates_router
+from app.evaluations.endpoints import router as evaluations_router
 from app.files.endpoints import router as files_router
 from app.installation import name_of, owner_of
 from app.jobs.endpoints import router as jobs_router
@@ -46,6 +47,7 @@ ROUTERS = (
     uploads_router,
     jobs_router,
     estimates_router,
+    evaluations_router,
     models_router,
     webhooks_router,
     projects_router,

@@ -12,7 +12,9 @@ import migrations
 from app.broker import Broker
 from app.database import Database
 from app.estimates.service import Estimates
+from app.evaluations.service import Evaluations
 from app.files.service import Files
+from app.jobs.feed import Feed
 from app.jobs.service import Jobs
 from app.keys.rates import Rates
 from app.keys.service import Keys
@@ -42,6 +44,7 @@ class Services:
     reports: Reports
     jobs: Jobs
     estimates: Estimates
+    evaluations: Evaluations
     models: Models
     vault: Vault
     webhooks: Webhooks
@@ -55,7 +58,8 @@ class Services:
         )
         keys = Keys(database, settings.secret_key, settings.admin_key)
         vault = Vault(settings.secret_key)
-        jobs = Jobs(database, storage, broker, keys)
+        feed = Feed(database)
+        jobs = Jobs(database, storage, broker, keys, feed)
         return cls(
             settings=settings,
             database=database,
@@ -69,6 +73,7 @@ class Services:
             reports=Reports(database, broker),
             jobs=jobs,
             estimates=Estimates(database, broker, jobs),
+            evaluations=Evaluations(database, storage, broker, keys, feed),
             models=Models(database, storage, broker),
             vault=vault,
             webhooks=Webhooks(database, broker, vault, settings.private_webhooks),

@@ -12,6 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from app.broker import Lane
 from app.jobs import repository
 from app.jobs.states import Status
+from app.jobs.tables import EVALUATION
 from app.models import repository as models
 from app.services import Services
 from app.tasks import repository as tasks
@@ -19,11 +20,12 @@ from app.workers import repository as workers
 from worker import integrations
 from worker.base_models import BaseModels
 from worker.device import device
+from worker.evaluation import Evaluation
 from worker.housekeeping import clear_out, forget, keep_house
 from worker.processes import Spare
 from worker.reaper import Reaper
-from worker.runner import Run
 from worker.tasks import run_task
+from worker.training import Training
 from worker.validator import validate
 from worker.webhooks import Sender
 
@@ -104,7 +106,8 @@ class LaneWorker:
         with self.services.database.write() as session:
             job = repository.claim(session, Status.QUEUED, self.owner, served)
         if job is not None:
-            Run(self.services, self.base_models, job, self.stopping, self.spare).run()
+            run = Evaluation if job.kind == EVALUATION else Training
+            run(self.services, self.base_models, job, self.stopping, self.spare).run()
         if not self.stopping.is_set():
             self.spare.prepare()
         return job is not None

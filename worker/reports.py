@@ -21,7 +21,7 @@ LENGTH_GROUPS = 5
 
 def report(spec: EvaluationSpec, items: Sequence[Item]) -> Report:
     """The figures of an evaluation. `items` must not be empty."""
-    of = {"preference": preference, "reward_kl": reward_kl}[spec.type]
+    of = {"preference": preference, "reward_kl": reward_kl, "win_rate": win_rate}[spec.type]
     return {"type": spec.type} | of(items)
 
 
@@ -35,7 +35,7 @@ def preference(items: Sequence[Item]) -> Report:
     before = numpy.array([item["reference_logps"] for item in items])
     return {
         "pairs": len(items),
-        "accuracy": _shown(statistics.mean(right, lines)),
+        "accuracy": _shown(statistics.rate(right)),
         "margin": _shown(statistics.mean(margins, lines)),
         "chosen_logratio": _shown(statistics.mean(logps[:, 0] - before[:, 0], lines)),
         "rejected_logratio": _shown(statistics.mean(logps[:, 1] - before[:, 1], lines)),
@@ -52,7 +52,7 @@ def _longer(items: Sequence[Item], margins: statistics.Floats) -> statistics.Flo
 
 
 def by_length(differences: Sequence[float], points: Sequence[float], lines: Sequence[int]) -> list[Report]:
-    """The mean of `points` in groups of equal size by how much longer the first answer is, in tokens."""
+    """The mean of `points` in groups of equal size by how much longer the first answer is."""
     order = numpy.argsort(numpy.array(differences), kind="stable")
     groups = [group for group in numpy.array_split(order, LENGTH_GROUPS) if len(group)]
     return [
@@ -87,6 +87,47 @@ def reward_kl(items: Sequence[Item]) -> Report:
             }
         )
     return {"temperatures": found}
+
+
+def win_rate(items: Sequence[Item]) -> Report:
+    """How often the candidate's answer is the better one, at each temperature; and whether length explains it."""
+    found, temperatures = [], {item["temperature"] for item in items}
+    for temperature in sorted(temperatures, key=lambda value: -1.0 if value is None else value):
+        of = [item for item in items if item["temperature"] == temperature]
+        lines = [item["line"] for item in of]
+        better = numpy.array([item["candidate_reward"] - item["baseline_reward"] for item in of])
+        points = statistics.accuracy_points(better)
+        longer = [float(len(item["candidate"]) - len(item["baseline"])) for item in of]
+        longer_wins = statistics.accuracy_points(better * numpy.array(longer))
+        found.append(
+            {
+                "temperature": temperature,
+                "comparisons": len(of),
+                "win_rate": _shown(statistics.win_rate(points, lines)),
+                "wins": int((points == 1).sum()),
+                "ties": int((points == 0.5).sum()),
+                "losses": int((points == 0).sum()),
+                "longer_answer_wins": _shown(statistics.mean(longer_wins, lines)),
+                "by_length": by_length(longer, points.tolist(), lines),
+            }
+        )
+    return {"temperatures": found}
+
+
+def summary(found: Report) -> str:
+    """The figures that matter most, in a line."""
+    shown = ("accuracy", "margin", "win_rate", "reward", "kl")
+    numbers = flat(found)
+    return ", ".join(
+        f"{name} {number:.4g}" + (f" ± {numbers[error]:.2g}" if (error := _error(name)) in numbers else "")
+        for name, number in numbers.items() if name.split("@")[0] in shown
+    )  # fmt: skip
+
+
+def _error(name: str) -> str:
+    """The name of a figure's standard error."""
+    kind, mark, temperature = name.partition("@")
+    return f"{kind}/error{mark}{temperature}"
 
 
 def flat(found: Report, prefix: str = "") -> dict[str, float]:

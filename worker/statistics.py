@@ -48,6 +48,15 @@ def mean(values: Sequence[float] | Floats, names: Sequence[Hashable] | None = No
     return Estimate(center, error, center - 1.959964 * error, center + 1.959964 * error)
 
 
+def rate(points: Sequence[float] | Floats) -> Estimate:
+    """A share of independent cases (1 or 0, ½ a tie) with Wilson's interval (1927), which holds near 0 and 1 too."""
+    share, count, z = float(numpy.mean(points)), len(points), 1.959964
+    middle, width = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    scale = 1 + z * z / count
+    error = math.sqrt(share * (1 - share) / count)
+    return Estimate(share, error, (middle - width) / scale, (middle + width) / scale)
+
+
 def bootstrap(
     statistic: Callable[[NDArray[numpy.int64]], float], groups: Sequence[NDArray[numpy.int64]], seed: int = 0
 ) -> Estimate:
@@ -62,7 +71,7 @@ def bootstrap(
     return Estimate(value, float(numpy.nanstd(found, ddof=1)), float(low), float(high))
 
 
-def win_rate(points: Sequence[float], prompts: Sequence[Hashable], seed: int = 0) -> Estimate:
+def win_rate(points: Sequence[float] | Floats, prompts: Sequence[Hashable], seed: int = 0) -> Estimate:
     """The mean of `points` (1 a win, ½ a tie, 0 a loss), bootstrapped over prompts."""
     given = numpy.asarray(points, numpy.float64)
     return bootstrap(lambda at: float(given[at].mean()), clusters(prompts), seed)

@@ -11,11 +11,13 @@ from app.broker import Lane
 from app.datasets.check import Report, check
 from app.datasets.reader import DatasetError
 from app.estimates.service import expected_seconds
+from app.evaluations.spec import EvaluationSpec
 from app.jobs import repository
 from app.jobs.spec import JobSpec
 from app.jobs.states import Actor, Status
-from app.jobs.tables import Job
+from app.jobs.tables import EVALUATION, Job
 from app.services import Services
+from worker.classifier import BadClassifier, LinearClassifier
 from worker.lease import Lease, LeaseLost
 from worker.work import work_folder
 
@@ -33,9 +35,12 @@ def validate(services: Services, job: Job) -> None:
 
 def _validate(services: Services, job: Job, lease: Lease) -> bool:
     """Whether the job is in the queue now."""
+    spec = EvaluationSpec.stored(job.spec) if job.kind == EVALUATION else JobSpec.stored(job.spec)
+    reports: dict[str, Report] = {}
     try:
-        spec = JobSpec.stored(job.spec)
-        reports = [(field, _check(services, job, spec, field, file_id)) for field, file_id in spec.files()]
+        for field, file_id in spec.files():
+            if (report := _check(services, spec, field, file_id)) is not None:
+                reports[field] = report
     except _InvalidFile as invalid:
         _fail(lease, job, invalid)
         return False
@@ -45,6 +50,7 @@ def _validate(services: Services, job: Job, lease: Lease) -> bool:
         return False
 
     def write(session: Session) -> bool:
+        expected = expected_seconds(session, spec, job.base_model, reports) if isinstance(spec, JobSpec) else None
         return repository.transition(
             session,
             job.id,
@@ -52,10 +58,10 @@ def _validate(services: Services, job: Job, lease: Lease) -> bool:
             Status.QUEUED,
             actor=Actor.VALIDATOR,
             attempt=job.attempt,
-            lost_attempts=0,  # the training has its own chances
-            estimated_seconds=expected_seconds(session, spec, job.base_model, dict(reports)),
+            lost_attempts=0,  # what follows has its own chances
+            estimated_seconds=expected,
             message="Files validated, job queued: "
-            + "; ".join(f"{field}: {report.summary()}" for field, report in reports),
+            + "; ".join(f"{field}: {report.summary()}" for field, report in reports.items()),
         )
 
     return lease.write(write)
@@ -67,22 +73,28 @@ class _InvalidFile(Exception):
         self.field, self.reason = field, reason
 
 
-def _check(services: Services, job: Job, spec: JobSpec, field: str, file_id: str) -> Report:
+def _check(services: Services, spec: JobSpec | EvaluationSpec, field: str, file_id: str) -> Report | None:
+    """What is in a file; None for one that has no rows."""
+    need = spec.needs(field)
     with tempfile.TemporaryDirectory(dir=work_folder(services)) as folder:
-        path = Path(folder) / "dataset"
+        path = Path(folder) / "file"
         try:
             services.storage.get_file(f"files/{file_id}", path)
         except FileNotFoundError:
             raise _InvalidFile(field, f"the file {file_id} is gone") from None
         try:
+            if need is None:
+                LinearClassifier.load(path)
+                return None
             with path.open("rb") as file:
-                return check(file, spec.needs(field), spec.reads(field))
-        except DatasetError as error:
+                return check(file, need, spec.reads(field))
+        except (DatasetError, BadClassifier) as error:
             raise _InvalidFile(field, str(error)) from error
 
 
 def _fail(lease: Lease, job: Job, invalid: _InvalidFile) -> None:
-    name = invalid.field.removeprefix("sft.")
+    name = "file" if job.kind == EVALUATION else invalid.field.removeprefix("sft.")
+    used = "evaluated" if job.kind == EVALUATION else "trained on"
     error = {"code": f"invalid_{name}", "message": invalid.reason, "param": invalid.field}
     lease.write(
         lambda session: repository.transition(
@@ -92,7 +104,7 @@ def _fail(lease: Lease, job: Job, invalid: _InvalidFile) -> None:
             Status.FAILED,
             actor=Actor.VALIDATOR,
             attempt=job.attempt,
-            message=f"{invalid.field} cannot be trained on. {invalid.reason}",
+            message=f"{invalid.field} cannot be {used}. {invalid.reason}",
             level="error",
             error=error,
         )

@@ -13,10 +13,11 @@ import orjson
 import typer
 from pydantic import ValidationError
 from rich.console import Console
-from rich.table import Table
 
 from app.cli.client import Client, ClientError
 from app.cli.describe import describe_estimate, describe_gate, describe_report
+from app.cli.evaluations import evaluate, evaluations
+from app.cli.output import Json, Limit, console, emit, emit_table
 from app.cli.processes import end_with_parent, supervise
 from app.cli.tokens import count_tokens
 from app.cli.watch import EXIT_STATUS, GATE_NOT_MET, watch
@@ -36,12 +37,12 @@ projects = typer.Typer(help="Projects of this installation (on the service's mac
 files = typer.Typer(help="Datasets.", no_args_is_help=True)
 jobs = typer.Typer(help="Fine-tuning jobs.", no_args_is_help=True)
 models = typer.Typer(help="Base models, and models made here.", no_args_is_help=True)
-for name, group in (("keys", keys), ("projects", projects), ("files", files), ("jobs", jobs), ("models", models)):
+GROUPS = {
+    "keys": keys, "projects": projects, "files": files, "jobs": jobs, "models": models, "evaluations": evaluations,
+}  # fmt: skip
+for name, group in GROUPS.items():
     cli.add_typer(group, name=name)
-
-console = Console()
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
-Limit = Annotated[int, typer.Option(min=1, help="At most this many.")]
+cli.command()(evaluate)
 
 
 def main() -> None:
@@ -60,22 +61,6 @@ def main() -> None:
         return
     Console(stderr=True).print(f"dpo: {message}", style="red", highlight=False, markup=False)
     sys.exit(2)
-
-
-def _emit(value: Any, as_json: bool, text: str) -> None:
-    print(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode() if as_json else text)
-
-
-def _table(rows: list[dict[str, Any]], columns: list[str], as_json: bool) -> None:
-    if as_json:
-        print(orjson.dumps(rows, option=orjson.OPT_INDENT_2).decode())
-        return
-    table = Table(box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*("" if row.get(column) is None else str(row[column]) for column in columns))
-    console.print(table)
 
 
 # -- run the service ------------------------------------------------------------------------------------------
@@ -129,7 +114,7 @@ def sweep(
 
     needed, spare = look(_local(), delete=delete)
     what = "removed" if delete else "not needed; 'dpo sweep --delete' removes them"
-    _emit(
+    emit(
         {"needed": needed, "not_needed": spare, "deleted": delete}, as_json, f"{needed} objects needed, {spare} {what}"
     )
 
@@ -181,7 +166,7 @@ def keys_create(
     seconds = None if expires_in_days is None else max(1, round(expires_in_days * 86400))
     scopes = scope or [Scope.READ, Scope.WRITE]
     key = _local().keys.create(KeySpec(name=name, project=project, scopes=scopes, expires_in=seconds))
-    _emit(key.model_dump(), as_json, key.key)
+    emit(key.model_dump(), as_json, key.key)
 
 
 @keys.command("list")
@@ -190,14 +175,14 @@ def keys_list(
 ) -> None:
     """All keys, oldest first; not what they are, which nobody knows."""
     rows = [key.model_dump(mode="json") for key in _local().keys.list(project)]
-    _table(rows, ["id", "name", "project", "scopes", "expires_at", "last_used_at", "revoked_at"], as_json)
+    emit_table(rows, ["id", "name", "project", "scopes", "expires_at", "last_used_at", "revoked_at"], as_json)
 
 
 @keys.command("revoke")
 def keys_revoke(key_id: str, as_json: Json = False) -> None:
     """Refuse a key from now on."""
     key = _local().keys.revoke(key_id)
-    _emit(key.model_dump(mode="json"), as_json, f"{key.id} ({key.name}): revoked")
+    emit(key.model_dump(mode="json"), as_json, f"{key.id} ({key.name}): revoked")
 
 
 @projects.command("create")
@@ -209,14 +194,14 @@ def projects_create(
 ) -> None:
     """Make a project. Keys of one see nothing of another."""
     spec = ProjectSpec(id=project, max_storage_bytes=max_storage_bytes, max_running_jobs=max_running_jobs)
-    _emit(_local().projects.create(spec).model_dump(), as_json, project)
+    emit(_local().projects.create(spec).model_dump(), as_json, project)
 
 
 @projects.command("list")
 def projects_list(as_json: Json = False) -> None:
     """All projects, with what they use."""
     rows = [project.model_dump() for project in _local().projects.list()]
-    _table(rows, ["id", "storage_bytes", "max_storage_bytes", "max_running_jobs"], as_json)
+    emit_table(rows, ["id", "storage_bytes", "max_storage_bytes", "max_running_jobs"], as_json)
 
 
 @projects.command("limit")
@@ -230,7 +215,7 @@ def projects_limit(
     given = {"max_storage_bytes": max_storage_bytes, "max_running_jobs": max_running_jobs}
     limits = {name: None if value == -1 else value for name, value in given.items() if value is not None}
     found = _local().projects.limit(project, Limits(**limits))
-    _emit(found.model_dump(), as_json, f"{found.id}: limits changed")
+    emit(found.model_dump(), as_json, f"{found.id}: limits changed")
 
 
 @cli.command()
@@ -284,7 +269,7 @@ def files_check(
     if model and found["valid"]:
         folder = Path(model) if Path(model).is_dir() else Settings().models_dir / model
         found["tokens"] = count_tokens(path, folder, model, max_length, found, said)
-    _emit(found, as_json, describe_report(found))
+    emit(found, as_json, describe_report(found))
     raise typer.Exit(0 if found["valid"] else 1)
 
 
@@ -298,7 +283,7 @@ def files_report(
     """What the service found in an uploaded file; waits until it is counted."""
     params = {name: value for name, value in (("model", model), ("max_length", max_length)) if value}
     found = Client().when_ready("GET", f"/files/{quote(file_id, safe='')}/report", params=params)
-    _emit(found, as_json, describe_report(found))
+    emit(found, as_json, describe_report(found))
 
 
 @files.command("upload")
@@ -316,20 +301,20 @@ def files_upload(
     if expires_in is not None:
         form |= {"expires_after[anchor]": "created_at", "expires_after[seconds]": str(expires_in)}
     file = Client().upload(path, form)
-    _emit(file, as_json, file["id"])
+    emit(file, as_json, file["id"])
 
 
 @files.command("delete")
 def files_delete(file_id: str, as_json: Json = False) -> None:
     """Delete a file. Jobs that already use it keep their copy until they end."""
-    _emit(Client().request("DELETE", f"/files/{quote(file_id, safe='')}"), as_json, f"{file_id}: deleted")
+    emit(Client().request("DELETE", f"/files/{quote(file_id, safe='')}"), as_json, f"{file_id}: deleted")
 
 
 @files.command("list")
 def files_list(limit: Limit = 100, as_json: Json = False) -> None:
     """The files of this key's project, newest first."""
     rows = list(Client().pages("/files", limit))
-    _table(rows, ["id", "filename", "purpose", "bytes"], as_json)
+    emit_table(rows, ["id", "filename", "purpose", "bytes"], as_json)
 
 
 def _set_hyperparameters(body: dict[str, Any], **given: float | str | None) -> None:
@@ -399,12 +384,12 @@ def jobs_create(
             body[field] = client.upload(Path(body[field]))["id"]
     if dry_run:
         found = client.when_ready("POST", "/fine_tuning/estimate", json=body)
-        _emit(found, as_json, describe_estimate(found))
+        emit(found, as_json, describe_estimate(found))
         raise typer.Exit(0 if found["ok"] else 1)
     job = client.request("POST", "/fine_tuning/jobs", json=body)
     if follow:
         _follow(client, job["id"], as_json)
-    _emit(job, as_json, job["id"])
+    emit(job, as_json, job["id"])
 
 
 def _gate(text: str) -> dict[str, Any]:
@@ -420,7 +405,7 @@ def _gate(text: str) -> dict[str, Any]:
 def jobs_list(limit: Limit = 20, as_json: Json = False) -> None:
     """Jobs, newest first."""
     rows = list(Client().pages("/fine_tuning/jobs", limit))
-    _table(rows, ["id", "status", "stage", "model", "fine_tuned_model"], as_json)
+    emit_table(rows, ["id", "status", "stage", "model", "fine_tuned_model"], as_json)
 
 
 @jobs.command("show")
@@ -428,7 +413,7 @@ def jobs_show(job_id: str, as_json: Json = False) -> None:
     """One job."""
     job = Client().request("GET", f"/fine_tuning/jobs/{quote(job_id, safe='')}")
     text = "\n".join(f"{key}: {value}" for key, value in job.items() if value not in (None, [], {}))
-    _emit(job, as_json, text)
+    emit(job, as_json, text)
 
 
 @jobs.command("watch")
@@ -438,7 +423,7 @@ def jobs_watch(job_id: str, as_json: Json = False) -> None:
 
 
 def _follow(client: Client, job_id: str, as_json: bool) -> None:
-    job = watch(client, quote(job_id, safe=""), Console(stderr=as_json))
+    job = watch(client, f"/fine_tuning/jobs/{quote(job_id, safe='')}", Console(stderr=as_json))
     text = f"{job['id']}: {job['status']}"
     if job["error"]:
         text += f"\n{job['error']['message']}"
@@ -446,7 +431,7 @@ def _follow(client: Client, job_id: str, as_json: bool) -> None:
         text += f"\n{describe_gate(verdict)}"
     if job["status"] == "succeeded":
         text += _next_steps(job)
-    _emit(job, as_json, text)
+    emit(job, as_json, text)
     missed = job["status"] == "succeeded" and not all(verdict["met"] for verdict in job["gates"])
     raise typer.Exit(GATE_NOT_MET if missed else EXIT_STATUS[job["status"]])
 
@@ -494,27 +479,27 @@ def jobs_logs(job_id: str, as_json: Json = False) -> None:
 def jobs_cancel(job_id: str, as_json: Json = False) -> None:
     """Cancel a job. Its checkpoints stay."""
     job = Client().request("POST", f"/fine_tuning/jobs/{quote(job_id, safe='')}/cancel")
-    _emit(job, as_json, f"{job['id']}: {job['status']}")
+    emit(job, as_json, f"{job['id']}: {job['status']}")
 
 
 @jobs.command("pause")
 def jobs_pause(job_id: str, as_json: Json = False) -> None:
     """Hold a job back. A running one writes a checkpoint and frees its GPU."""
     job = Client().request("POST", f"/fine_tuning/jobs/{quote(job_id, safe='')}/pause")
-    _emit(job, as_json, f"{job['id']}: {job['status']}, paused")
+    emit(job, as_json, f"{job['id']}: {job['status']}, paused")
 
 
 @jobs.command("resume")
 def jobs_resume(job_id: str, as_json: Json = False) -> None:
     """Let a paused job go on from where it was."""
     job = Client().request("POST", f"/fine_tuning/jobs/{quote(job_id, safe='')}/resume")
-    _emit(job, as_json, f"{job['id']}: {job['status']}")
+    emit(job, as_json, f"{job['id']}: {job['status']}")
 
 
 @models.command("list")
 def models_list(as_json: Json = False) -> None:
     """Base models that workers serve, and models made here."""
-    _table(Client().request("GET", "/models")["data"], ["id", "kind", "base_model", "owned_by"], as_json)
+    emit_table(Client().request("GET", "/models")["data"], ["id", "kind", "base_model", "owned_by"], as_json)
 
 
 @models.command("download")
@@ -529,7 +514,7 @@ def models_download(
     if output.exists() and any(output.iterdir()):
         raise typer.BadParameter(f"{output} is not empty", param_hint="--output")
     Client().download(model, output, {"format": "merged", "dtype": dtype} if merged else {})
-    _emit({"model": model, "folder": str(output)}, as_json, str(output))
+    emit({"model": model, "folder": str(output)}, as_json, str(output))
 
 
 @models.command("lineage")
@@ -540,13 +525,13 @@ def models_lineage(model: str, as_json: Json = False) -> None:
     for step in found["steps"]:
         method = ("SFT, then " if step["sft"] else "") + step["method"]
         text += f"\n  {method} on {', '.join(step['files'])} by {step['job']}\n{step['model']}"
-    _emit(found, as_json, text)
+    emit(found, as_json, text)
 
 
 @models.command("delete")
 def models_delete(model: str, as_json: Json = False) -> None:
     """Delete a model made here, unless something needs it."""
-    _emit(Client().request("DELETE", f"/models/{quote(model, safe=':')}"), as_json, f"{model}: deleted")
+    emit(Client().request("DELETE", f"/models/{quote(model, safe=':')}"), as_json, f"{model}: deleted")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`dpo jobs watch`: a progress bar and live metrics until the job ends."""
+"""A progress bar and live metrics until a job or an evaluation ends."""
 
 import time
 from typing import Any
@@ -14,8 +14,8 @@ SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "eval/loss", "eval/rew
 INTERVAL_SECONDS = 1.0
 
 
-def watch(client: Client, job_id: str, console: Console) -> dict[str, Any]:
-    """Follow a job until it ends; returns the job object."""
+def watch(client: Client, path: str, console: Console) -> dict[str, Any]:
+    """Follow the job or the evaluation at `path` until it ends; returns it."""
     columns = (
         TextColumn("{task.fields[state]:<18}"),
         BarColumn(),
@@ -27,8 +27,8 @@ def watch(client: Client, job_id: str, console: Console) -> dict[str, Any]:
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("job", total=None, state="", metrics="")
         while True:
-            job: dict[str, Any] = client.request("GET", f"/fine_tuning/jobs/{job_id}")
-            seen = _print_new_events(client, job_id, seen, console)
+            job: dict[str, Any] = client.request("GET", path)
+            seen = _print_new_events(client, path, seen, console)
             _show(progress, task, job)
             if job["status"] in EXIT_STATUS:
                 return job
@@ -39,20 +39,21 @@ def _show(progress: Progress, task: Any, job: dict[str, Any]) -> None:
     state = job["status"]
     if job["paused"]:
         state += ", paused"
-    elif state == "running" and job["stage"]:
+    elif state == "running" and job.get("stage"):
         state = f"running {job['stage']}"
     elif state == "queued" and job["queue_position"]:
         state = f"queued, place {job['queue_position']}"
     metrics = job["metrics"] or {}
     text = "  ".join(f"{name} {metrics[name]:.3f}" for name in SHOWN if name in metrics)
     steps = job["progress"] or {}
-    progress.update(task, completed=steps.get("step", 0), total=steps.get("total_steps"), state=state, metrics=text)
+    done, total = ("completions", "total") if "completions" in steps else ("step", "total_steps")
+    progress.update(task, completed=steps.get(done, 0), total=steps.get(total), state=state, metrics=text)
 
 
-def _print_new_events(client: Client, job_id: str, seen: str | None, console: Console) -> str | None:
+def _print_new_events(client: Client, path: str, seen: str | None, console: Console) -> str | None:
     """Print the messages (not the metrics) that came since the event `seen`; returns the newest id."""
     new = []
-    for event in client.pages(f"/fine_tuning/jobs/{job_id}/events", limit=200):
+    for event in client.pages(f"{path}/events", limit=200):
         if event["id"] == seen:
             break
         new.append(event)

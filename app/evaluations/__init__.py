@@ -1,0 +1,1 @@
+"""Evaluations: whether a model is better."""

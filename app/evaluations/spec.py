@@ -14,7 +14,6 @@ from app.jobs.spec import NO_NUL, FileName, Metadata, Quantization
 from app.strict import STORED, Strict, inconsistent
 
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=512, pattern=NO_NUL)]
-Template = Annotated[str, StringConstraints(min_length=1, max_length=20_000, pattern=NO_NUL)]
 
 
 class Side(Strict):
@@ -55,18 +54,6 @@ class Sampling(Strict):
         return self
 
 
-class Endpoint(Strict):
-    """A judge behind an OpenAI-compatible endpoint, asked for chat completions."""
-
-    url: Annotated[str, StringConstraints(min_length=8, max_length=2048, pattern=NO_NUL)]
-    """Up to `/v1`, without `/chat/completions`."""
-    model: ModelName
-    api_key: Annotated[str, StringConstraints(max_length=4096, pattern=NO_NUL)] | None = None
-    """Kept encrypted, never shown again."""
-    prices: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=2, max_length=2)] | None = None
-    """Of a million tokens that are read, and of a million that are written, to count what the judge costs."""
-
-
 class Classifier(Strict):
     """A linear classifier of words and phrases, as a file: its score is the logit."""
 
@@ -74,34 +61,19 @@ class Classifier(Strict):
 
 
 class Judge(Strict):
-    """Who says which of two answers is better."""
+    """Who says which of two answers is better: here by a score of each, of which the higher wins."""
 
-    type: Literal["endpoint", "model", "reward_model", "classifier"]
-    endpoint: Endpoint | None = None
+    type: Literal["reward_model", "classifier"]
     model: ModelName | None = None
-    """A base model or one made here, asked as an endpoint would be; or a reward model, by `type`."""
+    """A reward model that was trained here."""
     classifier: Classifier | None = None
-    prompt: Literal["summaries", "summaries_concise", "dialogue"] | None = None
-    """The paper's questions (Rafailov et al. 2023, App. C.1 and C.2)."""
-    template: Template | None = None
-    """A question of one's own, with {prompt}, {a} and {b}; the answer's last line must name A or B."""
-    max_tokens: Annotated[int, Field(ge=1, le=4096)] = 256
 
     @model_validator(mode="after")
     def _as_its_type_says(self) -> Self:
-        needs = {"endpoint": "endpoint", "model": "model", "reward_model": "model", "classifier": "classifier"}[
-            self.type
-        ]
-        for name in ("endpoint", "model", "classifier"):
+        needs = "model" if self.type == "reward_model" else self.type
+        for name in ("model", "classifier"):
             if (getattr(self, name) is not None) != (name == needs):
                 raise inconsistent(name, f"A judge of the type '{self.type}' has '{needs}', and no other")
-        asks = self.type in ("endpoint", "model")
-        if asks and (self.prompt is None) == (self.template is None):
-            raise inconsistent("prompt", "Give the judge a 'prompt' or a 'template', one of them")
-        if not asks and (self.prompt is not None or self.template is not None):
-            raise inconsistent("prompt", f"A judge of the type '{self.type}' reads answers, it is not asked a question")
-        if self.template is not None and not all(part in self.template for part in ("{prompt}", "{a}", "{b}")):
-            raise inconsistent("template", "A template needs {prompt}, {a} and {b}")
         return self
 
 
@@ -109,13 +81,11 @@ TAKES = {
     "preference": {"candidate", "baseline", "beta"},
     "win_rate": {"candidate", "baseline", "sampling", "judge"},
     "reward_kl": {"candidate", "baseline", "sampling", "judge"},
-    "agreement": {"judge"},
 }
 NEEDS = {
     "preference": {"candidate"},
     "win_rate": {"candidate", "baseline", "judge"},
     "reward_kl": {"candidate", "judge"},
-    "agreement": {"judge"},
 }
 
 
@@ -132,7 +102,7 @@ class EvaluationSpec(Strict):
         }
     )
 
-    type: Literal["preference", "win_rate", "reward_kl", "agreement"]
+    type: Literal["preference", "win_rate", "reward_kl"]
     data: FileName
     mapping: Mapping | None = None
     """How the rows of `data` are read, where their columns do not say it."""
@@ -145,7 +115,7 @@ class EvaluationSpec(Strict):
     """Of the implicit reward β·log(π/π_ref). Without one, what the candidate was trained with."""
     sampling: Sampling | None = None
     judge: Judge | None = None
-    """For `reward_kl` it is what says the true reward: a reward model or a classifier."""
+    """For `reward_kl` its score is the true reward."""
     quantization: Quantization | None = None
     """Of the base models. None: as the candidate was trained."""
     max_length: Annotated[int, Field(ge=8, le=10**6)] | None = None
@@ -169,12 +139,6 @@ class EvaluationSpec(Strict):
                 side = getattr(self, name)
                 if side is not None and side.model is None:
                     raise inconsistent(f"{name}.model", f"The type '{self.type}' compares models: name one")
-        if (
-            self.type == "reward_kl"
-            and self.judge is not None
-            and self.judge.type not in ("reward_model", "classifier")
-        ):
-            raise inconsistent("judge.type", "'reward_kl' needs a reward: a 'reward_model' or a 'classifier'")
         if self.sampling is not None and not any(side.model for side in self.sides()):
             raise inconsistent("sampling", "Neither side is a model: there is nothing to sample")
         return self
@@ -205,6 +169,17 @@ class EvaluationSpec(Strict):
             named.append(("judge.classifier.file", self.judge.classifier.file))
         return named
 
+    def with_files(self, places: dict[str, str]) -> Self:
+        """The same evaluation with other names for its files: `places` maps fields, as `files` names them, to names."""
+        body = self.model_dump(mode="json")
+        for field, place in places.items():
+            *path, last = field.split(".")
+            target = body
+            for name in path:
+                target = target[name]
+            target[last] = place
+        return self.model_validate(body)
+
     def models(self) -> list[tuple[str, str]]:
         """(field, name) of every model that the evaluation loads."""
         named = [(f"{name}.model", side.model) for name, side in self._named_sides() if side.model is not None]
@@ -215,8 +190,14 @@ class EvaluationSpec(Strict):
     def _named_sides(self) -> list[tuple[str, Side]]:
         return [(name, side) for name in ("candidate", "baseline") if (side := getattr(self, name)) is not None]
 
-    def needs(self) -> Kind:
-        """What the rows of `data` must be good for."""
-        if self.type in ("preference", "agreement") or any(side.answers == "rejected" for side in self.sides()):
+    def needs(self, field: str = "data") -> Kind | None:
+        """What the rows of the file of `field` must be good for; None for a file that has none."""
+        if field != "data":
+            return None if field.startswith("judge.") else Kind.SUPERVISED
+        if self.type == "preference" or any(side.answers == "rejected" for side in self.sides()):
             return Kind.PREFERENCE
         return Kind.SUPERVISED
+
+    def reads(self, field: str) -> Mapping | None:
+        """How the rows of the file of `field` are read."""
+        return self.mapping if field == "data" else None

@@ -20,6 +20,12 @@ router = APIRouter(prefix="/fine_tuning/jobs", tags=["fine-tuning"])
 METADATA = re.compile(r"metadata\[(.{1,64})\]")
 
 
+def asked_metadata(request: Request) -> dict[str, str]:
+    """The pairs that a list is asked to keep to, `metadata[key]=value`."""
+    pairs = request.query_params.items()
+    return {match[1]: value for name, value in pairs if (match := METADATA.fullmatch(name))}
+
+
 @router.post("")
 def create_job(
     spec: JobSpec, caller: CallerDependency, services: ServicesDependency, sending: SendingDependency
@@ -37,9 +43,7 @@ def list_jobs(
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> Page[JobObject]:
     """Jobs, newest first. `metadata[key]=value` keeps those whose metadata hold the pair."""
-    pairs = request.query_params.items()
-    metadata = {match[1]: value for name, value in pairs if (match := METADATA.fullmatch(name))}
-    found = services.jobs.page(caller.project, after=after, limit=limit, metadata=metadata)
+    found = services.jobs.page(caller.project, after=after, limit=limit, metadata=asked_metadata(request))
     return page(found, limit)
 
 

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from sqlalchemy import ColumnElement, Row, Select, and_, case, delete, false, func, or_, select, tuple_, update
+from sqlalchemy import ColumnElement, Row, Select, and_, case, delete, func, or_, select, tuple_, update
 from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
 
 from app.database import database_now, new_id, wait_for_others
+from app.evaluations.spec import EvaluationSpec
 from app.jobs.states import ACTIVE, TRANSITIONS, Actor, Status
-from app.jobs.tables import Checkpoint, Job, JobEvent
+from app.jobs.tables import EVALUATION, TRAINING, Checkpoint, Job, JobEvent
 from app.projects.tables import Project
 from app.webhooks import repository as webhooks
 
@@ -27,13 +28,13 @@ CLAIM_LOCK = 0x64706F
 _LEASED = (Job.status.in_([Status.VALIDATING, Status.RUNNING]), Job.lease_owner.is_not(None))
 
 
-def readable(project: str) -> Select[Job]:
-    """The jobs that `project` may see."""
-    return select(Job).where(Job.project == project)
+def readable(project: str, kind: str = TRAINING) -> Select[Job]:
+    """The jobs of a kind that `project` may see."""
+    return select(Job).where(Job.project == project, Job.kind == kind)
 
 
-def get(session: Session, project: str, job_id: str) -> Job | None:
-    return session.scalar(readable(project).where(Job.id == job_id))
+def get(session: Session, project: str, job_id: str, kind: str = TRAINING) -> Job | None:
+    return session.scalar(readable(project, kind).where(Job.id == job_id))
 
 
 def now(session: Session) -> float:
@@ -41,9 +42,11 @@ def now(session: Session) -> float:
     return session.scalars(select(database_now())).one()
 
 
-def page(session: Session, project: str, *, after: Job | None, limit: int, metadata: dict[str, str]) -> list[Job]:
+def page(
+    session: Session, project: str, *, after: Job | None, limit: int, metadata: dict[str, str], kind: str = TRAINING
+) -> list[Job]:
     """Up to `limit` + 1 jobs, newest first, those older than `after` whose metadata hold `metadata`."""
-    statement = readable(project)
+    statement = readable(project, kind)
     for key, value in metadata.items():
         statement = statement.where(Job.job_metadata[key].as_string() == value)
     if after is not None:
@@ -225,7 +228,8 @@ def transition(
         data: dict[str, Any] = {"id": job_id}
         if job.gates:
             data["gates"] = job.gates
-        webhooks.enqueue(session, job.project, f"fine_tuning.job.{target}", data)
+        named = "fine_tuning.job" if job.kind == TRAINING else EVALUATION
+        webhooks.enqueue(session, job.project, f"{named}.{target}", data)
     return True
 
 
@@ -242,7 +246,7 @@ def claim(session: Session, status: Status, owner: str, served: Sequence[str] | 
         free = and_(free, Job.paused.is_(False), _within_limit())
     best = select(Job.id).where(free)
     if served is not None:
-        best = best.where(or_(false(), *(serves(Job.base_model, name) for name in served)))
+        best = best.where(or_(Job.base_model == "", *(serves(Job.base_model, name) for name in served)))
     best = best.order_by(Job.priority.desc(), Job.created_at, Job.id).limit(1)
     statement = (
         update(Job)
@@ -259,7 +263,7 @@ def claim(session: Session, status: Status, owner: str, served: Sequence[str] | 
     )
     job = session.scalar(statement)
     if job is not None and target == Status.RUNNING:
-        add_event(session, job.id, "Fine-tuning job started.")
+        add_event(session, job.id, "Fine-tuning job started." if job.kind == TRAINING else "Evaluation started.")
     return job
 
 
@@ -397,6 +401,8 @@ def recover(session: Session, job: Job, actor: Actor, reason: str) -> None:
 
 def files_of(job: Job) -> list[str]:
     """Ids of the files that a job reads."""
+    if job.kind == EVALUATION:
+        return [name for _, name in EvaluationSpec.stored(job.spec).files()]
     parts = (job.spec, job.spec["sft"] or {})
     named = [part.get(field) for part in parts for field in ("training_file", "validation_file")]
     return [name for name in named if name is not None]
@@ -408,10 +414,12 @@ def active_files(session: Session) -> set[str]:
 
 
 def users_of(session: Session, model: str) -> list[str]:
-    """Ids of the unfinished jobs that start from a model, are held to it, or sit on it."""
+    """Ids of the unfinished jobs that start from a model, are held to it, sit on it, or evaluate it."""
 
-    def reference(job: Job) -> Any:
-        return ((job.spec["method"].get("dpo") or {}).get("hyperparameters") or {}).get("reference_model")
+    def others(job: Job) -> list[Any]:
+        if job.kind == EVALUATION:
+            return [name for _, name in EvaluationSpec.stored(job.spec).models()]
+        return [((job.spec["method"].get("dpo") or {}).get("hyperparameters") or {}).get("reference_model")]
 
     unfinished = session.scalars(select(Job).where(Job.status.in_(ACTIVE)))
-    return [job.id for job in unfinished if model in (job.model, job.foundation, reference(job))]
+    return [job.id for job in unfinished if model in (job.model, job.foundation, *others(job))]

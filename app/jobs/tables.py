@@ -7,6 +7,8 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from app.database import Base, PlainText, database_now
 
+TRAINING, EVALUATION = "training", "evaluation"
+
 
 class Job(Base):
     """A job. This row is the truth: whatever the broker delivers, what a worker does is decided here."""
@@ -19,6 +21,8 @@ class Job(Base):
     )
 
     id: Mapped[str] = mapped_column(primary_key=True)
+    kind: Mapped[str] = mapped_column(default=TRAINING, server_default=TRAINING)
+    """`TRAINING` or `EVALUATION`: what they are differs, how they are queued, run and recovered does not."""
     project: Mapped[str]
     created_at: Mapped[float] = mapped_column(default=database_now())
     model: Mapped[str]
@@ -28,9 +32,10 @@ class Job(Base):
     foundation: Mapped[str | None]
     """The fully trained model that stands in the base model's place, where `model` is one or sits on one."""
     training_file: Mapped[str]
+    """Of an evaluation its data."""
     validation_file: Mapped[str | None]
     spec: Mapped[dict[str, Any]]
-    """The resolved `JobSpec`."""
+    """The resolved `JobSpec` or `EvaluationSpec`."""
     job_metadata: Mapped[dict[str, Any] | None]
     request_id: Mapped[str | None]
     """The request that made it, to be found in the logs by."""

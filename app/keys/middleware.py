@@ -25,9 +25,11 @@ PROBES = {"/healthz", "/readyz"}
 PUBLIC = re.compile(r"/healthz|/readyz|/docs|/openapi\.json|/dashboard(/.*)?")
 """The dashboard asks for a key by itself."""
 ADMIN = ("/v1/projects", "/v1/keys")
-READING_POSTS = re.compile(r"/v1/fine_tuning/estimate|/v1/fine_tuning/jobs/[^/]+/stream_token|/v1/files/[^/]+/report")
+READING_POSTS = re.compile(
+    r"/v1/fine_tuning/estimate|/v1/(?:fine_tuning/jobs|evaluations)/[^/]+/stream_token|/v1/files/[^/]+/report"
+)
 """They change nothing."""
-STREAMS = re.compile(r"/v1/fine_tuning/jobs/[^/]+/stream")
+STREAMS = re.compile(r"/v1/(?:fine_tuning/jobs|evaluations)/[^/]+/stream")
 UPLOADS = re.compile(r"/v1/files|/v1/uploads/[^/]+/parts")
 """Their bodies are read as streams, with limits of their own."""
 MAX_BODY_BYTES = 1024 * 1024

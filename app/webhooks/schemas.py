@@ -7,7 +7,14 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from app.strict import Strict, unix_seconds
 from app.webhooks.tables import WebhookDelivery, WebhookEndpoint
 
-EventType = Literal["fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled"]
+EventType = Literal[
+    "fine_tuning.job.succeeded",
+    "fine_tuning.job.failed",
+    "fine_tuning.job.cancelled",
+    "evaluation.succeeded",
+    "evaluation.failed",
+    "evaluation.cancelled",
+]
 EVENTS: tuple[EventType, ...] = (
     "fine_tuning.job.succeeded",
     "fine_tuning.job.failed",
@@ -22,13 +29,13 @@ class EndpointSpec(Strict):
 
     url: Annotated[str, StringConstraints(max_length=2048, pattern=r"^[\x21-\x7e]+$")]
     """In ASCII, as a URL is: hosts of other scripts in punycode."""
-    events: Annotated[list[EventType], Field(min_length=1, max_length=3)] = list(EVENTS)
+    events: Annotated[list[EventType], Field(min_length=1, max_length=6)] = list(EVENTS)
 
 
 class EndpointChange(Strict):
     """The body of `POST /v1/webhooks/{id}`: what is named changes."""
 
-    events: Annotated[list[EventType], Field(min_length=1, max_length=3)] | None = None
+    events: Annotated[list[EventType], Field(min_length=1, max_length=6)] | None = None
     enabled: bool | None = None
 
 

@@ -28,6 +28,7 @@ THINGS = {
     "file_id": "file-none",
     "upload_id": "upload-none",
     "job_id": "ftjob-none",
+    "evaluation_id": "eval-none",
     "name": "ft:tiny:none::none",
     "endpoint_id": "whe-none",
     "delivery_id": "whd-none",
@@ -51,6 +52,8 @@ def things(client: TestClient, services: Services) -> dict[str, str]:
     file_id = upload(client)
     body = {"filename": "p.jsonl", "purpose": "fine-tune", "bytes": 3, "mime_type": "text/jsonl"}
     job_id = client.post("/v1/fine_tuning/jobs", json={"model": "tiny", "training_file": file_id}).json()["id"]
+    evaluation = {"type": "preference", "data": file_id, "candidate": {"model": "tiny"}, "baseline": {"model": "tiny"}}
+    evaluation_id = client.post("/v1/evaluations", json=evaluation).json()["id"]
     services.storage.put_bytes("jobs/x/model/adapter_config.json", b"{}")
     services.storage.put_bytes(f"jobs/{job_id}/attempt-1/trainer.log", b"a log")
     with services.database.write() as session:
@@ -80,6 +83,7 @@ def things(client: TestClient, services: Services) -> dict[str, str]:
         "file_id": file_id,
         "upload_id": client.post("/v1/uploads", json=body).json()["id"],
         "job_id": job_id,
+        "evaluation_id": evaluation_id,
         "name": MODEL,
         "endpoint_id": "whe-1",
         "delivery_id": delivery_id,

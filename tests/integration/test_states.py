@@ -23,7 +23,7 @@ from worker.housekeeping import purge_deleted_files
 from worker.lease import Lease
 from worker.processes import Spare
 from worker.reaper import Reaper, reap
-from worker.runner import Run
+from worker.training import Training
 
 
 def make_job(services: Services, **changes: Any) -> str:
@@ -347,7 +347,7 @@ def test_what_a_lost_answer_to_a_commit_hides_is_not_written_twice(
     job_id = make_job(services)
     job = claim(services)
     assert job is not None
-    run = Run(services, BaseModels(services.settings), job, threading.Event(), Spare())
+    run = Training(services, BaseModels(services.settings), job, threading.Event(), Spare())
     write, broken = services.database.write, list[bool]()
 
     @contextmanager

@@ -23,6 +23,13 @@ def test_a_mean_of_independent_values_has_the_textbook_error() -> None:
     assert statistics.mean(values, list(range(300))).error == pytest.approx(found.error)
 
 
+@pytest.mark.parametrize(("right", "of"), [(0, 12), (7, 30), (30, 30), (612, 1000)])
+def test_a_rate_has_wilsons_interval(right: int, of: int) -> None:
+    found = statistics.rate([1.0] * right + [0.0] * (of - right))
+    expected = stats.binomtest(right, of).proportion_ci(method="wilson")
+    assert (found.value, found.low, found.high) == pytest.approx((right / of, expected.low, expected.high), abs=1e-6)
+
+
 def test_an_error_over_clusters_covers_the_truth_where_a_plain_one_does_not() -> None:
     generator = numpy.random.default_rng(2)
     covered, plain = 0, 0

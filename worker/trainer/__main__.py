@@ -40,6 +40,7 @@ def main() -> int:
     from app.datasets.reader import DatasetError
     from app.logging import configure_logging
     from worker.trainer.cache import Cache
+    from worker.trainer.evaluation import Evaluator
     from worker.trainer.events import Events, Stopped, UserError
     from worker.trainer.loop import Trainer
 
@@ -54,15 +55,18 @@ def main() -> int:
     configure_logging()
     structlog.get_logger("trainer").info("trainer began", **_named(folder))
     events = Events(stream)
+    engine = Evaluator if (folder / "evaluation.json").exists() else Trainer
     try:
-        Trainer(folder, events, stopping, Cache(folder / "cache", events, answers)).run()
+        engine(folder, events, stopping, Cache(folder / "cache", events, answers)).run()
     except Stopped:
         return STOPPED
     except UserError as error:
         events.emit("failed", code=error.code, message=error.message, param=error.param)
         return 1
     except DatasetError as error:
-        events.emit("failed", code="invalid_file", message=str(error), param="training_file")
+        events.emit(
+            "failed", code="invalid_file", message=str(error), param="data" if engine is Evaluator else "training_file"
+        )
         return 1
     except (OSError, SafetensorError) as error:  # the disk, not the job: another attempt may do better
         traceback.print_exc()

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from app.datasets.check import examples
-from app.datasets.example import Example
+from app.datasets.example import Example, Kind
 from app.evaluations.spec import EvaluationSpec, Side
 from app.jobs.spec import JobSpec
 from worker.classifier import BadClassifier, LinearClassifier
@@ -135,15 +135,20 @@ class Evaluator:
         """Of each row the answers of both sides."""
         rows = self._examples()
         of = {name: self._side(name, getattr(self.spec, name), rows) for name in ("candidate", "baseline")}
-        items = []
         known = {key for found in of.values() for key in found}
         sampled = sorted(key for key in known if key[0] != FIXED)
+        items: list[Item] = []
         for temperature, line, number in sampled or sorted(known):
             pair = {
                 name: found.get((temperature, line, number), found.get((FIXED, line, 0))) for name, found in of.items()
             }
             if all(answer is not None for answer in pair.values()):
-                items.append({"temperature": temperature, "line": line, "sample": number} | pair)
+                shown = None if temperature == FIXED else temperature
+                items.append({"temperature": shown, "line": line, "sample": number, **pair})
+        for name in of:
+            rewards = self._rewards([(rows[item["line"]], item[name]) for item in items])
+            for item, value in zip(items, rewards, strict=True):
+                item[f"{name}_reward"] = value
         return items
 
     # -- models ------------------------------------------------------------------------------------------------
@@ -187,7 +192,7 @@ class Evaluator:
     def _pair_logps(self, name: str) -> "dict[tuple[int, int], Evaluator._Pair]":
         """The log-probs of all pairs under a side's model, by line and place among the pairs of that line."""
         policy = self._load(name)
-        recipe = Recipe(self.spec.needs(), self._max_length(policy), "answers", self.spec.mapping)
+        recipe = Recipe(Kind.PREFERENCE, self._max_length(policy), "answers", self.spec.mapping)
         rows, _ = dataset.load(self.folder / self.spec.data, policy.tokenizer, recipe, self.cache)
         if not len(rows):
             raise UserError("invalid_file", "No row of the data is left to evaluate.", "data")
@@ -237,11 +242,14 @@ class Evaluator:
         """All completions of a side: those of the parts that are there, then new ones, in parts of their own."""
         spec = self.spec.sampling
         assert spec is not None
+        models = sum(side.model is not None for side in self.spec.sides()) if self.spec.type == "win_rate" else 1
+        each = sum(spec.samples if temperature else 1 for temperature in spec.temperatures)
+        self._total = models * each * len(prompts)
         settings = policy.causal.generation_config.eos_token_id
         ends = {policy.tokenizer.eos_token_id, *(settings if isinstance(settings, list) else [settings])} - {None}
         there = {one.key: one for one in self._kept(name)}
         self.events.message(f"{name}: {len(there)} completions are there already.")
-        fresh, written = list[Made](), time.monotonic()
+        fresh, written = list[Made](), time.monotonic() - PART_SECONDS
         for temperature in spec.temperatures:
             sampling = Sampling(temperature, spec.top_p, spec.max_tokens, self.spec.seed or 0)
             numbers = range(spec.samples if temperature else 1)
@@ -278,7 +286,7 @@ class Evaluator:
         folder.mkdir(exist_ok=True)
         path = folder / f"{name}-{len(list(folder.iterdir())):05d}-{self.run_settings['attempt']}.jsonl"
         path.write_text("".join(json.dumps(vars(one)) + "\n" for one in made))
-        self.events.emit("part", path=f"parts/{path.name}", completions=len(made))
+        self.events.emit("part", path=f"parts/{path.name}", completions=len(made), total=self._total)
 
     def _text(self, policy: Policy, one: Made) -> str:
         ids = one.ids[:-1] if one.ended else one.ids

@@ -208,6 +208,10 @@ def test_both_sides_answer(llama: Path, adapter: Path, tmp_path: Path) -> None:
         "baseline": {"answers": "chosen"},
         "judge": spec["judge"],
     }
+    assert figures(tmp_path / "run")["win_rate@0"] == sum(
+        (item["candidate_reward"] > item["baseline_reward"]) + (item["candidate_reward"] == item["baseline_reward"]) / 2
+        for item in found[: len(PAIRS)]
+    ) / len(PAIRS)
     found = evaluate(lay_out(tmp_path / "fixed", llama, fixed))
     assert [(item["candidate"], item["baseline"]) for item in found] == [(p["rejected"], p["chosen"]) for p in PAIRS]
 

@@ -1,0 +1,133 @@
+"""`dpo evaluate`, and `dpo evaluations`: is a model better?"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import quote
+
+import orjson
+import typer
+from rich.console import Console
+
+from app.cli.client import Client
+from app.cli.output import Json, Limit, emit, emit_table
+from app.cli.watch import EXIT_STATUS, watch
+
+evaluations = typer.Typer(help="Evaluations of models.", no_args_is_help=True)
+PATH = "/evaluations"
+
+
+def _path(evaluation_id: str) -> str:
+    return f"{PATH}/{quote(evaluation_id, safe='')}"
+
+
+def evaluate(
+    type: Annotated[str, typer.Argument(help="preference, win_rate or reward_kl.")] = "preference",
+    candidate: Annotated[str, typer.Option(help="A base model, a made model or a checkpoint.")] = "",
+    baseline: Annotated[str, typer.Option(help="Likewise; without one, what the candidate was trained from.")] = "",
+    candidate_file: Annotated[str, typer.Option(help="Ready answers instead: a file id, or a path to upload.")] = "",
+    baseline_file: Annotated[str, typer.Option(help="Ready answers instead: a file id, or a path to upload.")] = "",
+    baseline_answers: Annotated[str, typer.Option(help="The data's own answers instead: chosen or rejected.")] = "",
+    data: Annotated[str, typer.Option(help="Held-out rows: a file id, or a path to upload first.")] = "",
+    reward_model: Annotated[str, typer.Option(help="The judge: a reward model that was made here.")] = "",
+    classifier: Annotated[str, typer.Option(help="The judge: a classifier, as a file id or a path.")] = "",
+    temperature: Annotated[list[float] | None, typer.Option(help="Of sampling; several.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Completions of each prompt.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Of a completion.")] = None,
+    max_rows: Annotated[int | None, typer.Option(min=1, help="Only so many rows of the data.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    spec: Annotated[Path | None, typer.Option(help="A JSON file with the whole body; '-' for stdin.")] = None,
+    follow: Annotated[bool, typer.Option("--watch", help="Follow it to its end.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Start an evaluation. Options add to or override the body of --spec.
+
+    With --watch, the exit status is 0 succeeded, 1 failed, 3 cancelled.
+    """
+    client = Client()
+    body: dict[str, Any] = {}
+    if spec is not None:
+        try:
+            body = orjson.loads(sys.stdin.buffer.read() if str(spec) == "-" else spec.read_bytes())
+        except (OSError, orjson.JSONDecodeError) as error:
+            raise typer.BadParameter(str(error), param_hint="--spec") from error
+        if not isinstance(body, dict):
+            raise typer.BadParameter("must hold a JSON object", param_hint="--spec")
+    body.setdefault("type", type)
+    sides = {"candidate": (candidate, candidate_file, ""), "baseline": (baseline, baseline_file, baseline_answers)}
+    for name, (model, file, answers) in sides.items():
+        side = {"model": model, "file": file and _file(client, file), "answers": answers}
+        if any(side.values()):
+            body[name] = {key: value for key, value in side.items() if value}
+    if data:
+        body["data"] = _file(client, data)
+    if reward_model:
+        body["judge"] = {"type": "reward_model", "model": reward_model}
+    if classifier:
+        body["judge"] = {"type": "classifier", "classifier": {"file": _file(client, classifier)}}
+    sampling = {"temperatures": temperature, "samples": samples, "max_tokens": max_tokens}
+    if any(value is not None for value in sampling.values()):
+        given = {name: value for name, value in sampling.items() if value is not None}
+        body["sampling"] = {**body.get("sampling", {}), **given}
+    body |= {name: value for name, value in {"max_rows": max_rows, "seed": seed}.items() if value is not None}
+    made = client.request("POST", PATH, json=body)
+    if follow:
+        _follow(client, made["id"], as_json)
+    emit(made, as_json, f"{made['id']}: {made['status']}\nfollow it: dpo evaluations watch {made['id']}")
+
+
+def _file(client: Client, named: str) -> str:
+    """The id of a file, which is uploaded first where `named` is a path."""
+    return str(client.upload(Path(named), {"purpose": "evals"})["id"]) if Path(named).is_file() else named
+
+
+@evaluations.command("list")
+def evaluations_list(limit: Limit = 20, as_json: Json = False) -> None:
+    """Evaluations, newest first."""
+    rows = list(Client().pages(PATH, limit))
+    shown = [row | {"candidate": _side(row["candidate"]), "baseline": _side(row["baseline"])} for row in rows]
+    emit_table(rows if as_json else shown, ["id", "status", "type", "candidate", "baseline"], as_json)
+
+
+def _side(side: dict[str, str]) -> str:
+    return next(iter(side.values()))
+
+
+@evaluations.command("show")
+def evaluations_show(evaluation_id: str, as_json: Json = False) -> None:
+    """One evaluation."""
+    found = Client().request("GET", _path(evaluation_id))
+    emit(found, as_json, "\n".join(f"{key}: {value}" for key, value in found.items() if value not in (None, [], {})))
+
+
+@evaluations.command("watch")
+def evaluations_watch(evaluation_id: str, as_json: Json = False) -> None:
+    """Follow an evaluation to its end. Exit status: 0 succeeded, 1 failed, 3 cancelled."""
+    _follow(Client(), evaluation_id, as_json)
+
+
+def _follow(client: Client, evaluation_id: str, as_json: bool) -> None:
+    found = watch(client, _path(evaluation_id), Console(stderr=as_json))
+    text = f"{found['id']}: {found['status']}"
+    if found["error"]:
+        text += f"\n{found['error']['message']}"
+    for name, value in (found["metrics"] or {}).items():
+        if name.rpartition("/")[2].partition("@")[0] not in ("error", "low", "high"):
+            text += f"\n{name:<32} {value:.4f}"
+    emit(found, as_json, text)
+    raise typer.Exit(EXIT_STATUS[found["status"]])
+
+
+@evaluations.command("report")
+def evaluations_report(evaluation_id: str) -> None:
+    """All figures of an evaluation, as JSON."""
+    with Client().stream("GET", f"{_path(evaluation_id)}/report") as response:
+        for chunk in response.iter_bytes():
+            sys.stdout.buffer.write(chunk)
+
+
+@evaluations.command("cancel")
+def evaluations_cancel(evaluation_id: str, as_json: Json = False) -> None:
+    """Cancel an evaluation."""
+    found = Client().request("POST", f"{_path(evaluation_id)}/cancel")
+    emit(found, as_json, f"{found['id']}: {found['status']}")

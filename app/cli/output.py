@@ -1,0 +1,30 @@
+"""What commands print: for people, or with `--json` for programs."""
+
+from typing import Annotated, Any
+
+import orjson
+import typer
+from rich.console import Console
+from rich.table import Table
+
+console = Console()
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Limit = Annotated[int, typer.Option(min=1, help="At most this many.")]
+
+
+def emit(value: Any, as_json: bool, text: str) -> None:
+    """Print `value` as JSON, or `text`."""
+    print(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode() if as_json else text)
+
+
+def emit_table(rows: list[dict[str, Any]], columns: list[str], as_json: bool) -> None:
+    """Print `rows` as JSON, or their `columns`."""
+    if as_json:
+        print(orjson.dumps(rows, option=orjson.OPT_INDENT_2).decode())
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*("" if row.get(column) is None else str(row[column]) for column in columns))
+    console.print(table)

@@ -1,0 +1,129 @@
+"""/v1/evaluations"""
+
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Header, Query, Request
+from fastapi.responses import StreamingResponse
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+
+from app.dependencies import ServicesDependency
+from app.evaluations.schemas import EvaluationObject
+from app.evaluations.spec import EvaluationSpec
+from app.idempotency.service import SendingDependency
+from app.jobs.endpoints import asked_metadata
+from app.jobs.schemas import EventObject, StreamToken
+from app.keys.middleware import CallerDependency
+from app.pagination import After, Page, page
+
+router = APIRouter(prefix="/evaluations", tags=["evaluations"])
+
+
+@router.post("")
+def create_evaluation(
+    spec: EvaluationSpec, caller: CallerDependency, services: ServicesDependency, sending: SendingDependency
+) -> EvaluationObject:
+    """Start an evaluation: its files are checked, it waits in the queue, and a GPU worker does it."""
+    return services.evaluations.create(caller.project, spec, sending)
+
+
+@router.get("")
+def list_evaluations(
+    request: Request,
+    caller: CallerDependency,
+    services: ServicesDependency,
+    after: After = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+) -> Page[EvaluationObject]:
+    """Evaluations, newest first. `metadata[key]=value` keeps those whose metadata hold the pair."""
+    metadata = asked_metadata(request)
+    return page(services.evaluations.page(caller.project, after=after, limit=limit, metadata=metadata), limit)
+
+
+@router.get("/{evaluation_id}")
+def get_evaluation(evaluation_id: str, caller: CallerDependency, services: ServicesDependency) -> EvaluationObject:
+    """One evaluation."""
+    return services.evaluations.get(caller.project, evaluation_id)
+
+
+@router.post("/{evaluation_id}/cancel")
+def cancel_evaluation(
+    evaluation_id: str, caller: CallerDependency, services: ServicesDependency, sending: SendingDependency
+) -> EvaluationObject:
+    """Cancel an evaluation that has not ended. Its GPU is free within seconds."""
+    return services.evaluations.cancel(caller.project, evaluation_id, sending)
+
+
+@router.post("/{evaluation_id}/pause")
+def pause_evaluation(evaluation_id: str, caller: CallerDependency, services: ServicesDependency) -> EvaluationObject:
+    """Hold an evaluation back. What a running one has sampled is kept."""
+    return services.evaluations.pause(caller.project, evaluation_id)
+
+
+@router.post("/{evaluation_id}/resume")
+def resume_evaluation(evaluation_id: str, caller: CallerDependency, services: ServicesDependency) -> EvaluationObject:
+    """Let a paused evaluation go on from where it was."""
+    return services.evaluations.resume(caller.project, evaluation_id)
+
+
+@router.get("/{evaluation_id}/events")
+def list_evaluation_events(
+    evaluation_id: str,
+    caller: CallerDependency,
+    services: ServicesDependency,
+    after: After = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 20,
+) -> Page[EventObject]:
+    """What happened to an evaluation, newest first."""
+    return page(services.evaluations.events(caller.project, evaluation_id, after=after, limit=limit), limit)
+
+
+@router.post("/{evaluation_id}/stream_token")
+def create_evaluation_stream_token(
+    evaluation_id: str, caller: CallerDependency, services: ServicesDependency
+) -> StreamToken:
+    """A token for browsers, whose EventSource sends no key: it opens this evaluation's stream within a minute."""
+    return services.evaluations.stream_token(caller.project, evaluation_id)
+
+
+def _seen(
+    evaluation_id: str,
+    caller: CallerDependency,
+    services: ServicesDependency,
+    last_event_id: Annotated[str | None, Header(description="The id of the last event that came before.")] = None,
+) -> int:
+    """Where a stream begins; what is wrong with the request is said before it does."""
+    return services.evaluations.seen(caller.project, evaluation_id, last_event_id)
+
+
+@router.get("/{evaluation_id}/stream", response_class=EventSourceResponse)
+async def stream_evaluation(
+    evaluation_id: str,
+    caller: CallerDependency,
+    services: ServicesDependency,
+    seen: Annotated[int, Depends(_seen)],
+    token: Annotated[str | None, Query(description="In place of a key: see stream_token.")] = None,
+) -> AsyncIterator[ServerSentEvent]:
+    """Server-sent events until the evaluation has ended: `message` (its events) and `evaluation` (its state)."""
+    async for event in services.evaluations.stream(caller.project, evaluation_id, seen):
+        yield event
+
+
+@router.get(
+    "/{evaluation_id}/report", response_class=StreamingResponse, responses={200: {"content": {"application/json": {}}}}
+)
+def get_evaluation_report(
+    evaluation_id: str, caller: CallerDependency, services: ServicesDependency
+) -> StreamingResponse:
+    """All figures of an evaluation that has succeeded, with their errors, by temperature and by length."""
+    found = services.evaluations.report(caller.project, evaluation_id)
+    return StreamingResponse(found, media_type="application/json")
+
+
+@router.get("/{evaluation_id}/logs", response_class=StreamingResponse, responses={200: {"content": {"text/plain": {}}}})
+def get_evaluation_logs(
+    evaluation_id: str, caller: CallerDependency, services: ServicesDependency
+) -> StreamingResponse:
+    """The log of the latest attempt."""
+    found = services.evaluations.logs(caller.project, evaluation_id)
+    return StreamingResponse(found, media_type="text/plain; charset=utf-8")

@@ -1,0 +1,120 @@
+"""Evaluations on the wire."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from app.jobs.outlook import Place
+from app.jobs.schemas import JobError
+from app.jobs.states import Status
+from app.jobs.tables import Job
+from app.strict import unix_seconds
+
+
+class EvaluationProgress(BaseModel):
+    """How far a running evaluation is."""
+
+    completions: int
+    total: int
+
+
+class EvaluationObject(BaseModel):
+    """An evaluation, and, once it has succeeded, its figures."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "id": "eval-abc123",
+                "object": "evaluation",
+                "created_at": 1730000000,
+                "status": "succeeded",
+                "type": "preference",
+                "data": "file-abc123",
+                "candidate": {"model": "ft:meta-llama/Llama-3.1-8B:default:support:1a2b3c4d"},
+                "baseline": {"model": "meta-llama/Llama-3.1-8B"},
+                "metrics": {"accuracy": 0.71, "accuracy/low": 0.68, "accuracy/high": 0.74},
+                "result_files": ["file-report", "file-items"],
+            }
+        }
+    )
+
+    id: str
+    object: Literal["evaluation"] = "evaluation"
+    created_at: int
+    started_at: int | None
+    finished_at: int | None
+    estimated_start: int | None
+    estimated_finish: int | None
+    organization_id: str
+    status: Status
+    error: JobError | None
+    type: Literal["preference", "win_rate", "reward_kl"]
+    name: str | None
+    data: str
+    mapping: dict[str, Any] | None
+    max_rows: int | None
+    candidate: dict[str, str]
+    baseline: dict[str, str]
+    beta: float | None
+    sampling: dict[str, Any] | None
+    judge: dict[str, Any] | None
+    quantization: str
+    max_length: int | None
+    seed: int
+    metadata: dict[str, str] | None
+    priority: int
+    timeout_seconds: int | None
+    running_seconds: float
+    progress: EvaluationProgress | None
+    queue_position: int | None
+    attempt: int
+    metrics: dict[str, float] | None
+    result_files: list[str]
+    """The report, as JSON, and what it was made of: a line for each pair or completion."""
+    paused: bool
+
+    @classmethod
+    def of(cls, job: Job, place: Place | None = None) -> "EvaluationObject":
+        """The object for the row `job`, which has `place` in the queue or on a worker."""
+        spec, place = job.spec, place or Place()
+        written = (
+            "type",
+            "name",
+            "data",
+            "mapping",
+            "max_rows",
+            "beta",
+            "sampling",
+            "quantization",
+            "max_length",
+            "seed",
+        )
+        return cls(
+            id=job.id,
+            created_at=int(job.created_at),
+            started_at=unix_seconds(job.started_at),
+            finished_at=unix_seconds(job.finished_at),
+            estimated_start=unix_seconds(place.start),
+            estimated_finish=unix_seconds(place.finish),
+            organization_id=f"org-{job.project}",
+            status=Status(job.status),
+            error=JobError(**job.error) if job.error else None,
+            candidate=_given(spec["candidate"]),
+            baseline=_given(spec["baseline"]),
+            judge=spec["judge"] and _given(spec["judge"]),
+            metadata=job.job_metadata,
+            priority=job.priority,
+            timeout_seconds=job.timeout_seconds,
+            running_seconds=job.ran_seconds,
+            progress=EvaluationProgress(**job.progress) if job.progress else None,
+            queue_position=place.position,
+            attempt=job.attempt,
+            metrics=job.metrics,
+            result_files=job.result_files,
+            paused=job.paused,
+            **{name: spec[name] for name in written},
+        )
+
+
+def _given(part: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in part.items() if value is not None}

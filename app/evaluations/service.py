@@ -1,0 +1,129 @@
+"""What can be done with evaluations over HTTP."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import structlog
+from sqlalchemy.orm import Session
+
+from app.broker import Lane
+from app.database import new_id
+from app.errors import NotFound, ServiceError
+from app.evaluations.schemas import EvaluationObject
+from app.evaluations.spec import EvaluationSpec, Side
+from app.files import repository as files
+from app.idempotency.service import Sending
+from app.jobs import repository
+from app.jobs.lifecycle import Lifecycle
+from app.jobs.outlook import Place
+from app.jobs.states import Status
+from app.jobs.tables import EVALUATION, Job
+from app.models import repository as models
+
+log = structlog.get_logger(__name__)
+
+PURPOSES = ("fine-tune", "evals")
+BETA = 0.1
+
+
+class Evaluations(Lifecycle[EvaluationObject]):
+    """Create, find, follow and cancel evaluations, and read what they found."""
+
+    KIND, NOUN, NAME, CODE, PATH = EVALUATION, "evaluation", "evaluation", "evaluation", "/v1/evaluations"
+
+    def show(self, job: Job, place: Place | None = None) -> EvaluationObject:
+        return EvaluationObject.of(job, place)
+
+    def create(self, project: str, spec: EvaluationSpec, sending: Sending) -> EvaluationObject:
+        """Check what the spec names, store the evaluation, then wake a worker of the CPU lane to check its files."""
+        content = spec.model_dump(mode="json")
+        with self.database.write() as session:
+            earlier = sending.earlier(session, "evaluations.create", content)
+            job = None if earlier is None else repository.get(session, project, earlier, EVALUATION)
+            if job is None:
+                job = self._insert(session, project, spec, sending.request_id)
+                sending.made(session, "evaluations.create", content, job.id)
+        log.info("evaluation accepted", job=job.id, project=project, request=sending.request_id)
+        self.broker.wake(Lane.CPU)
+        return self.show(job) if earlier is None else self.get(project, job.id)
+
+    def _insert(self, session: Session, project: str, spec: EvaluationSpec, request_id: str | None) -> Job:
+        found = {field: self._model(session, project, field, name) for field, name in spec.models()}
+        for field, file_id in spec.files():
+            file = files.get(session, project, file_id, lock=True)
+            if file is None:
+                raise ServiceError(f"No such File object: {file_id}", param=field, code="file_not_found")
+            if file.purpose not in PURPOSES:
+                message = f"{file_id} has the purpose '{file.purpose}'; upload it as 'evals' or 'fine-tune'."
+                raise ServiceError(message, param=field, code="invalid_file_purpose")
+        resolved = self._resolved(session, project, spec)
+        if resolved.baseline != spec.baseline:
+            found |= {
+                field: self._model(session, project, field, name)
+                for field, name in resolved.models() if field == "baseline.model"
+            }  # fmt: skip
+        first = next(iter(found.values()), None)
+        job = Job(
+            id=new_id("eval"),
+            kind=EVALUATION,
+            project=project,
+            model=first.name if first else "",
+            base_model=first.base_model if first else "",
+            foundation=first.foundation if first else None,
+            training_file=spec.data,
+            validation_file=None,
+            spec=resolved.model_dump(mode="json"),
+            job_metadata=spec.metadata,
+            request_id=request_id,
+            priority=spec.priority,
+            timeout_seconds=spec.timeout_seconds,
+            status=Status.VALIDATING,
+            paused=False,
+            ran_seconds=0.0,
+            result_files=[],
+            attempt=0,
+            eligible_at=0.0,
+            lost_attempts=0,
+        )
+        session.add(job)
+        session.flush()
+        repository.add_event(session, job.id, f"Created evaluation: {job.id}")
+        return job
+
+    @staticmethod
+    def _model(session: Session, project: str, field: str, name: str) -> models.Found:
+        """A model that an evaluation loads; it cannot be deleted until this transaction ends."""
+        model = models.find(session, project, name, lock=True)
+        if model is None:
+            message = f"The model '{name}' does not exist. GET /v1/models lists those that do."
+            raise ServiceError(message, param=field, code="model_not_found")
+        if (model.kind == "reward") != (field == "judge.model"):
+            wants = "a reward model" if field == "judge.model" else "a language model"
+            raise ServiceError(f"'{name}' is not {wants}.", param=field, code="invalid_value")
+        return model
+
+    @staticmethod
+    def _resolved(session: Session, project: str, spec: EvaluationSpec) -> EvaluationSpec:
+        """The spec with what the candidate's training says, where it says nothing itself."""
+        name = spec.candidate.model if spec.candidate is not None else None
+        made = models.job_of(session, project, name) if name is not None else None
+        training: dict[str, Any] = made.spec if made is not None else {}
+        changes: dict[str, Any] = {"quantization": spec.quantization or training.get("quantization", "none")}
+        if spec.baseline is None:
+            if made is None:
+                message = f"'{name}' was not trained here: name what it is compared with."
+                raise ServiceError(message, param="baseline", code="missing_required_parameter")
+            changes["baseline"] = Side(model=made.model)
+        if spec.type == "preference" and spec.beta is None:
+            settings = ((training.get("method") or {}).get("dpo") or {}).get("hyperparameters") or {}
+            changes["beta"] = settings.get("beta") or BETA
+        return spec.model_copy(update=changes).resolved()
+
+    def report(self, project: str, evaluation_id: str) -> Iterator[bytes]:
+        """The report, as JSON. Raises `NotFound` before there is one."""
+        with self.database.read() as session:
+            job = self._found(session, project, evaluation_id)
+        if not job.result_files:
+            message = f"Evaluation {evaluation_id} has no report: it is {job.status}."
+            raise NotFound(message, code="report_not_found")
+        return self.storage.chunks(f"files/{job.result_files[0]}")

@@ -1,0 +1,189 @@
+"""What trainings and evaluations have in common over HTTP: they are looked at, followed, held back and cancelled."""
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
+from typing import Any, ClassVar, Generic, TypeVar
+from urllib.parse import quote
+
+from fastapi.sse import ServerSentEvent
+from pydantic import BaseModel
+from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
+
+from app.broker import Broker, Lane
+from app.database import Database
+from app.errors import Conflict, NotFound
+from app.idempotency.service import Sending
+from app.jobs import repository
+from app.jobs.feed import Feed
+from app.jobs.outlook import Place, outlook
+from app.jobs.schemas import EventObject, StreamToken
+from app.jobs.states import ACTIVE, Actor, Status
+from app.jobs.tables import Job
+from app.keys.service import Keys
+from app.storage import Storage
+
+Shown = TypeVar("Shown", bound=BaseModel)
+STREAM_BATCH = 500
+STATE_SECONDS = 5.0
+"""A stream looks at the job's state at least so often: its queue position changes without an event."""
+
+
+def log_key(job_id: str, attempt: int) -> str:
+    """Where the trainer's log of an attempt is in the object store."""
+    return f"jobs/{job_id}/attempt-{attempt}/trainer.log"
+
+
+class Lifecycle(ABC, Generic[Shown]):
+    """Of one kind of job: `NOUN` is what people call it, `NAME` in full, `PATH` where it is found."""
+
+    KIND: ClassVar[str]
+    NOUN: ClassVar[str]
+    NAME: ClassVar[str]
+    CODE: ClassVar[str]
+    PATH: ClassVar[str]
+
+    def __init__(self, database: Database, storage: Storage, broker: Broker, keys: Keys, feed: Feed) -> None:
+        self.database, self.storage, self.broker, self.keys, self.feed = database, storage, broker, keys, feed
+
+    @abstractmethod
+    def show(self, job: Job, place: Place | None = None) -> Shown:
+        """A job on the wire, which has `place` in the queue or on a worker."""
+
+    def _found(self, session: Session, project: str, job_id: str, param: str | None = None) -> Job:
+        """The row of a job that `project` may see. Raises `NotFound`."""
+        job = repository.get(session, project, job_id, self.KIND)
+        if job is None:
+            raise NotFound(f"No such {self.NAME}: {job_id}", param=param, code=f"{self.CODE}_not_found")
+        return job
+
+    def get(self, project: str, job_id: str) -> Shown:
+        with self.database.read() as session:
+            job = self._found(session, project, job_id)
+            places = outlook(session, [job])
+            return self.show(job, places.get(job.id))
+
+    def page(self, project: str, *, after: str | None, limit: int, metadata: dict[str, str]) -> list[Shown]:
+        """Up to `limit` + 1 jobs, newest first."""
+        with self.database.read() as session:
+            mark = None if after is None else self._found(session, project, after, "after")
+            found = repository.page(session, project, after=mark, limit=limit, metadata=metadata, kind=self.KIND)
+            places = outlook(session, found)
+            return [self.show(job, places.get(job.id)) for job in found]
+
+    def cancel(self, project: str, job_id: str, sending: Sending) -> Shown:
+        """Cancel an unfinished job. Its worker notices at its next heartbeat, seconds later."""
+        with self.database.write() as session:
+            job = self._found(session, project, job_id)
+            status = Status(job.status)
+            # The worker may take the job along an edge of its own between this read and the write.
+            for source in (status, *(other for other in ACTIVE if other != status)):
+                if status in ACTIVE and repository.transition(
+                    session,
+                    job_id,
+                    source,
+                    Status.CANCELLED,
+                    actor=Actor.API,
+                    message=f"The {self.NOUN} was cancelled.",
+                ):
+                    break
+            else:
+                if not (sending.resent and status == Status.CANCELLED):  # the answer to the first sending was lost
+                    raise Conflict(
+                        f"{self.NOUN.capitalize()} {job_id} is {job.status} already.", code="job_already_ended"
+                    )
+        return self.get(project, job_id)
+
+    def pause(self, project: str, job_id: str) -> Shown:
+        """Hold a job back. A running one writes a checkpoint, frees its GPU and goes back to the queue, in seconds."""
+        return self._set_paused(project, job_id, True, f"The {self.NOUN} was paused.")
+
+    def resume(self, project: str, job_id: str) -> Shown:
+        """Let a paused job go on from its last checkpoint, in its old place in the queue."""
+        found = self._set_paused(project, job_id, False, f"The {self.NOUN} was resumed.")
+        self.broker.wake(Lane.GPU)
+        return found
+
+    def _set_paused(self, project: str, job_id: str, paused: bool, message: str) -> Shown:
+        with self.database.write() as session:
+            job = self._found(session, project, job_id)
+            if job.paused != paused or job.status not in ACTIVE:
+                if not repository.set_paused(session, job_id, paused):
+                    raise Conflict(
+                        f"{self.NOUN.capitalize()} {job_id} is {job.status} already.", code="job_already_ended"
+                    )
+                repository.add_event(session, job_id, message)
+        return self.get(project, job_id)
+
+    def events(self, project: str, job_id: str, *, after: str | None, limit: int) -> list[EventObject]:
+        """Up to `limit` + 1 events, newest first."""
+        with self.database.read() as session:
+            self._found(session, project, job_id)
+            found = repository.events(session, job_id, after=after, limit=limit)
+        if found is None:
+            raise NotFound(f"No such event of this {self.NOUN}: {after}", param="after", code="event_not_found")
+        return [EventObject.of(event) for event in found]
+
+    def stream_token(self, project: str, job_id: str) -> StreamToken:
+        """What a browser, whose EventSource sends no key, can open the job's stream with."""
+        with self.database.read() as session:
+            self._found(session, project, job_id)
+        path = f"{self.PATH}/{job_id}/stream"
+        token, expires_at = self.keys.stream_token(project, path)
+        return StreamToken(token=token, expires_at=expires_at, url=f"{path}?token={quote(token, safe='')}")
+
+    async def stream(self, project: str, job_id: str, seen: int) -> AsyncIterator[ServerSentEvent]:
+        """The job's events after number `seen` and its state, then both as they come, until the job has ended.
+
+        Each event has its id; the state has none, and comes after the events that changed it.
+        """
+        shown: dict[str, Any] | None = None
+        async with self.feed.follow(job_id, seen) as follower:
+            while True:
+                follower.news.clear()
+                # The state before the events: of a job that has ended, the events are then all there are.
+                job = await run_in_threadpool(self.get, project, job_id)
+                events = await run_in_threadpool(self.feed.after, job_id, follower.seen)
+                for event in events:
+                    follower.seen = event.sequence
+                    yield ServerSentEvent(event=event.type, id=event.id, data=EventObject.of(event))
+                if len(events) >= STREAM_BATCH:
+                    continue  # there may be more
+                # Not the estimates, which move with the clock.
+                state = job.model_dump(exclude={"estimated_start", "estimated_finish", "running_seconds"})
+                if state != shown:
+                    shown = state
+                    yield ServerSentEvent(event=self.NOUN, data=job)
+                if state["status"] not in ACTIVE:
+                    return
+                if events:
+                    continue  # they may have changed the state
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(follower.news.wait(), STATE_SECONDS)
+                if self.feed.closed:
+                    return
+
+    def seen(self, project: str, job_id: str, last_event_id: str | None) -> int:
+        """The number of an event of the job; 0 is before the first."""
+        with self.database.read() as session:
+            self._found(session, project, job_id)
+            if last_event_id is None:
+                return 0
+            found = repository.sequence_of(session, job_id, last_event_id)
+        if found is None:
+            message = f"No such event of this {self.NOUN}: {last_event_id}"
+            raise NotFound(message, param="Last-Event-ID", code="event_not_found")
+        return found
+
+    def logs(self, project: str, job_id: str) -> Iterator[bytes]:
+        """The trainer's log of the latest attempt that has one."""
+        with self.database.read() as session:
+            attempts = self._found(session, project, job_id).attempt
+        for attempt in range(attempts, 0, -1):
+            try:
+                return self.storage.chunks(log_key(job_id, attempt))
+            except FileNotFoundError:
+                continue
+        return iter(())

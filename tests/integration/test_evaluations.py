@@ -1,0 +1,137 @@
+"""Evaluations over HTTP, without a worker: what is refused, by which field, and how what is made is told apart."""
+
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from sqlalchemy import update
+
+from app.database import database_now
+from app.jobs import repository
+from app.jobs.states import Status
+from app.jobs.tables import EVALUATION, TRAINING, Job
+from app.models.tables import Model
+from app.services import Services
+from tests.integration.test_api import error_of, upload
+from tests.integration.test_states import make_job
+from worker.validator import validate
+
+CANDIDATE, BASELINE = {"model": "tiny"}, {"model": "tiny"}
+SCORED = {"type": "reward_model", "model": "ft:tiny:default::reward"}
+
+
+@pytest.fixture
+def made(services: Services) -> str:
+    """A model that was trained here from `tiny`, and a reward model."""
+    job_id = make_job(services, status=Status.SUCCEEDED)
+    with services.database.write() as session:
+        for name, kind in (("ft:tiny:default::made", "adapter"), ("ft:tiny:default::reward", "reward")):
+            session.add(
+                Model(
+                    name=name, kind=kind, project="default", created_at=database_now(), base_model="tiny", bytes=2,
+                    job_id=job_id, prefix=f"jobs/{job_id}/attempt-1/model", details={"adapter": None, "foundation": None},
+                )
+            )  # fmt: skip
+    return "ft:tiny:default::made"
+
+
+def body(client: TestClient, **fields: Any) -> dict[str, Any]:
+    given = {"type": "preference", "candidate": CANDIDATE, "baseline": BASELINE, "data": upload(client), **fields}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"type": "win"}, "type"),
+        ({"candidate": None}, "candidate"),
+        ({"candidate": {"model": "none"}}, "candidate.model"),
+        ({"candidate": {}}, "candidate.model"),
+        ({"candidate": {"model": "tiny", "file": "file-1"}}, "candidate.file"),
+        ({"candidate": {"answers": "chosen"}}, "candidate.model"),
+        ({"candidate": {"model": "ft:tiny:default::reward"}}, "candidate.model"),
+        ({"baseline": None}, "baseline"),
+        ({"data": "file-none"}, "data"),
+        ({"judge": SCORED}, "judge"),
+        ({"sampling": {}}, "sampling"),
+        ({"beta": 0}, "beta"),
+        ({"max_rows": 0}, "max_rows"),
+        ({"temperature": 1}, "temperature"),
+        ({"type": "reward_kl"}, "judge"),
+        ({"type": "reward_kl", "judge": SCORED, "sampling": {"temperatures": [1, 1]}}, "sampling.temperatures"),
+        ({"type": "reward_kl", "judge": SCORED, "sampling": {"temperatures": [-1]}}, "sampling.temperatures.0"),
+        ({"type": "reward_kl", "judge": SCORED, "sampling": {"top_p": 0}}, "sampling.top_p"),
+        ({"type": "reward_kl", "judge": {"type": "reward_model", "model": "tiny"}}, "judge.model"),
+        ({"type": "reward_kl", "judge": {"type": "reward_model"}}, "judge.model"),
+        ({"type": "win_rate", "judge": SCORED, "baseline": None}, "baseline"),
+        ({"type": "win_rate", "judge": SCORED, "baseline": {"file": "file-none"}}, "baseline.file"),
+        (
+            {"type": "win_rate", "judge": {"type": "classifier", "classifier": {"file": "file-none"}}},
+            "judge.classifier.file",
+        ),
+        (
+            {
+                "type": "win_rate", "judge": SCORED, "sampling": {},
+                "candidate": {"answers": "chosen"}, "baseline": {"answers": "rejected"},
+            },
+            "sampling",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_evaluated_is_refused_by_field(
+    fields: dict[str, Any], param: str, client: TestClient, made: str
+) -> None:
+    error = error_of(client.post("/v1/evaluations", json=body(client, **fields)), 400)
+    assert error["param"] == param and error["message"]
+
+
+def test_the_candidates_training_says_what_is_not_said(client: TestClient, services: Services, made: str) -> None:
+    found = client.post("/v1/evaluations", json=body(client, candidate={"model": made}, baseline=None)).json()
+    assert found["baseline"] == {"model": "tiny"} and found["quantization"] == "nf4" and found["beta"] == 0.1
+    assert found["object"] == "evaluation" and found["status"] == "validating_files" and found["seed"] >= 0
+    own = body(client, candidate={"model": made}, beta=0.5, quantization="none", seed=4)
+    found = client.post("/v1/evaluations", json=own).json()
+    assert (found["beta"], found["quantization"], found["seed"]) == (0.5, "none", 4)
+
+
+def test_evaluations_and_trainings_are_lists_of_their_own_and_one_queue(client: TestClient, services: Services) -> None:
+    file = upload(client)
+    training = client.post("/v1/fine_tuning/jobs", json={"model": "tiny", "training_file": file}).json()["id"]
+    evaluation = client.post("/v1/evaluations", json=body(client, priority=1, metadata={"team": "a"})).json()["id"]
+    assert [one["id"] for one in client.get("/v1/fine_tuning/jobs").json()["data"]] == [training]
+    assert [one["id"] for one in client.get("/v1/evaluations").json()["data"]] == [evaluation]
+    assert client.get("/v1/evaluations", params={"metadata[team]": "b"}).json()["data"] == []
+    error_of(client.get(f"/v1/evaluations/{training}"), 404)
+    error_of(client.get(f"/v1/fine_tuning/jobs/{evaluation}"), 404)
+    error_of(client.get(f"/v1/evaluations/{evaluation}/report"), 404)
+    error_of(client.get("/v1/evaluations", params={"after": training}), 404)
+    for _ in range(2):
+        with services.database.write() as session:
+            job = repository.claim(session, Status.VALIDATING, "test")
+        assert job is not None
+        validate(services, job)
+    with services.database.write() as session:
+        first = repository.claim(session, Status.QUEUED, "test", ["tiny"])
+        second = repository.claim(session, Status.QUEUED, "test", ["tiny"])
+    assert first is not None and second is not None
+    assert (first.kind, second.kind) == (EVALUATION, TRAINING), "by priority"
+    assert client.get(f"/v1/evaluations/{evaluation}/events").json()["data"][0]["message"] == "Evaluation started."
+
+
+def test_a_resent_evaluation_is_one(client: TestClient) -> None:
+    headers, asked = {"Idempotency-Key": "once"}, body(client)
+    ids = {client.post("/v1/evaluations", json=asked, headers=headers).json()["id"] for _ in range(2)}
+    assert len(ids) == 1
+
+
+def test_one_without_models_is_for_any_worker(client: TestClient, services: Services) -> None:
+    classifier = upload(client, b'{"terms": {"good": [1, 1]}, "intercept": 0}')
+    asked = body(
+        client, type="win_rate", candidate={"answers": "chosen"}, baseline={"answers": "rejected"},
+        judge={"type": "classifier", "classifier": {"file": classifier}},
+    )  # fmt: skip
+    evaluation = client.post("/v1/evaluations", json=asked).json()["id"]
+    with services.database.write() as session:
+        session.execute(update(Job).where(Job.id == evaluation).values(status=Status.QUEUED))
+        claimed = repository.claim(session, Status.QUEUED, "test", ["another"])
+    assert claimed is not None and claimed.id == evaluation
