@@ -22,8 +22,7 @@ class Side(Strict):
     model: ModelName | None = None
     """A base model, a model made here, or a checkpoint."""
     file: FileName | None = None
-    """A file of ready answers, row for row those of `data`: `{"prompt": …, "completion": …}`, or what an earlier
-    evaluation left."""
+    """A file of ready answers, line for line to the prompts of `data`: `{"prompt": …, "completion": …}`."""
     answers: Literal["chosen", "rejected"] | None = None
     """The preferred answers of `data` (or its reference answers, where there is one each), or the other ones."""
 

@@ -155,6 +155,7 @@ class Evaluator:
 
     def _load(self, name: str) -> Policy:
         """The model of a side, without anything that trains."""
+        gc.collect()  # what was loaded before is in cycles
         folder, settings = self.folder / "sides" / name, self.run_settings["sides"][name]
         start = folder / "start" if (folder / "start").exists() else None
         spec = JobSpec.model_validate(
@@ -229,8 +230,12 @@ class Evaluator:
             return {(FIXED, line, 0): data.said(example.responses[place]) for line, example in rows.items()}
         if side.file is not None:
             with (self.folder / side.file).open("rb") as file:
-                given = {example.line: data.said(example.responses[0]) for example in examples(file)}
-            return {(FIXED, line, 0): given[line] for line in rows if line in given}
+                given = {example.line: example for example in examples(file) if example.line in rows}
+            for line, example in given.items():
+                if example.prompt != rows[line].prompt:
+                    message = f"Line {line}: the answer is to another prompt than that of the data."
+                    raise UserError("invalid_file", message, f"{name}.file")
+            return {(FIXED, line, 0): data.said(example.responses[0]) for line, example in given.items()}
         policy = self._load(name)
         made = self._sampled(policy, name, self._prompts(policy, rows))
         found = {one.key: self._text(policy, one) for one in made}

@@ -25,7 +25,7 @@ from tests.unit.trainer.work import (
 from worker.reports import flat, report
 from worker.trainer import evaluation
 from worker.trainer.evaluation import Evaluator
-from worker.trainer.events import Events, Stopped
+from worker.trainer.events import Events, Stopped, UserError
 from worker.trainer.sampling import sample
 
 PAIRS = make_pairs(24)
@@ -214,6 +214,22 @@ def test_both_sides_answer(llama: Path, adapter: Path, tmp_path: Path) -> None:
     ) / len(PAIRS)
     found = evaluate(lay_out(tmp_path / "fixed", llama, fixed))
     assert [(item["candidate"], item["baseline"]) for item in found] == [(p["rejected"], p["chosen"]) for p in PAIRS]
+
+
+def test_ready_answers_are_to_the_same_prompts(llama: Path, tmp_path: Path) -> None:
+    ready = [{"prompt": pair["prompt"], "completion": f"answer {number}"} for number, pair in enumerate(PAIRS)]
+    spec = {
+        "type": "win_rate", "candidate": {"file": "ready.jsonl"}, "baseline": {"answers": "chosen"},
+        "judge": {"type": "classifier", "classifier": {"file": "classifier.json"}},
+    }  # fmt: skip
+    folder = lay_out(tmp_path / "run", llama, spec)
+    write_records(folder / "ready.jsonl", ready[:20])
+    assert [item["candidate"] for item in evaluate(folder)] == [f"answer {number}" for number in range(20)]
+    ready[3]["prompt"] += "?"
+    write_records(folder / "ready.jsonl", ready)
+    with pytest.raises(UserError, match=r"Line 4: the answer is to another prompt") as raised:
+        evaluate(folder)
+    assert raised.value.param == "candidate.file"
 
 
 @pytest.mark.parametrize("places", [[1], [20, 50], [13, 14, 70]])
