@@ -191,7 +191,9 @@ def deploy(scene: Scene) -> Strike | None:
     if ready["status"] != "ok":
         scene.workload.problems.append(f"the old version is not ready beside the new schema: {ready}")
     told_before, struck = scene.workload.messages(scene.attempt.job).count(HANDED_BACK), scene.running()
-    for program in cluster.programs.values():
+    # Workers before APIs, as a deployment should; the one that trains first, before its training ends by itself.
+    order = sorted(cluster.programs.values(), key=lambda one: (one is not scene.runner, one.name.startswith("api")))
+    for program in order:
         program.folder, program.environment = folder, program.environment | {"PYTHONPATH": str(folder)}
         program.signal(signal.SIGTERM)
         program.wait(60)
