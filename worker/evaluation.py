@@ -45,16 +45,16 @@ class Evaluation(Run[EvaluationSpec]):
             found, foundation, version = self.lease.read(partial(self._look, name))
             if found is None or (found.foundation and foundation is None):
                 return self.fail("model_not_found", f"The model '{name}' was deleted.", field)
+            folder = self.folder / "sides" / side
+            folder.parent.mkdir(exist_ok=True)
+            if found.kind == "reward" and found.prefix is not None:  # whole, its base model in it
+                self.services.storage.get_folder(found.prefix, folder / "base")
+                continue
             try:
                 base, _ = self.base_models.locate(found.base_model)
             except ModelUnavailable as error:
                 return self.fail("model_unavailable", str(error), field)
-            folder = self.folder / "sides" / side
-            folder.parent.mkdir(exist_ok=True)
-            if found.kind == "reward" and found.prefix is not None:
-                self.services.storage.get_folder(found.prefix, folder / "base")
-            else:
-                self.place(found, foundation, base, folder)
+            self.place(found, foundation, base, folder)
             sides[side] = {
                 "model": name,
                 "base_model": found.foundation or found.base_model,
@@ -101,7 +101,7 @@ class Evaluation(Run[EvaluationSpec]):
     def succeed(self, outcome: dict[str, Any]) -> None:
         items_path, report_path = self.folder / "output" / "items.jsonl", self.folder / "report.json"
         with items_path.open() as file:
-            items = [json.loads(line) for line in file]
+            items = [_figures(json.loads(line)) for line in file]
         if not items:
             self.fail("invalid_file", "No row of the data is left to evaluate.", "data")
             return
@@ -138,3 +138,8 @@ class Evaluation(Run[EvaluationSpec]):
                 )
 
         self.lease.write(write)
+
+
+def _figures(item: dict[str, Any]) -> dict[str, Any]:
+    """What figures are made of: not the texts, which are most of an item."""
+    return {name: value for name, value in item.items() if not isinstance(value, str)}

@@ -28,20 +28,20 @@ def report(spec: EvaluationSpec, items: Sequence[Item]) -> Report:
 def preference(items: Sequence[Item]) -> Report:
     """Of implicit reward margins: how often right, how large, how well calibrated, and whether length explains it."""
     margins = numpy.array([item["margin"] for item in items])
-    lines = [item["line"] for item in items]
+    prompts = [item["prompt"] for item in items]
     right = statistics.accuracy_points(margins)
     error, bins = statistics.calibration(margins)
     logps = numpy.array([item["logps"] for item in items])
     before = numpy.array([item["reference_logps"] for item in items])
     return {
         "pairs": len(items),
-        "accuracy": _shown(statistics.rate(right)),
-        "margin": _shown(statistics.mean(margins, lines)),
-        "chosen_logratio": _shown(statistics.mean(logps[:, 0] - before[:, 0], lines)),
-        "rejected_logratio": _shown(statistics.mean(logps[:, 1] - before[:, 1], lines)),
+        "accuracy": _shown(statistics.rate(right, prompts)),
+        "margin": _shown(statistics.mean(margins, prompts)),
+        "chosen_logratio": _shown(statistics.mean(logps[:, 0] - before[:, 0], prompts)),
+        "rejected_logratio": _shown(statistics.mean(logps[:, 1] - before[:, 1], prompts)),
         "calibration": {"error": error, "bins": [asdict(one) for one in bins]},
-        "by_length": by_length([item["tokens"][0] - item["tokens"][1] for item in items], right.tolist(), lines),
-        "longer_answer_preferred": _shown(statistics.mean(_longer(items, margins), lines)),
+        "by_length": by_length([item["tokens"][0] - item["tokens"][1] for item in items], right.tolist(), prompts),
+        "longer_answer_preferred": _shown(statistics.mean(_longer(items, margins), prompts)),
     }
 
 
@@ -51,7 +51,7 @@ def _longer(items: Sequence[Item], margins: statistics.Floats) -> statistics.Flo
     return statistics.accuracy_points(margins * difference)
 
 
-def by_length(differences: Sequence[float], points: Sequence[float], lines: Sequence[int]) -> list[Report]:
+def by_length(differences: Sequence[float], points: Sequence[float], prompts: Sequence[int]) -> list[Report]:
     """The mean of `points` in groups of equal size by how much longer the first answer is."""
     order = numpy.argsort(numpy.array(differences), kind="stable")
     groups = [group for group in numpy.array_split(order, LENGTH_GROUPS) if len(group)]
@@ -60,7 +60,7 @@ def by_length(differences: Sequence[float], points: Sequence[float], lines: Sequ
             "least": float(differences[group[0]]),
             "most": float(differences[group[-1]]),
             "count": len(group),
-            "rate": _shown(statistics.mean([points[k] for k in group], [lines[k] for k in group])),
+            "rate": _shown(statistics.mean([points[k] for k in group], [prompts[k] for k in group])),
         }
         for group in groups
     ]
@@ -75,14 +75,14 @@ def reward_kl(items: Sequence[Item]) -> Report:
     found = []
     for temperature in sorted({item["temperature"] for item in items}):
         of = [item for item in items if item["temperature"] == temperature]
-        lines = [item["line"] for item in of]
+        prompts = [item["prompt"] for item in of]
         found.append(
             {
                 "temperature": temperature,
                 "completions": len(of),
-                "reward": _shown(statistics.mean([item["reward"] for item in of], lines)),
-                "kl": _shown(statistics.mean([item["logp"] - item["reference_logp"] for item in of], lines)),
-                "tokens": _shown(statistics.mean([item["tokens"] for item in of], lines)),
+                "reward": _shown(statistics.mean([item["reward"] for item in of], prompts)),
+                "kl": _shown(statistics.mean([item["logp"] - item["reference_logp"] for item in of], prompts)),
+                "tokens": _shown(statistics.mean([item["tokens"] for item in of], prompts)),
                 "ended": sum(item["ended"] for item in of) / len(of),
             }
         )
@@ -94,21 +94,21 @@ def win_rate(items: Sequence[Item]) -> Report:
     found, temperatures = [], {item["temperature"] for item in items}
     for temperature in sorted(temperatures, key=lambda value: -1.0 if value is None else value):
         of = [item for item in items if item["temperature"] == temperature]
-        lines = [item["line"] for item in of]
+        prompts = [item["prompt"] for item in of]
         better = numpy.array([item["candidate_reward"] - item["baseline_reward"] for item in of])
         points = statistics.accuracy_points(better)
-        longer = [float(len(item["candidate"]) - len(item["baseline"])) for item in of]
+        longer = [float(item["candidate_characters"] - item["baseline_characters"]) for item in of]
         longer_wins = statistics.accuracy_points(better * numpy.array(longer))
         found.append(
             {
                 "temperature": temperature,
                 "comparisons": len(of),
-                "win_rate": _shown(statistics.win_rate(points, lines)),
+                "win_rate": _shown(statistics.win_rate(points, prompts)),
                 "wins": int((points == 1).sum()),
                 "ties": int((points == 0.5).sum()),
                 "losses": int((points == 0).sum()),
-                "longer_answer_wins": _shown(statistics.mean(longer_wins, lines)),
-                "by_length": by_length(longer, points.tolist(), lines),
+                "longer_answer_wins": _shown(statistics.mean(longer_wins, prompts)),
+                "by_length": by_length(longer, points.tolist(), prompts),
             }
         )
     return {"temperatures": found}

@@ -1,7 +1,7 @@
 """What evaluations report: means, rates and agreement, each with how sure it is. NumPy arrays in, plain numbers out."""
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy
@@ -48,33 +48,44 @@ def mean(values: Sequence[float] | Floats, names: Sequence[Hashable] | None = No
     return Estimate(center, error, center - 1.959964 * error, center + 1.959964 * error)
 
 
-def rate(points: Sequence[float] | Floats) -> Estimate:
-    """A share of independent cases (1 or 0, ½ a tie) with Wilson's interval (1927), which holds near 0 and 1 too."""
-    share, count, z = float(numpy.mean(points)), len(points), 1.959964
+def rate(points: Sequence[float] | Floats, names: Sequence[Hashable]) -> Estimate:
+    """A share of cases (1 or 0, ½ a tie) with Wilson's interval (1927), which holds near 0 and 1 too.
+
+    Cases that share a name are not independent: theirs is the interval of `mean`.
+    """
+    if len(set(names)) < len(names):
+        return mean(points, names)
+    return _wilson(float(numpy.mean(points)), len(points))
+
+
+def _wilson(share: float, count: int) -> Estimate:
+    z = 1.959964
     middle, width = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
     scale = 1 + z * z / count
     error = math.sqrt(share * (1 - share) / count)
     return Estimate(share, error, (middle - width) / scale, (middle + width) / scale)
 
 
-def bootstrap(
-    statistic: Callable[[NDArray[numpy.int64]], float], groups: Sequence[NDArray[numpy.int64]], seed: int = 0
-) -> Estimate:
-    """A percentile bootstrap (Efron 1979) of `statistic`, a function of positions, drawing whole `groups` of them."""
-    value = statistic(numpy.concatenate(groups))
-    generator = numpy.random.default_rng(seed)
-    found = []
+def win_rate(points: Sequence[float] | Floats, prompts: Sequence[Hashable], seed: int = 0) -> Estimate:
+    """The mean of `points` (1 a win, ½ a tie, 0 a loss), with a percentile bootstrap (Efron 1979) over prompts.
+
+    Where all prompts say the same there is nothing to draw from: Wilson's interval then, with a case for each prompt.
+    With one prompt nothing is known of others: NaN.
+    """
+    given = numpy.asarray(points, numpy.float64)
+    groups = clusters(prompts)
+    sums, counts = numpy.array([given[one].sum() for one in groups]), numpy.array([float(len(one)) for one in groups])
+    share = float(given.mean())
+    if len(groups) < 2:
+        return Estimate(share, math.nan, math.nan, math.nan)
+    if numpy.ptp(sums / counts) == 0:
+        return _wilson(share, len(groups))
+    generator, found = numpy.random.default_rng(seed), []
     for _ in range(RESAMPLES):
         drawn = generator.integers(len(groups), size=len(groups))
-        found.append(statistic(numpy.concatenate([groups[k] for k in drawn])))
-    low, high = numpy.nanquantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(value, float(numpy.nanstd(found, ddof=1)), float(low), float(high))
-
-
-def win_rate(points: Sequence[float] | Floats, prompts: Sequence[Hashable], seed: int = 0) -> Estimate:
-    """The mean of `points` (1 a win, ½ a tie, 0 a loss), bootstrapped over prompts."""
-    given = numpy.asarray(points, numpy.float64)
-    return bootstrap(lambda at: float(given[at].mean()), clusters(prompts), seed)
+        found.append(sums[drawn].sum() / counts[drawn].sum())
+    low, high = numpy.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Estimate(share, float(numpy.std(found, ddof=1)), float(low), float(high))
 
 
 @dataclass(frozen=True)

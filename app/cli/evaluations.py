@@ -22,7 +22,7 @@ def _path(evaluation_id: str) -> str:
 
 
 def evaluate(
-    type: Annotated[str, typer.Argument(help="preference, win_rate or reward_kl.")] = "preference",
+    type: Annotated[str, typer.Argument(help="preference, win_rate or reward_kl; else the body's.")] = "",
     candidate: Annotated[str, typer.Option(help="A base model, a made model or a checkpoint.")] = "",
     baseline: Annotated[str, typer.Option(help="Likewise; without one, what the candidate was trained from.")] = "",
     candidate_file: Annotated[str, typer.Option(help="Ready answers instead: a file id, or a path to upload.")] = "",
@@ -53,7 +53,8 @@ def evaluate(
             raise typer.BadParameter(str(error), param_hint="--spec") from error
         if not isinstance(body, dict):
             raise typer.BadParameter("must hold a JSON object", param_hint="--spec")
-    body.setdefault("type", type)
+    if type:
+        body["type"] = type
     sides = {"candidate": (candidate, candidate_file, ""), "baseline": (baseline, baseline_file, baseline_answers)}
     for name, (model, file, answers) in sides.items():
         side = {"model": model, "file": file and _file(client, file), "answers": answers}
@@ -68,7 +69,7 @@ def evaluate(
     sampling = {"temperatures": temperature, "samples": samples, "max_tokens": max_tokens}
     if any(value is not None for value in sampling.values()):
         given = {name: value for name, value in sampling.items() if value is not None}
-        body["sampling"] = {**body.get("sampling", {}), **given}
+        body["sampling"] = {**(body.get("sampling") or {}), **given}
     body |= {name: value for name, value in {"max_rows": max_rows, "seed": seed}.items() if value is not None}
     made = client.request("POST", PATH, json=body)
     if follow:
@@ -112,7 +113,8 @@ def _follow(client: Client, evaluation_id: str, as_json: bool) -> None:
     if found["error"]:
         text += f"\n{found['error']['message']}"
     for name, value in (found["metrics"] or {}).items():
-        if name.rpartition("/")[2].partition("@")[0] not in ("error", "low", "high"):
+        figure, _, part = name.partition("@")[0].rpartition("/")
+        if part not in ("error", "low", "high") or figure == "calibration":
             text += f"\n{name:<32} {value:.4f}"
     emit(found, as_json, text)
     raise typer.Exit(EXIT_STATUS[found["status"]])

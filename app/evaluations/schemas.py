@@ -53,8 +53,8 @@ class EvaluationObject(BaseModel):
     data: str
     mapping: dict[str, Any] | None
     max_rows: int | None
-    candidate: dict[str, str]
-    baseline: dict[str, str]
+    candidate: dict[str, Any]
+    baseline: dict[str, Any]
     beta: float | None
     sampling: dict[str, Any] | None
     judge: dict[str, Any] | None

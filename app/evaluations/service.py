@@ -8,6 +8,7 @@ from sqlalchemy.orm import Session
 
 from app.broker import Lane
 from app.database import new_id
+from app.datasets.mapping import Mapping
 from app.errors import NotFound, ServiceError
 from app.evaluations.schemas import EvaluationObject
 from app.evaluations.spec import EvaluationSpec, Side
@@ -56,6 +57,8 @@ class Evaluations(Lifecycle[EvaluationObject]):
             if file.purpose not in PURPOSES:
                 message = f"{file_id} has the purpose '{file.purpose}'; upload it as 'evals' or 'fine-tune'."
                 raise ServiceError(message, param=field, code="invalid_file_purpose")
+            if file.mapping is not None:
+                spec = spec.reading(field, Mapping.model_validate(file.mapping))
         resolved = self._resolved(session, project, spec)
         if resolved.baseline != spec.baseline:
             found |= {
@@ -97,8 +100,10 @@ class Evaluations(Lifecycle[EvaluationObject]):
         if model is None:
             message = f"The model '{name}' does not exist. GET /v1/models lists those that do."
             raise ServiceError(message, param=field, code="model_not_found")
-        if (model.kind == "reward") != (field == "judge.model"):
-            wants = "a reward model" if field == "judge.model" else "a language model"
+        judges = field == "judge.model"
+        # A checkpoint of a reward model is not the classifier that its training ends with.
+        if (model.kind == "reward") != judges or (judges and models.get(session, project, name) is None):
+            wants = "a reward model that a training has ended with" if judges else "a language model"
             raise ServiceError(f"'{name}' is not {wants}.", param=field, code="invalid_value")
         return model
 
@@ -108,14 +113,20 @@ class Evaluations(Lifecycle[EvaluationObject]):
         name = spec.candidate.model if spec.candidate is not None else None
         made = models.job_of(session, project, name) if name is not None else None
         training: dict[str, Any] = made.spec if made is not None else {}
+        settings = ((training.get("method") or {}).get("dpo") or {}).get("hyperparameters") or {}
         changes: dict[str, Any] = {"quantization": spec.quantization or training.get("quantization", "none")}
         if spec.baseline is None:
             if made is None:
                 message = f"'{name}' was not trained here: name what it is compared with."
                 raise ServiceError(message, param="baseline", code="missing_required_parameter")
-            changes["baseline"] = Side(model=made.model)
+            if training.get("sft") is not None and not settings.get("reference_model"):
+                message = (
+                    f"'{name}' was trained by SFT and then held to what SFT had made, which is no model of its own: "
+                    "name what it is compared with."
+                )
+                raise ServiceError(message, param="baseline", code="missing_required_parameter")
+            changes["baseline"] = Side(model=settings.get("reference_model") or made.model)
         if spec.type == "preference" and spec.beta is None:
-            settings = ((training.get("method") or {}).get("dpo") or {}).get("hyperparameters") or {}
             changes["beta"] = settings.get("beta") or BETA
         return spec.model_copy(update=changes).resolved()
 
@@ -126,4 +137,8 @@ class Evaluations(Lifecycle[EvaluationObject]):
         if not job.result_files:
             message = f"Evaluation {evaluation_id} has no report: it is {job.status}."
             raise NotFound(message, code="report_not_found")
-        return self.storage.chunks(f"files/{job.result_files[0]}")
+        try:
+            return self.storage.chunks(f"files/{job.result_files[0]}")
+        except FileNotFoundError:
+            message = f"The report of evaluation {evaluation_id} was deleted."
+            raise NotFound(message, code="report_not_found") from None

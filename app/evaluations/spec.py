@@ -23,6 +23,8 @@ class Side(Strict):
     """A base model, a model made here, or a checkpoint."""
     file: FileName | None = None
     """A file of ready answers, line for line to the prompts of `data`: `{"prompt": …, "completion": …}`."""
+    mapping: Mapping | None = None
+    """How the rows of `file` are read, where their columns do not say it."""
     answers: Literal["chosen", "rejected"] | None = None
     """The preferred answers of `data` (or its reference answers, where there is one each), or the other ones."""
 
@@ -33,6 +35,8 @@ class Side(Strict):
             raise inconsistent(
                 given[1] if given else "model", "A side is a 'model', a 'file', or 'answers': one of them"
             )
+        if self.mapping is not None and self.file is None:
+            raise inconsistent("mapping", "'mapping' goes with 'file'")
         return self
 
 
@@ -199,4 +203,14 @@ class EvaluationSpec(Strict):
 
     def reads(self, field: str) -> Mapping | None:
         """How the rows of the file of `field` are read."""
-        return self.mapping if field == "data" else None
+        side = {f"{name}.file": side for name, side in self._named_sides()}.get(field)
+        return side.mapping if side is not None else self.mapping if field == "data" else None
+
+    def reading(self, field: str, mapping: Mapping) -> Self:
+        """The same with the mapping that the file of `field` was uploaded with, where it names none itself."""
+        if self.needs(field) is None or self.reads(field) is not None:
+            return self
+        if field == "data":
+            return self.model_copy(update={"mapping": mapping})
+        name = field.removesuffix(".file")
+        return self.model_copy(update={name: getattr(self, name).model_copy(update={"mapping": mapping})})

@@ -1,5 +1,6 @@
 """Evaluations over HTTP, without a worker: what is refused, by which field, and how what is made is told apart."""
 
+import json
 from typing import Any
 
 import pytest
@@ -135,3 +136,43 @@ def test_one_without_models_is_for_any_worker(client: TestClient, services: Serv
         session.execute(update(Job).where(Job.id == evaluation).values(status=Status.QUEUED))
         claimed = repository.claim(session, Status.QUEUED, "test", ["another"])
     assert claimed is not None and claimed.id == evaluation
+
+
+def test_what_the_candidate_was_held_to_is_the_default_baseline(
+    client: TestClient, services: Services, made: str
+) -> None:
+    """After SFT in the same job there is no such model: what it began from would flatter it."""
+    with services.database.write() as session:
+        model = session.get_one(Model, made)
+        job = session.get_one(Job, model.job_id)
+        dpo = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "reference_model": None}}}
+        job.spec = job.spec | {"method": dpo, "sft": {}}
+    asked = body(client, candidate={"model": made}, baseline=None)
+    error = error_of(client.post("/v1/evaluations", json=asked), 400)
+    assert error["param"] == "baseline" and "SFT" in error["message"]
+    with services.database.write() as session:
+        job = session.get_one(Job, model.job_id)
+        dpo["dpo"]["hyperparameters"]["reference_model"] = "tiny"  # type: ignore[index]
+        job.spec = job.spec | {"method": dpo}
+    found = client.post("/v1/evaluations", json=asked).json()
+    assert found["baseline"] == {"model": "tiny"} and found["beta"] == 0.2
+
+
+def test_a_file_is_read_as_it_was_uploaded(client: TestClient) -> None:
+    mapping = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+    content = b'{"q": "a", "good": "b", "bad": "c"}\n'
+    answer = client.post(
+        "/v1/files",
+        files={"file": ("p.jsonl", content)},
+        data={"purpose": "evals", "mapping": json.dumps(mapping)},
+    )
+    found = client.post("/v1/evaluations", json=body(client, data=answer.json()["id"])).json()
+    assert {name: value for name, value in found["mapping"].items() if value} == mapping
+
+
+def test_a_report_that_was_deleted_is_not_found(client: TestClient, services: Services) -> None:
+    evaluation = client.post("/v1/evaluations", json=body(client)).json()["id"]
+    with services.database.write() as session:
+        ended = update(Job).where(Job.id == evaluation)
+        session.execute(ended.values(status=Status.SUCCEEDED, result_files=["file-gone", "file-too"]))
+    assert error_of(client.get(f"/v1/evaluations/{evaluation}/report"), 404)["code"] == "report_not_found"

@@ -30,7 +30,12 @@ def test_scores_are_those_of_scikit_learn(sublinear: bool, norm: str | None, tmp
         ("[1]", "the file"),
         ('{"terms": {}, "intercept": 0}', "terms"),
         ('{"terms": {"good": [1]}, "intercept": 0}', "terms.good"),
-        ('{"terms": {"good": [1, 2]}, "intercept": NaN}', "intercept"),
+        ('{"terms": {"good": [1, 2]}, "intercept": NaN}', "the file"),
+        ('{"terms": {"good": [1, 2]}}', "intercept"),
+        ('{"terms": {"good": [1, 1e308]}, "intercept": 0}', "terms.good"),
+        ('{"terms": {"good": [1, true]}, "intercept": 0}', "terms.good"),
+        ('{"terms": {"good": [1, 2]}, "intercept": 0, "phrases": 6}', "phrases"),
+        ('{"terms": {"good": [1, 2]}, "intercept": 0, "normalise": 1}', "normalise"),
         ('{"terms": {"good": [1, 2]}, "intercept": 0, "pattern": "(a+)+$"}', "pattern"),
         ("\x80\x04", "the file"),
     ],
@@ -39,3 +44,11 @@ def test_what_is_no_classifier_is_refused_by_name(content: str, named: str, tmp_
     (tmp_path / "x").write_text(content)
     with pytest.raises(BadClassifier, match=named):
         LinearClassifier.load(tmp_path / "x")
+
+
+def test_a_vectorizer_that_does_more_is_not_written(tmp_path: Path) -> None:
+    for changes in ({"stop_words": "english"}, {"norm": "l1"}, {"analyzer": "char"}, {"ngram_range": (2, 2)}):
+        vectorizer = TfidfVectorizer(**changes)
+        model = LogisticRegression().fit(vectorizer.fit_transform(TEXTS), [k % 2 for k in range(len(TEXTS))])
+        with pytest.raises(ValueError, match=r"vectorizer|norm"):
+            export(tmp_path / "x", vectorizer, model)

@@ -25,7 +25,7 @@ def test_a_mean_of_independent_values_has_the_textbook_error() -> None:
 
 @pytest.mark.parametrize(("right", "of"), [(0, 12), (7, 30), (30, 30), (612, 1000)])
 def test_a_rate_has_wilsons_interval(right: int, of: int) -> None:
-    found = statistics.rate([1.0] * right + [0.0] * (of - right))
+    found = statistics.rate([1.0] * right + [0.0] * (of - right), range(of))
     expected = stats.binomtest(right, of).proportion_ci(method="wilson")
     assert (found.value, found.low, found.high) == pytest.approx((right / of, expected.low, expected.high), abs=1e-6)
 
@@ -66,6 +66,13 @@ def test_a_bootstrap_over_prompts_knows_that_completions_hang_together() -> None
     alone = statistics.win_rate(points, range(320))
     together = statistics.win_rate(points, [k for k in range(40) for _ in range(8)])
     assert together.error == pytest.approx(alone.error * math.sqrt(8), rel=0.1)
+
+
+def test_where_all_prompts_say_the_same_a_win_rate_is_still_not_certain() -> None:
+    found = statistics.win_rate([1.0] * 40, [k // 2 for k in range(40)])
+    expected = stats.binomtest(20, 20).proportion_ci(method="wilson")
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-6)
+    assert math.isnan(statistics.win_rate([1.0, 0.0], ["a", "a"]).low), "one prompt says nothing of others"
 
 
 @given(

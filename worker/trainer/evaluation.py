@@ -11,11 +11,11 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -33,19 +33,23 @@ from worker.trainer.plan import DEFAULT_MAX_LENGTH
 from worker.trainer.sampling import Sampling, Wanted, batches, sample
 
 PART_SECONDS = 5.0
+MAX_COMPLETIONS = 1_000_000
 BATCH_TOKENS = {"cpu": 16_384, "cuda": 131_072}
 """Of prompts and answers that are sampled at once, by device."""
+BATCH_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 27}
+"""Of the logits of one step."""
 FIXED = -1.0
 """In the place of a temperature: an answer that was not sampled."""
 Item = dict[str, Any]
+Key = TypeVar("Key", int, tuple[int, int])
 
 
 @dataclass(frozen=True)
 class Made:
-    """A completion as it is kept: of row `line`, the `sample`-th at `temperature`."""
+    """A completion as it is kept: of row `row`, the `sample`-th at `temperature`."""
 
     temperature: float
-    line: int
+    row: int
     sample: int
     ids: tuple[int, ...]
     ended: bool
@@ -53,7 +57,7 @@ class Made:
 
     @property
     def key(self) -> tuple[float, int, int]:
-        return self.temperature, self.line, self.sample
+        return self.temperature, self.row, self.sample
 
 
 class Evaluator:
@@ -78,7 +82,12 @@ class Evaluator:
         output = self.folder / "output"
         output.mkdir(exist_ok=True)
         with (output / "items.jsonl").open("w") as file:
-            file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+            for item in items:
+                try:
+                    file.write(json.dumps(item, ensure_ascii=False, allow_nan=False) + "\n")
+                except ValueError as error:
+                    message = f"Line {item['line']}: a log-prob or a reward is not a finite number."
+                    raise UserError("not_finite", message, "candidate.model") from error
         self.events.emit("done", items=len(items))
 
     # -- what each type does -----------------------------------------------------------------------------------
@@ -86,14 +95,14 @@ class Evaluator:
     def _preference(self) -> list[Item]:
         """Of each pair its implicit reward margin, β·[log π/π_ref (chosen) − log π/π_ref (rejected)] (paper, eq. 4)."""
         candidate, baseline = self._pair_logps("candidate"), self._pair_logps("baseline")
-        keys = self._drawn([key for key in candidate if key in baseline])
         beta = self.run_settings["beta"]
         items = []
-        for key in keys:
+        for key in sorted(key for key in candidate if key in baseline):
             (chosen, rejected), (chosen_ref, rejected_ref) = candidate[key].logps, baseline[key].logps
             items.append(
                 {
                     "line": key[0],
+                    "prompt": candidate[key].prompt,
                     "margin": beta * ((chosen - chosen_ref) - (rejected - rejected_ref)),
                     "logps": [chosen, rejected],
                     "reference_logps": [chosen_ref, rejected_ref],
@@ -110,7 +119,7 @@ class Evaluator:
         texts = {}
         for one in self._sampled(policy, "candidate", prompts):
             made[one.key] = one
-            texts[one.key] = self._text(policy, one)
+            texts[one.key] = self._text(policy, one, rows[one.row])
         vocabulary = policy.tokenizer.get_vocab()
         del policy
         gc.collect()
@@ -119,36 +128,44 @@ class Evaluator:
             message = "Candidate and baseline have other tokenizers: the KL between them is not defined."
             raise UserError("invalid_value", message, "baseline.model")
         keys = sorted(made)
-        answers = [
-            Row(key[1], prompts[key[1]], (Response(made[key].ids, (True,) * len(made[key].ids)),)) for key in keys
-        ]
-        under = reference.compute(policy, dataset.Rows.of(answers), tick=self._tick).logps.tolist()
+        answers = dataset.Rows.of(
+            Row(rows[key[1]].line, prompts[key[1]], (Response(made[key].ids, (True,) * len(made[key].ids)),))
+            for key in keys
+        )
+        policy.check(answers, self.events)
+        under = reference.compute(policy, answers, tick=self._tick).logps.tolist()
         del policy
         gc.collect()
-        rewards = self._rewards([(rows[key[1]], texts[key]) for key in keys])
+        rewards, prompts_of = self._rewards([(rows[key[1]], texts[key]) for key in keys]), _numbered(rows)
         return [
-            self._item(made[key], texts[key]) | {"logp": made[key].logp, "reference_logp": logp, "reward": reward}
+            self._item(made[key], rows[key[1]], texts[key])
+            | {"prompt": prompts_of[key[1]]}
+            | {"logp": made[key].logp, "reference_logp": logp, "reward": reward}
             for key, logp, reward in zip(keys, under, rewards, strict=True)
         ]
 
     def _answers(self) -> list[Item]:
         """Of each row the answers of both sides."""
         rows = self._examples()
-        of = {name: self._side(name, getattr(self.spec, name), rows) for name in ("candidate", "baseline")}
+        # What is there already first: what is wrong with it is said before anything is sampled.
+        order = sorted(("candidate", "baseline"), key=lambda name: getattr(self.spec, name).model is not None)
+        of = {name: self._side(name, getattr(self.spec, name), rows) for name in order}
         known = {key for found in of.values() for key in found}
         sampled = sorted(key for key in known if key[0] != FIXED)
+        prompts = _numbered(rows)
         items: list[Item] = []
-        for temperature, line, number in sampled or sorted(known):
+        for temperature, row, number in sampled or sorted(known):
             pair = {
-                name: found.get((temperature, line, number), found.get((FIXED, line, 0))) for name, found in of.items()
+                name: found.get((temperature, row, number), found.get((FIXED, row, 0))) for name, found in of.items()
             }
             if all(answer is not None for answer in pair.values()):
                 shown = None if temperature == FIXED else temperature
-                items.append({"temperature": shown, "line": line, "sample": number, **pair})
+                named = {"line": rows[row].line, "row": row, "prompt": prompts[row]}
+                items.append({**named, "temperature": shown, "sample": number, **pair})
         for name in of:
-            rewards = self._rewards([(rows[item["line"]], item[name]) for item in items])
+            rewards = self._rewards([(rows[item["row"]], item[name]) for item in items])
             for item, value in zip(items, rewards, strict=True):
-                item[f"{name}_reward"] = value
+                item[f"{name}_reward"], item[f"{name}_characters"] = value, len(item[name])
         return items
 
     # -- models ------------------------------------------------------------------------------------------------
@@ -173,22 +190,24 @@ class Evaluator:
     # -- rows --------------------------------------------------------------------------------------------------
 
     def _examples(self) -> dict[int, Example]:
-        """The rows of the data by line, those that are drawn."""
+        """The rows of the data by their number, those that are drawn."""
         with (self.folder / self.spec.data).open("rb") as file:
-            found = {example.line: example for example in examples(file, self.spec.mapping)}
-        return {line: found[line] for (line, _) in self._drawn([(line, 0) for line in found])}
+            found = list(examples(file, self.spec.mapping))
+        return {row: found[row] for row in sorted(self._drawn(range(len(found))))}
 
-    def _drawn(self, keys: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """`max_rows` of the rows, always the same ones for a seed, in their order."""
-        limit = self.spec.max_rows
-        if limit is None or len(keys) <= limit:
-            return sorted(keys)
-        return sorted(sorted(keys, key=lambda key: sha256(f"{self.spec.seed} {key}".encode()).digest())[:limit])
+    def _drawn(self, keys: Collection[Key]) -> set[Key]:
+        """`max_rows` of the rows, always the same ones for a seed."""
+        if self.spec.max_rows is None or len(keys) <= self.spec.max_rows:
+            return set(keys)
+        ranked = sorted(keys, key=lambda key: sha256(f"{self.spec.seed} {key}".encode()).digest())
+        return set(ranked[: self.spec.max_rows])
 
     @dataclass(frozen=True)
     class _Pair:
         logps: tuple[float, float]
         tokens: tuple[int, int]
+        prompt: int
+        """A number that pairs of one prompt share."""
 
     def _pair_logps(self, name: str) -> "dict[tuple[int, int], Evaluator._Pair]":
         """The log-probs of all pairs under a side's model, by line and place among the pairs of that line."""
@@ -197,15 +216,20 @@ class Evaluator:
         rows, _ = dataset.load(self.folder / self.spec.data, policy.tokenizer, recipe, self.cache)
         if not len(rows):
             raise UserError("invalid_file", "No row of the data is left to evaluate.", "data")
+        seen, keys = Counter[int](), []
+        for line in rows.lines:
+            keys.append((line, seen[line]))
+            seen[line] += 1
+        drawn = self._drawn(keys)
+        rows, keys = rows.where([key in drawn for key in keys]), [key for key in keys if key in drawn]
         policy.check(rows, self.events)
         found = reference.find(policy, policy.digest(), rows, None, self.cache, self._tick)
-        seen: Counter[int] = Counter()
+        prompts: dict[bytes, int] = {}
         pairs = {}
-        for number, row in enumerate(rows):
+        for number, (key, row, prompt) in enumerate(zip(keys, rows, rows.prompts(), strict=True)):
             chosen, rejected = found.logps[found.first[number] :][:2].tolist()
-            tokens = tuple(sum(response.scored) for response in row.responses[:2])
-            pairs[row.line, seen[row.line]] = self._Pair((chosen, rejected), (tokens[0], tokens[1]))
-            seen[row.line] += 1
+            tokens = (sum(row.responses[0].scored), sum(row.responses[1].scored))
+            pairs[key] = self._Pair((chosen, rejected), tokens, prompts.setdefault(prompt, len(prompts)))
         return pairs
 
     def _max_length(self, policy: Policy) -> int:
@@ -219,7 +243,7 @@ class Evaluator:
         if room < 1:
             message = f"'max_tokens' leaves no room for a prompt in the model's {self._max_length(policy)} tokens."
             raise UserError("invalid_value", message, "sampling.max_tokens")
-        return {line: data.prompt_ids(example, policy.tokenizer, room) for line, example in rows.items()}
+        return {row: data.prompt_ids(example, policy.tokenizer, room) for row, example in rows.items()}
 
     # -- answers -----------------------------------------------------------------------------------------------
 
@@ -227,21 +251,22 @@ class Evaluator:
         """The answers of a side by temperature, row and number."""
         if side.answers is not None:
             place = 0 if side.answers == "chosen" else -1
-            return {(FIXED, line, 0): data.said(example.responses[place]) for line, example in rows.items()}
+            good = {row: example for row, example in rows.items() if example.desirable}
+            return {(FIXED, row, 0): data.said(example.responses[place]) for row, example in good.items()}
         if side.file is not None:
             with (self.folder / side.file).open("rb") as file:
-                given = {example.line: example for example in examples(file) if example.line in rows}
-            for line, example in given.items():
-                if example.prompt != rows[line].prompt:
-                    message = f"Line {line}: the answer is to another prompt than that of the data."
+                given = {row: example for row, example in enumerate(examples(file, side.mapping)) if row in rows}
+            for row, example in given.items():
+                if example.prompt != rows[row].prompt:
+                    message = f"Line {example.line}: the answer is to another prompt than that of the data."
                     raise UserError("invalid_file", message, f"{name}.file")
-            return {(FIXED, line, 0): data.said(example.responses[0]) for line, example in given.items()}
+            if len(given) < len(rows):
+                text = f"{name}: {len(rows) - len(given)} of {len(rows)} rows have no answer and are left out."
+                self.events.message(text, level="warn")
+            return {(FIXED, row, 0): data.said(example.responses[0]) for row, example in given.items()}
         policy = self._load(name)
         made = self._sampled(policy, name, self._prompts(policy, rows))
-        found = {one.key: self._text(policy, one) for one in made}
-        del policy
-        gc.collect()
-        return found
+        return {one.key: self._text(policy, one, rows[one.row]) for one in made}
 
     def _sampled(self, policy: Policy, name: str, prompts: dict[int, tuple[int, ...]]) -> Iterator[Made]:
         """All completions of a side: those of the parts that are there, then new ones, in parts of their own."""
@@ -250,25 +275,28 @@ class Evaluator:
         models = sum(side.model is not None for side in self.spec.sides()) if self.spec.type == "win_rate" else 1
         each = sum(spec.samples if temperature else 1 for temperature in spec.temperatures)
         self._total = models * each * len(prompts)
+        if self._total > MAX_COMPLETIONS:
+            message = f"{self._total} completions are more than {MAX_COMPLETIONS}: give 'max_rows', or fewer samples."
+            raise UserError("invalid_value", message, "sampling.samples")
         settings = policy.causal.generation_config.eos_token_id
         ends = {policy.tokenizer.eos_token_id, *(settings if isinstance(settings, list) else [settings])} - {None}
         there = {one.key: one for one in self._kept(name)}
         self.events.message(f"{name}: {len(there)} completions are there already.")
+        most = 1 if policy.one_by_one else max(1, BATCH_LOGITS[policy.device.type] // policy.causal.config.vocab_size)
         fresh, written = list[Made](), time.monotonic() - PART_SECONDS
         for temperature in spec.temperatures:
             sampling = Sampling(temperature, spec.top_p, spec.max_tokens, self.spec.seed or 0)
             numbers = range(spec.samples if temperature else 1)
-            wanted = [Wanted(line, number, prompt) for line, prompt in prompts.items() for number in numbers]
+            wanted = [Wanted(row, number, prompt) for row, prompt in prompts.items() for number in numbers]
             # The same batches each time, and whole ones: a run that was broken off comes to the same bits.
-            for batch in batches(wanted, BATCH_TOKENS[policy.device.type], spec.max_tokens):
+            for batch in batches(wanted, BATCH_TOKENS[policy.device.type], spec.max_tokens, most):
                 keys = [(temperature, one.row, one.sample) for one in batch]
                 if not all(key in there for key in keys):
-                    made = []
-                    for one in sample(policy, batch, sampling, ends):
-                        if self.stopping.is_set():
-                            self._keep(name, fresh)
-                            raise Stopped
-                        made.append(Made(temperature, one.row, one.sample, one.ids, one.ended, one.logp))
+                    try:
+                        made = self._batch(policy, batch, sampling, ends)
+                    except Stopped:
+                        self._keep(name, fresh)
+                        raise
                     fresh += made
                     there |= {one.key: one for one in made}
                     if time.monotonic() - written > PART_SECONDS:
@@ -276,6 +304,21 @@ class Evaluator:
                         fresh, written = [], time.monotonic()
                 yield from (there[key] for key in keys)
         self._keep(name, fresh)
+
+    def _batch(self, policy: Policy, batch: list[Wanted], sampling: Sampling, ends: Collection[int]) -> list[Made]:
+        """The completions of a batch; of its halves, where the whole does not fit into memory."""
+        try:
+            return [
+                Made(sampling.temperature, one.row, one.sample, one.ids, one.ended, one.logp)
+                for one in sample(policy, batch, sampling, ends, self._tick)
+            ]
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+        gc.collect()
+        torch.cuda.empty_cache()
+        half = len(batch) // 2
+        return [made for part in (batch[:half], batch[half:]) for made in self._batch(policy, part, sampling, ends)]
 
     def _kept(self, name: str) -> Iterator[Made]:
         for path in sorted((self.folder / "parts").glob(f"{name}-*.jsonl")):
@@ -293,16 +336,19 @@ class Evaluator:
         path.write_text("".join(json.dumps(vars(one)) + "\n" for one in made))
         self.events.emit("part", path=f"parts/{path.name}", completions=len(made), total=self._total)
 
-    def _text(self, policy: Policy, one: Made) -> str:
+    def _text(self, policy: Policy, one: Made, example: Example) -> str:
+        """The answer as data has it: with the space before it only where the prompt's text does not end in one."""
         ids = one.ids[:-1] if one.ended else one.ids
         text: str = policy.tokenizer.decode(ids, skip_special_tokens=True)
-        return text.strip()
+        as_it_is = policy.tokenizer.chat_template is None and isinstance(example.prompt, str)
+        return text if as_it_is else text.strip()
 
     @staticmethod
-    def _item(one: Made, text: str) -> Item:
+    def _item(one: Made, example: Example, text: str) -> Item:
         return {
-            "temperature": one.temperature, "line": one.line, "sample": one.sample, "text": text,
-            "tokens": len(one.ids), "ended": one.ended,
+            "line": example.line, "row": one.row, "temperature": one.temperature, "sample": one.sample, "text": text,
+            "tokens": len(one.ids),
+            "ended": one.ended,
         }  # fmt: skip
 
     # -- rewards -----------------------------------------------------------------------------------------------
@@ -317,6 +363,19 @@ class Evaluator:
             except BadClassifier as error:
                 message = f"The file is not a classifier: {error}"
                 raise UserError("invalid_file", message, "judge.classifier.file") from error
-            return [classifier.score(data.plain_prompt(example.prompt) + " " + text) for example, text in answers]
-        answered = [replace(example, responses=(text,)) for example, text in answers]
+            return [classifier.score(_whole(example, text)) for example, text in answers]
+        answered = [
+            replace(example, responses=(text,), desirable=True, raw=False, turns=()) for example, text in answers
+        ]
         return reward.scores(self.folder / "sides" / "judge" / "base", answered, self.spec.max_length, self._tick)
+
+
+def _whole(example: Example, answer: str) -> str:
+    """A prompt and its answer as one text, as a model without a chat template would read it."""
+    return data.plain_prompt(example.prompt) + ("" if isinstance(example.prompt, str) else " ") + answer
+
+
+def _numbered(rows: dict[int, Example]) -> dict[int, int]:
+    """A number for the prompt of each row, which rows of one prompt share."""
+    numbers: dict[str, int] = {}
+    return {row: numbers.setdefault(repr(example.prompt), len(numbers)) for row, example in rows.items()}

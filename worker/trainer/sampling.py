@@ -6,7 +6,7 @@ else is in it, or on where a run was broken off and went on.
 """
 
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy
@@ -81,24 +81,41 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, T
     return drawn, logps.gather(-1, drawn[:, None]).squeeze(-1)
 
 
-def batches(wanted: Sequence[Wanted], tokens: int, max_tokens: int) -> list[list[Wanted]]:
-    """The completions in batches that grow to at most `tokens`, prompts and answers together; short prompts first."""
+def batches(wanted: Sequence[Wanted], tokens: int, max_tokens: int, most: int) -> list[list[Wanted]]:
+    """The completions in batches that grow to at most `tokens`, prompts and answers together, of at most `most`; short
+    prompts first.
+    """
     found: list[list[Wanted]] = []
     for one in sorted(wanted, key=lambda one: (len(one.prompt), one.row, one.sample)):
-        if not found or (len(found[-1]) + 1) * (len(one.prompt) + max_tokens) > tokens:
+        if not found or len(found[-1]) == most or (len(found[-1]) + 1) * (len(one.prompt) + max_tokens) > tokens:
             found.append([])
         found[-1].append(one)
     return found
 
 
+def _nothing() -> None:
+    pass
+
+
 @torch.no_grad()
-def sample(policy: Policy, batch: Sequence[Wanted], sampling: Sampling, ends: Collection[int]) -> Iterator[Completion]:
-    """Make the completions of one batch, each when it ends. `ends` are the tokens that end one; no prompt is empty."""
+def sample(
+    policy: Policy,
+    batch: Sequence[Wanted],
+    sampling: Sampling,
+    ends: Collection[int],
+    tick: Callable[[], None] = _nothing,
+) -> Iterator[Completion]:
+    """Make the completions of one batch, each when it ends. `ends` are the tokens that end one; no prompt is empty.
+
+    `tick` is called before each token. A model whose positions depend on the longest text must have batches of one.
+    """
     with policy.own_attention_in_use():
-        yield from _sample(policy, batch, sampling, ends)
+        yield from _sample(policy, batch, sampling, ends, tick)
 
 
-def _sample(policy: Policy, batch: Sequence[Wanted], sampling: Sampling, ends: Collection[int]) -> Iterator[Completion]:
+def _sample(
+    policy: Policy, batch: Sequence[Wanted], sampling: Sampling, ends: Collection[int], tick: Callable[[], None]
+) -> Iterator[Completion]:
     device, model = policy.device, policy.causal
     prompts = list(dict.fromkeys(one.prompt for one in batch))
     which = torch.tensor([prompts.index(one.prompt) for one in batch], device=device)
@@ -120,6 +137,7 @@ def _sample(policy: Policy, batch: Sequence[Wanted], sampling: Sampling, ends: C
     logits, mask, at = out.logits[which, -1], mask[which], positions[which, -1:]
     alive, made, logps = list(range(len(batch))), [list[int]() for _ in batch], [0.0] * len(batch)
     for step in range(sampling.max_tokens):
+        tick()
         tokens, found = draw(logits, uniform[:, step], sampling)
         kept = []
         for place, (token, logp) in enumerate(zip(tokens.tolist(), found.tolist(), strict=True)):

@@ -32,7 +32,9 @@ def made(
     policy: Policy, asked: list[Wanted], sampling: Sampling, tokens: int = 4096, ends: Sequence[int] = (END,)
 ) -> dict[tuple[int, int], Completion]:
     found = [
-        one for batch in batches(asked, tokens, sampling.max_tokens) for one in sample(policy, batch, sampling, ends)
+        one
+        for batch in batches(asked, tokens, sampling.max_tokens, 1000)
+        for one in sample(policy, batch, sampling, ends)
     ]
     assert len(found) == len(asked)
     return {(one.row, one.sample): one for one in found}
