@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from sqlalchemy import update
+from sqlalchemy import text, update
 
 from app.database import database_now
 from app.jobs import repository
@@ -13,6 +13,7 @@ from app.jobs.states import Status
 from app.jobs.tables import EVALUATION, TRAINING, Job
 from app.models.tables import Model
 from app.services import Services
+from app.webhooks.tables import WebhookEndpoint
 from tests.integration.test_api import error_of, upload
 from tests.integration.test_states import make_job
 from worker.validator import validate
@@ -176,3 +177,24 @@ def test_a_report_that_was_deleted_is_not_found(client: TestClient, services: Se
         ended = update(Job).where(Job.id == evaluation)
         session.execute(ended.values(status=Status.SUCCEEDED, result_files=["file-gone", "file-too"]))
     assert error_of(client.get(f"/v1/evaluations/{evaluation}/report"), 404)["code"] == "report_not_found"
+
+
+def test_going_back_takes_evaluations_with_it(client: TestClient, services: Services) -> None:
+    """The version before cannot read them, nor who listens to them."""
+    training = make_job(services, name="kept")
+    client.post("/v1/evaluations", json=body(client))
+    with services.database.write() as session:
+        for number, events in enumerate((["evaluation.failed"], ["evaluation.failed", "fine_tuning.job.succeeded"])):
+            session.add(
+                WebhookEndpoint(
+                    id=f"whe-{number}", project="default", url="https://example.com/", events=events,
+                    sealed_secret="x", created_at=database_now(),
+                )
+            )  # fmt: skip
+    services.migrate("0003")
+    with services.database.engine.connect() as connection:
+        assert list(connection.execute(text("SELECT id FROM jobs")).scalars()) == [training]
+        told = [str(events) for events in connection.execute(text("SELECT events FROM webhook_endpoints")).scalars()]
+    assert len(told) == 2 and not any("evaluation" in events for events in told)
+    services.migrate("head")
+    assert client.get("/v1/evaluations").json()["data"] == []
