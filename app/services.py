@@ -7,6 +7,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from sqlalchemy import Connection
 
 import migrations
 from app.broker import Broker
@@ -86,7 +87,7 @@ class Services:
         with self.database.engine.begin() as connection:
             config = alembic_config()
             config.attributes["connection"] = connection
-            if revision in ("base", "-1"):
+            if revision in ("base", "-1") or revision in _behind(connection, config):
                 command.downgrade(config, revision)
             else:
                 command.upgrade(config, revision)
@@ -106,3 +107,12 @@ def alembic_config() -> Config:
     config.set_main_option("script_location", str(Path(migrations.__file__).parent))
     config.set_main_option("path_separator", "os")
     return config
+
+
+def _behind(connection: Connection, config: Config) -> set[str]:
+    """The revisions that the database has left behind."""
+    current = MigrationContext.configure(connection).get_current_revision()
+    scripts = ScriptDirectory.from_config(config)
+    if current is None or current not in {script.revision for script in scripts.walk_revisions()}:
+        return set()
+    return {script.revision for script in scripts.iterate_revisions(current, "base")} - {current}
