@@ -164,7 +164,7 @@ def run_job(client: Client, files: dict[str, str]) -> dict[str, Any]:
     }
     job = client.request("POST", "/fine_tuning/jobs", json=body)
     console.print(f"4. One job, SFT then DPO on a 4-bit base: {job['id']}", highlight=False)
-    return watch(client, job["id"], console)
+    return watch(client, f"/fine_tuning/jobs/{job['id']}", console)
 
 
 def download(client: Client, job: dict[str, Any], folder: Path) -> dict[str, Path]:

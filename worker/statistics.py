@@ -51,11 +51,11 @@ def mean(values: Sequence[float] | Floats, names: Sequence[Hashable] | None = No
 def rate(points: Sequence[float] | Floats, names: Sequence[Hashable]) -> Estimate:
     """A share of cases (1 or 0, ½ a tie) with Wilson's interval (1927), which holds near 0 and 1 too.
 
-    Cases that share a name are not independent: theirs is the interval of `mean`.
+    Cases that share a name are not independent: theirs is the interval of `mean`, unless all say the same, which is as
+    much as one case for each name says.
     """
-    if len(set(names)) < len(names):
-        return mean(points, names)
-    return _wilson(float(numpy.mean(points)), len(points))
+    count, found = len(set(names)), mean(points, names)
+    return _wilson(found.value, count) if count == len(points) or found.error == 0 else found
 
 
 def _wilson(share: float, count: int) -> Estimate:

@@ -68,6 +68,13 @@ def test_a_bootstrap_over_prompts_knows_that_completions_hang_together() -> None
     assert together.error == pytest.approx(alone.error * math.sqrt(8), rel=0.1)
 
 
+def test_a_rate_of_cases_that_hang_together_is_as_sure_as_their_names_are_many() -> None:
+    points, names = [1.0, 1.0, 0.0, 0.0, 1.0, 1.0], ["a", "a", "b", "b", "c", "c"]
+    assert statistics.rate(points, names) == statistics.mean(points, names)
+    found = statistics.rate([1.0] * 6, names)
+    assert found.low == pytest.approx(stats.binomtest(3, 3).proportion_ci(method="wilson").low, abs=1e-6)
+
+
 def test_where_all_prompts_say_the_same_a_win_rate_is_still_not_certain() -> None:
     found = statistics.win_rate([1.0] * 40, [k // 2 for k in range(40)])
     expected = stats.binomtest(20, 20).proportion_ci(method="wilson")
