@@ -63,7 +63,8 @@ def _wilson(share: float, count: int) -> Estimate:
     middle, width = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
     scale = 1 + z * z / count
     error = math.sqrt(share * (1 - share) / count)
-    return Estimate(share, error, (middle - width) / scale, (middle + width) / scale)
+    # Rounding must not leave the share outside of its own interval.
+    return Estimate(share, error, min(share, (middle - width) / scale), max(share, (middle + width) / scale))
 
 
 def win_rate(points: Sequence[float] | Floats, prompts: Sequence[Hashable], seed: int = 0) -> Estimate:

@@ -120,6 +120,28 @@ def trainers(home: Path) -> list[int]:
     return found
 
 
+def trainer_at_work(home: Path) -> int:
+    """The pid of the trainer that has a job: one that waits for one is where its worker is."""
+    (found,) = [pid for pid in trainers(home) if Path(f"/proc/{pid}/cwd").readlink().parent.name == "work"]
+    return found
+
+
+@contextmanager
+def held_until_asked_to_stop(pid: int) -> Iterator[None]:
+    """Stop a process while the block runs, and go on once SIGTERM waits for it: it cannot have ended before."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+        wait_until(lambda: _waiting_signals(pid) & 1 << (signal.SIGTERM - 1), "SIGTERM")
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def _waiting_signals(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return sum(int(line.split()[1], 16) for line in lines if line.startswith("ShdPnd:"))
+
+
 def lanes(service: Running, lane: str) -> list[int]:
     """Pids of the worker processes of `lane` that this service started."""
     children = Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children").read_text().split()

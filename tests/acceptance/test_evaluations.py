@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.acceptance.conftest import pairs, write
-from tests.acceptance.service import Running, trainers
+from tests.acceptance.service import Running, trainer_at_work
 from tests.servers import wait_until
 
 CLASSIFIER = {"terms": {"yes": [1.0, 1.0], "no": [1.0, -1.0]}, "intercept": 0.0, "normalise": False}
@@ -110,8 +110,7 @@ def test_an_evaluation_whose_trainer_is_killed_goes_on_to_the_same_bytes(
     with service.http() as http:
         started = http.post("/evaluations", json=body).raise_for_status().json()["id"]
         wait_until(lambda: http.get(f"/evaluations/{started}").json()["progress"], "some completions")
-        (pid,) = [pid for pid in trainers(service.home) if Path(f"/proc/{pid}/cwd").readlink().parent.name == "work"]
-        os.kill(pid, signal.SIGKILL)
+        os.kill(trainer_at_work(service.home), signal.SIGKILL)
     found = ended(service, started)
     assert found["attempt"] > expected["attempt"]
     assert items(service, found) == items(service, expected) and found["metrics"] == expected["metrics"]

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from tests.acceptance.conftest import pairs, write
-from tests.acceptance.service import Running, running, stack, trainers
+from tests.acceptance.service import Running, held_until_asked_to_stop, running, stack, trainer_at_work, trainers
 from tests.servers import wait_until
 
 
@@ -73,7 +73,8 @@ def test_a_pause_frees_the_gpu_and_changes_no_bit(name: str, home: Path, tmp_pat
 
         paused = create(http, **long)
         service.wait_for(paused, lambda seen: bool(seen["progress"]) and seen["progress"]["step"] >= 8)
-        assert official.fine_tuning.jobs.pause(paused).id == paused
+        with held_until_asked_to_stop(trainer_at_work(home)):
+            assert official.fine_tuning.jobs.pause(paused).id == paused
         held = service.wait_for(paused, lambda seen: seen["status"] == "queued" and seen["paused"])
         assert not trainers(home) and held["queue_position"] is None
         assert official.fine_tuning.jobs.checkpoints.list(paused).data, "it has where to go on from"
