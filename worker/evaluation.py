@@ -7,9 +7,8 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from app.database import database_now, new_id
+from app.database import new_id
 from app.evaluations.spec import EvaluationSpec
-from app.files.tables import File
 from app.jobs.states import Status
 from app.jobs.tables import Job
 from app.models import repository as models
@@ -110,9 +109,7 @@ class Evaluation(Run[EvaluationSpec]):
 
         report = reports.report(self.spec, items)
         report_path.write_text(json.dumps(report, indent=1, allow_nan=False))
-        made = {}
-        for name, path in (("report.json", report_path), ("items.jsonl", items_path)):
-            made[new_id("file")] = (name, path)
+        made = {new_id("file"): ("report.json", report_path), new_id("file"): ("items.jsonl", items_path)}
         for file_id, (_, path) in made.items():
             self.services.storage.put_file(f"files/{file_id}", path)
 
@@ -125,17 +122,7 @@ class Evaluation(Run[EvaluationSpec]):
                 metrics=reports.flat(report),
             )
             for file_id, (name, path) in made.items():
-                session.add(
-                    File(
-                        id=file_id,
-                        project=self.job.project,
-                        filename=name,
-                        purpose="fine-tune-results",
-                        bytes=path.stat().st_size,
-                        sha256="",
-                        created_at=database_now(),
-                    )
-                )
+                session.add(self.result_file(file_id, path, name))
 
         self.lease.write(write)
 

@@ -28,7 +28,9 @@ def report(spec: EvaluationSpec, items: Sequence[Item]) -> Report:
 def preference(items: Sequence[Item]) -> Report:
     """Of implicit reward margins: how often right, how large, how well calibrated, and whether length explains it."""
     margins = numpy.array([item["margin"] for item in items])
+    longer = [float(item["tokens"][0] - item["tokens"][1]) for item in items]
     prompts = [item["prompt"] for item in items]
+    longer_preferred = statistics.accuracy_points(margins * numpy.array(longer))
     right = statistics.accuracy_points(margins)
     error, bins = statistics.calibration(margins)
     logps = numpy.array([item["logps"] for item in items])
@@ -40,15 +42,9 @@ def preference(items: Sequence[Item]) -> Report:
         "chosen_logratio": _shown(statistics.mean(logps[:, 0] - before[:, 0], prompts)),
         "rejected_logratio": _shown(statistics.mean(logps[:, 1] - before[:, 1], prompts)),
         "calibration": {"error": error, "bins": [asdict(one) for one in bins]},
-        "by_length": by_length([item["tokens"][0] - item["tokens"][1] for item in items], right.tolist(), prompts),
-        "longer_answer_preferred": _shown(statistics.mean(_longer(items, margins), prompts)),
+        "by_length": by_length(longer, right.tolist(), prompts),
+        "longer_answer_preferred": _shown(statistics.mean(longer_preferred, prompts)),
     }
-
-
-def _longer(items: Sequence[Item], margins: statistics.Floats) -> statistics.Floats:
-    """1 where the longer answer has the higher reward, ½ where answers are as long or the margin is 0, else 0."""
-    difference = numpy.array([float(item["tokens"][0] - item["tokens"][1]) for item in items])
-    return statistics.accuracy_points(margins * difference)
 
 
 def by_length(differences: Sequence[float], points: Sequence[float], prompts: Sequence[int]) -> list[Report]:

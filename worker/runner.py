@@ -24,8 +24,9 @@ from typing import Any, ClassVar, Generic, TypeVar
 import structlog
 from sqlalchemy.orm import Session
 
-from app.database import new_id
+from app.database import database_now, new_id
 from app.evaluations.spec import EvaluationSpec
+from app.files.tables import File
 from app.jobs import repository
 from app.jobs.lifecycle import log_key
 from app.jobs.spec import JobSpec
@@ -249,6 +250,18 @@ class Run(ABC, Generic[Spec]):
         else:
             how = f"signal {-status}" if status < 0 else f"exit status {status}"
             self._recover(f"The trainer died ({how}).")
+
+    def result_file(self, file_id: str, path: Path, name: str) -> File:
+        """The row of a file that the job leaves."""
+        return File(
+            id=file_id,
+            project=self.job.project,
+            filename=name,
+            purpose="fine-tune-results",
+            bytes=path.stat().st_size,
+            sha256="",
+            created_at=database_now(),
+        )
 
     def fail(self, code: str, message: str, param: str | None) -> bool:
         error = {"code": code, "message": message, "param": param}

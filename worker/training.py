@@ -6,7 +6,6 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from app.database import database_now, new_id
-from app.files.tables import File
 from app.jobs import gates, repository
 from app.jobs.spec import JobSpec
 from app.jobs.states import Status
@@ -202,17 +201,7 @@ class Training(Run[JobSpec]):
                     },
                 )
             )
-            session.add(
-                File(
-                    id=result_id,
-                    project=self.job.project,
-                    filename="step_metrics.csv",
-                    purpose="fine-tune-results",
-                    bytes=result.stat().st_size,
-                    sha256="",
-                    created_at=database_now(),
-                )
-            )
+            session.add(self.result_file(result_id, result, "step_metrics.csv"))
 
         self.lease.write(write)
 

@@ -2,15 +2,14 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 from urllib.parse import quote
 
-import orjson
 import typer
 from rich.console import Console
 
 from app.cli.client import Client
-from app.cli.output import Json, Limit, emit, emit_table
+from app.cli.output import Json, Limit, emit, emit_table, read_body
 from app.cli.watch import EXIT_STATUS, watch
 
 evaluations = typer.Typer(help="Evaluations of models.", no_args_is_help=True)
@@ -45,14 +44,7 @@ def evaluate(
     With --watch, the exit status is 0 succeeded, 1 failed, 3 cancelled.
     """
     client = Client()
-    body: dict[str, Any] = {}
-    if spec is not None:
-        try:
-            body = orjson.loads(sys.stdin.buffer.read() if str(spec) == "-" else spec.read_bytes())
-        except (OSError, orjson.JSONDecodeError) as error:
-            raise typer.BadParameter(str(error), param_hint="--spec") from error
-        if not isinstance(body, dict):
-            raise typer.BadParameter("must hold a JSON object", param_hint="--spec")
+    body = read_body(spec)
     if type:
         body["type"] = type
     sides = {"candidate": (candidate, candidate_file, ""), "baseline": (baseline, baseline_file, baseline_answers)}

@@ -17,7 +17,7 @@ from rich.console import Console
 from app.cli.client import Client, ClientError
 from app.cli.describe import describe_estimate, describe_gate, describe_report
 from app.cli.evaluations import evaluate, evaluations
-from app.cli.output import Json, Limit, console, emit, emit_table
+from app.cli.output import Json, Limit, console, emit, emit_table, read_body
 from app.cli.processes import end_with_parent, supervise
 from app.cli.tokens import count_tokens
 from app.cli.watch import EXIT_STATUS, GATE_NOT_MET, watch
@@ -362,14 +362,7 @@ def jobs_create(
     With --watch, the exit status is that of `dpo jobs watch`. With --estimate: 0 it would be accepted, 1 refused.
     """
     client = Client()
-    body: dict[str, Any] = {}
-    if spec is not None:
-        try:
-            body = orjson.loads(sys.stdin.buffer.read() if str(spec) == "-" else spec.read_bytes())
-        except (OSError, orjson.JSONDecodeError) as error:
-            raise typer.BadParameter(str(error), param_hint="--spec") from error
-        if not isinstance(body, dict):
-            raise typer.BadParameter("must hold a JSON object", param_hint="--spec")
+    body = read_body(spec)
     if method or spec is None:
         body["method"] = {"type": method or "dpo"}
     _set_hyperparameters(body, beta=beta, loss=loss or None, n_epochs=epochs, learning_rate=learning_rate)

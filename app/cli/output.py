@@ -1,5 +1,7 @@
-"""What commands print: for people, or with `--json` for programs."""
+"""What commands read and print: bodies from files; text for people, or with `--json` for programs."""
 
+import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import orjson
@@ -28,3 +30,16 @@ def emit_table(rows: list[dict[str, Any]], columns: list[str], as_json: bool) ->
     for row in rows:
         table.add_row(*("" if row.get(column) is None else str(row[column]) for column in columns))
     console.print(table)
+
+
+def read_body(spec: Path | None) -> dict[str, Any]:
+    """The body in the file of `--spec`, `-` for standard input; an empty one without."""
+    if spec is None:
+        return {}
+    try:
+        body = orjson.loads(sys.stdin.buffer.read() if str(spec) == "-" else spec.read_bytes())
+    except (OSError, orjson.JSONDecodeError) as error:
+        raise typer.BadParameter(str(error), param_hint="--spec") from error
+    if not isinstance(body, dict):
+        raise typer.BadParameter("must hold a JSON object", param_hint="--spec")
+    return body

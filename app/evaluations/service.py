@@ -7,7 +7,6 @@ import structlog
 from sqlalchemy.orm import Session
 
 from app.broker import Lane
-from app.database import new_id
 from app.datasets.mapping import Mapping
 from app.errors import NotFound, ServiceError
 from app.evaluations.schemas import EvaluationObject
@@ -17,7 +16,6 @@ from app.idempotency.service import Sending
 from app.jobs import repository
 from app.jobs.lifecycle import Lifecycle
 from app.jobs.outlook import Place
-from app.jobs.states import Status
 from app.jobs.tables import EVALUATION, Job
 from app.models import repository as models
 
@@ -31,6 +29,7 @@ class Evaluations(Lifecycle[EvaluationObject]):
     """Create, find, follow and cancel evaluations, and read what they found."""
 
     KIND, NOUN, NAME, CODE, PATH = EVALUATION, "evaluation", "evaluation", "evaluation", "/v1/evaluations"
+    PREFIX = "eval"
 
     def show(self, job: Job, place: Place | None = None) -> EvaluationObject:
         return EvaluationObject.of(job, place)
@@ -66,32 +65,18 @@ class Evaluations(Lifecycle[EvaluationObject]):
                 for field, name in resolved.models() if field == "baseline.model"
             }  # fmt: skip
         first = next(iter(found.values()), None)
-        job = Job(
-            id=new_id("eval"),
-            kind=EVALUATION,
-            project=project,
+        return self._add(
+            session,
+            project,
+            spec,
+            request_id,
             model=first.name if first else "",
             base_model=first.base_model if first else "",
             foundation=first.foundation if first else None,
             training_file=spec.data,
             validation_file=None,
             spec=resolved.model_dump(mode="json"),
-            job_metadata=spec.metadata,
-            request_id=request_id,
-            priority=spec.priority,
-            timeout_seconds=spec.timeout_seconds,
-            status=Status.VALIDATING,
-            paused=False,
-            ran_seconds=0.0,
-            result_files=[],
-            attempt=0,
-            eligible_at=0.0,
-            lost_attempts=0,
         )
-        session.add(job)
-        session.flush()
-        repository.add_event(session, job.id, f"Created evaluation: {job.id}")
-        return job
 
     @staticmethod
     def _model(session: Session, project: str, field: str, name: str) -> models.Found:

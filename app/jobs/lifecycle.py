@@ -13,13 +13,15 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from app.broker import Broker, Lane
-from app.database import Database
+from app.database import Database, new_id
 from app.errors import Conflict, NotFound
+from app.evaluations.spec import EvaluationSpec
 from app.idempotency.service import Sending
 from app.jobs import repository
 from app.jobs.feed import Feed
 from app.jobs.outlook import Place, outlook
 from app.jobs.schemas import EventObject, StreamToken
+from app.jobs.spec import JobSpec
 from app.jobs.states import ACTIVE, Actor, Status
 from app.jobs.tables import Job
 from app.keys.service import Keys
@@ -43,6 +45,7 @@ class Lifecycle(ABC, Generic[Shown]):
     NOUN: ClassVar[str]
     NAME: ClassVar[str]
     CODE: ClassVar[str]
+    PREFIX: ClassVar[str]
     PATH: ClassVar[str]
 
     def __init__(self, database: Database, storage: Storage, broker: Broker, keys: Keys, feed: Feed) -> None:
@@ -51,6 +54,37 @@ class Lifecycle(ABC, Generic[Shown]):
     @abstractmethod
     def show(self, job: Job, place: Place | None = None) -> Shown:
         """A job on the wire, which has `place` in the queue or on a worker."""
+
+    def _add(
+        self,
+        session: Session,
+        project: str,
+        asked: JobSpec | EvaluationSpec,
+        request_id: str | None,
+        **own: Any,
+    ) -> Job:
+        """Store a job that waits for the check of its files; `own` are the columns that its kind decides."""
+        job = Job(
+            id=new_id(self.PREFIX),
+            kind=self.KIND,
+            project=project,
+            job_metadata=asked.metadata,
+            request_id=request_id,
+            priority=asked.priority,
+            timeout_seconds=asked.timeout_seconds,
+            status=Status.VALIDATING,
+            paused=False,
+            ran_seconds=0.0,
+            result_files=[],
+            attempt=0,
+            eligible_at=0.0,
+            lost_attempts=0,
+            **own,
+        )
+        session.add(job)
+        session.flush()
+        repository.add_event(session, job.id, f"Created {self.NAME}: {job.id}")
+        return job
 
     def _found(self, session: Session, project: str, job_id: str, param: str | None = None) -> Job:
         """The row of a job that `project` may see. Raises `NotFound`."""

@@ -6,7 +6,6 @@ import structlog
 from sqlalchemy.orm import Session
 
 from app.broker import Lane
-from app.database import new_id
 from app.datasets.mapping import Mapping
 from app.errors import NotFound, ServiceError
 from app.estimates import fit
@@ -19,7 +18,6 @@ from app.jobs.outlook import Place
 from app.jobs.schemas import CheckpointObject, JobObject, MetricSeries, Point
 from app.jobs.series import downsample
 from app.jobs.spec import JobSpec
-from app.jobs.states import Status
 from app.jobs.tables import TRAINING, Job
 from app.models import repository as models
 from app.workers import repository as workers
@@ -31,6 +29,7 @@ class Jobs(Lifecycle[JobObject]):
     """Create, find, follow and cancel trainings."""
 
     KIND, NOUN, NAME, CODE, PATH = TRAINING, "job", "fine-tuning job", "fine_tuning_job", "/v1/fine_tuning/jobs"
+    PREFIX = "ftjob"
 
     def show(self, job: Job, place: Place | None = None) -> JobObject:
         return JobObject.of(job, place)
@@ -63,31 +62,18 @@ class Jobs(Lifecycle[JobObject]):
             reason = fit.refusal(resolved, shape, device, None)
             if reason is not None:
                 raise ServiceError(reason[1], param=reason[0], code=fit.CODE)
-        job = Job(
-            id=new_id("ftjob"),
-            project=project,
+        return self._add(
+            session,
+            project,
+            spec,
+            request_id,
             model=spec.model,
             base_model=model.base_model,
             foundation=model.foundation,
             training_file=spec.training_file,
             validation_file=spec.validation_file,
             spec=resolved.to_store(),
-            job_metadata=spec.metadata,
-            request_id=request_id,
-            priority=spec.priority,
-            timeout_seconds=spec.timeout_seconds,
-            status=Status.VALIDATING,
-            paused=False,
-            ran_seconds=0.0,
-            result_files=[],
-            attempt=0,
-            eligible_at=0.0,
-            lost_attempts=0,
         )
-        session.add(job)
-        session.flush()
-        repository.add_event(session, job.id, f"Created fine-tuning job: {job.id}")
-        return job
 
     @staticmethod
     def _model(session: Session, project: str, spec: JobSpec) -> models.Found:

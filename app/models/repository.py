@@ -38,13 +38,17 @@ def readable(project: str) -> Select[Model]:
 
 def get(session: Session, project: str, name: str, *, lock: bool = False) -> Model | None:
     """One model. `lock`: it cannot be deleted until this transaction ends (SQLite has one writer anyway)."""
-    statement = readable(project).where(Model.name == name, Model.kind != "hub")
+    statement = _named(project, name)
     return session.scalar(statement.with_for_update(read=True) if lock else statement)
 
 
 def to_delete(session: Session, project: str, name: str) -> Model | None:
     """One model, which nobody else can begin to use until this transaction ends."""
-    return session.scalar(readable(project).where(Model.name == name, Model.kind != "hub").with_for_update())
+    return session.scalar(_named(project, name).with_for_update())
+
+
+def _named(project: str, name: str) -> Select[Model]:
+    return readable(project).where(Model.name == name, Model.kind != "hub")
 
 
 def listed(session: Session, project: str) -> list[Model]:
