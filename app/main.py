@@ -35,6 +35,7 @@ from app.projects.endpoints import router as projects_router
 from app.reports.endpoints import router as reports_router
 from app.services import Services
 from app.settings import Settings
+from app.sweeps.endpoints import router as sweeps_router
 from app.uploads.endpoints import router as uploads_router
 from app.webhooks.endpoints import router as webhooks_router
 
@@ -48,6 +49,7 @@ ROUTERS = (
     jobs_router,
     estimates_router,
     evaluations_router,
+    sweeps_router,
     models_router,
     webhooks_router,
     projects_router,

@@ -24,6 +24,7 @@ from app.projects.service import Projects
 from app.reports.service import Reports
 from app.settings import Settings
 from app.storage import Storage
+from app.sweeps.service import Sweeps
 from app.uploads.service import Uploads
 from app.vault import Vault
 from app.webhooks.service import Webhooks
@@ -46,6 +47,7 @@ class Services:
     jobs: Jobs
     estimates: Estimates
     evaluations: Evaluations
+    sweeps: Sweeps
     models: Models
     vault: Vault
     webhooks: Webhooks
@@ -60,7 +62,8 @@ class Services:
         keys = Keys(database, settings.secret_key, settings.admin_key)
         vault = Vault(settings.secret_key)
         feed = Feed(database)
-        jobs = Jobs(database, storage, broker, keys, feed)
+        evaluations = Evaluations(database, storage, broker, keys, feed, vault, settings.private_judges)
+        jobs = Jobs(database, storage, broker, keys, feed, evaluations)
         return cls(
             settings=settings,
             database=database,
@@ -74,7 +77,8 @@ class Services:
             reports=Reports(database, broker),
             jobs=jobs,
             estimates=Estimates(database, broker, jobs),
-            evaluations=Evaluations(database, storage, broker, keys, feed),
+            evaluations=evaluations,
+            sweeps=Sweeps(database, broker, jobs),
             models=Models(database, storage, broker),
             vault=vault,
             webhooks=Webhooks(database, broker, vault, settings.private_webhooks),

@@ -38,8 +38,10 @@ class Settings(BaseSettings):
     """Events, metrics and logs of jobs, and deliveries of webhooks, are kept so long after their end; 0: for ever."""
     private_webhooks: Annotated[tuple[str, ...], NoDecode] = ()
     """Hosts inside the operator's own network that webhooks may be sent to."""
+    private_judges: Annotated[tuple[str, ...], NoDecode] = ()
+    """Hosts inside the operator's own network that evaluations may ask as judges."""
 
-    @field_validator("hub_models", "allowed_hosts", "cors_origins", "private_webhooks", mode="before")
+    @field_validator("hub_models", "allowed_hosts", "cors_origins", "private_webhooks", "private_judges", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):

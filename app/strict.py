@@ -1,14 +1,24 @@
 """What every body of the API has: no coercion, and a field that is not known is refused by name."""
 
 import difflib
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, StringConstraints, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
 STORED = "stored"
 """The context in which what was stored is read: by this version or, while one replaces the other, by the next, whose
 fields are not refused but left out."""
+
+
+NO_NUL = r"^[^\x00]*$"
+FileName = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=NO_NUL)]
+ModelName = Annotated[str, StringConstraints(min_length=1, max_length=512, pattern=NO_NUL)]
+Quantization = Literal["nf4", "int8", "none"]
+Metadata = dict[
+    Annotated[str, StringConstraints(max_length=64, pattern=NO_NUL)],
+    Annotated[str, StringConstraints(max_length=512, pattern=NO_NUL)],
+]
 
 
 def unix_seconds(time: float | None) -> int | None:

@@ -11,6 +11,7 @@ from app.jobs import tables as _jobs  # noqa: F401
 from app.keys import tables as _keys  # noqa: F401
 from app.models import tables as _models  # noqa: F401
 from app.projects import tables as _projects  # noqa: F401
+from app.sweeps import tables as _sweeps  # noqa: F401
 from app.tasks import tables as _tasks  # noqa: F401
 from app.uploads import tables as _uploads  # noqa: F401
 from app.webhooks import tables as _webhooks  # noqa: F401

@@ -1,19 +1,33 @@
 """One attempt at an evaluation: the models that it compares, what it has sampled so far, the report that it leaves."""
 
 import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy.orm import Session
 
+from app import gates
 from app.database import new_id
 from app.evaluations.spec import EvaluationSpec
+from app.jobs import repository
 from app.jobs.states import Status
 from app.jobs.tables import Job
 from app.models import repository as models
 from worker.base_models import ModelUnavailable
+from worker.judges.endpoint import Answer, Asker, JudgeFailed, key_of
+from worker.judges.questions import questions, verdicts
+from worker.lease import LeaseLost
 from worker.runner import Run
+
+
+class _BrokenOff(Exception):
+    """The judge is not asked on: the attempt was asked to stop."""
+
+
+ANSWERS = "answers"
+"""What the parts with a judge's answers are called; the others hold completions."""
 
 
 class Evaluation(Run[EvaluationSpec]):
@@ -61,8 +75,10 @@ class Evaluation(Run[EvaluationSpec]):
                 "quantization": spec.quantization,
             }
         self.services.storage.get_folder(self.parts, self.folder / "parts")
+        self.answers = dict(_answers(self.folder / "parts"))
         self.kept = sum(self._completions(path) for path in (self.folder / "parts").glob("*.jsonl"))
-        (self.folder / "evaluation.json").write_text(spec.with_files(places).model_dump_json())
+        located = spec.sealed(lambda _: None).with_files(places)  # the trainer asks no endpoint
+        (self.folder / "evaluation.json").write_text(located.model_dump_json())
         log = {"job": self.job.id, "attempt": self.job.attempt, "request": self.job.request_id}
         run = {"sides": sides, "beta": spec.beta, "attempt": self.job.attempt, "log": log}
         (self.folder / "run.json").write_text(json.dumps(run))
@@ -78,6 +94,8 @@ class Evaluation(Run[EvaluationSpec]):
 
     @staticmethod
     def _completions(path: Path) -> int:
+        if path.name.startswith(f"{ANSWERS}-"):
+            return 0
         with path.open("rb") as file:
             return sum(1 for _ in file)
 
@@ -97,10 +115,71 @@ class Evaluation(Run[EvaluationSpec]):
     def write_event(self, session: Session, event_id: str, event: dict[str, Any]) -> None:
         """Parts are seen in the progress."""
 
+    def _ask(self, path: Path) -> bool:
+        """Ask the endpoint about the items in `path`, and add what it says; False where the attempt ended instead."""
+        judge = self.spec.judge
+        assert judge is not None
+        assert judge.endpoint is not None
+        sides, key = self.spec.sides_named, judge.endpoint.api_key
+
+        def asked() -> Iterator[str]:
+            for item in _items(path):
+                yield from questions(judge, item, sides)
+
+        total, new_parts = len({key_of(question) for question in asked()}), 0
+
+        def keep(fresh: dict[str, Answer]) -> None:
+            nonlocal new_parts
+            name = f"{ANSWERS}-{self.job.attempt:05d}-{new_parts:05d}.jsonl"
+            lines = (json.dumps({"key": key, **vars(answer)}) + "\n" for key, answer in fresh.items())
+            (self.folder / "parts" / name).write_text("".join(lines))
+            self.services.storage.put_file(f"{self.parts}/{name}", self.folder / "parts" / name)
+            new_parts += 1
+            self.answers |= fresh
+            progress = {"completions": self.kept, "total": self.kept, "answers": len(self.answers), "questions": total}
+            self._write(lost_attempts=0, progress=progress)
+
+        def tick() -> None:
+            if self.lease.lost:
+                raise LeaseLost
+            if self.asked_to_stop:
+                raise _BrokenOff
+
+        (self.folder / "parts").mkdir(exist_ok=True)
+        services = self.services
+        try:
+            opened = None if key is None else services.vault.open(key)
+            asker = Asker(judge.endpoint, opened, services.settings.private_judges)
+            self.answers = asker.ask_all(asked(), self.answers, keep, tick)
+        except ValueError as error:
+            return self.fail("judge_refused", f"The judge's key cannot be read: {error}.", "judge.endpoint.api_key")
+        except JudgeFailed as failed:
+            return self.fail(failed.code, str(failed), "judge.endpoint")
+        except _BrokenOff:
+            self.give_back()
+            return False
+        told = path.with_name("judged.jsonl")
+        with told.open("w") as file:
+            for item in _items(path):
+                found = [self.answers[key_of(question)].text for question in questions(judge, item, sides)]
+                item |= {"asked": bool(found), "verdicts": verdicts(found, sides), "judgements": found}
+                file.write(json.dumps(item, ensure_ascii=False) + "\n")
+        told.replace(path)
+        return True
+
+    def _write(self, **columns: Any) -> None:
+        def write(session: Session) -> None:
+            if not repository.write_guarded(session, self.job.id, self.job.attempt, **columns):
+                raise LeaseLost
+
+        self.lease.write(write)
+
     def succeed(self, outcome: dict[str, Any]) -> None:
         items_path, report_path = self.folder / "output" / "items.jsonl", self.folder / "report.json"
-        with items_path.open() as file:
-            items = [_figures(json.loads(line)) for line in file]
+        endpoint = self.spec.judge and self.spec.judge.endpoint
+        if endpoint and not self._ask(items_path):
+            return
+        items = [_figures(item) for item in _items(items_path)]
         if not items:
             self.fail("invalid_file", "No row of the data is left to evaluate.", "data")
             return
@@ -108,18 +187,28 @@ class Evaluation(Run[EvaluationSpec]):
         from worker import reports
 
         report = reports.report(self.spec, items)
+        if endpoint:
+            counts = [(answer.input_tokens, answer.output_tokens) for answer in self.answers.values()]
+            report["judge"] = reports.asked(endpoint.price, counts)
+        metrics = reports.flat(report)
+        verdicts = gates.judge(self.spec.gates or [], metrics)
         report_path.write_text(json.dumps(report, indent=1, allow_nan=False))
         made = {new_id("file"): ("report.json", report_path), new_id("file"): ("items.jsonl", items_path)}
         for file_id, (_, path) in made.items():
             self.services.storage.put_file(f"files/{file_id}", path)
 
         def write(session: Session) -> None:
+            if verdicts:
+                if not repository.write_guarded(session, self.job.id, self.job.attempt, gates=verdicts):
+                    raise LeaseLost
+                repository.add_event(session, self.job.id, gates.summary(verdicts), level=gates.level(verdicts))
             self.end(
                 session,
                 Status.SUCCEEDED,
                 f"The evaluation has succeeded: {reports.summary(report)}",
                 result_files=list(made),
-                metrics=reports.flat(report),
+                metrics=metrics,
+                gates=verdicts or None,
             )
             for file_id, (name, path) in made.items():
                 session.add(self.result_file(file_id, path, name))
@@ -127,6 +216,19 @@ class Evaluation(Run[EvaluationSpec]):
         self.lease.write(write)
 
 
+def _items(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open() as file:
+        yield from map(json.loads, file)
+
+
+def _answers(parts: Path) -> Iterator[tuple[str, Answer]]:
+    """What a judge said to earlier attempts, by the questions' keys."""
+    for path in parts.glob(f"{ANSWERS}-*.jsonl"):
+        for line in path.read_text().splitlines():
+            found = json.loads(line)
+            yield found.pop("key"), Answer(**found)
+
+
 def _figures(item: dict[str, Any]) -> dict[str, Any]:
     """What figures are made of: not the texts, which are most of an item."""
-    return {name: value for name, value in item.items() if not isinstance(value, str)}
+    return {name: value for name, value in item.items() if not isinstance(value, str) and name != "judgements"}

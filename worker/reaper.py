@@ -58,11 +58,14 @@ class Reaper:
         with self.services.database.read() as session:
             shown = repository.now(session)
             found = [*repository.leases(session), *tasks.leases(session)]
+            orphans = bool(repository.orphans(session))
         own, held = time.monotonic(), {(whose, attempt, end) for whose, attempt, end in found}
         in_touch, unrenewed = self.in_touch(own, shown), self.unrenewed(own, held)
         if in_touch >= repository.LEASE_SECONDS and unrenewed:
             for lane in reap(self.services.database, Look(own, shown, unrenewed)):
                 self.services.broker.wake(lane)
+        if orphans:
+            cancel_orphans(self.services.database)
 
     def in_touch(self, own: float, shown: float) -> float:
         """Seconds without a break, at a look whose time is `own` by this process's clock, `shown` by the database's."""
@@ -102,6 +105,20 @@ def reap(database: Database, look: Look | None = None) -> set[Lane]:
                 lanes.add(Lane.CPU)
                 tasks.hand_back(session, task, "The worker of this task was lost.")
     return lanes
+
+
+def cancel_orphans(database: Database) -> None:
+    """Cancel the evaluations that wait for a training that has failed or was cancelled."""
+    with database.write() as session:
+        for job in repository.orphans(session):
+            repository.transition(
+                session,
+                job.id,
+                Status(job.status),
+                Status.CANCELLED,
+                actor=Actor.HOUSEKEEPING,
+                message=f"Its training {job.parent_id} has made no model.",
+            )
 
 
 def _just_now(session: Session, look: Look) -> bool:

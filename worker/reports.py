@@ -6,11 +6,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import permutations
 from typing import Any
 
 import numpy
 
-from app.evaluations.spec import EvaluationSpec
+from app.evaluations.spec import EvaluationSpec, Price
 from worker import statistics
 from worker.statistics import Estimate
 
@@ -21,7 +22,7 @@ LENGTH_GROUPS = 5
 
 def report(spec: EvaluationSpec, items: Sequence[Item]) -> Report:
     """The figures of an evaluation. `items` must not be empty."""
-    of = {"preference": preference, "reward_kl": reward_kl, "win_rate": win_rate}[spec.type]
+    of = {"preference": preference, "reward_kl": reward_kl, "win_rate": win_rate, "agreement": agreement}[spec.type]
     return {"type": spec.type} | of(items)
 
 
@@ -29,7 +30,7 @@ def preference(items: Sequence[Item]) -> Report:
     """Of implicit reward margins: how often right, how large, how well calibrated, and whether length explains it."""
     margins = numpy.array([item["margin"] for item in items])
     longer = [float(item["tokens"][0] - item["tokens"][1]) for item in items]
-    prompts = [item["prompt"] for item in items]
+    prompts = [item["prompt_number"] for item in items]
     longer_preferred = statistics.accuracy_points(margins * numpy.array(longer))
     right = statistics.accuracy_points(margins)
     error, bins = statistics.calibration(margins)
@@ -68,15 +69,15 @@ def reward_kl(items: Sequence[Item]) -> Report:
     The KL of sequences is estimated by its definition, E_{y∼π}[log π(y|x) − log π_ref(y|x)], where π is the
     distribution that was sampled from, tempered and cut as it was.
     """
-    found = []
+    found, judged = [], "reward" in items[0]
     for temperature in sorted({item["temperature"] for item in items}):
         of = [item for item in items if item["temperature"] == temperature]
-        prompts = [item["prompt"] for item in of]
+        prompts = [item["prompt_number"] for item in of]
         found.append(
             {
                 "temperature": temperature,
                 "completions": len(of),
-                "reward": _shown(statistics.mean([item["reward"] for item in of], prompts)),
+                **({"reward": _shown(statistics.mean([item["reward"] for item in of], prompts))} if judged else {}),
                 "kl": _shown(statistics.mean([item["logp"] - item["reference_logp"] for item in of], prompts)),
                 "tokens": _shown(statistics.mean([item["tokens"] for item in of], prompts)),
                 "ended": sum(item["ended"] for item in of) / len(of),
@@ -90,29 +91,136 @@ def win_rate(items: Sequence[Item]) -> Report:
     found, temperatures = [], {item["temperature"] for item in items}
     for temperature in sorted(temperatures, key=lambda value: -1.0 if value is None else value):
         of = [item for item in items if item["temperature"] == temperature]
-        prompts = [item["prompt"] for item in of]
-        better = numpy.array([item["candidate_reward"] - item["baseline_reward"] for item in of])
-        points = statistics.accuracy_points(better)
-        longer = [float(item["candidate_characters"] - item["baseline_characters"]) for item in of]
-        longer_wins = statistics.accuracy_points(better * numpy.array(longer))
+        judged = [(item, point) for item in of if (point := preferred(item, ("candidate", "baseline"))) is not None]
         found.append(
             {
                 "temperature": temperature,
                 "comparisons": len(of),
-                "win_rate": _shown(statistics.win_rate(points, prompts)),
-                "wins": int((points == 1).sum()),
-                "ties": int((points == 0.5).sum()),
-                "losses": int((points == 0).sum()),
-                "longer_answer_wins": _shown(statistics.mean(longer_wins, prompts)),
-                "by_length": by_length(longer, points.tolist(), prompts),
+                **{f"{side}_characters": _shown(_characters(of, side)) for side in ("candidate", "baseline")},
+                **(_won(*map(list, zip(*judged, strict=True))) if judged else {}),
+                **_asked_in_both_orders(of),
             }
         )
     return {"temperatures": found}
 
 
+def _won(items: list[Item], points: list[float]) -> Report:
+    prompts, given = [item["prompt_number"] for item in items], numpy.array(points)
+    longer = [float(item["candidate_characters"] - item["baseline_characters"]) for item in items]
+    longer_wins = statistics.accuracy_points((given - 0.5) * numpy.array(longer))
+    return {
+        "win_rate": _shown(statistics.win_rate(given, prompts)),
+        "wins": int((given == 1).sum()),
+        "ties": int((given == 0.5).sum()),
+        "losses": int((given == 0).sum()),
+        "longer_answer_wins": _shown(statistics.mean(longer_wins, prompts)),
+        "by_length": by_length(longer, points, prompts),
+    }
+
+
+def _characters(items: Sequence[Item], side: str) -> Estimate:
+    return statistics.mean([item[f"{side}_characters"] for item in items], [item["prompt_number"] for item in items])
+
+
+def preferred(item: Item, sides: tuple[str, str]) -> float | None:
+    """1 where the judge prefers the first of `sides`, 0 the second, ½ neither; None where it was not understood.
+
+    One that was asked in both orders prefers a side where it says so at least once and never says the other.
+    """
+    if "verdicts" in item:
+        if None in item["verdicts"]:
+            return None
+        return float(numpy.sign(sum((one == sides[0]) - (one == sides[1]) for one in item["verdicts"])) + 1) / 2
+    if f"{sides[0]}_reward" not in item:
+        return None
+    return float(numpy.sign(item[f"{sides[0]}_reward"] - item[f"{sides[1]}_reward"]) + 1) / 2
+
+
+def _asked_in_both_orders(items: Sequence[Item]) -> Report:
+    """Of a judge that was asked: where it was not understood, and whether it likes what it is shown first."""
+    if "verdicts" not in items[0]:
+        return {}
+    sides = ("first", "second") if "first_characters" in items[0] else ("candidate", "baseline")
+    asked = [item for item in items if item["asked"]]
+    orders = [(item, verdict, shown) for item in asked
+              for verdict, shown in zip(item["verdicts"], sides, strict=True) if verdict in sides]  # fmt: skip
+    found: Report = {
+        "identical": len(items) - len(asked),
+        "unparseable": sum(None in item["verdicts"] for item in asked),
+        "inconsistent": sum(set(sides) == set(item["verdicts"]) for item in asked),
+    }
+    if orders:
+        shown_first = [float(verdict == shown) for _, verdict, shown in orders]
+        found["first_shown_preferred"] = _shown(
+            statistics.mean(shown_first, [item["prompt_number"] for item, _, _ in orders])
+        )
+    return found
+
+
+def agreement(items: Sequence[Item]) -> Report:
+    """People against each other, and the judge against people: raw agreement and Cohen's κ (paper, Table 2).
+
+    Each two votes on the same answers are a case, and so is each vote beside what the judge says. A judge that prefers
+    neither agrees with nobody; `without_ties` leaves it out.
+    """
+    people: list[tuple[Item, str, str]] = []
+    judged: list[tuple[Item, str, str]] = []
+    for item in items:
+        votes = _votes(item)
+        # Nobody is the first of two people: each pair counts in both orders.
+        people += [(item, one, other) for one, other in permutations(votes, 2)]
+        point = preferred(item, ("first", "second"))
+        if point is not None:
+            said = {1.0: "first", 0.0: "second", 0.5: "tie"}[point]
+            judged += [(item, said, vote) for vote in votes]
+    found: Report = {"comparisons": len(items), "votes": sum(sum(item["votes"]) for item in items)}
+    found["people_prefer_longer"] = _shown(_longer([(item, vote) for item in items for vote in _votes(item)]))
+    if people:
+        found["people_people"] = _agreeing(people) | {"cases": len(people) // 2}
+    if judged:
+        clear = [case for case in judged if case[1] != "tie"]
+        without = {"without_ties": _agreeing(clear)} if clear and len(clear) < len(judged) else {}
+        found["judge_people"] = _agreeing(judged) | without
+        found["judge_prefers_longer"] = _shown(_longer([(item, said) for item, said, _ in judged]))
+    return found | _asked_in_both_orders(items)
+
+
+def _votes(item: Item) -> list[str]:
+    return ["first"] * item["votes"][0] + ["second"] * item["votes"][1]
+
+
+def _agreeing(cases: Sequence[tuple[Item, str, str]]) -> Report:
+    prompts = [item["prompt_number"] for item, _, _ in cases]
+    first, second = [one for _, one, _ in cases], [other for _, _, other in cases]
+    same = [float(one == other) for one, other in zip(first, second, strict=True)]
+    return {
+        "cases": len(cases),
+        "agreement": _shown(statistics.win_rate(same, prompts)),
+        "kappa": _shown(statistics.kappa(first, second, prompts)),
+    }
+
+
+def _longer(preferences: Sequence[tuple[Item, str]]) -> Estimate:
+    """How often the longer answer is preferred; ½ where both are as long or neither is preferred."""
+    sign = {"first": 1.0, "second": -1.0, "tie": 0.0}
+    longer = [sign[said] * (item["first_characters"] - item["second_characters"]) for item, said in preferences]
+    return statistics.mean(
+        statistics.accuracy_points(numpy.array(longer)), [item["prompt_number"] for item, _ in preferences]
+    )
+
+
+def asked(price: Price | None, tokens: Sequence[tuple[int, int]]) -> Report:
+    """What a judge's answers took: `tokens` are those of each question and its answer."""
+    counts = [sum(column) for column in zip(*tokens, strict=True)] or [0, 0]
+    found: Report = {"answers": len(tokens), "input_tokens": counts[0], "output_tokens": counts[1]}
+    if price is not None:
+        found["cost"] = (counts[0] * price.input + counts[1] * price.output) / 1e6
+    return found
+
+
 def summary(found: Report) -> str:
     """The figures that matter most, in a line."""
-    shown = ("accuracy", "margin", "win_rate", "reward", "kl")
+    shown = ("accuracy", "margin", "win_rate", "reward", "kl", "judge_people/agreement", "people_people/agreement")
     numbers = flat(found)
     return ", ".join(
         f"{name} {number:.4g}" + (f" ± {numbers[error]:.2g}" if (error := _error(name)) in numbers else "")

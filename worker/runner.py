@@ -162,7 +162,7 @@ class Run(ABC, Generic[Spec]):
             batch, ended = _drain(lines)
             if self.lease.lost:
                 raise LeaseLost
-            if asked == math.inf and (self.stopping.is_set() or self.lease.paused or self.overdue):
+            if asked == math.inf and self.asked_to_stop:
                 process.send_signal(signal.SIGTERM)
                 asked = time.monotonic()
             if self.overdue and time.monotonic() - asked > OVERDUE_SECONDS:
@@ -217,7 +217,8 @@ class Run(ABC, Generic[Spec]):
                 return
             for event_id, event in zip(told, batch, strict=True):
                 if event["kind"] == "message":
-                    repository.add_event(session, self.job.id, event["message"], level=event["level"], id=event_id)
+                    text, level, data = event["message"], event["level"], event["data"]
+                    repository.add_event(session, self.job.id, text, level=level, data=data, id=event_id)
                 else:
                     self.write_event(session, event_id, event)
 
@@ -236,20 +237,28 @@ class Run(ABC, Generic[Spec]):
             self.succeed(self.outcome)
         elif self.outcome is not None and self.outcome["kind"] == "failed":
             self.fail(self.outcome["code"], self.outcome["message"], self.outcome["param"])
-        elif self.overdue:
-            message = f"It ran for {self.job.timeout_seconds} s, which is its 'timeout_seconds'. {self.OVERDUE}"
-            self.fail("timeout_exceeded", message, "timeout_seconds")
-        elif status == STOPPED and self.lease.paused:
-            self.lease.write(
-                lambda session: self.end(session, Status.QUEUED, "The job waits, paused; its GPU is free.")
-            )
-        elif status == STOPPED and self.stopping.is_set():
-            self.lease.write(lambda session: self.end(session, Status.QUEUED, "The worker stops; the job will resume."))
+        elif (self.overdue or status == STOPPED) and self.asked_to_stop:
+            self.give_back()
         elif self.outcome is not None and self.outcome["kind"] == "broken":
             self._recover(f"The trainer could not go on ({self.outcome['reason']}).")
         else:
             how = f"signal {-status}" if status < 0 else f"exit status {status}"
             self._recover(f"The trainer died ({how}).")
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether the attempt should end before the job has."""
+        return self.overdue or self.lease.paused or self.stopping.is_set()
+
+    def give_back(self) -> None:
+        """End an attempt that was asked to stop: its job fails where its time is over, else goes back to the queue."""
+        if self.overdue:
+            message = f"It ran for {self.job.timeout_seconds} s, which is its 'timeout_seconds'. {self.OVERDUE}"
+            self.fail("timeout_exceeded", message, "timeout_seconds")
+            return
+        paused, stops = "The job waits, paused; its GPU is free.", "The worker stops; the job will resume."
+        text = paused if self.lease.paused else stops
+        self.lease.write(lambda session: self.end(session, Status.QUEUED, text))
 
     def result_file(self, file_id: str, path: Path, name: str) -> File:
         """The row of a file that the job leaves."""

@@ -72,6 +72,8 @@ def _read_spec(path: Path) -> tuple[JobSpec, dict[str, Any]]:
         first: dict[str, Any] = dict(error.errors()[0])
         first["loc"] = ("body", *first["loc"])
         raise UsageError(f"{path}: {describe_validation_error(first)[0]}") from error
+    if spec.evaluations:
+        raise UsageError(f"{path}: 'evaluations' are jobs of the service; leave them out.")
     located = {}
     for field, name in spec.files():
         file = (path.parent / name).resolve()

@@ -128,31 +128,35 @@ def accuracy_points(margins: Floats) -> Floats:
     return numpy.where(margins > 0, 1.0, numpy.where(margins == 0, 0.5, 0.0))
 
 
-def raw_agreement(first: Sequence[Hashable], second: Sequence[Hashable]) -> float:
-    """How often two raters of the same items say the same."""
-    return sum(a == b for a, b in zip(first, second, strict=True)) / len(first)
+def kappa(first: Sequence[str], second: Sequence[str], prompts: Sequence[Hashable]) -> Estimate:
+    """Cohen's κ = (p_o − p_e)/(1 − p_e) of two raters of the same items (Cohen 1960), with a bootstrap over prompts.
 
-
-def kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> float:
-    """Cohen's κ = (p_o − p_e)/(1 − p_e) of two raters of the same items (Cohen 1960).
-
-    NaN where both always say the same one thing: then chance alone explains all.
+    NaN where both always say the same one thing: then chance alone explains all. So are errors that are not known.
     """
-    names = sorted({*first, *second}, key=str)
-    count = len(first)
-    expected = sum(first.count(name) / count * second.count(name) / count for name in names)
-    return math.nan if expected == 1 else (raw_agreement(first, second) - expected) / (1 - expected)
+    classes = sorted({*first, *second})
+    at = [[classes.index(name) for name in rater] for rater in (first, second)]
+    groups = clusters(prompts)
+    tables = numpy.zeros((len(groups), len(classes), len(classes)))
+    for number, group in enumerate(groups):
+        for place in group:
+            tables[number, at[0][place], at[1][place]] += 1
+    value = float(_kappa(tables.sum(0)))
+    if len(groups) < 2:
+        return Estimate(value, math.nan, math.nan, math.nan)
+    generator = numpy.random.default_rng(0)
+    draws = generator.multinomial(len(groups), numpy.full(len(groups), 1 / len(groups)), size=RESAMPLES)
+    found = _kappa(numpy.einsum("rg,gij->rij", draws.astype(numpy.float64), tables))
+    found = found[~numpy.isnan(found)]
+    if not len(found):
+        return Estimate(value, math.nan, math.nan, math.nan)
+    low, high = numpy.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Estimate(value, float(numpy.std(found, ddof=1)) if len(found) > 1 else math.nan, float(low), float(high))
 
 
-def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Which of `points` (cost, gain) no other beats: none has at most the cost and at least the gain, one of them
-    strictly. In order of cost."""
-    order = sorted(range(len(points)), key=lambda k: (points[k][0], -points[k][1]))
-    kept: list[int] = []
-    best, at = -math.inf, math.nan
-    for k in order:
-        cost, gain = points[k]
-        if gain > best or (gain == best and cost == at):
-            kept.append(k)
-            best, at = gain, cost
-    return kept
+def _kappa(tables: Floats) -> Floats:
+    """κ of tables [..., k, k] that count what two raters say of the same items."""
+    shares = tables / tables.sum((-2, -1), keepdims=True)
+    expected = (shares.sum(-1) * shares.sum(-2)).sum(-1)
+    observed = numpy.trace(shares, axis1=-2, axis2=-1)
+    with numpy.errstate(invalid="ignore", divide="ignore"):
+        return numpy.asarray(numpy.where(expected > 1 - 1e-12, numpy.nan, (observed - expected) / (1 - expected)))

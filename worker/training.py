@@ -5,8 +5,9 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
+from app import gates
 from app.database import database_now, new_id
-from app.jobs import gates, repository
+from app.jobs import repository
 from app.jobs.spec import JobSpec
 from app.jobs.states import Status
 from app.jobs.tables import Checkpoint, Job
@@ -17,11 +18,6 @@ from worker.checkpoints import Checkpoints
 from worker.integrations import Reporter
 from worker.lease import LeaseLost
 from worker.runner import Run
-
-
-def model_name(job: Job) -> str:
-    """`ft:{base}:{project}:{suffix}:{8 characters of the job's id}`"""
-    return f"ft:{job.base_model}:{job.project}:{job.spec['suffix'] or ''}:{job.id.removeprefix('ftjob-')[:8].lower()}"
 
 
 class Training(Run[JobSpec]):
@@ -128,7 +124,7 @@ class Training(Run[JobSpec]):
             message = f"Step {event['step']}/{event['total_steps']}: {values}"
             repository.add_event(session, self.job.id, message, type="metrics", data=data, id=event_id)
         elif event["kind"] == "checkpoint":
-            name = f"{model_name(self.job)}:ckpt-step-{event['step']}"
+            name = f"{self.job.makes}:ckpt-step-{event['step']}"
             prefix = f"{self.prefix}/{event['path']}"
             if repository.move_checkpoint(session, self.job.id, event["step"], prefix):
                 return  # written again after a resume: the same bytes, and whole, which the first may not be
@@ -157,21 +153,20 @@ class Training(Run[JobSpec]):
                 self.log.warning("checkpoints not trimmed", reason=str(error))
 
     def succeed(self, outcome: dict[str, Any]) -> None:
-        name, result_id = model_name(self.job), new_id("file")
+        name, result_id = self.job.makes, new_id("file")
         storage, result = self.services.storage, self.folder / "result.csv"
         storage.put_folder(f"{self.prefix}/model", self.folder / "output")
         storage.put_file(f"files/{result_id}", result)
         adapter = self.job.spec["adapter"]
-        verdicts = gates.judge(self.spec, outcome["metrics"])
         size = sum(path.stat().st_size for path in (self.folder / "output").rglob("*") if path.is_file())
 
         def write(session: Session) -> None:
+            # The row first: events are numbered in the order of their commits, and evaluations that end now wait.
+            if not repository.write_guarded(session, self.job.id, self.job.attempt, metrics=outcome["metrics"]):
+                raise LeaseLost
+            verdicts = repository.judged(session, self.job, outcome["metrics"])
             if verdicts:
-                # The row first: a job's events are numbered in the order of their commits.
-                if not repository.write_guarded(session, self.job.id, self.job.attempt, gates=verdicts):
-                    raise LeaseLost
-                level = "info" if all(gate["met"] for gate in verdicts) else "warn"
-                repository.add_event(session, self.job.id, gates.summary(verdicts), level=level)
+                repository.add_event(session, self.job.id, gates.summary(verdicts), level=gates.level(verdicts))
             self.end(
                 session,
                 Status.SUCCEEDED,

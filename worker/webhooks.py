@@ -6,18 +6,17 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
-from typing import Any
 
-import httpx2
 import orjson
 import structlog
 from standardwebhooks import Webhook
 
 from app import __version__
 from app.services import Services
+from app.targets import Refused, find, new_client
 from app.webhooks import repository
+from app.webhooks.service import PRIVATE
 from app.webhooks.tables import WebhookDelivery, WebhookEndpoint
-from app.webhooks.target import Refused, find
 
 log = structlog.get_logger(__name__)
 
@@ -78,22 +77,18 @@ class Sender:
         """(the answer's status, what went wrong)."""
         body = orjson.dumps(delivery.body)
         try:
-            target = find(endpoint.url, self.services.settings.private_webhooks)
+            target = find(endpoint.url, self.services.settings.private_webhooks, PRIVATE)
             signed_at = datetime.now(UTC)
             secret = Webhook(self.services.vault.open(endpoint.sealed_secret))
-            headers: dict[str, Any] = {
-                "Host": target.host_header,
+            headers = {
                 "Content-Type": "application/json",
                 "User-Agent": f"dpo-service/{__version__}",
                 "webhook-id": delivery.event_id,
                 "webhook-timestamp": str(int(signed_at.timestamp())),
                 "webhook-signature": secret.sign(delivery.event_id, signed_at, body.decode()),
             }
-            # No redirects and no proxy of the environment: the connection goes to the address that was checked.
-            with httpx2.Client(timeout=TIMEOUT_SECONDS, trust_env=False, follow_redirects=False) as client:
-                request = client.build_request(
-                    "POST", target.url, content=body, headers=headers, extensions={"sni_hostname": target.host}
-                )
+            with new_client(TIMEOUT_SECONDS) as client:
+                request = target.post(client, body, headers)
                 # The timeout is that of a read; an answer that comes drop by drop must not hold a sender for ever.
                 overdue = threading.Timer(TIMEOUT_SECONDS, client.close)
                 overdue.start()

@@ -1,16 +1,18 @@
 """`dpo evaluate`, and `dpo evaluations`: is a model better?"""
 
+import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import quote
 
 import typer
 from rich.console import Console
 
 from app.cli.client import Client
-from app.cli.output import Json, Limit, emit, emit_table, read_body
-from app.cli.watch import EXIT_STATUS, watch
+from app.cli.describe import describe_gate
+from app.cli.output import Json, Limit, emit, emit_table, read_body, read_gates
+from app.cli.watch import exit_status, watch
 
 evaluations = typer.Typer(help="Evaluations of models.", no_args_is_help=True)
 PATH = "/evaluations"
@@ -21,7 +23,7 @@ def _path(evaluation_id: str) -> str:
 
 
 def evaluate(
-    type: Annotated[str, typer.Argument(help="preference, win_rate or reward_kl; else the body's.")] = "",
+    type: Annotated[str, typer.Argument(help="preference, win_rate, reward_kl or agreement; else the body's.")] = "",
     candidate: Annotated[str, typer.Option(help="A base model, a made model or a checkpoint.")] = "",
     baseline: Annotated[str, typer.Option(help="Likewise; without one, what the candidate was trained from.")] = "",
     candidate_file: Annotated[str, typer.Option(help="Ready answers instead: a file id, or a path to upload.")] = "",
@@ -30,18 +32,26 @@ def evaluate(
     data: Annotated[str, typer.Option(help="Held-out rows: a file id, or a path to upload first.")] = "",
     reward_model: Annotated[str, typer.Option(help="The judge: a reward model that was made here.")] = "",
     classifier: Annotated[str, typer.Option(help="The judge: a classifier, as a file id or a path.")] = "",
+    judge_url: Annotated[
+        str, typer.Option(help="The judge: a server of chat completions. Its key is read from DPO_JUDGE_API_KEY.")
+    ] = "",
+    judge_model: Annotated[
+        str, typer.Option(help="The model that is asked there; without --judge-url, one of this service.")
+    ] = "",
+    question: Annotated[str, typer.Option(help="dialogue, plain_summary or concise_summary.")] = "",
     temperature: Annotated[list[float] | None, typer.Option(help="Of sampling; several.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Completions of each prompt.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Of a completion.")] = None,
     max_rows: Annotated[int | None, typer.Option(min=1, help="Only so many rows of the data.")] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
+    gate: Annotated[list[str] | None, typer.Option(help="METRIC>=NUMBER or METRIC<=NUMBER, win_rate/low>=0.5.")] = None,
     spec: Annotated[Path | None, typer.Option(help="A JSON file with the whole body; '-' for stdin.")] = None,
     follow: Annotated[bool, typer.Option("--watch", help="Follow it to its end.")] = False,
     as_json: Json = False,
 ) -> None:
     """Start an evaluation. Options add to or override the body of --spec.
 
-    With --watch, the exit status is 0 succeeded, 1 failed, 3 cancelled.
+    With --watch, the exit status is 0 succeeded, 1 failed, 3 cancelled, 4 a gate not met.
     """
     client = Client()
     body = read_body(spec)
@@ -54,19 +64,38 @@ def evaluate(
             body[name] = {key: value for key, value in side.items() if value}
     if data:
         body["data"] = _file(client, data)
-    if reward_model:
-        body["judge"] = {"type": "reward_model", "model": reward_model}
-    if classifier:
-        body["judge"] = {"type": "classifier", "classifier": {"file": _file(client, classifier)}}
+    judge = judge_of(client, reward_model, classifier, judge_url, judge_model, question)
+    if judge:
+        body["judge"] = {**(body.get("judge") or {}), **judge}
     sampling = {"temperatures": temperature, "samples": samples, "max_tokens": max_tokens}
     if any(value is not None for value in sampling.values()):
         given = {name: value for name, value in sampling.items() if value is not None}
         body["sampling"] = {**(body.get("sampling") or {}), **given}
     body |= {name: value for name, value in {"max_rows": max_rows, "seed": seed}.items() if value is not None}
+    if gate:
+        body["gates"] = [*body.get("gates", []), *read_gates(gate)]
     made = client.request("POST", PATH, json=body)
     if follow:
         _follow(client, made["id"], as_json)
     emit(made, as_json, f"{made['id']}: {made['status']}\nfollow it: dpo evaluations watch {made['id']}")
+
+
+def judge_of(
+    client: Client, reward_model: str, classifier: str, judge_url: str, judge_model: str, question: str
+) -> dict[str, Any]:
+    """The judge that the options name; nothing where they name none."""
+    judge: dict[str, Any] = {}
+    if judge_url:
+        key = os.environ.get("DPO_JUDGE_API_KEY")
+        endpoint = {"base_url": judge_url, "model": judge_model, "api_key": key}
+        judge = {"type": "endpoint", "endpoint": {name: value for name, value in endpoint.items() if value}}
+    elif judge_model:
+        judge = {"type": "model", "model": judge_model}
+    elif reward_model:
+        judge = {"type": "reward_model", "model": reward_model}
+    elif classifier:
+        judge = {"type": "classifier", "classifier": {"file": _file(client, classifier)}}
+    return judge | ({"question": question} if question else {})
 
 
 def _file(client: Client, named: str) -> str:
@@ -82,8 +111,8 @@ def evaluations_list(limit: Limit = 20, as_json: Json = False) -> None:
     emit_table(rows if as_json else shown, ["id", "status", "type", "candidate", "baseline"], as_json)
 
 
-def _side(side: dict[str, str]) -> str:
-    return next(iter(side.values()))
+def _side(side: dict[str, str] | None) -> str:
+    return next(iter(side.values())) if side else ""
 
 
 @evaluations.command("show")
@@ -95,7 +124,7 @@ def evaluations_show(evaluation_id: str, as_json: Json = False) -> None:
 
 @evaluations.command("watch")
 def evaluations_watch(evaluation_id: str, as_json: Json = False) -> None:
-    """Follow an evaluation to its end. Exit status: 0 succeeded, 1 failed, 3 cancelled."""
+    """Follow an evaluation to its end. Exit status: 0 succeeded, 1 failed, 3 cancelled, 4 a gate not met."""
     _follow(Client(), evaluation_id, as_json)
 
 
@@ -108,8 +137,10 @@ def _follow(client: Client, evaluation_id: str, as_json: bool) -> None:
         figure, _, part = name.partition("@")[0].rpartition("/")
         if part not in ("error", "low", "high") or figure == "calibration":
             text += f"\n{name:<32} {value:.4f}"
+    for verdict in found["gates"]:
+        text += f"\n{describe_gate(verdict)}"
     emit(found, as_json, text)
-    raise typer.Exit(EXIT_STATUS[found["status"]])
+    raise typer.Exit(exit_status(found))
 
 
 @evaluations.command("report")

@@ -15,12 +15,14 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from app.cli.client import Client, ClientError
+from app.cli.compare import compare
 from app.cli.describe import describe_estimate, describe_gate, describe_report
 from app.cli.evaluations import evaluate, evaluations
-from app.cli.output import Json, Limit, console, emit, emit_table, read_body
+from app.cli.output import Json, Limit, console, emit, emit_table, read_body, read_gates
 from app.cli.processes import end_with_parent, supervise
+from app.cli.sweeps import sweeps
 from app.cli.tokens import count_tokens
-from app.cli.watch import EXIT_STATUS, GATE_NOT_MET, watch
+from app.cli.watch import exit_status, watch
 from app.datasets.check import survey
 from app.datasets.mapping import Mapping
 from app.errors import ServiceError
@@ -39,10 +41,12 @@ jobs = typer.Typer(help="Fine-tuning jobs.", no_args_is_help=True)
 models = typer.Typer(help="Base models, and models made here.", no_args_is_help=True)
 GROUPS = {
     "keys": keys, "projects": projects, "files": files, "jobs": jobs, "models": models, "evaluations": evaluations,
+    "sweeps": sweeps,
 }  # fmt: skip
 for name, group in GROUPS.items():
     cli.add_typer(group, name=name)
 cli.command()(evaluate)
+cli.command()(compare)
 
 
 def main() -> None:
@@ -371,7 +375,7 @@ def jobs_create(
     given = {"model": model, "training_file": training_file, "validation_file": validation_file, "suffix": suffix}
     body |= {key: value for key, value in given.items() if value}
     if gate:
-        body["gates"] = [*body.get("gates", []), *map(_gate, gate)]
+        body["gates"] = [*body.get("gates", []), *read_gates(gate)]
     for field in ("training_file", "validation_file"):
         if field in body and Path(body[field]).is_file():
             body[field] = client.upload(Path(body[field]))["id"]
@@ -383,15 +387,6 @@ def jobs_create(
     if follow:
         _follow(client, job["id"], as_json)
     emit(job, as_json, job["id"])
-
-
-def _gate(text: str) -> dict[str, Any]:
-    """A gate from the command line: METRIC>=NUMBER or METRIC<=NUMBER."""
-    metric, sign, number = text.partition(">=") if ">=" in text else text.partition("<=")
-    try:
-        return {"metric": metric.strip(), "min" if sign == ">=" else "max": float(number)}
-    except ValueError:
-        raise typer.BadParameter(f"'{text}' is not METRIC>=NUMBER or METRIC<=NUMBER", param_hint="--gate") from None
 
 
 @jobs.command("list")
@@ -425,8 +420,7 @@ def _follow(client: Client, job_id: str, as_json: bool) -> None:
     if job["status"] == "succeeded":
         text += _next_steps(job)
     emit(job, as_json, text)
-    missed = job["status"] == "succeeded" and not all(verdict["met"] for verdict in job["gates"])
-    raise typer.Exit(GATE_NOT_MET if missed else EXIT_STATUS[job["status"]])
+    raise typer.Exit(exit_status(job))
 
 
 def _next_steps(job: dict[str, Any]) -> str:

@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 240)
+"""What is piped on is not folded to the width of a terminal."""
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Limit = Annotated[int, typer.Option(min=1, help="At most this many.")]
 
@@ -43,3 +44,16 @@ def read_body(spec: Path | None) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise typer.BadParameter("must hold a JSON object", param_hint="--spec")
     return body
+
+
+def read_gates(texts: list[str] | None) -> list[dict[str, Any]]:
+    """The gates of `--gate`: METRIC>=NUMBER or METRIC<=NUMBER."""
+    return [_gate(text) for text in texts or []]
+
+
+def _gate(text: str) -> dict[str, Any]:
+    metric, sign, number = text.partition(">=") if ">=" in text else text.partition("<=")
+    try:
+        return {"metric": metric.strip(), "min" if sign == ">=" else "max": float(number)}
+    except ValueError:
+        raise typer.BadParameter(f"'{text}' is not METRIC>=NUMBER or METRIC<=NUMBER", param_hint="--gate") from None

@@ -30,9 +30,20 @@ def watch(client: Client, path: str, console: Console) -> dict[str, Any]:
             job: dict[str, Any] = client.request("GET", path)
             seen = _print_new_events(client, path, seen, console)
             _show(progress, task, job)
-            if job["status"] in EXIT_STATUS:
+            if job["status"] in EXIT_STATUS and not _waits_for_evaluations(job):
                 return job
             time.sleep(INTERVAL_SECONDS)
+
+
+def _waits_for_evaluations(job: dict[str, Any]) -> bool:
+    """Whether a training has succeeded, and evaluations of its model are still to say whether its gates are met."""
+    return job["status"] == "succeeded" and any(gate["met"] is None for gate in job["gates"])
+
+
+def exit_status(job: dict[str, Any]) -> int:
+    """0 succeeded and all gates met, 1 failed, 3 cancelled, 4 a gate not met."""
+    missed = job["status"] == "succeeded" and not all(gate["met"] for gate in job["gates"])
+    return GATE_NOT_MET if missed else EXIT_STATUS[job["status"]]
 
 
 def _show(progress: Progress, task: Any, job: dict[str, Any]) -> None:
@@ -41,12 +52,16 @@ def _show(progress: Progress, task: Any, job: dict[str, Any]) -> None:
         state += ", paused"
     elif state == "running" and job.get("stage"):
         state = f"running {job['stage']}"
+    elif _waits_for_evaluations(job):
+        state = "evaluated"
     elif state == "queued" and job["queue_position"]:
         state = f"queued, place {job['queue_position']}"
     metrics = job["metrics"] or {}
     text = "  ".join(f"{name} {metrics[name]:.3f}" for name in SHOWN if name in metrics)
     steps = job["progress"] or {}
     done, total = ("completions", "total") if "completions" in steps else ("step", "total_steps")
+    if steps.get("questions"):
+        done, total = "answers", "questions"
     progress.update(task, completed=steps.get(done, 0), total=steps.get(total), state=state, metrics=text)
 
 

@@ -87,8 +87,9 @@ class Report:
         if example.tools:
             self.with_tools += 1
         texts = tuple([one if type(one) is str else repr(one) for one in responses])
-        best = len(texts[0])
-        self.best.add(best)
+        best = len(texts[0]) if texts else 0
+        if texts:
+            self.best.add(best)
         if len(texts) > 1:
             worst = len(texts[-1])
             self.worst.add(worst)
@@ -214,6 +215,7 @@ def examples(file: IO[bytes], mapping: Mapping | None = None, report: Report | N
 
 
 NEEDS = {
+    Kind.SUPERVISED: "answers",
     Kind.PREFERENCE: "pairs of a preferred and a rejected answer",
     Kind.RANKED: "ranked lists of answers",
     Kind.LABELLED: "answers with a label, good or bad",

@@ -32,13 +32,17 @@ class Kind(StrEnum):
     """K ≥ 2 responses, the best first."""
     LABELLED = "labelled"
     """One response, and whether it is desirable."""
+    PROMPTS = "prompts"
+    """No response: what is to be answered."""
 
     def serves(self, need: "Kind") -> bool:
         """Whether examples of this kind can be used where `need` is asked for.
 
         SFT learns the best response of anything; a ranked list is its pairs, a pair a list of two, and a pair
-        is one desirable and one undesirable response.
+        is one desirable and one undesirable response. Anything has prompts.
         """
+        if Kind.PROMPTS in (self, need):
+            return need == Kind.PROMPTS
         return need in (self, Kind.SUPERVISED) or (self, need) in (
             (Kind.RANKED, Kind.PREFERENCE),
             (Kind.PREFERENCE, Kind.RANKED),
@@ -48,7 +52,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A prompt and its responses, the best first.
+    """A prompt and its responses, the best first; none where it is only to be answered.
 
     `raw`: plain text with no prompt, to be learned as it is, without a template. `desirable`: of a labelled
     response, whether it is. `tools`: what the assistant may call. `turns`: numbers of the prompt's messages whose

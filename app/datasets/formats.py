@@ -22,7 +22,12 @@ class Format:
     read: Callable[[Record, int], Example]
 
     def applies(self, record: Record) -> bool:
-        """Answers are labelled good or bad by true or false; a label of another kind is some other column."""
+        """Answers are labelled good or bad by true or false; a label of another kind is some other column.
+
+        A row with other fields than a prompt is not taken for one without an answer: its names are only not known.
+        """
+        if self.kind == Kind.PROMPTS:
+            return record.keys() <= {"prompt", "system"}
         return self.kind != Kind.LABELLED or any(_truth(record.get(name)) is not None for name in _LABELS)
 
 
@@ -264,6 +269,10 @@ def _plain_text(record: Record, line: int) -> Example:
     return Example(line, "", (found,), raw=True)
 
 
+def _only_a_prompt(record: Record, line: int) -> Example:
+    return Example(line, prompt(record, "prompt", line), ())
+
+
 def _format(name: str, kind: Kind, needs: str, read: Callable[[Record, int], Example]) -> Format:
     return Format(name, kind, frozenset(needs.split()), read)
 
@@ -294,5 +303,6 @@ FORMATS = (
     _format("alpaca", Kind.SUPERVISED, "instruction output", _alpaca),
     _format("prompt_completion", Kind.SUPERVISED, "prompt completion", _prompt_completion),
     _format("text", Kind.SUPERVISED, "text", _plain_text),
+    _format("prompts", Kind.PROMPTS, "prompt", _only_a_prompt),
 )
 """In the order in which they are tried: those that need more fields first."""

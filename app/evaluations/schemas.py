@@ -4,8 +4,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from app.evaluations.spec import EvaluationType
 from app.jobs.outlook import Place
-from app.jobs.schemas import JobError
+from app.jobs.schemas import GateVerdict, JobError, shown_gates
 from app.jobs.states import Status
 from app.jobs.tables import Job
 from app.strict import unix_seconds
@@ -16,6 +17,9 @@ class EvaluationProgress(BaseModel):
 
     completions: int
     total: int
+    answers: int | None = None
+    """What the judge's endpoint has answered of `questions`."""
+    questions: int | None = None
 
 
 class EvaluationObject(BaseModel):
@@ -48,13 +52,13 @@ class EvaluationObject(BaseModel):
     organization_id: str
     status: Status
     error: JobError | None
-    type: Literal["preference", "win_rate", "reward_kl"]
+    type: EvaluationType
     name: str | None
     data: str
     mapping: dict[str, Any] | None
     max_rows: int | None
-    candidate: dict[str, Any]
-    baseline: dict[str, Any]
+    candidate: dict[str, Any] | None
+    baseline: dict[str, Any] | None
     beta: float | None
     sampling: dict[str, Any] | None
     judge: dict[str, Any] | None
@@ -69,6 +73,10 @@ class EvaluationObject(BaseModel):
     queue_position: int | None
     attempt: int
     metrics: dict[str, float] | None
+    gates: list[GateVerdict]
+    fine_tuning_job_id: str | None
+    """The training that this evaluation is of, where it asked for it: its gates count there."""
+    sweep_id: str | None
     result_files: list[str]
     """The report, as JSON, and what it was made of: a line for each pair or completion."""
     paused: bool
@@ -101,7 +109,7 @@ class EvaluationObject(BaseModel):
             error=JobError(**job.error) if job.error else None,
             candidate=_given(spec["candidate"]),
             baseline=_given(spec["baseline"]),
-            judge=spec["judge"] and _given(spec["judge"]),
+            judge=_judge(spec["judge"]),
             metadata=job.job_metadata,
             priority=job.priority,
             timeout_seconds=job.timeout_seconds,
@@ -110,11 +118,22 @@ class EvaluationObject(BaseModel):
             queue_position=place.position,
             attempt=job.attempt,
             metrics=job.metrics,
+            gates=shown_gates(job),
+            fine_tuning_job_id=job.parent_id,
+            sweep_id=job.sweep_id,
             result_files=job.result_files,
             paused=job.paused,
             **{name: spec[name] for name in written},
         )
 
 
-def _given(part: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in part.items() if value is not None}
+def _given(part: dict[str, Any] | None) -> dict[str, Any] | None:
+    return part and {name: value for name, value in part.items() if value is not None}
+
+
+def _judge(part: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A judge without its endpoint's key, which nobody is shown."""
+    shown = _given(part)
+    if shown is not None and "endpoint" in shown:
+        shown["endpoint"] = _given({**shown["endpoint"], "api_key": None})
+    return shown

@@ -6,23 +6,30 @@ from typing import Any
 import structlog
 from sqlalchemy.orm import Session
 
-from app.broker import Lane
+from app.broker import Broker, Lane
+from app.database import Database
 from app.datasets.mapping import Mapping
 from app.errors import NotFound, ServiceError
 from app.evaluations.schemas import EvaluationObject
-from app.evaluations.spec import EvaluationSpec, Side
+from app.evaluations.spec import TAKES, EvaluationSpec, JobEvaluation, Side
 from app.files import repository as files
 from app.idempotency.service import Sending
 from app.jobs import repository
+from app.jobs.feed import Feed
 from app.jobs.lifecycle import Lifecycle
 from app.jobs.outlook import Place
 from app.jobs.tables import EVALUATION, Job
+from app.keys.service import Keys
 from app.models import repository as models
+from app.storage import Storage
+from app.targets import Refused, find
+from app.vault import Vault
 
 log = structlog.get_logger(__name__)
 
 PURPOSES = ("fine-tune", "evals")
 BETA = 0.1
+PRIVATE = "DPO_PRIVATE_JUDGES"
 
 
 class Evaluations(Lifecycle[EvaluationObject]):
@@ -31,12 +38,26 @@ class Evaluations(Lifecycle[EvaluationObject]):
     KIND, NOUN, NAME, CODE, PATH = EVALUATION, "evaluation", "evaluation", "evaluation", "/v1/evaluations"
     PREFIX = "eval"
 
+    def __init__(
+        self,
+        database: Database,
+        storage: Storage,
+        broker: Broker,
+        keys: Keys,
+        feed: Feed,
+        vault: Vault,
+        private_hosts: tuple[str, ...],
+    ) -> None:
+        super().__init__(database, storage, broker, keys, feed)
+        self.vault, self.private_hosts = vault, private_hosts
+
     def show(self, job: Job, place: Place | None = None) -> EvaluationObject:
         return EvaluationObject.of(job, place)
 
     def create(self, project: str, spec: EvaluationSpec, sending: Sending) -> EvaluationObject:
         """Check what the spec names, store the evaluation, then wake a worker of the CPU lane to check its files."""
         content = spec.model_dump(mode="json")
+        self._reachable(spec)
         with self.database.write() as session:
             earlier = sending.earlier(session, "evaluations.create", content)
             job = None if earlier is None else repository.get(session, project, earlier, EVALUATION)
@@ -47,8 +68,34 @@ class Evaluations(Lifecycle[EvaluationObject]):
         self.broker.wake(Lane.CPU)
         return self.show(job) if earlier is None else self.get(project, job.id)
 
-    def _insert(self, session: Session, project: str, spec: EvaluationSpec, request_id: str | None) -> Job:
-        found = {field: self._model(session, project, field, name) for field, name in spec.models()}
+    def _reachable(self, spec: EvaluationSpec) -> None:
+        """Refuse a judge that nothing may be sent to."""
+        if spec.judge is not None and spec.judge.endpoint is not None:
+            try:
+                find(spec.judge.endpoint.base_url, self.private_hosts, PRIVATE)
+            except Refused as refused:
+                message = f"This judge cannot be asked: {refused}."
+                raise ServiceError(message, param="judge.endpoint.base_url", code="invalid_url") from None
+
+    def attach(self, session: Session, job: Job, number: int, asked: JobEvaluation) -> Job:
+        """Store an evaluation of the model that the training `job` makes. It waits until that is there."""
+        try:
+            spec = asked.of(job.makes)
+            self._reachable(spec)
+            return self._insert(session, job.project, spec, job.request_id, of=job)
+        except ServiceError as error:
+            error.param = f"evaluations.{number}.{error.param}"
+            raise
+
+    def _insert(
+        self, session: Session, project: str, spec: EvaluationSpec, request_id: str | None, *, of: Job | None = None
+    ) -> Job:
+        """Store an evaluation; `of` is the training that makes its candidate, which is not there yet."""
+        scores = spec.judge is not None and not spec.judge.asked
+        found = {
+            field: self._model(session, project, field, name, scores=scores)
+            for field, name in spec.models() if of is None or field != "candidate.model"
+        }  # fmt: skip
         for field, file_id in spec.files():
             file = files.get(session, project, file_id, lock=True)
             if file is None:
@@ -58,13 +105,15 @@ class Evaluations(Lifecycle[EvaluationObject]):
                 raise ServiceError(message, param=field, code="invalid_file_purpose")
             if file.mapping is not None:
                 spec = spec.reading(field, Mapping.model_validate(file.mapping))
-        resolved = self._resolved(session, project, spec)
+        resolved = self._resolved(session, project, spec, of)
         if resolved.baseline != spec.baseline:
             found |= {
-                field: self._model(session, project, field, name)
+                field: self._model(session, project, field, name, scores=scores)
                 for field, name in resolved.models() if field == "baseline.model"
             }  # fmt: skip
         first = next(iter(found.values()), None)
+        if of is not None:
+            first = models.Found(of.makes, "adapter", of.base_model, None, None, None, of.foundation)
         return self._add(
             session,
             project,
@@ -75,17 +124,19 @@ class Evaluations(Lifecycle[EvaluationObject]):
             foundation=first.foundation if first else None,
             training_file=spec.data,
             validation_file=None,
-            spec=resolved.model_dump(mode="json"),
+            spec=resolved.sealed(self.vault.seal).model_dump(mode="json"),
+            parent_id=of.id if of else None,
+            sweep_id=of.sweep_id if of else None,
         )
 
     @staticmethod
-    def _model(session: Session, project: str, field: str, name: str) -> models.Found:
+    def _model(session: Session, project: str, field: str, name: str, *, scores: bool) -> models.Found:
         """A model that an evaluation loads; it cannot be deleted until this transaction ends."""
         model = models.find(session, project, name, lock=True)
         if model is None:
             message = f"The model '{name}' does not exist. GET /v1/models lists those that do."
             raise ServiceError(message, param=field, code="model_not_found")
-        judges = field == "judge.model"
+        judges = field == "judge.model" and scores
         # A checkpoint of a reward model is not the classifier that its training ends with.
         if (model.kind == "reward") != judges or (judges and models.get(session, project, name) is None):
             wants = "a reward model that a training has ended with" if judges else "a language model"
@@ -93,14 +144,15 @@ class Evaluations(Lifecycle[EvaluationObject]):
         return model
 
     @staticmethod
-    def _resolved(session: Session, project: str, spec: EvaluationSpec) -> EvaluationSpec:
-        """The spec with what the candidate's training says, where it says nothing itself."""
+    def _resolved(session: Session, project: str, spec: EvaluationSpec, made: Job | None) -> EvaluationSpec:
+        """The spec with what the candidate's training says, `made` or the one that is found, where it is silent."""
         name = spec.candidate.model if spec.candidate is not None else None
-        made = models.job_of(session, project, name) if name is not None else None
+        if made is None and name is not None:
+            made = models.job_of(session, project, name)
         training: dict[str, Any] = made.spec if made is not None else {}
         settings = ((training.get("method") or {}).get("dpo") or {}).get("hyperparameters") or {}
         changes: dict[str, Any] = {"quantization": spec.quantization or training.get("quantization", "none")}
-        if spec.baseline is None:
+        if spec.baseline is None and "baseline" in TAKES[spec.type]:
             if made is None:
                 message = f"'{name}' was not trained here: name what it is compared with."
                 raise ServiceError(message, param="baseline", code="missing_required_parameter")

@@ -4,16 +4,17 @@ An evaluation compares two sides on the rows of a file. `TAKES` says which field
 """
 
 import secrets
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
 from app.datasets.example import Kind
 from app.datasets.mapping import Mapping
-from app.jobs.spec import NO_NUL, FileName, Metadata, Quantization
-from app.strict import STORED, Strict, inconsistent
+from app.gates import Gates, require_metric
+from app.strict import NO_NUL, STORED, FileName, Metadata, ModelName, Quantization, Strict, inconsistent
 
-ModelName = Annotated[str, StringConstraints(min_length=1, max_length=512, pattern=NO_NUL)]
+EvaluationType = Literal["preference", "win_rate", "reward_kl", "agreement"]
 
 
 class Side(Strict):
@@ -63,32 +64,105 @@ class Classifier(Strict):
     file: FileName
 
 
-class Judge(Strict):
-    """Who says which of two answers is better: here by a score of each, of which the higher wins."""
+class Price(Strict):
+    """What an endpoint asks for a million tokens, in any currency."""
 
-    type: Literal["reward_model", "classifier"]
+    input: Annotated[float, Field(ge=0)]
+    output: Annotated[float, Field(ge=0)]
+
+
+class Endpoint(Strict):
+    """A server that speaks OpenAI's chat completions."""
+
+    base_url: Annotated[str, StringConstraints(min_length=8, max_length=2048, pattern=r"^https?://[!-~]+$")]
+    """Up to and without `/chat/completions`."""
+    model: ModelName
+    api_key: Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[!-~]+$")] | None = None
+    """Kept encrypted, sent to this server only, and never shown again."""
+    concurrency: Annotated[int, Field(ge=1, le=64)] = 8
+    """Questions that are under way at a time."""
+    parameters: Annotated[dict[str, Any], Field(max_length=32)] = {"temperature": 0, "max_tokens": 512}
+    """What else each request says, beside `model` and `messages`: some models want other names."""
+    price: Price | None = None
+
+
+class Judge(Strict):
+    """Who says which of two answers is better: by a score of each, of which the higher wins, or by being asked."""
+
+    type: Literal["reward_model", "classifier", "endpoint", "model"]
     model: ModelName | None = None
-    """A reward model that was trained here."""
+    """A reward model that was trained here; of the type `model`, a language model that is asked."""
     classifier: Classifier | None = None
+    endpoint: Endpoint | None = None
+    question: Literal["dialogue", "plain_summary", "concise_summary"] | None = None
+    """How it is asked: with the words of the paper (Rafailov et al. 2023, App. C.2 and C.3). None: `dialogue`."""
+    template: Annotated[str, StringConstraints(min_length=1, max_length=16_384, pattern=NO_NUL)] | None = None
+    """Words of your own instead, with `{prompt}`, `{a}` and `{b}` in them, that ask for a last line `Preferred: A`."""
 
     @model_validator(mode="after")
     def _as_its_type_says(self) -> Self:
         needs = "model" if self.type == "reward_model" else self.type
-        for name in ("model", "classifier"):
+        for name in ("model", "classifier", "endpoint"):
             if (getattr(self, name) is not None) != (name == needs):
                 raise inconsistent(name, f"A judge of the type '{self.type}' has '{needs}', and no other")
+        for name in ("question", "template"):
+            if getattr(self, name) is not None and not self.asked:
+                raise inconsistent(name, f"A judge of the type '{self.type}' is not asked: it scores")
+        if self.template is not None:
+            if self.question is not None:
+                raise inconsistent("template", "Give 'question' or 'template', not both")
+            for place in ("{prompt}", "{a}", "{b}"):
+                if self.template.count(place) != 1:
+                    raise inconsistent("template", f"'template' needs {place}, once")
         return self
+
+    @property
+    def asked(self) -> bool:
+        """Whether it reads both answers and says which one it prefers; else it scores each."""
+        return self.type in ("endpoint", "model")
+
+    def with_key(self, key: str | None) -> Self:
+        """The same with another key of its endpoint."""
+        assert self.endpoint is not None
+        return self.model_copy(update={"endpoint": self.endpoint.model_copy(update={"api_key": key})})
 
 
 TAKES = {
     "preference": {"candidate", "baseline", "beta"},
     "win_rate": {"candidate", "baseline", "sampling", "judge"},
     "reward_kl": {"candidate", "baseline", "sampling", "judge"},
+    "agreement": {"judge"},
 }
+ESTIMATES = {
+    "preference": (
+        "accuracy", "margin", "chosen_logratio", "rejected_logratio", "longer_answer_preferred",
+    ),
+    "win_rate": (
+        "win_rate", "longer_answer_wins", "candidate_characters", "baseline_characters", "first_shown_preferred",
+    ),
+    "reward_kl": ("reward", "kl", "tokens"),
+    "agreement": (
+        "people_prefer_longer", "people_people/agreement", "people_people/kappa", "judge_people/agreement",
+        "judge_people/kappa", "judge_people/without_ties/agreement", "judge_people/without_ties/kappa",
+        "judge_prefers_longer", "first_shown_preferred",
+    ),
+}  # fmt: skip
+"""What each type finds with its error; `/error`, `/low` and `/high` are metrics of their own."""
+COUNTS = {
+    "preference": ("pairs", "calibration/error"),
+    "win_rate": ("comparisons", "wins", "ties", "losses", "identical", "unparseable", "inconsistent"),
+    "reward_kl": ("completions", "ended"),
+    "agreement": (
+        "comparisons", "votes", "people_people/cases", "judge_people/cases", "judge_people/without_ties/cases",
+        "identical", "unparseable", "inconsistent",
+    ),
+}  # fmt: skip
+ASKED = ("judge/answers", "judge/input_tokens", "judge/output_tokens", "judge/cost")
 NEEDS = {
     "preference": {"candidate"},
-    "win_rate": {"candidate", "baseline", "judge"},
-    "reward_kl": {"candidate", "judge"},
+    "win_rate": {"candidate", "baseline"},
+    "reward_kl": {"candidate"},
+    "agreement": set[str](),
 }
 
 
@@ -105,7 +179,10 @@ class EvaluationSpec(Strict):
         }
     )
 
-    type: Literal["preference", "win_rate", "reward_kl"]
+    MADE: ClassVar[frozenset[str]] = frozenset()
+    """Sides that are not named because they are made."""
+
+    type: EvaluationType
     data: FileName
     mapping: Mapping | None = None
     """How the rows of `data` are read, where their columns do not say it."""
@@ -118,13 +195,15 @@ class EvaluationSpec(Strict):
     """Of the implicit reward β·log(π/π_ref). Without one, what the candidate was trained with."""
     sampling: Sampling | None = None
     judge: Judge | None = None
-    """For `reward_kl` its score is the true reward."""
+    """For `reward_kl` its score is the true reward. Without one, answers, lengths and KL alone are found."""
     quantization: Quantization | None = None
     """Of the base models. None: as the candidate was trained."""
     max_length: Annotated[int, Field(ge=8, le=10**6)] | None = None
     """Tokens of a prompt and its answer; what is longer loses the left end of its prompt."""
     name: Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=NO_NUL)] | None = None
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    gates: Gates | None = None
+    """On the evaluation's own metrics, `win_rate/low` for example; of several temperatures `win_rate/low@0.7`."""
     metadata: Annotated[Metadata, Field(max_length=16)] | None = None
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
     timeout_seconds: Annotated[int, Field(ge=1, le=10**8)] | None = None
@@ -135,16 +214,30 @@ class EvaluationSpec(Strict):
             given = getattr(self, name) is not None
             if given and name not in TAKES[self.type]:
                 raise inconsistent(name, f"'{name}' does not go with the type '{self.type}'")
-            if not given and name in NEEDS[self.type]:
+            if not given and name in NEEDS[self.type] and name not in self.MADE:
                 raise inconsistent(name, f"The type '{self.type}' needs '{name}'")
         if self.type in ("preference", "reward_kl"):
             for name in ("candidate", "baseline"):
                 side = getattr(self, name)
                 if side is not None and side.model is None:
                     raise inconsistent(f"{name}.model", f"The type '{self.type}' compares models: name one")
-        if self.sampling is not None and not any(side.model for side in self.sides()):
+        if self.type == "reward_kl" and self.judge is not None and self.judge.asked:
+            raise inconsistent("judge.type", "The type 'reward_kl' needs a judge that scores: it averages rewards")
+        if self.sampling is not None and not self.MADE and not any(side.model for side in self.sides()):
             raise inconsistent("sampling", "Neither side is a model: there is nothing to sample")
+        for number, gate in enumerate(self.gates or []):
+            require_metric(gate.metric, self.figures(), f"gates.{number}.metric")
         return self
+
+    def figures(self) -> list[str]:
+        """The names of the metrics that the evaluation can have."""
+        estimates = ESTIMATES[self.type]
+        names = [*estimates, *COUNTS[self.type]]
+        names += [f"{name}/{part}" for name in estimates for part in ("error", "low", "high")]
+        temperatures = self.sampling.temperatures if self.sampling is not None else [1.0]
+        if self.type in ("win_rate", "reward_kl") and len(temperatures) > 1:
+            names = [f"{name}@{temperature:g}" for name in names for temperature in temperatures]
+        return names + list(ASKED)
 
     @classmethod
     def stored(cls, data: dict[str, Any]) -> Self:
@@ -183,12 +276,24 @@ class EvaluationSpec(Strict):
             target[last] = place
         return self.model_validate(body)
 
+    def sealed(self, seal: Callable[[str], str | None]) -> Self:
+        """The same with the key of its judge's endpoint as `seal` makes it."""
+        judge = self.judge
+        if judge is None or judge.endpoint is None or judge.endpoint.api_key is None:
+            return self
+        return self.model_copy(update={"judge": judge.with_key(seal(judge.endpoint.api_key))})
+
     def models(self) -> list[tuple[str, str]]:
         """(field, name) of every model that the evaluation loads."""
         named = [(f"{name}.model", side.model) for name, side in self._named_sides() if side.model is not None]
         if self.judge is not None and self.judge.model is not None:
             named.append(("judge.model", self.judge.model))
         return named
+
+    @property
+    def sides_named(self) -> tuple[str, str]:
+        """What the two answers of an item are called: agreement is about two answers that are nobody's."""
+        return ("first", "second") if self.type == "agreement" else ("candidate", "baseline")
 
     def _named_sides(self) -> list[tuple[str, Side]]:
         return [(name, side) for name in ("candidate", "baseline") if (side := getattr(self, name)) is not None]
@@ -197,9 +302,9 @@ class EvaluationSpec(Strict):
         """What the rows of the file of `field` must be good for; None for a file that has none."""
         if field != "data":
             return None if field.startswith("judge.") else Kind.SUPERVISED
-        if self.type == "preference" or any(side.answers == "rejected" for side in self.sides()):
+        if self.type in ("preference", "agreement") or any(side.answers == "rejected" for side in self.sides()):
             return Kind.PREFERENCE
-        return Kind.SUPERVISED
+        return Kind.SUPERVISED if any(side.answers for side in self.sides()) else Kind.PROMPTS
 
     def reads(self, field: str) -> Mapping | None:
         """How the rows of the file of `field` are read."""
@@ -214,3 +319,27 @@ class EvaluationSpec(Strict):
             return self.model_copy(update={"mapping": mapping})
         name = field.removesuffix(".file")
         return self.model_copy(update={name: getattr(self, name).model_copy(update={"mapping": mapping})})
+
+
+class JobEvaluation(EvaluationSpec):
+    """An evaluation of the model that a training makes: its candidate is that model, its gates are the training's."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"example": {"name": "held-out", "type": "preference", "data": "file-abc123"}}
+    )
+    MADE = frozenset({"candidate"})
+
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+    @model_validator(mode="after")
+    def _of_the_job(self) -> Self:
+        for field in ("candidate", "gates", "metadata", "timeout_seconds"):
+            if getattr(self, field) is not None:
+                raise inconsistent(field, f"'{field}' does not go with an evaluation of the model that a job makes")
+        if "candidate" not in TAKES[self.type]:
+            raise inconsistent("type", f"The type '{self.type}' has no candidate: it is not about a model")
+        return self
+
+    def of(self, candidate: str) -> EvaluationSpec:
+        """The evaluation of the model `candidate`."""
+        return EvaluationSpec.model_validate(self.model_dump(mode="json") | {"candidate": {"model": candidate}})

@@ -7,8 +7,11 @@ from typing import Any, cast
 from sqlalchemy import ColumnElement, Row, Select, and_, case, delete, func, or_, select, tuple_, update
 from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
 
+from app import gates
 from app.database import database_now, new_id, wait_for_others
 from app.evaluations.spec import EvaluationSpec
+from app.gates import Verdict
+from app.jobs.spec import JobSpec
 from app.jobs.states import ACTIVE, TRANSITIONS, Actor, Status
 from app.jobs.tables import EVALUATION, TRAINING, Checkpoint, Job, JobEvent
 from app.projects.tables import Project
@@ -56,7 +59,16 @@ def page(
 
 
 QUEUE_ORDER = (Job.priority.desc(), Job.created_at, Job.id)
-WAITING = (Job.status == Status.QUEUED, Job.paused.is_(False))
+
+
+def _ready() -> ColumnElement[bool]:
+    """Whether what a job waits for is there: an evaluation of a model, once its training has succeeded."""
+    parent = aliased(Job)
+    status = select(parent.status).where(parent.id == Job.parent_id).correlate(Job).scalar_subquery()
+    return or_(Job.parent_id.is_(None), status == Status.SUCCEEDED)
+
+
+WAITING = (Job.status == Status.QUEUED, Job.paused.is_(False), _ready())
 
 
 def queue(session: Session, limit: int) -> Sequence[Row[str, str, float | None]]:
@@ -230,7 +242,41 @@ def transition(
             data["gates"] = job.gates
         named = "fine_tuning.job" if job.kind == TRAINING else EVALUATION
         webhooks.enqueue(session, job.project, f"{named}.{target}", data)
+        if job.parent_id is not None:
+            _settle(session, job.parent_id)
     return True
+
+
+def judged(session: Session, job: Job, metrics: dict[str, float]) -> list[Verdict]:
+    """The gates of a training with their verdicts, as far as its evaluations are; `metrics` are its own."""
+    measured, pending = dict(metrics), []
+    names = {evaluation_id: name for name, evaluation_id in (job.evaluations or {}).items()}
+    for child in session.scalars(select(Job).where(Job.parent_id == job.id)):
+        prefix = f"evaluations/{names[child.id]}/"
+        if child.status in ACTIVE:
+            pending.append(prefix)
+        measured |= {prefix + name: value for name, value in (child.metrics or {}).items()}
+    return gates.judge(JobSpec.stored(job.spec).gates or [], measured, pending)
+
+
+def _settle(session: Session, job_id: str) -> None:
+    """Judge the gates of a training that has succeeded again: one of its evaluations has ended."""
+    # Locked: of two evaluations that end at once the second sees the first, and the training does not end meanwhile.
+    locked = select(Job).where(Job.id == job_id).with_for_update().execution_options(populate_existing=True)
+    job = session.scalars(locked).one()
+    if job.status != Status.SUCCEEDED or not job.gates:
+        return
+    before, job.gates = job.gates, judged(session, job, job.metrics or {})
+    if any(one["met"] is None for one in before) and all(one["met"] is not None for one in job.gates):
+        add_event(session, job_id, gates.summary(job.gates), level=gates.level(job.gates))
+        webhooks.enqueue(session, job.project, "fine_tuning.job.judged", {"id": job_id, "gates": job.gates})
+
+
+def orphans(session: Session) -> Sequence[Job]:
+    """Evaluations that wait for a training that will make no model."""
+    parent = aliased(Job)
+    gone = select(parent.id).where(parent.id == Job.parent_id, parent.status.in_((Status.FAILED, Status.CANCELLED)))
+    return session.scalars(select(Job).where(Job.status.in_(ACTIVE), gone.exists())).all()
 
 
 def claim(session: Session, status: Status, owner: str, served: Sequence[str] | None = None) -> Job | None:
@@ -243,7 +289,7 @@ def claim(session: Session, status: Status, owner: str, served: Sequence[str] | 
     free = and_(Job.status == status, Job.lease_owner.is_(None), eligible(Job.eligible_at))
     if target == Status.RUNNING:
         wait_for_others(session, CLAIM_LOCK)  # two that count a project's running jobs at once would both start one
-        free = and_(free, Job.paused.is_(False), _within_limit())
+        free = and_(free, Job.paused.is_(False), _ready(), _within_limit())
     best = select(Job.id).where(free)
     if served is not None:
         best = best.where(or_(Job.base_model == "", *(serves(Job.base_model, name) for name in served)))

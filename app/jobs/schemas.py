@@ -36,14 +36,27 @@ class Progress(BaseModel):
     tokens_per_second: float | None
 
 
+class JobEvaluationReference(BaseModel):
+    """An evaluation that a training asked for."""
+
+    name: str
+    id: str
+
+
 class GateVerdict(BaseModel):
-    """A gate; `met` is null until the job has succeeded."""
+    """A gate; `met` is null until what it is on was measured."""
 
     metric: str
     min: float | None
     max: float | None
     value: float | None
     met: bool | None
+
+
+def shown_gates(job: Job) -> list[GateVerdict]:
+    """The gates of a job, with the verdicts that there are."""
+    asked = [gate | {"value": None, "met": None} for gate in job.spec.get("gates") or []]
+    return [GateVerdict(**gate) for gate in job.gates or asked]
 
 
 class JobObject(BaseModel):
@@ -102,7 +115,10 @@ class JobObject(BaseModel):
     queue_position: int | None
     attempt: int
     metrics: dict[str, float] | None
+    evaluations: list[JobEvaluationReference]
+    """Of the model that it makes: jobs of their own, which wait for it."""
     gates: list[GateVerdict]
+    sweep_id: str | None
     paused: bool
 
     @classmethod
@@ -149,10 +165,12 @@ class JobObject(BaseModel):
             queue_position=place.position,
             attempt=job.attempt,
             metrics=job.metrics,
-            gates=[
-                GateVerdict(**gate)
-                for gate in job.gates or [gate | {"value": None, "met": None} for gate in spec.get("gates") or []]
+            evaluations=[
+                JobEvaluationReference(name=name, id=evaluation_id)
+                for name, evaluation_id in (job.evaluations or {}).items()
             ],
+            gates=shown_gates(job),
+            sweep_id=job.sweep_id,
             paused=job.paused,
         )
 

@@ -5,21 +5,26 @@ from typing import cast
 import structlog
 from sqlalchemy.orm import Session
 
-from app.broker import Lane
+from app.broker import Broker, Lane
+from app.database import Database
 from app.datasets.mapping import Mapping
 from app.errors import NotFound, ServiceError
 from app.estimates import fit
+from app.evaluations.service import Evaluations
 from app.files import repository as files
 from app.files.tables import File
 from app.idempotency.service import Sending
 from app.jobs import repository
+from app.jobs.feed import Feed
 from app.jobs.lifecycle import Lifecycle
 from app.jobs.outlook import Place
 from app.jobs.schemas import CheckpointObject, JobObject, MetricSeries, Point
 from app.jobs.series import downsample
 from app.jobs.spec import JobSpec
 from app.jobs.tables import TRAINING, Job
+from app.keys.service import Keys
 from app.models import repository as models
+from app.storage import Storage
 from app.workers import repository as workers
 
 log = structlog.get_logger(__name__)
@@ -31,6 +36,18 @@ class Jobs(Lifecycle[JobObject]):
     KIND, NOUN, NAME, CODE, PATH = TRAINING, "job", "fine-tuning job", "fine_tuning_job", "/v1/fine_tuning/jobs"
     PREFIX = "ftjob"
 
+    def __init__(
+        self,
+        database: Database,
+        storage: Storage,
+        broker: Broker,
+        keys: Keys,
+        feed: Feed,
+        evaluations: Evaluations,
+    ) -> None:
+        super().__init__(database, storage, broker, keys, feed)
+        self.evaluations = evaluations
+
     def show(self, job: Job, place: Place | None = None) -> JobObject:
         return JobObject.of(job, place)
 
@@ -41,7 +58,7 @@ class Jobs(Lifecycle[JobObject]):
             earlier = sending.earlier(session, "jobs.create", content)
             job = None if earlier is None else repository.get(session, project, earlier)
             if job is None:
-                job = self._insert(session, project, spec, sending.request_id)
+                job = self.add(session, project, spec, sending.request_id)
                 sending.made(session, "jobs.create", content, job.id)
         log.info("job accepted", job=job.id, project=project, request=sending.request_id)
         self.broker.wake(Lane.CPU)
@@ -55,14 +72,17 @@ class Jobs(Lifecycle[JobObject]):
         self._check_integrations(session, spec)
         return model, (spec.model_copy(update={"adapter": model.adapter}) if model.adapter else spec).resolved()
 
-    def _insert(self, session: Session, project: str, spec: JobSpec, request_id: str | None) -> Job:
+    def add(
+        self, session: Session, project: str, spec: JobSpec, request_id: str | None, sweep_id: str | None = None
+    ) -> Job:
+        """Check what `spec` names and store the job, of a sweep or not. Raises `ServiceError`."""
         model, resolved = self.prepare(session, project, spec)
         shape, device = fit.shape_of(session, model), fit.device_of(session, model)
         if shape is not None and device is not None:
             reason = fit.refusal(resolved, shape, device, None)
             if reason is not None:
                 raise ServiceError(reason[1], param=reason[0], code=fit.CODE)
-        return self._add(
+        job = self._add(
             session,
             project,
             spec,
@@ -72,8 +92,16 @@ class Jobs(Lifecycle[JobObject]):
             foundation=model.foundation,
             training_file=spec.training_file,
             validation_file=spec.validation_file,
-            spec=resolved.to_store(),
+            spec=resolved.without_keys().to_store(),
+            sweep_id=sweep_id,
         )
+        if spec.evaluations:
+            if spec.trains_rewards:
+                message = "A reward model is not evaluated: it judges others, as the 'judge' of an evaluation."
+                raise ServiceError(message, param="evaluations", code="invalid_value")
+            made = (self.evaluations.attach(session, job, n, asked) for n, asked in enumerate(spec.evaluations))
+            job.evaluations = {asked.name: one.id for asked, one in zip(spec.evaluations, made, strict=True)}
+        return job
 
     @staticmethod
     def _model(session: Session, project: str, spec: JobSpec) -> models.Found:

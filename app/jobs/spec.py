@@ -5,7 +5,6 @@ contract that is not built yet. Numbers left out or "auto" mean the default; `Jo
 so that what is stored says what was run.
 """
 
-import difflib
 import secrets
 from typing import Annotated, Any, Literal, Self
 
@@ -13,8 +12,10 @@ from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
 from app.datasets.example import Kind
 from app.datasets.mapping import Mapping
+from app.evaluations.spec import JobEvaluation
+from app.gates import Gates, require_metric
 from app.jobs.hyperparameters import DPOHyperparameters, Hyperparameters, SupervisedHyperparameters
-from app.strict import STORED, Strict, inconsistent
+from app.strict import NO_NUL, STORED, FileName, Metadata, ModelName, Quantization, Strict, inconsistent
 
 KEEP_CHECKPOINTS = 10
 DEFAULT_VALIDATION_SPLIT = 0.05
@@ -47,10 +48,6 @@ class Method(Strict):
         if getattr(self, other) is not None:
             raise inconsistent(other, f"'{other}' does not go with the method type '{self.type}'")
         return self
-
-
-NO_NUL = r"^[^\x00]*$"
-FileName = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=NO_NUL)]
 
 
 class SftStage(Strict):
@@ -106,38 +103,14 @@ class Integration(Strict):
     wandb: Wandb
 
 
-class Gate(Strict):
-    """What a metric at the end must be. A gate that is not met leaves the job succeeded and keeps the model."""
-
-    metric: Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=NO_NUL)]
-    min: float | None = None
-    max: float | None = None
-
-    @model_validator(mode="after")
-    def _can_be_judged(self) -> Self:
-        if self.min is None and self.max is None:
-            raise inconsistent("min", "A gate needs a 'min', a 'max', or both")
-        if self.metric not in METRICS:
-            close = difflib.get_close_matches(self.metric, METRICS, n=1)
-            hint = f" Did you mean '{close[0]}'" + "?" if close else ""
-            raise inconsistent("metric", f"There is no metric '{self.metric}'.{hint}".removesuffix("."))
-        return self
-
-
 _MEASURED = (
-    "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
-    "logps/rejected", "logratios/chosen", "logratios/rejected", "gradient_weight", "mean_token_accuracy", "entropy",
-    "kl",
+    "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "rewards/longer_preferred",
+    "logps/chosen", "logps/rejected", "logratios/chosen", "logratios/rejected", "gradient_weight",
+    "mean_token_accuracy", "entropy", "kl",
 )  # fmt: skip
 METRICS = (*_MEASURED, *(f"eval/{name}" for name in _MEASURED), "grad_norm", "tokens_per_second", "mfu",
            "peak_memory_bytes")  # fmt: skip
 """What a gate can ask for."""
-
-Quantization = Literal["nf4", "int8", "none"]
-Metadata = dict[
-    Annotated[str, StringConstraints(max_length=64, pattern=NO_NUL)],
-    Annotated[str, StringConstraints(max_length=512, pattern=NO_NUL)],
-]
 
 
 class JobSpec(Strict):
@@ -158,7 +131,7 @@ class JobSpec(Strict):
     )
     NOT_BUILT = frozenset({"evaluation"})
 
-    model: Annotated[str, StringConstraints(min_length=1, max_length=512, pattern=NO_NUL)]
+    model: ModelName
     training_file: FileName
     validation_file: FileName | None = None
     method: Method = Method(type="supervised")
@@ -179,7 +152,10 @@ class JobSpec(Strict):
     keep_checkpoints: Annotated[int, Field(ge=2, le=100)] = KEEP_CHECKPOINTS
     """The latest ones that are kept; older ones are removed unless another job or model needs them."""
     integrations: Annotated[list[Integration], Field(max_length=5)] | None = None
-    gates: Annotated[list[Gate], Field(max_length=32)] | None = None
+    evaluations: Annotated[list[JobEvaluation], Field(max_length=8)] | None = None
+    """Of the model that the job makes, once it has: jobs of their own, which wait for it."""
+    gates: Gates | None = None
+    """On metrics of the training, or `evaluations/NAME/METRIC`."""
     mapping: Mapping | None = None
     """How the rows of `training_file` and `validation_file` are read, where their columns do not say it."""
 
@@ -212,7 +188,23 @@ class JobSpec(Strict):
         if self.validation_file is not None and self.validation_split:
             raise inconsistent("validation_split", "Give 'validation_file' or 'validation_split', not both")
         self._validated()
+        self._gated()
         return self
+
+    def _gated(self) -> None:
+        """Gates are on what will be measured."""
+        evaluations = {evaluation.name: evaluation for evaluation in self.evaluations or []}
+        if len(evaluations) < len(self.evaluations or []):
+            raise inconsistent("evaluations", "Two of the 'evaluations' have the same name")
+        for number, gate in enumerate(self.gates or []):
+            field = f"gates.{number}.metric"
+            if not gate.metric.startswith("evaluations/"):
+                require_metric(gate.metric, METRICS, field)
+                continue
+            name, _, metric = gate.metric.removeprefix("evaluations/").partition("/")
+            if name not in evaluations:
+                raise inconsistent(field, f"There is no evaluation '{name}' in 'evaluations'")
+            require_metric(metric, evaluations[name].figures(), field)
 
     def _validated(self) -> None:
         """Early stopping needs something to judge by."""
@@ -239,7 +231,14 @@ class JobSpec(Strict):
         stored = self.model_dump(mode="json")
         if self.keep_checkpoints == KEEP_CHECKPOINTS:
             del stored["keep_checkpoints"]
+        if self.evaluations is None:
+            del stored["evaluations"]
         return stored
+
+    def without_keys(self) -> Self:
+        """The same without the keys of judges, which the evaluations' own rows have, sealed."""
+        sealed = [evaluation.sealed(lambda _: None) for evaluation in self.evaluations or []]
+        return self.model_copy(update={"evaluations": sealed or None})
 
     def resolved(self) -> Self:
         """The spec as it will be run: no "auto", a seed, and every default written out."""

@@ -60,9 +60,9 @@ TRANSITIONS: dict[tuple[Status, Status], Transition] = {
     for edge in (
         _edge(_V, _Q, {_VALIDATOR}, _LEASE | {"estimated_seconds", "lost_attempts"}, fenced=True),
         _edge(_V, Status.FAILED, {_VALIDATOR, _KEEPER}, _END | {"error"}, fenced=True),
-        _edge(_V, Status.CANCELLED, {_API}, _END, fenced=False),
+        _edge(_V, Status.CANCELLED, {_API, _KEEPER}, _END, fenced=False),
         _edge(_Q, _R, {_RUNNER}, _LEASE | {"attempt"}, fenced=False),  # by `repository.claim`, which takes the lease
-        _edge(_Q, Status.CANCELLED, {_API}, _END, fenced=False),
+        _edge(_Q, Status.CANCELLED, {_API, _KEEPER}, _END, fenced=False),
         _edge(_R, _Q, {_RUNNER, _KEEPER}, _LEASE | {"lost_attempts", "eligible_at"}, fenced=True),
         _edge(
             _R, Status.SUCCEEDED, {_RUNNER},

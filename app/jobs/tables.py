@@ -18,6 +18,8 @@ class Job(Base):
         Index("ix_jobs_queue", "status", "priority", "created_at"),
         Index("ix_jobs_finished_at", "finished_at"),
         Index("ix_jobs_project_created_at", "project", "created_at", "id"),
+        Index("ix_jobs_parent", "parent_id"),
+        Index("ix_jobs_sweep", "sweep_id"),
     )
 
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -51,6 +53,12 @@ class Job(Base):
     metrics: Mapped[dict[str, Any] | None]
     gates: Mapped[list[dict[str, Any]] | None]
     """Each gate of the spec with its verdict, once the job has succeeded."""
+    parent_id: Mapped[str | None]
+    """Of an evaluation the training whose model it is of: it waits until that has succeeded."""
+    sweep_id: Mapped[str | None]
+    """The sweep that the job is of."""
+    evaluations: Mapped[dict[str, Any] | None]
+    """Of a training the ids of its evaluations, by their names."""
     started_at: Mapped[float | None]
     ran_seconds: Mapped[float]
     """How long workers trained it, over all attempts, up to the last heartbeat."""
@@ -63,6 +71,12 @@ class Job(Base):
     fine_tuned_model: Mapped[str | None]
     trained_tokens: Mapped[int | None] = mapped_column(BigInteger)
     result_files: Mapped[list[str]]
+
+    @property
+    def makes(self) -> str:
+        """The name of the model that a training makes: `ft:{base}:{project}:{suffix}:{8 characters of its id}`."""
+        suffix, own = self.spec["suffix"] or "", self.id.removeprefix("ftjob-")[:8].lower()
+        return f"ft:{self.base_model}:{self.project}:{suffix}:{own}"
 
     attempt: Mapped[int]
     """The fencing token: every write of a worker is guarded by `id` and `attempt`."""

@@ -6,6 +6,7 @@ from sqlalchemy.orm import Session
 
 from app.broker import Broker, Lane
 from app.database import Database
+from app.datasets.example import Kind
 from app.errors import ServiceError, TooMany
 from app.files import repository as files
 from app.files.schemas import FileObject
@@ -71,12 +72,14 @@ class Reports:
             if file is None:
                 raise not_found(file_id, "file_id")
             task = structural(session, project, file_id)
-            if task.status == "done" and model is not None and task.result and task.result["valid"]:
+            answers = task.result is not None and task.result["valid"] and task.result["kind"] != Kind.PROMPTS
+            if task.status == "done" and model is not None and answers:
                 found = models.find(session, project, model)
                 if found is None:
                     message = f"The model '{model}' does not exist. GET /v1/models lists those that do."
                     raise ServiceError(message, param="model", code="model_not_found")
-                pairs = task.result["kind"] != "supervised"
+                assert task.result is not None
+                pairs = task.result["kind"] != Kind.SUPERVISED
                 asked = {
                     "model": model,
                     "max_length": max_length or DEFAULT_MAX_LENGTH,

@@ -11,6 +11,7 @@ EventType = Literal[
     "fine_tuning.job.succeeded",
     "fine_tuning.job.failed",
     "fine_tuning.job.cancelled",
+    "fine_tuning.job.judged",
     "evaluation.succeeded",
     "evaluation.failed",
     "evaluation.cancelled",

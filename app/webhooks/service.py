@@ -6,10 +6,13 @@ import secrets
 from app.broker import Broker, Lane
 from app.database import Database, database_now, new_id
 from app.errors import NotFound, ServiceError
+from app.targets import Refused, find
 from app.vault import Vault
-from app.webhooks import repository, target
+from app.webhooks import repository
 from app.webhooks.schemas import DeliveryObject, EndpointChange, EndpointObject, EndpointSpec, NewEndpointObject
 from app.webhooks.tables import WebhookEndpoint
+
+PRIVATE = "DPO_PRIVATE_WEBHOOKS"
 
 
 def not_found(endpoint_id: str) -> NotFound:
@@ -25,8 +28,8 @@ class Webhooks:
     def create(self, project: str, spec: EndpointSpec) -> NewEndpointObject:
         """Make an endpoint and the secret that signs what it gets."""
         try:
-            target.find(spec.url, self.private_hosts)
-        except target.Refused as refused:
+            find(spec.url, self.private_hosts, PRIVATE)
+        except Refused as refused:
             raise ServiceError(f"Nothing is sent to this URL: {refused}.", param="url", code="invalid_url") from None
         secret = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
         with self.database.write() as session:

@@ -40,6 +40,9 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """One service on the embedded default for those tests of a module that leave it running."""
     home = tmp_path_factory.mktemp("shared") / "home"
     make_tiny_model(home / "models" / "tiny")
-    more = {"DPO_RATE_LIMIT": "0", "DPO_PRIVATE_WEBHOOKS": "localhost", "WANDB_MODE": "offline", "WANDB_DIR": str(home)}
+    more = {
+        "DPO_RATE_LIMIT": "0", "DPO_PRIVATE_WEBHOOKS": "localhost", "DPO_PRIVATE_JUDGES": "localhost",
+        "WANDB_MODE": "offline", "WANDB_DIR": str(home),
+    }  # fmt: skip
     with running(home, more) as service:
         yield service

@@ -1,7 +1,9 @@
 """Evaluations through a real service: queued, run, recovered and read as trainings are."""
 
+import html
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,8 @@ from typing import Any
 import pytest
 
 from tests.acceptance.conftest import pairs, write
-from tests.acceptance.service import Running, trainer_at_work
+from tests.acceptance.service import Running, lanes, running, trainer_at_work
+from tests.judge_server import first, judging
 from tests.servers import wait_until
 
 CLASSIFIER = {"terms": {"yes": [1.0, 1.0], "no": [1.0, -1.0]}, "intercept": 0.0, "normalise": False}
@@ -116,6 +119,35 @@ def test_an_evaluation_whose_trainer_is_killed_goes_on_to_the_same_bytes(
     assert items(service, found) == items(service, expected) and found["metrics"] == expected["metrics"]
 
 
+def test_two_models_are_compared_on_one_page(
+    service: Running, files: dict[str, str], model: str, tmp_path: Path
+) -> None:
+    """Answers, verdicts, KL and curves, in one file that loads and runs nothing; what an answer says is only text."""
+    (tmp_path / "prompts.txt").write_text("say <b>sun</b>: \n\nsay rain: \n")
+    given = ("compare", model, "tiny", "--prompts", str(tmp_path / "prompts.txt"), "--max-tokens", "6")
+    with judging(lambda *_: "<script>alert(1)</script>\nPreferred: A") as judge:
+        options = ("--judge-url", judge.url, "--judge-model", "m", "--output", str(tmp_path / "page.html"), "--json")
+        done = service.dpo(*given, *options)
+        assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"page": str(tmp_path / "page.html"), "data": str(tmp_path / "page.json")}
+    found = json.loads((tmp_path / "page.json").read_text())
+    assert [item["prompt"] for item in found["items"]] == ["say <b>sun</b>: ", "say rain: "]
+    assert found["kl"]["a_to_b"]["value"] > 0 and found["metrics"]["win_rate"] == 0.5
+    assert list(found["trainings"]) == [model] and "rewards/margins" in found["trainings"][model]
+    page = (tmp_path / "page.html").read_text()
+    for item in found["items"]:
+        assert html.escape(item["candidate"], quote=False)[:4] in page
+    assert "say &lt;b&gt;sun&lt;/b&gt;:" in page and "&lt;script&gt;alert(1)" in page and "<script" not in page
+    assert page.count("<svg") >= 4 and "KL(A ‖ B)" in page and "50.0 %" in page
+    assert not re.search(r"""(?:src|href)=|url\(|@import""", page), "it needs nothing else"
+    done = service.dpo("compare", "tiny", "tiny", "--prompts", str(tmp_path / "prompts.txt"), "--output",
+                       str(tmp_path / "plain.html"))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    plain = json.loads((tmp_path / "plain.json").read_text())
+    assert plain["judge"] is None and abs(plain["kl"]["a_to_b"]["value"]) < 1e-3 and plain["trainings"] == {}
+    assert all(item["candidate"] == item["baseline"] for item in plain["items"]), "one model, one seed: the same words"
+
+
 def test_what_an_evaluation_needs_stays(service: Running, files: dict[str, str], model: str) -> None:
     with service.http() as http:
         body = {
@@ -147,3 +179,106 @@ def test_a_file_that_cannot_be_evaluated_fails_by_name(service: Running, files: 
         "failed",
     )
     assert found["error"]["code"] == "invalid_file" and found["error"]["param"] == "judge.classifier.file"
+
+
+def asked(url: str, **fields: Any) -> dict[str, Any]:
+    """A judge that is asked over HTTP."""
+    return {"type": "endpoint", "endpoint": {"base_url": url, "model": "judge", "api_key": "sk-judge", **fields}}
+
+
+def test_a_judge_is_asked_in_spite_of_what_goes_wrong_and_paid_once(
+    service: Running, files: dict[str, str], model: str
+) -> None:
+    """Errors, rate limits and garbage first; paused in the middle; the judge only likes length, and that shows."""
+    faults = ("rate limit", "not json", "hang up", "error")
+    with judging(faults=faults, key="sk-judge", every=6) as judge:
+        judge.delay = 0.02
+        body = {
+            "type": "win_rate", "candidate": {"model": model}, "baseline": {"answers": "chosen"}, "data": files["held"],
+            "sampling": {"max_tokens": 8, "temperatures": [0.0, 1.0]}, "seed": 1,
+            "judge": asked(judge.url, concurrency=3, price={"input": 1000, "output": 2000}),
+        }  # fmt: skip
+        with service.http() as http:
+            started = http.post("/evaluations", json=body).raise_for_status().json()["id"]
+            wait_until(lambda: len(judge.answered) >= 5, "some answers", 60)
+            http.post(f"/evaluations/{started}/pause").raise_for_status()
+            wait_until(lambda: http.get(f"/evaluations/{started}").json()["status"] == "queued", "the pause")
+            assert len(judge.answered) >= 5
+            http.post(f"/evaluations/{started}/resume").raise_for_status()
+        found = ended(service, started)
+        assert set(judge.answered.values()) == {1}, "each question is paid once"
+        assert set(judge.asked.values()) == {1, len(faults) + 1}
+        assert judge.most_at_once <= 3
+    made = items(service, found)
+    assert len(made) == 60 and all(set(item["verdicts"]) <= {"candidate", "baseline", "tie"} for item in made)
+    different = [item for item in made if item["candidate"].strip() != item["baseline"].strip()]
+    for item in different:
+        a, b = len(item["candidate"].strip()), len(item["baseline"].strip())
+        if a != b:
+            assert item["verdicts"] == ["candidate" if a > b else "baseline"] * 2, item
+    metrics = found["metrics"]
+    assert metrics["longer_answer_wins@1"] > 0.9 and metrics["unparseable@1"] == 0
+    assert metrics["judge/answers"] == len(judge.answered)
+    words = sum(len(question.split()) for question in judge.answered)
+    assert metrics["judge/input_tokens"] == words
+    assert metrics["judge/cost"] == pytest.approx((1000 * words + 2000 * metrics["judge/output_tokens"]) / 1e6)
+    assert "sk-judge" not in json.dumps(found) and "api_key" not in found["judge"]["endpoint"]
+
+
+def test_a_worker_that_is_killed_while_it_asks_pays_little_twice(home: Path, tmp_path: Path) -> None:
+    more = {"DPO_PRIVATE_JUDGES": "localhost"}
+    with judging(first) as judge:
+        judge.delay = 0.1
+        with running(home, more) as service:
+            data = upload(service, write(tmp_path / "pairs.jsonl", pairs(40, seed=1)), "evals")
+            body = {
+                "type": "win_rate", "candidate": {"answers": "rejected"}, "baseline": {"answers": "chosen"},
+                "data": data, "judge": asked(judge.url, concurrency=2),
+            }  # fmt: skip
+            with service.http() as http:
+                started = http.post("/evaluations", json=body).raise_for_status().json()["id"]
+                wait_until(
+                    lambda: (http.get(f"/evaluations/{started}").json()["progress"] or {}).get("answers"), "some"
+                )
+            answered = dict(judge.answered)
+            (gpu,) = lanes(service, "gpu")
+            os.kill(gpu, signal.SIGKILL)
+            service.process.wait(60)
+        with running(home, more) as service:
+            found = ended(service, started)
+    assert found["attempt"] >= 3 and found["metrics"]["win_rate"] == 0.5
+    assert found["metrics"]["first_shown_preferred"] == 1.0
+    assert 0 < len(answered) < len(judge.answered) < 80, "what is the same in two rows is asked once"
+    twice = sum(count - 1 for count in judge.answered.values())
+    assert twice < 40, "no more than came since what was kept"
+
+
+def test_a_judge_that_refuses_fails_the_evaluation_by_name(service: Running, files: dict[str, str]) -> None:
+    with judging(key="another") as judge:
+        body = {
+            "type": "win_rate", "candidate": {"answers": "rejected"}, "baseline": {"answers": "chosen"},
+            "data": files["held"], "judge": asked(judge.url),
+        }  # fmt: skip
+        found = evaluate(service, body, "failed")
+    assert found["error"]["code"] == "judge_refused" and "401" in found["error"]["message"]
+    assert "sk-judge" not in json.dumps(found)
+
+
+def test_a_judge_agrees_with_people_as_it_says(service: Running, tmp_path: Path) -> None:
+    """Real verdicts of people, where they are at hand; the judge likes length, and agrees as often as people do."""
+    shared = Path(os.environ.get("DPO_SHARED", "../shared")) / "data/preference/human-judged/mtbench_human.json"
+    if not shared.exists():
+        pytest.skip(f"no {shared}: set DPO_SHARED")
+    rows = json.loads(shared.read_text())
+    data = upload(service, write(tmp_path / "judged.jsonl", rows), "evals")
+    with judging() as judge:
+        found = evaluate(service, {"type": "agreement", "data": data, "judge": asked(judge.url)})
+    lengths = [(len(row["output_1"].strip()), len(row["output_2"].strip())) for row in rows]
+    right = sum((a > b) == (str(row["label"]) == "1") for (a, b), row in zip(lengths, rows, strict=True) if a != b)
+    metrics, ties = found["metrics"], sum(a == b for a, b in lengths)
+    assert metrics["votes"] == 200 and metrics["people_people/cases"] == 5
+    assert metrics["judge_people/agreement"] == pytest.approx(right / 200), (
+        "one that prefers neither agrees with nobody"
+    )
+    assert metrics["judge_people/without_ties/agreement"] == pytest.approx(right / (200 - ties))
+    assert metrics["inconsistent"] == ties > 0 and metrics["judge_prefers_longer"] == 1.0 - ties / 400

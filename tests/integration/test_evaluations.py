@@ -22,6 +22,14 @@ CANDIDATE, BASELINE = {"model": "tiny"}, {"model": "tiny"}
 SCORED = {"type": "reward_model", "model": "ft:tiny:default::reward"}
 
 
+def at(url: str) -> dict[str, Any]:
+    """A judge that is asked over HTTP."""
+    return {"type": "endpoint", "endpoint": {"base_url": url, "model": "m", "api_key": "sk-of-the-judge"}}
+
+
+ASKED = at("https://1.1.1.1/v1")
+
+
 @pytest.fixture
 def made(services: Services) -> str:
     """A model that was trained here from `tiny`, and a reward model."""
@@ -59,7 +67,19 @@ def body(client: TestClient, **fields: Any) -> dict[str, Any]:
         ({"beta": 0}, "beta"),
         ({"max_rows": 0}, "max_rows"),
         ({"temperature": 1}, "temperature"),
-        ({"type": "reward_kl"}, "judge"),
+        ({"type": "agreement"}, "candidate"),
+        ({"type": "reward_kl", "judge": ASKED}, "judge.type"),
+        ({"type": "win_rate", "judge": {"type": "endpoint"}}, "judge.endpoint"),
+        ({"type": "win_rate", "judge": ASKED | {"model": "tiny"}}, "judge.model"),
+        ({"type": "win_rate", "judge": ASKED | {"question": "rude"}}, "judge.question"),
+        ({"type": "win_rate", "judge": ASKED | {"template": "{prompt} {a}"}}, "judge.template"),
+        ({"type": "win_rate", "judge": SCORED | {"question": "dialogue"}}, "judge.question"),
+        ({"type": "win_rate", "judge": {"type": "model", "model": "none"}}, "judge.model"),
+        ({"type": "win_rate", "judge": {"type": "model", "model": SCORED["model"]}}, "judge.model"),
+        ({"type": "win_rate", "judge": at("http://judge.example/v1")}, "judge.endpoint.base_url"),
+        ({"type": "win_rate", "judge": at("https://127.0.0.1/v1")}, "judge.endpoint.base_url"),
+        ({"type": "win_rate", "judge": at("https://169.254.169.254/v1")}, "judge.endpoint.base_url"),
+        ({"type": "win_rate", "judge": at("file:///etc/passwd")}, "judge.endpoint.base_url"),
         ({"type": "reward_kl", "judge": SCORED, "sampling": {"temperatures": [1, 1]}}, "sampling.temperatures"),
         ({"type": "reward_kl", "judge": SCORED, "sampling": {"temperatures": [-1]}}, "sampling.temperatures.0"),
         ({"type": "reward_kl", "judge": SCORED, "sampling": {"top_p": 0}}, "sampling.top_p"),
@@ -118,6 +138,16 @@ def test_evaluations_and_trainings_are_lists_of_their_own_and_one_queue(client: 
     assert first is not None and second is not None
     assert (first.kind, second.kind) == (EVALUATION, TRAINING), "by priority"
     assert client.get(f"/v1/evaluations/{evaluation}/events").json()["data"][0]["message"] == "Evaluation started."
+
+
+def test_a_judges_key_is_sealed_and_not_shown(client: TestClient, services: Services) -> None:
+    made = client.post("/v1/evaluations", json=body(client, type="win_rate", judge=ASKED)).json()
+    assert made["judge"]["endpoint"]["base_url"] == "https://1.1.1.1/v1" and "api_key" not in made["judge"]["endpoint"]
+    with services.database.read() as session:
+        stored = session.get_one(Job, made["id"]).spec["judge"]["endpoint"]["api_key"]
+        told = session.execute(text("select message, data from job_events")).all()
+    assert "sk-of-the-judge" not in stored + str(told) + client.get("/v1/evaluations").text
+    assert services.vault.open(stored) == "sk-of-the-judge"
 
 
 def test_a_resent_evaluation_is_one(client: TestClient) -> None:

@@ -245,10 +245,11 @@ def test_a_ranking_that_says_nothing_is_dropped(record: dict[str, Any], reason: 
 
 
 SERVED = {
-    Kind.SUPERVISED: {Kind.SUPERVISED},
-    Kind.PREFERENCE: {Kind.SUPERVISED, Kind.PREFERENCE, Kind.RANKED, Kind.LABELLED},
-    Kind.RANKED: {Kind.SUPERVISED, Kind.PREFERENCE, Kind.RANKED},
-    Kind.LABELLED: {Kind.SUPERVISED, Kind.LABELLED},
+    Kind.SUPERVISED: {Kind.SUPERVISED, Kind.PROMPTS},
+    Kind.PREFERENCE: {Kind.SUPERVISED, Kind.PREFERENCE, Kind.RANKED, Kind.LABELLED, Kind.PROMPTS},
+    Kind.RANKED: {Kind.SUPERVISED, Kind.PREFERENCE, Kind.RANKED, Kind.PROMPTS},
+    Kind.LABELLED: {Kind.SUPERVISED, Kind.LABELLED, Kind.PROMPTS},
+    Kind.PROMPTS: {Kind.PROMPTS},
 }
 
 
@@ -259,6 +260,7 @@ SERVED = {
         (Kind.PREFERENCE, {"prompt": "q", "chosen": "a", "rejected": "b"}),
         (Kind.RANKED, {"prompt": "q", "responses": ["a", "b"]}),
         (Kind.LABELLED, {"prompt": "q", "completion": "a", "label": True}),
+        (Kind.PROMPTS, {"prompt": "q"}),
     ],
 )
 def test_what_a_file_holds_decides_what_it_can_train(kind: Kind, record: dict[str, Any]) -> None:

@@ -87,12 +87,31 @@ def test_where_all_prompts_say_the_same_a_win_rate_is_still_not_certain() -> Non
 )
 def test_kappa_is_that_of_scikit_learn(pairs: list[tuple[str, str]]) -> None:
     first, second = [a for a, _ in pairs], [b for _, b in pairs]
-    found = statistics.kappa(first, second)
+    found = statistics.kappa(first, second, range(len(first)))
     if len({*first, *second}) == 1:
-        assert math.isnan(found)
+        assert math.isnan(found.value)
     else:
-        assert found == pytest.approx(cohen_kappa_score(first, second), abs=1e-12)
-    assert statistics.raw_agreement(first, second) == pytest.approx(numpy.mean(numpy.array(first) == second))
+        assert found.value == pytest.approx(cohen_kappa_score(first, second), abs=1e-12)
+
+
+def test_the_interval_of_kappa_covers_the_truth_as_often_as_it_says() -> None:
+    """Two raters who agree by more than chance: what many items say is the truth for few."""
+    generator = numpy.random.default_rng(11)
+
+    def raters(count: int) -> tuple[list[str], list[str]]:
+        truth = generator.integers(2, size=count)
+        noisy = [numpy.where(generator.random(count) < 0.2, 1 - truth, truth) for _ in range(2)]
+        return ["ab"[k] for k in noisy[0]], ["ab"[k] for k in noisy[1]]
+
+    truth = (0.68 - 0.5) / 0.5
+    hits = 0
+    for _ in range(200):
+        found = statistics.kappa(*raters(150), range(150))
+        hits += found.low <= truth <= found.high
+    assert 0.88 < hits / 200 < 0.99
+    assert statistics.kappa(*raters(200_000), [k % 1000 for k in range(200_000)]).value == pytest.approx(
+        truth, abs=0.01
+    )
 
 
 def test_reliability_bins_are_those_of_scikit_learn() -> None:
@@ -116,14 +135,3 @@ def test_probabilities_that_are_true_are_calibrated() -> None:
     assert overconfident > 0.08
     equal, bins = statistics.calibration([0.0] * 10)
     assert equal == 0 and bins[0].accuracy == 0.5, "one that cannot tell says so"
-
-
-@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=25))
-def test_the_pareto_set_is_what_nothing_beats(points: list[tuple[int, int]]) -> None:
-    def beaten(k: int) -> bool:
-        cost, gain = points[k]
-        return any((c <= cost and g >= gain) and (c < cost or g > gain) for c, g in points)
-
-    found = statistics.pareto([(float(c), float(g)) for c, g in points])
-    assert sorted(found) == [k for k in range(len(points)) if not beaten(k)]
-    assert [points[k][0] for k in found] == sorted(points[k][0] for k in found)

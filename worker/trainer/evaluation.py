@@ -21,9 +21,11 @@ import torch
 
 from app.datasets.check import examples
 from app.datasets.example import Example, Kind
-from app.evaluations.spec import EvaluationSpec, Side
+from app.evaluations.spec import EvaluationSpec, Judge, Side
+from app.evaluations.spec import Sampling as SpecSampling
 from app.jobs.spec import JobSpec
 from worker.classifier import BadClassifier, LinearClassifier
+from worker.judges.questions import questions, verdicts
 from worker.trainer import data, dataset, reference, reward
 from worker.trainer.cache import Cache
 from worker.trainer.data import Recipe, Response, Row
@@ -33,11 +35,14 @@ from worker.trainer.plan import DEFAULT_MAX_LENGTH
 from worker.trainer.sampling import Sampling, Wanted, batches, sample
 
 PART_SECONDS = 5.0
+MAX_PROMPT_TOKENS = 1 << 30
 MAX_COMPLETIONS = 1_000_000
 BATCH_TOKENS = {"cpu": 16_384, "cuda": 131_072}
 """Of prompts and answers that are sampled at once, by device."""
 BATCH_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 27}
 """Of the logits of one step."""
+JUDGE_TOKENS = 512
+"""Of what a model says as a judge."""
 FIXED = -1.0
 """In the place of a temperature: an answer that was not sampled."""
 Item = dict[str, Any]
@@ -71,7 +76,12 @@ class Evaluator:
 
     def run(self) -> None:
         """Evaluate, and leave `output/items.jsonl`. Raises `UserError` or `Stopped`."""
-        work = {"preference": self._preference, "reward_kl": self._reward_kl, "win_rate": self._answers}[self.spec.type]
+        work = {
+            "preference": self._preference,
+            "reward_kl": self._reward_kl,
+            "win_rate": self._win_rate,
+            "agreement": self._agreement,
+        }[self.spec.type]
         try:
             items = work()
         except torch.OutOfMemoryError as error:
@@ -93,7 +103,10 @@ class Evaluator:
     # -- what each type does -----------------------------------------------------------------------------------
 
     def _preference(self) -> list[Item]:
-        """Of each pair its implicit reward margin, β·[log π/π_ref (chosen) − log π/π_ref (rejected)] (paper, eq. 4)."""
+        """Of each pair its implicit reward margin, β·[log π/π_ref (chosen) − log π/π_ref (rejected)] (paper, eq. 4).
+
+        `prompt_number` is shared by items of one prompt, here and in the other types.
+        """
         candidate, baseline = self._pair_logps("candidate"), self._pair_logps("baseline")
         beta = self.run_settings["beta"]
         items = []
@@ -102,7 +115,7 @@ class Evaluator:
             items.append(
                 {
                     "line": key[0],
-                    "prompt": candidate[key].prompt,
+                    "prompt_number": candidate[key].prompt,
                     "margin": beta * ((chosen - chosen_ref) - (rejected - rejected_ref)),
                     "logps": [chosen, rejected],
                     "reference_logps": [chosen_ref, rejected_ref],
@@ -117,7 +130,7 @@ class Evaluator:
         policy = self._load("candidate")
         prompts = self._prompts(policy, rows)
         texts = {}
-        for one in self._sampled(policy, "candidate", prompts):
+        for one in self._sampled(policy, "candidate", prompts, self.spec.sampling):
             made[one.key] = one
             texts[one.key] = self._text(policy, one, rows[one.row])
         vocabulary = policy.tokenizer.get_vocab()
@@ -136,16 +149,20 @@ class Evaluator:
         under = reference.compute(policy, answers, tick=self._tick).logps.tolist()
         del policy
         gc.collect()
-        rewards, prompts_of = self._rewards([(rows[key[1]], texts[key]) for key in keys]), _numbered(rows)
-        return [
+        prompts_of = _numbered(rows)
+        items = [
             self._item(made[key], rows[key[1]], texts[key])
-            | {"prompt": prompts_of[key[1]]}
-            | {"logp": made[key].logp, "reference_logp": logp, "reward": reward}
-            for key, logp, reward in zip(keys, under, rewards, strict=True)
+            | {"prompt_number": prompts_of[key[1]], "logp": made[key].logp, "reference_logp": logp}
+            for key, logp in zip(keys, under, strict=True)
         ]
+        if self.spec.judge is not None:
+            rewards = self._rewards([(rows[key[1]], texts[key]) for key in keys])
+            for item, value in zip(items, rewards, strict=True):
+                item["reward"] = value
+        return items
 
-    def _answers(self) -> list[Item]:
-        """Of each row the answers of both sides."""
+    def _win_rate(self) -> list[Item]:
+        """Of each row the answers of both sides, and what the judge says of them."""
         rows = self._examples()
         # What is there already first: what is wrong with it is said before anything is sampled.
         order = sorted(("candidate", "baseline"), key=lambda name: getattr(self.spec, name).model is not None)
@@ -160,13 +177,29 @@ class Evaluator:
             }
             if all(answer is not None for answer in pair.values()):
                 shown = None if temperature == FIXED else temperature
-                named = {"line": rows[row].line, "row": row, "prompt": prompts[row]}
-                items.append({**named, "temperature": shown, "sample": number, **pair})
-        for name in of:
-            rewards = self._rewards([(rows[item["row"]], item[name]) for item in items])
-            for item, value in zip(items, rewards, strict=True):
-                item[f"{name}_reward"], item[f"{name}_characters"] = value, len(item[name])
+                items.append({**_named(rows[row], row, prompts[row]), "temperature": shown, "sample": number, **pair})
+        self._judge(items, rows)
         return items
+
+    def _agreement(self) -> list[Item]:
+        """Of each two answers to a prompt how often people prefer which, and what the judge says of them.
+
+        Rows with the same prompt and the same two answers are what several people said. The answers are called
+        `first` and `second` by their text, so that their names say nothing of what is preferred.
+        """
+        rows = self._examples()
+        prompts = _numbered(rows)
+        items: dict[tuple[int, str, str], Item] = {}
+        for row, example in rows.items():
+            chosen, rejected = data.said(example.responses[0]), data.said(example.responses[-1])
+            first, second = sorted((chosen, rejected))
+            found = items.setdefault(
+                (prompts[row], first, second),
+                _named(example, row, prompts[row]) | {"first": first, "second": second, "votes": [0, 0]},
+            )
+            found["votes"][chosen != first] += 1
+        self._judge(list(items.values()), rows)
+        return list(items.values())
 
     # -- models ------------------------------------------------------------------------------------------------
 
@@ -265,16 +298,17 @@ class Evaluator:
                 self.events.message(text, level="warn")
             return {(FIXED, row, 0): data.said(example.responses[0]) for row, example in given.items()}
         policy = self._load(name)
-        made = self._sampled(policy, name, self._prompts(policy, rows))
+        made = self._sampled(policy, name, self._prompts(policy, rows), self.spec.sampling)
         return {one.key: self._text(policy, one, rows[one.row]) for one in made}
 
-    def _sampled(self, policy: Policy, name: str, prompts: dict[int, tuple[int, ...]]) -> Iterator[Made]:
-        """All completions of a side: those of the parts that are there, then new ones, in parts of their own."""
-        spec = self.spec.sampling
+    def _sampled(
+        self, policy: Policy, name: str, prompts: dict[int, tuple[int, ...]], spec: SpecSampling | None
+    ) -> Iterator[Made]:
+        """All completions of a model: those of the parts that are there, then new ones, in parts of their own."""
         assert spec is not None
-        models = sum(side.model is not None for side in self.spec.sides()) if self.spec.type == "win_rate" else 1
+        sampled = sum(side.model is not None for side in self.spec.sides()) if self.spec.type == "win_rate" else 1
         each = sum(spec.samples if temperature else 1 for temperature in spec.temperatures)
-        self._total = models * each * len(prompts)
+        self._total = (1 if name == "judge" else sampled) * each * len(prompts)
         if self._total > MAX_COMPLETIONS:
             message = f"{self._total} completions are more than {MAX_COMPLETIONS}: give 'max_rows', or fewer samples."
             raise UserError("invalid_value", message, "sampling.samples")
@@ -346,12 +380,50 @@ class Evaluator:
     @staticmethod
     def _item(one: Made, example: Example, text: str) -> Item:
         return {
-            "line": example.line, "row": one.row, "temperature": one.temperature, "sample": one.sample, "text": text,
-            "tokens": len(one.ids),
-            "ended": one.ended,
+            "line": example.line, "row": one.row, "temperature": one.temperature, "sample": one.sample,
+            "prompt": data.plain_prompt(example.prompt), "text": text, "tokens": len(one.ids), "ended": one.ended,
         }  # fmt: skip
 
-    # -- rewards -----------------------------------------------------------------------------------------------
+    # -- judges ------------------------------------------------------------------------------------------------
+
+    def _judge(self, items: list[Item], rows: dict[int, Example]) -> None:
+        """Add to each item how long its two answers are and what the judge says of them; an endpoint is asked later."""
+        judge, sides = self.spec.judge, self.spec.sides_named
+        for item in items:
+            item |= {f"{name}_characters": len(item[name]) for name in sides}
+        if judge is None or judge.endpoint is not None:
+            return
+        if judge.asked:
+            self._ask(judge, items)
+            return
+        for name in sides:
+            rewards = self._rewards([(rows[item["row"]], item[name]) for item in items])
+            for item, value in zip(items, rewards, strict=True):
+                item[f"{name}_reward"] = value
+
+    def _ask(self, judge: Judge, items: list[Item]) -> None:
+        """Have a model say which answer of each item it prefers, as an endpoint would be asked; greedily."""
+        asked = [(number, text) for number, item in enumerate(items)
+                 for text in questions(judge, item, self.spec.sides_named)]  # fmt: skip
+        policy = self._load("judge")
+        room = self._max_length(policy) - JUDGE_TOKENS
+        prompts = {}
+        for place, (_, text) in enumerate(asked):
+            example = Example(0, [{"role": "user", "content": text}], ("",))
+            ids = data.prompt_ids(example, policy.tokenizer, MAX_PROMPT_TOKENS)
+            if len(ids) <= room:
+                prompts[place] = ids
+        if len(prompts) < len(asked):
+            text = f"{len(asked) - len(prompts)} of {len(asked)} questions do not fit into the judge's context."
+            self.events.message(text, level="warn")
+        said: list[list[str | None]] = [[] for _ in items]
+        made = self._sampled(policy, "judge", prompts, SpecSampling(temperatures=[0.0], max_tokens=JUDGE_TOKENS))
+        texts = {one.row: policy.tokenizer.decode(one.ids, skip_special_tokens=True) for one in made}
+        for place, (number, _) in enumerate(asked):
+            said[number].append(texts.get(place))
+        for item, answers in zip(items, said, strict=True):
+            sides = self.spec.sides_named
+            item |= {"asked": bool(answers), "verdicts": verdicts(answers, sides), "judgements": answers}
 
     def _rewards(self, answers: list[tuple[Example, str]]) -> list[float]:
         """What the judge's reward says of each answer to its prompt."""
@@ -373,6 +445,10 @@ class Evaluator:
 def _whole(example: Example, answer: str) -> str:
     """A prompt and its answer as one text, as a model without a chat template would read it."""
     return data.plain_prompt(example.prompt) + ("" if isinstance(example.prompt, str) else " ") + answer
+
+
+def _named(example: Example, row: int, prompt: int) -> Item:
+    return {"line": example.line, "row": row, "prompt_number": prompt, "prompt": data.plain_prompt(example.prompt)}
 
 
 def _numbered(rows: dict[int, Example]) -> dict[int, int]:

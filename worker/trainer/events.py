@@ -31,6 +31,6 @@ class Events:
         self._stream.write(line + "\n")
         self._stream.flush()
 
-    def message(self, text: str, level: str = "info") -> None:
-        """Something for people; `level` is info, warn or error."""
-        self.emit("message", message=text, level=level)
+    def message(self, text: str, level: str = "info", data: dict[str, Any] | None = None) -> None:
+        """Something for people; `level` is info, warn or error. `data` says it to programs, by a `code`."""
+        self.emit("message", message=text, level=level, data=data)

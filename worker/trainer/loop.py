@@ -13,7 +13,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,7 @@ from torch import Tensor
 from app.jobs.hyperparameters import DPOHyperparameters
 from app.jobs.spec import JobSpec
 from worker.trainer import artifact, best, checkpoint, memory, plan, reference, reward, throughput
+from worker.trainer.advice import Advice, Advisor
 from worker.trainer.averages import Averages
 from worker.trainer.best import Best
 from worker.trainer.cache import Cache
@@ -153,6 +154,13 @@ class Trainer:
             self.events.message("The adapter's dropout acts in SFT only; the DPO stage runs without it.", level="warn")
         if stage.batch_size != settings.batch_size:
             self.events.message(f"Only {stage.batch_size} rows: the batch size is that.", level="warn")
+        advisor = self.advisor = Advisor(stage)
+        if state.stage_step == 0:
+            self._advise(advisor.before())
+        for entry in state.history:
+            if entry["stage"] == stage.name:
+                for _ in advisor.look(entry):
+                    pass  # it was said when it was written
         self.events.emit("stage", stage=stage.name, rows=len(stage.train), validation_rows=len(stage.validation))
         if state.stage_step == 0:
             self._judge(stage, self._validate(stage, method, record=True))
@@ -377,6 +385,12 @@ class Trainer:
 
     def _record(self, stage: Stage, metrics: dict[str, float]) -> None:
         self.state.history.append({"step": self.state.step, "stage": stage.name, **metrics})
+        self._advise(self.advisor.look(self.state.history[-1]))
+
+    def _advise(self, told: Iterable[Advice]) -> None:
+        for advice in told:
+            data = {"code": advice.code, "step": self.state.step, "figures": advice.figures}
+            self.events.message(advice.message, level="warn", data=data)
 
     def _report(self, stage: Stage, metrics: dict[str, float], seconds_remaining: float | None) -> None:
         self.events.emit(

@@ -305,6 +305,8 @@ def report(batch: Batch, losses: Tensor, settings: DPOHyperparameters, averages:
         better = rewards[:, :, None] > rewards[:, None, :]
         ordered = (batch.present[:, :, None] & batch.present[:, None, :]).triu(1)
         averages.add("rewards/margins", margins)
+        longer = (batch.lengths[:, :1] - batch.lengths.gather(1, last)) * margins
+        averages.add("rewards/longer_preferred", (longer.sign() + 1) / 2)
         averages.add("rewards/accuracies", better[ordered].float())
         if not settings.rewards:
             averages.add("gradient_weight", torch.sigmoid(-margins))

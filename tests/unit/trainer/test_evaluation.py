@@ -63,6 +63,16 @@ def lay_out(
     return folder
 
 
+def with_judge(folder: Path, model: Path) -> Path:
+    """The work folder of an evaluation whose judge is a model that is asked."""
+    (folder / "sides" / "judge").mkdir()
+    (folder / "sides" / "judge" / "base").symlink_to(model, target_is_directory=True)
+    run = json.loads((folder / "run.json").read_text())
+    run["sides"]["judge"] = {"model": "judge", "base_model": "tiny", "version": "v1", "quantization": "none"}
+    (folder / "run.json").write_text(json.dumps(run))
+    return folder
+
+
 def evaluate(folder: Path) -> Items:
     Evaluator(folder, Events(io.StringIO()), threading.Event()).run()
     return items(folder)
@@ -214,6 +224,56 @@ def test_both_sides_answer(llama: Path, adapter: Path, tmp_path: Path) -> None:
     ) / len(PAIRS)
     found = evaluate(lay_out(tmp_path / "fixed", llama, fixed))
     assert [(item["candidate"], item["baseline"]) for item in found] == [(p["rejected"], p["chosen"]) for p in PAIRS]
+
+
+def test_a_model_against_itself_wins_half(llama: Path, tmp_path: Path) -> None:
+    spec = {
+        "type": "win_rate", "candidate": {"model": "c"}, "baseline": {"model": "b"}, "sampling": SAMPLING,
+        "judge": {"type": "classifier", "classifier": {"file": "classifier.json"}},
+    }  # fmt: skip
+    evaluate(lay_out(tmp_path / "run", llama, spec))
+    assert figures(tmp_path / "run")["win_rate"] == 0.5
+
+
+def test_a_model_is_asked_as_a_judge(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedily, in both orders, where the question fits; what it says is what the model's own `generate` says."""
+    monkeypatch.setattr(evaluation, "JUDGE_TOKENS", 6)
+    spec = {
+        "type": "win_rate", "candidate": {"answers": "rejected"}, "baseline": {"answers": "chosen"}, "max_rows": 6,
+        "judge": {"type": "model", "model": "judge", "template": "{prompt} {a} or {b}"},
+    }  # fmt: skip
+    found = evaluate(with_judge(lay_out(tmp_path / "run", llama, spec), llama))
+    tokenizer, model = AutoTokenizer.from_pretrained(llama), AutoModelForCausalLM.from_pretrained(llama)
+    for item in found:
+        for said, pair in zip(item["judgements"], (("candidate", "baseline"), ("baseline", "candidate")), strict=True):
+            a, b = (item[side].strip() for side in pair)
+            text = f"\n\nHuman: {item['prompt'].strip()} {a} or {b}\n\nAssistant:"
+            bos = tokenizer("a").input_ids[:-1]
+            ids = torch.tensor([bos + tokenizer(text, add_special_tokens=False).input_ids])
+            made = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+            assert said == tokenizer.decode(made, skip_special_tokens=True)
+    assert figures(tmp_path / "run")["unparseable"] == 6, "it is a model of 40 words"
+    monkeypatch.setattr(evaluation, "JUDGE_TOKENS", model.config.max_position_embeddings - 2)
+    again = evaluate(with_judge(lay_out(tmp_path / "small", llama, spec), llama))
+    assert all(item["judgements"] == [None, None] for item in again), "nothing of a question is cut off"
+
+
+def test_what_people_say_of_the_same_answers_are_votes(llama: Path, tmp_path: Path) -> None:
+    """Whoever wrote the file put the better answer first: that must not be what raters are compared by."""
+    spec = {"type": "agreement", "judge": {"type": "classifier", "classifier": {"file": "classifier.json"}}}
+    folder = lay_out(tmp_path / "run", llama, spec)
+    sides = (("the", "a"), ("a", "the"), ("the", "of"))
+    one, other, third = ({"prompt": "p ", "chosen": a, "rejected": b} for a, b in sides)
+    write_records(folder / "data.jsonl", [one, one, other, third, {**one, "prompt": "q "}])
+    found = evaluate(folder)
+    assert [(item["first"], item["second"], item["votes"]) for item in found] == [
+        ("a", "the", [1, 2]), ("of", "the", [0, 1]), ("a", "the", [0, 1])
+    ]  # fmt: skip
+    numbers = figures(folder)
+    assert numbers["votes"] == 5 and numbers["comparisons"] == 3
+    assert numbers["people_people/cases"] == 3 and numbers["people_people/agreement"] == pytest.approx(1 / 3)
+    assert numbers["judge_people/cases"] == 5 and numbers["judge_people/agreement"] == pytest.approx(4 / 5)
+    assert numbers["judge_people/kappa"] == pytest.approx(0.0), "it always says the second: chance explains it"
 
 
 def test_ready_answers_are_to_the_same_prompts(llama: Path, tmp_path: Path) -> None:

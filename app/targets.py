@@ -1,13 +1,15 @@
-"""Where a webhook may go: to an address of the internet, found once, and connected to as found.
+"""Where webhooks and a judge's questions may go: to an address of the internet, found once, and connected to as found.
 
 A name is resolved here and the connection made to that address, so that it cannot be resolved to another one in
-between. Addresses of the operator's own network are refused, but for the hosts in `DPO_PRIVATE_WEBHOOKS`.
+between. Addresses of the operator's own network are refused, but for the hosts that a setting names.
 """
 
 import ipaddress
 import socket
 from dataclasses import dataclass
 from urllib.parse import urlsplit
+
+import httpx2
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
@@ -40,9 +42,24 @@ class Target:
         name = f"[{self.host}]" if ":" in self.host else self.host
         return name if self.port == {"https": 443, "http": 80}[self.scheme] else f"{name}:{self.port}"
 
+    def post(self, client: httpx2.Client, content: bytes, headers: dict[str, str]) -> httpx2.Request:
+        """A request of `client` to the address that was checked, for the host that it was found by."""
+        return client.build_request(
+            "POST",
+            self.url,
+            content=content,
+            headers={"Host": self.host_header, **headers},
+            extensions={"sni_hostname": self.host},
+        )
 
-def find(url: str, private_hosts: tuple[str, ...]) -> Target:
-    """Resolve `url`. Raises `Refused`."""
+
+def new_client(timeout: float) -> httpx2.Client:
+    """No redirects and no proxy of the environment: connections go to the address that was checked."""
+    return httpx2.Client(timeout=timeout, trust_env=False, follow_redirects=False)
+
+
+def find(url: str, private_hosts: tuple[str, ...], setting: str) -> Target:
+    """Resolve `url`; `private_hosts` is what the operator gave as `setting`. Raises `Refused`."""
     try:
         parts = urlsplit(url)
         port = parts.port
@@ -63,7 +80,7 @@ def find(url: str, private_hosts: tuple[str, ...]) -> Target:
         raise Refused(f"the host '{host}' cannot be resolved") from error
     addresses = [str(entry[4][0]).partition("%")[0] for entry in found]
     if not inside and not all(is_public(ipaddress.ip_address(address)) for address in addresses):
-        raise Refused(f"the host '{host}' is not on the public internet; DPO_PRIVATE_WEBHOOKS allows hosts inside")
+        raise Refused(f"the host '{host}' is not on the public internet; {setting} allows hosts inside")
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     return Target(parts.scheme, host, port, path, addresses[0])
 

@@ -1,0 +1,152 @@
+"""`dpo sweeps`: one training for each point of a grid, and how they compare."""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import quote
+
+import typer
+from rich.console import Console
+
+from app.cli.client import Client
+from app.cli.output import Json, Limit, emit, emit_table, read_body
+from app.cli.watch import EXIT_STATUS, GATE_NOT_MET
+
+sweeps = typer.Typer(help="Sweeps: a job for each point of a grid.", no_args_is_help=True)
+PATH = "/sweeps"
+INTERVAL_SECONDS = 2.0
+SHOWN = ("eval/loss", "eval/rewards/accuracies", "eval/rewards/margins")
+
+
+def _path(sweep_id: str) -> str:
+    return f"{PATH}/{quote(sweep_id, safe='')}"
+
+
+@sweeps.command("create")
+def sweeps_create(
+    spec: Annotated[Path, typer.Option(help="A JSON file with the body of the job; '-' for stdin.")],
+    grid: Annotated[list[str], typer.Option(help="FIELD=VALUE,VALUE,…; several. beta=0.05,0.1 or adapter.r=8,16")],
+    name: Annotated[str, typer.Option(help="What to call it.")] = "",
+    follow: Annotated[bool, typer.Option("--watch", help="Follow it to its end.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Start a job for each combination of the grid's values.
+
+    With --watch, the exit status is that of `dpo sweeps watch`.
+    """
+    client, job = Client(), read_body(spec)
+    for field in ("training_file", "validation_file"):
+        if field in job and Path(job[field]).is_file():
+            job[field] = client.upload(Path(job[field]))["id"]
+    body = {"job": job, "grid": dict(map(_values, grid))} | ({"name": name} if name else {})
+    made = client.request("POST", PATH, json=body)
+    if follow:
+        _follow(client, made["id"], as_json)
+    emit(made, as_json, f"{made['id']}: {len(made['jobs'])} jobs\nfollow it: dpo sweeps watch {made['id']}")
+
+
+def _values(text: str) -> tuple[str, list[Any]]:
+    """A field of the grid from the command line: numbers and words, or anything that JSON has, in brackets."""
+    field, sign, values = text.partition("=")
+    if not sign or not values:
+        raise typer.BadParameter(f"'{text}' is not FIELD=VALUE,VALUE,…", param_hint="--grid")
+    if values.startswith("["):
+        try:
+            found: list[Any] = json.loads(values)
+            return field, found
+        except json.JSONDecodeError as error:
+            raise typer.BadParameter(f"'{values}': {error}", param_hint="--grid") from None
+    return field, [_value(value) for value in values.split(",")]
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+@sweeps.command("list")
+def sweeps_list(limit: Limit = 20, as_json: Json = False) -> None:
+    """Sweeps, newest first."""
+    rows = list(Client().pages(PATH, limit))
+    shown = [row | {"jobs": len(row["jobs"]), "fields": ", ".join(row["grid"])} for row in rows]
+    emit_table(rows if as_json else shown, ["id", "status", "name", "jobs", "fields"], as_json)
+
+
+@sweeps.command("show")
+def sweeps_show(sweep_id: str, as_json: Json = False) -> None:
+    """The jobs of a sweep, side by side."""
+    _show(Client().request("GET", _path(sweep_id)), as_json)
+
+
+@sweeps.command("watch")
+def sweeps_watch(sweep_id: str, as_json: Json = False) -> None:
+    """Follow a sweep to its end. Exit status: 0 succeeded, 1 a job failed, 3 cancelled, 4 a quality gate not met."""
+    _follow(Client(), sweep_id, as_json)
+
+
+def _follow(client: Client, sweep_id: str, as_json: bool) -> None:
+    console, before = Console(stderr=as_json), ""
+    while True:
+        found = client.request("GET", _path(sweep_id))
+        work = [job["status"] for job in found["jobs"]]
+        work += [evaluation["status"] for job in found["jobs"] for evaluation in job["evaluations"].values()]
+        told = ", ".join(f"{work.count(state)} {state}" for state in dict.fromkeys(work))
+        if told != before:
+            console.print(told, highlight=False)
+            before = told
+        if found["status"] != "running":
+            break
+        time.sleep(INTERVAL_SECONDS)
+    _show(found, as_json)
+    missed = any(gate["met"] is False for job in found["jobs"] for gate in job["gates"])
+    raise typer.Exit(GATE_NOT_MET if missed and found["status"] == "succeeded" else EXIT_STATUS[found["status"]])
+
+
+def _show(sweep: dict[str, Any], as_json: bool) -> None:
+    frontier = sweep["frontier"] or {"points": []}
+    best = {point["job_id"] for point in frontier["points"] if point["pareto"]}
+    rows, measured = [], dict.fromkeys(SHOWN)
+    for job in sweep["jobs"]:
+        metrics = {name: value for name, value in (job["metrics"] or {}).items() if name in SHOWN}
+        for name, evaluation in job["evaluations"].items():
+            for metric, value in (evaluation["metrics"] or {}).items():
+                if metric.partition("@")[0] in ("accuracy", "win_rate", "reward", "kl"):
+                    metrics[f"{name}/{metric}"] = value
+        measured |= dict.fromkeys(metrics)
+        shown = {name: f"{value:.4g}" for name, value in metrics.items()}
+        mark = "yes" if job["id"] in best else ""
+        rows.append({**job["settings"], "status": job["status"], **shown, "pareto": mark, "job": job["id"]})
+    columns = [*sweep["grid"], "status", *(name for name in measured if any(name in row for row in rows))]
+    if best:
+        columns.append("pareto")
+    if as_json:
+        emit(sweep, True, "")
+        return
+    emit_table(rows, [*columns, "job"], False)
+    if best:
+        print(f"\nPareto set of {frontier['y']} against {frontier['x']}: {len(best)} of {len(rows)} jobs")
+        print(f"a picture: dpo sweeps frontier {sweep['id']} --output frontier.svg")
+
+
+@sweeps.command("frontier")
+def sweeps_frontier(
+    sweep_id: str,
+    output: Annotated[Path, typer.Option(help="Where to write it: .svg is a picture, .csv a table.")],
+) -> None:
+    """Write the frontier of a sweep: reward against KL, where nothing else was asked for."""
+    format = output.suffix.removeprefix(".")
+    if format not in ("svg", "csv"):
+        raise typer.BadParameter("must end in .svg or .csv", param_hint="--output")
+    with Client().stream("GET", f"{_path(sweep_id)}/frontier?format={format}") as response:
+        output.write_bytes(b"".join(response.iter_bytes()))
+    print(output)
+
+
+@sweeps.command("cancel")
+def sweeps_cancel(sweep_id: str, as_json: Json = False) -> None:
+    """Cancel what has not ended of a sweep."""
+    found = Client().request("POST", f"{_path(sweep_id)}/cancel")
+    emit(found, as_json, f"{found['id']}: {found['status']}")

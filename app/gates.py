@@ -1,0 +1,83 @@
+"""Gates: what metrics must be at the end. One that is not met takes nothing away: it is said, for CI to act on."""
+
+import difflib
+from collections.abc import Sequence
+from typing import Annotated, Any, Self
+
+from pydantic import Field, StringConstraints, model_validator
+
+from app.strict import NO_NUL, Strict, inconsistent
+
+
+class Gate(Strict):
+    """What a metric must be at the end. A gate that is not met leaves the job succeeded and keeps the model."""
+
+    metric: Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=NO_NUL)]
+    min: float | None = None
+    max: float | None = None
+
+    @model_validator(mode="after")
+    def _can_be_judged(self) -> Self:
+        if self.min is None and self.max is None:
+            raise inconsistent("min", "A gate needs a 'min', a 'max', or both")
+        return self
+
+
+def require_metric(metric: str, known: Sequence[str], field: str) -> None:
+    """Refuse a gate on what will not be measured."""
+    if metric not in known:
+        close = difflib.get_close_matches(metric, known, n=1)
+        hint = f" Did you mean '{close[0]}'" + "?" if close else ""
+        raise inconsistent(field, f"There is no metric '{metric}'.{hint}".removesuffix("."))
+
+
+Gates = Annotated[list[Gate], Field(max_length=32)]
+Verdict = dict[str, Any]
+"""A gate with its `value` and whether it is `met`: null where that is not known yet."""
+
+
+def judge(gates: Sequence[Gate], metrics: dict[str, float], pending: Sequence[str] = ()) -> list[Verdict]:
+    """The gates with their verdicts. A metric that was not measured meets nothing.
+
+    `pending` are the beginnings of metrics that are still to be measured.
+    """
+    verdicts = []
+    for gate in gates:
+        if gate.metric.startswith(tuple(pending)):
+            verdicts.append(gate.model_dump() | {"value": None, "met": None})
+            continue
+        value = metrics.get(gate.metric)
+        met = value is not None and (gate.min is None or value >= gate.min) and (gate.max is None or value <= gate.max)
+        verdicts.append(gate.model_dump() | {"value": value, "met": met})
+    return verdicts
+
+
+def level(verdicts: Sequence[Verdict]) -> str:
+    """Of the event that tells them."""
+    return "warn" if any(verdict["met"] is False for verdict in verdicts) else "info"
+
+
+def summary(verdicts: Sequence[Verdict]) -> str:
+    """A sentence for people."""
+    missed = [verdict for verdict in verdicts if verdict["met"] is False]
+    waiting = sum(verdict["met"] is None for verdict in verdicts)
+    later = f" {waiting} wait for evaluations." if waiting else ""
+    if not missed:
+        met = len(verdicts) - waiting
+        if not met:
+            return (
+                f"All {len(verdicts)} gates wait for evaluations."
+                if waiting > 1
+                else "The gate waits for an evaluation."
+            )
+        return (
+            "The gate is met." if len(verdicts) == 1 else f"{'' if waiting else 'All '}{met} gates are met."
+        ) + later
+    told = []
+    for gate in missed:
+        value = "was not measured" if gate["value"] is None else f"is {gate['value']:.6g}"
+        bounds = [
+            f"{word} {gate[end]:g}" for word, end in (("at least", "min"), ("at most", "max")) if gate[end] is not None
+        ]
+        told.append(f"{gate['metric']} {value}, should be {' and '.join(bounds)}")
+    return f"{len(missed)} of {len(verdicts)} gates not met: {'; '.join(told)}.{later}"

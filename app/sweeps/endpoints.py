@@ -1,0 +1,63 @@
+"""/v1/sweeps"""
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query, Response
+
+from app.dependencies import ServicesDependency
+from app.idempotency.service import SendingDependency
+from app.keys.middleware import CallerDependency
+from app.pagination import After, Page, page
+from app.sweeps.schemas import SweepObject
+from app.sweeps.spec import SweepSpec
+
+router = APIRouter(prefix="/sweeps", tags=["sweeps"])
+
+
+@router.post("")
+def create_sweep(
+    spec: SweepSpec, caller: CallerDependency, services: ServicesDependency, sending: SendingDependency
+) -> SweepObject:
+    """Start a job for each combination of the grid's values: all of them, or none where one cannot be run."""
+    return services.sweeps.create(caller.project, spec, sending)
+
+
+@router.get("")
+def list_sweeps(
+    caller: CallerDependency,
+    services: ServicesDependency,
+    after: After = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+) -> Page[SweepObject]:
+    """Sweeps, newest first."""
+    return page(services.sweeps.page(caller.project, after=after, limit=limit), limit)
+
+
+@router.get("/{sweep_id}")
+def get_sweep(sweep_id: str, caller: CallerDependency, services: ServicesDependency) -> SweepObject:
+    """One sweep: its jobs with their settings and metrics, and the frontier with its Pareto set."""
+    return services.sweeps.get(caller.project, sweep_id)
+
+
+@router.post("/{sweep_id}/cancel")
+def cancel_sweep(
+    sweep_id: str, caller: CallerDependency, services: ServicesDependency, sending: SendingDependency
+) -> SweepObject:
+    """Cancel what has not ended of a sweep."""
+    return services.sweeps.cancel(caller.project, sweep_id, sending)
+
+
+@router.get(
+    "/{sweep_id}/frontier",
+    response_class=Response,
+    responses={200: {"content": {"image/svg+xml": {}, "text/csv": {}}}},
+)
+def get_sweep_frontier(
+    sweep_id: str,
+    caller: CallerDependency,
+    services: ServicesDependency,
+    format: Annotated[Literal["svg", "csv"], Query(description="A picture, or the points as a table.")] = "svg",
+) -> Response:
+    """The frontier of two metrics, reward against KL where nothing else was asked for, as far as it is measured."""
+    content, media_type = services.sweeps.frontier(caller.project, sweep_id, format)
+    return Response(content, media_type=media_type)

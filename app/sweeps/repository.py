@@ -1,0 +1,36 @@
+"""All SQL about sweeps. What a caller reads starts from its project."""
+
+from collections.abc import Sequence
+
+from sqlalchemy import Select, select, tuple_
+from sqlalchemy.orm import Session
+
+from app.jobs.tables import EVALUATION, TRAINING, Job
+from app.sweeps.tables import Sweep
+
+
+def readable(project: str) -> Select[Sweep]:
+    return select(Sweep).where(Sweep.project == project)
+
+
+def get(session: Session, project: str, sweep_id: str) -> Sweep | None:
+    return session.scalar(readable(project).where(Sweep.id == sweep_id))
+
+
+def page(session: Session, project: str, *, after: Sweep | None, limit: int) -> Sequence[Sweep]:
+    """Up to `limit` + 1 sweeps, newest first."""
+    statement = readable(project)
+    if after is not None:
+        statement = statement.where(tuple_(Sweep.created_at, Sweep.id) < tuple_(after.created_at, after.id))
+    return session.scalars(statement.order_by(Sweep.created_at.desc(), Sweep.id.desc()).limit(limit + 1)).all()
+
+
+def jobs(session: Session, sweep_ids: Sequence[str]) -> Sequence[Job]:
+    """The trainings of sweeps, in the order in which they were made."""
+    statement = select(Job).where(Job.sweep_id.in_(sweep_ids), Job.kind == TRAINING)
+    return session.scalars(statement.order_by(Job.created_at, Job.id)).all()
+
+
+def evaluations(session: Session, sweep_ids: Sequence[str]) -> Sequence[Job]:
+    """The evaluations of the models that sweeps make."""
+    return session.scalars(select(Job).where(Job.sweep_id.in_(sweep_ids), Job.kind == EVALUATION)).all()

@@ -1,0 +1,156 @@
+"""Sweeps on the wire."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from app.jobs.schemas import GateVerdict, shown_gates
+from app.jobs.states import ACTIVE, Status
+from app.jobs.tables import Job
+from app.sweeps.frontier import Point, pareto
+from app.sweeps.tables import Sweep
+
+
+class SweepEvaluation(BaseModel):
+    """An evaluation of the model that one of the jobs makes."""
+
+    id: str
+    status: Status
+    metrics: dict[str, float] | None
+
+
+class SweepJob(BaseModel):
+    """A job of the grid, and what it came to."""
+
+    id: str
+    settings: dict[str, Any]
+    """Its value of each field of the grid."""
+    status: Status
+    fine_tuned_model: str | None
+    metrics: dict[str, float] | None
+    evaluations: dict[str, SweepEvaluation]
+    gates: list[GateVerdict]
+
+
+class FrontierPoint(BaseModel):
+    """What a job gains for what it costs; `temperature` where its evaluation has several."""
+
+    job_id: str
+    temperature: float | None
+    x: float
+    x_error: float | None
+    y: float
+    y_error: float | None
+    pareto: bool
+    """No other point has at most its `x` and at least its `y`."""
+
+
+class Frontier(BaseModel):
+    """The jobs by two metrics, as far as they are measured."""
+
+    x: str
+    y: str
+    points: list[FrontierPoint]
+
+
+class SweepObject(BaseModel):
+    """A sweep, its jobs, and how they compare."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "id": "sweep-abc123",
+                "object": "sweep",
+                "created_at": 1730000000,
+                "status": "running",
+                "grid": {"beta": [0.05, 0.1]},
+                "counts": {"succeeded": 1, "running": 1},
+                "jobs": [{"id": "ftjob-abc123", "settings": {"beta": 0.05}, "status": "succeeded"}],
+            }
+        }
+    )
+
+    id: str
+    object: Literal["sweep"] = "sweep"
+    created_at: int
+    name: str | None
+    status: Literal["running", "succeeded", "failed", "cancelled"]
+    """`running` until all jobs and evaluations have ended; then `failed` or `cancelled` where one was."""
+    grid: dict[str, list[Any]]
+    counts: dict[str, int]
+    """Jobs by status."""
+    jobs: list[SweepJob]
+    frontier: Frontier | None
+    metadata: dict[str, str] | None
+
+    @classmethod
+    def of(cls, sweep: Sweep, jobs: Sequence[Job], evaluations: Sequence[Job]) -> "SweepObject":
+        """The object for `sweep` with its `jobs` and their `evaluations`."""
+        by_id = {evaluation.id: evaluation for evaluation in evaluations}
+        shown = [
+            SweepJob(
+                id=job.id,
+                settings=sweep.settings["jobs"][job.id],
+                status=Status(job.status),
+                fine_tuned_model=job.fine_tuned_model,
+                metrics=job.metrics,
+                evaluations={
+                    name: SweepEvaluation(id=one, status=Status(by_id[one].status), metrics=by_id[one].metrics)
+                    for name, one in (job.evaluations or {}).items()
+                },
+                gates=shown_gates(job),
+            )
+            for job in jobs
+        ]
+        states = [job.status for job in (*jobs, *evaluations)]
+        counts = [str(job.status) for job in jobs]
+        ended = next((state for state in (Status.FAILED, Status.CANCELLED) if state in states), Status.SUCCEEDED)
+        return cls(
+            id=sweep.id,
+            created_at=int(sweep.created_at),
+            name=sweep.name,
+            status="running" if any(state in ACTIVE for state in states) else ended.value,
+            grid=sweep.grid,
+            counts={state: counts.count(state) for state in dict.fromkeys(counts)},
+            jobs=shown,
+            frontier=_frontier(sweep.settings["frontier"], shown),
+            metadata=sweep.sweep_metadata,
+        )
+
+    def points(self) -> list[Point]:
+        """The frontier's points as they are drawn: a series for what is no number in the grid."""
+        jobs = {job.id: job for job in self.jobs}
+        found = []
+        for point in self.frontier.points if self.frontier else []:
+            settings = jobs[point.job_id].settings
+            words = [f"{name}={value}" for name, value in settings.items() if not isinstance(value, int | float)]
+            mark = "" if point.temperature is None else f" at temperature {point.temperature:g}"
+            label = ", ".join(f"{name}={value}" for name, value in settings.items()) + mark
+            series = ", ".join(words) or "jobs"
+            found.append(Point(label, series, point.x, point.y, point.x_error, point.y_error))
+        return found
+
+
+def _frontier(axes: dict[str, str] | None, jobs: Sequence[SweepJob]) -> Frontier | None:
+    if axes is None:
+        return None
+    measured: list[tuple[str, float | None, float, float, float | None, float | None]] = []
+    for job in jobs:
+        metrics = dict(job.metrics or {})
+        for name, evaluation in job.evaluations.items():
+            metrics |= {f"evaluations/{name}/{metric}": value for metric, value in (evaluation.metrics or {}).items()}
+        marks = ["", *(name.removeprefix(axes["x"]) for name in metrics if name.startswith(axes["x"] + "@"))]
+        for mark in marks:
+            x, y = (metrics.get(axes[axis] + mark) for axis in ("x", "y"))
+            if x is not None and y is not None:
+                x_error, y_error = (metrics.get(f"{axes[axis]}/error{mark}") for axis in ("x", "y"))
+                measured.append((job.id, float(mark[1:]) if mark else None, x, y, x_error, y_error))
+    best = pareto([(x, y) for _, _, x, y, _, _ in measured])
+    points = [
+        FrontierPoint(
+            job_id=job_id, temperature=temperature, x=x, y=y, x_error=x_error, y_error=y_error, pareto=number in best
+        )
+        for number, (job_id, temperature, x, y, x_error, y_error) in enumerate(measured)
+    ]
+    return Frontier(x=axes["x"], y=axes["y"], points=points)

@@ -1,0 +1,145 @@
+"""What can be done with sweeps over HTTP."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import structlog
+from pydantic import ValidationError
+from sqlalchemy.orm import Session
+
+from app.broker import Broker, Lane
+from app.database import Database, new_id
+from app.errors import Conflict, NotFound, ServiceError, describe_validation_error
+from app.idempotency.service import Sending
+from app.jobs.service import Jobs
+from app.jobs.spec import JobSpec
+from app.jobs.states import ACTIVE
+from app.sweeps import repository
+from app.sweeps.frontier import as_csv, svg
+from app.sweeps.schemas import SweepObject
+from app.sweeps.spec import SweepSpec
+from app.sweeps.tables import Sweep
+
+log = structlog.get_logger(__name__)
+
+
+class Sweeps:
+    """Make the jobs of a grid, follow and cancel them, and compare what they came to."""
+
+    def __init__(self, database: Database, broker: Broker, jobs: Jobs) -> None:
+        self.database, self.broker, self.jobs = database, broker, jobs
+
+    def create(self, project: str, spec: SweepSpec, sending: Sending) -> SweepObject:
+        """Make all jobs of the grid, or none: what is wrong with one of them is said before any is made."""
+        content = spec.model_dump(mode="json")
+        asked = [(values, _job(values, body)) for values, body in spec.bodies()]
+        with self.database.write() as session:
+            earlier = sending.earlier(session, "sweeps.create", content)
+            sweep = None if earlier is None else repository.get(session, project, earlier)
+            if sweep is None:
+                sweep = self._insert(session, project, spec, asked, sending.request_id)
+                sending.made(session, "sweeps.create", content, sweep.id)
+            found = self._shown(session, [sweep])[0]
+        log.info("sweep accepted", sweep=found.id, jobs=len(found.jobs), project=project, request=sending.request_id)
+        self.broker.wake(Lane.CPU)
+        return found
+
+    def _insert(
+        self,
+        session: Session,
+        project: str,
+        spec: SweepSpec,
+        asked: Sequence[tuple[dict[str, Any], JobSpec]],
+        request_id: str | None,
+    ) -> Sweep:
+        sweep_id, settings = new_id("sweep"), {}
+        for values, job_spec in asked:
+            try:
+                job = self.jobs.add(session, project, job_spec, request_id, sweep_id=sweep_id)
+            except ServiceError as error:
+                error.param = f"job.{error.param}"
+                raise
+            settings[job.id] = values
+        axes = spec.axes(asked[0][1])
+        sweep = Sweep(
+            id=sweep_id,
+            project=project,
+            name=spec.name,
+            grid=spec.grid,
+            settings={"jobs": settings, "frontier": axes.model_dump() if axes is not None else None},
+            sweep_metadata=spec.metadata,
+        )
+        session.add(sweep)
+        session.flush()
+        session.refresh(sweep)
+        return sweep
+
+    @staticmethod
+    def _shown(session: Session, sweeps: Sequence[Sweep]) -> list[SweepObject]:
+        ids = [sweep.id for sweep in sweeps]
+        jobs, evaluations = repository.jobs(session, ids), repository.evaluations(session, ids)
+        return [
+            SweepObject.of(
+                sweep,
+                [job for job in jobs if job.sweep_id == sweep.id],
+                [evaluation for evaluation in evaluations if evaluation.sweep_id == sweep.id],
+            )
+            for sweep in sweeps
+        ]
+
+    def get(self, project: str, sweep_id: str) -> SweepObject:
+        with self.database.read() as session:
+            return self._shown(session, [self._found(session, project, sweep_id)])[0]
+
+    def page(self, project: str, *, after: str | None, limit: int) -> list[SweepObject]:
+        """Up to `limit` + 1 sweeps, newest first."""
+        with self.database.read() as session:
+            mark = None if after is None else self._found(session, project, after, "after")
+            return self._shown(session, repository.page(session, project, after=mark, limit=limit))
+
+    def cancel(self, project: str, sweep_id: str, sending: Sending) -> SweepObject:
+        """Cancel the jobs and evaluations of a sweep that have not ended."""
+        found = self.get(project, sweep_id)
+        if found.status != "running" and not sending.resent:
+            raise Conflict(f"Sweep {sweep_id} is {found.status} already.", code="job_already_ended")
+        for job in found.jobs:
+            with suppress(Conflict):  # it has just ended
+                if job.status in ACTIVE:
+                    self.jobs.cancel(project, job.id, sending)
+            for evaluation in job.evaluations.values():
+                with suppress(Conflict):
+                    if evaluation.status in ACTIVE:
+                        self.jobs.evaluations.cancel(project, evaluation.id, sending)
+        return self.get(project, sweep_id)
+
+    def frontier(self, project: str, sweep_id: str, format: str) -> tuple[str, str]:
+        """(the frontier as it is now, its media type): a picture, or the points of it as a table."""
+        found = self.get(project, sweep_id)
+        points = found.points()
+        if found.frontier is None or not points:
+            axes = "names none" if found.frontier is None else "has not measured any"
+            message = f"Sweep {sweep_id} {axes}: a frontier needs two metrics, 'frontier.x' and 'frontier.y'."
+            raise NotFound(message, code="frontier_not_found")
+        if format == "csv":
+            return as_csv(points), "text/csv; charset=utf-8"
+        title = found.name or f"Sweep {sweep_id}"
+        return svg(points, found.frontier.x, found.frontier.y, title), "image/svg+xml"
+
+    @staticmethod
+    def _found(session: Session, project: str, sweep_id: str, param: str | None = None) -> Sweep:
+        sweep = repository.get(session, project, sweep_id)
+        if sweep is None:
+            raise NotFound(f"No such sweep: {sweep_id}", param=param, code="sweep_not_found")
+        return sweep
+
+
+def _job(values: dict[str, Any], body: dict[str, Any]) -> JobSpec:
+    try:
+        return JobSpec.model_validate(body)
+    except ValidationError as error:
+        first: dict[str, Any] = dict(error.errors()[0])
+        first["loc"] = ("body", "job", *first["loc"])
+        message, param = describe_validation_error(first)[:2]
+        where = ", ".join(f"{name}={value!r}" for name, value in values.items())
+        raise ServiceError(f"{message} (with {where})", param=param, code="invalid_value") from None

@@ -1,0 +1,133 @@
+"""A judge for tests: a real HTTP server that speaks chat completions, with faults where they are asked for."""
+
+import json
+import re
+import socket
+import threading
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Prefers = Callable[[str, str, str], str]
+"""(question, answer A, answer B) to what is said."""
+_SHOWN = re.compile(r"(?:Response|Summary) A:\n(.*)\n\n(?:Response|Summary) B:\n(.*)\n\nFIRST", re.DOTALL)
+
+
+def longer(_question: str, a: str, b: str) -> str:
+    """A judge that likes length, whatever is said."""
+    return f"Comparison: one is longer.\nMore helpful: {'A' if len(a) > len(b) else 'B'}"
+
+
+def first(_question: str, _a: str, _b: str) -> str:
+    """A judge that likes what it is shown first."""
+    return "Preferred: A"
+
+
+class JudgeServer(ThreadingHTTPServer):
+    """Answers as `prefers` says, but the first requests for a question, for one in `every`, as `faults` say."""
+
+    daemon_threads = True
+
+    def __init__(
+        self, prefers: Prefers = longer, faults: tuple[str, ...] = (), key: str | None = None, every: int = 1
+    ) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.prefers, self.faults, self.key, self.every = prefers, faults, key, every
+        self.asked: Counter[str] = Counter()
+        self.answered: Counter[str] = Counter()
+        self.bodies: list[dict[str, Any]] = []
+        self.lock, self.delay, self.at_once, self.most_at_once = threading.Lock(), 0.0, 0, 0
+
+    @property
+    def url(self) -> str:
+        return f"http://localhost:{self.server_address[1]}/v1"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that are killed are part of the tests."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: JudgeServer
+
+    def do_POST(self) -> None:
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path != "/v1/chat/completions":
+            self._answer(404, {"error": {"message": "no such path"}})
+            return
+        question = body["messages"][0]["content"]
+        with server.lock:
+            tried = server.asked[question]
+            server.asked[question] += 1
+            server.bodies.append(body)
+            server.at_once += 1
+            server.most_at_once = max(server.at_once, server.most_at_once)
+        try:
+            time.sleep(server.delay)
+            hit = tried < len(server.faults) and zlib.crc32(question.encode()) % server.every == 0
+            fault = server.faults[tried] if hit else None
+            if server.key is not None and self.headers.get("Authorization") != f"Bearer {server.key}":
+                said = self.headers.get("Authorization")
+                self._answer(401, {"error": {"message": f"wrong key: {said}"}})
+            elif fault == "rate limit":
+                self._answer(429, {"error": {"message": "slow down"}}, {"Retry-After": "0.01"})
+            elif fault == "error":
+                self._answer(500, {"error": {"message": "an error"}})
+            elif fault == "refuse":
+                self._answer(400, {"error": {"message": "I will not talk about this"}})
+            elif fault == "not json":
+                self._answer(200, b"<html>a proxy says hello</html>")
+            elif fault == "no choices":
+                self._answer(200, {"object": "list", "data": [1]})
+            elif fault == "hang up":
+                self.close_connection = True
+                self.connection.shutdown(socket.SHUT_RDWR)
+            elif fault == "half":
+                self.send_response(200)
+                self.send_header("Content-Length", "1000")
+                self.end_headers()
+                self.wfile.write(b'{"choices": [')
+                self.close_connection = True
+            else:
+                with server.lock:
+                    server.answered[question] += 1
+                shown = _SHOWN.search(question)
+                text = (
+                    "no words" if fault == "babble" else server.prefers(question, *(shown.groups() if shown else "ab"))
+                )
+                usage = {"prompt_tokens": len(question.split()), "completion_tokens": len(text.split())}
+                message = {"role": "assistant", "content": text}
+                self._answer(200, {"choices": [{"index": 0, "message": message}], "usage": usage})
+        finally:
+            with server.lock:
+                server.at_once -= 1
+
+    def _answer(self, status: int, body: dict[str, Any] | bytes, headers: dict[str, str] | None = None) -> None:
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@contextmanager
+def judging(*given: Any, **named: Any) -> Iterator[JudgeServer]:
+    """A `JudgeServer` that answers."""
+    with JudgeServer(*given, **named) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()

@@ -1,0 +1,1 @@
+"""Judges that are asked which of two answers is better."""

@@ -1,0 +1,229 @@
+"""A judge behind OpenAI's chat completions: it is asked until it has answered, and never twice the same.
+
+429, 5xx, no connection, an answer that is none  →  again, later, as long as others still get answers
+401, 403, 404, or a refusal before any answer    →  `JudgeFailed`: the evaluation fails, and says why
+a refusal of one question                        →  that one stays without an answer
+"""
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+import httpx2
+import orjson
+
+from app import __version__
+from app.evaluations.service import PRIVATE
+from app.evaluations.spec import Endpoint
+from app.targets import Refused, find, new_client
+
+TIMEOUT_SECONDS = 120.0
+PATIENCE_SECONDS = 600.0
+"""Without any answer to any question, after which it is no use."""
+MAX_WAIT_SECONDS = 60.0
+GARBLED_TRIES = 5
+MAX_ANSWER_BYTES = 4 << 20
+GRACE_SECONDS = 10.0
+"""For the answers that are under way when the asking is broken off: they are paid for."""
+KEEP_SECONDS = 1.0
+
+
+class JudgeFailed(Exception):
+    """The judge gives no answers: `code` and a message for the user."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the judge said to one question (None: nothing that can be used) and the tokens that it counted."""
+
+    text: str | None
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
+def key_of(question: str) -> str:
+    """The name under which a question's answer is kept."""
+    return sha256(question.encode()).hexdigest()
+
+
+class _Again(Exception):
+    """The request may do better later: in `after` seconds, where the server says when."""
+
+    def __init__(self, reason: str, after: float | None = None, garbled: bool = False) -> None:
+        super().__init__(reason)
+        self.after, self.garbled = after, garbled
+
+
+class Asker:
+    """Asks one endpoint, several questions at a time."""
+
+    def __init__(self, endpoint: Endpoint, key: str | None, private_hosts: tuple[str, ...]) -> None:
+        self.endpoint, self._key, self.private_hosts = endpoint, key, private_hosts
+        self.headers = {"Content-Type": "application/json", "User-Agent": f"dpo-service/{__version__}"}
+        if key is not None:
+            self.headers["Authorization"] = f"Bearer {key}"
+        self._stopping = threading.Event()
+        self._lock = threading.Lock()
+        self._answered, self._quiet_until, self._last_answer = 0, 0.0, time.monotonic()
+
+    def ask_all(
+        self,
+        questions: Iterator[str],
+        known: dict[str, Answer],
+        keep: Callable[[dict[str, Answer]], None],
+        tick: Callable[[], None],
+    ) -> dict[str, Answer]:
+        """The answers to all `questions` by their key, those that are `known` among them.
+
+        `keep` gets new ones as they come. What `tick` raises breaks the asking off; what is under way then is
+        waited for a little and kept. Raises `JudgeFailed`.
+        """
+        found, fresh, kept = dict(known), dict[str, Answer](), time.monotonic()  # `fresh` is to be kept yet
+        pending: dict[Future[Answer], str] = {}
+        more = True
+        with new_client(TIMEOUT_SECONDS) as self._client:
+            pool = ThreadPoolExecutor(self.endpoint.concurrency, thread_name_prefix="judge")
+            try:
+                while more or pending:
+                    while more and len(pending) < self.endpoint.concurrency:
+                        question = next(questions, None)
+                        more = question is not None
+                        if question is None or (key := key_of(question)) in found or key in pending.values():
+                            continue
+                        pending[pool.submit(self._ask, question)] = key
+                    new = self._collect(pending, 0.25)
+                    found.update(new)
+                    fresh |= new
+                    if fresh and time.monotonic() - kept > KEEP_SECONDS:
+                        keep(fresh)
+                        fresh, kept = {}, time.monotonic()
+                    tick()
+            except BaseException:
+                self._stopping.set()
+                deadline = time.monotonic() + GRACE_SECONDS
+                while pending and time.monotonic() < deadline:
+                    fresh |= self._collect(pending, 0.25, patient=True)
+                raise
+            finally:
+                self._stopping.set()
+                self._client.close()  # what is still under way ends
+                pool.shutdown(wait=True, cancel_futures=True)
+                if fresh:
+                    keep(fresh)
+        return found
+
+    @staticmethod
+    def _collect(pending: "dict[Future[Answer], str]", seconds: float, *, patient: bool = False) -> dict[str, Answer]:
+        """The answers that came within `seconds`. Raises what went wrong, unless `patient`."""
+        found = {}
+        for future in wait(pending, seconds, return_when=FIRST_COMPLETED).done:
+            key = pending.pop(future)
+            if future.exception() is None:
+                found[key] = future.result()
+            elif not patient:
+                future.result()
+        return found
+
+    def _ask(self, question: str) -> Answer:
+        """One question, until it is answered."""
+        tries, garbled = 0, 0
+        while True:
+            self._wait_until(self._quiet_until)
+            if self._stopping.is_set():
+                raise JudgeFailed("judge_unavailable", "the asking was broken off")
+            try:
+                answer = self._post(question)
+            except _Again as again:
+                tries, garbled = tries + 1, garbled + again.garbled
+                if garbled >= GARBLED_TRIES:
+                    return Answer(None)
+                with self._lock:
+                    silent = time.monotonic() - self._last_answer
+                    if silent > PATIENCE_SECONDS:
+                        message = f"The judge has given no answer for {silent / 60:.0f} minutes: {again}."
+                        raise JudgeFailed("judge_unavailable", message) from None
+                    pause = min(MAX_WAIT_SECONDS, 0.5 * 2 ** min(tries - 1, 7) * random.uniform(0.5, 1.0))  # noqa: S311
+                    if again.after is not None:  # the server speaks for all that is sent to it
+                        pause = min(MAX_WAIT_SECONDS, max(0.0, again.after))
+                        self._quiet_until = max(self._quiet_until, time.monotonic() + pause)
+                self._wait_until(time.monotonic() + pause)
+            else:
+                with self._lock:
+                    self._answered, self._last_answer = self._answered + 1, time.monotonic()
+                return answer
+
+    def _wait_until(self, moment: float) -> None:
+        while (left := moment - time.monotonic()) > 0 and not self._stopping.wait(left):
+            pass
+
+    def _post(self, question: str) -> Answer:
+        body = {
+            **self.endpoint.parameters,
+            "model": self.endpoint.model,
+            "messages": [{"role": "user", "content": question}],
+        }
+        try:
+            target = find(f"{self.endpoint.base_url.rstrip('/')}/chat/completions", self.private_hosts, PRIVATE)
+        except Refused as refused:
+            if "resolved" in str(refused):  # a name server may be away
+                raise _Again(str(refused)) from None
+            raise JudgeFailed("judge_refused", f"The judge cannot be asked: {refused}.") from None
+        try:
+            answer, content = self._send(target.post(self._client, orjson.dumps(body), self.headers))
+        except (httpx2.HTTPError, OSError, RuntimeError) as error:
+            raise _Again(f"{type(error).__name__}: {error}"[:300]) from None
+        if answer.status_code == 200:
+            return _read(content)
+        said = f"it answered {answer.status_code}: {self._problem(content)}"
+        if answer.status_code in (408, 409, 425, 429) or answer.status_code >= 500:
+            raise _Again(said, _seconds(answer.headers.get("retry-after")))
+        if answer.status_code in (401, 403, 404) or answer.status_code < 400 or not self._answered:
+            raise JudgeFailed("judge_refused", f"The judge refuses what it is asked: {said}")
+        return Answer(None)  # this question: too long for it, or nothing that it would talk about
+
+    def _problem(self, content: bytes) -> str:
+        """What an error's body says, for people, without the key."""
+        try:
+            said = str(orjson.loads(content)["error"]["message"])
+        except (orjson.JSONDecodeError, LookupError, TypeError):
+            said = content[:1000].decode(errors="replace")
+        return (said.replace(self._key, "…") if self._key else said)[:300]
+
+    def _send(self, request: httpx2.Request) -> tuple[httpx2.Response, bytes]:
+        answer, content = self._client.send(request, stream=True), b""
+        try:
+            for chunk in answer.iter_bytes():
+                content += chunk
+                if len(content) > MAX_ANSWER_BYTES:
+                    raise _Again("its answer is too long", garbled=True)
+        finally:
+            answer.close()
+        return answer, content
+
+
+def _read(content: bytes) -> Answer:
+    """An answer in the chat completions' format. Raises `_Again` for another one."""
+    try:
+        found: dict[str, Any] = orjson.loads(content)
+        text = found["choices"][0]["message"]["content"]
+        usage = found.get("usage") or {}
+        counts = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
+    except (orjson.JSONDecodeError, LookupError, TypeError, AttributeError, ValueError):
+        raise _Again("its answer is not a chat completion", garbled=True) from None
+    return Answer(text if isinstance(text, str) else None, *counts)
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    try:
+        return None if retry_after is None else float(retry_after)
+    except ValueError:  # a date: wait as if it had said nothing
+        return None
