@@ -1,5 +1,6 @@
 """A lane's loop: look for a job, run it, look again. Wake-ups only make it look sooner."""
 
+import gc
 import os
 import socket
 import threading
@@ -80,7 +81,8 @@ class LaneWorker:
         while not self.stopping.is_set():
             try:
                 while not self.stopping.is_set() and self._work_once():
-                    pass
+                    # What a job leaves in cycles would stay until the next full collection, which is jobs away.
+                    gc.collect()
             except SQLAlchemyError as error:
                 log.warning("database out of reach", reason=str(error))
             except Exception as error:  # one job's trouble must not end the lane

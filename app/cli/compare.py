@@ -88,7 +88,7 @@ def _evaluated(client: Client, body: dict[str, Any], console: Console) -> dict[s
 def _items(client: Client, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     with client.stream("GET", f"/files/{evaluation['result_files'][1]}/content") as response:
         response.read()
-        return [json.loads(line) for line in response.text.splitlines()]
+        return [json.loads(line) for line in response.content.splitlines()]
 
 
 def _kl(
