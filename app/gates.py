@@ -58,26 +58,21 @@ def level(verdicts: Sequence[Verdict]) -> str:
 
 
 def summary(verdicts: Sequence[Verdict]) -> str:
-    """A sentence for people."""
+    """A sentence or two for people."""
     missed = [verdict for verdict in verdicts if verdict["met"] is False]
-    waiting = sum(verdict["met"] is None for verdict in verdicts)
-    later = f" {waiting} wait for evaluations." if waiting else ""
-    if not missed:
-        met = len(verdicts) - waiting
-        if not met:
-            return (
-                f"All {len(verdicts)} gates wait for evaluations."
-                if waiting > 1
-                else "The gate waits for an evaluation."
-            )
-        return (
-            "The gate is met." if len(verdicts) == 1 else f"{'' if waiting else 'All '}{met} gates are met."
-        ) + later
+    waiting, count = sum(verdict["met"] is None for verdict in verdicts), len(verdicts)
     told = []
-    for gate in missed:
-        value = "was not measured" if gate["value"] is None else f"is {gate['value']:.6g}"
-        bounds = [
-            f"{word} {gate[end]:g}" for word, end in (("at least", "min"), ("at most", "max")) if gate[end] is not None
-        ]
-        told.append(f"{gate['metric']} {value}, should be {' and '.join(bounds)}")
-    return f"{len(missed)} of {len(verdicts)} gates not met: {'; '.join(told)}.{later}"
+    if missed:
+        told.append(f"{len(missed)} of {count} gates not met: {'; '.join(map(_missed, missed))}.")
+    elif count > waiting:
+        told.append("The gate is met." if count == 1 else f"{count - waiting} of {count} gates are met.")
+    if waiting:
+        told.append(f"{waiting} of {count} gates wait for evaluations.")
+    return " ".join(told)
+
+
+def _missed(verdict: Verdict) -> str:
+    value = "was not measured" if verdict["value"] is None else f"is {verdict['value']:.6g}"
+    words = (("at least", "min"), ("at most", "max"))
+    bounds = [f"{word} {verdict[end]:g}" for word, end in words if verdict[end] is not None]
+    return f"{verdict['metric']} {value}, should be {' and '.join(bounds)}"

@@ -1,6 +1,7 @@
 """Pictures of numbers, as SVG: a frame with its axes, and curves in it. Pure functions; no picture loads anything."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
@@ -90,6 +91,11 @@ def curves(lines: Mapping[str, Sequence[tuple[float, float]]], title: str, x_lab
     return frame.draw(drawn, named, x_label, "", title)
 
 
+def escaped(text: str) -> str:
+    """`text` as it stands in XML, which has no place for control characters."""
+    return escape(re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]", "", text))
+
+
 def _range(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
@@ -97,4 +103,4 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _text(x: float, y: float, text: str, *, anchor: str = "start", size: int = 12, fill: str = TEXT) -> str:
-    return f'<text x="{x}" y="{y}" text-anchor="{anchor}" font-size="{size}" fill="{fill}">{escape(text)}</text>'
+    return f'<text x="{x}" y="{y}" text-anchor="{anchor}" font-size="{size}" fill="{fill}">{escaped(text)}</text>'

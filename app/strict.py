@@ -1,6 +1,7 @@
 """What every body of the API has: no coercion, and a field that is not known is refused by name."""
 
 import difflib
+import json
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, StringConstraints, ValidationInfo, model_validator
@@ -73,3 +74,30 @@ def _auto(value: object) -> object:
 
 Auto = BeforeValidator(_auto)
 """For numbers: "auto" means the default, as None does."""
+
+
+MAX_DEPTH = 32
+
+
+def plain_json(value: Any, field: str, max_bytes: int) -> None:
+    """Refuse what is taken as it is but could not be stored or answered: too deep, too long, or no JSON."""
+    if _depth(value) > MAX_DEPTH:
+        raise inconsistent(field, f"'{field}' is nested more than {MAX_DEPTH} deep")
+    try:
+        size = len(json.dumps(value, allow_nan=False, ensure_ascii=False).encode())
+    except ValueError:  # NaN, Infinity, half a surrogate pair
+        raise inconsistent(field, f"'{field}' holds what JSON has no place for") from None
+    if size > max_bytes:
+        raise inconsistent(field, f"'{field}' has {size} bytes; at most {max_bytes} are taken")
+
+
+def _depth(value: Any) -> int:
+    """How deep `value` is nested, as far as it matters."""
+    depth, level = 0, [value]
+    while level and depth <= MAX_DEPTH:
+        level = [
+            inner for one in level if isinstance(one, dict | list)
+            for inner in (one.values() if isinstance(one, dict) else one)
+        ]  # fmt: skip
+        depth += 1
+    return depth

@@ -80,6 +80,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer(500, {"error": {"message": "an error"}})
             elif fault == "refuse":
                 self._answer(400, {"error": {"message": "I will not talk about this"}})
+            elif fault == "no credit":
+                self._answer(402, {"error": {"message": "pay first"}})
             elif fault == "not json":
                 self._answer(200, b"<html>a proxy says hello</html>")
             elif fault == "no choices":

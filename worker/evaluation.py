@@ -1,6 +1,7 @@
 """One attempt at an evaluation: the models that it compares, what it has sampled so far, the report that it leaves."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -76,7 +77,10 @@ class Evaluation(Run[EvaluationSpec]):
             }
         self.services.storage.get_folder(self.parts, self.folder / "parts")
         self.answers = dict(_answers(self.folder / "parts"))
-        self.kept = sum(self._completions(path) for path in (self.folder / "parts").glob("*.jsonl"))
+        self.kept = Counter[bool]()
+        for path in (self.folder / "parts").glob("*.jsonl"):
+            if not path.name.startswith(f"{ANSWERS}-"):
+                self.kept[_by_judge(path)] += self._completions(path)
         located = spec.sealed(lambda _: None).with_files(places)  # the trainer asks no endpoint
         (self.folder / "evaluation.json").write_text(located.model_dump_json())
         log = {"job": self.job.id, "attempt": self.job.attempt, "request": self.job.request_id}
@@ -94,8 +98,6 @@ class Evaluation(Run[EvaluationSpec]):
 
     @staticmethod
     def _completions(path: Path) -> int:
-        if path.name.startswith(f"{ANSWERS}-"):
-            return 0
         with path.open("rb") as file:
             return sum(1 for _ in file)
 
@@ -103,13 +105,14 @@ class Evaluation(Run[EvaluationSpec]):
         if event["kind"] == "part":
             path = self.folder / event["path"]
             self.services.storage.put_file(f"{self.parts}/{path.name}", path)
-            self.kept += event["completions"]
+            self.kept[_by_judge(path)] += event["completions"]
 
     def columns(self, batch: list[dict[str, Any]]) -> dict[str, Any]:
         columns: dict[str, Any] = {"lost_attempts": Job.lost_attempts}
         for event in batch:
             if event["kind"] == "part":
-                columns = {"lost_attempts": 0, "progress": {"completions": self.kept, "total": event["total"]}}
+                progress = {"completions": self.kept[_by_judge(Path(event["path"]))], "total": event["total"]}
+                columns = {"lost_attempts": 0, "progress": progress}
         return columns
 
     def write_event(self, session: Session, event_id: str, event: dict[str, Any]) -> None:
@@ -120,7 +123,12 @@ class Evaluation(Run[EvaluationSpec]):
         judge = self.spec.judge
         assert judge is not None
         assert judge.endpoint is not None
-        sides, key = self.spec.sides_named, judge.endpoint.api_key
+        sides, services = self.spec.sides_named, self.services
+        try:
+            sealed = judge.endpoint.api_key
+            opened = None if sealed is None else services.vault.open(sealed)
+        except ValueError as error:
+            return self.fail("judge_refused", f"The judge's key cannot be read: {error}.", "judge.endpoint.api_key")
 
         def asked() -> Iterator[str]:
             for item in _items(path):
@@ -136,7 +144,8 @@ class Evaluation(Run[EvaluationSpec]):
             self.services.storage.put_file(f"{self.parts}/{name}", self.folder / "parts" / name)
             new_parts += 1
             self.answers |= fresh
-            progress = {"completions": self.kept, "total": self.kept, "answers": len(self.answers), "questions": total}
+            sampled = self.kept[False]
+            progress = {"completions": sampled, "total": sampled, "answers": len(self.answers), "questions": total}
             self._write(lost_attempts=0, progress=progress)
 
         def tick() -> None:
@@ -146,13 +155,9 @@ class Evaluation(Run[EvaluationSpec]):
                 raise _BrokenOff
 
         (self.folder / "parts").mkdir(exist_ok=True)
-        services = self.services
         try:
-            opened = None if key is None else services.vault.open(key)
             asker = Asker(judge.endpoint, opened, services.settings.private_judges)
             self.answers = asker.ask_all(asked(), self.answers, keep, tick)
-        except ValueError as error:
-            return self.fail("judge_refused", f"The judge's key cannot be read: {error}.", "judge.endpoint.api_key")
         except JudgeFailed as failed:
             return self.fail(failed.code, str(failed), "judge.endpoint")
         except _BrokenOff:
@@ -214,6 +219,11 @@ class Evaluation(Run[EvaluationSpec]):
                 session.add(self.result_file(file_id, path, name))
 
         self.lease.write(write)
+
+
+def _by_judge(part: Path) -> bool:
+    """Whether a part holds what a model said as the judge, which is counted for itself."""
+    return part.name.startswith("judge-")
 
 
 def _items(path: Path) -> Iterator[dict[str, Any]]:

@@ -109,16 +109,12 @@ def reap(database: Database, look: Look | None = None) -> set[Lane]:
 
 def cancel_orphans(database: Database) -> None:
     """Cancel the evaluations that wait for a training that has failed or was cancelled."""
-    with database.write() as session:
-        for job in repository.orphans(session):
-            repository.transition(
-                session,
-                job.id,
-                Status(job.status),
-                Status.CANCELLED,
-                actor=Actor.HOUSEKEEPING,
-                message=f"Its training {job.parent_id} has made no model.",
-            )
+    with database.read() as session:
+        orphans = [(job.id, Status(job.status), job.parent_id) for job in repository.orphans(session)]
+    for job_id, status, parent_id in orphans:  # each in its own transaction: of locked rows nobody waits for another
+        with database.write() as session:
+            message = f"Its training {parent_id} has made no model."
+            repository.transition(session, job_id, status, Status.CANCELLED, actor=Actor.HOUSEKEEPING, message=message)
 
 
 def _just_now(session: Session, look: Look) -> bool:

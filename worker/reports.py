@@ -6,14 +6,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import permutations
 from typing import Any
 
 import numpy
 
 from app.evaluations.spec import EvaluationSpec, Price
 from worker import statistics
-from worker.statistics import Estimate
+from worker.statistics import Estimate, Floats
 
 Item = dict[str, Any]
 Report = dict[str, Any]
@@ -157,56 +156,66 @@ def _asked_in_both_orders(items: Sequence[Item]) -> Report:
     return found
 
 
+CLASSES = ("first", "second", "tie")
+_Opinion = tuple[Item, float, int]
+"""An item, whether its first answer is preferred (1, 0, or ½ for neither), and how often that was said."""
+
+
 def agreement(items: Sequence[Item]) -> Report:
     """People against each other, and the judge against people: raw agreement and Cohen's κ (paper, Table 2).
 
     Each two votes on the same answers are a case, and so is each vote beside what the judge says. A judge that prefers
-    neither agrees with nobody; `without_ties` leaves it out.
+    neither agrees with nobody; `without_ties` leaves it out. Cases are counted, in a table [3, 3] for each prompt: who
+    says what in its rows, and in its columns what the other one says.
     """
-    people: list[tuple[Item, str, str]] = []
-    judged: list[tuple[Item, str, str]] = []
+    shape = (len({item["prompt_number"] for item in items}), len(CLASSES), len(CLASSES))
+    place = {number: k for k, number in enumerate(dict.fromkeys(item["prompt_number"] for item in items))}
+    people, judged = numpy.zeros(shape), numpy.zeros(shape)
+    votes, opinions = list[_Opinion](), list[_Opinion]()
     for item in items:
-        votes = _votes(item)
+        first, second = item["votes"]
         # Nobody is the first of two people: each pair counts in both orders.
-        people += [(item, one, other) for one, other in permutations(votes, 2)]
+        people[place[item["prompt_number"]], :2, :2] += [
+            [first * (first - 1), first * second], [first * second, second * (second - 1)]
+        ]  # fmt: skip
+        votes += [(item, 1.0, first), (item, 0.0, second)]
         point = preferred(item, ("first", "second"))
         if point is not None:
-            said = {1.0: "first", 0.0: "second", 0.5: "tie"}[point]
-            judged += [(item, said, vote) for vote in votes]
-    found: Report = {"comparisons": len(items), "votes": sum(sum(item["votes"]) for item in items)}
-    found["people_prefer_longer"] = _shown(_longer([(item, vote) for item in items for vote in _votes(item)]))
-    if people:
-        found["people_people"] = _agreeing(people) | {"cases": len(people) // 2}
-    if judged:
-        clear = [case for case in judged if case[1] != "tie"]
-        without = {"without_ties": _agreeing(clear)} if clear and len(clear) < len(judged) else {}
-        found["judge_people"] = _agreeing(judged) | without
-        found["judge_prefers_longer"] = _shown(_longer([(item, said) for item, said, _ in judged]))
+            judged[place[item["prompt_number"]], {1.0: 0, 0.0: 1, 0.5: 2}[point], :2] += [first, second]
+            opinions.append((item, point, first + second))
+    found: Report = {
+        "comparisons": len(items),
+        "votes": int(sum(sum(item["votes"]) for item in items)),
+        "people_prefer_longer": _shown(_longer(votes)),
+    }
+    if people.any():
+        found["people_people"] = _agreeing(people) | {"cases": int(people.sum()) // 2}
+    if opinions:
+        clear = judged.copy()
+        clear[:, CLASSES.index("tie")] = 0
+        found["judge_people"] = _agreeing(judged) | ({"without_ties": _agreeing(clear)} if clear.any() else {})
+        found["judge_prefers_longer"] = _shown(_longer(opinions))
     return found | _asked_in_both_orders(items)
 
 
-def _votes(item: Item) -> list[str]:
-    return ["first"] * item["votes"][0] + ["second"] * item["votes"][1]
-
-
-def _agreeing(cases: Sequence[tuple[Item, str, str]]) -> Report:
-    prompts = [item["prompt_number"] for item, _, _ in cases]
-    first, second = [one for _, one, _ in cases], [other for _, _, other in cases]
-    same = [float(one == other) for one, other in zip(first, second, strict=True)]
+def _agreeing(tables: Floats) -> Report:
+    tables = tables[tables.any((1, 2))]
     return {
-        "cases": len(cases),
-        "agreement": _shown(statistics.win_rate(same, prompts)),
-        "kappa": _shown(statistics.kappa(first, second, prompts)),
+        "cases": int(tables.sum()),
+        "agreement": _shown(statistics.share(numpy.trace(tables, axis1=1, axis2=2), tables.sum((1, 2)))),
+        "kappa": _shown(statistics.kappa(tables)),
     }
 
 
-def _longer(preferences: Sequence[tuple[Item, str]]) -> Estimate:
+def _longer(opinions: Sequence[_Opinion]) -> Estimate:
     """How often the longer answer is preferred; ½ where both are as long or neither is preferred."""
-    sign = {"first": 1.0, "second": -1.0, "tie": 0.0}
-    longer = [sign[said] * (item["first_characters"] - item["second_characters"]) for item, said in preferences]
-    return statistics.mean(
-        statistics.accuracy_points(numpy.array(longer)), [item["prompt_number"] for item, _ in preferences]
-    )
+    sums, counts = dict[int, float](), dict[int, float]()
+    for item, point, times in opinions:
+        longer = float(numpy.sign((point - 0.5) * (item["first_characters"] - item["second_characters"])) + 1) / 2
+        number = item["prompt_number"]
+        sums[number] = sums.get(number, 0.0) + times * longer
+        counts[number] = counts.get(number, 0.0) + times
+    return statistics.share(numpy.array(list(sums.values())), numpy.array(list(counts.values())))
 
 
 def asked(price: Price | None, tokens: Sequence[tuple[int, int]]) -> Report:

@@ -217,7 +217,7 @@ class Run(ABC, Generic[Spec]):
                 return
             for event_id, event in zip(told, batch, strict=True):
                 if event["kind"] == "message":
-                    text, level, data = event["message"], event["level"], event["data"]
+                    text, level, data = event["message"], event["level"], event.get("data")
                     repository.add_event(session, self.job.id, text, level=level, data=data, id=event_id)
                 else:
                     self.write_event(session, event_id, event)

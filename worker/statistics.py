@@ -75,18 +75,24 @@ def win_rate(points: Sequence[float] | Floats, prompts: Sequence[Hashable], seed
     """
     given = numpy.asarray(points, numpy.float64)
     groups = clusters(prompts)
-    sums, counts = numpy.array([given[one].sum() for one in groups]), numpy.array([float(len(one)) for one in groups])
-    share = float(given.mean())
-    if len(groups) < 2:
-        return Estimate(share, math.nan, math.nan, math.nan)
+    return share(
+        numpy.array([given[one].sum() for one in groups]), numpy.array([float(len(one)) for one in groups]), seed
+    )
+
+
+def share(sums: Floats, counts: Floats, seed: int = 0) -> Estimate:
+    """The sum of `sums` over that of `counts`, which are of a prompt each, with the interval of `win_rate`."""
+    value = float(sums.sum() / counts.sum())
+    if len(sums) < 2:
+        return Estimate(value, math.nan, math.nan, math.nan)
     if numpy.ptp(sums / counts) == 0:
-        return _wilson(share, len(groups))
+        return _wilson(value, len(sums))
     generator, found = numpy.random.default_rng(seed), []
     for _ in range(RESAMPLES):
-        drawn = generator.integers(len(groups), size=len(groups))
+        drawn = generator.integers(len(sums), size=len(sums))
         found.append(sums[drawn].sum() / counts[drawn].sum())
     low, high = numpy.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(share, float(numpy.std(found, ddof=1)), float(low), float(high))
+    return Estimate(value, float(numpy.std(found, ddof=1)), float(low), float(high))
 
 
 @dataclass(frozen=True)
@@ -128,29 +134,24 @@ def accuracy_points(margins: Floats) -> Floats:
     return numpy.where(margins > 0, 1.0, numpy.where(margins == 0, 0.5, 0.0))
 
 
-def kappa(first: Sequence[str], second: Sequence[str], prompts: Sequence[Hashable]) -> Estimate:
+def kappa(tables: Floats) -> Estimate:
     """Cohen's κ = (p_o − p_e)/(1 − p_e) of two raters of the same items (Cohen 1960), with a bootstrap over prompts.
 
+    `tables` [n, k, k] count, for each prompt, how often one says what in its rows and the other what in its columns.
     NaN where both always say the same one thing: then chance alone explains all. So are errors that are not known.
     """
-    classes = sorted({*first, *second})
-    at = [[classes.index(name) for name in rater] for rater in (first, second)]
-    groups = clusters(prompts)
-    tables = numpy.zeros((len(groups), len(classes), len(classes)))
-    for number, group in enumerate(groups):
-        for place in group:
-            tables[number, at[0][place], at[1][place]] += 1
     value = float(_kappa(tables.sum(0)))
-    if len(groups) < 2:
+    if len(tables) < 2:
         return Estimate(value, math.nan, math.nan, math.nan)
-    generator = numpy.random.default_rng(0)
-    draws = generator.multinomial(len(groups), numpy.full(len(groups), 1 / len(groups)), size=RESAMPLES)
-    found = _kappa(numpy.einsum("rg,gij->rij", draws.astype(numpy.float64), tables))
-    found = found[~numpy.isnan(found)]
-    if not len(found):
+    generator, found = numpy.random.default_rng(0), []
+    for _ in range(RESAMPLES):
+        drawn = numpy.bincount(generator.integers(len(tables), size=len(tables)), minlength=len(tables))
+        found.append(float(_kappa(numpy.tensordot(drawn.astype(numpy.float64), tables, 1))))
+    known = numpy.array(found)[~numpy.isnan(found)]
+    if len(known) < 2:
         return Estimate(value, math.nan, math.nan, math.nan)
-    low, high = numpy.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(value, float(numpy.std(found, ddof=1)) if len(found) > 1 else math.nan, float(low), float(high))
+    low, high = numpy.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Estimate(value, float(numpy.std(known, ddof=1)), float(low), float(high))
 
 
 def _kappa(tables: Floats) -> Floats:

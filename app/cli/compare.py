@@ -46,6 +46,8 @@ def compare(
     With a judge, its verdicts and the win rate too; where both models have one tokenizer, the KL between them; where
     they were trained here, the curves of their trainings. Exit status: 0, or 1 where the models could not be run.
     """
+    if output.suffix == ".json":
+        raise typer.BadParameter("is the page; the JSON file is written beside it", param_hint="--output")
     client, console = Client(), Console(stderr=True)
     shared = {
         "data": _upload(client, prompts), "max_rows": max_rows, "seed": seed,
@@ -110,12 +112,13 @@ def _kl(
 
 def _trainings(client: Client, models: Sequence[str]) -> dict[str, dict[str, Any]]:
     """The curves of the trainings that made the models, by model."""
-    jobs = {job["fine_tuned_model"]: job["id"] for job in client.pages("/fine_tuning/jobs", 1000)}
     found = {}
     for model in models:
-        job = jobs.get(model.partition(":ckpt-step-")[0])
-        if job is not None:
-            series = client.request("GET", f"/fine_tuning/jobs/{job}/metrics", params={"points": 200})["series"]
+        steps = client.request("GET", f"/models/{quote(model, safe=':')}/lineage")["steps"]
+        whole = model.partition(":ckpt-step-")[0]
+        made = [step["job"] for step in steps if step["model"].partition(":ckpt-step-")[0] == whole]
+        if made:
+            series = client.request("GET", f"/fine_tuning/jobs/{made[0]}/metrics", params={"points": 200})["series"]
             found[model] = {name: points for name, points in series.items() if name in CURVES}
     return found
 

@@ -18,7 +18,7 @@ from app.cli.client import Client, ClientError
 from app.cli.compare import compare
 from app.cli.describe import describe_estimate, describe_gate, describe_report
 from app.cli.evaluations import evaluate, evaluations
-from app.cli.output import Json, Limit, console, emit, emit_table, read_body, read_gates
+from app.cli.output import Json, Limit, console, emit, emit_table, read_body, read_gates, upload_files
 from app.cli.processes import end_with_parent, supervise
 from app.cli.sweeps import sweeps
 from app.cli.tokens import count_tokens
@@ -376,9 +376,7 @@ def jobs_create(
     body |= {key: value for key, value in given.items() if value}
     if gate:
         body["gates"] = [*body.get("gates", []), *read_gates(gate)]
-    for field in ("training_file", "validation_file"):
-        if field in body and Path(body[field]).is_file():
-            body[field] = client.upload(Path(body[field]))["id"]
+    upload_files(client, body)
     if dry_run:
         found = client.when_ready("POST", "/fine_tuning/estimate", json=body)
         emit(found, as_json, describe_estimate(found))

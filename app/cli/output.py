@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from app.cli.client import Client
+
 console = Console(width=None if sys.stdout.isatty() else 240)
 """What is piped on is not folded to the width of a terminal."""
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
@@ -57,3 +59,13 @@ def _gate(text: str) -> dict[str, Any]:
         return {"metric": metric.strip(), "min" if sign == ">=" else "max": float(number)}
     except ValueError:
         raise typer.BadParameter(f"'{text}' is not METRIC>=NUMBER or METRIC<=NUMBER", param_hint="--gate") from None
+
+
+def upload_files(client: Client, job: dict[str, Any]) -> None:
+    """Upload the files of a job's body that are named by their paths, and put their ids in their places."""
+    for field in ("training_file", "validation_file"):
+        if isinstance(job.get(field), str) and Path(job[field]).is_file():
+            job[field] = client.upload(Path(job[field]))["id"]
+    for evaluation in job.get("evaluations") or []:
+        if isinstance(evaluation.get("data"), str) and Path(evaluation["data"]).is_file():
+            evaluation["data"] = client.upload(Path(evaluation["data"]), {"purpose": "evals"})["id"]

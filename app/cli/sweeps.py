@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from app.cli.client import Client
-from app.cli.output import Json, Limit, emit, emit_table, read_body
+from app.cli.output import Json, Limit, emit, emit_table, read_body, upload_files
 from app.cli.watch import EXIT_STATUS, GATE_NOT_MET
 
 sweeps = typer.Typer(help="Sweeps: a job for each point of a grid.", no_args_is_help=True)
@@ -36,10 +36,11 @@ def sweeps_create(
     With --watch, the exit status is that of `dpo sweeps watch`.
     """
     client, job = Client(), read_body(spec)
-    for field in ("training_file", "validation_file"):
-        if field in job and Path(job[field]).is_file():
-            job[field] = client.upload(Path(job[field]))["id"]
-    body = {"job": job, "grid": dict(map(_values, grid))} | ({"name": name} if name else {})
+    upload_files(client, job)
+    fields = dict(map(_values, grid))
+    if len(fields) < len(grid):
+        raise typer.BadParameter("names a field twice", param_hint="--grid")
+    body = {"job": job, "grid": fields} | ({"name": name} if name else {})
     made = client.request("POST", PATH, json=body)
     if follow:
         _follow(client, made["id"], as_json)

@@ -1,6 +1,6 @@
 """What can be done with evaluations over HTTP."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import structlog
@@ -57,7 +57,7 @@ class Evaluations(Lifecycle[EvaluationObject]):
     def create(self, project: str, spec: EvaluationSpec, sending: Sending) -> EvaluationObject:
         """Check what the spec names, store the evaluation, then wake a worker of the CPU lane to check its files."""
         content = spec.model_dump(mode="json")
-        self._reachable(spec)
+        self.reachable([spec])
         with self.database.write() as session:
             earlier = sending.earlier(session, "evaluations.create", content)
             job = None if earlier is None else repository.get(session, project, earlier, EVALUATION)
@@ -68,21 +68,20 @@ class Evaluations(Lifecycle[EvaluationObject]):
         self.broker.wake(Lane.CPU)
         return self.show(job) if earlier is None else self.get(project, job.id)
 
-    def _reachable(self, spec: EvaluationSpec) -> None:
-        """Refuse a judge that nothing may be sent to."""
-        if spec.judge is not None and spec.judge.endpoint is not None:
+    def reachable(self, specs: Iterable[EvaluationSpec], param: str = "") -> None:
+        """Refuse judges that nothing may be sent to. Names are looked up: not while a transaction waits."""
+        endpoints = [spec.judge.endpoint for spec in specs if spec.judge is not None]
+        for url in dict.fromkeys(endpoint.base_url for endpoint in endpoints if endpoint is not None):
             try:
-                find(spec.judge.endpoint.base_url, self.private_hosts, PRIVATE)
+                find(url, self.private_hosts, PRIVATE)
             except Refused as refused:
-                message = f"This judge cannot be asked: {refused}."
-                raise ServiceError(message, param="judge.endpoint.base_url", code="invalid_url") from None
+                message = f"The judge at {url} cannot be asked: {refused}."
+                raise ServiceError(message, param=f"{param}judge.endpoint.base_url", code="invalid_url") from None
 
     def attach(self, session: Session, job: Job, number: int, asked: JobEvaluation) -> Job:
         """Store an evaluation of the model that the training `job` makes. It waits until that is there."""
         try:
-            spec = asked.of(job.makes)
-            self._reachable(spec)
-            return self._insert(session, job.project, spec, job.request_id, of=job)
+            return self._insert(session, job.project, asked.of(job.makes), job.request_id, of=job)
         except ServiceError as error:
             error.param = f"evaluations.{number}.{error.param}"
             raise

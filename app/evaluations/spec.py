@@ -7,12 +7,12 @@ import secrets
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import ConfigDict, Field, StringConstraints, model_validator
+from pydantic import ConfigDict, Field, StringConstraints, ValidationInfo, model_validator
 
 from app.datasets.example import Kind
 from app.datasets.mapping import Mapping
 from app.gates import Gates, require_metric
-from app.strict import NO_NUL, STORED, FileName, Metadata, ModelName, Quantization, Strict, inconsistent
+from app.strict import NO_NUL, STORED, FileName, Metadata, ModelName, Quantization, Strict, inconsistent, plain_json
 
 EvaluationType = Literal["preference", "win_rate", "reward_kl", "agreement"]
 
@@ -53,8 +53,8 @@ class Sampling(Strict):
 
     @model_validator(mode="after")
     def _each_once(self) -> Self:
-        if len(set(self.temperatures)) < len(self.temperatures):
-            raise inconsistent("temperatures", "'temperatures' names one twice")
+        if len({f"{temperature:g}" for temperature in self.temperatures}) < len(self.temperatures):
+            raise inconsistent("temperatures", "'temperatures' names one twice; six digits tell them apart")
         return self
 
 
@@ -62,6 +62,9 @@ class Classifier(Strict):
     """A linear classifier of words and phrases, as a file: its score is the logit."""
 
     file: FileName
+
+
+MAX_KEY = 2048
 
 
 class Price(Strict):
@@ -77,13 +80,23 @@ class Endpoint(Strict):
     base_url: Annotated[str, StringConstraints(min_length=8, max_length=2048, pattern=r"^https?://[!-~]+$")]
     """Up to and without `/chat/completions`."""
     model: ModelName
-    api_key: Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[!-~]+$")] | None = None
+    api_key: Annotated[str, StringConstraints(min_length=1, max_length=2 * MAX_KEY, pattern=r"^[!-~]+$")] | None = None
     """Kept encrypted, sent to this server only, and never shown again."""
     concurrency: Annotated[int, Field(ge=1, le=64)] = 8
     """Questions that are under way at a time."""
     parameters: Annotated[dict[str, Any], Field(max_length=32)] = {"temperature": 0, "max_tokens": 512}
     """What else each request says, beside `model` and `messages`: some models want other names."""
     price: Price | None = None
+
+    @model_validator(mode="after")
+    def _can_be_sent(self, info: ValidationInfo) -> Self:
+        plain_json(self.parameters, "parameters", 16_384)
+        for name in ("model", "messages", "stream", "n"):
+            if name in self.parameters:
+                raise inconsistent(f"parameters.{name}", f"'{name}' is not for 'parameters'")
+        if info.context != STORED and len(self.api_key or "") > MAX_KEY:  # sealed it is longer
+            raise inconsistent("api_key", f"'api_key' has more than {MAX_KEY} characters")
+        return self
 
 
 class Judge(Strict):
@@ -134,30 +147,36 @@ TAKES = {
     "agreement": {"judge"},
 }
 ESTIMATES = {
-    "preference": (
-        "accuracy", "margin", "chosen_logratio", "rejected_logratio", "longer_answer_preferred",
-    ),
-    "win_rate": (
-        "win_rate", "longer_answer_wins", "candidate_characters", "baseline_characters", "first_shown_preferred",
-    ),
-    "reward_kl": ("reward", "kl", "tokens"),
+    "preference": ("accuracy", "margin", "chosen_logratio", "rejected_logratio", "longer_answer_preferred"),
+    "win_rate": ("candidate_characters", "baseline_characters"),
+    "reward_kl": ("kl", "tokens"),
+    "agreement": ("people_prefer_longer", "people_people/agreement", "people_people/kappa"),
+}
+"""What each type finds with its error; `/error`, `/low` and `/high` are metrics of their own."""
+JUDGED = {
+    "preference": (),
+    "win_rate": ("win_rate", "longer_answer_wins"),
+    "reward_kl": ("reward",),
     "agreement": (
-        "people_prefer_longer", "people_people/agreement", "people_people/kappa", "judge_people/agreement",
-        "judge_people/kappa", "judge_people/without_ties/agreement", "judge_people/without_ties/kappa",
-        "judge_prefers_longer", "first_shown_preferred",
+        "judge_people/agreement", "judge_people/kappa", "judge_people/without_ties/agreement",
+        "judge_people/without_ties/kappa", "judge_prefers_longer",
     ),
 }  # fmt: skip
-"""What each type finds with its error; `/error`, `/low` and `/high` are metrics of their own."""
+"""And where it has a judge."""
 COUNTS = {
     "preference": ("pairs", "calibration/error"),
-    "win_rate": ("comparisons", "wins", "ties", "losses", "identical", "unparseable", "inconsistent"),
+    "win_rate": ("comparisons",),
     "reward_kl": ("completions", "ended"),
-    "agreement": (
-        "comparisons", "votes", "people_people/cases", "judge_people/cases", "judge_people/without_ties/cases",
-        "identical", "unparseable", "inconsistent",
-    ),
-}  # fmt: skip
-ASKED = ("judge/answers", "judge/input_tokens", "judge/output_tokens", "judge/cost")
+    "agreement": ("comparisons", "votes", "people_people/cases"),
+}
+JUDGED_COUNTS = {
+    "preference": (),
+    "win_rate": ("wins", "ties", "losses"),
+    "reward_kl": (),
+    "agreement": ("judge_people/cases", "judge_people/without_ties/cases"),
+}
+ASKED_COUNTS = ("identical", "unparseable", "inconsistent")
+ANSWERED = ("judge/answers", "judge/input_tokens", "judge/output_tokens")
 NEEDS = {
     "preference": {"candidate"},
     "win_rate": {"candidate", "baseline"},
@@ -230,14 +249,22 @@ class EvaluationSpec(Strict):
         return self
 
     def figures(self) -> list[str]:
-        """The names of the metrics that the evaluation can have."""
-        estimates = ESTIMATES[self.type]
-        names = [*estimates, *COUNTS[self.type]]
-        names += [f"{name}/{part}" for name in estimates for part in ("error", "low", "high")]
+        """The names of the metrics that the evaluation will have."""
+        judge = self.judge
+        estimates, counts = list[str](ESTIMATES[self.type]), list[str](COUNTS[self.type])
+        if judge is not None:
+            estimates += JUDGED[self.type]
+            counts += JUDGED_COUNTS[self.type]
+            if judge.asked:
+                estimates.append("first_shown_preferred")
+                counts += ASKED_COUNTS
+        names = estimates + counts + [f"{name}/{part}" for name in estimates for part in ("error", "low", "high")]
         temperatures = self.sampling.temperatures if self.sampling is not None else [1.0]
         if self.type in ("win_rate", "reward_kl") and len(temperatures) > 1:
             names = [f"{name}@{temperature:g}" for name in names for temperature in temperatures]
-        return names + list(ASKED)
+        if judge is not None and judge.endpoint is not None:
+            names += ANSWERED if judge.endpoint.price is None else (*ANSWERED, "judge/cost")
+        return names
 
     @classmethod
     def stored(cls, data: dict[str, Any]) -> Self:

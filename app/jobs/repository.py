@@ -261,6 +261,8 @@ def judged(session: Session, job: Job, metrics: dict[str, float]) -> list[Verdic
 
 def _settle(session: Session, job_id: str) -> None:
     """Judge the gates of a training that has succeeded again: one of its evaluations has ended."""
+    if session.scalar(select(Job.status).where(Job.id == job_id)) in (Status.FAILED, Status.CANCELLED):
+        return
     # Locked: of two evaluations that end at once the second sees the first, and the training does not end meanwhile.
     locked = select(Job).where(Job.id == job_id).with_for_update().execution_options(populate_existing=True)
     job = session.scalars(locked).one()

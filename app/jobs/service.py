@@ -54,6 +54,7 @@ class Jobs(Lifecycle[JobObject]):
     def create(self, project: str, spec: JobSpec, sending: Sending) -> JobObject:
         """Check what the spec names, store the job, then wake a worker of the CPU lane to check its files."""
         content = spec.to_store()
+        self.evaluations.reachable(spec.evaluations or [], "evaluations.")
         with self.database.write() as session:
             earlier = sending.earlier(session, "jobs.create", content)
             job = None if earlier is None else repository.get(session, project, earlier)

@@ -27,7 +27,7 @@ def list_sweeps(
     caller: CallerDependency,
     services: ServicesDependency,
     after: After = None,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    limit: Annotated[int, Query(ge=1, le=20)] = 20,
 ) -> Page[SweepObject]:
     """Sweeps, newest first."""
     return page(services.sweeps.page(caller.project, after=after, limit=limit), limit)

@@ -5,9 +5,8 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from xml.sax.saxutils import escape
 
-from app.pictures import Frame, colours
+from app.pictures import Frame, colours, escaped
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,6 @@ def svg(points: Sequence[Point], x_label: str, y_label: str, title: str = "") ->
         bar = f"M{x(left)} {at_y}H{x(right)}M{at_x} {y(low)}V{y(high)}"
         drawn.append(f'<path d="{bar}" stroke="{fill}" opacity="0.5"/>')
         ring = ' stroke="#222222" stroke-width="1.5"' if number in best else ""
-        said = escape(f"{point.label}: {point.x:.4g}, {point.y:.4g}")
+        said = escaped(f"{point.label}: {point.x:.4g}, {point.y:.4g}")
         drawn.append(f'<circle cx="{at_x}" cy="{at_y}" r="4.5" fill="{fill}"{ring}><title>{said}</title></circle>')
     return frame.draw(drawn, named | {"ringed: Pareto set": "#ffffff"}, x_label, y_label, title)

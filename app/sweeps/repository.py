@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from sqlalchemy import Select, select, tuple_
 from sqlalchemy.orm import Session
 
-from app.jobs.tables import EVALUATION, TRAINING, Job
+from app.jobs.tables import Job
 from app.sweeps.tables import Sweep
 
 
@@ -26,11 +26,5 @@ def page(session: Session, project: str, *, after: Sweep | None, limit: int) -> 
 
 
 def jobs(session: Session, sweep_ids: Sequence[str]) -> Sequence[Job]:
-    """The trainings of sweeps, in the order in which they were made."""
-    statement = select(Job).where(Job.sweep_id.in_(sweep_ids), Job.kind == TRAINING)
-    return session.scalars(statement.order_by(Job.created_at, Job.id)).all()
-
-
-def evaluations(session: Session, sweep_ids: Sequence[str]) -> Sequence[Job]:
-    """The evaluations of the models that sweeps make."""
-    return session.scalars(select(Job).where(Job.sweep_id.in_(sweep_ids), Job.kind == EVALUATION)).all()
+    """The trainings of sweeps and the evaluations of their models, in the order in which they were made."""
+    return session.scalars(select(Job).where(Job.sweep_id.in_(sweep_ids)).order_by(Job.created_at, Job.id)).all()

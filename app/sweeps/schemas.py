@@ -132,6 +132,12 @@ class SweepObject(BaseModel):
         return found
 
 
+def _error(metric: str) -> str:
+    """The name of a metric's standard error."""
+    name, mark, temperature = metric.partition("@")
+    return f"{name}/error{mark}{temperature}"
+
+
 def _frontier(axes: dict[str, str] | None, jobs: Sequence[SweepJob]) -> Frontier | None:
     if axes is None:
         return None
@@ -144,7 +150,7 @@ def _frontier(axes: dict[str, str] | None, jobs: Sequence[SweepJob]) -> Frontier
         for mark in marks:
             x, y = (metrics.get(axes[axis] + mark) for axis in ("x", "y"))
             if x is not None and y is not None:
-                x_error, y_error = (metrics.get(f"{axes[axis]}/error{mark}") for axis in ("x", "y"))
+                x_error, y_error = (metrics.get(_error(axes[axis] + mark)) for axis in ("x", "y"))
                 measured.append((job.id, float(mark[1:]) if mark else None, x, y, x_error, y_error))
     best = pareto([(x, y) for _, _, x, y, _, _ in measured])
     points = [

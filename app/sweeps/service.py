@@ -15,10 +15,11 @@ from app.idempotency.service import Sending
 from app.jobs.service import Jobs
 from app.jobs.spec import JobSpec
 from app.jobs.states import ACTIVE
+from app.jobs.tables import EVALUATION, Job
 from app.sweeps import repository
 from app.sweeps.frontier import as_csv, svg
 from app.sweeps.schemas import SweepObject
-from app.sweeps.spec import SweepSpec
+from app.sweeps.spec import Axes, SweepSpec
 from app.sweeps.tables import Sweep
 
 log = structlog.get_logger(__name__)
@@ -34,11 +35,13 @@ class Sweeps:
         """Make all jobs of the grid, or none: what is wrong with one of them is said before any is made."""
         content = spec.model_dump(mode="json")
         asked = [(values, _job(values, body)) for values, body in spec.bodies()]
+        axes = spec.axes(asked[0][1])
+        self.jobs.evaluations.reachable((one for _, job in asked for one in job.evaluations or []), "job.evaluations.")
         with self.database.write() as session:
             earlier = sending.earlier(session, "sweeps.create", content)
             sweep = None if earlier is None else repository.get(session, project, earlier)
             if sweep is None:
-                sweep = self._insert(session, project, spec, asked, sending.request_id)
+                sweep = self._insert(session, project, spec, asked, axes, sending.request_id)
                 sending.made(session, "sweeps.create", content, sweep.id)
             found = self._shown(session, [sweep])[0]
         log.info("sweep accepted", sweep=found.id, jobs=len(found.jobs), project=project, request=sending.request_id)
@@ -51,6 +54,7 @@ class Sweeps:
         project: str,
         spec: SweepSpec,
         asked: Sequence[tuple[dict[str, Any], JobSpec]],
+        axes: Axes | None,
         request_id: str | None,
     ) -> Sweep:
         sweep_id, settings = new_id("sweep"), {}
@@ -61,7 +65,6 @@ class Sweeps:
                 error.param = f"job.{error.param}"
                 raise
             settings[job.id] = values
-        axes = spec.axes(asked[0][1])
         sweep = Sweep(
             id=sweep_id,
             project=project,
@@ -78,15 +81,10 @@ class Sweeps:
     @staticmethod
     def _shown(session: Session, sweeps: Sequence[Sweep]) -> list[SweepObject]:
         ids = [sweep.id for sweep in sweeps]
-        jobs, evaluations = repository.jobs(session, ids), repository.evaluations(session, ids)
-        return [
-            SweepObject.of(
-                sweep,
-                [job for job in jobs if job.sweep_id == sweep.id],
-                [evaluation for evaluation in evaluations if evaluation.sweep_id == sweep.id],
-            )
-            for sweep in sweeps
-        ]
+        found: dict[str, tuple[list[Job], list[Job]]] = {sweep_id: ([], []) for sweep_id in ids}
+        for job in repository.jobs(session, ids):
+            found[str(job.sweep_id)][job.kind == EVALUATION].append(job)
+        return [SweepObject.of(sweep, *found[sweep.id]) for sweep in sweeps]
 
     def get(self, project: str, sweep_id: str) -> SweepObject:
         with self.database.read() as session:
@@ -141,5 +139,5 @@ def _job(values: dict[str, Any], body: dict[str, Any]) -> JobSpec:
         first: dict[str, Any] = dict(error.errors()[0])
         first["loc"] = ("body", "job", *first["loc"])
         message, param = describe_validation_error(first)[:2]
-        where = ", ".join(f"{name}={value!r}" for name, value in values.items())
+        where = ", ".join(f"{name}={str(value)[:60]}" for name, value in values.items())
         raise ServiceError(f"{message} (with {where})", param=param, code="invalid_value") from None

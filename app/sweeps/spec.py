@@ -1,6 +1,7 @@
 """The body of `POST /v1/sweeps`, and the jobs that it stands for. Pure pydantic."""
 
 import copy
+import difflib
 import itertools
 import secrets
 from collections.abc import Iterator
@@ -8,10 +9,14 @@ from typing import Annotated, Any, Self
 
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
-from app.jobs.spec import JobSpec
-from app.strict import NO_NUL, Metadata, Strict, inconsistent
+from app.errors import ServiceError
+from app.jobs.spec import METRICS, JobSpec
+from app.strict import NO_NUL, Metadata, Strict, inconsistent, plain_json
 
 MAX_JOBS = 64
+MAX_BYTES = 1 << 20
+NOT_SWEPT = ("evaluations", "gates", "integrations", "metadata")
+"""What says nothing of the model that is made; evaluations hold keys of judges."""
 Path = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[A-Za-z_]\w*(\.\w+)*$")]
 Metric = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=NO_NUL)]
 
@@ -53,55 +58,85 @@ class SweepSpec(Strict):
     metadata: Annotated[Metadata, Field(max_length=16)] | None = None
 
     @model_validator(mode="after")
-    def _not_too_many(self) -> Self:
+    def _expands(self) -> Self:
+        """Each name of the grid leads somewhere, and no two to the same place."""
+        plain_json(self.job, "job", MAX_BYTES)
+        plain_json(self.grid, "grid", MAX_BYTES)
         count = 1
         for name, values in self.grid.items():
             count *= len(values)
             if any(value in values[:number] for number, value in enumerate(values)):
                 raise inconsistent(f"grid.{name}", f"'{name}' has a value twice")
         if count > MAX_JOBS:
-            raise inconsistent(
-                "grid", f"The grid has {count} combinations; at most {MAX_JOBS} are trained in one sweep"
-            )
+            raise inconsistent("grid", f"The grid has {count} combinations; at most {MAX_JOBS} are one sweep")
+        places = {name: self._place(name) for name in self.grid}
+        for name, place in places.items():
+            if place.partition(".")[0] in NOT_SWEPT:
+                raise inconsistent(f"grid.{name}", f"'{place}' cannot be swept")
+            for other, taken in places.items():
+                if other != name and f"{taken}.".startswith(f"{place}."):
+                    raise inconsistent(f"grid.{other}", f"'{other}' is in '{name}', which is swept too")
+        for _ in self.bodies():
+            pass
         return self
+
+    def _place(self, name: str) -> str:
+        """Where in the job a name of the grid leads."""
+        if "." in name or name in JobSpec.model_fields:
+            return name
+        method = self.job.get("method")
+        kind = method.get("type") if isinstance(method, dict) else None
+        if kind not in ("dpo", "supervised"):
+            raise inconsistent(f"grid.{name}", f"'{name}' is no field of a job, and the job names no 'method'")
+        return f"method.{kind}.hyperparameters.{name}"
 
     def bodies(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         """(the values, the body) of each job, in the order of the grid.
 
-        All have one seed, unless it is swept: the same validation rows, and the same reference log-probs, which are
-        then computed once.
+        All have one seed, and so have their evaluations, unless it is swept: the same validation rows, the same
+        reference log-probs, which are then computed once, and completions of the same prompts.
         """
         seed = self.job.get("seed")
-        shared = {"seed": secrets.randbelow(2**31)} if seed is None and "seed" not in self.grid else {}
+        shared = secrets.randbelow(2**31) if seed is None else seed
         for values in itertools.product(*self.grid.values()):
-            body, settings = copy.deepcopy(self.job) | shared, dict(zip(self.grid, values, strict=True))
-            for path, value in settings.items():
-                _set(body, path, value)
+            body, settings = copy.deepcopy(self.job), dict(zip(self.grid, values, strict=True))
+            body["seed"] = shared
+            for evaluation in body.get("evaluations") or []:
+                if isinstance(evaluation, dict):
+                    evaluation.setdefault("seed", shared)
+            for name, value in settings.items():
+                _set(body, self._place(name), copy.deepcopy(value), f"grid.{name}")
             yield settings, body
 
     def axes(self, first: JobSpec) -> Axes | None:
-        """The metrics of the frontier; `first` is any of the jobs."""
-        if self.frontier is not None:
-            return self.frontier
+        """The metrics of the frontier; `first` is any of the jobs. Raises `ServiceError` for what is not measured."""
+        if self.frontier is None:
+            for evaluation in first.evaluations or []:
+                if evaluation.type == "reward_kl" and evaluation.judge is not None:
+                    return Axes(x=f"evaluations/{evaluation.name}/kl", y=f"evaluations/{evaluation.name}/reward")
+            return None
+        known = list(METRICS)
         for evaluation in first.evaluations or []:
-            if evaluation.type == "reward_kl" and evaluation.judge is not None:
-                return Axes(x=f"evaluations/{evaluation.name}/kl", y=f"evaluations/{evaluation.name}/reward")
-        return None
+            names = evaluation.figures()
+            names += [name.partition("@")[0] for name in names]  # all temperatures
+            known += [f"evaluations/{evaluation.name}/{name}" for name in names]
+        for axis in ("x", "y"):
+            metric = getattr(self.frontier, axis)
+            if metric not in known:
+                close = difflib.get_close_matches(metric, known, n=1)
+                hint = f" Did you mean '{close[0]}'?" if close else ""
+                message = f"There is no metric '{metric}'.{hint}"
+                raise ServiceError(message, param=f"frontier.{axis}", code="invalid_value")
+        return self.frontier
 
 
-def _set(body: dict[str, Any], path: str, value: Any) -> None:
-    if "." not in path and path not in JobSpec.model_fields:
-        method = body.get("method")
-        kind = method.get("type") if isinstance(method, dict) else None
-        if kind is None:
-            raise inconsistent(f"grid.{path}", f"'{path}' is no field of a job, and the job names no 'method'")
-        path = f"method.{kind}.hyperparameters.{path}"
-    *parents, last = path.split(".")
+def _set(body: dict[str, Any], place: str, value: Any, field: str) -> None:
+    *parents, last = place.split(".")
     target = body
     for name in parents:
         if target.get(name) is None:
             target[name] = {}
         target = target[name]
         if not isinstance(target, dict):
-            raise inconsistent(f"grid.{path}", f"'{name}' holds no fields in this job")
+            raise inconsistent(field, f"'{name}' holds no fields in this job")
     target[last] = value

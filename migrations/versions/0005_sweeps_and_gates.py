@@ -37,9 +37,16 @@ def downgrade() -> None:
             known = [event for event in events if event != "fine_tuning.job.judged"]
             change = sa.update(endpoints).where(endpoints.c.id == endpoint)
             connection.execute(change.values(events=known or ["fine_tuning.job.failed"]))
-    # The version before would start them before their model is there.
-    op.execute("DELETE FROM job_events WHERE job_id IN (SELECT id FROM jobs WHERE parent_id IS NOT NULL)")
-    op.execute("DELETE FROM jobs WHERE parent_id IS NOT NULL")
+    # The version before would start those that wait before their model is there, and cannot read the others.
+    jobs = sa.table("jobs", *(sa.column(name, sa.String()) for name in ("id", "kind", "parent_id")),
+                    sa.column("spec", sa.JSON()))  # fmt: skip
+    events = sa.table("job_events", sa.column("job_id", sa.String()))
+    rows = connection.execute(sa.select(jobs.c.id, jobs.c.parent_id, jobs.c.spec).where(jobs.c.kind == "evaluation"))
+    for job_id, parent, spec in rows.all():
+        judge = (spec.get("judge") or {}).get("type")
+        if parent or (spec["type"] != "preference" and judge not in ("reward_model", "classifier")):
+            connection.execute(sa.delete(events).where(events.c.job_id == job_id))
+            connection.execute(sa.delete(jobs).where(jobs.c.id == job_id))
     op.drop_table("sweeps")
     op.drop_index("ix_jobs_sweep", "jobs")
     op.drop_index("ix_jobs_parent", "jobs")

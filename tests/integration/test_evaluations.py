@@ -8,6 +8,7 @@ from fastapi.testclient import TestClient
 from sqlalchemy import text, update
 
 from app.database import database_now
+from app.evaluations.spec import EvaluationSpec
 from app.jobs import repository
 from app.jobs.states import Status
 from app.jobs.tables import EVALUATION, TRAINING, Job
@@ -28,6 +29,17 @@ def at(url: str) -> dict[str, Any]:
 
 
 ASKED = at("https://1.1.1.1/v1")
+
+
+def asking(**fields: Any) -> dict[str, Any]:
+    return {"type": "endpoint", "endpoint": ASKED["endpoint"] | fields}
+
+
+def deep(levels: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for _ in range(levels):
+        found = {"a": found}
+    return found
 
 
 @pytest.fixture
@@ -76,6 +88,13 @@ def body(client: TestClient, **fields: Any) -> dict[str, Any]:
         ({"type": "win_rate", "judge": SCORED | {"question": "dialogue"}}, "judge.question"),
         ({"type": "win_rate", "judge": {"type": "model", "model": "none"}}, "judge.model"),
         ({"type": "win_rate", "judge": {"type": "model", "model": SCORED["model"]}}, "judge.model"),
+        ({"type": "win_rate", "judge": asking(parameters={"stop": "\ud800"})}, "judge.endpoint.parameters"),
+        ({"type": "win_rate", "judge": asking(parameters={"stream": True})}, "judge.endpoint.parameters.stream"),
+        ({"type": "win_rate", "judge": asking(parameters=deep(300))}, "judge.endpoint.parameters"),
+        ({"type": "win_rate", "judge": asking(api_key="k" * 2049)}, "judge.endpoint.api_key"),
+        ({"type": "win_rate", "judge": ASKED, "gates": [{"metric": "judge/cost", "max": 1}]}, "gates.0.metric"),
+        ({"type": "win_rate", "gates": [{"metric": "win_rate", "min": 1}]}, "gates.0.metric"),
+        ({"type": "reward_kl", "sampling": {"temperatures": [0.7, 0.70000001]}}, "sampling.temperatures"),
         ({"type": "win_rate", "judge": at("http://judge.example/v1")}, "judge.endpoint.base_url"),
         ({"type": "win_rate", "judge": at("https://127.0.0.1/v1")}, "judge.endpoint.base_url"),
         ({"type": "win_rate", "judge": at("https://169.254.169.254/v1")}, "judge.endpoint.base_url"),
@@ -103,7 +122,9 @@ def body(client: TestClient, **fields: Any) -> dict[str, Any]:
 def test_what_cannot_be_evaluated_is_refused_by_field(
     fields: dict[str, Any], param: str, client: TestClient, made: str
 ) -> None:
-    error = error_of(client.post("/v1/evaluations", json=body(client, **fields)), 400)
+    content = json.dumps(body(client, **fields))  # escaped: half a surrogate pair has no UTF-8
+    answer = client.post("/v1/evaluations", content=content, headers={"Content-Type": "application/json"})
+    error = error_of(answer, 400)
     assert error["param"] == param and error["message"]
 
 
@@ -148,6 +169,10 @@ def test_a_judges_key_is_sealed_and_not_shown(client: TestClient, services: Serv
         told = session.execute(text("select message, data from job_events")).all()
     assert "sk-of-the-judge" not in stored + str(told) + client.get("/v1/evaluations").text
     assert services.vault.open(stored) == "sk-of-the-judge"
+    longest = asking(api_key="k" * 2048)
+    made = client.post("/v1/evaluations", json=body(client, type="win_rate", judge=longest)).json()
+    with services.database.read() as session:
+        EvaluationSpec.stored(session.get_one(Job, made["id"]).spec)  # sealed it is longer
 
 
 def test_a_resent_evaluation_is_one(client: TestClient) -> None:

@@ -1,12 +1,11 @@
 """Judges that are asked: the paper's words, what their answers say, and a server that does not always answer."""
 
 import time
-from collections.abc import Iterator
 
 import pytest
 
 from app.evaluations.spec import Endpoint, Judge
-from tests.judge_server import judging, longer
+from tests.judge_server import judging
 from worker.judges import endpoint
 from worker.judges.endpoint import Answer, Asker, JudgeFailed, key_of
 from worker.judges.questions import choice, questions, verdicts
@@ -39,7 +38,11 @@ def test_both_orders_are_asked_in_the_papers_words() -> None:
     [
         ("Comparison: A is fine, B better.\nPreferred: B", "B"),
         ('Comparison: x\nMore helpful: "A"', "A"),
-        ("**Preferred:** **b**.", "B"),
+        ("**Preferred:** **B**.", "B"),
+        ("More helpful: Response B", "B"),
+        ("Preferred: Summary A.", "A"),
+        ("Comparison: B is more helpful: a direct answer.\nB", "B"),
+        ("It is more helpful: a direct answer", None),
         ("preferred: TIE", "tie"),
         ("Both are good.\nB", "B"),
         ("Preferred: A\nNo, wait. Preferred: B", "B"),
@@ -117,35 +120,30 @@ def test_what_is_known_is_not_asked_again() -> None:
         assert not server.asked.keys() & set(QUESTIONS[:15]) and len(server.asked) == 25
 
 
+ONE_KNOWN = {key_of(QUESTIONS[0]): Answer("Preferred: A")}
+
+
 def test_garbage_without_end_is_no_answer_and_babble_is_one() -> None:
     with judging(faults=("not json",) * 5) as server:
-        assert {answer.text for answer in ask(server.url).kept.values()} == {None}
+        assert {answer.text for answer in ask(server.url, ONE_KNOWN).kept.values()} == {None}
+        with pytest.raises(JudgeFailed, match="answered nothing"):
+            server.asked.clear()
+            ask(server.url)  # nobody who would ever answer
     with judging(faults=("babble",)) as server:
         assert {answer.text for answer in ask(server.url).kept.values()} == {"no words"}
         assert set(server.asked.values()) == {1}, "it was paid for"
 
 
 def test_a_refusal_of_one_question_is_its_own() -> None:
-    def picky(question: str, a: str, b: str) -> str:
-        return longer(question, a, b)
-
-    with judging(picky) as server:
-        known = {key_of(question): Answer("Preferred: A") for question in QUESTIONS[1:]}
-        server.faults = ("refuse",)
+    with judging(faults=("refuse",)) as server:
+        assert {answer.text for answer in ask(server.url, ONE_KNOWN).kept.values()} == {None}, "as before the restart"
+        server.asked.clear()
         with pytest.raises(JudgeFailed, match="answered 400: I will not talk about this"):
-            ask(server.url, known)  # nothing was answered before: it is how we ask
-    with judging() as server:
-        asker = Asker(Endpoint(base_url=server.url, model="judge", concurrency=1), None, ("localhost",))
-
-        def one_then_refusals() -> Iterator[str]:
-            yield QUESTIONS[0]
-            server.faults = ("refuse",)
-            yield from QUESTIONS[1:]
-
-        asked = Asked()
-        asker.ask_all(one_then_refusals(), {}, asked.keep, lambda: None)
-    texts = [answer.text for answer in asked.kept.values()]
-    assert texts[0] is not None and texts.count(None) >= len(QUESTIONS) - 2
+            ask(server.url)  # nothing but refusals: it is how we ask
+        server.asked.clear()
+        server.faults = ("no credit",)
+        with pytest.raises(JudgeFailed, match="402"):
+            ask(server.url, ONE_KNOWN)
 
 
 def test_a_wrong_key_fails_at_once_and_is_not_repeated() -> None:

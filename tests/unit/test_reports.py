@@ -107,6 +107,14 @@ def test_agreement_is_that_of_all_pairs_of_votes() -> None:
     assert found["judge_prefers_longer"] == pytest.approx(numpy.mean(judge)), "the second answer is the longer one"
 
 
+def test_many_votes_are_counted_not_listed() -> None:
+    """20,000 people on one pair are 400 million cases."""
+    item = {"prompt_number": 0, "votes": [15_000, 5_000], "first_characters": 3, "second_characters": 1}
+    found = reports.flat(reports.report(AGREEMENT, [item, item | {"prompt_number": 1, "votes": [1, 0]}]))
+    assert found["people_people/cases"] == 20_000 * 19_999 / 2
+    assert found["people_people/agreement"] == pytest.approx((15e3 * 14_999 + 5e3 * 4_999) / (20e3 * 19_999))
+
+
 def test_a_judges_ties_agree_with_nobody() -> None:
     item = {"prompt_number": 0, "votes": [2, 0], "first_characters": 1, "second_characters": 1}
     items = [item | {"first_reward": 1.0, "second_reward": 1.0}, item | {"first_reward": 1.0, "second_reward": 0.0}]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from app import pictures
+from app.errors import ServiceError
 from app.jobs.spec import JobSpec
 from app.sweeps import frontier
 from app.sweeps.frontier import Point
@@ -56,11 +57,57 @@ def test_a_job_for_each_combination() -> None:
         ({"beta": [0.1, 0.1]}, "has a value twice"),
         ({"beta": list(range(9)), "seed": list(range(8))}, f"at most {MAX_JOBS}"),
         ({"be ta": [1]}, "pattern"),
+        ({"evaluations": [[{"judge": {"endpoint": {"api_key": "sk"}}}]]}, "cannot be swept"),
+        ({"evaluations.0.beta": [1]}, "cannot be swept"),
+        ({"training_file.name": [1]}, "holds no fields"),
+        ({"beta": [0.1], "method.dpo.hyperparameters": [{"loss": "ipo"}]}, "which is swept too"),
+        ({"adapter": [{"r": 4}], "adapter.alpha": [8]}, "which is swept too"),
+        ({"beta": [0.1], "method.dpo.hyperparameters.beta": [0.2]}, "which is swept too"),
+        ({"beta": [float("nan")]}, "JSON has no place"),
+        ({"suffix": ["\ud800"]}, "JSON has no place"),
     ],
 )
 def test_grids_that_are_none_are_refused(grid: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         SweepSpec.model_validate({"job": JOB, "grid": grid})
+
+
+def test_a_grid_needs_to_know_the_method_of_its_hyperparameters() -> None:
+    with pytest.raises(ValidationError, match="names no 'method'"):
+        SweepSpec.model_validate({"job": {"model": "m", "training_file": "f"}, "grid": {"beta": [0.1]}})
+    nested: dict[str, Any] = {}
+    for _ in range(300):
+        nested = {"metadata": nested}
+    with pytest.raises(ValidationError, match="nested more than"):
+        SweepSpec.model_validate({"job": JOB | nested, "grid": {"beta": [0.1]}})
+
+
+def test_models_of_a_sweep_are_evaluated_on_the_same_prompts() -> None:
+    evaluations = [
+        {"name": "a", "type": "preference", "data": "d"},
+        {"name": "b", "type": "preference", "data": "d", "seed": 5},
+    ]
+    found = [spec for _, spec in bodies({"beta": [0.1, 0.2]}, JOB | {"evaluations": evaluations})]
+    seeds = {tuple(one.seed for one in spec.evaluations or []) for spec in found}
+    assert seeds == {(found[0].seed, 5)}
+
+
+@pytest.mark.parametrize(
+    ("axes", "said"),
+    [
+        ({"x": "eval/loss", "y": "evaluations/e/accuracy"}, None),
+        ({"x": "eval/loss", "y": "evaluations/e/accurac"}, "Did you mean 'evaluations/e/accuracy'"),
+        ({"x": "evaluations/e/kl", "y": "eval/loss"}, "There is no metric 'evaluations/e/kl'"),
+    ],
+)
+def test_axes_are_metrics_that_will_be_measured(axes: dict[str, str], said: str | None) -> None:
+    job = JobSpec.model_validate(JOB | {"evaluations": [{"name": "e", "type": "preference", "data": "d"}]})
+    spec = SweepSpec.model_validate({"job": JOB, "grid": {"beta": [1]}, "frontier": axes})
+    if said is None:
+        assert spec.axes(job) == spec.frontier
+    else:
+        with pytest.raises(ServiceError, match=said):
+            spec.axes(job)
 
 
 def test_the_frontier_is_reward_against_kl_where_that_is_measured() -> None:
@@ -92,6 +139,7 @@ def test_the_picture_shows_every_point_and_marks_the_pareto_set() -> None:
     x, y = ([float(str(circle.get(at))) for circle in circles] for at in ("cx", "cy"))
     assert x == sorted(x) and y[2] < y[0] < y[1], "up is more"
     assert len({circle.get("fill") for circle in circles}) == 2
+    ElementTree.fromstring(frontier.svg(POINTS, "\x00x", "y\x1b", "\x01 and \ufffe"))
     texts = "".join(root.itertext())
     assert all(text in texts for text in ("KL, nats", "reward", 'A "title" & <more>', "loss=<ipo>", "dpo & more"))
     frontier.svg([POINTS[0]], "x", "y")  # a range of nothing

@@ -1,8 +1,8 @@
 """A judge behind OpenAI's chat completions: it is asked until it has answered, and never twice the same.
 
 429, 5xx, no connection, an answer that is none  →  again, later, as long as others still get answers
-401, 403, 404, or a refusal before any answer    →  `JudgeFailed`: the evaluation fails, and says why
-a refusal of one question                        →  that one stays without an answer
+400, 413, 422: a refusal of one question         →  that one stays without an answer
+every other refusal, or nothing but refusals     →  `JudgeFailed`: the evaluation fails, and says why
 """
 
 import random
@@ -27,6 +27,8 @@ PATIENCE_SECONDS = 600.0
 """Without any answer to any question, after which it is no use."""
 MAX_WAIT_SECONDS = 60.0
 GARBLED_TRIES = 5
+MOST_REFUSED = 5
+"""Questions before any answer, after which it is how we ask."""
 MAX_ANSWER_BYTES = 4 << 20
 GRACE_SECONDS = 10.0
 """For the answers that are under way when the asking is broken off: they are paid for."""
@@ -73,7 +75,7 @@ class Asker:
             self.headers["Authorization"] = f"Bearer {key}"
         self._stopping = threading.Event()
         self._lock = threading.Lock()
-        self._answered, self._quiet_until, self._last_answer = 0, 0.0, time.monotonic()
+        self._answered, self._refused, self._quiet_until, self._last_answer = 0, 0, 0.0, time.monotonic()
 
     def ask_all(
         self,
@@ -89,7 +91,7 @@ class Asker:
         """
         found, fresh, kept = dict(known), dict[str, Answer](), time.monotonic()  # `fresh` is to be kept yet
         pending: dict[Future[Answer], str] = {}
-        more = True
+        self._answered, more = len(known), True
         with new_client(TIMEOUT_SECONDS) as self._client:
             pool = ThreadPoolExecutor(self.endpoint.concurrency, thread_name_prefix="judge")
             try:
@@ -145,6 +147,8 @@ class Asker:
             except _Again as again:
                 tries, garbled = tries + 1, garbled + again.garbled
                 if garbled >= GARBLED_TRIES:
+                    if not self._answered:
+                        raise JudgeFailed("judge_refused", f"The judge has answered nothing: {again}.") from None
                     return Answer(None)
                 with self._lock:
                     silent = time.monotonic() - self._last_answer
@@ -153,12 +157,13 @@ class Asker:
                         raise JudgeFailed("judge_unavailable", message) from None
                     pause = min(MAX_WAIT_SECONDS, 0.5 * 2 ** min(tries - 1, 7) * random.uniform(0.5, 1.0))  # noqa: S311
                     if again.after is not None:  # the server speaks for all that is sent to it
-                        pause = min(MAX_WAIT_SECONDS, max(0.0, again.after))
+                        pause = min(MAX_WAIT_SECONDS, max(pause, again.after))
                         self._quiet_until = max(self._quiet_until, time.monotonic() + pause)
                 self._wait_until(time.monotonic() + pause)
             else:
                 with self._lock:
-                    self._answered, self._last_answer = self._answered + 1, time.monotonic()
+                    self._answered += answer.text is not None
+                    self._last_answer = time.monotonic()
                 return answer
 
     def _wait_until(self, moment: float) -> None:
@@ -186,7 +191,10 @@ class Asker:
         said = f"it answered {answer.status_code}: {self._problem(content)}"
         if answer.status_code in (408, 409, 425, 429) or answer.status_code >= 500:
             raise _Again(said, _seconds(answer.headers.get("retry-after")))
-        if answer.status_code in (401, 403, 404) or answer.status_code < 400 or not self._answered:
+        with self._lock:
+            self._refused += 1
+            hopeless = self._refused >= MOST_REFUSED and not self._answered
+        if answer.status_code not in (400, 413, 422) or hopeless:
             raise JudgeFailed("judge_refused", f"The judge refuses what it is asked: {said}")
         return Answer(None)  # this question: too long for it, or nothing that it would talk about
 

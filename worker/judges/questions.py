@@ -52,8 +52,9 @@ Comparison: <one-sentence comparison and explanation>
 More helpful: <"A" or "B">""",
 }
 _PLACE = re.compile(r"\{(prompt|a|b)\}")
-_NAMED = re.compile(r"(?:preferred|more helpful)\W*:\W*(A|B|tie)\b(?!\W+or\b)", re.IGNORECASE)
-_ALONE = re.compile(r"\W*(A|B|tie)\W*", re.IGNORECASE)
+_CHOICE = r"\W*(?:(?i:response|summary|answer)\s+)?\W*(A|B|(?i:tie))\b"
+_NAMED = re.compile(r"(?i:preferred|more helpful)\W*:" + _CHOICE + r"(?!\W+or\b)")
+_ALONE = re.compile(_CHOICE + r"\W*")
 
 
 def questions(judge: Judge, item: dict[str, Any], sides: Sides) -> list[str]:
@@ -86,14 +87,12 @@ def verdicts(answers: Sequence[str | None], sides: Sides) -> list[str | None]:
 
 
 def choice(answer: str) -> Choice | None:
-    """What an answer prefers: its last `Preferred:` or `More helpful:`, or else a last line that is only the letter.
+    """What an answer prefers: a last line that is only the letter, or else its last `Preferred:` or `More helpful:`.
 
     None where it says neither.
     """
     named = _NAMED.findall(answer)
     lines = answer.strip().splitlines()
     alone = _ALONE.fullmatch(lines[-1]) if lines else None
-    found = named[-1] if named else alone[1] if alone else None
-    if found is None:
-        return None
-    return "tie" if found.lower() == "tie" else "A" if found.upper() == "A" else "B"
+    found = alone[1] if alone else named[-1] if named else None
+    return None if found is None else "tie" if found.lower() == "tie" else "A" if found == "A" else "B"
