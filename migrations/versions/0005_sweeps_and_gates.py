@@ -19,7 +19,7 @@ def upgrade() -> None:
         "sweeps",
         sa.Column("id", sa.String(), nullable=False),
         sa.Column("project", sa.String(), nullable=False),
-        sa.Column("created_at", sa.Float(), nullable=False),
+        sa.Column("created_at", sa.Double(), nullable=False),
         sa.Column("name", sa.String(), nullable=True),
         sa.Column("grid", sa.JSON(), nullable=False),
         sa.Column("settings", sa.JSON(), nullable=False),

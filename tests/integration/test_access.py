@@ -10,12 +10,13 @@ from fastapi.testclient import TestClient
 from sqlalchemy import select, update
 
 from app.database import database_now
-from app.jobs.tables import Checkpoint
+from app.jobs.tables import Checkpoint, Job
 from app.keys.schemas import KeySpec, Scope
 from app.keys.service import generate
 from app.keys.tables import ApiKey
 from app.models.tables import Model
 from app.services import Services
+from app.sweeps.tables import Sweep
 from app.webhooks import repository as webhooks
 from app.webhooks.tables import WebhookDelivery, WebhookEndpoint
 from tests.integration.test_api import ROW, error_of, key_of, upload
@@ -29,6 +30,7 @@ THINGS = {
     "upload_id": "upload-none",
     "job_id": "ftjob-none",
     "evaluation_id": "eval-none",
+    "sweep_id": "sweep-none",
     "name": "ft:tiny:none::none",
     "endpoint_id": "whe-none",
     "delivery_id": "whd-none",
@@ -74,6 +76,11 @@ def things(client: TestClient, services: Services) -> dict[str, str]:
             sealed_secret=services.vault.seal("whsec_x"), created_at=database_now(),
         )  # fmt: skip
         session.add(endpoint)
+        job = session.get_one(Job, job_id)
+        job.sweep_id, job.metrics = "sweep-1", {"loss": 0.5, "eval/loss": 0.4}
+        axes = {"x": "loss", "y": "eval/loss"}
+        settings = {"jobs": {job_id: {"beta": 0.1}}, "frontier": axes}
+        session.add(Sweep(id="sweep-1", project="default", grid={"beta": [0.1]}, settings=settings))
         session.flush()
         webhooks.enqueue(session, "default", "fine_tuning.job.succeeded", {"id": job_id})
     with services.database.read() as session:
@@ -84,6 +91,7 @@ def things(client: TestClient, services: Services) -> dict[str, str]:
         "upload_id": client.post("/v1/uploads", json=body).json()["id"],
         "job_id": job_id,
         "evaluation_id": evaluation_id,
+        "sweep_id": "sweep-1",
         "name": MODEL,
         "endpoint_id": "whe-1",
         "delivery_id": delivery_id,
@@ -206,6 +214,7 @@ def test_what_is_anothers_cannot_be_named_in_a_body(
         ({"model": MODEL}, "model"),
         ({"model": CHECKPOINT}, "model"),
         ({"method": held}, "method.dpo.hyperparameters.reference_model"),
+        ({"evaluations": [{"name": "e", "type": "preference", "data": things["file_id"]}]}, "evaluations.0.data"),
     ):
         body = {"model": "tiny", "training_file": own, "method": {"type": "dpo"}} | changes
         error = error_of(client.post("/v1/fine_tuning/jobs", json=body, headers=stranger), 400)

@@ -250,7 +250,8 @@ def test_a_model_is_asked_as_a_judge(llama: Path, tmp_path: Path, monkeypatch: p
             text = f"\n\nHuman: {item['prompt'].strip()} {a} or {b}\n\nAssistant:"
             bos = tokenizer("a").input_ids[:-1]
             ids = torch.tensor([bos + tokenizer(text, add_special_tokens=False).input_ids])
-            made = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+            settings = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+            made = model.generate(ids, **settings)[0, ids.shape[1] :]
             assert said == tokenizer.decode(made, skip_special_tokens=True)
     assert figures(tmp_path / "run")["unparseable"] == 6, "it is a model of 40 words"
     monkeypatch.setattr(evaluation, "JUDGE_TOKENS", model.config.max_position_embeddings - 2)
