@@ -206,6 +206,10 @@ def test_what_is_anothers_cannot_be_named_in_a_body(
     own = client.post(
         "/v1/files", files={"file": ("p.jsonl", ROW)}, data={"purpose": "fine-tune"}, headers=stranger
     ).json()["id"]
+    evaluated = {"evaluations": [{"name": "e", "type": "preference", "data": things["file_id"]}]}
+    job = {"model": "tiny", "training_file": own, **evaluated}
+    error = error_of(client.post("/v1/fine_tuning/jobs", json=job, headers=stranger), 400)
+    assert (error["param"], error["code"]) == ("evaluations.0.data", "file_not_found")
     held = {"type": "dpo", "dpo": {"hyperparameters": {"reference_model": MODEL}}}
     for changes, param in (
         ({"training_file": things["file_id"]}, "training_file"),
@@ -214,7 +218,6 @@ def test_what_is_anothers_cannot_be_named_in_a_body(
         ({"model": MODEL}, "model"),
         ({"model": CHECKPOINT}, "model"),
         ({"method": held}, "method.dpo.hyperparameters.reference_model"),
-        ({"evaluations": [{"name": "e", "type": "preference", "data": things["file_id"]}]}, "evaluations.0.data"),
     ):
         body = {"model": "tiny", "training_file": own, "method": {"type": "dpo"}} | changes
         error = error_of(client.post("/v1/fine_tuning/jobs", json=body, headers=stranger), 400)
