@@ -1,12 +1,14 @@
-"""`python -m bench.rloo FOLDER TARGET STRENGTH STEPS`: TRL's RLOO for the sentiment experiment, in its own process.
+"""`python -m bench.rloo FOLDER TARGET STRENGTH SEED STEPS POINTS`: TRL's RLOO for the sentiment experiment.
 
 The policy is the SFT model with a LoRA adapter like the other runs', the reward the classifier's P(positive), and
-STRENGTH the weight of the KL penalty to the SFT model. TARGET ends as the merged model.
+STRENGTH the weight of the KL penalty to the SFT model. TARGET/1 to TARGET/POINTS end as the merged models on the way,
+the last one at its end.
 """
 
 import json
 import math
 import os
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -16,7 +18,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PA
 warnings.filterwarnings("ignore")
 
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import RLOOConfig, RLOOTrainer
 
@@ -25,7 +27,8 @@ from worker.classifier import LinearClassifier
 
 
 def main() -> None:
-    folder, target, strength, steps = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])
+    folder, target, strength = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
+    seed, steps, points = map(int, sys.argv[4:])
     classifier = LinearClassifier.load(folder / "classifier.json")
     tokenizer = AutoTokenizer.from_pretrained(folder / "sft", padding_side="left")
     prompts = [json.loads(line)["prompt"] for line in (folder / "prompts.jsonl").read_text().rstrip("\n").split("\n")]
@@ -35,7 +38,7 @@ def main() -> None:
         return [1 / (1 + math.exp(-classifier.score(text))) for text in texts]
 
     config = RLOOConfig(
-        output_dir=str(folder / "rloo-work"),
+        output_dir=str(target / "work"),
         beta=strength,
         learning_rate=1e-3,
         max_steps=steps,
@@ -43,11 +46,12 @@ def main() -> None:
         num_generations=SAMPLES,
         max_completion_length=MAX_TOKENS,
         temperature=1.0,
-        seed=0,
+        seed=seed,
         use_cpu=True,
         bf16=False,
         report_to=[],
-        save_strategy="no",
+        save_steps=steps // points,
+        save_only_model=True,
         logging_steps=10,
         disable_tqdm=True,
     )
@@ -60,9 +64,12 @@ def main() -> None:
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
     trainer.train()
-    merged = trainer.model.merge_and_unload()
-    merged.save_pretrained(target)
-    AutoTokenizer.from_pretrained(folder / "sft").save_pretrained(target)
+    for place in range(1, points + 1):
+        adapter = target / "work" / f"checkpoint-{place * (steps // points)}"
+        base = AutoModelForCausalLM.from_pretrained(folder / "sft")
+        PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(target / str(place))
+        tokenizer.save_pretrained(target / str(place))
+    shutil.rmtree(target / "work")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -58,10 +58,12 @@ class Scale:
     batch_size: int = 32
     rloo_steps: int = 60
     points: int = 3
-    """Checkpoints at which a run is evaluated, the last one among them."""
+    """Places at which a run is evaluated, its end among them."""
 
 
 QUICK = Scale(reviews=200, prompts=24, held_out=12, batch_size=16, rloo_steps=2, points=1)
+START = "No preferences"
+"""What the base and the SFT model are called among the methods."""
 
 
 class State:
@@ -168,9 +170,9 @@ def reviews(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def make_classifier(shared: Path, folder: Path) -> dict[str, float]:
-    """The true reward: TF-IDF of words and pairs of words, logistic regression; trained on half of the labelled "
-    "reviews and
-    tested on the other half. Written as the service reads it.
+    """The true reward: TF-IDF of words and pairs of words, then logistic regression, as the service reads it.
+
+    Trained on half of the labelled reviews, tested on the other half.
     """
     labelled = list(reviews(shared / "imdb-train.jsonl.gz"))
     random.Random(0).shuffle(labelled)
@@ -186,8 +188,7 @@ def make_classifier(shared: Path, folder: Path) -> dict[str, float]:
 
 
 def make_files(shared: Path, folder: Path, scale: Scale) -> None:
-    """Reviews for SFT as prefixes and what follows, and other reviews' prefixes of 4 to 8 words: prompts, held-out "
-    "ones."""
+    """Reviews for SFT, as prefixes of 4 to 8 words and what follows; prefixes of other reviews, some held out."""
     generator, rows = random.Random(1), []
     for number, review in enumerate(reviews(shared / "imdb-unsup.jsonl.gz")):
         words = review["text"].split()
@@ -255,7 +256,7 @@ def runs() -> list[Run]:
             for alpha in ALPHAS
         ),
         Run("Preferred-FT", "", "preferred", {}),
-        Run("Plackett–Luce", "β=0.1", "ranked", {"loss": "plackett_luce", "beta": 0.1}),
+        *(Run("Plackett–Luce", f"β={beta:g}", "ranked", {"loss": "plackett_luce", "beta": beta}) for beta in BETAS),
     ]  # fmt: skip
 
 
@@ -267,21 +268,20 @@ class Experiment:
         self.home = folder / "home"
         self.state = State(folder / "state.json")
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> Iterator[dict[str, Any]]:
+        """What came out so far, after each seed."""
         self._prepare()
         with service(self.home, self.state) as api:
             sft = self._sft(api)
-            for seed in self.seeds:
-                self._train_and_measure(api, sft, seed)
-            self._best_of(api, sft)
             if not (self.folder / "sft").exists():
                 api.download(sft, self.folder / "sft")
-        for strength in STRENGTHS:
-            self._rloo(strength)
-        with service(self.home, self.state) as api:
+        for seed in self.seeds:
             for strength in STRENGTHS:
-                self._measure(api, f"RLOO|β={strength:g}|0|final", f"rloo-{strength:g}", sft, seed=0)
-        return self._results()
+                self._rloo(strength, seed)
+            with service(self.home, self.state) as api:
+                self._train_and_measure(api, sft, seed)
+                self._best_of(api, sft)
+            yield self._results()
 
     def _prepare(self) -> None:
         (self.home / "models").mkdir(parents=True, exist_ok=True)
@@ -318,7 +318,12 @@ class Experiment:
         )  # fmt: skip
         if not (self.folder / f"pairs-{seed}.jsonl").exists():
             make_preferences(api.items(drawn), self.folder, seed)
-        self._measure(api, f"SFT||{seed}|final", sft, sft, seed)
+        self._measure(api, f"{START}|base model|{seed}|final", BASE, sft, seed)
+        self._measure(api, f"{START}|SFT|{seed}|final", sft, sft, seed)
+        for strength in STRENGTHS:
+            for place in range(1, self.scale.points + 1):
+                name = f"RLOO|β={strength:g}|{seed}|{self._place(place)}"
+                self._measure(api, name, self._rloo_model(strength, seed, place), sft, seed)
         for run in runs():
             name = f"{run.method}|{run.setting}|{seed}"
             if f"measured|{name}|final" in self.state.done:
@@ -329,8 +334,11 @@ class Experiment:
             listed = _ok(api.http.get(f"{JOBS}/{job['id']}/checkpoints", params={"limit": 100}))["data"]
             steps = sorted((int(one["step_number"]), one["fine_tuned_model_checkpoint"]) for one in listed)
             for place, (_, model) in enumerate(steps[: self.scale.points - 1], 1):
-                self._measure(api, f"{name}|{place}/{self.scale.points}", model, sft, seed)
+                self._measure(api, f"{name}|{self._place(place)}", model, sft, seed)
             self._measure(api, f"{name}|final", job["fine_tuned_model"], sft, seed)
+
+    def _place(self, place: int) -> str:
+        return "final" if place == self.scale.points else f"{place}/{self.scale.points}"
 
     def _body(self, api: Api, run: Run, sft: str, seed: int) -> dict[str, Any]:
         file = self.folder / f"{run.data}-{seed}.jsonl"
@@ -386,19 +394,24 @@ class Experiment:
             points.append({"n": n, "reward": reward[0], "reward_error": reward[1], "kl": math.log(n) - (n - 1) / n})
         self.state.keep("best-of", points)
 
-    def _rloo(self, strength: float) -> None:
+    @staticmethod
+    def _rloo_model(strength: float, seed: int, place: int) -> str:
+        return f"rloo-{strength:g}-{seed}/{place}"
+
+    def _rloo(self, strength: float, seed: int) -> None:
         """TRL's RLOO from the SFT model, with the true reward itself, in a process of its own."""
-        target = self.home / "models" / f"rloo-{strength:g}"
+        target = (self.home / "models" / self._rloo_model(strength, seed, 1)).parent
         if target.exists():
             return
-        console.print(f"RLOO with a KL penalty of {strength:g}")
-        partial = self.folder / "rloo.partial"
+        console.print(f"RLOO with a KL penalty of {strength:g}, seed {seed}", highlight=False)
+        partial, began = self.folder / "rloo.partial", time.monotonic()
         shutil.rmtree(partial, ignore_errors=True)
-        began = time.monotonic()
-        command = [sys.executable, "-m", "bench.rloo", str(self.folder), str(partial), str(strength)]
-        subprocess.run([*command, str(self.scale.rloo_steps)], check=True)
+        command = [sys.executable, "-m", "bench.rloo", self.folder, partial, strength, seed]
+        with (self.folder / "rloo.log").open("ab") as log:
+            numbers = [self.scale.rloo_steps, self.scale.points]
+            subprocess.run([*map(str, [*command, *numbers])], check=True, stdout=log, stderr=log)
         partial.rename(target)
-        self.state.keep(f"rloo-seconds|{strength:g}", time.monotonic() - began)
+        self.state.keep(f"rloo-seconds|{strength:g}|{seed}", time.monotonic() - began)
 
     # -- what came out ---------------------------------------------------------------------------------------------
 
@@ -413,10 +426,10 @@ class Experiment:
             point: dict[str, Any] = {"method": method, "setting": setting, "at": at, "seeds": len(found)}
             for axis in ("reward", "kl"):
                 values = [one[axis] for one in found]
-                errors = [one[f"{axis}_error"] or 0.0 for one in found]
-                # Between seeds where there are several; else over prompts.
-                spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else errors[0]
-                point |= {axis: statistics.mean(values), f"{axis}_error": max(spread, _pooled(errors))}
+                # Prompts are the same for all seeds: their error is not divided by the number of seeds.
+                within = statistics.mean(one[f"{axis}_error"] or 0.0 for one in found)
+                between = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+                point |= {axis: statistics.mean(values), f"{axis}_error": max(within, between)}
             point |= {"tokens": statistics.mean(one["tokens"] for one in found), "samples": found[0]["samples"]}
             points.append(point)
         for one in done["best-of"]:
@@ -428,7 +441,7 @@ class Experiment:
         seconds = {name.removeprefix("rloo-seconds|"): value for name, value in done.items() if "rloo-seconds" in name}
         return {
             "machine": describe_machine(), "scale": vars(self.scale), "classifier": done["classifier"],
-            "points": points, "trainings": cost, "rloo_seconds": seconds, "seconds": done.get("seconds"),
+            "points": points, "beside_dpo": beside_dpo(points), "trainings": cost, "rloo_seconds": seconds,
         }  # fmt: skip
 
 
@@ -446,8 +459,28 @@ def _mean_over_prompts(values: Sequence[tuple[int, float]]) -> tuple[float, floa
     return statistics.mean(value for _, value in values), statistics.stdev(means) / math.sqrt(len(means))
 
 
-def _pooled(errors: Sequence[float]) -> float:
-    return math.sqrt(sum(error**2 for error in errors)) / len(errors)
+def beside_dpo(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each other method's runs at their end beside DPO: the reward of DPO's frontier at the same KL.
+
+    The frontier is straight lines through DPO's own Pareto set, from the SFT model on; where it does not reach that
+    far, or another model has the less KL, there is nothing to compare. `gain` is DPO's reward less the other's.
+    """
+    start = [one for one in points if one["method"] == START and one["setting"] == "SFT"]
+    own = start + [one for one in points if one["method"] == "DPO"]
+    frontier = [own[k] for k in pareto([(one["kl"], one["reward"]) for one in own])]
+    found = []
+    for point in points:
+        if point["method"] in ("DPO", START) or point["at"] != "final":
+            continue
+        for left, right in pairwise(frontier):
+            if left["kl"] <= point["kl"] <= right["kl"]:
+                share = (point["kl"] - left["kl"]) / (right["kl"] - left["kl"])
+                reward = left["reward"] + share * (right["reward"] - left["reward"])
+                error = math.hypot(max(left["reward_error"], right["reward_error"]), point["reward_error"])
+                named = {name: point[name] for name in ("method", "setting", "kl", "reward")}
+                found.append(named | {"dpo": reward, "gain": reward - point["reward"], "gain_error": error})
+                break
+    return found
 
 
 def table(results: dict[str, Any]) -> str:
@@ -465,6 +498,17 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def comparison(results: dict[str, Any]) -> str:
+    """DPO's frontier beside the other runs, as Markdown."""
+    lines = ["| run | KL to SFT, nats | its reward | DPO's frontier there | DPO gains |", "|---|---:|---:|---:|---:|"]
+    lines += [
+        f"| {one['method']} {one['setting']} | {one['kl']:.2f} | {one['reward']:.3f} | {one['dpo']:.3f} | "
+        f"{one['gain']:+.3f} ± {one['gain_error']:.3f} |"
+        for one in results["beside_dpo"]
+    ]
+    return "\n".join(lines)
+
+
 def drawn(results: dict[str, Any]) -> list[Point]:
     """All points, those of checkpoints too, as the frontier's picture has them."""
     return [
@@ -472,6 +516,18 @@ def drawn(results: dict[str, Any]) -> list[Point]:
               one["reward_error"])
         for one in results["points"]
     ]  # fmt: skip
+
+
+def report(results: dict[str, Any], folder: Path | None) -> None:
+    """Print what came out and write it, to `folder` or to where the repository keeps it."""
+    print(table(results), comparison(results), sep="\n\n")
+    accuracy, minutes = results["classifier"]["accuracy"], results["seconds"] / 60
+    print(f"\n{minutes:.0f} minutes; the classifier is right in {accuracy:.1%} of reviews it has not seen\n")
+    place, picture = (RESULT, PICTURE) if folder is None else (folder / RESULT.name, folder / PICTURE.name)
+    place.write_text(json.dumps(results, indent=1, ensure_ascii=False))
+    place.with_suffix(".csv").write_text(as_csv(drawn(results)))
+    labels = "KL(π ‖ SFT), nats a completion", "P(positive)", "Reward against KL, held-out prefixes"
+    picture.write_text(svg(drawn(results), *labels))
 
 
 def main() -> None:
@@ -489,23 +545,11 @@ def main() -> None:
     experiment = Experiment(folder, shared, QUICK if given.quick else Scale(), range(given.seeds))
     before = float(experiment.state.done.get("seconds", 0.0))
     try:
-        results = experiment.run()
+        for results in experiment.run():
+            results["seconds"] = before + time.monotonic() - began
+            report(results, folder if given.quick else None)
     finally:
         experiment.state.keep("seconds", before + time.monotonic() - began)
-    results["seconds"] = experiment.state.done["seconds"]
-    print(table(results))
-    accuracy = results["classifier"]["accuracy"]
-    print(
-        f"\n{results['seconds'] / 60:.0f} minutes; the classifier is right in {accuracy:.1%} of reviews it has not seen"
-    )
-    labels = "KL(π ‖ SFT), nats a completion", "P(positive)", "Reward against KL, held-out prefixes"
-    picture = svg(drawn(results), *labels)
-    if given.quick:
-        (folder / "sentiment.svg").write_text(picture)
-        return
-    RESULT.write_text(json.dumps(results, indent=1, ensure_ascii=False))
-    RESULT.with_suffix(".csv").write_text(as_csv(drawn(results)))
-    PICTURE.write_text(picture)
 
 
 if __name__ == "__main__":
