@@ -17,6 +17,7 @@ import math
 import os
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -263,8 +264,9 @@ def runs() -> list[Run]:
 class Experiment:
     """All phases, each of which can be broken off."""
 
-    def __init__(self, folder: Path, shared: Path, scale: Scale, seeds: Sequence[int]) -> None:
+    def __init__(self, folder: Path, shared: Path, scale: Scale, seeds: Sequence[int], rloo_seeds: int) -> None:
         self.folder, self.shared, self.scale, self.seeds = folder, shared, scale, seeds
+        self.strengths = {seed: STRENGTHS if number < rloo_seeds else () for number, seed in enumerate(seeds)}
         self.home = folder / "home"
         self.state = State(folder / "state.json")
 
@@ -276,7 +278,7 @@ class Experiment:
             if not (self.folder / "sft").exists():
                 api.download(sft, self.folder / "sft")
         for seed in self.seeds:
-            for strength in STRENGTHS:
+            for strength in self.strengths[seed]:
                 self._rloo(strength, seed)
             with service(self.home, self.state) as api:
                 self._train_and_measure(api, sft, seed)
@@ -320,7 +322,7 @@ class Experiment:
             make_preferences(api.items(drawn), self.folder, seed)
         self._measure(api, f"{START}|base model|{seed}|final", BASE, sft, seed)
         self._measure(api, f"{START}|SFT|{seed}|final", sft, sft, seed)
-        for strength in STRENGTHS:
+        for strength in self.strengths[seed]:
             for place in range(1, self.scale.points + 1):
                 name = f"RLOO|β={strength:g}|{seed}|{self._place(place)}"
                 self._measure(api, name, self._rloo_model(strength, seed, place), sft, seed)
@@ -534,15 +536,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("bench/.sentiment"), help="what is done is there")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rloo-seeds", type=int, default=1, help="of these so many with RLOO, a third of the time")
     parser.add_argument("--quick", action="store_true", help="a little of it, to see that it runs")
     given = parser.parse_args()
     shared = Path(os.environ.get("DPO_SHARED", "../shared"))
     if not (shared / "data" / "sentiment").exists():
         parser.exit(2, f"The reviews are not at {shared}/data/sentiment: set DPO_SHARED.\n")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the service ends with us
     folder = given.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    experiment = Experiment(folder, shared, QUICK if given.quick else Scale(), range(given.seeds))
+    experiment = Experiment(folder, shared, QUICK if given.quick else Scale(), range(given.seeds), given.rloo_seeds)
     before = float(experiment.state.done.get("seconds", 0.0))
     try:
         for results in experiment.run():

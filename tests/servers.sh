@@ -14,7 +14,7 @@ fi
 if [ -f /etc/debian_version ] && [ "$(id -u)" = 0 ]; then
     apt-get update -qq
     # shellcheck disable=SC2086
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $missing
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $missing >/dev/null
 else
     echo "make test needs these server programs, and can install them itself only as root on Debian: $missing" >&2
     echo "Install them with your system's package manager, then run make test again." >&2

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import httpx2
 from rich.console import Console
@@ -95,12 +94,11 @@ class Client:
                 timeout=None,
             )
 
-    def download(self, model: str, folder: Path, params: dict[str, str] | None = None) -> None:
-        """Unpack a made model or a checkpoint into `folder`; one that is to be merged is waited for."""
-        url = f"/models/{quote(model, safe=':')}/download"
-        with self._stream_when_ready("GET", url, params=params, timeout=None) as response, _progress() as progress:
+    def download(self, path: str, folder: Path, params: dict[str, str] | None = None) -> None:
+        """Unpack the tar file that the route `path` answers into `folder`; what is to be made first is waited for."""
+        with self._stream_when_ready("GET", path, params=params, timeout=None) as response, _progress() as progress:
             folder.mkdir(parents=True, exist_ok=True)
-            task = progress.add_task(model, total=None)
+            task = progress.add_task(folder.name, total=None)
 
             def chunks() -> Iterator[bytes]:
                 for chunk in response.iter_bytes():

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from app.cli.client import Client
 from app.cli.describe import describe_gate
-from app.cli.output import Json, Limit, emit, emit_table, read_body, read_gates
+from app.cli.output import Json, Limit, Output, emit, emit_table, read_body, read_gates
 from app.cli.watch import exit_status, watch
 
 evaluations = typer.Typer(help="Evaluations of models.", no_args_is_help=True)
@@ -149,6 +149,13 @@ def evaluations_report(evaluation_id: str) -> None:
     with Client().stream("GET", f"{_path(evaluation_id)}/report") as response:
         for chunk in response.iter_bytes():
             sys.stdout.buffer.write(chunk)
+
+
+@evaluations.command("download")
+def evaluations_download(evaluation_id: str, output: Output, as_json: Json = False) -> None:
+    """The evaluation, its report and its items (a line for each pair or completion), in a folder."""
+    Client().download(f"{_path(evaluation_id)}/download", output)
+    emit({"evaluation": evaluation_id, "folder": str(output)}, as_json, str(output))
 
 
 @evaluations.command("cancel")

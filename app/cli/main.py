@@ -18,7 +18,7 @@ from app.cli.client import Client, ClientError
 from app.cli.compare import compare
 from app.cli.describe import describe_estimate, describe_gate, describe_report
 from app.cli.evaluations import evaluate, evaluations
-from app.cli.output import Json, Limit, console, emit, emit_table, read_body, read_gates, upload_files
+from app.cli.output import Json, Limit, Output, console, emit, emit_table, read_body, read_gates, upload_files
 from app.cli.processes import end_with_parent, supervise
 from app.cli.sweeps import sweeps
 from app.cli.tokens import count_tokens
@@ -490,15 +490,14 @@ def models_list(as_json: Json = False) -> None:
 @models.command("download")
 def models_download(
     model: str,
-    output: Annotated[Path, typer.Option(help="Folder to unpack into; it must be empty or new.")],
+    output: Output,
     merged: Annotated[bool, typer.Option("--merged", help="Whole weights, the adapter in them.")] = False,
     dtype: Annotated[str, typer.Option(help="Of merged weights: bf16 or fp16.")] = "bf16",
     as_json: Json = False,
 ) -> None:
     """Download a model made here, or a checkpoint, into a folder."""
-    if output.exists() and any(output.iterdir()):
-        raise typer.BadParameter(f"{output} is not empty", param_hint="--output")
-    Client().download(model, output, {"format": "merged", "dtype": dtype} if merged else {})
+    params = {"format": "merged", "dtype": dtype} if merged else {}
+    Client().download(f"/models/{quote(model, safe=':')}/download", output, params)
     emit({"model": model, "folder": str(output)}, as_json, str(output))
 
 

@@ -17,6 +17,15 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Limit = Annotated[int, typer.Option(min=1, help="At most this many.")]
 
 
+def _empty(folder: Path) -> Path:
+    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        raise typer.BadParameter(f"{folder} is not {'a folder' if folder.is_file() else 'empty'}")
+    return folder
+
+
+Output = Annotated[Path, typer.Option(help="Folder to unpack into; it must be empty or new.", callback=_empty)]
+
+
 def emit(value: Any, as_json: bool, text: str) -> None:
     """Print `value` as JSON, or `text`."""
     print(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode() if as_json else text)

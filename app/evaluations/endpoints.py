@@ -7,6 +7,7 @@ from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.responses import StreamingResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
+from app.archive import tar_response
 from app.dependencies import ServicesDependency
 from app.evaluations.schemas import EvaluationObject
 from app.evaluations.spec import EvaluationSpec
@@ -118,6 +119,19 @@ def get_evaluation_report(
     """All figures of an evaluation that has succeeded, with their errors, by temperature and by length."""
     found = services.evaluations.report(caller.project, evaluation_id)
     return StreamingResponse(found, media_type="application/json")
+
+
+@router.get(
+    "/{evaluation_id}/download",
+    response_class=StreamingResponse,
+    responses={200: {"content": {"application/x-tar": {}}}},
+)
+def download_evaluation(
+    evaluation_id: str, caller: CallerDependency, services: ServicesDependency
+) -> StreamingResponse:
+    """What an evaluation has left, as a tar file: `evaluation.json`, `report.json` and `items.jsonl`."""
+    found = services.evaluations.download(caller.project, evaluation_id)
+    return tar_response(found, evaluation_id)
 
 
 @router.get("/{evaluation_id}/logs", response_class=StreamingResponse, responses={200: {"content": {"text/plain": {}}}})

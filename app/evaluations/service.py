@@ -1,11 +1,13 @@
 """What can be done with evaluations over HTTP."""
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import structlog
 from sqlalchemy.orm import Session
 
+from app.archive import Entry, tar
 from app.broker import Broker, Lane
 from app.database import Database
 from app.datasets.mapping import Mapping
@@ -13,6 +15,7 @@ from app.errors import NotFound, ServiceError
 from app.evaluations.schemas import EvaluationObject
 from app.evaluations.spec import TAKES, EvaluationSpec, JobEvaluation, Side
 from app.files import repository as files
+from app.files.tables import File
 from app.idempotency.service import Sending
 from app.jobs import repository
 from app.jobs.feed import Feed
@@ -168,13 +171,27 @@ class Evaluations(Lifecycle[EvaluationObject]):
 
     def report(self, project: str, evaluation_id: str) -> Iterator[bytes]:
         """The report, as JSON. Raises `NotFound` before there is one."""
+        job, made = self._results(project, evaluation_id)
+        if made[0].id != job.result_files[0]:
+            message = f"The report of evaluation {evaluation_id} was deleted."
+            raise NotFound(message, code="report_not_found")
+        return self.storage.chunks(made[0].key)
+
+    def download(self, project: str, evaluation_id: str) -> Iterator[bytes]:
+        """The evaluation, its report and its items, as a tar stream. Raises `NotFound` before there are any."""
+        job, made = self._results(project, evaluation_id)
+        itself = self.show(job).model_dump_json(indent=1).encode()
+        content: Iterator[Entry] = ((file.filename, file.bytes, self.storage.chunks(file.key)) for file in made)
+        return tar(chain([("evaluation.json", len(itself), [itself])], content))
+
+    def _results(self, project: str, evaluation_id: str) -> tuple[Job, list[File]]:
+        """An evaluation and those of its result files that were not deleted, the report first."""
         with self.database.read() as session:
             job = self._found(session, project, evaluation_id)
-        if not job.result_files:
-            message = f"Evaluation {evaluation_id} has no report: it is {job.status}."
+            made = [file for one in job.result_files if (file := files.get(session, project, one)) is not None]
+        if not made:
+            message = f"Evaluation {evaluation_id} has no results: it is {job.status}."
+            if job.result_files:
+                message = f"The results of evaluation {evaluation_id} were deleted."
             raise NotFound(message, code="report_not_found")
-        try:
-            return self.storage.chunks(f"files/{job.result_files[0]}")
-        except FileNotFoundError:
-            message = f"The report of evaluation {evaluation_id} was deleted."
-            raise NotFound(message, code="report_not_found") from None
+        return job, made

@@ -1,12 +1,12 @@
 """/v1/models. Names may contain `/`, which the official client sends as %2F."""
 
 from typing import Annotated, Literal
-from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel
 
+from app.archive import tar_response
 from app.dependencies import ServicesDependency
 from app.keys.middleware import CallerDependency
 from app.models.schemas import Lineage, ModelDeleted, ModelObject
@@ -56,12 +56,7 @@ def download_model(
         chunks = services.models.download(caller.project, name)
     if chunks is None:
         return JSONResponse(Pending().model_dump(), status_code=202, headers={"Retry-After": "2"})
-    filename = quote(name.replace("/", "_").replace(":", "_"), safe="") + ".tar"
-    return StreamingResponse(
-        chunks,
-        media_type="application/x-tar",
-        headers={"Content-Disposition": f'attachment; filename="{filename}"'},
-    )
+    return tar_response(chunks, name.replace("/", "_").replace(":", "_"))
 
 
 @router.get("/{name:path}")

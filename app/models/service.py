@@ -4,12 +4,13 @@ from collections.abc import Iterator
 
 from sqlalchemy.orm import Session
 
+from app.archive import folder, tar
 from app.broker import Broker, Lane
 from app.database import Database
 from app.errors import Conflict, NotFound, ServiceError
 from app.files import repository as files
 from app.jobs import repository as jobs
-from app.models import archive, repository
+from app.models import repository
 from app.models.schemas import Lineage, LineageStep
 from app.models.tables import Model
 from app.storage import Storage
@@ -43,14 +44,14 @@ class Models:
     def download(self, project: str, name: str) -> Iterator[bytes]:
         """The folder of a made model or a checkpoint, as a tar stream."""
         with self.database.read() as session:
-            return archive.tar(self.storage, self._made(session, project, name)[1])
+            return tar(folder(self.storage, self._made(session, project, name)[1]))
 
     def download_merged(self, project: str, name: str, dtype: str) -> Iterator[bytes] | None:
         """The model with its adapter in its weights, as a tar stream; None while a worker makes it."""
         with self.database.write() as session:
             found, prefix = self._made(session, project, name)
             if found.kind != "adapter":
-                return archive.tar(self.storage, prefix)  # its weights are whole
+                return tar(folder(self.storage, prefix))  # its weights are whole
             task = tasks.ensure(
                 session,
                 tasks.MERGE,
@@ -64,7 +65,7 @@ class Models:
         if made is None:
             self.broker.wake(Lane.CPU)
             return None
-        return archive.tar(self.storage, made["prefix"])
+        return tar(folder(self.storage, made["prefix"]))
 
     @staticmethod
     def _made(session: Session, project: str, name: str) -> tuple[repository.Found, str]:

@@ -1,5 +1,7 @@
 """Evaluations through a real service: queued, run, recovered and read as trainings are."""
 
+import csv
+import gzip
 import html
 import json
 import os
@@ -74,7 +76,9 @@ def items(service: Running, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in content.splitlines()]
 
 
-def test_a_trained_model_prefers_what_people_preferred(service: Running, files: dict[str, str], model: str) -> None:
+def test_a_trained_model_prefers_what_people_preferred(
+    service: Running, files: dict[str, str], model: str, tmp_path: Path
+) -> None:
     found = evaluate(service, {"type": "preference", "candidate": {"model": model}, "data": files["held"]})
     assert found["baseline"] == {"model": "tiny"} and found["beta"] == 0.3, "as it was trained"
     assert found["quantization"] == "none"
@@ -92,6 +96,14 @@ def test_a_trained_model_prefers_what_people_preferred(service: Running, files: 
         with http.stream("GET", f"/evaluations/{found['id']}/stream") as stream:
             text = "".join(stream.iter_text())
         assert "event: evaluation" in text and "event: message" in text
+    assert service.dpo("evaluations", "download", found["id"], "--output", str(tmp_path / "all")).returncode == 0
+    left = {path.name: path.read_text() for path in (tmp_path / "all").iterdir()}
+    assert set(left) == {"evaluation.json", "report.json", "items.jsonl"}
+    assert json.loads(left["evaluation.json"])["metrics"] == found["metrics"]
+    assert json.loads(left["report.json"]) == report
+    assert [json.loads(line) for line in left["items.jsonl"].splitlines()] == items(service, found)
+    again = service.dpo("evaluations", "download", found["id"], "--output", str(tmp_path / "all"))
+    assert again.returncode == 2 and "empty" in again.stderr
 
 
 def test_an_evaluation_whose_trainer_is_killed_goes_on_to_the_same_bytes(
@@ -168,6 +180,14 @@ def test_a_file_that_cannot_be_evaluated_fails_by_name(service: Running, files: 
         "failed",
     )
     assert found["error"]["code"] == "invalid_file" and found["error"]["param"] == "judge.classifier.file"
+
+
+def shared(name: str) -> Path:
+    """A file of the shared data; without it the test is skipped."""
+    found = Path(os.environ.get("DPO_SHARED", "../shared")) / "data" / name
+    if not found.exists():
+        pytest.skip(f"no {found}: set DPO_SHARED")
+    return found
 
 
 def asked(url: str, **fields: Any) -> dict[str, Any]:
@@ -255,10 +275,7 @@ def test_a_judge_that_refuses_fails_the_evaluation_by_name(service: Running, fil
 
 def test_a_judge_agrees_with_people_as_it_says(service: Running, tmp_path: Path) -> None:
     """Real verdicts of people, where they are at hand; the judge likes length, and agrees as often as people do."""
-    shared = Path(os.environ.get("DPO_SHARED", "../shared")) / "data/preference/human-judged/mtbench_human.json"
-    if not shared.exists():
-        pytest.skip(f"no {shared}: set DPO_SHARED")
-    rows = json.loads(shared.read_text())
+    rows = json.loads(shared("preference/human-judged/mtbench_human.json").read_text())
     data = upload(service, write(tmp_path / "judged.jsonl", rows), "evals")
     with judging() as judge:
         found = evaluate(service, {"type": "agreement", "data": data, "judge": asked(judge.url)})
@@ -271,3 +288,53 @@ def test_a_judge_agrees_with_people_as_it_says(service: Running, tmp_path: Path)
     )
     assert metrics["judge_people/without_ties/agreement"] == pytest.approx(right / (200 - ties))
     assert metrics["inconsistent"] == ties > 0 and metrics["judge_prefers_longer"] == 1.0 - ties / 400
+
+
+def test_dialogue_is_judged_against_the_chosen_answers_as_in_the_paper(service: Running) -> None:
+    """Prompts of Anthropic HH, whole transcripts; the judge likes length."""
+    file = shared("preference/hh-rlhf/helpful-base.test.jsonl.gz")
+    with gzip.open(file, "rt") as lines:
+        rows = [json.loads(line) for line in lines]
+    with judging() as judge:
+        body = {
+            "type": "win_rate", "candidate": {"model": "tiny"}, "baseline": {"answers": "chosen"}, "seed": 1,
+            "data": upload(service, file, "evals"), "max_rows": 12, "judge": asked(judge.url),
+            "sampling": {"max_tokens": 8, "temperatures": [0.0]},
+        }  # fmt: skip
+        found = evaluate(service, body)
+    made = items(service, found)
+    assert found["metrics"]["comparisons"] == len(made) == 12
+    for item in made:
+        transcript = rows[item["line"] - 1]["chosen"]
+        assert transcript.endswith(f"\n\nAssistant: {item['baseline']}")
+        last = transcript.rpartition("\n\nAssistant:")[0].rpartition("\n\nHuman:")[2]
+        shown = [question for question in judge.answered if item["baseline"].strip() in question]
+        assert len(shown) == 2 and all(last.strip() in question for question in shown)
+    longer = sum(len(item["candidate"].strip()) > len(item["baseline"].strip()) for item in made)
+    assert found["metrics"]["wins"] == longer
+
+
+def test_summaries_are_judged_against_the_reference_summaries_as_in_the_paper(service: Running) -> None:
+    """TL;DR: what several models wrote, as ready answers, beside what the posts' authors wrote; the concise question."""
+    file = shared("sft/tldr_samples.csv")
+    with file.open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    with judging() as judge:
+        data = upload(service, file, "evals")
+        body = {
+            "type": "win_rate", "data": data, "mapping": {"prompt": "context", "completion": "ref_text"},
+            "candidate": {"file": data, "mapping": {"prompt": "context", "completion": "sample"}},
+            "baseline": {"answers": "chosen"}, "judge": asked(judge.url) | {"question": "concise_summary"},
+        }  # fmt: skip
+        found = evaluate(service, body)
+        questions = list(judge.answered)
+    made = items(service, found)
+    assert all("without including unimportant or irrelevant details" in question for question in questions)
+    written = {(row["context"].strip(), row["ref_text"].strip(), row["sample"].strip()) for row in rows}
+    assert {(item["prompt"].strip(), item["baseline"].strip(), item["candidate"].strip()) for item in made} <= written
+    assert found["metrics"]["comparisons"] == len(made) > 1100
+    outcome = [len(item["candidate"].strip()) - len(item["baseline"].strip()) for item in made]
+    wins, losses = sum(value > 0 for value in outcome), sum(value < 0 for value in outcome)
+    assert (found["metrics"]["wins"], found["metrics"]["losses"]) == (wins, losses)
+    ties = len(made) - wins - losses
+    assert found["metrics"]["longer_answer_wins"] == pytest.approx(1 - ties / 2 / len(made))

@@ -231,7 +231,9 @@ def test_a_report_that_was_deleted_is_not_found(client: TestClient, services: Se
     with services.database.write() as session:
         ended = update(Job).where(Job.id == evaluation)
         session.execute(ended.values(status=Status.SUCCEEDED, result_files=["file-gone", "file-too"]))
-    assert error_of(client.get(f"/v1/evaluations/{evaluation}/report"), 404)["code"] == "report_not_found"
+    for route in ("report", "download"):
+        error = error_of(client.get(f"/v1/evaluations/{evaluation}/{route}"), 404)
+        assert error["code"] == "report_not_found" and "deleted" in error["message"]
 
 
 def test_going_back_takes_evaluations_with_it(client: TestClient, services: Services) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from app.models.archive import tar
+from app.archive import folder, tar
 from app.storage import Storage
 from tests.servers import s3
 
@@ -76,7 +76,7 @@ def test_a_folder_streams_as_a_tar_file(storage: Storage) -> None:
     files = {"config.json": b"{}", "sub/weights": b"w" * 1_000_001, "empty": b""}
     for name, content in files.items():
         storage.put_bytes(f"model/{name}", content)
-    stream = io.BytesIO(b"".join(tar(storage, "model")))
+    stream = io.BytesIO(b"".join(tar(folder(storage, "model"))))
     with tarfile.open(fileobj=stream) as archive:
         found = {name: archive.extractfile(name) for name in archive.getnames()}
         assert {name: file.read() for name, file in found.items() if file is not None} == files

@@ -1,0 +1,35 @@
+"""Tar streams, entry by entry: nothing is held whole."""
+
+import tarfile
+from collections.abc import Iterable, Iterator
+from urllib.parse import quote
+
+from fastapi.responses import StreamingResponse
+
+from app.storage import Storage
+
+Entry = tuple[str, int, Iterable[bytes]]
+"""A file's path in the archive, its size in bytes, and its content."""
+
+
+def tar(entries: Iterable[Entry]) -> Iterator[bytes]:
+    """The tar file of `entries`."""
+    for name, size, content in entries:
+        entry = tarfile.TarInfo(name)
+        entry.size = size
+        yield entry.tobuf(tarfile.PAX_FORMAT)
+        yield from content
+        yield b"\0" * (-size % tarfile.BLOCKSIZE)
+    yield b"\0" * (2 * tarfile.BLOCKSIZE)
+
+
+def folder(storage: Storage, prefix: str) -> Iterator[Entry]:
+    """The objects under `prefix/`, with paths relative to it. Each is opened when its turn comes."""
+    for key, size in storage.list(prefix):
+        yield key.removeprefix(f"{prefix}/"), size, storage.chunks(key)
+
+
+def tar_response(chunks: Iterable[bytes], name: str) -> StreamingResponse:
+    """A tar stream as a download called `name`.tar."""
+    disposition = f'attachment; filename="{quote(name, safe="")}.tar"'
+    return StreamingResponse(chunks, media_type="application/x-tar", headers={"Content-Disposition": disposition})
