@@ -4,6 +4,7 @@ import difflib
 import json
 from typing import Annotated, Any, ClassVar, Literal
 
+import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, StringConstraints, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
@@ -87,6 +88,10 @@ def plain_json(value: Any, field: str, max_bytes: int) -> None:
         size = len(json.dumps(value, allow_nan=False, ensure_ascii=False).encode())
     except ValueError:  # NaN, Infinity, half a surrogate pair
         raise inconsistent(field, f"'{field}' holds what JSON has no place for") from None
+    try:
+        orjson.dumps(value)
+    except TypeError:
+        raise inconsistent(field, f"'{field}' holds a whole number of more than 64 bits") from None
     if size > max_bytes:
         raise inconsistent(field, f"'{field}' has {size} bytes; at most {max_bytes} are taken")
 

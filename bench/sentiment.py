@@ -45,7 +45,10 @@ RESULT = Path(__file__).parent / "results" / "sentiment.json"
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "sentiment.svg"
 BASE = "imdb-llama-2.5m"
 BETAS, ALPHAS, STRENGTHS = (0.05, 0.1, 1.0, 5.0), (0.05, 0.1, 0.5, 1.0), (0.01, 0.03, 0.1, 0.3)
-SAMPLES, MAX_TOKENS, BEST_OF = 4, 40, 64
+SAMPLES, MAX_TOKENS, BEST_OF = 4, 48, 64
+REVIEW_WORDS = 30
+"""Of each review so many words are learned: completions then end by themselves within `MAX_TOKENS`, nearly always, so
+that no method learns ends that nobody wrote."""
 console = Console()
 
 
@@ -57,8 +60,9 @@ class Scale:
     prompts: int = 600
     held_out: int = 150
     batch_size: int = 32
-    rloo_steps: int = 60
-    points: int = 3
+    rloo_steps: int = 40
+    """As many completions, about, as the preferences are made of: 64 a step."""
+    points: int = 2
     """Places at which a run is evaluated, its end among them."""
 
 
@@ -193,9 +197,9 @@ def make_files(shared: Path, folder: Path, scale: Scale) -> None:
     generator, rows = random.Random(1), []
     for number, review in enumerate(reviews(shared / "imdb-unsup.jsonl.gz")):
         words = review["text"].split()
-        if len(words) >= 80:
+        if len(words) >= REVIEW_WORDS:
             cut = generator.randint(4, 8)
-            rows.append({"prompt": " ".join(words[:cut]), "completion": " " + " ".join(words[cut:80])})
+            rows.append({"prompt": " ".join(words[:cut]), "completion": " " + " ".join(words[cut:REVIEW_WORDS])})
         if number > 3 * (scale.reviews + scale.prompts + scale.held_out):
             break
     generator.shuffle(rows)
@@ -203,12 +207,13 @@ def make_files(shared: Path, folder: Path, scale: Scale) -> None:
     prompts = [{"prompt": row["prompt"]} for row in rest[: scale.prompts + scale.held_out]]
     _write(folder / "sft.jsonl", sft)
     _write(folder / "prompts.jsonl", prompts[: scale.prompts])
-    _write(folder / "held_out.jsonl", prompts[scale.prompts :])
+    _write(folder / "held_out.jsonl", prompts[scale.prompts :])  # the last one: it says that all are there
 
 
 def _write(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return partial.rename(path)
 
 
 def make_preferences(items: Sequence[dict[str, Any]], folder: Path, seed: int) -> dict[str, Path]:
@@ -226,7 +231,7 @@ def make_preferences(items: Sequence[dict[str, Any]], folder: Path, seed: int) -
                 best.append({"prompt": better["prompt"], "completion": better["text"]})
         if len({item["text"] for item in order}) == len(order):
             ranked.append({"prompt": order[0]["prompt"], "responses": [item["text"] for item in order]})
-    rows = {"pairs": pairs, "ranked": ranked, "preferred": best}
+    rows = {"ranked": ranked, "preferred": best, "pairs": pairs}  # the last one says that all are there
     return {name: _write(folder / f"{name}-{seed}.jsonl", found) for name, found in rows.items()}
 
 
@@ -286,6 +291,9 @@ class Experiment:
             yield self._results()
 
     def _prepare(self) -> None:
+        scale = vars(self.scale)
+        if self.state.done.setdefault("scale", scale) != scale:
+            raise SystemExit(f"{self.folder} holds an experiment of another scale: name another --folder.")
         (self.home / "models").mkdir(parents=True, exist_ok=True)
         if not (self.home / "models" / BASE).exists():
             shutil.copytree(self.shared / "models" / BASE, self.home / "models" / BASE)
@@ -373,7 +381,8 @@ class Experiment:
         metrics, samples = found["metrics"], sorted(items, key=lambda item: (item["row"], item["sample"]))[:3]
         measured = {
             "reward": reward[0], "reward_error": reward[1], "kl": metrics["kl"], "kl_error": metrics.get("kl/error"),
-            "tokens": metrics["tokens"], "samples": [item["prompt"] + item["text"] for item in samples],
+            "tokens": metrics["tokens"], "ended": metrics["ended"],
+            "samples": [item["prompt"] + item["text"] for item in samples],
         }  # fmt: skip
         self.state.keep(f"measured|{name}", measured)
         console.print(f"{name.replace('|', ' ')}: reward {reward[0]:.3f}, KL {metrics['kl']:.2f}", highlight=False)

@@ -28,15 +28,22 @@ def first(_question: str, _a: str, _b: str) -> str:
 
 
 class JudgeServer(ThreadingHTTPServer):
-    """Answers as `prefers` says, but the first requests for a question, for one in `every`, as `faults` say."""
+    """Answers as `prefers` says, but the first requests for a question, for one in `every` or `only` one, as `faults`
+    say."""
 
     daemon_threads = True
 
     def __init__(
-        self, prefers: Prefers = longer, faults: tuple[str, ...] = (), key: str | None = None, every: int = 1
+        self,
+        prefers: Prefers = longer,
+        faults: tuple[str, ...] = (),
+        key: str | None = None,
+        every: int = 1,
+        only: str | None = None,
     ) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.prefers, self.faults, self.key, self.every = prefers, faults, key, every
+        self.only = only
         self.asked: Counter[str] = Counter()
         self.answered: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []
@@ -70,7 +77,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             time.sleep(server.delay)
             hit = tried < len(server.faults) and zlib.crc32(question.encode()) % server.every == 0
-            fault = server.faults[tried] if hit else None
+            fault = server.faults[tried] if hit and server.only in (None, question) else None
             if server.key is not None and self.headers.get("Authorization") != f"Bearer {server.key}":
                 said = self.headers.get("Authorization")
                 self._answer(401, {"error": {"message": f"wrong key: {said}"}})

@@ -43,7 +43,7 @@ def preference(items: Sequence[Item]) -> Report:
         "rejected_logratio": _shown(statistics.mean(logps[:, 1] - before[:, 1], prompts)),
         "calibration": {"error": error, "bins": [asdict(one) for one in bins]},
         "by_length": by_length(longer, right.tolist(), prompts),
-        "longer_answer_preferred": _shown(statistics.mean(longer_preferred, prompts)),
+        "longer_answer_preferred": _shown(statistics.rate(longer_preferred, prompts)),
     }
 
 
@@ -56,7 +56,7 @@ def by_length(differences: Sequence[float], points: Sequence[float], prompts: Se
             "least": float(differences[group[0]]),
             "most": float(differences[group[-1]]),
             "count": len(group),
-            "rate": _shown(statistics.mean([points[k] for k in group], [prompts[k] for k in group])),
+            "rate": _shown(statistics.rate([points[k] for k in group], [prompts[k] for k in group])),
         }
         for group in groups
     ]
@@ -112,7 +112,7 @@ def _won(items: list[Item], points: list[float]) -> Report:
         "wins": int((given == 1).sum()),
         "ties": int((given == 0.5).sum()),
         "losses": int((given == 0).sum()),
-        "longer_answer_wins": _shown(statistics.mean(longer_wins, prompts)),
+        "longer_answer_wins": _shown(statistics.rate(longer_wins, prompts)),
         "by_length": by_length(longer, points, prompts),
     }
 

@@ -51,14 +51,19 @@ def mean(values: Sequence[float] | Floats, names: Sequence[Hashable] | None = No
 def rate(points: Sequence[float] | Floats, names: Sequence[Hashable]) -> Estimate:
     """A share of cases (1 or 0, ½ a tie) with Wilson's interval (1927), which holds near 0 and 1 too.
 
-    Cases that share a name are not independent: theirs is the interval of `mean`, unless all say the same, which is as
-    much as one case for each name says.
+    Cases that share a name are not independent: they count as the number of independent ones that would have the error
+    of `mean`, p(1 − p)/error²; where all say the same, as one for each name.
     """
     count, found = len(set(names)), mean(points, names)
-    return _wilson(found.value, count) if count == len(points) or found.error == 0 else found
+    if count == len(points) or found.error == 0:
+        return _wilson(found.value, count)
+    if math.isnan(found.error):
+        return found
+    worth = _wilson(found.value, min(len(points), found.value * (1 - found.value) / found.error**2))
+    return Estimate(found.value, found.error, worth.low, worth.high)
 
 
-def _wilson(share: float, count: int) -> Estimate:
+def _wilson(share: float, count: float) -> Estimate:
     z = 1.959964
     middle, width = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
     scale = 1 + z * z / count

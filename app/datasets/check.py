@@ -192,8 +192,15 @@ def examples(file: IO[bytes], mapping: Mapping | None = None, report: Report | N
 
     Raises `DatasetError` at the first row that cannot be understood.
     """
+    return (example for _, example in numbered_examples(file, mapping, report))
+
+
+def numbered_examples(
+    file: IO[bytes], mapping: Mapping | None = None, report: Report | None = None
+) -> Iterator[tuple[int, Example]]:
+    """The same, each with the number of its row, from 0 on: those that are left out are counted too."""
     format: Format | None = None
-    for line, record in records(file):
+    for number, (line, record) in enumerate(records(file)):
         if mapping is not None:
             record = mapping.apply(record, line)
         if format is None:
@@ -211,7 +218,7 @@ def examples(file: IO[bytes], mapping: Mapping | None = None, report: Report | N
             continue
         if report is not None:
             report.add(example)
-        yield example
+        yield number, example
 
 
 NEEDS = {

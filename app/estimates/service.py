@@ -58,7 +58,7 @@ class Estimates:
             return None
 
     def _estimate(self, session: Session, project: str, spec: JobSpec) -> Estimate:
-        model, spec = self.jobs.prepare(session, project, spec)
+        model, _, spec = self.jobs.prepare(session, project, spec)
         shape, device = fit.shape_of(session, model), fit.device_of(session, model)
         context = shape.context if shape is not None else DEFAULT_MAX_LENGTH
         pace = _pace(session, model.base_model)

@@ -116,13 +116,16 @@ class Evaluations(Lifecycle[EvaluationObject]):
         first = next(iter(found.values()), None)
         if of is not None:
             first = models.Found(of.makes, "adapter", of.base_model, None, None, None, of.foundation)
+        # A reward model is whole, its base model in it.
+        bases = [one.base_model for one in (first, *found.values()) if one is not None and one.kind != "reward"]
         return self._add(
             session,
             project,
             spec,
             request_id,
+            bases,
             model=first.name if first else "",
-            base_model=first.base_model if first else "",
+            base_model=bases[0] if bases else "",
             foundation=first.foundation if first else None,
             training_file=spec.data,
             validation_file=None,

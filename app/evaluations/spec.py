@@ -91,6 +91,8 @@ class Endpoint(Strict):
     @model_validator(mode="after")
     def _can_be_sent(self, info: ValidationInfo) -> Self:
         plain_json(self.parameters, "parameters", 16_384)
+        if info.context != STORED and ("?" in self.base_url or "#" in self.base_url):
+            raise inconsistent("base_url", "'base_url' ends before '/chat/completions': it has no '?' and no '#'")
         for name in ("model", "messages", "stream", "n"):
             if name in self.parameters:
                 raise inconsistent(f"parameters.{name}", f"'{name}' is not for 'parameters'")

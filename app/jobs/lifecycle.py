@@ -2,7 +2,7 @@
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import suppress
 from typing import Any, ClassVar, Generic, TypeVar
 from urllib.parse import quote
@@ -23,7 +23,7 @@ from app.jobs.outlook import Place, outlook
 from app.jobs.schemas import EventObject, StreamToken
 from app.jobs.spec import JobSpec
 from app.jobs.states import ACTIVE, Actor, Status
-from app.jobs.tables import Job
+from app.jobs.tables import Job, OtherBase
 from app.keys.service import Keys
 from app.storage import Storage
 
@@ -61,9 +61,13 @@ class Lifecycle(ABC, Generic[Shown]):
         project: str,
         asked: JobSpec | EvaluationSpec,
         request_id: str | None,
+        bases: Iterable[str],
         **own: Any,
     ) -> Job:
-        """Store a job that waits for the check of its files; `own` are the columns that its kind decides."""
+        """Store a job that waits for the check of its files.
+
+        `bases` are the base models that it loads, `own` the columns that its kind decides.
+        """
         job = Job(
             id=new_id(self.PREFIX),
             kind=self.KIND,
@@ -83,6 +87,7 @@ class Lifecycle(ABC, Generic[Shown]):
         )
         session.add(job)
         session.flush()
+        session.add_all(OtherBase(job_id=job.id, base_model=name) for name in {*bases} - {job.base_model})
         repository.add_event(session, job.id, f"Created {self.NAME}: {job.id}")
         return job
 

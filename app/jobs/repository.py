@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from sqlalchemy import ColumnElement, Row, Select, and_, case, delete, func, or_, select, tuple_, update
+from sqlalchemy import ColumnElement, Row, Select, and_, case, delete, false, func, not_, or_, select, tuple_, update
 from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
 
 from app import gates
@@ -13,7 +13,7 @@ from app.evaluations.spec import EvaluationSpec
 from app.gates import Verdict
 from app.jobs.spec import JobSpec
 from app.jobs.states import ACTIVE, TRANSITIONS, Actor, Status
-from app.jobs.tables import EVALUATION, TRAINING, Checkpoint, Job, JobEvent
+from app.jobs.tables import EVALUATION, TRAINING, Checkpoint, Job, JobEvent, OtherBase
 from app.projects.tables import Project
 from app.webhooks import repository as webhooks
 
@@ -294,7 +294,10 @@ def claim(session: Session, status: Status, owner: str, served: Sequence[str] | 
         free = and_(free, Job.paused.is_(False), _ready(), _within_limit())
     best = select(Job.id).where(free)
     if served is not None:
-        best = best.where(or_(Job.base_model == "", *(serves(Job.base_model, name) for name in served)))
+        lacking = select(OtherBase.job_id).where(
+            OtherBase.job_id == Job.id, not_(_served(OtherBase.base_model, served))
+        )
+        best = best.where(or_(Job.base_model == "", _served(Job.base_model, served)), ~lacking.correlate(Job).exists())
     best = best.order_by(Job.priority.desc(), Job.created_at, Job.id).limit(1)
     statement = (
         update(Job)
@@ -326,6 +329,10 @@ def _within_limit() -> ColumnElement[bool]:
         .scalar_subquery()
     )
     return or_(limit.is_(None), count < limit)
+
+
+def _served(column: Any, patterns: Sequence[str]) -> ColumnElement[bool]:
+    return or_(false(), *(serves(column, name) for name in patterns))
 
 
 def serves(column: Any, name: str) -> ColumnElement[bool]:

@@ -65,19 +65,26 @@ class Jobs(Lifecycle[JobObject]):
         self.broker.wake(Lane.CPU)
         return JobObject.of(job) if earlier is None else self.get(project, job.id)
 
-    def prepare(self, session: Session, project: str, spec: JobSpec) -> tuple[models.Found, JobSpec]:
-        """(what the job starts from, the spec as it would be run). Raises `ServiceError` for what cannot be run."""
+    def prepare(
+        self, session: Session, project: str, spec: JobSpec
+    ) -> tuple[models.Found, models.Found | None, JobSpec]:
+        """(what the job starts from, what it is held to where that is another model, the spec as it would be run).
+
+        Raises `ServiceError` for what cannot be run.
+        """
         model = self._model(session, project, spec)
-        self._check_reference(session, project, spec)
+        reference = self._reference(session, project, spec)
         spec = self._with_mappings(spec, self._files(session, project, spec))
         self._check_integrations(session, spec)
-        return model, (spec.model_copy(update={"adapter": model.adapter}) if model.adapter else spec).resolved()
+        if model.adapter:
+            spec = spec.model_copy(update={"adapter": model.adapter})
+        return model, reference, spec.resolved()
 
     def add(
         self, session: Session, project: str, spec: JobSpec, request_id: str | None, sweep_id: str | None = None
     ) -> Job:
         """Check what `spec` names and store the job, of a sweep or not. Raises `ServiceError`."""
-        model, resolved = self.prepare(session, project, spec)
+        model, reference, resolved = self.prepare(session, project, spec)
         shape, device = fit.shape_of(session, model), fit.device_of(session, model)
         if shape is not None and device is not None:
             reason = fit.refusal(resolved, shape, device, None)
@@ -88,6 +95,7 @@ class Jobs(Lifecycle[JobObject]):
             project,
             spec,
             request_id,
+            [reference.base_model] if reference is not None else [],
             model=spec.model,
             base_model=model.base_model,
             foundation=model.foundation,
@@ -158,9 +166,11 @@ class Jobs(Lifecycle[JobObject]):
                 message = "No worker has a key for Weights & Biases: its operator sets WANDB_API_KEY there."
                 raise ServiceError(message, param=f"integrations.{number}.type", code="integration_not_configured")
 
-    def _check_reference(self, session: Session, project: str, spec: JobSpec) -> None:
+    @staticmethod
+    def _reference(session: Session, project: str, spec: JobSpec) -> models.Found | None:
+        """The model that the policy is held to, where that is another than it starts from."""
         if spec.reference_model is None:
-            return
+            return None
         param = "method.dpo.hyperparameters.reference_model"
         found = models.find(session, project, spec.reference_model, lock=True)
         if found is None:
@@ -169,6 +179,7 @@ class Jobs(Lifecycle[JobObject]):
         if found.kind == "reward":
             message = f"'{spec.reference_model}' is a reward model, which has no log-probs."
             raise ServiceError(message, param=param, code="invalid_value")
+        return found
 
     def metrics(self, project: str, job_id: str, names: list[str] | None, points: int) -> MetricSeries:
         """The series of each metric, or of those of `names`, with at most `points` points each.

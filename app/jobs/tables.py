@@ -30,7 +30,7 @@ class Job(Base):
     model: Mapped[str]
     """As the user named it: a base model, a made one, or a checkpoint."""
     base_model: Mapped[str]
-    """The base model below it: a worker claims a job only where it can serve this one."""
+    """The base model below it, if any: a worker claims a job only where it can serve this one and its `OtherBase`s."""
     foundation: Mapped[str | None]
     """The fully trained model that stands in the base model's place, where `model` is one or sits on one."""
     training_file: Mapped[str]
@@ -86,6 +86,15 @@ class Job(Base):
     """Not to be claimed before: a job whose attempt was lost waits a little."""
     lost_attempts: Mapped[int]
     """Attempts whose worker died since the last checkpoint."""
+
+
+class OtherBase(Base):
+    """A base model that a job needs beside its own: below what it is held to, compared with or judged by."""
+
+    __tablename__ = "job_other_bases"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    base_model: Mapped[str] = mapped_column(primary_key=True)
 
 
 class JobEvent(Base):

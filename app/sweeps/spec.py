@@ -101,7 +101,8 @@ class SweepSpec(Strict):
         for values in itertools.product(*self.grid.values()):
             body, settings = copy.deepcopy(self.job), dict(zip(self.grid, values, strict=True))
             body["seed"] = shared
-            for evaluation in body.get("evaluations") or []:
+            evaluations = body.get("evaluations")
+            for evaluation in evaluations if isinstance(evaluations, list) else []:
                 if isinstance(evaluation, dict):
                     evaluation.setdefault("seed", shared)
             for name, value in settings.items():

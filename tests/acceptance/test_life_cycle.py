@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-import pytest
 
 from tests.acceptance.conftest import pairs, write
 from tests.acceptance.service import Running, half_upload, lanes, running, stack, trainers
@@ -149,10 +148,9 @@ def resumes(service: Running, job_id: str, attempt: int) -> None:
     assert service.job(job_id)["attempt"] == attempt + 1
 
 
-@pytest.mark.parametrize("name", ["embedded", "servers"])
-def test_a_stopped_service_hands_its_job_back(name: str, home: Path, tmp_path: Path) -> None:
+def test_a_stopped_service_hands_its_job_back(home: Path, tmp_path: Path) -> None:
     """SIGTERM: checkpoint, back to the queue, no attempt counted as lost; the next service resumes."""
-    with stack(name) as environment:
+    with stack("servers") as environment:
         with running(home, environment) as service:
             job_id = start_long_job(service, tmp_path)
             attempt = service.job(job_id)["attempt"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.acceptance.conftest import pairs, write
 from tests.acceptance.service import running
 
-EXAMPLES = 10
+EXAMPLES = 5
 """For each operation, beside those that cover its schema."""
 
 

@@ -1,15 +1,13 @@
-"""A few faults of each kind, always the same, into one training: `make faults` does all of them many times."""
+"""A fault of each kind, always the same ones, into one training: `make faults` does all of them many times."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 SELECTION = [
-    "kill_trainer",
     "publish_without_commit",
     "s3_half_uploads",
     "kill_runner_and_trainer",
-    "deliver_three_times",
 ]
 
 

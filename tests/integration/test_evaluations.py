@@ -12,6 +12,7 @@ from app.evaluations.spec import EvaluationSpec
 from app.jobs import repository
 from app.jobs.states import Status
 from app.jobs.tables import EVALUATION, TRAINING, Job
+from app.models import repository as models
 from app.models.tables import Model
 from app.services import Services
 from app.webhooks.tables import WebhookEndpoint
@@ -89,6 +90,8 @@ def body(client: TestClient, **fields: Any) -> dict[str, Any]:
         ({"type": "win_rate", "judge": {"type": "model", "model": "none"}}, "judge.model"),
         ({"type": "win_rate", "judge": {"type": "model", "model": SCORED["model"]}}, "judge.model"),
         ({"type": "win_rate", "judge": asking(parameters={"stop": "\ud800"})}, "judge.endpoint.parameters"),
+        ({"type": "win_rate", "judge": asking(parameters={"seed": 2**70})}, "judge.endpoint.parameters"),
+        ({"type": "win_rate", "judge": at("https://1.1.1.1/v1?version=1")}, "judge.endpoint.base_url"),
         ({"type": "win_rate", "judge": asking(parameters={"stream": True})}, "judge.endpoint.parameters.stream"),
         ({"type": "win_rate", "judge": asking(parameters=deep(300))}, "judge.endpoint.parameters"),
         ({"type": "win_rate", "judge": asking(api_key="k" * 2049)}, "judge.endpoint.api_key"),
@@ -192,6 +195,31 @@ def test_one_without_models_is_for_any_worker(client: TestClient, services: Serv
         session.execute(update(Job).where(Job.id == evaluation).values(status=Status.QUEUED))
         claimed = repository.claim(session, Status.QUEUED, "test", ["another"])
     assert claimed is not None and claimed.id == evaluation
+
+
+def test_one_is_claimed_only_where_all_its_base_models_are(client: TestClient, services: Services) -> None:
+    with services.database.write() as session:
+        models.register(session, "other", "r1", {"architecture": "LlamaForCausalLM"})
+    evaluation = client.post("/v1/evaluations", json=body(client, baseline={"model": "other"})).json()["id"]
+    with services.database.write() as session:
+        session.execute(update(Job).where(Job.id == evaluation).values(status=Status.QUEUED))
+        for served in (["tiny"], ["other"], []):
+            assert repository.claim(session, Status.QUEUED, "test", served) is None
+        claimed = repository.claim(session, Status.QUEUED, "test", ["ti*", "other"])
+    assert claimed is not None and claimed.id == evaluation
+
+
+def test_a_training_is_claimed_only_where_its_reference_is_too(client: TestClient, services: Services) -> None:
+    with services.database.write() as session:
+        models.register(session, "other", "r1", {"architecture": "LlamaForCausalLM"})
+    method = {"type": "dpo", "dpo": {"hyperparameters": {"reference_model": "other"}}}
+    asked = {"model": "tiny", "training_file": upload(client), "method": method}
+    job = client.post("/v1/fine_tuning/jobs", json=asked).json()["id"]
+    with services.database.write() as session:
+        session.execute(update(Job).where(Job.id == job).values(status=Status.QUEUED))
+        assert repository.claim(session, Status.QUEUED, "test", ["tiny"]) is None
+        claimed = repository.claim(session, Status.QUEUED, "test", ["other", "tiny"])
+    assert claimed is not None and claimed.id == job
 
 
 def test_what_the_candidate_was_held_to_is_the_default_baseline(

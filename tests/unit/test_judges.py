@@ -98,7 +98,7 @@ def ask(url: str, known: dict[str, Answer] | None = None, key: str | None = None
         (),
         ("rate limit", "rate limit", "error"),
         ("not json", "no choices", "half", "hang up"),
-        ("error",) * 8,
+        ("error",) * 5,
     ],
 )
 def test_each_question_is_answered_once_whatever_happens_before(faults: tuple[str, ...]) -> None:
@@ -111,6 +111,29 @@ def test_each_question_is_answered_once_whatever_happens_before(faults: tuple[st
     for place, question in enumerate(QUESTIONS):
         answer = found.kept[key_of(question)]
         assert choice(answer.text or "") == ("B" if place % 2 else "A") and answer.input_tokens == len(question.split())
+
+
+def test_a_question_that_fails_while_others_are_answered_stays_without_an_answer() -> None:
+    """One that the server cannot bear must not throw away what the others cost."""
+    cursed = QUESTIONS[3]
+    with judging(faults=("error",) * 1000, only=cursed) as server:
+        found = ask(server.url, concurrency=2)
+        assert server.asked[cursed] >= endpoint.FAILED_TRIES and cursed not in server.answered
+    assert [question for question in QUESTIONS if found.kept[key_of(question)].text is None] == [cursed]
+
+
+@pytest.mark.parametrize("text", ["-" * 200_000, "Preferred" + ":" * 200_000, "Preferred: " + "response " * 50_000])
+def test_no_answer_keeps_the_worker_matching(text: str) -> None:
+    """Patterns that backtrack would take days here."""
+    assert choice(text) is None
+    assert choice(f"{text}\nPreferred: B") == "B"
+
+
+def test_of_a_long_answer_the_end_is_kept() -> None:
+    with judging(lambda *_: "thinking " * 100_000 + "\nPreferred: A") as server:
+        found = ask(server.url)
+    assert {choice(answer.text or "") for answer in found.kept.values()} == {"A"}
+    assert all(len(answer.text or "") <= endpoint.MAX_SAID for answer in found.kept.values())
 
 
 def test_what_is_known_is_not_asked_again() -> None:

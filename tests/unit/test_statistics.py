@@ -72,7 +72,12 @@ def test_a_bootstrap_over_prompts_knows_that_completions_hang_together() -> None
 
 def test_a_rate_of_cases_that_hang_together_is_as_sure_as_their_names_are_many() -> None:
     points, names = [1.0, 1.0, 0.0, 0.0, 1.0, 1.0], ["a", "a", "b", "b", "c", "c"]
-    assert statistics.rate(points, names) == statistics.mean(points, names)
+    found = statistics.rate(points, names)
+    assert (found.value, found.error) == (4 / 6, statistics.mean(points, names).error)
+    # Its error is 1/3, by hand; so are those of p(1 − p)/error² = 2 independent cases.
+    two = statistics.rate([1.0, 1 / 3], "ab")
+    assert found.error == pytest.approx(1 / 3) and (found.low, found.high) == pytest.approx((two.low, two.high))
+    assert statistics.rate([1, 1, 1, 1, 1, 0], list("aabbcc")).high <= 1, "it stays a share"
     found = statistics.rate([1.0] * 6, names)
     assert found.low == pytest.approx(stats.binomtest(3, 3).proportion_ci(method="wilson").low, abs=1e-6)
 

@@ -72,6 +72,12 @@ def test_grids_that_are_none_are_refused(grid: dict[str, Any], said: str) -> Non
         SweepSpec.model_validate({"job": JOB, "grid": grid})
 
 
+@pytest.mark.parametrize("evaluations", [5, True, "held-out", {"name": "held-out"}, [5]])
+def test_what_is_no_list_of_evaluations_is_left_to_the_job_to_refuse(evaluations: Any) -> None:
+    spec = SweepSpec.model_validate({"job": JOB | {"evaluations": evaluations}, "grid": {"beta": [0.1, 0.2]}})
+    assert [body["evaluations"] for _, body in spec.bodies()] == [evaluations] * 2
+
+
 def test_a_grid_needs_to_know_the_method_of_its_hyperparameters() -> None:
     with pytest.raises(ValidationError, match="names no 'method'"):
         SweepSpec.model_validate({"job": {"model": "m", "training_file": "f"}, "grid": {"beta": [0.1]}})

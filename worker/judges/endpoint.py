@@ -1,6 +1,7 @@
 """A judge behind OpenAI's chat completions: it is asked until it has answered, and never twice the same.
 
-429, 5xx, no connection, an answer that is none  →  again, later, as long as others still get answers
+429                                              →  again, later, as long as any question is answered
+5xx, no connection, an answer that is none       →  the same; one that fails while others are answered stays without
 400, 413, 422: a refusal of one question         →  that one stays without an answer
 every other refusal, or nothing but refusals     →  `JudgeFailed`: the evaluation fails, and says why
 """
@@ -22,14 +23,19 @@ from app.evaluations.service import PRIVATE
 from app.evaluations.spec import Endpoint
 from app.targets import Refused, find, new_client
 
-TIMEOUT_SECONDS = 120.0
+TIMEOUT_SECONDS = 600.0
+"""For one answer: those who think before they say anything take minutes."""
 PATIENCE_SECONDS = 600.0
 """Without any answer to any question, after which it is no use."""
 MAX_WAIT_SECONDS = 60.0
 GARBLED_TRIES = 5
+FAILED_TRIES = 6
+"""Of one question, while others are answered, after which it is the question's fault."""
 MOST_REFUSED = 5
 """Questions before any answer, after which it is how we ask."""
 MAX_ANSWER_BYTES = 4 << 20
+MAX_SAID = 16_384
+"""Of an answer so many characters are kept, the last ones: the verdict is at its end."""
 GRACE_SECONDS = 10.0
 """For the answers that are under way when the asking is broken off: they are paid for."""
 KEEP_SECONDS = 1.0
@@ -60,9 +66,9 @@ def key_of(question: str) -> str:
 class _Again(Exception):
     """The request may do better later: in `after` seconds, where the server says when."""
 
-    def __init__(self, reason: str, after: float | None = None, garbled: bool = False) -> None:
+    def __init__(self, reason: str, after: float | None = None, garbled: bool = False, busy: bool = False) -> None:
         super().__init__(reason)
-        self.after, self.garbled = after, garbled
+        self.after, self.garbled, self.busy = after, garbled, busy
 
 
 class Asker:
@@ -117,10 +123,10 @@ class Asker:
                 raise
             finally:
                 self._stopping.set()
-                self._client.close()  # what is still under way ends
-                pool.shutdown(wait=True, cancel_futures=True)
                 if fresh:
                     keep(fresh)
+                # Nobody waits for what is still under way: its threads end with their requests.
+                pool.shutdown(wait=False, cancel_futures=True)
         return found
 
     @staticmethod
@@ -137,7 +143,7 @@ class Asker:
 
     def _ask(self, question: str) -> Answer:
         """One question, until it is answered."""
-        tries, garbled = 0, 0
+        tries, garbled, failed, answered = 0, 0, 0, self._answered
         while True:
             self._wait_until(self._quiet_until)
             if self._stopping.is_set():
@@ -145,10 +151,12 @@ class Asker:
             try:
                 answer = self._post(question)
             except _Again as again:
-                tries, garbled = tries + 1, garbled + again.garbled
+                tries, garbled, failed = tries + 1, garbled + again.garbled, failed + (not again.busy)
                 if garbled >= GARBLED_TRIES:
                     if not self._answered:
                         raise JudgeFailed("judge_refused", f"The judge has answered nothing: {again}.") from None
+                    return Answer(None)
+                if failed >= FAILED_TRIES and self._answered > answered:
                     return Answer(None)
                 with self._lock:
                     silent = time.monotonic() - self._last_answer
@@ -190,7 +198,8 @@ class Asker:
             return _read(content)
         said = f"it answered {answer.status_code}: {self._problem(content)}"
         if answer.status_code in (408, 409, 425, 429) or answer.status_code >= 500:
-            raise _Again(said, _seconds(answer.headers.get("retry-after")))
+            after = _seconds(answer.headers.get("retry-after"))
+            raise _Again(said, after, busy=answer.status_code == 429 or after is not None)
         with self._lock:
             self._refused += 1
             hopeless = self._refused >= MOST_REFUSED and not self._answered
@@ -207,12 +216,14 @@ class Asker:
         return (said.replace(self._key, "…") if self._key else said)[:300]
 
     def _send(self, request: httpx2.Request) -> tuple[httpx2.Response, bytes]:
-        answer, content = self._client.send(request, stream=True), b""
+        began, answer, content = time.monotonic(), self._client.send(request, stream=True), b""
         try:
             for chunk in answer.iter_bytes():
                 content += chunk
                 if len(content) > MAX_ANSWER_BYTES:
                     raise _Again("its answer is too long", garbled=True)
+                if time.monotonic() - began > TIMEOUT_SECONDS:
+                    raise _Again("its answer does not end", garbled=True)
         finally:
             answer.close()
         return answer, content
@@ -227,7 +238,7 @@ def _read(content: bytes) -> Answer:
         counts = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
     except (orjson.JSONDecodeError, LookupError, TypeError, AttributeError, ValueError):
         raise _Again("its answer is not a chat completion", garbled=True) from None
-    return Answer(text if isinstance(text, str) else None, *counts)
+    return Answer(text[-MAX_SAID:] if isinstance(text, str) else None, *counts)
 
 
 def _seconds(retry_after: str | None) -> float | None:

@@ -52,9 +52,13 @@ Comparison: <one-sentence comparison and explanation>
 More helpful: <"A" or "B">""",
 }
 _PLACE = re.compile(r"\{(prompt|a|b)\}")
-_CHOICE = r"\W*(?:(?i:response|summary|answer)\s+)?\W*(A|B|(?i:tie))\b"
-_NAMED = re.compile(r"(?i:preferred|more helpful)\W*:" + _CHOICE + r"(?!\W+or\b)")
-_ALONE = re.compile(_CHOICE + r"\W*")
+# Bounded everywhere: an answer is anybody's text, and must not keep the worker matching for ever.
+_MARKS = r"\W{0,16}"
+_CHOICE = _MARKS + r"(?:(?i:response|summary|answer)\s{1,4})?" + _MARKS + r"(A|B|(?i:tie))\b"
+_NAMED = re.compile(r"(?i:preferred|more helpful)" + _MARKS + ":" + _CHOICE + r"(?!\W{1,16}or\b)")
+_ALONE = re.compile(_CHOICE + _MARKS)
+LAST = 8192
+"""Of an answer so many characters, the last ones, are looked at for its verdict."""
 
 
 def questions(judge: Judge, item: dict[str, Any], sides: Sides) -> list[str]:
@@ -91,6 +95,7 @@ def choice(answer: str) -> Choice | None:
 
     None where it says neither.
     """
+    answer = answer[-LAST:]
     named = _NAMED.findall(answer)
     lines = answer.strip().splitlines()
     alone = _ALONE.fullmatch(lines[-1]) if lines else None

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from app.datasets.check import examples
+from app.datasets.check import numbered_examples
 from app.datasets.example import Example, Kind
 from app.evaluations.spec import EvaluationSpec, Judge, Side
 from app.evaluations.spec import Sampling as SpecSampling
@@ -223,10 +223,10 @@ class Evaluator:
     # -- rows --------------------------------------------------------------------------------------------------
 
     def _examples(self) -> dict[int, Example]:
-        """The rows of the data by their number, those that are drawn."""
+        """The rows of the data by their number in the file, those that are drawn."""
         with (self.folder / self.spec.data).open("rb") as file:
-            found = list(examples(file, self.spec.mapping))
-        return {row: found[row] for row in sorted(self._drawn(range(len(found))))}
+            found = dict(numbered_examples(file, self.spec.mapping))
+        return {row: found[row] for row in sorted(self._drawn(found))}
 
     def _drawn(self, keys: Collection[Key]) -> set[Key]:
         """`max_rows` of the rows, always the same ones for a seed."""
@@ -265,9 +265,13 @@ class Evaluator:
             pairs[key] = self._Pair((chosen, rejected), tokens, prompts.setdefault(prompt, len(prompts)))
         return pairs
 
-    def _max_length(self, policy: Policy) -> int:
+    @staticmethod
+    def _context(policy: Policy) -> int:
         config = policy.causal.config.get_text_config()
-        context = getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH
+        return int(getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH)
+
+    def _max_length(self, policy: Policy) -> int:
+        context = self._context(policy)
         return min(self.spec.max_length or context, context)
 
     def _prompts(self, policy: Policy, rows: dict[int, Example]) -> dict[int, tuple[int, ...]]:
@@ -288,7 +292,7 @@ class Evaluator:
             return {(FIXED, row, 0): data.said(example.responses[place]) for row, example in good.items()}
         if side.file is not None:
             with (self.folder / side.file).open("rb") as file:
-                given = {row: example for row, example in enumerate(examples(file, side.mapping)) if row in rows}
+                given = {row: example for row, example in numbered_examples(file, side.mapping) if row in rows}
             for row, example in given.items():
                 if example.prompt != rows[row].prompt:
                     message = f"Line {example.line}: the answer is to another prompt than that of the data."
@@ -312,6 +316,9 @@ class Evaluator:
         if self._total > MAX_COMPLETIONS:
             message = f"{self._total} completions are more than {MAX_COMPLETIONS}: give 'max_rows', or fewer samples."
             raise UserError("invalid_value", message, "sampling.samples")
+        # Two sides that drew with the same random numbers would be alike in more than what they are: of independent
+        # answers the win rate is another. Seeds of users are below 2³¹.
+        seed = (self.spec.seed or 0) + (1 << 31 if name == "baseline" else 0)
         settings = policy.causal.generation_config.eos_token_id
         ends = {policy.tokenizer.eos_token_id, *(settings if isinstance(settings, list) else [settings])} - {None}
         there = {one.key: one for one in self._kept(name)}
@@ -319,7 +326,7 @@ class Evaluator:
         most = 1 if policy.one_by_one else max(1, BATCH_LOGITS[policy.device.type] // policy.causal.config.vocab_size)
         fresh, written = list[Made](), time.monotonic() - PART_SECONDS
         for temperature in spec.temperatures:
-            sampling = Sampling(temperature, spec.top_p, spec.max_tokens, self.spec.seed or 0)
+            sampling = Sampling(temperature, spec.top_p, spec.max_tokens, seed)
             numbers = range(spec.samples if temperature else 1)
             wanted = [Wanted(row, number, prompt) for row, prompt in prompts.items() for number in numbers]
             # The same batches each time, and whole ones: a run that was broken off comes to the same bits.
@@ -406,7 +413,7 @@ class Evaluator:
         asked = [(number, text) for number, item in enumerate(items)
                  for text in questions(judge, item, self.spec.sides_named)]  # fmt: skip
         policy = self._load("judge")
-        room = self._max_length(policy) - JUDGE_TOKENS
+        room = self._context(policy) - JUDGE_TOKENS
         prompts = {}
         for place, (_, text) in enumerate(asked):
             example = Example(0, [{"role": "user", "content": text}], ("",))

@@ -231,8 +231,11 @@ def test_a_model_against_itself_wins_half(llama: Path, tmp_path: Path) -> None:
         "type": "win_rate", "candidate": {"model": "c"}, "baseline": {"model": "b"}, "sampling": SAMPLING,
         "judge": {"type": "classifier", "classifier": {"file": "classifier.json"}},
     }  # fmt: skip
-    evaluate(lay_out(tmp_path / "run", llama, spec))
-    assert figures(tmp_path / "run")["win_rate"] == 0.5
+    items = evaluate(lay_out(tmp_path / "run", llama, spec))
+    found = figures(tmp_path / "run")
+    assert found["win_rate/low"] < 0.5 < found["win_rate/high"]
+    different = sum(item["candidate"] != item["baseline"] for item in items)
+    assert different > len(items) / 2, "its two answers are independent"
 
 
 def test_a_model_is_asked_as_a_judge(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,6 +245,7 @@ def test_a_model_is_asked_as_a_judge(llama: Path, tmp_path: Path, monkeypatch: p
         "type": "win_rate", "candidate": {"answers": "rejected"}, "baseline": {"answers": "chosen"}, "max_rows": 6,
         "judge": {"type": "model", "model": "judge", "template": "{prompt} {a} or {b}"},
     }  # fmt: skip
+    spec["max_length"] = 8  # of what is judged, not of the judge
     found = evaluate(with_judge(lay_out(tmp_path / "run", llama, spec), llama))
     tokenizer, model = AutoTokenizer.from_pretrained(llama), AutoModelForCausalLM.from_pretrained(llama)
     for item in found:
@@ -291,6 +295,22 @@ def test_ready_answers_are_to_the_same_prompts(llama: Path, tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"Line 4: the answer is to another prompt") as raised:
         evaluate(folder)
     assert raised.value.param == "candidate.file"
+
+
+def test_an_answer_that_is_none_moves_no_other(llama: Path, tmp_path: Path) -> None:
+    """Line for line, whatever is left out on either side."""
+    ready = [{"prompt": pair["prompt"], "completion": f"answer {number}"} for number, pair in enumerate(PAIRS)]
+    ready[2]["completion"] = ""
+    spec = {
+        "type": "win_rate", "candidate": {"file": "ready.jsonl"}, "baseline": {"answers": "chosen"},
+        "judge": {"type": "classifier", "classifier": {"file": "classifier.json"}},
+    }  # fmt: skip
+    folder = lay_out(tmp_path / "run", llama, spec)
+    write_records(folder / "ready.jsonl", ready)
+    write_records(
+        folder / "data.jsonl", [pair | ({"rejected": pair["chosen"]} if k == 5 else {}) for k, pair in enumerate(PAIRS)]
+    )
+    assert [item["candidate"] for item in evaluate(folder)] == [f"answer {k}" for k in range(24) if k not in (2, 5)]
 
 
 @pytest.mark.parametrize("places", [[1], [20, 50], [13, 14, 70]])
