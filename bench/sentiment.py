@@ -67,6 +67,8 @@ class Scale:
 
 
 QUICK = Scale(reviews=200, prompts=24, held_out=12, batch_size=16, rloo_steps=2, points=1)
+KLS = (0.5, 1.0, 2.0, 4.0, 8.0)
+"""Nats at which frontiers are compared."""
 START = "No preferences"
 """What the base and the SFT model are called among the methods."""
 
@@ -437,11 +439,13 @@ class Experiment:
             point: dict[str, Any] = {"method": method, "setting": setting, "at": at, "seeds": len(found)}
             for axis in ("reward", "kl"):
                 values = [one[axis] for one in found]
-                # Prompts are the same for all seeds: their error is not divided by the number of seeds.
+                # Prompts are the same for all seeds: their error is not divided by the number of seeds. With one seed
+                # nothing is known of the others.
                 within = statistics.mean(one[f"{axis}_error"] or 0.0 for one in found)
                 between = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-                point |= {axis: statistics.mean(values), f"{axis}_error": max(within, between)}
-            point |= {"tokens": statistics.mean(one["tokens"] for one in found), "samples": found[0]["samples"]}
+                point |= {axis: statistics.mean(values), f"{axis}_error": math.hypot(within, between)}
+            point |= {name: statistics.mean(one[name] for one in found) for name in ("tokens", "ended")}
+            point["samples"] = found[0]["samples"]
             points.append(point)
         for one in done["best-of"]:
             points.append({"method": "Best of N", "setting": f"N={one['n']}", "at": "final", "seeds": 1, **one})
@@ -452,7 +456,8 @@ class Experiment:
         seconds = {name.removeprefix("rloo-seconds|"): value for name, value in done.items() if "rloo-seconds" in name}
         return {
             "machine": describe_machine(), "scale": vars(self.scale), "classifier": done["classifier"],
-            "points": points, "beside_dpo": beside_dpo(points), "trainings": cost, "rloo_seconds": seconds,
+            "points": points, "lists_less_pairs": paired(done, "Plackett–Luce", "DPO", self.seeds),
+            "trainings": cost, "rloo_seconds": seconds,
         }  # fmt: skip
 
 
@@ -470,27 +475,39 @@ def _mean_over_prompts(values: Sequence[tuple[int, float]]) -> tuple[float, floa
     return statistics.mean(value for _, value in values), statistics.stdev(means) / math.sqrt(len(means))
 
 
-def beside_dpo(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each other method's runs at their end beside DPO: the reward of DPO's frontier at the same KL.
+def frontier(points: Sequence[dict[str, Any]], method: str) -> list[dict[str, Any]]:
+    """The Pareto set of a method's points, checkpoints among them, from the SFT model on."""
+    own = [one for one in points if one["method"] == method or (one["method"], one["setting"]) == (START, "SFT")]
+    return [own[k] for k in pareto([(one["kl"], one["reward"]) for one in own])]
 
-    The frontier is straight lines through DPO's own Pareto set, from the SFT model on; where it does not reach that
-    far, or another model has the less KL, there is nothing to compare. `gain` is DPO's reward less the other's.
+
+def reward_at(line: Sequence[dict[str, Any]], kl: float) -> tuple[float, float] | None:
+    """(reward, its error) at `kl` on the straight lines through a frontier; None beyond its end."""
+    for left, right in pairwise(line):
+        if left["kl"] <= kl <= right["kl"]:
+            share = (kl - left["kl"]) / (right["kl"] - left["kl"])
+            reward = left["reward"] + share * (right["reward"] - left["reward"])
+            return reward, max(left["reward_error"], right["reward_error"])
+    return None
+
+
+def paired(done: dict[str, Any], one: str, other: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """How much more reward and KL the method `one` comes to than `other` at its end: same β, same seed, same prompts.
+
+    Errors are over seeds.
     """
-    start = [one for one in points if one["method"] == START and one["setting"] == "SFT"]
-    own = start + [one for one in points if one["method"] == "DPO"]
-    frontier = [own[k] for k in pareto([(one["kl"], one["reward"]) for one in own])]
     found = []
-    for point in points:
-        if point["method"] in ("DPO", START) or point["at"] != "final":
+    for setting in (f"β={beta:g}" for beta in BETAS):
+        names = [[f"measured|{method}|{setting}|{seed}|final" for method in (one, other)] for seed in seeds]
+        ends = [(done[a], done[b]) for a, b in names if a in done and b in done]
+        if not ends:
             continue
-        for left, right in pairwise(frontier):
-            if left["kl"] <= point["kl"] <= right["kl"]:
-                share = (point["kl"] - left["kl"]) / (right["kl"] - left["kl"])
-                reward = left["reward"] + share * (right["reward"] - left["reward"])
-                error = math.hypot(max(left["reward_error"], right["reward_error"]), point["reward_error"])
-                named = {name: point[name] for name in ("method", "setting", "kl", "reward")}
-                found.append(named | {"dpo": reward, "gain": reward - point["reward"], "gain_error": error})
-                break
+        row: dict[str, Any] = {"setting": setting, "seeds": len(ends)}
+        for axis in ("reward", "kl"):
+            apart = [a[axis] - b[axis] for a, b in ends]
+            error = statistics.stdev(apart) / math.sqrt(len(apart)) if len(apart) > 1 else None
+            row |= {axis: statistics.mean(apart), f"{axis}_error": error}
+        found.append(row)
     return found
 
 
@@ -509,14 +526,27 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def comparison(results: dict[str, Any]) -> str:
-    """DPO's frontier beside the other runs, as Markdown."""
-    lines = ["| run | KL to SFT, nats | its reward | DPO's frontier there | DPO gains |", "|---|---:|---:|---:|---:|"]
-    lines += [
-        f"| {one['method']} {one['setting']} | {one['kl']:.2f} | {one['reward']:.3f} | {one['dpo']:.3f} | "
-        f"{one['gain']:+.3f} ± {one['gain_error']:.3f} |"
-        for one in results["beside_dpo"]
-    ]
+def frontiers(results: dict[str, Any]) -> str:
+    """The reward of each method's frontier at the same KLs, as Markdown."""
+    points = results["points"]
+    lines = [f"| frontier | {' | '.join(f'{kl:g} nats' for kl in KLS)} | ends at |", "|---|" + "---:|" * (len(KLS) + 1)]
+    for method in dict.fromkeys(point["method"] for point in points if point["method"] != START):
+        line = frontier(points, method)
+        found = [reward_at(line, kl) for kl in KLS]
+        cells = ["" if one is None else f"{one[0]:.3f} ± {one[1]:.3f}" for one in found]
+        lines.append(f"| {method} | {' | '.join(cells)} | {line[-1]['reward']:.3f} at {line[-1]['kl']:.2f} |")
+    return "\n".join(lines)
+
+
+def lists_beside_pairs(results: dict[str, Any]) -> str:
+    """Plackett–Luce less DPO on all pairs, at equal compute, as Markdown."""
+    lines = ["| Plackett–Luce less DPO | seeds | reward | KL, nats |", "|---|---:|---:|---:|"]
+    for one in results["lists_less_pairs"]:
+        cells = [
+            f"{one[axis]:+.3f}" + (f" ± {error:.3f}" if (error := one[f"{axis}_error"]) is not None else "")
+            for axis in ("reward", "kl")
+        ]
+        lines.append(f"| {one['setting']} | {one['seeds']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -531,7 +561,7 @@ def drawn(results: dict[str, Any]) -> list[Point]:
 
 def report(results: dict[str, Any], folder: Path | None) -> None:
     """Print what came out and write it, to `folder` or to where the repository keeps it."""
-    print(table(results), comparison(results), sep="\n\n")
+    print(table(results), frontiers(results), lists_beside_pairs(results), sep="\n\n")
     accuracy, minutes = results["classifier"]["accuracy"], results["seconds"] / 60
     print(f"\n{minutes:.0f} minutes; the classifier is right in {accuracy:.1%} of reviews it has not seen\n")
     place, picture = (RESULT, PICTURE) if folder is None else (folder / RESULT.name, folder / PICTURE.name)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bench.sentiment import START, beside_dpo, make_preferences
+from bench.sentiment import START, frontier, make_preferences, paired, reward_at
 
 
 def point(method: str, setting: str, kl: float, reward: float, at: str = "final") -> dict[str, Any]:
@@ -14,19 +14,28 @@ def point(method: str, setting: str, kl: float, reward: float, at: str = "final"
     return {"method": method, "setting": setting, "kl": kl, "reward": reward, "at": at, **errors}
 
 
-def test_others_are_held_to_straight_lines_through_dpos_pareto_set() -> None:
+def test_a_frontier_is_straight_lines_through_the_pareto_set_from_sft_on() -> None:
     points = [
-        point(START, "SFT", 0.0, 0.5), point(START, "base model", 1.0, 0.4),
+        point(START, "SFT", 0.0, 0.5), point(START, "base model", 0.0, 0.9), point("RLOO", "", 1.0, 0.99),
         point("DPO", "a", 4.0, 0.9), point("DPO", "a", 2.0, 0.6, at="1/2"), point("DPO", "dominated", 3.0, 0.55),
-        point("RLOO", "between", 3.0, 0.8), point("RLOO", "on the way", 1.0, 0.9, at="1/2"),
-        point("RLOO", "beyond", 5.0, 0.95), point("Preferred-FT", "", 1.0, 0.55),
     ]  # fmt: skip
-    found = {(one["method"], one["setting"]): one for one in beside_dpo(points)}
-    assert set(found) == {("RLOO", "between"), ("Preferred-FT", "")}, "what DPO does not reach is not compared"
-    assert found["RLOO", "between"]["dpo"] == pytest.approx(0.75)
-    assert found["RLOO", "between"]["gain"] == pytest.approx(-0.05)
-    assert found["RLOO", "between"]["gain_error"] == pytest.approx(0.03 * 2**0.5)
-    assert found["Preferred-FT", ""]["gain"] == pytest.approx(0.0)
+    line = frontier(points, "DPO")
+    assert [one["kl"] for one in line] == [0.0, 2.0, 4.0], "no other method's, and what is on the way too"
+    assert reward_at(line, 3.0) == pytest.approx((0.75, 0.03)) and reward_at(line, 0.0) == pytest.approx((0.5, 0.03))
+    assert reward_at(line, 4.1) is None, "nothing is known beyond its end"
+
+
+def test_methods_are_paired_by_setting_and_seed() -> None:
+    done = {
+        f"measured|{method}|β=0.1|{seed}|final": {"reward": reward, "kl": kl}
+        for method, seed, reward, kl in (
+            ("A", 0, 0.7, 3.0), ("B", 0, 0.6, 2.0), ("A", 1, 0.9, 5.0), ("B", 1, 0.6, 4.0), ("A", 2, 0.9, 5.0)
+        )
+    }  # fmt: skip
+    (row,) = paired(done, "A", "B", range(3))
+    assert row["setting"] == "β=0.1" and row["seeds"] == 2, "what has no partner is left out"
+    assert row["reward"] == pytest.approx(0.2) and row["reward_error"] == pytest.approx(0.1)
+    assert row["kl"] == pytest.approx(1.0) and row["kl_error"] == pytest.approx(0.0)
 
 
 def test_four_completions_make_six_pairs_a_list_and_the_better_ones(tmp_path: Path) -> None:
