@@ -13,6 +13,7 @@ from app.cli.client import Client
 from app.cli.describe import describe_gate
 from app.cli.output import Json, Limit, Output, emit, emit_table, read_body, read_gates
 from app.cli.watch import exit_status, watch
+from app.evaluations.figures import figures
 
 evaluations = typer.Typer(help="Evaluations of models.", no_args_is_help=True)
 PATH = "/evaluations"
@@ -133,10 +134,8 @@ def _follow(client: Client, evaluation_id: str, as_json: bool) -> None:
     text = f"{found['id']}: {found['status']}"
     if found["error"]:
         text += f"\n{found['error']['message']}"
-    for name, value in (found["metrics"] or {}).items():
-        figure, _, part = name.partition("@")[0].rpartition("/")
-        if part not in ("error", "low", "high") or figure == "calibration":
-            text += f"\n{name:<32} {value:.4f}"
+    for figure in figures(found["metrics"] or {}):
+        text += f"\n{figure.name:<32} {figure}"
     for verdict in found["gates"]:
         text += f"\n{describe_gate(verdict)}"
     emit(found, as_json, text)

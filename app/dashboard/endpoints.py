@@ -11,11 +11,12 @@ from fastapi.templating import Jinja2Templates
 from app.dashboard.session import COOKIE, ViewerDependency, sign_in
 from app.dependencies import ServicesDependency
 from app.errors import ServiceError
+from app.evaluations.figures import figures
 from app.jobs.schemas import MetricSeries
 
 FOLDER = Path(__file__).parent
 POLICY = "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'; object-src 'none'"
-EVENTS, JOBS = 50, 50
+EVENTS, JOBS, SWEEPS = 50, 50, 20
 LATEST = 2.5e11
 """The end of what a date can be, in unix seconds."""
 
@@ -37,7 +38,12 @@ def _duration(seconds: float | None) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
-templates.env.filters |= {"time": _time, "duration": _duration}
+def _side(side: dict[str, Any] | None) -> str:
+    """What a side of an evaluation is: a model, a file, or the data's own answers."""
+    return "" if side is None else f"{side['answers']} answers" if "answers" in side else str(next(iter(side.values())))
+
+
+templates.env.filters |= {"time": _time, "duration": _duration, "side": _side, "figures": figures}
 
 
 def _page(request: Request, name: str, status: int = 200, **context: Any) -> HTMLResponse:
@@ -87,6 +93,51 @@ def job(request: Request, job_id: str, viewer: ViewerDependency, services: Servi
 @router.get("/jobs/{job_id}/metrics")
 def metrics(job_id: str, viewer: ViewerDependency, services: ServicesDependency) -> MetricSeries:
     return services.jobs.metrics(viewer.project, job_id, None, 500)
+
+
+@router.get("/evaluations")
+def evaluations(request: Request, viewer: ViewerDependency, services: ServicesDependency) -> HTMLResponse:
+    found = services.evaluations.page(viewer.project, after=None, limit=JOBS, metadata={})[:JOBS]
+    name = "evaluations_rows.html" if "hx-request" in request.headers else "evaluations.html"
+    return _page(request, name, evaluations=found, project=viewer.project)
+
+
+@router.get("/evaluations/{evaluation_id}")
+def evaluation(
+    request: Request, evaluation_id: str, viewer: ViewerDependency, services: ServicesDependency
+) -> HTMLResponse:
+    try:
+        found = services.evaluations.get(viewer.project, evaluation_id)
+        events = services.evaluations.events(viewer.project, evaluation_id, after=None, limit=EVENTS)[:EVENTS]
+    except ServiceError as error:
+        return _page(request, "missing.html", error.status, message=error.message)
+    name = "evaluation_live.html" if "hx-request" in request.headers else "evaluation.html"
+    return _page(request, name, evaluation=found, events=events)
+
+
+@router.get("/sweeps")
+def sweeps(request: Request, viewer: ViewerDependency, services: ServicesDependency) -> HTMLResponse:
+    found = services.sweeps.page(viewer.project, after=None, limit=SWEEPS)[:SWEEPS]
+    return _page(request, "sweeps.html", sweeps=found, project=viewer.project)
+
+
+@router.get("/sweeps/{sweep_id}")
+def sweep(request: Request, sweep_id: str, viewer: ViewerDependency, services: ServicesDependency) -> HTMLResponse:
+    try:
+        found = services.sweeps.get(viewer.project, sweep_id)
+    except ServiceError as error:
+        return _page(request, "missing.html", error.status, message=error.message)
+    return _page(request, "sweep_live.html" if "hx-request" in request.headers else "sweep.html", sweep=found)
+
+
+@router.get("/sweeps/{sweep_id}/frontier")
+def frontier(request: Request, sweep_id: str, viewer: ViewerDependency, services: ServicesDependency) -> Response:
+    """The picture of a sweep."""
+    try:
+        picture, media_type = services.sweeps.frontier(viewer.project, sweep_id, "svg")
+    except ServiceError as error:
+        return _page(request, "missing.html", error.status, message=error.message)
+    return Response(picture, media_type=media_type, headers={"Content-Security-Policy": POLICY})
 
 
 @router.get("/files/{file_id}")

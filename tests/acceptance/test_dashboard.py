@@ -92,7 +92,17 @@ def test_people_can_look(page: Page, service: Running, tmp_path: Path) -> None:
 
 def test_nothing_is_shown_without_a_session(service: Running) -> None:
     root = str(httpx2.URL(service.url).join("/dashboard"))
-    for path in ("", "/jobs/ftjob-x", "/jobs/ftjob-x/metrics", "/files/file-x"):
+    for path in (
+        "",
+        "/jobs/ftjob-x",
+        "/jobs/ftjob-x/metrics",
+        "/files/file-x",
+        "/evaluations",
+        "/evaluations/eval-x",
+        "/sweeps",
+        "/sweeps/sweep-x",
+        "/sweeps/sweep-x/frontier",
+    ):
         answer = httpx2.get(root + path)
         assert (answer.status_code, answer.headers["location"]) == (303, "/dashboard/login")
         assert httpx2.get(root + path, cookies={"dpo_session": "forged"}).status_code == 303
