@@ -26,7 +26,7 @@ serve: $(READY)  ## the API and one worker in the foreground; Ctrl-C drains it
 
 test: $(READY)  ## every test, real PostgreSQL and Redis processes included
 	@sh tests/servers.sh
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadscope --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses=3 --dist=loadscope --no-loadscope-reorder
 
 bench: $(READY)  ## speed of the engine beside TRL, in one run
 	$(BIN)/python -m bench

@@ -82,6 +82,7 @@ class Asked:
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint, "MAX_WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(endpoint, "FAILED_SECONDS", 0.0)
 
 
 def ask(url: str, known: dict[str, Answer] | None = None, key: str | None = None, **fields: object) -> Asked:

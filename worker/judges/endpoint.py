@@ -29,8 +29,8 @@ PATIENCE_SECONDS = 600.0
 """Without any answer to any question, after which it is no use."""
 MAX_WAIT_SECONDS = 60.0
 GARBLED_TRIES = 5
-FAILED_TRIES = 6
-"""Of one question, while others are answered, after which it is the question's fault."""
+FAILED_TRIES, FAILED_SECONDS = 6, 60.0
+"""So often and so long a question fails, while others are answered, before it is the question's fault."""
 MOST_REFUSED = 5
 """Questions before any answer, after which it is how we ask."""
 MAX_ANSWER_BYTES = 4 << 20
@@ -143,7 +143,7 @@ class Asker:
 
     def _ask(self, question: str) -> Answer:
         """One question, until it is answered."""
-        tries, garbled, failed, answered = 0, 0, 0, self._answered
+        tries, garbled, failed, answered, first = 0, 0, 0, 0, 0.0
         while True:
             self._wait_until(self._quiet_until)
             if self._stopping.is_set():
@@ -151,12 +151,17 @@ class Asker:
             try:
                 answer = self._post(question)
             except _Again as again:
-                tries, garbled, failed = tries + 1, garbled + again.garbled, failed + (not again.busy)
+                tries, garbled = tries + 1, garbled + again.garbled
+                if not again.busy:
+                    if not failed:
+                        first, answered = time.monotonic(), self._answered
+                    failed += 1
                 if garbled >= GARBLED_TRIES:
                     if not self._answered:
                         raise JudgeFailed("judge_refused", f"The judge has answered nothing: {again}.") from None
                     return Answer(None)
-                if failed >= FAILED_TRIES and self._answered > answered:
+                long = failed >= FAILED_TRIES and time.monotonic() - first > FAILED_SECONDS
+                if long and self._answered > answered:
                     return Answer(None)
                 with self._lock:
                     silent = time.monotonic() - self._last_answer
