@@ -44,6 +44,8 @@ class JudgeServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.prefers, self.faults, self.key, self.every = prefers, faults, key, every
         self.only = only
+        self.credit: int | None = None
+        """So many answers are paid for; then 402."""
         self.asked: Counter[str] = Counter()
         self.answered: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []
@@ -81,6 +83,8 @@ class _Handler(BaseHTTPRequestHandler):
             if server.key is not None and self.headers.get("Authorization") != f"Bearer {server.key}":
                 said = self.headers.get("Authorization")
                 self._answer(401, {"error": {"message": f"wrong key: {said}"}})
+            elif server.credit is not None and sum(server.answered.values()) >= server.credit:
+                self._answer(402, {"error": {"message": "pay first"}})
             elif fault == "rate limit":
                 self._answer(429, {"error": {"message": "slow down"}}, {"Retry-After": "0.01"})
             elif fault == "error":

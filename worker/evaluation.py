@@ -2,8 +2,9 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,19 @@ class Evaluation(Run[EvaluationSpec]):
         """Where completions are kept for the attempts that follow."""
         return f"jobs/{self.job.id}/parts"
 
+    @property
+    def shelf(self) -> str:
+        """Where the answers of a judge stay that evaluations were given before they failed: paid for, and of use to the
+        next one that asks it the same."""
+        judge = self.spec.judge
+        assert judge is not None
+        assert judge.endpoint is not None
+        asked = judge.endpoint.model_dump(mode="json", include={"base_url", "model", "parameters"})
+        digest = sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        return f"cache/judgements/{self.job.project}/{digest}"
+
     def prepare(self) -> bool:
-        spec = self.spec
+        spec, self.answers = self.spec, dict[str, Answer]()
         places = {field: f"data/{file_id}" for field, file_id in spec.files()}
         for field, file_id in spec.files():
             try:
@@ -76,7 +88,7 @@ class Evaluation(Run[EvaluationSpec]):
                 "quantization": spec.quantization,
             }
         self.services.storage.get_folder(self.parts, self.folder / "parts")
-        self.answers = dict(_answers(self.folder / "parts"))
+        self.answers |= _answers((self.folder / "parts").glob(f"{ANSWERS}-*.jsonl"))
         self.kept = Counter[bool]()
         for path in (self.folder / "parts").glob("*.jsonl"):
             if not path.name.startswith(f"{ANSWERS}-"):
@@ -134,13 +146,16 @@ class Evaluation(Run[EvaluationSpec]):
             for item in _items(path):
                 yield from questions(judge, item, sides)
 
-        total, new_parts = len({key_of(question) for question in asked()}), 0
+        keys = {key_of(question) for question in asked()}
+        total, new_parts = len(keys), 0
+        services.storage.get_folder(self.shelf, self.folder / "shelf")
+        earlier = _answers((self.folder / "shelf").glob("*.jsonl"))
+        self.answers = {key: answer for key, answer in earlier if key in keys} | self.answers
 
         def keep(fresh: dict[str, Answer]) -> None:
             nonlocal new_parts
             name = f"{ANSWERS}-{self.job.attempt:05d}-{new_parts:05d}.jsonl"
-            lines = (json.dumps({"key": key, **vars(answer)}) + "\n" for key, answer in fresh.items())
-            (self.folder / "parts" / name).write_text("".join(lines))
+            _write_answers(self.folder / "parts" / name, fresh)
             self.services.storage.put_file(f"{self.parts}/{name}", self.folder / "parts" / name)
             new_parts += 1
             self.answers |= fresh
@@ -178,6 +193,13 @@ class Evaluation(Run[EvaluationSpec]):
                 raise LeaseLost
 
         self.lease.write(write)
+
+    def fail(self, code: str, message: str, param: str | None) -> bool:
+        if self.answers:
+            place = self.folder / "answers.jsonl"
+            _write_answers(place, self.answers)
+            self.services.storage.put_file(f"{self.shelf}/{self.job.id}.jsonl", place)
+        return super().fail(code, message, param)
 
     def succeed(self, outcome: dict[str, Any]) -> None:
         items_path, report_path = self.folder / "output" / "items.jsonl", self.folder / "report.json"
@@ -231,9 +253,14 @@ def _items(path: Path) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, file)
 
 
-def _answers(parts: Path) -> Iterator[tuple[str, Answer]]:
-    """What a judge said to earlier attempts, by the questions' keys."""
-    for path in parts.glob(f"{ANSWERS}-*.jsonl"):
+def _write_answers(path: Path, answers: dict[str, Answer]) -> None:
+    lines = (json.dumps({"key": key, **vars(answer)}) + "\n" for key, answer in answers.items())
+    path.write_text("".join(lines))
+
+
+def _answers(paths: Iterable[Path]) -> Iterator[tuple[str, Answer]]:
+    """What a judge said earlier, by the questions' keys."""
+    for path in paths:
         for line in path.read_text().splitlines():
             found = json.loads(line)
             yield found.pop("key"), Answer(**found)

@@ -273,6 +273,24 @@ def test_a_judge_that_refuses_fails_the_evaluation_by_name(service: Running, fil
     assert "sk-judge" not in json.dumps(found)
 
 
+def test_what_was_paid_before_the_judge_refused_is_not_paid_again(service: Running, files: dict[str, str]) -> None:
+    with judging() as judge:
+        judge.credit = 20
+        body = {
+            "type": "win_rate", "candidate": {"answers": "rejected"}, "baseline": {"answers": "chosen"},
+            "data": files["held"], "judge": asked(judge.url, concurrency=1),
+        }  # fmt: skip
+        failed = evaluate(service, body, "failed")
+        assert failed["error"]["code"] == "judge_refused" and "pay first" in failed["error"]["message"]
+        assert len(judge.answered) == 20
+        judge.credit = None
+        found = evaluate(service, body)
+        assert set(judge.answered.values()) == {1} and found["metrics"]["judge/answers"] == len(judge.answered) > 20
+        other = evaluate(service, body | {"judge": asked(judge.url, parameters={"temperature": 0.5})})
+        assert other["metrics"]["win_rate"] == found["metrics"]["win_rate"]
+        assert set(judge.answered.values()) == {2}, "asked otherwise it might say something else"
+
+
 def test_a_judge_agrees_with_people_as_it_says(service: Running, tmp_path: Path) -> None:
     """Real verdicts of people, where they are at hand; the judge likes length, and agrees as often as people do."""
     rows = json.loads(shared("preference/human-judged/mtbench_human.json").read_text())
