@@ -15,6 +15,7 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _UNICAST = ipaddress.ip_network("2000::/3")
 """All addresses of the internet that were ever handed out."""
+CONNECT_SECONDS = 10.0
 
 
 class Refused(Exception):
@@ -55,7 +56,8 @@ class Target:
 
 def new_client(timeout: float) -> httpx2.Client:
     """No redirects and no proxy of the environment: connections go to the address that was checked."""
-    return httpx2.Client(timeout=timeout, trust_env=False, follow_redirects=False)
+    seconds = httpx2.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS))
+    return httpx2.Client(timeout=seconds, trust_env=False, follow_redirects=False)
 
 
 def find(url: str, private_hosts: tuple[str, ...], setting: str) -> Target:

@@ -484,12 +484,15 @@ def frontier(points: Sequence[dict[str, Any]], method: str) -> list[dict[str, An
 
 
 def reward_at(line: Sequence[dict[str, Any]], kl: float) -> tuple[float, float] | None:
-    """(reward, its error) at `kl` on the straight lines through a frontier; None beyond its end."""
+    """(reward, its error) at `kl` on the straight lines through a frontier; None beyond its end.
+
+    The error is the larger one of the two ends, that of their KL in it by the line's slope.
+    """
     for left, right in pairwise(line):
         if left["kl"] <= kl <= right["kl"]:
-            share = (kl - left["kl"]) / (right["kl"] - left["kl"])
-            reward = left["reward"] + share * (right["reward"] - left["reward"])
-            return reward, max(left["reward_error"], right["reward_error"])
+            slope = (right["reward"] - left["reward"]) / (right["kl"] - left["kl"])
+            errors = [math.hypot(one["reward_error"], slope * (one.get("kl_error") or 0.0)) for one in (left, right)]
+            return left["reward"] + slope * (kl - left["kl"]), max(errors)
     return None
 
 
@@ -531,12 +534,17 @@ def table(results: dict[str, Any]) -> str:
 def frontiers(results: dict[str, Any]) -> str:
     """The reward of each method's frontier at the same KLs, as Markdown."""
     points = results["points"]
-    lines = [f"| frontier | {' | '.join(f'{kl:g} nats' for kl in KLS)} | ends at |", "|---|" + "---:|" * (len(KLS) + 1)]
+    lines = [
+        f"| frontier | seeds | points | {' | '.join(f'{kl:g} nats' for kl in KLS)} | ends at |",
+        "|---|" + "---:|" * (len(KLS) + 3),
+    ]
     for method in dict.fromkeys(point["method"] for point in points if point["method"] != START):
-        line = frontier(points, method)
+        line, own = frontier(points, method), [one for one in points if one["method"] == method]
         found = [reward_at(line, kl) for kl in KLS]
         cells = ["" if one is None else f"{one[0]:.3f} ± {one[1]:.3f}" for one in found]
-        lines.append(f"| {method} | {' | '.join(cells)} | {line[-1]['reward']:.3f} at {line[-1]['kl']:.2f} |")
+        seeds, end = min(one["seeds"] for one in own), line[-1]
+        row = [method, seeds, len(own), *cells, f"{end['reward']:.3f} at {end['kl']:.2f}"]
+        lines.append(f"| {' | '.join(map(str, row))} |")
     return "\n".join(lines)
 
 

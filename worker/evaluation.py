@@ -43,8 +43,8 @@ class Evaluation(Run[EvaluationSpec]):
 
     @property
     def parts(self) -> str:
-        """Where completions are kept for the attempts that follow."""
-        return f"jobs/{self.job.id}/parts"
+        """Where completions are kept for the attempts that follow. 2: by the numbers that rows have in their file."""
+        return f"jobs/{self.job.id}/parts-2"
 
     @property
     def shelf(self) -> str:
@@ -58,7 +58,10 @@ class Evaluation(Run[EvaluationSpec]):
         return f"cache/judgements/{self.job.project}/{digest}"
 
     def prepare(self) -> bool:
-        spec, self.answers = self.spec, dict[str, Answer]()
+        spec = self.spec
+        self.services.storage.get_folder(self.parts, self.folder / "parts")
+        self.answers = dict(_answers((self.folder / "parts").glob(f"{ANSWERS}-*.jsonl")))
+        self.shelved = set[str]()
         places = {field: f"data/{file_id}" for field, file_id in spec.files()}
         for field, file_id in spec.files():
             try:
@@ -87,8 +90,6 @@ class Evaluation(Run[EvaluationSpec]):
                 "version": version,
                 "quantization": spec.quantization,
             }
-        self.services.storage.get_folder(self.parts, self.folder / "parts")
-        self.answers |= _answers((self.folder / "parts").glob(f"{ANSWERS}-*.jsonl"))
         self.kept = Counter[bool]()
         for path in (self.folder / "parts").glob("*.jsonl"):
             if not path.name.startswith(f"{ANSWERS}-"):
@@ -148,9 +149,14 @@ class Evaluation(Run[EvaluationSpec]):
 
         keys = {key_of(question) for question in asked()}
         total, new_parts = len(keys), 0
-        services.storage.get_folder(self.shelf, self.folder / "shelf")
-        earlier = _answers((self.folder / "shelf").glob("*.jsonl"))
-        self.answers = {key: answer for key, answer in earlier if key in keys} | self.answers
+        try:
+            services.storage.get_folder(self.shelf, self.folder / "shelf")
+            for key, answer in _answers((self.folder / "shelf").glob("*.jsonl")):
+                self.shelved.add(key)
+                if key in keys:
+                    self.answers.setdefault(key, answer)
+        except Exception as error:  # it saves money, and no more
+            self.log.warning("earlier answers not read", reason=str(error))
 
         def keep(fresh: dict[str, Answer]) -> None:
             nonlocal new_parts
@@ -195,10 +201,14 @@ class Evaluation(Run[EvaluationSpec]):
         self.lease.write(write)
 
     def fail(self, code: str, message: str, param: str | None) -> bool:
-        if self.answers:
+        given = {key: one for key, one in self.answers.items() if one.text is not None and key not in self.shelved}
+        if given:
             place = self.folder / "answers.jsonl"
-            _write_answers(place, self.answers)
-            self.services.storage.put_file(f"{self.shelf}/{self.job.id}.jsonl", place)
+            try:
+                _write_answers(place, given)
+                self.services.storage.put_file(f"{self.shelf}/{self.job.id}.jsonl", place)
+            except Exception as error:  # it saves money, and no more
+                self.log.warning("answers not kept", reason=str(error))
         return super().fail(code, message, param)
 
     def succeed(self, outcome: dict[str, Any]) -> None:

@@ -90,13 +90,15 @@ class Endpoint(Strict):
 
     @model_validator(mode="after")
     def _can_be_sent(self, info: ValidationInfo) -> Self:
+        if info.context == STORED:
+            return self
         plain_json(self.parameters, "parameters", 16_384)
-        if info.context != STORED and ("?" in self.base_url or "#" in self.base_url):
+        if "?" in self.base_url or "#" in self.base_url:
             raise inconsistent("base_url", "'base_url' ends before '/chat/completions': it has no '?' and no '#'")
         for name in ("model", "messages", "stream", "n"):
             if name in self.parameters:
                 raise inconsistent(f"parameters.{name}", f"'{name}' is not for 'parameters'")
-        if info.context != STORED and len(self.api_key or "") > MAX_KEY:  # sealed it is longer
+        if len(self.api_key or "") > MAX_KEY:
             raise inconsistent("api_key", f"'api_key' has more than {MAX_KEY} characters")
         return self
 

@@ -63,12 +63,12 @@ def _played(session: Session, now: float) -> dict[str, Place]:
     heap = [(math.inf if at is None else at, number) for at, number in free]
     heapq.heapify(heap)
     places = {}
-    for position, (job_id, base_model, seconds) in enumerate(repository.queue(session, HORIZON), start=1):
+    for position, (job_id, bases, seconds) in enumerate(repository.queue(session, HORIZON), start=1):
         passed = []
         start = math.inf
         while heap:
             at, number = heapq.heappop(heap)
-            if workers.serves(present[number], base_model):
+            if workers.serves(present[number], *bases):
                 start = at
                 heapq.heappush(heap, (at + (math.inf if seconds is None else seconds), number))
                 break

@@ -71,10 +71,15 @@ def _ready() -> ColumnElement[bool]:
 WAITING = (Job.status == Status.QUEUED, Job.paused.is_(False), _ready())
 
 
-def queue(session: Session, limit: int) -> Sequence[Row[str, str, float | None]]:
-    """(id, base model, expected seconds of training) of the first `limit` jobs that wait, the next one first."""
+def queue(session: Session, limit: int) -> list[tuple[str, list[str], float | None]]:
+    """(id, base models, expected seconds of training) of the first `limit` jobs that wait, the next one first."""
     statement = select(Job.id, Job.base_model, Job.estimated_seconds).where(*WAITING)
-    return session.execute(statement.order_by(*QUEUE_ORDER).limit(limit)).all()
+    found = session.execute(statement.order_by(*QUEUE_ORDER).limit(limit)).all()
+    bases = {job_id: [base] if base else [] for job_id, base, _ in found}
+    others = select(OtherBase.job_id, OtherBase.base_model).where(OtherBase.job_id.in_(bases))
+    for job_id, base in session.execute(others):
+        bases[job_id].append(base)
+    return [(job_id, bases[job_id], seconds) for job_id, _, seconds in found]
 
 
 def queue_positions(session: Session, job_ids: Sequence[str]) -> dict[str, int]:

@@ -34,5 +34,6 @@ def present(session: Session, lane: str) -> Sequence[Worker]:
     return session.scalars(select(Worker).where(Worker.lane == lane, alive).order_by(Worker.name)).all()
 
 
-def serves(worker: Worker, base_model: str) -> bool:
-    return any(fnmatchcase(base_model, pattern) for pattern in worker.serves)
+def serves(worker: Worker, *base_models: str) -> bool:
+    """Whether a worker has all of `base_models`."""
+    return all(any(fnmatchcase(name, pattern) for pattern in worker.serves) for name in base_models)

@@ -7,6 +7,7 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import text, update
 
+from app.broker import Lane
 from app.database import database_now
 from app.evaluations.spec import EvaluationSpec
 from app.jobs import repository
@@ -16,6 +17,7 @@ from app.models import repository as models
 from app.models.tables import Model
 from app.services import Services
 from app.webhooks.tables import WebhookEndpoint
+from app.workers import repository as workers
 from tests.integration.test_api import error_of, upload
 from tests.integration.test_states import make_job
 from worker.validator import validate
@@ -203,6 +205,13 @@ def test_one_is_claimed_only_where_all_its_base_models_are(client: TestClient, s
     evaluation = client.post("/v1/evaluations", json=body(client, baseline={"model": "other"})).json()["id"]
     with services.database.write() as session:
         session.execute(update(Job).where(Job.id == evaluation).values(status=Status.QUEUED))
+        workers.report(session, "one", Lane.GPU, ["tiny"], {})
+        workers.report(session, "two", Lane.GPU, ["other"], {})
+    assert client.get(f"/v1/evaluations/{evaluation}").json()["estimated_start"] is None, "nobody can do it"
+    with services.database.write() as session:
+        workers.report(session, "two", Lane.GPU, ["other", "tiny"], {})
+    assert client.get(f"/v1/evaluations/{evaluation}").json()["estimated_start"] is not None
+    with services.database.write() as session:
         for served in (["tiny"], ["other"], []):
             assert repository.claim(session, Status.QUEUED, "test", served) is None
         claimed = repository.claim(session, Status.QUEUED, "test", ["ti*", "other"])

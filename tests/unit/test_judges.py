@@ -82,7 +82,6 @@ class Asked:
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint, "MAX_WAIT_SECONDS", 0.05)
-    monkeypatch.setattr(endpoint, "FAILED_SECONDS", 0.0)
 
 
 def ask(url: str, known: dict[str, Answer] | None = None, key: str | None = None, **fields: object) -> Asked:
@@ -118,9 +117,36 @@ def test_a_question_that_fails_while_others_are_answered_stays_without_an_answer
     """One that the server cannot bear must not throw away what the others cost."""
     cursed = QUESTIONS[3]
     with judging(faults=("error",) * 1000, only=cursed) as server:
+        server.delay = 0.05  # of an answer; a question that failed waits as long at the most
         found = ask(server.url, concurrency=2)
         assert server.asked[cursed] >= endpoint.FAILED_TRIES and cursed not in server.answered
     assert [question for question in QUESTIONS if found.kept[key_of(question)].text is None] == [cursed]
+
+
+def test_a_question_that_is_left_alone_and_fails_is_given_up_but_a_dead_judge_is_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(endpoint, "PATIENCE_SECONDS", 0.3)
+    with judging(faults=("error",) * 1000, only=QUESTIONS[3]) as server:
+        found = ask(server.url, concurrency=1)
+        assert [k for k, one in enumerate(QUESTIONS) if found.kept[key_of(one)].text is None] == [3]
+    with judging(faults=("error",) * 1000) as server, pytest.raises(JudgeFailed, match="no answer for"):
+        ask(server.url, ONE_KNOWN, concurrency=1)
+
+
+def test_answers_that_come_with_a_refusal_are_kept() -> None:
+    with judging() as server:
+        server.delay, server.credit, asked = 0.02, 20, Asked()
+        given = Endpoint.model_validate({"base_url": server.url, "model": "judge", "concurrency": 8})
+        with pytest.raises(JudgeFailed, match="402"):
+            Asker(given, None, ("localhost",)).ask_all(iter(QUESTIONS), {}, asked.keep, lambda: None)
+        assert asked.kept.keys() == {key_of(question) for question in server.answered}
+
+
+def test_refusals_that_are_known_answer_nothing() -> None:
+    known = {key_of(question): Answer(None) for question in QUESTIONS[:9]}
+    with judging(faults=("refuse",)) as server, pytest.raises(JudgeFailed, match="answered 400"):
+        ask(server.url, known)
 
 
 @pytest.mark.parametrize("text", ["-" * 200_000, "Preferred" + ":" * 200_000, "Preferred: " + "response " * 50_000])

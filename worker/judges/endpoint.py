@@ -1,7 +1,8 @@
 """A judge behind OpenAI's chat completions: it is asked until it has answered, and never twice the same.
 
 429                                              →  again, later, as long as any question is answered
-5xx, no connection, an answer that is none       →  the same; one that fails while others are answered stays without
+5xx, no connection, an answer that is none       →  the same; one that goes on failing while others are answered, or
+                                                    that is left alone, stays without an answer
 400, 413, 422: a refusal of one question         →  that one stays without an answer
 every other refusal, or nothing but refusals     →  `JudgeFailed`: the evaluation fails, and says why
 """
@@ -23,14 +24,16 @@ from app.evaluations.service import PRIVATE
 from app.evaluations.spec import Endpoint
 from app.targets import Refused, find, new_client
 
-TIMEOUT_SECONDS = 600.0
+TIMEOUT_SECONDS = 300.0
 """For one answer: those who think before they say anything take minutes."""
-PATIENCE_SECONDS = 600.0
-"""Without any answer to any question, after which it is no use."""
+PATIENCE_SECONDS = 900.0
+"""Without any answer to any question, after which it is no use. Some requests may be lost and sent again by then."""
 MAX_WAIT_SECONDS = 60.0
 GARBLED_TRIES = 5
-FAILED_TRIES, FAILED_SECONDS = 6, 60.0
-"""So often and so long a question fails, while others are answered, before it is the question's fault."""
+FAILED_TRIES = 8
+"""Of one question, others being answered before each, after which it is the question's fault."""
+MOST_GIVEN_UP = 3
+"""Questions that were left alone and failed, one after the other; then it is the judge."""
 MOST_REFUSED = 5
 """Questions before any answer, after which it is how we ask."""
 MAX_ANSWER_BYTES = 4 << 20
@@ -82,6 +85,7 @@ class Asker:
         self._stopping = threading.Event()
         self._lock = threading.Lock()
         self._answered, self._refused, self._quiet_until, self._last_answer = 0, 0, 0.0, time.monotonic()
+        self._under_way, self._given_up = 0, 0
 
     def ask_all(
         self,
@@ -97,7 +101,7 @@ class Asker:
         """
         found, fresh, kept = dict(known), dict[str, Answer](), time.monotonic()  # `fresh` is to be kept yet
         pending: dict[Future[Answer], str] = {}
-        self._answered, more = len(known), True
+        self._answered, more = sum(answer.text is not None for answer in known.values()), True
         with new_client(TIMEOUT_SECONDS) as self._client:
             pool = ThreadPoolExecutor(self.endpoint.concurrency, thread_name_prefix="judge")
             try:
@@ -108,9 +112,11 @@ class Asker:
                         if question is None or (key := key_of(question)) in found or key in pending.values():
                             continue
                         pending[pool.submit(self._ask, question)] = key
-                    new = self._collect(pending, 0.25)
+                    new, wrong = self._collect(pending, 0.25)
                     found.update(new)
                     fresh |= new
+                    if wrong is not None:
+                        raise wrong
                     if fresh and time.monotonic() - kept > KEEP_SECONDS:
                         keep(fresh)
                         fresh, kept = {}, time.monotonic()
@@ -119,7 +125,7 @@ class Asker:
                 self._stopping.set()
                 deadline = time.monotonic() + GRACE_SECONDS
                 while pending and time.monotonic() < deadline:
-                    fresh |= self._collect(pending, 0.25, patient=True)
+                    fresh |= self._collect(pending, 0.25)[0]
                 raise
             finally:
                 self._stopping.set()
@@ -130,20 +136,30 @@ class Asker:
         return found
 
     @staticmethod
-    def _collect(pending: "dict[Future[Answer], str]", seconds: float, *, patient: bool = False) -> dict[str, Answer]:
-        """The answers that came within `seconds`. Raises what went wrong, unless `patient`."""
-        found = {}
+    def _collect(
+        pending: "dict[Future[Answer], str]", seconds: float
+    ) -> tuple[dict[str, Answer], BaseException | None]:
+        """(the answers that came within `seconds`, what went wrong with others)"""
+        found, wrong = dict[str, Answer](), None
         for future in wait(pending, seconds, return_when=FIRST_COMPLETED).done:
-            key = pending.pop(future)
-            if future.exception() is None:
+            key, error = pending.pop(future), future.exception()
+            if error is None:
                 found[key] = future.result()
-            elif not patient:
-                future.result()
-        return found
+            wrong = wrong or error
+        return found, wrong
 
     def _ask(self, question: str) -> Answer:
         """One question, until it is answered."""
-        tries, garbled, failed, answered, first = 0, 0, 0, 0, 0.0
+        with self._lock:
+            self._under_way += 1
+        try:
+            return self._insist(question)
+        finally:
+            with self._lock:
+                self._under_way -= 1
+
+    def _insist(self, question: str) -> Answer:
+        tries, garbled, failed, answered = 0, 0, 0, self._answered
         while True:
             self._wait_until(self._quiet_until)
             if self._stopping.is_set():
@@ -152,20 +168,20 @@ class Asker:
                 answer = self._post(question)
             except _Again as again:
                 tries, garbled = tries + 1, garbled + again.garbled
-                if not again.busy:
-                    if not failed:
-                        first, answered = time.monotonic(), self._answered
-                    failed += 1
+                failed += self._answered > answered and not again.busy  # where nobody is answered it is the server
+                answered = self._answered
                 if garbled >= GARBLED_TRIES:
                     if not self._answered:
                         raise JudgeFailed("judge_refused", f"The judge has answered nothing: {again}.") from None
                     return Answer(None)
-                long = failed >= FAILED_TRIES and time.monotonic() - first > FAILED_SECONDS
-                if long and self._answered > answered:
+                if failed >= FAILED_TRIES:
                     return Answer(None)
                 with self._lock:
                     silent = time.monotonic() - self._last_answer
                     if silent > PATIENCE_SECONDS:
+                        if self._answered and self._under_way == 1 and self._given_up < MOST_GIVEN_UP:
+                            self._given_up, self._last_answer = self._given_up + 1, time.monotonic()
+                            return Answer(None)
                         message = f"The judge has given no answer for {silent / 60:.0f} minutes: {again}."
                         raise JudgeFailed("judge_unavailable", message) from None
                     pause = min(MAX_WAIT_SECONDS, 0.5 * 2 ** min(tries - 1, 7) * random.uniform(0.5, 1.0))  # noqa: S311
@@ -176,7 +192,7 @@ class Asker:
             else:
                 with self._lock:
                     self._answered += answer.text is not None
-                    self._last_answer = time.monotonic()
+                    self._last_answer, self._given_up = time.monotonic(), 0
                 return answer
 
     def _wait_until(self, moment: float) -> None:
