@@ -7,10 +7,13 @@ idle worker also looks by itself every few seconds.
 from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 from pathlib import Path
+from queue import Empty
+from typing import Any
 
 import structlog
 from celery import Celery
 from kombu import Exchange, Queue
+from kombu.transport import TRANSPORT_ALIASES, filesystem
 
 from app.settings import Settings
 
@@ -24,6 +27,28 @@ class Lane(StrEnum):
 
     GPU = "gpu"
     CPU = "cpu"
+
+
+class FolderChannel(filesystem.Channel):  # type: ignore[misc]
+    """kombu's, but a message that is read while it is still being written ends no worker.
+
+    It is lost then, as any wake-up may be; kombu itself raises what Celery takes for the end of its broker.
+    """
+
+    def _get(self, queue: str) -> Any:
+        try:
+            return super()._get(queue)
+        except ValueError:
+            raise Empty from None
+
+
+class FolderTransport(filesystem.Transport):  # type: ignore[misc]
+    """Messages as files in a folder."""
+
+    Channel = FolderChannel
+
+
+TRANSPORT_ALIASES["filesystem"] = f"{__name__}:{FolderTransport.__name__}"
 
 
 def make_celery(settings: Settings) -> Celery:

@@ -20,8 +20,8 @@ from app.settings import Settings
 from worker.lane import LaneWorker
 
 
-def make_worker(settings: Settings, lane: Lane) -> Celery:
-    """The application of a worker of `lane`; its threads start and stop with the Celery worker."""
+def make_worker(settings: Settings, lane: Lane) -> tuple[Celery, LaneWorker]:
+    """The application of a worker of `lane` and its threads, which start and stop with the Celery worker."""
     services = Services.of(settings)
     worker = LaneWorker(services, lane)
     celery = make_celery(settings)
@@ -45,7 +45,7 @@ def make_worker(settings: Settings, lane: Lane) -> Celery:
     # At worker_init, before the broker is reached: a worker without a broker still looks by itself.
     worker_init.connect(lambda **_: worker.start(), weak=False)
     worker_shutting_down.connect(lambda **_: drain(), weak=False)
-    return celery
+    return celery, worker
 
 
 def run(lane: Lane) -> None:
@@ -54,7 +54,7 @@ def run(lane: Lane) -> None:
     configure_logging(settings.log_level)
     # Celery warns root of pickled messages; this service's messages are JSON, and name a lane.
     warnings.filterwarnings("ignore", category=SecurityWarning)
-    celery = make_worker(settings, lane)
+    celery, worker = make_worker(settings, lane)
     arguments = [
         "--quiet",
         "worker",
@@ -64,5 +64,13 @@ def run(lane: Lane) -> None:
         f"--hostname={lane.value}@%h",
     ]
     arguments += ["--loglevel=WARNING", "--without-gossip", "--without-mingle"]
-    celery.worker_main(arguments)
+    try:
+        celery.worker_main(arguments)
+    finally:
+        if not worker.stopping.is_set():
+            # Celery has ended by itself, at an error that it logs: a lane without it would neither hear of SIGTERM nor
+            # be able to start threads. Whoever runs this process starts another.
+            worker.stop()
+            worker.join()
+            os._exit(1)
     sys.exit(0)

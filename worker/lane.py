@@ -75,7 +75,8 @@ class LaneWorker:
 
     def join(self) -> None:
         for thread in self._threads:
-            thread.join()
+            if thread.is_alive():
+                thread.join()
 
     def _work(self) -> None:
         while not self.stopping.is_set():

@@ -4,11 +4,15 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import httpx2
 
+from app.services import Services
+from app.settings import Settings
 from tests.acceptance.conftest import pairs, write
 from tests.acceptance.service import Running, half_upload, lanes, running, stack, trainers
 from tests.servers import wait_until
@@ -133,6 +137,26 @@ def test_a_killed_worker_costs_an_attempt_and_no_more(home: Path, tmp_path: Path
     with running(home) as service:  # `dpo serve` ends where a part of it died; whoever runs it starts it again
         resumes(service, job_id, attempt)
         service.openai().fine_tuning.jobs.cancel(job_id)
+
+
+BROKEN = """
+from app.broker import FolderChannel, Lane
+from worker.celery_app import run
+
+def broken(self, queue):
+    raise RuntimeError("an error that nobody foresaw")
+
+FolderChannel._get = broken
+run(Lane.CPU)
+"""
+
+
+def test_a_worker_does_not_outlive_its_celery(home: Path) -> None:
+    """Celery ends at an error of its transport: a lane that went on without it would be deaf to SIGTERM."""
+    environment = os.environ | {"DPO_HOME": str(home)}
+    Services.of(Settings(home=home)).migrate()
+    done = subprocess.run([sys.executable, "-c", BROKEN], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "an error that nobody foresaw" in done.stderr
 
 
 def resumes(service: Running, job_id: str, attempt: int) -> None:

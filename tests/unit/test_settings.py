@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from app.broker import Lane, make_celery
+from app.broker import WAKE_TASK, Lane, make_celery
 from app.settings import Settings
 
 
@@ -67,3 +67,16 @@ def test_each_lane_has_a_queue_of_its_own(tmp_path: Path) -> None:
     """A wake-up for one lane must not be delivered to the other."""
     queues = make_celery(Settings(home=tmp_path)).conf.task_queues
     assert {queue.name: queue.routing_key for queue in queues} == {lane.value: lane.value for lane in Lane}
+
+
+def test_a_message_that_is_half_written_is_passed_over(tmp_path: Path) -> None:
+    """kombu reads the files of its folder as soon as they are there."""
+    celery = make_celery(Settings(home=tmp_path))
+    (tmp_path / "broker" / "messages" / "0_half.gpu.msg").touch()
+    celery.send_task(WAKE_TASK, args=["gpu"], queue="gpu")
+    seen: list[object] = []
+    with celery.connection_for_read() as connection:
+        queues = [queue for queue in celery.conf.task_queues if queue.name == Lane.GPU]
+        with connection.Consumer(queues, callbacks=[lambda body, message: seen.append(message)], no_ack=True):
+            connection.drain_events(timeout=10)
+    assert len(seen) == 1 and list((tmp_path / "broker" / "messages").iterdir()) == []
