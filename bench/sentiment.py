@@ -484,12 +484,12 @@ def frontier(points: Sequence[dict[str, Any]], method: str) -> list[dict[str, An
 
 
 def reward_at(line: Sequence[dict[str, Any]], kl: float) -> tuple[float, float] | None:
-    """(reward, its error) at `kl` on the straight lines through a frontier; None beyond its end.
+    """(reward, its error) at `kl` on the straight lines through a frontier; None beyond its end, or in a wide gap.
 
     The error is the larger one of the two ends, that of their KL in it by the line's slope.
     """
     for left, right in pairwise(line):
-        if left["kl"] <= kl <= right["kl"]:
+        if left["kl"] <= kl <= right["kl"] <= left["kl"] + MAX_DRAWN_KL:
             slope = (right["reward"] - left["reward"]) / (right["kl"] - left["kl"])
             errors = [math.hypot(one["reward_error"], slope * (one.get("kl_error") or 0.0)) for one in (left, right)]
             return left["reward"] + slope * (kl - left["kl"]), max(errors)
