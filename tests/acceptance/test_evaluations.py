@@ -111,11 +111,11 @@ def test_an_evaluation_whose_trainer_is_killed_goes_on_to_the_same_bytes(
 ) -> None:
     body = {
         "type": "reward_kl", "candidate": {"model": model}, "data": files["held"], "seed": 5,
-        "sampling": {"temperatures": [0.0, 1.0], "max_tokens": 60, "samples": 20},
+        "sampling": {"temperatures": [0.0, 0.7, 1.0], "max_tokens": 60, "samples": 20},
         "judge": {"type": "classifier", "classifier": {"file": files["classifier"]}},
     }  # fmt: skip
     expected = evaluate(service, body)
-    assert len(items(service, expected)) == 30 * (1 + 20)
+    assert len(items(service, expected)) == 30 * (1 + 20 + 20)
     assert expected["metrics"]["kl@1"] > 2 * expected["metrics"]["kl/error@1"] > 0
     with service.http() as http:
         started = http.post("/evaluations", json=body).raise_for_status().json()["id"]
