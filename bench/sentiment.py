@@ -26,6 +26,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ class Scale:
 QUICK = Scale(reviews=200, prompts=24, held_out=12, batch_size=16, rloo_steps=2, points=1)
 KLS = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Nats at which frontiers are compared."""
+THRICE = ", 3 epochs"
 START = "No preferences"
 """What the base and the SFT model are called among the methods."""
 
@@ -106,7 +108,8 @@ class Api:
     def start(self, name: str, path: str, body: dict[str, Any]) -> str:
         """The id of the job or evaluation `name`, which waits or runs from now on."""
         if name not in self.state.done:
-            self.state.keep(name, _ok(self.http.post(path, json=body, headers={"Idempotency-Key": quote(name)}))["id"])
+            key = sha256(f"{name} {json.dumps(body, sort_keys=True)}".encode()).hexdigest()
+            self.state.keep(name, _ok(self.http.post(path, json=body, headers={"Idempotency-Key": key}))["id"])
         return str(self.state.done[name])
 
     def ended(self, path: str, job_id: str) -> dict[str, Any]:
@@ -250,6 +253,10 @@ class Run:
     setting: str
     data: str
     hyperparameters: dict[str, Any]
+    epochs: int = 1
+    share: float = 1.0
+    """Of the batch size that pairs have in one epoch. The engine keeps pairs of one prompt together and computes each
+    text once: six pairs cost what a list of four does, and a sixth of the rows makes steps of as many texts."""
 
     @property
     def name(self) -> str:
@@ -257,7 +264,11 @@ class Run:
 
 
 def runs() -> list[Run]:
-    """The trainings of one seed. All have LoRA of rank 16, one epoch over the same pairs, and one learning rate."""
+    """The trainings of one seed. All have LoRA of rank 16, the same learning rate, and as many steps.
+
+    With `THRICE` they see each text three times, in steps of three times as many.
+    """
+    lists = {"loss": "plackett_luce"}
     return [
         *(Run("DPO", f"β={beta:g}", "pairs", {"loss": "sigmoid", "beta": beta}) for beta in BETAS),
         Run("IPO", "β=0.1", "pairs", {"loss": "ipo", "beta": 0.1, "ipo_length_average": False}),
@@ -266,7 +277,9 @@ def runs() -> list[Run]:
             for alpha in ALPHAS
         ),
         Run("Preferred-FT", "", "preferred", {}),
-        *(Run("Plackett–Luce", f"β={beta:g}", "ranked", {"loss": "plackett_luce", "beta": beta}) for beta in BETAS),
+        *(Run("Plackett–Luce", f"β={beta:g}", "ranked", lists | {"beta": beta}, share=1 / 6) for beta in BETAS),
+        *(Run(f"DPO{THRICE}", f"β={beta:g}", "pairs", {"loss": "sigmoid", "beta": beta}, 3, 3.0) for beta in BETAS),
+        *(Run(f"Plackett–Luce{THRICE}", f"β={beta:g}", "ranked", lists | {"beta": beta}, 3, 1 / 2) for beta in BETAS),
     ]  # fmt: skip
 
 
@@ -357,15 +370,10 @@ class Experiment:
     def _body(self, api: Api, run: Run, sft: str, seed: int) -> dict[str, Any]:
         file = self.folder / f"{run.data}-{seed}.jsonl"
         rows = sum(1 for _ in file.open())
-        batch = self.scale.batch_size
-        epochs = 1
-        if run.data == "ranked":
-            # A list of four is six pairs with twelve answers: three epochs of half as many rows a step are as many
-            # answers in as many steps.
-            batch, epochs = max(1, batch // 2), 3
-        steps = math.ceil(rows * 0.98 * epochs / batch)
+        batch = round(self.scale.batch_size * run.share)
+        steps = math.ceil(rows * 0.98 * run.epochs / batch)
         settings = {
-            "n_epochs": epochs, "batch_size": batch, "learning_rate": 1e-3, "eval_every": steps,
+            "n_epochs": run.epochs, "batch_size": batch, "learning_rate": 1e-3, "eval_every": steps,
             "checkpoint_every": max(1, steps // self.scale.points), **run.hyperparameters,
         }  # fmt: skip
         kind = "supervised" if run.data == "preferred" else "dpo"
@@ -458,7 +466,11 @@ class Experiment:
         seconds = {name.removeprefix("rloo-seconds|"): value for name, value in done.items() if "rloo-seconds" in name}
         return {
             "machine": describe_machine(), "scale": vars(self.scale), "classifier": done["classifier"],
-            "points": points, "lists_less_pairs": paired(done, "Plackett–Luce", "DPO", self.seeds),
+            "points": points,
+            "lists_less_pairs": [
+                row | {"epochs": 3 if more else 1} for more in ("", THRICE)
+                for row in paired(done, f"Plackett–Luce{more}", f"DPO{more}", self.seeds)
+            ],
             "trainings": cost, "rloo_seconds": seconds,
         }  # fmt: skip
 
@@ -550,21 +562,23 @@ def frontiers(results: dict[str, Any]) -> str:
 
 def lists_beside_pairs(results: dict[str, Any]) -> str:
     """Plackett–Luce less DPO on all pairs, at equal compute, as Markdown."""
-    lines = ["| Plackett–Luce less DPO | seeds | reward | KL, nats |", "|---|---:|---:|---:|"]
+    lines = ["| Plackett–Luce less DPO | epochs | seeds | reward | KL, nats |", "|---|---:|---:|---:|---:|"]
     for one in results["lists_less_pairs"]:
         cells = [
             f"{one[axis]:+.3f}" + (f" ± {error:.3f}" if (error := one[f"{axis}_error"]) is not None else "")
             for axis in ("reward", "kl")
         ]
-        lines.append(f"| {one['setting']} | {one['seeds']} | {' | '.join(cells)} |")
+        lines.append(f"| {one['setting']} | {one['epochs']} | {one['seeds']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def drawn(results: dict[str, Any]) -> list[Point]:
     """All points, those of checkpoints too, as the frontier's picture has them."""
     return [
-        Point(f"{one['setting']} {one['at']}".strip(), one["method"], one["kl"], one["reward"], one.get("kl_error"),
-              one["reward_error"])
+        Point(
+            f"{one['setting']} {one['at']}".strip(), one["method"].removesuffix(THRICE), one["kl"], one["reward"],
+            one.get("kl_error"), one["reward_error"],
+        )
         for one in results["points"]
     ]  # fmt: skip
 
