@@ -173,7 +173,7 @@ def download(client: Client, job: dict[str, Any], folder: Path) -> dict[str, Pat
     sft = next(c["fine_tuned_model_checkpoint"] for c in checkpoints if c["stage"] == "sft")
     folders = {"sft": folder / "sft", "dpo": folder / "dpo"}
     for stage, name in (("sft", sft), ("dpo", job["fine_tuned_model"])):
-        client.download(name, folders[stage])
+        client.download_model(name, folders[stage])
     return folders
 
 

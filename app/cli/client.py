@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx2
 from rich.console import Console
@@ -93,6 +94,10 @@ class Client:
                 files={"file": (path.name, file)},
                 timeout=None,
             )
+
+    def download_model(self, model: str, folder: Path, params: dict[str, str] | None = None) -> None:
+        """Unpack a made model or a checkpoint into `folder`; one that is to be merged is waited for."""
+        self.download(f"/models/{quote(model, safe=':')}/download", folder, params)
 
     def download(self, path: str, folder: Path, params: dict[str, str] | None = None) -> None:
         """Unpack the tar file that the route `path` answers into `folder`; what is to be made first is waited for."""

@@ -496,8 +496,7 @@ def models_download(
     as_json: Json = False,
 ) -> None:
     """Download a model made here, or a checkpoint, into a folder."""
-    params = {"format": "merged", "dtype": dtype} if merged else {}
-    Client().download(f"/models/{quote(model, safe=':')}/download", output, params)
+    Client().download_model(model, output, {"format": "merged", "dtype": dtype} if merged else {})
     emit({"model": model, "folder": str(output)}, as_json, str(output))
 
 
