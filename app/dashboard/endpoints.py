@@ -12,7 +12,9 @@ from app.dashboard.session import COOKIE, ViewerDependency, sign_in
 from app.dependencies import ServicesDependency
 from app.errors import ServiceError
 from app.evaluations.figures import figures
-from app.jobs.schemas import MetricSeries
+from app.evaluations.schemas import EvaluationObject
+from app.jobs.lifecycle import Lifecycle
+from app.jobs.schemas import JobObject, MetricSeries
 
 FOLDER = Path(__file__).parent
 POLICY = "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'; object-src 'none'"
@@ -51,6 +53,23 @@ def _page(request: Request, name: str, status: int = 200, **context: Any) -> HTM
     return templates.TemplateResponse(request, name, context, status_code=status, headers=headers)
 
 
+def _missing(request: Request, error: ServiceError) -> HTMLResponse:
+    return _page(request, "missing.html", error.status, message=error.message)
+
+
+def _followed(
+    request: Request, name: str, lifecycle: Lifecycle[JobObject] | Lifecycle[EvaluationObject], project: str, one: str
+) -> HTMLResponse:
+    """The page of the job or evaluation `one`, or what of it changes, from the templates called `name`."""
+    try:
+        found = lifecycle.get(project, one)
+        events = lifecycle.events(project, one, after=None, limit=EVENTS)[:EVENTS]
+    except ServiceError as error:
+        return _missing(request, error)
+    context: dict[str, Any] = {name: found, "events": [event for event in events if event.type == "message"]}
+    return _page(request, f"{name}_live.html" if "hx-request" in request.headers else f"{name}.html", **context)
+
+
 @router.get("/login")
 def login_page(request: Request) -> HTMLResponse:
     return _page(request, "login.html", wrong=False)
@@ -80,14 +99,7 @@ def jobs(request: Request, viewer: ViewerDependency, services: ServicesDependenc
 
 @router.get("/jobs/{job_id}")
 def job(request: Request, job_id: str, viewer: ViewerDependency, services: ServicesDependency) -> HTMLResponse:
-    try:
-        found = services.jobs.get(viewer.project, job_id)
-        events = services.jobs.events(viewer.project, job_id, after=None, limit=EVENTS)[:EVENTS]
-    except ServiceError as error:
-        return _page(request, "missing.html", error.status, message=error.message)
-    shown = [event for event in events if event.type == "message"]
-    name = "job_live.html" if "hx-request" in request.headers else "job.html"
-    return _page(request, name, job=found, events=shown)
+    return _followed(request, "job", services.jobs, viewer.project, job_id)
 
 
 @router.get("/jobs/{job_id}/metrics")
@@ -106,13 +118,7 @@ def evaluations(request: Request, viewer: ViewerDependency, services: ServicesDe
 def evaluation(
     request: Request, evaluation_id: str, viewer: ViewerDependency, services: ServicesDependency
 ) -> HTMLResponse:
-    try:
-        found = services.evaluations.get(viewer.project, evaluation_id)
-        events = services.evaluations.events(viewer.project, evaluation_id, after=None, limit=EVENTS)[:EVENTS]
-    except ServiceError as error:
-        return _page(request, "missing.html", error.status, message=error.message)
-    name = "evaluation_live.html" if "hx-request" in request.headers else "evaluation.html"
-    return _page(request, name, evaluation=found, events=events)
+    return _followed(request, "evaluation", services.evaluations, viewer.project, evaluation_id)
 
 
 @router.get("/sweeps")
@@ -126,7 +132,7 @@ def sweep(request: Request, sweep_id: str, viewer: ViewerDependency, services: S
     try:
         found = services.sweeps.get(viewer.project, sweep_id)
     except ServiceError as error:
-        return _page(request, "missing.html", error.status, message=error.message)
+        return _missing(request, error)
     return _page(request, "sweep_live.html" if "hx-request" in request.headers else "sweep.html", sweep=found)
 
 
@@ -136,7 +142,7 @@ def frontier(request: Request, sweep_id: str, viewer: ViewerDependency, services
     try:
         picture, media_type = services.sweeps.frontier(viewer.project, sweep_id, "svg")
     except ServiceError as error:
-        return _page(request, "missing.html", error.status, message=error.message)
+        return _missing(request, error)
     return Response(picture, media_type=media_type, headers={"Content-Security-Policy": POLICY})
 
 
@@ -150,7 +156,7 @@ def file(
         described = services.files.get(viewer.project, file_id)
         report = services.reports.get(viewer.project, file_id, model=None, max_length=None, method=None)
     except ServiceError as error:
-        return _page(request, "missing.html", error.status, message=error.message)
+        return _missing(request, error)
     counted = None
     if report is not None and model is not None:
         try:
