@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from app.datasets.check import examples
 from app.datasets.example import Example
-from worker.trainer.data import plain_prompt
+from worker.trainer.data import written
 
 VOCABULARY = 32_000
 Pairs = list[dict[str, str]]
@@ -40,7 +40,7 @@ def lengths_of(file: Path, count: int, medians: Lengths) -> tuple[list[Lengths],
 
 def _words(example: Example) -> Lengths:
     chosen, rejected = map(str, example.responses)
-    prompt = plain_prompt(example.prompt)
+    prompt = written(example)
     return len(prompt.split()), max(1, len(chosen.split())), max(1, len(rejected.split()))
 
 

@@ -102,19 +102,22 @@ def describe(name: str, folder: Path) -> LocalModel:
     for path in weights:
         with path.open("rb") as file:
             digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(1024 * 1024))
-    tokenizer_config = folder / "tokenizer_config.json"
-    template = (folder / "chat_template.jinja").exists() or (
-        tokenizer_config.exists() and bool(json.loads(tokenizer_config.read_text()).get("chat_template"))
-    )
     details = {
         "architecture": (config.get("architectures") or [None])[0],
         "context_length": text.get("max_position_embeddings"),
         "vocabulary_size": text.get("vocab_size"),
         "bytes": sum(path.stat().st_size for path in weights),
-        "chat_template": template,
+        "chat_template": has_chat_template(folder),
         "shape": _shape(text, weights),
     }
     return LocalModel(name, folder, digest.hexdigest()[:16], details)
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Whether the tokenizer in `folder` has a chat template."""
+    settings = folder / "tokenizer_config.json"
+    named = (folder / "chat_template.jinja").exists() or (folder / "chat_templates").exists()
+    return named or (settings.exists() and bool(json.loads(settings.read_text()).get("chat_template")))
 
 
 LAYER = re.compile(r"\.\d+\.")

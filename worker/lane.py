@@ -98,7 +98,7 @@ class LaneWorker:
             with self.services.database.write() as session:
                 job = repository.claim(session, Status.VALIDATING, self.owner)
             if job is not None:
-                validate(self.services, job)
+                validate(self.services, self.base_models, job)
                 return True
             with self.services.database.write() as session:
                 task = tasks.claim(session, self.owner, self.base_models.served())

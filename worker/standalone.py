@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from app.datasets.check import check
-from app.datasets.reader import DatasetError
+from app.datasets.errors import DatasetError
 from app.errors import describe_validation_error
 from app.jobs.spec import JobSpec
 from app.settings import Settings

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -19,8 +17,8 @@ from app.services import Services
 from app.tasks import repository
 from app.tasks.tables import Task
 from worker.base_models import BaseModels, ModelUnavailable
+from worker.counting import Count, count, place_tokenizer, run_program
 from worker.lease import Lease, LeaseLost
-from worker.processes import kill_group, trainer_environment
 from worker.work import work_folder
 
 log = structlog.get_logger(__name__)
@@ -99,7 +97,10 @@ class _Work:
             model = models.find(session, self.task.project, asked["model"])
         if model is None or not found:
             raise TaskFailed("model_not_found", f"The model '{asked['model']}' was deleted.", "model")
-        self._tokenizer(model)
+        try:
+            place_tokenizer(self.services, self.base_models, model, self.folder / "model")
+        except ModelUnavailable as error:
+            raise TaskFailed("model_unavailable", str(error), "model") from error
         mapping = asked.get("mapping", file.mapping)
         if mapping != file.mapping:  # what was found before was read in another way
             with dataset.open("rb") as stream:
@@ -111,21 +112,13 @@ class _Work:
             "max_length": asked["max_length"],
             "loss_on": asked.get("loss_on", "answers"),
             "mapping": mapping,
+            "rendering": asked.get("rendering", {}),
+            "truncation": asked.get("truncation", "keep_end"),
         }
-        (self.folder / "tokens.json").write_text(json.dumps({"recipe": recipe, "rows": found["kept"]}))
-        counted = self._run("worker.trainer.tokens")
+        (counted,) = count(self.folder, [Count(dataset, recipe, found["kept"])], self.lease)
+        _require(counted)
         told = {name: asked[name] for name in ("model", "max_length", "method")}
         return found | {"tokens": told | counted}
-
-    def _tokenizer(self, model: models.Found) -> None:
-        """Put the model's tokenizer files into `model/`."""
-        place = self.folder / "model"
-        if model.prefix is None:
-            place.symlink_to(self._base(model.base_model), target_is_directory=True)
-            return
-        for key, _size in self.services.storage.list(model.prefix):
-            if not key.endswith(".safetensors"):
-                self.services.storage.get_file(key, place / key.removeprefix(f"{model.prefix}/"))
 
     def _base(self, name: str) -> Path:
         try:
@@ -148,30 +141,14 @@ class _Work:
             (self.folder / "base").symlink_to(self._base(model.base_model), target_is_directory=True)
         storage.get_folder(model.prefix, self.folder / "adapter")
         (self.folder / "merge.json").write_text(json.dumps({"dtype": dtype}))
-        self._run("worker.trainer.merge")
+        _require(run_program("worker.trainer.merge", self.folder, self.lease))
         self.prefix = f"merged/{self.task.id}/attempt-{self.task.attempt}"
         storage.put_folder(self.prefix, self.folder / "output")
         shutil.rmtree(self.folder / "output")
         return {"prefix": self.prefix}
 
-    def _run(self, module: str) -> dict[str, Any]:
-        """Run a module of the trainer on the folder; returns what it prints. Raises `TaskFailed` with its error."""
-        with (self.folder / "log").open("wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", module, str(self.folder)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=output,
-                start_new_session=True,
-                env=trainer_environment() | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
-            )
-        self.lease.on_lost(lambda: kill_group(process))
-        written, _ = process.communicate()
-        if self.lease.lost:
-            raise LeaseLost
-        if process.returncode != 0:
-            raise RuntimeError((self.folder / "log").read_text(errors="replace")[-2000:])
-        found: dict[str, Any] = json.loads(written.splitlines()[-1])
-        if "error" in found:
-            raise TaskFailed(found["error"]["code"], found["error"]["message"], found["error"]["param"])
-        return found
+
+def _require(found: dict[str, Any]) -> None:
+    """Raise `TaskFailed` for the error that a program of the trainer told."""
+    if "error" in found:
+        raise TaskFailed(found["error"]["code"], found["error"]["message"], found["error"]["param"])

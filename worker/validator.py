@@ -1,57 +1,94 @@
 """CPU lane: check the files of a new job, then put it in the queue or fail it with line and field."""
 
 import tempfile
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import structlog
 from sqlalchemy.orm import Session
 
 from app.broker import Lane
-from app.datasets.check import Report, check
-from app.datasets.reader import DatasetError
-from app.estimates.service import expected_seconds
+from app.datasets.check import check
+from app.datasets.errors import DatasetError
+from app.datasets.example import Kind
+from app.datasets.report import Report
+from app.estimates.service import expected_seconds, stages_of
 from app.evaluations.spec import EvaluationSpec
 from app.jobs import repository
+from app.jobs.hyperparameters import SupervisedHyperparameters
 from app.jobs.spec import JobSpec
 from app.jobs.states import Actor, Status
 from app.jobs.tables import EVALUATION, Job
+from app.models import repository as models
+from app.reports.service import DEFAULT_MAX_LENGTH
 from app.services import Services
+from worker.base_models import BaseModels, has_chat_template
 from worker.classifier import BadClassifier, LinearClassifier
+from worker.counting import Count, count, place_tokenizer
 from worker.lease import Lease, LeaseLost
 from worker.work import work_folder
 
 log = structlog.get_logger(__name__)
 
 
-def validate(services: Services, job: Job) -> None:
+SAMPLE = 200
+"""Rows that are rendered as the model would read them, before a job waits for a GPU."""
+
+
+def validate(services: Services, base_models: BaseModels, job: Job) -> None:
     """Check the files of `job`, whose lease this worker has."""
     queued = False
-    with Lease(services.database, job.id, job.attempt) as lease, suppress(LeaseLost):
-        queued = _validate(services, job, lease)
+    with (
+        Lease(services.database, job.id, job.attempt) as lease,
+        suppress(LeaseLost),
+        tempfile.TemporaryDirectory(dir=work_folder(services)) as folder,
+    ):
+        queued = _Check(services, base_models, job, lease, Path(folder)).run()
     if queued:
         services.broker.wake(Lane.GPU)
 
 
-def _validate(services: Services, job: Job, lease: Lease) -> bool:
-    """Whether the job is in the queue now."""
-    spec = EvaluationSpec.stored(job.spec) if job.kind == EVALUATION else JobSpec.stored(job.spec)
-    reports: dict[str, Report] = {}
-    try:
-        for field, file_id in spec.files():
-            if (report := _check(services, spec, field, file_id)) is not None:
-                reports[field] = report
-    except _InvalidFile as invalid:
-        _fail(lease, job, invalid)
-        return False
-    except Exception as error:  # storage or disk: another attempt may do better, and they are counted
-        log.error("files could not be checked", job=job.id, exc_info=error)
-        lease.write(lambda session: repository.recover(session, job, Actor.VALIDATOR, "The files could not be read."))
-        return False
+class _Invalid(Exception):
+    """What is wrong with the file of a field, or with the job for what the file holds."""
 
-    def write(session: Session) -> bool:
-        expected = expected_seconds(session, spec, job.base_model, reports) if isinstance(spec, JobSpec) else None
-        return repository.transition(
+    def __init__(self, field: str, reason: str, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(reason)
+        self.field, self.reason, self.code, self.param = field, reason, code, param or field
+
+
+class _Check:
+    """The check of one job's files."""
+
+    def __init__(self, services: Services, base_models: BaseModels, job: Job, lease: Lease, folder: Path) -> None:
+        self.services, self.base_models, self.job, self.lease, self.folder = services, base_models, job, lease, folder
+        self.spec = EvaluationSpec.stored(job.spec) if job.kind == EVALUATION else JobSpec.stored(job.spec)
+        self.reports: dict[str, Report] = {}
+        self.warnings: list[str] = []
+
+    def run(self) -> bool:
+        """Whether the job is in the queue now."""
+        try:
+            for field, file_id in self.spec.files():
+                self._structure(field, file_id)
+            self._repeated_prompts()
+            self._rendered()
+        except _Invalid as invalid:
+            self._fail(invalid)
+            return False
+        except LeaseLost:
+            raise
+        except Exception as error:  # storage or disk: another attempt may do better, and they are counted
+            log.error("files could not be checked", job=self.job.id, exc_info=error)
+            reason = "The files could not be read."
+            self.lease.write(lambda session: repository.recover(session, self.job, Actor.VALIDATOR, reason))
+            return False
+        return self.lease.write(self._queue)
+
+    def _queue(self, session: Session) -> bool:
+        spec, job = self.spec, self.job
+        queued = repository.transition(
             session,
             job.id,
             Status.VALIDATING,
@@ -59,53 +96,125 @@ def _validate(services: Services, job: Job, lease: Lease) -> bool:
             actor=Actor.VALIDATOR,
             attempt=job.attempt,
             lost_attempts=0,  # what follows has its own chances
-            estimated_seconds=expected,
+            estimated_seconds=expected_seconds(session, spec, job.base_model, self.reports)
+            if isinstance(spec, JobSpec)
+            else None,
             message="Files validated, job queued: "
-            + "; ".join(f"{field}: {report.summary()}" for field, report in reports.items()),
+            + "; ".join(f"{field}: {report.summary()}" for field, report in self.reports.items()),
         )
+        for text in self.warnings if queued else ():
+            repository.add_event(session, job.id, text, level="warn")
+        return queued
 
-    return lease.write(write)
+    def _path(self, file_id: str) -> Path:
+        return self.folder / file_id
 
-
-class _InvalidFile(Exception):
-    def __init__(self, field: str, reason: str) -> None:
-        super().__init__(reason)
-        self.field, self.reason = field, reason
-
-
-def _check(services: Services, spec: JobSpec | EvaluationSpec, field: str, file_id: str) -> Report | None:
-    """What is in a file; None for one that has no rows."""
-    need = spec.needs(field)
-    with tempfile.TemporaryDirectory(dir=work_folder(services)) as folder:
-        path = Path(folder) / "file"
-        try:
-            services.storage.get_file(f"files/{file_id}", path)
-        except FileNotFoundError:
-            raise _InvalidFile(field, f"the file {file_id} is gone") from None
+    def _structure(self, field: str, file_id: str) -> None:
+        """Whether the rows of a file are what the job needs."""
+        need, path = self.spec.needs(field), self._path(file_id)
+        if not path.exists():
+            try:
+                self.services.storage.get_file(f"files/{file_id}", path)
+            except FileNotFoundError:
+                raise _Invalid(field, f"the file {file_id} is gone") from None
         try:
             if need is None:
                 LinearClassifier.load(path)
-                return None
+                return
+            compared = any(name.endswith("validation_file") for name, _ in self.spec.files())
             with path.open("rb") as file:
-                return check(file, need, spec.reads(field))
+                self.reports[field] = check(file, need, self.spec.reads(field), asked=compared)
         except (DatasetError, BadClassifier) as error:
-            raise _InvalidFile(field, str(error)) from error
+            raise _Invalid(field, str(error)) from error
 
+    def _repeated_prompts(self) -> None:
+        """Validation rows that ask what training rows ask tell how well those were learned by heart."""
+        for field, report in self.reports.items():
+            trained = self.reports.get(field.replace("validation_file", "training_file"))
+            if not field.endswith("validation_file") or trained is None:
+                continue
+            repeated = sum(rows for asked, rows in report.asked.items() if asked in trained.asked)
+            if repeated:
+                self.warnings.append(
+                    f"{field}: {repeated} of {report.kept} rows ask what rows of the training file ask too: what is "
+                    "measured on them is in part what was learned by heart."
+                )
 
-def _fail(lease: Lease, job: Job, invalid: _InvalidFile) -> None:
-    name = "file" if job.kind == EVALUATION else invalid.field.removeprefix("sft.")
-    used = "evaluated" if job.kind == EVALUATION else "trained on"
-    error = {"code": f"invalid_{name}", "message": invalid.reason, "param": invalid.field}
-    lease.write(
-        lambda session: repository.transition(
-            session,
-            job.id,
-            Status.VALIDATING,
-            Status.FAILED,
-            actor=Actor.VALIDATOR,
-            attempt=job.attempt,
-            message=f"{invalid.field} cannot be {used}. {invalid.reason}",
-            level="error",
-            error=error,
+    def _rendered(self) -> None:
+        """Whether the model's tokenizer and chat template write the rows, on a sample of them.
+
+        Where the model is not at hand, its training finds it out.
+        """
+        for name, wanted in self._to_render():
+            with self.services.database.read() as session:
+                model = models.find(session, self.job.project, name)
+            if model is None or not wanted or model.base_model not in self.base_models.folders():
+                continue
+            folder = self.folder / f"rendered-{len(list(self.folder.iterdir()))}"
+            folder.mkdir()
+            place_tokenizer(self.services, self.base_models, model, folder / "model")
+            if not has_chat_template(folder / "model"):
+                continue
+            counted = count(folder, [one for _, one in wanted], self.lease)
+            for (field, _), found in zip(wanted, counted, strict=True):
+                if error := found.get("error"):
+                    param = error["param"] if error["param"] in ("model", "loss_on") else field
+                    raise _Invalid(field, error["message"], error["code"], param)
+                for refused in found["refused"]:
+                    if not found["sampled_rows"]:
+                        raise _Invalid(field, f"No row can be trained on. {refused['detail']}", "chat_template_error")
+                    self.warnings.append(
+                        f"{field}: of {SAMPLE} rows that were looked at, {refused['rows']} cannot be trained on "
+                        f"({refused['reason']}). {refused['detail']}"
+                    )
+
+    def _to_render(self) -> Iterator[tuple[str, list[tuple[str, Count]]]]:
+        """(name of a model, what it will read: the field of the file, and how)."""
+        spec = self.spec
+        if isinstance(spec, EvaluationSpec):
+            report = self.reports["data"]
+            need = Kind.PREFERENCE if spec.type == "preference" else Kind.PROMPTS
+            counted = [("data", Count(self._path(spec.data), self._recipe(spec, "data", need), report.kept, SAMPLE))]
+            yield from ((side.model, counted) for side in spec.sides() if side.model is not None)
+            return
+        files, wanted = dict(spec.files()), []
+        for _, field, settings, _ in stages_of(spec):
+            need = Kind.SUPERVISED if isinstance(settings, SupervisedHyperparameters) else settings.data
+            recipe = self._recipe(spec, field, need) | {"truncation": settings.truncation}
+            recipe |= {"max_length": settings.max_length or DEFAULT_MAX_LENGTH}
+            if isinstance(settings, SupervisedHyperparameters):
+                recipe["loss_on"] = settings.loss_on
+            for part in (field, field.replace("training", "validation")):
+                if part in files:
+                    wanted.append((part, Count(self._path(files[part]), recipe, self.reports[part].kept, SAMPLE)))
+        yield spec.model, wanted
+
+    @staticmethod
+    def _recipe(spec: JobSpec | EvaluationSpec, field: str, need: Kind) -> dict[str, Any]:
+        mapping = spec.reads(field)
+        return {
+            "need": need.value,
+            "max_length": DEFAULT_MAX_LENGTH,
+            "loss_on": "answers",
+            "mapping": None if mapping is None else mapping.model_dump(mode="json"),
+            "rendering": vars(spec.rendering),
+        }
+
+    def _fail(self, invalid: _Invalid) -> None:
+        evaluated = self.job.kind == EVALUATION
+        name = "file" if evaluated else invalid.field.removeprefix("sft.")
+        error = {"code": invalid.code or f"invalid_{name}", "message": invalid.reason, "param": invalid.param}
+        used = "evaluated" if evaluated else "trained on"
+        self.lease.write(
+            lambda session: repository.transition(
+                session,
+                self.job.id,
+                Status.VALIDATING,
+                Status.FAILED,
+                actor=Actor.VALIDATOR,
+                attempt=self.job.attempt,
+                message=f"{invalid.field} cannot be {used}. {invalid.reason}",
+                level="error",
+                error=error,
+            )
         )
-    )

@@ -2,14 +2,14 @@
 
 from typing import Any
 
-SHOWN_ISSUES = 10
+SHOWN_ISSUES, SHOWN_CHARACTERS = 10, 200
 
 
-def describe_report(report: dict[str, Any]) -> str:
-    """A dataset report."""
+def describe_report(report: dict[str, Any], file: str = "FILE") -> str:
+    """A dataset report. `file` is what a command that is proposed calls the file."""
     lines = [f"{report['format'] or 'no known format'}: {report['kept']} of {report['rows']} rows can be trained on"]
     if report["error"]:
-        lines.append(f"error: {report['error']['message']}")
+        lines.append(f"error: {report['error']['message']}".replace("dpo files check FILE", f"dpo files check {file}"))
     for reason, count in sorted(report["dropped"].items()):
         at = [str(issue["line"]) for issue in report["issues"] if issue["reason"] == reason]
         more = ", …" if len(at) > SHOWN_ISSUES else ""
@@ -20,6 +20,18 @@ def describe_report(report: dict[str, Any]) -> str:
             f"{report['duplicates']['rows']} rows repeat an earlier one "
             f"(line {first['line']} repeats line {first['first_line']})"
         )
+    if report["contradictions"]["rows"]:
+        first = report["contradictions"]["lines"][0]
+        lines.append(
+            f"{report['contradictions']['rows']} rows say the opposite of an earlier one "
+            f"(line {first['line']} of line {first['first_line']})"
+        )
+    if report["unread"]:
+        lines.append("nothing reads: " + ", ".join(f"{name} ({rows} rows)" for name, rows in report["unread"].items()))
+    if report["values"]:
+        for value in report["values"]["values"]:
+            means = value["means"] or "nothing"
+            lines.append(f"{report['values']['column']} {value['value']!r} means {means}: {value['rows']} rows")
     if report["chosen_longer_rate"] is not None:
         lines.append(f"the preferred answer is longer in {report['chosen_longer_rate']:.0%} of pairs")
     if report["labels"]:
@@ -27,15 +39,31 @@ def describe_report(report: dict[str, Any]) -> str:
     counted = report.get("tokens")
     for name, lengths in (counted["lengths"] if counted else report["characters"]).items():
         unit = "tokens" if counted else "characters"
-        lines.append(f"{name}: mean {lengths['mean']:.0f}, at most {lengths['max']} {unit}")
+        percentiles = "".join(f", {value} at {p[1:]} %" for p, value in lengths.get("percentiles", {}).items())
+        lines.append(f"{name}: mean {lengths['mean']:.0f}{percentiles}, at most {lengths['max']} {unit}")
     if counted:
         lines.append(f"{counted['truncated_share']:.1%} of rows are cut to {counted['max_length']} tokens")
-        for sample in counted["samples"][:2]:
+        lines += [
+            f"max_length {cut['max_length']}: {cut['longer']} rows are longer, {cut['prompts_cut']} prompts and "
+            f"{cut['answers_cut']} answers would be cut"
+            for cut in counted["cut_by"]
+        ]
+        for sample in counted["samples"]:
             lines.append(
                 f"line {sample['line']} as the model sees it:\n{sample['prompt']}\u2502{sample['responses'][0]}"
             )
-    lines += [f"warning: {warning}" for warning in report["warnings"]]
+    else:
+        for shown in report["samples"]:
+            answers = [f"  {answer['counts_for']}: {_short(answer['text'])}" for answer in shown["answers"]]
+            lines.append("\n".join([f"line {shown['line']}: {_short(shown['prompt'])}", *answers]))
+    lines += [f"warning: {warning}" for warning in [*report["warnings"], *(counted or {}).get("warnings", [])]]
     return "\n".join(lines)
+
+
+def _short(text: str) -> str:
+    """A text on a line of a terminal."""
+    line = " ".join(text.split())
+    return line if len(line) <= SHOWN_CHARACTERS else line[: SHOWN_CHARACTERS - 1] + "…"
 
 
 def describe_estimate(estimate: dict[str, Any]) -> str:

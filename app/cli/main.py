@@ -4,6 +4,7 @@ Exit status: 0 done; 1 failed; 2 usage; 3 cancelled and 4 a quality gate not met
 """
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +26,7 @@ from app.cli.tokens import count_tokens
 from app.cli.watch import exit_status, watch
 from app.datasets.check import survey
 from app.datasets.mapping import Mapping
+from app.datasets.rendering import RenderingSettings
 from app.errors import ServiceError
 from app.keys.schemas import KeySpec, Scope
 from app.projects.schemas import Limits, ProjectSpec
@@ -257,12 +259,23 @@ MappingOption = Annotated[
 ]
 
 
+TemplateOption = Annotated[
+    bool | None,
+    typer.Option(help="Always use the model's chat template, or never; by itself, but for prompts that it wrote."),
+]
+FoldOption = Annotated[
+    bool | None, typer.Option("--fold-system", help="Write the system prompt into the first user turn.")
+]
+
+
 @files.command("check")
 def files_check(
     path: Annotated[Path, typer.Argument(exists=True, dir_okay=False)],
     mapping: MappingOption = "",
     model: Annotated[str, typer.Option(help="Count tokens too: a folder, or a model of DPO_MODELS_DIR.")] = "",
     max_length: Annotated[int, typer.Option(min=16, help="Tokens of a prompt and one answer, with --model.")] = 2048,
+    chat_template: TemplateOption = None,
+    fold_system: FoldOption = None,
     as_json: Json = False,
 ) -> None:
     """Check a dataset here, with no service. Exit status: 0 it can be trained on, 1 it cannot."""
@@ -272,8 +285,9 @@ def files_check(
     found = report.as_json()
     if model and found["valid"]:
         folder = Path(model) if Path(model).is_dir() else Settings().models_dir / model
-        found["tokens"] = count_tokens(path, folder, model, max_length, found, said)
-    emit(found, as_json, describe_report(found))
+        rendering = RenderingSettings(chat_template=chat_template, fold_system=fold_system)
+        found["tokens"] = count_tokens(path, folder, model, max_length, found, said, rendering)
+    emit(found, as_json, describe_report(found, shlex.quote(str(path))))
     raise typer.Exit(0 if found["valid"] else 1)
 
 
@@ -281,11 +295,19 @@ def files_check(
 def files_report(
     file_id: str,
     model: Annotated[str, typer.Option(help="Count tokens as this model does.")] = "",
-    max_length: Annotated[int | None, typer.Option(min=16)] = None,
+    max_length: Annotated[int | None, typer.Option(min=16, help="Tokens of a prompt and one answer.")] = None,
+    chat_template: TemplateOption = None,
+    fold_system: FoldOption = None,
     as_json: Json = False,
 ) -> None:
     """What the service found in an uploaded file; waits until it is counted."""
-    params = {name: value for name, value in (("model", model), ("max_length", max_length)) if value}
+    asked = {
+        "model": model or None,
+        "max_length": max_length,
+        "chat_template": chat_template,
+        "fold_system": fold_system,
+    }
+    params = {name: value for name, value in asked.items() if value is not None}
     found = Client().when_ready("GET", f"/files/{quote(file_id, safe='')}/report", params=params)
     emit(found, as_json, describe_report(found))
 

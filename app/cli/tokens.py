@@ -10,10 +10,17 @@ from typing import Any
 
 from app.cli.client import ClientError
 from app.datasets.mapping import Mapping
+from app.datasets.rendering import RenderingSettings
 
 
 def count_tokens(
-    path: Path, model: Path, name: str, max_length: int, report: dict[str, Any], mapping: Mapping | None
+    path: Path,
+    model: Path,
+    name: str,
+    max_length: int,
+    report: dict[str, Any],
+    mapping: Mapping | None,
+    rendering: RenderingSettings,
 ) -> dict[str, Any]:
     """The part `tokens` of a report. Raises `ClientError` where the model's tokenizer cannot be used."""
     if not (model / "tokenizer.json").exists():
@@ -23,12 +30,13 @@ def count_tokens(
         "max_length": max_length,
         "loss_on": "answers",
         "mapping": None if mapping is None else mapping.model_dump(mode="json"),
+        "rendering": rendering.undated,
     }
     with tempfile.TemporaryDirectory(prefix="dpo-check-") as place:
         folder = Path(place)
-        (folder / "dataset").symlink_to(path.resolve())
         (folder / "model").symlink_to(model.resolve(), target_is_directory=True)
-        (folder / "tokens.json").write_text(json.dumps({"recipe": recipe, "rows": report["kept"]}))
+        wanted = {"dataset": str(path.resolve()), "recipe": recipe, "rows": report["kept"]}
+        (folder / "tokens.json").write_text(json.dumps([wanted]))
         done = subprocess.run(
             [sys.executable, "-m", "worker.trainer.tokens", str(folder)],
             capture_output=True,
@@ -40,7 +48,7 @@ def count_tokens(
             "Tokens cannot be counted (is the worker installed? pip install 'dpo-service[worker]'): "
             + done.stderr[-500:]
         )
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])[0]
     if "error" in found:
         raise ClientError(found["error"]["message"])
     method = "supervised" if report["kind"] == "supervised" else "dpo"

@@ -154,13 +154,13 @@ def file(
     problem = None
     try:
         described = services.files.get(viewer.project, file_id)
-        report = services.reports.get(viewer.project, file_id, model=None, max_length=None, method=None)
+        report = services.reports.get(viewer.project, file_id, model=None)
     except ServiceError as error:
         return _missing(request, error)
     counted = None
     if report is not None and model is not None:
         try:
-            counted = services.reports.get(viewer.project, file_id, model=model, max_length=None, method=None)
+            counted = services.reports.get(viewer.project, file_id, model=model)
         except ServiceError as error:
             problem = error.message
     name = "file_report.html" if "hx-request" in request.headers else "file.html"

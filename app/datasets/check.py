@@ -1,190 +1,22 @@
 """Read a whole file and say what it holds, what is useless in it, and whether it can be trained on."""
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from itertools import chain
 from typing import IO, Any
 
-from app.datasets.conversations import Dropped
+from app.datasets import labels, limits, proposals
+from app.datasets.columns import Columns, renamed
+from app.datasets.conversations import Turns
+from app.datasets.errors import DatasetError, Dropped
 from app.datasets.example import Example, Kind
-from app.datasets.formats import Format, detect
+from app.datasets.formats import FORMATS, Compared, Format, Reading, Record, compared, judged
+from app.datasets.labels import Scheme
 from app.datasets.mapping import Mapping
-from app.datasets.reader import DatasetError, records
+from app.datasets.reader import records
+from app.datasets.report import Report
 
-MAX_ISSUES = 1000
-MAX_DUPLICATES = 100
-MAX_REMEMBERED = 2_000_000
-"""Rows in which duplicates are looked for: 130 MB of hashes."""
-
-
-class Lengths:
-    """How long some texts are, in powers of two: memory does not grow with their number."""
-
-    def __init__(self) -> None:
-        self.total, self.longest = 0, 0
-        self._bins = [0] * 64
-
-    def add(self, length: int) -> None:
-        self.total += length
-        if length > self.longest:
-            self.longest = length
-        self._bins[length.bit_length()] += 1
-
-    @property
-    def count(self) -> int:
-        return sum(self._bins)
-
-    def as_json(self) -> dict[str, Any]:
-        """`histogram` counts the lengths from `from` up to, not including, `to`."""
-        last = self.longest.bit_length()
-        bins = [
-            {"from": (1 << k) >> 1, "to": 1 << k, "count": self._bins[k]} for k in range(last + 1 if self.count else 0)
-        ]
-        mean = self.total / self.count if self.count else 0.0
-        return {"count": self.count, "mean": round(mean, 1), "max": self.longest, "histogram": bins}
-
-
-@dataclass
-class Report:
-    """What a file holds. `issues` names the first rows that were dropped, with line, field and reason."""
-
-    format: str = ""
-    kind: Kind = Kind.SUPERVISED
-    rows: int = 0
-    kept: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    issues: list[dict[str, Any]] = field(default_factory=list)
-    duplicates: int = 0
-    """Kept rows that say what an earlier one says."""
-    duplicate_lines: list[dict[str, int]] = field(default_factory=list)
-    """The first of them: `line`, and `first_line` that it repeats."""
-    conversations: int = 0
-    """Rows whose prompt has earlier turns, or a system prompt."""
-    with_tools: int = 0
-    desirable: int = 0
-    undesirable: int = 0
-    chosen_longer: int = 0
-    chosen_shorter: int = 0
-    prompts: Lengths = field(default_factory=Lengths)
-    best: Lengths = field(default_factory=Lengths)
-    worst: Lengths = field(default_factory=Lengths)
-    error: dict[str, Any] | None = None
-    """The first row that cannot be understood, after which nothing was read."""
-    _seen: dict[int, int] = field(default_factory=dict)
-
-    def add(self, example: Example) -> None:
-        """Count a kept example."""
-        self.rows += 1
-        self.kept += 1
-        prompt, responses = example.prompt, example.responses
-        if isinstance(prompt, str):
-            said: Any = prompt
-            self.prompts.add(len(prompt))
-        else:
-            said = (repr(prompt), repr(example.tools) if example.tools else "")
-            self.prompts.add(sum(len(turn["content"]) for turn in prompt))
-            self.conversations += len(prompt) > 1
-        if example.tools:
-            self.with_tools += 1
-        texts = tuple([one if type(one) is str else repr(one) for one in responses])
-        best = len(texts[0]) if texts else 0
-        if texts:
-            self.best.add(best)
-        if len(texts) > 1:
-            worst = len(texts[-1])
-            self.worst.add(worst)
-            if best > worst:
-                self.chosen_longer += 1
-            elif best < worst:
-                self.chosen_shorter += 1
-        if self.kind == Kind.LABELLED:
-            if example.desirable:
-                self.desirable += 1
-            else:
-                self.undesirable += 1
-        self._look_for_duplicate(hash((said, texts, example.desirable)), example.line)
-
-    def _look_for_duplicate(self, key: int, line: int) -> None:
-        first = self._seen.get(key)
-        if first is not None:
-            self.duplicates += 1
-            if len(self.duplicate_lines) < MAX_DUPLICATES:
-                self.duplicate_lines.append({"line": line, "first_line": first})
-        elif len(self._seen) < MAX_REMEMBERED:
-            self._seen[key] = line
-
-    def drop(self, line: int, dropped: Dropped) -> None:
-        """Count a row that teaches nothing."""
-        self.rows += 1
-        self.dropped[dropped.reason] = self.dropped.get(dropped.reason, 0) + 1
-        if len(self.issues) < MAX_ISSUES:
-            self.issues.append({"line": line, "field": dropped.field, "reason": dropped.reason})
-
-    def summary(self) -> str:
-        """One sentence for people."""
-        text = f"{self.kept} of {self.rows} rows kept ({self.format})"
-        if self.dropped:
-            text += ", dropped: " + ", ".join(f"{n} {reason}" for reason, n in sorted(self.dropped.items()))
-        return text
-
-    def as_json(self) -> dict[str, Any]:
-        """The report as `GET /v1/files/{id}/report` answers it; lengths are in characters."""
-        pairs = self.worst.count
-        answers = {"chosen": self.best, "rejected": self.worst} if pairs else {"answer": self.best}
-        found: dict[str, Any] = {
-            "valid": self.error is None and self.kept > 0,
-            "format": self.format or None,
-            "kind": self.kind.value if self.format else None,
-            "rows": self.rows,
-            "kept": self.kept,
-            "dropped": self.dropped,
-            "issues": self.issues,
-            "error": self.error,
-            "duplicates": {"rows": self.duplicates, "lines": self.duplicate_lines},
-            "conversations": self.conversations,
-            "with_tools": self.with_tools,
-            "characters": {name: lengths.as_json() for name, lengths in ({"prompt": self.prompts} | answers).items()},
-            "chosen_longer_rate": round(self.chosen_longer / pairs, 4) if pairs else None,
-            "labels": {"desirable": self.desirable, "undesirable": self.undesirable}
-            if self.kind == Kind.LABELLED and self.kept
-            else None,
-        }
-        found["warnings"] = self._warnings()
-        return found
-
-    def _warnings(self) -> list[str]:
-        """What someone who has trained on such data before would say."""
-        said = []
-        pairs = self.worst.count
-        compared = self.chosen_longer + self.chosen_shorter
-        if compared >= 20:
-            share, chance = self.chosen_longer / compared, 0.5 / math.sqrt(compared)
-            if abs(share - 0.5) > max(0.1, 3 * chance):
-                longer = "longer" if share > 0.5 else "shorter"
-                said.append(
-                    f"The preferred answer is the {longer} one in {max(share, 1 - share):.0%} of pairs: the model may "
-                    "learn length. Compare 'rewards/accuracies' with it, or try the loss 'simpo' or 'ld_alpha'."
-                )
-        if self.kept and self.duplicates > 0.05 * self.kept:
-            said.append(
-                f"{self.duplicates} of {self.kept} rows repeat an earlier one; they count as often as they stand."
-            )
-        if self.rows >= 20 and self.rows - self.kept > 0.1 * self.rows:
-            said.append(f"{self.rows - self.kept} of {self.rows} rows are left out; 'dropped' says why.")
-        if self.kind == Kind.LABELLED and self.kept:
-            good, bad = self.desirable, self.undesirable
-            if not good or not bad:
-                said.append("All answers have the same label: nothing says what is better.")
-            elif max(good, bad) > 4 * min(good, bad):
-                said.append(
-                    f"{good} answers are good and {bad} are not: set 'desirable_weight' and 'undesirable_weight' so "
-                    "that weight times number is about the same."
-                )
-        if 0 < self.kept < 10:
-            said.append(f"{self.kept} rows are very few.")
-        if pairs and self.with_tools:
-            said.append("Tool calls are shown to the model as its chat template writes them; check the samples.")
-        return said
+HEAD = 256
+"""Rows by which the format is recognised, as far as they are not too large together."""
 
 
 def examples(file: IO[bytes], mapping: Mapping | None = None, report: Report | None = None) -> Iterator[Example]:
@@ -199,26 +31,152 @@ def numbered_examples(
     file: IO[bytes], mapping: Mapping | None = None, report: Report | None = None
 ) -> Iterator[tuple[int, Example]]:
     """The same, each with the number of its row, from 0 on: those that are left out are counted too."""
-    format: Format | None = None
-    for number, (line, record) in enumerate(records(file)):
-        if mapping is not None:
-            record = mapping.apply(record, line)
-        if format is None:
-            format = detect(record, line)
+    rows = _mapped(records(file), mapping)
+    head, failed = _head(rows)
+    if not head:
+        if failed is not None:
+            raise failed
+        return
+    names = {} if mapping is not None else renamed(name for _, record in head for name in record)
+    reading = _reading([(line, _rename(record, names)) for line, record in head], mapping)
+    format = reading.format
+    if report is not None:
+        report.format, report.kind = format.name, format.kind
+    if format.label is not None and reading.scheme is None:
+        reading.scheme = _scheme(file, mapping, names, reading, head)
+        rows = _mapped(records(file), mapping)  # the file was read for the values of the label
+        head, failed = _head(rows)
+    columns = Columns()
+    if report is not None:
+        report.scheme, report.unread = reading.scheme, reading.turns.unread
+    try:
+        for number, (line, record) in enumerate(chain(head, rows if failed is None else _raise(failed))):
+            record = _rename(record, names)
             if report is not None:
-                report.format, report.kind = format.name, format.kind
-        elif not format.needs <= record.keys():
-            missing = sorted(format.needs - record.keys())[0]
-            raise DatasetError(line, missing, f"is missing (the file's format is {format.name})")
+                columns.count(record)
+            if not format.needs <= record.keys():
+                missing = sorted(format.needs - record.keys())[0]
+                raise DatasetError(line, missing, f"is missing (the file's format is {format.name})")
+            try:
+                example = reading.example(record, line)
+            except Dropped as dropped:
+                if report is not None:
+                    report.drop(line, dropped)
+                continue
+            if report is not None:
+                report.add(example)
+            yield number, example
+    finally:
+        if report is not None and not (mapping and mapping.sources):
+            columns.leave(format.reads)
+            report.unread.update(columns.unread)
+
+
+def _mapped(rows: Iterator[tuple[int, Record]], mapping: Mapping | None) -> Iterator[tuple[int, Record]]:
+    return rows if mapping is None else ((line, mapping.apply(record, line)) for line, record in rows)
+
+
+def _rename(record: Record, names: dict[str, str]) -> Record:
+    return {names.get(name, name): value for name, value in record.items()} if names else record
+
+
+def _raise(error: DatasetError) -> Iterator[tuple[int, Record]]:
+    raise error
+    yield
+
+
+def _head(rows: Iterator[tuple[int, Record]]) -> tuple[list[tuple[int, Record]], DatasetError | None]:
+    """The first rows, and what is wrong with the one behind them."""
+    found: list[tuple[int, Record]] = []
+    size = 0
+    try:
+        for line, record in rows:
+            found.append((line, record))
+            size += sum(len(value) if isinstance(value, str) else 1000 for value in record.values())
+            if len(found) == HEAD or size > limits.MAX_RECORD_BYTES:
+                break
+    except DatasetError as error:
+        # Without the frames that it came through, which hold what was read, and would do so as long as it is kept.
+        return found, DatasetError(error.line, error.field, error.reason, error.mapping)
+    return found, None
+
+
+def _reading(head: list[tuple[int, Record]], mapping: Mapping | None) -> Reading:
+    """How a file that begins with `head` is read. Raises `DatasetError` where no format fits."""
+    there = [record for _, record in head]
+    columns = frozenset(name for record in there for name in record)
+    filled = frozenset(name for record in there for name, value in record.items() if value not in (None, ""))
+    turns = Turns((mapping and mapping.roles) or {})
+    scheme = mapping.scheme if mapping is not None else None
+    where = compared(columns)
+    if where is not None and not {"chosen", "rejected"} <= columns:
+        if scheme is None and where.known is not None and where.verdict is not None:
+            scheme = Scheme(where.verdict, dict(where.known))
+        return Reading(judged(where), turns, scheme)
+    for names in (filled, columns):  # a column that is empty in all of the first rows is better than none
+        for candidate in FORMATS:
+            if candidate.needs <= names and candidate.fits(there):
+                if mapping is not None and "label" in mapping.sources and candidate.label is None:
+                    continue  # a label that is named is not left aside
+                return Reading(candidate, turns, scheme)
+    line = head[0][0]
+    have = ", ".join(sorted(map(repr, columns)))[:300] or "none"
+    if mapping is not None and mapping.sources:
+        reason = f"no format has just these fields: {have}. A pair has 'prompt', 'chosen' and 'rejected'; a label goes "
+        reason += "with 'prompt' and 'completion', with 'messages', or with 'input', 'output_1' and 'output_2'"
+        raise DatasetError(line, None, reason)
+    nearest = proposals.nearest(there)
+    reason = f"no known format has these fields: {have}. "
+    if nearest is None:
+        known = "; ".join(dict.fromkeys(" + ".join(sorted(format.needs)) for format in FORMATS))
+        reason += f"A row has one of: {known}. Or a mapping says which column holds what"
+    else:
+        reason += f"If this is what they are, give the file this mapping: {proposals.command(nearest)}"
+    raise DatasetError(line, None, reason, nearest)
+
+
+def _scheme(
+    file: IO[bytes], mapping: Mapping | None, names: dict[str, str], reading: Reading, head: list[tuple[int, Record]]
+) -> Scheme:
+    """What the values of the column of verdicts or labels mean, decided on all of the file."""
+    column = reading.format.label
+    assert column is not None
+
+    def values() -> Iterator[object]:
         try:
-            example = format.read(record, line)
-        except Dropped as dropped:
-            if report is not None:
-                report.drop(line, dropped)
-            continue
-        if report is not None:
-            report.add(example)
-        yield number, example
+            for _, record in _mapped(records(file), mapping):
+                yield _rename(record, names).get(column)
+        except DatasetError:
+            return  # the reading itself says it, at its row
+
+    source = column if mapping is None or not isinstance(mapping.label, str) else mapping.label
+    where = compared(frozenset(name for _, record in head for name in _rename(record, names)))
+    try:
+        if reading.format.name != "judged":
+            return labels.labels(source, values())
+        assert where is not None
+        answers = where.answers
+        if mapping is not None and isinstance(mapping.output_1, str) and isinstance(mapping.output_2, str):
+            answers = (mapping.output_1, mapping.output_2)
+        return labels.verdicts(source, values(), answers)
+    except labels.Ambiguous as ambiguous:
+        proposed = _with_label(mapping, reading.format, where, ambiguous.label)
+        reason = f"{ambiguous.reason}: {proposals.command(proposed)}"
+        raise DatasetError(head[0][0], source, reason, proposed) from ambiguous
+
+
+def _with_label(
+    mapping: Mapping | None, format: Format, where: Compared | None, label: dict[str, Any]
+) -> dict[str, Any]:
+    """The mapping that the file has, or that stands for its own columns, with what it has to say of the label."""
+    if mapping is not None and mapping.sources:
+        return mapping.model_dump(mode="json", exclude_none=True) | {"label": label}
+    if where is not None and format.name == "judged":
+        fields = {"input": where.prompt, "output_1": where.answers[0], "output_2": where.answers[1]}
+        return {**fields, "label": label}
+    target = {"instruction": "prompt", "output": "completion"}
+    fields = {target.get(name, name): name for name in sorted(format.needs) if name != format.label}
+    return {**fields, "label": label}
 
 
 NEEDS = {
@@ -229,16 +187,16 @@ NEEDS = {
 }
 
 
-def survey(file: IO[bytes], mapping: Mapping | None = None) -> Report:
-    """Read all of `file`. What cannot be understood is the report's `error`."""
-    report = Report()
+def survey(file: IO[bytes], mapping: Mapping | None = None, *, asked: bool = False) -> Report:
+    """Read all of `file`. What cannot be understood is the report's `error`. `asked`: note what each row asks."""
+    report = Report(keeps_asked=asked)
     try:
         for _example in examples(file, mapping, report):
             pass
         if report.rows == 0:
             raise DatasetError(1, None, "the file has no rows")
     except DatasetError as error:
-        report.error = {"line": error.line, "field": error.field, "reason": error.reason, "message": str(error)}
+        report.fail(error)
     return report
 
 
@@ -252,11 +210,11 @@ def require(report: Report, need: Kind) -> None:
         raise DatasetError(1, None, f"no row is left to train on: {report.summary()}")
 
 
-def check(file: IO[bytes], need: Kind, mapping: Mapping | None = None) -> Report:
-    """Read all of `file`, whose examples must serve `need`.
+def check(file: IO[bytes], need: Kind, mapping: Mapping | None = None, *, asked: bool = False) -> Report:
+    """Read all of `file`, whose examples must serve `need`. `asked`: note what each row asks.
 
     Raises `DatasetError` for a file that cannot be trained on.
     """
-    report = survey(file, mapping)
+    report = survey(file, mapping, asked=asked)
     require(report, need)
     return report

@@ -8,8 +8,9 @@ from sqlalchemy.orm import Session
 
 from app.broker import Broker, Lane
 from app.database import Database
-from app.datasets.check import NEEDS, Report
+from app.datasets.check import NEEDS
 from app.datasets.example import Kind
+from app.datasets.report import Report
 from app.errors import ServiceError, describe_validation_error
 from app.estimates import fit
 from app.estimates.memory import Memory, Settings, Shape, estimate
@@ -63,7 +64,7 @@ class Estimates:
         context = shape.context if shape is not None else DEFAULT_MAX_LENGTH
         pace = _pace(session, model.base_model)
         stages, memories = [], []
-        for name, field, settings, split in _stages(spec):
+        for name, field, settings, split in stages_of(spec):
             counted = self._counted(session, project, spec, model, field, settings, context)
             stage = _stage(name, settings, counted, split, pace)
             stages.append(stage)
@@ -115,6 +116,8 @@ class Estimates:
             "need": (settings.data if isinstance(settings, DPOHyperparameters) else Kind.SUPERVISED).value,
             "loss_on": settings.loss_on if isinstance(settings, SupervisedHyperparameters) else "answers",
             "mapping": None if mapping is None else mapping.model_dump(mode="json"),
+            "rendering": spec.undated,
+            "truncation": settings.truncation,
         }
         structural = reports.structural(session, project, file_id)
         if structural.status == "pending":
@@ -151,7 +154,7 @@ def _require(report: dict[str, Any], need: Kind, field: str) -> None:
         raise ServiceError(message, param=field, code=code)
 
 
-def _stages(
+def stages_of(
     spec: JobSpec,
 ) -> list[tuple[Any, str, SupervisedHyperparameters | DPOHyperparameters, float]]:
     """(name, field of the training file, hyperparameters, share held out) of each stage."""
@@ -219,7 +222,7 @@ def expected_seconds(session: Session, spec: JobSpec, base_model: str, found: di
     if pace is None:
         return None
     seconds = pace.overhead_seconds
-    for name, field, settings, split in _stages(spec):
+    for name, field, settings, split in stages_of(spec):
         report = found[field]
         characters = report.prompts.total + report.best.total + (report.worst.total if name == "dpo" else 0)
         counted = {

@@ -170,7 +170,7 @@ class Evaluations(Lifecycle[EvaluationObject]):
             changes["baseline"] = Side(model=settings.get("reference_model") or made.model)
         if spec.type == "preference" and spec.beta is None:
             changes["beta"] = settings.get("beta") or BETA
-        return spec.model_copy(update=changes).resolved()
+        return spec.model_copy(update=changes).inheriting(training).resolved()
 
     def report(self, project: str, evaluation_id: str) -> Iterator[bytes]:
         """The report, as JSON. Raises `NotFound` before there is one."""

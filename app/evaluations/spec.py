@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field, StringConstraints, ValidationInfo, model
 
 from app.datasets.example import Kind
 from app.datasets.mapping import Mapping
+from app.datasets.rendering import RenderingSettings, today
 from app.gates import Gates, require_metric
 from app.strict import NO_NUL, STORED, FileName, Metadata, ModelName, Quantization, Strict, inconsistent, plain_json
 
@@ -189,7 +190,7 @@ NEEDS = {
 }
 
 
-class EvaluationSpec(Strict):
+class EvaluationSpec(RenderingSettings):
     """The body of `POST /v1/evaluations`."""
 
     model_config = ConfigDict(
@@ -282,6 +283,7 @@ class EvaluationSpec(Strict):
             update={
                 "sampling": self.sampling or (Sampling() if samples else None),
                 "seed": secrets.randbelow(2**31) if self.seed is None else self.seed,
+                "date": self.date or today(),
             }
         )
 

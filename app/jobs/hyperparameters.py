@@ -54,7 +54,13 @@ class Hyperparameters(Strict):
     """Peak learning rate before the multiplier."""
     max_length: Annotated[Annotated[int, Field(ge=16, le=10**7)] | None, Auto] = None
     """Tokens of a prompt and one answer; the default is the model's context, at most 2,048."""
+    truncation: Literal["keep_end", "keep_start", "drop"] = "keep_end"
+    """Of a row that is longer than `max_length`: keep the end of its prompt, or its start, or leave the row out. Prompt
+    and answer each have half of the room, and what the other does not need."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """The share of the steps in which the learning rate rises to its peak."""
+    warmup_steps: Annotated[Annotated[int, Field(ge=0, le=10**9)] | None, Auto] = None
+    """So many steps of it instead; the DPO paper has 150."""
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "rmsprop"] = "adamw"
     """The 8-bit ones (Dettmers et al. 2022) need a GPU; `rmsprop` is the DPO paper's."""

@@ -78,6 +78,9 @@ class Jobs(Lifecycle[JobObject]):
         self._check_integrations(session, spec)
         if model.adapter:
             spec = spec.model_copy(update={"adapter": model.adapter})
+        parent = models.job_of(session, project, spec.model)
+        if parent is not None:  # what was trained on one text goes on with it
+            spec = spec.inheriting(parent.spec)
         return model, reference, spec.resolved()
 
     def add(

@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
 from app.datasets.example import Kind
 from app.datasets.mapping import Mapping
+from app.datasets.rendering import RenderingSettings, today
 from app.evaluations.spec import JobEvaluation
 from app.gates import Gates, require_metric
 from app.jobs.hyperparameters import DPOHyperparameters, Hyperparameters, SupervisedHyperparameters
@@ -113,7 +114,7 @@ METRICS = (*_MEASURED, *(f"eval/{name}" for name in _MEASURED), "grad_norm", "to
 """What a gate can ask for."""
 
 
-class JobSpec(Strict):
+class JobSpec(RenderingSettings):
     """The body of `POST /v1/fine_tuning/jobs`."""
 
     model_config = ConfigDict(
@@ -261,6 +262,7 @@ class JobSpec(Strict):
                 "quantization": self.quantization or ("none" if full else "nf4"),
                 "seed": secrets.randbelow(2**31) if self.seed is None else self.seed,
                 "validation_split": split,
+                "date": self.date or today(),
             }
         )
 

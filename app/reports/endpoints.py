@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Response
 
+from app.datasets.rendering import RenderingSettings
 from app.dependencies import ServicesDependency
 from app.keys.middleware import CallerDependency
 from app.reports.schemas import Pending, Report
@@ -22,9 +23,16 @@ def get_file_report(
     model: Annotated[str | None, Query(max_length=512, description="Count tokens as this model does.")] = None,
     max_length: Annotated[int | None, Query(ge=16, le=10**7, description="Tokens of a prompt and one answer.")] = None,
     method: Annotated[Literal["supervised", "dpo"] | None, Query(description="What the rows are for.")] = None,
+    chat_template: Annotated[bool | None, Query(description="As in the job: whether the template is used.")] = None,
+    fold_system: Annotated[
+        bool | None, Query(description="As in the job: the system prompt in the first turn.")
+    ] = None,
 ) -> Report | Pending:
     """What the dataset check found in a file. It is made when the file is uploaded, before any job."""
-    found = services.reports.get(caller.project, file_id, model=model, max_length=max_length, method=method)
+    rendering = RenderingSettings(chat_template=chat_template, fold_system=fold_system)
+    found = services.reports.get(
+        caller.project, file_id, model=model, max_length=max_length, method=method, rendering=rendering
+    )
     if found is None:
         response.status_code, response.headers["Retry-After"] = 202, "1"
         return Pending()

@@ -17,6 +17,8 @@ class FileError(Issue):
     """The first row that cannot be understood."""
 
     message: str
+    mapping: dict[str, Any] | None = None
+    """The mapping that comes nearest to reading the file, to be looked at and given to it."""
 
 
 class Histogram(BaseModel):
@@ -28,15 +30,69 @@ class Histogram(BaseModel):
     histogram: list[dict[str, int]]
 
 
+class TokenLengths(Histogram):
+    """Lengths in tokens before anything is cut; `percentiles` has the length that so many percent do not exceed."""
+
+    percentiles: dict[str, int] = {}
+
+
+class Cut(BaseModel):
+    """What a `max_length` would cut of the rows that were looked at."""
+
+    max_length: int
+    longer: int
+    """Rows that are longer, which `truncation: drop` leaves out."""
+    prompts_cut: int
+    answers_cut: int
+
+
+class RefusedRows(BaseModel):
+    """Rows that the model's chat template would not write whole."""
+
+    reason: str
+    rows: int
+    detail: str
+
+
+class LabelValue(BaseModel):
+    """A value of a column of verdicts or labels, what it was taken to mean (null: nothing), and in how many rows."""
+
+    value: str
+    means: str | None
+    rows: int
+
+
+class LabelValues(BaseModel):
+    """What the values of a column of verdicts or labels mean."""
+
+    column: str
+    values: list[LabelValue]
+
+
+class ShownAnswer(BaseModel):
+    """An answer, and what it counts for: chosen, rejected, rank 2, desirable, …"""
+
+    counts_for: str
+    text: str
+
+
+class ShownRow(BaseModel):
+    """A row for a person's eyes: long texts are cut."""
+
+    line: int
+    prompt: str
+    answers: list[ShownAnswer]
+
+
 class DuplicateRow(BaseModel):
-    """A row that says what an earlier one says."""
+    """A row that says what an earlier one says, or the opposite."""
 
     line: int
     first_line: int
 
 
 class Duplicates(BaseModel):
-    """Kept rows that repeat an earlier one, and the first hundred of them."""
+    """Kept rows that repeat an earlier one, or contradict it, and the first hundred of them."""
 
     rows: int
     lines: list[DuplicateRow]
@@ -63,14 +119,23 @@ class Tokens(BaseModel):
     """Rows of the whole file as the method sees them: a ranked list counts as its pairs."""
     examples: int
     """What they were made of: whole examples are held out for validation."""
-    lengths: dict[str, Histogram]
+    lengths: dict[str, TokenLengths]
+    """Of prompts, of each side's answers, and under `whole` of a prompt with its longest answer."""
     tokens_per_row: float
     """Mean of the tokens that are computed for a row: its prompt once, and all of its answers."""
     longest_row: int
     scored_tokens_per_row: float
     truncated_share: float
-    """The share of rows that `max_length` cuts."""
+    """The share of rows that `max_length` cuts, or leaves out."""
+    cut_by: list[Cut] = []
+    """What each `max_length` would cut."""
+    refused: list[RefusedRows] = []
+    control_text: int = 0
+    """Rows in which text looks like a control token of the model; it is trained as text."""
+    templated: int = 0
+    """Rows whose prompt a chat template had written already; it is taken as it is."""
     samples: list[Sample]
+    warnings: list[str] = []
 
 
 class Report(BaseModel):
@@ -90,8 +155,11 @@ class Report(BaseModel):
                 "issues": [{"line": 307, "field": None, "reason": "identical_responses"}],
                 "error": None,
                 "duplicates": {"rows": 0, "lines": []},
+                "contradictions": {"rows": 0, "lines": []},
+                "unread": {"source": 1000},
                 "conversations": 0,
                 "with_tools": 0,
+                "with_reasoning": 0,
                 "characters": {
                     "prompt": {
                         "count": 994,
@@ -102,6 +170,17 @@ class Report(BaseModel):
                 },
                 "chosen_longer_rate": 0.58,
                 "labels": None,
+                "values": None,
+                "samples": [
+                    {
+                        "line": 1,
+                        "prompt": "Where is my order?",
+                        "answers": [
+                            {"counts_for": "chosen", "text": "Let me look."},
+                            {"counts_for": "rejected", "text": "Ask the post office."},
+                        ],
+                    }
+                ],
                 "warnings": [],
                 "tokens": None,
             }
@@ -119,11 +198,19 @@ class Report(BaseModel):
     issues: list[Issue]
     error: FileError | None
     duplicates: Duplicates
+    contradictions: Duplicates = Duplicates(rows=0, lines=[])
+    unread: dict[str, int] = {}
+    """Columns, and members of messages, that nothing reads, with the rows that have them."""
     conversations: int
     with_tools: int
+    with_reasoning: int = 0
     characters: dict[str, Histogram]
     chosen_longer_rate: float | None
     labels: dict[str, int] | None
+    values: LabelValues | None = None
+    """Of verdicts and labels."""
+    samples: list[ShownRow] = []
+    """The first three kept rows, of labels one of each, by which an inversion is seen."""
     warnings: list[str]
     tokens: Tokens | None = None
     """Where a model was asked for."""

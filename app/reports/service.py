@@ -7,6 +7,7 @@ from sqlalchemy.orm import Session
 from app.broker import Broker, Lane
 from app.database import Database
 from app.datasets.example import Kind
+from app.datasets.rendering import RenderingSettings
 from app.errors import ServiceError, TooMany
 from app.files import repository as files
 from app.files.schemas import FileObject
@@ -28,7 +29,7 @@ def structural(session: Session, project: str, file_id: str) -> Task:
 
 
 def with_tokens(session: Session, file: File, asked: dict[str, Any], model: models.Found) -> Task:
-    """The task of the report in tokens of a model. `asked`: model, max_length, method, need and loss_on, mapping.
+    """The task of the report in tokens of a model. `asked`: model, max_length, method, need, rendering, …
 
     Raises `TooMany` where the project has many that wait: each of so many ways to count a file is work for minutes.
     """
@@ -64,7 +65,14 @@ class Reports:
             self.broker.wake(Lane.CPU)
 
     def get(
-        self, project: str, file_id: str, *, model: str | None, max_length: int | None, method: str | None
+        self,
+        project: str,
+        file_id: str,
+        *,
+        model: str | None,
+        max_length: int | None = None,
+        method: str | None = None,
+        rendering: RenderingSettings | None = None,
     ) -> Report | None:
         """The report, in tokens of `model` too where one is named; None while it is being made."""
         with self.database.write() as session:
@@ -84,6 +92,7 @@ class Reports:
                     "model": model,
                     "max_length": max_length or DEFAULT_MAX_LENGTH,
                     "method": method or ("dpo" if pairs else "supervised"),
+                    "rendering": (rendering or RenderingSettings()).undated,
                 }
                 asked |= {"need": "supervised" if asked["method"] == "supervised" else task.result["kind"]}
                 task = with_tokens(session, file, asked, found)

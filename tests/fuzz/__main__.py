@@ -87,9 +87,9 @@ def _fuzz(corpus: Path) -> int:
 
     with atheris.instrument_imports(include=["app.datasets"]):
         from app.datasets.check import check, survey
+        from app.datasets.errors import DatasetError
         from app.datasets.example import Kind
         from app.datasets.mapping import Mapping
-        from app.datasets.reader import DatasetError
     mapping = Mapping(prompt="Q: {prompt}", chosen="chosen", rejected="rejected")
 
     def read(content: bytes) -> None:

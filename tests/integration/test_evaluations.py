@@ -20,6 +20,7 @@ from app.webhooks.tables import WebhookEndpoint
 from app.workers import repository as workers
 from tests.integration.test_api import error_of, upload
 from tests.integration.test_states import make_job
+from worker.base_models import BaseModels
 from worker.validator import validate
 
 CANDIDATE, BASELINE = {"model": "tiny"}, {"model": "tiny"}
@@ -157,7 +158,7 @@ def test_evaluations_and_trainings_are_lists_of_their_own_and_one_queue(client: 
         with services.database.write() as session:
             job = repository.claim(session, Status.VALIDATING, "test")
         assert job is not None
-        validate(services, job)
+        validate(services, BaseModels(services.settings), job)
     with services.database.write() as session:
         first = repository.claim(session, Status.QUEUED, "test", ["tiny"])
         second = repository.claim(session, Status.QUEUED, "test", ["tiny"])

@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.datasets.check import Report, check, examples
+from app.datasets.check import check, examples
+from app.datasets.errors import DatasetError
 from app.datasets.example import Example, Kind
-from app.datasets.reader import DatasetError, records
+from app.datasets.reader import records
+from app.datasets.report import Report
 
 
 def read(content: bytes) -> tuple[list[Example], Report]:
@@ -108,26 +110,25 @@ def test_lines_are_counted_from_one_in_every_container() -> None:
         (b'{"text": "a"}\n{"txt": "b"}', 2, "text", "is missing"),
         (b'{"text": "\xff"}', 1, None, "UTF-8"),
         (b'{"text": "\\ud800"}', 1, None, "not valid JSON"),
-        (b'{"text": NaN}', 1, None, "not valid JSON"),
+        (b'{"text": "a"}\n{"text": NaN, }', 2, None, "not valid JSON"),
         (b'[{"text": "a"}', 1, None, "cut off"),
         (b'[{"text": "a"},,]', 1, None, "comma"),
         (b'[{"text": "a"}] {"text": "b"}', 1, None, "after the end"),
         (b'{"a": 1}', 1, None, "no known format"),
         (b'{"prompt": "q", "chosen": 5, "rejected": "b"}', 1, "chosen", "list of messages"),
-        (b'{"prompt": "q", "chosen": "a", "rejected": null}', 1, "rejected", "list of messages"),
         (b'{"messages": []}', 1, "messages", "not empty"),
         (b'{"messages": [{"role": ["user"], "content": "x"}]}', 1, "messages[0].role", "one of"),
         (b'{"messages": [{"role": "robot", "content": "x"}]}', 1, "messages[0].role", "one of"),
         (b'{"messages": [{"role": "user", "content": 5}]}', 1, "messages[0].content", "must be a string"),
         (b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "tools": [{}]}', 1, "tools[0]", "function"),
-        (b'{"prompt": "q", "completion": "a", "label": true}\n{"prompt": "q", "completion": "a", "label": 1}', 2, "label", "true"),
-        (b'{"messages": [{"role": "assistant", "content": "a"}], "kto_tag": 1, "label": true}', 1, "kto_tag", "true"),
+        (b'{"prompt": "q", "completion": "a", "label": true}\n{"prompt": "q", "completion": "a", "label": 2}', 1, "label", "a good answer"),
+        (b'{"messages": [{"role": "assistant", "content": "a"}], "kto_tag": 1, "label": true}', 1, "kto_tag", "a good answer"),
         (b'{"prompt": "q", "responses": ["a"]}', 1, "responses", "at least two"),
         (b'{"prompt": "q", "responses": ["a", 5]}', 1, "responses[1]", "list of messages"),
         (b'{"prompt": "q", "responses": ["a", "b"], "scores": [1]}', 1, "scores", "list of 2 numbers"),
         (b'{"prompt": "q", "responses": ["a", "b"], "ranks": [1, true]}', 1, "ranks", "must be numbers"),
         (b'{"prompt": "q", "responses": ["a", "b"], "ranks": [1, 2], "scores": [1, 2]}', 1, "ranks", "without 'scores'"),
-        (b'{"chosen": "no turns", "rejected": "x"}', 1, "chosen", "transcript"),
+        (b'{"chosen": "\\n\\nHuman: q\\n\\nAssistant: a", "rejected": "x"}', 1, "rejected", "transcript"),
         (b'{"input": {}, "preferred_output": [], "non_preferred_output": []}', 1, "input.messages", "list"),
         (gzip.compress(b'{"text": "a"}\n' * 100, mtime=0)[:-12], 1, None, "damaged or cut off"),
         (b"\x1f\x8bnot gzip", 1, None, "damaged or cut off"),
@@ -152,6 +153,10 @@ def test_a_defect_is_told_with_line_and_field(content: bytes, line: int, field: 
         ({"messages": [user("q"), assistant("a") | {"weight": 0}]}, "no_answer_to_train_on"),
         ({"prompt": "q", "completion": ""}, "empty_completion"),
         ({"text": " \n"}, "empty_text"),
+        ({"text": float("nan")}, "empty_text"),
+        ({"prompt": "q", "chosen": "a", "rejected": None}, "empty_rejected"),
+        ({"chosen": "no turns", "rejected": "x"}, "no_shared_prompt"),
+        ({"prompt": "q", "chosen": [user("other"), assistant("a")], "rejected": "b"}, "answers_another_prompt"),
     ],
 )  # fmt: skip
 def test_a_useless_row_is_dropped_and_counted(record: dict[str, Any], reason: str) -> None:
@@ -173,7 +178,7 @@ def test_a_file_that_cannot_train_the_method_is_refused() -> None:
 
 
 def test_a_record_over_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.datasets.reader.MAX_RECORD_BYTES", 1000)
+    monkeypatch.setattr("app.datasets.limits.MAX_RECORD_BYTES", 1000)
     for content in (b'{"text": "' + b"x" * 2_000_000, b'[{"text": "' + b"x" * 2_000_000):
         with pytest.raises(DatasetError, match="larger than 1000 bytes"):
             read(content)
@@ -195,7 +200,7 @@ def test_an_array_is_cut_where_json_says(rows: list[dict[str, Any]], indent: int
     """Whatever is inside the elements, and wherever a read of the file ends."""
     content = json.dumps(rows, indent=indent).encode()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("app.datasets.reader._CHUNK", chunk)
+        patch.setattr("app.datasets.limits.CHUNK", chunk)
         assert [record for _, record in records(io.BytesIO(content))] == rows
 
 
@@ -215,8 +220,9 @@ def test_labelled_answers_say_whether_they_are_desirable() -> None:
     assert one({**chat, "kto_tag": False}) == Example(1, [user("q")], ("a",), desirable=False)  # type: ignore[list-item]
 
 
-def test_a_label_that_is_not_true_or_false_is_some_other_column() -> None:
-    assert one({"prompt": "q", "completion": " a", "label": "spam"}) == Example(1, "q", (" a",))
+def test_a_label_that_nobody_can_read_is_asked_about_and_never_left_aside() -> None:
+    with pytest.raises(DatasetError, match=r"'label': has the values \"spam\": which mean a good answer"):
+        one({"prompt": "q", "completion": " a", "label": "spam"})
 
 
 @pytest.mark.parametrize(

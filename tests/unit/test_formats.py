@@ -13,10 +13,12 @@ import pytest
 from pyarrow import parquet
 from pydantic import ValidationError
 
-from app.datasets.check import Report, examples, survey
+from app.datasets.check import examples, survey
+from app.datasets.errors import DatasetError
 from app.datasets.example import Example, Kind
 from app.datasets.mapping import Label, Mapping
-from app.datasets.reader import DatasetError, records
+from app.datasets.reader import records
+from app.datasets.report import Report
 
 
 def one(record: dict[str, Any], mapping: Mapping | None = None) -> Example:
@@ -55,11 +57,11 @@ TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
         ({"instruction": "do", "output": "done", "system": "s", "history": [["q", "a"]]},
          [SYSTEM, user("q"), assistant("a"), user("do")], ("done",)),
         ({"instruction": "do", "input": "", "chosen": "a", "rejected": "b"}, "do", ("a", "b")),
-        ({"system": "s", "question": "q", "chosen": "a", "rejected": "b"}, [SYSTEM, user("q")], ("a", "b")),
+        ({"system": "s", "question": "q", "chosen": "a", "rejected": "b"}, ("s", "q"), ("a", "b")),
         ({"prompt": "q", "system": "", "chosen": "a", "rejected": "b"}, "q", ("a", "b")),
         ({"prompt": "q", "chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]}, "q", ("a", "b")),
         ({"prompt": "q", "system": "s", "chosen": [user("q"), assistant("a")], "rejected": [assistant("b")]},
-         [SYSTEM, user("q")], ("a", "b")),
+         ("s", "q"), ("a", "b")),
         ({"input": {"messages": [user("q")]}, "preferred_completion": [assistant("a")], "non_preferred_completion": [assistant("b")]},
          [user("q")], ("a", "b")),
         ({"input": "q", "output_1": "a", "output_2": "b", "label": 2}, "q", ("b", "a")),
@@ -67,9 +69,9 @@ TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
         ({"instruction": "q", "completions": [{"response": "a", "overall_score": 3.5}, {"response": "b", "overall_score": 8}]},
          "q", ("b", "a")),
         ({"prompt": "q", "responses": ["a", "b", "c"], "scores": [1, 3, 1]}, "q", ("b", "a")),
-        ({"messages": [user("q"), {"role": "assistant", "content": None, "tool_calls": [CALL]}], "tools": [TOOL]}, [user("q")], (CALLED,)),
+        ({"messages": [user("q"), {"role": "assistant", "content": None, "tool_calls": [CALL]}], "tools": [TOOL]}, [user("q")], ([CALLED],)),
         ({"messages": [user("q"), {"role": "assistant", "content": None, "function_call": CALL["function"]}]}, [user("q")],
-         ({k: v for k, v in CALLED.items() if k != "tool_calls"} | {"tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]},)),
+         ([CALLED | {"tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]}],)),
         ({"messages": [user("q"), {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "tool_call_id": "c1", "content": "2"}, assistant("2")]},
          [user("q"), CALLED, {"role": "tool", "content": "2", "tool_call_id": "c1"}], ("2",)),
         ({"prompt": "你好", "chosen": "很高兴见到你", "rejected": "不"}, "你好", ("很高兴见到你", "不")),
@@ -79,7 +81,8 @@ def test_what_people_have_becomes_a_prompt_and_its_responses(
     record: dict[str, Any], prompt: Any, responses: tuple[Any, ...]
 ) -> None:
     example = one(record)
-    assert (example.prompt, example.responses) == (prompt, responses)
+    asked = (example.system, example.prompt) if example.system else example.prompt
+    assert (asked, example.responses) == (prompt, responses)
 
 
 @pytest.mark.parametrize(
@@ -119,8 +122,7 @@ def test_weights_choose_the_turns_that_are_learned() -> None:
         ({"messages": [user("q") | {"tool_calls": [CALL]}, assistant("a")]}, "messages[0].tool_calls", "assistant"),
         ({"messages": [user("q"), assistant("a") | {"weight": 2}]}, "messages[1].weight", "0 or 1"),
         ({"conversations": [{"from": "martian", "value": "q"}]}, "conversations[0].from", "one of"),
-        ({"prompt": "q", "chosen": [user("other"), assistant("a")], "rejected": "b"}, "chosen", "the prompt and one"),
-        ({"input": "q", "output_1": "a", "output_2": "b", "label": "left"}, "label", "1 or 2"),
+        ({"input": "q", "output_1": "a", "output_2": "b", "label": "middle"}, "label", "'output_1' is better"),
         ({"instruction": "q", "completions": [{"response": "a"}, {"response": "b", "score": 1}]}, "completions[].score", "numbers"),
         ({"messages": [user("q"), assistant("a")], "tools": "["}, "tools", "JSON"),
     ],
@@ -225,15 +227,18 @@ def test_parquet_that_python_cannot_hold_is_the_users_error(tmp_path: Path) -> N
         ({"prompt": "q", "responses": ["x", "y", "z"], "scores": ["sx", "sy", "sz"]},
          {"q": "p", "x": "1", "y": "2", "z": "3", "sx": 0, "sy": 5, "sz": 2}, "p", ("2", "3", "1"), True),
         ({"prompt": "q", "system": "You are {who}.", "completion": "a"}, {"q": "x", "who": "a cat", "a": "miaow"},
-         [{"role": "system", "content": "You are a cat."}, user("x")], ("miaow",), True),
-        ({"input": "q", "output_1": "a", "output_2": "b", "label": "winner"}, {"q": "x", "a": "1", "b": "2", "winner": 2}, "x", ("2", "1"), True),
+         ("You are a cat.", "x"), ("miaow",), True),
+        ({"input": "q", "output_1": "a", "output_2": "b", "label": "winner"}, {"q": "x", "a": "1", "b": "2", "winner": "B"}, "x", ("2", "1"), True),
+        ({"input": "q", "output_1": "x", "output_2": "y", "label": {"column": "w", "first": [0], "second": [1]}},
+         {"q": "p", "x": "1", "y": "2", "w": "1.0"}, "p", ("2", "1"), True),
     ],
 )  # fmt: skip
 def test_a_mapping_says_what_columns_cannot(
     mapping: dict[str, Any], record: dict[str, Any], prompt: Any, responses: tuple[str, ...], desirable: bool
 ) -> None:
     found = one(record, Mapping.model_validate(mapping))
-    assert (found.prompt, found.responses, found.desirable) == (prompt, responses, desirable)
+    asked = (found.system, found.prompt) if found.system else found.prompt
+    assert (asked, found.responses, found.desirable) == (prompt, responses, desirable)
 
 
 def test_a_mapping_names_the_column_that_is_not_there() -> None:
@@ -306,7 +311,7 @@ def test_the_reports_memory_does_not_grow_with_the_rows() -> None:
 
 def test_pairs_of_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Duplicates are looked for in a bounded number of rows."""
-    monkeypatch.setattr("app.datasets.check.MAX_REMEMBERED", 2)
+    monkeypatch.setattr("app.datasets.report.MAX_REMEMBERED", 2)
     row = {"prompt": "p", "completion": "c"}
     report = Report()
     rows = [

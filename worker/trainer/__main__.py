@@ -37,7 +37,7 @@ def main() -> int:
     import structlog
     from safetensors import SafetensorError
 
-    from app.datasets.reader import DatasetError
+    from app.datasets.errors import DatasetError
     from app.logging import configure_logging
     from worker.trainer.cache import Cache
     from worker.trainer.evaluation import Evaluator

@@ -140,12 +140,9 @@ def _card(results: Results, kind: str, drift: str) -> str:
     )
     rows, held_out = len(results.stage.train), len(results.validation)
     data = f"{results.public_spec['training_file']}, {rows} rows; {held_out} validation rows"
-    cut = results.stage.cut
-    if cut.prompts or cut.answers or cut.lost:
-        data += (
-            f"; to fit, {cut.prompts} prompts were cut from the left and {cut.answers} answers from the right, "
-            f"{cut.lost} rows left out"
-        )
+    data += "".join(f". {one.rstrip('.')}" for one in results.stage.told)
+    if results.stage.repeated:
+        data += f". {results.stage.repeated} of the validation rows ask what training rows ask too"
     library = "peft" if kind == "adapter" else "transformers"
     front = f"base_model: {base.name}\nlibrary_name: {library}\ntags: [dpo-service, {results.stage.name}]"
     method = "reward model" if kind == "reward" else results.stage.name.upper()

@@ -6,10 +6,10 @@ import multiprocessing
 import os
 import threading
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from multiprocessing.connection import wait
@@ -23,11 +23,13 @@ from safetensors.numpy import save_file
 
 from app.datasets.check import examples
 from app.datasets.example import Example
+from app.datasets.rendering import Rendering
 from worker.trainer import data
 from worker.trainer.cache import Cache
-from worker.trainer.data import Recipe, Response, Row, Tokenizer, Truncation
+from worker.trainer.data import Recipe, Response, Row, Tally, Tokenizer
+from worker.trainer.rendering import Renderer
 
-VERSION = 2
+VERSION = 3
 """Of the rows that examples become: part of every key of the cache."""
 PARALLEL_BYTES = 16 * 1024 * 1024
 """Files larger than this are tokenised by several processes, each of which takes seconds to start."""
@@ -41,12 +43,13 @@ Integers = NDArray[numpy.int64]
 class Arrays:
     """All rows of a file. A row has segments, its prompt and its responses; a segment has tokens.
 
-    Shapes: `lines` [rows]; `desirable` [rows]; `segments` [rows + 1], the first segment of each row; `tokens`
+    Shapes: `lines`, `desirable`, `groups` [rows]; `segments` [rows + 1], the first segment of each row; `tokens`
     [segments + 1], the first token of each segment; `ids` [tokens] int32; `scored` [tokens] bool.
     """
 
     lines: Integers
     desirable: NDArray[numpy.bool_]
+    groups: Integers
     segments: Integers
     tokens: Integers
     ids: NDArray[numpy.int32]
@@ -54,11 +57,13 @@ class Arrays:
 
     @classmethod
     def of(cls, rows: Iterable[Row]) -> "Arrays":
-        lines, desirable, segments, tokens = array("q"), bytearray(), array("q", [0]), array("q", [0])
+        lines, groups, desirable = array("q"), array("q"), bytearray()
+        segments, tokens = array("q", [0]), array("q", [0])
         ids, scored = array("i"), bytearray()
         for row in rows:
             lines.append(row.line)
             desirable.append(row.desirable)
+            groups.append(row.group)
             for part, flags in ((row.prompt, (False,) * len(row.prompt)), *((r.ids, r.scored) for r in row.responses)):
                 ids.extend(part)
                 scored.extend(flags)
@@ -67,6 +72,7 @@ class Arrays:
         return cls(
             numpy.array(lines, dtype=numpy.int64),
             numpy.frombuffer(desirable, dtype=bool),
+            numpy.array(groups, dtype=numpy.int64),
             numpy.array(segments, dtype=numpy.int64),
             numpy.array(tokens, dtype=numpy.int64),
             numpy.array(ids, dtype=numpy.int32),
@@ -87,7 +93,7 @@ class Arrays:
         flat = {name: numpy.concatenate([getattr(c, name) for c in chunks]) for name in cls.FLAT}
         return cls(segments=numpy.concatenate(segments), tokens=numpy.concatenate(tokens), **flat)
 
-    FLAT = ("lines", "desirable", "ids", "scored")
+    FLAT = ("lines", "desirable", "groups", "ids", "scored")
 
 
 class Rows(Sequence[Row]):
@@ -118,7 +124,7 @@ class Rows(Sequence[Row]):
         ids, scored = a.ids[start:stop].tolist(), a.scored[start:stop].tolist()
         parts = [(tuple(ids[i - start : j - start]), tuple(scored[i - start : j - start])) for i, j in pairwise(bounds)]
         responses = tuple(Response(part, flags) for part, flags in parts[1:])
-        return Row(int(a.lines[number]), parts[0][0], responses, bool(a.desirable[number]))
+        return Row(int(a.lines[number]), parts[0][0], responses, bool(a.desirable[number]), int(a.groups[number]))
 
     @cached_property
     def longest(self) -> int:
@@ -132,7 +138,12 @@ class Rows(Sequence[Row]):
         """The line of each row."""
         return list(self._arrays.lines[self._numbers].tolist())
 
-    def where(self, keep: Sequence[bool]) -> "Rows":
+    @property
+    def groups(self) -> Integers:
+        """What each row asks, as a number, [rows]."""
+        return self._arrays.groups[self._numbers]
+
+    def where(self, keep: Sequence[bool] | NDArray[numpy.bool_]) -> "Rows":
         """The rows for which `keep` is true."""
         return Rows(self._arrays, self._numbers[numpy.asarray(keep, dtype=bool)])
 
@@ -155,8 +166,8 @@ class Rows(Sequence[Row]):
         return keys
 
 
-def load(path: Path, tokenizer: Tokenizer, recipe: Recipe, cache: Cache) -> tuple[Rows, Truncation]:
-    """The rows of the file `path`, and what had to be cut; from the cache where the same was tokenised before.
+def load(path: Path, tokenizer: Tokenizer, recipe: Recipe, cache: Cache) -> tuple[Rows, Tally]:
+    """The rows of the file `path`, and what became of others; from the cache where the same was tokenised before.
 
     Raises `DatasetError` for a file that cannot be read, `UserError` for one that the chat template refuses.
     """
@@ -164,27 +175,30 @@ def load(path: Path, tokenizer: Tokenizer, recipe: Recipe, cache: Cache) -> tupl
     found = cache.get(key, _read)
     if found is not None:
         return found
-    arrays, cut = _tokenise(path, tokenizer, recipe)
+    arrays, tally = _tokenise(path, tokenizer, recipe)
     with cache.put(key) as place:
-        save_file(vars(arrays), place, metadata={"truncation": json.dumps(asdict(cut))})
-    return Rows(arrays), cut
+        save_file(vars(arrays), place, metadata={"tally": json.dumps(asdict(tally))})
+    return Rows(arrays), tally
 
 
-def _read(path: Path) -> tuple[Rows, Truncation]:
+def _read(path: Path) -> tuple[Rows, Tally]:
     with safe_open(path, framework="np") as file:
         arrays = Arrays(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        return Rows(arrays), Truncation(**json.loads(file.metadata()["truncation"]))
+        counts = json.loads(file.metadata()["tally"])
+        return Rows(arrays), Tally(**counts | {"refused": Counter(counts["refused"])})
 
 
 def _key(path: Path, tokenizer: Tokenizer, recipe: Recipe) -> str:
     with path.open("rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
+    if not Renderer(tokenizer, recipe.rendering).dated:  # what is the same on every day is made once
+        recipe = replace(recipe, rendering=replace(recipe.rendering, date=Rendering.date))
     parts = (VERSION, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.eos_token, recipe)
     return f"tokens/{content}/{hashlib.sha256(repr(parts).encode()).hexdigest()}"
 
 
-def _tokenise(path: Path, tokenizer: Tokenizer, recipe: Recipe) -> tuple[Arrays, Truncation]:
-    cut, chunks = Truncation(), []
+def _tokenise(path: Path, tokenizer: Tokenizer, recipe: Recipe) -> tuple[Arrays, Tally]:
+    tally, chunks = Tally(), []
     with path.open("rb") as file:
         groups = data.batched(examples(file, recipe.mapping), CHUNK)
         processes = len(os.sched_getaffinity(0)) if path.stat().st_size > PARALLEL_BYTES else 1
@@ -195,13 +209,13 @@ def _tokenise(path: Path, tokenizer: Tokenizer, recipe: Recipe) -> tuple[Arrays,
         )
         for arrays, lost in results:
             chunks.append(arrays)
-            cut.add(lost)
-    return Arrays.joined(chunks or [Arrays.of([])]), cut
+            tally.add(lost)
+    return Arrays.joined(chunks or [Arrays.of([])]), tally
 
 
-def _chunk(group: list[Example], tokenizer: Tokenizer, recipe: Recipe) -> tuple[Arrays, Truncation]:
-    cut = Truncation()
-    return Arrays.of(data.rows(group, tokenizer, recipe, cut)), cut
+def _chunk(group: list[Example], tokenizer: Tokenizer, recipe: Recipe) -> tuple[Arrays, Tally]:
+    tally = Tally()
+    return Arrays.of(data.rows(group, tokenizer, recipe, tally)), tally
 
 
 _tokenizer: Tokenizer = None
@@ -216,16 +230,16 @@ def _start(tokenizer: Tokenizer) -> None:
     threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
 
 
-def _chunk_here(group: list[Example], recipe: Recipe) -> tuple[Arrays, Truncation]:
+def _chunk_here(group: list[Example], recipe: Recipe) -> tuple[Arrays, Tally]:
     return _chunk(group, _tokenizer, recipe)
 
 
 def _in_processes(
     groups: Iterator[list[Example]], tokenizer: Tokenizer, recipe: Recipe, processes: int
-) -> Iterator[tuple[Arrays, Truncation]]:
+) -> Iterator[tuple[Arrays, Tally]]:
     """The chunks in order, a few ahead of the one asked for. Spawned: a fork of a process with threads may hang."""
     context = multiprocessing.get_context("spawn")
-    waiting: deque[Future[tuple[Arrays, Truncation]]] = deque()
+    waiting: deque[Future[tuple[Arrays, Tally]]] = deque()
     with ProcessPoolExecutor(processes, context, _start, (tokenizer,)) as pool:
         for group in groups:
             waiting.append(pool.submit(_chunk_here, group, recipe))

@@ -15,12 +15,13 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from app.datasets.check import numbered_examples
 from app.datasets.example import Example, Kind
+from app.datasets.rendering import Rendering
 from app.evaluations.spec import EvaluationSpec, Judge, Side
 from app.evaluations.spec import Sampling as SpecSampling
 from app.jobs.spec import JobSpec
@@ -32,6 +33,7 @@ from worker.trainer.data import Recipe, Response, Row
 from worker.trainer.events import Events, Stopped, UserError
 from worker.trainer.model import Base, Policy, load_policy
 from worker.trainer.plan import DEFAULT_MAX_LENGTH
+from worker.trainer.rendering import Renderer
 from worker.trainer.sampling import Sampling, Wanted, batches, sample
 
 PART_SECONDS = 5.0
@@ -63,6 +65,13 @@ class Made:
     @property
     def key(self) -> tuple[float, int, int]:
         return self.temperature, self.row, self.sample
+
+
+class Prompt(NamedTuple):
+    """What a model answers: tokens, and the rest of the prompt's text, of which its first token is made too."""
+
+    ids: tuple[int, ...]
+    rest: str
 
 
 class Evaluator:
@@ -128,11 +137,11 @@ class Evaluator:
         """Of each completion its log-probs under candidate and reference, and what its reward says."""
         rows, made = self._examples(), {}
         policy = self._load("candidate")
-        prompts = self._prompts(policy, rows)
+        prompts = self._prompts(policy, "candidate", rows)
         texts = {}
         for one in self._sampled(policy, "candidate", prompts, self.spec.sampling):
             made[one.key] = one
-            texts[one.key] = self._text(policy, one, rows[one.row])
+            texts[one.key] = self._text(policy, one, prompts[one.row], rows[one.row])
         vocabulary = policy.tokenizer.get_vocab()
         del policy
         gc.collect()
@@ -142,7 +151,7 @@ class Evaluator:
             raise UserError("invalid_value", message, "baseline.model")
         keys = sorted(made)
         answers = dataset.Rows.of(
-            Row(rows[key[1]].line, prompts[key[1]], (Response(made[key].ids, (True,) * len(made[key].ids)),))
+            Row(rows[key[1]].line, prompts[key[1]].ids, (Response(made[key].ids, (True,) * len(made[key].ids)),))
             for key in keys
         )
         policy.check(answers, self.events)
@@ -245,7 +254,9 @@ class Evaluator:
     def _pair_logps(self, name: str) -> "dict[tuple[int, int], Evaluator._Pair]":
         """The log-probs of all pairs under a side's model, by line and place among the pairs of that line."""
         policy = self._load(name)
-        recipe = Recipe(Kind.PREFERENCE, self._max_length(policy), "answers", self.spec.mapping)
+        recipe = Recipe(
+            Kind.PREFERENCE, self._max_length(policy), mapping=self.spec.mapping, rendering=self._rendering(name)
+        )
         rows, _ = dataset.load(self.folder / self.spec.data, policy.tokenizer, recipe, self.cache)
         if not len(rows):
             raise UserError("invalid_file", "No row of the data is left to evaluate.", "data")
@@ -274,13 +285,20 @@ class Evaluator:
         context = self._context(policy)
         return min(self.spec.max_length or context, context)
 
-    def _prompts(self, policy: Policy, rows: dict[int, Example]) -> dict[int, tuple[int, ...]]:
+    def _rendering(self, name: str) -> Rendering:
+        """How the model of a side reads conversations: as it was trained."""
+        return Rendering(**self.run_settings["sides"].get(name, {}).get("rendering", vars(self.spec.rendering)))
+
+    def _prompts(self, policy: Policy, name: str, rows: dict[int, Example]) -> dict[int, Prompt]:
+        """The prompts of a side's model, as it was trained on them: at most so long that an answer has room."""
         assert self.spec.sampling is not None
         room = self._max_length(policy) - self.spec.sampling.max_tokens
         if room < 1:
             message = f"'max_tokens' leaves no room for a prompt in the model's {self._max_length(policy)} tokens."
             raise UserError("invalid_value", message, "sampling.max_tokens")
-        return {row: data.prompt_ids(example, policy.tokenizer, room) for row, example in rows.items()}
+        renderer = Renderer(policy.tokenizer, self._rendering(name))
+        recipe = Recipe(Kind.RANKED, room)
+        return {row: Prompt(*data.prompt_ids(example, renderer, recipe)) for row, example in rows.items()}
 
     # -- answers -----------------------------------------------------------------------------------------------
 
@@ -294,7 +312,7 @@ class Evaluator:
             with (self.folder / side.file).open("rb") as file:
                 given = {row: example for row, example in numbered_examples(file, side.mapping) if row in rows}
             for row, example in given.items():
-                if example.prompt != rows[row].prompt:
+                if data.written(example) != data.written(rows[row]):
                     message = f"Line {example.line}: the answer is to another prompt than that of the data."
                     raise UserError("invalid_file", message, f"{name}.file")
             if len(given) < len(rows):
@@ -302,11 +320,12 @@ class Evaluator:
                 self.events.message(text, level="warn")
             return {(FIXED, row, 0): data.said(example.responses[0]) for row, example in given.items()}
         policy = self._load(name)
-        made = self._sampled(policy, name, self._prompts(policy, rows), self.spec.sampling)
-        return {one.key: self._text(policy, one, rows[one.row]) for one in made}
+        prompts = self._prompts(policy, name, rows)
+        made = self._sampled(policy, name, prompts, self.spec.sampling)
+        return {one.key: self._text(policy, one, prompts[one.row], rows[one.row]) for one in made}
 
     def _sampled(
-        self, policy: Policy, name: str, prompts: dict[int, tuple[int, ...]], spec: SpecSampling | None
+        self, policy: Policy, name: str, prompts: "dict[int, Prompt]", spec: SpecSampling | None
     ) -> Iterator[Made]:
         """All completions of a model: those of the parts that are there, then new ones, in parts of their own."""
         assert spec is not None
@@ -320,7 +339,8 @@ class Evaluator:
         # answers the win rate is another. Seeds of users are below 2³¹.
         seed = (self.spec.seed or 0) + (1 << 31 if name == "baseline" else 0)
         settings = policy.causal.generation_config.eos_token_id
-        ends = {policy.tokenizer.eos_token_id, *(settings if isinstance(settings, list) else [settings])} - {None}
+        ends = {*Renderer(policy.tokenizer, self._rendering(name)).ends}
+        ends |= {*(settings if isinstance(settings, list) else [settings])} - {None}
         there = {one.key: one for one in self._kept(name)}
         self.events.message(f"{name}: {len(there)} completions are there already.")
         most = 1 if policy.one_by_one else max(1, BATCH_LOGITS[policy.device.type] // policy.causal.config.vocab_size)
@@ -328,7 +348,7 @@ class Evaluator:
         for temperature in spec.temperatures:
             sampling = Sampling(temperature, spec.top_p, spec.max_tokens, seed)
             numbers = range(spec.samples if temperature else 1)
-            wanted = [Wanted(row, number, prompt) for row, prompt in prompts.items() for number in numbers]
+            wanted = [Wanted(row, number, prompt.ids) for row, prompt in prompts.items() for number in numbers]
             # The same batches each time, and whole ones: a run that was broken off comes to the same bits.
             for batch in batches(wanted, BATCH_TOKENS[policy.device.type], spec.max_tokens, most):
                 keys = [(temperature, one.row, one.sample) for one in batch]
@@ -377,10 +397,10 @@ class Evaluator:
         path.write_text("".join(json.dumps(vars(one)) + "\n" for one in made))
         self.events.emit("part", path=f"parts/{path.name}", completions=len(made), total=self._total)
 
-    def _text(self, policy: Policy, one: Made, example: Example) -> str:
-        """The answer as data has it: with the space before it only where the prompt's text does not end in one."""
+    def _text(self, policy: Policy, one: Made, prompt: "Prompt", example: Example) -> str:
+        """The answer as data has it: without the end of the prompt's text that its first token was made of too."""
         ids = one.ids[:-1] if one.ended else one.ids
-        text: str = policy.tokenizer.decode(ids, skip_special_tokens=True)
+        text: str = policy.tokenizer.decode(ids, skip_special_tokens=True).removeprefix(prompt.rest)
         as_it_is = policy.tokenizer.chat_template is None and isinstance(example.prompt, str)
         return text if as_it_is else text.strip()
 
@@ -388,7 +408,7 @@ class Evaluator:
     def _item(one: Made, example: Example, text: str) -> Item:
         return {
             "line": example.line, "row": one.row, "temperature": one.temperature, "sample": one.sample,
-            "prompt": data.plain_prompt(example.prompt), "text": text, "tokens": len(one.ids), "ended": one.ended,
+            "prompt": data.written(example), "text": text, "tokens": len(one.ids), "ended": one.ended,
         }  # fmt: skip
 
     # -- judges ------------------------------------------------------------------------------------------------
@@ -414,12 +434,12 @@ class Evaluator:
                  for text in questions(judge, item, self.spec.sides_named)]  # fmt: skip
         policy = self._load("judge")
         room = self._context(policy) - JUDGE_TOKENS
-        prompts = {}
+        renderer, prompts = Renderer(policy.tokenizer, self._rendering("judge")), {}
         for place, (_, text) in enumerate(asked):
-            example = Example(0, [{"role": "user", "content": text}], ("",))
-            ids = data.prompt_ids(example, policy.tokenizer, MAX_PROMPT_TOKENS)
-            if len(ids) <= room:
-                prompts[place] = ids
+            example = Example(0, [{"role": "user", "content": text}], ())
+            prompt = Prompt(*data.prompt_ids(example, renderer, Recipe(Kind.RANKED, MAX_PROMPT_TOKENS)))
+            if len(prompt.ids) <= room:
+                prompts[place] = prompt
         if len(prompts) < len(asked):
             text = f"{len(asked) - len(prompts)} of {len(asked)} questions do not fit into the judge's context."
             self.events.message(text, level="warn")
@@ -446,19 +466,20 @@ class Evaluator:
         answered = [
             replace(example, responses=(text,), desirable=True, raw=False, turns=()) for example, text in answers
         ]
-        return reward.scores(self.folder / "sides" / "judge" / "base", answered, self.spec.max_length, self._tick)
+        place, rendering = self.folder / "sides" / "judge" / "base", self._rendering("judge")
+        return reward.scores(place, answered, rendering, self.spec.max_length, self._tick)
 
 
 def _whole(example: Example, answer: str) -> str:
     """A prompt and its answer as one text, as a model without a chat template would read it."""
-    return data.plain_prompt(example.prompt) + ("" if isinstance(example.prompt, str) else " ") + answer
+    return data.written(example) + ("" if isinstance(example.prompt, str) else " ") + answer
 
 
 def _named(example: Example, row: int, prompt: int) -> Item:
-    return {"line": example.line, "row": row, "prompt_number": prompt, "prompt": data.plain_prompt(example.prompt)}
+    return {"line": example.line, "row": row, "prompt_number": prompt, "prompt": data.written(example)}
 
 
 def _numbered(rows: dict[int, Example]) -> dict[int, int]:
     """A number for the prompt of each row, which rows of one prompt share."""
     numbers: dict[str, int] = {}
-    return {row: numbers.setdefault(repr(example.prompt), len(numbers)) for row, example in rows.items()}
+    return {row: numbers.setdefault(data.written(example), len(numbers)) for row, example in rows.items()}

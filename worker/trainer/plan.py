@@ -1,21 +1,25 @@
 """What a run will do: its stages, their rows, and which rows each optimizer step takes."""
 
 import math
-import random
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from hashlib import sha256
 from pathlib import Path
 
+import numpy
 import torch
 
 from app.datasets.example import Kind
 from app.datasets.mapping import Mapping
+from app.datasets.rendering import Rendering
 from app.jobs.hyperparameters import DPOHyperparameters, SupervisedHyperparameters
 from app.jobs.spec import DEFAULT_VALIDATION_SPLIT, JobSpec
 from worker.trainer.cache import Cache
-from worker.trainer.data import Recipe, Response, Row, Tokenizer, Truncation
-from worker.trainer.dataset import Rows, load
+from worker.trainer.data import Recipe, Response, Row, Tally, Tokenizer
+from worker.trainer.dataset import Integers, Rows, load
 from worker.trainer.events import Events, UserError
+from worker.trainer.rendering import Renderer
 
 DEFAULT_MAX_LENGTH = 2048
 DEFAULT_INTERVALS = 5
@@ -32,7 +36,10 @@ class Stage:
     seed: int
     param: str = ""
     """Where its hyperparameters are in the job spec."""
-    cut: Truncation = field(default_factory=Truncation)
+    told: tuple[str, ...] = ()
+    """What became of the rows of its training file, in words."""
+    repeated: int = 0
+    """Validation rows that ask what training rows ask too."""
 
     @property
     def batch_size(self) -> int:
@@ -81,7 +88,9 @@ class Stage:
         """The rate of optimizer step `step`: linear warm-up, then cosine, linear or constant."""
         h = self.hyperparameters
         peak = (h.learning_rate or 0.0) * (h.learning_rate_multiplier or 1.0)
-        warmup = math.ceil(h.warmup_ratio * self.steps)
+        warmup = (
+            min(math.ceil(h.warmup_ratio * self.steps), self.steps - 1) if h.warmup_steps is None else h.warmup_steps
+        )
         if step < warmup:
             return peak * (step + 1) / (warmup + 1)
         done = (step - warmup) / max(1, self.steps - warmup)
@@ -108,7 +117,7 @@ def stages(
     spec: JobSpec, folder: Path, tokenizer: Tokenizer, context: int, cache: Cache, events: Events
 ) -> list[Stage]:
     """The stages of `spec`, whose files are paths relative to `folder`. `context` is the model's, in tokens."""
-    loader = _Loader(folder, tokenizer, context, cache, events, spec.seed or 0)
+    loader = _Loader(folder, tokenizer, context, cache, events, spec.seed or 0, spec.rendering)
     split = spec.validation_split or 0.0
     if spec.method.type == "supervised":
         assert spec.method.supervised is not None
@@ -140,6 +149,9 @@ class _Loader:
     cache: Cache
     events: Events
     seed: int
+    rendering: Rendering
+    held_out: dict[str, Integers] = field(default_factory=dict)
+    """By file, what the rows ask that are validated on."""
 
     def stage(
         self,
@@ -155,32 +167,93 @@ class _Loader:
         """A stage on the file `training`, validated on `validation` or on a share of the examples."""
         need = settings.data if isinstance(settings, DPOHyperparameters) else Kind.SUPERVISED
         loss_on = settings.loss_on if isinstance(settings, SupervisedHyperparameters) else "answers"
-        recipe = Recipe(need, min(settings.max_length or DEFAULT_MAX_LENGTH, self.context), loss_on, mapping)
-        train, cut = self._rows(training, recipe, param)
+        most = min(settings.max_length or DEFAULT_MAX_LENGTH, self.context)
+        recipe = Recipe(need, most, loss_on, mapping, self.rendering, settings.truncation)
+        train, words = self._rows(training, recipe, param)
         if validation is not None:
             held_out, _ = self._rows(validation, recipe, param.replace("training", "validation"))
         else:
-            # By line, so that the stages of a job hold out the same examples, and a text's pieces stay together.
-            seed, numbers = self.seed, sorted(set(train.lines))
-            numbers.sort(key=lambda line: random.Random(f"{seed} {line}").random())  # noqa: S311
-            chosen = set(numbers[: min(round(split * len(numbers)), len(numbers) - 1)])
-            inside = [line in chosen for line in train.lines]
-            train, held_out = train.where([not one for one in inside]), train.where(inside)
+            if training not in self.held_out:  # the stages of a job on one file hold out the same prompts
+                self.held_out[training] = held_out_groups(train, split, self.seed)
+            inside = numpy.isin(train.groups, self.held_out[training])
+            train, held_out = train.where(~inside), train.where(inside)
+            if split > 0 and not len(held_out) and len(train) > 1:
+                message = "No row is held out for validation: too many of them ask the same. Give a 'validation_file'."
+                self.events.message(message, level="warn")
+        repeated = int(numpy.isin(held_out.groups, train.groups).sum())
+        if repeated:
+            self.events.message(
+                f"{repeated} of {len(held_out)} validation rows ask what training rows ask too: what is measured on "
+                "them is in part what was learned by heart.",
+                level="warn",
+                data={"code": "validation_prompts_in_training", "rows": repeated, "validation_rows": len(held_out)},
+            )
         if need == Kind.LABELLED:
             train, held_out = with_mismatches(train, recipe.max_length), with_mismatches(held_out, recipe.max_length)
-        return Stage(name, settings, train, held_out, self.seed, settings_param, cut)
+        return Stage(name, settings, train, held_out, self.seed, settings_param, words, repeated)
 
-    def _rows(self, name: str, recipe: Recipe, param: str) -> tuple[Rows, Truncation]:
-        found, cut = load(self.folder / name, self.tokenizer, recipe, self.cache)
+    def _rows(self, name: str, recipe: Recipe, param: str) -> tuple[Rows, tuple[str, ...]]:
+        found, tally = load(self.folder / name, self.tokenizer, recipe, self.cache)
         if not len(found):
+            refused = next(iter(tally.details.values()), None)
+            if refused is not None:
+                raise UserError("chat_template_error", f"No row can be trained on. {refused}", param)
             raise UserError("no_training_rows", f"No row of '{name}' has a token to learn.", param)
-        if cut.prompts or cut.answers or cut.lost:
-            self.events.message(
-                f"Cut to max_length {recipe.max_length}: {cut.prompts} prompts (from the left), {cut.answers} rows "
-                f"with an answer cut short, {cut.lost} left out because no token to learn was left.",
-                level="warn",
-            )
-        return found, cut
+        words = tuple(told(tally, recipe, len(found)))
+        for message in words:
+            self.events.message(message, level="warn")
+        if Renderer(self.tokenizer, self.rendering).never_ends:
+            self.events.message(NEVER_ENDS, level="warn", data={"code": "template_never_ends"})
+        return found, words
+
+
+NEVER_ENDS = (
+    "The model's chat template writes nothing at the end of an answer by which the model could learn to stop; "
+    "'append_eos': true puts the end-of-sequence token there."
+)
+
+
+def told(tally: Tally, recipe: Recipe, rows: int) -> Iterator[str]:
+    """What a user must know of what became of a file's rows, of which `rows` are trained on."""
+    if tally.prompts or tally.answers or tally.lost or tally.long:
+        side = {"keep_end": "from the left", "keep_start": "from the right", "drop": ""}[recipe.truncation]
+        left = f", {tally.long} left out because they are longer" if tally.long else ""
+        yield (
+            f"Cut to max_length {recipe.max_length}: {tally.prompts} prompts ({side}), {tally.answers} rows with an "
+            f"answer cut short{left}, {tally.lost} left out because no token to learn was left."
+        )
+    for reason, count in sorted(tally.refused.items()):
+        yield f"{count} rows are left out ({reason}). {tally.details[reason]}"
+    if tally.templated:
+        yield (
+            f"{tally.templated} of {rows} prompts were written by a chat template already and are taken as they are; "
+            "'chat_template': true would wrap them all the same."
+        )
+    if tally.control_text:
+        yield f"{tally.control_text} rows hold text that looks like a control token; it is text, and trained as such."
+
+
+def held_out_groups(rows: Rows, share: float, seed: int) -> Integers:
+    """What the rows ask that are held out for validation, drawn by the seed: about `share` of the lines together.
+
+    So no prompt is on both sides, and a text's pieces stay together. No group is taken that is much more than what is
+    wanted: then there may be none.
+    """
+    lines, groups = numpy.array(rows.lines), rows.groups
+    pairs = numpy.unique(numpy.stack([groups, lines]), axis=1)
+    names, sizes = numpy.unique(pairs[0], return_counts=True)
+    wanted = min(round(share * pairs.shape[1]), pairs.shape[1] - 1)
+    order = sorted(range(len(names)), key=lambda k: sha256(f"{seed} {names[k]}".encode()).digest())
+    chosen, taken = [], 0
+    for k in order:
+        if taken + sizes[k] <= wanted:
+            chosen.append(names[k])
+            taken += sizes[k]
+    if not chosen and wanted and len(names) > 1:
+        smallest = min(order, key=lambda k: sizes[k])
+        if 2 * sizes[smallest] <= pairs.shape[1]:
+            chosen.append(names[smallest])
+    return numpy.array(chosen, dtype=numpy.int64)
 
 
 def with_mismatches(rows: Rows, max_length: int) -> Rows:

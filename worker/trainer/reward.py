@@ -16,7 +16,8 @@ from transformers import AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from app.datasets.example import Example, Kind
-from worker.trainer.data import Recipe, Row, Truncation, batched, rows
+from app.datasets.rendering import Rendering
+from worker.trainer.data import Recipe, Row, Tally, batched, rows
 from worker.trainer.events import UserError
 from worker.trainer.model import Base, Policy
 from worker.trainer.tokenizer import load_tokenizer
@@ -69,7 +70,11 @@ def save(folder: Path, policy: Policy, base: Base, rows: Sequence[Row]) -> None:
 
 
 def scores(
-    folder: Path, answered: Sequence[Example], max_length: int | None, tick: Callable[[], None] = lambda: None
+    folder: Path,
+    answered: Sequence[Example],
+    rendering: Rendering,
+    max_length: int | None,
+    tick: Callable[[], None] = lambda: None,
 ) -> list[float]:
     """What the reward model in `folder` says of the answer of each of `answered`, its mean taken off."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -79,8 +84,8 @@ def scores(
         trust_remote_code=False, use_safetensors=True, device_map={"": device},
     ).eval()  # fmt: skip
     context = model.config.get_text_config().max_position_embeddings
-    recipe = Recipe(Kind.SUPERVISED, min(max_length or context, context))
-    texts = [row.prompt + row.responses[0].ids for row in rows(answered, tokenizer, recipe, Truncation())]
+    recipe = Recipe(Kind.SUPERVISED, min(max_length or context, context), rendering=rendering, lenient=True)
+    texts = [row.prompt + row.responses[0].ids for row in rows(answered, tokenizer, recipe, Tally())]
     assert len(texts) == len(answered)
     found, padding = [0.0] * len(texts), model.config.pad_token_id
     order = sorted(range(len(texts)), key=lambda number: len(texts[number]))

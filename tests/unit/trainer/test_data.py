@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from app.datasets.example import Example, Kind, Message
 from tests.tiny_model import CHATML, CHATML_WITH_BOS, CORPUS, make_tokenizer
-from worker.trainer.data import Recipe, Row, Truncation, rows
+from worker.trainer.data import Recipe, Row, Tally, rows
 from worker.trainer.events import UserError
 from worker.trainer.packing import tree_pack, trees
 
@@ -30,7 +30,7 @@ def recipe(max_length: int = LONG, loss_on: Any = "answers") -> Recipe:
 
 
 def tokenise(example: Example, tokenizer: Any = PLAIN, max_length: int = LONG, loss_on: str = "answers") -> list[Row]:
-    return list(rows([example], tokenizer, recipe(max_length, loss_on), Truncation()))
+    return list(rows([example], tokenizer, recipe(max_length, loss_on), Tally()))
 
 
 def tokenise_one(example: Example, tokenizer: Any = PLAIN) -> Row:
@@ -164,11 +164,11 @@ def test_a_chat_template_is_used_as_transformers_uses_it(template: str, prompt: 
     assert list(row.prompt) == generating
 
 
-def test_a_template_that_rewrites_what_stands_before_an_answer_gets_the_prompt_of_generation() -> None:
+def test_a_template_that_opens_a_block_for_thoughts_is_left_before_it_where_there_are_none() -> None:
     thinking = CHATML + "{% if add_generation_prompt %}<think>\n{% endif %}"
     row = tokenise_one(Example(1, "what?", ("the cat",)), make_tokenizer(thinking))
-    assert decode(row.prompt) == "<|user|>\nwhat?</s>\n<|assistant|>\n<think>\n"
-    assert decode(row.responses[0].ids) == "the cat</s>"
+    assert decode(row.prompt) == "<|user|>\nwhat?</s>\n<|assistant|>\n"
+    assert decode(row.responses[0].ids) == "the cat</s>\n"
 
 
 def test_a_template_that_refuses_a_conversation_is_the_users_error_with_its_line() -> None:
@@ -217,7 +217,7 @@ def test_raw_text_is_learned_as_it_is_though_there_is_a_template() -> None:
 
 
 def test_truncation_cuts_the_prompt_from_the_left_and_keeps_the_answers() -> None:
-    cut = Truncation()
+    cut = Tally()
     prompt, answers = CORPUS[0] + "?", (" the cat.", " then the other dog!")
     full = tokenise_one(Example(1, prompt, answers))
     (row,) = rows([Example(1, prompt, answers)], PLAIN, recipe(16), cut)
@@ -227,14 +227,14 @@ def test_truncation_cuts_the_prompt_from_the_left_and_keeps_the_answers() -> Non
     assert (cut.prompts, cut.answers) == (1, 0)
 
 
-def test_truncation_cuts_answers_only_when_the_prompt_is_gone() -> None:
-    cut = Truncation()
+def test_a_prompt_that_needs_less_than_half_of_the_room_is_not_cut_for_a_long_answer() -> None:
+    cut = Tally()
     full = tokenise_one(Example(1, "see the dog?", (" " + CORPUS[0], " the cat.")))
     (row,) = rows([Example(1, "see the dog?", (" " + CORPUS[0], " the cat."))], PLAIN, recipe(16), cut)
-    assert row.prompt == (BOS,)
-    assert row.responses[0].ids == full.responses[0].ids[:15]
+    assert row.prompt == full.prompt and len(row.prompt) < 8
+    assert row.responses[0].ids == full.responses[0].ids[: 16 - len(full.prompt)]
     assert row.responses[1] == full.responses[1]
-    assert (cut.prompts, cut.answers) == (1, 1)
+    assert (cut.prompts, cut.answers, cut.rows) == (0, 1, 1)
 
 
 @given(st.lists(st.sampled_from(CORPUS[0].split()), max_size=30), st.lists(st.sampled_from(CORPUS[1].split())))
@@ -242,15 +242,15 @@ def test_truncation_cuts_answers_only_when_the_prompt_is_gone() -> None:
 def test_no_row_is_longer_than_max_length(prompt: list[str], answer: list[str]) -> None:
     example = Example(1, " ".join(prompt), (" ".join(answer) + "!", " no"))
     full = tokenise_one(example)
-    cut = Truncation()
+    cut = Tally()
     (row,) = rows([example], PLAIN, recipe(16), cut)
     assert all(len(whole(row, k)) <= 16 for k in range(2))
-    assert (row == full) == (cut == Truncation()) == all(len(whole(full, k)) <= 16 for k in range(2))
+    assert (row == full) == (cut == Tally()) == all(len(whole(full, k)) <= 16 for k in range(2))
 
 
 def test_many_examples_keep_their_order() -> None:
     examples = [Example(line, f"{line}?", (f" {line}.",)) for line in range(1, 601)]
-    made = list(rows(examples, PLAIN, recipe(), Truncation()))
+    made = list(rows(examples, PLAIN, recipe(), Tally()))
     assert [row.line for row in made] == list(range(1, 601))
     assert [decode(whole(row)) for row in made] == [f"<s>{n}? {n}.</s>" for n in range(1, 601)]
 
@@ -276,7 +276,7 @@ def scored_text(row: Row, tokenizer: Any) -> str:
 
 def test_a_tool_call_is_learned_as_the_template_writes_it() -> None:
     tokenizer = make_tokenizer(TOOLS)
-    row = tokenise_one(Example(1, CONVERSATION, (CALL,), tools=LOOK), tokenizer)
+    row = tokenise_one(Example(1, CONVERSATION, ([CALL],), tools=LOOK), tokenizer)
     assert scored_text(row, tokenizer).startswith('CALL look {"at": "cat"}')
     expected = tokenizer.apply_chat_template([*CONVERSATION, CALL], tools=list(LOOK), tokenize=False)
     assert decode(whole(row), tokenizer) == expected
@@ -284,7 +284,7 @@ def test_a_tool_call_is_learned_as_the_template_writes_it() -> None:
 
 @pytest.mark.parametrize("tokenizer", [PLAIN, make_tokenizer(CHATML)])
 def test_a_model_that_was_not_made_for_tools_refuses_them(tokenizer: Any) -> None:
-    for example in (Example(5, "q", ("a",), tools=LOOK), Example(5, [CONVERSATION[1]], (CALL,))):
+    for example in (Example(5, "q", ("a",), tools=LOOK), Example(5, [CONVERSATION[1]], ([CALL],))):
         with pytest.raises(UserError, match=r"Line 5: .*tools") as caught:
             tokenise_one(example, tokenizer)
         assert caught.value.param == "model"

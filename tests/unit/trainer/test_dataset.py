@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from app.datasets.errors import DatasetError
 from app.datasets.example import Example, Kind, Message
-from app.datasets.reader import DatasetError
 from tests.tiny_model import CHATML, make_tokenizer
 from tests.unit.trainer.work import make_pairs, make_row, write_records
 from worker.trainer import dataset
 from worker.trainer.cache import Cache
-from worker.trainer.data import Recipe, Response, Row, Truncation, rows
+from worker.trainer.data import Recipe, Response, Row, Tally, rows
 from worker.trainer.dataset import Arrays, Rows, load
 from worker.trainer.events import Events, UserError
 
@@ -82,7 +82,7 @@ def test_several_processes_make_the_rows_of_one(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
     several = dataset._tokenise(tmp_path / "data.jsonl", TOKENIZER, Recipe(Kind.PREFERENCE, 16))
     assert list(Rows(several[0])) == list(Rows(one[0]))
-    assert several[1] == one[1] != Truncation()
+    assert several[1] == one[1] != Tally()
 
 
 def test_what_a_process_finds_wrong_reaches_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +158,7 @@ def test_a_file_that_cannot_be_read_leaves_nothing_in_the_cache(tmp_path: Path, 
 
 
 def responses_of(example: Example, need: Kind) -> list[tuple[list[str], bool]]:
-    found = rows([example], TOKENIZER, Recipe(need, 512), Truncation())
+    found = rows([example], TOKENIZER, Recipe(need, 512), Tally())
     return [
         ([TOKENIZER.decode(r.ids).removesuffix("</s>").strip() for r in row.responses], row.desirable) for row in found
     ]
@@ -207,10 +207,10 @@ def scored_text(row: Row, tokenizer: Any) -> list[str]:
 def test_loss_on_turns_scores_every_assistant_turn_and_nothing_else() -> None:
     example = Example(1, CONVERSATION, ("the cat",))
     recipe = Recipe(Kind.SUPERVISED, 512, "turns")
-    (plain,) = rows([example], TOKENIZER, recipe, Truncation())
+    (plain,) = rows([example], TOKENIZER, recipe, Tally())
     assert scored_text(plain, TOKENIZER) == [" which one", " the cat</s>"]
     chat = make_tokenizer(CHATML)
-    (row,) = rows([example], chat, recipe, Truncation())
+    (row,) = rows([example], chat, recipe, Tally())
     assert scored_text(row, chat) == ["which one</s>\n", "the cat</s>\n"]
 
 
@@ -224,14 +224,14 @@ def test_loss_on_turns_is_refused_where_the_template_rewrites_earlier_turns() ->
                 [Example(3, CONVERSATION, ("the cat",))],
                 make_tokenizer(forgetful),
                 Recipe(Kind.SUPERVISED, 512, "turns"),
-                Truncation(),
+                Tally(),
             )
         )
     assert caught.value.param == "loss_on"
 
 
 def test_a_long_conversation_loses_its_beginning_and_keeps_its_last_answer() -> None:
-    cut = Truncation()
+    cut = Tally()
     (row,) = rows([Example(1, CONVERSATION, ("the cat",))], TOKENIZER, Recipe(Kind.SUPERVISED, 16, "turns"), cut)
     assert len(row.responses[0].ids) == 16
     assert row.responses[0].ids[0] == TOKENIZER.bos_token_id
@@ -241,7 +241,7 @@ def test_a_long_conversation_loses_its_beginning_and_keeps_its_last_answer() -> 
 
 def test_a_row_whose_answer_vanishes_is_left_out_and_counted() -> None:
     """The merged boundary token belongs to the answer, and nothing is left of it."""
-    cut = Truncation()
+    cut = Tally()
     example = Example(1, "see", (" ", " the cat"))
     found = list(rows([example, Example(2, "see", (" a", " b"))], TOKENIZER, PAIRS, cut))
     assert [row.line for row in found][-1] == 2

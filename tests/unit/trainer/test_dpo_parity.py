@@ -27,7 +27,7 @@ from tests.unit.trainer.work import (
 )
 from worker.trainer import reference
 from worker.trainer.averages import Averages
-from worker.trainer.data import Recipe, Row, Truncation, rows
+from worker.trainer.data import Recipe, Row, Tally, rows
 from worker.trainer.dataset import Rows
 from worker.trainer.methods import Preference, References
 from worker.trainer.model import Policy
@@ -88,7 +88,7 @@ class Parity:
 def parity(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Parity:
     policy = load(llama, adapter="none")
     examples = [Example(i, p["prompt"], (p["chosen"], p["rejected"])) for i, p in enumerate(PAIRS, 1)]
-    made = Rows.of(rows(examples, policy.tokenizer, Recipe(Kind.PREFERENCE, 512), Truncation()))
+    made = Rows.of(rows(examples, policy.tokenizer, Recipe(Kind.PREFERENCE, 512), Tally()))
     at_start = reference.compute(policy, made)
     disturb(policy, scale=0.02)
     moved = tmp_path_factory.mktemp("moved")

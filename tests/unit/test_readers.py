@@ -1,0 +1,324 @@
+"""The same data, whatever file it is in: JSON Lines, an array, CSV, Parquet; packed, recoded, or wrapped."""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import zipfile
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from app.datasets import limits
+from app.datasets.check import examples, survey
+from app.datasets.errors import DatasetError
+from app.datasets.example import Example
+from app.datasets.mapping import Mapping
+from app.datasets.reader import records
+
+Rows = list[dict[str, Any]]
+Write = Callable[[Rows], bytes]
+
+
+def as_lines(rows: Rows) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def as_array(rows: Rows) -> bytes:
+    return json.dumps(rows, indent=1, ensure_ascii=False).encode()
+
+
+def as_table(rows: Rows) -> bytes:
+    """Lists and objects are JSON in a cell, null is an empty one."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    for row in rows:
+        cells = {
+            name: json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
+            for name, value in row.items()
+        }
+        writer.writerow(cells)
+    return text.getvalue().encode()
+
+
+def as_columns(rows: Rows) -> bytes:
+    file = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    return file.getvalue()
+
+
+def as_columns_and_lines_again(rows: Rows) -> bytes:
+    """As `to_json` writes a table: each row has the members that any row has, null where they were not there."""
+    return as_lines(pyarrow.Table.from_pylist(rows).to_pylist())
+
+
+WRITERS: dict[str, Write] = {
+    "JSON Lines": as_lines,
+    "JSON array": as_array,
+    "CSV": as_table,
+    "Parquet": as_columns,
+    "JSON from a table": as_columns_and_lines_again,
+}
+
+
+def read(content: bytes, mapping: Mapping | None = None) -> list[Example]:
+    return list(examples(io.BytesIO(content), mapping))
+
+
+def contents(found: list[Example]) -> list[tuple[Any, ...]]:
+    """Of each example all but its line."""
+    return [(e.conversation, e.responses, e.desirable, e.tools, e.turns, e.raw) for e in found]
+
+
+texts = st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), max_size=12)
+words = texts.filter(str.strip)
+values = st.one_of(
+    st.integers(-(2**63), 2**63 - 1), st.booleans(), words, st.none(), st.floats(-1e9, 1e9, allow_nan=False)
+)
+
+
+@st.composite
+def arguments(draw: st.DrawFn) -> dict[str, Any]:
+    """Of a call, always of the same types: a column of a table has one type."""
+    found: dict[str, Any] = {"city": draw(words), "id": draw(st.integers(-(2**63), 2**63 - 1))}
+    if draw(st.booleans()):
+        found["unit"] = draw(words)
+    if draw(st.booleans()):
+        found["days"] = draw(st.lists(st.integers(-5, 2**53 + 5), min_size=1, max_size=3))
+    return found
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> list[dict[str, Any]]:
+    turns: list[dict[str, Any]] = []
+    if draw(st.booleans()):
+        turns.append({"role": "system", "content": draw(words)})
+    for _ in range(draw(st.integers(1, 2))):
+        turns.append({"role": "user", "content": draw(words)})
+        if draw(st.booleans()):
+            call = {"type": "function", "function": {"name": "look", "arguments": draw(arguments())}}
+            turns.append({"role": "assistant", "content": draw(texts), "tool_calls": [call]})
+            turns.append({"role": "tool", "content": draw(words), "name": "look"})
+        reasoning = {"reasoning_content": draw(words)} if draw(st.booleans()) else {}
+        turns.append({"role": "assistant", "content": draw(words), **reasoning})
+    return turns
+
+
+def rows_of(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[Rows]:
+    return st.lists(st.fixed_dictionaries(dict(fields)), min_size=1, max_size=5)
+
+
+optional = st.none() | texts
+FORMS = st.one_of(
+    rows_of(prompt=words, chosen=optional, rejected=optional, system=optional),
+    rows_of(prompt=words, completion=words, label=st.booleans() | st.none()),
+    rows_of(prompt=words, completion=words, label=st.sampled_from([0, 1])),
+    rows_of(input=words, output_1=words, output_2=words, label=st.sampled_from([1, 2]) | st.none()),
+    rows_of(prompt=words, responses=st.lists(words, min_size=2, max_size=4), scores=st.just([1, 2.5, 3, 4])),
+    rows_of(messages=conversations()),
+    rows_of(text=words, score=values),
+)
+
+
+def outcome(content: bytes) -> Any:
+    try:
+        return contents(read(content))
+    except DatasetError as error:
+        return error.field, error.reason.split(":")[0]
+
+
+@given(FORMS)
+@settings(deadline=None, max_examples=150)
+def test_the_same_rows_are_the_same_examples_in_every_file(rows: Rows) -> None:
+    """Whatever is null, missing or a long whole number in them."""
+    for row in rows:
+        if "scores" in row:
+            row["scores"] = row["scores"][: len(row["responses"])]
+    try:
+        written = {name: write(rows) for name, write in WRITERS.items()}
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError):  # a column of several types, which a table has not
+        written = {name: WRITERS[name](rows) for name in ("JSON Lines", "JSON array")}
+    expected = outcome(written["JSON Lines"])
+    for name, content in written.items():
+        assert outcome(content) == expected, name
+
+
+def test_what_a_table_made_null_was_never_said() -> None:
+    """Arrow gives every call all arguments that any call has."""
+
+    def row(**said: Any) -> dict[str, Any]:
+        call = {"type": "function", "function": {"name": "look", "arguments": said}}
+        return {
+            "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        }
+
+    rows = [row(city="Paris"), row(city="Rome", unit="C"), row(city="Oslo", code=9007199254740993)]
+    for name in ("JSON Lines", "Parquet", "JSON from a table"):
+        answers = [example.responses[0] for example in read(WRITERS[name](rows))]
+        said = [turns[0]["tool_calls"][0]["function"]["arguments"] for turns in answers if not isinstance(turns, str)]
+        assert said == [{"city": "Paris"}, {"city": "Rome", "unit": "C"}, {"city": "Oslo", "code": 9007199254740993}]
+
+
+@pytest.mark.parametrize("number", [2**53 + 1, 2**63, 2**64 + 1, 10**30, -(10**25) - 1])
+def test_whole_numbers_stay_whole(number: int) -> None:
+    call = {"function": {"name": "look", "arguments": {"id": number}}}
+    written = {"function": {"name": "look", "arguments": json.dumps({"id": number})}}
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call, written]}]
+    for write in (as_lines, as_array, as_table):
+        (example,) = read(write([{"messages": turns}]))
+        (answer,) = example.responses
+        assert isinstance(answer, list)
+        assert [one["function"]["arguments"] for one in answer[0]["tool_calls"]] == [{"id": number}, {"id": number}]
+
+
+# -- how a file is packed, coded and wrapped ------------------------------------------------------------------
+
+ROWS: Rows = [{"prompt": f"π {k}", "chosen": 'a "b"\n', "rejected": "naïve 🙂"} for k in range(300)]
+
+
+def in_zip(content: bytes, *others: str) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("folder/rows.jsonl", content)
+        for name in others:
+            archive.writestr(name, b"x")
+    return file.getvalue()
+
+
+PACKED: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": gzip.compress,
+    "gzip, two members": lambda content: gzip.compress(content[:100]) + gzip.compress(content[100:]),
+    "bzip2": bz2.compress,
+    "bzip2, two streams": lambda content: bz2.compress(content[:100]) + bz2.compress(content[100:]),
+    "xz": lzma.compress,
+    "xz, two streams": lambda content: lzma.compress(content[:100]) + b"\0" * 8 + lzma.compress(content[100:]),
+    "Zstandard": zstandard.compress,
+    "Zstandard, two frames": lambda content: zstandard.compress(content[:100]) + zstandard.compress(content[100:]),
+    "ZIP": in_zip,
+    "ZIP from a Mac": lambda content: in_zip(content, "__MACOSX/folder/._rows.jsonl"),
+    "UTF-8 with a mark": lambda content: b"\xef\xbb\xbf" + content,
+    "UTF-16, as PowerShell writes it": lambda content: content.decode().encode("utf-16"),
+    "UTF-16, the other order": lambda content: b"\xfe\xff" + content.decode().encode("utf-16-be"),
+    "UTF-16 in gzip": lambda content: gzip.compress(content.decode().encode("utf-16")),
+}
+
+
+@pytest.mark.parametrize("kind", PACKED)
+@pytest.mark.parametrize("writer", ["JSON Lines", "JSON array", "CSV"])
+def test_what_a_file_is_packed_in_changes_nothing(kind: str, writer: str) -> None:
+    content = WRITERS[writer](ROWS)
+    assert [record for _, record in records(io.BytesIO(PACKED[kind](content)))] == ROWS
+
+
+@pytest.mark.parametrize("kind", ["gzip", "bzip2", "xz", "Zstandard", "ZIP"])
+def test_what_is_cut_off_or_damaged_is_told(kind: str) -> None:
+    content = PACKED[kind](as_lines(ROWS * 20))
+    for broken in (content[: len(content) // 2], content[:-4], content[:40] + b"\xff\x00\xff" + content[43:]):
+        with pytest.raises(DatasetError, match=r"damaged or cut off|cannot be read"):
+            list(records(io.BytesIO(broken)))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"7z\xbc\xaf\x27\x1c rest", "7-Zip"),
+        (b"Rar!\x1a\x07 rest", "RAR"),
+        (b"ARROW1\0\0 rest", "Arrow IPC file; write it as Parquet"),
+        (b"SQLite format 3\0", "SQLite"),
+        (b"\x04\x22\x4d\x18 rest", "LZ4"),
+        (b"%PDF-1.7", "PDF"),
+        (b"\x80\x04\x95 pickled", "never read"),
+        (b"x" * 257 + b"ustar\0" + b"x" * 100, "tar archive"),
+        (gzip.compress(b"x" * 257 + b"ustar\0" + b"x" * 100), "tar archive"),
+        (in_zip(b"{}", "other.jsonl"), "holds 2"),
+        (in_zip(b"{}", "[Content_Types].xml"), "Excel"),
+        (gzip.compress(b"PAR1 and more"), "Parquet file inside gzip"),
+        ('{"text": "é"}'.encode("utf-32"), "UTF-32"),
+        ('{"text": "e"}'.encode("utf-16-le"), "without a byte order mark"),
+        ('{"text": "é"}\n'.encode("latin-1"), "Windows-1252 or Latin-1"),
+        ('[{"text": "é"}]'.encode("latin-1"), "save the file as UTF-8"),
+        ("text\né\n".encode("latin-1"), "Windows-1252 or Latin-1"),
+    ],
+)
+def test_what_is_not_read_is_named(content: bytes, says: str) -> None:
+    with pytest.raises(DatasetError, match=says):
+        list(records(io.BytesIO(content)))
+
+
+@pytest.mark.parametrize("before", ["{", '{"version": "1.0", "count": 3, "ok": true, "next": null, ', "\n {\n"])
+@pytest.mark.parametrize("name", ["data", "rows", "examples"])
+@pytest.mark.parametrize("after", ["}", ', "license": {"name": "MIT"}}\n', " \n}"])
+def test_an_object_around_the_rows_is_passed_over(before: str, name: str, after: str) -> None:
+    content = f'{before}"{name}": {as_array(ROWS).decode()}{after}'.encode()
+    found = list(records(io.BytesIO(content)))
+    assert [record for _, record in found] == ROWS
+    assert found[0][0] == 1 + before.count("\n") + 1
+
+
+def test_an_object_that_is_damaged_behind_its_rows_is_told() -> None:
+    with pytest.raises(DatasetError, match="after the rows"):
+        list(records(io.BytesIO(b'{"data": [{"text": "a"}], oops}')))
+
+
+def test_a_table_of_one_column_is_a_table() -> None:
+    for content in (
+        b"text\none, two\nthree\n",
+        b'Text \n"one, two"\nthree\n',
+        b'\xef\xbb\xbftext\r\n"one, two"\r\nthree\r\n',
+    ):
+        if content.startswith(b"text\none"):
+            with pytest.raises(DatasetError, match="has 2 columns, the header 1"):
+                read(content)
+        else:
+            assert [example.responses for example in read(content)] == [("one, two",), ("three",)]
+    assert [example.prompt for example in read(b"prompt\nwhy?\nhow?\n")] == ["why?", "how?"]
+
+
+def test_an_answer_that_looks_like_json_is_an_answer() -> None:
+    rows = [
+        {"prompt": "as JSON", "chosen": '{"from": "Paris", "to": "Rome"}', "rejected": '[{"role": "admin"}]'},
+        {"prompt": "and so", "chosen": "[]", "rejected": '{"a": [1, 2]}'},
+    ]
+    assert contents(read(as_table(rows))) == contents(read(as_lines(rows)))
+
+
+@pytest.mark.parametrize("names", [("Prompt", "Chosen", "Rejected"), (" prompt", "chosen ", "REJECTED")])
+def test_columns_may_differ_in_case_and_spaces(names: tuple[str, ...]) -> None:
+    rows = [dict(zip(names, row.values(), strict=True)) for row in ROWS[:3]]
+    for name in ("JSON Lines", "CSV", "Parquet"):
+        assert contents(read(WRITERS[name](rows))) == contents(read(as_lines(ROWS[:3])))
+    mapping = Mapping(prompt="PROMPT", chosen="chosen", rejected="Rejected")
+    assert contents(read(as_lines(rows), mapping)) == contents(read(as_lines(ROWS[:3])))
+
+
+def test_nan_in_a_column_that_nobody_reads_harms_nobody() -> None:
+    rows = [row | {"score": float("nan"), "more": [float("inf")]} for row in ROWS[:3]]
+    for write in (as_lines, as_array):
+        assert contents(read(write(rows))) == contents(read(as_lines(ROWS[:3])))
+    text = as_lines([{"prompt": "p", "chosen": "NaN", "rejected": "b", "score": float("nan")}])
+    assert read(text)[0].responses == ("NaN", "b")
+
+
+def test_an_array_of_large_records_is_read_at_any_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"text": "🙂" * 700 + '\\"\\\\ ] } ,'}, {"text": "x" * 3000}]
+    for chunk in (1, 7, 64, 1000):
+        monkeypatch.setattr(limits, "CHUNK", chunk)
+        assert [record for _, record in records(io.BytesIO(as_array(rows)))] == rows
+
+
+def test_more_answers_than_make_sense_are_refused() -> None:
+    """K answers are K (K − 1) / 2 pairs."""
+    row = {"prompt": "q", "responses": [f"a{k}" for k in range(limits.MAX_ANSWERS + 1)]}
+    error = survey(io.BytesIO(as_lines([row]))).error
+    assert error is not None and error["field"] == "responses" and "at most 64" in error["reason"]
+    row["responses"] = row["responses"][:-1]
+    assert survey(io.BytesIO(as_lines([row]))).kept == 1
