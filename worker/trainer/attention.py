@@ -5,6 +5,7 @@ interface hands it queries, keys and values, its scaling, sliding window and sof
 caller passed to `forward`. Nothing of the model is patched.
 """
 
+import re
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -92,7 +93,7 @@ def tree_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    _attention_mask: Tensor | None,
+    attention_mask: Tensor | None = None,  # the tree is the mask; some models pass this by name
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -196,6 +197,16 @@ def windows(model: Any) -> set[int | None]:
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
     return {window if kind == "sliding_attention" else None for kind in kinds}
+
+
+def window_sizes(model: Any) -> set[int]:
+    """Whatever in the configuration of `model` may bound how far a token looks back, in tokens."""
+    config = model.config.get_text_config()
+    return {
+        value
+        for name, value in config.to_dict().items()
+        if re.search(r"window|chunk_size|local_attention", name) and type(value) is int and value > 1
+    }
 
 
 def rope_kinds(model: Any) -> set[str]:

@@ -16,25 +16,24 @@ from torch import Tensor, nn
 
 
 class _AddDelta(torch.autograd.Function):
-    """`output` + scaling · x Aᵀ Bᵀ, in place. Shapes: output [..., out], x [..., in], A [r, in], B [out, r]."""
+    """`output` + scaling · x Aᵀ Bᵀ, in place. Shapes: output [n, out], x [n, in], A [r, in], B [out, r]."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-        flat, low = x.flatten(0, -2), (x.flatten(0, -2) @ a.to(x.dtype).t())
-        output.view(-1, output.shape[-1]).addmm_(low.to(output.dtype), b.to(output.dtype).t(), alpha=scaling)
+        low = x @ a.to(x.dtype).t()
+        output.addmm_(low.to(output.dtype), b.to(output.dtype).t(), alpha=scaling)
         ctx.mark_dirty(output)
-        ctx.save_for_backward(flat, low, a, b)
-        ctx.scaling, ctx.shape = scaling, x.shape
+        ctx.save_for_backward(x, low, a, b)
+        ctx.scaling = scaling
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, low, a, b = ctx.saved_tensors
-        flat = grad.flatten(0, -2)
-        grad_low = (flat @ b.to(flat.dtype)).mul_(ctx.scaling)
-        grad_x = (grad_low.to(x.dtype) @ a.to(x.dtype)).view(ctx.shape) if ctx.needs_input_grad[1] else None
+        grad_low = (grad @ b.to(grad.dtype)).mul_(ctx.scaling)
+        grad_x = grad_low.to(x.dtype) @ a.to(x.dtype) if ctx.needs_input_grad[1] else None
         grad_a = (grad_low.t() @ x.to(grad_low.dtype)).to(a.dtype)
-        grad_b = (low.to(flat.dtype).t() @ flat).t().mul(ctx.scaling).to(b.dtype)
+        grad_b = (low.to(grad.dtype).t() @ grad).t().mul(ctx.scaling).to(b.dtype)
         return grad, grad_x, grad_a, grad_b, None
 
 
@@ -46,8 +45,10 @@ class _AddsDelta:
         if self.disable_adapters or self.merged or len(names) != 1 or not self._is_plain(names[0]):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
         a, b = self.lora_A[names[0]].weight, self.lora_B[names[0]].weight
-        output = self.base_layer(x)
-        return _AddDelta.apply(output, x.to(output.dtype), a, b, self.scaling[names[0]])  # type: ignore[no-any-return, no-untyped-call]
+        flat = x.flatten(0, -2)  # of three dimensions, a quantised layer with a bias gives a view, which stays as it is
+        output = self.base_layer(flat)
+        output = _AddDelta.apply(output, flat.to(output.dtype), a, b, self.scaling[names[0]])  # type: ignore[no-untyped-call]
+        return output.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
 
     def _is_plain(self: Any, name: str) -> bool:
         """Whether adapter `name` is nothing but two matrices: no DoRA, no dropout that acts, no bias."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -12,12 +13,23 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.quantizers.base import get_keys_to_not_convert
 
 from app.jobs.spec import Adapter, JobSpec
-from worker.trainer.attention import NAME, SHAREABLE_ROPE, TreeMask, padding_mask, rope_kinds, why_not_shared, windows
+from worker.trainer.attention import (
+    NAME,
+    SHAREABLE_ROPE,
+    TreeMask,
+    padding_mask,
+    rope_kinds,
+    why_not_shared,
+    window_sizes,
+    windows,
+)
 from worker.trainer.data import Row, Tokenizer
 from worker.trainer.events import Events, UserError
+from worker.trainer.linears import adaptable, is_ordinary, not_quantised, short_names
 from worker.trainer.logps import Head, TokenScores, score_tokens
 from worker.trainer.lora import with_fast_layers
 from worker.trainer.packing import Pack, Packing, tree_pack, trees
@@ -27,14 +39,8 @@ CPU_BUDGET, CUDA_BUDGET = 2048, 8192
 """Tokens of a pack: long ones spread over more tokens what a pass costs whatever its length, on a GPU the unpacking
 of quantised weights above all."""
 REWARD_HEAD = "reward_head.safetensors"
-_DROPOUTS = (
-    "attention_dropout",
-    "hidden_dropout",
-    "activation_dropout",
-    "resid_dropout",
-    "embd_dropout",
-    "dropout",
-)
+_RANDOM = re.compile(r"dropout|drop_prob|drop_rate|layerdrop|drop_path|jitter|noise")
+"""Numbers of modules and of configurations by which a model draws at random while it trains."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,8 @@ class Policy:
     compiled: bool = False
     reward_head: nn.Linear | None = None
     _dropout: dict[nn.Dropout, float] = field(default_factory=dict)
+    _silenced: list[tuple[Any, str, float]] = field(default_factory=list)
+    """What the base model's configuration says of its own dropout: (configuration, name, value)."""
 
     @property
     def causal(self) -> Any:
@@ -180,12 +188,12 @@ class Policy:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     def check(self, rows: Sequence[Row], events: Events) -> None:
-        """Hold this engine's log-probs of the first pack's rows against the model's own logits, one response a row.
+        """Hold this engine's log-probs of some of the first rows against the model's own logits, one response a row.
 
         A tree that is off falls back to one response a row, with an event. A head that is off ends the job:
         wrong log-probs must not train anything.
         """
-        numbers = sorted(range(min(len(rows), CHECKED_FROM)), key=lambda n: rows[n].tokens)[:CHECKED_ROWS]
+        numbers = self._to_check(rows)
         scored = torch.tensor([sum(r.scored) for number in numbers for r in rows[number].responses])
         with torch.no_grad():
             expected = torch.cat([self._own_logps(rows[number]) for number in numbers])
@@ -200,12 +208,25 @@ class Policy:
             if reason is not None:
                 self.shared = False
                 events.message(f"Prompts are not shared: {reason}.", level="warn")
-            if not self.shared and not _close(self._checked_logps(rows, numbers), expected, tolerance):
-                raise UserError(
-                    "unsupported_model",
-                    f"The output head of '{self.name}' does more to its logits than this engine knows of.",
-                    "model",
-                )
+            if self.shared or _close(self._checked_logps(rows, numbers), expected, tolerance):
+                return
+            again = torch.cat([self._own_logps(rows[number]) for number in numbers])
+        if not _close(again, expected, tolerance):
+            message = f"'{self.name}' gives other log-probs each time: something in it draws at random while it trains."
+            raise UserError("unsupported_model", message, "model")
+        message = f"The output head of '{self.name}' does more to its logits than this engine knows of."
+        raise UserError("unsupported_model", message, "model")
+
+    def _to_check(self, rows: Sequence[Row]) -> list[int]:
+        """The rows that the check looks at: the shortest few of the first ones, and where the model has a window, one
+        that is longer, since shorter ones do not show it.
+        """
+        numbers = sorted(range(min(len(rows), CHECKED_FROM)), key=lambda n: rows[n].tokens)
+        chosen, widest = numbers[:CHECKED_ROWS], max(window_sizes(self.causal), default=None)
+        if widest is not None and numbers:
+            longer = (n for n in numbers if len(rows[n].prompt) + len(rows[n].responses[0].ids) > widest)
+            chosen.append(next(longer, numbers[-1]))
+        return list(dict.fromkeys(chosen))
 
     def _why_off(self, rows: Sequence[Row], numbers: list[int], expected: Tensor, tolerance: Tensor) -> str | None:
         """What is wrong with the log-probs of shared prompts; None where nothing is."""
@@ -246,6 +267,17 @@ class Policy:
         finally:
             self.causal.set_attn_implementation(current)
 
+    @contextmanager
+    def _own_configuration(self) -> Iterator[None]:
+        """The model with the configuration that it came with."""
+        for config, name, value in self._silenced:
+            setattr(config, name, value)
+        try:
+            yield
+        finally:
+            for config, name, _ in self._silenced:
+                setattr(config, name, 0.0)
+
     def digest(self) -> str:
         """A hash of all weights and of the configuration, to name what was computed from them.
 
@@ -273,7 +305,7 @@ class Policy:
     def save(self, folder: Path) -> None:
         """Write the adapter (PEFT) or the whole model (transformers), and the tokenizer, into `folder`."""
         if self.full:
-            with self.own_attention_in_use():
+            with self.own_attention_in_use(), self._own_configuration():
                 self.model.save_pretrained(folder)
         else:
             # "auto" would look the base model up on the hub; the head and the embeddings are frozen anyway.
@@ -291,7 +323,7 @@ class Policy:
 
 
 CHECKED_FROM, CHECKED_ROWS = 256, 3
-"""The check before training takes the shortest few of the first rows."""
+"""The check before training takes the shortest few of so many first rows."""
 
 
 def shortest(pack: Pack) -> Tensor:
@@ -368,7 +400,7 @@ def wrap(
 ) -> Policy:
     """A policy of a transformers `model` that is on its device already, with the adapter that `spec` asks for."""
     full, own, device = spec.adapter == "none", model.config._attn_implementation, model.device
-    _silence_dropout(model)
+    silenced = _silence(model)
     if not full:
         torch.manual_seed(spec.seed or 0)
         model.requires_grad_(False)
@@ -377,6 +409,7 @@ def wrap(
     cuda = device.type == "cuda"
     packing = Packing(CUDA_BUDGET if cuda else CPU_BUDGET, fixed=cuda)
     policy = Policy(model, tokenizer, base.name, base.revision, full, device, packing, own)
+    policy._silenced = silenced
     policy._dropout = {m: m.p for m in model.modules() if isinstance(m, nn.Dropout) and m.p > 0}
     policy.set_dropout(False)
     if spec.method.dpo is not None and spec.method.dpo.hyperparameters.rewards:
@@ -410,34 +443,78 @@ def _load_base(folder: Path, quantization: str, device: torch.device, full: bool
         local_files_only=True,
         use_safetensors=True,
         device_map={"": device},
-        **quantisation(quantization, dtype),
+        **quantisation(quantization, dtype, folder),
     )
 
 
-def quantisation(name: str, dtype: torch.dtype) -> dict[str, Any]:
-    """transformers' options for `nf4`, `int8` or `none`; `dtype` is what is computed in."""
+def quantisation(name: str, dtype: torch.dtype, folder: Path) -> dict[str, Any]:
+    """transformers' options for `nf4`, `int8` or `none` of the model in `folder`; `dtype` is what is computed in."""
+    if name == "none":
+        return {}
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    skipped = not_quantised(empty)
+    # A list of our own takes the place of transformers', which has the head in it.
+    skip = [*get_keys_to_not_convert(empty), *skipped] if skipped else None
     if name == "nf4":
         config = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=skip,
         )
-    elif name == "int8":
-        config = BitsAndBytesConfig(load_in_8bit=True)
     else:
-        return {}
+        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
     return {"quantization_config": config}
 
 
-def _silence_dropout(model: nn.Module) -> None:
-    """Switch off the base model's own dropout, in modules and in the attributes that attention reads."""
+def _silence(model: Any) -> list[tuple[Any, str, float]]:
+    """Switch off whatever the base model draws at random in training: dropout of every kind, and jitter.
+
+    It is in modules, in attributes that their code reads, and in the configuration. Returns what the configuration
+    said, for the artifact.
+    """
+    configs: dict[int, Any] = {}
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name in _DROPOUTS:
-            if isinstance(getattr(module, name, None), float):
+        if "Dropout" in type(module).__name__:
+            for name in ("p", "drop_prob"):
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.0)
+        for name in [name for name in vars(module) if _RANDOM.search(name)]:
+            if isinstance(getattr(module, name), float):
                 setattr(module, name, 0.0)
+        config = getattr(module, "config", None)
+        if config is not None:
+            configs[id(config)] = config
+    said = [
+        (config, name, value)
+        for config in configs.values()
+        for name, value in vars(config).items()
+        if _RANDOM.search(name) and isinstance(value, float) and value != 0.0
+    ]
+    for config, name, _ in said:
+        setattr(config, name, 0.0)
+    return said
+
+
+def _targets(model: Any, named: str | list[str]) -> list[str]:
+    """Names by which PEFT finds the layers that get an adapter. Raises `UserError` for those that cannot have one."""
+    modules = dict(model.named_modules())
+    if isinstance(named, list):
+        for name, module in modules.items():
+            asked = next((one for one in named if name == one or name.endswith(f".{one}")), None)
+            if asked is not None and isinstance(module, nn.Linear) and not is_ordinary(module):
+                message = f"'{asked}' ({type(module).__name__}) gives more than its product, which LoRA cannot add to."
+                raise UserError("invalid_value", message, "adapter.target_modules")
+        return named
+    found = adaptable(model)
+    if not found:
+        message = (
+            "The model has no linear layers that an adapter could sit on; train all parameters: 'adapter': 'none'."
+        )
+        raise UserError("unsupported_model", message, "adapter")
+    return short_names(found, modules)
 
 
 def _with_adapter(model: Any, spec: JobSpec, start: Path | None, trainable: bool) -> Any:
@@ -449,7 +526,7 @@ def _with_adapter(model: Any, spec: JobSpec, start: Path | None, trainable: bool
         r=adapter.r,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
-        target_modules=adapter.target_modules,
+        target_modules=_targets(model, adapter.target_modules),
         use_rslora=adapter.use_rslora,
         use_dora=adapter.use_dora,
         # GPT-2's linear layers keep their weights transposed.

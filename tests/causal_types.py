@@ -1,0 +1,115 @@
+"""A tiny random model of every causal type that transformers has."""
+
+import re
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+WINDOW = 6
+LIMITS = (
+    (r"^vocab_size$|vocab_size$", 320),
+    (r"max_position_embeddings|^n_positions$|^max_seq_len$|^seq_length$|^n_ctx$", 64),
+    (r"^(sliding_window|sliding_window_size|attention_chunk_size|window_size|attention_window_size)$", WINDOW),
+    (r"experts_per_tok|top_k(_experts)?$|moe_topk|moe_k$|num_experts_per_token", 2),
+    (r"num_(local_|routed_|dense_)?experts$|n_routed_experts|moe_num_experts|n_experts|expert_num", 4),
+    (r"^n_group$|^topk_group$|n_shared_experts|num_shared_experts|moe_num_shared_experts", 1),
+    (r"intermediate_size|ffn_dim|ffn_hidden|^n_inner$|inner_dim|ff_size|mlp_hidden|expert_hidden_size|d_ff", 48),
+    (r"lora_rank|index_topk|rank$", 8),
+    (r"layers$|^n_layer$|num_blocks|^depth$", 2),
+    (r"key_value_heads$|kv_heads$|n_kv_head", 2),
+    (r"heads$|^n_head$", 4),
+    (r"head_dim$|head_size$|qk_nope|qk_rope|v_head|dim_head|^d_kv$|head_width", 8),
+    (r"state_size|^d_state$|ssm_state", 4),
+    (
+        r"^(hidden_size|d_model|n_embd|embed_dim|embedding_size|word_embed_proj_dim|dim|cross_attention_hidden_size)$",
+        32,
+    ),
+)
+"""By its name, how large a number of a configuration may be."""
+FIXED: dict[str, Any] = {"initializer_range": 0.2, "init_std": 0.2, "use_cache": False}
+
+
+TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+UNSAID = {"head_dim": 8, "num_key_value_heads": 2}
+"""What a configuration must say that leaves it open."""
+
+
+def small(values: dict[str, Any]) -> dict[str, Any]:
+    """Of the numbers of a configuration those that are to be others, nested configurations included."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and name.endswith("config") and name != "per_layer_config":
+            found[name] = {k: v for k, v in value.items() if v is not None} | small(value)
+        elif name.endswith("token_id"):
+            found[name] = TOKENS.get(name, 3) if isinstance(value, int) else value
+        elif name.endswith("token_ids"):
+            found[name] = None
+        elif type(value) is int:
+            for pattern, most in LIMITS:
+                if re.search(pattern, name):
+                    found[name] = min(value, most)
+                    break
+        elif value is None and name in UNSAID:
+            found[name] = UNSAID[name]
+        elif name in FIXED:
+            found[name] = FIXED[name]
+        elif name in ("layer_types", "mlp_layer_types", "layers_block_type") and isinstance(value, list):
+            found[name] = value[:1] + value[-1:]
+        elif name == "per_layer_config":
+            found[name] = None
+    return found
+
+
+def tiny_config(kind: str) -> Any:
+    """A configuration of the causal type `kind` with a model of some ten thousand parameters."""
+    cls = CONFIG_MAPPING[kind]
+    wanted = small(cls().to_dict())
+    for name, value in OVERRIDES.get(kind, {}).items():
+        wanted[name] = wanted.get(name, {}) | value if isinstance(value, dict) and name.endswith("config") else value
+    return cls(**{name: value for name, value in wanted.items() if value is not DELETE})
+
+
+DELETE = object()
+"""In the place of a value that is to be the configuration's own."""
+_ROPE = {"rope_theta": 1e4, "rope_type": "default"}
+_GEMMA = {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": 320, "hidden_size_per_layer_input": 8}
+_QWEN4 = {
+    "layer_types": ["linear_attention", "indexed_attention"], "num_experts": 4, "num_experts_per_tok": 2,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "ngram_vocab_size_base": 320, "hc_lowrank": 8,
+    "ple_embed_dim": 32, "make_ngram_vocab_size_divisible_by": 8, "split_ngram_parts": 2, "index_topk": 8,
+    "indexer_n_heads": 2, "indexer_head_dim": 8,
+}  # fmt: skip
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "blt": {"encoder_hash_byte_group_vocab": 64},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
+    "cpmant": {"dim_ff": 48},
+    "ctrl": {"dff": 48},
+    "dbrx": {"attn_config": DELETE, "ffn_config": DELETE, "n_heads": 4, "n_layers": 2, "d_model": 32},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "dots3_note": {"num_key_value_heads": 4},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "gemma3n": {"text_config": {"intermediate_size": [48, 48], "activation_sparsity_pattern": [0.0, 0.0], **_GEMMA}},
+    "gemma3n_text": {"intermediate_size": [48, 48], "activation_sparsity_pattern": [0.0, 0.0], "laurel_rank": 8,
+                     "layer_types": ["sliding_attention", "full_attention"], **_GEMMA},
+    "gemma4": {"text_config": _GEMMA},
+    "gemma4_text": _GEMMA,
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
+    "qwen4_exp": {"text_config": _QWEN4},
+    "qwen4_exp_text": _QWEN4,
+    "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "local"], "feed_forward_size": 48,
+                 "attention_head_size": 8, "local_attn_chunk_length": 8},
+    "xlm": {"emb_dim": 32},
+}  # fmt: skip
+"""What the rules above do not find, by type."""
+
+
+def tiny_model(kind: str) -> Any:
+    """A random model of the type, the same bits each time."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(tiny_config(kind))
