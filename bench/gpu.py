@@ -55,8 +55,9 @@ from worker.trainer.checkpoint import State
 from worker.trainer.data import Response, Row
 from worker.trainer.dataset import Rows
 from worker.trainer.events import Events, UserError
+from worker.trainer.loading import wrap
 from worker.trainer.methods import Preference, References, Supervised
-from worker.trainer.model import Policy, wrap
+from worker.trainer.model import Policy
 from worker.trainer.reference import compute
 from worker.trainer.throughput import layer_weights, needed_flops, peak_flops
 

@@ -59,7 +59,9 @@ def small(values: dict[str, Any]) -> dict[str, Any]:
         elif name in ("layer_types", "mlp_layer_types", "layers_block_type") and isinstance(value, list):
             found[name] = value[:1] + value[-1:]
         elif name == "per_layer_config":
-            found[name] = None
+            found[name] = {}
+    if "kv_lora_rank" in found:  # latent attention has a key for each query
+        found |= {"num_key_value_heads": found["num_attention_heads"], "qk_head_dim": 16}
     return found
 
 
@@ -81,25 +83,29 @@ _QWEN4 = {
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "ngram_vocab_size_base": 320, "hc_lowrank": 8,
     "ple_embed_dim": 32, "make_ngram_vocab_size_divisible_by": 8, "split_ngram_parts": 2, "index_topk": 8,
-    "indexer_n_heads": 2, "indexer_head_dim": 8,
+    "indexer_n_heads": 2, "indexer_head_dim": 8, "indexer_kv_heads": 2, "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
 }  # fmt: skip
 OVERRIDES: dict[str, dict[str, Any]] = {
     "blt": {"encoder_hash_byte_group_vocab": 64},
+    "codegen": {"rotary_dim": 4},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
     "cpmant": {"dim_ff": 48},
     "ctrl": {"dff": 48},
     "dbrx": {"attn_config": DELETE, "ffn_config": DELETE, "n_heads": 4, "n_layers": 2, "d_model": 32},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
-    "dots3_note": {"num_key_value_heads": 4},
-    "dots3_note_text": {"num_key_value_heads": 4},
+    "dots3_note": {"num_key_value_heads": 4, "rope_parameters": DELETE},
+    "dots3_note_text": {"num_key_value_heads": 4, "rope_parameters": DELETE},
     "gemma3n": {"text_config": {"intermediate_size": [48, 48], "activation_sparsity_pattern": [0.0, 0.0], **_GEMMA}},
     "gemma3n_text": {"intermediate_size": [48, 48], "activation_sparsity_pattern": [0.0, 0.0], "laurel_rank": 8,
                      "layer_types": ["sliding_attention", "full_attention"], **_GEMMA},
     "gemma4": {"text_config": _GEMMA},
     "gemma4_text": _GEMMA,
+    "gptj": {"rotary_dim": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
+    "nemotron_h": {"mamba_n_groups": 2, "n_groups": 2, "layers_block_type": ["linear_attention", "full_attention"]},
     "qwen4_exp": {"text_config": _QWEN4},
     "qwen4_exp_text": _QWEN4,
     "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "local"], "feed_forward_size": 48,

@@ -12,9 +12,10 @@ import torch
 from app.jobs.spec import Adapter, JobSpec
 from worker.trainer import reward
 from worker.trainer.events import Events
+from worker.trainer.loading import load_policy
 from worker.trainer.memory import free_host_bytes
 from worker.trainer.methods import Found
-from worker.trainer.model import Base, Policy, load_policy
+from worker.trainer.model import Base, Policy
 from worker.trainer.plan import Stage
 
 DRIFT_ROWS = 32

@@ -98,20 +98,23 @@ def tree_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     *,
-    tree: TreeMask,
+    s_aux: Tensor | None = None,
+    tree: TreeMask | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """softmax(Q Kᵀ · scaling) V over the pack of `tree`.
+    """softmax(Q Kᵀ · scaling) V over the pack of `tree`; with `s_aux` [H], an attention sink in each head.
 
     Shapes: `query` [B, H, T, D]; `key`, `value` [B, H or fewer, T, D]. Returns [B, T, H, D]. Dropout is off, always:
     one mask is drawn for a prompt, and it would be that of all its responses.
     """
+    if tree is None:
+        raise ValueError("the model does not hand options of its forward pass to its attention")
     if query.device.type == "cuda":
-        attended = _flex(query, key, value, tree.blocks(sliding_window), scaling, softcap)
+        attended = _flex(query, key, value, tree.blocks(sliding_window), scaling, softcap, s_aux)
     else:
         # Tree by tree: most of a pack's dense mask would be zeros, which SDPA computes all the same.
         parts = [
-            _attend(query[:, :, i:j], key[:, :, i:j], value[:, :, i:j], mask, scaling, softcap)
+            _attend(query[:, :, i:j], key[:, :, i:j], value[:, :, i:j], mask, scaling, softcap, s_aux)
             for i, j, mask in tree.trees(sliding_window)
         ]
         attended = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
@@ -119,11 +122,21 @@ def tree_attention(
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """Attention within one tree, causal where it has no mask. SDPA has no scores c · tanh(s / c), so they are made."""
+    """Attention within one tree, causal where it has no mask.
+
+    SDPA has no scores c · tanh(s / c), and no sink, which takes part in the softmax and has no value: the scores are
+    made then.
+    """
     grouped = query.shape[1] != key.shape[1]
-    if softcap is None:
+    if softcap is None and sinks is None:
         return scaled_dot_product_attention(
             query, key, value, mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
         )
@@ -131,19 +144,34 @@ def _attend(
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     seen = torch.ones_like(scores[0, 0], dtype=torch.bool).tril() if mask is None else mask
-    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~seen, -torch.inf)
-    return scores.softmax(-1) @ value
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+    return scores.softmax(-1)[..., : key.shape[2]] @ value
 
 
 def _flex(
-    query: Tensor, key: Tensor, value: Tensor, blocks: Any, scaling: float | None, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: Any,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    grouped = query.shape[1] != key.shape[1]
-    cap = None if softcap is None else _cap(softcap)
-    attended: Tensor = _compiled_flex()(
-        query, key, value, score_mod=cap, block_mask=blocks, scale=scaling, enable_gqa=grouped
-    )
-    return attended
+    options = {"block_mask": blocks, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+    options["score_mod"] = None if softcap is None else _cap(softcap)
+    attended: Tensor
+    if sinks is None:
+        attended = _compiled_flex()(query, key, value, **options)
+        return attended
+    # Σ exp(s) becomes Σ exp(s) + exp(sink): the output times exp(lse) / (exp(lse) + exp(sink)) = σ(lse − sink).
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    attended, found = _compiled_flex()(query, key, value, return_aux=AuxRequest(lse=True), **options)
+    weight = torch.sigmoid(found.lse - sinks.to(found.lse.dtype)[None, :, None])
+    return attended * weight[..., None].to(attended.dtype)
 
 
 @cache

@@ -27,11 +27,12 @@ from app.evaluations.spec import Sampling as SpecSampling
 from app.jobs.spec import JobSpec
 from worker.classifier import BadClassifier, LinearClassifier
 from worker.judges.questions import questions, verdicts
-from worker.trainer import data, dataset, reference, reward
+from worker.trainer import data, dataset, exactness, reference, reward
 from worker.trainer.cache import Cache
 from worker.trainer.data import Recipe, Response, Row
 from worker.trainer.events import Events, Stopped, UserError
-from worker.trainer.model import Base, Policy, load_policy
+from worker.trainer.loading import load_policy
+from worker.trainer.model import Base, Policy
 from worker.trainer.plan import DEFAULT_MAX_LENGTH
 from worker.trainer.rendering import Renderer
 from worker.trainer.sampling import Sampling, Wanted, batches, sample
@@ -154,7 +155,7 @@ class Evaluator:
             Row(rows[key[1]].line, prompts[key[1]].ids, (Response(made[key].ids, (True,) * len(made[key].ids)),))
             for key in keys
         )
-        policy.check(answers, self.events)
+        exactness.check(policy, answers, self.events)
         under = reference.compute(policy, answers, tick=self._tick).logps.tolist()
         del policy
         gc.collect()
@@ -266,7 +267,7 @@ class Evaluator:
             seen[line] += 1
         drawn = self._drawn(keys)
         rows, keys = rows.where([key in drawn for key in keys]), [key for key in keys if key in drawn]
-        policy.check(rows, self.events)
+        exactness.check(policy, rows, self.events)
         found = reference.find(policy, policy.digest(), rows, None, self.cache, self._tick)
         prompts: dict[bytes, int] = {}
         pairs = {}

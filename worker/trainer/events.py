@@ -16,6 +16,12 @@ class UserError(Exception):
         return self.message
 
 
+def first_line(error: Exception) -> str:
+    """The kind of an error of somebody else's code and the beginning of its message, for people."""
+    text = str(error).strip() or "no message"
+    return f"{type(error).__name__}: {text.splitlines()[0][:200].rstrip('. ')}"
+
+
 class Stopped(Exception):
     """The run was asked to stop, and has kept what it could."""
 

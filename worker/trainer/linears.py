@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
+import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 ORDINARY = (nn.Linear, Conv1D, Linear4bit, Linear8bitLt)
@@ -27,19 +28,28 @@ def adaptable(model: Any) -> list[str]:
     They are the ordinary linear layers of its text decoder: attention, dense and shared feed-forward layers. Not the
     head, not routers, not the experts that a router chooses from, and nothing that text does not pass.
     """
-    head, decoder = model.get_output_embeddings(), model.get_decoder()
-    inside = {id(module) for module in decoder.modules()} if decoder is not None else None
-    routers = _routers(model)
+    head, inside, routers = model.get_output_embeddings(), {id(m) for m in _decoder(model).modules()}, _routers(model)
     return [
         name
         for name, module in model.named_modules()
         if is_ordinary(module)
         and module is not head
-        and (inside is None or id(module) in inside)
+        and id(module) in inside
         and id(module) not in routers
         and not _of_experts(name)
         and not _is_read(model, name)
     ]
+
+
+def body(model: Any) -> Any:
+    """A causal model without its head."""
+    return model.model if model.base_model is model else model.base_model
+
+
+def _decoder(model: Any) -> Any:
+    """The part of a causal model that text passes, its head apart. Some models call their head a decoder."""
+    found = model.get_decoder()
+    return body(model) if found is None or found is model or isinstance(found, nn.Linear) else found
 
 
 def short_names(chosen: Sequence[str], modules: Iterable[str]) -> list[str]:
@@ -55,8 +65,15 @@ def _ends(name: str) -> list[str]:
 
 
 def not_quantised(model: Any) -> list[str]:
-    """Names of the linear layers of `model` whose weights somebody else reads: packed, they would be other numbers."""
-    return [name for name, module in model.named_modules() if is_ordinary(module) and _is_read(model, name)]
+    """Names of the linear layers of `model` that packed weights would change.
+
+    Those whose weights somebody else reads, and those that give more than their product.
+    """
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, ORDINARY) and (not is_ordinary(module) or _is_read(model, name))
+    ]
 
 
 def has_experts(model: Any) -> bool:
@@ -66,7 +83,21 @@ def has_experts(model: Any) -> bool:
 
 def is_ordinary(module: nn.Module) -> bool:
     """Whether a module is a linear layer and nothing else."""
-    return type(module) in ORDINARY
+    kind = type(module)
+    return kind in ORDINARY or (isinstance(module, nn.Linear) and _multiplies(kind))  # type: ignore[arg-type]
+
+
+@cache
+def _multiplies(kind: type[nn.Linear]) -> bool:
+    """Whether layers of a class made from `nn.Linear` give x Wᵀ + b, as a layer of that class, all else unset, does."""
+    layer, x = nn.Linear(8, 4), torch.randn(3, 8)
+    expected = layer(x)
+    layer.__class__ = kind
+    try:
+        found = layer(x)
+    except Exception:  # it needs what only its model gives it
+        return False
+    return isinstance(found, Tensor) and found.shape == expected.shape and torch.allclose(found, expected)
 
 
 def _of_experts(name: str) -> bool:

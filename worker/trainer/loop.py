@@ -24,7 +24,7 @@ from torch import Tensor
 
 from app.jobs.hyperparameters import DPOHyperparameters
 from app.jobs.spec import JobSpec
-from worker.trainer import artifact, best, checkpoint, memory, plan, reference, reward, throughput
+from worker.trainer import artifact, best, checkpoint, exactness, memory, plan, reference, reward, throughput
 from worker.trainer.advice import Advice, Advisor
 from worker.trainer.averages import Averages
 from worker.trainer.best import Best
@@ -32,8 +32,9 @@ from worker.trainer.cache import Cache
 from worker.trainer.checkpoint import State
 from worker.trainer.dataset import Rows
 from worker.trainer.events import Events, Stopped, UserError
+from worker.trainer.loading import load_policy
 from worker.trainer.methods import Found, Method, Preference, References, Supervised
-from worker.trainer.model import Base, Policy, load_policy
+from worker.trainer.model import Base, Policy
 from worker.trainer.optimizer import NEED_GPU, make_optimizer
 from worker.trainer.packing import trees
 from worker.trainer.plan import Stage
@@ -85,7 +86,7 @@ class Trainer:
         others = None if done else self._other_reference()
         self.policy = load_policy(self.spec, self.base, self.resume / "model" if self.resume else start, self.events)
         self._tick()
-        self.policy.check(self.stages[-1].train, self.events)
+        exactness.check(self.policy, self.stages[-1].train, self.events)
         for stage in self.stages:
             require_possible(stage, self.policy)
         if self.policy.reward_head is not None:
@@ -252,7 +253,7 @@ class Trainer:
             message = f"'{settings.reference_model}' has another tokenizer than '{self.spec.model}'."
             raise UserError("invalid_value", message, f"{stage.param}.reference_model")
         self.policy = other
-        other.check(stage.train, self.events)
+        exactness.check(other, stage.train, self.events)
         found = self._reference_by(other, stage, settings)
         del self.policy, other
         gc.collect()

@@ -74,6 +74,8 @@ def _key(policy: Policy, digest: str, rows: Rows, tail_weight: float | None) -> 
         rows.digest(),
         tail_weight,
         policy.packing,
+        policy.one_by_one,
+        policy.own_head,
         policy.compiled,
         policy.device.type,
         device,

@@ -27,6 +27,7 @@ from tests.unit.trainer.work import (
 )
 from worker.trainer import attention
 from worker.trainer.events import Events
+from worker.trainer.exactness import check
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 PLAIN = {"adapter": {"r": 4}, "quantization": "none", "seed": 0, "validation_split": 0.0}
@@ -54,7 +55,9 @@ def test_flex_attention_computes_what_the_cpus_kernels_do(family: str, monkeypat
 def flex(_module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, **given: Any) -> tuple[Tensor, None]:
     """The GPU's path, here."""
     blocks = given["tree"].blocks(given.get("sliding_window"))
-    attended = attention._flex(query, key, value, blocks, given.get("scaling"), given.get("softcap"))
+    attended = attention._flex(
+        query, key, value, blocks, given.get("scaling"), given.get("softcap"), given.get("s_aux")
+    )
     return attended.transpose(1, 2).contiguous(), None
 
 
@@ -108,6 +111,6 @@ def test_a_kernel_that_cannot_be_compiled_ends_sharing_and_not_the_job(
 
     monkeypatch.setattr(attention, "_compiled_flex", no_compiler)
     policy, stream = load(llama), io.StringIO()
-    policy.check(ROWS, Events(stream))
+    check(policy, ROWS, Events(stream))
     assert not policy.shared
     assert "C compiler" in stream.getvalue()

@@ -14,7 +14,9 @@ from tests.tiny_model import make_tokenizer
 from tests.unit.trainer.work import disturb, gradients, make_row, of_kind, pack_of, parse, plain_logps
 from worker.trainer.attention import NAME
 from worker.trainer.events import Events
-from worker.trainer.model import Base, Policy, wrap
+from worker.trainer.exactness import check
+from worker.trainer.loading import wrap
+from worker.trainer.model import Base, Policy
 
 WINDOW = 6
 """Shorter than prompt and answer of every row below."""
@@ -59,6 +61,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "granite": {"logits_scaling": 4.0, "attention_multiplier": 0.3, "residual_multiplier": 0.5},
     "cohere": {"logit_scale": 0.25},
+    "gpt_oss": {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, **WINDOWS},
 }  # fmt: skip
 SPEC = {"model": "tiny", "training_file": "x", "adapter": {"r": 4}, "quantization": "none", "seed": 1}
 
@@ -67,6 +70,8 @@ def make_policy(family: str, settings: dict[str, Any], stream: io.StringIO, **sp
     """A tiny random model of `family` in float64, off its starting point."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family.split(" ")[0], **{**SMALL, **settings}))
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # the grouped kernels have no float64
     body = JobSpec.model_validate({**SPEC, **spec}).resolved()
     policy = wrap(model.double(), make_tokenizer(), body, Base("tiny", None, None, Path()), None, Events(stream))
     return disturb(policy)
@@ -92,7 +97,7 @@ def test_shared_log_probs_and_gradients_are_those_of_one_text_at_a_time(family: 
         tolerance = 1e-6 * theirs[name].abs().max().item()
         torch.testing.assert_close(gradient, theirs[name], rtol=0, atol=tolerance, msg=name)
 
-    policy.check(ROWS, Events(stream))
+    check(policy, ROWS, Events(stream))
     assert policy.shared
     assert stream.getvalue() == ""
 
@@ -115,6 +120,7 @@ ALONE: dict[str, tuple[dict[str, Any], str]] = {
     "llama": ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic"),
     "mamba": ({"state_size": 4, "time_step_rank": 2}, "interface"),
     "bloom": ({"n_head": 4, "n_layer": 2}, "interface"),
+    "falcon": ({"new_decoder_architecture": True, "num_kv_heads": 2}, "interface"),
 }
 
 
@@ -127,7 +133,7 @@ def test_what_cannot_share_goes_one_response_a_row_and_says_why(family: str) -> 
     assert message["level"] == "warn"
     assert reason in message["message"]
     assert not policy.shared
-    policy.check(ROWS, Events(stream))
+    check(policy, ROWS, Events(stream))
     for row in ROWS:
         pack = pack_of(policy, [row], [0])
         assert len(pack.ids) == 2

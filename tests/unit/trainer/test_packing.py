@@ -16,6 +16,8 @@ from tests.unit.trainer.work import ROWS, disturb, gradients, load, make_row, of
 from worker.trainer.attention import TreeMask, visibility
 from worker.trainer.data import Response, Row
 from worker.trainer.events import Events, UserError
+from worker.trainer.exactness import check
+from worker.trainer.logps import Head, score_logits, score_tokens
 from worker.trainer.model import Policy
 from worker.trainer.packing import Packing, plan, tree_pack, trees
 
@@ -132,7 +134,7 @@ def test_the_check_before_training_falls_back_where_a_tree_is_off(
 
     monkeypatch.setattr(TreeMask, "trees", everything)
     stream = io.StringIO()
-    policy.check(ROWS, Events(stream))
+    check(policy, ROWS, Events(stream))
     assert not policy.shared
     (message,) = of_kind(parse(stream), "message")
     assert message["level"] == "warn"
@@ -143,16 +145,50 @@ def test_the_check_before_training_falls_back_where_a_tree_is_off(
 
 def test_the_check_before_training_keeps_a_tree_that_is_right(policy: Policy) -> None:
     stream = io.StringIO()
-    policy.check(ROWS, Events(stream))
+    check(policy, ROWS, Events(stream))
     assert policy.shared
     assert parse(stream) == []
 
 
-def test_the_check_before_training_refuses_a_head_that_is_not_linear(llama: Path) -> None:
-    policy = load(llama)
+def test_a_head_that_is_not_linear_makes_its_logits_itself(llama: Path) -> None:
+    policy, stream = disturb(load(llama)), io.StringIO()
     policy.causal.lm_head.register_forward_hook(lambda module, args, logits: logits.tanh())
-    with pytest.raises(UserError) as caught:
-        policy.check(ROWS, Events(io.StringIO()))
+    check(policy, ROWS, Events(stream))
+    assert policy.own_head
+    said = [event["message"] for event in parse(stream)]
+    assert any("needs more memory" in message for message in said)
+    pack = pack_of(policy, ROWS, [0, 1, 2])
+    expected = torch.cat([plain_logps(policy, ROWS[number]) for number in pack.rows])
+    scores = policy.score(pack, entropy=True, alignment=True)
+    torch.testing.assert_close(scores.responses, expected, rtol=1e-5, atol=0)
+    theirs = gradients(policy, expected.sum())
+    for name, gradient in gradients(policy, scores.responses.sum()).items():
+        torch.testing.assert_close(gradient, theirs[name], rtol=1e-4, atol=1e-6)
+
+
+def test_logits_of_the_model_give_the_scores_of_its_hidden_states() -> None:
+    """The two ways to the same figures: from the hidden states a chunk at a time, and from all logits."""
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(7, 4), torch.randn(11, 4), torch.randint(11, (7,))
+    found = score_logits(hidden @ weight.T, targets, entropy=True, alignment=True)
+    expected = score_tokens(hidden, Head(weight), targets, entropy=True, alignment=True)
+    for name, value in vars(expected).items():
+        torch.testing.assert_close(getattr(found, name), value)
+
+
+def test_the_check_before_training_refuses_a_model_that_draws_at_random(llama: Path) -> None:
+    policy = load(llama)
+    policy.causal.lm_head.register_forward_hook(lambda module, args, logits: logits + torch.randn_like(logits))
+    with pytest.raises(UserError, match="draws at random") as caught:
+        check(policy, ROWS, Events(io.StringIO()))
+    assert caught.value.code == "unsupported_model"
+
+
+def test_the_check_before_training_refuses_a_model_that_looks_ahead(llama: Path) -> None:
+    policy = load(llama)
+    policy.causal.lm_head.register_forward_pre_hook(lambda module, args: (args[0] + args[0].mean(1, keepdim=True),))
+    with pytest.raises(UserError, match="not a causal model") as caught:
+        check(policy, ROWS, Events(io.StringIO()))
     assert caught.value.code == "unsupported_model"
 
 

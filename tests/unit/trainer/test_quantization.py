@@ -20,8 +20,8 @@ from tests.unit.trainer.work import (
     sft_method,
 )
 from worker.trainer import plan
+from worker.trainer.loading import load_policy
 from worker.trainer.loop import Trainer
-from worker.trainer.model import load_policy
 from worker.trainer.plan import Stage
 
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

@@ -24,7 +24,7 @@ from tests.unit.trainer.work import (
 )
 from worker.trainer import plan
 from worker.trainer.checkpoint import State
-from worker.trainer.model import load_policy
+from worker.trainer.loading import load_policy
 
 PAIRS = make_pairs(10)
 ANSWERS: list[Record] = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in PAIRS]

@@ -22,8 +22,9 @@ from app.jobs.spec import JobSpec
 from tests.tiny_model import CORPUS
 from worker.trainer.data import Response, Row
 from worker.trainer.events import Events
+from worker.trainer.loading import load_policy
 from worker.trainer.loop import Trainer
-from worker.trainer.model import Base, Policy, load_policy
+from worker.trainer.model import Base, Policy
 from worker.trainer.packing import Pack
 
 Event = dict[str, Any]

@@ -1,0 +1,203 @@
+"""Loading of a policy: the base model, quantised or not, its adapter, and what has to be switched off in it."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.quantizers.base import get_keys_to_not_convert
+
+from app.jobs.spec import Adapter, JobSpec
+from worker.trainer.attention import SHAREABLE_ROPE, rope_kinds, why_not_shared
+from worker.trainer.data import Tokenizer
+from worker.trainer.events import Events, UserError, first_line
+from worker.trainer.linears import adaptable, is_ordinary, not_quantised, short_names
+from worker.trainer.lora import with_fast_layers
+from worker.trainer.model import REWARD_HEAD, Base, Policy
+from worker.trainer.packing import Packing
+from worker.trainer.tokenizer import load_tokenizer
+
+CPU_BUDGET, CUDA_BUDGET = 2048, 8192
+"""Tokens of a pack: long ones spread over more tokens what a pass costs whatever its length, on a GPU the unpacking
+of quantised weights above all."""
+_RANDOM = re.compile(r"dropout|drop_prob|drop_rate|layerdrop|drop_path|jitter|noise")
+"""Numbers of modules and of configurations by which a model draws at random while it trains."""
+
+
+def load_policy(spec: JobSpec, base: Base, start: Path | None, events: Events, *, trainable: bool = True) -> Policy:
+    """Load the policy of `spec`.
+
+    `start` is the folder of an adapter (or, for full-parameter training, of a
+    model) to go on from, None for a fresh one, which `spec.seed` initialises.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    full = spec.adapter == "none"
+    try:
+        tokenizer = load_tokenizer(start or base.folder)
+        model = _load_base(
+            start if full and start is not None else base.folder, spec.quantization or "none", device, full
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+        message = f"The model '{spec.model}' cannot be loaded: {first_line(error)}."
+        raise UserError("model_not_loadable", message, "model") from error
+    return wrap(model, tokenizer, spec, base, start, events, trainable=trainable)
+
+
+def wrap(
+    model: Any,
+    tokenizer: Tokenizer,
+    spec: JobSpec,
+    base: Base,
+    start: Path | None,
+    events: Events,
+    *,
+    trainable: bool = True,
+) -> Policy:
+    """A policy of a transformers `model` that is on its device already, with the adapter that `spec` asks for."""
+    full, own, device = spec.adapter == "none", model.config._attn_implementation, model.device
+    silenced = _silence(model)
+    if not full:
+        torch.manual_seed(spec.seed or 0)
+        model.requires_grad_(False)
+        model = _with_adapter(model, spec, start, trainable)
+    model.train()
+    cuda = device.type == "cuda"
+    packing = Packing(CUDA_BUDGET if cuda else CPU_BUDGET, fixed=cuda)
+    policy = Policy(model, tokenizer, base.name, base.revision, full, device, packing, own)
+    policy._silenced = silenced
+    policy._dropout = {m: m.p for m in model.modules() if isinstance(m, nn.Dropout) and m.p > 0}
+    policy.set_dropout(False)
+    if spec.method.dpo is not None and spec.method.dpo.hyperparameters.rewards:
+        policy.reward_head = _reward_head(policy, spec, start)
+    policy.one_by_one = not rope_kinds(policy.causal) <= SHAREABLE_ROPE
+    reason = why_not_shared(policy.causal)
+    policy.shared = reason is None
+    if reason is not None:
+        events.message(f"Prompts are not shared between responses: {reason}.", level="warn")
+    return policy
+
+
+def _reward_head(policy: Policy, spec: JobSpec, start: Path | None) -> nn.Linear:
+    """The linear layer over the last hidden state: as it was saved, or small random weights that the seed draws."""
+    config = policy.causal.config.get_text_config()
+    generator = torch.Generator().manual_seed(spec.seed or 0)
+    weight = torch.randn(1, config.hidden_size, generator=generator) * getattr(config, "initializer_range", 0.02)
+    if start is not None and (start / REWARD_HEAD).exists():
+        weight = load_file(start / REWARD_HEAD)["weight"]
+    head = nn.Linear(config.hidden_size, 1, bias=False, device=policy.device, dtype=torch.float32)
+    head.weight.data.copy_(weight)
+    return head
+
+
+def _load_base(folder: Path, quantization: str, device: torch.device, full: bool) -> Any:
+    dtype = torch.bfloat16 if device.type == "cuda" and not full else torch.float32
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        trust_remote_code=False,
+        local_files_only=True,
+        use_safetensors=True,
+        device_map={"": device},
+        **quantisation(quantization, dtype, folder),
+    )
+
+
+def quantisation(name: str, dtype: torch.dtype, folder: Path) -> dict[str, Any]:
+    """transformers' options for `nf4`, `int8` or `none` of the model in `folder`; `dtype` is what is computed in."""
+    if name == "none":
+        return {}
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    skipped = not_quantised(empty)
+    # A list of our own takes the place of transformers', which has the head in it.
+    skip = [*get_keys_to_not_convert(empty), *skipped] if skipped else None
+    if name == "nf4":
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=skip,
+        )
+    else:
+        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    return {"quantization_config": config}
+
+
+def _silence(model: Any) -> list[tuple[Any, str, float]]:
+    """Switch off whatever the base model draws at random in training: dropout of every kind, and jitter.
+
+    It is in modules, in attributes that their code reads, and in the configuration. Returns what the configuration
+    said, for the artifact.
+    """
+    configs: dict[int, Any] = {}
+    for module in model.modules():
+        if "Dropout" in type(module).__name__:
+            for name in ("p", "drop_prob"):
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.0)
+        for name in [name for name in vars(module) if _RANDOM.search(name)]:
+            if isinstance(getattr(module, name), float):
+                setattr(module, name, 0.0)
+        config = getattr(module, "config", None)
+        if config is not None:
+            configs[id(config)] = config
+    said = [
+        (config, name, value)
+        for config in configs.values()
+        for name, value in vars(config).items()
+        if _RANDOM.search(name) and isinstance(value, float) and value != 0.0
+    ]
+    for config, name, _ in said:
+        setattr(config, name, 0.0)
+    return said
+
+
+def _targets(model: Any, named: str | list[str]) -> list[str]:
+    """Names by which PEFT finds the layers that get an adapter. Raises `UserError` for those that cannot have one."""
+    modules = dict(model.named_modules())
+    if isinstance(named, list):
+        for name, module in modules.items():
+            asked = next((one for one in named if name == one or name.endswith(f".{one}")), None)
+            if asked is not None and isinstance(module, nn.Linear) and not is_ordinary(module):
+                message = f"'{asked}' ({type(module).__name__}) gives more than its product, which LoRA cannot add to."
+                raise UserError("invalid_value", message, "adapter.target_modules")
+        return named
+    found = adaptable(model)
+    if not found:
+        message = (
+            "The model has no linear layers that an adapter could sit on; train all parameters: 'adapter': 'none'."
+        )
+        raise UserError("unsupported_model", message, "adapter")
+    return short_names(found, modules)
+
+
+def _with_adapter(model: Any, spec: JobSpec, start: Path | None, trainable: bool) -> Any:
+    if start is not None:
+        config = with_fast_layers(LoraConfig.from_pretrained(start))
+        return PeftModel.from_pretrained(model, start, is_trainable=trainable, config=config)
+    adapter = spec.adapter if isinstance(spec.adapter, Adapter) else Adapter()
+    config = LoraConfig(
+        r=adapter.r,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=_targets(model, adapter.target_modules),
+        use_rslora=adapter.use_rslora,
+        use_dora=adapter.use_dora,
+        # GPT-2's linear layers keep their weights transposed.
+        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, with_fast_layers(config))
+    except ValueError as error:
+        raise UserError(
+            "invalid_value", f"The adapter does not fit the model: {error}", "adapter.target_modules"
+        ) from error
