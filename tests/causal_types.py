@@ -15,7 +15,7 @@ LIMITS = (
     (r"^(sliding_window|sliding_window_size|attention_chunk_size|window_size|attention_window_size)$", WINDOW),
     (r"experts_per_tok|top_k(_experts)?$|moe_topk|moe_k$|num_experts_per_token", 2),
     (r"num_(local_|routed_|dense_)?experts$|n_routed_experts|moe_num_experts|n_experts|expert_num", 4),
-    (r"^n_group$|^topk_group$|n_shared_experts|num_shared_experts|moe_num_shared_experts", 1),
+    (r"^n_group$|num_expert_group|^topk_group$|n_shared_experts|num_shared_experts|moe_num_shared_experts", 1),
     (r"intermediate_size|ffn_dim|ffn_hidden|^n_inner$|inner_dim|ff_size|mlp_hidden|expert_hidden_size|d_ff", 48),
     (r"lora_rank|index_topk|rank$", 8),
     (r"layers$|^n_layer$|num_blocks|^depth$", 2),
@@ -24,7 +24,7 @@ LIMITS = (
     (r"head_dim$|head_size$|qk_nope|qk_rope|v_head|dim_head|^d_kv$|head_width", 8),
     (r"state_size|^d_state$|ssm_state", 4),
     (
-        r"^(hidden_size|d_model|n_embd|embed_dim|embedding_size|word_embed_proj_dim|dim|cross_attention_hidden_size)$",
+        r"^(hidden_size|hidden_size_global|d_model|n_embd|embed_dim|embedding_size|word_embed_proj_dim|dim|cross_attention_hidden_size)$",
         32,
     ),
 )
@@ -33,7 +33,7 @@ FIXED: dict[str, Any] = {"initializer_range": 0.2, "init_std": 0.2, "use_cache":
 
 
 TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-UNSAID = {"head_dim": 8, "num_key_value_heads": 2}
+UNSAID = {"head_dim": 8, "num_key_value_heads": 2, "num_experts_per_tok": 2}
 """What a configuration must say that leaves it open."""
 
 
@@ -47,6 +47,8 @@ def small(values: dict[str, Any]) -> dict[str, Any]:
             found[name] = TOKENS.get(name, 3) if isinstance(value, int) else value
         elif name.endswith("token_ids"):
             found[name] = None
+        elif name == "is_decoder":
+            found[name] = True
         elif type(value) is int:
             for pattern, most in LIMITS:
                 if re.search(pattern, name):
@@ -68,22 +70,41 @@ def small(values: dict[str, Any]) -> dict[str, Any]:
 def tiny_config(kind: str) -> Any:
     """A configuration of the causal type `kind` with a model of some ten thousand parameters."""
     cls = CONFIG_MAPPING[kind]
-    wanted = small(cls().to_dict())
+    wanted = {} if kind in NO_DEFAULT else small(cls().to_dict())
     for name, value in OVERRIDES.get(kind, {}).items():
         wanted[name] = wanted.get(name, {}) | value if isinstance(value, dict) and name.endswith("config") else value
     return cls(**{name: value for name, value in wanted.items() if value is not DELETE})
 
 
+NO_DEFAULT = {"gemma4_assistant"}
+"""Types whose own default is not valid."""
 DELETE = object()
 """In the place of a value that is to be the configuration's own."""
 _ROPE = {"rope_theta": 1e4, "rope_type": "default"}
 _GEMMA = {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": 320, "hidden_size_per_layer_input": 8}
+_ASSISTANT = {
+    "backbone_hidden_size": 32,
+    "text_config": {
+        "model_type": "gemma4_text",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 320,
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": 0,
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+}
 _QWEN4 = {
     "layer_types": ["linear_attention", "indexed_attention"], "num_experts": 4, "num_experts_per_tok": 2,
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "ngram_vocab_size_base": 320, "hc_lowrank": 8,
     "ple_embed_dim": 32, "make_ngram_vocab_size_divisible_by": 8, "split_ngram_parts": 2, "index_topk": 8,
-    "indexer_n_heads": 2, "indexer_head_dim": 8, "indexer_kv_heads": 2, "indexer_budget": 8,
+    "indexer_n_heads": 2, "indexer_head_dim": 8, "indexer_kv_heads": 1, "indexer_budget": 8,
     "indexer_compress_ratio": 2,
 }  # fmt: skip
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -94,13 +115,16 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "ctrl": {"dff": 48},
     "dbrx": {"attn_config": DELETE, "ffn_config": DELETE, "n_heads": 4, "n_layers": 2, "d_model": 32},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
-    "dots3_note": {"num_key_value_heads": 4, "rope_parameters": DELETE},
+    "dots3_note": {"num_key_value_heads": 4, "rope_parameters": DELETE,
+                   "vision_config": {"adapter_in_dim": 32, "adapter_out_dim": 32},
+                   "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32}},
     "dots3_note_text": {"num_key_value_heads": 4, "rope_parameters": DELETE},
     "gemma3n": {"text_config": {"intermediate_size": [48, 48], "activation_sparsity_pattern": [0.0, 0.0], **_GEMMA}},
     "gemma3n_text": {"intermediate_size": [48, 48], "activation_sparsity_pattern": [0.0, 0.0], "laurel_rank": 8,
                      "layer_types": ["sliding_attention", "full_attention"], **_GEMMA},
     "gemma4": {"text_config": _GEMMA},
     "gemma4_text": _GEMMA,
+    "gemma4_assistant": _ASSISTANT,
     "gptj": {"rotary_dim": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
@@ -110,7 +134,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": _QWEN4,
     "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "local"], "feed_forward_size": 48,
                  "attention_head_size": 8, "local_attn_chunk_length": 8},
-    "xlm": {"emb_dim": 32},
+    "xlm": {"emb_dim": 32, "causal": True},
+    "xmod": {"default_language": "en_XX"},
 }  # fmt: skip
 """What the rules above do not find, by type."""
 

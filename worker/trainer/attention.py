@@ -219,6 +219,16 @@ def why_not_shared(model: Any) -> str | None:
     return None
 
 
+def why_not_batched(model: Any) -> str | None:
+    """Why even the longest text of a padded batch would change the others; None where it does not."""
+    config = model.config.get_text_config()
+    if not rope_kinds(model) <= SHAREABLE_ROPE:
+        return "its rotary embedding depends on the longest of them"
+    if any(name.startswith("index_top") for name in vars(config)):
+        return "it chooses what a token attends to, and where several places draw, their number decides"
+    return None
+
+
 def windows(model: Any) -> set[int | None]:
     """The sliding windows of the layers of `model`; None for those that see everything."""
     config = model.config.get_text_config()

@@ -1,23 +1,27 @@
 """Which linear layers of a model an adapter sits on, and which are quantised: by what they are, not by their names.
 
 An ordinary linear layer takes one tensor and gives one, W x + b, and nobody else reads W. Some look so and are not:
-routers of mixtures of experts that give scores and indices, layers whose parent clamps or multiplies their weights,
-and the towers of models that also see or hear, which text never reaches.
+routers of mixtures of experts that give scores and indices, and layers whose parent clamps or multiplies their
+weights. Some text never reaches: the towers of models that also see or hear.
 """
 
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from peft import LoraConfig
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 ORDINARY = (nn.Linear, Conv1D, Linear4bit, Linear8bitLt)
 _READ = re.compile(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|size))")
+_PROBED = 16
+"""Tokens of the text that shows which layers text passes."""
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 """What configurations call the number of experts that a router chooses from."""
 
@@ -25,31 +29,67 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exp
 def adaptable(model: Any) -> list[str]:
     """Names of the layers of a causal `model` that "all-linear" means.
 
-    They are the ordinary linear layers of its text decoder: attention, dense and shared feed-forward layers. Not the
-    head, not routers, not the experts that a router chooses from, and nothing that text does not pass.
+    They are the ordinary linear layers through which text passes: attention, dense and shared feed-forward layers. Not
+    the head, not routers, not the experts that a router chooses from, and not what has no gradient: the parts of a
+    model that see, hear or read another text, and those that choose what a token attends to.
     """
-    head, inside, routers = model.get_output_embeddings(), {id(m) for m in _decoder(model).modules()}, _routers(model)
-    return [
-        name
+    head, routers = model.get_output_embeddings(), _routers(model)
+    found = {
+        name: module
         for name, module in model.named_modules()
         if is_ordinary(module)
         and module is not head
-        and id(module) in inside
         and id(module) not in routers
         and not _of_experts(name)
         and not _is_read(model, name)
-    ]
+        and not _means_experts(model, name.rpartition(".")[2])
+    }
+    return _with_gradient(model, found)
+
+
+def _means_experts(model: Any, name: str) -> bool:
+    """Whether PEFT takes the `name` of a layer for that of experts, as they were called before they were one tensor.
+
+    A dense or shared layer of that name gets no adapter from PEFT, neither here nor where the adapter is loaded.
+    """
+    config = LoraConfig(target_modules=[name])
+    try:
+        convert_peft_config_for_transformers(config, model, None)
+    except ValueError:  # it asks for the names of the other experts' tensors too
+        return True
+    return name not in (config.target_modules or ())
+
+
+def _with_gradient(model: Any, layers: dict[str, nn.Module]) -> list[str]:
+    """Names of those of `layers` that the logits of a short text depend on, smoothly: a zero is added to what each of
+    them gives, and has a gradient or not. All, where the model cannot compute such a text.
+    """
+    probes = {name: torch.zeros((), device=model.device, requires_grad=True) for name in layers}
+
+    def add(probe: Tensor) -> Callable[..., Tensor]:
+        return lambda layer, args, output: output + probe
+
+    hooks = [layer.register_forward_hook(add(probes[name])) for name, layer in layers.items()]
+    ids = torch.arange(_PROBED, device=model.device)[None] % model.config.get_text_config().vocab_size
+    try:
+        with torch.enable_grad():
+            loss = model(input_ids=ids, use_cache=False).logits.float().sum()
+        if not loss.requires_grad:
+            return []
+        gradients = torch.autograd.grad(loss, list(probes.values()), allow_unused=True)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # the check before training says what is wrong with the model
+        return list(layers)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [name for name, gradient in zip(probes, gradients, strict=True) if gradient is not None]
 
 
 def body(model: Any) -> Any:
     """A causal model without its head."""
     return model.model if model.base_model is model else model.base_model
-
-
-def _decoder(model: Any) -> Any:
-    """The part of a causal model that text passes, its head apart. Some models call their head a decoder."""
-    found = model.get_decoder()
-    return body(model) if found is None or found is model or isinstance(found, nn.Linear) else found
 
 
 def short_names(chosen: Sequence[str], modules: Iterable[str]) -> list[str]:

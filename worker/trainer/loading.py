@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -12,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from app.jobs.spec import Adapter, JobSpec
-from worker.trainer.attention import SHAREABLE_ROPE, rope_kinds, why_not_shared
+from worker.trainer.attention import why_not_batched, why_not_shared
 from worker.trainer.data import Tokenizer
 from worker.trainer.events import Events, UserError, first_line
 from worker.trainer.linears import adaptable, is_ordinary, not_quantised, short_names
@@ -24,8 +25,8 @@ from worker.trainer.tokenizer import load_tokenizer
 CPU_BUDGET, CUDA_BUDGET = 2048, 8192
 """Tokens of a pack: long ones spread over more tokens what a pass costs whatever its length, on a GPU the unpacking
 of quantised weights above all."""
-_RANDOM = re.compile(r"dropout|drop_prob|drop_rate|layerdrop|drop_path|jitter|noise")
-"""Numbers of modules and of configurations by which a model draws at random while it trains."""
+_DROPOUT = re.compile(r"dropout|drop_prob|drop_rate|layerdrop|drop_path")
+"""Attributes of a layer by which it draws at random while it trains."""
 
 
 def load_policy(spec: JobSpec, base: Base, start: Path | None, events: Events, *, trainable: bool = True) -> Policy:
@@ -61,25 +62,25 @@ def wrap(
 ) -> Policy:
     """A policy of a transformers `model` that is on its device already, with the adapter that `spec` asks for."""
     full, own, device = spec.adapter == "none", model.config._attn_implementation, model.device
-    silenced = _silence(model)
+    _make_deterministic(model)
     if not full:
         torch.manual_seed(spec.seed or 0)
         model.requires_grad_(False)
         model = _with_adapter(model, spec, start, trainable)
-    model.train()
+        _make_deterministic(model)  # peft changes the mode
     cuda = device.type == "cuda"
     packing = Packing(CUDA_BUDGET if cuda else CPU_BUDGET, fixed=cuda)
     policy = Policy(model, tokenizer, base.name, base.revision, full, device, packing, own)
-    policy._silenced = silenced
-    policy._dropout = {m: m.p for m in model.modules() if isinstance(m, nn.Dropout) and m.p > 0}
+    policy._dropout = [m for name, m in model.named_modules() if "lora_dropout" in name and isinstance(m, nn.Dropout)]
     policy.set_dropout(False)
     if spec.method.dpo is not None and spec.method.dpo.hyperparameters.rewards:
         policy.reward_head = _reward_head(policy, spec, start)
-    policy.one_by_one = not rope_kinds(policy.causal) <= SHAREABLE_ROPE
-    reason = why_not_shared(policy.causal)
-    policy.shared = reason is None
-    if reason is not None:
-        events.message(f"Prompts are not shared between responses: {reason}.", level="warn")
+    not_shared, not_batched = why_not_shared(policy.causal), why_not_batched(policy.causal)
+    policy.shared, policy.one_by_one = not_shared is None, not_batched is not None
+    if not_shared is not None:
+        events.message(f"Prompts are not shared between responses: {not_shared}.", level="warn")
+    if not_batched is not None:
+        events.message(f"Texts are not batched: {not_batched}.", level="warn")
     return policy
 
 
@@ -130,33 +131,19 @@ def quantisation(name: str, dtype: torch.dtype, folder: Path) -> dict[str, Any]:
     return {"quantization_config": config}
 
 
-def _silence(model: Any) -> list[tuple[Any, str, float]]:
-    """Switch off whatever the base model draws at random in training: dropout of every kind, and jitter.
+def _make_deterministic(model: Any) -> None:
+    """Evaluation mode, in which nothing draws at random, wherever training mode is not needed for something else.
 
-    It is in modules, in attributes that their code reads, and in the configuration. Returns what the configuration
-    said, for the artifact.
+    Layers that can recompute their activations do so in training mode only; their own dropouts are attributes. On some
+    CPUs a quantised layer that has run once in evaluation mode keeps other weights and loses its gradient.
     """
-    configs: dict[int, Any] = {}
+    model.eval()
     for module in model.modules():
-        if "Dropout" in type(module).__name__:
-            for name in ("p", "drop_prob"):
-                if isinstance(getattr(module, name, None), float):
-                    setattr(module, name, 0.0)
-        for name in [name for name in vars(module) if _RANDOM.search(name)]:
+        recomputes = hasattr(module, "gradient_checkpointing")
+        module.training = recomputes or isinstance(module, (Linear4bit, Linear8bitLt))
+        for name in [name for name in vars(module) if recomputes and _DROPOUT.search(name)]:
             if isinstance(getattr(module, name), float):
                 setattr(module, name, 0.0)
-        config = getattr(module, "config", None)
-        if config is not None:
-            configs[id(config)] = config
-    said = [
-        (config, name, value)
-        for config in configs.values()
-        for name, value in vars(config).items()
-        if _RANDOM.search(name) and isinstance(value, float) and value != 0.0
-    ]
-    for config, name, _ in said:
-        setattr(config, name, 0.0)
-    return said
 
 
 def _targets(model: Any, named: str | list[str]) -> list[str]:

@@ -53,7 +53,7 @@ class _AddsDelta:
     def _is_plain(self: Any, name: str) -> bool:
         """Whether adapter `name` is nothing but two matrices: no DoRA, no dropout that acts, no bias."""
         dropout = self.lora_dropout[name]
-        acts = isinstance(dropout, nn.Dropout) and dropout.p > 0
+        acts = isinstance(dropout, nn.Dropout) and dropout.training
         return not acts and name not in self.lora_variant and self.lora_B[name].bias is None
 
 

@@ -44,10 +44,9 @@ class Scores:
 class Policy:
     """The model in training, and how to ask it for log-probabilities.
 
-    The model stays in training mode, always: on some CPUs a quantised layer that has run once in evaluation mode
-    keeps other weights and loses its gradient. Dropout is switched by its own hands instead. `reward_head` is there
-    where a reward model is trained; `one_by_one` where even the longest text of a padded batch would change the others;
-    `own_head` where the model does more to its logits than `Head` knows of, so that it makes them all itself.
+    The model's mode stays as it was loaded (see `loading`): only the adapter's dropout is switched. `reward_head` is
+    there where a reward model is trained; `one_by_one` where even the longest text of a padded batch would change the
+    others; `own_head` where the model does more to its logits than `Head` knows of, so that it makes them all itself.
     """
 
     model: Any
@@ -62,9 +61,7 @@ class Policy:
     own_head: bool = False
     compiled: bool = False
     reward_head: nn.Linear | None = None
-    _dropout: dict[nn.Dropout, float] = field(default_factory=dict)
-    _silenced: list[tuple[Any, str, float]] = field(default_factory=list)
-    """What the base model's configuration says of its own dropout: (configuration, name, value)."""
+    _dropout: list[nn.Dropout] = field(default_factory=list)
 
     @property
     def causal(self) -> Any:
@@ -97,8 +94,8 @@ class Policy:
 
     def set_dropout(self, on: bool) -> None:
         """Switch the adapter's dropout; the base model's own is always off."""
-        for module, probability in self._dropout.items():
-            module.p = probability if on else 0.0
+        for module in self._dropout:
+            module.train(on)
 
     def recompute_activations(self, on: bool) -> None:
         """Activation checkpointing: keep each layer's input only, and run the layer again in the backward pass."""
@@ -194,17 +191,6 @@ class Policy:
         finally:
             self.causal.set_attn_implementation(current)
 
-    @contextmanager
-    def _own_configuration(self) -> Iterator[None]:
-        """The model with the configuration that it came with."""
-        for config, name, value in self._silenced:
-            setattr(config, name, value)
-        try:
-            yield
-        finally:
-            for config, name, _ in self._silenced:
-                setattr(config, name, 0.0)
-
     def digest(self) -> str:
         """A hash of all weights and of the configuration, to name what was computed from them.
 
@@ -232,7 +218,7 @@ class Policy:
     def save(self, folder: Path) -> None:
         """Write the adapter (PEFT) or the whole model (transformers), and the tokenizer, into `folder`."""
         if self.full:
-            with self.own_attention_in_use(), self._own_configuration():
+            with self.own_attention_in_use():
                 self.model.save_pretrained(folder)
         else:
             # "auto" would look the base model up on the hub; the head and the embeddings are frozen anyway.

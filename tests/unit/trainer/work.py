@@ -217,6 +217,7 @@ def pack_of(policy: Policy, rows: Sequence[Row], numbers: Sequence[int], *, merg
 
 
 def gradients(policy: Policy, loss: Tensor) -> dict[str, Tensor]:
-    """∂ loss for everything that trains."""
+    """∂ loss for everything that trains, zero for what the loss does not depend on."""
     parameters = policy.trainable()
-    return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(parameters, found, strict=True))

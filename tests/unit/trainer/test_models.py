@@ -1,0 +1,20 @@
+"""Every causal model type of the installed transformers is exact, falls back with a reason, or is refused with one."""
+
+import pytest
+
+from tests.causal_types import TYPES
+from tests.model_table import BEGIN, END, PLACE, row, table
+
+WRITTEN = PLACE.read_text().partition(BEGIN)[2].partition(END)[0].splitlines()
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_what_becomes_of_a_model_of_the_type_is_what_the_docs_say(kind: str) -> None:
+    (written,) = [line for line in WRITTEN if line.startswith(f"| `{kind}` |")]
+    assert row(kind) == written
+
+
+def test_the_docs_list_every_type_and_count_the_outcomes() -> None:
+    rows = [line for line in WRITTEN if line.startswith("| `")]
+    assert "\n".join([BEGIN, *WRITTEN[1:], END]) == table(rows)
+    assert [line.split("`")[1] for line in rows] == TYPES
