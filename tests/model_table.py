@@ -24,6 +24,7 @@ from tests.unit.trainer.work import disturb, gradients, load, make_row, pack_of,
 from worker.trainer.data import Row
 from worker.trainer.events import Events, UserError, first_line
 from worker.trainer.exactness import check
+from worker.trainer.merge import merge
 from worker.trainer.model import Policy
 
 PLACE = Path(__file__).parents[1] / "docs/models.md"
@@ -59,7 +60,9 @@ def outcome(kind: str, quantization: str) -> tuple[str, str]:
         if quantization == "none":
             _hold_against(policy, AutoModelForCausalLM.from_pretrained(folder).eval(), rows)
         _hold_against_itself(disturb(policy, scale=0.02), rows)
-    said = [json.loads(line)["message"] for line in stream.getvalue().splitlines()]
+        if quantization == "none":
+            _hold_against_its_merge(policy, folder, rows)
+    said = [event["message"] for event in map(json.loads, stream.getvalue().splitlines()) if event["level"] == "warn"]
     return ("shared" if policy.shared else "alone"), of_any_day(" ".join(said), folder)
 
 
@@ -99,7 +102,7 @@ def of_any_day(message: str, folder: Path) -> str:
 
 
 def _hold_against(policy: Policy, model: Any, rows: list[Row]) -> None:
-    """The fresh adapter changes nothing: the policy is the base model, as transformers alone loads and runs it."""
+    """The policy is `model`, as transformers alone loads and runs it; with a fresh adapter that is the base model."""
     with torch.no_grad():
         for row in rows:
             found = policy.score(pack_of(policy, [row], [0])).responses
@@ -109,7 +112,14 @@ def _hold_against(policy: Policy, model: Any, rows: list[Row]) -> None:
                 logps = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None])
                 chosen = torch.tensor((False,) * len(row.prompt) + response.scored)[1:]
                 expected.append(logps[:, 0][chosen].sum())
-            _close(found, torch.stack(expected), "the base model")
+            _close(found, torch.stack(expected), "transformers alone")
+
+
+def _hold_against_its_merge(policy: Policy, folder: Path, rows: list[Row]) -> None:
+    """The merged model, as transformers alone loads and runs it, says what the policy says."""
+    policy.save(folder / "adapter")
+    merge(folder, folder / "adapter", folder / "merged", torch.float32)
+    _hold_against(policy, AutoModelForCausalLM.from_pretrained(folder / "merged").eval(), rows)
 
 
 def _hold_against_itself(policy: Policy, rows: list[Row]) -> None:

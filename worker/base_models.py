@@ -17,11 +17,23 @@ import structlog
 
 from app.models.repository import HUB_NAME
 from app.settings import Settings
+from worker.model_files import (
+    INDEX,
+    WHOLE,
+    config_of,
+    context_length,
+    prequantized,
+    text_config,
+    weight_files,
+    why_no_weights,
+)
 
 log = structlog.get_logger(__name__)
 
 MAX_DEPTH = 3
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+HUB_COPIES = ["consolidated*", "original/*"]
+"""Where some repositories have all weights once more."""
 
 
 class ModelUnavailable(Exception):
@@ -54,8 +66,10 @@ class BaseModels:
                 folder = config.parent
                 if not folder.resolve().is_relative_to(self.root.resolve()):
                     self._ignore(folder, "it is a link out of the models folder")
-                elif not any(folder.glob("*.safetensors")) or not (folder / "tokenizer.json").exists():
-                    self._ignore(folder, "it has no safetensors weights or no tokenizer.json")
+                elif not ((folder / INDEX).exists() or (folder / WHOLE).exists()):
+                    self._ignore(folder, why_no_weights(folder))
+                elif not (folder / "tokenizer.json").exists():
+                    self._ignore(folder, "it has no tokenizer.json")
                 else:
                     found[folder.relative_to(self.root).as_posix()] = folder
         return found
@@ -94,9 +108,8 @@ class BaseModels:
 
 def describe(name: str, folder: Path) -> LocalModel:
     """A model of the folder: its name, a version, and what the API must know of it."""
-    config = json.loads((folder / "config.json").read_text())
-    text = config.get("text_config", config)
-    weights = sorted(folder.glob("*.safetensors"))
+    config, weights = config_of(folder), weight_files(folder)
+    text, method = text_config(config), prequantized(config)
     # A fingerprint that does not read gigabytes: the configuration, and each file's name, size and header.
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in weights:
@@ -104,11 +117,12 @@ def describe(name: str, folder: Path) -> LocalModel:
             digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(1024 * 1024))
     details = {
         "architecture": (config.get("architectures") or [None])[0],
-        "context_length": text.get("max_position_embeddings"),
+        "context_length": context_length(config),
         "vocabulary_size": text.get("vocab_size"),
         "bytes": sum(path.stat().st_size for path in weights),
         "chat_template": has_chat_template(folder),
-        "shape": _shape(text, weights),
+        "prequantized": method,
+        "shape": None if method is not None else _shape(text, weights),
     }
     return LocalModel(name, folder, digest.hexdigest()[:16], details)
 
@@ -134,11 +148,13 @@ def _shape(config: dict[str, Any], weights: list[Path]) -> dict[str, Any] | None
             if name == "__metadata__":
                 continue
             size = tensor["shape"]
-            if LAYER.search(name) and name.endswith(".weight") and len(size) == 2:
+            # Experts are not quantised, and have no adapter, whether they are one tensor or many.
+            if LAYER.search(f".{name}") and name.endswith(".weight") and len(size) == 2 and ".experts." not in name:
                 linears[(name.split(".")[-2], size[0], size[1])] += 1
             else:
                 others += math.prod(size)
-    hidden, layers = config.get("hidden_size"), config.get("num_hidden_layers")
+    hidden = config.get("hidden_size") or config.get("n_embd") or config.get("d_model")
+    layers = config.get("num_hidden_layers") or config.get("n_layer") or config.get("n_layers")
     if not hidden or not layers or not linears:
         return None
     return {
@@ -155,7 +171,7 @@ def _download(name: str) -> tuple[Path, str | None]:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_COPIES))
     except RepositoryNotFoundError as error:  # gated ones too; what passes by itself is tried again by the queue
         raise ModelUnavailable(f"The model '{name}' cannot be downloaded: {error}") from error
     return folder, folder.name

@@ -17,12 +17,11 @@ from app.datasets.report import Report
 from app.estimates.service import expected_seconds, stages_of
 from app.evaluations.spec import EvaluationSpec
 from app.jobs import repository
-from app.jobs.hyperparameters import SupervisedHyperparameters
+from app.jobs.hyperparameters import DEFAULT_MAX_LENGTH, SupervisedHyperparameters
 from app.jobs.spec import JobSpec
 from app.jobs.states import Actor, Status
 from app.jobs.tables import EVALUATION, Job
 from app.models import repository as models
-from app.reports.service import DEFAULT_MAX_LENGTH
 from app.services import Services
 from worker.base_models import BaseModels, has_chat_template
 from worker.classifier import BadClassifier, LinearClassifier

@@ -17,12 +17,11 @@ from app.estimates.memory import Memory, Settings, Shape, estimate
 from app.estimates.schemas import Estimate, MemoryEstimate, Pace, Refused, StageEstimate
 from app.files import repository as files
 from app.jobs import repository as jobs
-from app.jobs.hyperparameters import DPOHyperparameters, SupervisedHyperparameters
+from app.jobs.hyperparameters import DEFAULT_MAX_LENGTH, DPOHyperparameters, SupervisedHyperparameters
 from app.jobs.service import Jobs
 from app.jobs.spec import DEFAULT_VALIDATION_SPLIT, JobSpec
 from app.models import repository as models
 from app.reports import service as reports
-from app.reports.service import DEFAULT_MAX_LENGTH
 from app.tasks.service import result
 
 MAX_PACES = 5

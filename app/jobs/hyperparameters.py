@@ -16,6 +16,10 @@ LossName = Literal[
 Metric = Literal["eval/loss", "eval/rewards/accuracies", "eval/rewards/margins", "eval/mean_token_accuracy"]
 
 
+DEFAULT_MAX_LENGTH = 2048
+"""Tokens of a row where a job says nothing, and the model's context is no shorter."""
+
+
 class EarlyStopping(Strict):
     """Stop when a validation metric no longer gets better, and keep the weights of its best step."""
 

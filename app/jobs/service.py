@@ -24,6 +24,7 @@ from app.jobs.spec import JobSpec
 from app.jobs.tables import TRAINING, Job
 from app.keys.service import Keys
 from app.models import repository as models
+from app.models.prequantized import OWN, refusal
 from app.storage import Storage
 from app.workers import repository as workers
 
@@ -76,6 +77,7 @@ class Jobs(Lifecycle[JobObject]):
         reference = self._reference(session, project, spec)
         spec = self._with_mappings(spec, self._files(session, project, spec))
         self._check_integrations(session, spec)
+        spec = self._on_prequantized(session, model, spec)
         if model.adapter:
             spec = spec.model_copy(update={"adapter": model.adapter})
         parent = models.job_of(session, project, spec.model)
@@ -131,6 +133,23 @@ class Jobs(Lifecycle[JobObject]):
             message = f"'{spec.model}' has an adapter, and training goes on with it; leave 'adapter' out."
             raise ServiceError(message, param="adapter", code="invalid_value")
         return model
+
+    @staticmethod
+    def _on_prequantized(session: Session, model: models.Found, spec: JobSpec) -> JobSpec:
+        """The spec with the quantisation of a base that has one already. Raises `ServiceError` for what cannot be."""
+        method = models.prequantized(session, model.base_model)
+        if method is None:
+            return spec
+        if spec.quantization is None and method in OWN:
+            spec = spec.model_copy(update={"quantization": OWN[method]})
+        resolved = spec.resolved()
+        found = refusal(
+            model.base_model, method, quantization=resolved.quantization or "none", full=resolved.adapter == "none",
+            rewards=spec.trains_rewards,
+        )  # fmt: skip
+        if found is not None:
+            raise ServiceError(found[1], param=found[0], code="unsupported_model")
+        return spec
 
     @staticmethod
     def _files(session: Session, project: str, spec: JobSpec) -> dict[str, File]:

@@ -130,6 +130,12 @@ def version(session: Session, base_model: str) -> str | None:
     return session.scalar(select(Model.revision).where(Model.name == base_model, Model.kind == "base"))
 
 
+def prequantized(session: Session, base_model: str) -> str | None:
+    """How the weights of a base model are quantised on the disk; None where they are not, or nobody has seen them."""
+    details = session.scalar(select(Model.details).where(Model.name == base_model, Model.kind == "base"))
+    return (details or {}).get("prequantized")
+
+
 def register(session: Session, name: str, revision: str, details: dict[str, Any]) -> None:
     """Make or refresh the row of a base model that a worker can serve."""
     _register(session, name, "base", name, revision, details)

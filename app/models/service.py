@@ -52,6 +52,10 @@ class Models:
             found, prefix = self._made(session, project, name)
             if found.kind != "adapter":
                 return tar(folder(self.storage, prefix))  # its weights are whole
+            method = repository.prequantized(session, found.base_model)
+            if method is not None:
+                message = f"'{found.base_model}' is quantised ({method}): nothing can be merged into such weights."
+                raise ServiceError(message, param="format", code="not_mergeable")
             task = tasks.ensure(
                 session,
                 tasks.MERGE,

@@ -13,13 +13,13 @@ from app.files import repository as files
 from app.files.schemas import FileObject
 from app.files.service import not_found
 from app.files.tables import File
+from app.jobs.hyperparameters import DEFAULT_MAX_LENGTH
 from app.models import repository as models
 from app.reports.schemas import Report
 from app.tasks import repository as tasks
 from app.tasks.service import result
 from app.tasks.tables import Task
 
-DEFAULT_MAX_LENGTH = 2048
 MAX_PENDING = 50
 
 

@@ -13,7 +13,7 @@ from app.jobs.spec import Adapter, JobSpec
 from worker.trainer import reward
 from worker.trainer.events import Events
 from worker.trainer.loading import load_policy
-from worker.trainer.memory import free_host_bytes
+from worker.trainer.memory import fits_as_float32
 from worker.trainer.methods import Found
 from worker.trainer.model import Base, Policy
 from worker.trainer.plan import Stage
@@ -95,7 +95,7 @@ def _drift(folder: Path, policy: Policy, results: Results, events: Events) -> st
     if not chosen:
         return "Not measured: the job had no validation rows."
     name, device, shared = policy.name, policy.device, policy.shared
-    if device.type == "cpu" and not _fits_in_memory(results.base.folder):
+    if device.type == "cpu" and not fits_as_float32(results.base.folder):
         return f"Not measured: the unquantised '{name}' does not fit into the worker's memory."
     policy.model = None  # the unquantised base needs the room
     gc.collect()
@@ -118,11 +118,6 @@ def _drift(folder: Path, policy: Policy, results: Results, events: Events) -> st
         f"On the unquantised base the adapter's log-probs differ by {total / tokens:.4f} nats a token on average "
         f"({len(rows)} validation rows, {tokens} tokens). Compare adapters on a base quantised as here."
     )
-
-
-def _fits_in_memory(folder: Path) -> bool:
-    """Whether the weights in `folder` fit as float32, at most twice their size on the disk."""
-    return 2 * sum(path.stat().st_size for path in folder.glob("*.safetensors")) < free_host_bytes()
 
 
 def _card(results: Results, kind: str, drift: str) -> str:

@@ -216,7 +216,7 @@ def why_not_shared(model: Any) -> str | None:
     ropes = rope_kinds(model) - SHAREABLE_ROPE
     if ropes:
         return f"its rotary embedding ('{sorted(ropes)[0]}') depends on the length of the sequence"
-    return None
+    return why_not_batched(model)
 
 
 def why_not_batched(model: Any) -> str | None:

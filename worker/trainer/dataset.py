@@ -27,6 +27,7 @@ from app.datasets.rendering import Rendering
 from worker.trainer import data
 from worker.trainer.cache import Cache
 from worker.trainer.data import Recipe, Response, Row, Tally, Tokenizer
+from worker.trainer.events import UserError
 from worker.trainer.rendering import Renderer
 
 VERSION = 3
@@ -134,6 +135,11 @@ class Rows(Sequence[Row]):
         return int(sizes.max()) if len(sizes) else 0
 
     @property
+    def largest(self) -> int:
+        """The largest token of the file."""
+        return int(self._arrays.ids.max(initial=0))
+
+    @property
     def lines(self) -> list[int]:
         """The line of each row."""
         return list(self._arrays.lines[self._numbers].tolist())
@@ -164,6 +170,18 @@ class Rows(Sequence[Row]):
             start, stop = a.tokens[a.segments[number] : a.segments[number] + 2]
             keys.append(a.ids[start:stop].tobytes() if stop > start else f"row {position}".encode())
         return keys
+
+
+def require_embedded(rows: Rows, tokenizer: Tokenizer, config: Any, model: str) -> None:
+    """Refuse rows with a token that the model of `config` has no row for in its embedding."""
+    size = config.get_text_config().vocab_size
+    if rows.largest >= size:
+        token = tokenizer.convert_ids_to_tokens(rows.largest)
+        message = (
+            f"The tokenizer of '{model}' writes '{token}' as token {rows.largest}, and the model knows {size} tokens: "
+            "its embedding was not made larger with its tokenizer."
+        )
+        raise UserError("unsupported_model", message, "model")
 
 
 def load(path: Path, tokenizer: Tokenizer, recipe: Recipe, cache: Cache) -> tuple[Rows, Tally]:

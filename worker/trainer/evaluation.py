@@ -24,16 +24,17 @@ from app.datasets.example import Example, Kind
 from app.datasets.rendering import Rendering
 from app.evaluations.spec import EvaluationSpec, Judge, Side
 from app.evaluations.spec import Sampling as SpecSampling
+from app.jobs.hyperparameters import DEFAULT_MAX_LENGTH
 from app.jobs.spec import JobSpec
 from worker.classifier import BadClassifier, LinearClassifier
 from worker.judges.questions import questions, verdicts
+from worker.model_files import context_length
 from worker.trainer import data, dataset, exactness, reference, reward
 from worker.trainer.cache import Cache
 from worker.trainer.data import Recipe, Response, Row
 from worker.trainer.events import Events, Stopped, UserError
 from worker.trainer.loading import load_policy
 from worker.trainer.model import Base, Policy
-from worker.trainer.plan import DEFAULT_MAX_LENGTH
 from worker.trainer.rendering import Renderer
 from worker.trainer.sampling import Sampling, Wanted, batches, sample
 
@@ -265,6 +266,7 @@ class Evaluator:
         for line in rows.lines:
             keys.append((line, seen[line]))
             seen[line] += 1
+        dataset.require_embedded(rows, policy.tokenizer, policy.causal.config, policy.name)
         drawn = self._drawn(keys)
         rows, keys = rows.where([key in drawn for key in keys]), [key for key in keys if key in drawn]
         exactness.check(policy, rows, self.events)
@@ -279,8 +281,7 @@ class Evaluator:
 
     @staticmethod
     def _context(policy: Policy) -> int:
-        config = policy.causal.config.get_text_config()
-        return int(getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH)
+        return context_length(policy.causal.config.to_dict()) or DEFAULT_MAX_LENGTH
 
     def _max_length(self, policy: Policy) -> int:
         context = self._context(policy)

@@ -13,10 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from app.jobs.spec import Adapter, JobSpec
+from app.models.prequantized import refusal
+from worker.model_files import config_of, prequantized, weight_files, why_no_weights
 from worker.trainer.attention import why_not_batched, why_not_shared
 from worker.trainer.data import Tokenizer
 from worker.trainer.events import Events, UserError, first_line
-from worker.trainer.linears import adaptable, is_ordinary, not_quantised, short_names
+from worker.trainer.linears import adaptable, has_experts, is_ordinary, not_quantised, short_names
 from worker.trainer.lora import with_fast_layers
 from worker.trainer.model import REWARD_HEAD, Base, Policy
 from worker.trainer.packing import Packing
@@ -37,17 +39,32 @@ def load_policy(spec: JobSpec, base: Base, start: Path | None, events: Events, *
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     full = spec.adapter == "none"
+    folder = start if full and start is not None else base.folder
     try:
         tokenizer = load_tokenizer(start or base.folder)
-        model = _load_base(
-            start if full and start is not None else base.folder, spec.quantization or "none", device, full
-        )
+        method = prequantized(config_of(folder))
+        if trainable and method is not None:
+            _require_possible(spec, base, method)
+        if not weight_files(folder):
+            raise ValueError(why_no_weights(folder))
+        model = _load_base(folder, spec.quantization or "none", device, full, method)
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         message = f"The model '{spec.model}' cannot be loaded: {first_line(error)}."
         raise UserError("model_not_loadable", message, "model") from error
+    if has_experts(model) and (spec.quantization or "none") != "none":
+        events.message("The experts that a router chooses from are not quantised: they are one tensor, not layers.")
     return wrap(model, tokenizer, spec, base, start, events, trainable=trainable)
+
+
+def _require_possible(spec: JobSpec, base: Base, method: str) -> None:
+    found = refusal(
+        base.name, method, quantization=spec.quantization or "none", full=spec.adapter == "none",
+        rewards=spec.trains_rewards,
+    )  # fmt: skip
+    if found is not None:
+        raise UserError("unsupported_model", found[1], found[0])
 
 
 def wrap(
@@ -96,17 +113,22 @@ def _reward_head(policy: Policy, spec: JobSpec, start: Path | None) -> nn.Linear
     return head
 
 
-def _load_base(folder: Path, quantization: str, device: torch.device, full: bool) -> Any:
+def _load_base(folder: Path, quantization: str, device: torch.device, full: bool, method: str | None) -> Any:
+    """The model in `folder`. `method`: how its weights are quantised on the disk already, which stays as it is."""
     dtype = torch.bfloat16 if device.type == "cuda" and not full else torch.float32
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
         trust_remote_code=False,
         local_files_only=True,
         use_safetensors=True,
         device_map={"": device},
-        **quantisation(quantization, dtype, folder),
+        **({} if method is not None else quantisation(quantization, dtype, folder)),
     )
+    for module in model.modules():
+        if method is not None and isinstance(module, Linear4bit):  # its file says what its makers computed in
+            module.compute_dtype, module.compute_type_is_set = dtype, True
+    return model
 
 
 def quantisation(name: str, dtype: torch.dtype, folder: Path) -> dict[str, Any]:

@@ -21,16 +21,18 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
-from app.jobs.hyperparameters import DPOHyperparameters
+from app.jobs.hyperparameters import DEFAULT_MAX_LENGTH, DPOHyperparameters
 from app.jobs.spec import JobSpec
+from worker.model_files import context_length
 from worker.trainer import artifact, best, checkpoint, exactness, memory, plan, reference, reward, throughput
 from worker.trainer.advice import Advice, Advisor
 from worker.trainer.averages import Averages
 from worker.trainer.best import Best
 from worker.trainer.cache import Cache
 from worker.trainer.checkpoint import State
-from worker.trainer.dataset import Rows
+from worker.trainer.dataset import Rows, require_embedded
 from worker.trainer.events import Events, Stopped, UserError
 from worker.trainer.loading import load_policy
 from worker.trainer.methods import Found, Method, Preference, References, Supervised
@@ -128,12 +130,15 @@ class Trainer:
     def _stages(self, model: Path) -> list[Stage]:
         try:
             tokenizer = load_tokenizer(model)
-            config = json.loads((self.base.folder / "config.json").read_text())
+            config = AutoConfig.from_pretrained(self.base.folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             message = f"The model '{self.spec.model}' cannot be loaded: {error}"
             raise UserError("model_not_loadable", message, "model") from error
-        context = config.get("text_config", config).get("max_position_embeddings") or plan.DEFAULT_MAX_LENGTH
-        return plan.stages(self.spec, self.folder, tokenizer, context, self.cache, self.events)
+        context = context_length(config.to_dict()) or DEFAULT_MAX_LENGTH
+        stages = plan.stages(self.spec, self.folder, tokenizer, context, self.cache, self.events)
+        for rows in (part for stage in stages for part in (stage.train, stage.validation)):
+            require_embedded(rows, tokenizer, config, self.spec.model)
+        return stages
 
     def _run_stage(self, stage: Stage, others: References | None) -> None:
         policy, state, settings = self.policy, self.state, stage.hyperparameters

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from worker.model_files import weight_files
 from worker.trainer.model import Policy
 from worker.trainer.packing import Pack
 
@@ -15,6 +16,11 @@ RESERVE = 0.8
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 OPTIMIZER_BYTES = 12
 """For each trained parameter, in float32: its gradient and two moments."""
+
+
+def fits_as_float32(folder: Path) -> bool:
+    """Whether the weights in `folder` fit into the free memory as float32, at most twice their size on the disk."""
+    return 2 * sum(path.stat().st_size for path in weight_files(folder)) < free_host_bytes()
 
 
 def activation_bytes(policy: Policy, pack: Pack) -> int:

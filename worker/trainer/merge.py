@@ -3,54 +3,107 @@
 FOLDER holds `base/` (a transformers model), `adapter/` (PEFT) and `merge.json` {dtype}; it gets `output/`. Each
 merged weight is computed in float32 and rounded once; one file of the base is in memory at a time, so that a model
 needs no more than its largest file. LoRA and rsLoRA: W + s BA. DoRA (Liu et al. 2024, Eq. 5): m (W + s BA) / ‖W + s BA‖
-with the norm over the inputs of each output.
+with the norm over the inputs of each output. An adapter on what the files do not hold so, experts that transformers
+makes one tensor of for example, is merged by PEFT, with the whole model in memory.
 """
 
 import json
 import math
 import shutil
 import sys
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
 
-from worker.trainer.events import UserError
+from worker.model_files import INDEX, config_of, prequantized, weight_files
+from worker.trainer.events import UserError, first_line
+from worker.trainer.memory import fits_as_float32
 
-PREFIX = "base_model.model."
+PREFIX, DOWN = "base_model.model.", ".lora_A.weight"
+PARTS = (DOWN, ".lora_B.weight", ".lora_magnitude_vector")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def merge(base: Path, adapter: Path, output: Path, dtype: torch.dtype) -> None:
-    """Write the merged model to `output`. Raises `UserError` for an adapter that does not fit the base's files."""
+    """Write the merged model to `output`. Raises `UserError` for an adapter that does not fit the base."""
+    method = prequantized(config_of(base))
+    if method is not None:
+        message = f"The base is quantised ({method}): nothing can be merged into such weights."
+        raise UserError("not_mergeable", message, "format")
     config = json.loads((adapter / "adapter_config.json").read_text())
     tensors = load_file(adapter / "adapter_model.safetensors")
+    output.mkdir(parents=True)
+    places = _places(base, tensors)
+    if places is None:
+        _merge_in_memory(base, adapter, set(tensors), output, dtype)
+    else:
+        _merge_by_file(base, output, dtype, config, tensors, places)
+    _describe(base, adapter, output, dtype)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A linear layer with an adapter: its module's name, and whether its weight is [inputs, outputs], as GPT-2's."""
+
+    module: str
+    transposed: bool
+
+
+def _places(base: Path, tensors: dict[str, Tensor]) -> dict[str, _Target] | None:
+    """By the names in the base's files, the weights that the adapter changes; None where they are not there as such."""
+    modules = {name.removeprefix(PREFIX).removesuffix(DOWN) for name in tensors if name.endswith(DOWN)}
+    if any(not name.startswith(PREFIX) or not name.endswith(PARTS) for name in tensors):
+        return None
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base, local_files_only=True))
+    transforms = get_model_conversion_mapping(model)
+    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+    converters = [one for one in transforms if isinstance(one, WeightConverter)]
+    weights, found = model.state_dict(), dict[str, _Target]()
+    for path in weight_files(base):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                renamed, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, weights)
+                module = renamed.removesuffix(".weight")
+                if converter is None and module in modules and renamed.endswith(".weight"):
+                    found[name] = _Target(module, isinstance(model.get_submodule(module), Conv1D))
+    return found if {target.module for target in found.values()} == modules else None
+
+
+def _merge_by_file(
+    base: Path,
+    output: Path,
+    dtype: torch.dtype,
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    places: dict[str, _Target],
+) -> None:
     rank = config["r"]
     scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    targets = {
-        name.removeprefix(PREFIX).removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")
-    }
-    output.mkdir(parents=True)
-    merged: set[str] = set()
-    files = sorted(base.glob("*.safetensors"))
-    for path in files:
+    for path in weight_files(base):
         written: dict[str, Tensor] = {}
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
-                weight, module = file.get_tensor(name), name.removesuffix(".weight")
-                if module in targets:
-                    weight = _merged(weight, module, tensors, scale)
-                    merged.add(module)
+                weight, target = file.get_tensor(name), places.get(name)
+                if target is not None and target.transposed:
+                    weight = _merged(weight.t(), target.module, tensors, scale).t().contiguous()
+                elif target is not None:
+                    weight = _merged(weight, target.module, tensors, scale)
                 written[name] = weight.to(dtype) if weight.is_floating_point() else weight
             save_file(written, output / path.name, metadata={"format": "pt"})
-    if merged != targets:
-        missing = ", ".join(sorted(targets - merged)[:3])
-        message = f"The base's files have no weights for {missing}: merge the adapter with PEFT's merge_and_unload."
-        raise UserError("not_mergeable", message, "format")
-    _describe(base, adapter, output, dtype)
+    if (base / INDEX).exists():
+        shutil.copyfile(base / INDEX, output / INDEX)
 
 
 def _merged(weight: Tensor, module: str, tensors: dict[str, Tensor], scale: float) -> Tensor:
@@ -64,13 +117,38 @@ def _merged(weight: Tensor, module: str, tensors: dict[str, Tensor], scale: floa
     return scaled
 
 
+def _merge_in_memory(base: Path, adapter: Path, tensors: set[str], output: Path, dtype: torch.dtype) -> None:
+    """`tensors` names what the adapter has, all of which must find its place."""
+    if not fits_as_float32(base):
+        message = (
+            "The adapter sits on weights that the base's files do not hold as such, and the whole model does not fit "
+            "into this worker's memory: merge it with PEFT's merge_and_unload on a larger machine."
+        )
+        raise UserError("not_mergeable", message, "format")
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is missing is looked at below
+            adapted: Any = PeftModel.from_pretrained(model, adapter)
+    except (ValueError, RuntimeError, KeyError) as error:
+        message = f"The adapter does not fit the base: {first_line(error)}."
+        raise UserError("not_mergeable", message, "format") from error
+    strange = tensors ^ set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    if strange:
+        message = f"The adapter does not fit the base: {', '.join(sorted(strange)[:3])}."
+        raise UserError("not_mergeable", message, "format")
+    adapted.merge_and_unload().to(dtype).save_pretrained(output)
+
+
 def _describe(base: Path, adapter: Path, output: Path, dtype: torch.dtype) -> None:
     """Everything beside the weights: the base's configuration, the adapter's tokenizer, card and metrics."""
     name = str(dtype).removeprefix("torch.")
     config: dict[str, Any] = json.loads((base / "config.json").read_text())
     config.pop("torch_dtype", None)
     (output / "config.json").write_text(json.dumps(config | {"dtype": name}, indent=2) + "\n")
-    for path in [*base.glob("generation_config.json"), *base.glob("*.safetensors.index.json")]:
+    for path in base.glob("generation_config.json"):
         shutil.copyfile(path, output / path.name)
     for path in adapter.iterdir():
         if path.is_file() and not path.name.startswith("adapter_"):

@@ -13,7 +13,7 @@ import torch
 from app.datasets.example import Kind
 from app.datasets.mapping import Mapping
 from app.datasets.rendering import Rendering
-from app.jobs.hyperparameters import DPOHyperparameters, SupervisedHyperparameters
+from app.jobs.hyperparameters import DEFAULT_MAX_LENGTH, DPOHyperparameters, SupervisedHyperparameters
 from app.jobs.spec import DEFAULT_VALIDATION_SPLIT, JobSpec
 from worker.trainer.cache import Cache
 from worker.trainer.data import Recipe, Response, Row, Tally, Tokenizer
@@ -21,7 +21,6 @@ from worker.trainer.dataset import Integers, Rows, load
 from worker.trainer.events import Events, UserError
 from worker.trainer.rendering import Renderer
 
-DEFAULT_MAX_LENGTH = 2048
 DEFAULT_INTERVALS = 5
 
 

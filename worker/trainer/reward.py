@@ -17,6 +17,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 from app.datasets.example import Example, Kind
 from app.datasets.rendering import Rendering
+from app.jobs.hyperparameters import DEFAULT_MAX_LENGTH
+from worker.model_files import context_length
 from worker.trainer.data import Recipe, Row, Tally, batched, rows
 from worker.trainer.events import UserError
 from worker.trainer.model import Base, Policy
@@ -83,7 +85,7 @@ def scores(
         folder, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, local_files_only=True,
         trust_remote_code=False, use_safetensors=True, device_map={"": device},
     ).eval()  # fmt: skip
-    context = model.config.get_text_config().max_position_embeddings
+    context = context_length(model.config.to_dict()) or DEFAULT_MAX_LENGTH
     recipe = Recipe(Kind.SUPERVISED, min(max_length or context, context), rendering=rendering, lenient=True)
     texts = [row.prompt + row.responses[0].ids for row in rows(answered, tokenizer, recipe, Tally())]
     assert len(texts) == len(answered)

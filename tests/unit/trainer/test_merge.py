@@ -71,5 +71,5 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     renamed = {name.replace("q_proj", "queries"): value for name, value in tensors.items()}
     save_file(renamed, tmp_path / "adapter" / "adapter_model.safetensors")
-    with pytest.raises(UserError, match="no weights for"):
+    with pytest.raises(UserError, match="does not fit the base"):
         merge(base, tmp_path / "adapter", tmp_path / "output", torch.float32)
