@@ -19,7 +19,7 @@ class Loss:
     beta: float | None = 0.1
     """The default of β; None where the loss has no β."""
     length_average: bool = False
-    """Whether its reward is averaged over the answer's tokens."""
+    """Whether its reward is averaged over the answer's tokens (IPO's may be summed: `ipo_length_average`)."""
     couples: bool = False
     """Whether the loss of one row depends on the other rows of its batch."""
 
@@ -32,7 +32,7 @@ PAIR_OPTIONS = "ld_alpha use_weighting"
 LOSSES = {
     "sigmoid": _loss(f"label_smoothing f_divergence f_alpha {PAIR_OPTIONS}"),
     "hinge": _loss(f"f_divergence f_alpha {PAIR_OPTIONS}"),
-    "ipo": _loss(f"f_divergence f_alpha ipo_length_average {PAIR_OPTIONS}"),
+    "ipo": _loss(f"f_divergence f_alpha ipo_length_average {PAIR_OPTIONS}", length_average=True),
     "robust": _loss(f"label_smoothing f_divergence f_alpha {PAIR_OPTIONS}"),
     "exo_pair": _loss(f"label_smoothing f_divergence f_alpha {PAIR_OPTIONS}"),
     "nca_pair": _loss(PAIR_OPTIONS),
@@ -43,7 +43,7 @@ LOSSES = {
     "apo_zero": _loss(PAIR_OPTIONS),
     "apo_down": _loss(PAIR_OPTIONS),
     "discopop": _loss(f"discopop_tau f_divergence f_alpha {PAIR_OPTIONS}", beta=0.05),
-    "sigmoid_norm": _loss(f"f_divergence f_alpha {PAIR_OPTIONS}", beta=5.0),
+    "sigmoid_norm": _loss(f"f_divergence f_alpha {PAIR_OPTIONS}", beta=5.0, length_average=True),
     "sft": _loss("use_weighting", reference=False, beta=None),
     "simpo": _loss(f"simpo_gamma {PAIR_OPTIONS}", reference=False, beta=2.0, length_average=True),
     "orpo": _loss("use_weighting", reference=False, length_average=True),

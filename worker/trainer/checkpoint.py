@@ -77,7 +77,8 @@ def load_references(folder: Path) -> References | None:
     if not path.exists():
         return None
     flat = load_file(path)
-    train, validation = (Reference(flat[f"{part}/logps"], flat[f"{part}/first"]) for part in ("train", "validation"))
+    fields = ("logps", "first", "seen")
+    train, validation = (Reference(*(flat[f"{part}/{name}"] for name in fields)) for part in ("train", "validation"))
     return References(train, validation)
 
 

@@ -6,7 +6,7 @@ rows (for SFT: over its scored tokens), whatever packs they are in.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -17,9 +17,8 @@ from app.jobs.hyperparameters import DPOHyperparameters, SupervisedHyperparamete
 from worker.trainer.averages import Averages
 from worker.trainer.data import Row
 from worker.trainer.model import Policy, per_response
-from worker.trainer.objectives import losses_of
+from worker.trainer.objectives import losses_of, rewards_of
 from worker.trainer.objectives.batch import Batch
-from worker.trainer.objectives.preference import beta_of
 from worker.trainer.objectives.supervised import LOSSES
 from worker.trainer.packing import Pack, columns
 from worker.trainer.reference import Reference
@@ -52,6 +51,16 @@ class Part(NamedTuple):
     @classmethod
     def of(cls, pack: Pack) -> "Part":
         return cls(pack.rows, pack.row_of, pack.lengths[pack.leaves])
+
+
+class Values(NamedTuple):
+    """What the policy says of each response of a pack, [R]: what the loss sees, the log-probs themselves (of a reward
+    model the rewards), and WPO's alignment.
+    """
+
+    seen: Tensor
+    logps: Tensor
+    alignment: Tensor | None
 
 
 class Method(Protocol):
@@ -147,55 +156,50 @@ class Preference:
             self._backward_coupled(packs, references, chosen, averages)
         else:
             for pack, reference in zip(packs, references, strict=True):
-                values, alignment = self._values(pack)
-                batch = self._batch([Part.of(pack)], values, reference, alignment, chosen, self.train)
+                batch = self._batch([Part.of(pack)], [self._values(pack)], [reference], chosen, self.train)
                 losses = losses_of(batch, self.settings)
                 report(batch, losses, self.settings, averages)
                 (losses.sum() / len(numbers)).backward()  # type: ignore[no-untyped-call]
         return Work.of(packs)
 
-    def _backward_coupled(self, packs: list[Pack], references: list[Tensor], chosen: float, averages: Averages) -> None:
+    def _backward_coupled(
+        self, packs: list[Pack], references: list[tuple[Tensor, Tensor]], chosen: float, averages: Averages
+    ) -> None:
         """Where rows depend on each other: all log-probs first, then the gradient of each pack with its share.
 
         ∂L/∂θ = Σ_r ∂L/∂log π(y_r) · ∂log π(y_r)/∂θ, so that one graph at a time is enough (as in GradCache, Gao et
         al. 2021); the price is a second forward pass.
         """
         with torch.no_grad():
-            found = [self._values(pack) for pack in packs]
-        values = torch.cat([value for value, _ in found]).requires_grad_()
-        alignment = _joined([alignment for _, alignment in found])
-        parts = [Part.of(pack) for pack in packs]
-        batch = self._batch(parts, values, torch.cat(references), alignment, chosen, self.train)
+            values = [self._values(pack) for pack in packs]
+        leaves = [one._replace(seen=one.seen.requires_grad_()) for one in values]
+        batch = self._batch([Part.of(pack) for pack in packs], leaves, references, chosen, self.train)
         losses = losses_of(batch, self.settings)
         report(batch, losses, self.settings, averages)
-        (gradient,) = torch.autograd.grad(losses.mean(), values)
-        shares = torch.split(gradient, [len(pack.leaves) for pack in packs])
+        shares = torch.autograd.grad(losses.mean(), [one.seen for one in leaves])
         for pack, share in zip(packs, shares, strict=True):
-            self._values(pack)[0].backward(share)  # type: ignore[no-untyped-call]
+            self._values(pack).seen.backward(share)  # type: ignore[no-untyped-call]
 
     def evaluate(self, averages: Averages, tick: Callable[[], None]) -> Found:
         """A loss that couples rows is taken over all validation rows at once."""
         merge = self.settings.ld_alpha is None
         known = None if self.references is None else self.references.validation
-        found: list[tuple[Part, Tensor, Tensor, Tensor | None]] = []
-        lengths = [row.scored for row in self.validation]
+        parts, values, references = list[Part](), list[Values](), list[tuple[Tensor, Tensor]]()
         with torch.no_grad():
             for pack in self.policy.packs(self.validation, range(len(self.validation)), merge=merge):
-                ours, alignment = self._values(pack)
-                found.append((Part.of(pack), ours, self._reference(pack, known), alignment))
+                parts.append(Part.of(pack))
+                values.append(self._values(pack))
+                references.append(self._reference(pack, known))
                 tick()
-            parts, values = [f[0] for f in found], [f[1] for f in found]
-            references = [f[2] for f in found]
-            aligned = _joined([f[3] for f in found])
-            mean = sum(lengths) / len(lengths)
-            batch = self._batch(parts, torch.cat(values), torch.cat(references), aligned, mean, self.validation)
+            mean = sum(row.scored for row in self.validation) / len(self.validation)
+            batch = self._batch(parts, values, references, mean, self.validation)
             report(batch, losses_of(batch, self.settings), self.settings, averages)
         rows: Found = []
-        for part, mine, theirs in zip(parts, values, references, strict=True):
+        for part, mine, (_, theirs) in zip(parts, values, references, strict=True):
             split: list[Tensor | None] = [None] * len(part.rows)
             if self.settings.needs_reference:
                 split = list(_by_row(part, theirs))
-            rows += list(zip(part.rows, _by_row(part, mine), split, strict=True))
+            rows += list(zip(part.rows, _by_row(part, mine.logps), split, strict=True))
         return rows
 
     def after_step(self, step: int) -> None:
@@ -207,25 +211,30 @@ class Preference:
             weights.lerp_(trained[name].detach(), sync.alpha)
         self.moved = True
 
-    def _values(self, pack: Pack) -> tuple[Tensor, Tensor | None]:
-        """Log-probs (or rewards) of each response of each row of `pack`, [R], and WPO's alignment, [R]."""
+    def _values(self, pack: Pack) -> Values:
         if self.policy.reward_head is not None:
-            return self.policy.rewards(pack), None
+            rewards = self.policy.rewards(pack)
+            return Values(rewards, rewards.detach(), None)
         weighing = bool(self.settings.use_weighting)
         scores = self.policy.score(pack, alignment=weighing, tail_weight=self.settings.ld_alpha)
-        if scores.tokens.alignment is None:
-            return scores.responses, None
-        return scores.responses, per_response(pack, scores.tokens.alignment) / pack.lengths[pack.leaves]
+        alignment = scores.tokens.alignment
+        if alignment is not None:
+            alignment = per_response(pack, alignment) / pack.lengths[pack.leaves]
+        return Values(scores.responses, per_response(pack, scores.tokens.logps.detach()), alignment)
 
-    def _reference(self, pack: Pack, known: Reference | None) -> Tensor:
-        """The reference's log-probs of each response of each row of `pack`, [R]; zeros where the loss has none."""
+    def _reference(self, pack: Pack, known: Reference | None) -> tuple[Tensor, Tensor]:
+        """What the loss sees of the reference for each response of each row of `pack`, and its log-probs, [R]; zeros
+        where the loss has none.
+        """
         if self.moved and self.anchor is not None:
             with torch.no_grad(), self._reference_weights(self.anchor):
-                return self._values(pack)[0]
+                return self._values(pack)[:2]
         if known is None:
-            return torch.zeros(len(pack.leaves), device=self.policy.device)
+            none = torch.zeros(len(pack.leaves), device=self.policy.device)
+            return none, none
         row = pack.row_of.cpu()
-        return known.of(torch.tensor(pack.rows)[row], columns(row)).to(self.policy.device)
+        seen, logps = known.of(torch.tensor(pack.rows)[row], columns(row))
+        return seen.to(self.policy.device), logps.to(self.policy.device)
 
     @contextmanager
     def _reference_weights(self, weights: dict[str, Tensor]) -> Iterator[None]:
@@ -243,9 +252,8 @@ class Preference:
     def _batch(
         self,
         parts: list[Part],
-        values: Tensor,
-        reference: Tensor,
-        alignment: Tensor | None,
+        values: list[Values],
+        references: list[tuple[Tensor, Tensor]],
         mean_length: float,
         rows: Sequence[Row],
     ) -> Batch:
@@ -254,27 +262,25 @@ class Preference:
         row_of = torch.cat([part.row_of + (end - len(part.rows)) for part, end in zip(parts, counts, strict=True)])
         column = columns(row_of)
         shape = (counts[-1], max(len(rows[number].responses) for part in parts for number in part.rows))
-        lengths = torch.cat([part.lengths for part in parts])
 
-        def table(flat: Tensor) -> Tensor:
-            return flat.new_zeros(shape).index_put((row_of, column), flat)
+        def table(flat: Sequence[Tensor]) -> Tensor:
+            joined = torch.cat(list(flat))
+            return joined.new_zeros(shape).index_put((row_of, column), joined)
 
+        policy = table([one.seen for one in values])
+        reference, plain = (table([one[k] for one in references]).to(policy.dtype) for k in range(2))
         desirable = [rows[number].desirable for part in parts for number in part.rows]
+        alignment = [one.alignment for one in values if one.alignment is not None]
         return Batch(
-            table(values),
-            table(reference.to(values.dtype)),
-            table(lengths),
-            table(torch.ones_like(row_of, dtype=torch.bool)),
-            torch.tensor(desirable, device=values.device),
+            policy,
+            reference,
+            table([part.lengths for part in parts]),
+            table([torch.ones_like(row_of, dtype=torch.bool)]),
+            torch.tensor(desirable, device=policy.device),
             mean_length,
-            None if alignment is None else table(alignment),
+            table(alignment) if alignment else None,
+            None if self.settings.ld_alpha is None else (table([one.logps for one in values]), plain),
         )
-
-
-def _joined(alignments: list[Tensor | None]) -> Tensor | None:
-    """The alignments of some packs, which have them all or not at all."""
-    there = [alignment for alignment in alignments if alignment is not None]
-    return torch.cat(there) if there else None
 
 
 def _by_row(part: Part, values: Tensor) -> list[Tensor]:
@@ -285,22 +291,23 @@ def _by_row(part: Part, values: Tensor) -> list[Tensor]:
 
 def report(batch: Batch, losses: Tensor, settings: DPOHyperparameters, averages: Averages) -> None:
     """The metrics of some rows: TRL's names, and where it has none, ours."""
+    averages.add("loss", losses.detach())
+    weights = gradient_weights(batch, settings)
     with torch.no_grad():
-        averages.add("loss", losses)
-        rewards = batch.policy if settings.rewards else beta_of(settings) * batch.logratios
-        if settings.kinds[0].length_average:
-            rewards = rewards / batch.lengths.clamp(min=1)
+        rewards, (logps, reference) = rewards_of(batch, settings), batch.logps
+        logratios = logps - reference
         if settings.data == Kind.LABELLED:
-            _report_labelled(batch, rewards, averages)
+            _report_labelled(batch, rewards, weights, averages)
             return
+        averages.add("gradient_weight", weights)
         last = batch.present.sum(1, keepdim=True) - 1
         sides = {"chosen": torch.zeros_like(last), "rejected": last}
         for side, column in sides.items():
             averages.add(f"rewards/{side}", rewards.gather(1, column))
             if not settings.rewards:
-                averages.add(f"logps/{side}", batch.policy.gather(1, column))
+                averages.add(f"logps/{side}", logps.gather(1, column))
             if settings.needs_reference:
-                averages.add(f"logratios/{side}", batch.logratios.gather(1, column))
+                averages.add(f"logratios/{side}", logratios.gather(1, column))
         margins = rewards[:, :1] - rewards.gather(1, last)
         better = rewards[:, :, None] > rewards[:, None, :]
         ordered = (batch.present[:, :, None] & batch.present[:, None, :]).triu(1)
@@ -308,13 +315,31 @@ def report(batch: Batch, losses: Tensor, settings: DPOHyperparameters, averages:
         longer = (batch.lengths[:, :1] - batch.lengths.gather(1, last)) * margins
         averages.add("rewards/longer_preferred", (longer.sign() + 1) / 2)
         averages.add("rewards/accuracies", better[ordered].float())
-        if not settings.rewards:
-            averages.add("gradient_weight", torch.sigmoid(-margins))
 
 
-def _report_labelled(batch: Batch, rewards: Tensor, averages: Averages) -> None:
+def gradient_weights(batch: Batch, settings: DPOHyperparameters) -> Tensor:
+    """How strongly each row still teaches, [B]: the fall of its loss for a rise of its reward margin, −∂L/∂(r_w − r_l).
+
+    For DPO it is σ(r̂_l − r̂_w), the weight in the gradient of its loss (Rafailov et al. 2023, Sec. 4), less ε with
+    label smoothing. Found from the loss itself: half of what the best and the worst response get, each by its reward's
+    slope. A labelled row has one response, whose reward is to rise or to fall.
+    """
+    with torch.enable_grad():
+        policy = batch.policy.detach().requires_grad_()
+        seen = replace(batch, policy=policy)
+        (slopes,) = torch.autograd.grad(rewards_of(seen, settings).sum(), policy)
+        (gradient,) = torch.autograd.grad(losses_of(seen, settings).sum(), policy)
+    by_reward = torch.where(slopes != 0, gradient / slopes, 0.0)
+    if settings.data == Kind.LABELLED:
+        return torch.where(batch.desirable, -by_reward[:, 0], by_reward[:, 0])
+    last = batch.present.sum(1, keepdim=True) - 1
+    return (by_reward.gather(1, last)[:, 0] - by_reward[:, 0]) / 2
+
+
+def _report_labelled(batch: Batch, rewards: Tensor, weights: Tensor, averages: Averages) -> None:
     divergence = batch.rejected.mean().clamp(min=0)
     averages.add("kl", divergence)
+    averages.add("gradient_weight", weights)
     for side, rows in (("chosen", batch.desirable), ("rejected", ~batch.desirable)):
         averages.add(f"rewards/{side}", rewards[rows, 0])
         averages.add(f"logps/{side}", batch.policy[rows, 0])

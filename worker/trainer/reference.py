@@ -14,23 +14,28 @@ from torch import Tensor
 
 from worker.trainer.cache import Cache
 from worker.trainer.dataset import Rows
-from worker.trainer.model import Policy
+from worker.trainer.model import Policy, per_response
 from worker.trainer.packing import columns
 
-ENGINE = 1
+ENGINE = 2
 """Raised with every change to the engine that moves bits: what older ones computed is not used then."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Log-probs of every response of some rows: `logps` [responses], and where each row's begin, `first` [rows]."""
+    """Log-probs of every response of some rows: `logps` [responses], and where each row's begin, `first` [rows].
+
+    `seen` [responses] is what the loss sees in their place: with LD-DPO the tokens of a tail count less.
+    """
 
     logps: Tensor
     first: Tensor
+    seen: Tensor
 
-    def of(self, row: Tensor, column: Tensor) -> Tensor:
-        """The log-probs of responses `column` [R] of rows `row` [R]."""
-        return self.logps[self.first[row] + column]
+    def of(self, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+        """What the loss sees of responses `column` [R] of rows `row` [R], and their log-probs."""
+        place = self.first[row] + column
+        return self.seen[place], self.logps[place]
 
 
 def find(
@@ -55,15 +60,16 @@ def compute(
     """Log-probs of `rows` under `policy` as it is. `tick` is called after each pack; `tail_weight` is LD-DPO's."""
     counts = torch.tensor([len(row.responses) for row in rows], dtype=torch.long)
     first = counts.cumsum(0) - counts
-    logps = torch.zeros(int(counts.sum()))
+    logps, seen = torch.zeros(int(counts.sum())), torch.zeros(int(counts.sum()))
     with torch.no_grad():
         for pack in policy.packs(rows, range(len(rows)), merge=tail_weight is None):
-            values = policy.score(pack, tail_weight=tail_weight).responses.cpu()
-            logps = logps.to(values.dtype)
+            scores = policy.score(pack, tail_weight=tail_weight)
             numbers, row = torch.tensor(pack.rows), pack.row_of.cpu()
-            logps[first[numbers[row]] + columns(row)] = values
+            place = (first[numbers[row]] + columns(row),)
+            seen = seen.to(scores.responses.dtype).index_put(place, scores.responses.cpu())
+            logps = logps.to(seen.dtype).index_put(place, per_response(pack, scores.tokens.logps).cpu())
             tick()
-    return Reference(logps, first)
+    return Reference(logps, first, seen)
 
 
 def _key(policy: Policy, digest: str, rows: Rows, tail_weight: float | None) -> str:

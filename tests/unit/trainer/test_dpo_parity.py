@@ -101,7 +101,7 @@ def parity(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Parity:
 def our_gradients(parity: Parity, averages: Averages) -> dict[str, Tensor]:
     """One step's gradient over all pairs; the metrics, the loss among them, go to `averages`."""
     settings = DPOHyperparameters(beta=BETA).resolved(full=True)
-    empty = Reference(torch.zeros(0), torch.zeros(0, dtype=torch.long))
+    empty = Reference(torch.zeros(0), torch.zeros(0, dtype=torch.long), torch.zeros(0))
     references = References(parity.reference, empty)
     method = Preference(parity.policy, settings, parity.rows, Rows.of([]), references)
     method.backward(list(range(len(parity.rows))), averages)
@@ -223,7 +223,8 @@ def test_swapping_the_answers_changes_the_sign_of_the_margins(parity: Parity) ->
     averages, swapped = Averages(), Averages()
     our_gradients(parity, averages)
     turned = Rows.of(Row(row.line, row.prompt, row.responses[::-1]) for row in parity.rows)
-    flipped = Reference(parity.reference.logps.view(-1, 2).flip(1).flatten(), parity.reference.first)
+    swapped_logps = parity.reference.logps.view(-1, 2).flip(1).flatten()
+    flipped = Reference(swapped_logps, parity.reference.first, swapped_logps)
     our_gradients(Parity(parity.policy, turned, flipped, parity.trl, parity.batch), swapped)
     one, two = averages.means(), swapped.means()
     assert one["rewards/margins"] == pytest.approx(-two["rewards/margins"], rel=1e-4)

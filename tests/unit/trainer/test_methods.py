@@ -1,8 +1,10 @@
 """What a step's gradient is: over packs that share a batch, over lists and labels, with references that move."""
 
+import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,15 +18,15 @@ from worker.trainer import reference
 from worker.trainer.averages import Averages
 from worker.trainer.data import Row
 from worker.trainer.dataset import Rows
-from worker.trainer.methods import Preference, References
-from worker.trainer.objectives import losses_of
+from worker.trainer.methods import Preference, References, gradient_weights, report
+from worker.trainer.objectives import losses_of, rewards_of
 from worker.trainer.objectives.batch import Batch
 from worker.trainer.plan import with_mismatches
 from worker.trainer.reference import Reference
 
 PAIRS = [make_row(line, 6 + line % 3, 3 + line, 9 - line) for line in range(1, 8)]
 RANKED = [make_row(line, 5, *[3 + k for k in range(2 + line % 3)]) for line in range(1, 8)]
-NOBODY = Reference(torch.zeros(0), torch.zeros(0, dtype=torch.long))
+NOBODY = Reference(torch.zeros(0), torch.zeros(0, dtype=torch.long), torch.zeros(0))
 
 
 def rows_for(name: str) -> Rows:
@@ -181,7 +183,7 @@ def test_kto_metrics_tell_good_and_bad_answers_apart(llama: Path) -> None:
     with torch.no_grad():
         ratios = [plain_logps(method.policy, row)[0].item() for row in method.train]
     assert method.references is not None
-    known = [float(method.references.train.of(torch.tensor([k]), torch.tensor([0]))) for k in range(len(ratios))]
+    known = [float(method.references.train.of(torch.tensor([k]), torch.tensor([0]))[1]) for k in range(len(ratios))]
     good = [0.1 * (a - b) for a, b, row in zip(ratios, known, method.train, strict=True) if row.desirable]
     bad = [0.1 * (a - b) for a, b, row in zip(ratios, known, method.train, strict=True) if not row.desirable]
     assert means["rewards/chosen"] == pytest.approx(sum(good) / len(good), rel=1e-5)
@@ -197,7 +199,7 @@ def test_a_ranked_lists_accuracy_counts_its_ordered_pairs(llama: Path) -> None:
         with torch.no_grad():
             ours = plain_logps(method.policy, row)
         count = len(row.responses)
-        theirs = method.references.train.of(torch.full((count,), number), torch.arange(count))
+        theirs = method.references.train.of(torch.full((count,), number), torch.arange(count))[1]
         rewards = ours - theirs
         for k in range(count):
             for j in range(k + 1, count):
@@ -212,3 +214,97 @@ def test_a_policy_is_left_as_it_was_by_the_references_weights(llama: Path) -> No
     step_gradients(method, 60)
     for name, parameter in method.policy.trainable().items():
         assert torch.equal(parameter, before[name])
+
+
+CLOSED_FORMS: dict[str, tuple[dict[str, Any], Callable[[Tensor], Tensor]]] = {
+    "DPO": ({"loss": "sigmoid"}, lambda m: torch.sigmoid(-m)),
+    "cDPO": ({"loss": "sigmoid", "label_smoothing": 0.2}, lambda m: torch.sigmoid(-m) - 0.2),
+    "robust": ({"loss": "robust", "label_smoothing": 0.2},
+               lambda m: (0.8 * torch.sigmoid(-m) + 0.2 * torch.sigmoid(m)) / 0.6),
+    "hinge": ({"loss": "hinge"}, lambda m: (m < 1).double()),
+    "IPO": ({"loss": "ipo", "beta": 0.2}, lambda m: 2 * (2.5 - m / 0.2) / 0.2),
+    "length-normalised DPO": ({"loss": "sigmoid_norm"}, lambda m: torch.sigmoid(-m)),
+    "SimPO": ({"loss": "simpo", "simpo_gamma": 0.5}, lambda m: torch.sigmoid(-(m - 0.5))),
+    "CPO": ({"loss": "cpo", "cpo_alpha": 0.0}, lambda m: torch.sigmoid(-m)),
+    "reward model": ({"loss": "reward_model"}, lambda m: torch.sigmoid(-m)),
+    "DPO and likelihood": ({"loss": [{"name": "sft", "weight": 1e-9}, {"name": "sigmoid"}]},
+                           lambda m: torch.sigmoid(-m)),
+}  # fmt: skip
+
+
+def batch_of(settings: DPOHyperparameters) -> Batch:
+    generator = torch.Generator().manual_seed(5)
+    policy, reference = torch.randn(2, 6, 2, generator=generator, dtype=torch.float64)
+    lengths = torch.randint(1, 9, (6, 2), generator=generator)
+    there = torch.ones(6, 2, dtype=torch.bool)
+    if not settings.needs_reference:
+        reference = torch.zeros_like(reference)
+    return Batch(policy, reference, lengths, there, torch.ones(6, dtype=torch.bool), 4.0)
+
+
+@pytest.mark.parametrize("case", CLOSED_FORMS)
+def test_the_gradient_weight_is_the_fall_of_the_loss_for_a_rise_of_the_margin(case: str) -> None:
+    values, expected = CLOSED_FORMS[case]
+    settings = DPOHyperparameters(**values).resolved(full=False)
+    batch, averages = batch_of(settings), Averages()
+    rewards = rewards_of(batch, settings)
+    margins = rewards[:, 0] - rewards[:, 1]
+    torch.testing.assert_close(gradient_weights(batch, settings), expected(margins), rtol=1e-5, atol=1e-6)
+    report(batch, losses_of(batch, settings), settings, averages)
+    assert averages.means()["gradient_weight"] == pytest.approx(expected(margins).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_reports_a_gradient_weight(llama: Path, name: str) -> None:
+    means, _ = step_gradients(make_method(llama, rows_for(name), loss=name), 60)
+    assert means["gradient_weight"] > 0
+
+
+def test_rewards_are_averaged_over_tokens_where_the_loss_does_that() -> None:
+    sums, means, ipo = (
+        DPOHyperparameters(loss=name, beta=0.3).resolved(full=False) for name in ("sigmoid", "sigmoid_norm", "ipo")
+    )
+    batch = batch_of(sums)
+    torch.testing.assert_close(rewards_of(batch, sums), 0.3 * batch.logratios)
+    torch.testing.assert_close(rewards_of(batch, means), 0.3 * batch.logratios / batch.lengths)
+    torch.testing.assert_close(rewards_of(batch, ipo), rewards_of(batch, means))
+    summed = ipo.model_copy(update={"ipo_length_average": False})
+    torch.testing.assert_close(rewards_of(batch, summed), rewards_of(batch, sums))
+
+
+PAIRED = list(itertools.combinations(["sigmoid", "sft", "simpo", "sigmoid_norm", "apo_zero"], 2))
+
+
+@pytest.mark.parametrize("names", PAIRED)
+def test_what_a_sum_of_losses_reports_does_not_depend_on_their_order(names: tuple[str, str]) -> None:
+    terms = [{"name": name, "weight": 1.0 + k} for k, name in enumerate(names)]
+    found = []
+    for ordered in (terms, terms[::-1]):
+        settings = DPOHyperparameters.model_validate({"loss": ordered, "beta": 0.4}).resolved(full=False)
+        averages, batch = Averages(), batch_of(settings)
+        report(batch, losses_of(batch, settings), settings, averages)
+        found.append(averages.means())
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        assert found[1][name] == pytest.approx(value), name
+
+
+def test_log_probs_are_the_models_own_where_the_loss_counts_tails_less(llama: Path) -> None:
+    """LD-DPO: the loss sees a weighted sum; what is reported and kept of the validation is log π."""
+    method = make_method(llama, Rows.of(PAIRS), loss="sigmoid", ld_alpha=0.3)
+    method.validation, method.references = method.train, References(NOBODY, cast(References, method.references).train)
+    averages = Averages()
+    found = {number: (ours, theirs) for number, ours, theirs in method.evaluate(averages, lambda: None)}
+    base = load(llama)
+    base.model.double()
+    with torch.no_grad():
+        ours = [plain_logps(method.policy, row) for row in method.train]
+        theirs = [plain_logps(base, row) for row in method.train]
+    for number, (mine, reference_logps) in found.items():
+        torch.testing.assert_close(mine, ours[number], rtol=1e-6, atol=0)
+        torch.testing.assert_close(reference_logps, theirs[number], rtol=1e-6, atol=0)
+    means = averages.means()
+    assert means["logps/chosen"] == pytest.approx(torch.stack(ours)[:, 0].mean().item(), rel=1e-6)
+    ratios = torch.stack(ours) - torch.stack(theirs)
+    assert means["logratios/rejected"] == pytest.approx(ratios[:, 1].mean().item(), rel=1e-6)
+    assert means["rewards/chosen"] != pytest.approx(0.1 * ratios[:, 0].mean().item(), rel=1e-3)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from app.jobs.hyperparameters import DPOHyperparameters
+from app.jobs.losses import LOSSES as TERMS
 from worker.trainer.objectives import distribution, preference, reference_free
 from worker.trainer.objectives.batch import Batch, Objective
 
@@ -35,6 +36,27 @@ LOSSES: dict[str, Objective] = {
     "reward_model": reference_free.bradley_terry,
 }
 """By the name that the job spec gives."""
+
+
+def rewards_of(batch: Batch, settings: DPOHyperparameters) -> Tensor:
+    """The rewards that the job's loss compares, [B, K]: β f′(π/π_ref), which is β log(π/π_ref) for DPO (Rafailov et al.
+    2023, Eq. 5), averaged over the answer's tokens where the loss does that; β log π without a reference.
+
+    Of a sum of losses it is the mean of its terms' rewards by their weights, whatever their order. Likelihood alone
+    (`sft`) compares nothing: it has no part, unless there is nothing else.
+    """
+    if settings.rewards:
+        return batch.policy
+    terms = [term for term in settings.losses if term.name != "sft"] or settings.losses
+    total = sum(term.weight for term in terms)
+    found = torch.zeros_like(batch.policy)
+    for term in terms:
+        kind = TERMS[term.name]
+        scores = batch.scores(settings) if kind.reference else batch.policy
+        if kind.length_average and not (term.name == "ipo" and settings.ipo_length_average is False):
+            scores = scores / batch.lengths.clamp(min=1)
+        found = found + (term.weight / total) * preference.beta_of(settings) * scores
+    return found
 
 
 def losses_of(batch: Batch, settings: DPOHyperparameters) -> Tensor:

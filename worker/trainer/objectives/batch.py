@@ -18,7 +18,8 @@ class Batch:
     `lengths` [B, K], scored tokens; `present` [B, K], false where a row has fewer responses; `desirable` [B], of
     labelled rows; `alignment` [B, K], how likely the policy is to write each response (WPO, Eq. 2), where the job
     asks for it. `mean_length` is the mean number of chosen tokens over the whole optimizer step, of which these
-    rows may be a part. A loss without a reference sees `reference` zero.
+    rows may be a part. A loss without a reference sees `reference` zero. With LD-DPO the tokens of a tail count less
+    in `policy` and `reference`, and `plain` has both as the models say them.
     """
 
     policy: Tensor
@@ -28,6 +29,12 @@ class Batch:
     desirable: Tensor
     mean_length: float
     alignment: Tensor | None = None
+    plain: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def logps(self) -> tuple[Tensor, Tensor]:
+        """log π(y|x) and log π_ref(y|x) as the models say them, [B, K]."""
+        return self.plain or (self.policy, self.reference)
 
     @property
     def logratios(self) -> Tensor:
