@@ -24,7 +24,12 @@ demo: $(READY)  ## train a model from preferences, end to end, over HTTP (under 
 serve: $(READY)  ## the API and one worker in the foreground; Ctrl-C drains it
 	$(BIN)/dpo serve
 
-test: $(READY)  ## every test, real PostgreSQL and Redis processes included
+# Models that are made here are loaded by an older transformers too, which has a folder of its own.
+OLDER := $(VENV)/transformers-4
+$(OLDER): | $(READY)
+	$(BIN)/pip install --quiet --target $@ --no-deps transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.2
+
+test: $(READY) $(OLDER)  ## every test, real PostgreSQL and Redis processes included
 	@sh tests/servers.sh
 	$(BIN)/python -m pytest --numprocesses=3 --dist=loadscope --no-loadscope-reorder
 

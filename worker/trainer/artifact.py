@@ -3,13 +3,16 @@
 import csv
 import gc
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from app.jobs.spec import Adapter, JobSpec
+from worker.model_files import config_of, prequantized, weight_files
 from worker.trainer import reward
 from worker.trainer.events import Events
 from worker.trainer.loading import load_policy
@@ -40,6 +43,8 @@ def write(folder: Path, policy: Policy, results: Results, events: Events) -> Non
     if policy.reward_head is not None:
         reward.save(folder, policy, results.base, results.stage.train)
     else:
+        if policy.full:
+            policy.model.to(dtype_of(results.base.folder))  # as the base is; until now it was trained in float32
         policy.save(folder)
     _write_csv(folder / "metrics.csv", _columns(results.history), results.history)
     _write_csv(folder.parent / "result.csv", list(RESULT_COLUMNS), _result_rows(results.history))
@@ -53,8 +58,20 @@ def write(folder: Path, policy: Policy, results: Results, events: Events) -> Non
                 found = {"rewards": logps.tolist()}
             file.write(json.dumps({"line": lines[number]} | found) + "\n")
     kind = "reward" if policy.reward_head is not None else "full" if policy.full else "adapter"
-    drift = _drift(folder, policy, results, events)
+    drift = _drift(folder, policy, results, events) + (_mean(folder) if kind == "reward" else "")
     (folder / "README.md").write_text(_card(results, kind, drift))
+
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+def dtype_of(base: Path) -> torch.dtype:
+    """What the weights of the model in `base` are stored in, most of them."""
+    counts: Counter[str] = Counter()
+    for path in weight_files(base):
+        with safe_open(path, framework="pt") as file:
+            counts.update(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118 - not a dict
+    return next((DTYPES[name] for name, _ in counts.most_common() if name in DTYPES), torch.float32)
 
 
 def _columns(history: list[dict[str, Any]]) -> list[str]:
@@ -91,6 +108,9 @@ def _drift(folder: Path, policy: Policy, results: Results, events: Events) -> st
         return "The base was not quantised."
     if policy.reward_head is not None:
         return "The adapter was merged into the unquantised base; its rewards differ slightly from those in training."
+    method = prequantized(config_of(results.base.folder))
+    if method is not None:
+        return f"It is the base's own ({method}): the adapter goes with these very weights."
     chosen = results.validation[:DRIFT_ROWS]
     if not chosen:
         return "Not measured: the job had no validation rows."
@@ -117,6 +137,15 @@ def _drift(folder: Path, policy: Policy, results: Results, events: Events) -> st
     return (
         f"On the unquantised base the adapter's log-probs differ by {total / tokens:.4f} nats a token on average "
         f"({len(rows)} validation rows, {tokens} tokens). Compare adapters on a base quantised as here."
+    )
+
+
+def _mean(folder: Path) -> str:
+    """On how many answers the rewards have the mean 0: a sentence for the card."""
+    config = json.loads((folder / "config.json").read_text())
+    return (
+        f" r − reward_mean ({config['reward_mean']:.6g}) has mean 0 over {config['reward_mean_answers']} answers of "
+        "the training rows."
     )
 
 

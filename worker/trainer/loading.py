@@ -22,6 +22,7 @@ from worker.trainer.linears import adaptable, has_experts, is_ordinary, not_quan
 from worker.trainer.lora import with_fast_layers
 from worker.trainer.model import REWARD_HEAD, Base, Policy
 from worker.trainer.packing import Packing
+from worker.trainer.rendering import Renderer
 from worker.trainer.tokenizer import load_tokenizer
 
 CPU_BUDGET, CUDA_BUDGET = 2048, 8192
@@ -87,7 +88,8 @@ def wrap(
         _make_deterministic(model)  # peft changes the mode
     cuda = device.type == "cuda"
     packing = Packing(CUDA_BUDGET if cuda else CPU_BUDGET, fixed=cuda)
-    policy = Policy(model, tokenizer, base.name, base.revision, full, device, packing, own)
+    ends = Renderer(tokenizer, spec.rendering).ends
+    policy = Policy(model, tokenizer, base.name, base.revision, full, device, packing, own, base.folder, ends)
     policy._dropout = [m for name, m in model.named_modules() if "lora_dropout" in name and isinstance(m, nn.Dropout)]
     policy.set_dropout(False)
     if spec.method.dpo is not None and spec.method.dpo.hyperparameters.rewards:

@@ -17,6 +17,7 @@ from worker.trainer.data import Row, Tokenizer
 from worker.trainer.linears import body
 from worker.trainer.logps import Head, TokenScores, score_logits, score_tokens
 from worker.trainer.packing import Pack, Packing
+from worker.trainer.tokenizer import copy_tokenizer, write_ends
 
 REWARD_HEAD = "reward_head.safetensors"
 
@@ -57,6 +58,10 @@ class Policy:
     device: torch.device
     packing: Packing
     own_attention: str
+    folder: Path
+    """Where the base model is: its own files go with what is made of it."""
+    ends: tuple[int, ...]
+    """The tokens that end an answer, as the job's texts are written."""
     one_by_one: bool = False
     own_head: bool = False
     compiled: bool = False
@@ -216,10 +221,15 @@ class Policy:
         )
 
     def save(self, folder: Path) -> None:
-        """Write the adapter (PEFT) or the whole model (transformers), and the tokenizer, into `folder`."""
+        """Write the adapter (PEFT) or the whole model (transformers) into `folder`, with the base's tokenizer."""
+        folder.mkdir(parents=True, exist_ok=True)
         if self.full:
             with self.own_attention_in_use():
                 self.model.save_pretrained(folder)
+            # Another version of transformers may read it, which writes other names: it stays as its makers wrote it.
+            written, own = (json.loads((place / "config.json").read_text()) for place in (folder, self.folder))
+            own.pop("torch_dtype", None)
+            (folder / "config.json").write_text(json.dumps(own | {"dtype": written["dtype"]}, indent=2) + "\n")
         else:
             # "auto" would look the base model up on the hub; the head and the embeddings are frozen anyway.
             self.model.save_pretrained(folder, save_embedding_layers=False)
@@ -232,7 +242,8 @@ class Policy:
             config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
         if self.reward_head is not None:
             save_file({"weight": self.reward_head.weight.detach()}, folder / REWARD_HEAD)
-        self.tokenizer.save_pretrained(folder)
+        copy_tokenizer(self.folder, folder)
+        write_ends(self.folder, folder, self.ends)
 
 
 def shortest(pack: Pack) -> Tensor:

@@ -5,6 +5,7 @@ The artifact is a sequence classifier of transformers with one label: base and a
 `reward_mean` in `config.json`: r(x, y) − reward_mean has mean 0 over them (Rafailov et al. 2023, Sec. 3).
 """
 
+import json
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,11 +19,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from app.datasets.example import Example, Kind
 from app.datasets.rendering import Rendering
 from app.jobs.hyperparameters import DEFAULT_MAX_LENGTH
-from worker.model_files import context_length
+from worker.model_files import context_length, text_config
 from worker.trainer.data import Recipe, Row, Tally, batched, rows
 from worker.trainer.events import UserError
 from worker.trainer.model import Base, Policy
-from worker.trainer.tokenizer import load_tokenizer
+from worker.trainer.tokenizer import copy_tokenizer, load_tokenizer, padding_token
 
 SCORED_TOGETHER = 16
 MEAN_ROWS = 4096
@@ -36,17 +37,12 @@ def require_classifier(policy: Policy) -> None:
         raise UserError("unsupported_model", message, "model")
 
 
-def mean_reward(policy: Policy, rows: Sequence[Row]) -> float:
-    """The mean reward of the answers of `rows`, of the first `MEAN_ROWS`."""
-    with torch.no_grad():
-        found = [policy.rewards(pack) for pack in policy.packs(rows, range(min(len(rows), MEAN_ROWS)))]
-    return float(torch.cat(found).double().mean())
-
-
 def save(folder: Path, policy: Policy, base: Base, rows: Sequence[Row]) -> None:
-    """Write the reward model of `policy` into `folder`."""
+    """Write the reward model of `policy` into `folder`. Its mean is taken over the answers of `rows`, of the first
+    `MEAN_ROWS`, as the model is that is written: merged, and not quantised.
+    """
     assert policy.reward_head is not None
-    mean, weight = mean_reward(policy, rows), policy.reward_head.weight.detach().cpu()
+    weight = policy.reward_head.weight.detach().cpu()
     dtype = torch.float32 if policy.full else policy.reward_head.weight.dtype
     if policy.device.type == "cuda":
         dtype = torch.bfloat16
@@ -61,14 +57,56 @@ def save(folder: Path, policy: Policy, base: Base, rows: Sequence[Row]) -> None:
             config.task_type = None  # the adapter is a causal model's; its layers are the same
             model = PeftModel.from_pretrained(model, name, config=config).merge_and_unload()
     model.score.weight.data.copy_(weight)
-    tokenizer = policy.tokenizer
-    # A classifier reads the last token that is not padding, and an answer's last token is the end of sequence.
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.bos_token or tokenizer.pad_token
-    model.config.pad_token_id = tokenizer.pad_token_id
-    model.config.reward_mean = mean
+    # A classifier reads the last token that is not padding, and an answer's last token is one that ends it.
+    text = model.config.get_text_config()
+    padding = padding_token(policy.tokenizer, policy.ends, text.vocab_size)
+    text.pad_token_id = model.config.pad_token_id = policy.tokenizer.convert_tokens_to_ids(padding)
+    texts = [row.prompt + response.ids for row in rows[:MEAN_ROWS] for response in row.responses]
+    found = torch.tensor(_rewards(model.eval().to(policy.device), texts, lambda: None), dtype=torch.float64)
+    model.config.reward_mean, model.config.reward_mean_answers = found.mean().item(), len(found)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    _keep_own_files(base.folder, folder, padding)
+
+
+OURS = ("architectures", "id2label", "label2id", "pad_token_id", "dtype", "reward_mean", "reward_mean_answers")
+"""What a reward model's configuration says otherwise than its base's."""
+
+
+def _keep_own_files(base: Path, folder: Path, padding: str) -> None:
+    """The base's configuration and tokenizer, but for what makes a reward model of it: padding, on the right."""
+    written, own = (json.loads((place / "config.json").read_text()) for place in (folder, base))
+    own.pop("torch_dtype", None)
+    own |= {name: written[name] for name in OURS if name in written}
+    text = text_config(own)
+    if text is not own:
+        text["pad_token_id"] = own["pad_token_id"]
+    (folder / "config.json").write_text(json.dumps(own, indent=2) + "\n")
+    copy_tokenizer(base, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"pad_token": padding, "padding_side": "right"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    special = folder / "special_tokens_map.json"
+    if special.exists():
+        named = json.loads(special.read_text()) | {"pad_token": padding}
+        special.write_text(json.dumps(named, indent=2, ensure_ascii=False) + "\n")
+
+
+def _rewards(model: Any, texts: Sequence[Sequence[int]], tick: Callable[[], None]) -> list[float]:
+    """What the classifier `model` says of each text of tokens, a few of about one length at a time."""
+    found, padding = [0.0] * len(texts), model.config.pad_token_id
+    order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
+    with torch.no_grad():
+        for group in batched(order, SCORED_TOGETHER):
+            width = len(texts[group[-1]])
+            ids = [[*texts[n], *[padding] * (width - len(texts[n]))] for n in group]
+            mask = [[1] * len(texts[n]) + [0] * (width - len(texts[n])) for n in group]
+            logits = model(
+                input_ids=torch.tensor(ids, device=model.device), attention_mask=torch.tensor(mask, device=model.device)
+            ).logits
+            for number, value in zip(group, logits.float().squeeze(1).tolist(), strict=True):
+                found[number] = value
+            tick()
+    return found
 
 
 def scores(
@@ -89,15 +127,4 @@ def scores(
     recipe = Recipe(Kind.SUPERVISED, min(max_length or context, context), rendering=rendering, lenient=True)
     texts = [row.prompt + row.responses[0].ids for row in rows(answered, tokenizer, recipe, Tally())]
     assert len(texts) == len(answered)
-    found, padding = [0.0] * len(texts), model.config.pad_token_id
-    order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
-    with torch.no_grad():
-        for group in batched(order, SCORED_TOGETHER):
-            width = len(texts[group[-1]])
-            ids = torch.tensor([[*texts[n], *[padding] * (width - len(texts[n]))] for n in group], device=device)
-            mask = torch.tensor([[1] * len(texts[n]) + [0] * (width - len(texts[n])) for n in group], device=device)
-            logits = model(input_ids=ids, attention_mask=mask).logits.float().squeeze(1)
-            for number, value in zip(group, logits.tolist(), strict=True):
-                found[number] = value - model.config.reward_mean
-            tick()
-    return found
+    return [value - model.config.reward_mean for value in _rewards(model, texts, tick)]

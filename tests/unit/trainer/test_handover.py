@@ -1,0 +1,215 @@
+"""What a job makes is loaded elsewhere: by transformers alone, by an older one, one text or many at a time."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
+
+from tests.tiny_model import CORPUS
+from tests.unit.trainer.work import BASE_NAME, dpo_method, make_pairs, make_work_folder, run_in_process
+from worker.trainer.merge import merge
+from worker.trainer.tokenizer import padding_token
+
+PAIRS = make_pairs(12)
+OLDER = Path(sys.prefix) / "transformers-4"
+"""Where the Makefile installs it."""
+TOKENIZERS: dict[str, tuple[str, list[str], dict[str, str]]] = {
+    "one token for everything": ("gpt2", ["<|end|>"], {"bos_token": "<|end|>", "unk_token": "<|end|>"}),
+    "padding is the end": ("gpt_neox", ["<|end|>"], {"pad_token": "<|end|>"}),
+    "no padding": ("llama", ["<|end|>", "<s>"], {"bos_token": "<s>"}),
+    "padding of its own": ("llama", ["<|end|>", "<pad>"], {"pad_token": "<pad>"}),
+    "an unknown token": ("llama", ["<|end|>", "<unk>"], {"unk_token": "<unk>", "pad_token": "<|end|>"}),
+}
+TURNS = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_base(
+    folder: Path, architecture: str, special: list[str], named: dict[str, str], *, template: str | None = None
+) -> Path:
+    """A tiny model as transformers 4 would have written it; its end is `<|end|>`."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    backend.train_from_iterator(CORPUS, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", **named)
+    config = AutoConfig.for_model(
+        architecture, vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128, initializer_range=0.2,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        rope_parameters={"rope_type": "default", "rope_theta": 300.0},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings |= {"chat_template": template} if template else {}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    written = json.loads((folder / "config.json").read_text())
+    if written.pop("rope_parameters", None):
+        written["rope_theta"] = 300.0
+    written["torch_dtype"] = written.pop("dtype")
+    (folder / "config.json").write_text(json.dumps(written))
+    return folder
+
+
+def run(folder: Path, base: Path, **spec: Any) -> Path:
+    settings = {"max_steps": 3, "batch_size": 4, "learning_rate": 0.01}
+    method = dpo_method(**settings, **({"loss": spec.pop("loss")} if "loss" in spec else {}))
+    body = {"quantization": "none", "adapter": {"r": 4}, "seed": 1, "validation_split": 0.3, "method": method, **spec}
+    run_in_process(make_work_folder(folder, base, body, train=PAIRS))
+    return folder / "output"
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_reward_model_says_outside_what_it_said_in_training(tmp_path: Path, kind: str) -> None:
+    """The score is read at the last token that is no padding: padding must not be what ends an answer."""
+    architecture, special, named = TOKENIZERS[kind]
+    base = make_base(tmp_path / "base", architecture, special, named)
+    output = run(tmp_path / "job", base, loss="reward_model")
+    model: Any = AutoModelForSequenceClassification.from_pretrained(output).eval()
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    texts, expected = [], []
+    for entry in map(json.loads, (output / "validation_logps.jsonl").read_text().splitlines()):
+        pair = PAIRS[entry["line"] - 1]
+        texts += [f"{pair['prompt']}{pair[side]}<|end|>" for side in ("chosen", "rejected")]
+        expected += entry["rewards"]
+
+    def rewards(some: list[str]) -> list[float]:
+        with torch.no_grad():
+            found = model(**tokenizer(some, return_tensors="pt", padding=len(some) > 1)).logits[:, 0].tolist()
+        return list(found)
+
+    assert len({len(tokenizer(text).input_ids) for text in texts}) > 1
+    assert rewards(texts) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert [rewards([text])[0] for text in texts] == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+def test_the_mean_reward_is_that_of_the_model_that_is_handed_over(tmp_path: Path) -> None:
+    architecture, special, named = TOKENIZERS["padding of its own"]
+    base = make_base(tmp_path / "base", architecture, special, named)
+    output = run(tmp_path / "job", base, loss="reward_model", quantization="nf4")
+    model: Any = AutoModelForSequenceClassification.from_pretrained(output).eval()
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    lines = {json.loads(line)["line"] for line in (output / "validation_logps.jsonl").read_text().splitlines()}
+    trained = [pair for line, pair in enumerate(PAIRS, 1) if line not in lines]
+    texts = [f"{pair['prompt']}{pair[side]}<|end|>" for pair in trained for side in ("chosen", "rejected")]
+    with torch.no_grad():
+        found = [float(model(**tokenizer(text, return_tensors="pt")).logits) for text in texts]
+    assert sum(found) / len(found) - model.config.reward_mean == pytest.approx(0, abs=1e-5)
+    assert f"mean 0 over {len(texts)} answers" in (output / "README.md").read_text()
+
+
+def test_a_word_of_the_vocabulary_pads_where_every_special_token_ends_a_text() -> None:
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"<|end|>": 0, "Ā": 1, "Ġcat": 2, "Ġdog": 3, "Ġcow": 4}, "<|end|>")),
+        eos_token="<|end|>", bos_token="<|end|>", unk_token="<|end|>", pad_token="<|end|>",
+    )  # fmt: skip
+    assert padding_token(tokenizer, (0,), 4) == "Ġdog"
+
+
+def test_what_ends_a_turn_ends_a_text_of_everything_that_is_made(tmp_path: Path) -> None:
+    """As with Qwen's bases: the template ends turns by one token, the tokenizer's end is another."""
+    special = ["<|end|>", "<|im_start|>", "<|im_end|>"]
+    base = make_base(tmp_path / "base", "llama", special, {}, template=TURNS)
+    end, turn = (AutoTokenizer.from_pretrained(base).convert_tokens_to_ids(name) for name in ("<|end|>", "<|im_end|>"))
+    for name, spec in {"adapter": {}, "full": {"adapter": "none"}}.items():
+        output = run(tmp_path / name, base, **spec)
+        assert json.loads((output / "generation_config.json").read_text())["eos_token_id"] == [turn, end]
+    merge(base, tmp_path / "adapter/output", tmp_path / "merged", torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert model.generation_config.eos_token_id == [turn, end]
+    plain = run(tmp_path / "plain", base, chat_template=False)
+    assert json.loads((plain / "generation_config.json").read_text())["eos_token_id"] == end
+
+
+def test_everything_that_is_made_has_the_bases_own_tokenizer_files(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "llama", ["<|end|>", "<pad>"], {"pad_token": "<pad>"})
+    names = [path.name for path in base.iterdir() if "token" in path.name]
+    made = {
+        "adapter": run(tmp_path / "adapter", base),
+        "full": run(tmp_path / "full", base, adapter="none"),
+        "checkpoint": next((tmp_path / "adapter/checkpoints").glob("*/model")),
+    }
+    merge(base, made["adapter"], tmp_path / "merged", torch.float32)
+    for folder in (*made.values(), tmp_path / "merged"):
+        for name in names:
+            assert (folder / name).read_bytes() == (base / name).read_bytes(), (folder, name)
+
+
+ASK = """
+import json, sys, torch, transformers
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+assert transformers.__version__.startswith("4.57"), transformers.__version__
+asked = json.loads(sys.stdin.read())
+found = {}
+for name, folder in asked["folders"].items():
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(asked["text"], return_tensors="pt").input_ids
+    model = None
+    if name == "reward":
+        model = AutoModelForSequenceClassification.from_pretrained(folder, torch_dtype=torch.float32)
+    elif name == "adapter":
+        from peft import PeftModel
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(asked["base"]), folder)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32)
+    with torch.no_grad():
+        found[name] = [ids[0].tolist(), model.eval()(ids).logits.double().flatten().tolist()]
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(not OLDER.exists(), reason="no transformers 4 beside the environment: make test installs it")
+def test_transformers_4_loads_everything_that_is_made(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "llama", ["<|end|>", "<pad>"], {"pad_token": "<pad>"})
+    made = {
+        "adapter": run(tmp_path / "adapter", base),
+        "full": run(tmp_path / "full", base, adapter="none"),
+        "reward": run(tmp_path / "reward", base, loss="reward_model"),
+        "merged": tmp_path / "merged",
+    }
+    merge(base, made["adapter"], made["merged"], torch.float32)
+    text = PAIRS[0]["prompt"] + PAIRS[0]["chosen"]
+    asked = {"text": text, "base": str(base), "folders": {name: str(folder) for name, folder in made.items()}}
+    done = subprocess.run(
+        [sys.executable, "-c", ASK], input=json.dumps(asked), capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(OLDER)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    theirs = json.loads(done.stdout.splitlines()[-1])
+    ids = AutoTokenizer.from_pretrained(base)(text, return_tensors="pt").input_ids
+    ours: dict[str, Any] = {
+        "adapter": PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), made["adapter"]),
+        "full": AutoModelForCausalLM.from_pretrained(made["full"]),
+        "reward": AutoModelForSequenceClassification.from_pretrained(made["reward"]),
+        "merged": AutoModelForCausalLM.from_pretrained(made["merged"]),
+    }
+    for name, model in ours.items():
+        with torch.no_grad():
+            expected = model.eval()(ids).logits.double().flatten()
+        assert theirs[name][0] == ids[0].tolist()
+        torch.testing.assert_close(torch.tensor(theirs[name][1], dtype=torch.float64), expected, rtol=1e-4, atol=1e-4)
+    assert BASE_NAME in (made["adapter"] / "adapter_config.json").read_text()
