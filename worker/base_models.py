@@ -109,6 +109,8 @@ class BaseModels:
 def describe(name: str, folder: Path) -> LocalModel:
     """A model of the folder: its name, a version, and what the API must know of it."""
     config, weights = config_of(folder), weight_files(folder)
+    if not config.get("model_type"):
+        raise ValueError("config.json names no model_type")
     text, method = text_config(config), prequantized(config)
     # A fingerprint that does not read gigabytes: the configuration, and each file's name, size and header.
     digest = hashlib.sha256((folder / "config.json").read_bytes())

@@ -14,6 +14,7 @@ from app.jobs.tables import Job
 from app.keys.schemas import KeySpec, Scope
 from app.keys.service import generate, well_formed
 from app.keys.tables import ApiKey
+from app.models import repository as models
 from app.projects.schemas import ProjectSpec
 from app.services import Services
 
@@ -284,6 +285,37 @@ def test_a_bad_job_is_refused_by_name_and_leaves_nothing(
     assert rows(services) == (1, 0)
 
 
+@pytest.mark.parametrize(
+    ("method", "fields", "param"),
+    [
+        ("gptq", {}, "model"),
+        ("fp8", {"quantization": "none"}, "model"),
+        ("bnb-4bit", {"quantization": "int8"}, "quantization"),
+        ("bnb-4bit", {"quantization": "none"}, "quantization"),
+        ("bnb-8bit", {"adapter": "none"}, "adapter"),
+    ],
+)
+def test_a_base_that_is_quantised_already_is_refused_at_once_where_it_cannot_train(
+    client: TestClient, services: Services, method: str, fields: dict[str, Any], param: str
+) -> None:
+    with services.database.write() as session:
+        models.register(session, "small", "r1", {"prequantized": method})
+    body = {"model": "small", "training_file": upload(client), **fields}
+    error = error_of(client.post("/v1/fine_tuning/jobs", json=body), 400)
+    assert (error["code"], error["param"]) == ("unsupported_model", param)
+    assert "small" in error["message"]
+
+
+@pytest.mark.parametrize(("method", "quantization"), [("bnb-4bit", "nf4"), ("bnb-8bit", "int8")])
+def test_a_base_that_is_quantised_already_stays_as_it_is(
+    client: TestClient, services: Services, method: str, quantization: str
+) -> None:
+    with services.database.write() as session:
+        models.register(session, "small", "r1", {"prequantized": method})
+    job = client.post("/v1/fine_tuning/jobs", json={"model": "small", "training_file": upload(client)}).json()
+    assert job["quantization"] == quantization
+
+
 def test_a_misspelt_field_gets_a_suggestion(client: TestClient) -> None:
     answer = client.post("/v1/fine_tuning/jobs", json={"model": "tiny", "traning_file": "x"})
     assert "Did you mean 'training_file'?" in answer.json()["error"]["message"]
@@ -355,7 +387,6 @@ def test_what_is_not_there_is_404(client: TestClient, path: str) -> None:
 
 
 def test_models_with_slashes_in_their_names(client: TestClient, services: Services) -> None:
-    from app.models import repository as models
 
     with services.database.write() as session:
         models.register(session, "org/tiny", "r1", {})

@@ -1,12 +1,19 @@
 """Base models are found by name, and no name leads out of the models folder."""
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from app.settings import Settings
 from tests.tiny_model import make_tiny_model
 from worker.base_models import BaseModels, ModelUnavailable
+from worker.model_files import context_length
 
 
 @pytest.fixture
@@ -63,3 +70,88 @@ def test_the_revision_follows_the_contents(root: Path) -> None:
     config.write_text(config.read_text().replace('"vocab_size"', '"vocab_size" '))
     (after,) = (model.revision for model in base_models(root).local() if model.name == "tiny")
     assert before != after
+
+
+def described(root: Path, name: str) -> dict[str, Any]:
+    (found,) = (model.details for model in base_models(root).local() if model.name == name)
+    return found
+
+
+def test_copies_of_the_weights_beside_them_are_not_counted(root: Path) -> None:
+    """Some repositories have the same weights once more, in their makers' own layout."""
+    before = described(root, "tiny")
+    shutil.copyfile(root / "tiny" / "model.safetensors", root / "tiny" / "consolidated.safetensors")
+    assert described(root, "tiny") == before
+
+
+def test_an_index_names_the_files_that_count_and_all_must_be_there(root: Path) -> None:
+    tiny = root / "tiny"
+    before = described(root, "tiny")["bytes"]
+    (tiny / "model.safetensors").rename(tiny / "part-1.safetensors")
+    shutil.copyfile(tiny / "part-1.safetensors", tiny / "consolidated.safetensors")
+    (tiny / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "part-1.safetensors"}}))
+    assert described(root, "tiny")["bytes"] == before
+    index = {"weight_map": {"x": "part-1.safetensors", "y": "part-2.safetensors"}}
+    (tiny / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "tiny" not in {model.name for model in base_models(root).local()}
+
+
+def test_weights_in_other_files_are_named_as_the_reason(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "tiny" / "model.safetensors").rename(root / "tiny" / "pytorch_model.bin")
+    assert "tiny" not in base_models(root).folders()
+    assert "pytorch_model.bin: convert them to safetensors" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"max_position_embeddings": 77}, 77),
+        ({"n_positions": 77}, 77),  # GPT-2
+        ({"max_seq_len": 77}, 77),  # MPT
+        ({"text_config": {"max_position_embeddings": 77}, "max_position_embeddings": 5}, 77),
+        ({"llm_config": {"n_positions": 77}}, 77),
+        ({}, None),
+    ],
+)
+def test_the_context_is_read_whatever_the_configuration_calls_it(config: dict[str, Any], expected: int | None) -> None:
+    assert context_length(config) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bnb-4bit"),
+        ({"load_in_8bit": True}, "bnb-8bit"),
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "mxfp4"}, "mxfp4"),
+        ({"quant_method": "fp8"}, "fp8"),
+        ({}, "an unknown method"),
+        (None, None),
+    ],
+)
+def test_how_weights_are_quantised_already_is_registered(
+    root: Path, config: dict[str, Any] | None, expected: str | None
+) -> None:
+    path = root / "tiny" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": config}))
+    assert described(root, "tiny")["prequantized"] == expected
+
+
+def test_experts_are_counted_as_what_is_not_quantised(root: Path) -> None:
+    """Those of a checkpoint that has each expert's matrices by themselves, as most have."""
+    tiny = root / "tiny"
+    before = described(root, "tiny")["shape"]
+    tensors = load_file(tiny / "model.safetensors")
+    save_file(tensors | {"model.layers.0.mlp.experts.3.up_proj.weight": torch.zeros(8, 4)}, tiny / "model.safetensors")
+    after = described(root, "tiny")["shape"]
+    assert after["linears"] == before["linears"]
+    assert after["others"] == before["others"] + 32
+
+
+def test_gpt_2_has_a_shape_though_it_names_its_sizes_otherwise(root: Path) -> None:
+    model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+    model.save_pretrained(root / "tiny")
+    found = described(root, "tiny")
+    assert found["context_length"] == 64
+    assert (found["shape"]["hidden"], found["shape"]["layers"]) == (32, 2)
+    assert ["c_attn", 32, 96, 2] in found["shape"]["linears"]
