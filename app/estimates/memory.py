@@ -104,6 +104,8 @@ class Settings:
     batch_tokens: float
     """Tokens of a batch, prompts that are shared counted once."""
     longest_row: int
+    saved: int = 0
+    """Embeddings and heads that are trained whole beside an adapter."""
 
     @classmethod
     def of(cls, spec: JobSpec, stage: str, tokens_per_row: float, longest_row: int) -> "Settings":
@@ -122,6 +124,7 @@ class Settings:
             recompute=hyperparameters.activation_checkpointing,
             batch_tokens=tokens_per_row * (hyperparameters.batch_size or 16),
             longest_row=longest_row,
+            saved=0 if adapter is None else len(adapter.modules_to_save or []),
         )
 
 
@@ -151,6 +154,7 @@ def estimate(shape: Shape, settings: Settings, device: str, available: int | Non
     model, temporary = _weights(shape, settings.quantization, width, known)
     adapted = shape.adapted(settings.targets)
     in_adapter = sum(one.count * (settings.rank or 0) * (one.outputs + one.inputs) for one in adapted)
+    in_adapter += settings.saved * shape.vocabulary * shape.hidden
     trained = shape.parameters if full else in_adapter
     adapter = 0 if full else 4 * trained
     # The gradient, the moments, and of an adapter a copy of the last good weights.

@@ -62,6 +62,9 @@ class SftStage(Strict):
     hyperparameters: SupervisedHyperparameters = SupervisedHyperparameters()
 
 
+SavedModule = Literal["embed_tokens", "lm_head"]
+
+
 class Adapter(Strict):
     """A LoRA adapter (Hu et al. 2021)."""
 
@@ -75,12 +78,19 @@ class Adapter(Strict):
     """Rank-stabilised scaling α/√r (Kalajdzievski 2023)."""
     use_dora: bool = False
     """Weight-decomposed adaptation (Liu et al. 2024): slower; not every server loads it."""
+    modules_to_save: Annotated[list[Literal["embed_tokens", "lm_head"]], Field(min_length=1, max_length=2)] | None = (
+        None
+    )
+    """Train the embeddings or the output head whole beside the adapter, where a base never learned its control tokens.
+    It needs their memory six times; vLLM loads such a model only merged."""
 
     @model_validator(mode="after")
     def _head_stays_frozen(self) -> Self:
         if "lm_head" in self.target_modules or "embed_tokens" in self.target_modules:
             raise inconsistent(
-                "target_modules", "'target_modules' can name layers inside the model, not its head or embeddings"
+                "target_modules",
+                "'target_modules' can name layers inside the model, not its head or embeddings; 'modules_to_save' "
+                "trains those whole",
             )
         return self
 

@@ -134,10 +134,10 @@ class Rows(Sequence[Row]):
         sizes = a.tokens[a.segments[numbers + 1]] - a.tokens[a.segments[numbers]]
         return int(sizes.max()) if len(sizes) else 0
 
-    @property
-    def largest(self) -> int:
-        """The largest token of the file."""
-        return int(self._arrays.ids.max(initial=0))
+    @cached_property
+    def vocabulary(self) -> list[int]:
+        """Every token of the file, once, ascending."""
+        return [int(token) for token in numpy.unique(self._arrays.ids)]
 
     @property
     def lines(self) -> list[int]:
@@ -174,11 +174,11 @@ class Rows(Sequence[Row]):
 
 def require_embedded(rows: Rows, tokenizer: Tokenizer, config: Any, model: str) -> None:
     """Refuse rows with a token that the model of `config` has no row for in its embedding."""
-    size = config.get_text_config().vocab_size
-    if rows.largest >= size:
-        token = tokenizer.convert_ids_to_tokens(rows.largest)
+    size, largest = config.get_text_config().vocab_size, max(rows.vocabulary, default=0)
+    if largest >= size:
+        token = tokenizer.convert_ids_to_tokens(largest)
         message = (
-            f"The tokenizer of '{model}' writes '{token}' as token {rows.largest}, and the model knows {size} tokens: "
+            f"The tokenizer of '{model}' writes '{token}' as token {largest}, and the model knows {size} tokens: "
             "its embedding was not made larger with its tokenizer."
         )
         raise UserError("unsupported_model", message, "model")

@@ -1,6 +1,7 @@
 """Loading of a policy: the base model, quantised or not, its adapter, and what has to be switched off in it."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,12 @@ def _targets(model: Any, named: str | list[str]) -> list[str]:
     return short_names(found, modules)
 
 
+def _saved(model: Any, asked: Sequence[str]) -> list[str]:
+    """What the model itself calls its embeddings and its head, those of them that are `asked` for."""
+    meant = {"embed_tokens": model.get_input_embeddings(), "lm_head": model.get_output_embeddings()}
+    return [name for name, module in model.named_modules() if any(module is meant[one] for one in asked)]
+
+
 def _with_adapter(model: Any, spec: JobSpec, start: Path | None, trainable: bool) -> Any:
     if start is not None:
         config = with_fast_layers(LoraConfig.from_pretrained(start))
@@ -205,9 +212,16 @@ def _with_adapter(model: Any, spec: JobSpec, start: Path | None, trainable: bool
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
         bias="none",
         task_type="CAUSAL_LM",
+        modules_to_save=_saved(model, adapter.modules_to_save or []) or None,
+        # Where embeddings and head are one tensor, they stay one.
+        ensure_weight_tying=bool(adapter.modules_to_save and model.config.get_text_config().tie_word_embeddings),
     )
     try:
-        return get_peft_model(model, with_fast_layers(config))
+        adapted = get_peft_model(model, with_fast_layers(config))
+        for parameter in adapted.parameters():  # of modules that are trained whole, which come as the base's are
+            if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+                parameter.data = parameter.data.float()
+        return adapted
     except ValueError as error:
         raise UserError(
             "invalid_value", f"The adapter does not fit the model: {error}", "adapter.target_modules"

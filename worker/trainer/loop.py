@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from app.jobs.hyperparameters import DEFAULT_MAX_LENGTH, DPOHyperparameters
-from app.jobs.spec import JobSpec
+from app.jobs.spec import Adapter, JobSpec
 from worker.model_files import context_length
 from worker.trainer import artifact, best, checkpoint, exactness, memory, plan, reference, reward, throughput
 from worker.trainer.advice import Advice, Advisor
@@ -41,7 +41,7 @@ from worker.trainer.optimizer import NEED_GPU, make_optimizer
 from worker.trainer.packing import trees
 from worker.trainer.plan import Stage
 from worker.trainer.reference import Reference
-from worker.trainer.tokenizer import load_tokenizer
+from worker.trainer.tokenizer import load_tokenizer, untrained
 
 Result = TypeVar("Result")
 
@@ -89,6 +89,7 @@ class Trainer:
         self.policy = load_policy(self.spec, self.base, self.resume / "model" if self.resume else start, self.events)
         self._tick()
         exactness.check(self.policy, self.stages[-1].train, self.events)
+        self._warn_of_untrained_tokens()
         for stage in self.stages:
             require_possible(stage, self.policy)
         if self.policy.reward_head is not None:
@@ -117,6 +118,23 @@ class Trainer:
                 "overhead_seconds": ready - began,
             },
         )
+
+    def _warn_of_untrained_tokens(self) -> None:
+        """An adapter inside the model does not reach the embeddings."""
+        adapter = self.spec.adapter
+        if not isinstance(adapter, Adapter) or adapter.modules_to_save:
+            return
+        used = {token for stage in self.stages for token in stage.train.vocabulary}
+        names = untrained(self.policy.tokenizer, used, self.policy.causal.get_input_embeddings().weight)
+        if names:
+            self.events.message(
+                f"The base never learned {', '.join(names[:5])}, which the texts have: their embeddings are as they "
+                "were before it was trained, and an adapter does not change them. Start from the model's instruct "
+                "version, write texts without them ('chat_template': false), or train them: 'adapter': "
+                '{"modules_to_save": ["embed_tokens", "lm_head"]}.',
+                level="warn",
+                data={"code": "untrained_control_tokens", "tokens": names},
+            )
 
     @property
     def total_steps(self) -> int:

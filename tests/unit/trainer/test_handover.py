@@ -78,7 +78,8 @@ def run(folder: Path, base: Path, **spec: Any) -> Path:
     settings = {"max_steps": 3, "batch_size": 4, "learning_rate": 0.01}
     method = dpo_method(**settings, **({"loss": spec.pop("loss")} if "loss" in spec else {}))
     body = {"quantization": "none", "adapter": {"r": 4}, "seed": 1, "validation_split": 0.3, "method": method, **spec}
-    run_in_process(make_work_folder(folder, base, body, train=PAIRS))
+    events = run_in_process(make_work_folder(folder, base, body, train=PAIRS))
+    (folder / "events").write_text("".join(json.dumps(event) + "\n" for event in events))
     return folder / "output"
 
 
@@ -213,3 +214,62 @@ def test_transformers_4_loads_everything_that_is_made(tmp_path: Path) -> None:
         assert theirs[name][0] == ids[0].tolist()
         torch.testing.assert_close(torch.tensor(theirs[name][1], dtype=torch.float64), expected, rtol=1e-4, atol=1e-4)
     assert BASE_NAME in (made["adapter"] / "adapter_config.json").read_text()
+
+
+SPECIAL = ["<|end|>", "<|im_start|>", "<|im_end|>"]
+
+
+@pytest.fixture(params=[False, True], ids=["apart", "tied"])
+def unlearned(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A base whose control tokens are as they were before it was trained; embeddings and head apart, or one tensor."""
+    base = make_base(tmp_path / "base", "llama", SPECIAL, {}, template=TURNS)
+    config = AutoConfig.from_pretrained(base, tie_word_embeddings=request.param)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, config=config)
+    model.get_input_embeddings().weight.data[1:3] = model.get_input_embeddings().weight.data.mean(0)
+    model.save_pretrained(base)
+    return base
+
+
+def untrained_tokens(folder: Path) -> list[str]:
+    events = [json.loads(line) for line in (folder / "events").read_text().splitlines()]
+    found = [e["data"]["tokens"] for e in events if (e.get("data") or {}).get("code") == "untrained_control_tokens"]
+    return found[0] if found else []
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_control_tokens_that_were_never_learned_are_told_and_can_be_trained(
+    tmp_path: Path, unlearned: Path, quantization: str
+) -> None:
+    told = run(tmp_path / "told", unlearned, quantization=quantization)
+    assert untrained_tokens(told.parent) == ["<|im_start|>", "<|im_end|>"]
+    assert untrained_tokens(run(tmp_path / "plain", unlearned, chat_template=False).parent) == []
+
+    saved = ["embed_tokens", "lm_head"]
+    output = run(tmp_path / "job", unlearned, quantization=quantization, adapter={"r": 4, "modules_to_save": saved})
+    assert untrained_tokens(output.parent) == []
+    base: Any = AutoModelForCausalLM.from_pretrained(unlearned)
+    before = base.get_input_embeddings().weight.detach().clone()
+    adapted: Any = PeftModel.from_pretrained(base, output).merge_and_unload()
+    after = adapted.get_input_embeddings().weight
+    assert (after[1:3] - before[1:3]).abs().max() > 1e-3
+    assert (after is adapted.get_output_embeddings().weight) == base.config.tie_word_embeddings
+    merge(unlearned, output, tmp_path / "merged", torch.float32)
+    merged: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(merged.eval()(ids).logits, adapted.eval()(ids).logits, rtol=1e-5, atol=1e-5)
+    if quantization == "nf4":
+        return  # its log-probs are those of other weights
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    for entry in map(json.loads, (output / "validation_logps.jsonl").read_text().splitlines()):
+        pair = PAIRS[entry["line"] - 1]
+        asked = [{"role": "user", "content": pair["prompt"]}]
+        prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(
+            [*asked, {"role": "assistant", "content": pair["chosen"]}], tokenize=False
+        )
+        length = len(tokenizer(prompt).input_ids)
+        ids = tokenizer(whole, return_tensors="pt").input_ids
+        with torch.no_grad():
+            logps = merged(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[length - 1 :]
+        assert entry["logps"][0] == pytest.approx(logps.sum().item(), rel=1e-4)
