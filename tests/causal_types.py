@@ -67,13 +67,13 @@ def small(values: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def tiny_config(kind: str) -> Any:
+def tiny_config(kind: str, **changes: Any) -> Any:
     """A configuration of the causal type `kind` with a model of some ten thousand parameters."""
     cls = CONFIG_MAPPING[kind]
     wanted = {} if kind in NO_DEFAULT else small(cls().to_dict())
     for name, value in OVERRIDES.get(kind, {}).items():
         wanted[name] = wanted.get(name, {}) | value if isinstance(value, dict) and name.endswith("config") else value
-    return cls(**{name: value for name, value in wanted.items() if value is not DELETE})
+    return cls(**{name: value for name, value in (wanted | changes).items() if value is not DELETE})
 
 
 NO_DEFAULT = {"gemma4_assistant"}
@@ -140,7 +140,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 """What the rules above do not find, by type."""
 
 
-def tiny_model(kind: str) -> Any:
-    """A random model of the type, the same bits each time."""
+def tiny_model(kind: str, **changes: Any) -> Any:
+    """A random model of the type, the same bits each time, biases too; `changes` are made to its configuration."""
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(tiny_config(kind))
+    model = AutoModelForCausalLM.from_config(tiny_config(kind, **changes))
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias") and not parameter.any():  # as they are drawn: as if there were none
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model

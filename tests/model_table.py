@@ -28,7 +28,7 @@ from worker.trainer.merge import merge
 from worker.trainer.model import Policy
 
 PLACE = Path(__file__).parents[1] / "docs/models.md"
-QUANTISATIONS = ("none", "nf4")
+QUANTISATIONS = ("none", "nf4", "int8")
 ROWS = [make_row(1, 12, 5, 9), make_row(2, 9, 7, 2), make_row(3, 20, 4, 6)]
 """Longer than every window of `causal_types`."""
 STATES = {"shared": "exact", "alone": "exact, slower", "refused": "refused"}
@@ -39,15 +39,17 @@ class Wrong(AssertionError):
     """A model that the check before training let pass, and that is not exact."""
 
 
-def outcome(kind: str, quantization: str) -> tuple[str, str]:
+def outcome(kind: str, quantization: str, **changes: Any) -> tuple[str, str]:
     """Whether the type `kind` is exact with shared prompts, exact in a slower way, or refused; and the reason.
+
+    `changes` are made to its configuration.
 
     Raises `Wrong` for a model that would train on wrong figures, and whatever else is not a refusal.
     """
     stream = io.StringIO()
     with TemporaryDirectory() as name:
         folder = Path(name)
-        reason = write(kind, folder)
+        reason = write(kind, folder, changes)
         if reason is not None:
             _must_be_refused(folder, quantization)
             return "refused", of_any_day(f"transformers itself cannot make a model of it: {reason}.", folder)
@@ -66,15 +68,17 @@ def outcome(kind: str, quantization: str) -> tuple[str, str]:
     return ("shared" if policy.shared else "alone"), of_any_day(" ".join(said), folder)
 
 
-def write(kind: str, folder: Path) -> str | None:
+def write(kind: str, folder: Path, changes: dict[str, Any]) -> str | None:
     """A model of the type in `folder`; or its configuration alone and the reason, where transformers cannot make one."""
     make_tokenizer().save_pretrained(folder)
     try:
-        tiny_model(kind).save_pretrained(folder)
+        tiny_model(kind, **changes).save_pretrained(folder)
     except Exception as error:
         return first_line(error)
     finally:
-        tiny_config(kind).save_pretrained(folder)  # a model that also sees is saved with the one of its text alone
+        tiny_config(kind, **changes).save_pretrained(
+            folder
+        )  # a model that also sees is saved with the one of its text alone
     return None
 
 
@@ -148,8 +152,9 @@ def row(kind: str) -> str:
     for quantization in QUANTISATIONS:
         state, reason = outcome(kind, quantization)
         cells.append(f"{STATES[state]}{': ' if reason else ''}{reason}".rstrip("."))
-    plain, quantised = (cell.replace("|", "\\|") for cell in cells)
-    return f"| `{kind}` | {plain} | {'the same' if plain == quantised else quantised} |"
+    plain, *quantised = (cell.replace("|", "\\|") for cell in cells)
+    others = ["the same" if cell == plain else cell for cell in quantised]
+    return f"| `{kind}` | {' | '.join([plain, *others])} |"
 
 
 def table(rows: Iterable[str]) -> str:
@@ -160,7 +165,7 @@ def table(rows: Iterable[str]) -> str:
         f"transformers {transformers_version} has {len(rows)} causal types. {exact} are exact, {slower} of them in a "
         f"slower way; {refused} are refused."
     )
-    head = ["| type | unquantised | nf4 |", "|---|---|---|"]
+    head = ["| type | unquantised | nf4 | int8 |", "|---|---|---|---|"]
     return "\n".join([BEGIN, summary, "", *head, *rows, END])
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.causal_types import TYPES
-from tests.model_table import BEGIN, END, PLACE, row, table
+from tests.model_table import BEGIN, END, PLACE, QUANTISATIONS, outcome, row, table
 
 WRITTEN = PLACE.read_text().partition(BEGIN)[2].partition(END)[0].splitlines()
 
@@ -18,3 +18,22 @@ def test_the_docs_list_every_type_and_count_the_outcomes() -> None:
     rows = [line for line in WRITTEN if line.startswith("| `")]
     assert "\n".join([BEGIN, *WRITTEN[1:], END]) == table(rows)
     assert [line.split("`")[1] for line in rows] == TYPES
+
+
+BIASED = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "qwen3": {"attention_bias": True},
+    "cohere": {"attention_bias": True},
+    "glm": {"attention_bias": True},
+    "olmo2": {"attention_bias": True},
+    "gemma2": {"attention_bias": True},
+    "starcoder2": {"use_bias": True},
+    "stablelm": {"use_qkv_bias": True},
+}
+"""Types whose linear layers may have a bias; those of Qwen2, GPT-NeoX, GPT-2, OPT and gpt-oss always do."""
+
+
+@pytest.mark.parametrize("quantization", QUANTISATIONS)
+@pytest.mark.parametrize("kind", BIASED)
+def test_linear_layers_may_have_a_bias_however_the_base_is_quantised(kind: str, quantization: str) -> None:
+    assert outcome(kind, quantization, **BIASED[kind])[0] != "refused"
