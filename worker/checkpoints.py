@@ -72,8 +72,10 @@ class Checkpoints:
         def write(session: Session) -> list[Checkpoint]:
             self._guard(session)
             saved = repository.checkpoints(session, self.job.id, after=None, limit=repository.MAX_CHECKPOINTS) or []
-            repository.hold_checkpoints(session, [one.id for one in saved[self.keep :]])
-            old = [one for one in saved[self.keep :] if not models.users_of(session, one.model_name)]
+            left = repository.left_by(session, self.job.id, "sft")  # what the DPO stage is held to: evaluations ask
+            old = [one for one in saved[self.keep :] if left is None or one.id != left.id]
+            repository.hold_checkpoints(session, [one.id for one in old])
+            old = [one for one in old if not models.users_of(session, one.model_name)]
             repository.forget_checkpoints(session, [one.id for one in old])
             surplus[:] = [one.prefix for one in old]
             return saved

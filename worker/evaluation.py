@@ -12,8 +12,10 @@ from sqlalchemy.orm import Session
 
 from app import gates
 from app.database import new_id
-from app.evaluations.spec import EvaluationSpec
+from app.datasets.rendering import RenderingSettings
+from app.evaluations.spec import EvaluationSpec, Side
 from app.jobs import repository
+from app.jobs.spec import JobSpec
 from app.jobs.states import Status
 from app.jobs.tables import Job
 from app.models import repository as models
@@ -68,9 +70,16 @@ class Evaluation(Run[EvaluationSpec]):
                 self.services.storage.get_file(f"files/{file_id}", self.folder / places[field])
             except FileNotFoundError as error:
                 return self.fail("file_not_found", f"A file of the evaluation is gone: {error}", field)
-        sides = {}
+        if spec.baseline is not None and spec.baseline.reference:
+            left = self.lease.read(self._reference)
+            if left is None:
+                message = "What the SFT stage of the candidate's training left is not there any more."
+                return self.fail("model_not_found", message, "baseline")
+            spec = self.spec = spec.model_copy(update={"baseline": Side(model=left)})
+        sides = dict[str, dict[str, Any]]()
         for field, name in spec.models():
             side = field.removesuffix(".model")
+            sides[side] = {"rendering": self.lease.read(partial(self._rendering, side, name))}
             found, foundation, version = self.lease.read(partial(self._look, name))
             if found is None or (found.foundation and foundation is None):
                 return self.fail("model_not_found", f"The model '{name}' was deleted.", field)
@@ -84,7 +93,7 @@ class Evaluation(Run[EvaluationSpec]):
             except ModelUnavailable as error:
                 return self.fail("model_unavailable", str(error), field)
             self.place(found, foundation, base, folder)
-            sides[side] = {
+            sides[side] |= {
                 "model": name,
                 "base_model": found.foundation or found.base_model,
                 "version": version,
@@ -100,6 +109,23 @@ class Evaluation(Run[EvaluationSpec]):
         run = {"sides": sides, "beta": spec.beta, "attempt": self.job.attempt, "log": log}
         (self.folder / "run.json").write_text(json.dumps(run))
         return True
+
+    def _reference(self, session: Session) -> str | None:
+        """The name of what the SFT stage of the candidate's training left."""
+        assert self.spec.candidate is not None
+        assert self.spec.candidate.model is not None
+        made = models.job_of(session, self.job.project, self.spec.candidate.model)
+        left = made and repository.left_by(session, made.id, "sft")
+        return left.model_name if left else None
+
+    def _rendering(self, side: str, name: str, session: Session) -> dict[str, Any]:
+        """How the model `name` reads conversations: as it was trained. The candidate, as the evaluation says."""
+        made = models.job_of(session, self.job.project, name)
+        if side != "candidate" and made is not None:
+            return vars(JobSpec.stored(made.spec).rendering)
+        if side == "judge":  # a base model that is asked has its own habits, not those of the candidate
+            return vars(RenderingSettings(date=self.spec.date).rendering)
+        return vars(self.spec.rendering)
 
     def _look(self, name: str, session: Session) -> tuple[models.Found | None, models.Found | None, str | None]:
         """(what a name stands for, the trained model that it sits on, the version of its base model)"""

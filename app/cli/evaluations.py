@@ -26,7 +26,7 @@ def _path(evaluation_id: str) -> str:
 def evaluate(
     type: Annotated[str, typer.Argument(help="preference, win_rate, reward_kl or agreement; else the body's.")] = "",
     candidate: Annotated[str, typer.Option(help="A base model, a made model or a checkpoint.")] = "",
-    baseline: Annotated[str, typer.Option(help="Likewise; without one, what the candidate was trained from.")] = "",
+    baseline: Annotated[str, typer.Option(help="Likewise; without one, 'reference': what it was held to.")] = "",
     candidate_file: Annotated[str, typer.Option(help="Ready answers instead: a file id, or a path to upload.")] = "",
     baseline_file: Annotated[str, typer.Option(help="Ready answers instead: a file id, or a path to upload.")] = "",
     baseline_answers: Annotated[str, typer.Option(help="The data's own answers instead: chosen or rejected.")] = "",
@@ -63,6 +63,8 @@ def evaluate(
         side = {"model": model, "file": file and _file(client, file), "answers": answers}
         if any(side.values()):
             body[name] = {key: value for key, value in side.items() if value}
+    if baseline == "reference":
+        body["baseline"] = baseline
     if data:
         body["data"] = _file(client, data)
     judge = judge_of(client, reward_model, classifier, judge_url, judge_model, question)

@@ -21,6 +21,7 @@ from app.jobs import repository
 from app.jobs.feed import Feed
 from app.jobs.lifecycle import Lifecycle
 from app.jobs.outlook import Place
+from app.jobs.states import ACTIVE
 from app.jobs.tables import EVALUATION, Job
 from app.keys.service import Keys
 from app.models import repository as models
@@ -157,17 +158,18 @@ class Evaluations(Lifecycle[EvaluationObject]):
         training: dict[str, Any] = made.spec if made is not None else {}
         settings = ((training.get("method") or {}).get("dpo") or {}).get("hyperparameters") or {}
         changes: dict[str, Any] = {"quantization": spec.quantization or training.get("quantization", "none")}
-        if spec.baseline is None and "baseline" in TAKES[spec.type]:
+        if "baseline" in TAKES[spec.type] and (spec.baseline is None or spec.baseline.reference):
             if made is None:
                 message = f"'{name}' was not trained here: name what it is compared with."
                 raise ServiceError(message, param="baseline", code="missing_required_parameter")
-            if training.get("sft") is not None and not settings.get("reference_model"):
-                message = (
-                    f"'{name}' was trained by SFT and then held to what SFT had made, which is no model of its own: "
-                    "name what it is compared with."
-                )
-                raise ServiceError(message, param="baseline", code="missing_required_parameter")
-            changes["baseline"] = Side(model=settings.get("reference_model") or made.model)
+            if training.get("sft") is None or settings.get("reference_model"):
+                changes["baseline"] = Side(model=settings.get("reference_model") or made.model)
+            else:  # what the SFT stage left, which has a name once it is there
+                left = repository.left_by(session, made.id, "sft")
+                changes["baseline"] = Side(model=left.model_name) if left is not None else Side(reference=True)
+                if left is None and made.status not in ACTIVE:
+                    message = f"What the SFT stage of '{name}' left was not kept: name what it is compared with."
+                    raise ServiceError(message, param="baseline", code="missing_required_parameter")
         if spec.type == "preference" and spec.beta is None:
             changes["beta"] = settings.get("beta") or BETA
         return spec.model_copy(update=changes).inheriting(training).resolved()

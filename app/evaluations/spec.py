@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import ConfigDict, Field, StringConstraints, ValidationInfo, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, StringConstraints, ValidationInfo, model_validator
 
 from app.datasets.example import Kind
 from app.datasets.mapping import Mapping
@@ -29,10 +29,12 @@ class Side(Strict):
     """How the rows of `file` are read, where their columns do not say it."""
     answers: Literal["chosen", "rejected"] | None = None
     """The preferred answers of `data` (or its reference answers, where there is one each), or the other ones."""
+    reference: Literal[True] | None = None
+    """What the candidate was held to in its training: what `"baseline": "reference"` says."""
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:
-        given = [name for name in ("model", "file", "answers") if getattr(self, name) is not None]
+        given = [name for name in ("model", "file", "answers", "reference") if getattr(self, name) is not None]
         if len(given) != 1:
             raise inconsistent(
                 given[1] if given else "model", "A side is a 'model', a 'file', or 'answers': one of them"
@@ -40,6 +42,18 @@ class Side(Strict):
         if self.mapping is not None and self.file is None:
             raise inconsistent("mapping", "'mapping' goes with 'file'")
         return self
+
+    @property
+    def is_model(self) -> bool:
+        """Whether a model says its answers."""
+        return self.model is not None or self.reference is not None
+
+
+def _side(value: Any) -> Any:
+    return {"reference": True} if value == "reference" else value
+
+
+Baseline = Annotated[Side, BeforeValidator(_side, json_schema_input_type=Side | Literal["reference"])]
 
 
 class Sampling(Strict):
@@ -213,8 +227,9 @@ class EvaluationSpec(RenderingSettings):
     max_rows: Annotated[int, Field(ge=1, le=10**7)] | None = None
     """Only so many rows of `data`, drawn by the seed."""
     candidate: Side | None = None
-    baseline: Side | None = None
-    """What the candidate is compared with. Without one, the model that it was trained from."""
+    baseline: Baseline | None = None
+    """What the candidate is compared with. `"reference"`, and the default: what it was held to in training, the model
+    that it was trained from or what the job's own SFT stage left."""
     beta: Annotated[float, Field(gt=0, le=100)] | None = None
     """Of the implicit reward β·log(π/π_ref). Without one, what the candidate was trained with."""
     sampling: Sampling | None = None
@@ -243,11 +258,20 @@ class EvaluationSpec(RenderingSettings):
         if self.type in ("preference", "reward_kl"):
             for name in ("candidate", "baseline"):
                 side = getattr(self, name)
-                if side is not None and side.model is None:
+                if side is not None and not side.is_model:
                     raise inconsistent(f"{name}.model", f"The type '{self.type}' compares models: name one")
         if self.type == "reward_kl" and self.judge is not None and self.judge.asked:
             raise inconsistent("judge.type", "The type 'reward_kl' needs a judge that scores: it averages rewards")
-        if self.sampling is not None and not self.MADE and not any(side.model for side in self.sides()):
+        if self.candidate is not None and self.candidate.reference:
+            raise inconsistent("candidate.reference", "The candidate is not its own reference: name a model")
+        if (
+            self.baseline is not None
+            and self.baseline.reference
+            and not self.MADE
+            and not (self.candidate is not None and self.candidate.model is not None)
+        ):
+            raise inconsistent("baseline", "'reference' is what the candidate was held to: the candidate is no model")
+        if self.sampling is not None and not self.MADE and not any(side.is_model for side in self.sides()):
             raise inconsistent("sampling", "Neither side is a model: there is nothing to sample")
         for number, gate in enumerate(self.gates or []):
             require_metric(gate.metric, self.figures(), f"gates.{number}.metric")
@@ -278,7 +302,7 @@ class EvaluationSpec(RenderingSettings):
 
     def resolved(self) -> Self:
         """The spec as it will be run: a seed, and how is sampled, written out."""
-        samples = "sampling" in TAKES[self.type] and any(side.model for side in self.sides())
+        samples = "sampling" in TAKES[self.type] and any(side.is_model for side in self.sides())
         return self.model_copy(
             update={
                 "sampling": self.sampling or (Sampling() if samples else None),

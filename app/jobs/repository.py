@@ -183,6 +183,16 @@ def checkpoints(session: Session, job_id: str, *, after: str | None, limit: int)
     return list(session.scalars(statement.order_by(Checkpoint.step_number.desc()).limit(limit + 1)))
 
 
+def left_by(session: Session, job_id: str, stage: str) -> Checkpoint | None:
+    """The last checkpoint of a stage that has ended: what it left. None while it goes on, or where it is not kept."""
+    statement = select(Checkpoint).where(Checkpoint.job_id == job_id).order_by(Checkpoint.step_number.desc())
+    found = list(session.scalars(statement))
+    ended = session.scalar(select(Job.status).where(Job.id == job_id)) not in ACTIVE
+    if not ended and all(one.stage == stage for one in found):
+        return None
+    return next((one for one in found if one.stage == stage), None)
+
+
 def move_checkpoint(session: Session, job_id: str, step: int, prefix: str) -> bool:
     """Let the job's checkpoint of `step` be the one under `prefix`; False where there is none of that step."""
     which = (Checkpoint.job_id == job_id, Checkpoint.step_number == step)

@@ -57,6 +57,26 @@ def test_gates_on_evaluations_are_the_exit_status(service: Running, files: dict[
     assert events[0].message == "2 of 2 gates are met."
 
 
+def test_an_evaluation_of_a_job_of_two_stages_is_held_to_what_its_sft_left(
+    service: Running, files: dict[str, str], tmp_path: Path
+) -> None:
+    """`reference` in the job's own list, before anybody can know the name of a checkpoint; measured anew beside it."""
+    held = {"name": "held-out", "type": "preference", "data": files["held"], "baseline": "reference"}
+    stage = {"hyperparameters": {"max_steps": 6, "batch_size": 8, "learning_rate": 5e-3}}
+    status, found = create(service, tmp_path, job(files, sft=stage, evaluations=[held], keep_checkpoints=2))
+    assert status == 0
+    evaluation = ended(service, found["evaluations"][0]["id"])
+    with service.http() as http:
+        saved = http.get(f"/fine_tuning/jobs/{found['id']}/checkpoints").json()["data"]
+        (left,) = (one["fine_tuned_model_checkpoint"] for one in saved if one["step_number"] == 6)
+        body = {
+            "type": "preference", "data": files["held"], "candidate": {"model": found["fine_tuned_model"]},
+            "baseline": {"model": left},
+        }  # fmt: skip
+        named = ended(service, http.post("/evaluations", json=body).raise_for_status().json()["id"])
+    assert evaluation["metrics"]["margin"] == named["metrics"]["margin"] != 0
+
+
 def test_a_win_rate_is_gated_by_its_lower_bound_and_told_by_webhook(
     service: Running, files: dict[str, str], tmp_path: Path
 ) -> None:

@@ -11,8 +11,9 @@ from app.broker import Lane
 from app.database import database_now
 from app.evaluations.spec import EvaluationSpec
 from app.jobs import repository
+from app.jobs.spec import JobSpec
 from app.jobs.states import Status
-from app.jobs.tables import EVALUATION, TRAINING, Job
+from app.jobs.tables import EVALUATION, TRAINING, Checkpoint, Job
 from app.models import repository as models
 from app.models.tables import Model
 from app.services import Services
@@ -293,3 +294,42 @@ def test_going_back_takes_evaluations_with_it(client: TestClient, services: Serv
     assert len(told) == 2 and not any("evaluation" in events for events in told)
     services.migrate("head")
     assert client.get("/v1/evaluations").json()["data"] == []
+
+
+@pytest.mark.parametrize("baseline", [None, "reference"])
+def test_the_reference_of_one_job_of_two_stages_is_what_its_sft_left(
+    client: TestClient, services: Services, baseline: str | None
+) -> None:
+    """Nobody has to know the step at which SFT ended: a wrong guess would measure something else, in silence."""
+    two = {"sft": {}, "method": {"type": "dpo", "dpo": {}}}
+    spec = JobSpec.model_validate({"model": "tiny", "training_file": "file-1", **two}).resolved()
+    job_id = make_job(services, status=Status.SUCCEEDED, spec=spec.model_dump(mode="json"))
+    name = "ft:tiny:default::both"
+    with services.database.write() as session:
+        session.add(
+            Model(
+                name=name, kind="adapter", project="default", created_at=database_now(), base_model="tiny", bytes=2,
+                job_id=job_id, prefix=f"jobs/{job_id}/model", details={"adapter": None, "foundation": None},
+            )
+        )  # fmt: skip
+        for step, stage in ((3, "sft"), (6, "sft"), (9, "dpo")):
+            session.add(
+                Checkpoint(
+                    id=f"ftckpt-{step}", job_id=job_id, created_at=database_now(), stage=stage, step_number=step,
+                    metrics={}, model_name=f"{name}:ckpt-step-{step}", prefix="x",
+                )
+            )  # fmt: skip
+    fields = body(client, type="reward_kl", candidate={"model": name}, baseline=baseline)
+    made = client.post("/v1/evaluations", json=fields)
+    assert made.status_code == 200, made.text
+    assert made.json()["baseline"] == {"model": f"{name}:ckpt-step-6"}
+
+
+def test_the_reference_is_of_a_model_that_was_trained_here(client: TestClient, made: str) -> None:
+    answer = client.post("/v1/evaluations", json=body(client, candidate={"model": made}, baseline="reference"))
+    assert answer.json()["baseline"] == {"model": "tiny"}
+    assert error_of(client.post("/v1/evaluations", json=body(client, baseline="reference")), 400)["param"] == "baseline"
+    answers = {"type": "win_rate", "judge": ASKED, "candidate": {"answers": "chosen"}, "baseline": "reference"}
+    assert error_of(client.post("/v1/evaluations", json=body(client, **answers)), 400)["param"] == "baseline"
+    itself = body(client, candidate={"reference": True})
+    assert error_of(client.post("/v1/evaluations", json=itself), 400)["param"] == "candidate.reference"

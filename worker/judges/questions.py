@@ -54,9 +54,11 @@ More helpful: <"A" or "B">""",
 _PLACE = re.compile(r"\{(prompt|a|b)\}")
 # Bounded everywhere: an answer is anybody's text, and must not keep the worker matching for ever.
 _MARKS = r"\W{0,16}"
-_CHOICE = _MARKS + r"(?:(?i:response|summary|answer)\s{1,4})?" + _MARKS + r"(A|B|(?i:tie))\b"
-_NAMED = re.compile(r"(?i:preferred|more helpful)" + _MARKS + ":" + _CHOICE + r"(?!\W{1,16}or\b)")
-_ALONE = re.compile(_CHOICE + _MARKS)
+_LETTER = _MARKS + r"(?:(?i:response|summary|answer)\s{1,4})?" + _MARKS + r"(A|B|(?i:tie))\b"
+_JOINED = r"\W{0,16}(?:(or|and|nor|vs|versus)\b|[/&+=,])"
+_BOTH = "(?:" + _JOINED + _LETTER + ")"
+_NAMED = re.compile(r"(?i:preferred|more helpful)" + _MARKS + ":" + _LETTER + _BOTH + "?")
+_ALONE = re.compile(_LETTER + _BOTH + "?" + _MARKS)
 LAST = 8192
 """Of an answer so many characters, the last ones, are looked at for its verdict."""
 
@@ -93,11 +95,14 @@ def verdicts(answers: Sequence[str | None], sides: Sides) -> list[str | None]:
 def choice(answer: str) -> Choice | None:
     """What an answer prefers: a last line that is only the letter, or else its last `Preferred:` or `More helpful:`.
 
-    None where it says neither.
+    None where it says neither, or both ("A and B", "A/B"). "A or B" repeats the question, and says nothing.
     """
     answer = answer[-LAST:]
-    named = _NAMED.findall(answer)
     lines = answer.strip().splitlines()
     alone = _ALONE.fullmatch(lines[-1]) if lines else None
-    found = alone[1] if alone else named[-1] if named else None
-    return None if found is None else "tie" if found.lower() == "tie" else "A" if found == "A" else "B"
+    said = [alone] if alone else list(_NAMED.finditer(answer))
+    said = [one for one in said if one[2] != "or"]
+    if not said or said[-1][3] is not None:
+        return None
+    found = said[-1][1]
+    return "tie" if found.lower() == "tie" else "A" if found == "A" else "B"

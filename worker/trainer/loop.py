@@ -207,6 +207,8 @@ class Trainer:
             each = (time.monotonic() - began) / max(1, state.stage_step - first)
             self._report(stage, metrics, seconds_remaining=each * (self.total_steps - state.step))
             last = state.ended or state.stage_step == stage.steps
+            if last:
+                self._bring_back(stage)  # the last checkpoint of a stage is what the stage leaves
             if last or state.stage_step % stage.checkpoint_every == 0:
                 self._checkpoint(stage, optimizer, method)
         self._finish_stage(stage, method, validated=validated)
@@ -224,13 +226,20 @@ class Trainer:
         self._judge(stage, found)
         return found
 
-    def _finish_stage(self, stage: Stage, method: Method, *, validated: bool) -> None:
-        """Go back to the best weights where the job asked for it, and know the final validation log-probs."""
-        state = self.state
-        if stage.hyperparameters.early_stopping is not None and state.best.step != state.step:
+    def _bring_back(self, stage: Stage) -> bool:
+        """Go back to the best weights where the job asked for it; whether there were better ones than the last."""
+        better = stage.hyperparameters.early_stopping is not None and self.state.best.step != self.state.step
+        if better:
             best.bring_back(self.policy, self.best_weights)
-            metric = stage.hyperparameters.early_stopping.metric
-            self.events.message(f"Stage {stage.name} keeps step {state.best.step}: {metric} {state.best.value:.6g}.")
+        return better
+
+    def _finish_stage(self, stage: Stage, method: Method, *, validated: bool) -> None:
+        """Say which weights are kept, and know their validation log-probs."""
+        state, settings = self.state, stage.hyperparameters.early_stopping
+        if self._bring_back(stage) and settings is not None:
+            self.events.message(
+                f"Stage {stage.name} keeps step {state.best.step}: {settings.metric} {state.best.value:.6g}."
+            )
             validated = False
         self._final = {} if validated else self._validate(stage, method, record=False)
 
