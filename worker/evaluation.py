@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from app import gates
 from app.database import new_id
 from app.datasets.rendering import RenderingSettings
-from app.evaluations.spec import EvaluationSpec, Side
+from app.evaluations.spec import EvaluationSpec
 from app.jobs import repository
 from app.jobs.spec import JobSpec
 from app.jobs.states import Status
@@ -75,7 +75,8 @@ class Evaluation(Run[EvaluationSpec]):
             if left is None:
                 message = "What the SFT stage of the candidate's training left is not there any more."
                 return self.fail("model_not_found", message, "baseline")
-            spec = self.spec = spec.model_copy(update={"baseline": Side(model=left)})
+            named = spec.baseline.model_copy(update={"model": left, "reference": None})
+            spec = self.spec = spec.model_copy(update={"baseline": named})
         sides = dict[str, dict[str, Any]]()
         for field, name in spec.models():
             side = field.removesuffix(".model")

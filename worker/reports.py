@@ -22,7 +22,12 @@ LENGTH_GROUPS = 5
 def report(spec: EvaluationSpec, items: Sequence[Item]) -> Report:
     """The figures of an evaluation. `items` must not be empty."""
     of = {"preference": preference, "reward_kl": reward_kl, "win_rate": win_rate, "agreement": agreement}[spec.type]
-    return {"type": spec.type} | of(items)
+    bounds = {
+        name: {"n": side.best_of.n, "kl_bound": side.best_of.kl_bound}
+        for name in ("candidate", "baseline")
+        if (side := getattr(spec, name)) is not None and side.best_of is not None
+    }
+    return {"type": spec.type} | ({"best_of": bounds} if bounds else {}) | of(items)
 
 
 def preference(items: Sequence[Item]) -> Report:
@@ -66,7 +71,8 @@ def reward_kl(items: Sequence[Item]) -> Report:
     """Mean reward and KL(π‖π_ref) at each temperature, over prompts.
 
     The KL of sequences is estimated by its definition, E_{y∼π}[log π(y|x) − log π_ref(y|x)], where π is the
-    distribution that was sampled from, tempered and cut as it was.
+    distribution that was sampled from, tempered and cut as it was. Of best of N it is the bound, in the place of what
+    nobody can sample.
     """
     found, judged = [], "reward" in items[0]
     for temperature in sorted({item["temperature"] for item in items}):
@@ -77,12 +83,17 @@ def reward_kl(items: Sequence[Item]) -> Report:
                 "temperature": temperature,
                 "completions": len(of),
                 **({"reward": _shown(statistics.mean([item["reward"] for item in of], prompts))} if judged else {}),
-                "kl": _shown(statistics.mean([item["logp"] - item["reference_logp"] for item in of], prompts)),
+                "kl": _shown(statistics.mean([_kl(item) for item in of], prompts)),
                 "tokens": _shown(statistics.mean([item["tokens"] for item in of], prompts)),
                 "ended": sum(item["ended"] for item in of) / len(of),
             }
         )
     return {"temperatures": found}
+
+
+def _kl(item: Item) -> float:
+    bound: float = item["kl_bound"] if "kl_bound" in item else item["logp"] - item["reference_logp"]
+    return bound
 
 
 def win_rate(items: Sequence[Item]) -> Report:

@@ -128,7 +128,9 @@ class EvaluationObject(BaseModel):
 
 
 def _given(part: dict[str, Any] | None) -> dict[str, Any] | None:
-    return part and {name: value for name, value in part.items() if value is not None}
+    return part and {
+        name: _given(value) if isinstance(value, dict) else value for name, value in part.items() if value is not None
+    }
 
 
 def _judge(part: dict[str, Any] | None) -> dict[str, Any] | None:

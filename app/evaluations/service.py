@@ -142,7 +142,7 @@ class Evaluations(Lifecycle[EvaluationObject]):
         if model is None:
             message = f"The model '{name}' does not exist. GET /v1/models lists those that do."
             raise ServiceError(message, param=field, code="model_not_found")
-        judges = field == "judge.model" and scores
+        judges = field.endswith("best_of.by.model") or (field == "judge.model" and scores)
         # A checkpoint of a reward model is not the classifier that its training ends with.
         if (model.kind == "reward") != judges or (judges and models.get(session, project, name) is None):
             wants = "a reward model that a training has ended with" if judges else "a language model"
@@ -158,15 +158,17 @@ class Evaluations(Lifecycle[EvaluationObject]):
         training: dict[str, Any] = made.spec if made is not None else {}
         settings = ((training.get("method") or {}).get("dpo") or {}).get("hyperparameters") or {}
         changes: dict[str, Any] = {"quantization": spec.quantization or training.get("quantization", "none")}
-        if "baseline" in TAKES[spec.type] and (spec.baseline is None or spec.baseline.reference):
+        bounded = spec.type == "reward_kl" and spec.candidate is not None and spec.candidate.best_of is not None
+        missing = spec.baseline is None and not bounded  # best of N is held to the model that it samples
+        if "baseline" in TAKES[spec.type] and (missing or (spec.baseline and spec.baseline.reference)):
             if made is None:
                 message = f"'{name}' was not trained here: name what it is compared with."
                 raise ServiceError(message, param="baseline", code="missing_required_parameter")
             if training.get("sft") is None or settings.get("reference_model"):
-                changes["baseline"] = Side(model=settings.get("reference_model") or made.model)
+                changes["baseline"] = _named(spec.baseline, settings.get("reference_model") or made.model)
             else:  # what the SFT stage left, which has a name once it is there
                 left = repository.left_by(session, made.id, "sft")
-                changes["baseline"] = Side(model=left.model_name) if left is not None else Side(reference=True)
+                changes["baseline"] = _named(spec.baseline, left.model_name if left is not None else None)
                 if left is None and made.status not in ACTIVE:
                     message = f"What the SFT stage of '{name}' left was not kept: name what it is compared with."
                     raise ServiceError(message, param="baseline", code="missing_required_parameter")
@@ -200,3 +202,9 @@ class Evaluations(Lifecycle[EvaluationObject]):
                 message = f"The results of evaluation {evaluation_id} were deleted."
             raise NotFound(message, code="report_not_found")
         return job, made
+
+
+def _named(side: Side | None, model: str | None) -> Side:
+    """A side that stands for the reference, by the name of the model; None where it has no name yet."""
+    known = {"model": model} if model is not None else {"reference": True}
+    return Side.model_validate({"best_of": side.best_of if side is not None else None, **known})

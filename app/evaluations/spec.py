@@ -3,6 +3,7 @@
 An evaluation compares two sides on the rows of a file. `TAKES` says which fields each type has.
 """
 
+import math
 import secrets
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -18,6 +19,42 @@ from app.strict import NO_NUL, STORED, FileName, Metadata, ModelName, Quantizati
 EvaluationType = Literal["preference", "win_rate", "reward_kl", "agreement"]
 
 
+class Classifier(Strict):
+    """A linear classifier of words and phrases, as a file: its score is the logit."""
+
+    file: FileName
+
+
+class Scorer(Strict):
+    """What gives one answer a score: a reward model that was trained here, or a classifier."""
+
+    type: Literal["reward_model", "classifier"]
+    model: ModelName | None = None
+    classifier: Classifier | None = None
+
+    @model_validator(mode="after")
+    def _as_its_type_says(self) -> Self:
+        needs = "model" if self.type == "reward_model" else self.type
+        for name in ("model", "classifier"):
+            if (getattr(self, name) is not None) != (name == needs):
+                raise inconsistent(name, f"A scorer of the type '{self.type}' has '{needs}', and no other")
+        return self
+
+
+class BestOf(Strict):
+    """Of `n` answers of the model to a prompt the one that `by` likes best: the paper's strongest baseline, which needs
+    no training. Its KL to the model is at most log n − (n − 1)/n (Beirami et al. 2024).
+    """
+
+    n: Annotated[int, Field(ge=2, le=256)]
+    by: Scorer
+
+    @property
+    def kl_bound(self) -> float:
+        """In nats."""
+        return math.log(self.n) - (self.n - 1) / self.n
+
+
 class Side(Strict):
     """Whose answers: a model's, those of a file, or those that stand in the data."""
 
@@ -31,6 +68,8 @@ class Side(Strict):
     """The preferred answers of `data` (or its reference answers, where there is one each), or the other ones."""
     reference: Literal[True] | None = None
     """What the candidate was held to in its training: what `"baseline": "reference"` says."""
+    best_of: BestOf | None = None
+    """Of the answers of `model`, the best of several."""
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:
@@ -41,6 +80,8 @@ class Side(Strict):
             )
         if self.mapping is not None and self.file is None:
             raise inconsistent("mapping", "'mapping' goes with 'file'")
+        if self.best_of is not None and not self.is_model:
+            raise inconsistent("best_of", "'best_of' goes with 'model': it chooses among answers that are sampled")
         return self
 
     @property
@@ -71,12 +112,6 @@ class Sampling(Strict):
         if len({f"{temperature:g}" for temperature in self.temperatures}) < len(self.temperatures):
             raise inconsistent("temperatures", "'temperatures' names one twice; six digits tell them apart")
         return self
-
-
-class Classifier(Strict):
-    """A linear classifier of words and phrases, as a file: its score is the logit."""
-
-    file: FileName
 
 
 MAX_KEY = 2048
@@ -262,6 +297,7 @@ class EvaluationSpec(RenderingSettings):
                     raise inconsistent(f"{name}.model", f"The type '{self.type}' compares models: name one")
         if self.type == "reward_kl" and self.judge is not None and self.judge.asked:
             raise inconsistent("judge.type", "The type 'reward_kl' needs a judge that scores: it averages rewards")
+        self._best_of_fits()
         if self.candidate is not None and self.candidate.reference:
             raise inconsistent("candidate.reference", "The candidate is not its own reference: name a model")
         if (
@@ -276,6 +312,18 @@ class EvaluationSpec(RenderingSettings):
         for number, gate in enumerate(self.gates or []):
             require_metric(gate.metric, self.figures(), f"gates.{number}.metric")
         return self
+
+    def _best_of_fits(self) -> None:
+        for name, side in self._named_sides():
+            if side.best_of is None:
+                continue
+            if self.type == "preference":
+                raise inconsistent(f"{name}.best_of", "The type 'preference' samples nothing to choose from")
+            if self.sampling is not None and 0 in self.sampling.temperatures:
+                raise inconsistent("sampling.temperatures", "At temperature 0 all answers are the same: none is best")
+            if self.type == "reward_kl" and (name == "baseline" or self.baseline is not None):
+                message = "The KL of 'best_of' is bounded to the model that it samples: it has no other 'baseline'"
+                raise inconsistent("baseline", message)
 
     def figures(self) -> list[str]:
         """The names of the metrics that the evaluation will have."""
@@ -318,6 +366,10 @@ class EvaluationSpec(RenderingSettings):
         """(field, file id or path) of every file that the evaluation reads."""
         named = [("data", self.data)]
         named += [(f"{name}.file", side.file) for name, side in self._named_sides() if side.file is not None]
+        named += [
+            (f"{name}.best_of.by.classifier.file", side.best_of.by.classifier.file)
+            for name, side in self._named_sides() if side.best_of is not None and side.best_of.by.classifier is not None
+        ]  # fmt: skip
         if self.judge is not None and self.judge.classifier is not None:
             named.append(("judge.classifier.file", self.judge.classifier.file))
         return named
@@ -343,6 +395,10 @@ class EvaluationSpec(RenderingSettings):
     def models(self) -> list[tuple[str, str]]:
         """(field, name) of every model that the evaluation loads."""
         named = [(f"{name}.model", side.model) for name, side in self._named_sides() if side.model is not None]
+        named += [
+            (f"{name}.best_of.by.model", side.best_of.by.model)
+            for name, side in self._named_sides() if side.best_of is not None and side.best_of.by.model is not None
+        ]  # fmt: skip
         if self.judge is not None and self.judge.model is not None:
             named.append(("judge.model", self.judge.model))
         return named
@@ -358,7 +414,7 @@ class EvaluationSpec(RenderingSettings):
     def needs(self, field: str = "data") -> Kind | None:
         """What the rows of the file of `field` must be good for; None for a file that has none."""
         if field != "data":
-            return None if field.startswith("judge.") else Kind.SUPERVISED
+            return None if field.endswith("classifier.file") else Kind.SUPERVISED
         if self.type in ("preference", "agreement") or any(side.answers == "rejected" for side in self.sides()):
             return Kind.PREFERENCE
         return Kind.SUPERVISED if any(side.answers for side in self.sides()) else Kind.PROMPTS

@@ -15,14 +15,14 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 
 from app.datasets.check import numbered_examples
 from app.datasets.example import Example, Kind
 from app.datasets.rendering import Rendering
-from app.evaluations.spec import EvaluationSpec, Judge, Side
+from app.evaluations.spec import BestOf, EvaluationSpec, Judge, Scorer, Side
 from app.evaluations.spec import Sampling as SpecSampling
 from app.jobs.hyperparameters import DEFAULT_MAX_LENGTH
 from app.jobs.spec import JobSpec
@@ -50,6 +50,8 @@ JUDGE_TOKENS = 512
 FIXED = -1.0
 """In the place of a temperature: an answer that was not sampled."""
 Item = dict[str, Any]
+CompletionKey = tuple[float, int, int]
+"""Of a completion its temperature, its row, and its number among those of the row."""
 Key = TypeVar("Key", int, tuple[int, int])
 
 
@@ -137,8 +139,8 @@ class Evaluator:
 
     def _reward_kl(self) -> list[Item]:
         """Of each completion its log-probs under candidate and reference, and what its reward says."""
-        rows, made = self._examples(), {}
-        policy = self._load("candidate")
+        rows, made = self._examples(), dict[CompletionKey, Made]()
+        policy, best_of = self._load("candidate"), cast(Side, self.spec.candidate).best_of
         prompts = self._prompts(policy, "candidate", rows)
         texts = {}
         for one in self._sampled(policy, "candidate", prompts, self.spec.sampling):
@@ -146,31 +148,41 @@ class Evaluator:
             texts[one.key] = self._text(policy, one, prompts[one.row], rows[one.row])
         vocabulary = policy.tokenizer.get_vocab()
         del policy
+        best = self._best("candidate", best_of, texts, rows)
+        groups = sorted(best)
+        prompts_of = _numbered(rows)
+        items = [
+            self._item(made[best[group]], rows[group[1]], texts[best[group]])
+            | {"sample": group[2], "prompt_number": prompts_of[group[1]], "logp": made[best[group]].logp}
+            for group in groups
+        ]
+        if best_of is not None:
+            for item in items:
+                item["kl_bound"] = best_of.kl_bound
+        else:
+            answers = dataset.Rows.of(
+                Row(rows[row].line, prompts[row].ids, (Response(made[key].ids, (True,) * len(made[key].ids)),))
+                for key in groups for row in (key[1],)
+            )  # fmt: skip
+            for item, logp in zip(items, self._reference_logps(answers, vocabulary), strict=True):
+                item["reference_logp"] = logp
+        if self.spec.judge is not None:
+            said = [(rows[group[1]], texts[best[group]]) for group in groups]
+            rewards = self._rewards(self.spec.judge, "judge", said)
+            for item, value in zip(items, rewards, strict=True):
+                item["reward"] = value
+        return items
+
+    def _reference_logps(self, answers: dataset.Rows, vocabulary: dict[str, int]) -> list[float]:
+        """The log-probs of completions under the baseline, which must have the candidate's `vocabulary`."""
         gc.collect()
         policy = self._load("baseline")
         if policy.tokenizer.get_vocab() != vocabulary:
             message = "Candidate and baseline have other tokenizers: the KL between them is not defined."
             raise UserError("invalid_value", message, "baseline.model")
-        keys = sorted(made)
-        answers = dataset.Rows.of(
-            Row(rows[key[1]].line, prompts[key[1]].ids, (Response(made[key].ids, (True,) * len(made[key].ids)),))
-            for key in keys
-        )
         exactness.check(policy, answers, self.events)
-        under = reference.compute(policy, answers, tick=self._tick).logps.tolist()
-        del policy
-        gc.collect()
-        prompts_of = _numbered(rows)
-        items = [
-            self._item(made[key], rows[key[1]], texts[key])
-            | {"prompt_number": prompts_of[key[1]], "logp": made[key].logp, "reference_logp": logp}
-            for key, logp in zip(keys, under, strict=True)
-        ]
-        if self.spec.judge is not None:
-            rewards = self._rewards([(rows[key[1]], texts[key]) for key in keys])
-            for item, value in zip(items, rewards, strict=True):
-                item["reward"] = value
-        return items
+        found: list[float] = reference.compute(policy, answers, tick=self._tick).logps.tolist()
+        return found
 
     def _win_rate(self) -> list[Item]:
         """Of each row the answers of both sides, and what the judge says of them."""
@@ -324,16 +336,36 @@ class Evaluator:
         policy = self._load(name)
         prompts = self._prompts(policy, name, rows)
         made = self._sampled(policy, name, prompts, self.spec.sampling)
-        return {one.key: self._text(policy, one, prompts[one.row], rows[one.row]) for one in made}
+        texts = {one.key: self._text(policy, one, prompts[one.row], rows[one.row]) for one in made}
+        del policy
+        return {key: texts[best] for key, best in self._best(name, side.best_of, texts, rows).items()}
+
+    def _best(
+        self, name: str, best_of: BestOf | None, texts: dict[CompletionKey, str], rows: dict[int, Example]
+    ) -> dict[CompletionKey, CompletionKey]:
+        """The completions of a side that count, by temperature, row and number: of each `n` the one that is best."""
+        if best_of is None:
+            return {key: key for key in texts}
+        gc.collect()
+        keys = sorted(texts)
+        scores = self._rewards(best_of.by, f"{name}.best_of.by", [(rows[key[1]], texts[key]) for key in keys])
+        found: dict[CompletionKey, tuple[float, CompletionKey]] = {}
+        for key, score in zip(keys, scores, strict=True):
+            group = key[0], key[1], key[2] // best_of.n
+            if group not in found or score > found[group][0]:
+                found[group] = score, key
+        return {group: key for group, (_, key) in found.items()}
 
     def _sampled(
         self, policy: Policy, name: str, prompts: "dict[int, Prompt]", spec: SpecSampling | None
     ) -> Iterator[Made]:
         """All completions of a model: those of the parts that are there, then new ones, in parts of their own."""
         assert spec is not None
-        sampled = sum(side.model is not None for side in self.spec.sides()) if self.spec.type == "win_rate" else 1
-        each = sum(spec.samples if temperature else 1 for temperature in spec.temperatures)
-        self._total = (1 if name == "judge" else sampled) * each * len(prompts)
+        of = self._samples_of(name)
+        sides = [name] if name == "judge" or self.spec.type != "win_rate" else ["candidate", "baseline"]
+        each = sum(self._samples_of(side) if temperature else 1 for temperature in spec.temperatures
+                   for side in sides if side == "judge" or getattr(self.spec, side).model is not None)  # fmt: skip
+        self._total = each * len(prompts)
         if self._total > MAX_COMPLETIONS:
             message = f"{self._total} completions are more than {MAX_COMPLETIONS}: give 'max_rows', or fewer samples."
             raise UserError("invalid_value", message, "sampling.samples")
@@ -349,7 +381,7 @@ class Evaluator:
         fresh, written = list[Made](), time.monotonic() - PART_SECONDS
         for temperature in spec.temperatures:
             sampling = Sampling(temperature, spec.top_p, spec.max_tokens, seed)
-            numbers = range(spec.samples if temperature else 1)
+            numbers = range(of if temperature else 1)
             wanted = [Wanted(row, number, prompt.ids) for row, prompt in prompts.items() for number in numbers]
             # The same batches each time, and whole ones: a run that was broken off comes to the same bits.
             for batch in batches(wanted, BATCH_TOKENS[policy.device.type], spec.max_tokens, most):
@@ -367,6 +399,12 @@ class Evaluator:
                         fresh, written = [], time.monotonic()
                 yield from (there[key] for key in keys)
         self._keep(name, fresh)
+
+    def _samples_of(self, name: str) -> int:
+        """How many completions of each prompt a side's model makes."""
+        side: Side | None = None if name == "judge" else getattr(self.spec, name)
+        samples = self.spec.sampling.samples if self.spec.sampling is not None and name != "judge" else 1
+        return samples * (side.best_of.n if side is not None and side.best_of is not None else 1)
 
     def _batch(self, policy: Policy, batch: list[Wanted], sampling: Sampling, ends: Collection[int]) -> list[Made]:
         """The completions of a batch; of its halves, where the whole does not fit into memory."""
@@ -426,7 +464,7 @@ class Evaluator:
             self._ask(judge, items)
             return
         for name in sides:
-            rewards = self._rewards([(rows[item["row"]], item[name]) for item in items])
+            rewards = self._rewards(judge, "judge", [(rows[item["row"]], item[name]) for item in items])
             for item, value in zip(items, rewards, strict=True):
                 item[f"{name}_reward"] = value
 
@@ -454,21 +492,19 @@ class Evaluator:
             sides = self.spec.sides_named
             item |= {"asked": bool(answers), "verdicts": verdicts(answers, sides), "judgements": answers}
 
-    def _rewards(self, answers: list[tuple[Example, str]]) -> list[float]:
-        """What the judge's reward says of each answer to its prompt."""
-        judge = self.spec.judge
-        assert judge is not None
-        if judge.classifier is not None:
+    def _rewards(self, scorer: Scorer | Judge, name: str, answers: list[tuple[Example, str]]) -> list[float]:
+        """What a scorer, whose model is the side `name`, says of each answer to its prompt."""
+        if scorer.classifier is not None:
             try:
-                classifier = LinearClassifier.load(self.folder / judge.classifier.file)
+                classifier = LinearClassifier.load(self.folder / scorer.classifier.file)
             except BadClassifier as error:
                 message = f"The file is not a classifier: {error}"
-                raise UserError("invalid_file", message, "judge.classifier.file") from error
+                raise UserError("invalid_file", message, f"{name}.classifier.file") from error
             return [classifier.score(_whole(example, text)) for example, text in answers]
         answered = [
             replace(example, responses=(text,), desirable=True, raw=False, turns=()) for example, text in answers
         ]
-        place, rendering = self.folder / "sides" / "judge" / "base", self._rendering("judge")
+        place, rendering = self.folder / "sides" / name / "base", self._rendering(name)
         return reward.scores(place, answered, rendering, self.spec.max_length, self._tick)
 
 

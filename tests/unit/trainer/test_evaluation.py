@@ -2,17 +2,23 @@
 
 import io
 import json
+import math
 import re
+import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from app.datasets.rendering import Rendering
 from app.evaluations.spec import EvaluationSpec
+from tests.tiny_model import CHATML, make_tiny_model
 from tests.unit.trainer.work import (
+    WORDS,
     disturb,
     dpo_method,
     load,
@@ -344,3 +350,109 @@ def test_what_was_sampled_is_not_sampled_again(
     assert sampled < len(expected) + 3 * batch, "no more is made again than the batch that was broken off"
     parts = [event for event in parse(stream) if event["kind"] == "part"]
     assert all((folder / part["path"]).exists() for part in parts)
+
+
+BY = {"type": "classifier", "classifier": {"file": "classifier.json"}}
+LETTERS: dict[str, Any] = {
+    "terms": {letter: [1.0, (k % 7 - 3) / 3] for k, letter in enumerate("abcdefghijklmnopqrstuvwxyz")} | {
+        word: [1.0, (k % 5 - 2) / 2] for k, word in enumerate(WORDS)
+    },
+    "intercept": 0.0, "normalise": False,
+}  # fmt: skip
+"""A classifier that likes some of whatever a random model says."""
+
+
+@pytest.fixture
+def letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "CLASSIFIER", LETTERS)
+
+
+@pytest.mark.usefixtures("letters")
+def test_best_of_n_takes_the_answer_that_its_scorer_likes_best(llama: Path, tmp_path: Path) -> None:
+    """Of the same completions as without it, four at a time; its KL is the bound log N − (N − 1)/N."""
+    every = lay_out(tmp_path / "every", llama, REWARD_KL | {"sampling": SAMPLING | {"samples": 8}})
+    sampled = evaluate(every)
+    spec = REWARD_KL | {"sampling": SAMPLING | {"samples": 2}, "baseline": None}
+    folder = lay_out(tmp_path / "best", llama, spec | {"candidate": {"model": "c", "best_of": {"n": 4, "by": BY}}})
+    found = evaluate(folder)
+    assert len(found) == len(sampled) / 4
+    for item in found:
+        group = [one for one in sampled if one["row"] == item["row"] and one["sample"] // 4 == item["sample"]]
+        assert item["reward"] == max(one["reward"] for one in group)
+        assert item["text"] in [one["text"] for one in group if one["reward"] == item["reward"]]
+    numbers, before = figures(folder), figures(every)
+    assert numbers["kl"] == pytest.approx(math.log(4) - 3 / 4)
+    assert numbers["kl/error"] == pytest.approx(0, abs=1e-12)
+    assert numbers["best_of/candidate/kl_bound"] == pytest.approx(numbers["kl"])
+    assert numbers["reward"] > before["reward"]
+
+
+@pytest.mark.usefixtures("letters")
+def test_best_of_n_is_a_side_of_a_win_rate(llama: Path, tmp_path: Path) -> None:
+    """The judge agrees with the scorer: the best of many wins against one, beyond chance."""
+    best = {"model": "c", "best_of": {"n": 8, "by": BY}}
+    spec = {"type": "win_rate", "candidate": best, "baseline": {"model": "b"}, "judge": BY, "sampling": SAMPLING}
+    folder = lay_out(tmp_path / "run", llama, spec)
+    assert len(evaluate(folder)) == len(PAIRS) * 3
+    assert figures(folder)["win_rate/low"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"type": "preference", "judge": None, "sampling": None}, "candidate.best_of"),
+        ({"baseline": {"model": "b"}}, "baseline"),
+        ({"sampling": {"temperatures": [0.0, 1.0]}}, "sampling.temperatures"),
+        ({"candidate": {"file": "f", "best_of": {"n": 4, "by": BY}}}, "best_of"),
+        ({"candidate": {"model": "c", "best_of": {"n": 4, "by": {"type": "reward_model"}}}}, "model"),
+    ],
+)
+def test_best_of_n_where_there_is_nothing_to_choose_is_refused(fields: dict[str, Any], param: str) -> None:
+    body = REWARD_KL | {"data": "x", "baseline": None, "candidate": {"model": "c", "best_of": {"n": 4, "by": BY}}}
+    with pytest.raises(ValidationError) as caught:
+        EvaluationSpec.model_validate(body | fields)
+    assert param in json.dumps(caught.value.errors(), default=str)
+
+
+SPACED = [
+    {"prompt": f"{pair['prompt']}\n\nAnswer: ", "completion": pair["chosen"].strip()} for pair in make_pairs(60, seed=4)
+]
+
+
+def test_sampling_starts_from_the_prefix_that_was_trained(llama: Path, tmp_path: Path) -> None:
+    """A prompt that ends with a space: the answer's first token has it in it, in training and in sampling alike. What
+    was learned by heart comes out word for word; from the space as a token of its own nothing would.
+    """
+    steps = {"max_steps": 300, "batch_size": 20, "learning_rate": 3e-3}
+    spec = {
+        "adapter": "none", "quantization": "none", "seed": 1, "validation_split": 0,
+        "method": {"type": "supervised", "supervised": {"hyperparameters": steps}},
+    }  # fmt: skip
+    job = make_work_folder(tmp_path / "job", llama, spec, train=SPACED)
+    run_in_process(job)
+    asked = {
+        "type": "win_rate", "candidate": {"model": "c"}, "baseline": {"answers": "chosen"},
+        "sampling": {"temperatures": [0.0], "max_tokens": 40},
+    }  # fmt: skip
+    folder = lay_out(tmp_path / "run", job / "output", asked)
+    write_records(folder / "data.jsonl", SPACED)
+    found = evaluate(folder)
+    assert len(found) == len(SPACED)
+    assert [item["candidate"] for item in found] == [row["completion"] for row in SPACED]
+
+
+def test_each_side_reads_prompts_as_it_was_trained(tmp_path: Path) -> None:
+    """A base with a chat template: one side was trained on plain text, the other on templated conversations."""
+    model = make_tiny_model(tmp_path / "model", chat_template=CHATML)
+    spec = REWARD_KL | {"type": "win_rate", "sampling": {"temperatures": [0.0], "max_tokens": 4}}
+    folder = lay_out(tmp_path / "run", model, spec)
+    run = json.loads((folder / "run.json").read_text())
+    run["sides"]["baseline"]["rendering"] = vars(Rendering(chat_template=False))
+    (folder / "run.json").write_text(json.dumps(run))
+    evaluator = Evaluator(folder, Events(io.StringIO()), threading.Event())
+    rows, policy = evaluator._examples(), load(model)
+    texts = {
+        name: policy.tokenizer.decode(evaluator._prompts(policy, name, rows)[0].ids)
+        for name in ("candidate", "baseline")
+    }
+    assert "<|assistant|>" in texts["candidate"] and "<|assistant|>" not in texts["baseline"]
