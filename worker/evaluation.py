@@ -77,7 +77,7 @@ class Evaluation(Run[EvaluationSpec]):
                 return self.fail("model_not_found", message, "baseline")
             named = spec.baseline.model_copy(update={"model": left, "reference": None})
             spec = self.spec = spec.model_copy(update={"baseline": named})
-        sides = dict[str, dict[str, Any]]()
+        sides, precision = dict[str, dict[str, Any]](), self.lease.read(self._precision)
         for field, name in spec.models():
             side = field.removesuffix(".model")
             sides[side] = {"rendering": self.lease.read(partial(self._rendering, side, name))}
@@ -99,6 +99,7 @@ class Evaluation(Run[EvaluationSpec]):
                 "base_model": found.foundation or found.base_model,
                 "version": version,
                 "quantization": spec.quantization,
+                **precision,
             }
         self.kept = Counter[bool]()
         for path in (self.folder / "parts").glob("*.jsonl"):
@@ -118,6 +119,14 @@ class Evaluation(Run[EvaluationSpec]):
         made = models.job_of(session, self.job.project, self.spec.candidate.model)
         left = made and repository.left_by(session, made.id, "sft")
         return left.model_name if left else None
+
+    def _precision(self, session: Session) -> dict[str, Any]:
+        """How the candidate's training quantised its base and computed, where the evaluation does it so too."""
+        candidate = self.spec.candidate and self.spec.candidate.model
+        made = models.job_of(session, self.job.project, candidate) if candidate else None
+        if made is None or made.spec["quantization"] != self.spec.quantization:
+            return {}
+        return {name: made.spec.get(name) for name in ("double_quantization", "compute_dtype")}
 
     def _rendering(self, side: str, name: str, session: Session) -> dict[str, Any]:
         """How the model `name` reads conversations: as it was trained. The candidate, as the evaluation says."""

@@ -129,10 +129,11 @@ class _Check:
     def _repeated_prompts(self) -> None:
         """Validation rows that ask what training rows ask tell how well those were learned by heart."""
         for field, report in self.reports.items():
-            trained = self.reports.get(field.replace("validation_file", "training_file"))
-            if not field.endswith("validation_file") or trained is None:
+            if not field.endswith("validation_file") or not isinstance(self.spec, JobSpec):
                 continue
-            repeated = sum(rows for asked, rows in report.asked.items() if asked in trained.asked)
+            fields = self.spec.trained(field.replace("validation_file", "training_file"))
+            trained = {asked for one in fields if one in self.reports for asked in self.reports[one].asked}
+            repeated = sum(rows for asked, rows in report.asked.items() if asked in trained)
             if repeated:
                 self.warnings.append(
                     f"{field}: {repeated} of {report.kept} rows ask what rows of the training file ask too: what is "
@@ -183,7 +184,7 @@ class _Check:
             recipe |= {"max_length": settings.max_length or DEFAULT_MAX_LENGTH}
             if isinstance(settings, SupervisedHyperparameters):
                 recipe["loss_on"] = settings.loss_on
-            for part in (field, field.replace("training", "validation")):
+            for part in (*spec.trained(field), field.replace("training", "validation")):
                 if part in files:
                     wanted.append((part, Count(self._path(files[part]), recipe, self.reports[part].kept, SAMPLE)))
         yield spec.model, wanted

@@ -45,6 +45,8 @@ RESERVE = 0.8
 """The share of the free memory that activations may fill before they are recomputed."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """A weight: four bits, its block's scale in a byte, and that one's in a float (Dettmers et al. 2023)."""
+NF4_PLAIN = 0.5 + 4 / 64
+"""The same with each block's scale in a float."""
 OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "rmsprop": 4}
 """Moments of a trained parameter."""
 
@@ -106,6 +108,8 @@ class Settings:
     longest_row: int
     saved: int = 0
     """Embeddings and heads that are trained whole beside an adapter."""
+    double: bool = True
+    """Whether the scales of `nf4` are quantised too."""
 
     @classmethod
     def of(cls, spec: JobSpec, stage: str, tokens_per_row: float, longest_row: int) -> "Settings":
@@ -124,6 +128,7 @@ class Settings:
             recompute=hyperparameters.activation_checkpointing,
             batch_tokens=tokens_per_row * (hyperparameters.batch_size or 16),
             longest_row=longest_row,
+            double=spec.double_quantization is not False,
             saved=0 if adapter is None else len(adapter.modules_to_save or []),
         )
 
@@ -151,7 +156,7 @@ def estimate(shape: Shape, settings: Settings, device: str, available: int | Non
     width = 2 if device == "cuda" and not full else 4
     """Bytes of a number that is computed with."""
     known = CUDA if device == "cuda" else CPU
-    model, temporary = _weights(shape, settings.quantization, width, known)
+    model, temporary = _weights(shape, settings, width, known)
     adapted = shape.adapted(settings.targets)
     in_adapter = sum(one.count * (settings.rank or 0) * (one.outputs + one.inputs) for one in adapted)
     in_adapter += settings.saved * shape.vocabulary * shape.hidden
@@ -177,14 +182,14 @@ def estimate(shape: Shape, settings: Settings, device: str, available: int | Non
     return Memory(known.runtime, model, adapter, optimizer, kept, temporary, recompute)
 
 
-def _weights(shape: Shape, quantization: str, width: int, known: Coefficients) -> tuple[int, int]:
+def _weights(shape: Shape, settings: Settings, width: int, known: Coefficients) -> tuple[int, int]:
     """(bytes of the weights, bytes of what is dequantised of them at a time)."""
     inside = sum(linear.parameters for linear in shape.linears)
     others = shape.others * width
-    if quantization == "none":
+    if settings.quantization == "none":
         return inside * width + others, 0
     largest = max((linear.outputs * linear.inputs for linear in shape.linears), default=0)
-    each = NF4_BYTES if quantization == "nf4" else 1.0
+    each = (NF4_BYTES if settings.double else NF4_PLAIN) if settings.quantization == "nf4" else 1.0
     return int(inside * each) + others, max(largest * width, int(known.dequantised * inside * width))
 
 

@@ -64,7 +64,9 @@ class Estimates:
         pace = _pace(session, model.base_model)
         stages, memories = [], []
         for name, field, settings, split in stages_of(spec):
-            counted = self._counted(session, project, spec, model, field, settings, context)
+            counted = _together(
+                [self._counted(session, project, spec, model, one, settings, context) for one in spec.trained(field)]
+            )
             stage = _stage(name, settings, counted, split, pace)
             stages.append(stage)
             if shape is not None:
@@ -143,7 +145,7 @@ class Estimates:
 
 def _require(report: dict[str, Any], need: Kind, field: str) -> None:
     """Refuse a file that the method cannot train on, as the file check of a job would."""
-    code = f"invalid_{field.removeprefix('sft.')}"
+    code = f"invalid_{field.removeprefix('sft.')}" if field.endswith("_file") else "invalid_training_file"
     if report.get("error"):
         raise ServiceError(report["error"]["message"], param=field, code=code)
     if not report.get("valid"):
@@ -151,6 +153,22 @@ def _require(report: dict[str, Any], need: Kind, field: str) -> None:
     if not Kind(report["kind"]).serves(need):
         message = f"The method needs {NEEDS[need]}; this is {report['format']} ({report['kind']})."
         raise ServiceError(message, param=field, code=code)
+
+
+def _together(counted: list[dict[str, Any]]) -> dict[str, Any]:
+    """The counts of several files as if they were one."""
+    rows = sum(one["rows"] for one in counted)
+
+    def mean(name: str) -> float:
+        return sum(float(one[name]) * int(one["rows"]) for one in counted) / max(1, int(rows))
+
+    return {
+        "rows": rows,
+        "examples": sum(one["examples"] for one in counted),
+        "tokens_per_row": mean("tokens_per_row"),
+        "truncated_share": mean("truncated_share"),
+        "longest_row": max(one["longest_row"] for one in counted),
+    }
 
 
 def stages_of(
@@ -222,13 +240,11 @@ def expected_seconds(session: Session, spec: JobSpec, base_model: str, found: di
         return None
     seconds = pace.overhead_seconds
     for name, field, settings, split in stages_of(spec):
-        report = found[field]
-        characters = report.prompts.total + report.best.total + (report.worst.total if name == "dpo" else 0)
-        counted = {
-            "rows": report.kept,
-            "examples": report.kept,
-            "tokens_per_row": characters / CHARACTERS / max(1, report.kept),
-        }
+        reports, kept = [found[one] for one in spec.trained(field)], sum(found[one].kept for one in spec.trained(field))
+        characters = sum(
+            one.prompts.total + one.best.total + (one.worst.total if name == "dpo" else 0) for one in reports
+        )
+        counted = {"rows": kept, "examples": kept, "tokens_per_row": characters / CHARACTERS / max(1, kept)}
         stage = _stage(name, settings, counted | {"longest_row": 0, "truncated_share": 0.0}, split, pace)
         seconds += stage.seconds or 0.0
     return seconds

@@ -475,7 +475,7 @@ def files_of(job: Job) -> list[str]:
         return [name for _, name in EvaluationSpec.stored(job.spec).files()]
     parts = (job.spec, job.spec["sft"] or {})
     named = [part.get(field) for part in parts for field in ("training_file", "validation_file")]
-    return [name for name in named if name is not None]
+    return [name for name in [*named, *(job.spec.get("more_training_files") or [])] if name is not None]
 
 
 def active_files(session: Session) -> set[str]:

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from app.datasets.rendering import RenderingSettings
 from app.jobs.outlook import Place
 from app.jobs.spec import KEEP_CHECKPOINTS, Integration
 from app.jobs.states import Status
@@ -90,6 +91,7 @@ class JobObject(BaseModel):
     status: Status
     error: JobError | None
     training_file: str
+    more_training_files: list[str] | None
     validation_file: str | None
     result_files: list[str]
     trained_tokens: int | None
@@ -103,8 +105,15 @@ class JobObject(BaseModel):
     sft: dict[str, Any] | None
     adapter: dict[str, Any] | str
     quantization: str
+    double_quantization: bool | None
+    compute_dtype: str | None
     validation_split: float
     mapping: dict[str, Any] | None
+    chat_template: bool | None
+    fold_system: bool | None
+    append_eos: bool | None
+    date: str | None
+    """How conversations become text; `date` is the day that a chat template is told."""
     priority: int
     timeout_seconds: int | None
     keep_checkpoints: int
@@ -139,6 +148,7 @@ class JobObject(BaseModel):
             status=Status(job.status),
             error=JobError(**job.error) if job.error else None,
             training_file=job.training_file,
+            more_training_files=spec.get("more_training_files"),
             validation_file=job.validation_file,
             result_files=job.result_files,
             trained_tokens=job.trained_tokens,
@@ -155,6 +165,9 @@ class JobObject(BaseModel):
             quantization=spec["quantization"],
             validation_split=spec["validation_split"],
             mapping=spec.get("mapping"),
+            double_quantization=spec.get("double_quantization"),
+            compute_dtype=spec.get("compute_dtype"),
+            **{name: spec.get(name) for name in RenderingSettings.model_fields},
             priority=job.priority,
             timeout_seconds=job.timeout_seconds,
             keep_checkpoints=spec.get("keep_checkpoints", KEEP_CHECKPOINTS),

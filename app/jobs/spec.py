@@ -124,6 +124,9 @@ METRICS = (*_MEASURED, *(f"eval/{name}" for name in _MEASURED), "grad_norm", "to
 """What a gate can ask for."""
 
 
+MORE = "more_training_files"
+
+
 class JobSpec(RenderingSettings):
     """The body of `POST /v1/fine_tuning/jobs`."""
 
@@ -144,6 +147,8 @@ class JobSpec(RenderingSettings):
 
     model: ModelName
     training_file: FileName
+    more_training_files: Annotated[list[FileName], Field(min_length=1, max_length=31)] | None = None
+    """Files whose rows are trained on beside those of `training_file`, all read by one `mapping`."""
     validation_file: FileName | None = None
     method: Method = Method(type="supervised")
     hyperparameters: SupervisedHyperparameters | None = None
@@ -152,6 +157,12 @@ class JobSpec(RenderingSettings):
     adapter: Adapter | Literal["none"] | None = None
     """None: a new LoRA adapter with the defaults, or the one that `model` already has."""
     quantization: Quantization | None = None
+    double_quantization: bool | None = None
+    """Of `nf4`: quantise the blocks' scales too (Dettmers et al. 2023), the default; `false` needs 0.37 bits a weight
+    more."""
+    compute_dtype: Literal["bf16", "fp16"] | None = None
+    """What a GPU computes an adapter's training in. The default is bf16, which cards before Ampere lack; with fp16
+    losses are scaled. A CPU computes in float32."""
     suffix: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] | None = None
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     metadata: Annotated[Metadata, Field(max_length=16)] | None = None
@@ -188,6 +199,9 @@ class JobSpec(RenderingSettings):
                 )
             self.method = Method(type="supervised", supervised=SupervisedMethod(hyperparameters=self.hyperparameters))
             self.hyperparameters = None
+        trained = [self.training_file, *(self.more_training_files or [])]
+        if len(set(trained)) < len(trained):
+            raise inconsistent("more_training_files", "A file is named twice; 'n_epochs' goes round all of them again")
         if self.sft is not None and self.method.type == "supervised":
             raise inconsistent("sft", "'sft' runs before the method 'dpo'; a supervised job has that one stage already")
         if self.sft is not None and self.sft.validation_file is not None and self.sft.training_file is None:
@@ -196,6 +210,10 @@ class JobSpec(RenderingSettings):
             raise inconsistent("sft.mapping", "'sft.mapping' goes with 'sft.training_file'")
         if self.adapter == "none" and self.quantization in ("nf4", "int8"):
             raise inconsistent("quantization", "Full-parameter training (adapter 'none') needs quantization 'none'")
+        if self.double_quantization is not None and (self.adapter == "none" or self.quantization in ("none", "int8")):
+            raise inconsistent("double_quantization", "'double_quantization' goes with 'quantization': 'nf4'")
+        if self.compute_dtype is not None and self.adapter == "none":
+            raise inconsistent("compute_dtype", "Full-parameter training keeps its weights in float32: it has no other")
         if self.validation_file is not None and self.validation_split:
             raise inconsistent("validation_split", "Give 'validation_file' or 'validation_split', not both")
         self._validated()
@@ -242,8 +260,9 @@ class JobSpec(RenderingSettings):
         stored = self.model_dump(mode="json")
         if self.keep_checkpoints == KEEP_CHECKPOINTS:
             del stored["keep_checkpoints"]
-        if self.evaluations is None:
-            del stored["evaluations"]
+        for name in ("evaluations", MORE, "double_quantization", "compute_dtype"):
+            if stored[name] is None:
+                del stored[name]
         return stored
 
     def without_keys(self) -> Self:
@@ -278,13 +297,20 @@ class JobSpec(RenderingSettings):
 
     def files(self) -> list[tuple[str, str]]:
         """(field, file id or path) of every file that the job reads."""
-        named = [("training_file", self.training_file), ("validation_file", self.validation_file)]
+        named: list[tuple[str, str | None]] = [("training_file", self.training_file)]
+        named += [(f"{MORE}.{number}", name) for number, name in enumerate(self.more_training_files or [])]
+        named.append(("validation_file", self.validation_file))
         if self.sft is not None:
             named += [
                 ("sft.training_file", self.sft.training_file),
                 ("sft.validation_file", self.sft.validation_file),
             ]
         return [(field, name) for field, name in named if name is not None]
+
+    def trained(self, field: str = "training_file") -> list[str]:
+        """The fields of all files that are trained on together with that of `field`."""
+        more = range(len(self.more_training_files or []) if field == "training_file" else 0)
+        return [field, *(f"{MORE}.{number}" for number in more)]
 
     def reads(self, field: str) -> Mapping | None:
         """How the rows of the file of `field` are read."""
@@ -294,8 +320,11 @@ class JobSpec(RenderingSettings):
         """The same job with other names for its files: `places` maps fields, as `files` names them, to names."""
         body = self.model_dump(mode="json")
         for field, place in places.items():
-            target = body["sft"] if field.startswith("sft.") else body
-            target[field.removeprefix("sft.")] = place
+            if field.startswith(f"{MORE}."):
+                body[MORE][int(field.rpartition(".")[2])] = place
+            else:
+                target = body["sft"] if field.startswith("sft.") else body
+                target[field.removeprefix("sft.")] = place
         return self.model_validate(body)
 
     @property

@@ -10,6 +10,7 @@ from sqlalchemy import func, select, update
 
 from app.database import database_now
 from app.files.tables import File
+from app.jobs import repository as jobs
 from app.jobs.tables import Job
 from app.keys.schemas import KeySpec, Scope
 from app.keys.service import generate, well_formed
@@ -283,6 +284,22 @@ def test_a_bad_job_is_refused_by_name_and_leaves_nothing(
     error = error_of(client.post("/v1/fine_tuning/jobs", json=body), 400)
     assert (error["code"], error["param"]) == (code, param)
     assert rows(services) == (1, 0)
+
+
+def test_several_files_are_all_checked_and_all_kept_while_the_job_needs_them(
+    client: TestClient, services: Services
+) -> None:
+    first, second = upload(client), upload(client, ROW + b"\n")
+    body = {"model": "tiny", "training_file": first, "more_training_files": [second], "method": {"type": "dpo"}}
+    job = client.post("/v1/fine_tuning/jobs", json=body).json()
+    assert job["more_training_files"] == [second]
+    with services.database.read() as session:
+        assert jobs.active_files(session) == {first, second}
+    missing = body | {"more_training_files": ["file-none"]}
+    error = error_of(client.post("/v1/fine_tuning/jobs", json=missing), 400)
+    assert (error["code"], error["param"]) == ("file_not_found", "more_training_files.0")
+    twice = body | {"more_training_files": [first]}
+    assert error_of(client.post("/v1/fine_tuning/jobs", json=twice), 400)["param"] == "more_training_files"
 
 
 @pytest.mark.parametrize(

@@ -50,16 +50,25 @@ def write(folder: Path, policy: Policy, results: Results, events: Events) -> Non
     _write_csv(folder.parent / "result.csv", list(RESULT_COLUMNS), _result_rows(results.history))
     (folder / "spec.json").write_text(json.dumps(results.public_spec, indent=2, sort_keys=True) + "\n")
     with (folder / "validation_logps.jsonl").open("w") as file:
-        lines = results.stage.validation.lines
-        for number, logps, reference in sorted(results.validation, key=lambda entry: (lines[entry[0]], entry[0])):
+        held_out = results.stage.validation
+        places, files = list(zip(held_out.files, held_out.lines, strict=True)), training_files(results.public_spec)
+        several = len(files) > 1 and results.public_spec["validation_file"] is None
+        for number, logps, reference in sorted(results.validation, key=lambda entry: (places[entry[0]], entry[0])):
             theirs = None if reference is None else reference.tolist()
             found = {"logps": logps.tolist(), "reference_logps": theirs}
             if policy.reward_head is not None:
                 found = {"rewards": logps.tolist()}
-            file.write(json.dumps({"line": lines[number]} | found) + "\n")
+            source, line = places[number]
+            place = {"file": files[source]} if several else {}
+            file.write(json.dumps(place | {"line": line} | found) + "\n")
     kind = "reward" if policy.reward_head is not None else "full" if policy.full else "adapter"
     drift = _drift(folder, policy, results, events) + (_mean(folder) if kind == "reward" else "")
     (folder / "README.md").write_text(_card(results, kind, drift))
+
+
+def training_files(spec: dict[str, Any]) -> list[str]:
+    """The files that a job as its user wrote it trains on, in order."""
+    return [spec["training_file"], *(spec.get("more_training_files") or [])]
 
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -164,7 +173,7 @@ def _card(results: Results, kind: str, drift: str) -> str:
         if value is not None
     )
     rows, held_out = len(results.stage.train), len(results.validation)
-    data = f"{results.public_spec['training_file']}, {rows} rows; {held_out} validation rows"
+    data = f"{', '.join(training_files(results.public_spec))}, {rows} rows; {held_out} validation rows"
     data += "".join(f". {one.rstrip('.')}" for one in results.stage.told)
     if results.stage.repeated:
         data += f". {results.stage.repeated} of the validation rows ask what training rows ask too"

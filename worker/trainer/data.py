@@ -37,7 +37,7 @@ class Row:
     """A training row: K ≥ 1 responses share one prompt, the best first.
 
     `line` is where the example was in its file; `desirable` says of a labelled response whether it is. `group` is the
-    same for rows that ask the same, whatever the white space and case of it.
+    same for rows that ask the same, whatever the white space and case of it. `file` is the number of the file.
     """
 
     line: int
@@ -45,6 +45,7 @@ class Row:
     responses: tuple[Response, ...]
     desirable: bool = True
     group: int = 0
+    file: int = 0
 
     @property
     def tokens(self) -> int:

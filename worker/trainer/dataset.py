@@ -30,7 +30,7 @@ from worker.trainer.data import Recipe, Response, Row, Tally, Tokenizer
 from worker.trainer.events import UserError
 from worker.trainer.rendering import Renderer
 
-VERSION = 3
+VERSION = 4
 """Of the rows that examples become: part of every key of the cache."""
 PARALLEL_BYTES = 16 * 1024 * 1024
 """Files larger than this are tokenised by several processes, each of which takes seconds to start."""
@@ -42,15 +42,16 @@ Integers = NDArray[numpy.int64]
 
 @dataclass(frozen=True)
 class Arrays:
-    """All rows of a file. A row has segments, its prompt and its responses; a segment has tokens.
+    """All rows of some files. A row has segments, its prompt and its responses; a segment has tokens.
 
-    Shapes: `lines`, `desirable`, `groups` [rows]; `segments` [rows + 1], the first segment of each row; `tokens`
-    [segments + 1], the first token of each segment; `ids` [tokens] int32; `scored` [tokens] bool.
+    Shapes: `lines`, `files`, `desirable`, `groups` [rows]; `segments` [rows + 1], the first segment of each row;
+    `tokens` [segments + 1], the first token of each segment; `ids` [tokens] int32; `scored` [tokens] bool.
     """
 
     lines: Integers
     desirable: NDArray[numpy.bool_]
     groups: Integers
+    files: Integers
     segments: Integers
     tokens: Integers
     ids: NDArray[numpy.int32]
@@ -58,13 +59,14 @@ class Arrays:
 
     @classmethod
     def of(cls, rows: Iterable[Row]) -> "Arrays":
-        lines, groups, desirable = array("q"), array("q"), bytearray()
+        lines, groups, files, desirable = array("q"), array("q"), array("q"), bytearray()
         segments, tokens = array("q", [0]), array("q", [0])
         ids, scored = array("i"), bytearray()
         for row in rows:
             lines.append(row.line)
             desirable.append(row.desirable)
             groups.append(row.group)
+            files.append(row.file)
             for part, flags in ((row.prompt, (False,) * len(row.prompt)), *((r.ids, r.scored) for r in row.responses)):
                 ids.extend(part)
                 scored.extend(flags)
@@ -74,6 +76,7 @@ class Arrays:
             numpy.array(lines, dtype=numpy.int64),
             numpy.frombuffer(desirable, dtype=bool),
             numpy.array(groups, dtype=numpy.int64),
+            numpy.array(files, dtype=numpy.int64),
             numpy.array(segments, dtype=numpy.int64),
             numpy.array(tokens, dtype=numpy.int64),
             numpy.array(ids, dtype=numpy.int32),
@@ -94,7 +97,7 @@ class Arrays:
         flat = {name: numpy.concatenate([getattr(c, name) for c in chunks]) for name in cls.FLAT}
         return cls(segments=numpy.concatenate(segments), tokens=numpy.concatenate(tokens), **flat)
 
-    FLAT = ("lines", "desirable", "groups", "ids", "scored")
+    FLAT = ("lines", "desirable", "groups", "files", "ids", "scored")
 
 
 class Rows(Sequence[Row]):
@@ -125,7 +128,8 @@ class Rows(Sequence[Row]):
         ids, scored = a.ids[start:stop].tolist(), a.scored[start:stop].tolist()
         parts = [(tuple(ids[i - start : j - start]), tuple(scored[i - start : j - start])) for i, j in pairwise(bounds)]
         responses = tuple(Response(part, flags) for part, flags in parts[1:])
-        return Row(int(a.lines[number]), parts[0][0], responses, bool(a.desirable[number]), int(a.groups[number]))
+        desirable, group, source = bool(a.desirable[number]), int(a.groups[number]), int(a.files[number])
+        return Row(int(a.lines[number]), parts[0][0], responses, desirable, group, source)
 
     @cached_property
     def longest(self) -> int:
@@ -143,6 +147,19 @@ class Rows(Sequence[Row]):
     def lines(self) -> list[int]:
         """The line of each row."""
         return list(self._arrays.lines[self._numbers].tolist())
+
+    @property
+    def files(self) -> list[int]:
+        """The number of each row's file."""
+        return list(self._arrays.files[self._numbers].tolist())
+
+    @classmethod
+    def together(cls, files: Sequence["Rows"]) -> "Rows":
+        """All rows of several files, each with its file's number."""
+        if len(files) == 1:
+            return files[0]
+        numbered = [replace(one._arrays, files=numpy.full(len(one), k)) for k, one in enumerate(files)]
+        return cls(Arrays.joined(numbered))
 
     @property
     def groups(self) -> Integers:

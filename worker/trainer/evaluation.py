@@ -232,7 +232,14 @@ class Evaluator:
         folder, settings = self.folder / "sides" / name, self.run_settings["sides"][name]
         start = folder / "start" if (folder / "start").exists() else None
         spec = JobSpec.model_validate(
-            {"model": settings["model"], "training_file": "-", "quantization": settings["quantization"], "seed": 0}
+            {
+                "model": settings["model"],
+                "training_file": "-",
+                "quantization": settings["quantization"],
+                "seed": 0,
+                "double_quantization": settings.get("double_quantization"),
+                "compute_dtype": settings.get("compute_dtype"),
+            }
         )
         base = Base(settings["base_model"], None, settings["version"], folder / "base")
         policy = load_policy(spec.resolved(), base, start, self.events, trainable=False)

@@ -29,6 +29,7 @@ from worker.trainer.tokenizer import load_tokenizer
 CPU_BUDGET, CUDA_BUDGET = 2048, 8192
 """Tokens of a pack: long ones spread over more tokens what a pass costs whatever its length, on a GPU the unpacking
 of quantised weights above all."""
+COMPUTED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _DROPOUT = re.compile(r"dropout|drop_prob|drop_rate|layerdrop|drop_path")
 """Attributes of a layer by which it draws at random while it trains."""
 
@@ -49,7 +50,7 @@ def load_policy(spec: JobSpec, base: Base, start: Path | None, events: Events, *
             _require_possible(spec, base, method)
         if not weight_files(folder):
             raise ValueError(why_no_weights(folder))
-        model = _load_base(folder, spec.quantization or "none", device, full, method)
+        model = _load_base(folder, spec, device, method)
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError) as error:
@@ -91,6 +92,10 @@ def wrap(
     packing = Packing(CUDA_BUDGET if cuda else CPU_BUDGET, fixed=cuda)
     ends = Renderer(tokenizer, spec.rendering).ends
     policy = Policy(model, tokenizer, base.name, base.revision, full, device, packing, own, base.folder, ends)
+    if cuda:
+        policy.computed_in = COMPUTED[spec.compute_dtype or "bf16"]
+    elif spec.compute_dtype is not None:
+        events.message("'compute_dtype' is for GPUs: this worker computes in float32.", level="warn")
     policy._dropout = [m for name, m in model.named_modules() if "lora_dropout" in name and isinstance(m, nn.Dropout)]
     policy.set_dropout(False)
     if spec.method.dpo is not None and spec.method.dpo.hyperparameters.rewards:
@@ -116,9 +121,12 @@ def _reward_head(policy: Policy, spec: JobSpec, start: Path | None) -> nn.Linear
     return head
 
 
-def _load_base(folder: Path, quantization: str, device: torch.device, full: bool, method: str | None) -> Any:
+def _load_base(folder: Path, spec: JobSpec, device: torch.device, method: str | None) -> Any:
     """The model in `folder`. `method`: how its weights are quantised on the disk already, which stays as it is."""
-    dtype = torch.bfloat16 if device.type == "cuda" and not full else torch.float32
+    dtype = torch.float32
+    if device.type == "cuda" and spec.adapter != "none":
+        dtype = COMPUTED[spec.compute_dtype or "bf16"]
+    own, double = spec.quantization or "none", spec.double_quantization is not False
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
@@ -126,7 +134,7 @@ def _load_base(folder: Path, quantization: str, device: torch.device, full: bool
         local_files_only=True,
         use_safetensors=True,
         device_map={"": device},
-        **({} if method is not None else quantisation(quantization, dtype, folder)),
+        **({} if method is not None else quantisation(own, dtype, folder, double=double)),
     )
     for module in model.modules():
         if method is not None and isinstance(module, Linear4bit):  # its file says what its makers computed in
@@ -134,8 +142,11 @@ def _load_base(folder: Path, quantization: str, device: torch.device, full: bool
     return model
 
 
-def quantisation(name: str, dtype: torch.dtype, folder: Path) -> dict[str, Any]:
-    """transformers' options for `nf4`, `int8` or `none` of the model in `folder`; `dtype` is what is computed in."""
+def quantisation(name: str, dtype: torch.dtype, folder: Path, *, double: bool = True) -> dict[str, Any]:
+    """transformers' options for `nf4`, `int8` or `none` of the model in `folder`; `dtype` is what is computed in.
+
+    `double`: whether the scales of `nf4` are quantised too.
+    """
     if name == "none":
         return {}
     with torch.device("meta"):
@@ -147,7 +158,7 @@ def quantisation(name: str, dtype: torch.dtype, folder: Path) -> dict[str, Any]:
         config = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
+            bnb_4bit_use_double_quant=double,
             bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=skip,
         )

@@ -35,7 +35,7 @@ from worker.trainer.checkpoint import State
 from worker.trainer.dataset import Rows, require_embedded
 from worker.trainer.events import Events, Stopped, UserError
 from worker.trainer.loading import load_policy
-from worker.trainer.methods import Found, Method, Preference, References, Supervised
+from worker.trainer.methods import Found, Method, Preference, References, Supervised, Work
 from worker.trainer.model import Base, Policy
 from worker.trainer.optimizer import NEED_GPU, make_optimizer
 from worker.trainer.packing import trees
@@ -344,7 +344,7 @@ class Trainer:
         began, policy, step = time.monotonic(), self.policy, self.state.stage_step
         numbers = stage.batch(step)
         policy.set_dropout(stage.name == "sft")
-        work, averages = self._in_memory(lambda: _with_averages(method, numbers), stage)
+        work, averages = self._backward(stage, method, numbers)
         parameters = list(policy.trainable().values())
         norm = torch.nn.utils.clip_grad_norm_(parameters, stage.hyperparameters.max_grad_norm)
         averages.add("grad_norm", norm)
@@ -373,6 +373,24 @@ class Trainer:
             needed = throughput.needed_flops(policy, self._layer_weights, work.tokens, work.scored)
             metrics["mfu"] = needed / (seconds * throughput.peak_flops(policy.device))
         return metrics
+
+    def _backward(self, stage: Stage, method: Method, numbers: list[int]) -> tuple[Work, Averages]:
+        """The gradient of a step, by the largest scale of the loss that is finite: from step to step anew, so that a
+        run that is resumed comes to the same.
+        """
+        policy = self.policy
+        for scale in policy.loss_scales:
+            policy.loss_scale = scale
+            found = self._in_memory(lambda: _with_averages(method, numbers), stage)
+            gradients = [p.grad for p in policy.trainable().values() if p.grad is not None]
+            if scale == policy.loss_scales[-1] or all(bool(g.isfinite().all()) for g in gradients):
+                break
+            for parameter in policy.trainable().values():
+                parameter.grad = None
+        for gradient in gradients if scale != 1 else ():
+            gradient.div_(scale)
+        policy.loss_scale = 1.0
+        return found
 
     def _keep_last_good(self, stage: Stage, optimizer: torch.optim.Optimizer, method: Method) -> None:
         """Write a checkpoint of the weights of the last finite loss: one step back, since the last update broke it.

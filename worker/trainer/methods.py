@@ -67,7 +67,9 @@ class Method(Protocol):
     """SFT or a preference method, on the rows of one stage."""
 
     def backward(self, numbers: list[int], averages: Averages) -> Work:
-        """Add the gradient of the step's loss over the training rows `numbers` to what trains."""
+        """Add the gradient of the step's loss over the training rows `numbers`, times the policy's scale, to what
+        trains.
+        """
         ...
 
     def evaluate(self, averages: Averages, tick: Callable[[], None]) -> Found:
@@ -97,7 +99,7 @@ class Supervised:
             losses = LOSSES[self.settings.loss](scores.logps)
             averages.add("loss", losses)
             averages.add("mean_token_accuracy", scores.correct)
-            (losses.sum() / count).backward()  # type: ignore[no-untyped-call]
+            (self.policy.loss_scale * losses.sum() / count).backward()  # type: ignore[no-untyped-call]
         return Work.of(packs)
 
     def evaluate(self, averages: Averages, tick: Callable[[], None]) -> Found:
@@ -159,7 +161,7 @@ class Preference:
                 batch = self._batch([Part.of(pack)], [self._values(pack)], [reference], chosen, self.train)
                 losses = losses_of(batch, self.settings)
                 report(batch, losses, self.settings, averages)
-                (losses.sum() / len(numbers)).backward()  # type: ignore[no-untyped-call]
+                (self.policy.loss_scale * losses.sum() / len(numbers)).backward()  # type: ignore[no-untyped-call]
         return Work.of(packs)
 
     def _backward_coupled(
@@ -178,7 +180,7 @@ class Preference:
         report(batch, losses, self.settings, averages)
         shares = torch.autograd.grad(losses.mean(), [one.seen for one in leaves])
         for pack, share in zip(packs, shares, strict=True):
-            self._values(pack).seen.backward(share)  # type: ignore[no-untyped-call]
+            self._values(pack).seen.backward(self.policy.loss_scale * share)  # type: ignore[no-untyped-call]
 
     def evaluate(self, averages: Averages, tick: Callable[[], None]) -> Found:
         """A loss that couples rows is taken over all validation rows at once."""

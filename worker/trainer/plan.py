@@ -118,14 +118,15 @@ def stages(
     """The stages of `spec`, whose files are paths relative to `folder`. `context` is the model's, in tokens."""
     loader = _Loader(folder, tokenizer, context, cache, events, spec.seed or 0, spec.rendering)
     split = spec.validation_split or 0.0
+    training = (spec.training_file, *(spec.more_training_files or []))
     if spec.method.type == "supervised":
         assert spec.method.supervised is not None
         supervised = spec.method.supervised.hyperparameters
-        files = (spec.training_file, spec.validation_file, split, "training_file")
+        files = (training, spec.validation_file, split, "training_file")
         return [loader.stage("sft", supervised, *files, "method.supervised.hyperparameters", spec.mapping)]
     assert spec.method.dpo is not None
     dpo = spec.method.dpo.hyperparameters
-    files = (spec.training_file, spec.validation_file, split, "training_file")
+    files = (training, spec.validation_file, split, "training_file")
     result = [loader.stage("dpo", dpo, *files, "method.dpo.hyperparameters", spec.mapping)]
     if spec.sft is not None:
         settings = spec.sft.hyperparameters
@@ -133,7 +134,7 @@ def stages(
         if spec.sft.training_file is not None:
             own = split if spec.validation_file is None else DEFAULT_VALIDATION_SPLIT
             share = 0.0 if spec.sft.validation_file else own
-            files = (spec.sft.training_file, spec.sft.validation_file, share, "sft.training_file")
+            files = ((spec.sft.training_file,), spec.sft.validation_file, share, "sft.training_file")
         result.insert(0, loader.stage("sft", settings, *files, "sft.hyperparameters", mapping))
     return result
 
@@ -149,28 +150,28 @@ class _Loader:
     events: Events
     seed: int
     rendering: Rendering
-    held_out: dict[str, Integers] = field(default_factory=dict)
-    """By file, what the rows ask that are validated on."""
+    held_out: dict[tuple[str, ...], Integers] = field(default_factory=dict)
+    """By files, what the rows ask that are validated on."""
 
     def stage(
         self,
         name: str,
         settings: SupervisedHyperparameters | DPOHyperparameters,
-        training: str,
+        training: tuple[str, ...],
         validation: str | None,
         split: float,
         param: str,
         settings_param: str,
         mapping: Mapping | None,
     ) -> Stage:
-        """A stage on the file `training`, validated on `validation` or on a share of the examples."""
+        """A stage on the files `training`, validated on `validation` or on a share of the examples."""
         need = settings.data if isinstance(settings, DPOHyperparameters) else Kind.SUPERVISED
         loss_on = settings.loss_on if isinstance(settings, SupervisedHyperparameters) else "answers"
         most = min(settings.max_length or DEFAULT_MAX_LENGTH, self.context)
         recipe = Recipe(need, most, loss_on, mapping, self.rendering, settings.truncation)
         train, words = self._rows(training, recipe, param)
         if validation is not None:
-            held_out, _ = self._rows(validation, recipe, param.replace("training", "validation"))
+            held_out, _ = self._rows((validation,), recipe, param.replace("training", "validation"))
         else:
             if training not in self.held_out:  # the stages of a job on one file hold out the same prompts
                 self.held_out[training] = held_out_groups(train, split, self.seed)
@@ -191,13 +192,18 @@ class _Loader:
             train, held_out = with_mismatches(train, recipe.max_length), with_mismatches(held_out, recipe.max_length)
         return Stage(name, settings, train, held_out, self.seed, settings_param, words, repeated)
 
-    def _rows(self, name: str, recipe: Recipe, param: str) -> tuple[Rows, tuple[str, ...]]:
-        found, tally = load(self.folder / name, self.tokenizer, recipe, self.cache)
+    def _rows(self, names: tuple[str, ...], recipe: Recipe, param: str) -> tuple[Rows, tuple[str, ...]]:
+        parts, tally = [], Tally()
+        for name in names:
+            rows, lost = load(self.folder / name, self.tokenizer, recipe, self.cache)
+            parts.append(rows)
+            tally.add(lost)
+        found = Rows.together(parts)
         if not len(found):
             refused = next(iter(tally.details.values()), None)
             if refused is not None:
                 raise UserError("chat_template_error", f"No row can be trained on. {refused}", param)
-            raise UserError("no_training_rows", f"No row of '{name}' has a token to learn.", param)
+            raise UserError("no_training_rows", f"No row of '{', '.join(names)}' has a token to learn.", param)
         words = tuple(told(tally, recipe, len(found)))
         for message in words:
             self.events.message(message, level="warn")
@@ -238,7 +244,7 @@ def held_out_groups(rows: Rows, share: float, seed: int) -> Integers:
     So no prompt is on both sides, and a text's pieces stay together. No group is taken that is much more than what is
     wanted: then there may be none.
     """
-    lines, groups = numpy.array(rows.lines), rows.groups
+    lines, groups = numpy.array(rows.lines) + (numpy.array(rows.files) << 40), rows.groups
     pairs = numpy.unique(numpy.stack([groups, lines]), axis=1)
     names, sizes = numpy.unique(pairs[0], return_counts=True)
     wanted = min(round(share * pairs.shape[1]), pairs.shape[1] - 1)

@@ -83,6 +83,7 @@ def _key(policy: Policy, digest: str, rows: Rows, tail_weight: float | None) -> 
         policy.one_by_one,
         policy.own_head,
         policy.compiled,
+        policy.computed_in,
         policy.device.type,
         device,
         torch.get_num_threads(),

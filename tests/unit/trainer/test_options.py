@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -475,3 +476,75 @@ def test_compiled_layers_have_the_same_log_probs(llama: Path) -> None:
         policy.compile()
         compiled = policy.score(pack_of(policy, ROWS, [0, 1, 2])).responses
     torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=0)
+
+
+# -- precision ------------------------------------------------------------------------------------------------
+
+
+def test_the_scales_of_four_bits_are_quantised_or_not(llama: Path) -> None:
+    states = {}
+    for double in (None, True, False):
+        policy = load(llama, quantization="nf4", double_quantization=double)
+        layers = [m for m in policy.model.modules() if isinstance(m, Linear4bit)]
+        states[double] = {layer.weight.quant_state.nested for layer in layers}
+    assert states == {None: {True}, True: {True}, False: {False}}
+
+
+def test_half_precision_scales_its_losses_and_no_gradient_vanishes(llama: Path) -> None:
+    """As on a GPU without bfloat16: autocast in float16, whose smallest number is 6e-8."""
+    steps: dict[torch.dtype | None, dict[str, torch.Tensor]] = {}
+    for computed_in in (None, torch.float16):
+        policy = disturb(load(llama, method=sft_method()))
+        policy.computed_in = computed_in
+        found = {}
+        for scale in (policy.loss_scales[0], 1.0):
+            policy.loss_scale = scale
+            tiny = 1e-6 * policy.score(pack_of(policy, ROWS, [0, 1, 2])).responses.mean()
+            found[scale] = {name: g / scale for name, g in gradients(policy, scale * tiny).items()}
+        steps[computed_in] = found[policy.loss_scales[0]]
+        if computed_in is not None:
+            lost = {name: (gradient == 0).float().mean() for name, gradient in found[1.0].items()}
+            assert max(lost.values()) > 0.5, "without a scale they vanish"
+    for name, exact in steps[None].items():
+        assert (steps[torch.float16][name] - exact).norm() < 0.05 * exact.norm(), name
+
+
+def test_a_scale_that_overflows_is_lowered_and_changes_no_step(llama: Path, tmp_path: Path) -> None:
+    """Scales are exact powers of two: a step by any of them is the same step."""
+    results = []
+    for number, scales in enumerate([(1.0,), (2.0**14, 1.0), (2.0**140, 2.0**9, 1.0)]):
+        folder = make_work_folder(
+            tmp_path / str(number), llama, {**PLAIN, "method": dpo_method(**SETTINGS)}, train=PAIRS
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Policy, "loss_scales", scales)
+            run_in_process(folder)
+        results.append(weights_of(folder))
+    for name, expected in results[0].items():
+        for found in results[1:]:
+            torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-7)
+
+
+# -- several files --------------------------------------------------------------------------------------------
+
+
+def test_several_files_are_one_training_set(llama: Path, tmp_path: Path) -> None:
+    """No prompt is on both sides of the split, whichever file it is in; each validation row names its file."""
+    more = [*make_pairs(10, seed=5), *PAIRS[:4]]
+    spec = {
+        **PLAIN, "validation_split": 0.3, "more_training_files": ["more.jsonl"],
+        "method": dpo_method(**SETTINGS),
+    }  # fmt: skip
+    folder = make_work_folder(tmp_path, llama, spec, train=PAIRS, more=more)
+    trainer = make_trainer(folder)
+    trainer.run()
+    (stage,) = trainer.stages
+    assert len(stage.train) + len(stage.validation) == len(PAIRS) + len(more)
+    assert set(stage.train.files) == set(stage.validation.files) == {0, 1}
+    assert not set(stage.train.groups.tolist()) & set(stage.validation.groups.tolist())
+    files: dict[str, list[dict[str, str]]] = {"train.jsonl": PAIRS, "more.jsonl": more}
+    entries = [json.loads(line) for line in (folder / "output" / "validation_logps.jsonl").read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    prompts = sorted(tokenizer.decode(row.prompt, skip_special_tokens=True) for row in stage.validation)
+    assert prompts == sorted(files[entry["file"]][entry["line"] - 1]["prompt"] for entry in entries)
+    assert "train.jsonl, more.jsonl" in (folder / "output" / "README.md").read_text()
