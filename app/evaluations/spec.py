@@ -162,7 +162,7 @@ class Judge(Strict):
     classifier: Classifier | None = None
     endpoint: Endpoint | None = None
     question: Literal["dialogue", "plain_summary", "concise_summary"] | None = None
-    """How it is asked: with the words of the paper (Rafailov et al. 2023, App. C.2 and C.3). None: `dialogue`."""
+    """How it is asked: in the words of the paper (Rafailov et al. 2023, App. C.2). None: `dialogue`."""
     template: Annotated[str, StringConstraints(min_length=1, max_length=16_384, pattern=NO_NUL)] | None = None
     """Words of your own instead, with `{prompt}`, `{a}` and `{b}` in them, that ask for a last line `Preferred: A`."""
 

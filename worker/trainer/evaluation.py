@@ -116,9 +116,10 @@ class Evaluator:
     # -- what each type does -----------------------------------------------------------------------------------
 
     def _preference(self) -> list[Item]:
-        """Of each pair its implicit reward margin, β·[log π/π_ref (chosen) − log π/π_ref (rejected)] (paper, eq. 4).
+        """Of each pair its margin of implicit rewards, β·[log π/π_ref (chosen) − log π/π_ref (rejected)].
 
-        `prompt_number` is shared by items of one prompt, here and in the other types.
+        The implicit reward is Rafailov et al. 2023, Eq. 5. `prompt_number` is shared by items of one prompt, here and
+        in the other types.
         """
         candidate, baseline = self._pair_logps("candidate"), self._pair_logps("baseline")
         beta = self.run_settings["beta"]
