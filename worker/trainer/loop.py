@@ -33,6 +33,7 @@ from worker.trainer.best import Best
 from worker.trainer.cache import Cache
 from worker.trainer.checkpoint import State
 from worker.trainer.dataset import Rows, require_embedded
+from worker.trainer.embeddings import untrained
 from worker.trainer.events import Events, Stopped, UserError
 from worker.trainer.loading import load_policy
 from worker.trainer.methods import Found, Method, Preference, References, Supervised, Work
@@ -41,7 +42,7 @@ from worker.trainer.optimizer import NEED_GPU, make_optimizer
 from worker.trainer.packing import trees
 from worker.trainer.plan import Stage
 from worker.trainer.reference import Reference
-from worker.trainer.tokenizer import load_tokenizer, untrained
+from worker.trainer.tokenizer import load_tokenizer
 
 Result = TypeVar("Result")
 

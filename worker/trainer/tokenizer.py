@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import AutoTokenizer
 
 from worker.model_files import TEMPLATES, TOKENIZER_FILES
@@ -70,25 +69,3 @@ def padding_token(tokenizer: Tokenizer, ends: Iterable[int], size: int) -> str:
             if number is not None and number not in forbidden and number < size:
                 return str(token)
     raise UserError("unsupported_model", "The tokenizer has no token that could pad a text.", "model")
-
-
-ALIKE, SMALL = 0.999, 1e-3
-
-
-def untrained(tokenizer: Tokenizer, used: Iterable[int], embeddings: Tensor) -> list[str]:
-    """The control tokens among `used` that a model never learned, by their rows of its `embeddings` [V, H].
-
-    Such rows are as they were drawn or filled at the start: next to nothing, or the same as those of other control
-    tokens.
-    """
-    special = [n for n, token in tokenizer.added_tokens_decoder.items() if token.special and n < len(embeddings)]
-    if not special:
-        return []
-    rows, sizes = embeddings[special].detach().float(), embeddings.detach().float().norm(dim=1)
-    norms = rows.norm(dim=1).clamp(min=1e-12)
-    alike = (rows @ rows.t()) / (norms[:, None] * norms) > ALIKE
-    alike &= (norms[:, None] / norms - 1).abs() < 1 - ALIKE
-    lost = (alike.sum(1) > 1) | (norms < SMALL * sizes.median())
-    wanted = set(used)
-    found = [number for number, gone in zip(special, lost.tolist(), strict=True) if gone and number in wanted]
-    return [str(tokenizer.convert_ids_to_tokens(number)) for number in found]
