@@ -75,6 +75,11 @@ def upload_files(client: Client, job: dict[str, Any]) -> None:
     for field in ("training_file", "validation_file"):
         if isinstance(job.get(field), str) and Path(job[field]).is_file():
             job[field] = client.upload(Path(job[field]))["id"]
+    more = job.get("more_training_files")
+    if isinstance(more, list):
+        job["more_training_files"] = [
+            client.upload(Path(name))["id"] if isinstance(name, str) and Path(name).is_file() else name for name in more
+        ]
     for evaluation in job.get("evaluations") or []:
         if isinstance(evaluation.get("data"), str) and Path(evaluation["data"]).is_file():
             evaluation["data"] = client.upload(Path(evaluation["data"]), {"purpose": "evals"})["id"]

@@ -154,7 +154,7 @@ def table(delimiter: str, newline: str = "\r\n") -> bytes:
 @pytest.mark.parametrize("content", [
     table(","), table("\t"), table(";"), table(",", "\n"), b"\xef\xbb\xbf" + table(","), gzip.compress(table(",")),
     table(",")[:-2],
-])  # fmt: skip
+], ids=range(7))  # fmt: skip
 def test_tables_read_like_json_with_the_line_a_row_begins_on(content: bytes) -> None:
     assert [record for _, record in records(io.BytesIO(content))] == ROWS
     assert [line for line, _ in records(io.BytesIO(content))] == [2, 3, 5]
