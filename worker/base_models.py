@@ -124,6 +124,7 @@ def describe(name: str, folder: Path) -> LocalModel:
         "bytes": sum(path.stat().st_size for path in weights),
         "chat_template": has_chat_template(folder),
         "prequantized": method,
+        "tied": bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
         "shape": None if method is not None else _shape(text, weights),
     }
     return LocalModel(name, folder, digest.hexdigest()[:16], details)

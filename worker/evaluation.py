@@ -80,7 +80,7 @@ class Evaluation(Run[EvaluationSpec]):
         sides, precision = dict[str, dict[str, Any]](), self.lease.read(self._precision)
         for field, name in spec.models():
             side = field.removesuffix(".model")
-            sides[side] = {"rendering": self.lease.read(partial(self._rendering, side, name))}
+            sides[side] = {"rendering": self.lease.read(partial(rendering_of, spec, self.job.project, side, name))}
             found, foundation, version = self.lease.read(partial(self._look, name))
             if found is None or (found.foundation and foundation is None):
                 return self.fail("model_not_found", f"The model '{name}' was deleted.", field)
@@ -127,15 +127,6 @@ class Evaluation(Run[EvaluationSpec]):
         if made is None or made.spec["quantization"] != self.spec.quantization:
             return {}
         return {name: made.spec.get(name) for name in ("double_quantization", "compute_dtype")}
-
-    def _rendering(self, side: str, name: str, session: Session) -> dict[str, Any]:
-        """How the model `name` reads conversations: as it was trained. The candidate, as the evaluation says."""
-        made = models.job_of(session, self.job.project, name)
-        if side != "candidate" and made is not None:
-            return vars(JobSpec.stored(made.spec).rendering)
-        if side == "judge":  # a base model that is asked has its own habits, not those of the candidate
-            return vars(RenderingSettings(date=self.spec.date).rendering)
-        return vars(self.spec.rendering)
 
     def _look(self, name: str, session: Session) -> tuple[models.Found | None, models.Found | None, str | None]:
         """(what a name stands for, the trained model that it sits on, the version of its base model)"""
@@ -287,6 +278,19 @@ class Evaluation(Run[EvaluationSpec]):
                 session.add(self.result_file(file_id, path, name))
 
         self.lease.write(write)
+
+
+def rendering_of(spec: EvaluationSpec, project: str, side: str, name: str, session: Session) -> dict[str, Any]:
+    """How the model `name` of a side reads conversations: as it was trained; the candidate, as the evaluation says.
+
+    Pairs are the same texts for both sides: their log-probs are compared, as in the training.
+    """
+    made = models.job_of(session, project, name)
+    if made is not None and side != "candidate" and not (side == "baseline" and spec.type == "preference"):
+        return vars(JobSpec.stored(made.spec).rendering)
+    if side == "judge":  # a base model that is asked has its own habits, not those of the candidate
+        return vars(RenderingSettings(date=spec.date).rendering)
+    return vars(spec.rendering)
 
 
 def _by_judge(part: Path) -> bool:

@@ -27,7 +27,8 @@ def report(spec: EvaluationSpec, items: Sequence[Item]) -> Report:
         for name in ("candidate", "baseline")
         if (side := getattr(spec, name)) is not None and side.best_of is not None
     }
-    return {"type": spec.type} | ({"best_of": bounds} if bounds else {}) | of(items)
+    named = {name: side.model for name in ("candidate", "baseline") if (side := getattr(spec, name)) and side.model}
+    return {"type": spec.type, "models": named} | ({"best_of": bounds} if bounds else {}) | of(items)
 
 
 def preference(items: Sequence[Item]) -> Report:

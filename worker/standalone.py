@@ -83,6 +83,8 @@ def _read_spec(path: Path) -> tuple[JobSpec, dict[str, Any]]:
         except (OSError, DatasetError) as error:
             raise UsageError(f"{field}: {file}: {error}") from error
         located[field] = str(file)
+    if len(set(located.values())) < len(located) and spec.more_training_files:
+        raise UsageError(f"{path}: a training file is named twice.")
     return spec.with_files(located), spec.model_dump(mode="json")
 
 

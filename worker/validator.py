@@ -18,7 +18,7 @@ from app.estimates.service import expected_seconds, stages_of
 from app.evaluations.spec import EvaluationSpec
 from app.jobs import repository
 from app.jobs.hyperparameters import DEFAULT_MAX_LENGTH, SupervisedHyperparameters
-from app.jobs.spec import JobSpec
+from app.jobs.spec import MORE, JobSpec
 from app.jobs.states import Actor, Status
 from app.jobs.tables import EVALUATION, Job
 from app.models import repository as models
@@ -26,6 +26,7 @@ from app.services import Services
 from worker.base_models import BaseModels, has_chat_template
 from worker.classifier import BadClassifier, LinearClassifier
 from worker.counting import Count, count, place_tokenizer
+from worker.evaluation import rendering_of
 from worker.lease import Lease, LeaseLost
 from worker.work import work_folder
 
@@ -174,8 +175,12 @@ class _Check:
         if isinstance(spec, EvaluationSpec):
             report = self.reports["data"]
             need = Kind.PREFERENCE if spec.type == "preference" else Kind.PROMPTS
-            counted = [("data", Count(self._path(spec.data), self._recipe(spec, "data", need), report.kept, SAMPLE))]
-            yield from ((side.model, counted) for side in spec.sides() if side.model is not None)
+            for name, side in (("candidate", spec.candidate), ("baseline", spec.baseline)):
+                if side is not None and side.model is not None:
+                    with self.services.database.read() as session:
+                        read = rendering_of(spec, self.job.project, name, side.model, session)
+                    recipe = self._recipe(spec, "data", need) | {"rendering": read}
+                    yield side.model, [("data", Count(self._path(spec.data), recipe, report.kept, SAMPLE))]
             return
         files, wanted = dict(spec.files()), []
         for _, field, settings, _ in stages_of(spec):
@@ -203,6 +208,7 @@ class _Check:
     def _fail(self, invalid: _Invalid) -> None:
         evaluated = self.job.kind == EVALUATION
         name = "file" if evaluated else invalid.field.removeprefix("sft.")
+        name = "training_file" if name.startswith(MORE) else name
         error = {"code": invalid.code or f"invalid_{name}", "message": invalid.reason, "param": invalid.param}
         used = "evaluated" if evaluated else "trained on"
         self.lease.write(

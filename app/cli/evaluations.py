@@ -26,7 +26,7 @@ def _path(evaluation_id: str) -> str:
 def evaluate(
     type: Annotated[str, typer.Argument(help="preference, win_rate, reward_kl or agreement; else the body's.")] = "",
     candidate: Annotated[str, typer.Option(help="A base model, a made model or a checkpoint.")] = "",
-    baseline: Annotated[str, typer.Option(help="Likewise; without one, 'reference': what it was held to.")] = "",
+    baseline: Annotated[str, typer.Option(help="Likewise; or 'reference': what the training was held to.")] = "",
     candidate_file: Annotated[str, typer.Option(help="Ready answers instead: a file id, or a path to upload.")] = "",
     baseline_file: Annotated[str, typer.Option(help="Ready answers instead: a file id, or a path to upload.")] = "",
     baseline_answers: Annotated[str, typer.Option(help="The data's own answers instead: chosen or rejected.")] = "",
@@ -114,8 +114,8 @@ def evaluations_list(limit: Limit = 20, as_json: Json = False) -> None:
     emit_table(rows if as_json else shown, ["id", "status", "type", "candidate", "baseline"], as_json)
 
 
-def _side(side: dict[str, str] | None) -> str:
-    return next(iter(side.values())) if side else ""
+def _side(side: dict[str, Any] | None) -> str:
+    return "" if not side else "reference" if "reference" in side else str(next(iter(side.values())))
 
 
 @evaluations.command("show")

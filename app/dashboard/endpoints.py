@@ -42,7 +42,9 @@ def _duration(seconds: float | None) -> str:
 
 def _side(side: dict[str, Any] | None) -> str:
     """What a side of an evaluation is: a model, a file, or the data's own answers."""
-    return "" if side is None else f"{side['answers']} answers" if "answers" in side else str(next(iter(side.values())))
+    if side is None or "reference" in side:
+        return "" if side is None else "reference"
+    return f"{side['answers']} answers" if "answers" in side else str(next(iter(side.values())))
 
 
 templates.env.filters |= {"time": _time, "duration": _duration, "side": _side, "figures": figures}

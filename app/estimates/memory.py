@@ -75,6 +75,8 @@ class Shape:
     context: int
     linears: tuple[Linear, ...]
     others: int
+    tied: bool = False
+    """Whether embeddings and head are one tensor."""
 
     @classmethod
     def of(cls, details: dict[str, Any]) -> "Shape | None":
@@ -83,7 +85,8 @@ class Shape:
         if not isinstance(shape, dict):
             return None
         linears = tuple(Linear(*entry) for entry in shape["linears"])
-        return cls(**shape | {"linears": linears, "context": details.get("context_length") or 2048})
+        known = {"context": details.get("context_length") or 2048, "tied": bool(details.get("tied"))}
+        return cls(**shape | {"linears": linears} | known)
 
     @property
     def parameters(self) -> int:
@@ -159,7 +162,7 @@ def estimate(shape: Shape, settings: Settings, device: str, available: int | Non
     model, temporary = _weights(shape, settings, width, known)
     adapted = shape.adapted(settings.targets)
     in_adapter = sum(one.count * (settings.rank or 0) * (one.outputs + one.inputs) for one in adapted)
-    in_adapter += settings.saved * shape.vocabulary * shape.hidden
+    in_adapter += min(settings.saved, 1 if shape.tied else 2) * shape.vocabulary * shape.hidden
     trained = shape.parameters if full else in_adapter
     adapter = 0 if full else 4 * trained
     # The gradient, the moments, and of an adapter a copy of the last good weights.

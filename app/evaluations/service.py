@@ -60,7 +60,7 @@ class Evaluations(Lifecycle[EvaluationObject]):
 
     def create(self, project: str, spec: EvaluationSpec, sending: Sending) -> EvaluationObject:
         """Check what the spec names, store the evaluation, then wake a worker of the CPU lane to check its files."""
-        content = spec.model_dump(mode="json")
+        content = spec.to_store()
         self.reachable([spec])
         with self.database.write() as session:
             earlier = sending.earlier(session, "evaluations.create", content)
@@ -130,7 +130,7 @@ class Evaluations(Lifecycle[EvaluationObject]):
             foundation=first.foundation if first else None,
             training_file=spec.data,
             validation_file=None,
-            spec=resolved.sealed(self.vault.seal).model_dump(mode="json"),
+            spec=resolved.sealed(self.vault.seal).to_store(),
             parent_id=of.id if of else None,
             sweep_id=of.sweep_id if of else None,
         )
@@ -164,7 +164,10 @@ class Evaluations(Lifecycle[EvaluationObject]):
             if made is None:
                 message = f"'{name}' was not trained here: name what it is compared with."
                 raise ServiceError(message, param="baseline", code="missing_required_parameter")
-            if training.get("sft") is None or settings.get("reference_model"):
+            in_sft = name is not None and repository.stage_of(session, name) == "sft"
+            if in_sft:  # what SFT leaves is held to nothing: it is compared with what it began from
+                changes["baseline"] = _named(spec.baseline, made.model)
+            elif training.get("sft") is None or settings.get("reference_model"):
                 changes["baseline"] = _named(spec.baseline, settings.get("reference_model") or made.model)
             else:  # what the SFT stage left, which has a name once it is there
                 left = repository.left_by(session, made.id, "sft")

@@ -263,8 +263,8 @@ class EvaluationSpec(RenderingSettings):
     """Only so many rows of `data`, drawn by the seed."""
     candidate: Side | None = None
     baseline: Baseline | None = None
-    """What the candidate is compared with. `"reference"`, and the default: what it was held to in training, the model
-    that it was trained from or what the job's own SFT stage left."""
+    """What the candidate is compared with. `"reference"`, the default but for `win_rate`: what its training was held
+    to, the model that it was trained from or what the job's own SFT stage left."""
     beta: Annotated[float, Field(gt=0, le=100)] | None = None
     """Of the implicit reward β·log(π/π_ref). Without one, what the candidate was trained with."""
     sampling: Sampling | None = None
@@ -347,6 +347,15 @@ class EvaluationSpec(RenderingSettings):
     def stored(cls, data: dict[str, Any]) -> Self:
         """The spec of an evaluation's row, which the next version may have written."""
         return cls.model_validate(data, context=STORED)
+
+    def to_store(self) -> dict[str, Any]:
+        """The spec as a row has it: what the version before does not know is there only where it was set."""
+        stored = self.model_dump(mode="json")
+        for side in (stored["candidate"], stored["baseline"]):
+            for name in ("reference", "best_of"):
+                if side is not None and side[name] is None:
+                    del side[name]
+        return stored
 
     def resolved(self) -> Self:
         """The spec as it will be run: a seed, and how is sampled, written out."""

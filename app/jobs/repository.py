@@ -184,13 +184,17 @@ def checkpoints(session: Session, job_id: str, *, after: str | None, limit: int)
 
 
 def left_by(session: Session, job_id: str, stage: str) -> Checkpoint | None:
-    """The last checkpoint of a stage that has ended: what it left. None while it goes on, or where it is not kept."""
+    """The last checkpoint of a stage, once one of a later stage shows that it has ended: what it left."""
     statement = select(Checkpoint).where(Checkpoint.job_id == job_id).order_by(Checkpoint.step_number.desc())
     found = list(session.scalars(statement))
-    ended = session.scalar(select(Job.status).where(Job.id == job_id)) not in ACTIVE
-    if not ended and all(one.stage == stage for one in found):
+    if not found or found[0].stage == stage:
         return None
     return next((one for one in found if one.stage == stage), None)
+
+
+def stage_of(session: Session, model: str) -> str | None:
+    """The stage that a checkpoint is of; None for what is no checkpoint."""
+    return session.scalar(select(Checkpoint.stage).where(Checkpoint.model_name == model))
 
 
 def move_checkpoint(session: Session, job_id: str, step: int, prefix: str) -> bool:

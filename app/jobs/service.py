@@ -142,6 +142,9 @@ class Jobs(Lifecycle[JobObject]):
             return spec
         if spec.quantization is None and method in OWN:
             spec = spec.model_copy(update={"quantization": OWN[method]})
+        if spec.double_quantization is not None:
+            message = f"'{model.base_model}' is quantised already ({method}), its scales too or not: leave it out."
+            raise ServiceError(message, param="double_quantization", code="unsupported_model")
         resolved = spec.resolved()
         found = refusal(
             model.base_model, method, quantization=resolved.quantization or "none", full=resolved.adapter == "none",
@@ -201,6 +204,10 @@ class Jobs(Lifecycle[JobObject]):
         if found.kind == "reward":
             message = f"'{spec.reference_model}' is a reward model, which has no log-probs."
             raise ServiceError(message, param=param, code="invalid_value")
+        method = models.prequantized(session, found.base_model)
+        if method is not None and method not in OWN:
+            message = f"'{found.base_model}' is quantised by {method}, which is not read here."
+            raise ServiceError(message, param=param, code="unsupported_model")
         return found
 
     def metrics(self, project: str, job_id: str, names: list[str] | None, points: int) -> MetricSeries:

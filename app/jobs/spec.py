@@ -86,6 +86,8 @@ class Adapter(Strict):
 
     @model_validator(mode="after")
     def _head_stays_frozen(self) -> Self:
+        if len(set(self.modules_to_save or [])) < len(self.modules_to_save or []):
+            raise inconsistent("modules_to_save", "'modules_to_save' names a module twice")
         if "lm_head" in self.target_modules or "embed_tokens" in self.target_modules:
             raise inconsistent(
                 "target_modules",
@@ -263,6 +265,8 @@ class JobSpec(RenderingSettings):
         for name in ("evaluations", MORE, "double_quantization", "compute_dtype"):
             if stored[name] is None:
                 del stored[name]
+        if isinstance(stored["adapter"], dict) and stored["adapter"]["modules_to_save"] is None:
+            del stored["adapter"]["modules_to_save"]
         return stored
 
     def without_keys(self) -> Self:

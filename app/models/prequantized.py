@@ -18,6 +18,6 @@ def refusal(name: str, method: str, *, quantization: str, full: bool, rewards: b
         message = f"'{name}' is quantised already ({method}), and a reward model is merged: train on the original."
         return "model", message
     if quantization != OWN[method]:
-        message = f"'{name}' is quantised already ({method}): leave 'quantization' out, or say '{OWN[method]}'."
+        message = f"'{name}' is quantised already ({method}): 'quantization': '{OWN[method]}' keeps it as it is."
         return "quantization", message
     return None

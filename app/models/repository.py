@@ -13,6 +13,7 @@ from app.jobs import repository as jobs
 from app.jobs.spec import Adapter, JobSpec
 from app.jobs.tables import Checkpoint, Job
 from app.models.tables import Model
+from app.strict import STORED
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -69,7 +70,7 @@ def find(session: Session, project: str, name: str, *, lock: bool = False) -> Fo
             model.base_model,
             model.prefix,
             model.revision,
-            Adapter(**adapter) if isinstance(adapter, dict) else None,
+            _adapter(adapter),
             name if model.kind == "full" else model.details.get("foundation"),
         )
     statement = (
@@ -89,7 +90,7 @@ def find(session: Session, project: str, name: str, *, lock: bool = False) -> Fo
             job.base_model,
             f"{saved.prefix}/model",
             None,
-            None if trained == "none" else Adapter(**trained),
+            _adapter(trained),
             name if trained == "none" else job.foundation,
         )
     if HUB_NAME.fullmatch(name):
@@ -97,6 +98,11 @@ def find(session: Session, project: str, name: str, *, lock: bool = False) -> Fo
         if any(fnmatchcase(name, pattern) for pattern in patterns):
             return Found(name, "base", name, None, None, None, None)
     return None
+
+
+def _adapter(stored: Any) -> Adapter | None:
+    """An adapter as a row has it, which the next version may have written."""
+    return Adapter.model_validate(stored, context=STORED) if isinstance(stored, dict) else None
 
 
 def job_of(session: Session, project: str, name: str) -> Job | None:

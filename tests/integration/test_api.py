@@ -310,6 +310,7 @@ def test_several_files_are_all_checked_and_all_kept_while_the_job_needs_them(
         ("bnb-4bit", {"quantization": "int8"}, "quantization"),
         ("bnb-4bit", {"quantization": "none"}, "quantization"),
         ("bnb-8bit", {"adapter": "none"}, "adapter"),
+        ("bnb-8bit", {"double_quantization": False}, "double_quantization"),
     ],
 )
 def test_a_base_that_is_quantised_already_is_refused_at_once_where_it_cannot_train(

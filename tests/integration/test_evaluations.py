@@ -22,6 +22,7 @@ from app.workers import repository as workers
 from tests.integration.test_api import error_of, upload
 from tests.integration.test_states import make_job
 from worker.base_models import BaseModels
+from worker.evaluation import rendering_of
 from worker.validator import validate
 
 CANDIDATE, BASELINE = {"model": "tiny"}, {"model": "tiny"}
@@ -319,10 +320,12 @@ def test_the_reference_of_one_job_of_two_stages_is_what_its_sft_left(
                     metrics={}, model_name=f"{name}:ckpt-step-{step}", prefix="x",
                 )
             )  # fmt: skip
-    fields = body(client, type="reward_kl", candidate={"model": name}, baseline=baseline)
-    made = client.post("/v1/evaluations", json=fields)
-    assert made.status_code == 200, made.text
-    assert made.json()["baseline"] == {"model": f"{name}:ckpt-step-6"}
+    left = f"{name}:ckpt-step-6"
+    for candidate, expected in ((name, left), (f"{name}:ckpt-step-9", left), (left, "tiny")):
+        fields = body(client, type="reward_kl", candidate={"model": candidate}, baseline=baseline)
+        made = client.post("/v1/evaluations", json=fields)
+        assert made.status_code == 200, made.text
+        assert made.json()["baseline"] == {"model": expected}, "what SFT leaves is compared with what it began from"
 
 
 def test_the_reference_is_of_a_model_that_was_trained_here(client: TestClient, made: str) -> None:
@@ -333,3 +336,33 @@ def test_the_reference_is_of_a_model_that_was_trained_here(client: TestClient, m
     assert error_of(client.post("/v1/evaluations", json=body(client, **answers)), 400)["param"] == "baseline"
     itself = body(client, candidate={"reference": True})
     assert error_of(client.post("/v1/evaluations", json=itself), 400)["param"] == "candidate.reference"
+
+
+def test_each_side_is_read_as_it_was_trained_and_pairs_are_the_same_texts(services: Services, made: str) -> None:
+    with services.database.write() as session:
+        job = session.get_one(Job, session.get_one(Model, made).job_id)
+        job.spec = job.spec | {"chat_template": False, "date": "2026-02-03"}
+    spec = EvaluationSpec.model_validate(
+        {"type": "win_rate", "candidate": CANDIDATE, "baseline": {"model": made}, "data": "f", "date": "2026-05-06"}
+    )
+    with services.database.read() as session:
+        baseline = rendering_of(spec, "default", "baseline", made, session)
+        assert (baseline["chat_template"], baseline["date"]) == (False, "2026-02-03")
+        assert rendering_of(spec, "default", "candidate", "tiny", session)["date"] == "2026-05-06"
+        pairs = spec.model_copy(update={"type": "preference"})
+        assert rendering_of(pairs, "default", "baseline", made, session) == vars(spec.rendering)
+        plain = spec.model_copy(update={"chat_template": False})
+        judge = rendering_of(plain, "default", "judge", "tiny", session)
+        assert (judge["chat_template"], judge["date"]) == (None, "2026-05-06"), "a judge has its own habits"
+
+
+def test_rows_of_the_version_before_have_no_fields_that_it_does_not_know(
+    client: TestClient, services: Services
+) -> None:
+    evaluation = client.post("/v1/evaluations", json=body(client)).json()["id"]
+    job = client.post("/v1/fine_tuning/jobs", json={"model": "tiny", "training_file": upload(client)}).json()["id"]
+    with services.database.read() as session:
+        assert set(session.get_one(Job, evaluation).spec["candidate"]) == {"model", "file", "mapping", "answers"}
+        spec = session.get_one(Job, job).spec
+    assert not {"more_training_files", "double_quantization", "compute_dtype"} & set(spec)
+    assert "modules_to_save" not in spec["adapter"]

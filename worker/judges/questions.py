@@ -55,7 +55,7 @@ _PLACE = re.compile(r"\{(prompt|a|b)\}")
 # Bounded everywhere: an answer is anybody's text, and must not keep the worker matching for ever.
 _MARKS = r"\W{0,16}"
 _LETTER = _MARKS + r"(?:(?i:response|summary|answer)\s{1,4})?" + _MARKS + r"(A|B|(?i:tie))\b"
-_JOINED = r"\W{0,16}(?:(or|and|nor|vs|versus)\b|[/&+=,])"
+_JOINED = r"\W{0,16}(?:(or|and|nor|vs|versus)\b|[/&=])"
 _BOTH = "(?:" + _JOINED + _LETTER + ")"
 _NAMED = re.compile(r"(?i:preferred|more helpful)" + _MARKS + ":" + _LETTER + _BOTH + "?")
 _ALONE = re.compile(_LETTER + _BOTH + "?" + _MARKS)
@@ -100,7 +100,7 @@ def choice(answer: str) -> Choice | None:
     answer = answer[-LAST:]
     lines = answer.strip().splitlines()
     alone = _ALONE.fullmatch(lines[-1]) if lines else None
-    said = [alone] if alone else list(_NAMED.finditer(answer))
+    said = [alone] if alone and alone[2] != "or" else list(_NAMED.finditer(answer))
     said = [one for one in said if one[2] != "or"]
     if not said or said[-1][3] is not None:
         return None

@@ -117,6 +117,8 @@ def stages(
 ) -> list[Stage]:
     """The stages of `spec`, whose files are paths relative to `folder`. `context` is the model's, in tokens."""
     loader = _Loader(folder, tokenizer, context, cache, events, spec.seed or 0, spec.rendering)
+    if Renderer(tokenizer, spec.rendering).never_ends:
+        events.message(NEVER_ENDS, level="warn", data={"code": "template_never_ends"})
     split = spec.validation_split or 0.0
     training = (spec.training_file, *(spec.more_training_files or []))
     if spec.method.type == "supervised":
@@ -207,8 +209,6 @@ class _Loader:
         words = tuple(told(tally, recipe, len(found)))
         for message in words:
             self.events.message(message, level="warn")
-        if Renderer(self.tokenizer, self.rendering).never_ends:
-            self.events.message(NEVER_ENDS, level="warn", data={"code": "template_never_ends"})
         return found, words
 
 

@@ -70,8 +70,8 @@ def test_a_base_in_four_bits_is_trained_on_as_it_is(four_bits: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("fields", "param", "words"),
     [
-        ({"quantization": "none"}, "quantization", "say 'nf4'"),
-        ({"quantization": "int8"}, "quantization", "say 'nf4'"),
+        ({"quantization": "none"}, "quantization", "'nf4'"),
+        ({"quantization": "int8"}, "quantization", "'nf4'"),
         ({"adapter": "none", "quantization": "none"}, "adapter", "an adapter is all"),
         ({"quantization": "nf4", "method": dpo_method(loss="reward_model")}, "model", "the original"),
     ],
