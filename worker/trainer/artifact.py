@@ -124,6 +124,7 @@ def _drift(folder: Path, policy: Policy, results: Results, events: Events) -> st
     if not chosen:
         return "Not measured: the job had no validation rows."
     name, device, shared = policy.name, policy.device, policy.shared
+    one_by_one, own_head = policy.one_by_one, policy.own_head
     if device.type == "cpu" and not fits_as_float32(results.base.folder):
         return f"Not measured: the unquantised '{name}' does not fit into the worker's memory."
     policy.model = None  # the unquantised base needs the room
@@ -135,7 +136,7 @@ def _drift(folder: Path, policy: Policy, results: Results, events: Events) -> st
     total, tokens = 0.0, 0
     try:
         unquantised = load_policy(plain, results.base, folder, events, trainable=False)
-        unquantised.shared = shared
+        unquantised.shared, unquantised.one_by_one, unquantised.own_head = shared, one_by_one, own_head
         with torch.no_grad():
             for number, (_, logps, _) in enumerate(chosen):
                 (pack,) = unquantised.packs(rows, [number], merge=False)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 from worker.trainer.tokenizer import Tokenizer
@@ -18,7 +19,8 @@ def untrained(tokenizer: Tokenizer, used: Iterable[int], embeddings: Tensor) -> 
     special = [n for n, token in tokenizer.added_tokens_decoder.items() if token.special and n < len(embeddings)]
     if not special:
         return []
-    rows, sizes = embeddings[special].detach().float(), embeddings.detach().float().norm(dim=1)
+    rows = embeddings[special].detach().float()
+    sizes = torch.linalg.vector_norm(embeddings.detach(), dim=1, dtype=torch.float32)
     norms = rows.norm(dim=1).clamp(min=1e-12)
     alike = (rows @ rows.t()) / (norms[:, None] * norms) > ALIKE
     alike &= (norms[:, None] / norms - 1).abs() < 1 - ALIKE

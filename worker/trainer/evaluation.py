@@ -385,7 +385,11 @@ class Evaluator:
         ends |= {*(settings if isinstance(settings, list) else [settings])} - {None}
         there = {one.key: one for one in self._kept(name)}
         self.events.message(f"{name}: {len(there)} completions are there already.")
-        most = 1 if policy.one_by_one else max(1, BATCH_LOGITS[policy.device.type] // policy.causal.config.vocab_size)
+        most = (
+            1
+            if policy.one_by_one
+            else max(1, BATCH_LOGITS[policy.device.type] // policy.causal.config.get_text_config().vocab_size)
+        )
         fresh, written = list[Made](), time.monotonic() - PART_SECONDS
         for temperature in spec.temperatures:
             sampling = Sampling(temperature, spec.top_p, spec.max_tokens, seed)

@@ -201,6 +201,16 @@ def _targets(model: Any, named: str | list[str]) -> list[str]:
     return short_names(found, modules)
 
 
+def _widen(model: Any) -> None:
+    """Embeddings and head in float32, in which they are trained where they are trained whole; what the embeddings give
+    stays in the model's own precision.
+    """
+    dtype, embeddings = model.dtype, model.get_input_embeddings()
+    for module in (embeddings, model.get_output_embeddings()):
+        module.float()
+    embeddings.register_forward_hook(lambda module, args, output: output.to(dtype))
+
+
 def _saved(model: Any, asked: Sequence[str]) -> list[str]:
     """What the model itself calls its embeddings and its head, those of them that are `asked` for."""
     meant = {"embed_tokens": model.get_input_embeddings(), "lm_head": model.get_output_embeddings()}
@@ -210,6 +220,8 @@ def _saved(model: Any, asked: Sequence[str]) -> list[str]:
 def _with_adapter(model: Any, spec: JobSpec, start: Path | None, trainable: bool) -> Any:
     if start is not None:
         config = with_fast_layers(LoraConfig.from_pretrained(start))
+        if config.modules_to_save:
+            _widen(model)
         return PeftModel.from_pretrained(model, start, is_trainable=trainable, config=config)
     adapter = spec.adapter if isinstance(spec.adapter, Adapter) else Adapter()
     config = LoraConfig(
@@ -227,12 +239,10 @@ def _with_adapter(model: Any, spec: JobSpec, start: Path | None, trainable: bool
         # Where embeddings and head are one tensor, they stay one.
         ensure_weight_tying=bool(adapter.modules_to_save and model.config.get_text_config().tie_word_embeddings),
     )
+    if config.modules_to_save:
+        _widen(model)
     try:
-        adapted = get_peft_model(model, with_fast_layers(config))
-        for parameter in adapted.parameters():  # of modules that are trained whole, which come as the base's are
-            if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
-                parameter.data = parameter.data.float()
-        return adapted
+        return get_peft_model(model, with_fast_layers(config))
     except ValueError as error:
         raise UserError(
             "invalid_value", f"The adapter does not fit the model: {error}", "adapter.target_modules"

@@ -208,8 +208,8 @@ class Trainer:
             each = (time.monotonic() - began) / max(1, state.stage_step - first)
             self._report(stage, metrics, seconds_remaining=each * (self.total_steps - state.step))
             last = state.ended or state.stage_step == stage.steps
-            if last:
-                self._bring_back(stage)  # the last checkpoint of a stage is what the stage leaves
+            if last and self._bring_back(stage):  # the last checkpoint of a stage is what the stage leaves
+                self._saved_step = -1
             if last or state.stage_step % stage.checkpoint_every == 0:
                 self._checkpoint(stage, optimizer, method)
         self._finish_stage(stage, method, validated=validated)
@@ -353,8 +353,8 @@ class Trainer:
         if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
             self._keep_last_good(stage, optimizer, method)
         self._require_finite(metrics, "loss", "grad_norm")
-        if not policy.full:  # of an adapter a copy costs nothing
-            self._last_good = {name: p.detach().clone() for name, p in policy.trainable().items()}
+        if not policy.full:  # of an adapter a copy costs little
+            self._remember()
         rate = stage.learning_rate(step)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -392,6 +392,13 @@ class Trainer:
             gradient.div_(scale)
         policy.loss_scale = 1.0
         return found
+
+    def _remember(self) -> None:
+        """Keep a copy of what trains, in the place of the one before."""
+        if self._last_good is None:
+            self._last_good = {name: p.detach().clone() for name, p in self.policy.trainable().items()}
+        for name, parameter in self.policy.trainable().items():
+            self._last_good[name].copy_(parameter.detach())
 
     def _keep_last_good(self, stage: Stage, optimizer: torch.optim.Optimizer, method: Method) -> None:
         """Write a checkpoint of the weights of the last finite loss: one step back, since the last update broke it.

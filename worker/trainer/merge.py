@@ -147,7 +147,9 @@ def _describe(base: Path, adapter: Path, output: Path, dtype: torch.dtype) -> No
     name = str(dtype).removeprefix("torch.")
     config: dict[str, Any] = json.loads((base / "config.json").read_text())
     config.pop("torch_dtype", None)
-    (output / "config.json").write_text(json.dumps(config | {"dtype": name}, indent=2) + "\n")
+    written = output / "config.json"
+    if not written.exists() or json.loads(written.read_text())["model_type"] == config["model_type"]:
+        written.write_text(json.dumps(config | {"dtype": name}, indent=2) + "\n")
     for path in base.glob("generation_config.json"):
         shutil.copyfile(path, output / path.name)
     for path in adapter.iterdir():

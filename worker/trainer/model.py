@@ -239,7 +239,8 @@ class Policy:
             # Another version of transformers may read it, which writes other names: it stays as its makers wrote it.
             written, own = (json.loads((place / "config.json").read_text()) for place in (folder, self.folder))
             own.pop("torch_dtype", None)
-            (folder / "config.json").write_text(json.dumps(own | {"dtype": written["dtype"]}, indent=2) + "\n")
+            if written["model_type"] == own["model_type"]:  # of a model that also sees the text's part may be all
+                (folder / "config.json").write_text(json.dumps(own | {"dtype": written["dtype"]}, indent=2) + "\n")
         else:
             # "auto" would look the base model up on the hub; the head and the embeddings are frozen anyway.
             self.model.save_pretrained(folder, save_embedding_layers=False)

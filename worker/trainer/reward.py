@@ -5,6 +5,7 @@ The artifact is a sequence classifier of transformers with one label: base and a
 `reward_mean` in `config.json`: r(x, y) − reward_mean has mean 0 over them (Rafailov et al. 2023, Sec. 3).
 """
 
+import gc
 import json
 import tempfile
 from collections.abc import Callable, Sequence
@@ -42,16 +43,18 @@ def save(folder: Path, policy: Policy, base: Base, rows: Sequence[Row]) -> None:
     `MEAN_ROWS`, as the model is that is written: merged, and not quantised.
     """
     assert policy.reward_head is not None
-    weight = policy.reward_head.weight.detach().cpu()
-    dtype = torch.float32 if policy.full else policy.reward_head.weight.dtype
-    if policy.device.type == "cuda":
-        dtype = torch.bfloat16
+    weight, device, dtype = policy.reward_head.weight.detach().cpu(), policy.device, policy.computed_in
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         policy.save(Path(name))
+        policy.model = None  # what is merged needs the room
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         source = Path(name) if policy.full else base.folder
         model: Any = AutoModelForSequenceClassification.from_pretrained(
-            source, num_labels=1, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
-        )
+            source, num_labels=1, dtype=dtype or torch.float32, local_files_only=True, trust_remote_code=False,
+            use_safetensors=True,
+        )  # fmt: skip
         if not policy.full:
             config = PeftConfig.from_pretrained(name)
             config.task_type = None  # the adapter is a causal model's; its layers are the same
@@ -62,7 +65,11 @@ def save(folder: Path, policy: Policy, base: Base, rows: Sequence[Row]) -> None:
     padding = padding_token(policy.tokenizer, policy.ends, text.vocab_size)
     text.pad_token_id = model.config.pad_token_id = policy.tokenizer.convert_tokens_to_ids(padding)
     texts = [row.prompt + response.ids for row in rows[:MEAN_ROWS] for response in row.responses]
-    found = torch.tensor(_rewards(model.eval().to(policy.device), texts, lambda: None), dtype=torch.float64)
+    try:
+        given = _rewards(model.eval().to(device), texts, lambda: None)
+    except torch.OutOfMemoryError:  # the base was quantised in training, and is not now
+        given = _rewards(model.cpu(), texts, lambda: None)
+    found = torch.tensor(given, dtype=torch.float64)
     model.config.reward_mean, model.config.reward_mean_answers = found.mean().item(), len(found)
     model.save_pretrained(folder)
     _keep_own_files(base.folder, folder, padding)
@@ -82,9 +89,10 @@ def _keep_own_files(base: Path, folder: Path, padding: str) -> None:
         text["pad_token_id"] = own["pad_token_id"]
     (folder / "config.json").write_text(json.dumps(own, indent=2) + "\n")
     copy_tokenizer(base, folder)
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    described = folder / "tokenizer_config.json"
+    settings: dict[str, Any] = json.loads(described.read_text()) if described.exists() else {}
     settings |= {"pad_token": padding, "padding_side": "right"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    described.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
     special = folder / "special_tokens_map.json"
     if special.exists():
         named = json.loads(special.read_text()) | {"pad_token": padding}

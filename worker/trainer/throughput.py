@@ -16,9 +16,9 @@ from worker.trainer.model import Policy
 
 def layer_weights(causal: Any) -> int:
     """Weights of the linear layers that every token passes: no embeddings, no head, no adapter."""
-    head, found = causal.get_output_embeddings(), 0
+    head, found = {id(module) for module in causal.get_output_embeddings().modules()}, 0
     for name, module in causal.named_modules():
-        if module is head or "lora_" in name:
+        if id(module) in head or "lora_" in name:
             continue
         if hasattr(module, "in_features") and hasattr(module, "out_features") and not hasattr(module, "base_layer"):
             found += module.in_features * module.out_features

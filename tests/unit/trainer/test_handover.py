@@ -19,8 +19,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from app.jobs.spec import JobSpec
 from tests.tiny_model import CORPUS
 from tests.unit.trainer.work import BASE_NAME, dpo_method, make_pairs, make_work_folder, run_in_process
+from worker.trainer.loading import _with_adapter
 from worker.trainer.merge import merge
 from worker.trainer.tokenizer import padding_token
 
@@ -273,3 +275,31 @@ def test_control_tokens_that_were_never_learned_are_told_and_can_be_trained(
         with torch.no_grad():
             logps = merged(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[length - 1 :]
         assert entry["logps"][0] == pytest.approx(logps.sum().item(), rel=1e-4)
+
+
+def test_what_is_trained_whole_keeps_its_precision_on_a_base_in_half_of_it(tmp_path: Path) -> None:
+    """As on a GPU: the base is in bfloat16, and what was trained in float32 is gone on with in float32."""
+    base = make_base(tmp_path / "base", "llama", SPECIAL, {})
+    spec = JobSpec.model_validate(
+        {"model": "m", "training_file": "f", "adapter": {"r": 4, "modules_to_save": ["embed_tokens", "lm_head"]}}
+    )
+
+    def half() -> Any:
+        return AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+
+    adapted = _with_adapter(half(), spec, None, trainable=True)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if parameter.requires_grad:
+                assert parameter.dtype == torch.float32, name
+                parameter.add_(torch.randn_like(parameter) * 1e-3)
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    again = _with_adapter(half(), spec, tmp_path / "adapter", trainable=True)
+    trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    resumed = {name: p for name, p in again.named_parameters() if p.requires_grad}
+    assert trained.keys() == resumed.keys()
+    for name, parameter in trained.items():
+        assert torch.equal(parameter, resumed[name]), name
+    with torch.autocast("cpu", torch.bfloat16):
+        states = again.get_base_model().model(input_ids=torch.arange(3, 20)[None]).last_hidden_state
+    assert states.dtype == torch.bfloat16, "activations stay in the base's precision"
