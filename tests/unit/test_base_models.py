@@ -96,10 +96,13 @@ def test_an_index_names_the_files_that_count_and_all_must_be_there(root: Path) -
     assert "tiny" not in {model.name for model in base_models(root).local()}
 
 
-def test_weights_in_other_files_are_named_as_the_reason(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_in_other_files_are_named_as_the_reason(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, str] = {}
+    monkeypatch.setattr(BaseModels, "_ignore", lambda _, folder, reason: told.update({folder.name: reason}))
     (root / "tiny" / "model.safetensors").rename(root / "tiny" / "pytorch_model.bin")
     assert "tiny" not in base_models(root).folders()
-    assert "pytorch_model.bin: convert them to safetensors" in capsys.readouterr().out
+    assert told["tiny"] == "its weights are in pytorch_model.bin: convert them to safetensors"
+    assert told["no-weights"] == "it has no model.safetensors and no model.safetensors.index.json"
 
 
 @pytest.mark.parametrize(
