@@ -19,6 +19,7 @@ from worker.trainer.loading import load_policy
 from worker.trainer.memory import fits_as_float32
 from worker.trainer.methods import Found
 from worker.trainer.model import Base, Policy
+from worker.trainer.naming import write_for_servers
 from worker.trainer.plan import Stage
 
 DRIFT_ROWS = 32
@@ -46,6 +47,8 @@ def write(folder: Path, policy: Policy, results: Results, events: Events) -> Non
         if policy.full:
             policy.model.to(dtype_of(results.base.folder))  # as the base is; until now it was trained in float32
         policy.save(folder)
+        if not policy.full:
+            write_for_servers(results.base.folder, folder)
     _write_csv(folder / "metrics.csv", _columns(results.history), results.history)
     _write_csv(folder.parent / "result.csv", list(RESULT_COLUMNS), _result_rows(results.history))
     (folder / "spec.json").write_text(json.dumps(results.public_spec, indent=2, sort_keys=True) + "\n")

@@ -12,7 +12,6 @@ import math
 import shutil
 import sys
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,13 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.pytorch_utils import Conv1D
+from transformers import AutoModelForCausalLM
 
 from worker.model_files import INDEX, config_of, prequantized, weight_files
 from worker.trainer.events import UserError, first_line
 from worker.trainer.memory import fits_as_float32
+from worker.trainer.naming import DOWN, PREFIX, Place, places
 
-PREFIX, DOWN = "base_model.model.", ".lora_A.weight"
 PARTS = (DOWN, ".lora_B.weight", ".lora_magnitude_vector")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -44,41 +40,21 @@ def merge(base: Path, adapter: Path, output: Path, dtype: torch.dtype) -> None:
     config = json.loads((adapter / "adapter_config.json").read_text())
     tensors = load_file(adapter / "adapter_model.safetensors")
     output.mkdir(parents=True)
-    places = _places(base, tensors)
-    if places is None:
+    found = _places(base, tensors)
+    if found is None:
         _merge_in_memory(base, adapter, set(tensors), output, dtype)
     else:
-        _merge_by_file(base, output, dtype, config, tensors, places)
+        _merge_by_file(base, output, dtype, config, tensors, found)
     _describe(base, adapter, output, dtype)
 
 
-@dataclass(frozen=True)
-class _Target:
-    """A linear layer with an adapter: its module's name, and whether its weight is [inputs, outputs], as GPT-2's."""
-
-    module: str
-    transposed: bool
-
-
-def _places(base: Path, tensors: dict[str, Tensor]) -> dict[str, _Target] | None:
+def _places(base: Path, tensors: dict[str, Tensor]) -> dict[str, Place] | None:
     """By the names in the base's files, the weights that the adapter changes; None where they are not there as such."""
     modules = {name.removeprefix(PREFIX).removesuffix(DOWN) for name in tensors if name.endswith(DOWN)}
     if any(not name.startswith(PREFIX) or not name.endswith(PARTS) for name in tensors):
         return None
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base, local_files_only=True))
-    transforms = get_model_conversion_mapping(model)
-    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
-    converters = [one for one in transforms if isinstance(one, WeightConverter)]
-    weights, found = model.state_dict(), dict[str, _Target]()
-    for path in weight_files(base):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                renamed, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, weights)
-                module = renamed.removesuffix(".weight")
-                if converter is None and module in modules and renamed.endswith(".weight"):
-                    found[name] = _Target(module, isinstance(model.get_submodule(module), Conv1D))
-    return found if {target.module for target in found.values()} == modules else None
+    found = places(base, modules)
+    return found if {place.module for place in found.values()} == modules else None
 
 
 def _merge_by_file(
@@ -87,7 +63,7 @@ def _merge_by_file(
     dtype: torch.dtype,
     config: dict[str, Any],
     tensors: dict[str, Tensor],
-    places: dict[str, _Target],
+    places: dict[str, Place],
 ) -> None:
     rank = config["r"]
     scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)

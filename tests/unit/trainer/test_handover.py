@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -20,6 +22,7 @@ from transformers import (
 )
 
 from app.jobs.spec import JobSpec
+from tests.model_table import write
 from tests.tiny_model import CORPUS
 from tests.unit.trainer.work import BASE_NAME, dpo_method, make_pairs, make_work_folder, run_in_process
 from worker.trainer.loading import _with_adapter
@@ -303,3 +306,32 @@ def test_what_is_trained_whole_keeps_its_precision_on_a_base_in_half_of_it(tmp_p
     with torch.autocast("cpu", torch.bfloat16):
         states = again.get_base_model().model(input_ids=torch.arange(3, 20)[None]).last_hidden_state
     assert states.dtype == torch.bfloat16, "activations stay in the base's precision"
+
+
+def test_a_model_that_also_sees_has_its_adapter_under_the_names_of_its_files_too(tmp_path: Path) -> None:
+    """As Qwen3.5 is published: its text alone is loaded here, and a server loads the whole by the files' names."""
+    base = tmp_path / "base"
+    make_base(base, "llama", ["<|end|>"], {})
+    assert write("qwen3_5", tmp_path / "tiny", {}) is None
+    shutil.copyfile(tmp_path / "tiny/config.json", base / "config.json")
+    tensors = load_file(tmp_path / "tiny/model.safetensors")
+    published = {name.replace("model.", "model.language_model.", 1): value for name, value in tensors.items()}
+    published["model.visual.patch_embed.proj.weight"] = torch.ones(4, 4)
+    save_file(published, base / "model.safetensors", metadata={"format": "pt"})
+    output = run(tmp_path / "job", base)
+    ours = load_file(output / "adapter_model.safetensors")
+    theirs = load_file(output / "vllm/adapter_model.safetensors")
+    inside, prefix = "base_model.model.model.", "base_model.model.model.language_model."
+    assert {name.replace(inside, prefix): value.sum().item() for name, value in ours.items()} == {
+        name: value.sum().item() for name, value in theirs.items()
+    }
+    # vLLM's own rule for this model: model.language_model. → language_model.model.
+    served = {name.replace("model.model.language_model.", "model.language_model.model.") for name in theirs}
+    assert all(name.startswith("base_model.model.language_model.model.layers.") for name in served)
+    merge(base, output, tmp_path / "merged", torch.float32)
+    merged = load_file(tmp_path / "merged/model.safetensors")
+    assert merged.keys() == published.keys(), "the merged model has all that the base has, under its names"
+    changed = {name for name, value in merged.items() if not torch.equal(value, published[name].float())}
+    assert changed == {f"{name.removeprefix('base_model.model.').removesuffix('.lora_A.weight')}.weight"
+                       for name in theirs if name.endswith(".lora_A.weight")}  # fmt: skip
+    assert not (run(tmp_path / "plain", make_base(tmp_path / "text", "llama", ["<|end|>"], {})) / "vllm").exists()
