@@ -4,7 +4,7 @@ import csv
 import gc
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ class Results:
     history: list[dict[str, Any]]
     stage: Stage
     validation: Found
+    final: dict[str, float] = field(default_factory=dict)
+    """The validation of the weights that are kept, where they are not those of the last step."""
 
 
 def write(folder: Path, policy: Policy, results: Results, events: Events) -> None:
@@ -167,6 +169,7 @@ def _card(results: Results, kind: str, drift: str) -> str:
     last: dict[str, Any] = {}
     for entry in results.history:
         last |= entry if entry["stage"] == results.stage.name else {}
+    last |= results.final
     metrics = "\n".join(f"| {name} | {value:.6g} |" for name, value in sorted(last.items()) if isinstance(value, float))
     adapter = "none: all parameters were trained"
     if isinstance(spec.adapter, Adapter):

@@ -105,9 +105,8 @@ class Trainer:
             self._run_stage(stage, others)
             self.resume = None
         trained = time.monotonic()
-        results = artifact.Results(
-            self.spec, self.public_spec, self.base, self.state.history, self.stages[-1], self.validation_logps
-        )
+        history, found, kept = self.state.history, self.validation_logps, self._final
+        results = artifact.Results(self.spec, self.public_spec, self.base, history, self.stages[-1], found, kept)
         artifact.write(self.folder / "output", self.policy, results, self.events)
         self.events.emit(
             "done",

@@ -103,6 +103,19 @@ def test_the_report_says_beforehand_what_each_choice_would_cut(tmp_path: Path) -
         assert (candidate["prompts_cut"], candidate["answers_cut"]) == (told.prompts, told.answers)
 
 
+def test_prompts_that_end_with_a_space_are_told_with_the_mapping_that_avoids_it(tmp_path: Path) -> None:
+    path, found = tmp_path / "data.jsonl", {}
+    for end in (" ", ""):
+        rows = [
+            {"prompt": f"{k}. what?\n\nAnswer:{end}", "completion": f"{'' if end else ' '}the cat."} for k in range(12)
+        ]
+        write_records(path, rows)
+        found[end] = count(path, TOKENIZER, Recipe(Kind.SUPERVISED, 64), len(rows))["warnings"]
+    (told,) = found[" "]
+    assert told.startswith("12 prompts end in a character") and '"completion": " {answer}"' in told
+    assert found[""] == []
+
+
 # -- the split ------------------------------------------------------------------------------------------------
 
 

@@ -363,6 +363,9 @@ def test_early_stopping_keeps_the_best_weights(llama: Path, tmp_path: Path) -> N
     assert final == pytest.approx(losses[best], rel=1e-5)
     rows = read_csv(folder / "output" / "metrics.csv")
     assert len(rows) == len(losses)
+    assert f"| eval/loss | {final:.6g} |" in (folder / "output" / "README.md").read_text(), (
+        "the card is of what is kept"
+    )
     last = of_kind(events, "checkpoint")[-1]["path"]
     left = load_file(folder / last / "model" / "adapter_model.safetensors")
     for name, kept in weights_of(folder).items():
