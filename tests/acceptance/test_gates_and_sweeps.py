@@ -150,6 +150,8 @@ def test_a_sweep_computes_once_what_its_jobs_share_and_compares_them(
         files,
         evaluations=[{"name": "e", "type": "reward_kl", "data": files["held"], "sampling": sampling, "judge": judge}],
     )
+    # Rows of its own: by the same ones and a seed that draws the same split, an earlier test had computed them.
+    body["training_file"] = upload(service, write(tmp_path / "own.jsonl", pairs(40, seed=7)), "fine-tune")
     del body["seed"]
     (tmp_path / "job.json").write_text(json.dumps(body))
     given = ("--spec", str(tmp_path / "job.json"), "--grid", "beta=0.1", "--grid", 'loss=["sigmoid", "ipo"]')
