@@ -72,14 +72,15 @@ def _gate(text: str) -> dict[str, Any]:
 
 def upload_files(client: Client, job: dict[str, Any]) -> None:
     """Upload the files of a job's body that are named by their paths, and put their ids in their places."""
+
+    def uploaded(named: Any) -> Any:
+        return client.upload(Path(named))["id"] if isinstance(named, str) and Path(named).is_file() else named
+
     for field in ("training_file", "validation_file"):
-        if isinstance(job.get(field), str) and Path(job[field]).is_file():
-            job[field] = client.upload(Path(job[field]))["id"]
-    more = job.get("more_training_files")
-    if isinstance(more, list):
-        job["more_training_files"] = [
-            client.upload(Path(name))["id"] if isinstance(name, str) and Path(name).is_file() else name for name in more
-        ]
+        if field in job:
+            job[field] = uploaded(job[field])
+    if isinstance(job.get("more_training_files"), list):
+        job["more_training_files"] = [uploaded(named) for named in job["more_training_files"]]
     for evaluation in job.get("evaluations") or []:
         if isinstance(evaluation.get("data"), str) and Path(evaluation["data"]).is_file():
             evaluation["data"] = client.upload(Path(evaluation["data"]), {"purpose": "evals"})["id"]

@@ -42,8 +42,10 @@ def _duration(seconds: float | None) -> str:
 
 def _side(side: dict[str, Any] | None) -> str:
     """What a side of an evaluation is: a model, a file, or the data's own answers."""
-    if side is None or "reference" in side:
-        return "" if side is None else "reference"
+    if side is None:
+        return ""
+    if "reference" in side:
+        return "reference"
     return f"{side['answers']} answers" if "answers" in side else str(next(iter(side.values())))
 
 

@@ -49,7 +49,8 @@ def write(folder: Path, policy: Policy, results: Results, events: Events) -> Non
         if policy.full:
             policy.model.to(dtype_of(results.base.folder))  # as the base is; until now it was trained in float32
         policy.save(folder)
-        if not policy.full:
+        # Of a base that also sees or hears the text's part may be all that was loaded.
+        if not policy.full and policy.causal.config.model_type != config_of(results.base.folder)["model_type"]:
             write_for_servers(results.base.folder, folder)
     _write_csv(folder / "metrics.csv", _columns(results.history), results.history)
     _write_csv(folder.parent / "result.csv", list(RESULT_COLUMNS), _result_rows(results.history))

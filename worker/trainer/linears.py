@@ -117,8 +117,10 @@ def not_quantised(model: Any) -> list[str]:
 
 
 def has_experts(model: Any) -> bool:
-    """Whether `model` chooses from experts."""
-    return any(_of_experts(name) for name, _ in model.named_modules())
+    """Whether `model` chooses from experts: its configuration counts them, or it has modules of that name."""
+    config = model.config.get_text_config()
+    counted = any(getattr(config, name, None) for name in _EXPERTS)
+    return counted or any(_of_experts(name) for name, _ in model.named_modules())
 
 
 def is_ordinary(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from app.jobs.spec import Adapter, JobSpec
@@ -21,7 +21,8 @@ from worker.trainer.data import Tokenizer
 from worker.trainer.events import Events, UserError, first_line
 from worker.trainer.linears import adaptable, has_experts, is_ordinary, not_quantised, short_names
 from worker.trainer.lora import with_fast_layers
-from worker.trainer.model import REWARD_HEAD, Base, Policy
+from worker.trainer.model import HALVES, REWARD_HEAD, Base, Policy
+from worker.trainer.naming import without_weights
 from worker.trainer.packing import Packing
 from worker.trainer.rendering import Renderer
 from worker.trainer.tokenizer import load_tokenizer
@@ -29,7 +30,6 @@ from worker.trainer.tokenizer import load_tokenizer
 CPU_BUDGET, CUDA_BUDGET = 2048, 8192
 """Tokens of a pack: long ones spread over more tokens what a pass costs whatever its length, on a GPU the unpacking
 of quantised weights above all."""
-COMPUTED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _DROPOUT = re.compile(r"dropout|drop_prob|drop_rate|layerdrop|drop_path")
 """Attributes of a layer by which it draws at random while it trains."""
 
@@ -93,7 +93,7 @@ def wrap(
     ends = Renderer(tokenizer, spec.rendering).ends
     policy = Policy(model, tokenizer, base.name, base.revision, full, device, packing, own, base.folder, ends)
     if cuda:
-        policy.computed_in = COMPUTED[spec.compute_dtype or "bf16"]
+        policy.computed_in = HALVES[spec.compute_dtype or "bf16"]
     elif spec.compute_dtype is not None:
         events.message("'compute_dtype' is for GPUs: this worker computes in float32.", level="warn")
     policy._dropout = [m for name, m in model.named_modules() if "lora_dropout" in name and isinstance(m, nn.Dropout)]
@@ -125,7 +125,7 @@ def _load_base(folder: Path, spec: JobSpec, device: torch.device, method: str | 
     """The model in `folder`. `method`: how its weights are quantised on the disk already, which stays as it is."""
     dtype = torch.float32
     if device.type == "cuda" and spec.adapter != "none":
-        dtype = COMPUTED[spec.compute_dtype or "bf16"]
+        dtype = HALVES[spec.compute_dtype or "bf16"]
     own, double = spec.quantization or "none", spec.double_quantization is not False
     model = AutoModelForCausalLM.from_pretrained(
         folder,
@@ -149,8 +149,7 @@ def quantisation(name: str, dtype: torch.dtype, folder: Path, *, double: bool = 
     """
     if name == "none":
         return {}
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    empty = without_weights(folder)
     skipped = not_quantised(empty)
     # A list of our own takes the place of transformers', which has the head in it.
     skip = [*get_keys_to_not_convert(empty), *skipped] if skipped else None

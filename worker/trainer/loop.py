@@ -35,6 +35,7 @@ from worker.trainer.checkpoint import State
 from worker.trainer.dataset import Rows, require_embedded
 from worker.trainer.embeddings import untrained
 from worker.trainer.events import Events, Stopped, UserError
+from worker.trainer.linears import has_experts
 from worker.trainer.loading import load_policy
 from worker.trainer.methods import Found, Method, Preference, References, Supervised, Work
 from worker.trainer.model import Base, Policy
@@ -142,8 +143,9 @@ class Trainer:
         return sum(stage.steps for stage in self.stages) - self.state.skipped
 
     @cached_property
-    def _layer_weights(self) -> int:
-        return throughput.layer_weights(self.policy.causal)
+    def _layer_weights(self) -> int | None:
+        """The weights that each token passes; None where it passes some of the experts only."""
+        return None if has_experts(self.policy.causal) else throughput.layer_weights(self.policy.causal)
 
     def _stages(self, model: Path) -> list[Stage]:
         try:
@@ -369,7 +371,7 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
             "peak_memory_bytes": float(memory.peak_bytes(policy.device)),
         }
-        if not throughput.has_experts(policy.causal):
+        if self._layer_weights is not None:
             needed = throughput.needed_flops(policy, self._layer_weights, work.tokens, work.scored)
             metrics["mfu"] = needed / (seconds * throughput.peak_flops(policy.device))
         return metrics

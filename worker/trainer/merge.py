@@ -25,10 +25,10 @@ from transformers import AutoModelForCausalLM
 from worker.model_files import INDEX, config_of, prequantized, weight_files
 from worker.trainer.events import UserError, first_line
 from worker.trainer.memory import fits_as_float32
+from worker.trainer.model import HALVES
 from worker.trainer.naming import DOWN, PREFIX, Place, places
 
 PARTS = (DOWN, ".lora_B.weight", ".lora_magnitude_vector")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def merge(base: Path, adapter: Path, output: Path, dtype: torch.dtype) -> None:
@@ -140,7 +140,7 @@ def _describe(base: Path, adapter: Path, output: Path, dtype: torch.dtype) -> No
 
 def main() -> int:
     folder = Path(sys.argv[1])
-    dtype = DTYPES[json.loads((folder / "merge.json").read_text())["dtype"]]
+    dtype = HALVES[json.loads((folder / "merge.json").read_text())["dtype"]]
     found: dict[str, Any] = {}
     try:
         merge(folder / "base", folder / "adapter", folder / "output", dtype)

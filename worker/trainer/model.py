@@ -20,6 +20,8 @@ from worker.trainer.packing import Pack, Packing
 from worker.trainer.tokenizer import copy_tokenizer, write_ends
 
 REWARD_HEAD = "reward_head.safetensors"
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""The precisions of 16 bits by the names that a job and a merge have for them."""
 
 
 @dataclass(frozen=True)

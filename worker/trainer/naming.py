@@ -15,7 +15,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from worker.model_files import config_of, weight_files
+from worker.model_files import weight_files
 
 PREFIX, DOWN = "base_model.model.", ".lora_A.weight"
 FOR_SERVERS = "vllm"
@@ -32,7 +32,7 @@ class Place:
 
 def places(base: Path, modules: Collection[str]) -> dict[str, Place]:
     """By their names in the base's files, the weights that go to `modules` as they are, by transformers' own rules."""
-    model = _empty(base)
+    model = without_weights(base)
     transforms = get_model_conversion_mapping(model)
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
@@ -48,12 +48,10 @@ def places(base: Path, modules: Collection[str]) -> dict[str, Place]:
 
 
 def write_for_servers(base: Path, folder: Path) -> None:
-    """Put the adapter in `folder` once more into a folder in it, under the names that the base's files have, where the
-    base also sees or hears, and its text alone was loaded: peft wants the names of what is loaded, vLLM those of the
-    files.
+    """Put the adapter in `folder` once more into a folder in it, under the names that the base's files have.
+
+    peft wants the names of the loaded model, vLLM those of the files. Where they are the same, nothing is written.
     """
-    if _empty(base).config.model_type == config_of(base)["model_type"]:
-        return
     tensors = load_file(folder / "adapter_model.safetensors")
     modules = {name.removeprefix(PREFIX).removesuffix(DOWN) for name in tensors if name.endswith(DOWN)}
     names = {place.module: name.removesuffix(".weight") for name, place in places(base, modules).items()}
@@ -72,6 +70,7 @@ def write_for_servers(base: Path, folder: Path) -> None:
     (place / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
-def _empty(base: Path) -> Any:
+def without_weights(base: Path) -> Any:
+    """The model in `base` as its configuration says, without memory for its weights."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base, local_files_only=True))

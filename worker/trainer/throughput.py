@@ -27,12 +27,6 @@ def layer_weights(causal: Any) -> int:
     return found
 
 
-def has_experts(causal: Any) -> bool:
-    """Whether a token passes only some of the layers, so that the weights cannot be counted this way."""
-    config = causal.config.get_text_config()
-    return any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
-
-
 def needed_flops(policy: Policy, layers: int, tokens: int, scored: int) -> float:
     """FLOPs of a training step over `tokens` distinct tokens, `scored` of which are predicted.
 
