@@ -34,11 +34,11 @@ FIXED: dict[str, Any] = {"initializer_range": 0.2, "init_std": 0.2, "use_cache":
 
 TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 UNSAID = {"head_dim": 8, "num_key_value_heads": 2, "num_experts_per_tok": 2}
-"""What a configuration must say that leaves it open."""
+"""Values for a configuration that leaves them open."""
 
 
 def small(values: dict[str, Any]) -> dict[str, Any]:
-    """Of the numbers of a configuration those that are to be others, nested configurations included."""
+    """The values of a configuration that are to be others, nested configurations included."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict) and name.endswith("config") and name != "per_layer_config":
@@ -137,7 +137,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "xlm": {"emb_dim": 32, "causal": True},
     "xmod": {"default_language": "en_XX"},
 }  # fmt: skip
-"""What the rules above do not find, by type."""
+"""Values that the rules above do not find, by type."""
 
 
 def tiny_model(kind: str, **changes: Any) -> Any:

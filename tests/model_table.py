@@ -1,4 +1,4 @@
-"""What becomes of every causal model type of transformers: a tiny random model of it, loaded and scored as a job would.
+"""The outcome for every causal model type of transformers: a tiny random model is loaded and scored as a job would.
 
 `python -m tests.model_table` writes the table of docs/models.md, a test holds it up to date.
 """

@@ -1,4 +1,4 @@
-"""What a model's folder holds, read without the libraries that would load it."""
+"""The files of a model's folder, read without the libraries that would load them."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def why_no_weights(folder: Path) -> str:
-    """What a folder without safetensors has in their place."""
+    """The reason to give for a folder without safetensors: it names the files in their place."""
     others = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth", "*.gguf") for path in folder.glob(kind))
     if not others:
         return f"it has no {WHOLE} and no {INDEX}"

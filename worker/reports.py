@@ -72,8 +72,8 @@ def reward_kl(items: Sequence[Item]) -> Report:
     """Mean reward and KL(π‖π_ref) at each temperature, over prompts.
 
     The KL of sequences is estimated by its definition, E_{y∼π}[log π(y|x) − log π_ref(y|x)], where π is the
-    distribution that was sampled from, tempered and cut as it was. Of best of N it is the bound, in the place of what
-    nobody can sample.
+    distribution that was sampled from, tempered and cut as it was. For best of N the bound stands in its place, since
+    nobody can sample the KL.
     """
     found, judged = [], "reward" in items[0]
     for temperature in sorted({item["temperature"] for item in items}):

@@ -26,7 +26,7 @@ class Classifier(Strict):
 
 
 class Scorer(Strict):
-    """What gives one answer a score: a reward model that was trained here, or a classifier."""
+    """A scorer gives one answer a score: a reward model that was trained here, or a classifier."""
 
     type: Literal["reward_model", "classifier"]
     model: ModelName | None = None
@@ -42,7 +42,7 @@ class Scorer(Strict):
 
 
 class BestOf(Strict):
-    """Of `n` answers of the model to a prompt the one that `by` likes best: the paper's strongest baseline, which needs
+    """The one that `by` likes best, among `n` answers to a prompt: the paper's strongest baseline, which needs
     no training. Its KL to the model is at most log n − (n − 1)/n (Beirami et al. 2024).
     """
 
@@ -67,9 +67,9 @@ class Side(Strict):
     answers: Literal["chosen", "rejected"] | None = None
     """The preferred answers of `data` (or its reference answers, where there is one each), or the other ones."""
     reference: Literal[True] | None = None
-    """What the candidate was held to in its training: what `"baseline": "reference"` says."""
+    """`"baseline": "reference"` says this: the model that the candidate's training was held to."""
     best_of: BestOf | None = None
-    """Of the answers of `model`, the best of several."""
+    """The best of several answers of `model`."""
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:
@@ -263,8 +263,8 @@ class EvaluationSpec(RenderingSettings):
     """Only so many rows of `data`, drawn by the seed."""
     candidate: Side | None = None
     baseline: Baseline | None = None
-    """What the candidate is compared with. `"reference"`, the default but for `win_rate`: what its training was held
-    to, the model that it was trained from or what the job's own SFT stage left."""
+    """The side that the candidate is compared with. The default but for `win_rate` is `"reference"`: what its training
+    was held to, the model that it was trained from or what the job's own SFT stage left."""
     beta: Annotated[float, Field(gt=0, le=100)] | None = None
     """Of the implicit reward β·log(π/π_ref). Without one, what the candidate was trained with."""
     sampling: Sampling | None = None

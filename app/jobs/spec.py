@@ -160,10 +160,10 @@ class JobSpec(RenderingSettings):
     """None: a new LoRA adapter with the defaults, or the one that `model` already has."""
     quantization: Quantization | None = None
     double_quantization: bool | None = None
-    """Of `nf4`: quantise the blocks' scales too (Dettmers et al. 2023), the default; `false` needs 0.37 bits a weight
+    """`nf4` quantises the blocks' scales too (Dettmers et al. 2023). With `false` it does not, for 0.37 bits a weight
     more."""
     compute_dtype: Literal["bf16", "fp16"] | None = None
-    """What a GPU computes an adapter's training in. The default is bf16, which cards before Ampere lack; with fp16
+    """The precision in which a GPU trains an adapter. The default is bf16, which cards before Ampere lack; with fp16
     losses are scaled. A CPU computes in float32."""
     suffix: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] | None = None
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None

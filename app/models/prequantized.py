@@ -1,7 +1,7 @@
 """Base models whose weights are quantised on the disk already: what can be trained on them."""
 
 OWN = {"bnb-4bit": "nf4", "bnb-8bit": "int8"}
-"""What a job calls the quantisation of those that can: they stay as they are."""
+"""Those that can be trained on, with the name that a job has for their quantisation. They stay as they are."""
 
 
 def refusal(name: str, method: str, *, quantization: str, full: bool, rewards: bool) -> tuple[str, str] | None:

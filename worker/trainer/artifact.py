@@ -81,7 +81,7 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 def dtype_of(base: Path) -> torch.dtype:
-    """What the weights of the model in `base` are stored in, most of them."""
+    """The precision of most of the stored weights of the model in `base`."""
     counts: Counter[str] = Counter()
     for path in weight_files(base):
         with safe_open(path, framework="pt") as file:

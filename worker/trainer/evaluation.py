@@ -51,7 +51,7 @@ FIXED = -1.0
 """In the place of a temperature: an answer that was not sampled."""
 Item = dict[str, Any]
 CompletionKey = tuple[float, int, int]
-"""Of a completion its temperature, its row, and its number among those of the row."""
+"""The temperature of a completion, its row, and its number among those of the row."""
 Key = TypeVar("Key", int, tuple[int, int])
 
 
@@ -116,7 +116,7 @@ class Evaluator:
     # -- what each type does -----------------------------------------------------------------------------------
 
     def _preference(self) -> list[Item]:
-        """Of each pair its margin of implicit rewards, β·[log π/π_ref (chosen) − log π/π_ref (rejected)].
+        """The margin of implicit rewards of each pair, β·[log π/π_ref (chosen) − log π/π_ref (rejected)].
 
         The implicit reward is Rafailov et al. 2023, Eq. 5. `prompt_number` is shared by items of one prompt, here and
         in the other types.
@@ -505,7 +505,7 @@ class Evaluator:
             item |= {"asked": bool(answers), "verdicts": verdicts(answers, sides), "judgements": answers}
 
     def _rewards(self, scorer: Scorer | Judge, name: str, answers: list[tuple[Example, str]]) -> list[float]:
-        """What a scorer, whose model is the side `name`, says of each answer to its prompt."""
+        """The score of each answer to its prompt, by a scorer whose model is the side `name`."""
         if scorer.classifier is not None:
             try:
                 classifier = LinearClassifier.load(self.folder / scorer.classifier.file)

@@ -83,7 +83,7 @@ def _close(values: Tensor, expected: Tensor, tolerance: Tensor) -> bool:
 def _why_off(
     policy: Policy, rows: Sequence[Row], numbers: list[int], expected: Tensor, tolerance: Tensor
 ) -> str | None:
-    """What is wrong with the log-probs as the policy computes them now; None where nothing is."""
+    """The reason why the policy's log-probs are wrong as it computes them now; None where they are right."""
     packing = replace(policy.packing, merge=False)
     pack = packing.build(trees(rows, numbers, packing.budget, merge=False)).to(policy.device)
     try:
@@ -96,7 +96,7 @@ def _why_off(
 
 
 def _own_logps(policy: Policy, row: Row) -> Tensor:
-    """What the model's own forward pass says of each response of `row`, one at a time."""
+    """The log-probs of each response of `row` by the model's own forward pass, one at a time."""
     found = []
     for response in row.responses:
         ids = torch.tensor([*row.prompt, *response.ids], device=policy.device)

@@ -23,7 +23,7 @@ _READ = re.compile(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|size))")
 _PROBED = 16
 """Tokens of the text that shows which layers text passes."""
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
-"""What configurations call the number of experts that a router chooses from."""
+"""Names that configurations have for the number of experts."""
 
 
 def adaptable(model: Any) -> list[str]:

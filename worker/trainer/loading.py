@@ -211,7 +211,7 @@ def _widen(model: Any) -> None:
 
 
 def _saved(model: Any, asked: Sequence[str]) -> list[str]:
-    """What the model itself calls its embeddings and its head, those of them that are `asked` for."""
+    """The model's own names of its embeddings and its head, of those that are `asked` for."""
     meant = {"embed_tokens": model.get_input_embeddings(), "lm_head": model.get_output_embeddings()}
     return [name for name, module in model.named_modules() if any(module is meant[one] for one in asked)]
 

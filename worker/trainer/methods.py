@@ -54,8 +54,8 @@ class Part(NamedTuple):
 
 
 class Values(NamedTuple):
-    """What the policy says of each response of a pack, [R]: what the loss sees, the log-probs themselves (of a reward
-    model the rewards), and WPO's alignment.
+    """Values of each response of a pack, [R]: those that the loss sees, the log-probs (a reward model's rewards), and
+    WPO's alignment.
     """
 
     seen: Tensor
@@ -225,8 +225,9 @@ class Preference:
         return Values(scores.responses, per_response(pack, scores.tokens.logps.detach()), alignment)
 
     def _reference(self, pack: Pack, known: Reference | None) -> tuple[Tensor, Tensor]:
-        """What the loss sees of the reference for each response of each row of `pack`, and its log-probs, [R]; zeros
-        where the loss has none.
+        """The reference's values for each response of each row of `pack`, as the loss sees them, and its log-probs.
+
+        Each is [R], and zero where the loss has no reference.
         """
         if self.moved and self.anchor is not None:
             with torch.no_grad(), self._reference_weights(self.anchor):

@@ -68,7 +68,7 @@ class Policy:
     own_head: bool = False
     compiled: bool = False
     computed_in: torch.dtype | None = None
-    """What autocast computes in; None: everything is in the weights' own precision."""
+    """The precision of autocast; None: everything is in the weights' own."""
     loss_scale: float = 1.0
     reward_head: nn.Linear | None = None
     _dropout: list[nn.Dropout] = field(default_factory=list)
@@ -183,7 +183,7 @@ class Policy:
         return torch.cat(found)[torch.cat(places).argsort()]
 
     def logits(self, ids: Tensor) -> Tensor:
-        """What the model as it is says of one text's tokens `ids` [T]: [T, V]."""
+        """The logits of the model as it is for one text's tokens `ids` [T]: [T, V]."""
         with self.autocast():
             logits: Tensor = self.causal(input_ids=ids[None], use_cache=False).logits
         return logits[0]
@@ -193,8 +193,9 @@ class Policy:
 
     @property
     def loss_scales(self) -> tuple[float, ...]:
-        """What a loss is multiplied by for its backward pass, the first that overflows nothing (Micikevicius et al.
-        2018): gradients of half precision vanish below 6e-8.
+        """Factors of a loss for its backward pass, the first that overflows nothing counts (Micikevicius et al. 2018).
+
+        Gradients of half precision vanish below 6e-8.
         """
         return (2.0**14, 2.0**9, 2.0**4, 1.0) if self.computed_in == torch.float16 else (1.0,)
 

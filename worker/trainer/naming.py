@@ -1,4 +1,4 @@
-"""What the layers of a loaded model are called in its checkpoint's files, which servers go by."""
+"""Names that the layers of a loaded model have in its checkpoint's files, which servers go by."""
 
 import json
 import shutil

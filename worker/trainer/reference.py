@@ -33,7 +33,7 @@ class Reference:
     seen: Tensor
 
     def of(self, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
-        """What the loss sees of responses `column` [R] of rows `row` [R], and their log-probs."""
+        """The values that the loss sees of responses `column` [R] of rows `row` [R], and their log-probs."""
         place = self.first[row] + column
         return self.seen[place], self.logps[place]
 

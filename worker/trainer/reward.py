@@ -76,7 +76,7 @@ def save(folder: Path, policy: Policy, base: Base, rows: Sequence[Row]) -> None:
 
 
 OURS = ("architectures", "id2label", "label2id", "pad_token_id", "dtype", "reward_mean", "reward_mean_answers")
-"""What a reward model's configuration says otherwise than its base's."""
+"""Fields in which a reward model's configuration differs from its base's."""
 
 
 def _keep_own_files(base: Path, folder: Path, padding: str) -> None:
@@ -100,7 +100,7 @@ def _keep_own_files(base: Path, folder: Path, padding: str) -> None:
 
 
 def _rewards(model: Any, texts: Sequence[Sequence[int]], tick: Callable[[], None]) -> list[float]:
-    """What the classifier `model` says of each text of tokens, a few of about one length at a time."""
+    """The classifier's score of each text of tokens, a few of about one length at a time."""
     found, padding = [0.0] * len(texts), model.config.pad_token_id
     order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
     with torch.no_grad():

@@ -1,6 +1,6 @@
 """A model's tokenizer: loaded, and handed on as its makers wrote it.
 
-What transformers writes of a tokenizer names classes of its own version. Whatever is made of a base model therefore
+transformers writes names of classes of its own version for a tokenizer. Whatever is made of a base model therefore
 carries the base's own files, unchanged but for what the artifact is about.
 """
 

@@ -369,7 +369,7 @@ def letters(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("letters")
 def test_best_of_n_takes_the_answer_that_its_scorer_likes_best(llama: Path, tmp_path: Path) -> None:
-    """Of the same completions as without it, four at a time; its KL is the bound log N − (N − 1)/N."""
+    """It chooses among the same completions as without it, four at a time. Its KL is the bound log N − (N − 1)/N."""
     every = lay_out(tmp_path / "every", llama, REWARD_KL | {"sampling": SAMPLING | {"samples": 8}})
     sampled = evaluate(every)
     spec = REWARD_KL | {"sampling": SAMPLING | {"samples": 2}, "baseline": None}

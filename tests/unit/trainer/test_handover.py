@@ -1,4 +1,4 @@
-"""What a job makes is loaded elsewhere: by transformers alone, by an older one, one text or many at a time."""
+"""Others load what a job makes: transformers alone, an older one, one text or many at a time."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What becomes of rows that are too long, what the report says of it beforehand, and which rows are held out."""
+"""Rows that are too long are cut as the report says beforehand; and rows are held out by their prompts."""
 
 import io
 import json

@@ -42,7 +42,7 @@ def rewards_of(batch: Batch, settings: DPOHyperparameters) -> Tensor:
     """The rewards that the job's loss compares, [B, K]: β f′(π/π_ref), which is β log(π/π_ref) for DPO (Rafailov et al.
     2023, Eq. 5), averaged over the answer's tokens where the loss does that; β log π without a reference.
 
-    Of a sum of losses it is the mean of its terms' rewards by their weights, whatever their order. Likelihood alone
+    A sum of losses has the mean of its terms' rewards by their weights, whatever their order. Likelihood alone
     (`sft`) compares nothing: it has no part, unless there is nothing else.
     """
     if settings.rewards:
