@@ -1,4 +1,4 @@
-"""Errors that the service's users are told of. `app.answers` says them over HTTP.
+"""Errors that the service's users are told of. `app.exception_handlers` says them over HTTP.
 
 ServiceError            400, and the base of all
 ├── Unauthenticated     401

@@ -14,13 +14,14 @@ from fastapi.staticfiles import StaticFiles
 from prometheus_client import CollectorRegistry, ProcessCollector
 
 from app import __version__
-from app.answers import ErrorResponse, install_handlers
 from app.dashboard.endpoints import FOLDER as DASHBOARD
 from app.dashboard.endpoints import router as dashboard_router
 from app.dashboard.session import NotSignedIn, ask_for_a_key
+from app.dataset_reports.endpoints import router as reports_router
 from app.dependencies import ServicesDependency
 from app.estimates.endpoints import router as estimates_router
 from app.evaluations.endpoints import router as evaluations_router
+from app.exception_handlers import ErrorResponse, install_handlers
 from app.files.endpoints import router as files_router
 from app.installation import name_of, owner_of
 from app.jobs.endpoints import router as jobs_router
@@ -32,7 +33,6 @@ from app.monitoring.collector import ServiceCollector
 from app.monitoring.endpoints import router as monitoring_router
 from app.monitoring.middleware import Observed
 from app.projects.endpoints import router as projects_router
-from app.reports.endpoints import router as reports_router
 from app.services import Services
 from app.settings import Settings
 from app.sweeps.endpoints import router as sweeps_router

@@ -12,21 +12,21 @@ from sqlalchemy import Connection
 import migrations
 from app.broker import Broker
 from app.database import Database
+from app.dataset_reports.service import Reports
+from app.encryption import Vault
 from app.estimates.service import Estimates
 from app.evaluations.service import Evaluations
 from app.files.service import Files
-from app.jobs.feed import Feed
+from app.jobs.event_feed import Feed
 from app.jobs.service import Jobs
 from app.keys.rates import Rates
 from app.keys.service import Keys
 from app.models.service import Models
 from app.projects.service import Projects
-from app.reports.service import Reports
 from app.settings import Settings
 from app.storage import Storage
 from app.sweeps.service import Sweeps
 from app.uploads.service import Uploads
-from app.vault import Vault
 from app.webhooks.service import Webhooks
 
 

@@ -32,7 +32,7 @@ class Settings(BaseSettings):
     """Of structured logs; what is less important is left out."""
     rate_limit: int = Field(6000, ge=0)
     """Requests a minute for each key; 0 is no limit."""
-    sweep_after_hours: float = Field(24.0, ge=0)
+    prune_after_hours: float = Field(24.0, ge=0)
     """Workers remove objects that no row needs when they are this old; 0: never."""
     retain_events_days: float = Field(365.0, ge=0)
     """Events, metrics and logs of jobs, and deliveries of webhooks, are kept so long after their end; 0: for ever."""
@@ -63,7 +63,7 @@ class Settings(BaseSettings):
             raise ValueError("must have 16 characters or more")
         return value
 
-    @field_validator("sweep_after_hours")
+    @field_validator("prune_after_hours")
     @classmethod
     def _long_enough_to_write(cls, value: float) -> float:
         if 0 < value < 1:

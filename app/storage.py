@@ -59,7 +59,7 @@ class Storage:
             await self.put_stream(key, chunks)
             yield
         except SQLAlchemyError:
-            raise  # the row may be there all the same: `dpo sweep` finds the object if it is not
+            raise  # the row may be there all the same: `dpo storage prune` finds the object if it is not
         except BaseException:
             # Shielded, because a client that hangs up cancels this task: the object must go all the same.
             await asyncio.shield(run_in_threadpool(self.delete, key))

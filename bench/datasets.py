@@ -20,7 +20,7 @@ from pyarrow import parquet
 from rich.console import Console
 from rich.table import Table
 
-from app.datasets.check import survey
+from app.spec.datasets.check import survey
 from bench.machine import describe_machine
 
 SIZE, RUNS = 40_000_000, 3

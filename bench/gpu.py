@@ -330,8 +330,8 @@ def show(
 def scaling(model: Any, folder: Path, tiny: bool, deadline: float) -> list[dict[str, float]]:
     """Training steps of this engine alone, over lengths and pack sizes."""
     spec_of = {"model": "bench", "training_file": "x", "seed": 0, "quantization": "none"}
-    from app.jobs.hyperparameters import DPOHyperparameters
-    from app.jobs.spec import JobSpec
+    from app.spec.hyperparameters import DPOHyperparameters
+    from app.spec.job import JobSpec
     from worker.trainer.model import Base
 
     policy = wrap(

@@ -10,8 +10,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from app.datasets.check import examples
-from app.datasets.example import Example
+from app.spec.datasets.check import examples
+from app.spec.datasets.example import Example
 from worker.trainer.data import written
 
 VOCABULARY = 32_000

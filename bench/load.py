@@ -24,13 +24,13 @@ from rich.table import Table
 from sqlalchemy import insert, text
 
 from app.database import new_id
-from app.jobs.spec import JobSpec
 from app.jobs.tables import Job, JobEvent
 from app.main import create_app
 from app.main import serve as run_server
 from app.models import repository as models
 from app.services import Services
 from app.settings import Settings
+from app.spec.job import JobSpec
 from bench.machine import describe_machine
 from tests.servers import free_port, postgres, wait_until
 

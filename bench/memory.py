@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from app.estimates.memory import Settings, Shape, estimate
-from app.jobs.spec import JobSpec
+from app.spec.job import JobSpec
 from bench.machine import describe_machine
 from tests.tiny_model import make_tokenizer
 from worker.base_models import describe

@@ -5,6 +5,7 @@ from sqlalchemy import Connection
 
 from app import installation as _installation  # noqa: F401 - each import registers its tables
 from app.database import Base
+from app.derived_artifacts import tables as _tasks  # noqa: F401
 from app.files import tables as _files  # noqa: F401
 from app.idempotency import tables as _idempotency  # noqa: F401
 from app.jobs import tables as _jobs  # noqa: F401
@@ -12,7 +13,6 @@ from app.keys import tables as _keys  # noqa: F401
 from app.models import tables as _models  # noqa: F401
 from app.projects import tables as _projects  # noqa: F401
 from app.sweeps import tables as _sweeps  # noqa: F401
-from app.tasks import tables as _tasks  # noqa: F401
 from app.uploads import tables as _uploads  # noqa: F401
 from app.webhooks import tables as _webhooks  # noqa: F401
 from app.workers import tables as _workers  # noqa: F401

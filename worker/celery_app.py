@@ -17,7 +17,7 @@ from app.broker import WAKE_TASK, Lane, make_celery
 from app.logging import configure_logging
 from app.services import Services
 from app.settings import Settings
-from worker.lane import LaneWorker
+from worker.worker_pool import LaneWorker
 
 
 def make_worker(settings: Settings, lane: Lane) -> tuple[Celery, LaneWorker]:

@@ -9,9 +9,9 @@ from sqlalchemy.orm import Session
 
 from app.database import new_id
 from app.jobs import repository
-from app.jobs.spec import JobSpec
 from app.jobs.tables import Checkpoint, Job
 from app.models import repository as models
+from app.spec.job import JobSpec
 from app.storage import Storage
 from worker import manifest
 from worker.lease import Lease, LeaseLost

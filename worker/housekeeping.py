@@ -6,13 +6,13 @@ import structlog
 from sqlalchemy import delete, select
 
 from app.database import Database
+from app.derived_artifacts import repository as tasks
 from app.files import repository as files
 from app.files.tables import File
 from app.idempotency import service as idempotency
 from app.jobs import repository
+from app.prune import prune
 from app.services import Services
-from app.sweep import sweep
-from app.tasks import repository as tasks
 from app.uploads import repository as uploads
 from app.webhooks import repository as webhooks
 
@@ -36,9 +36,9 @@ def forget(services: Services) -> None:
 
 def clear_out(services: Services) -> None:
     """Remove the objects that no row needs any more."""
-    hours = services.settings.sweep_after_hours
+    hours = services.settings.prune_after_hours
     if hours:
-        needed, removed = sweep(services, delete=True, grace=hours * 3600)
+        needed, removed = prune(services, delete=True, grace=hours * 3600)
         log.info("objects swept", needed=needed, removed=removed)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import structlog
 
-from app.jobs.spec import Integration, JobSpec
+from app.spec.job import Integration, JobSpec
 
 log = structlog.get_logger(__name__)
 

@@ -8,12 +8,12 @@ from sqlalchemy.orm import Session
 
 from app.broker import Lane
 from app.database import Database
+from app.derived_artifacts import repository as tasks
+from app.derived_artifacts.tables import Task
 from app.jobs import repository
 from app.jobs.states import Actor, Status
 from app.jobs.tables import Job
 from app.services import Services
-from app.tasks import repository as tasks
-from app.tasks.tables import Task
 
 log = structlog.get_logger(__name__)
 

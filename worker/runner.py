@@ -25,16 +25,16 @@ import structlog
 from sqlalchemy.orm import Session
 
 from app.database import database_now, new_id
-from app.evaluations.spec import EvaluationSpec
 from app.files.tables import File
 from app.jobs import repository
 from app.jobs.lifecycle import log_key
-from app.jobs.spec import JobSpec
 from app.jobs.states import Actor, Status
 from app.jobs.tables import Job
 from app.models import repository as models
+from app.prune import tidy_job
 from app.services import Services
-from app.sweep import tidy_job
+from app.spec.evaluation import EvaluationSpec
+from app.spec.job import JobSpec
 from worker.base_models import BaseModels
 from worker.lease import Lease, LeaseLost
 from worker.processes import Spare, kill_group
@@ -82,7 +82,7 @@ class Run(ABC, Generic[Spec]):
                 self._recover(f"The worker failed ({type(error).__name__}).")
             finally:
                 self.close()
-        with suppress(Exception):  # a sweep will find it
+        with suppress(Exception):  # pruning will find it
             tidy_job(self.services, self.job.id)
 
     @property

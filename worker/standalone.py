@@ -14,11 +14,11 @@ from typing import Any
 from pydantic import ValidationError
 from rich.console import Console
 
-from app.datasets.check import check
-from app.datasets.errors import DatasetError
 from app.errors import describe_validation_error
-from app.jobs.spec import JobSpec
 from app.settings import Settings
+from app.spec.datasets.check import check
+from app.spec.datasets.errors import DatasetError
+from app.spec.job import JobSpec
 from worker.base_models import BaseModels, ModelUnavailable
 from worker.processes import give_folder, spawn_trainer
 

@@ -10,23 +10,23 @@ import structlog
 from sqlalchemy.orm import Session
 
 from app.broker import Lane
-from app.datasets.check import check
-from app.datasets.errors import DatasetError
-from app.datasets.example import Kind
-from app.datasets.report import Report
 from app.estimates.service import expected_seconds, stages_of
-from app.evaluations.spec import EvaluationSpec
 from app.jobs import repository
-from app.jobs.hyperparameters import DEFAULT_MAX_LENGTH, SupervisedHyperparameters
-from app.jobs.spec import MORE, JobSpec
 from app.jobs.states import Actor, Status
 from app.jobs.tables import EVALUATION, Job
 from app.models import repository as models
 from app.services import Services
+from app.spec.datasets.check import check
+from app.spec.datasets.errors import DatasetError
+from app.spec.datasets.example import Kind
+from app.spec.datasets.report import Report
+from app.spec.evaluation import EvaluationSpec
+from app.spec.hyperparameters import DEFAULT_MAX_LENGTH, SupervisedHyperparameters
+from app.spec.job import MORE, JobSpec
 from worker.base_models import BaseModels, has_chat_template
 from worker.classifier import BadClassifier, LinearClassifier
 from worker.counting import Count, count, place_tokenizer
-from worker.evaluation import rendering_of
+from worker.evaluation_run import rendering_of
 from worker.lease import Lease, LeaseLost
 from worker.work import work_folder
 

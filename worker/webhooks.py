@@ -12,8 +12,8 @@ import structlog
 from standardwebhooks import Webhook
 
 from app import __version__
+from app.outbound_http import Refused, find, new_client
 from app.services import Services
-from app.targets import Refused, find, new_client
 from app.webhooks import repository
 from app.webhooks.service import PRIVATE
 from app.webhooks.tables import WebhookDelivery, WebhookEndpoint

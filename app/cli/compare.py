@@ -14,7 +14,7 @@ from app.cli.client import Client
 from app.cli.evaluations import judge_of
 from app.cli.output import Json, emit
 from app.cli.watch import EXIT_STATUS, watch
-from app.pictures import curves
+from app.svg import curves
 
 CURVES = ("loss", "eval/loss", "rewards/margins", "rewards/accuracies", "eval/rewards/accuracies", "logratios/chosen")
 

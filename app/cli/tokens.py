@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from app.cli.client import ClientError
-from app.datasets.mapping import Mapping
-from app.datasets.rendering import RenderingSettings
+from app.spec.datasets.mapping import Mapping
+from app.spec.datasets.rendering import RenderingSettings
 
 
 def count_tokens(

@@ -4,10 +4,10 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
+from app.dataset_reports.schemas import Pending
 from app.dependencies import ServicesDependency
 from app.estimates.schemas import Estimate
 from app.keys.middleware import CallerDependency
-from app.reports.schemas import Pending
 
 router = APIRouter(prefix="/fine_tuning", tags=["fine-tuning"])
 

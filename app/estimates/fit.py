@@ -7,9 +7,9 @@ from sqlalchemy.orm import Session
 from app.broker import Lane
 from app.estimates.memory import Settings, Shape, estimate
 from app.estimates.schemas import Device
-from app.jobs.spec import JobSpec
 from app.models import repository as models
 from app.models.tables import Model
+from app.spec.job import JobSpec
 from app.workers import repository as workers
 
 CODE = "does_not_fit"

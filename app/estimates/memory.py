@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from app.jobs.hyperparameters import Hyperparameters
-from app.jobs.spec import Adapter, JobSpec
+from app.spec.hyperparameters import Hyperparameters
+from app.spec.job import Adapter, JobSpec
 
 BUDGET = {"cpu": 2048, "cuda": 8192}
 """Tokens of a pack, as worker/trainer/model.py has them."""

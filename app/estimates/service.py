@@ -8,21 +8,21 @@ from sqlalchemy.orm import Session
 
 from app.broker import Broker, Lane
 from app.database import Database
-from app.datasets.check import NEEDS
-from app.datasets.example import Kind
-from app.datasets.report import Report
+from app.dataset_reports import service as reports
+from app.derived_artifacts.service import result
 from app.errors import ServiceError, describe_validation_error
 from app.estimates import fit
 from app.estimates.memory import Memory, Settings, Shape, estimate
 from app.estimates.schemas import Estimate, MemoryEstimate, Pace, Refused, StageEstimate
 from app.files import repository as files
 from app.jobs import repository as jobs
-from app.jobs.hyperparameters import DEFAULT_MAX_LENGTH, DPOHyperparameters, SupervisedHyperparameters
 from app.jobs.service import Jobs
-from app.jobs.spec import DEFAULT_VALIDATION_SPLIT, JobSpec
 from app.models import repository as models
-from app.reports import service as reports
-from app.tasks.service import result
+from app.spec.datasets.check import NEEDS
+from app.spec.datasets.example import Kind
+from app.spec.datasets.report import Report
+from app.spec.hyperparameters import DEFAULT_MAX_LENGTH, DPOHyperparameters, SupervisedHyperparameters
+from app.spec.job import DEFAULT_VALIDATION_SPLIT, JobSpec
 
 MAX_PACES = 5
 CHARACTERS = 4

@@ -10,12 +10,12 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from app.archive import tar_response
 from app.dependencies import ServicesDependency
 from app.evaluations.schemas import EvaluationObject
-from app.evaluations.spec import EvaluationSpec
 from app.idempotency.service import SendingDependency
 from app.jobs.endpoints import asked_metadata
 from app.jobs.schemas import EventObject, StreamToken
 from app.keys.middleware import CallerDependency
 from app.pagination import After, Page, page
+from app.spec.evaluation import EvaluationSpec
 
 router = APIRouter(prefix="/evaluations", tags=["evaluations"])
 

@@ -4,12 +4,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from app.evaluations.spec import EvaluationType
-from app.jobs.outlook import Place
+from app.jobs.queue_forecast import Place
 from app.jobs.schemas import GateVerdict, JobError, shown_gates
 from app.jobs.states import Status
 from app.jobs.tables import Job
-from app.strict import unix_seconds
+from app.spec.evaluation import EvaluationType
+from app.spec.schema_base import unix_seconds
 
 
 class EvaluationProgress(BaseModel):

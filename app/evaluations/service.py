@@ -10,24 +10,24 @@ from sqlalchemy.orm import Session
 from app.archive import Entry, tar
 from app.broker import Broker, Lane
 from app.database import Database
-from app.datasets.mapping import Mapping
+from app.encryption import Vault
 from app.errors import NotFound, ServiceError
 from app.evaluations.schemas import EvaluationObject
-from app.evaluations.spec import TAKES, EvaluationSpec, JobEvaluation, Side
 from app.files import repository as files
 from app.files.tables import File
 from app.idempotency.service import Sending
 from app.jobs import repository
-from app.jobs.feed import Feed
+from app.jobs.event_feed import Feed
 from app.jobs.lifecycle import Lifecycle
-from app.jobs.outlook import Place
+from app.jobs.queue_forecast import Place
 from app.jobs.states import ACTIVE
 from app.jobs.tables import EVALUATION, Job
 from app.keys.service import Keys
 from app.models import repository as models
+from app.outbound_http import Refused, find
+from app.spec.datasets.mapping import Mapping
+from app.spec.evaluation import TAKES, EvaluationSpec, JobEvaluation, Side
 from app.storage import Storage
-from app.targets import Refused, find
-from app.vault import Vault
 
 log = structlog.get_logger(__name__)
 

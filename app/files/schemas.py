@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from app.files.tables import File
-from app.strict import Strict, unix_seconds
+from app.spec.schema_base import Strict, unix_seconds
 
 UploadPurpose = Literal["assistants", "batch", "fine-tune", "vision", "user_data", "evals"]
 """Training takes files with the purpose `fine-tune`; the others are kept as they are."""

@@ -10,7 +10,6 @@ from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from app.database import Database, database_now, new_id
-from app.datasets.mapping import Mapping
 from app.errors import NotFound, ServiceError, describe_validation_error
 from app.files import repository
 from app.files.multipart import UploadForm
@@ -18,6 +17,7 @@ from app.files.schemas import ExpiresAfter, UploadPurpose
 from app.files.tables import File
 from app.idempotency.service import Sending
 from app.projects.service import require_room
+from app.spec.datasets.mapping import Mapping
 from app.storage import Storage
 
 MAX_BYTES = 8 * 1024**3

@@ -11,9 +11,9 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from app.dependencies import ServicesDependency
 from app.idempotency.service import SendingDependency
 from app.jobs.schemas import CheckpointObject, EventObject, JobObject, MetricSeries, StreamToken
-from app.jobs.spec import JobSpec
 from app.keys.middleware import CallerDependency
 from app.pagination import After, Page, page
+from app.spec.job import JobSpec
 
 router = APIRouter(prefix="/fine_tuning/jobs", tags=["fine-tuning"])
 

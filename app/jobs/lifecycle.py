@@ -15,16 +15,16 @@ from starlette.concurrency import run_in_threadpool
 from app.broker import Broker, Lane
 from app.database import Database, new_id
 from app.errors import Conflict, NotFound
-from app.evaluations.spec import EvaluationSpec
 from app.idempotency.service import Sending
 from app.jobs import repository
-from app.jobs.feed import Feed
-from app.jobs.outlook import Place, outlook
+from app.jobs.event_feed import Feed
+from app.jobs.queue_forecast import Place, outlook
 from app.jobs.schemas import EventObject, StreamToken
-from app.jobs.spec import JobSpec
 from app.jobs.states import ACTIVE, Actor, Status
 from app.jobs.tables import Job, OtherBase
 from app.keys.service import Keys
+from app.spec.evaluation import EvaluationSpec
+from app.spec.job import JobSpec
 from app.storage import Storage
 
 Shown = TypeVar("Shown", bound=BaseModel)

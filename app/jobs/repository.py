@@ -7,14 +7,14 @@ from typing import Any, cast
 from sqlalchemy import ColumnElement, Row, Select, and_, case, delete, false, func, not_, or_, select, tuple_, update
 from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
 
-from app import gates
 from app.database import database_now, new_id, wait_for_others
-from app.evaluations.spec import EvaluationSpec
-from app.gates import Verdict
-from app.jobs.spec import JobSpec
 from app.jobs.states import ACTIVE, TRANSITIONS, Actor, Status
 from app.jobs.tables import EVALUATION, TRAINING, Checkpoint, Job, JobEvent, OtherBase
 from app.projects.tables import Project
+from app.spec import quality_gates
+from app.spec.evaluation import EvaluationSpec
+from app.spec.job import JobSpec
+from app.spec.quality_gates import Verdict
 from app.webhooks import repository as webhooks
 
 LEASE_SECONDS = 15.0
@@ -275,7 +275,7 @@ def judged(session: Session, job: Job, metrics: dict[str, float]) -> list[Verdic
         if child.status in ACTIVE:
             pending.append(prefix)
         measured |= {prefix + name: value for name, value in (child.metrics or {}).items()}
-    return gates.judge(JobSpec.stored(job.spec).gates or [], measured, pending)
+    return quality_gates.judge(JobSpec.stored(job.spec).gates or [], measured, pending)
 
 
 def _settle(session: Session, job_id: str) -> None:
@@ -289,7 +289,7 @@ def _settle(session: Session, job_id: str) -> None:
         return
     before, job.gates = job.gates, judged(session, job, job.metrics or {})
     if any(one["met"] is None for one in before) and all(one["met"] is not None for one in job.gates):
-        add_event(session, job_id, gates.summary(job.gates), level=gates.level(job.gates))
+        add_event(session, job_id, quality_gates.summary(job.gates), level=quality_gates.level(job.gates))
         webhooks.enqueue(session, job.project, "fine_tuning.job.judged", {"id": job_id, "gates": job.gates})
 
 

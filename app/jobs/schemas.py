@@ -4,12 +4,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from app.datasets.rendering import RenderingSettings
-from app.jobs.outlook import Place
-from app.jobs.spec import KEEP_CHECKPOINTS, Integration
+from app.jobs.queue_forecast import Place
 from app.jobs.states import Status
 from app.jobs.tables import Checkpoint, Job, JobEvent
-from app.strict import unix_seconds
+from app.spec.datasets.rendering import RenderingSettings
+from app.spec.job import KEEP_CHECKPOINTS, Integration
+from app.spec.schema_base import unix_seconds
 
 
 class JobError(BaseModel):

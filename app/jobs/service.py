@@ -7,7 +7,6 @@ from sqlalchemy.orm import Session
 
 from app.broker import Broker, Lane
 from app.database import Database
-from app.datasets.mapping import Mapping
 from app.errors import NotFound, ServiceError
 from app.estimates import fit
 from app.evaluations.service import Evaluations
@@ -15,16 +14,17 @@ from app.files import repository as files
 from app.files.tables import File
 from app.idempotency.service import Sending
 from app.jobs import repository
-from app.jobs.feed import Feed
+from app.jobs.downsample import downsample
+from app.jobs.event_feed import Feed
 from app.jobs.lifecycle import Lifecycle
-from app.jobs.outlook import Place
+from app.jobs.queue_forecast import Place
 from app.jobs.schemas import CheckpointObject, JobObject, MetricSeries, Point
-from app.jobs.series import downsample
-from app.jobs.spec import JobSpec
 from app.jobs.tables import TRAINING, Job
 from app.keys.service import Keys
 from app.models import repository as models
-from app.models.prequantized import OWN, refusal
+from app.spec.datasets.mapping import Mapping
+from app.spec.job import JobSpec
+from app.spec.prequantized import OWN, refusal
 from app.storage import Storage
 from app.workers import repository as workers
 

@@ -14,8 +14,8 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as ConnectionScope
 
-from app.answers import error_answer
 from app.errors import Forbidden, NotFound, ServiceError, TooLarge, Unauthenticated, Unavailable
+from app.exception_handlers import error_answer
 from app.keys.rates import Rates
 from app.keys.schemas import Scope
 from app.keys.service import Caller, Keys

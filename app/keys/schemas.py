@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from app.projects.schemas import ProjectId
-from app.strict import Strict, unix_seconds
+from app.spec.schema_base import Strict, unix_seconds
 
 if TYPE_CHECKING:  # the command line needs these schemas, and no SQLAlchemy
     from app.keys.tables import ApiKey

@@ -7,10 +7,10 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel
 
 from app.archive import tar_response
+from app.dataset_reports.schemas import Pending
 from app.dependencies import ServicesDependency
 from app.keys.middleware import CallerDependency
 from app.models.schemas import Lineage, ModelDeleted, ModelObject
-from app.reports.schemas import Pending
 
 router = APIRouter(prefix="/models", tags=["models"])
 

@@ -10,10 +10,10 @@ from sqlalchemy.orm import Session
 
 from app.database import database_now
 from app.jobs import repository as jobs
-from app.jobs.spec import Adapter, JobSpec
 from app.jobs.tables import Checkpoint, Job
 from app.models.tables import Model
-from app.strict import STORED
+from app.spec.job import Adapter, JobSpec
+from app.spec.schema_base import STORED
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

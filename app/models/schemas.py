@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 from app.jobs.tables import Job
 from app.models.tables import Model
-from app.strict import unix_seconds
+from app.spec.schema_base import unix_seconds
 
 
 class ModelObject(BaseModel):

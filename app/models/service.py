@@ -7,6 +7,8 @@ from sqlalchemy.orm import Session
 from app.archive import folder, tar
 from app.broker import Broker, Lane
 from app.database import Database
+from app.derived_artifacts import repository as tasks
+from app.derived_artifacts.service import result
 from app.errors import Conflict, NotFound, ServiceError
 from app.files import repository as files
 from app.jobs import repository as jobs
@@ -14,8 +16,6 @@ from app.models import repository
 from app.models.schemas import Lineage, LineageStep
 from app.models.tables import Model
 from app.storage import Storage
-from app.tasks import repository as tasks
-from app.tasks.service import result
 
 MERGED_KEPT_SECONDS = 24 * 3600
 

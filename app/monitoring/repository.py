@@ -6,10 +6,10 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from app.database import database_now
+from app.derived_artifacts.tables import Task
 from app.jobs import repository as jobs
 from app.jobs.states import ACTIVE, Status
 from app.jobs.tables import Job
-from app.tasks.tables import Task
 from app.webhooks.tables import WebhookDelivery
 from app.workers import repository as workers
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from app.strict import Strict
+from app.spec.schema_base import Strict
 
 if TYPE_CHECKING:  # the command line needs these schemas, and no SQLAlchemy
     from app.projects.tables import Project

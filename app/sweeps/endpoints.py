@@ -8,8 +8,8 @@ from app.dependencies import ServicesDependency
 from app.idempotency.service import SendingDependency
 from app.keys.middleware import CallerDependency
 from app.pagination import After, Page, page
+from app.spec.sweep import SweepSpec
 from app.sweeps.schemas import SweepObject
-from app.sweeps.spec import SweepSpec
 
 router = APIRouter(prefix="/sweeps", tags=["sweeps"])
 

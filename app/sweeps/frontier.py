@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from app.pictures import Frame, colours, escaped
+from app.svg import Frame, colours, escaped
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from app.database import Database, new_id
 from app.errors import Conflict, NotFound, ServiceError, describe_validation_error
 from app.idempotency.service import Sending
 from app.jobs.service import Jobs
-from app.jobs.spec import JobSpec
 from app.jobs.states import ACTIVE
 from app.jobs.tables import EVALUATION, Job
+from app.spec.job import JobSpec
+from app.spec.sweep import Axes, SweepSpec
 from app.sweeps import repository
 from app.sweeps.frontier import as_csv, svg
 from app.sweeps.schemas import SweepObject
-from app.sweeps.spec import Axes, SweepSpec
 from app.sweeps.tables import Sweep
 
 log = structlog.get_logger(__name__)

@@ -4,11 +4,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from app.datasets.mapping import Mapping
 from app.files.schemas import EXAMPLE as FILE
 from app.files.schemas import ExpiresAfter, FileObject, UploadPurpose
 from app.files.service import MAX_BYTES
-from app.strict import Strict
+from app.spec.datasets.mapping import Mapping
+from app.spec.schema_base import Strict
 from app.uploads.tables import Upload, UploadPart
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from app.strict import Strict, unix_seconds
+from app.spec.schema_base import Strict, unix_seconds
 from app.webhooks.tables import WebhookDelivery, WebhookEndpoint
 
 EventType = Literal[

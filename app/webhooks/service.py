@@ -5,9 +5,9 @@ import secrets
 
 from app.broker import Broker, Lane
 from app.database import Database, database_now, new_id
+from app.encryption import Vault
 from app.errors import NotFound, ServiceError
-from app.targets import Refused, find
-from app.vault import Vault
+from app.outbound_http import Refused, find
 from app.webhooks import repository
 from app.webhooks.schemas import DeliveryObject, EndpointChange, EndpointObject, EndpointSpec, NewEndpointObject
 from app.webhooks.tables import WebhookEndpoint

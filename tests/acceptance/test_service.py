@@ -241,7 +241,7 @@ def test_the_dataset_check_needs_no_service(service: Running, tmp_path: Path) ->
 def test_a_sweep_finds_nothing_that_is_young(service: Running, tmp_path: Path) -> None:
     with service.openai() as client:
         client.files.create(file=write(tmp_path / "train.jsonl", pairs(4, seed=1)), purpose="fine-tune")
-    done = service.dpo("sweep", "--delete", "--json")
+    done = service.dpo("storage", "prune", "--delete", "--json")
     found = json.loads(done.stdout)
     assert found["needed"] >= 1 and (found["not_needed"], found["deleted"]) == (0, True)
-    assert "objects needed, 0 not needed" in service.dpo("sweep").stdout
+    assert "objects needed, 0 not needed" in service.dpo("storage", "prune").stdout

@@ -18,14 +18,14 @@ from typing import Any
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.jobs.states import ACTIVE
-from app.sweep import sweep
+from app.prune import prune
 from tests.faults.cluster import Cluster, cluster
 from tests.faults.faults import FAULTS, missing
 from tests.faults.scene import Scene
 from tests.faults.workload import Attempt, Workload, orphans
 from tests.servers import wait_until
 
-SWEEP_SECONDS, GRACE_SECONDS = 30.0, 120.0
+PRUNE_SECONDS, GRACE_SECONDS = 30.0, 120.0
 TRIES = 5
 """For a fault that struck too late or changed nothing: that does not count, and it is tried again."""
 
@@ -54,13 +54,13 @@ def inject(plan: list[str], seed: int, minutes: float = math.inf) -> Found:
             workload.prepare()
             left = [fault for fault in plan if fault not in found.lacking]
             stop = threading.Event()
-            sweeper = threading.Thread(target=_sweep, args=(workload, stop))
-            sweeper.start()
+            pruner = threading.Thread(target=_prune, args=(workload, stop))
+            pruner.start()
             while left and time.monotonic() < deadline:
                 _one_training(left, parts, workload, found)
                 print(f"cluster {seed}: {len(left)} of {len(plan)} faults left", file=sys.stderr, flush=True)
             stop.set()
-            sweeper.join()
+            pruner.join()
             found.counted = workload.check_all()
             workload.close()
             found.problems += workload.problems
@@ -69,11 +69,11 @@ def inject(plan: list[str], seed: int, minutes: float = math.inf) -> Found:
     return found
 
 
-def _sweep(workload: Workload, stop: threading.Event) -> None:
+def _prune(workload: Workload, stop: threading.Event) -> None:
     """Sweep beside all that goes wrong, as workers do every hour; PostgreSQL may be away."""
-    while not stop.wait(SWEEP_SECONDS):
+    while not stop.wait(PRUNE_SECONDS):
         with suppress(SQLAlchemyError):
-            sweep(workload.cluster.services, delete=True, grace=GRACE_SECONDS)
+            prune(workload.cluster.services, delete=True, grace=GRACE_SECONDS)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from app.files.tables import File
 from app.jobs.states import ACTIVE
 from app.jobs.tables import Checkpoint, Job, JobEvent
 from app.models.tables import Model
-from app.sweep import sweep
+from app.prune import prune
 from tests.acceptance.conftest import pairs
 from tests.faults.cluster import ADMIN_KEY, Cluster, Line, processes
 from tests.servers import wait_until
@@ -199,10 +199,10 @@ class Workload:
             self.problems.append(f"lost: {sorted(lost)}")
         if sum(states[end] for end in ("succeeded", "failed", "cancelled")) != len(self.accepted):
             self.problems.append(f"{len(self.accepted)} accepted, but {dict(states)}")
-        _, left = sweep(services, delete=True, grace=0.0)
-        _, after = sweep(services, delete=False, grace=0.0)
+        _, left = prune(services, delete=True, grace=0.0)
+        _, after = prune(services, delete=False, grace=0.0)
         if after:
-            self.problems.append(f"{after} objects that a sweep does not remove")
+            self.problems.append(f"{after} objects that pruning does not remove")
         for folder in folders:
             names = {key.rpartition("/")[2] for key, _size in services.storage.list(folder)}
             if not {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= names:

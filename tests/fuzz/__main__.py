@@ -85,11 +85,11 @@ def seeds() -> Iterator[bytes]:
 def _fuzz(corpus: Path) -> int:
     import atheris
 
-    with atheris.instrument_imports(include=["app.datasets"]):
-        from app.datasets.check import check, survey
-        from app.datasets.errors import DatasetError
-        from app.datasets.example import Kind
-        from app.datasets.mapping import Mapping
+    with atheris.instrument_imports(include=["app.spec.datasets"]):
+        from app.spec.datasets.check import check, survey
+        from app.spec.datasets.errors import DatasetError
+        from app.spec.datasets.example import Kind
+        from app.spec.datasets.mapping import Mapping
     mapping = Mapping(prompt="Q: {prompt}", chosen="chosen", rejected="rejected")
 
     def read(content: bytes) -> None:

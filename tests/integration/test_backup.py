@@ -15,9 +15,9 @@ from app.jobs import repository
 from app.jobs.states import Status
 from app.main import create_app
 from app.models.tables import Model
+from app.prune import prune
 from app.services import Services
 from app.settings import Settings
-from app.sweep import sweep
 from tests.integration.conftest import admin
 from tests.integration.test_api import upload
 from tests.servers import postgres_program
@@ -64,7 +64,7 @@ def test_a_dump_and_the_objects_are_the_same_service_again(
         with found.database.write() as session:
             claimed = repository.claim(session, Status.VALIDATING, "a worker")
         assert claimed is not None and claimed.id == job_id, "what was not done is done there"
-        assert sweep(found, delete=True, grace=0.0)[1] == 1
+        assert prune(found, delete=True, grace=0.0)[1] == 1
 
 
 def everything(client: TestClient, file_id: str, job_id: str) -> list[Any]:

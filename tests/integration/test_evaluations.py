@@ -9,20 +9,20 @@ from sqlalchemy import text, update
 
 from app.broker import Lane
 from app.database import database_now
-from app.evaluations.spec import EvaluationSpec
 from app.jobs import repository
-from app.jobs.spec import JobSpec
 from app.jobs.states import Status
 from app.jobs.tables import EVALUATION, TRAINING, Checkpoint, Job
 from app.models import repository as models
 from app.models.tables import Model
 from app.services import Services
+from app.spec.evaluation import EvaluationSpec
+from app.spec.job import JobSpec
 from app.webhooks.tables import WebhookEndpoint
 from app.workers import repository as workers
 from tests.integration.test_api import error_of, upload
 from tests.integration.test_states import make_job
 from worker.base_models import BaseModels
-from worker.evaluation import rendering_of
+from worker.evaluation_run import rendering_of
 from worker.validator import validate
 
 CANDIDATE, BASELINE = {"model": "tiny"}, {"model": "tiny"}

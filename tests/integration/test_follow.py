@@ -8,7 +8,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from app.jobs import repository
-from app.jobs.series import downsample
+from app.jobs.downsample import downsample
 from app.jobs.states import Status
 from app.services import Services
 from tests.integration.test_api import error_of, key_of

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import update
 from structlog.testing import CapturingLogger
 
-from app import answers
+from app import exception_handlers
 from app.database import database_now
 from app.files.service import Files
 from app.jobs.states import Status
@@ -120,7 +120,7 @@ def test_a_failure_is_counted_and_found_in_the_log_by_its_id(
         raise RuntimeError("a bug")
 
     log = CapturingLogger()
-    monkeypatch.setattr(answers, "log", log)
+    monkeypatch.setattr(exception_handlers, "log", log)
     monkeypatch.setattr(Files, "page", fail)
     answer = client.get("/v1/files")
     error = error_of(answer, 500)

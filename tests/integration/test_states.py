@@ -14,16 +14,16 @@ from app.database import database_now
 from app.idempotency.service import Sending
 from app.jobs import repository
 from app.jobs.schemas import JobObject
-from app.jobs.spec import JobSpec
 from app.jobs.states import ACTIVE, TRANSITIONS, Actor, Status
 from app.jobs.tables import Job, JobEvent
 from app.services import Services
+from app.spec.job import JobSpec
 from worker.base_models import BaseModels
 from worker.housekeeping import purge_deleted_files
 from worker.lease import Lease
 from worker.processes import Spare
 from worker.reaper import Reaper, reap
-from worker.training import Training
+from worker.training_run import Training
 
 
 def make_job(services: Services, **changes: Any) -> str:

@@ -11,22 +11,22 @@ from fastapi.testclient import TestClient
 from sqlalchemy import select, update
 
 from app.database import database_now
+from app.dataset_reports.service import MAX_PENDING
+from app.derived_artifacts import repository as tasks
+from app.derived_artifacts.tables import Task
 from app.jobs.repository import MAX_LOST_ATTEMPTS
 from app.models import repository as models
 from app.models.tables import Model
-from app.reports.service import MAX_PENDING
 from app.services import Services
 from app.settings import Settings
-from app.tasks import repository as tasks
-from app.tasks.tables import Task
 from tests.integration.test_api import error_of, objects, upload
 from tests.integration.test_states import make_job
 from tests.tiny_model import CHATML, make_tiny_model
 from tests.unit.trainer.test_merge import make_adapter
 from worker.base_models import BaseModels
+from worker.derived_artifacts import run_task
 from worker.housekeeping import keep_house
 from worker.reaper import reap
-from worker.tasks import run_task
 
 PAIRS = b"".join(
     json.dumps({"prompt": f"say {k}", "chosen": "yes " * (k % 5 + 1), "rejected": "no"}).encode() + b"\n"

@@ -12,11 +12,11 @@ from fastapi.testclient import TestClient
 from openai import InvalidWebhookSignatureError, OpenAI
 from sqlalchemy import select, update
 
-from app import targets
+from app import outbound_http
 from app.database import database_now
+from app.encryption import Vault
 from app.services import Services
 from app.settings import Settings
-from app.vault import Vault
 from app.webhooks import repository
 from app.webhooks.tables import WebhookDelivery, WebhookEndpoint
 from tests.integration.test_api import error_of, key_of, upload
@@ -205,7 +205,7 @@ def test_urls_that_nothing_is_sent_to(client: TestClient, url: str) -> None:
     ],
 )  # fmt: skip
 def test_what_is_public(address: str, public: bool) -> None:
-    assert targets.is_public(ipaddress.ip_address(address)) is public
+    assert outbound_http.is_public(ipaddress.ip_address(address)) is public
 
 
 def test_secrets_are_kept_sealed(client: TestClient, services: Services, receiver: Receiver) -> None:

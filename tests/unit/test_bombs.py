@@ -18,8 +18,8 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from app.datasets import unpack
-from app.datasets.check import survey
+from app.spec.datasets import unpack
+from app.spec.datasets.check import survey
 
 PEAK = 350 * 1024 * 1024
 """Of a process that reads the file: Python, pyarrow, a few records at their limit."""

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.datasets.check import check, examples
-from app.datasets.errors import DatasetError
-from app.datasets.example import Example, Kind
-from app.datasets.reader import records
-from app.datasets.report import Report
+from app.spec.datasets.check import check, examples
+from app.spec.datasets.errors import DatasetError
+from app.spec.datasets.example import Example, Kind
+from app.spec.datasets.reader import records
+from app.spec.datasets.report import Report
 
 
 def read(content: bytes) -> tuple[list[Example], Report]:
@@ -178,7 +178,7 @@ def test_a_file_that_cannot_train_the_method_is_refused() -> None:
 
 
 def test_a_record_over_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.datasets.limits.MAX_RECORD_BYTES", 1000)
+    monkeypatch.setattr("app.spec.datasets.limits.MAX_RECORD_BYTES", 1000)
     for content in (b'{"text": "' + b"x" * 2_000_000, b'[{"text": "' + b"x" * 2_000_000):
         with pytest.raises(DatasetError, match="larger than 1000 bytes"):
             read(content)
@@ -200,7 +200,7 @@ def test_an_array_is_cut_where_json_says(rows: list[dict[str, Any]], indent: int
     """Whatever is inside the elements, and wherever a read of the file ends."""
     content = json.dumps(rows, indent=indent).encode()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("app.datasets.limits.CHUNK", chunk)
+        patch.setattr("app.spec.datasets.limits.CHUNK", chunk)
         assert [record for _, record in records(io.BytesIO(content))] == rows
 
 

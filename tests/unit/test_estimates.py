@@ -10,7 +10,7 @@ import pytest
 from app.estimates.fit import refusal
 from app.estimates.memory import Linear, Settings, Shape, estimate
 from app.estimates.schemas import Device
-from app.jobs.spec import JobSpec
+from app.spec.job import JobSpec
 
 MEASURED: list[dict[str, Any]] = json.loads(
     (Path(__file__).parents[2] / "bench" / "results" / "memory.json").read_text()

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from app.datasets.check import examples
-from app.jobs.spec import JobSpec
-from app.sweeps.spec import SweepSpec
+from app.spec.datasets.check import examples
+from app.spec.job import JobSpec
+from app.spec.sweep import SweepSpec
 
 FOLDER = Path(__file__).parents[2] / "examples"
 SPECS = {path.name: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}

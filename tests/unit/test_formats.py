@@ -13,12 +13,12 @@ import pytest
 from pyarrow import parquet
 from pydantic import ValidationError
 
-from app.datasets.check import examples, survey
-from app.datasets.errors import DatasetError
-from app.datasets.example import Example, Kind
-from app.datasets.mapping import Label, Mapping
-from app.datasets.reader import records
-from app.datasets.report import Report
+from app.spec.datasets.check import examples, survey
+from app.spec.datasets.errors import DatasetError
+from app.spec.datasets.example import Example, Kind
+from app.spec.datasets.mapping import Label, Mapping
+from app.spec.datasets.reader import records
+from app.spec.datasets.report import Report
 
 
 def one(record: dict[str, Any], mapping: Mapping | None = None) -> Example:
@@ -311,7 +311,7 @@ def test_the_reports_memory_does_not_grow_with_the_rows() -> None:
 
 def test_pairs_of_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Duplicates are looked for in a bounded number of rows."""
-    monkeypatch.setattr("app.datasets.report.MAX_REMEMBERED", 2)
+    monkeypatch.setattr("app.spec.datasets.report.MAX_REMEMBERED", 2)
     row = {"prompt": "p", "completion": "c"}
     report = Report()
     rows = [

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from app.datasets.check import examples, survey
-from app.datasets.errors import DatasetError
-from app.datasets.example import Example, Message
-from app.datasets.mapping import Mapping
+from app.spec.datasets.check import examples, survey
+from app.spec.datasets.errors import DatasetError
+from app.spec.datasets.example import Example, Message
+from app.spec.datasets.mapping import Mapping
 
 Rows = list[dict[str, Any]]
 

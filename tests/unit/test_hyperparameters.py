@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from app.datasets.example import Kind
-from app.jobs.hyperparameters import DPOHyperparameters, Hyperparameters, SupervisedHyperparameters
-from app.jobs.losses import LOSSES, OPTIONS
-from app.jobs.spec import JobSpec, Method
+from app.spec.datasets.example import Kind
+from app.spec.hyperparameters import DPOHyperparameters, Hyperparameters, SupervisedHyperparameters
+from app.spec.job import JobSpec, Method
+from app.spec.losses import LOSSES, OPTIONS
 
 NAMES = sorted(LOSSES)
 VALUES: dict[str, Any] = {
@@ -57,7 +57,7 @@ def terms(*names: str) -> list[dict[str, Any]]:
 
 
 def test_the_options_are_known() -> None:
-    assert set(VALUES) == set(READ_BY) == OPTIONS
+    assert set(VALUES) == set(READ_BY) == set(OPTIONS)
 
 
 @pytest.mark.parametrize("option", sorted(VALUES))
@@ -94,7 +94,7 @@ def test_an_option_that_is_not_read_is_refused_at_zero_too(name: str, option: st
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_off_is_accepted_with_every_loss(name: str) -> None:
-    values: dict[str, Any] = {"loss": name, "use_weighting": False} | dict.fromkeys(OPTIONS - {"use_weighting"})
+    values: dict[str, Any] = {"loss": name, "use_weighting": False} | dict.fromkeys(set(OPTIONS) - {"use_weighting"})
     assert DPOHyperparameters.model_validate(values).losses[0].name == name
 
 

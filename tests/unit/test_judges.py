@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from app.evaluations.spec import Endpoint, Judge
+from app.spec.evaluation import Endpoint, Judge
 from tests.judge_server import judging
 from worker.judges import endpoint
 from worker.judges.endpoint import Answer, Asker, JudgeFailed, key_of

@@ -10,10 +10,10 @@ import pytest
 from pyarrow import parquet
 from pydantic import ValidationError
 
-from app.datasets.check import examples, survey
-from app.datasets.errors import DatasetError
-from app.datasets.example import Example
-from app.datasets.mapping import Mapping
+from app.spec.datasets.check import examples, survey
+from app.spec.datasets.errors import DatasetError
+from app.spec.datasets.example import Example
+from app.spec.datasets.mapping import Mapping
 
 Rows = list[dict[str, Any]]
 

@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from app.datasets import limits
-from app.datasets.check import examples, survey
-from app.datasets.errors import DatasetError
-from app.datasets.example import Example
-from app.datasets.mapping import Mapping
-from app.datasets.reader import records
+from app.spec.datasets import limits
+from app.spec.datasets.check import examples, survey
+from app.spec.datasets.errors import DatasetError
+from app.spec.datasets.example import Example
+from app.spec.datasets.mapping import Mapping
+from app.spec.datasets.reader import records
 
 Rows = list[dict[str, Any]]
 Write = Callable[[Rows], bytes]

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from app.datasets.check import check, examples, survey
-from app.datasets.example import Kind
-from app.datasets.mapping import Mapping
-from app.datasets.report import Report
+from app.spec.datasets.check import check, examples, survey
+from app.spec.datasets.example import Kind
+from app.spec.datasets.mapping import Mapping
+from app.spec.datasets.report import Report
 
 DATA = Path(os.environ.get("DPO_SHARED", "../shared")) / "data"
 pytestmark = pytest.mark.skipif(not DATA.exists(), reason=f"the real datasets are not at {DATA} (DPO_SHARED)")

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from app import pictures
+from app import svg
 from app.errors import ServiceError
-from app.jobs.spec import JobSpec
+from app.spec.job import JobSpec
+from app.spec.sweep import MAX_JOBS, SweepSpec
 from app.sweeps import frontier
 from app.sweeps.frontier import Point
-from app.sweeps.spec import MAX_JOBS, SweepSpec
 
 JOB = {"model": "m", "training_file": "f", "method": {"type": "dpo"}}
 
@@ -160,6 +160,6 @@ def test_the_table_has_the_same() -> None:
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
 def test_ticks_are_few_and_inside(low: float, width: float) -> None:
-    found = pictures.ticks(low, low + width)
+    found = svg.ticks(low, low + width)
     assert 2 <= len(found) <= 13
     assert all(low - width * 1e-6 <= value <= low + width * (1 + 1e-6) for value in found)

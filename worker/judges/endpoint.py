@@ -21,8 +21,8 @@ import orjson
 
 from app import __version__
 from app.evaluations.service import PRIVATE
-from app.evaluations.spec import Endpoint
-from app.targets import Refused, find, new_client
+from app.outbound_http import Refused, find, new_client
+from app.spec.evaluation import Endpoint
 
 TIMEOUT_SECONDS = 300.0
 """For one answer: those who think before they say anything take minutes."""

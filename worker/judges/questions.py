@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from app.evaluations.spec import Judge
+from app.spec.evaluation import Judge
 
 Choice = Literal["A", "B", "tie"]
 Sides = tuple[str, str]

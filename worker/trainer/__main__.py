@@ -37,8 +37,8 @@ def main() -> int:
     import structlog
     from safetensors import SafetensorError
 
-    from app.datasets.errors import DatasetError
     from app.logging import configure_logging
+    from app.spec.datasets.errors import DatasetError
     from worker.trainer.cache import Cache
     from worker.trainer.evaluation import Evaluator
     from worker.trainer.events import Events, Stopped, UserError

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from app.datasets.example import Kind
-from app.jobs.hyperparameters import DPOHyperparameters
+from app.spec.datasets.example import Kind
+from app.spec.hyperparameters import DPOHyperparameters
 from worker.trainer.plan import Stage
 
 WINDOW = 10

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from app.jobs.spec import Adapter, JobSpec
+from app.spec.job import Adapter, JobSpec
 from worker.model_files import config_of, prequantized, weight_files
 from worker.trainer import reward
 from worker.trainer.events import Events

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from app.jobs.hyperparameters import EarlyStopping
+from app.spec.hyperparameters import EarlyStopping
 from worker.trainer.model import Policy
 
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from app.datasets.check import examples
-from app.datasets.errors import DatasetError
-from app.datasets.example import Example, Kind
-from app.datasets.mapping import Mapping
-from app.datasets.rendering import Rendering, today
-from app.datasets.report import Lengths
+from app.spec.datasets.check import examples
+from app.spec.datasets.errors import DatasetError
+from app.spec.datasets.example import Example, Kind
+from app.spec.datasets.mapping import Mapping
+from app.spec.datasets.rendering import Rendering, today
+from app.spec.datasets.report import Lengths
 from worker.trainer import data
 from worker.trainer.data import Recipe, Row, Tally, Tokenizer, Whole
 from worker.trainer.events import UserError

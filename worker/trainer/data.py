@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
-from app.datasets.example import Example, Kind
-from app.datasets.example import Response as Said
-from app.datasets.mapping import Mapping
-from app.datasets.rendering import Rendering
+from app.spec.datasets.example import Example, Kind
+from app.spec.datasets.example import Response as Said
+from app.spec.datasets.mapping import Mapping
+from app.spec.datasets.rendering import Rendering
 from worker.trainer.control import Encoding
 from worker.trainer.events import UserError
 from worker.trainer.rendering import Refused, Rendered, Renderer, Span

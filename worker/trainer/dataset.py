@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from app.datasets.check import examples
-from app.datasets.example import Example
-from app.datasets.rendering import Rendering
+from app.spec.datasets.check import examples
+from app.spec.datasets.example import Example
+from app.spec.datasets.rendering import Rendering
 from worker.trainer import data
 from worker.trainer.cache import Cache
 from worker.trainer.data import Recipe, Response, Row, Tally, Tokenizer

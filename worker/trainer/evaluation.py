@@ -2,8 +2,8 @@
 
 Like a training, an evaluation is a work folder in, events out, and a folder left: `evaluation.json`, `sides/` with
 the models that it needs, the data; then `output/items.jsonl`, a line for each pair or completion, of which
-`worker.reports` makes figures. One model is in memory at a time. Completions are handed over as they come, in parts:
-a run that is broken off goes on behind them.
+`worker.evaluation_figures` makes figures. One model is in memory at a time. Completions are handed over as they
+come, in parts: a run that is broken off goes on behind them.
 """
 
 import gc
@@ -19,13 +19,13 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 
-from app.datasets.check import numbered_examples
-from app.datasets.example import Example, Kind
-from app.datasets.rendering import Rendering
-from app.evaluations.spec import BestOf, EvaluationSpec, Judge, Scorer, Side
-from app.evaluations.spec import Sampling as SpecSampling
-from app.jobs.hyperparameters import DEFAULT_MAX_LENGTH
-from app.jobs.spec import JobSpec
+from app.spec.datasets.check import numbered_examples
+from app.spec.datasets.example import Example, Kind
+from app.spec.datasets.rendering import Rendering
+from app.spec.evaluation import BestOf, EvaluationSpec, Judge, Scorer, Side
+from app.spec.evaluation import Sampling as SpecSampling
+from app.spec.hyperparameters import DEFAULT_MAX_LENGTH
+from app.spec.job import JobSpec
 from worker.classifier import BadClassifier, LinearClassifier
 from worker.judges.questions import questions, verdicts
 from worker.model_files import context_length

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from app.jobs.spec import Adapter, JobSpec
-from app.models.prequantized import refusal
+from app.spec.job import Adapter, JobSpec
+from app.spec.prequantized import refusal
 from worker.model_files import config_of, prequantized, weight_files, why_no_weights
 from worker.trainer.attention import why_not_batched, why_not_shared
 from worker.trainer.data import Tokenizer

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from app.jobs.hyperparameters import DEFAULT_MAX_LENGTH, DPOHyperparameters
-from app.jobs.spec import Adapter, JobSpec
+from app.spec.hyperparameters import DEFAULT_MAX_LENGTH, DPOHyperparameters
+from app.spec.job import Adapter, JobSpec
 from worker.model_files import context_length
 from worker.trainer import artifact, best, checkpoint, exactness, memory, plan, reference, reward, throughput
 from worker.trainer.advice import Advice, Advisor

@@ -12,8 +12,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from app.datasets.example import Kind
-from app.jobs.hyperparameters import DPOHyperparameters, SupervisedHyperparameters
+from app.spec.datasets.example import Kind
+from app.spec.hyperparameters import DPOHyperparameters, SupervisedHyperparameters
 from worker.trainer.averages import Averages
 from worker.trainer.data import Row
 from worker.trainer.model import Policy, per_response

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from app.jobs.hyperparameters import Hyperparameters
+from app.spec.hyperparameters import Hyperparameters
 
 NEED_GPU = {"adamw_8bit", "paged_adamw_8bit"}
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy
 import torch
 
-from app.datasets.example import Kind
-from app.datasets.mapping import Mapping
-from app.datasets.rendering import Rendering
-from app.jobs.hyperparameters import DEFAULT_MAX_LENGTH, DPOHyperparameters, SupervisedHyperparameters
-from app.jobs.spec import DEFAULT_VALIDATION_SPLIT, JobSpec
+from app.spec.datasets.example import Kind
+from app.spec.datasets.mapping import Mapping
+from app.spec.datasets.rendering import Rendering
+from app.spec.hyperparameters import DEFAULT_MAX_LENGTH, DPOHyperparameters, SupervisedHyperparameters
+from app.spec.job import DEFAULT_VALIDATION_SPLIT, JobSpec
 from worker.trainer.cache import Cache
 from worker.trainer.data import Recipe, Response, Row, Tally, Tokenizer
 from worker.trainer.dataset import Integers, Rows, load

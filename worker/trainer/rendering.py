@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
-from app.datasets.example import Example, Message, Prompt
-from app.datasets.example import Response as Said
-from app.datasets.rendering import Rendering
+from app.spec.datasets.example import Example, Message, Prompt
+from app.spec.datasets.example import Response as Said
+from app.spec.datasets.rendering import Rendering
 from worker.trainer.control import ControlTokens
 from worker.trainer.events import UserError
 from worker.trainer.template import Template, ends_of

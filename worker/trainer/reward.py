@@ -17,9 +17,9 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
-from app.datasets.example import Example, Kind
-from app.datasets.rendering import Rendering
-from app.jobs.hyperparameters import DEFAULT_MAX_LENGTH
+from app.spec.datasets.example import Example, Kind
+from app.spec.datasets.rendering import Rendering
+from app.spec.hyperparameters import DEFAULT_MAX_LENGTH
 from worker.model_files import context_length, text_config
 from worker.trainer.data import Recipe, Row, Tally, batched, rows
 from worker.trainer.events import UserError

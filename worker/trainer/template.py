@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
-from app.datasets.example import Message
+from app.spec.datasets.example import Message
 
 Tokenizer = Any
 Tools = Sequence[dict[str, Any]]

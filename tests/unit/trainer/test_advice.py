@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from app.jobs.hyperparameters import DPOHyperparameters, SupervisedHyperparameters
+from app.spec.hyperparameters import DPOHyperparameters, SupervisedHyperparameters
 from tests.unit.trainer.work import Event, dpo_method, make_pairs, make_row, make_work_folder, parse
 from worker.trainer.advice import Advice, Advisor
 from worker.trainer.dataset import Rows

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from app.jobs.spec import JobSpec
+from app.spec.job import JobSpec
 from tests.unit.trainer.work import (
     BASE_NAME,
     Event,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.datasets.example import Example, Kind, Message
+from app.spec.datasets.example import Example, Kind, Message
 from tests.tiny_model import CHATML, CHATML_WITH_BOS, CORPUS, make_tokenizer
 from worker.trainer.data import Recipe, Row, Tally, rows
 from worker.trainer.events import UserError

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.datasets.errors import DatasetError
-from app.datasets.example import Example, Kind, Message
+from app.spec.datasets.errors import DatasetError
+from app.spec.datasets.example import Example, Kind, Message
 from tests.tiny_model import CHATML, make_tokenizer
 from tests.unit.trainer.work import make_pairs, make_row, write_records
 from worker.trainer import dataset

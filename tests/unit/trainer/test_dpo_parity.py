@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
-from app.datasets.example import Example, Kind
-from app.jobs.hyperparameters import DPOHyperparameters
+from app.spec.datasets.example import Example, Kind
+from app.spec.hyperparameters import DPOHyperparameters
 from tests.unit.trainer.work import (
     disturb,
     dpo_method,

@@ -14,8 +14,8 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from app.datasets.rendering import Rendering
-from app.evaluations.spec import EvaluationSpec
+from app.spec.datasets.rendering import Rendering
+from app.spec.evaluation import EvaluationSpec
 from tests.tiny_model import CHATML, make_tiny_model
 from tests.unit.trainer.work import (
     WORDS,
@@ -28,7 +28,7 @@ from tests.unit.trainer.work import (
     run_in_process,
     write_records,
 )
-from worker.reports import flat, report
+from worker.evaluation_figures import flat, report
 from worker.trainer import evaluation
 from worker.trainer.evaluation import Evaluator
 from worker.trainer.events import Events, Stopped, UserError

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from app.jobs.spec import JobSpec
+from app.spec.job import JobSpec
 from tests.tiny_model import make_tokenizer
 from tests.unit.trainer.work import disturb, gradients, make_row, of_kind, pack_of, parse, plain_logps
 from worker.trainer.attention import NAME

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from app.jobs.spec import JobSpec
+from app.spec.job import JobSpec
 from tests.model_table import write
 from tests.tiny_model import CORPUS
 from tests.unit.trainer.work import BASE_NAME, dpo_method, make_pairs, make_work_folder, run_in_process

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.datasets.example import Example, Kind
+from app.spec.datasets.example import Example, Kind
 from tests.tiny_model import CHATML, CORPUS, make_tiny_model, make_tokenizer
 from tests.unit.trainer.work import (
     dpo_method,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from app.jobs.hyperparameters import SupervisedHyperparameters
+from app.spec.hyperparameters import SupervisedHyperparameters
 from tests.tiny_model import make_tiny_model
 from tests.unit.trainer.work import (
     dpo_method,

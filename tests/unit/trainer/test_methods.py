@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.datasets.example import Kind
-from app.jobs.hyperparameters import DPOHyperparameters
-from app.jobs.losses import LOSSES
+from app.spec.datasets.example import Kind
+from app.spec.hyperparameters import DPOHyperparameters
+from app.spec.losses import LOSSES
 from tests.unit.trainer.work import disturb, dpo_method, load, make_row, plain_logps
 from worker.trainer import reference
 from worker.trainer.averages import Averages

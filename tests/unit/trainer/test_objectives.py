@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
@@ -19,14 +19,14 @@ from trl import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
-from app.jobs import losses as known
-from app.jobs.hyperparameters import DPOHyperparameters, LossName
-from worker.trainer.objectives import LOSSES, losses_of, supervised
+from app.spec.hyperparameters import DPOHyperparameters
+from app.spec.losses import LOSSES
+from worker.trainer.objectives import OBJECTIVES, losses_of, supervised
 from worker.trainer.objectives.batch import Batch
 from worker.trainer.objectives.divergences import link
 
 BETA = 0.3
-NAMES = sorted(known.LOSSES)
+NAMES = sorted(LOSSES)
 TRL_LOSSES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
@@ -39,7 +39,7 @@ ACCELERATOR = SimpleNamespace(
 def make_settings(**values: Any) -> DPOHyperparameters:
     """A job's hyperparameters, β a given one where the loss has any."""
     names = [values["loss"]] if isinstance(values["loss"], str) else [term["name"] for term in values["loss"]]
-    if any(known.LOSSES[name].beta is not None for name in names):
+    if any(LOSSES[name].beta is not None for name in names):
         values = {"beta": BETA} | values
     return DPOHyperparameters.model_validate(values).resolved(full=False)
 
@@ -175,7 +175,7 @@ def assert_same(ours: Tensor, theirs: Tensor, leaf: Tensor, tolerance: float = 1
 
 def readers(option: str) -> list[str]:
     """Losses of TRL's that read an option of ours."""
-    return [name for name in TRL_LOSSES if option in known.LOSSES[name].options]
+    return [name for name in TRL_LOSSES if LOSSES[name].reads(option)]
 
 
 PARITY: list[dict[str, Any]] = [
@@ -516,7 +516,7 @@ EXTREMES = [
     for name in NAMES
     for divergence in (None, "forward_kl", "js_divergence", "alpha_divergence")
     for dtype in (torch.float32, torch.float64)
-    if (divergence is None or "f_divergence" in known.LOSSES[name].options)
+    if (divergence is None or LOSSES[name].reads("f_divergence"))
     # The square of exp(80) is no float32.
     and (name != "ipo" or divergence in (None, "js_divergence") or dtype == torch.float64)
 ]
@@ -530,7 +530,7 @@ def test_extreme_log_ratios_stay_finite(
     logratios = torch.tensor(list(itertools.product([-2000.0, 0.0, 2000.0], repeat=2)), dtype=dtype)
     policy = (logratios - 3000).requires_grad_()
     reference = torch.full_like(logratios, -3000)
-    beta = None if known.LOSSES[name].beta is None else beta
+    beta = None if LOSSES[name].beta is None else beta
     settings = make_settings(loss=name, f_divergence=divergence, beta=beta)
     for lengths in (torch.ones(9, 2), torch.tensor([[1.0, 1000.0]]).expand(9, 2)):
         losses = losses_of(make_batch(policy, reference, lengths=lengths), settings)
@@ -540,7 +540,7 @@ def test_extreme_log_ratios_stay_finite(
 
 
 def test_the_names_of_losses_agree() -> None:
-    assert set(LOSSES) == set(known.LOSSES) == set(get_args(LossName))
+    assert set(OBJECTIVES) == set(LOSSES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -553,7 +553,7 @@ def test_a_loss_couples_rows_where_it_says_so(name: str) -> None:
     after = losses_of(make_batch(moved, reference), settings)
     assert before.shape == (6,)
     assert not torch.equal(before, after)
-    assert torch.equal(before[1:], after[1:]) != known.LOSSES[name].couples
+    assert torch.equal(before[1:], after[1:]) != LOSSES[name].couples
 
 
 CHANGES: dict[str, Any] = {
@@ -578,7 +578,7 @@ def test_a_loss_reads_the_options_that_it_declares(name: str, option: str) -> No
     settings = make_settings(loss=name).model_copy(update=divergence)
     changed = settings.model_copy(update={option: CHANGES[option]})
     same = torch.equal(losses_of(batch, settings), losses_of(batch, changed))
-    assert same != (option in known.LOSSES[name].options)
+    assert same != LOSSES[name].reads(option)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -588,8 +588,8 @@ def test_a_loss_reads_beta_and_the_reference_where_it_says_so(name: str) -> None
     losses = losses_of(make_batch(policy, reference), settings)
     other_beta = losses_of(make_batch(policy, reference), settings.model_copy(update={"beta": 0.9}))
     other_reference = losses_of(make_batch(policy, reference + random(6, 2, seed=12)), settings)
-    assert torch.equal(losses, other_beta) == (known.LOSSES[name].beta is None)
-    assert torch.equal(losses, other_reference) != known.LOSSES[name].reference
+    assert torch.equal(losses, other_beta) == (LOSSES[name].beta is None)
+    assert torch.equal(losses, other_reference) != LOSSES[name].reference
 
 
 def test_a_sum_of_losses_is_weighted() -> None:

@@ -15,8 +15,8 @@ import trl
 from transformers.utils.chat_template_utils import _compile_jinja_template
 from trl.data_utils import apply_chat_template
 
-from app.datasets.example import Example, Kind, Message
-from app.datasets.rendering import Rendering
+from app.spec.datasets.example import Example, Kind, Message
+from app.spec.datasets.rendering import Rendering
 from tests.tiny_model import CHATML, make_tokenizer
 from worker.trainer.control import ControlTokens
 from worker.trainer.data import Recipe, Row, Tally, prompt_ids, rows

@@ -18,7 +18,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from app.jobs.spec import JobSpec
+from app.spec.job import JobSpec
 from tests.tiny_model import CORPUS
 from worker.trainer.data import Response, Row
 from worker.trainer.events import Events

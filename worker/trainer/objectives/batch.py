@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from app.jobs.hyperparameters import DPOHyperparameters
+from app.spec.losses import LossOptions
 from worker.trainer.objectives.divergences import link
 
 
@@ -51,18 +51,18 @@ class Batch:
         """The log-ratio of the other one, [B]."""
         return self.logratios[:, 1]
 
-    def scores(self, settings: DPOHyperparameters) -> Tensor:
+    def scores(self, options: LossOptions) -> Tensor:
         """f′(π/π_ref) of the job's f-divergence, [B, K]: the log-ratio for the reverse KL divergence."""
-        return link(self.logratios, settings.f_divergence or "reverse_kl", settings.f_alpha)
+        return link(self.logratios, options.f_divergence, options.f_alpha)
 
-    def margins(self, settings: DPOHyperparameters) -> Tensor:
+    def margins(self, options: LossOptions) -> Tensor:
         """The chosen response's score less the rejected one's, [B]; times β it is the margin of the rewards."""
-        scores = self.scores(settings)
+        scores = self.scores(options)
         return scores[:, 0] - scores[:, 1]
 
 
-Objective = Callable[[Batch, DPOHyperparameters], Tensor]
-"""(rows, hyperparameters with every default filled in) → the loss of each row, [B]."""
+Objective = Callable[[Batch, LossOptions], Tensor]
+"""(rows, options with every default filled in) → the loss of each row, [B]."""
 
 
 def smoothed(logits: Tensor, label_smoothing: float) -> Tensor:

@@ -10,18 +10,17 @@ MAX_EXPONENT = 40.0
 """exp of it, squared, is still a float32."""
 
 
-def link(logratios: Tensor, name: str, alpha: float | None) -> Tensor:
+def link(logratios: Tensor, name: str, alpha: float) -> Tensor:
     """f′(u) at u = π/π_ref, up to a constant so that f′(1) = 0 (their Table 1): what DPO compares in place of log u.
 
     reverse_kl: log u. forward_kl: 1 − 1/u. js_divergence: log(2u/(1 + u)). alpha_divergence: (1 − u^−α)/α, which
-    goes to log u as α goes to 0; α is 0.5 where None is given. Exponents are cut off at 40.
+    goes to log u as α goes to 0. Exponents are cut off at 40.
     """
     if name == "forward_kl":
         return 1 - _exp(-logratios)
     if name == "js_divergence":
         return math.log(2) + logsigmoid(logratios)
     if name == "alpha_divergence":
-        alpha = 0.5 if alpha is None else alpha
         return (1 - _exp(-alpha * logratios)) / alpha
     return logratios
 

@@ -4,24 +4,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from app.jobs.hyperparameters import DPOHyperparameters
+from app.spec.losses import LossOptions
 from worker.trainer.objectives.batch import Batch, smoothed
-from worker.trainer.objectives.preference import beta_of
 
 
-def sft(batch: Batch, _settings: DPOHyperparameters) -> Tensor:
+def sft(batch: Batch, _options: LossOptions) -> Tensor:
     """Negative log-likelihood of the preferred answer; its mean over the step is the mean over the step's tokens."""
     return -batch.policy[:, 0] / batch.mean_length
 
 
-def simpo(batch: Batch, settings: DPOHyperparameters) -> Tensor:
+def simpo(batch: Batch, options: LossOptions) -> Tensor:
     """SimPO (Meng et al. 2024, arXiv:2405.14734, Eq. 6): −log σ(β (log π(y_w)/|y_w| − log π(y_l)/|y_l|) − γ)."""
-    beta, means = beta_of(settings), batch.policy / batch.lengths.clamp(min=1)
-    gamma = beta / 2 if settings.simpo_gamma is None else settings.simpo_gamma
+    beta, means = options.beta, batch.policy / batch.lengths.clamp(min=1)
+    gamma = options.simpo_gamma
     return -logsigmoid(beta * (means[:, 0] - means[:, 1]) - gamma)
 
 
-def orpo(batch: Batch, settings: DPOHyperparameters) -> Tensor:
+def orpo(batch: Batch, options: LossOptions) -> Tensor:
     """ORPO (Hong et al. 2024, arXiv:2403.07691, Eq. 6 and 7): L_SFT − λ log σ(log odds(y_w)/odds(y_l)), λ = β.
 
     odds(y) = P(y)/(1 − P(y)) with the length-averaged log P. L_SFT is over the answer alone, as in the paper; TRL's
@@ -29,7 +28,7 @@ def orpo(batch: Batch, settings: DPOHyperparameters) -> Tensor:
     """
     means = batch.policy / batch.lengths.clamp(min=1)
     odds = means - _log1mexp(means)
-    return sft(batch, settings) - beta_of(settings) * logsigmoid(odds[:, 0] - odds[:, 1])
+    return sft(batch, options) - options.beta * logsigmoid(odds[:, 0] - odds[:, 1])
 
 
 def _log1mexp(logps: Tensor) -> Tensor:
@@ -40,22 +39,22 @@ def _log1mexp(logps: Tensor) -> Tensor:
     return torch.where(near, small, torch.log1p(-torch.exp(torch.where(near, -1.0, logps))))
 
 
-def cpo(batch: Batch, settings: DPOHyperparameters) -> Tensor:
+def cpo(batch: Batch, options: LossOptions) -> Tensor:
     """CPO (Xu et al. 2024, arXiv:2401.08417, Eq. 3 to 5): DPO with a uniform reference, and the likelihood term."""
-    logits = beta_of(settings) * (batch.policy[:, 0] - batch.policy[:, 1])
-    weight = 1.0 if settings.cpo_alpha is None else settings.cpo_alpha
-    return smoothed(logits, settings.label_smoothing or 0.0) + weight * sft(batch, settings)
+    logits = options.beta * (batch.policy[:, 0] - batch.policy[:, 1])
+    weight = options.cpo_alpha
+    return smoothed(logits, options.label_smoothing) + weight * sft(batch, options)
 
 
-def unlikelihood(batch: Batch, settings: DPOHyperparameters) -> Tensor:
+def unlikelihood(batch: Batch, options: LossOptions) -> Tensor:
     """The DPO paper's baseline (Sec. 6): −log π(y_w) + α log π(y_l), the gradient without its weight.
 
     It has no lower bound and degenerates, which is what the paper shows with it.
     """
-    alpha = 0.1 if settings.unlikelihood_alpha is None else settings.unlikelihood_alpha
+    alpha = options.unlikelihood_alpha
     return -batch.policy[:, 0] + alpha * batch.policy[:, 1]
 
 
-def bradley_terry(batch: Batch, _settings: DPOHyperparameters) -> Tensor:
+def reward_model(batch: Batch, _options: LossOptions) -> Tensor:
     """The reward model's loss (Rafailov et al. 2023, Eq. 2): −log σ(r_w − r_l). `policy` holds rewards here."""
     return -logsigmoid(batch.policy[:, 0] - batch.policy[:, 1])

@@ -1,0 +1,177 @@
+"""`dpo jobs`: fine-tuning jobs of a service."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import quote
+
+import orjson
+import typer
+from rich.console import Console
+
+from app.cli.client import Client
+from app.cli.describe import describe_estimate, describe_gate
+from app.cli.output import Json, Limit, emit, emit_table, read_body, read_gates, upload_files
+from app.cli.watch import exit_status, watch
+
+jobs = typer.Typer(help="Fine-tuning jobs.", no_args_is_help=True)
+
+
+def _set_hyperparameters(body: dict[str, Any], **given: float | str | None) -> None:
+    """Write those that are given into the method of a job's body."""
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if not chosen:
+        return
+    method = body.get("method")
+    kind = method.get("type") if isinstance(method, dict) else None
+    for name in ("beta", "loss"):
+        if name in chosen and kind != "dpo":
+            raise typer.BadParameter("goes with the method dpo", param_hint=f"--{name}")
+    if not isinstance(method, dict) or not isinstance(kind, str):
+        raise typer.BadParameter("--spec has no method to set them in", param_hint="hyperparameters")
+    own = method.get(kind) or {}
+    set_already = own.get("hyperparameters") or {} if isinstance(own, dict) else None
+    if not isinstance(set_already, dict):
+        raise typer.BadParameter(f"method.{kind} of --spec is not what docs/jobs.md says", param_hint="hyperparameters")
+    method[kind] = own | {"hyperparameters": set_already | chosen}
+
+
+@jobs.command("create")
+def jobs_create(
+    model: Annotated[str, typer.Option(help="Base model, made model or checkpoint.")] = "",
+    training_file: Annotated[str, typer.Option(help="File id, or a path to upload first.")] = "",
+    validation_file: Annotated[str, typer.Option(help="File id or path.")] = "",
+    method: Annotated[str, typer.Option(help="dpo (without --spec, the default) or supervised.")] = "",
+    sft: Annotated[bool, typer.Option("--sft", help="Run a supervised stage first.")] = False,
+    beta: Annotated[float | None, typer.Option(help="β of DPO.")] = None,
+    loss: Annotated[str, typer.Option(help="sigmoid (the default), ipo, simpo, kto, …: see docs/jobs.md.")] = "",
+    epochs: Annotated[int | None, typer.Option(help="Passes over the method's data.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of the method's stage.")] = None,
+    suffix: Annotated[str, typer.Option(help="Part of the new model's name.")] = "",
+    spec: Annotated[Path | None, typer.Option(help="A JSON file with the whole job body; '-' for stdin.")] = None,
+    gate: Annotated[
+        list[str] | None,
+        typer.Option(help="What must hold at the end: 'eval/rewards/accuracies>=0.6'; several."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--estimate", help="Say what it would take, and start nothing.")] = False,
+    follow: Annotated[bool, typer.Option("--watch", help="Follow it to its end.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Start a job. Options add to or override the body of --spec.
+
+    With --watch, the exit status is that of `dpo jobs watch`. With --estimate: 0 it would be accepted, 1 refused.
+    """
+    client = Client()
+    body = read_body(spec)
+    if method or spec is None:
+        body["method"] = {"type": method or "dpo"}
+    _set_hyperparameters(body, beta=beta, loss=loss or None, n_epochs=epochs, learning_rate=learning_rate)
+    if sft:
+        body.setdefault("sft", {})
+    given = {"model": model, "training_file": training_file, "validation_file": validation_file, "suffix": suffix}
+    body |= {key: value for key, value in given.items() if value}
+    if gate:
+        body["gates"] = [*body.get("gates", []), *read_gates(gate)]
+    upload_files(client, body)
+    if dry_run:
+        found = client.when_ready("POST", "/fine_tuning/estimate", json=body)
+        emit(found, as_json, describe_estimate(found))
+        raise typer.Exit(0 if found["ok"] else 1)
+    job = client.request("POST", "/fine_tuning/jobs", json=body)
+    if follow:
+        _follow(client, job["id"], as_json)
+    emit(job, as_json, job["id"])
+
+
+@jobs.command("list")
+def jobs_list(limit: Limit = 20, as_json: Json = False) -> None:
+    """Jobs, newest first."""
+    rows = list(Client().pages("/fine_tuning/jobs", limit))
+    emit_table(rows, ["id", "status", "stage", "model", "fine_tuned_model"], as_json)
+
+
+@jobs.command("show")
+def jobs_show(job_id: str, as_json: Json = False) -> None:
+    """One job."""
+    job = Client().request("GET", f"/fine_tuning/jobs/{quote(job_id, safe='')}")
+    text = "\n".join(f"{key}: {value}" for key, value in job.items() if value not in (None, [], {}))
+    emit(job, as_json, text)
+
+
+@jobs.command("watch")
+def jobs_watch(job_id: str, as_json: Json = False) -> None:
+    """Follow a job to its end. Exit status: 0 succeeded, 1 failed, 3 cancelled, 4 a quality gate not met."""
+    _follow(Client(), job_id, as_json)
+
+
+def _follow(client: Client, job_id: str, as_json: bool) -> None:
+    job = watch(client, f"/fine_tuning/jobs/{quote(job_id, safe='')}", Console(stderr=as_json))
+    text = f"{job['id']}: {job['status']}"
+    if job["error"]:
+        text += f"\n{job['error']['message']}"
+    for verdict in job["gates"]:
+        text += f"\n{describe_gate(verdict)}"
+    if job["status"] == "succeeded":
+        text += _next_steps(job)
+    emit(job, as_json, text)
+    raise typer.Exit(exit_status(job))
+
+
+def _next_steps(job: dict[str, Any]) -> str:
+    name = job["fine_tuned_model"]
+    base = job["model"] if not job["model"].startswith("ft:") else name.split(":")[1]
+    loss = ((job["method"].get("dpo") or {}).get("hyperparameters") or {}).get("loss")
+    package, loader, serve = (
+        "peft",
+        "AutoPeftModelForCausalLM",
+        f"vllm serve {base} --enable-lora --lora-modules tuned=model",
+    )
+    if loss == "reward_model":
+        package, loader, serve = (
+            "transformers",
+            "AutoModelForSequenceClassification",
+            "vllm serve ./model --task classify",
+        )
+    elif job["adapter"] == "none":
+        package, loader, serve = "transformers", "AutoModelForCausalLM", "vllm serve ./model"
+    elif job["adapter"]["use_dora"]:
+        serve = "merge it first: vLLM takes no DoRA adapters"
+    return f"""
+model: {name}
+
+download it:        dpo models download '{name}' --output model
+load it in Python:  from {package} import {loader}
+                    {loader}.from_pretrained("model")
+serve it:           {serve}"""
+
+
+@jobs.command("logs")
+def jobs_logs(job_id: str, as_json: Json = False) -> None:
+    """The trainer's log of the latest attempt."""
+    with Client().stream("GET", f"/fine_tuning/jobs/{quote(job_id, safe='')}/logs") as response:
+        if as_json:
+            print(orjson.dumps({"job": job_id, "log": response.read().decode("utf-8", "replace")}).decode())
+            return
+        for chunk in response.iter_bytes():
+            sys.stdout.buffer.write(chunk)
+
+
+@jobs.command("cancel")
+def jobs_cancel(job_id: str, as_json: Json = False) -> None:
+    """Cancel a job. Its checkpoints stay."""
+    job = Client().request("POST", f"/fine_tuning/jobs/{quote(job_id, safe='')}/cancel")
+    emit(job, as_json, f"{job['id']}: {job['status']}")
+
+
+@jobs.command("pause")
+def jobs_pause(job_id: str, as_json: Json = False) -> None:
+    """Hold a job back. A running one writes a checkpoint and frees its GPU."""
+    job = Client().request("POST", f"/fine_tuning/jobs/{quote(job_id, safe='')}/pause")
+    emit(job, as_json, f"{job['id']}: {job['status']}, paused")
+
+
+@jobs.command("resume")
+def jobs_resume(job_id: str, as_json: Json = False) -> None:
+    """Let a paused job go on from where it was."""
+    job = Client().request("POST", f"/fine_tuning/jobs/{quote(job_id, safe='')}/resume")
+    emit(job, as_json, f"{job['id']}: {job['status']}")

@@ -1,0 +1,23 @@
+"""This machine's installation, which some verbs reach without HTTP."""
+
+from typing import TYPE_CHECKING
+
+from app.settings import Settings
+
+if TYPE_CHECKING:
+    from app.services import Services
+
+
+def local() -> "Services":
+    """This machine's installation, its database brought to this version's schema."""
+    from app.services import Services
+
+    services = Services.of(Settings())
+    services.migrate()
+    return services
+
+
+def migrate_database(settings: Settings, revision: str = "head") -> None:
+    from app.services import Services
+
+    Services.of(settings).migrate(revision)

@@ -1,0 +1,47 @@
+"""`dpo models`: base models, and models made by a service."""
+
+from typing import Annotated
+from urllib.parse import quote
+
+import typer
+
+from app.cli.client import Client
+from app.cli.output import Json, Output, emit, emit_table
+
+models = typer.Typer(help="Base models, and models made here.", no_args_is_help=True)
+
+
+@models.command("list")
+def models_list(as_json: Json = False) -> None:
+    """Base models that workers serve, and models made here."""
+    emit_table(Client().request("GET", "/models")["data"], ["id", "kind", "base_model", "owned_by"], as_json)
+
+
+@models.command("download")
+def models_download(
+    model: str,
+    output: Output,
+    merged: Annotated[bool, typer.Option("--merged", help="Whole weights, the adapter in them.")] = False,
+    dtype: Annotated[str, typer.Option(help="Of merged weights: bf16 or fp16.")] = "bf16",
+    as_json: Json = False,
+) -> None:
+    """Download a model made here, or a checkpoint, into a folder."""
+    Client().download_model(model, output, {"format": "merged", "dtype": dtype} if merged else {})
+    emit({"model": model, "folder": str(output)}, as_json, str(output))
+
+
+@models.command("lineage")
+def models_lineage(model: str, as_json: Json = False) -> None:
+    """How a model came to be, from its base model on."""
+    found = Client().request("GET", f"/models/{quote(model, safe=':')}/lineage")
+    text = f"{found['base_model']} (revision {found['base_revision'] or 'unknown'})"
+    for step in found["steps"]:
+        method = ("SFT, then " if step["sft"] else "") + step["method"]
+        text += f"\n  {method} on {', '.join(step['files'])} by {step['job']}\n{step['model']}"
+    emit(found, as_json, text)
+
+
+@models.command("delete")
+def models_delete(model: str, as_json: Json = False) -> None:
+    """Delete a model made here, unless something needs it."""
+    emit(Client().request("DELETE", f"/models/{quote(model, safe=':')}"), as_json, f"{model}: deleted")

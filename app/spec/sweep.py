@@ -1,0 +1,143 @@
+"""The body of `POST /v1/sweeps`, and the jobs that it stands for. Pure pydantic."""
+
+import copy
+import difflib
+import itertools
+import secrets
+from collections.abc import Iterator
+from typing import Annotated, Any, Self
+
+from pydantic import ConfigDict, Field, StringConstraints, model_validator
+
+from app.errors import ServiceError
+from app.spec.job import METRICS, JobSpec
+from app.spec.schema_base import NO_NUL, Metadata, Strict, inconsistent, plain_json
+
+MAX_JOBS = 64
+MAX_BYTES = 1 << 20
+NOT_SWEPT = ("evaluations", "gates", "integrations", "metadata")
+"""What says nothing of the model that is made; evaluations hold keys of judges."""
+Path = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[A-Za-z_]\w*(\.\w+)*$")]
+Metric = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=NO_NUL)]
+
+
+class Axes(Strict):
+    """The two metrics of the frontier: less of `x` is better, and more of `y`."""
+
+    x: Metric
+    y: Metric
+
+
+class SweepSpec(Strict):
+    """The body of `POST /v1/sweeps`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "job": {
+                    "model": "meta-llama/Llama-3.1-8B",
+                    "training_file": "file-abc123",
+                    "method": {"type": "dpo"},
+                    "evaluations": [{"name": "held-out", "type": "preference", "data": "file-def456"}],
+                },
+                "grid": {"beta": [0.05, 0.1, 1.0], "learning_rate": [1e-5, 5e-5]},
+            }
+        }
+    )
+
+    job: dict[str, Any]
+    """The body of a job, as `POST /v1/fine_tuning/jobs` takes it."""
+    grid: Annotated[
+        dict[Path, Annotated[list[Any], Field(min_length=1, max_length=MAX_JOBS)]], Field(min_length=1, max_length=16)
+    ]
+    """The values of each field. A name is a field of the job, dots lead into it (`adapter.r`), or one of its method's
+    hyperparameters (`beta`). There is a job for each combination."""
+    frontier: Axes | None = None
+    """None: reward against KL, where an evaluation of the type `reward_kl` measures them."""
+    name: Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=NO_NUL)] | None = None
+    metadata: Annotated[Metadata, Field(max_length=16)] | None = None
+
+    @model_validator(mode="after")
+    def _expands(self) -> Self:
+        """Each name of the grid leads somewhere, and no two to the same place."""
+        plain_json(self.job, "job", MAX_BYTES)
+        plain_json(self.grid, "grid", MAX_BYTES)
+        count = 1
+        for name, values in self.grid.items():
+            count *= len(values)
+            if any(value in values[:number] for number, value in enumerate(values)):
+                raise inconsistent(f"grid.{name}", f"'{name}' has a value twice")
+        if count > MAX_JOBS:
+            raise inconsistent("grid", f"The grid has {count} combinations; at most {MAX_JOBS} are one sweep")
+        places = {name: self._place(name) for name in self.grid}
+        for name, place in places.items():
+            if place.partition(".")[0] in NOT_SWEPT:
+                raise inconsistent(f"grid.{name}", f"'{place}' cannot be swept")
+            for other, taken in places.items():
+                if other != name and f"{taken}.".startswith(f"{place}."):
+                    raise inconsistent(f"grid.{other}", f"'{other}' is in '{name}', which is swept too")
+        for _ in self.bodies():
+            pass
+        return self
+
+    def _place(self, name: str) -> str:
+        """Where in the job a name of the grid leads."""
+        if "." in name or name in JobSpec.model_fields:
+            return name
+        method = self.job.get("method")
+        kind = method.get("type") if isinstance(method, dict) else None
+        if kind not in ("dpo", "supervised"):
+            raise inconsistent(f"grid.{name}", f"'{name}' is no field of a job, and the job names no 'method'")
+        return f"method.{kind}.hyperparameters.{name}"
+
+    def bodies(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """(the values, the body) of each job, in the order of the grid.
+
+        All have one seed, and so have their evaluations, unless it is swept: the same validation rows, the same
+        reference log-probs, which are then computed once, and completions of the same prompts.
+        """
+        seed = self.job.get("seed")
+        shared = secrets.randbelow(2**31) if seed is None else seed
+        for values in itertools.product(*self.grid.values()):
+            body, settings = copy.deepcopy(self.job), dict(zip(self.grid, values, strict=True))
+            body["seed"] = shared
+            evaluations = body.get("evaluations")
+            for evaluation in evaluations if isinstance(evaluations, list) else []:
+                if isinstance(evaluation, dict):
+                    evaluation.setdefault("seed", shared)
+            for name, value in settings.items():
+                _set(body, self._place(name), copy.deepcopy(value), f"grid.{name}")
+            yield settings, body
+
+    def axes(self, first: JobSpec) -> Axes | None:
+        """The metrics of the frontier; `first` is any of the jobs. Raises `ServiceError` for what is not measured."""
+        if self.frontier is None:
+            for evaluation in first.evaluations or []:
+                if evaluation.type == "reward_kl" and evaluation.judge is not None:
+                    return Axes(x=f"evaluations/{evaluation.name}/kl", y=f"evaluations/{evaluation.name}/reward")
+            return None
+        known = list(METRICS)
+        for evaluation in first.evaluations or []:
+            names = evaluation.figures()
+            names += [name.partition("@")[0] for name in names]  # all temperatures
+            known += [f"evaluations/{evaluation.name}/{name}" for name in names]
+        for axis in ("x", "y"):
+            metric = getattr(self.frontier, axis)
+            if metric not in known:
+                close = difflib.get_close_matches(metric, known, n=1)
+                hint = f" Did you mean '{close[0]}'?" if close else ""
+                message = f"There is no metric '{metric}'.{hint}"
+                raise ServiceError(message, param=f"frontier.{axis}", code="invalid_value")
+        return self.frontier
+
+
+def _set(body: dict[str, Any], place: str, value: Any, field: str) -> None:
+    *parents, last = place.split(".")
+    target = body
+    for name in parents:
+        if target.get(name) is None:
+            target[name] = {}
+        target = target[name]
+        if not isinstance(target, dict):
+            raise inconsistent(field, f"'{name}' holds no fields in this job")
+    target[last] = value

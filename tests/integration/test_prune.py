@@ -1,0 +1,147 @@
+"""Objects that no row needs go; all others stay."""
+
+import pytest
+from fastapi.testclient import TestClient
+from sqlalchemy import select, update
+
+from app.database import database_now, new_id
+from app.derived_artifacts.tables import Task
+from app.errors import Conflict
+from app.files.tables import File
+from app.installation import Installation, name_of, owner_of
+from app.jobs import repository
+from app.jobs.states import Status
+from app.jobs.tables import Checkpoint, Job, JobEvent
+from app.models.tables import Model
+from app.prune import prune
+from app.services import Services
+from app.uploads.tables import Upload, UploadPart
+from tests.integration.test_api import upload
+from tests.integration.test_states import make_job
+from worker.housekeeping import clear_out, forget_old_events
+
+
+def test_only_what_a_row_needs_stays(client: TestClient, services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+    file_id = upload(client)
+    ended = make_job(services, name="ended", status=Status.SUCCEEDED)
+    running = make_job(services, name="running", status=Status.RUNNING)
+    kept = {f"files/{file_id}"}
+    gone = {"files/file-none", "uploads/upload-none/part-none", f"uploads/upload-1/{new_id('part')}"}
+    with services.database.write() as session:
+        session.add(
+            Model(
+                name="ft:tiny:default::x", kind="adapter", project="default", created_at=database_now(), bytes=1,
+                base_model="tiny", job_id=ended, prefix=f"jobs/{ended}/attempt-2/model", details={},
+            )
+        )  # fmt: skip
+        session.add(
+            Checkpoint(
+                id="ftckpt-1", job_id=ended, created_at=database_now(), stage="dpo", step_number=5, metrics={},
+                model_name="ft:tiny:default::x:ckpt-step-5", prefix=f"jobs/{ended}/attempt-1/checkpoints/5",
+            )
+        )  # fmt: skip
+        session.add(
+            Upload(
+                id="upload-1", project="default", created_at=database_now(), expires_at=database_now() + 60,
+                filename="x", purpose="fine-tune", bytes=5, status="pending",
+            )
+        )  # fmt: skip
+        session.flush()
+        session.add(UploadPart(id="part-1", upload_id="upload-1", created_at=database_now(), bytes=5))
+        for name, status, result in (
+            ("done", "done", {"prefix": "merged/task-done/attempt-2"}),
+            ("making", "pending", None),
+        ):
+            session.add(
+                Task(
+                    id=f"task-{name}", kind="merge", subject=name, owner=name, project="default", arguments={},
+                    created_at=database_now(), status=status, result=result, attempt=2, eligible_at=0.0,
+                    lost_attempts=0,
+                )
+            )  # fmt: skip
+    kept |= {
+        f"jobs/{ended}/attempt-2/model/adapter_model.safetensors",
+        f"jobs/{ended}/attempt-1/checkpoints/5/model/adapter_model.safetensors",
+        f"jobs/{ended}/attempt-1/trainer.log",
+        f"jobs/{running}/attempt-1/checkpoints/9/optimizer.safetensors",
+        "uploads/upload-1/part-1",
+        "merged/task-done/attempt-2/model.safetensors",
+        "merged/task-making/attempt-1/model.safetensors",
+        "cache/tokens/x/y",
+    }
+    gone |= {
+        f"jobs/{ended}/attempt-1/checkpoints/5/optimizer.safetensors",
+        f"jobs/{ended}/attempt-1/checkpoints/6/model/adapter_model.safetensors",
+        f"jobs/{ended}/attempt-2/model-of-another/x",
+        "jobs/ftjob-none/attempt-1/model/x",
+        "merged/task-done/attempt-1/model.safetensors",
+        "merged/task-none/attempt-1/model.safetensors",
+    }
+    with services.database.write() as session:
+        repository.add_event(session, ended, "told")
+    for key in (kept | gone) - {f"files/{file_id}"}:
+        services.storage.put_bytes(key, b"x")
+    assert prune(services, delete=True) == (len(kept | gone), 0), "their rows may be on their way"
+    assert prune(services, delete=False, grace=0.0) == (len(kept), len(gone))
+    assert prune(services, delete=True, grace=0.0) == (len(kept), len(gone))
+    left = {
+        key for prefix in ("files", "uploads", "jobs", "merged", "cache") for key, _ in services.storage.list(prefix)
+    }
+    assert left == kept
+    monkeypatch.setattr("app.prune.CACHE_SECONDS", 0.0)
+    assert prune(services, delete=True, grace=0.0) == (len(kept) - 1, 1)
+    assert services.storage.list("cache") == []
+
+
+def test_a_deleted_file_keeps_its_bytes_until_housekeeping(client: TestClient, services: Services) -> None:
+    """An unfinished job may read it still: that is purge_deleted_files' to decide."""
+    file_id = upload(client)
+    client.delete(f"/v1/files/{file_id}")
+    with services.database.read() as session:
+        assert session.get_one(File, file_id).deleted_at is not None
+    assert prune(services, delete=True, grace=0.0) == (1, 0)
+
+
+def test_nothing_is_swept_beside_another_database(client: TestClient, services: Services) -> None:
+    """An empty database knows of no object: beside the store of another it would remove everything."""
+    upload(client)
+    assert prune(services, delete=True, grace=0.0) == (1, 0)
+    with services.database.write() as session:
+        session.execute(update(Installation).values(id="another"))
+    with pytest.raises(Conflict, match="another installation"):
+        prune(services, delete=True, grace=0.0)
+    with pytest.raises(Conflict, match="another installation"):
+        clear_out(services)
+    assert len(services.storage.list("files")) == 1
+    ready = client.get("/readyz")
+    assert (ready.status_code, list(ready.json()["problems"])) == (503, ["storage"])
+
+
+def test_a_store_that_belongs_to_nobody_is_not_taken_by_a_database_that_knows_nothing_in_it(services: Services) -> None:
+    services.storage.put_bytes("files/file-of-another", b"x")
+    with pytest.raises(Conflict, match="another installation"):
+        clear_out(services)
+    assert services.storage.list("files") and owner_of(services.storage) is None
+    services.storage.delete("files/file-of-another")
+    clear_out(services)
+    assert owner_of(services.storage) == name_of(services.database), "an empty one is"
+
+
+def test_what_is_told_of_old_jobs_is_forgotten_and_their_results_stay(services: Services) -> None:
+    old = make_job(services, name="old", status=Status.SUCCEEDED, metrics={"loss": 0.5})
+    new, running = make_job(services, name="new", status=Status.FAILED), make_job(services, name="running")
+    with services.database.write() as session:
+        for job in (old, new, running):
+            for number in range(3):
+                repository.add_event(session, job, f"event {number}", type="metrics", data={"step": number})
+        session.execute(update(Job).where(Job.id == old).values(finished_at=database_now() - 100 * 86400))
+        session.execute(update(Job).where(Job.id == new).values(finished_at=database_now() - 86400))
+    assert prune(services, delete=True) == (0, 0)
+    log = f"jobs/{old}/attempt-1/trainer.log"
+    services.storage.put_bytes(log, b"x")
+    assert forget_old_events(services.database, 365 * 86400) == 0
+    assert forget_old_events(services.database, 30 * 86400) == 3
+    with services.database.read() as session:
+        assert set(session.scalars(select(JobEvent.job_id))) == {new, running}
+        assert session.get_one(Job, old).metrics == {"loss": 0.5}
+    assert prune(services, delete=True, grace=0.0) == (0, 1)

@@ -1,0 +1,215 @@
+"""One attempt at a training: what it starts from, its checkpoints, its metrics, and the model that it leaves."""
+
+import json
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from app.database import database_now, new_id
+from app.jobs import repository
+from app.jobs.states import Status
+from app.jobs.tables import Checkpoint, Job
+from app.models import repository as models
+from app.models.tables import Model
+from app.spec import quality_gates
+from app.spec.job import JobSpec
+from worker.base_models import ModelUnavailable
+from worker.checkpoints import Checkpoints
+from worker.integrations import Reporter
+from worker.lease import LeaseLost
+from worker.runner import Run
+
+
+class Training(Run[JobSpec]):
+    """One attempt at a training."""
+
+    OVERDUE = "Its checkpoints are kept: a new job can start from one."
+    reporter: Reporter | None = None
+
+    @staticmethod
+    def read_spec(job: Job) -> JobSpec:
+        return JobSpec.stored(job.spec)
+
+    def close(self) -> None:
+        if self.reporter is not None:
+            self.reporter.close()
+
+    def prepare(self) -> bool:
+        self.checkpoints = Checkpoints(self.services.storage, self.lease, self.job)
+        self.reporter = Reporter(self.job.id, self.spec, self.folder)
+        spec = self.spec
+        named = dict(spec.files())
+        paths = {file_id: f"data/{file_id}" for file_id in named.values()}
+        reference = spec.reference_model
+        try:
+            base, revision = self.base_models.locate(self.job.base_model)
+            for file_id, path in paths.items():
+                self.services.storage.get_file(f"files/{file_id}", self.folder / path)
+        except ModelUnavailable as error:
+            return self.fail("model_unavailable", str(error), "model")
+        except FileNotFoundError as error:
+            return self.fail("file_not_found", f"A file of the job is gone: {error}", "training_file")
+
+        def look(session: Session) -> tuple[models.Found | None, models.Found | None, models.Found | None, str | None]:
+            of = self.job.project
+            return (
+                models.find(session, of, spec.model),
+                models.find(session, of, self.job.foundation) if self.job.foundation else None,
+                models.find(session, of, reference) if reference else None,
+                models.version(session, self.job.base_model),
+            )
+
+        def look_below(session: Session) -> models.Found | None:
+            below = held_to.foundation if held_to else None
+            return models.find(session, self.job.project, below) if below else None
+
+        started_from, foundation, held_to, version = self.lease.read(look)
+        held_to_foundation = self.lease.read(look_below)
+        if started_from is None:
+            return self.fail("model_not_found", f"The model '{spec.model}' was deleted.", "model")
+        if self.job.foundation and not foundation:
+            return self.fail("model_not_found", f"The model '{self.job.foundation}' was deleted.", "model")
+        self.place(started_from, foundation or None, base, self.folder)
+        if reference:
+            field = "method.dpo.hyperparameters.reference_model"
+            if not held_to:
+                return self.fail("model_not_found", f"The model '{reference}' was deleted.", field)
+            try:
+                other, _ = self.base_models.locate(held_to.base_model)
+            except ModelUnavailable as error:
+                return self.fail("model_unavailable", str(error), field)
+            self.place(held_to, held_to_foundation or None, other, self.folder / "reference")
+        self.checkpoints.fetch(self.folder / "resume")
+        located = spec.with_files({field: paths[file_id] for field, file_id in named.items()})
+        (self.folder / "spec.json").write_text(located.model_dump_json())
+        name = self.job.foundation or self.job.base_model
+        run = {"base_model": name, "revision": revision, "version": version, "spec": self.job.spec}
+        run["log"] = {"job": self.job.id, "attempt": self.job.attempt, "request": self.job.request_id}
+        (self.folder / "run.json").write_text(json.dumps(run))
+        return True
+
+    def bring(self, event: dict[str, Any]) -> None:
+        if event["kind"] == "checkpoint":
+            self.checkpoints.store(f"{self.prefix}/{event['path']}", self.folder / event["path"])
+        elif event["kind"] == "metrics" and self.reporter is not None:
+            self.reporter.metrics(event["step"], event["metrics"])
+
+    def columns(self, batch: list[dict[str, Any]]) -> dict[str, Any]:
+        columns: dict[str, Any] = {}
+        for event in batch:
+            if event["kind"] == "stage":
+                columns["stage"] = event["stage"]
+            elif event["kind"] == "metrics":
+                columns["progress"] = {
+                    "step": event["step"],
+                    "total_steps": event["total_steps"],
+                    "seconds_remaining": event["seconds_remaining"],
+                    "tokens_per_second": event["metrics"].get("tokens_per_second"),
+                }
+                columns["metrics"] = (columns.get("metrics") or {}) | event["metrics"]
+                columns["stage"] = event["stage"]
+            elif event["kind"] == "checkpoint":
+                columns["lost_attempts"] = 0
+        return columns or {"lost_attempts": Job.lost_attempts}
+
+    def write_event(self, session: Session, event_id: str, event: dict[str, Any]) -> None:
+        if event["kind"] == "stage":
+            text = f"Stage {event['stage']}: {event['rows']} rows, {event['validation_rows']} for validation."
+            repository.add_event(session, self.job.id, text, id=event_id)
+        elif event["kind"] == "metrics":
+            shown = ("loss", "eval/loss", "rewards/accuracies", "eval/rewards/accuracies", "eval/rewards/margins")
+            values = ", ".join(f"{n}={event['metrics'][n]:.4f}" for n in shown if n in event["metrics"])
+            data = {"step": event["step"], "stage": event["stage"], "total_steps": event["total_steps"]}
+            data |= event["metrics"] | {"train_loss": event["metrics"].get("loss")}
+            message = f"Step {event['step']}/{event['total_steps']}: {values}"
+            repository.add_event(session, self.job.id, message, type="metrics", data=data, id=event_id)
+        elif event["kind"] == "checkpoint":
+            name = f"{self.job.makes}:ckpt-step-{event['step']}"
+            prefix = f"{self.prefix}/{event['path']}"
+            if repository.move_checkpoint(session, self.job.id, event["step"], prefix):
+                return  # written again after a resume: the same bytes, and whole, which the first may not be
+            session.add(
+                Checkpoint(
+                    id=new_id("ftckpt"),
+                    job_id=self.job.id,
+                    created_at=database_now(),
+                    stage=event["stage"],
+                    step_number=event["step"],
+                    model_name=name,
+                    metrics=_checkpoint_metrics(event["step"], event["metrics"]),
+                    prefix=prefix,
+                )
+            )
+            text = f"Checkpoint created at step {event['step']}: {name}"
+            repository.add_event(session, self.job.id, text, id=event_id)
+
+    def relayed(self, batch: list[dict[str, Any]]) -> None:
+        if any(event["kind"] == "checkpoint" for event in batch):
+            try:
+                self.checkpoints.trim()
+            except LeaseLost:
+                raise
+            except Exception as error:  # what is too much can wait; the training cannot
+                self.log.warning("checkpoints not trimmed", reason=str(error))
+
+    def succeed(self, outcome: dict[str, Any]) -> None:
+        name, result_id = self.job.makes, new_id("file")
+        storage, result = self.services.storage, self.folder / "result.csv"
+        storage.put_folder(f"{self.prefix}/model", self.folder / "output")
+        storage.put_file(f"files/{result_id}", result)
+        adapter = self.job.spec["adapter"]
+        size = sum(path.stat().st_size for path in (self.folder / "output").rglob("*") if path.is_file())
+
+        def write(session: Session) -> None:
+            # The row first: events are numbered in the order of their commits, and evaluations that end now wait.
+            if not repository.write_guarded(session, self.job.id, self.job.attempt, metrics=outcome["metrics"]):
+                raise LeaseLost
+            verdicts = repository.judged(session, self.job, outcome["metrics"])
+            if verdicts:
+                repository.add_event(
+                    session, self.job.id, quality_gates.summary(verdicts), level=quality_gates.level(verdicts)
+                )
+            self.end(
+                session,
+                Status.SUCCEEDED,
+                f"The job has succeeded. New fine-tuned model: {name}",
+                gates=verdicts or None,
+                pace=outcome["pace"],
+                fine_tuned_model=name,
+                trained_tokens=outcome["trained_tokens"],
+                result_files=[result_id],
+                metrics=outcome["metrics"],
+            )
+            session.add(
+                Model(
+                    name=name,
+                    kind="reward" if self.spec.trains_rewards else "full" if adapter == "none" else "adapter",
+                    project=self.job.project,
+                    created_at=database_now(),
+                    base_model=self.job.base_model,
+                    job_id=self.job.id,
+                    prefix=f"{self.prefix}/model",
+                    bytes=size,
+                    revision=None,
+                    details={
+                        "adapter": adapter,
+                        "quantization": self.job.spec["quantization"],
+                        "foundation": self.job.foundation,
+                    },
+                )
+            )
+            session.add(self.result_file(result_id, result, "step_metrics.csv"))
+
+        self.lease.write(write)
+
+
+def _checkpoint_metrics(step: int, metrics: dict[str, float]) -> dict[str, float]:
+    """The contract's names beside ours."""
+    names = {
+        "train_loss": "loss",
+        "train_mean_token_accuracy": "mean_token_accuracy",
+        "valid_loss": "eval/loss",
+        "valid_mean_token_accuracy": "eval/mean_token_accuracy",
+    }
+    contract = {theirs: metrics[ours] for theirs, ours in names.items() if ours in metrics}
+    return {"step": float(step), **contract, **metrics}
