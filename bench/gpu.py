@@ -49,16 +49,19 @@ from bench.inputs import (
     make_pairs,
     make_tokenizer,
 )
-from worker.trainer import loop
+from worker.trainer import loop, stage_run
 from worker.trainer.averages import Averages
 from worker.trainer.checkpoint import State
 from worker.trainer.data import Response, Row
 from worker.trainer.dataset import Rows
-from worker.trainer.events import Events, UserError
+from worker.trainer.errors import UserError
+from worker.trainer.events import Events, Metrics, read
 from worker.trainer.loading import wrap
-from worker.trainer.methods import Preference, References, Supervised
+from worker.trainer.methods.method import Method
+from worker.trainer.methods.preference import Preference
 from worker.trainer.model import Policy
-from worker.trainer.reference import compute
+from worker.trainer.reference import References, compute
+from worker.trainer.run import Run
 from worker.trainer.throughput import layer_weights, needed_flops, peak_flops
 
 RUNS = 3
@@ -185,22 +188,21 @@ def ours(model: Any, folder: Path, pairs: Pairs, batch: int, epochs: int, recomp
         (work / "run.json").write_text(
             json.dumps({"base_model": "bench", "revision": None, "version": None, "spec": spec})
         )
-        trainer = loop.Trainer(work, Events(stream), threading.Event())
-        policy = wrap(model, AutoTokenizer.from_pretrained(folder), trainer.spec, trainer.base, None, trainer.events)
+        run = Run.of(work, Events(stream), threading.Event())
+        policy = wrap(model, AutoTokenizer.from_pretrained(folder), run.spec, run.base, None, run.events)
 
-        def run() -> None:
-            (stage,) = trainer._stages(folder)
-            trainer.policy, trainer.stages = policy, [stage]
-            trainer.state = State(stage.name)
-            trainer._run_stage(stage, None)
+        def train() -> None:
+            (stage,) = loop.stages_of(run)
+            begun = stage_run.begin(run, stage, policy, State(stage.name), stage.steps)
+            begun.saved_step = stage.steps  # no checkpoint at the end
+            loop.run_stage(begun)
 
-        trainer._checkpoint = lambda *_: None  # type: ignore[method-assign]
         try:
-            found = measured(run)
+            found = measured(train)
         finally:
             release(policy)
-        steps = [json.loads(line) for line in stream.getvalue().splitlines()]
-        mfu = [step["metrics"]["mfu"] for step in steps if "mfu" in step.get("metrics", {})]
+        events = map(read, stream.getvalue().splitlines())
+        mfu = [event.metrics["mfu"] for event in events if isinstance(event, Metrics) and "mfu" in event.metrics]
         found["mfu"] = statistics.median(mfu)
         return found
 
@@ -377,7 +379,8 @@ def _row(number: int, prompt: int, response: int) -> Row:
 def _step(policy: Policy, rows: Rows, settings: Any) -> dict[str, float]:
     """Median of three optimizer steps' gradients, after one that compiles."""
     nothing = compute(policy, rows[:0])
-    method = Preference(policy, settings, rows, rows[:0], References(compute(policy, rows), nothing))
+    method = Preference(policy, settings, rows, rows[:0])
+    method.references = References(compute(policy, rows), nothing)
     runs = []
     for _ in range(4):
         averages = Averages()
@@ -393,8 +396,9 @@ def _step(policy: Policy, rows: Rows, settings: Any) -> dict[str, float]:
     }
 
 
-def _gradient(method: Preference | Supervised, count: int, averages: Averages) -> None:
-    method.backward(list(range(count)), averages)
+def _gradient(method: Method, count: int, averages: Averages) -> None:
+    rows = list(range(count))
+    method.backward(rows, method.totals(rows, averages), averages)
     for parameter in method.policy.trainable().values():
         parameter.grad = None
 

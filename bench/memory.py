@@ -20,7 +20,8 @@ from app.spec.job import JobSpec
 from bench.machine import describe_machine
 from tests.tiny_model import make_tokenizer
 from worker.base_models import describe
-from worker.processes import trainer_environment
+from worker.processes import answer_cache, trainer_environment
+from worker.trainer.events import CacheWanted, Event, Metrics, TrainingDone, read
 
 RESULT = Path(__file__).parent / "results" / "memory.json"
 VOCABULARY, STEPS = 8192, 2
@@ -123,8 +124,8 @@ def measure(spec: Spec) -> dict[str, Any]:
         run = {"base_model": "made", "revision": None, "version": None, "spec": body}
         (folder / "run.json").write_text(json.dumps(run))
         events = _run(folder)
-        peak = max(event["metrics"].get("peak_memory_bytes", 0) for event in events if event["kind"] == "metrics")
-        tokens = next(event for event in events if event["kind"] == "done")["trained_tokens"] / STEPS
+        peak = max(event.metrics.get("peak_memory_bytes", 0) for event in events if isinstance(event, Metrics))
+        tokens = next(event for event in events if isinstance(event, TrainingDone)).trained_tokens / STEPS
         shape = Shape.of(describe("made", folder / "base").details)
     assert shape is not None
     return compared(spec, shape, job, peak, tokens)
@@ -133,7 +134,7 @@ def measure(spec: Spec) -> dict[str, Any]:
 def compared(spec: Spec, shape: Shape, job: JobSpec, peak: float, tokens: float) -> dict[str, Any]:
     """A row of the table: `peak` bytes were measured on batches of `tokens`."""
     cuda = torch.cuda.is_available()
-    settings = Settings.of(job, "dpo", tokens / spec.batch, round(tokens / spec.batch))
+    settings = Settings.of(job, job.method.hyperparameters, tokens / spec.batch, round(tokens / spec.batch))
     memory = estimate(shape, settings, "cuda" if cuda else "cpu", None)
     expected = memory.total - (memory.runtime if cuda else 0)
     return {
@@ -148,7 +149,7 @@ def compared(spec: Spec, shape: Shape, job: JobSpec, peak: float, tokens: float)
     }
 
 
-def _run(folder: Path) -> list[dict[str, Any]]:
+def _run(folder: Path) -> list[Event]:
     """The events of a run of the trainer, which ends with its standard input."""
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
@@ -158,14 +159,12 @@ def _run(folder: Path) -> list[dict[str, Any]]:
             stderr=log,
             env=trainer_environment() | {"OMP_NUM_THREADS": "2"},
         )
-    assert process.stdin is not None and process.stdout is not None
+    assert process.stdout is not None
     events = []
     for line in process.stdout:
-        event = json.loads(line)
-        events.append(event)
-        if event["kind"] == "wanted":
-            process.stdin.write(json.dumps({"key": event["key"]}).encode() + b"\n")
-            process.stdin.flush()
+        events.append(read(line))
+        if isinstance(events[-1], CacheWanted):
+            answer_cache(process, events[-1].key)
     if process.wait() != 0:
         raise RuntimeError((folder / "log").read_text()[-2000:] + str(events[-1:]))
     return events

@@ -22,7 +22,8 @@ from tests.causal_types import TYPES, tiny_config, tiny_model
 from tests.tiny_model import make_tokenizer
 from tests.unit.trainer.work import disturb, gradients, load, make_row, pack_of, plain_logps
 from worker.trainer.data import Row
-from worker.trainer.events import Events, UserError, first_line
+from worker.trainer.errors import UserError, first_line
+from worker.trainer.events import Events
 from worker.trainer.exactness import check
 from worker.trainer.merge import merge
 from worker.trainer.model import Policy

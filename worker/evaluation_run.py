@@ -24,6 +24,7 @@ from worker.judges.endpoint import Answer, Asker, JudgeFailed, key_of
 from worker.judges.questions import questions, verdicts
 from worker.lease import LeaseLost
 from worker.runner import Run
+from worker.trainer.events import CompletionsWritten, EvaluationDone, Event, TrainingDone
 
 
 class _BrokenOff(Exception):
@@ -141,21 +142,21 @@ class Evaluation(Run[EvaluationSpec]):
         with path.open("rb") as file:
             return sum(1 for _ in file)
 
-    def bring(self, event: dict[str, Any]) -> None:
-        if event["kind"] == "part":
-            path = self.folder / event["path"]
+    def bring(self, event: Event) -> None:
+        if isinstance(event, CompletionsWritten):
+            path = self.folder / event.path
             self.services.storage.put_file(f"{self.parts}/{path.name}", path)
-            self.kept[_by_judge(path)] += event["completions"]
+            self.kept[_by_judge(path)] += event.completions
 
-    def columns(self, batch: list[dict[str, Any]]) -> dict[str, Any]:
+    def columns(self, batch: list[Event]) -> dict[str, Any]:
         columns: dict[str, Any] = {"lost_attempts": Job.lost_attempts}
         for event in batch:
-            if event["kind"] == "part":
-                progress = {"completions": self.kept[_by_judge(Path(event["path"]))], "total": event["total"]}
+            if isinstance(event, CompletionsWritten):
+                progress = {"completions": self.kept[_by_judge(Path(event.path))], "total": event.total}
                 columns = {"lost_attempts": 0, "progress": progress}
         return columns
 
-    def write_event(self, session: Session, event_id: str, event: dict[str, Any]) -> None:
+    def write_event(self, session: Session, event_id: str, event: Event) -> None:
         """Parts are seen in the progress."""
 
     def _ask(self, path: Path) -> bool:
@@ -238,7 +239,7 @@ class Evaluation(Run[EvaluationSpec]):
                 self.log.warning("answers not kept", reason=str(error))
         return super().fail(code, message, param)
 
-    def succeed(self, outcome: dict[str, Any]) -> None:
+    def succeed(self, outcome: TrainingDone | EvaluationDone) -> None:
         items_path, report_path = self.folder / "output" / "items.jsonl", self.folder / "report.json"
         endpoint = self.spec.judge and self.spec.judge.endpoint
         if endpoint and not self._ask(items_path):

@@ -1,5 +1,6 @@
 """Trainer processes: started without the service's secrets, one ahead of its job, and ended with all they began."""
 
+import json
 import os
 import signal
 import subprocess
@@ -45,6 +46,14 @@ def give_folder(process: "subprocess.Popen[bytes]", folder: Path) -> None:
     assert process.stdin is not None
     process.stdin.write(f"{folder}\n".encode())
     process.stdin.flush()
+
+
+def answer_cache(process: "subprocess.Popen[bytes]", key: str) -> None:
+    """Tell a trainer that waits for `key` that the cache was asked: the file is in its folder, or nobody has it."""
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):
+        process.stdin.write(json.dumps({"key": key}).encode() + b"\n")
+        process.stdin.flush()
 
 
 class Spare:

@@ -6,7 +6,6 @@ Every write is guarded by the attempt. Where the lease is lost (cancelled, or gi
 trainer's whole process group is killed and nothing more is written.
 """
 
-import json
 import math
 import queue
 import re
@@ -37,11 +36,23 @@ from app.spec.evaluation import EvaluationSpec
 from app.spec.job import JobSpec
 from worker.base_models import BaseModels
 from worker.lease import Lease, LeaseLost
-from worker.processes import Spare, kill_group
+from worker.processes import Spare, answer_cache, kill_group
+from worker.trainer.events import (
+    Broken,
+    CacheMade,
+    CacheWanted,
+    EvaluationDone,
+    Event,
+    Failed,
+    Message,
+    TrainingDone,
+    read,
+)
 from worker.work import work_folder
 
 log = structlog.get_logger(__name__)
 Spec = TypeVar("Spec", JobSpec, EvaluationSpec)
+Outcome = TrainingDone | EvaluationDone | Failed | Broken
 
 STOPPED = 75
 CACHE_KEY = re.compile(r"(tokens|reference)(/[0-9a-f]{64}){1,2}")
@@ -63,7 +74,7 @@ class Run(ABC, Generic[Spec]):
         self.spare = spare
         self.prefix = f"jobs/{job.id}/attempt-{job.attempt}"
         self.spec: Spec = self.read_spec(job)
-        self.outcome: dict[str, Any] | None = None
+        self.outcome: Outcome | None = None
         self.began = time.monotonic()
         self.log = log.bind(job=job.id, attempt=job.attempt, request=job.request_id)
 
@@ -103,22 +114,22 @@ class Run(ABC, Generic[Spec]):
         """Lay out the trainer's folder; False where the job was failed instead."""
 
     @abstractmethod
-    def bring(self, event: dict[str, Any]) -> None:
+    def bring(self, event: Event) -> None:
         """Bring to safety what `event` tells of, before its row is written."""
 
     @abstractmethod
-    def columns(self, batch: list[dict[str, Any]]) -> dict[str, Any]:
+    def columns(self, batch: list[Event]) -> dict[str, Any]:
         """The job's columns after `batch`."""
 
     @abstractmethod
-    def write_event(self, session: Session, event_id: str, event: dict[str, Any]) -> None:
+    def write_event(self, session: Session, event_id: str, event: Event) -> None:
         """Write what `event` tells, other than messages."""
 
-    def relayed(self, batch: list[dict[str, Any]]) -> None:
+    def relayed(self, batch: list[Event]) -> None:
         """Called once `batch` is written."""
 
     @abstractmethod
-    def succeed(self, outcome: dict[str, Any]) -> None:
+    def succeed(self, outcome: TrainingDone | EvaluationDone) -> None:
         """Upload what was made, then make it visible in one transaction."""
 
     def close(self) -> None:
@@ -176,18 +187,16 @@ class Run(ABC, Generic[Spec]):
                 self._upload_log()
                 uploaded = time.monotonic()
 
-    def _serve_cache(self, process: "subprocess.Popen[bytes]", batch: list[dict[str, Any]]) -> None:
+    def _serve_cache(self, process: "subprocess.Popen[bytes]", batch: list[Event]) -> None:
         """Fetch what the trainer wants and others made, and store what it made. A cache that fails is only slower."""
-        assert process.stdin is not None
         for event in batch:
-            if event["kind"] == "made":
-                self._share(event["key"], self.services.storage.put_file)
-            elif event["kind"] == "wanted":
-                if not self._share(event["key"], self.services.storage.get_file):
-                    (self.folder / "cache" / event["key"]).unlink(missing_ok=True)  # half of it may be there
-                with suppress(BrokenPipeError):
-                    process.stdin.write(json.dumps({"key": event["key"]}).encode() + b"\n")
-                    process.stdin.flush()
+            match event:
+                case CacheMade(key):
+                    self._share(key, self.services.storage.put_file)
+                case CacheWanted(key):
+                    if not self._share(key, self.services.storage.get_file):
+                        (self.folder / "cache" / key).unlink(missing_ok=True)  # half of it may be there
+                    answer_cache(process, key)
 
     def _share(self, key: str, copy: Callable[[str, Path], None]) -> bool:
         """Copy what the cache has under `key` from or to the object store; whether that worked."""
@@ -202,11 +211,11 @@ class Run(ABC, Generic[Spec]):
             return False
         return True
 
-    def _relay(self, batch: list[dict[str, Any]]) -> None:
+    def _relay(self, batch: list[Event]) -> None:
         """Write a batch of the trainer's events: what they tell of is uploaded first, so that their rows are true."""
         for event in batch:
             self.bring(event)
-            if event["kind"] in ("done", "failed", "broken"):
+            if isinstance(event, Outcome):
                 self.outcome = event
         told = [new_id("ftevent") for _ in batch]
 
@@ -216,9 +225,9 @@ class Run(ABC, Generic[Spec]):
             if repository.any_event(session, told):  # the commit was done, and only its answer was lost
                 return
             for event_id, event in zip(told, batch, strict=True):
-                if event["kind"] == "message":
-                    text, level, data = event["message"], event["level"], event.get("data")
-                    repository.add_event(session, self.job.id, text, level=level, data=data, id=event_id)
+                if isinstance(event, Message):
+                    level, data = event.level, event.data
+                    repository.add_event(session, self.job.id, event.message, level=level, data=data, id=event_id)
                 else:
                     self.write_event(session, event_id, event)
 
@@ -233,17 +242,18 @@ class Run(ABC, Generic[Spec]):
     # -- after -------------------------------------------------------------------------------------------------
 
     def _finish(self, status: int) -> None:
-        if status == 0 and self.outcome is not None and self.outcome["kind"] == "done":
-            self.succeed(self.outcome)
-        elif self.outcome is not None and self.outcome["kind"] == "failed":
-            self.fail(self.outcome["code"], self.outcome["message"], self.outcome["param"])
-        elif (self.overdue or status == STOPPED) and self.asked_to_stop:
-            self.give_back()
-        elif self.outcome is not None and self.outcome["kind"] == "broken":
-            self._recover(f"The trainer could not go on ({self.outcome['reason']}).")
-        else:
-            how = f"signal {-status}" if status < 0 else f"exit status {status}"
-            self._recover(f"The trainer died ({how}).")
+        match self.outcome:
+            case TrainingDone() | EvaluationDone() if status == 0:
+                self.succeed(self.outcome)
+            case Failed(code, message, param):
+                self.fail(code, message, param)
+            case _ if (self.overdue or status == STOPPED) and self.asked_to_stop:
+                self.give_back()
+            case Broken(reason):
+                self._recover(f"The trainer could not go on ({reason}).")
+            case _:
+                how = f"signal {-status}" if status < 0 else f"exit status {status}"
+                self._recover(f"The trainer died ({how}).")
 
     @property
     def asked_to_stop(self) -> bool:
@@ -310,14 +320,14 @@ def _read_lines(process: subprocess.Popen[bytes], lines: "queue.Queue[bytes | No
     lines.put(None)
 
 
-def _drain(lines: "queue.Queue[bytes | None]") -> tuple[list[dict[str, Any]], bool]:
+def _drain(lines: "queue.Queue[bytes | None]") -> tuple[list[Event], bool]:
     """(events that came within a moment, whether the trainer closed its output)."""
-    batch: list[dict[str, Any]] = []
+    batch: list[Event] = []
     with suppress(queue.Empty):
         line = lines.get(timeout=0.25)
         while True:
             if line is None:
                 return batch, True
-            batch.append(json.loads(line))
+            batch.append(read(line))
             line = lines.get_nowait()
     return batch, False

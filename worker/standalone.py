@@ -20,7 +20,8 @@ from app.spec.datasets.check import check
 from app.spec.datasets.errors import DatasetError
 from app.spec.job import JobSpec
 from worker.base_models import BaseModels, ModelUnavailable
-from worker.processes import give_folder, spawn_trainer
+from worker.processes import answer_cache, give_folder, spawn_trainer
+from worker.trainer.events import CacheWanted, CheckpointWritten, Failed, Message, Metrics, read
 
 USAGE = 2
 
@@ -95,19 +96,19 @@ def _run(folder: Path, console: Console) -> int:
     failed = False
     try:
         for line in process.stdout:
-            event = json.loads(line)
-            if event["kind"] == "metrics" and _worth_a_line(event):
-                values = "  ".join(f"{name} {value:.4g}" for name, value in _shown(event["metrics"]))
-                console.print(f"{event['stage']} {event['step']}/{event['total_steps']}  {values}", highlight=False)
-            elif event["kind"] == "checkpoint":
-                shutil.rmtree(folder / event["path"])  # for resuming, which only the service does
-            elif event["kind"] == "wanted":  # nobody else has made anything
-                assert process.stdin is not None
-                process.stdin.write(json.dumps({"key": event["key"]}).encode() + b"\n")
-                process.stdin.flush()
-            elif event["kind"] in ("message", "failed"):
-                failed |= event["kind"] == "failed"
-                console.print(event["message"], highlight=False)
+            match read(line):
+                case Metrics() as event if _worth_a_line(event):
+                    values = "  ".join(f"{name} {value:.4g}" for name, value in _shown(event.metrics))
+                    console.print(f"{event.stage} {event.step}/{event.total_steps}  {values}", highlight=False)
+                case CheckpointWritten(path=path):
+                    shutil.rmtree(folder / path)  # for resuming, which only the service does
+                case CacheWanted(key):
+                    answer_cache(process, key)  # nobody else has made anything
+                case Message(message):
+                    console.print(message, highlight=False)
+                case Failed(message=message):
+                    failed = True
+                    console.print(message, highlight=False)
         status = process.wait()
     except KeyboardInterrupt:
         assert process.stdin is not None
@@ -119,10 +120,10 @@ def _run(folder: Path, console: Console) -> int:
     return 0 if status == 0 else 1
 
 
-def _worth_a_line(event: dict[str, Any]) -> bool:
+def _worth_a_line(event: Metrics) -> bool:
     """Validations, and a twentieth of the steps: `metrics.csv` has them all."""
-    every = max(1, event["total_steps"] // 20)
-    return event["step"] % every == 0 or any(name.startswith("eval/") for name in event["metrics"])
+    every = max(1, event.total_steps // 20)
+    return event.step % every == 0 or any(name.startswith("eval/") for name in event.metrics)
 
 
 def _shown(metrics: dict[str, float]) -> list[tuple[str, float]]:

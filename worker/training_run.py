@@ -18,6 +18,10 @@ from worker.checkpoints import Checkpoints
 from worker.integrations import Reporter
 from worker.lease import LeaseLost
 from worker.runner import Run
+from worker.trainer.events import CheckpointWritten, EvaluationDone, Event, Metrics, StageBegan, TrainingDone
+
+SUMMARY = ("loss", "eval/loss", "rewards/accuracies", "eval/rewards/accuracies", "eval/rewards/margins")
+"""The metrics that the message of a step shows."""
 
 
 class Training(Run[JobSpec]):
@@ -88,63 +92,67 @@ class Training(Run[JobSpec]):
         (self.folder / "run.json").write_text(json.dumps(run))
         return True
 
-    def bring(self, event: dict[str, Any]) -> None:
-        if event["kind"] == "checkpoint":
-            self.checkpoints.store(f"{self.prefix}/{event['path']}", self.folder / event["path"])
-        elif event["kind"] == "metrics" and self.reporter is not None:
-            self.reporter.metrics(event["step"], event["metrics"])
+    def bring(self, event: Event) -> None:
+        match event:
+            case CheckpointWritten():
+                self.checkpoints.store(f"{self.prefix}/{event.path}", self.folder / event.path)
+            case Metrics() if self.reporter is not None:
+                self.reporter.metrics(event.step, event.metrics)
 
-    def columns(self, batch: list[dict[str, Any]]) -> dict[str, Any]:
+    def columns(self, batch: list[Event]) -> dict[str, Any]:
         columns: dict[str, Any] = {}
         for event in batch:
-            if event["kind"] == "stage":
-                columns["stage"] = event["stage"]
-            elif event["kind"] == "metrics":
-                columns["progress"] = {
-                    "step": event["step"],
-                    "total_steps": event["total_steps"],
-                    "seconds_remaining": event["seconds_remaining"],
-                    "tokens_per_second": event["metrics"].get("tokens_per_second"),
-                }
-                columns["metrics"] = (columns.get("metrics") or {}) | event["metrics"]
-                columns["stage"] = event["stage"]
-            elif event["kind"] == "checkpoint":
-                columns["lost_attempts"] = 0
+            match event:
+                case StageBegan():
+                    columns["stage"] = event.stage
+                case Metrics():
+                    columns["progress"] = {
+                        "step": event.step,
+                        "total_steps": event.total_steps,
+                        "seconds_remaining": event.seconds_remaining,
+                        "tokens_per_second": event.metrics.get("tokens_per_second"),
+                    }
+                    columns["metrics"] = (columns.get("metrics") or {}) | event.metrics
+                    columns["stage"] = event.stage
+                case CheckpointWritten():
+                    columns["lost_attempts"] = 0
         return columns or {"lost_attempts": Job.lost_attempts}
 
-    def write_event(self, session: Session, event_id: str, event: dict[str, Any]) -> None:
-        if event["kind"] == "stage":
-            text = f"Stage {event['stage']}: {event['rows']} rows, {event['validation_rows']} for validation."
-            repository.add_event(session, self.job.id, text, id=event_id)
-        elif event["kind"] == "metrics":
-            shown = ("loss", "eval/loss", "rewards/accuracies", "eval/rewards/accuracies", "eval/rewards/margins")
-            values = ", ".join(f"{n}={event['metrics'][n]:.4f}" for n in shown if n in event["metrics"])
-            data = {"step": event["step"], "stage": event["stage"], "total_steps": event["total_steps"]}
-            data |= event["metrics"] | {"train_loss": event["metrics"].get("loss")}
-            message = f"Step {event['step']}/{event['total_steps']}: {values}"
-            repository.add_event(session, self.job.id, message, type="metrics", data=data, id=event_id)
-        elif event["kind"] == "checkpoint":
-            name = f"{self.job.makes}:ckpt-step-{event['step']}"
-            prefix = f"{self.prefix}/{event['path']}"
-            if repository.move_checkpoint(session, self.job.id, event["step"], prefix):
-                return  # written again after a resume: the same bytes, and whole, which the first may not be
-            session.add(
-                Checkpoint(
-                    id=new_id("ftckpt"),
-                    job_id=self.job.id,
-                    created_at=database_now(),
-                    stage=event["stage"],
-                    step_number=event["step"],
-                    model_name=name,
-                    metrics=_checkpoint_metrics(event["step"], event["metrics"]),
-                    prefix=prefix,
-                )
-            )
-            text = f"Checkpoint created at step {event['step']}: {name}"
-            repository.add_event(session, self.job.id, text, id=event_id)
+    def write_event(self, session: Session, event_id: str, event: Event) -> None:
+        match event:
+            case StageBegan():
+                text = f"Stage {event.stage}: {event.rows} rows, {event.validation_rows} for validation."
+                repository.add_event(session, self.job.id, text, id=event_id)
+            case Metrics():
+                data = {"step": event.step, "stage": event.stage, "total_steps": event.total_steps}
+                data |= event.metrics | {"train_loss": event.metrics.get("loss")}
+                values = ", ".join(f"{name}={event.metrics[name]:.4f}" for name in SUMMARY if name in event.metrics)
+                message = f"Step {event.step}/{event.total_steps}: {values}"
+                repository.add_event(session, self.job.id, message, type="metrics", data=data, id=event_id)
+            case CheckpointWritten():
+                self._write_checkpoint(session, event_id, event)
 
-    def relayed(self, batch: list[dict[str, Any]]) -> None:
-        if any(event["kind"] == "checkpoint" for event in batch):
+    def _write_checkpoint(self, session: Session, event_id: str, event: CheckpointWritten) -> None:
+        name, prefix = f"{self.job.makes}:ckpt-step-{event.step}", f"{self.prefix}/{event.path}"
+        if repository.move_checkpoint(session, self.job.id, event.step, prefix):
+            return  # written again after a resume: the same bytes, and whole, which the first may not be
+        session.add(
+            Checkpoint(
+                id=new_id("ftckpt"),
+                job_id=self.job.id,
+                created_at=database_now(),
+                stage=event.stage,
+                step_number=event.step,
+                model_name=name,
+                metrics=_checkpoint_metrics(event.step, event.metrics),
+                prefix=prefix,
+            )
+        )
+        text = f"Checkpoint created at step {event.step}: {name}"
+        repository.add_event(session, self.job.id, text, id=event_id)
+
+    def relayed(self, batch: list[Event]) -> None:
+        if any(isinstance(event, CheckpointWritten) for event in batch):
             try:
                 self.checkpoints.trim()
             except LeaseLost:
@@ -152,7 +160,8 @@ class Training(Run[JobSpec]):
             except Exception as error:  # what is too much can wait; the training cannot
                 self.log.warning("checkpoints not trimmed", reason=str(error))
 
-    def succeed(self, outcome: dict[str, Any]) -> None:
+    def succeed(self, outcome: TrainingDone | EvaluationDone) -> None:
+        assert isinstance(outcome, TrainingDone)
         name, result_id = self.job.makes, new_id("file")
         storage, result = self.services.storage, self.folder / "result.csv"
         storage.put_folder(f"{self.prefix}/model", self.folder / "output")
@@ -162,9 +171,9 @@ class Training(Run[JobSpec]):
 
         def write(session: Session) -> None:
             # The row first: events are numbered in the order of their commits, and evaluations that end now wait.
-            if not repository.write_guarded(session, self.job.id, self.job.attempt, metrics=outcome["metrics"]):
+            if not repository.write_guarded(session, self.job.id, self.job.attempt, metrics=outcome.metrics):
                 raise LeaseLost
-            verdicts = repository.judged(session, self.job, outcome["metrics"])
+            verdicts = repository.judged(session, self.job, outcome.metrics)
             if verdicts:
                 repository.add_event(
                     session, self.job.id, quality_gates.summary(verdicts), level=quality_gates.level(verdicts)
@@ -174,11 +183,11 @@ class Training(Run[JobSpec]):
                 Status.SUCCEEDED,
                 f"The job has succeeded. New fine-tuned model: {name}",
                 gates=verdicts or None,
-                pace=outcome["pace"],
+                pace=outcome.pace,
                 fine_tuned_model=name,
-                trained_tokens=outcome["trained_tokens"],
+                trained_tokens=outcome.trained_tokens,
                 result_files=[result_id],
-                metrics=outcome["metrics"],
+                metrics=outcome.metrics,
             )
             session.add(
                 Model(

@@ -10,7 +10,7 @@ import structlog
 from sqlalchemy.orm import Session
 
 from app.broker import Lane
-from app.estimates.service import expected_seconds, stages_of
+from app.estimates.service import expected_seconds
 from app.jobs import repository
 from app.jobs.states import Actor, Status
 from app.jobs.tables import EVALUATION, Job
@@ -21,7 +21,7 @@ from app.spec.datasets.errors import DatasetError
 from app.spec.datasets.example import Kind
 from app.spec.datasets.report import Report
 from app.spec.evaluation import EvaluationSpec
-from app.spec.hyperparameters import DEFAULT_MAX_LENGTH, SupervisedHyperparameters
+from app.spec.hyperparameters import DEFAULT_MAX_LENGTH
 from app.spec.job import MORE, JobSpec
 from worker.base_models import BaseModels, has_chat_template
 from worker.classifier import BadClassifier, LinearClassifier
@@ -183,12 +183,13 @@ class _Check:
                     yield side.model, [("data", Count(self._path(spec.data), recipe, report.kept, SAMPLE))]
             return
         files, wanted = dict(spec.files()), []
-        for _, field, settings, _ in stages_of(spec):
-            need = Kind.SUPERVISED if isinstance(settings, SupervisedHyperparameters) else settings.data
-            recipe = self._recipe(spec, field, need) | {"truncation": settings.truncation}
-            recipe |= {"max_length": settings.max_length or DEFAULT_MAX_LENGTH}
-            if isinstance(settings, SupervisedHyperparameters):
-                recipe["loss_on"] = settings.loss_on
+        for stage in spec.stages():
+            field, settings = stage.file_field, stage.settings
+            recipe = self._recipe(spec, field, settings.data) | {
+                "truncation": settings.truncation,
+                "max_length": settings.max_length or DEFAULT_MAX_LENGTH,
+                "loss_on": settings.scored,
+            }
             for part in (*spec.trained(field), field.replace("training", "validation")):
                 if part in files:
                     wanted.append((part, Count(self._path(files[part]), recipe, self.reports[part].kept, SAMPLE)))

@@ -36,10 +36,9 @@ def refusal(spec: JobSpec, shape: Shape, device: Device, longest_row: int | None
 
     `longest_row` is None where the rows have not been counted: then only what no row can mend is refused.
     """
-    stages = ["dpo" if spec.method.type == "dpo" else "sft", *(["sft"] if spec.sft is not None else [])]
-    for stage in stages:
+    for stage in reversed(spec.stages()):
         # A batch is packed as far as memory allows; what cannot be cut is the longest row.
-        settings = Settings.of(spec, stage, 0.0, longest_row or SHORTEST)
+        settings = Settings.of(spec, stage.settings, 0.0, longest_row or SHORTEST)
         settings = replace(settings, recompute=True if settings.recompute is None else settings.recompute)
         needed = _needed(shape, settings, device)
         if needed > TOLERANCE * device.memory_bytes:

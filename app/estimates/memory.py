@@ -115,21 +115,16 @@ class Settings:
     """Whether the scales of `nf4` are quantised too."""
 
     @classmethod
-    def of(cls, spec: JobSpec, stage: str, tokens_per_row: float, longest_row: int) -> "Settings":
-        """Those of a stage (sft or dpo) of a resolved job."""
-        method = spec.method.dpo or spec.method.supervised
-        assert method is not None
-        hyperparameters: Hyperparameters = method.hyperparameters
-        if stage == "sft" and spec.sft is not None:
-            hyperparameters = spec.sft.hyperparameters
+    def of(cls, spec: JobSpec, stage: Hyperparameters, tokens_per_row: float, longest_row: int) -> "Settings":
+        """Those of a stage with the hyperparameters `stage`, of a resolved job."""
         adapter = spec.adapter if isinstance(spec.adapter, Adapter) else None
         return cls(
             rank=None if adapter is None else adapter.r,
             targets="all-linear" if adapter is None else adapter.target_modules,
             quantization=spec.quantization or "none",
-            optimizer=hyperparameters.optimizer,
-            recompute=hyperparameters.activation_checkpointing,
-            batch_tokens=tokens_per_row * (hyperparameters.batch_size or 16),
+            optimizer=stage.optimizer,
+            recompute=stage.activation_checkpointing,
+            batch_tokens=tokens_per_row * (stage.batch_size or 16),
             longest_row=longest_row,
             double=spec.double_quantization is not False,
             saved=0 if adapter is None else len(adapter.modules_to_save or []),

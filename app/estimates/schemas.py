@@ -16,7 +16,8 @@ class Refused(BaseModel):
 class StageEstimate(BaseModel):
     """A stage of the job. `tokens` are those trained on in all epochs, a shared prompt once."""
 
-    name: Literal["sft", "dpo"]
+    name: str
+    """sft or dpo."""
     rows: int
     validation_rows: int
     batch_size: int

@@ -21,8 +21,8 @@ from app.models import repository as models
 from app.spec.datasets.check import NEEDS
 from app.spec.datasets.example import Kind
 from app.spec.datasets.report import Report
-from app.spec.hyperparameters import DEFAULT_MAX_LENGTH, DPOHyperparameters, SupervisedHyperparameters
-from app.spec.job import DEFAULT_VALIDATION_SPLIT, JobSpec
+from app.spec.hyperparameters import DEFAULT_MAX_LENGTH, Hyperparameters
+from app.spec.job import JobSpec, StageSpec
 
 MAX_PACES = 5
 CHARACTERS = 4
@@ -63,14 +63,15 @@ class Estimates:
         context = shape.context if shape is not None else DEFAULT_MAX_LENGTH
         pace = _pace(session, model.base_model)
         stages, memories = [], []
-        for name, field, settings, split in stages_of(spec):
+        for asked in spec.stages():
+            fields = spec.trained(asked.file_field)
             counted = _together(
-                [self._counted(session, project, spec, model, one, settings, context) for one in spec.trained(field)]
+                [self._counted(session, project, spec, model, field, asked.settings, context) for field in fields]
             )
-            stage = _stage(name, settings, counted, split, pace)
+            stage = _stage(asked, counted, pace)
             stages.append(stage)
             if shape is not None:
-                wanted = Settings.of(spec, name, stage.tokens_per_row, stage.longest_row)
+                wanted = Settings.of(spec, asked.settings, stage.tokens_per_row, stage.longest_row)
                 kind = device.kind if device is not None else "cuda"
                 memories.append(estimate(shape, wanted, kind, None if device is None else device.memory_bytes))
         memory = max(memories, key=lambda found: found.total, default=None)
@@ -102,7 +103,7 @@ class Estimates:
         spec: JobSpec,
         model: models.Found,
         field: str,
-        settings: SupervisedHyperparameters | DPOHyperparameters,
+        settings: Hyperparameters,
         context: int,
     ) -> dict[str, Any]:
         """The report in tokens of the file of `field`. Raises `NotReady` or `ServiceError`."""
@@ -113,9 +114,9 @@ class Estimates:
         asked: dict[str, Any] = {
             "model": spec.model,
             "max_length": min(settings.max_length or DEFAULT_MAX_LENGTH, context),
-            "method": "dpo" if isinstance(settings, DPOHyperparameters) else "supervised",
-            "need": (settings.data if isinstance(settings, DPOHyperparameters) else Kind.SUPERVISED).value,
-            "loss_on": settings.loss_on if isinstance(settings, SupervisedHyperparameters) else "answers",
+            "method": settings.METHOD,
+            "need": settings.data.value,
+            "loss_on": settings.scored,
             "mapping": None if mapping is None else mapping.model_dump(mode="json"),
             "rendering": spec.undated,
             "truncation": settings.truncation,
@@ -171,43 +172,17 @@ def _together(counted: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def stages_of(
-    spec: JobSpec,
-) -> list[tuple[Any, str, SupervisedHyperparameters | DPOHyperparameters, float]]:
-    """(name, field of the training file, hyperparameters, share held out) of each stage."""
-    split = spec.validation_split or 0.0
-    method = spec.method.dpo or spec.method.supervised
-    assert method is not None
-    name = "dpo" if spec.method.type == "dpo" else "sft"
-    found: list[tuple[Any, str, SupervisedHyperparameters | DPOHyperparameters, float]] = [
-        (name, "training_file", method.hyperparameters, split)
-    ]
-    if spec.sft is not None:
-        field, own = "training_file", split
-        if spec.sft.training_file is not None:
-            field = "sft.training_file"
-            own = split if spec.validation_file is None else DEFAULT_VALIDATION_SPLIT
-            own = 0.0 if spec.sft.validation_file is not None else own
-        found.insert(0, ("sft", field, spec.sft.hyperparameters, own))
-    return found
-
-
-def _stage(
-    name: Any,
-    settings: SupervisedHyperparameters | DPOHyperparameters,
-    counted: dict[str, Any],
-    split: float,
-    pace: Pace | None,
-) -> StageEstimate:
+def _stage(stage: StageSpec, counted: dict[str, Any], pace: Pace | None) -> StageEstimate:
     """The steps that the engine will take, as worker/trainer/plan.py counts them."""
-    examples = max(1, counted["examples"])
+    settings, examples = stage.settings, max(1, counted["examples"])
+    split = 0.0 if stage.validation is not None else stage.validation_split
     held_out = round(min(round(split * examples), examples - 1) * counted["rows"] / examples)
     rows = counted["rows"] - held_out
     batch = min(settings.batch_size or 16, max(1, rows))
     steps = settings.max_steps or math.ceil(rows * (settings.n_epochs or 1) / batch)
     tokens = round(steps * batch * counted["tokens_per_row"])
     return StageEstimate(
-        name=name,
+        name=stage.name,
         rows=rows,
         validation_rows=held_out,
         batch_size=batch,
@@ -239,14 +214,12 @@ def expected_seconds(session: Session, spec: JobSpec, base_model: str, found: di
     if pace is None:
         return None
     seconds = pace.overhead_seconds
-    for name, field, settings, split in stages_of(spec):
-        reports, kept = [found[one] for one in spec.trained(field)], sum(found[one].kept for one in spec.trained(field))
-        characters = sum(
-            one.prompts.total + one.best.total + (one.worst.total if name == "dpo" else 0) for one in reports
-        )
+    for stage in spec.stages():
+        reports = [found[field] for field in spec.trained(stage.file_field)]
+        kept, compares = sum(one.kept for one in reports), stage.settings.data != Kind.SUPERVISED
+        characters = sum(one.prompts.total + one.best.total + (one.worst.total if compares else 0) for one in reports)
         counted = {"rows": kept, "examples": kept, "tokens_per_row": characters / CHARACTERS / max(1, kept)}
-        stage = _stage(name, settings, counted | {"longest_row": 0, "truncated_share": 0.0}, split, pace)
-        seconds += stage.seconds or 0.0
+        seconds += _stage(stage, counted | {"longest_row": 0, "truncated_share": 0.0}, pace).seconds or 0.0
     return seconds
 
 

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, StringConstraints, Vali
 from app.spec.datasets.example import Kind
 from app.spec.datasets.mapping import Mapping
 from app.spec.datasets.rendering import RenderingSettings, today
+from app.spec.metrics import ENDPOINT, figures_of
 from app.spec.quality_gates import Gates, require_metric
 from app.spec.schema_base import (
     NO_NUL,
@@ -210,37 +211,6 @@ TAKES = {
     "reward_kl": {"candidate", "baseline", "sampling", "judge"},
     "agreement": {"judge"},
 }
-ESTIMATES = {
-    "preference": ("accuracy", "margin", "chosen_logratio", "rejected_logratio", "longer_answer_preferred"),
-    "win_rate": ("candidate_characters", "baseline_characters"),
-    "reward_kl": ("kl", "tokens"),
-    "agreement": ("people_prefer_longer", "people_people/agreement", "people_people/kappa"),
-}
-"""What each type finds with its error; `/error`, `/low` and `/high` are metrics of their own."""
-JUDGED = {
-    "preference": (),
-    "win_rate": ("win_rate", "longer_answer_wins"),
-    "reward_kl": ("reward",),
-    "agreement": (
-        "judge_people/agreement", "judge_people/kappa", "judge_people/without_ties/agreement",
-        "judge_people/without_ties/kappa", "judge_prefers_longer",
-    ),
-}  # fmt: skip
-"""And where it has a judge."""
-COUNTS = {
-    "preference": ("pairs", "calibration/error"),
-    "win_rate": ("comparisons",),
-    "reward_kl": ("completions", "ended"),
-    "agreement": ("comparisons", "votes", "people_people/cases"),
-}
-JUDGED_COUNTS = {
-    "preference": (),
-    "win_rate": ("wins", "ties", "losses"),
-    "reward_kl": (),
-    "agreement": ("judge_people/cases", "judge_people/without_ties/cases"),
-}
-ASKED_COUNTS = ("identical", "unparseable", "inconsistent")
-ANSWERED = ("judge/answers", "judge/input_tokens", "judge/output_tokens")
 NEEDS = {
     "preference": {"candidate"},
     "win_rate": {"candidate", "baseline"},
@@ -338,19 +308,12 @@ class EvaluationSpec(RenderingSettings):
     def figures(self) -> list[str]:
         """The names of the metrics that the evaluation will have."""
         judge = self.judge
-        estimates, counts = list[str](ESTIMATES[self.type]), list[str](COUNTS[self.type])
-        if judge is not None:
-            estimates += JUDGED[self.type]
-            counts += JUDGED_COUNTS[self.type]
-            if judge.asked:
-                estimates.append("first_shown_preferred")
-                counts += ASKED_COUNTS
-        names = estimates + counts + [f"{name}/{part}" for name in estimates for part in ("error", "low", "high")]
+        names = figures_of(self.type, judged=judge is not None, asked=judge is not None and judge.asked)
         temperatures = self.sampling.temperatures if self.sampling is not None else [1.0]
         if self.type in ("win_rate", "reward_kl") and len(temperatures) > 1:
             names = [f"{name}@{temperature:g}" for name in names for temperature in temperatures]
         if judge is not None and judge.endpoint is not None:
-            names += ANSWERED if judge.endpoint.price is None else (*ANSWERED, "judge/cost")
+            names += [name for name in ENDPOINT if name != "judge/cost" or judge.endpoint.price is not None]
         return names
 
     @classmethod

@@ -1,14 +1,18 @@
 """The hyperparameters of a stage. None and "auto" mean the default, which `resolved` fills in."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
 from app.spec.datasets.example import Kind
 from app.spec.losses import LOSSES, OPTIONS, SHARED, Loss, LossName
+from app.spec.metrics import TRAINING
 from app.spec.schema_base import Auto, Strict, inconsistent
 
-Metric = Literal["eval/loss", "eval/rewards/accuracies", "eval/rewards/margins", "eval/mean_token_accuracy"]
+if TYPE_CHECKING:
+    StoppingMetric = str
+else:
+    StoppingMetric = Literal[tuple(f"eval/{name}" for name, metric in TRAINING.items() if metric.stops)]
 
 
 DEFAULT_MAX_LENGTH = 2048
@@ -18,7 +22,7 @@ DEFAULT_MAX_LENGTH = 2048
 class EarlyStopping(Strict):
     """Stop when a validation metric no longer gets better, and keep the weights of its best step."""
 
-    metric: Metric = "eval/loss"
+    metric: StoppingMetric = "eval/loss"
     """`eval/loss` is better when it is lower, every other one when it is higher."""
     patience: Annotated[int, Field(ge=1, le=1000)] = 3
     """Validations without an improvement before the stage stops."""
@@ -44,6 +48,15 @@ class WeightedLoss(Strict):
 
 class Hyperparameters(Strict):
     """What every stage has."""
+
+    METHOD: ClassVar[str]
+    """The type of method that runs the stage."""
+    STAGE: ClassVar[str]
+    """What the stage is called in progress, events and checkpoints."""
+    ACCURACY: ClassVar[str]
+    """The metric that result files call the accuracy."""
+    LEARNING_RATES: ClassVar[tuple[float, float]]
+    """The default peak for an adapter, and for full-parameter training."""
 
     batch_size: Annotated[Annotated[int, Field(ge=1, le=256)] | None, Auto] = None
     """Rows (for DPO: pairs) per optimizer step."""
@@ -77,17 +90,35 @@ class Hyperparameters(Strict):
     compile: bool = False
     """Compile the model's layers with torch.compile: minutes at the start, faster steps after it."""
 
-    def _resolved(self, learning_rate: float) -> dict[str, Any]:
-        return {
-            "batch_size": self.batch_size or 16,
-            "n_epochs": self.n_epochs or 1,
-            "learning_rate_multiplier": self.learning_rate_multiplier or 1.0,
-            "learning_rate": self.learning_rate or learning_rate,
-        }
+    @property
+    def data(self) -> Kind:
+        """What the stage compares."""
+        raise NotImplementedError
+
+    @property
+    def scored(self) -> Literal["answers", "turns", "text"]:
+        """Which part of a row the loss is on."""
+        return "answers"
+
+    def resolved(self, full: bool) -> Self:
+        """The same with every default filled in; `full` for full-parameter training."""
+        return self.model_copy(
+            update={
+                "batch_size": self.batch_size or 16,
+                "n_epochs": self.n_epochs or 1,
+                "learning_rate_multiplier": self.learning_rate_multiplier or 1.0,
+                "learning_rate": self.learning_rate or self.LEARNING_RATES[full],
+            }
+        )
 
 
 class SupervisedHyperparameters(Hyperparameters):
     """SFT."""
+
+    METHOD = "supervised"
+    STAGE = "sft"
+    ACCURACY = "mean_token_accuracy"
+    LEARNING_RATES = (2e-4, 2e-5)
 
     loss: Literal["nll", "dft"] = "nll"
     """Negative log-likelihood, or Dynamic Fine-Tuning (Wu et al. 2025), which weighs each token by its probability."""
@@ -100,13 +131,22 @@ class SupervisedHyperparameters(Hyperparameters):
             raise inconsistent("early_stopping.metric", f"SFT has no metric '{self.early_stopping.metric}'")
         return self
 
-    def resolved(self, full: bool) -> Self:
-        """The same with every default filled in; `full` for full-parameter training."""
-        return self.model_copy(update=self._resolved(2e-5 if full else 2e-4))
+    @property
+    def data(self) -> Kind:
+        return Kind.SUPERVISED
+
+    @property
+    def scored(self) -> Literal["answers", "turns", "text"]:
+        return self.loss_on
 
 
 class DPOHyperparameters(Hyperparameters):
     """The preference stage: DPO (Rafailov et al. 2023), and what came after it."""
+
+    METHOD = "dpo"
+    STAGE = "dpo"
+    ACCURACY = "rewards/accuracies"
+    LEARNING_RATES = (5e-5, 1e-6)
 
     beta: Annotated[Annotated[float, Field(gt=0, le=100)] | None, Auto] = None
     """β of Eq. 7: how strongly the policy is held to the reference. Each loss has its own default."""
@@ -153,7 +193,6 @@ class DPOHyperparameters(Hyperparameters):
 
     @property
     def data(self) -> Kind:
-        """What the loss compares."""
         return self.kinds[0].data
 
     @property
@@ -207,6 +246,5 @@ class DPOHyperparameters(Hyperparameters):
 
     def resolved(self, full: bool) -> Self:
         """The same with every default filled in; `full` for full-parameter training."""
-        values = self._resolved(1e-6 if full else 5e-5)
         default = next((kind.beta for kind in self.kinds if kind.beta is not None), None)
-        return self.model_copy(update={**values, "beta": self.beta or default})
+        return super().resolved(full).model_copy(update={"beta": self.beta or default})

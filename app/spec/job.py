@@ -6,7 +6,8 @@ so that what is stored says what was run.
 """
 
 import secrets
-from typing import Annotated, Any, Literal, Self
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
@@ -14,7 +15,8 @@ from app.spec.datasets.example import Kind
 from app.spec.datasets.mapping import Mapping
 from app.spec.datasets.rendering import RenderingSettings, today
 from app.spec.evaluation import JobEvaluation
-from app.spec.hyperparameters import DPOHyperparameters, Hyperparameters, SupervisedHyperparameters
+from app.spec.hyperparameters import DPOHyperparameters, SupervisedHyperparameters
+from app.spec.metrics import METRICS
 from app.spec.quality_gates import Gates, require_metric
 from app.spec.schema_base import NO_NUL, STORED, FileName, Metadata, ModelName, Quantization, Strict, inconsistent
 
@@ -34,21 +36,40 @@ class DPOMethod(Strict):
     hyperparameters: DPOHyperparameters = DPOHyperparameters()
 
 
+METHODS: dict[str, type[SupervisedMethod | DPOMethod]] = {"supervised": SupervisedMethod, "dpo": DPOMethod}
+"""By the type that a job gives; each is a field of `Method`."""
+if TYPE_CHECKING:
+    MethodType = str
+else:
+    MethodType = Literal[tuple(METHODS)]
+
+
 class Method(Strict):
     """Which method, and its configuration."""
 
     NOT_BUILT = frozenset({"reinforcement"})
 
-    type: Literal["supervised", "dpo"]
+    type: MethodType
     supervised: SupervisedMethod | None = None
     dpo: DPOMethod | None = None
 
     @model_validator(mode="after")
     def _one_method(self) -> Self:
-        other = "dpo" if self.type == "supervised" else "supervised"
-        if getattr(self, other) is not None:
-            raise inconsistent(other, f"'{other}' does not go with the method type '{self.type}'")
+        for other in METHODS.keys() - {self.type}:
+            if getattr(self, other) is not None:
+                raise inconsistent(other, f"'{other}' does not go with the method type '{self.type}'")
         return self
+
+    @property
+    def hyperparameters(self) -> SupervisedHyperparameters | DPOHyperparameters:
+        """Those of its type, the defaults where none are given."""
+        method: SupervisedMethod | DPOMethod = getattr(self, self.type) or METHODS[self.type]()
+        return method.hyperparameters
+
+    def resolved(self, full: bool) -> Self:
+        """The same with every default filled in; `full` for full-parameter training."""
+        method = METHODS[self.type](hyperparameters=self.hyperparameters.resolved(full))  # type: ignore[arg-type]
+        return self.model_copy(update={self.type: method})
 
 
 class SftStage(Strict):
@@ -60,6 +81,26 @@ class SftStage(Strict):
     mapping: Mapping | None = None
     """How the rows of these files are read."""
     hyperparameters: SupervisedHyperparameters = SupervisedHyperparameters()
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """A stage as a job asks for it: what it learns from, and how."""
+
+    settings: SupervisedHyperparameters | DPOHyperparameters
+    field: str
+    """Where its hyperparameters are in the job."""
+    file_field: str
+    """Where its training file is."""
+    training: tuple[str, ...]
+    validation: str | None
+    validation_split: float
+    """The share of the training rows that is held out where there is no validation file."""
+    mapping: Mapping | None
+
+    @property
+    def name(self) -> str:
+        return self.settings.STAGE
 
 
 SavedModule = Literal["embed_tokens", "lm_head"]
@@ -114,16 +155,6 @@ class Integration(Strict):
 
     type: Literal["wandb"]
     wandb: Wandb
-
-
-_MEASURED = (
-    "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "rewards/longer_preferred",
-    "logps/chosen", "logps/rejected", "logratios/chosen", "logratios/rejected", "gradient_weight",
-    "mean_token_accuracy", "entropy", "kl",
-)  # fmt: skip
-METRICS = (*_MEASURED, *(f"eval/{name}" for name in _MEASURED), "grad_norm", "tokens_per_second", "mfu",
-           "peak_memory_bytes")  # fmt: skip
-"""What a gate can ask for."""
 
 
 MORE = "more_training_files"
@@ -230,7 +261,7 @@ class JobSpec(RenderingSettings):
         for number, gate in enumerate(self.gates or []):
             field = f"gates.{number}.metric"
             if not gate.metric.startswith("evaluations/"):
-                require_metric(gate.metric, METRICS, field)
+                require_metric(gate.metric, list(METRICS), field)
                 continue
             name, _, metric = gate.metric.removeprefix("evaluations/").partition("/")
             if name not in evaluations:
@@ -239,18 +270,11 @@ class JobSpec(RenderingSettings):
 
     def _validated(self) -> None:
         """Early stopping needs something to judge by."""
-        if self.validation_file is not None or self.validation_split != 0:
-            return
-        method, sft = self.method.dpo or self.method.supervised, self.sft
-        stages: dict[str, Hyperparameters | None] = {f"method.{self.method.type}": None}
-        if method is not None:
-            stages[f"method.{self.method.type}"] = method.hyperparameters
-        if sft is not None and sft.validation_file is None:
-            stages["sft"] = sft.hyperparameters
-        for field, settings in stages.items():
-            if settings is not None and settings.early_stopping is not None:
-                field = f"{field}.hyperparameters.early_stopping"
-                raise inconsistent(field, "'early_stopping' needs a 'validation_file' or a 'validation_split' above 0")
+        for stage in reversed(self.stages()):
+            validated = stage.validation is not None or stage.validation_split > 0
+            if stage.settings.early_stopping is not None and not validated:
+                message = "'early_stopping' needs a 'validation_file' or a 'validation_split' above 0"
+                raise inconsistent(f"{stage.field}.early_stopping", message)
 
     @classmethod
     def stored(cls, data: dict[str, Any]) -> Self:
@@ -277,27 +301,42 @@ class JobSpec(RenderingSettings):
     def resolved(self) -> Self:
         """The spec as it will be run: no "auto", a seed, and every default written out."""
         full = self.adapter == "none"
-        if self.method.type == "dpo":
-            dpo = (self.method.dpo or DPOMethod()).hyperparameters.resolved(full)
-            method = Method(type="dpo", dpo=DPOMethod(hyperparameters=dpo))
-        else:
-            supervised = (self.method.supervised or SupervisedMethod()).hyperparameters.resolved(full)
-            method = Method(type="supervised", supervised=SupervisedMethod(hyperparameters=supervised))
         sft = self.sft and self.sft.model_copy(update={"hyperparameters": self.sft.hyperparameters.resolved(full)})
-        split = self.validation_split
-        if split is None:
-            split = 0.0 if self.validation_file is not None else DEFAULT_VALIDATION_SPLIT
         return self.model_copy(
             update={
-                "method": method,
+                "method": self.method.resolved(full),
                 "sft": sft,
                 "adapter": Adapter() if self.adapter is None else self.adapter,
                 "quantization": self.quantization or ("none" if full else "nf4"),
                 "seed": secrets.randbelow(2**31) if self.seed is None else self.seed,
-                "validation_split": split,
+                "validation_split": self.stages()[-1].validation_split,
                 "date": self.date or today(),
             }
         )
+
+    def stages(self) -> list[StageSpec]:
+        """What the job runs, in order: a supervised stage where it asks for one, then its method."""
+        split = self.validation_split
+        if split is None:
+            split = 0.0 if self.validation_file is not None else DEFAULT_VALIDATION_SPLIT
+        training = (self.training_file, *(self.more_training_files or []))
+        field = f"method.{self.method.type}.hyperparameters"
+        settings = self.method.hyperparameters
+        main = StageSpec(settings, field, "training_file", training, self.validation_file, split, self.mapping)
+        if self.sft is None:
+            return [main]
+        sft = replace(main, settings=self.sft.hyperparameters, field="sft.hyperparameters")
+        if self.sft.training_file is not None:
+            own = split if self.validation_file is None else DEFAULT_VALIDATION_SPLIT
+            sft = replace(
+                sft,
+                file_field="sft.training_file",
+                training=(self.sft.training_file,),
+                validation=self.sft.validation_file,
+                validation_split=own if self.sft.validation_file is None else 0.0,
+                mapping=self.sft.mapping,
+            )
+        return [sft, main]
 
     def files(self) -> list[tuple[str, str]]:
         """(field, file id or path) of every file that the job reads."""
@@ -343,6 +382,4 @@ class JobSpec(RenderingSettings):
 
     def needs(self, field: str) -> Kind:
         """What the examples in the file of `field` must be good for."""
-        if self.method.type != "dpo" or field.startswith("sft."):
-            return Kind.SUPERVISED
-        return (self.method.dpo or DPOMethod()).hyperparameters.data
+        return Kind.SUPERVISED if field.startswith("sft.") else self.method.hyperparameters.data

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Self
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
 from app.errors import ServiceError
-from app.spec.job import METRICS, JobSpec
+from app.spec.job import METHODS, JobSpec
+from app.spec.metrics import METRICS
 from app.spec.schema_base import NO_NUL, Metadata, Strict, inconsistent, plain_json
 
 MAX_JOBS = 64
@@ -86,7 +87,7 @@ class SweepSpec(Strict):
             return name
         method = self.job.get("method")
         kind = method.get("type") if isinstance(method, dict) else None
-        if kind not in ("dpo", "supervised"):
+        if kind not in METHODS:
             raise inconsistent(f"grid.{name}", f"'{name}' is no field of a job, and the job names no 'method'")
         return f"method.{kind}.hyperparameters.{name}"
 

@@ -10,6 +10,7 @@ was killed must not keep the GPU.
 """
 
 import json
+import logging
 import os
 import queue
 import signal
@@ -34,15 +35,15 @@ def main() -> int:
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_PROGRESS_BARS="1")
 
     # Imported here, so that the watch stands before seconds are spent on torch.
-    import structlog
     from safetensors import SafetensorError
 
-    from app.logging import configure_logging
     from app.spec.datasets.errors import DatasetError
     from worker.trainer.cache import Cache
+    from worker.trainer.errors import Stopped, UserError
     from worker.trainer.evaluation import Evaluator
-    from worker.trainer.events import Events, Stopped, UserError
-    from worker.trainer.loop import Trainer
+    from worker.trainer.events import Broken, Events, Failed
+    from worker.trainer.loop import train
+    from worker.trainer.run import Run
 
     if len(sys.argv) > 1:
         folder = Path(sys.argv[1])
@@ -52,30 +53,32 @@ def main() -> int:
         os.dup2(descriptor, 2)
         os.dup2(2, 1)
         os.chdir(folder)
-    configure_logging()
-    structlog.get_logger("trainer").info("trainer began", **_named(folder))
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")
+    print(json.dumps({"event": "trainer began", "level": "info", **_named(folder)}), file=sys.stderr, flush=True)
     events = Events(stream)
-    engine = Evaluator if (folder / "evaluation.json").exists() else Trainer
+    evaluates = (folder / "evaluation.json").exists()
+    cache = Cache(folder / "cache", events, answers)
     try:
-        engine(folder, events, stopping, Cache(folder / "cache", events, answers)).run()
+        if evaluates:
+            Evaluator(folder, events, stopping, cache).run()
+        else:
+            train(Run.of(folder, events, stopping, cache))
     except Stopped:
         return STOPPED
     except UserError as error:
-        events.emit("failed", code=error.code, message=error.message, param=error.param)
+        events.emit(Failed(error.code, error.message, error.param))
         return 1
     except DatasetError as error:
-        events.emit(
-            "failed", code="invalid_file", message=str(error), param="data" if engine is Evaluator else "training_file"
-        )
+        events.emit(Failed("invalid_file", str(error), "data" if evaluates else "training_file"))
         return 1
     except (OSError, SafetensorError) as error:  # the disk, not the job: another attempt may do better
         traceback.print_exc()
-        events.emit("broken", reason=f"{type(error).__name__}: {error}"[:500])
+        events.emit(Broken(f"{type(error).__name__}: {error}"[:500]))
         return 1
     except Exception as error:
         traceback.print_exc()
         message = f"The trainer failed: {type(error).__name__}: {error}. The job's log has the details."
-        events.emit("failed", code="trainer_error", message=message[:2000], param=None)
+        events.emit(Failed("trainer_error", message[:2000], None))
         return 1
     return 0
 

@@ -9,8 +9,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from app.spec.datasets.example import Kind
-from app.spec.hyperparameters import DPOHyperparameters
 from worker.trainer.plan import Stage
 
 WINDOW = 10
@@ -44,9 +42,7 @@ class Advisor:
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
-        settings = stage.hyperparameters
-        self.compares = isinstance(settings, DPOHyperparameters) and settings.data != Kind.LABELLED
-        """Whether rows have a better and a worse answer."""
+        self.compares = stage.hyperparameters.data.compares
         self._window: deque[dict[str, Any]] = deque(maxlen=WINDOW)
         self._first: dict[str, float] = {}
         """What each metric was when it was measured first."""

@@ -14,13 +14,13 @@ from safetensors import safe_open
 from app.spec.job import Adapter, JobSpec
 from worker.model_files import config_of, prequantized, weight_files
 from worker.trainer import reward
-from worker.trainer.events import Events
 from worker.trainer.loading import load_policy
 from worker.trainer.memory import fits_as_float32
-from worker.trainer.methods import Found
+from worker.trainer.methods.method import ValidatedRow
 from worker.trainer.model import Base, Policy
 from worker.trainer.naming import write_for_servers
 from worker.trainer.plan import Stage
+from worker.trainer.run import Run
 
 DRIFT_ROWS = 32
 RESULT_COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
@@ -28,20 +28,31 @@ RESULT_COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_m
 
 @dataclass(frozen=True)
 class Results:
-    """What is known about a finished run. `public_spec` is the job as its user wrote it. `validation` holds the
-    number of each validation row of `stage`, its log-probs and the reference's, after the end."""
+    """What is known about a finished run. `validation` has the rows of the last stage as the kept weights see them."""
 
-    spec: JobSpec
-    public_spec: dict[str, Any]
-    base: Base
+    run: Run
     history: list[dict[str, Any]]
     stage: Stage
-    validation: Found
+    validation: list[ValidatedRow]
     final: dict[str, float] = field(default_factory=dict)
     """The validation of the weights that are kept, where they are not those of the last step."""
 
+    @property
+    def spec(self) -> JobSpec:
+        return self.run.spec
 
-def write(folder: Path, policy: Policy, results: Results, events: Events) -> None:
+    @property
+    def public_spec(self) -> dict[str, Any]:
+        """The job as its user wrote it."""
+        spec: dict[str, Any] = self.run.about["spec"]
+        return spec
+
+    @property
+    def base(self) -> Base:
+        return self.run.base
+
+
+def write(folder: Path, policy: Policy, results: Results) -> None:
     """Write the artifact of `policy` into `folder`. The policy is freed on the way."""
     if policy.reward_head is not None:
         reward.save(folder, policy, results.base, results.stage.train)
@@ -53,7 +64,8 @@ def write(folder: Path, policy: Policy, results: Results, events: Events) -> Non
         if not policy.full and policy.causal.config.model_type != config_of(results.base.folder)["model_type"]:
             write_for_servers(results.base.folder, folder)
     _write_csv(folder / "metrics.csv", _columns(results.history), results.history)
-    _write_csv(folder.parent / "result.csv", list(RESULT_COLUMNS), _result_rows(results.history))
+    accuracies = {stage.name: stage.settings.ACCURACY for stage in results.spec.stages()}
+    _write_csv(folder.parent / "result.csv", list(RESULT_COLUMNS), _result_rows(results.history, accuracies))
     (folder / "spec.json").write_text(json.dumps(results.public_spec, indent=2, sort_keys=True) + "\n")
     with (folder / "validation_logps.jsonl").open("w") as file:
         held_out = results.stage.validation
@@ -68,7 +80,7 @@ def write(folder: Path, policy: Policy, results: Results, events: Events) -> Non
             place = {"file": files[source]} if several else {}
             file.write(json.dumps(place | {"line": line} | found) + "\n")
     kind = "reward" if policy.reward_head is not None else "full" if policy.full else "adapter"
-    drift = _drift(folder, policy, results, events) + (_mean(folder) if kind == "reward" else "")
+    drift = _drift(folder, policy, results) + (_mean(folder) if kind == "reward" else "")
     (folder / "README.md").write_text(_card(results, kind, drift))
 
 
@@ -101,11 +113,11 @@ def _write_csv(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> No
         writer.writerows(rows)
 
 
-def _result_rows(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The contract's result file: for DPO the accuracies are those of the implicit rewards."""
+def _result_rows(history: list[dict[str, Any]], accuracies: dict[str, str]) -> list[dict[str, Any]]:
+    """The contract's result file. `accuracies` names the metric of each stage that is its accuracy."""
     rows = []
     for entry in history:
-        accuracy = "mean_token_accuracy" if entry["stage"] == "sft" else "rewards/accuracies"
+        accuracy = accuracies[entry["stage"]]
         values = (
             entry["step"],
             entry.get("loss"),
@@ -117,7 +129,7 @@ def _result_rows(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _drift(folder: Path, policy: Policy, results: Results, events: Events) -> str:
+def _drift(folder: Path, policy: Policy, results: Results) -> str:
     """How far the adapter's log-probs move when it is put on the unquantised base: a sentence for the card."""
     if results.spec.quantization == "none":
         return "The base was not quantised."
@@ -141,7 +153,7 @@ def _drift(folder: Path, policy: Policy, results: Results, events: Events) -> st
     rows = [results.stage.validation[number] for number, _, _ in chosen]
     total, tokens = 0.0, 0
     try:
-        unquantised = load_policy(plain, results.base, folder, events, trainable=False)
+        unquantised = load_policy(plain, results.base, folder, results.run.events, trainable=False)
         unquantised.shared, unquantised.one_by_one, unquantised.own_head = shared, one_by_one, own_head
         with torch.no_grad():
             for number, (_, logps, _) in enumerate(chosen):

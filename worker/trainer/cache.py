@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from worker.trainer.events import Events
+from worker.trainer.events import CacheMade, CacheWanted, Events
 
 Value = TypeVar("Value")
 
@@ -29,7 +29,7 @@ class Cache:
         """What `load` makes of the file of `key`; None where nobody has it, or where it is damaged."""
         path = self.folder / key
         if not path.exists() and self._answers is not None:
-            self._events.emit("wanted", key=key)
+            self._events.emit(CacheWanted(key))
             while json.loads(self._answers.get())["key"] != key:
                 pass
         if not path.exists():
@@ -50,4 +50,4 @@ class Cache:
         partial = path.with_name(path.name + ".partial")
         yield partial
         partial.rename(path)
-        self._events.emit("made", key=key)
+        self._events.emit(CacheMade(key))

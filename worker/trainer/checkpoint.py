@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from worker import manifest
-from worker.trainer.best import Best
-from worker.trainer.methods import Method, Preference, References
+from worker.trainer.early_stopping import Best
+from worker.trainer.methods.method import Method
 from worker.trainer.model import Policy
-from worker.trainer.reference import Reference
+
+OURS = ("optimizer", "generators", "best")
+"""The files of a checkpoint's state that are not its method's."""
 
 
 @dataclass
@@ -52,12 +54,8 @@ def save(
     tensors, numbers = _optimizer_state(policy, optimizer)
     save_file(tensors, partial / "state" / "optimizer.safetensors")
     save_file(_generators(policy), partial / "state" / "generators.safetensors")
-    if isinstance(method, Preference) and method.references is not None:
-        parts = {"train": method.references.train, "validation": method.references.validation}
-        flat = {f"{part}/{name}": value for part, found in parts.items() for name, value in vars(found).items()}
-        save_file(flat, partial / "state" / "reference.safetensors")
-    if isinstance(method, Preference) and method.anchor is not None:
-        save_file(method.anchor, partial / "state" / "anchor.safetensors")
+    for name, kept in method.state_dict().items():
+        save_file(kept, partial / "state" / f"{name}.safetensors")
     if best.exists():
         shutil.copyfile(best, partial / "state" / "best.safetensors")
     (partial / "state" / "state.json").write_text(json.dumps(asdict(state) | {"optimizer": numbers}))
@@ -69,17 +67,6 @@ def load_state(folder: Path) -> State:
     found = json.loads((folder / "state" / "state.json").read_text())
     del found["optimizer"]
     return State(**found | {"best": Best(**found["best"])})
-
-
-def load_references(folder: Path) -> References | None:
-    """The reference log-probs of the stage that `folder` is of."""
-    path = folder / "state" / "reference.safetensors"
-    if not path.exists():
-        return None
-    flat = load_file(path)
-    fields = ("logps", "first", "seen")
-    train, validation = (Reference(*(flat[f"{part}/{name}"] for name in fields)) for part in ("train", "validation"))
-    return References(train, validation)
 
 
 def restore(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, method: Method, best: Path) -> None:
@@ -98,10 +85,9 @@ def restore(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, meth
     torch.set_rng_state(generators["cpu"])
     if "cuda" in generators and policy.device.type == "cuda":
         torch.cuda.set_rng_state(generators["cuda"])
-    if isinstance(method, Preference) and (state / "anchor.safetensors").exists():
-        anchor = load_file(state / "anchor.safetensors", device=str(policy.device))
-        sync = method.settings.sync_reference
-        method.anchor, method.moved = anchor, sync is not None and load_state(folder).stage_step >= sync.steps
+    files = {path.stem: path for path in state.glob("*.safetensors")}
+    kept = {name: load_file(path) for name, path in files.items() if name not in OURS}
+    method.load_state_dict(kept, load_state(folder).stage_step)
     if (state / "best.safetensors").exists():
         best.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(state / "best.safetensors", best)

@@ -14,7 +14,7 @@ from app.spec.datasets.rendering import Rendering, today
 from app.spec.datasets.report import Lengths
 from worker.trainer import data
 from worker.trainer.data import Recipe, Row, Tally, Tokenizer, Whole
-from worker.trainer.events import UserError
+from worker.trainer.errors import UserError
 from worker.trainer.rendering import Renderer
 from worker.trainer.tokenizer import load_tokenizer
 

@@ -17,7 +17,7 @@ from app.spec.datasets.example import Response as Said
 from app.spec.datasets.mapping import Mapping
 from app.spec.datasets.rendering import Rendering
 from worker.trainer.control import Encoding
-from worker.trainer.events import UserError
+from worker.trainer.errors import UserError
 from worker.trainer.rendering import Refused, Rendered, Renderer, Span
 
 Tokenizer = Any

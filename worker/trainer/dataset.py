@@ -27,7 +27,7 @@ from app.spec.datasets.rendering import Rendering
 from worker.trainer import data
 from worker.trainer.cache import Cache
 from worker.trainer.data import Recipe, Response, Row, Tally, Tokenizer
-from worker.trainer.events import UserError
+from worker.trainer.errors import UserError
 from worker.trainer.rendering import Renderer
 
 VERSION = 4
@@ -36,6 +36,8 @@ PARALLEL_BYTES = 16 * 1024 * 1024
 """Files larger than this are tokenised by several processes, each of which takes seconds to start."""
 CHUNK = 1024
 """Examples that a process tokenises at a time."""
+HASHED_TOGETHER = 16_384
+"""Rows whose tokens are gathered at a time for their hash."""
 
 Integers = NDArray[numpy.int64]
 
@@ -132,11 +134,47 @@ class Rows(Sequence[Row]):
         return Row(int(a.lines[number]), parts[0][0], responses, desirable, group, source)
 
     @cached_property
+    def _sizes(self) -> Integers:
+        """The tokens of each row, [rows]: of its prompt, once, and of all its responses."""
+        a, numbers = self._arrays, self._numbers
+        sizes: Integers = a.tokens[a.segments[numbers + 1]] - a.tokens[a.segments[numbers]]
+        return sizes
+
+    @property
     def longest(self) -> int:
         """The tokens of the largest row."""
-        a, numbers = self._arrays, self._numbers
-        sizes = a.tokens[a.segments[numbers + 1]] - a.tokens[a.segments[numbers]]
-        return int(sizes.max()) if len(sizes) else 0
+        return int(self._sizes.max()) if len(self) else 0
+
+    def tokens(self, numbers: Sequence[int]) -> int:
+        """The tokens of the rows `numbers` together, each prompt once."""
+        return int(self._sizes[numbers].sum())
+
+    def responses(self, number: int) -> int:
+        """How many responses the row `number` has."""
+        first, last = self._arrays.segments[self._numbers[number] : self._numbers[number] + 2]
+        return int(last - first) - 1
+
+    def desirable(self, numbers: Sequence[int]) -> list[bool]:
+        """Of labelled rows, whether their response is desirable."""
+        return list(self._arrays.desirable[self._numbers[numbers]].tolist())
+
+    def scored_tokens(self, numbers: Sequence[int]) -> list[list[int]]:
+        """For each of the rows `numbers`, the scored tokens of each of its responses that something predicts."""
+        a, rows = self._arrays, self._numbers[numbers]
+        return [self._scored[a.segments[row] + 1 : a.segments[row + 1]].tolist() for row in rows]
+
+    @cached_property
+    def _scored(self) -> Integers:
+        """The scored tokens of each segment that something predicts, [segments]."""
+        a = self._arrays
+        sizes = numpy.diff(a.tokens)
+        counts = numpy.add.reduceat(numpy.append(a.scored, False), a.tokens[:-1], dtype=numpy.int64)
+        counts[sizes == 0] = 0  # where reduceat gives the token behind
+        # Nothing predicts the first token of a row without a prompt.
+        segments_of = numpy.diff(a.segments)
+        no_prompt = numpy.repeat(sizes[a.segments[:-1]] == 0, segments_of) & (sizes > 0)
+        counts[no_prompt] -= a.scored[a.tokens[:-1][no_prompt]]
+        return counts
 
     @cached_property
     def vocabulary(self) -> list[int]:
@@ -172,13 +210,17 @@ class Rows(Sequence[Row]):
 
     def digest(self) -> str:
         """A hash of the rows' tokens, and of which are scored."""
-        found = hashlib.sha256(str(len(self)).encode())
-        for row in self:
-            parts = (row.prompt, *(response.ids for response in row.responses))
-            found.update(numpy.array([len(parts), *map(len, parts)], dtype=numpy.int32).tobytes())
-            found.update(b"".join(numpy.array(part, dtype=numpy.int32).tobytes() for part in parts))
-            found.update(bytes(flag for response in row.responses for flag in response.scored))
-        return found.hexdigest()
+        a = self._arrays
+        made = hashlib.sha256(str(len(self)).encode())
+        for start in range(0, len(self), HASHED_TOGETHER):
+            rows = self._numbers[start : start + HASHED_TOGETHER]
+            segments = _ranges(a.segments[rows], a.segments[rows + 1])
+            tokens = _ranges(a.tokens[a.segments[rows]], a.tokens[a.segments[rows + 1]])
+            made.update((a.segments[rows + 1] - a.segments[rows]).tobytes())
+            made.update((a.tokens[segments + 1] - a.tokens[segments]).tobytes())
+            made.update(a.ids[tokens].tobytes())
+            made.update(a.scored[tokens].tobytes())
+        return made.hexdigest()
 
     def prompts(self) -> list[bytes]:
         """A key for each row that is the same for rows of one prompt; rows without a prompt have their own."""
@@ -187,6 +229,14 @@ class Rows(Sequence[Row]):
             start, stop = a.tokens[a.segments[number] : a.segments[number] + 2]
             keys.append(a.ids[start:stop].tobytes() if stop > start else f"row {position}".encode())
         return keys
+
+
+def _ranges(starts: Integers, stops: Integers) -> Integers:
+    """The numbers of all ranges `starts[k]` … `stops[k] − 1`, one behind the other."""
+    sizes = stops - starts
+    ends = numpy.cumsum(sizes)
+    numbers: Integers = numpy.arange(ends[-1] if len(ends) else 0) + numpy.repeat(starts - (ends - sizes), sizes)
+    return numbers
 
 
 def require_embedded(rows: Rows, tokenizer: Tokenizer, config: Any, model: str) -> None:

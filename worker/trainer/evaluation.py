@@ -32,7 +32,8 @@ from worker.model_files import context_length
 from worker.trainer import data, dataset, exactness, reference, reward
 from worker.trainer.cache import Cache
 from worker.trainer.data import Recipe, Response, Row
-from worker.trainer.events import Events, Stopped, UserError
+from worker.trainer.errors import Stopped, UserError
+from worker.trainer.events import CompletionsWritten, EvaluationDone, Events
 from worker.trainer.loading import load_policy
 from worker.trainer.model import Base, Policy
 from worker.trainer.rendering import Renderer
@@ -111,7 +112,7 @@ class Evaluator:
                 except ValueError as error:
                     message = f"Line {item['line']}: a log-prob or a reward is not a finite number."
                     raise UserError("not_finite", message, "candidate.model") from error
-        self.events.emit("done", items=len(items))
+        self.events.emit(EvaluationDone(len(items)))
 
     # -- what each type does -----------------------------------------------------------------------------------
 
@@ -447,7 +448,7 @@ class Evaluator:
         folder.mkdir(exist_ok=True)
         path = folder / f"{name}-{len(list(folder.iterdir())):05d}-{self.run_settings['attempt']}.jsonl"
         path.write_text("".join(json.dumps(vars(one)) + "\n" for one in made))
-        self.events.emit("part", path=f"parts/{path.name}", completions=len(made), total=self._total)
+        self.events.emit(CompletionsWritten(f"parts/{path.name}", len(made), self._total))
 
     def _text(self, policy: Policy, one: Made, prompt: "Prompt", example: Example) -> str:
         """The answer as data has it: without the end of the prompt's text that its first token was made of too."""

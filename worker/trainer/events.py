@@ -1,42 +1,154 @@
-"""What a trainer tells its runner: a line of JSON on standard output for each event."""
+"""Events: what a trainer tells the process that started it, a line of JSON on standard output for each.
+
+`Events` writes them, `read` makes the same objects of the lines again: for the service's runner, for `dpo train`, and
+for benchmarks.
+"""
 
 import json
 import time
-from typing import IO, Any
+from dataclasses import asdict, dataclass, field
+from typing import IO, Any, ClassVar
 
 
-class UserError(Exception):
-    """Something that the user can mend: it fails the job with this message. `param` names the field."""
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """What all events have. `KIND` is their name on the wire."""
 
-    def __init__(self, code: str, message: str, param: str | None = None) -> None:
-        super().__init__(code, message, param)  # all of them, so that it can be sent between processes
-        self.code, self.message, self.param = code, message, param
-
-    def __str__(self) -> str:
-        return self.message
+    KIND: ClassVar[str]
+    time: float = field(default_factory=time.time)
+    """When it was written, in seconds since 1970."""
 
 
-def first_line(error: Exception) -> str:
-    """The kind of an error of somebody else's code and the beginning of its message, for people."""
-    text = str(error).strip() or "no message"
-    return f"{type(error).__name__}: {text.splitlines()[0][:200].rstrip('. ')}"
+@dataclass(frozen=True)
+class Message(Event):
+    """A sentence for people. `data` says the same to programs, by a `code`."""
+
+    KIND = "message"
+    message: str
+    level: str = "info"
+    """info, warn or error."""
+    data: dict[str, Any] | None = None
 
 
-class Stopped(Exception):
-    """The run was asked to stop, and has kept what it could."""
+@dataclass(frozen=True)
+class StageBegan(Event):
+    """A stage begins on so many rows."""
+
+    KIND = "stage"
+    stage: str
+    rows: int
+    validation_rows: int
+
+
+@dataclass(frozen=True)
+class Metrics(Event):
+    """What a step or a validation measured. `seconds_remaining` is None where no step was measured yet."""
+
+    KIND = "metrics"
+    stage: str
+    step: int
+    total_steps: int
+    seconds_remaining: float | None
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class CheckpointWritten(Event):
+    """A checkpoint is in the folder `path`, which is relative to the work folder."""
+
+    KIND = "checkpoint"
+    stage: str
+    step: int
+    path: str
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class CompletionsWritten(Event):
+    """Some completions of an evaluation are in the file `path`; `total` is how many it needs."""
+
+    KIND = "part"
+    path: str
+    completions: int
+    total: int
+
+
+@dataclass(frozen=True)
+class CacheWanted(Event):
+    """The trainer waits for the answer whether the cache has `key`."""
+
+    KIND = "wanted"
+    key: str
+
+
+@dataclass(frozen=True)
+class CacheMade(Event):
+    """The file of the cache's `key` is in the work folder, for others to use."""
+
+    KIND = "made"
+    key: str
+
+
+@dataclass(frozen=True)
+class TrainingDone(Event):
+    """The artifact is in `output/`."""
+
+    KIND = "done"
+    trained_tokens: int
+    metrics: dict[str, float]
+    pace: dict[str, float]
+    """`tokens` of this attempt, the `seconds` that they took, and `overhead_seconds` before the first step."""
+
+
+@dataclass(frozen=True)
+class EvaluationDone(Event):
+    """The items are in `output/items.jsonl`."""
+
+    KIND = "evaluated"
+    items: int
+
+
+@dataclass(frozen=True)
+class Failed(Event):
+    """The run ends for a reason that the user can mend. `param` names the field."""
+
+    KIND = "failed"
+    code: str
+    message: str
+    param: str | None
+
+
+@dataclass(frozen=True)
+class Broken(Event):
+    """The run ends for a reason that lies in the machine: another attempt may do better."""
+
+    KIND = "broken"
+    reason: str
+
+
+KINDS: dict[str, type[Event]] = {kind.KIND: kind for kind in Event.__subclasses__()}
+
+
+def read(line: str | bytes) -> Event:
+    """The event of a line. Raises `ValueError` for a line that no trainer of this version writes."""
+    fields = json.loads(line)
+    try:
+        return KINDS[fields.pop("kind")](**fields)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not an event of this version: {line[:200]!r}") from error
 
 
 class Events:
-    """Writes events. Kinds: message, stage, metrics, checkpoint, part, wanted, made, done, failed, broken."""
+    """Writes events to a stream."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
 
-    def emit(self, kind: str, **fields: Any) -> None:
-        line = json.dumps({"kind": kind, "time": time.time(), **fields}, allow_nan=False)
-        self._stream.write(line + "\n")
+    def emit(self, event: Event) -> None:
+        """Write `event` at once. Raises `ValueError` for numbers that JSON does not have."""
+        self._stream.write(json.dumps({"kind": event.KIND, **asdict(event)}, allow_nan=False) + "\n")
         self._stream.flush()
 
     def message(self, text: str, level: str = "info", data: dict[str, Any] | None = None) -> None:
-        """Something for people; `level` is info, warn or error. `data` says it to programs, by a `code`."""
-        self.emit("message", message=text, level=level, data=data)
+        """Say `text` to people, and `data` to programs."""
+        self.emit(Message(text, level, data))

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from worker.trainer.attention import window_sizes
 from worker.trainer.data import Row
-from worker.trainer.events import Events, UserError, first_line
+from worker.trainer.errors import UserError, first_line
+from worker.trainer.events import Events
 from worker.trainer.model import Policy
 from worker.trainer.packing import trees
 

@@ -18,7 +18,8 @@ from app.spec.prequantized import refusal
 from worker.model_files import config_of, prequantized, weight_files, why_no_weights
 from worker.trainer.attention import why_not_batched, why_not_shared
 from worker.trainer.data import Tokenizer
-from worker.trainer.events import Events, UserError, first_line
+from worker.trainer.errors import UserError, first_line
+from worker.trainer.events import Events
 from worker.trainer.linears import adaptable, has_experts, is_ordinary, not_quantised, short_names
 from worker.trainer.lora import with_fast_layers
 from worker.trainer.model import HALVES, REWARD_HEAD, Base, Policy

@@ -1,16 +1,23 @@
 """What a step needs of the memory, by measurement, and how much there is."""
 
+import gc
 import os
 import resource
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from worker.model_files import weight_files
+from worker.trainer.errors import UserError
+from worker.trainer.events import Events
 from worker.trainer.model import Policy
 from worker.trainer.packing import Pack
 
+Result = TypeVar("Result")
 RESERVE = 0.8
 """The share of the free memory that activations may fill."""
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
@@ -71,6 +78,29 @@ def free_host_bytes() -> int:
     if limit.exists() and used.exists() and limit.read_text().strip() != "max":
         free = min(free, int(limit.read_text()) - int(used.read_text()))
     return free
+
+
+def with_smaller_packs(policy: Policy, longest: int, param: str, events: Events, work: Callable[[], Result]) -> Result:
+    """Run `work`; where the GPU's memory is not enough, with half the packs' budget, again and again.
+
+    `longest` is the largest row's tokens: a pack can be no smaller. Raises `UserError` about `param` where that one row
+    does not fit. `work` starts over: the gradients that it left are dropped, and random numbers are drawn again.
+    """
+    while True:
+        generator = torch.get_rng_state()
+        try:
+            return work()
+        except torch.OutOfMemoryError as error:
+            if policy.packing.budget <= longest:
+                message = f"The longest row ({longest} tokens) does not fit into the GPU's memory. Lower 'max_length'."
+                raise UserError("out_of_memory", message, param) from error
+            policy.packing = replace(policy.packing, budget=policy.packing.budget // 2)
+        events.message(f"Out of memory: packs of {policy.packing.budget} tokens from now on.", level="warn")
+        for parameter in policy.trainable().values():
+            parameter.grad = None
+        torch.set_rng_state(generator)
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from worker.model_files import INDEX, config_of, prequantized, weight_files
-from worker.trainer.events import UserError, first_line
+from worker.trainer.errors import UserError, first_line
 from worker.trainer.memory import fits_as_float32
 from worker.trainer.model import HALVES
 from worker.trainer.naming import DOWN, PREFIX, Place, places

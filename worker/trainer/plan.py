@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy
 import torch
 
-from app.spec.datasets.example import Kind
-from app.spec.datasets.mapping import Mapping
 from app.spec.datasets.rendering import Rendering
 from app.spec.hyperparameters import DEFAULT_MAX_LENGTH, DPOHyperparameters, SupervisedHyperparameters
-from app.spec.job import DEFAULT_VALIDATION_SPLIT, JobSpec
+from app.spec.job import JobSpec, StageSpec
 from worker.trainer.cache import Cache
-from worker.trainer.data import Recipe, Response, Row, Tally, Tokenizer
+from worker.trainer.data import Recipe, Tally, Tokenizer
 from worker.trainer.dataset import Integers, Rows, load
-from worker.trainer.events import Events, UserError
+from worker.trainer.errors import UserError
+from worker.trainer.events import Events
+from worker.trainer.methods import METHODS
 from worker.trainer.rendering import Renderer
 
 DEFAULT_INTERVALS = 5
@@ -67,20 +67,7 @@ class Stage:
 
     @cached_property
     def _groups(self) -> "Groups":
-        """Rows that stand together in every epoch: pairs of one prompt, so that it is computed once for them.
-
-        At most a quarter of a batch is of one prompt.
-        """
-        if isinstance(self.hyperparameters, SupervisedHyperparameters):
-            return Groups(tuple((number,) for number in range(len(self.train))))
-        most, groups = max(1, self.batch_size // 4), []
-        open_groups: dict[bytes, list[int]] = {}
-        for number, prompt in enumerate(self.train.prompts()):
-            group = open_groups.get(prompt)
-            if group is None or len(group) == most:
-                group = open_groups[prompt] = []
-                groups.append(group)
-            group.append(number)
+        groups = METHODS[self.name].groups(self.train, self.batch_size)
         return Groups(tuple(map(tuple, groups)))
 
     def learning_rate(self, step: int) -> float:
@@ -119,26 +106,8 @@ def stages(
     loader = _Loader(folder, tokenizer, context, cache, events, spec.seed or 0, spec.rendering)
     if Renderer(tokenizer, spec.rendering).never_ends:
         events.message(NEVER_ENDS, level="warn", data={"code": "template_never_ends"})
-    split = spec.validation_split or 0.0
-    training = (spec.training_file, *(spec.more_training_files or []))
-    if spec.method.type == "supervised":
-        assert spec.method.supervised is not None
-        supervised = spec.method.supervised.hyperparameters
-        files = (training, spec.validation_file, split, "training_file")
-        return [loader.stage("sft", supervised, *files, "method.supervised.hyperparameters", spec.mapping)]
-    assert spec.method.dpo is not None
-    dpo = spec.method.dpo.hyperparameters
-    files = (training, spec.validation_file, split, "training_file")
-    result = [loader.stage("dpo", dpo, *files, "method.dpo.hyperparameters", spec.mapping)]
-    if spec.sft is not None:
-        settings = spec.sft.hyperparameters
-        mapping = spec.mapping if spec.sft.training_file is None else spec.sft.mapping
-        if spec.sft.training_file is not None:
-            own = split if spec.validation_file is None else DEFAULT_VALIDATION_SPLIT
-            share = 0.0 if spec.sft.validation_file else own
-            files = ((spec.sft.training_file,), spec.sft.validation_file, share, "sft.training_file")
-        result.insert(0, loader.stage("sft", settings, *files, "sft.hyperparameters", mapping))
-    return result
+    # The method's rows first: a stage before it that has the same file holds out the same prompts.
+    return [loader.stage(stage) for stage in reversed(spec.stages())][::-1]
 
 
 @dataclass
@@ -155,33 +124,35 @@ class _Loader:
     held_out: dict[tuple[str, ...], Integers] = field(default_factory=dict)
     """By files, what the rows ask that are validated on."""
 
-    def stage(
-        self,
-        name: str,
-        settings: SupervisedHyperparameters | DPOHyperparameters,
-        training: tuple[str, ...],
-        validation: str | None,
-        split: float,
-        param: str,
-        settings_param: str,
-        mapping: Mapping | None,
-    ) -> Stage:
-        """A stage on the files `training`, validated on `validation` or on a share of the examples."""
-        need = settings.data if isinstance(settings, DPOHyperparameters) else Kind.SUPERVISED
-        loss_on = settings.loss_on if isinstance(settings, SupervisedHyperparameters) else "answers"
+    def stage(self, asked: StageSpec) -> Stage:
+        """The stage on its training files, validated on its validation file or on a share of the examples."""
+        settings, param = asked.settings, asked.file_field
         most = min(settings.max_length or DEFAULT_MAX_LENGTH, self.context)
-        recipe = Recipe(need, most, loss_on, mapping, self.rendering, settings.truncation)
-        train, words = self._rows(training, recipe, param)
-        if validation is not None:
-            held_out, _ = self._rows((validation,), recipe, param.replace("training", "validation"))
+        recipe = Recipe(settings.data, most, settings.scored, asked.mapping, self.rendering, settings.truncation)
+        train, words = self._rows(asked.training, recipe, param)
+        if asked.validation is not None:
+            held_out, _ = self._rows((asked.validation,), recipe, param.replace("training", "validation"))
         else:
-            if training not in self.held_out:  # the stages of a job on one file hold out the same prompts
-                self.held_out[training] = held_out_groups(train, split, self.seed)
-            inside = numpy.isin(train.groups, self.held_out[training])
-            train, held_out = train.where(~inside), train.where(inside)
-            if split > 0 and not len(held_out) and len(train) > 1:
-                message = "No row is held out for validation: too many of them ask the same. Give a 'validation_file'."
-                self.events.message(message, level="warn")
+            train, held_out = self._split(train, asked)
+        repeated = self._warn_of_repeated(train, held_out)
+        arranged = METHODS[asked.name].arranged
+        train, held_out = (arranged(rows, settings, recipe.max_length) for rows in (train, held_out))
+        return Stage(asked.name, settings, train, held_out, self.seed, asked.field, words, repeated)
+
+    def _split(self, rows: Rows, asked: StageSpec) -> tuple[Rows, Rows]:
+        """(rows to train on, rows that are held out)."""
+        share = asked.validation_split
+        if asked.training not in self.held_out:
+            self.held_out[asked.training] = held_out_groups(rows, share, self.seed)
+        inside = numpy.isin(rows.groups, self.held_out[asked.training])
+        train, held_out = rows.where(~inside), rows.where(inside)
+        if share > 0 and not len(held_out) and len(train) > 1:
+            message = "No row is held out for validation: too many of them ask the same. Give a 'validation_file'."
+            self.events.message(message, level="warn")
+        return train, held_out
+
+    def _warn_of_repeated(self, train: Rows, held_out: Rows) -> int:
+        """How many validation rows ask what training rows ask too; they are warned of."""
         repeated = int(numpy.isin(held_out.groups, train.groups).sum())
         if repeated:
             self.events.message(
@@ -190,9 +161,7 @@ class _Loader:
                 level="warn",
                 data={"code": "validation_prompts_in_training", "rows": repeated, "validation_rows": len(held_out)},
             )
-        if need == Kind.LABELLED:
-            train, held_out = with_mismatches(train, recipe.max_length), with_mismatches(held_out, recipe.max_length)
-        return Stage(name, settings, train, held_out, self.seed, settings_param, words, repeated)
+        return repeated
 
     def _rows(self, names: tuple[str, ...], recipe: Recipe, param: str) -> tuple[Rows, tuple[str, ...]]:
         parts, tally = [], Tally()
@@ -259,25 +228,3 @@ def held_out_groups(rows: Rows, share: float, seed: int) -> Integers:
         if 2 * sizes[smallest] <= pairs.shape[1]:
             chosen.append(names[smallest])
     return numpy.array(chosen, dtype=numpy.int64)
-
-
-def with_mismatches(rows: Rows, max_length: int) -> Rows:
-    """The same rows, each with the answer of the next row of another prompt behind its own.
-
-    KTO estimates how far the policy is from its reference on answers that have nothing to do with the prompt
-    (arXiv:2402.01306, Sec. 4.1). Where all rows have one prompt, it is the answer of the next row.
-    """
-    keys, count = rows.prompts(), len(rows)
-    following = list(range(1, count + 1))  # the next row of another prompt, going round
-    for number in reversed(range(2 * count)):
-        this, after = number % count, (number + 1) % count
-        following[this] = after if keys[after] != keys[this] else following[after]
-
-    def mismatched(number: int, row: Row) -> Row:
-        nearby = following[number] % count
-        other = rows[nearby if keys[nearby] != keys[number] else (number + 1) % count].responses[0]
-        room = max(1, max_length - len(row.prompt))
-        ids, scored = other.ids[:room], other.scored[:room]
-        return replace(row, responses=(row.responses[0], Response(ids, scored if any(scored) else (True,) * len(ids))))
-
-    return Rows.of(mismatched(number, row) for number, row in enumerate(rows))

@@ -38,6 +38,14 @@ class Reference:
         return self.seen[place], self.logps[place]
 
 
+@dataclass(frozen=True)
+class References:
+    """The reference log-probs of the rows to train on and to validate on."""
+
+    train: Reference
+    validation: Reference
+
+
 def find(
     policy: Policy, digest: str, rows: Rows, tail_weight: float | None, cache: Cache, tick: Callable[[], None]
 ) -> Reference:

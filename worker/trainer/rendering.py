@@ -14,7 +14,7 @@ from app.spec.datasets.example import Example, Message, Prompt
 from app.spec.datasets.example import Response as Said
 from app.spec.datasets.rendering import Rendering
 from worker.trainer.control import ControlTokens
-from worker.trainer.events import UserError
+from worker.trainer.errors import UserError
 from worker.trainer.template import Template, ends_of
 
 Tokenizer = Any

@@ -22,7 +22,7 @@ from app.spec.datasets.rendering import Rendering
 from app.spec.hyperparameters import DEFAULT_MAX_LENGTH
 from worker.model_files import context_length, text_config
 from worker.trainer.data import Recipe, Row, Tally, batched, rows
-from worker.trainer.events import UserError
+from worker.trainer.errors import UserError
 from worker.trainer.model import Base, Policy
 from worker.trainer.tokenizer import copy_tokenizer, load_tokenizer, padding_token
 

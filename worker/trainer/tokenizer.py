@@ -13,7 +13,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from worker.model_files import TEMPLATES, TOKENIZER_FILES
-from worker.trainer.events import UserError
+from worker.trainer.errors import UserError
 
 Tokenizer = Any
 

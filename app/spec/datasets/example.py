@@ -42,6 +42,11 @@ class Kind(StrEnum):
     PROMPTS = "prompts"
     """No response: what is to be answered."""
 
+    @property
+    def compares(self) -> bool:
+        """Whether a row has a better and a worse answer."""
+        return self in (Kind.PREFERENCE, Kind.RANKED)
+
     def serves(self, need: "Kind") -> bool:
         """Whether examples of this kind can be used where `need` is asked for.
 

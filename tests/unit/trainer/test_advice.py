@@ -12,9 +12,12 @@ from app.spec.hyperparameters import DPOHyperparameters, SupervisedHyperparamete
 from tests.unit.trainer.work import Event, dpo_method, make_pairs, make_row, make_work_folder, parse
 from worker.trainer.advice import Advice, Advisor
 from worker.trainer.dataset import Rows
-from worker.trainer.events import Events, Stopped
-from worker.trainer.loop import Trainer
+from worker.trainer.errors import Stopped
+from worker.trainer.events import Event as TrainerEvent
+from worker.trainer.events import Events, Metrics
+from worker.trainer.loop import train
 from worker.trainer.plan import Stage
+from worker.trainer.run import Run
 
 WELL = {
     "loss": 0.5, "grad_norm": 1.0, "rewards/margins": 1.0, "rewards/accuracies": 0.8, "logps/chosen": -98.0,
@@ -117,21 +120,21 @@ def test_a_run_says_it_and_one_that_is_resumed_does_not_say_it_again(llama: Path
     }  # fmt: skip
     whole, stopped = (make_work_folder(tmp_path / name, llama, spec, train=make_pairs(40)) for name in ("a", "b"))
     stream = io.StringIO()
-    Trainer(whole, Events(stream), threading.Event()).run()
+    train(Run.of(whole, Events(stream), threading.Event()))
     expected = warnings(parse(stream))
     codes = {code for code, _ in expected}
     assert {"accuracy_saturated", "margins_exploding"} & codes and len(codes) == len(expected)
     stopping, stream = threading.Event(), io.StringIO()
 
     class Watched(Events):
-        def emit(self, kind: str, **fields: Any) -> None:
-            super().emit(kind, **fields)
-            if kind == "metrics" and fields["step"] == 15:
+        def emit(self, event: TrainerEvent) -> None:
+            super().emit(event)
+            if isinstance(event, Metrics) and event.step == 15:
                 stopping.set()
 
     with pytest.raises(Stopped):
-        Trainer(stopped, Watched(stream), stopping).run()
+        train(Run.of(stopped, Watched(stream), stopping))
     checkpoint = json.loads([line for line in stream.getvalue().splitlines() if '"checkpoint"' in line][-1])
     (stopped / checkpoint["path"]).rename(stopped / "resume")
-    Trainer(stopped, Events(stream), threading.Event()).run()
+    train(Run.of(stopped, Events(stream), threading.Event()))
     assert warnings(parse(stream)) == expected

@@ -19,7 +19,7 @@ from tests.unit.trainer.work import (
     dpo_method,
     load,
     make_pairs,
-    make_trainer,
+    make_run,
     make_work_folder,
     of_kind,
     pack_of,
@@ -27,8 +27,10 @@ from tests.unit.trainer.work import (
     run_in_process,
     sft_method,
 )
-from worker.trainer.events import Events, UserError
+from worker.trainer.errors import UserError
+from worker.trainer.events import Events
 from worker.trainer.exactness import check
+from worker.trainer.loop import stages_of, train
 from worker.trainer.merge import merge
 
 PAIRS = make_pairs(8)
@@ -116,9 +118,9 @@ def test_no_row_is_longer_than_the_positions_that_a_model_learned(tmp_path: Path
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(base)
     spec = {**SHORT, "quantization": "none", "method": sft_method(**STEPS)}
-    trainer = make_trainer(make_work_folder(tmp_path / "job", base, spec, train=PAIRS))
-    trainer.run()
-    lengths = [row.tokens for stage in trainer.stages for row in (*stage.train, *stage.validation)]
+    run = make_run(make_work_folder(tmp_path / "job", base, spec, train=PAIRS))
+    train(run)
+    lengths = [row.tokens for stage in stages_of(run) for row in (*stage.train, *stage.validation)]
     assert max(lengths) == 16
 
 

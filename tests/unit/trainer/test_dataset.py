@@ -19,7 +19,8 @@ from worker.trainer import dataset
 from worker.trainer.cache import Cache
 from worker.trainer.data import Recipe, Response, Row, Tally, rows
 from worker.trainer.dataset import Arrays, Rows, load
-from worker.trainer.events import Events, UserError
+from worker.trainer.errors import UserError
+from worker.trainer.events import Events
 
 TOKENIZER = make_tokenizer()
 PAIRS = Recipe(Kind.PREFERENCE, 64)

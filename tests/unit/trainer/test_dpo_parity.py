@@ -20,7 +20,7 @@ from tests.unit.trainer.work import (
     dpo_method,
     load,
     make_pairs,
-    make_trainer,
+    make_run,
     make_work_folder,
     run_in_process,
     training_metrics,
@@ -29,9 +29,10 @@ from worker.trainer import reference
 from worker.trainer.averages import Averages
 from worker.trainer.data import Recipe, Row, Tally, rows
 from worker.trainer.dataset import Rows
-from worker.trainer.methods import Preference, References
+from worker.trainer.loop import stages_of
+from worker.trainer.methods.preference import Preference
 from worker.trainer.model import Policy
-from worker.trainer.reference import Reference
+from worker.trainer.reference import Reference, References
 
 PAIRS = make_pairs(6)
 BETA = 0.3
@@ -103,8 +104,9 @@ def our_gradients(parity: Parity, averages: Averages) -> dict[str, Tensor]:
     settings = DPOHyperparameters(beta=BETA).resolved(full=True)
     empty = Reference(torch.zeros(0), torch.zeros(0, dtype=torch.long), torch.zeros(0))
     references = References(parity.reference, empty)
-    method = Preference(parity.policy, settings, parity.rows, Rows.of([]), references)
-    method.backward(list(range(len(parity.rows))), averages)
+    method = Preference(parity.policy, settings, parity.rows, Rows.of([]))
+    method.references, numbers = references, list(range(len(parity.rows)))
+    method.backward(numbers, method.totals(numbers, averages), averages)
     found = {name: p.grad for name, p in parity.policy.trainable().items() if p.grad is not None}
     parity.policy.model.zero_grad(set_to_none=True)
     return found
@@ -194,7 +196,7 @@ def test_the_loss_curve_of_an_adapter_is_trls_batch_by_batch(llama: Path, tmp_pa
     spec = {"method": method, "adapter": {"r": 4}, "quantization": "none", "seed": 0, "validation_split": 0.0}
     folder = make_work_folder(tmp_path / "ours", llama, spec, train=PAIRS)
     (folder / "start").symlink_to(start, target_is_directory=True)
-    (stage,) = make_trainer(folder)._stages(llama)
+    (stage,) = stages_of(make_run(folder))
     order = [number for step in range(steps) for number in stage.batch(step)]
     ours = training_metrics(run_in_process(folder), "loss", "dpo")
 

@@ -30,8 +30,9 @@ from tests.unit.trainer.work import (
 )
 from worker.evaluation_figures import flat, report
 from worker.trainer import evaluation
+from worker.trainer.errors import Stopped, UserError
 from worker.trainer.evaluation import Evaluator
-from worker.trainer.events import Events, Stopped, UserError
+from worker.trainer.events import Events
 from worker.trainer.sampling import sample
 
 PAIRS = make_pairs(24)

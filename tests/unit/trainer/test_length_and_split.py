@@ -15,7 +15,7 @@ from tests.tiny_model import CHATML, CORPUS, make_tiny_model, make_tokenizer
 from tests.unit.trainer.work import (
     dpo_method,
     make_pairs,
-    make_trainer,
+    make_run,
     make_work_folder,
     of_kind,
     parse,
@@ -25,7 +25,9 @@ from tests.unit.trainer.work import (
 from worker.trainer.counting import count
 from worker.trainer.data import Recipe, Row, Tally, length, rows
 from worker.trainer.dataset import Rows
+from worker.trainer.loop import stages_of, train
 from worker.trainer.plan import held_out_groups
+from worker.trainer.tokenizer import load_tokenizer
 
 TOKENIZER, CHAT = make_tokenizer(), make_tokenizer(CHATML)
 LONG_PROMPT = Example(1, CORPUS[0] + "?", (" the cat.", " the other dog!"))
@@ -152,9 +154,9 @@ def test_memorised_prompts_are_not_measured(llama: Path, tmp_path: Path) -> None
         "adapter": {"r": 4}, "quantization": "none", "seed": 1, "validation_split": 0.3,
         "method": dpo_method(max_steps=1),
     }  # fmt: skip
-    trainer = make_trainer(make_work_folder(tmp_path, llama, spec, train=records))
-    trainer.run()
-    (stage,) = trainer.stages
+    run = make_run(make_work_folder(tmp_path, llama, spec, train=records))
+    train(run)
+    (stage,) = stages_of(run)
     assert len(stage.validation) == 8 and len(stage.train) == 40 and stage.repeated == 0
 
 
@@ -166,7 +168,7 @@ def test_validation_rows_that_ask_what_training_rows_ask_are_counted(llama: Path
         "method": dpo_method(max_steps=1),
     }  # fmt: skip
     folder = make_work_folder(tmp_path, llama, spec, train=pairs, held=held)
-    make_trainer(folder, stream).run()
+    train(make_run(folder, stream))
     told = [e["data"] for e in of_kind(parse(stream), "message") if (e.get("data") or {}).get("code")]
     overlap = next(data for data in told if data["code"] == "validation_prompts_in_training")
     assert (overlap["rows"], overlap["validation_rows"]) == (2, 6)
@@ -186,11 +188,12 @@ def test_the_day_is_the_jobs_and_part_of_the_key_only_where_it_is_read(tmp_path:
                 "adapter": {"r": 4}, "quantization": "none", "seed": 1, "date": day,
                 "method": sft_method(max_steps=1),
             }  # fmt: skip
-            trainer = make_trainer(make_work_folder(tmp_path / f"{name}-{day}", base, spec, train=make_pairs(6)))
-            trainer.run()
-            rendered = trainer.policy.tokenizer.decode(trainer.stages[0].train[0].prompt)
-            made[name, day] = rendered, trainer.stages[0].train.digest()
-            assert json.loads((trainer.folder / "output/spec.json").read_text())["date"] == day
+            run = make_run(make_work_folder(tmp_path / f"{name}-{day}", base, spec, train=make_pairs(6)))
+            train(run)
+            (stage,) = stages_of(run)
+            rendered = load_tokenizer(base).decode(stage.train[0].prompt)
+            made[name, day] = rendered, stage.train.digest()
+            assert json.loads((run.folder / "output/spec.json").read_text())["date"] == day
     assert made["plain", "2026-01-01"] == made["plain", "2026-12-31"]
     assert made["dated", "2026-01-01"] != made["dated", "2026-12-31"]
     assert "2026-12-31" in made["dated", "2026-12-31"][0]

@@ -30,9 +30,11 @@ from tests.unit.trainer.work import (
     training_metrics,
 )
 from worker.trainer.dataset import Rows
-from worker.trainer.events import Events, Stopped, UserError
-from worker.trainer.loop import Trainer
+from worker.trainer.errors import Stopped, UserError
+from worker.trainer.events import Events
+from worker.trainer.loop import train
 from worker.trainer.plan import Stage
+from worker.trainer.run import Run
 
 PAIRS = make_pairs(8)
 PLAIN = {"adapter": {"r": 4}, "quantization": "none", "seed": 0, "validation_split": 0.0}
@@ -70,10 +72,10 @@ def test_dpo_starts_at_ln_2_since_the_reference_is_the_policy_at_step_0(
 def test_training_on_swapped_pairs_turns_the_preference_round(llama: Path, tmp_path: Path) -> None:
     swapped = [{**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in PAIRS]
     margins = []
-    for name, train in (("as they are", PAIRS), ("swapped", swapped)):
+    for name, pairs in (("as they are", PAIRS), ("swapped", swapped)):
         spec = {**NO_SPLIT, "validation_file": "validation.jsonl"}
         spec["method"] = dpo_method(max_steps=4, batch_size=8, learning_rate=0.003)
-        folder = make_work_folder(tmp_path / name, llama, spec, train=train, validation=PAIRS)
+        folder = make_work_folder(tmp_path / name, llama, spec, train=pairs, validation=PAIRS)
         margins.append(training_metrics(run_in_process(folder), "eval/rewards/margins", "dpo")[-1])
     assert margins[0] > 0.1
     assert margins[1] < -0.1
@@ -181,7 +183,7 @@ def test_a_run_told_to_stop_before_its_first_step_stops_without_a_checkpoint(lla
     stopping, stream = threading.Event(), io.StringIO()
     stopping.set()
     with pytest.raises(Stopped):
-        Trainer(folder, Events(stream), stopping).run()
+        train(Run.of(folder, Events(stream), stopping))
     assert of_kind(parse(stream), "checkpoint") == []
     assert not (folder / "output").exists()
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny_model import make_tiny_model
-from worker.trainer.events import UserError
+from worker.trainer.errors import UserError
 from worker.trainer.merge import merge
 
 

@@ -1,28 +1,31 @@
 """What a step's gradient is: over packs that share a batch, over lists and labels, with references that move."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pytest
 import torch
 from torch import Tensor
 
 from app.spec.datasets.example import Kind
-from app.spec.hyperparameters import DPOHyperparameters
+from app.spec.hyperparameters import DPOHyperparameters, SupervisedHyperparameters
 from app.spec.losses import LOSSES
 from tests.unit.trainer.work import disturb, dpo_method, load, make_row, plain_logps
 from worker.trainer import reference
 from worker.trainer.averages import Averages
 from worker.trainer.data import Row
 from worker.trainer.dataset import Rows
-from worker.trainer.methods import Preference, References, gradient_weights, report
+from worker.trainer.methods.method import Method
+from worker.trainer.methods.metrics import gradient_weights, report
+from worker.trainer.methods.mismatches import with_mismatches
+from worker.trainer.methods.preference import Preference
+from worker.trainer.methods.supervised import Supervised
 from worker.trainer.objectives import losses_of, rewards_of
 from worker.trainer.objectives.batch import Batch
-from worker.trainer.plan import with_mismatches
-from worker.trainer.reference import Reference
+from worker.trainer.reference import Reference, References
 
 PAIRS = [make_row(line, 6 + line % 3, 3 + line, 9 - line) for line in range(1, 8)]
 RANKED = [make_row(line, 5, *[3 + k for k in range(2 + line % 3)]) for line in range(1, 8)]
@@ -50,14 +53,16 @@ def make_method(llama: Path, rows: Rows, **settings: Any) -> Preference:
     if given.needs_reference:
         references = References(reference.compute(policy, rows, given.ld_alpha), NOBODY)
     disturb(policy, 0.05)
-    return Preference(policy, given, rows, Rows.of([]), references)
+    method = Preference(policy, given, rows, Rows.of([]))
+    method.references = references
+    return method
 
 
-def step_gradients(method: Preference, budget: int) -> tuple[dict[str, float], dict[str, Tensor]]:
+def step_gradients(method: Method, budget: int) -> tuple[dict[str, float], dict[str, Tensor]]:
     policy = method.policy
     policy.packing = replace(policy.packing, budget=budget)
-    averages = Averages()
-    method.backward(list(range(len(method.train))), averages)
+    averages, numbers = Averages(), list(range(len(method.train)))
+    method.backward(numbers, method.totals(numbers, averages), averages)
     found = {name: p.grad for name, p in policy.trainable().items() if p.grad is not None}
     for parameter in policy.trainable().values():
         parameter.grad = None
@@ -72,10 +77,7 @@ def test_a_batch_split_over_many_packs_has_the_gradient_of_one(llama: Path, name
     assert len(packs) >= 3
     together, expected = step_gradients(method, 100_000)
     split, found = step_gradients(method, 60)
-    assert found.keys() == expected.keys()
-    for name_of, gradient in expected.items():
-        tolerance = 1e-6 * gradient.abs().max().item()
-        torch.testing.assert_close(found[name_of], gradient, rtol=0, atol=tolerance, msg=name_of)
+    assert_same_gradients(found, expected)
     for metric, value in together.items():
         assert split[metric] == pytest.approx(value, rel=1e-6, abs=1e-9), metric
 
@@ -84,6 +86,58 @@ def test_a_weighted_sum_with_wpo_is_split_over_packs_alike(llama: Path) -> None:
     terms = [{"name": "bco_pair", "weight": 0.5}, {"name": "sft", "weight": 2.0}]
     method = make_method(llama, Rows.of(PAIRS), loss=terms, use_weighting=True)
     expected, found = step_gradients(method, 100_000)[1], step_gradients(method, 60)[1]
+    assert_same_gradients(found, expected)
+
+
+def gradient_of_parts(method: Method, parts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """The gradient of a batch whose parts are computed one after another, as ranks would."""
+    averages = Averages()
+    totals = method.totals([number for part in parts for number in part], averages, divided=True)
+    for part in parts:
+        method.backward(part, totals, averages)
+    found = {name: p.grad for name, p in method.policy.trainable().items() if p.grad is not None}
+    for parameter in method.policy.trainable().values():
+        parameter.grad = None
+    return found
+
+
+PARTS = [[0, 4, 2], [1], [6, 3, 5]]
+
+
+@pytest.mark.parametrize("budget", [60, 100_000])
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_gradients_of_a_batchs_parts_add_up_to_that_of_the_batch(llama: Path, name: str, budget: int) -> None:
+    """Likelihood terms divide by the tokens of the whole batch; KTO, BCO and AOT compare with all of its rows."""
+    method = make_method(llama, rows_for(name), loss=name)
+    _, expected = step_gradients(method, budget)
+    assert_same_gradients(gradient_of_parts(method, PARTS), expected)
+
+
+@pytest.mark.parametrize("loss", ["nll", "dft"])
+def test_the_gradients_of_a_supervised_batchs_parts_add_up_to_that_of_the_batch(
+    llama: Path, loss: Literal["nll", "dft"]
+) -> None:
+    rows = Rows.of([replace(row, responses=row.responses[:1]) for row in PAIRS])
+    policy = disturb(load(llama), 0.05)
+    policy.model.double()
+    method = Supervised(policy, SupervisedHyperparameters(loss=loss).resolved(full=False), rows, Rows.of([]))
+    _, expected = step_gradients(method, 100_000)
+    assert_same_gradients(gradient_of_parts(method, PARTS), expected)
+
+
+def test_a_row_that_a_batch_has_twice_counts_twice_in_its_parts(llama: Path) -> None:
+    """Batches run on over the ends of epochs."""
+    method = make_method(llama, Rows.of(PAIRS), loss="bco_pair")
+    method.policy.packing = replace(method.policy.packing, budget=60)
+    numbers, averages = [0, 1, 2, 1], Averages()
+    method.backward(numbers, method.totals(numbers, averages), averages)
+    expected = {name: p.grad.clone() for name, p in method.policy.trainable().items() if p.grad is not None}
+    method.policy.model.zero_grad(set_to_none=True)
+    assert_same_gradients(gradient_of_parts(method, [[0, 1], [2, 1]]), expected)
+
+
+def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         tolerance = 1e-6 * gradient.abs().max().item()
         torch.testing.assert_close(found[name], gradient, rtol=0, atol=tolerance, msg=name)
@@ -294,7 +348,7 @@ def test_log_probs_are_the_models_own_where_the_loss_counts_tails_less(llama: Pa
     method = make_method(llama, Rows.of(PAIRS), loss="sigmoid", ld_alpha=0.3)
     method.validation, method.references = method.train, References(NOBODY, cast(References, method.references).train)
     averages = Averages()
-    found = {number: (ours, theirs) for number, ours, theirs in method.evaluate(averages, lambda: None)}
+    found = {number: (ours, theirs) for number, ours, theirs in method.validate(averages, lambda: None)}
     base = load(llama)
     base.model.double()
     with torch.no_grad():

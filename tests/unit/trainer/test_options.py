@@ -21,7 +21,7 @@ from tests.unit.trainer.work import (
     gradients,
     load,
     make_pairs,
-    make_trainer,
+    make_run,
     make_work_folder,
     of_kind,
     pack_of,
@@ -32,8 +32,8 @@ from tests.unit.trainer.work import (
     training_metrics,
 )
 from worker.trainer import memory
-from worker.trainer.cache import Cache
-from worker.trainer.events import UserError
+from worker.trainer.errors import UserError
+from worker.trainer.loop import stages_of, train
 from worker.trainer.model import Policy
 from worker.trainer.packing import Packing
 from worker.trainer.plan import Stage
@@ -61,9 +61,7 @@ def messages(events: list[Event]) -> str:
 
 def run_with_cache(folder: Path, cache: Path) -> list[Event]:
     stream = io.StringIO()
-    trainer = make_trainer(folder, stream)
-    trainer.cache = Cache(cache, trainer.events)
-    trainer.run()
+    train(make_run(folder, stream, cache))
     return parse(stream)
 
 
@@ -89,9 +87,9 @@ def test_a_beta_sweep_computes_the_reference_once_and_a_hit_changes_no_bit(llama
 def test_the_references_key_is_other_after_sft_and_with_other_rows(llama: Path, tmp_path: Path) -> None:
     keys = []
     sft = {"hyperparameters": {"max_steps": 2, "learning_rate": 0.01}}
-    for number, (train, stage) in enumerate([(PAIRS, None), (PAIRS[1:], None), (PAIRS, sft)]):
+    for number, (pairs, stage) in enumerate([(PAIRS, None), (PAIRS[1:], None), (PAIRS, sft)]):
         spec = {**PLAIN, "sft": stage, "method": dpo_method(**SETTINGS)}
-        events = run_in_process(make_work_folder(tmp_path / str(number), llama, spec, train=train))
+        events = run_in_process(make_work_folder(tmp_path / str(number), llama, spec, train=pairs))
         keys.append(next(event["key"] for event in of_kind(events, "made") if event["key"].startswith("reference")))
     assert len(set(keys)) == 3
 
@@ -391,7 +389,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(
     folder = make_work_folder(tmp_path / "work", llama, spec, train=PAIRS)
     stream = io.StringIO()
     with pytest.raises(UserError) as caught:
-        make_trainer(folder, stream).run()
+        train(make_run(folder, stream))
     assert caught.value.code == "loss_not_finite"
     assert "Step 2 is the last" in caught.value.message
     (kept,) = of_kind(parse(stream), "checkpoint")
@@ -465,8 +463,7 @@ def test_pairs_of_one_prompt_stand_together_but_fill_no_batch_alone(llama: Path,
     pairs = [{**pair, "prompt": "same"} if k % 2 else pair for k, pair in enumerate(make_pairs(40))]
     spec = {**PLAIN, "method": dpo_method(batch_size=8, n_epochs=1)}
     folder = make_work_folder(tmp_path, llama, spec, train=pairs)
-    trainer = make_trainer(folder)
-    (stage,) = trainer._stages(llama)
+    (stage,) = stages_of(make_run(folder))
     drawn = [stage.batch(step) for step in range(stage.steps)]
     assert sorted(number for batch in drawn for number in batch) == list(range(40))
     for batch in drawn:
@@ -543,9 +540,9 @@ def test_several_files_are_one_training_set(llama: Path, tmp_path: Path) -> None
         "method": dpo_method(**SETTINGS),
     }  # fmt: skip
     folder = make_work_folder(tmp_path, llama, spec, train=PAIRS, more=more)
-    trainer = make_trainer(folder)
-    trainer.run()
-    (stage,) = trainer.stages
+    run = make_run(folder)
+    train(run)
+    (stage,) = stages_of(run)
     assert len(stage.train) + len(stage.validation) == len(PAIRS) + len(more)
     assert set(stage.train.files) == set(stage.validation.files) == {0, 1}
     assert not set(stage.train.groups.tolist()) & set(stage.validation.groups.tolist())

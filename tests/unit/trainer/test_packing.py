@@ -15,7 +15,8 @@ from torch import Tensor
 from tests.unit.trainer.work import ROWS, disturb, gradients, load, make_row, of_kind, pack_of, parse, plain_logps
 from worker.trainer.attention import TreeMask, visibility
 from worker.trainer.data import Response, Row
-from worker.trainer.events import Events, UserError
+from worker.trainer.errors import UserError
+from worker.trainer.events import Events
 from worker.trainer.exactness import check
 from worker.trainer.logps import Head, score_logits, score_tokens
 from worker.trainer.model import Policy

@@ -14,15 +14,15 @@ from tests.unit.trainer.work import (
     gradients,
     load,
     make_pairs,
-    make_trainer,
+    make_run,
     make_work_folder,
     plain_logps,
     sft_method,
 )
-from worker.trainer import plan
+from worker.trainer.checkpoint import State
 from worker.trainer.loading import load_policy
-from worker.trainer.loop import Trainer
-from worker.trainer.plan import Stage
+from worker.trainer.loop import stages_of
+from worker.trainer.stage_run import StageRun, begin
 
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -56,8 +56,8 @@ def test_four_bits_move_the_log_probs_but_not_far(llama: Path) -> None:
 
 
 @pytest.fixture(params=["llama", "qwen3"])
-def trainer(request: pytest.FixtureRequest, tmp_path: Path) -> Trainer:
-    """A trainer before its first step, with a policy that has left its start."""
+def begun(request: pytest.FixtureRequest, tmp_path: Path) -> StageRun:
+    """A stage before its first step, with a policy that has left its start."""
     spec = {
         "method": sft_method(),
         "adapter": {"r": 4, "dropout": 0.1},
@@ -66,28 +66,23 @@ def trainer(request: pytest.FixtureRequest, tmp_path: Path) -> Trainer:
         "validation_split": 0.5,
     }
     folder = make_work_folder(tmp_path, request.getfixturevalue(request.param), spec, train=make_pairs(12))
-    made = make_trainer(folder)
-    made.policy = disturb(load_policy(made.spec, made.base, None, made.events))
-    made.policy.set_dropout(False)
-    return made
+    run = make_run(folder)
+    policy = disturb(load_policy(run.spec, run.base, None, run.events))
+    (stage,) = stages_of(run)
+    return begin(run, stage, policy, State(stage.name), stage.steps)
 
 
-def only_stage(trainer: Trainer) -> Stage:
-    (stage,) = plan.stages(trainer.spec, trainer.folder, trainer.policy.tokenizer, 512, trainer.cache, trainer.events)
-    return stage
+def scores_and_gradients(begun: StageRun) -> tuple[Tensor, dict[str, Tensor]]:
+    rows = begun.stage.train
+    (pack,) = begun.policy.packs(rows, list(range(len(rows))))
+    responses = begun.policy.score(pack).responses
+    return responses.detach(), gradients(begun.policy, responses.sum())
 
 
-def scores_and_gradients(trainer: Trainer, stage: Stage) -> tuple[Tensor, dict[str, Tensor]]:
-    (pack,) = trainer.policy.packs(stage.train, list(range(len(stage.train))))
-    responses = trainer.policy.score(pack).responses
-    return responses.detach(), gradients(trainer.policy, responses.sum())
-
-
-def test_a_validation_changes_no_bit_of_log_probs_or_gradients(trainer: Trainer) -> None:
-    stage = only_stage(trainer)
-    before, gradients_before = scores_and_gradients(trainer, stage)
-    metrics = trainer._validate(stage, trainer._method(stage, None), record=False)
-    after, gradients_after = scores_and_gradients(trainer, stage)
+def test_a_validation_changes_no_bit_of_log_probs_or_gradients(begun: StageRun) -> None:
+    before, gradients_before = scores_and_gradients(begun)
+    metrics = begun.validate()
+    after, gradients_after = scores_and_gradients(begun)
 
     assert metrics["eval/loss"] > 0
     assert torch.equal(before, after)
@@ -97,16 +92,15 @@ def test_a_validation_changes_no_bit_of_log_probs_or_gradients(trainer: Trainer)
         assert torch.equal(gradient, gradients_after[name]), name
 
 
-def test_the_gradients_of_a_quantised_base_are_those_of_its_dequantised_weights(trainer: Trainer) -> None:
+def test_the_gradients_of_a_quantised_base_are_those_of_its_dequantised_weights(begun: StageRun) -> None:
     """What a 4-bit layer computes, computed with an ordinary one; after a validation, when it goes wrong first."""
-    stage = only_stage(trainer)
-    trainer._validate(stage, trainer._method(stage, None), record=False)
-    scores, found = scores_and_gradients(trainer, stage)
-    for module in trainer.policy.model.modules():
+    begun.validate()
+    scores, found = scores_and_gradients(begun)
+    for module in begun.policy.model.modules():
         for name, child in list(module.named_children()):
             if isinstance(child, Linear4bit):
                 setattr(module, name, dequantised(child))
-    expected_scores, expected = scores_and_gradients(trainer, stage)
+    expected_scores, expected = scores_and_gradients(begun)
     torch.testing.assert_close(scores, expected_scores, rtol=1e-5, atol=0)
     for name, gradient in expected.items():
         tolerance = 1e-4 * gradient.abs().max().item()
@@ -119,11 +113,10 @@ def dequantised(layer: Linear4bit) -> torch.nn.Linear:
     return plain
 
 
-def test_quantised_layers_stay_in_training_mode(trainer: Trainer) -> None:
+def test_quantised_layers_stay_in_training_mode(begun: StageRun) -> None:
     """In evaluation mode some CPUs keep other weights for a 4-bit layer, which have no gradient."""
-    stage = only_stage(trainer)
-    trainer._validate(stage, trainer._method(stage, None), record=False)
-    quantised = [m for m in trainer.policy.model.modules() if isinstance(m, Linear4bit)]
+    begun.validate()
+    quantised = [m for m in begun.policy.model.modules() if isinstance(m, Linear4bit)]
     assert quantised and all(module.training for module in quantised)
 
 

@@ -20,7 +20,7 @@ from app.spec.datasets.rendering import Rendering
 from tests.tiny_model import CHATML, make_tokenizer
 from worker.trainer.control import ControlTokens
 from worker.trainer.data import Recipe, Row, Tally, prompt_ids, rows
-from worker.trainer.events import UserError
+from worker.trainer.errors import UserError
 from worker.trainer.rendering import Refused, Renderer
 from worker.trainer.template import Template
 

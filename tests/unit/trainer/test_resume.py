@@ -15,7 +15,7 @@ from tests.unit.trainer.work import (
     TrainerProcess,
     dpo_method,
     make_pairs,
-    make_trainer,
+    make_run,
     make_work_folder,
     of_kind,
     parse,
@@ -24,8 +24,9 @@ from tests.unit.trainer.work import (
     run_process,
     sft_method,
 )
-from worker.trainer.events import Stopped
-from worker.trainer.methods import Preference
+from worker.trainer.errors import Stopped
+from worker.trainer.loop import train
+from worker.trainer.methods.preference import Preference
 
 STOPPED = 75
 STEPS = 6
@@ -191,17 +192,17 @@ def test_a_stop_in_the_middle_of_a_validation_loses_no_step(
     whole = make_work_folder(tmp_path / "whole", llama, spec, train=PAIRS)
     run_in_process(whole)
     folder, stream = make_work_folder(tmp_path / "stopped", llama, spec, train=PAIRS), io.StringIO()
-    trainer, evaluate, calls = make_trainer(folder, stream), Preference.evaluate, Counter[str]()
+    run, validate, calls = make_run(folder, stream), Preference.validate, Counter[str]()
 
     def stopping(method: Preference, *given: Any) -> Any:
         calls["validations"] += 1
         if calls["validations"] == 2:  # the first is before the first step; this one is after the third
-            trainer.stopping.set()
-        return evaluate(method, *given)
+            run.stopping.set()
+        return validate(method, *given)
 
-    monkeypatch.setattr(Preference, "evaluate", stopping)
+    monkeypatch.setattr(Preference, "validate", stopping)
     with pytest.raises(Stopped):
-        trainer.run()
+        train(run)
     last = of_kind(parse(stream), "checkpoint")[-1]
     assert last["step"] == 3
     monkeypatch.undo()

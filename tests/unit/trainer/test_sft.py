@@ -15,16 +15,17 @@ from tests.unit.trainer.work import (
     disturb,
     dpo_method,
     make_pairs,
-    make_trainer,
+    make_run,
     make_work_folder,
     of_kind,
     run_in_process,
     sft_method,
     training_metrics,
 )
-from worker.trainer import plan
 from worker.trainer.checkpoint import State
 from worker.trainer.loading import load_policy
+from worker.trainer.loop import stages_of
+from worker.trainer.stage_run import begin
 
 PAIRS = make_pairs(10)
 ANSWERS: list[Record] = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in PAIRS]
@@ -95,17 +96,17 @@ def test_packed_rows_have_the_loss_and_the_gradient_of_rows_one_by_one(llama: Pa
     folder = make_work_folder(tmp_path, llama, spec, train=ANSWERS)
     outcomes = []
     for budget, packs in ((100_000, 1), (1, len(ANSWERS))):
-        trainer = make_trainer(folder)
-        trainer.policy = disturb(load_policy(trainer.spec, trainer.base, None, trainer.events))
-        trainer.policy.packing = replace(trainer.policy.packing, budget=budget)
-        (stage,) = plan.stages(trainer.spec, folder, trainer.policy.tokenizer, 512, trainer.cache, trainer.events)
-        assert len(list(trainer.policy.packs(stage.train, list(range(len(ANSWERS)))))) == packs
-        trainer.state = State(stage.name)
-        before = {name: p.detach().clone() for name, p in trainer.policy.trainable().items()}
-        optimizer = torch.optim.SGD(trainer.policy.trainable().values())
-        metrics = trainer._step(stage, optimizer, trainer._method(stage, None))
+        run = make_run(folder)
+        policy = disturb(load_policy(run.spec, run.base, None, run.events))
+        policy.packing = replace(policy.packing, budget=budget)
+        (stage,) = stages_of(run)
+        assert len(list(policy.packs(stage.train, list(range(len(ANSWERS)))))) == packs
+        before = {name: p.detach().clone() for name, p in policy.trainable().items()}
+        begun = begin(run, stage, policy, State(stage.name), stage.steps)
+        begun.optimizer = torch.optim.SGD(policy.trainable().values())
+        metrics = begun.step()
         rate = metrics["learning_rate"]
-        moved = {name: (before[name] - p.detach()) / rate for name, p in trainer.policy.trainable().items()}
+        moved = {name: (before[name] - p.detach()) / rate for name, p in policy.trainable().items()}
         outcomes.append((metrics, moved))
     (packed, packed_gradient), (single, single_gradient) = outcomes
     assert packed["loss"] == pytest.approx(single["loss"], rel=1e-6)

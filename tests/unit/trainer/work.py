@@ -20,12 +20,14 @@ from torch import Tensor
 
 from app.spec.job import JobSpec
 from tests.tiny_model import CORPUS
+from worker.trainer.cache import Cache
 from worker.trainer.data import Response, Row
 from worker.trainer.events import Events
 from worker.trainer.loading import load_policy
-from worker.trainer.loop import Trainer
+from worker.trainer.loop import train
 from worker.trainer.model import Base, Policy
 from worker.trainer.packing import Pack
+from worker.trainer.run import Run
 
 Event = dict[str, Any]
 Record = dict[str, Any]
@@ -94,14 +96,15 @@ def dpo_method(**hyperparameters: Any) -> dict[str, Any]:
     return {"type": "dpo", "dpo": {"hyperparameters": hyperparameters}}
 
 
-def make_trainer(folder: Path, stream: io.StringIO | None = None) -> Trainer:
-    return Trainer(folder, Events(stream or io.StringIO()), threading.Event())
+def make_run(folder: Path, stream: io.StringIO | None = None, cache: Path | None = None) -> Run:
+    events = Events(stream or io.StringIO())
+    return Run.of(folder, events, threading.Event(), None if cache is None else Cache(cache, events))
 
 
 def run_in_process(folder: Path) -> list[Event]:
     """Run the trainer over `folder` here; what it raises comes through."""
     stream = io.StringIO()
-    make_trainer(folder, stream).run()
+    train(make_run(folder, stream))
     return parse(stream)
 
 

@@ -1,13 +1,9 @@
-"""Early stopping: the best validation of a stage, and the weights it was made with."""
+"""Early stopping: which validation of a stage was the best, and when it is too long ago."""
 
 from dataclasses import dataclass
-from pathlib import Path
-
-import torch
-from safetensors.torch import load_file, save_file
 
 from app.spec.hyperparameters import EarlyStopping
-from worker.trainer.model import Policy
+from app.spec.metrics import VALIDATION
 
 
 @dataclass
@@ -23,24 +19,10 @@ class Best:
         """Take the validation of `step` into account; whether it is the best so far."""
         value = metrics[settings.metric]
         gain = 0.0 if self.value is None else value - self.value
-        if settings.metric == "eval/loss":
+        if VALIDATION[settings.metric].better == "lower":
             gain = -gain
         if self.value is None or gain > settings.min_delta:
             self.value, self.step, self.without = value, step, 0
             return True
         self.without += 1
         return False
-
-
-def keep(policy: Policy, path: Path) -> None:
-    """Write what trains to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: p.detach().contiguous() for name, p in policy.trainable().items()}, path)
-
-
-def bring_back(policy: Policy, path: Path) -> None:
-    """Give `policy` the weights in `path`."""
-    kept = load_file(path)
-    with torch.no_grad():
-        for name, parameter in policy.trainable().items():
-            parameter.copy_(kept[name])

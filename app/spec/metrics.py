@@ -1,0 +1,205 @@
+"""Every figure that a job reports: what it means, which way is better, its unit, and where it is shown.
+
+Trainings report `TRAINING` and `VALIDATION`, evaluations report `EVALUATION`. Gates, the command line, charts,
+comparisons and the docs read these tables; a new metric is one entry here.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+Better = Literal["lower", "higher"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure by which jobs are watched, gated and compared."""
+
+    meaning: str
+    better: Better | None = None
+    """Which way is better; None where that depends."""
+    unit: str = ""
+    validated: bool = False
+    """Whether validations report it too, as `eval/NAME`."""
+    summary: bool = False
+    """Whether the one line that tells of a step or of an evaluation shows it."""
+    chart: str = ""
+    """The title of the chart that draws it."""
+    stops: bool = False
+    """Whether early stopping may watch it on the validation rows."""
+
+
+TRAINING = {
+    "loss": Metric("The loss of the stage.", "lower", validated=True, summary=True, chart="Loss", stops=True),
+    "rewards/chosen": Metric("The mean reward of the chosen answers.", "higher", validated=True, chart="Rewards"),
+    "rewards/rejected": Metric("The mean reward of the rejected answers.", "lower", validated=True, chart="Rewards"),
+    "rewards/margins": Metric(
+        "The chosen answer's reward less the rejected one's.",
+        "higher",
+        validated=True,
+        summary=True,
+        chart="Margins",
+        stops=True,
+    ),
+    "rewards/accuracies": Metric(
+        "The share of pairs in which the chosen answer has the higher reward.",
+        "higher",
+        unit="share",
+        validated=True,
+        summary=True,
+        chart="Reward accuracy",
+        stops=True,
+    ),
+    "rewards/longer_preferred": Metric(
+        "How often the longer answer has the higher reward.", unit="share", validated=True
+    ),
+    "logps/chosen": Metric("log π of the chosen answers.", "higher", unit="nats", validated=True),
+    "logps/rejected": Metric("log π of the rejected answers.", unit="nats", validated=True),
+    "logratios/chosen": Metric(
+        "log π/π_ref of the chosen answers.", "higher", unit="nats", validated=True, chart="Log-ratios"
+    ),
+    "logratios/rejected": Metric(
+        "log π/π_ref of the rejected answers.", "lower", unit="nats", validated=True, chart="Log-ratios"
+    ),
+    "gradient_weight": Metric(
+        "How strongly a pair still teaches: σ(−margin) for DPO (Rafailov et al. 2023, Sec. 4).", validated=True
+    ),
+    "mean_token_accuracy": Metric(
+        "The share of tokens that the model would have chosen.",
+        "higher",
+        unit="share",
+        validated=True,
+        summary=True,
+        chart="Token accuracy",
+        stops=True,
+    ),
+    "entropy": Metric("The entropy of the next token.", unit="nats", validated=True),
+    "kl": Metric("KTO's estimate of the KL to the reference.", "lower", unit="nats", validated=True),
+    "grad_norm": Metric("The norm of the gradient before it is clipped."),
+    "learning_rate": Metric("The learning rate of the step."),
+    "fill_rate": Metric("The share of the places of a step's packs that hold tokens.", "higher", unit="share"),
+    "tokens_per_second": Metric("Distinct tokens trained in a second.", "higher", unit="tokens/s"),
+    "mfu": Metric("Arithmetic that the step needs over the device's measured peak.", "higher", unit="share"),
+    "peak_memory_bytes": Metric("The most memory in use so far.", "lower", unit="bytes"),
+}
+"""What each step of a training reports, by its name (TRL's, where it has one)."""
+VALIDATION = {f"eval/{name}": metric for name, metric in TRAINING.items() if metric.validated}
+"""What each validation reports."""
+METRICS = TRAINING | VALIDATION
+SUMMARY = tuple(
+    name for plain, metric in TRAINING.items() if metric.summary
+    for name in (plain, f"eval/{plain}")
+)  # fmt: skip
+"""The metrics of the one line that tells of a step."""
+
+
+def charts() -> dict[str, list[str]]:
+    """The metrics of each chart of a training, by its title."""
+    drawn: dict[str, list[str]] = {}
+    for name, metric in METRICS.items():
+        if metric.chart:
+            drawn.setdefault(metric.chart, []).append(name)
+    return drawn
+
+
+@dataclass(frozen=True)
+class Figure(Metric):
+    """A metric of an evaluation."""
+
+    types: tuple[str, ...] = ()
+    """The types of evaluation that report it."""
+    interval: bool = True
+    """Whether `NAME/error`, `NAME/low` and `NAME/high` (95 %) are metrics of their own."""
+    judged: bool = False
+    """Whether it needs a judge."""
+    asked: bool = False
+    """Whether it needs a judge that is asked, and does not score."""
+
+
+INTERVAL = ("error", "low", "high")
+
+
+def _count(meaning: str, *types: str, judged: bool = False, asked: bool = False) -> Figure:
+    return Figure(meaning, unit="count", types=types, interval=False, judged=judged, asked=asked)
+
+
+_ASKED = ("win_rate", "agreement")
+EVALUATION = {
+    "accuracy": Figure("The share of pairs ranked as people did.", "higher", "share", types=("preference",),
+                       summary=True),
+    "margin": Figure("The mean margin of implicit rewards.", "higher", types=("preference",), summary=True),
+    "chosen_logratio": Figure("log π/π_ref of the chosen answers.", "higher", "nats", types=("preference",)),
+    "rejected_logratio": Figure("log π/π_ref of the rejected answers.", "lower", "nats", types=("preference",)),
+    "longer_answer_preferred": Figure("How often the longer answer is preferred.", unit="share",
+                                      types=("preference",)),
+    "pairs": _count("Pairs that were compared.", "preference"),
+    "calibration/error": Figure("Expected calibration error of σ(margin).", "lower", "share", types=("preference",),
+                                interval=False),
+    "win_rate": Figure("How often the candidate's answer wins; a tie counts half.", "higher", "share",
+                       types=("win_rate",), judged=True, summary=True),
+    "longer_answer_wins": Figure("How often the longer answer wins.", unit="share", types=("win_rate",), judged=True),
+    "candidate_characters": Figure("The length of the candidate's answers.", unit="characters", types=("win_rate",)),
+    "baseline_characters": Figure("The length of the baseline's answers.", unit="characters", types=("win_rate",)),
+    "kl": Figure("KL(candidate‖baseline) of a completion.", "lower", "nats", types=("reward_kl",), summary=True),
+    "tokens": Figure("The length of a completion.", unit="tokens", types=("reward_kl",)),
+    "reward": Figure("The judge's reward of a completion.", "higher", types=("reward_kl",), judged=True, summary=True),
+    "completions": _count("Completions that were sampled.", "reward_kl"),
+    "ended": _count("Completions that ended by themselves.", "reward_kl"),
+    "comparisons": _count("Pairs of answers that were compared.", "win_rate", "agreement"),
+    "wins": _count("Comparisons that the candidate won.", "win_rate", judged=True),
+    "ties": _count("Comparisons that nobody won.", "win_rate", judged=True),
+    "losses": _count("Comparisons that the baseline won.", "win_rate", judged=True),
+    "votes": _count("What people said of pairs.", "agreement"),
+    "people_prefer_longer": Figure("How often people prefer the longer answer.", unit="share", types=("agreement",)),
+    "people_people/agreement": Figure("How often two people agree.", "higher", "share", types=("agreement",),
+                                      summary=True),
+    "people_people/kappa": Figure("Cohen's κ of two people.", "higher", types=("agreement",)),
+    "people_people/cases": _count("Pairs of people's verdicts.", "agreement"),
+    "judge_people/agreement": Figure("How often the judge agrees with a person.", "higher", "share",
+                                     types=("agreement",), judged=True, summary=True),
+    "judge_people/kappa": Figure("Cohen's κ of judge and person.", "higher", types=("agreement",), judged=True),
+    "judge_people/cases": _count("Verdicts of people that the judge was held against.", "agreement", judged=True),
+    "judge_people/without_ties/agreement": Figure("The same where nobody said tie.", "higher", "share",
+                                                  types=("agreement",), judged=True),
+    "judge_people/without_ties/kappa": Figure("Cohen's κ where nobody said tie.", "higher", types=("agreement",),
+                                              judged=True),
+    "judge_people/without_ties/cases": _count("Verdicts where nobody said tie.", "agreement", judged=True),
+    "judge_prefers_longer": Figure("How often the judge prefers the longer answer.", unit="share",
+                                   types=("agreement",), judged=True),
+    "first_shown_preferred": Figure("How often a judge prefers the answer that it read first.", unit="share",
+                                    types=_ASKED, judged=True, asked=True),
+    "identical": _count("Pairs of equal answers, which no judge is asked about.", *_ASKED, judged=True, asked=True),
+    "unparseable": _count("Replies of the judge without a verdict.", *_ASKED, judged=True, asked=True),
+    "inconsistent": _count("Pairs whose verdict turns with their order.", *_ASKED, judged=True, asked=True),
+}  # fmt: skip
+"""What an evaluation reports, by its name."""
+ENDPOINT = {
+    "judge/answers": _count("Replies of the judge's endpoint."),
+    "judge/input_tokens": _count("Tokens that the endpoint read."),
+    "judge/output_tokens": _count("Tokens that the endpoint wrote."),
+    "judge/cost": Metric("The price of both.", "lower"),
+}
+"""What an evaluation reports of a judge's endpoint; the cost where its price is known."""
+
+
+def figures_of(kind: str, *, judged: bool, asked: bool) -> list[str]:
+    """The names of what an evaluation of the type `kind` reports, with those of its intervals."""
+    there = {
+        name: figure
+        for name, figure in EVALUATION.items()
+        if kind in figure.types and (judged or not figure.judged) and (asked or not figure.asked)
+    }
+    return [*there, *_intervals(name for name, figure in there.items() if figure.interval)]
+
+
+def _intervals(names: Iterable[str]) -> list[str]:
+    return [f"{name}/{part}" for name in names for part in INTERVAL]
+
+
+def metric_of(name: str) -> Metric | None:
+    """The entry of a metric as a job names it: `eval/loss`, `evaluations/held-out/win_rate/low@0.7`."""
+    if name.startswith("evaluations/"):
+        plain = name.split("/", 2)[2].partition("@")[0]
+        whole, _, part = plain.rpartition("/")
+        return (EVALUATION | ENDPOINT).get(whole if part in INTERVAL else plain)
+    return METRICS.get(name)

@@ -1,0 +1,48 @@
+"""SFT: maximum likelihood of the answers."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from app.spec.hyperparameters import SupervisedHyperparameters
+from worker.trainer.averages import Averages
+from worker.trainer.dataset import Rows
+from worker.trainer.methods.method import Method, Totals, ValidatedRow, Work, split_by_row
+from worker.trainer.model import Policy
+from worker.trainer.objectives.supervised import LOSSES
+
+
+class Supervised(Method):
+    """The loss of a step is the mean over its scored tokens."""
+
+    DROPOUT = True
+
+    def __init__(self, policy: Policy, settings: SupervisedHyperparameters, train: Rows, validation: Rows) -> None:
+        super().__init__(policy, settings, train, validation)
+        self.loss = LOSSES[settings.loss]
+
+    def backward(self, rows: Sequence[int], totals: Totals, averages: Averages) -> Work:
+        # Rows are not merged: two that are the same count twice.
+        packs = list(self.policy.packs(self.train, rows, merge=False))
+        for pack in packs:
+            scores = self.policy.score(pack).tokens
+            losses = self.loss(scores.logps)
+            averages.add("loss", losses)
+            averages.add("mean_token_accuracy", scores.correct)
+            loss = self.policy.loss_scale * losses.sum() / totals.scored_tokens
+            loss.backward()  # type: ignore[no-untyped-call]
+        return Work.of(packs)
+
+    def validate(self, averages: Averages, tick: Callable[[], None]) -> list[ValidatedRow]:
+        validated: list[ValidatedRow] = []
+        with torch.no_grad():
+            for pack in self.policy.packs(self.validation, range(len(self.validation)), merge=False):
+                scores = self.policy.score(pack, entropy=True)
+                averages.add("loss", self.loss(scores.tokens.logps))
+                averages.add("mean_token_accuracy", scores.tokens.correct)
+                if scores.tokens.entropy is not None:
+                    averages.add("entropy", scores.tokens.entropy)
+                logps = split_by_row(scores.responses, pack.row_of, len(pack.rows))
+                validated += [ValidatedRow(number, row, None) for number, row in zip(pack.rows, logps, strict=True)]
+                tick()
+        return validated
