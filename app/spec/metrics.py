@@ -201,5 +201,6 @@ def metric_of(name: str) -> Metric | None:
     if name.startswith("evaluations/"):
         plain = name.split("/", 2)[2].partition("@")[0]
         whole, _, part = plain.rpartition("/")
-        return (EVALUATION | ENDPOINT).get(whole if part in INTERVAL else plain)
+        known = EVALUATION | ENDPOINT
+        return known.get(plain) or (known.get(whole) if part in INTERVAL else None)
     return METRICS.get(name)
