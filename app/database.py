@@ -29,7 +29,7 @@ IDLE_SECONDS = 10
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 
 
-class Base(DeclarativeBase):
+class Table(DeclarativeBase):
     """The tables of every feature register here."""
 
     type_annotation_map = {float: Double, dict[str, Any]: JSON, list[str]: JSON, list[dict[str, Any]]: JSON}

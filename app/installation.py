@@ -3,13 +3,13 @@
 from sqlalchemy import select
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.database import Base, Database
+from app.database import Database, Table
 from app.storage import Storage
 
 KEY = "installation"
 
 
-class Installation(Base):
+class Installation(Table):
     """The one row that names this installation; the first migration that knew of it made it."""
 
     __tablename__ = "installations"

@@ -26,7 +26,7 @@ from app.files.endpoints import router as files_router
 from app.installation import name_of, owner_of
 from app.jobs.endpoints import router as jobs_router
 from app.keys.endpoints import router as keys_router
-from app.keys.middleware import Gate
+from app.keys.middleware import AccessMiddleware
 from app.logging import configure_logging
 from app.models.endpoints import router as models_router
 from app.monitoring.collector import ServiceCollector
@@ -103,7 +103,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.include_router(monitoring_router, responses=ERRORS)
     app.mount("/dashboard/static", StaticFiles(directory=DASHBOARD / "static"))
     app.add_exception_handler(NotSignedIn, ask_for_a_key)
-    app.add_middleware(Gate, keys=services.keys, rates=services.rates, allowed_hosts=services.settings.allowed_hosts)
+    app.add_middleware(
+        AccessMiddleware, keys=services.keys, rates=services.rates, allowed_hosts=services.settings.allowed_hosts
+    )
     if services.settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,

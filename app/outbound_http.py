@@ -18,7 +18,7 @@ _UNICAST = ipaddress.ip_network("2000::/3")
 CONNECT_SECONDS = 10.0
 
 
-class Refused(Exception):
+class HostRefused(Exception):
     """A URL that nothing is sent to, and why."""
 
 
@@ -66,23 +66,23 @@ def find(url: str, private_hosts: tuple[str, ...], setting: str) -> Target:
         parts = urlsplit(url)
         port = parts.port
     except ValueError as error:
-        raise Refused("it is not a URL") from error
+        raise HostRefused("it is not a URL") from error
     host = parts.hostname or ""
     if parts.scheme not in ("https", "http") or not host:
-        raise Refused("it must be an https:// URL")
+        raise HostRefused("it must be an https:// URL")
     if parts.username or parts.password:
-        raise Refused("it must not hold a user name or password")
+        raise HostRefused("it must not hold a user name or password")
     inside = host in {name.lower() for name in private_hosts}
     if parts.scheme == "http" and not inside:
-        raise Refused("it must be an https:// URL")
+        raise HostRefused("it must be an https:// URL")
     port = port or (443 if parts.scheme == "https" else 80)
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        raise Refused(f"the host '{host}' cannot be resolved") from error
+        raise HostRefused(f"the host '{host}' cannot be resolved") from error
     addresses = [str(entry[4][0]).partition("%")[0] for entry in found]
     if not inside and not all(is_public(ipaddress.ip_address(address)) for address in addresses):
-        raise Refused(f"the host '{host}' is not on the public internet; {setting} allows hosts inside")
+        raise HostRefused(f"the host '{host}' is not on the public internet; {setting} allows hosts inside")
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     return Target(parts.scheme, host, port, path, addresses[0])
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from app.estimates.memory import Settings, Shape, estimate
+from app.estimates.memory import MemorySettings, Shape, estimate
 from app.spec.job import JobSpec
 from bench.machine import describe_machine
 from tests.tiny_model import make_tokenizer
@@ -134,7 +134,7 @@ def measure(spec: Spec) -> dict[str, Any]:
 def compared(spec: Spec, shape: Shape, job: JobSpec, peak: float, tokens: float) -> dict[str, Any]:
     """A row of the table: `peak` bytes were measured on batches of `tokens`."""
     cuda = torch.cuda.is_available()
-    settings = Settings.of(job, job.method.hyperparameters, tokens / spec.batch, round(tokens / spec.batch))
+    settings = MemorySettings.of(job, job.method.hyperparameters, tokens / spec.batch, round(tokens / spec.batch))
     memory = estimate(shape, settings, "cuda" if cuda else "cpu", None)
     expected = memory.total - (memory.runtime if cuda else 0)
     return {

@@ -37,7 +37,7 @@ from rich.console import Console
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from app.sweeps.frontier import Point, as_csv, pareto, svg
+from app.sweeps.frontier import ParetoPoint, as_csv, pareto, svg
 from bench.machine import describe_machine
 from tests.servers import free_port, wait_until
 from worker.classifier import export
@@ -572,10 +572,10 @@ def lists_beside_pairs(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def drawn(results: dict[str, Any]) -> list[Point]:
+def drawn(results: dict[str, Any]) -> list[ParetoPoint]:
     """All points, those of checkpoints too, as the frontier's picture has them."""
     return [
-        Point(
+        ParetoPoint(
             f"{one['setting']} {one['at']}".strip(), one["method"].removesuffix(THRICE), one["kl"], one["reward"],
             one.get("kl_error"), one["reward_error"],
         )

@@ -4,7 +4,7 @@ from alembic import context
 from sqlalchemy import Connection
 
 from app import installation as _installation  # noqa: F401 - each import registers its tables
-from app.database import Base
+from app.database import Table
 from app.derived_artifacts import tables as _tasks  # noqa: F401
 from app.files import tables as _files  # noqa: F401
 from app.idempotency import tables as _idempotency  # noqa: F401
@@ -18,6 +18,6 @@ from app.webhooks import tables as _webhooks  # noqa: F401
 from app.workers import tables as _workers  # noqa: F401
 
 connection: Connection = context.config.attributes["connection"]
-context.configure(connection=connection, target_metadata=Base.metadata, render_as_batch=True, compare_type=True)
+context.configure(connection=connection, target_metadata=Table.metadata, render_as_batch=True, compare_type=True)
 with context.begin_transaction():
     context.run_migrations()

@@ -17,13 +17,13 @@ from app.broker import WAKE_TASK, Lane, make_celery
 from app.logging import configure_logging
 from app.services import Services
 from app.settings import Settings
-from worker.worker_pool import LaneWorker
+from worker.worker_pool import WorkerPool
 
 
-def make_worker(settings: Settings, lane: Lane) -> tuple[Celery, LaneWorker]:
+def make_worker(settings: Settings, lane: Lane) -> tuple[Celery, WorkerPool]:
     """The application of a worker of `lane` and its threads, which start and stop with the Celery worker."""
     services = Services.of(settings)
-    worker = LaneWorker(services, lane)
+    worker = WorkerPool(services, lane)
     celery = make_celery(settings)
 
     @celery.task(name=WAKE_TASK)  # type: ignore[untyped-decorator]

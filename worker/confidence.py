@@ -14,7 +14,7 @@ LEVEL = 0.95
 
 
 @dataclass(frozen=True)
-class Estimate:
+class IntervalEstimate:
     """A value with its standard error and its 95 % confidence interval."""
 
     value: float
@@ -31,7 +31,7 @@ def clusters(names: Sequence[Hashable]) -> list[NDArray[numpy.int64]]:
     return [numpy.array(positions) for positions in found.values()]
 
 
-def mean(values: Sequence[float] | Floats, names: Sequence[Hashable] | None = None) -> Estimate:
+def mean(values: Sequence[float] | Floats, names: Sequence[Hashable] | None = None) -> IntervalEstimate:
     """The mean of `values` [n] with its standard error, by the normal approximation.
 
     Values that share a name (completions of one prompt) are not independent: the error is then that of a mean over
@@ -43,12 +43,12 @@ def mean(values: Sequence[float] | Floats, names: Sequence[Hashable] | None = No
     totals = apart if names is None else numpy.array([apart[one].sum() for one in clusters(names)])
     count = len(totals)
     if count < 2:
-        return Estimate(center, math.nan, math.nan, math.nan)
+        return IntervalEstimate(center, math.nan, math.nan, math.nan)
     error = math.sqrt(count / (count - 1) * float((totals**2).sum())) / len(given)
-    return Estimate(center, error, center - 1.959964 * error, center + 1.959964 * error)
+    return IntervalEstimate(center, error, center - 1.959964 * error, center + 1.959964 * error)
 
 
-def rate(points: Sequence[float] | Floats, names: Sequence[Hashable]) -> Estimate:
+def rate(points: Sequence[float] | Floats, names: Sequence[Hashable]) -> IntervalEstimate:
     """A share of cases (1 or 0, ½ a tie) with Wilson's interval (1927), which holds near 0 and 1 too.
 
     Cases that share a name are not independent: they count as the number of independent ones that would have the error
@@ -60,19 +60,19 @@ def rate(points: Sequence[float] | Floats, names: Sequence[Hashable]) -> Estimat
     if math.isnan(found.error):
         return found
     worth = _wilson(found.value, min(len(points), found.value * (1 - found.value) / found.error**2))
-    return Estimate(found.value, found.error, worth.low, worth.high)
+    return IntervalEstimate(found.value, found.error, worth.low, worth.high)
 
 
-def _wilson(share: float, count: float) -> Estimate:
+def _wilson(share: float, count: float) -> IntervalEstimate:
     z = 1.959964
     middle, width = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
     scale = 1 + z * z / count
     error = math.sqrt(share * (1 - share) / count)
     # Rounding must not leave the share outside of its own interval.
-    return Estimate(share, error, min(share, (middle - width) / scale), max(share, (middle + width) / scale))
+    return IntervalEstimate(share, error, min(share, (middle - width) / scale), max(share, (middle + width) / scale))
 
 
-def win_rate(points: Sequence[float] | Floats, prompts: Sequence[Hashable], seed: int = 0) -> Estimate:
+def win_rate(points: Sequence[float] | Floats, prompts: Sequence[Hashable], seed: int = 0) -> IntervalEstimate:
     """The mean of `points` (1 a win, ½ a tie, 0 a loss), with a percentile bootstrap (Efron 1979) over prompts.
 
     Where all prompts say the same there is nothing to draw from: Wilson's interval then, with a case for each prompt.
@@ -85,11 +85,11 @@ def win_rate(points: Sequence[float] | Floats, prompts: Sequence[Hashable], seed
     )
 
 
-def share(sums: Floats, counts: Floats, seed: int = 0) -> Estimate:
+def share(sums: Floats, counts: Floats, seed: int = 0) -> IntervalEstimate:
     """The sum of `sums` over that of `counts`, which are of a prompt each, with the interval of `win_rate`."""
     value = float(sums.sum() / counts.sum())
     if len(sums) < 2:
-        return Estimate(value, math.nan, math.nan, math.nan)
+        return IntervalEstimate(value, math.nan, math.nan, math.nan)
     if numpy.ptp(sums / counts) == 0:
         return _wilson(value, len(sums))
     generator, found = numpy.random.default_rng(seed), []
@@ -97,7 +97,7 @@ def share(sums: Floats, counts: Floats, seed: int = 0) -> Estimate:
         drawn = generator.integers(len(sums), size=len(sums))
         found.append(sums[drawn].sum() / counts[drawn].sum())
     low, high = numpy.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(value, float(numpy.std(found, ddof=1)), float(low), float(high))
+    return IntervalEstimate(value, float(numpy.std(found, ddof=1)), float(low), float(high))
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def accuracy_points(margins: Floats) -> Floats:
     return numpy.where(margins > 0, 1.0, numpy.where(margins == 0, 0.5, 0.0))
 
 
-def kappa(tables: Floats) -> Estimate:
+def kappa(tables: Floats) -> IntervalEstimate:
     """Cohen's κ = (p_o − p_e)/(1 − p_e) of two raters of the same items (Cohen 1960), with a bootstrap over prompts.
 
     `tables` [n, k, k] count, for each prompt, how often one says what in its rows and the other what in its columns.
@@ -147,16 +147,16 @@ def kappa(tables: Floats) -> Estimate:
     """
     value = float(_kappa(tables.sum(0)))
     if len(tables) < 2:
-        return Estimate(value, math.nan, math.nan, math.nan)
+        return IntervalEstimate(value, math.nan, math.nan, math.nan)
     generator, found = numpy.random.default_rng(0), []
     for _ in range(RESAMPLES):
         drawn = numpy.bincount(generator.integers(len(tables), size=len(tables)), minlength=len(tables))
         found.append(float(_kappa(numpy.tensordot(drawn.astype(numpy.float64), tables, 1))))
     known = numpy.array(found)[~numpy.isnan(found)]
     if len(known) < 2:
-        return Estimate(value, math.nan, math.nan, math.nan)
+        return IntervalEstimate(value, math.nan, math.nan, math.nan)
     low, high = numpy.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(value, float(numpy.std(known, ddof=1)), float(low), float(high))
+    return IntervalEstimate(value, float(numpy.std(known, ddof=1)), float(low), float(high))
 
 
 def _kappa(tables: Floats) -> Floats:

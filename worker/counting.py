@@ -34,7 +34,7 @@ class Count:
         return asked if self.sample is None else asked | {"sample": self.sample}
 
 
-def place_tokenizer(services: Services, base_models: BaseModels, model: models.Found, place: Path) -> None:
+def place_tokenizer(services: Services, base_models: BaseModels, model: models.ResolvedModel, place: Path) -> None:
     """Put the tokenizer files of `model` at `place`. Raises `ModelUnavailable`."""
     if model.prefix is None:
         place.symlink_to(base_models.locate(model.base_model)[0].resolve(), target_is_directory=True)

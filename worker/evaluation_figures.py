@@ -12,7 +12,7 @@ import numpy
 
 from app.spec.evaluation import EvaluationSpec, Price
 from worker import confidence
-from worker.confidence import Estimate, Floats
+from worker.confidence import Floats, IntervalEstimate
 
 Item = dict[str, Any]
 Report = dict[str, Any]
@@ -129,7 +129,7 @@ def _won(items: list[Item], points: list[float]) -> Report:
     }
 
 
-def _characters(items: Sequence[Item], side: str) -> Estimate:
+def _characters(items: Sequence[Item], side: str) -> IntervalEstimate:
     return confidence.mean([item[f"{side}_characters"] for item in items], [item["prompt_number"] for item in items])
 
 
@@ -219,7 +219,7 @@ def _agreeing(tables: Floats) -> Report:
     }
 
 
-def _longer(opinions: Sequence[_Opinion]) -> Estimate:
+def _longer(opinions: Sequence[_Opinion]) -> IntervalEstimate:
     """How often the longer answer is preferred; ½ where both are as long or neither is preferred."""
     sums, counts = dict[int, float](), dict[int, float]()
     for item, point, times in opinions:
@@ -275,6 +275,6 @@ def flat(found: Report, prefix: str = "") -> dict[str, float]:
     return numbers
 
 
-def _shown(estimate: Estimate) -> dict[str, float]:
+def _shown(estimate: IntervalEstimate) -> dict[str, float]:
     """Without what is not known: JSON has no NaN."""
     return {name: value for name, value in asdict(estimate).items() if not math.isnan(value)}

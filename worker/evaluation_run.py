@@ -23,7 +23,7 @@ from worker.base_models import ModelUnavailable
 from worker.judges.endpoint import Answer, Asker, JudgeFailed, key_of
 from worker.judges.questions import questions, verdicts
 from worker.lease import LeaseLost
-from worker.runner import Run
+from worker.runner import Attempt
 from worker.trainer.events import CompletionsWritten, EvaluationDone, Event, TrainingDone
 
 
@@ -35,7 +35,7 @@ ANSWERS = "answers"
 """What the parts with a judge's answers are called; the others hold completions."""
 
 
-class Evaluation(Run[EvaluationSpec]):
+class Evaluation(Attempt[EvaluationSpec]):
     """One attempt at an evaluation."""
 
     OVERDUE = "What it had sampled is lost: ask for less, or give it more time."
@@ -129,7 +129,9 @@ class Evaluation(Run[EvaluationSpec]):
             return {}
         return {name: made.spec.get(name) for name in ("double_quantization", "compute_dtype")}
 
-    def _look(self, name: str, session: Session) -> tuple[models.Found | None, models.Found | None, str | None]:
+    def _look(
+        self, name: str, session: Session
+    ) -> tuple[models.ResolvedModel | None, models.ResolvedModel | None, str | None]:
         """(what a name stands for, the trained model that it sits on, the version of its base model)"""
         found = models.find(session, self.job.project, name)
         if found is None:

@@ -44,7 +44,7 @@ from worker.trainer.events import (
     EvaluationDone,
     Event,
     Failed,
-    Message,
+    Notice,
     TrainingDone,
     read,
 )
@@ -61,7 +61,7 @@ OVERDUE_SECONDS = 30.0
 """For the checkpoint of a job whose time is over."""
 
 
-class Run(ABC, Generic[Spec]):
+class Attempt(ABC, Generic[Spec]):
     """One attempt at one job."""
 
     OVERDUE: ClassVar[str]
@@ -137,7 +137,9 @@ class Run(ABC, Generic[Spec]):
 
     # -- before ------------------------------------------------------------------------------------------------
 
-    def place(self, model: models.Found, foundation: models.Found | None, base: Path, folder: Path) -> None:
+    def place(
+        self, model: models.ResolvedModel, foundation: models.ResolvedModel | None, base: Path, folder: Path
+    ) -> None:
         """Put what `model` is made of into `folder`: `base`, and for an adapter `start`."""
         folder.mkdir(exist_ok=True)
         if foundation is not None and foundation.prefix is not None:
@@ -225,7 +227,7 @@ class Run(ABC, Generic[Spec]):
             if repository.any_event(session, told):  # the commit was done, and only its answer was lost
                 return
             for event_id, event in zip(told, batch, strict=True):
-                if isinstance(event, Message):
+                if isinstance(event, Notice):
                     level, data = event.level, event.data
                     repository.add_event(session, self.job.id, event.message, level=level, data=data, id=event_id)
                 else:

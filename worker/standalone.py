@@ -21,7 +21,7 @@ from app.spec.datasets.errors import DatasetError
 from app.spec.job import JobSpec
 from worker.base_models import BaseModels, ModelUnavailable
 from worker.processes import answer_cache, give_folder, spawn_trainer
-from worker.trainer.events import CacheWanted, CheckpointWritten, Failed, Message, Metrics, read
+from worker.trainer.events import CacheWanted, CheckpointWritten, Failed, Metrics, Notice, read
 
 USAGE = 2
 
@@ -104,7 +104,7 @@ def _run(folder: Path, console: Console) -> int:
                     shutil.rmtree(folder / path)  # for resuming, which only the service does
                 case CacheWanted(key):
                     answer_cache(process, key)  # nobody else has made anything
-                case Message(message):
+                case Notice(message):
                     console.print(message, highlight=False)
                 case Failed(message=message):
                     failed = True

@@ -17,14 +17,14 @@ from worker.base_models import ModelUnavailable
 from worker.checkpoints import Checkpoints
 from worker.integrations import Reporter
 from worker.lease import LeaseLost
-from worker.runner import Run
+from worker.runner import Attempt
 from worker.trainer.events import CheckpointWritten, EvaluationDone, Event, Metrics, StageBegan, TrainingDone
 
 SUMMARY = ("loss", "eval/loss", "rewards/accuracies", "eval/rewards/accuracies", "eval/rewards/margins")
 """The metrics that the message of a step shows."""
 
 
-class Training(Run[JobSpec]):
+class Training(Attempt[JobSpec]):
     """One attempt at a training."""
 
     OVERDUE = "Its checkpoints are kept: a new job can start from one."
@@ -54,7 +54,9 @@ class Training(Run[JobSpec]):
         except FileNotFoundError as error:
             return self.fail("file_not_found", f"A file of the job is gone: {error}", "training_file")
 
-        def look(session: Session) -> tuple[models.Found | None, models.Found | None, models.Found | None, str | None]:
+        def look(
+            session: Session,
+        ) -> tuple[models.ResolvedModel | None, models.ResolvedModel | None, models.ResolvedModel | None, str | None]:
             of = self.job.project
             return (
                 models.find(session, of, spec.model),
@@ -63,7 +65,7 @@ class Training(Run[JobSpec]):
                 models.version(session, self.job.base_model),
             )
 
-        def look_below(session: Session) -> models.Found | None:
+        def look_below(session: Session) -> models.ResolvedModel | None:
             below = held_to.foundation if held_to else None
             return models.find(session, self.job.project, below) if below else None
 

@@ -12,7 +12,7 @@ import structlog
 from standardwebhooks import Webhook
 
 from app import __version__
-from app.outbound_http import Refused, find, new_client
+from app.outbound_http import HostRefused, find, new_client
 from app.services import Services
 from app.webhooks import repository
 from app.webhooks.service import PRIVATE
@@ -97,7 +97,7 @@ class Sender:
                     answer.close()  # nothing of it is read: its status says it all
                 finally:
                     overdue.cancel()
-        except Refused as refused:
+        except HostRefused as refused:
             return None, f"not sent: {refused}"
         except ValueError as error:
             return None, f"not sent: {error}"

@@ -38,7 +38,7 @@ REGISTER_SECONDS = 30.0
 PRUNE_SECONDS = 3600.0
 
 
-class LaneWorker:
+class WorkerPool:
     """The threads of one worker process: one that works, one that keeps house, one that takes leases of the lost."""
 
     def __init__(self, services: Services, lane: Lane) -> None:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Response
 
-from app.dataset_reports.schemas import Pending, Report
+from app.dataset_reports.schemas import DatasetReport, Pending
 from app.dependencies import ServicesDependency
 from app.keys.middleware import CallerDependency
 from app.spec.datasets.rendering import RenderingSettings
@@ -27,7 +27,7 @@ def get_file_report(
     fold_system: Annotated[
         bool | None, Query(description="As in the job: the system prompt in the first turn.")
     ] = None,
-) -> Report | Pending:
+) -> DatasetReport | Pending:
     """What the dataset check found in a file. It is made when the file is uploaded, before any job."""
     rendering = RenderingSettings(chat_template=chat_template, fold_system=fold_system)
     found = services.reports.get(

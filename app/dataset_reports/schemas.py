@@ -138,7 +138,7 @@ class Tokens(BaseModel):
     warnings: list[str] = []
 
 
-class Report(BaseModel):
+class DatasetReport(BaseModel):
     """What the dataset check found. Lengths are in characters, under `tokens` in tokens."""
 
     model_config = ConfigDict(

@@ -6,7 +6,7 @@ from sqlalchemy.orm import Session
 
 from app.broker import Broker, Lane
 from app.database import Database
-from app.dataset_reports.schemas import Report
+from app.dataset_reports.schemas import DatasetReport
 from app.derived_artifacts import repository as tasks
 from app.derived_artifacts.service import result
 from app.derived_artifacts.tables import Task
@@ -28,7 +28,7 @@ def structural(session: Session, project: str, file_id: str) -> Task:
     return tasks.ensure(session, tasks.REPORT, file_id, project=project, owner=file_id, arguments={"file_id": file_id})
 
 
-def with_tokens(session: Session, file: File, asked: dict[str, Any], model: models.Found) -> Task:
+def with_tokens(session: Session, file: File, asked: dict[str, Any], model: models.ResolvedModel) -> Task:
     """The task of the report in tokens of a model. `asked`: model, max_length, method, need, rendering, …
 
     Raises `TooMany` where the project has many that wait: each of so many ways to count a file is work for minutes.
@@ -73,7 +73,7 @@ class Reports:
         max_length: int | None = None,
         method: str | None = None,
         rendering: RenderingSettings | None = None,
-    ) -> Report | None:
+    ) -> DatasetReport | None:
         """The report, in tokens of `model` too where one is named; None while it is being made."""
         with self.database.write() as session:
             file = files.get(session, project, file_id)
@@ -100,4 +100,4 @@ class Reports:
         if made is None:
             self.broker.wake(Lane.CPU)
             return None
-        return Report(file_id=file_id, **made)
+        return DatasetReport(file_id=file_id, **made)

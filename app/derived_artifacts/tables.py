@@ -5,10 +5,10 @@ from typing import Any
 from sqlalchemy import Index, UniqueConstraint
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.database import Base
+from app.database import Table
 
 
-class Task(Base):
+class Task(Table):
     """Something to be made once: `subject` says what of `kind`. As with jobs, the row is the truth."""
 
     __tablename__ = "tasks"

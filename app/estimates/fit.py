@@ -5,7 +5,7 @@ from dataclasses import replace
 from sqlalchemy.orm import Session
 
 from app.broker import Lane
-from app.estimates.memory import Settings, Shape, estimate
+from app.estimates.memory import MemorySettings, Shape, estimate
 from app.estimates.schemas import Device
 from app.models import repository as models
 from app.models.tables import Model
@@ -19,12 +19,12 @@ SHORTEST = 16
 """The least that `max_length` can be, where nothing is known of the rows."""
 
 
-def shape_of(session: Session, model: models.Found) -> Shape | None:
+def shape_of(session: Session, model: models.ResolvedModel) -> Shape | None:
     base = session.get(Model, model.base_model)
     return None if base is None else Shape.of(base.details)
 
 
-def device_of(session: Session, model: models.Found) -> Device | None:
+def device_of(session: Session, model: models.ResolvedModel) -> Device | None:
     """Of the workers that serve the model, the device with the most memory."""
     present = [w for w in workers.present(session, Lane.GPU) if workers.serves(w, model.base_model)]
     devices = [Device(**worker.details["device"]) for worker in present if worker.details.get("device")]
@@ -38,7 +38,7 @@ def refusal(spec: JobSpec, shape: Shape, device: Device, longest_row: int | None
     """
     for stage in reversed(spec.stages()):
         # A batch is packed as far as memory allows; what cannot be cut is the longest row.
-        settings = Settings.of(spec, stage.settings, 0.0, longest_row or SHORTEST)
+        settings = MemorySettings.of(spec, stage.settings, 0.0, longest_row or SHORTEST)
         settings = replace(settings, recompute=True if settings.recompute is None else settings.recompute)
         needed = _needed(shape, settings, device)
         if needed > TOLERANCE * device.memory_bytes:
@@ -50,14 +50,14 @@ def refusal(spec: JobSpec, shape: Shape, device: Device, longest_row: int | None
     return None
 
 
-def _needed(shape: Shape, settings: Settings, device: Device) -> int:
+def _needed(shape: Shape, settings: MemorySettings, device: Device) -> int:
     return estimate(shape, settings, device.kind, device.memory_bytes).total
 
 
-def _remedy(shape: Shape, settings: Settings, device: Device) -> tuple[str, str]:
+def _remedy(shape: Shape, settings: MemorySettings, device: Device) -> tuple[str, str]:
     """(the field to change, what to do), the gentlest first that would make the job fit."""
     settings = replace(settings, recompute=True)
-    tried: list[tuple[str, str, Settings]] = []
+    tried: list[tuple[str, str, MemorySettings]] = []
     length = settings.longest_row
     while length > 256:
         length //= 2

@@ -98,7 +98,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Settings:
+class MemorySettings:
     """What of a job its memory depends on. `rank` None: all parameters are trained."""
 
     rank: int | None
@@ -115,7 +115,7 @@ class Settings:
     """Whether the scales of `nf4` are quantised too."""
 
     @classmethod
-    def of(cls, spec: JobSpec, stage: Hyperparameters, tokens_per_row: float, longest_row: int) -> "Settings":
+    def of(cls, spec: JobSpec, stage: Hyperparameters, tokens_per_row: float, longest_row: int) -> "MemorySettings":
         """Those of a stage with the hyperparameters `stage`, of a resolved job."""
         adapter = spec.adapter if isinstance(spec.adapter, Adapter) else None
         return cls(
@@ -148,7 +148,7 @@ class Memory:
         return self.runtime + self.model + self.adapter + self.optimizer + self.activations + self.temporary
 
 
-def estimate(shape: Shape, settings: Settings, device: str, available: int | None) -> Memory:
+def estimate(shape: Shape, settings: MemorySettings, device: str, available: int | None) -> Memory:
     """The peak on a `device` (cpu or cuda) with `available` bytes; None: as much as it takes."""
     full = settings.rank is None
     width = 2 if device == "cuda" and not full else 4
@@ -180,7 +180,7 @@ def estimate(shape: Shape, settings: Settings, device: str, available: int | Non
     return Memory(known.runtime, model, adapter, optimizer, kept, temporary, recompute)
 
 
-def _weights(shape: Shape, settings: Settings, width: int, known: Coefficients) -> tuple[int, int]:
+def _weights(shape: Shape, settings: MemorySettings, width: int, known: Coefficients) -> tuple[int, int]:
     """(bytes of the weights, bytes of what is dequantised of them at a time)."""
     inside = sum(linear.parameters for linear in shape.linears)
     others = shape.others * width
@@ -191,7 +191,7 @@ def _weights(shape: Shape, settings: Settings, width: int, known: Coefficients) 
     return int(inside * each) + others, max(largest * width, int(known.dequantised * inside * width))
 
 
-def _outputs(shape: Shape, settings: Settings, full: bool) -> float:
+def _outputs(shape: Shape, settings: MemorySettings, full: bool) -> float:
     """The outputs of a layer's linear layers, those without an adapter counted less."""
     adapted = {linear.name for linear in shape.adapted("all-linear" if full else settings.targets)}
     return sum(

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 
-class Refused(BaseModel):
+class Refusal(BaseModel):
     """What a create of this job would refuse."""
 
     message: str
@@ -103,5 +103,5 @@ class Estimate(BaseModel):
     seconds: float | None = None
     """From the first claim to the end, the queue not counted."""
     queued_jobs: int = 0
-    refused: list[Refused] = []
+    refused: list[Refusal] = []
     warnings: list[str] = []

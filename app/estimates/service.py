@@ -12,8 +12,8 @@ from app.dataset_reports import service as reports
 from app.derived_artifacts.service import result
 from app.errors import ServiceError, describe_validation_error
 from app.estimates import fit
-from app.estimates.memory import Memory, Settings, Shape, estimate
-from app.estimates.schemas import Estimate, MemoryEstimate, Pace, Refused, StageEstimate
+from app.estimates.memory import Memory, MemorySettings, Shape, estimate
+from app.estimates.schemas import Estimate, MemoryEstimate, Pace, Refusal, StageEstimate
 from app.files import repository as files
 from app.jobs import repository as jobs
 from app.jobs.service import Jobs
@@ -46,12 +46,12 @@ class Estimates:
         except ValidationError as error:
             found = [{**one, "loc": ("body", *one["loc"])} for one in error.errors()]
             told = [describe_validation_error(one) for one in found]
-            return Estimate(ok=False, refused=[Refused(message=m, param=p, code=c) for m, p, c in told])
+            return Estimate(ok=False, refused=[Refusal(message=m, param=p, code=c) for m, p, c in told])
         try:
             with self.database.write() as session:
                 return self._estimate(session, project, spec)
         except ServiceError as error:
-            refused = Refused(message=error.message, param=error.param, code=error.code)
+            refused = Refusal(message=error.message, param=error.param, code=error.code)
             return Estimate(ok=False, refused=[refused])
         except NotReady:
             self.broker.wake(Lane.CPU)
@@ -71,7 +71,7 @@ class Estimates:
             stage = _stage(asked, counted, pace)
             stages.append(stage)
             if shape is not None:
-                wanted = Settings.of(spec, asked.settings, stage.tokens_per_row, stage.longest_row)
+                wanted = MemorySettings.of(spec, asked.settings, stage.tokens_per_row, stage.longest_row)
                 kind = device.kind if device is not None else "cuda"
                 memories.append(estimate(shape, wanted, kind, None if device is None else device.memory_bytes))
         memory = max(memories, key=lambda found: found.total, default=None)
@@ -93,7 +93,7 @@ class Estimates:
             longest = max(stage.longest_row for stage in stages)
             reason = fit.refusal(spec, shape, device, longest)
             if reason is not None:
-                found.ok, found.refused = False, [Refused(message=reason[1], param=reason[0], code=fit.CODE)]
+                found.ok, found.refused = False, [Refusal(message=reason[1], param=reason[0], code=fit.CODE)]
         return found
 
     def _counted(
@@ -101,7 +101,7 @@ class Estimates:
         session: Session,
         project: str,
         spec: JobSpec,
-        model: models.Found,
+        model: models.ResolvedModel,
         field: str,
         settings: Hyperparameters,
         context: int,

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from app.jobs.queue_forecast import Place
+from app.jobs.queue_forecast import QueuePlace
 from app.jobs.schemas import GateVerdict, JobError, shown_gates
 from app.jobs.states import Status
 from app.jobs.tables import Job
@@ -82,9 +82,9 @@ class EvaluationObject(BaseModel):
     paused: bool
 
     @classmethod
-    def of(cls, job: Job, place: Place | None = None) -> "EvaluationObject":
+    def of(cls, job: Job, place: QueuePlace | None = None) -> "EvaluationObject":
         """The object for the row `job`, which has `place` in the queue or on a worker."""
-        spec, place = job.spec, place or Place()
+        spec, place = job.spec, place or QueuePlace()
         written = (
             "type",
             "name",

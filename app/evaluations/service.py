@@ -19,12 +19,12 @@ from app.idempotency.service import Sending
 from app.jobs import repository
 from app.jobs.event_feed import Feed
 from app.jobs.lifecycle import Lifecycle
-from app.jobs.queue_forecast import Place
+from app.jobs.queue_forecast import QueuePlace
 from app.jobs.states import ACTIVE
 from app.jobs.tables import EVALUATION, Job
 from app.keys.service import Keys
 from app.models import repository as models
-from app.outbound_http import Refused, find
+from app.outbound_http import HostRefused, find
 from app.spec.datasets.mapping import Mapping
 from app.spec.evaluation import TAKES, EvaluationSpec, JobEvaluation, Side
 from app.storage import Storage
@@ -55,7 +55,7 @@ class Evaluations(Lifecycle[EvaluationObject]):
         super().__init__(database, storage, broker, keys, feed)
         self.vault, self.private_hosts = vault, private_hosts
 
-    def show(self, job: Job, place: Place | None = None) -> EvaluationObject:
+    def show(self, job: Job, place: QueuePlace | None = None) -> EvaluationObject:
         return EvaluationObject.of(job, place)
 
     def create(self, project: str, spec: EvaluationSpec, sending: Sending) -> EvaluationObject:
@@ -78,7 +78,7 @@ class Evaluations(Lifecycle[EvaluationObject]):
         for url in dict.fromkeys(endpoint.base_url for endpoint in endpoints if endpoint is not None):
             try:
                 find(url, self.private_hosts, PRIVATE)
-            except Refused as refused:
+            except HostRefused as refused:
                 message = f"The judge at {url} cannot be asked: {refused}."
                 raise ServiceError(message, param=f"{param}judge.endpoint.base_url", code="invalid_url") from None
 
@@ -116,7 +116,7 @@ class Evaluations(Lifecycle[EvaluationObject]):
             }  # fmt: skip
         first = next(iter(found.values()), None)
         if of is not None:
-            first = models.Found(of.makes, "adapter", of.base_model, None, None, None, of.foundation)
+            first = models.ResolvedModel(of.makes, "adapter", of.base_model, None, None, None, of.foundation)
         # A reward model is whole, its base model in it.
         bases = [one.base_model for one in (first, *found.values()) if one is not None and one.kind != "reward"]
         return self._add(
@@ -136,7 +136,7 @@ class Evaluations(Lifecycle[EvaluationObject]):
         )
 
     @staticmethod
-    def _model(session: Session, project: str, field: str, name: str, *, scores: bool) -> models.Found:
+    def _model(session: Session, project: str, field: str, name: str, *, scores: bool) -> models.ResolvedModel:
         """A model that an evaluation loads; it cannot be deleted until this transaction ends."""
         model = models.find(session, project, name, lock=True)
         if model is None:

@@ -5,10 +5,10 @@ from typing import Any
 from sqlalchemy import BigInteger, Index
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.database import Base, PlainText
+from app.database import PlainText, Table
 
 
-class File(Base):
+class File(Table):
     """A file. One that was deleted keeps its row and its object while an active job still needs it."""
 
     __tablename__ = "files"

@@ -3,10 +3,10 @@
 from sqlalchemy import Index, UniqueConstraint
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.database import Base
+from app.database import Table
 
 
-class SentRequest(Base):
+class SentRequest(Table):
     """A request that made something. Rows are kept for a day."""
 
     __tablename__ = "sent_requests"

@@ -18,7 +18,7 @@ from app.errors import Conflict, NotFound
 from app.idempotency.service import Sending
 from app.jobs import repository
 from app.jobs.event_feed import Feed
-from app.jobs.queue_forecast import Place, outlook
+from app.jobs.queue_forecast import QueuePlace, outlook
 from app.jobs.schemas import EventObject, StreamToken
 from app.jobs.states import ACTIVE, Actor, Status
 from app.jobs.tables import Job, OtherBase
@@ -52,7 +52,7 @@ class Lifecycle(ABC, Generic[Shown]):
         self.database, self.storage, self.broker, self.keys, self.feed = database, storage, broker, keys, feed
 
     @abstractmethod
-    def show(self, job: Job, place: Place | None = None) -> Shown:
+    def show(self, job: Job, place: QueuePlace | None = None) -> Shown:
         """A job on the wire, which has `place` in the queue or on a worker."""
 
     def _add(

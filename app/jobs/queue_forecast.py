@@ -21,7 +21,7 @@ HORIZON = 200
 
 
 @dataclass(frozen=True)
-class Place:
+class QueuePlace:
     """Where a job stands: `position` from 1, and unix seconds; None is not known."""
 
     position: int | None = None
@@ -29,19 +29,21 @@ class Place:
     finish: float | None = None
 
 
-def outlook(session: Session, jobs: list[Job]) -> dict[str, Place]:
+def outlook(session: Session, jobs: list[Job]) -> dict[str, QueuePlace]:
     """The place of each of `jobs` that has not ended."""
     if not any(job.status in (Status.RUNNING, Status.QUEUED) for job in jobs):
         return {}
     now = repository.now(session)
-    places = {job.id: Place(None, job.started_at, _finish(job, now)) for job in jobs if job.status == Status.RUNNING}
+    places = {
+        job.id: QueuePlace(None, job.started_at, _finish(job, now)) for job in jobs if job.status == Status.RUNNING
+    }
     waiting = [job for job in jobs if job.status == Status.QUEUED and not job.paused]
     if waiting:
         queue = _played(session, now)
         places |= {job.id: queue[job.id] for job in waiting if job.id in queue}
         behind = [job.id for job in waiting if job.id not in queue]
         if behind:
-            places |= {job_id: Place(at) for job_id, at in repository.queue_positions(session, behind).items()}
+            places |= {job_id: QueuePlace(at) for job_id, at in repository.queue_positions(session, behind).items()}
     return places
 
 
@@ -54,7 +56,7 @@ def _finish(job: Job, now: float) -> float | None:
     return now + max(0.0, job.estimated_seconds - job.ran_seconds)
 
 
-def _played(session: Session, now: float) -> dict[str, Place]:
+def _played(session: Session, now: float) -> dict[str, QueuePlace]:
     """The places of the first jobs of the queue."""
     busy = {job.lease_owner: _finish(job, now) for job in repository.running(session)}
     present = workers.present(session, Lane.GPU)
@@ -77,5 +79,5 @@ def _played(session: Session, now: float) -> dict[str, Place]:
             heapq.heappush(heap, entry)
         known = math.isfinite(start)
         finish = start + seconds if known and seconds is not None else None
-        places[job_id] = Place(position, start if known else None, finish)
+        places[job_id] = QueuePlace(position, start if known else None, finish)
     return places

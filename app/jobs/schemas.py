@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from app.jobs.queue_forecast import Place
+from app.jobs.queue_forecast import QueuePlace
 from app.jobs.states import Status
 from app.jobs.tables import Checkpoint, Job, JobEvent
 from app.spec.datasets.rendering import RenderingSettings
@@ -131,9 +131,9 @@ class JobObject(BaseModel):
     paused: bool
 
     @classmethod
-    def of(cls, job: Job, place: Place | None = None) -> "JobObject":
+    def of(cls, job: Job, place: QueuePlace | None = None) -> "JobObject":
         """The object for `job`, which has `place` in the queue or on a worker."""
-        spec, place = job.spec, place or Place()
+        spec, place = job.spec, place or QueuePlace()
         method = spec["method"]
         hyperparameters = method[method["type"]]["hyperparameters"]
         return cls(

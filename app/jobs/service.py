@@ -17,7 +17,7 @@ from app.jobs import repository
 from app.jobs.downsample import downsample
 from app.jobs.event_feed import Feed
 from app.jobs.lifecycle import Lifecycle
-from app.jobs.queue_forecast import Place
+from app.jobs.queue_forecast import QueuePlace
 from app.jobs.schemas import CheckpointObject, JobObject, MetricSeries, Point
 from app.jobs.tables import TRAINING, Job
 from app.keys.service import Keys
@@ -49,7 +49,7 @@ class Jobs(Lifecycle[JobObject]):
         super().__init__(database, storage, broker, keys, feed)
         self.evaluations = evaluations
 
-    def show(self, job: Job, place: Place | None = None) -> JobObject:
+    def show(self, job: Job, place: QueuePlace | None = None) -> JobObject:
         return JobObject.of(job, place)
 
     def create(self, project: str, spec: JobSpec, sending: Sending) -> JobObject:
@@ -68,7 +68,7 @@ class Jobs(Lifecycle[JobObject]):
 
     def prepare(
         self, session: Session, project: str, spec: JobSpec
-    ) -> tuple[models.Found, models.Found | None, JobSpec]:
+    ) -> tuple[models.ResolvedModel, models.ResolvedModel | None, JobSpec]:
         """(what the job starts from, what it is held to where that is another model, the spec as it would be run).
 
         Raises `ServiceError` for what cannot be run.
@@ -118,7 +118,7 @@ class Jobs(Lifecycle[JobObject]):
         return job
 
     @staticmethod
-    def _model(session: Session, project: str, spec: JobSpec) -> models.Found:
+    def _model(session: Session, project: str, spec: JobSpec) -> models.ResolvedModel:
         model = models.find(session, project, spec.model, lock=True)
         if model is None:
             raise ServiceError(
@@ -135,7 +135,7 @@ class Jobs(Lifecycle[JobObject]):
         return model
 
     @staticmethod
-    def _on_prequantized(session: Session, model: models.Found, spec: JobSpec) -> JobSpec:
+    def _on_prequantized(session: Session, model: models.ResolvedModel, spec: JobSpec) -> JobSpec:
         """The spec with the quantisation of a base that has one already. Raises `ServiceError` for what cannot be."""
         method = models.prequantized(session, model.base_model)
         if method is None:
@@ -192,7 +192,7 @@ class Jobs(Lifecycle[JobObject]):
                 raise ServiceError(message, param=f"integrations.{number}.type", code="integration_not_configured")
 
     @staticmethod
-    def _reference(session: Session, project: str, spec: JobSpec) -> models.Found | None:
+    def _reference(session: Session, project: str, spec: JobSpec) -> models.ResolvedModel | None:
         """The model that the policy is held to, where that is another than it starts from."""
         if spec.reference_model is None:
             return None

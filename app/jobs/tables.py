@@ -5,12 +5,12 @@ from typing import Any
 from sqlalchemy import BigInteger, ForeignKey, Index
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.database import Base, PlainText, database_now
+from app.database import PlainText, Table, database_now
 
 TRAINING, EVALUATION = "training", "evaluation"
 
 
-class Job(Base):
+class Job(Table):
     """A job. This row is the truth: whatever the broker delivers, what a worker does is decided here."""
 
     __tablename__ = "jobs"
@@ -88,7 +88,7 @@ class Job(Base):
     """Attempts whose worker died since the last checkpoint."""
 
 
-class OtherBase(Base):
+class OtherBase(Table):
     """A base model that a job needs beside its own: below what it is held to, compared with or judged by."""
 
     __tablename__ = "job_other_bases"
@@ -97,7 +97,7 @@ class OtherBase(Base):
     base_model: Mapped[str] = mapped_column(primary_key=True)
 
 
-class JobEvent(Base):
+class JobEvent(Table):
     """Something that happened to a job, in the order of `sequence`."""
 
     __tablename__ = "job_events"
@@ -113,7 +113,7 @@ class JobEvent(Base):
     data: Mapped[dict[str, Any] | None]
 
 
-class Checkpoint(Base):
+class Checkpoint(Table):
     """A checkpoint whose objects are all there: `model/` to use, `state/` to resume from."""
 
     __tablename__ = "checkpoints"

@@ -62,7 +62,7 @@ def _limited(receive: Receive, headers: Headers) -> Receive:
     return limited
 
 
-class Gate:
+class AccessMiddleware:
     """ASGI middleware. FastAPI reads a multipart body before it runs dependencies; this stands before that."""
 
     def __init__(self, app: ASGIApp, keys: Keys, rates: Rates, allowed_hosts: tuple[str, ...]) -> None:

@@ -2,10 +2,10 @@
 
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.database import Base
+from app.database import Table
 
 
-class ApiKey(Base):
+class ApiKey(Table):
     """A key that was handed out. The key itself is not here: only its HMAC is."""
 
     __tablename__ = "api_keys"

@@ -19,7 +19,7 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
-class Found:
+class ResolvedModel:
     """What a model name stands for: `prefix` is its folder in the object store, None for a base model; `foundation`
     the fully trained model that an adapter sits on, where it is not the base model itself."""
 
@@ -56,7 +56,7 @@ def listed(session: Session, project: str) -> list[Model]:
     return list(session.scalars(readable(project).where(Model.kind != "hub").order_by(Model.created_at.desc())))
 
 
-def find(session: Session, project: str, name: str, *, lock: bool = False) -> Found | None:
+def find(session: Session, project: str, name: str, *, lock: bool = False) -> ResolvedModel | None:
     """Resolve the name of a base model, a made model, a checkpoint or a hub id that workers may download.
 
     `lock`: what it finds cannot be deleted until this transaction ends.
@@ -64,7 +64,7 @@ def find(session: Session, project: str, name: str, *, lock: bool = False) -> Fo
     model = get(session, project, name, lock=lock)
     if model is not None:
         adapter = model.details.get("adapter")
-        return Found(
+        return ResolvedModel(
             name,
             model.kind,
             model.base_model,
@@ -84,7 +84,7 @@ def find(session: Session, project: str, name: str, *, lock: bool = False) -> Fo
         saved, job = checkpoint
         trained = job.spec["adapter"]
         rewards = saved.stage == "dpo" and JobSpec.stored(job.spec).trains_rewards
-        return Found(
+        return ResolvedModel(
             name,
             "reward" if rewards else "full" if trained == "none" else "adapter",
             job.base_model,
@@ -96,7 +96,7 @@ def find(session: Session, project: str, name: str, *, lock: bool = False) -> Fo
     if HUB_NAME.fullmatch(name):
         patterns = session.scalars(select(Model.base_model).where(Model.kind == "hub"))
         if any(fnmatchcase(name, pattern) for pattern in patterns):
-            return Found(name, "base", name, None, None, None, None)
+            return ResolvedModel(name, "base", name, None, None, None, None)
     return None
 
 

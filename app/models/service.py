@@ -72,7 +72,7 @@ class Models:
         return tar(folder(self.storage, made["prefix"]))
 
     @staticmethod
-    def _made(session: Session, project: str, name: str) -> tuple[repository.Found, str]:
+    def _made(session: Session, project: str, name: str) -> tuple[repository.ResolvedModel, str]:
         found = repository.find(session, project, name)
         if found is None:
             raise not_found(name)

@@ -5,10 +5,10 @@ from typing import Any
 from sqlalchemy import BigInteger
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.database import Base
+from app.database import Table
 
 
-class Model(Base):
+class Model(Table):
     """A model. `kind`: `base` (a worker can serve it), `hub` (a pattern of hub ids that workers may download),
     or what a job made: `adapter`, `full`, `reward`."""
 

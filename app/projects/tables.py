@@ -3,10 +3,10 @@
 from sqlalchemy import BigInteger
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.database import Base
+from app.database import Table
 
 
-class Project(Base):
+class Project(Table):
     """A project: every file, job, model and key belongs to one, and no other sees it. None is no limit."""
 
     __tablename__ = "projects"

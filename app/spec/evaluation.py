@@ -108,7 +108,7 @@ def _side(value: Any) -> Any:
 Baseline = Annotated[Side, BeforeValidator(_side, json_schema_input_type=Side | Literal["reference"])]
 
 
-class Sampling(Strict):
+class SamplingSpec(Strict):
     """How completions are sampled. Each has random numbers of its own, named by the seed, its row and its number."""
 
     temperatures: Annotated[list[Annotated[float, Field(ge=0, le=10)]], Field(min_length=1, max_length=16)] = [1.0]
@@ -247,7 +247,7 @@ class EvaluationSpec(RenderingSettings):
     was held to, the model that it was trained from or what the job's own SFT stage left."""
     beta: Annotated[float, Field(gt=0, le=100)] | None = None
     """Of the implicit reward β·log(π/π_ref). Without one, what the candidate was trained with."""
-    sampling: Sampling | None = None
+    sampling: SamplingSpec | None = None
     judge: Judge | None = None
     """For `reward_kl` its score is the true reward. Without one, answers, lengths and KL alone are found."""
     quantization: Quantization | None = None
@@ -335,7 +335,7 @@ class EvaluationSpec(RenderingSettings):
         samples = "sampling" in TAKES[self.type] and any(side.is_model for side in self.sides())
         return self.model_copy(
             update={
-                "sampling": self.sampling or (Sampling() if samples else None),
+                "sampling": self.sampling or (SamplingSpec() if samples else None),
                 "seed": secrets.randbelow(2**31) if self.seed is None else self.seed,
                 "date": self.date or today(),
             }

@@ -44,7 +44,7 @@ else:
     MethodType = Literal[tuple(METHODS)]
 
 
-class Method(Strict):
+class MethodSpec(Strict):
     """Which method, and its configuration."""
 
     NOT_BUILT = frozenset({"reinforcement"})
@@ -183,7 +183,7 @@ class JobSpec(RenderingSettings):
     more_training_files: Annotated[list[FileName], Field(min_length=1, max_length=31)] | None = None
     """Files whose rows are trained on beside those of `training_file`, all read by one `mapping`."""
     validation_file: FileName | None = None
-    method: Method = Method(type="supervised")
+    method: MethodSpec = MethodSpec(type="supervised")
     hyperparameters: SupervisedHyperparameters | None = None
     """Deprecated by OpenAI in favour of `method`; for supervised jobs only."""
     sft: SftStage | None = None
@@ -230,7 +230,9 @@ class JobSpec(RenderingSettings):
                     "hyperparameters",
                     "'hyperparameters' goes with a supervised job without 'method'; set it there",
                 )
-            self.method = Method(type="supervised", supervised=SupervisedMethod(hyperparameters=self.hyperparameters))
+            self.method = MethodSpec(
+                type="supervised", supervised=SupervisedMethod(hyperparameters=self.hyperparameters)
+            )
             self.hyperparameters = None
         trained = [self.training_file, *(self.more_training_files or [])]
         if len(set(trained)) < len(trained):

@@ -103,7 +103,7 @@ def charts() -> dict[str, list[str]]:
 
 
 @dataclass(frozen=True)
-class Figure(Metric):
+class EvaluationMetric(Metric):
     """A metric of an evaluation."""
 
     types: tuple[str, ...] = ()
@@ -119,30 +119,51 @@ class Figure(Metric):
 INTERVAL = ("error", "low", "high")
 
 
-def _count(meaning: str, *types: str, judged: bool = False, asked: bool = False) -> Figure:
-    return Figure(meaning, unit="count", types=types, interval=False, judged=judged, asked=asked)
+def _count(meaning: str, *types: str, judged: bool = False, asked: bool = False) -> EvaluationMetric:
+    return EvaluationMetric(meaning, unit="count", types=types, interval=False, judged=judged, asked=asked)
 
 
 _ASKED = ("win_rate", "agreement")
 EVALUATION = {
-    "accuracy": Figure("The share of pairs ranked as people did.", "higher", "share", types=("preference",),
-                       summary=True),
-    "margin": Figure("The mean margin of implicit rewards.", "higher", types=("preference",), summary=True),
-    "chosen_logratio": Figure("log π/π_ref of the chosen answers.", "higher", "nats", types=("preference",)),
-    "rejected_logratio": Figure("log π/π_ref of the rejected answers.", "lower", "nats", types=("preference",)),
-    "longer_answer_preferred": Figure("How often the longer answer is preferred.", unit="share",
-                                      types=("preference",)),
+    "accuracy": EvaluationMetric(
+        "The share of pairs ranked as people did.", "higher", "share", types=("preference",), summary=True
+    ),
+    "margin": EvaluationMetric("The mean margin of implicit rewards.", "higher", types=("preference",), summary=True),
+    "chosen_logratio": EvaluationMetric("log π/π_ref of the chosen answers.", "higher", "nats", types=("preference",)),
+    "rejected_logratio": EvaluationMetric(
+        "log π/π_ref of the rejected answers.", "lower", "nats", types=("preference",)
+    ),
+    "longer_answer_preferred": EvaluationMetric(
+        "How often the longer answer is preferred.", unit="share", types=("preference",)
+    ),
     "pairs": _count("Pairs that were compared.", "preference"),
-    "calibration/error": Figure("Expected calibration error of σ(margin).", "lower", "share", types=("preference",),
-                                interval=False),
-    "win_rate": Figure("How often the candidate's answer wins; a tie counts half.", "higher", "share",
-                       types=("win_rate",), judged=True, summary=True),
-    "longer_answer_wins": Figure("How often the longer answer wins.", unit="share", types=("win_rate",), judged=True),
-    "candidate_characters": Figure("The length of the candidate's answers.", unit="characters", types=("win_rate",)),
-    "baseline_characters": Figure("The length of the baseline's answers.", unit="characters", types=("win_rate",)),
-    "kl": Figure("KL(candidate‖baseline) of a completion.", "lower", "nats", types=("reward_kl",), summary=True),
-    "tokens": Figure("The length of a completion.", unit="tokens", types=("reward_kl",)),
-    "reward": Figure("The judge's reward of a completion.", "higher", types=("reward_kl",), judged=True, summary=True),
+    "calibration/error": EvaluationMetric(
+        "Expected calibration error of σ(margin).", "lower", "share", types=("preference",), interval=False
+    ),
+    "win_rate": EvaluationMetric(
+        "How often the candidate's answer wins; a tie counts half.",
+        "higher",
+        "share",
+        types=("win_rate",),
+        judged=True,
+        summary=True,
+    ),
+    "longer_answer_wins": EvaluationMetric(
+        "How often the longer answer wins.", unit="share", types=("win_rate",), judged=True
+    ),
+    "candidate_characters": EvaluationMetric(
+        "The length of the candidate's answers.", unit="characters", types=("win_rate",)
+    ),
+    "baseline_characters": EvaluationMetric(
+        "The length of the baseline's answers.", unit="characters", types=("win_rate",)
+    ),
+    "kl": EvaluationMetric(
+        "KL(candidate‖baseline) of a completion.", "lower", "nats", types=("reward_kl",), summary=True
+    ),
+    "tokens": EvaluationMetric("The length of a completion.", unit="tokens", types=("reward_kl",)),
+    "reward": EvaluationMetric(
+        "The judge's reward of a completion.", "higher", types=("reward_kl",), judged=True, summary=True
+    ),
     "completions": _count("Completions that were sampled.", "reward_kl"),
     "ended": _count("Completions that ended by themselves.", "reward_kl"),
     "comparisons": _count("Pairs of answers that were compared.", "win_rate", "agreement"),
@@ -150,28 +171,38 @@ EVALUATION = {
     "ties": _count("Comparisons that nobody won.", "win_rate", judged=True),
     "losses": _count("Comparisons that the baseline won.", "win_rate", judged=True),
     "votes": _count("What people said of pairs.", "agreement"),
-    "people_prefer_longer": Figure("How often people prefer the longer answer.", unit="share", types=("agreement",)),
-    "people_people/agreement": Figure("How often two people agree.", "higher", "share", types=("agreement",),
-                                      summary=True),
-    "people_people/kappa": Figure("Cohen's κ of two people.", "higher", types=("agreement",)),
+    "people_prefer_longer": EvaluationMetric(
+        "How often people prefer the longer answer.", unit="share", types=("agreement",)
+    ),
+    "people_people/agreement": EvaluationMetric(
+        "How often two people agree.", "higher", "share", types=("agreement",), summary=True
+    ),
+    "people_people/kappa": EvaluationMetric("Cohen's κ of two people.", "higher", types=("agreement",)),
     "people_people/cases": _count("Pairs of people's verdicts.", "agreement"),
-    "judge_people/agreement": Figure("How often the judge agrees with a person.", "higher", "share",
-                                     types=("agreement",), judged=True, summary=True),
-    "judge_people/kappa": Figure("Cohen's κ of judge and person.", "higher", types=("agreement",), judged=True),
+    "judge_people/agreement": EvaluationMetric(
+        "How often the judge agrees with a person.", "higher", "share", types=("agreement",), judged=True, summary=True
+    ),
+    "judge_people/kappa": EvaluationMetric(
+        "Cohen's κ of judge and person.", "higher", types=("agreement",), judged=True
+    ),
     "judge_people/cases": _count("Verdicts of people that the judge was held against.", "agreement", judged=True),
-    "judge_people/without_ties/agreement": Figure("The same where nobody said tie.", "higher", "share",
-                                                  types=("agreement",), judged=True),
-    "judge_people/without_ties/kappa": Figure("Cohen's κ where nobody said tie.", "higher", types=("agreement",),
-                                              judged=True),
+    "judge_people/without_ties/agreement": EvaluationMetric(
+        "The same where nobody said tie.", "higher", "share", types=("agreement",), judged=True
+    ),
+    "judge_people/without_ties/kappa": EvaluationMetric(
+        "Cohen's κ where nobody said tie.", "higher", types=("agreement",), judged=True
+    ),
     "judge_people/without_ties/cases": _count("Verdicts where nobody said tie.", "agreement", judged=True),
-    "judge_prefers_longer": Figure("How often the judge prefers the longer answer.", unit="share",
-                                   types=("agreement",), judged=True),
-    "first_shown_preferred": Figure("How often a judge prefers the answer that it read first.", unit="share",
-                                    types=_ASKED, judged=True, asked=True),
+    "judge_prefers_longer": EvaluationMetric(
+        "How often the judge prefers the longer answer.", unit="share", types=("agreement",), judged=True
+    ),
+    "first_shown_preferred": EvaluationMetric(
+        "How often a judge prefers the answer that it read first.", unit="share", types=_ASKED, judged=True, asked=True
+    ),
     "identical": _count("Pairs of equal answers, which no judge is asked about.", *_ASKED, judged=True, asked=True),
     "unparseable": _count("Replies of the judge without a verdict.", *_ASKED, judged=True, asked=True),
     "inconsistent": _count("Pairs whose verdict turns with their order.", *_ASKED, judged=True, asked=True),
-}  # fmt: skip
+}
 """What an evaluation reports, by its name."""
 ENDPOINT = {
     "judge/answers": _count("Replies of the judge's endpoint."),

@@ -10,7 +10,7 @@ from app.svg import Frame, colours, escaped
 
 
 @dataclass(frozen=True)
-class Point:
+class ParetoPoint:
     """A run, or one of its temperatures: `x` is what it costs, `y` what it gains, each with its standard error."""
 
     label: str
@@ -35,7 +35,7 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     return kept
 
 
-def as_csv(points: Sequence[Point]) -> str:
+def as_csv(points: Sequence[ParetoPoint]) -> str:
     """The points as a table; `pareto` is 1 where no other point is better in both."""
     best, out = set(pareto([(point.x, point.y) for point in points])), io.StringIO()
     writer = csv.writer(out)
@@ -48,7 +48,7 @@ def as_csv(points: Sequence[Point]) -> str:
     return out.getvalue()
 
 
-def svg(points: Sequence[Point], x_label: str, y_label: str, title: str = "") -> str:
+def svg(points: Sequence[ParetoPoint], x_label: str, y_label: str, title: str = "") -> str:
     """A picture: a colour for each series, bars of 1.96 standard errors, and a line through the Pareto set."""
     bars = [
         [value + sign * 1.96 * (error or 0) for value, error in ((point.x, point.x_error), (point.y, point.y_error))

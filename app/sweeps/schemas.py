@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 from app.jobs.schemas import GateVerdict, shown_gates
 from app.jobs.states import ACTIVE, Status
 from app.jobs.tables import Job
-from app.sweeps.frontier import Point, pareto
+from app.sweeps.frontier import ParetoPoint, pareto
 from app.sweeps.tables import Sweep
 
 
@@ -118,7 +118,7 @@ class SweepObject(BaseModel):
             metadata=sweep.sweep_metadata,
         )
 
-    def points(self) -> list[Point]:
+    def points(self) -> list[ParetoPoint]:
         """The frontier's points as they are drawn: a series for what is no number in the grid."""
         jobs = {job.id: job for job in self.jobs}
         found = []
@@ -128,7 +128,7 @@ class SweepObject(BaseModel):
             mark = "" if point.temperature is None else f" at temperature {point.temperature:g}"
             label = ", ".join(f"{name}={value}" for name, value in settings.items()) + mark
             series = ", ".join(words) or "jobs"
-            found.append(Point(label, series, point.x, point.y, point.x_error, point.y_error))
+            found.append(ParetoPoint(label, series, point.x, point.y, point.x_error, point.y_error))
         return found
 
 

@@ -5,10 +5,10 @@ from typing import Any
 from sqlalchemy import Index
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.database import Base, database_now
+from app.database import Table, database_now
 
 
-class Sweep(Base):
+class Sweep(Table):
     """A grid, and what each of its jobs has of it."""
 
     __tablename__ = "sweeps"

@@ -7,7 +7,7 @@ from app.dependencies import ServicesDependency
 from app.files.multipart import UploadForm, form_schema
 from app.idempotency.service import SendingDependency
 from app.keys.middleware import CallerDependency
-from app.uploads.schemas import Completion, PartObject, UploadObject, UploadSpec
+from app.uploads.schemas import PartObject, UploadCompletion, UploadObject, UploadSpec
 from app.uploads.service import MAX_PART_BYTES
 
 router = APIRouter(prefix="/uploads", tags=["uploads"])
@@ -38,7 +38,7 @@ async def add_upload_part(
 
 @router.post("/{upload_id}/complete")
 async def complete_upload(
-    upload_id: str, completion: Completion, caller: CallerDependency, services: ServicesDependency
+    upload_id: str, completion: UploadCompletion, caller: CallerDependency, services: ServicesDependency
 ) -> UploadObject:
     """Join the parts, in the order given, into a file."""
     upload = await services.uploads.complete(caller.project, upload_id, completion)

@@ -36,7 +36,7 @@ class UploadSpec(Strict):
     """How the rows are read, where their columns do not say it."""
 
 
-class Completion(Strict):
+class UploadCompletion(Strict):
     """The body of `POST /v1/uploads/{id}/complete`."""
 
     model_config = ConfigDict(json_schema_extra={"example": {"part_ids": ["part-abc123", "part-def456"]}})

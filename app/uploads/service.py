@@ -16,7 +16,7 @@ from app.idempotency.service import Sending
 from app.projects.service import require_room
 from app.storage import Storage
 from app.uploads import repository
-from app.uploads.schemas import Completion, PartObject, UploadObject, UploadSpec
+from app.uploads.schemas import PartObject, UploadCompletion, UploadObject, UploadSpec
 from app.uploads.tables import Upload, UploadPart
 
 LIFETIME_SECONDS = 3600
@@ -108,7 +108,7 @@ class Uploads:
             raise _ended(upload_id, upload)
         return upload
 
-    async def complete(self, project: str, upload_id: str, completion: Completion) -> UploadObject:
+    async def complete(self, project: str, upload_id: str, completion: UploadCompletion) -> UploadObject:
         """Join the parts into a file. An upload that is complete already is answered as it is."""
         upload = await run_in_threadpool(self._completable, project, upload_id, completion)
         if upload.status == "pending":
@@ -125,7 +125,7 @@ class Uploads:
                 raise
         return await run_in_threadpool(self._completed, project, upload)
 
-    def _completable(self, project: str, upload_id: str, completion: Completion) -> Upload:
+    def _completable(self, project: str, upload_id: str, completion: UploadCompletion) -> Upload:
         """The upload, pending with the parts that `completion` names, or completed."""
         with self.database.read() as session:
             upload = repository.get(session, project, upload_id)
@@ -146,7 +146,7 @@ class Uploads:
             raise ServiceError(message, param="part_ids", code="upload_size_mismatch")
         return upload
 
-    async def _join(self, upload: Upload, completion: Completion, file: File) -> None:
+    async def _join(self, upload: Upload, completion: UploadCompletion, file: File) -> None:
         """Write the parts as the object of `file`, and check their sum."""
         sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
 

@@ -5,10 +5,10 @@ from typing import Any
 from sqlalchemy import BigInteger, ForeignKey
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.database import Base, PlainText
+from app.database import PlainText, Table
 
 
-class Upload(Base):
+class Upload(Table):
     """A file that comes in parts. Completing it makes the file."""
 
     __tablename__ = "uploads"
@@ -33,7 +33,7 @@ class Upload(Base):
         return f"uploads/{self.id}"
 
 
-class UploadPart(Base):
+class UploadPart(Table):
     """A part whose bytes are all there."""
 
     __tablename__ = "upload_parts"

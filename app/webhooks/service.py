@@ -7,7 +7,7 @@ from app.broker import Broker, Lane
 from app.database import Database, database_now, new_id
 from app.encryption import Vault
 from app.errors import NotFound, ServiceError
-from app.outbound_http import Refused, find
+from app.outbound_http import HostRefused, find
 from app.webhooks import repository
 from app.webhooks.schemas import DeliveryObject, EndpointChange, EndpointObject, EndpointSpec, NewEndpointObject
 from app.webhooks.tables import WebhookEndpoint
@@ -29,7 +29,7 @@ class Webhooks:
         """Make an endpoint and the secret that signs what it gets."""
         try:
             find(spec.url, self.private_hosts, PRIVATE)
-        except Refused as refused:
+        except HostRefused as refused:
             raise ServiceError(f"Nothing is sent to this URL: {refused}.", param="url", code="invalid_url") from None
         secret = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
         with self.database.write() as session:

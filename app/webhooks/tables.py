@@ -5,10 +5,10 @@ from typing import Any
 from sqlalchemy import ForeignKey, Index
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.database import Base
+from app.database import Table
 
 
-class WebhookEndpoint(Base):
+class WebhookEndpoint(Table):
     """A URL of a project that gets events."""
 
     __tablename__ = "webhook_endpoints"
@@ -24,7 +24,7 @@ class WebhookEndpoint(Base):
     disabled_reason: Mapped[str | None]
 
 
-class WebhookDelivery(Base):
+class WebhookDelivery(Table):
     """An event on its way to an endpoint. It is due at `next_attempt_at`; None: it arrived, or was given up."""
 
     __tablename__ = "webhook_deliveries"

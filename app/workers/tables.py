@@ -4,10 +4,10 @@ from typing import Any
 
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.database import Base
+from app.database import Table
 
 
-class Worker(Base):
+class Worker(Table):
     """A worker that says every half minute that it is there."""
 
     __tablename__ = "workers"

@@ -10,7 +10,7 @@ from sqlalchemy import inspect, select, text, update
 from sqlalchemy.exc import OperationalError
 
 from app import database
-from app.database import Base, Database, database_now
+from app.database import Database, Table, database_now
 from app.jobs import repository
 from app.jobs.states import Status
 from app.jobs.tables import Job
@@ -31,7 +31,7 @@ def test_migrations_go_up_down_and_up_and_agree_with_the_models(settings: Settin
     assert services.migrated()
     with services.database.engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
-        assert compare_metadata(context, Base.metadata) == []
+        assert compare_metadata(context, Table.metadata) == []
     services.database.close()
 
 
@@ -52,7 +52,7 @@ def test_writers_that_read_first_wait_for_each_other(services: Services) -> None
     keys, failures = 8, list[BaseException]()
     # One row that all of them write: of several, PostgreSQL may lock each in another order, which is a deadlock.
     services.keys.create(KeySpec(name="shared"))
-    table = Base.metadata.tables["api_keys"]
+    table = Table.metadata.tables["api_keys"]
     shared = table.update().where(table.c.name == "shared").values(last_used_at=database_now())
 
     def create(number: int) -> None:

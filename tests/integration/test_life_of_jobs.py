@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from sqlalchemy import event, func, select, text, update
 
-from app.database import Base
+from app.database import Table
 from app.jobs import repository
 from app.jobs.repository import LEASE_SECONDS, MAX_LOST_ATTEMPTS, RETRY_SECONDS
 from app.jobs.states import ACTIVE, Actor, Status
@@ -79,7 +79,7 @@ class Life(RuleBasedStateMachine):
         self.limit: int | None = None
         with self.world.services.database.write() as session:
             for table in ("job_events", "sent_requests", "webhook_deliveries", "jobs"):
-                session.execute(Base.metadata.tables[table].delete())
+                session.execute(Table.metadata.tables[table].delete())
             session.execute(update(Project).values(max_running_jobs=None))
         self.keys = 0
 

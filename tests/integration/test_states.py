@@ -23,7 +23,7 @@ from worker.housekeeping import purge_deleted_files
 from worker.lease import Lease
 from worker.processes import Spare
 from worker.reaper import Reaper, reap
-from worker.trainer.events import Message
+from worker.trainer.events import Notice
 from worker.training_run import Training
 
 
@@ -361,7 +361,7 @@ def test_what_a_lost_answer_to_a_commit_hides_is_not_written_twice(
 
     with Lease(services.database, job_id, job.attempt) as run.lease:
         monkeypatch.setattr(services.database, "write", breaks_once)
-        run._relay([Message("once")])
+        run._relay([Notice("once")])
     with services.database.read() as session:
         told = list(session.scalars(select(JobEvent.message).where(JobEvent.job_id == job_id)))
     assert broken and told == ["Fine-tuning job started.", "once"]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from app.estimates.fit import refusal
-from app.estimates.memory import Linear, Settings, Shape, estimate
+from app.estimates.memory import Linear, MemorySettings, Shape, estimate
 from app.estimates.schemas import Device
 from app.spec.job import JobSpec
 
@@ -33,7 +33,9 @@ def test_the_memory_model_is_within_15_percent_of_measured_peaks(number: int) ->
     found = MEASURED[number]
     job = JobSpec.model_validate(found["job"])
     tokens = found["batch_tokens"]
-    settings = Settings.of(job, job.method.hyperparameters, tokens / found["batch"], round(tokens / found["batch"]))
+    settings = MemorySettings.of(
+        job, job.method.hyperparameters, tokens / found["batch"], round(tokens / found["batch"])
+    )
     expected = estimate(shape_of(found["shape"]), settings, "cpu", None).total
     assert expected == pytest.approx(found["measured"], rel=0.15)
 
@@ -58,7 +60,7 @@ def gpu(gigabytes: float) -> Device:
 
 def test_parameters_are_counted_as_the_papers_do() -> None:
     assert LLAMA_8B.parameters == pytest.approx(8.03e9, rel=0.01)
-    settings = Settings.of(job(), job().method.hyperparameters, 500, 1000)
+    settings = MemorySettings.of(job(), job().method.hyperparameters, 500, 1000)
     memory = estimate(LLAMA_8B, settings, "cuda", int(80e9))
     # QLoRA, App. A and PEFT's print_trainable_parameters: rank 16 on all linear layers of Llama 3 8B.
     assert memory.adapter == pytest.approx(4 * 41_943_040, rel=1e-6)
@@ -90,6 +92,6 @@ def test_long_rows_are_what_is_too_much() -> None:
 
 
 def test_activations_are_recomputed_where_they_would_not_fit() -> None:
-    settings = Settings.of(job(), job().method.hyperparameters, 600, 1000)
+    settings = MemorySettings.of(job(), job().method.hyperparameters, 600, 1000)
     assert estimate(LLAMA_8B, settings, "cuda", int(24e9)).recompute
     assert not estimate(LLAMA_8B, settings, "cuda", int(141e9)).recompute

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from app.spec.datasets.example import Kind
 from app.spec.hyperparameters import DPOHyperparameters, Hyperparameters, SupervisedHyperparameters
-from app.spec.job import JobSpec, Method
+from app.spec.job import JobSpec, MethodSpec
 from app.spec.losses import LOSSES, OPTIONS
 
 NAMES = sorted(LOSSES)
@@ -335,7 +335,7 @@ def test_one_term_that_couples_couples_the_sum() -> None:
 
 def test_a_stored_spec_is_read_by_the_version_before_and_by_the_one_after() -> None:
     """Both work beside each other while one replaces the other."""
-    spec = JobSpec(model="m", training_file="f", method=Method(type="dpo"), seed=1).resolved()
+    spec = JobSpec(model="m", training_file="f", method=MethodSpec(type="dpo"), seed=1).resolved()
     stored = spec.to_store()
     assert "keep_checkpoints" not in stored, "what the version before does not know is there only where it was set"
     assert spec.model_copy(update={"keep_checkpoints": 3}).to_store()["keep_checkpoints"] == 3

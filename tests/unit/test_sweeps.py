@@ -15,7 +15,7 @@ from app.errors import ServiceError
 from app.spec.job import JobSpec
 from app.spec.sweep import MAX_JOBS, SweepSpec
 from app.sweeps import frontier
-from app.sweeps.frontier import Point
+from app.sweeps.frontier import ParetoPoint
 
 JOB = {"model": "m", "training_file": "f", "method": {"type": "dpo"}}
 
@@ -129,9 +129,9 @@ def test_the_frontier_is_reward_against_kl_where_that_is_measured() -> None:
 
 
 POINTS = [
-    Point("beta=1", "loss=<ipo>", 1.0, 0.5, 0.1, 0.02),
-    Point("beta=2", "loss=<ipo>", 2.0, 0.4),
-    Point("beta=3", "dpo & more", 3.0, 0.9, None, 0.05),
+    ParetoPoint("beta=1", "loss=<ipo>", 1.0, 0.5, 0.1, 0.02),
+    ParetoPoint("beta=2", "loss=<ipo>", 2.0, 0.4),
+    ParetoPoint("beta=3", "dpo & more", 3.0, 0.9, None, 0.05),
 ]
 
 

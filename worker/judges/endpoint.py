@@ -21,7 +21,7 @@ import orjson
 
 from app import __version__
 from app.evaluations.service import PRIVATE
-from app.outbound_http import Refused, find, new_client
+from app.outbound_http import HostRefused, find, new_client
 from app.spec.evaluation import Endpoint
 
 TIMEOUT_SECONDS = 300.0
@@ -207,7 +207,7 @@ class Asker:
         }
         try:
             target = find(f"{self.endpoint.base_url.rstrip('/')}/chat/completions", self.private_hosts, PRIVATE)
-        except Refused as refused:
+        except HostRefused as refused:
             if "resolved" in str(refused):  # a name server may be away
                 raise _Again(str(refused)) from None
             raise JudgeFailed("judge_refused", f"The judge cannot be asked: {refused}.") from None

@@ -18,7 +18,7 @@ from app.spec.datasets.mapping import Mapping
 from app.spec.datasets.rendering import Rendering
 from worker.trainer.control import Encoding
 from worker.trainer.errors import UserError
-from worker.trainer.rendering import Refused, Rendered, Renderer, Span
+from worker.trainer.rendering import Rendered, Renderer, RowRefused, Span
 
 Tokenizer = Any
 Item = TypeVar("Item")
@@ -97,7 +97,7 @@ class Tally:
             else:
                 setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
 
-    def refuse(self, line: int, refused: Refused) -> None:
+    def refuse(self, line: int, refused: RowRefused) -> None:
         """Count a row that is left out."""
         self.refused[refused.reason] += 1
         self.details.setdefault(refused.reason, f"Line {line}: {refused.detail}.")
@@ -165,7 +165,7 @@ def whole_rows(examples: Iterable[Example], renderer: Renderer, recipe: Recipe, 
                     renderer.control.encode_moved(text) if found.moved else next(encodings) for text in found.texts
                 ]
             except ValueError as error:
-                tally.refuse(example.line, Refused("control_text", str(error)))
+                tally.refuse(example.line, RowRefused("control_text", str(error)))
                 continue
             tally.control_text += found.moved
             tally.templated += found.templated
@@ -177,7 +177,7 @@ def _rendered(example: Example, renderer: Renderer, recipe: Recipe, tally: Tally
     """The text of an example; None for one that is refused, which is counted."""
     try:
         return renderer.render(example, turns=recipe.loss_on == "turns", lenient=recipe.lenient)
-    except Refused as refused:
+    except RowRefused as refused:
         tally.refuse(example.line, refused)
         return None
 

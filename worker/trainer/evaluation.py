@@ -22,8 +22,7 @@ import torch
 from app.spec.datasets.check import numbered_examples
 from app.spec.datasets.example import Example, Kind
 from app.spec.datasets.rendering import Rendering
-from app.spec.evaluation import BestOf, EvaluationSpec, Judge, Scorer, Side
-from app.spec.evaluation import Sampling as SpecSampling
+from app.spec.evaluation import BestOf, EvaluationSpec, Judge, SamplingSpec, Scorer, Side
 from app.spec.hyperparameters import DEFAULT_MAX_LENGTH
 from app.spec.job import JobSpec
 from worker.classifier import BadClassifier, LinearClassifier
@@ -366,7 +365,7 @@ class Evaluator:
         return {group: key for group, (_, key) in found.items()}
 
     def _sampled(
-        self, policy: Policy, name: str, prompts: "dict[int, Prompt]", spec: SpecSampling | None
+        self, policy: Policy, name: str, prompts: "dict[int, Prompt]", spec: SamplingSpec | None
     ) -> Iterator[Made]:
         """All completions of a model: those of the parts that are there, then new ones, in parts of their own."""
         assert spec is not None
@@ -497,7 +496,7 @@ class Evaluator:
             text = f"{len(asked) - len(prompts)} of {len(asked)} questions do not fit into the judge's context."
             self.events.message(text, level="warn")
         said: list[list[str | None]] = [[] for _ in items]
-        made = self._sampled(policy, "judge", prompts, SpecSampling(temperatures=[0.0], max_tokens=JUDGE_TOKENS))
+        made = self._sampled(policy, "judge", prompts, SamplingSpec(temperatures=[0.0], max_tokens=JUDGE_TOKENS))
         texts = {one.row: policy.tokenizer.decode(one.ids, skip_special_tokens=True) for one in made}
         for place, (number, _) in enumerate(asked):
             said[number].append(texts.get(place))

@@ -20,7 +20,7 @@ class Event:
 
 
 @dataclass(frozen=True)
-class Message(Event):
+class Notice(Event):
     """A sentence for people. `data` says the same to programs, by a `code`."""
 
     KIND = "message"
@@ -151,4 +151,4 @@ class Events:
 
     def message(self, text: str, level: str = "info", data: dict[str, Any] | None = None) -> None:
         """Say `text` to people, and `data` to programs."""
-        self.emit(Message(text, level, data))
+        self.emit(Notice(text, level, data))

@@ -26,7 +26,7 @@ from worker.model_files import INDEX, config_of, prequantized, weight_files
 from worker.trainer.errors import UserError, first_line
 from worker.trainer.memory import fits_as_float32
 from worker.trainer.model import HALVES
-from worker.trainer.naming import DOWN, PREFIX, Place, places
+from worker.trainer.naming import DOWN, PREFIX, WeightPlace, places
 
 PARTS = (DOWN, ".lora_B.weight", ".lora_magnitude_vector")
 
@@ -48,7 +48,7 @@ def merge(base: Path, adapter: Path, output: Path, dtype: torch.dtype) -> None:
     _describe(base, adapter, output, dtype)
 
 
-def _places(base: Path, tensors: dict[str, Tensor]) -> dict[str, Place] | None:
+def _places(base: Path, tensors: dict[str, Tensor]) -> dict[str, WeightPlace] | None:
     """By the names in the base's files, the weights that the adapter changes; None where they are not there as such."""
     modules = {name.removeprefix(PREFIX).removesuffix(DOWN) for name in tensors if name.endswith(DOWN)}
     if any(not name.startswith(PREFIX) or not name.endswith(PARTS) for name in tensors):
@@ -63,7 +63,7 @@ def _merge_by_file(
     dtype: torch.dtype,
     config: dict[str, Any],
     tensors: dict[str, Tensor],
-    places: dict[str, Place],
+    places: dict[str, WeightPlace],
 ) -> None:
     rank = config["r"]
     scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -23,27 +23,27 @@ FOR_SERVERS = "vllm"
 
 
 @dataclass(frozen=True)
-class Place:
+class WeightPlace:
     """Where a weight of a file goes: its module's name, and whether it is [inputs, outputs], as GPT-2's."""
 
     module: str
     transposed: bool
 
 
-def places(base: Path, modules: Collection[str]) -> dict[str, Place]:
+def places(base: Path, modules: Collection[str]) -> dict[str, WeightPlace]:
     """By their names in the base's files, the weights that go to `modules` as they are, by transformers' own rules."""
     model = without_weights(base)
     transforms = get_model_conversion_mapping(model)
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
-    weights, found = model.state_dict(), dict[str, Place]()
+    weights, found = model.state_dict(), dict[str, WeightPlace]()
     for path in weight_files(base):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 renamed, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, weights)
                 module = renamed.removesuffix(".weight")
                 if converter is None and module in modules and renamed.endswith(".weight"):
-                    found[name] = Place(module, isinstance(model.get_submodule(module), Conv1D))
+                    found[name] = WeightPlace(module, isinstance(model.get_submodule(module), Conv1D))
     return found
 
 

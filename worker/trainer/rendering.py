@@ -33,7 +33,7 @@ _THINK = re.compile(r"</?think>|\s+")
 _INLINE = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
 
 
-class Refused(Exception):
+class RowRefused(Exception):
     """A row that cannot be trained as it stands: `reason` is counted, `detail` is for people."""
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -109,11 +109,11 @@ class Renderer:
             try:
                 example = self._moved(example)
             except ValueError as error:
-                raise Refused("private_characters", str(error)) from error
+                raise RowRefused("private_characters", str(error)) from error
         template = None if example.raw else self.template
         try:
             found = self._plain(example, turns) if template is None else self._chat(example, template, turns)
-        except Refused:
+        except RowRefused:
             if not lenient or template is None or len(self._only_texts(example)) < len(example.responses):
                 raise
             prompt = template.write(example.conversation, example.tools, generation=True)
@@ -215,7 +215,7 @@ class Renderer:
         for number, turn in enumerate(turns):
             if "reasoning" in turn:
                 detail = "the model has no chat template that would write the reasoning"
-                raise Refused("template_drops_reasoning", detail)
+                raise RowRefused("template_drops_reasoning", detail)
             said = _SPEAKERS[turn["role"]] + turn["content"]
             if turn["role"] == "assistant" and (number in chosen or (every and not chosen)):
                 spans.append((len(text) + len(_SPEAKERS["assistant"]) - 1, len(text) + len(said)))
@@ -269,7 +269,7 @@ class Renderer:
         spans = self._turns_in(text, whole, _assistants(whole, len(whole) - len(answer)), example, template)
         if spans is None:
             detail = "the model's chat template writes the turns of an answer differently once later ones are there"
-            raise Refused("template_rewrites_history", detail)
+            raise RowRefused("template_rewrites_history", detail)
         return [(boundary, spans[0][1]), *spans[1:]]
 
     def _earlier(
@@ -416,7 +416,7 @@ def _require_context(turns: list[Message], prompt: str) -> None:
             detail = f"the model's chat template leaves out what the {turn['role']} says"
             if turn["role"] == "system":
                 detail += "; 'fold_system' writes it into the first user turn"
-            raise Refused(f"template_drops_{turn['role']}", detail)
+            raise RowRefused(f"template_drops_{turn['role']}", detail)
 
 
 def _require_answer(example: Example, answer: list[Message], text: str) -> None:
@@ -430,10 +430,10 @@ def _require_answer(example: Example, answer: list[Message], text: str) -> None:
             detail = (
                 "the model's chat template leaves the reasoning of answers out; give data without it, or another model"
             )
-            raise Refused("template_drops_reasoning", detail)
+            raise RowRefused("template_drops_reasoning", detail)
         if not _holds(text, turn["content"]):
             detail = "the model's chat template leaves a part of the answer out, such as what stands before '</think>'"
-            raise Refused("template_drops_answer", detail)
+            raise RowRefused("template_drops_answer", detail)
 
 
 def _holds(text: str, said: str) -> bool:
@@ -462,7 +462,7 @@ def _boundary(prompt: str, base: str, texts: list[str], answers: list[list[Messa
         ending = text[max(0, place - _ALIKE) : place] if place > 0 else ""
         if not ending or "reasoning" in answer[0] or not prompt.rstrip().endswith(ending):
             detail = "the model's chat template writes earlier turns differently once the answer is there"
-            raise Refused("template_rewrites_history", detail)
+            raise RowRefused("template_rewrites_history", detail)
         moved.append(prompt.rstrip() + text[place:])
     boundary = len(prompt) if all(text.startswith(prompt) for text in moved) else len(prompt.rstrip())
     return boundary, moved

@@ -21,7 +21,7 @@ from tests.tiny_model import CHATML, make_tokenizer
 from worker.trainer.control import ControlTokens
 from worker.trainer.data import Recipe, Row, Tally, prompt_ids, rows
 from worker.trainer.errors import UserError
-from worker.trainer.rendering import Refused, Renderer
+from worker.trainer.rendering import Renderer, RowRefused
 from worker.trainer.template import Template
 
 TEMPLATES = {path.stem: path for path in sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))}
@@ -87,7 +87,7 @@ def test_the_text_is_what_the_template_writes_and_the_prompt_ends_where_trls_doe
     renderer = Renderer(tokenizer, Rendering())
     try:
         found = renderer.render(example)
-    except Refused as refused:
+    except RowRefused as refused:
         assert refused.reason in ("template_drops_reasoning", "template_drops_answer")
         text = tokenizer.apply_chat_template([*turns, *answers[0]], tokenize=False)
         assert "hm hm" not in text, "what is refused is what the template leaves out"
@@ -177,7 +177,7 @@ def test_a_template_that_moves_the_system_prompt_gets_the_answer_behind_the_prom
     )
     assert found.texts[0][found.prompt :] == " the cat</s>"
     forgetful = "{% for m in messages %}{{ m['content'] }}{{ loop.length }}{% endfor %}"
-    with pytest.raises(Refused, match="template_rewrites_history"):
+    with pytest.raises(RowRefused, match="template_rewrites_history"):
         Renderer(make_tokenizer(forgetful), Rendering()).render(EXAMPLES["several turns"])
 
 
