@@ -19,6 +19,7 @@ from app.settings import Settings
 from app.spec.datasets.check import check
 from app.spec.datasets.errors import DatasetError
 from app.spec.job import JobSpec
+from app.spec.metrics import SUMMARY
 from worker.base_models import BaseModels, ModelUnavailable
 from worker.processes import answer_cache, give_folder, spawn_trainer
 from worker.trainer.events import CacheWanted, CheckpointWritten, Failed, Metrics, Notice, read
@@ -127,8 +128,7 @@ def _worth_a_line(event: Metrics) -> bool:
 
 
 def _shown(metrics: dict[str, float]) -> list[tuple[str, float]]:
-    names = ("loss", "rewards/accuracies", "rewards/margins", "eval/loss", "eval/rewards/accuracies")
-    return [(name, metrics[name]) for name in names if name in metrics]
+    return [(name, metrics[name]) for name in SUMMARY if name in metrics]
 
 
 def main() -> int:

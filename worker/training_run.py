@@ -13,15 +13,13 @@ from app.models import repository as models
 from app.models.tables import Model
 from app.spec import quality_gates
 from app.spec.job import JobSpec
+from app.spec.metrics import SUMMARY
 from worker.base_models import ModelUnavailable
 from worker.checkpoints import Checkpoints
 from worker.integrations import Reporter
 from worker.lease import LeaseLost
 from worker.runner import Attempt
 from worker.trainer.events import CheckpointWritten, EvaluationDone, Event, Metrics, StageBegan, TrainingDone
-
-SUMMARY = ("loss", "eval/loss", "rewards/accuracies", "eval/rewards/accuracies", "eval/rewards/margins")
-"""The metrics that the message of a step shows."""
 
 
 class Training(Attempt[JobSpec]):

@@ -139,7 +139,15 @@ def test_every_operation_says_what_it_does_and_how_it_fails(ours: dict[str, Any]
 def test_every_body_has_an_example_that_is_one(ours: dict[str, Any]) -> None:
     from jsonschema import Draft202012Validator
 
-    for name in (*OBJECTS.values(), *BODIES.values(), "DatasetReport", "Estimate", "MetricSeries", "KeySpec", "ProjectSpec"):
+    for name in (
+        *OBJECTS.values(),
+        *BODIES.values(),
+        "DatasetReport",
+        "Estimate",
+        "MetricSeries",
+        "KeySpec",
+        "ProjectSpec",
+    ):
         schema = ours["components"]["schemas"][name]
         if "example" in schema and name in (
             "JobSpec",
