@@ -3,9 +3,11 @@
 Its excerpt is read from `DPO_SHARED`; where that is not there, the tests of the document's own completeness remain.
 """
 
+import importlib.util
 import json
 import os
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from app.main import create_app
 from app.settings import Settings
 
+REFERENCE = Path(__file__).parents[2] / "docs" / "reference"
 EXCERPT = Path(os.environ.get("DPO_SHARED", "../shared")) / "reference" / "openai-fine-tuning.openapi.json"
 needs_excerpt = pytest.mark.skipif(not EXCERPT.exists(), reason=f"OpenAI's document is not at {EXCERPT} (DPO_SHARED)")
 
@@ -166,13 +169,21 @@ def test_every_body_has_an_example_that_is_one(ours: dict[str, Any]) -> None:
     assert len(with_examples) >= 15
 
 
+def generator(name: str) -> ModuleType:
+    """A program of docs/reference, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, REFERENCE / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_the_api_reference_is_what_the_service_says(ours: dict[str, Any]) -> None:
     """`python docs/reference/generate.py` writes it."""
-    import importlib.util
+    assert (REFERENCE / "api.md").read_text() == generator("generate").text(ours)
 
-    place = Path(__file__).parents[2] / "docs" / "reference" / "generate.py"
-    spec = importlib.util.spec_from_file_location("generate", place)
-    assert spec is not None and spec.loader is not None
-    generate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generate)
-    assert place.with_name("api.md").read_text() == generate.text(ours)
+
+@pytest.mark.parametrize("page", ["losses.md", "metrics.md"])
+def test_the_tables_of_losses_and_metrics_are_what_the_registries_say(page: str) -> None:
+    """`python docs/reference/generate_tables.py` writes them."""
+    assert (REFERENCE / page).read_text() == generator("generate_tables").TABLES[page]()

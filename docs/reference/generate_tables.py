@@ -1,0 +1,88 @@
+"""`python docs/reference/generate_tables.py`: write losses.md and metrics.md from the registries. A test holds them."""
+
+from pathlib import Path
+
+from app.spec.losses import LOSSES, Loss
+from app.spec.metrics import ENDPOINT, EVALUATION, TRAINING, Metric
+
+FOLDER = Path(__file__).parent
+
+
+def losses() -> str:
+    """The table of losses, as Markdown."""
+    lines = [
+        "# Losses",
+        "",
+        "Generated from `app/spec/losses.py`. `method.dpo.hyperparameters.loss` takes a name, or a weighted sum.",
+        "A job may set the options of its loss; what a loss does not read is refused. `coupled`: the loss of a row",
+        "depends on the other rows of its batch.",
+        "",
+        "| loss | called | paper | data | reference | options and their defaults | also | |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, loss in LOSSES.items():
+        options = ", ".join(f"`{option}` {_value(default)}" for option, default in loss.options.items()) or "none"
+        cells = (f"`{name}`", loss.title, loss.paper, loss.data.value, "yes" if loss.reference else "no", options)
+        lines.append(f"| {' | '.join(cells)} | {_shaping(loss)} | {_notes(loss)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _value(default: float | str | bool) -> str:
+    if isinstance(default, bool):
+        return str(default).lower()
+    return str(default) if isinstance(default, str) else f"{default:g}"
+
+
+def _shaping(loss: Loss) -> str:
+    return ", ".join(f"`{option}`" for option in ("ld_alpha", "use_weighting") if loss.reads(option))
+
+
+def _notes(loss: Loss) -> str:
+    notes = {"coupled": loss.couples, "rewards averaged over tokens": loss.averaged, "alone": loss.alone}
+    return ", ".join(note for note, holds in notes.items() if holds)
+
+
+def metrics() -> str:
+    """The tables of metrics, as Markdown."""
+    lines = [
+        "# Metrics",
+        "",
+        "Generated from `app/spec/metrics.py`. A gate may name any of them.",
+        "",
+        "## Trainings",
+        "",
+        "A validation reports the validated ones as `eval/NAME`. Early stopping watches one of the last column.",
+        "",
+        "| metric | meaning | better | unit | validated | stops early |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, metric in TRAINING.items():
+        validated, stops = ("yes" if holds else "" for holds in (metric.validated, metric.stops))
+        lines.append(f"{_row(name, metric)} {validated} | {stops} |")
+    lines += [
+        "",
+        "## Evaluations",
+        "",
+        "A figure with an interval has `NAME/error`, `NAME/low` and `NAME/high` (95 %) beside it. Several temperatures",
+        "make `NAME@0.7` of it. The gate of a training calls it `evaluations/EVALUATION/NAME`.",
+        "",
+        "| metric | meaning | better | unit | types | interval | needs |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, figure in EVALUATION.items():
+        needs = "a judge that is asked" if figure.asked else "a judge" if figure.judged else ""
+        types = ", ".join(f"`{kind}`" for kind in figure.types)
+        lines.append(f"{_row(name, figure)} {types} | {'yes' if figure.interval else ''} | {needs} |")
+    lines += [f"{_row(name, metric)} any |  | a judge behind an endpoint |" for name, metric in ENDPOINT.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _row(name: str, metric: Metric) -> str:
+    return f"| `{name}` | {metric.meaning} | {metric.better or ''} | {metric.unit} |"
+
+
+TABLES = {"losses.md": losses, "metrics.md": metrics}
+
+if __name__ == "__main__":
+    for name, table in TABLES.items():
+        (FOLDER / name).write_text(table())
