@@ -11,6 +11,7 @@ from typing import Any
 import numpy
 
 from app.spec.evaluation import EvaluationSpec, Price
+from app.spec.metrics import EVALUATION
 from worker import confidence
 from worker.confidence import Floats, IntervalEstimate
 
@@ -241,7 +242,7 @@ def asked(price: Price | None, tokens: Sequence[tuple[int, int]]) -> Report:
 
 def summary(found: Report) -> str:
     """The figures that matter most, in a line."""
-    shown = ("accuracy", "margin", "win_rate", "reward", "kl", "judge_people/agreement", "people_people/agreement")
+    shown = {name for name, metric in EVALUATION.items() if metric.summary}
     numbers = flat(found)
     return ", ".join(
         f"{name} {number:.4g}" + (f" ± {numbers[error]:.2g}" if (error := _error(name)) in numbers else "")

@@ -18,6 +18,7 @@ def local() -> "Services":
 
 
 def migrate_database(settings: Settings, revision: str = "head") -> None:
+    """Bring the database of `settings` to the schema of `revision`."""
     from app.services import Services
 
     Services.of(settings).migrate(revision)

@@ -1,4 +1,4 @@
-"""What a user may ask for, as pure values: specs of jobs, evaluations and sweeps, losses, gates, datasets.
+"""Everything that a user may ask for, as pure values: specs of jobs, evaluations and sweeps, losses, gates, datasets.
 
 Nothing here knows a database, HTTP or torch. The trainer imports this package and nothing else of `app`.
 """

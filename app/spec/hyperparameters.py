@@ -1,5 +1,6 @@
 """The hyperparameters of a stage. None and "auto" mean the default, which `resolved` fills in."""
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
@@ -52,7 +53,7 @@ class Hyperparameters(Strict):
     METHOD: ClassVar[str]
     """The type of method that runs the stage."""
     STAGE: ClassVar[str]
-    """What the stage is called in progress, events and checkpoints."""
+    """The name of the stage in progress, events and checkpoints."""
     ACCURACY: ClassVar[str]
     """The metric that result files call the accuracy."""
     LEARNING_RATES: ClassVar[tuple[float, float]]
@@ -91,9 +92,9 @@ class Hyperparameters(Strict):
     """Compile the model's layers with torch.compile: minutes at the start, faster steps after it."""
 
     @property
+    @abstractmethod
     def data(self) -> Kind:
-        """What the stage compares."""
-        raise NotImplementedError
+        """The kind of examples that the stage learns from."""
 
     @property
     def scored(self) -> Literal["answers", "turns", "text"]:

@@ -63,13 +63,17 @@ class MethodSpec(Strict):
     @property
     def hyperparameters(self) -> SupervisedHyperparameters | DPOHyperparameters:
         """Those of its type, the defaults where none are given."""
-        method: SupervisedMethod | DPOMethod = getattr(self, self.type) or METHODS[self.type]()
-        return method.hyperparameters
+        return self._chosen.hyperparameters
 
     def resolved(self, full: bool) -> Self:
         """The same with every default filled in; `full` for full-parameter training."""
-        method = METHODS[self.type](hyperparameters=self.hyperparameters.resolved(full))  # type: ignore[arg-type]
+        method = self._chosen.model_copy(update={"hyperparameters": self.hyperparameters.resolved(full)})
         return self.model_copy(update={self.type: method})
+
+    @property
+    def _chosen(self) -> SupervisedMethod | DPOMethod:
+        method: SupervisedMethod | DPOMethod = getattr(self, self.type) or METHODS[self.type]()
+        return method
 
 
 class SftStage(Strict):
@@ -317,7 +321,7 @@ class JobSpec(RenderingSettings):
         )
 
     def stages(self) -> list[StageSpec]:
-        """What the job runs, in order: a supervised stage where it asks for one, then its method."""
+        """The stages that the job runs, in order: a supervised stage where it asks for one, then its method."""
         split = self.validation_split
         if split is None:
             split = 0.0 if self.validation_file is not None else DEFAULT_VALIDATION_SPLIT

@@ -50,7 +50,7 @@ class Loss:
     """A loss over the log-probs of the answers of a row."""
 
     title: str
-    """What the literature calls it."""
+    """Its name in the literature."""
     paper: str
     """Where it is defined, with the equation."""
     options: Mapping[str, Default] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class Loss:
     tails: bool = True
     """Whether LD-DPO's `ld_alpha` may count the tail of the longer answer less."""
     data: Kind = Kind.PREFERENCE
-    """What it compares."""
+    """The kind of examples that it compares."""
     reference: bool = True
     """Whether it compares the policy with a reference."""
     averaged: bool = False
@@ -81,12 +81,10 @@ class Loss:
         return {"use_weighting": self.weighting, "ld_alpha": self.tails}.get(option, option in self.options)
 
     def options_of(self, settings: Any) -> LossOptions:
-        """What `settings`, the hyperparameters of a job, say of the options that the loss reads, else the defaults."""
+        """The options that the loss reads, as the hyperparameters `settings` have them, else the defaults."""
         given = {name: getattr(settings, name) for name in self.options}
         values: dict[str, Any] = {name: self.options[name] if value is None else value for name, value in given.items()}
-        if values.get("simpo_gamma") == BETA_HALVED:
-            values["simpo_gamma"] = values["beta"] / 2
-        return LossOptions(**values)
+        return LossOptions(**{k: values["beta"] / 2 if value == BETA_HALVED else value for k, value in values.items()})
 
 
 _DIVERGENCE: dict[str, Default] = {"f_divergence": "reverse_kl", "f_alpha": 0.5}

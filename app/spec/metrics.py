@@ -1,7 +1,7 @@
 """Every figure that a job reports: what it means, which way is better, its unit, and where it is shown.
 
-Trainings report `TRAINING` and `VALIDATION`, evaluations report `EVALUATION`. Gates, the command line, charts,
-comparisons and the docs read these tables; a new metric is one entry here.
+Trainings report `TRAINING` and `VALIDATION`, evaluations report `EVALUATION`. Gates, early stopping, sweeps,
+the lines that tell of progress, and the docs read these tables; a new metric is one entry here.
 """
 
 from collections.abc import Iterable
@@ -23,22 +23,19 @@ class Metric:
     """Whether validations report it too, as `eval/NAME`."""
     summary: bool = False
     """Whether the one line that tells of a step or of an evaluation shows it."""
-    chart: str = ""
-    """The title of the chart that draws it."""
     stops: bool = False
     """Whether early stopping may watch it on the validation rows."""
 
 
 TRAINING = {
-    "loss": Metric("The loss of the stage.", "lower", validated=True, summary=True, chart="Loss", stops=True),
-    "rewards/chosen": Metric("The mean reward of the chosen answers.", "higher", validated=True, chart="Rewards"),
-    "rewards/rejected": Metric("The mean reward of the rejected answers.", "lower", validated=True, chart="Rewards"),
+    "loss": Metric("The loss of the stage.", "lower", validated=True, summary=True, stops=True),
+    "rewards/chosen": Metric("The mean reward of the chosen answers.", "higher", validated=True),
+    "rewards/rejected": Metric("The mean reward of the rejected answers.", "lower", validated=True),
     "rewards/margins": Metric(
         "The chosen answer's reward less the rejected one's.",
         "higher",
         validated=True,
         summary=True,
-        chart="Margins",
         stops=True,
     ),
     "rewards/accuracies": Metric(
@@ -47,7 +44,6 @@ TRAINING = {
         unit="share",
         validated=True,
         summary=True,
-        chart="Reward accuracy",
         stops=True,
     ),
     "rewards/longer_preferred": Metric(
@@ -55,12 +51,8 @@ TRAINING = {
     ),
     "logps/chosen": Metric("log π of the chosen answers.", "higher", unit="nats", validated=True),
     "logps/rejected": Metric("log π of the rejected answers.", unit="nats", validated=True),
-    "logratios/chosen": Metric(
-        "log π/π_ref of the chosen answers.", "higher", unit="nats", validated=True, chart="Log-ratios"
-    ),
-    "logratios/rejected": Metric(
-        "log π/π_ref of the rejected answers.", "lower", unit="nats", validated=True, chart="Log-ratios"
-    ),
+    "logratios/chosen": Metric("log π/π_ref of the chosen answers.", "higher", unit="nats", validated=True),
+    "logratios/rejected": Metric("log π/π_ref of the rejected answers.", "lower", unit="nats", validated=True),
     "gradient_weight": Metric(
         "How strongly a pair still teaches: σ(−margin) for DPO (Rafailov et al. 2023, Sec. 4).", validated=True
     ),
@@ -70,7 +62,6 @@ TRAINING = {
         unit="share",
         validated=True,
         summary=True,
-        chart="Token accuracy",
         stops=True,
     ),
     "entropy": Metric("The entropy of the next token.", unit="nats", validated=True),
@@ -82,24 +73,15 @@ TRAINING = {
     "mfu": Metric("Arithmetic that the step needs over the device's measured peak.", "higher", unit="share"),
     "peak_memory_bytes": Metric("The most memory in use so far.", "lower", unit="bytes"),
 }
-"""What each step of a training reports, by its name (TRL's, where it has one)."""
+"""The metrics of each step of a training, by name (TRL's, where it has one)."""
 VALIDATION = {f"eval/{name}": metric for name, metric in TRAINING.items() if metric.validated}
-"""What each validation reports."""
+"""The metrics of each validation."""
 METRICS = TRAINING | VALIDATION
 SUMMARY = tuple(
     name for plain, metric in TRAINING.items() if metric.summary
     for name in (plain, f"eval/{plain}")
 )  # fmt: skip
 """The metrics of the one line that tells of a step."""
-
-
-def charts() -> dict[str, list[str]]:
-    """The metrics of each chart of a training, by its title."""
-    drawn: dict[str, list[str]] = {}
-    for name, metric in METRICS.items():
-        if metric.chart:
-            drawn.setdefault(metric.chart, []).append(name)
-    return drawn
 
 
 @dataclass(frozen=True)
@@ -203,14 +185,14 @@ EVALUATION = {
     "unparseable": _count("Replies of the judge without a verdict.", *_ASKED, judged=True, asked=True),
     "inconsistent": _count("Pairs whose verdict turns with their order.", *_ASKED, judged=True, asked=True),
 }
-"""What an evaluation reports, by its name."""
+"""The metrics of an evaluation, by name."""
 ENDPOINT = {
     "judge/answers": _count("Replies of the judge's endpoint."),
     "judge/input_tokens": _count("Tokens that the endpoint read."),
     "judge/output_tokens": _count("Tokens that the endpoint wrote."),
     "judge/cost": Metric("The price of both.", "lower"),
 }
-"""What an evaluation reports of a judge's endpoint; the cost where its price is known."""
+"""The metrics of an evaluation's judge behind an endpoint; the cost where its price is known."""
 
 
 def figures_of(kind: str, *, judged: bool, asked: bool) -> list[str]:
@@ -225,13 +207,3 @@ def figures_of(kind: str, *, judged: bool, asked: bool) -> list[str]:
 
 def _intervals(names: Iterable[str]) -> list[str]:
     return [f"{name}/{part}" for name in names for part in INTERVAL]
-
-
-def metric_of(name: str) -> Metric | None:
-    """The entry of a metric as a job names it: `eval/loss`, `evaluations/held-out/win_rate/low@0.7`."""
-    if name.startswith("evaluations/"):
-        plain = name.split("/", 2)[2].partition("@")[0]
-        whole, _, part = plain.rpartition("/")
-        known = EVALUATION | ENDPOINT
-        return known.get(plain) or (known.get(whole) if part in INTERVAL else None)
-    return METRICS.get(name)

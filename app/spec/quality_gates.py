@@ -1,12 +1,11 @@
 """Gates: what metrics must be at the end. One that is not met takes nothing away: it is said, for CI to act on."""
 
-import difflib
 from collections.abc import Sequence
 from typing import Annotated, Any, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
-from app.spec.schema_base import NO_NUL, Strict, inconsistent
+from app.spec.schema_base import NO_NUL, Strict, did_you_mean, inconsistent
 
 
 class Gate(Strict):
@@ -26,9 +25,8 @@ class Gate(Strict):
 def require_metric(metric: str, known: Sequence[str], field: str) -> None:
     """Refuse a gate on what will not be measured."""
     if metric not in known:
-        close = difflib.get_close_matches(metric, known, n=1)
-        hint = f" Did you mean '{close[0]}'" + "?" if close else ""
-        raise inconsistent(field, f"There is no metric '{metric}'.{hint}".removesuffix("."))
+        message = f"There is no metric '{metric}'.{did_you_mean(metric, known)}"
+        raise inconsistent(field, message.removesuffix("."))
 
 
 Gates = Annotated[list[Gate], Field(max_length=32)]

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import orjson
@@ -26,6 +27,12 @@ Metadata = dict[
 def unix_seconds(time: float | None) -> int | None:
     """A time as the API writes it."""
     return None if time is None else int(time)
+
+
+def did_you_mean(name: str, known: Sequence[str], cutoff: float = 0.6) -> str:
+    """A question behind a sentence about an unknown `name`, where one of `known` is like it; else nothing."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+    return f" Did you mean '{close[0]}'?" if close else ""
 
 
 def inconsistent(field: str, message: str) -> PydanticCustomError:
@@ -59,8 +66,7 @@ class Strict(BaseModel):
                     {"field": field},
                 )
             field = str(field).encode("utf-8", "replace").decode()  # a lone surrogate cannot be answered
-            close = difflib.get_close_matches(field, list(cls.model_fields), n=1, cutoff=0.8)
-            hint = f" Did you mean '{close[0]}'?" if close else ""
+            hint = did_you_mean(field, list(cls.model_fields), cutoff=0.8)
             raise PydanticCustomError(
                 "unknown_parameter",
                 "Unknown parameter: '{field}'.{hint}",

@@ -1,7 +1,6 @@
 """The body of `POST /v1/sweeps`, and the jobs that it stands for. Pure pydantic."""
 
 import copy
-import difflib
 import itertools
 import secrets
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from pydantic import ConfigDict, Field, StringConstraints, model_validator
 from app.errors import ServiceError
 from app.spec.job import METHODS, JobSpec
 from app.spec.metrics import METRICS
-from app.spec.schema_base import NO_NUL, Metadata, Strict, inconsistent, plain_json
+from app.spec.schema_base import NO_NUL, Metadata, Strict, did_you_mean, inconsistent, plain_json
 
 MAX_JOBS = 64
 MAX_BYTES = 1 << 20
@@ -125,9 +124,7 @@ class SweepSpec(Strict):
         for axis in ("x", "y"):
             metric = getattr(self.frontier, axis)
             if metric not in known:
-                close = difflib.get_close_matches(metric, known, n=1)
-                hint = f" Did you mean '{close[0]}'?" if close else ""
-                message = f"There is no metric '{metric}'.{hint}"
+                message = f"There is no metric '{metric}'.{did_you_mean(metric, known)}"
                 raise ServiceError(message, param=f"frontier.{axis}", code="invalid_value")
         return self.frontier
 

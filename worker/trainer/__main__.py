@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import traceback
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ def main() -> int:
         os.dup2(2, 1)
         os.chdir(folder)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")
-    print(json.dumps({"event": "trainer began", "level": "info", **_named(folder)}), file=sys.stderr, flush=True)
+    began = {"event": "trainer began", "level": "info", "timestamp": datetime.now(UTC).isoformat(), **_named(folder)}
+    print(json.dumps(began), file=sys.stderr, flush=True)
     events = Events(stream)
     evaluates = (folder / "evaluation.json").exists()
     cache = Cache(folder / "cache", events, answers)

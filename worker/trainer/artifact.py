@@ -28,7 +28,7 @@ RESULT_COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_m
 
 @dataclass(frozen=True)
 class Results:
-    """What is known about a finished run. `validation` has the rows of the last stage as the kept weights see them."""
+    """A finished run. `validation` has the rows of the last stage as the kept weights see them."""
 
     run: Run
     history: list[dict[str, Any]]

@@ -73,7 +73,8 @@ def restore(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, meth
     """Put back what the model's folder does not hold; the model was loaded from `folder`/model."""
     state = folder / "state"
     tensors = load_file(state / "optimizer.safetensors")
-    numbers = json.loads((state / "state.json").read_text())["optimizer"]
+    described = json.loads((state / "state.json").read_text())
+    numbers = described["optimizer"]
     for name, parameter in policy.trainable().items():
         prefix = name + "/"
         entries: dict[str, Any] = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
@@ -87,7 +88,7 @@ def restore(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, meth
         torch.cuda.set_rng_state(generators["cuda"])
     files = {path.stem: path for path in state.glob("*.safetensors")}
     kept = {name: load_file(path) for name, path in files.items() if name not in OURS}
-    method.load_state_dict(kept, load_state(folder).stage_step)
+    method.load_state_dict(kept, described["stage_step"])
     if (state / "best.safetensors").exists():
         best.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(state / "best.safetensors", best)

@@ -140,7 +140,7 @@ class Rows(Sequence[Row]):
         sizes: Integers = a.tokens[a.segments[numbers + 1]] - a.tokens[a.segments[numbers]]
         return sizes
 
-    @property
+    @cached_property
     def longest(self) -> int:
         """The tokens of the largest row."""
         return int(self._sizes.max()) if len(self) else 0
@@ -155,7 +155,7 @@ class Rows(Sequence[Row]):
         return int(last - first) - 1
 
     def desirable(self, numbers: Sequence[int]) -> list[bool]:
-        """Of labelled rows, whether their response is desirable."""
+        """Whether the response of each labelled row is desirable."""
         return list(self._arrays.desirable[self._numbers[numbers]].tolist())
 
     def scored_tokens(self, numbers: Sequence[int]) -> list[list[int]]:

@@ -8,7 +8,7 @@ from app.spec.metrics import VALIDATION
 
 @dataclass
 class Best:
-    """What is known of a stage's validations; kept in checkpoints."""
+    """The best validation of a stage so far; kept in checkpoints."""
 
     value: float | None = None
     step: int = 0

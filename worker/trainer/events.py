@@ -1,4 +1,4 @@
-"""Events: what a trainer tells the process that started it, a line of JSON on standard output for each.
+"""Events: all that a trainer tells the process that started it, a line of JSON on standard output for each.
 
 `Events` writes them, `read` makes the same objects of the lines again: for the service's runner, for `dpo train`, and
 for benchmarks.
@@ -12,7 +12,7 @@ from typing import IO, Any, ClassVar
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """What all events have. `KIND` is their name on the wire."""
+    """The fields that all events have. `KIND` is their name on the wire."""
 
     KIND: ClassVar[str]
     time: float = field(default_factory=time.time)
@@ -42,7 +42,7 @@ class StageBegan(Event):
 
 @dataclass(frozen=True)
 class Metrics(Event):
-    """What a step or a validation measured. `seconds_remaining` is None where no step was measured yet."""
+    """The metrics of a step or of a validation. `seconds_remaining` is None where no step was measured yet."""
 
     KIND = "metrics"
     stage: str

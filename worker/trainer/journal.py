@@ -1,4 +1,4 @@
-"""What a run has measured so far: kept for the artifact, told as events, and read by the advisor."""
+"""Everything that a run has measured so far: kept for the artifact, told as events, and read by the advisor."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -12,7 +12,7 @@ Entry = dict[str, Any]
 
 
 class Journal:
-    """Of one stage. `history` has the entries of all stages, and goes on growing here."""
+    """The journal of one stage. `history` has the entries of all stages, and goes on growing here."""
 
     def __init__(self, stage: Stage, history: list[Entry], events: Events) -> None:
         self.stage, self.history, self.events = stage, history, events

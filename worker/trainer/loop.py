@@ -74,36 +74,38 @@ def _train(run: Run) -> None:
     run.events.emit(TrainingDone(state.trained_tokens, metrics, pace))
 
 
-def run_stage(run: StageRun) -> dict[str, float]:
+def run_stage(running: StageRun) -> dict[str, float]:
     """Train a stage from where it is to its end. Raises `UserError` or `Stopped`.
 
     Returns the validation of the weights that are kept, where they are not those that the last step has validated.
     """
-    state, began, first = run.state, time.monotonic(), run.state.stage_step
+    state, began, first = running.state, time.monotonic(), running.state.stage_step
     validated = state.stage_step == 0
     if validated:
-        run.validate_at_start()
-    while state.pending is not None or not run.ended:
+        running.validate_at_start()
+    while state.pending is not None or not running.ended:
         if state.pending is None:
-            run.stop_if_asked()
-            state.pending = run.step()
+            running.stop_if_asked()
+            state.pending = running.step()
         metrics = state.pending
-        validated = run.validation_is_due
+        validated = running.validation_is_due
         if validated:
-            metrics |= run.validate_after_step()
+            metrics |= running.validate_after_step()
         state.pending = None
-        seconds_a_step = (time.monotonic() - began) / max(1, state.stage_step - first)
-        run.journal.write(state.step, metrics, run.total_steps, seconds_a_step * (run.total_steps - state.step))
-        if run.ended:
-            run.bring_back_best()  # the last checkpoint of a stage is what the stage leaves
-        if run.checkpoint_is_due:
-            run.checkpoint()
-    stopping = run.stage.hyperparameters.early_stopping
-    if stopping is not None and run.bring_back_best():
-        best = run.state.best
-        run.run.events.message(f"Stage {run.stage.name} keeps step {best.step}: {stopping.metric} {best.value:.6g}.")
+        seconds_a_step, total = (time.monotonic() - began) / max(1, state.stage_step - first), running.total_steps
+        running.journal.write(state.step, metrics, total, seconds_a_step * (total - state.step))
+        if running.ended:
+            running.bring_back_best()  # the last checkpoint of a stage is what the stage leaves
+        if running.checkpoint_is_due:
+            running.checkpoint()
+    stopping = running.stage.hyperparameters.early_stopping
+    if stopping is not None and running.bring_back_best():
+        best = running.state.best
+        running.run.events.message(
+            f"Stage {running.stage.name} keeps step {best.step}: {stopping.metric} {best.value:.6g}."
+        )
         validated = False
-    return {} if validated else run.validate()
+    return {} if validated else running.validate()
 
 
 def stages_of(run: Run) -> list[Stage]:

@@ -16,6 +16,7 @@ from worker.trainer.errors import UserError
 from worker.trainer.events import Events
 from worker.trainer.model import Policy
 from worker.trainer.packing import Pack
+from worker.trainer.plan import Stage
 
 Result = TypeVar("Result")
 RESERVE = 0.8
@@ -80,20 +81,21 @@ def free_host_bytes() -> int:
     return free
 
 
-def with_smaller_packs(policy: Policy, longest: int, param: str, events: Events, work: Callable[[], Result]) -> Result:
-    """Run `work`; where the GPU's memory is not enough, with half the packs' budget, again and again.
+def with_smaller_packs(policy: Policy, stage: Stage, events: Events, work: Callable[[], Result]) -> Result:
+    """Run `work` on rows of `stage`; where the GPU's memory is not enough, again with half the packs' budget.
 
-    `longest` is the largest row's tokens: a pack can be no smaller. Raises `UserError` about `param` where that one row
-    does not fit. `work` starts over: the gradients that it left are dropped, and random numbers are drawn again.
+    A pack can be no smaller than the largest row: where that one does not fit, a `UserError` names `max_length`. `work`
+    starts over: the gradients that it left are dropped, and random numbers are drawn again.
     """
     while True:
         generator = torch.get_rng_state()
         try:
             return work()
         except torch.OutOfMemoryError as error:
-            if policy.packing.budget <= longest:
-                message = f"The longest row ({longest} tokens) does not fit into the GPU's memory. Lower 'max_length'."
-                raise UserError("out_of_memory", message, param) from error
+            if policy.packing.budget <= stage.longest:
+                message = f"The longest row ({stage.longest} tokens) does not fit into the GPU's memory."
+                param = f"{stage.param}.max_length"
+                raise UserError("out_of_memory", f"{message} Lower 'max_length'.", param) from error
             policy.packing = replace(policy.packing, budget=policy.packing.budget // 2)
         events.message(f"Out of memory: packs of {policy.packing.budget} tokens from now on.", level="warn")
         for parameter in policy.trainable().values():

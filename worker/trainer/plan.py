@@ -40,6 +40,11 @@ class Stage:
     repeated: int = 0
     """Validation rows that ask what training rows ask too."""
 
+    @cached_property
+    def longest(self) -> int:
+        """The tokens of the largest row, of those for validation too."""
+        return max(self.train.longest, self.validation.longest)
+
     @property
     def batch_size(self) -> int:
         return min(self.hyperparameters.batch_size or 16, len(self.train))

@@ -18,13 +18,11 @@ from worker.trainer.tokenizer import load_tokenizer
 def references_by(policy: Policy, stage: Stage, tail_weight: float | None, run: Run) -> References:
     """The log-probs of the rows of `stage` under `policy` as it is. `tail_weight` is LD-DPO's."""
     began, hits, digest = time.monotonic(), len(run.cache.hits), policy.digest()
-    longest = max(stage.train.longest, stage.validation.longest)
 
     def find(rows: Rows) -> Reference:
         return memory.with_smaller_packs(
             policy,
-            longest,
-            f"{stage.param}.max_length",
+            stage,
             run.events,
             lambda: reference.find(policy, digest, rows, tail_weight, run.cache, run.tick),
         )

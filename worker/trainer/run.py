@@ -38,7 +38,7 @@ class Run:
 
     @cached_property
     def about(self) -> dict[str, Any]:
-        """What the artifact tells of the job: its base model, and its spec as the user wrote it."""
+        """The facts that the artifact tells of the job: its base model, and its spec as the user wrote it."""
         about: dict[str, Any] = json.loads((self.folder / "run.json").read_text())
         return about
 

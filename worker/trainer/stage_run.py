@@ -2,10 +2,11 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 
@@ -27,6 +28,8 @@ from worker.trainer.reference import References
 from worker.trainer.reference_pass import references_by
 from worker.trainer.run import Run
 
+Result = TypeVar("Result")
+
 
 @dataclass
 class StageRun:
@@ -42,7 +45,7 @@ class StageRun:
     journal: Journal
     last_good: weights.LastGood = field(default_factory=weights.LastGood)
     validated_rows: list[ValidatedRow] = field(default_factory=list)
-    """Of the last validation."""
+    """The rows of the last validation."""
     saved_step: int = -1
     """The step of the last checkpoint."""
 
@@ -231,10 +234,8 @@ class StageRun:
         path, metrics = f"checkpoints/{folder.name}", last_metrics(state.history, state.stage)
         self.run.events.emit(CheckpointWritten(self.stage.name, state.step, path, metrics))
 
-    def _in_memory(self, work: Any) -> Any:
-        stage = self.stage
-        longest = max(stage.train.longest, stage.validation.longest)
-        return memory.with_smaller_packs(self.policy, longest, f"{stage.param}.max_length", self.run.events, work)
+    def _in_memory(self, work: Callable[[], Result]) -> Result:
+        return memory.with_smaller_packs(self.policy, self.stage, self.run.events, work)
 
 
 def begin(
@@ -283,13 +284,9 @@ def _choose_checkpointing(run: Run, stage: Stage, policy: Policy) -> None:
     """Recompute activations where the job says so, or where they would not fit."""
     recompute = stage.hyperparameters.activation_checkpointing
     if recompute is None:
-        longest, pack = stage.train.longest, policy.packing.build(trees(stage.train, [0], 0)).to(policy.device)
+        pack = policy.packing.build(trees(stage.train, [0], 0)).to(policy.device)
         recompute = not memory.with_smaller_packs(
-            policy,
-            max(longest, stage.validation.longest),
-            f"{stage.param}.max_length",
-            run.events,
-            lambda: memory.fits(policy, pack, longest),
+            policy, stage, run.events, lambda: memory.fits(policy, pack, stage.train.longest)
         )
         if recompute:
             run.events.message("Activations are recomputed in the backward pass: they would not fit into memory.")

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from app.spec.metrics import METRICS, TRAINING, VALIDATION, metric_of
+from app.spec.metrics import METRICS, VALIDATION
 from tests.unit.trainer.work import dpo_method, make_pairs, make_work_folder, of_kind, run_in_process, sft_method
 
 PAIRS = make_pairs(12)
@@ -29,11 +29,3 @@ def test_every_metric_that_a_training_reports_is_in_the_registry(llama: Path, tm
     assert "loss" in reported and "eval/loss" in reported
     assert reported <= set(METRICS)
     assert {metric for metric in reported if metric.startswith("eval/")} <= set(VALIDATION)
-
-
-def test_a_metric_is_found_by_the_name_that_a_gate_gives_it() -> None:
-    assert metric_of("eval/rewards/margins") is TRAINING["rewards/margins"]
-    found = metric_of("evaluations/held-out/win_rate/low@0.7")
-    assert found is not None and found.better == "higher" and found.unit == "share"
-    assert metric_of("evaluations/held-out/calibration/error") is not None
-    assert metric_of("no/such/metric") is None

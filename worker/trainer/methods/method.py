@@ -1,4 +1,4 @@
-"""What every method of training is: rows in, a gradient or validation metrics out, and a state of its own.
+"""A method of training: rows in, a gradient or validation metrics out, and a state of its own.
 
 A method takes rows by number, packs them, and asks the policy for scores. The loss of a step is a mean over its rows
 (for SFT: over its scored tokens), whatever packs they are in and whoever computes which part of them: what the mean
@@ -31,7 +31,7 @@ class ValidatedRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Work:
-    """What the packs of a step held: distinct tokens, places (with padding), and scored tokens."""
+    """Distinct tokens, places (with padding) and scored tokens of the packs of a step."""
 
     tokens: int
     places: int
@@ -48,14 +48,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Totals:
-    """What the loss divides by: counts over the whole batch of a step, of which a part may be computed at a time.
+    """Counts over the whole batch of a step, by which the loss of each part of it divides.
 
     `shares` is there where rows depend on each other: by row, ∂L/∂log π(y) of each of its responses, [K].
     """
 
     rows: int
     scored_tokens: int
-    """Of all responses."""
+    """The scored tokens of all responses."""
     chosen_tokens: int
     """Scored tokens of the best responses."""
     shares: Mapping[int, Tensor] | None = None
@@ -102,7 +102,7 @@ class Method(ABC):
     # -- a step --------------------------------------------------------------------------------------------------
 
     def totals(self, batch: Sequence[int], averages: Averages, *, divided: bool = False) -> Totals:
-        """What a part of the training rows `batch` must know of the whole. `divided`: `backward` gets parts of it."""
+        """The totals that each part of the training rows `batch` needs. `divided`: `backward` gets parts of it."""
         return Totals.of(self.train, batch)
 
     @abstractmethod
@@ -124,7 +124,7 @@ class Method(ABC):
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint must keep beside the weights, by the name of its file."""
+        """The tensors that a checkpoint must keep beside the weights, by the name of their file."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, dict[str, Tensor]], step: int) -> None:  # noqa: B027 - most methods need nothing here
@@ -132,6 +132,6 @@ class Method(ABC):
 
 
 def split_by_row(values: Tensor, row_of: Tensor, rows: int) -> list[Tensor]:
-    """`values` [R] of `rows` rows, one tensor a row, on the CPU. `row_of` [R] says whose each value is."""
+    """`values` [R] of `rows` rows, one tensor a row. `row_of` [R] says whose each value is."""
     counts = torch.bincount(row_of, minlength=rows).tolist()
-    return list(torch.split(values.cpu(), counts))
+    return list(torch.split(values, counts))

@@ -22,7 +22,7 @@ from worker.trainer.reference import Reference, References
 
 
 class Responses(NamedTuple):
-    """What is computed of the R responses of a pack's rows, each [R]."""
+    """Everything that is computed of the R responses of a pack's rows, each [R]."""
 
     rows: tuple[int, ...]
     """The numbers of the rows, as many as the pack has."""
@@ -31,13 +31,13 @@ class Responses(NamedTuple):
     lengths: Tensor
     """Scored tokens."""
     values: Tensor
-    """What the loss sees of the policy: log π(y|x), or the reward of a reward model."""
+    """The policy as the loss sees it: log π(y|x), or the reward of a reward model."""
     logps: Tensor
     """log π(y|x) as the model says it, or the reward."""
     alignment: Tensor | None
     """How likely the policy is to write each response (WPO), where the job asks for it."""
     reference: Tensor
-    """What the loss sees of the reference; zero where it has none."""
+    """The reference as the loss sees it; zero where it has none."""
     reference_logps: Tensor
     """log π_ref(y|x) as the model says it."""
 
@@ -139,10 +139,10 @@ class Preference(Method):
             report(batch, losses_of(batch, self.settings), self.settings, averages)
         validated: list[ValidatedRow] = []
         for part in parts:
-            logps = split_by_row(part.logps, part.row_of, len(part.rows))
+            logps = split_by_row(part.logps.cpu(), part.row_of, len(part.rows))
             theirs: Sequence[Tensor | None] = [None] * len(part.rows)
             if self.settings.needs_reference:
-                theirs = split_by_row(part.reference_logps, part.row_of, len(part.rows))
+                theirs = split_by_row(part.reference_logps.cpu(), part.row_of, len(part.rows))
             validated += map(ValidatedRow, part.rows, logps, theirs)
         return validated
 
@@ -253,7 +253,6 @@ def _by_row(parts: Sequence[Responses], shares: Sequence[Tensor]) -> dict[int, T
     """∂L/∂log π of each row's responses, [K], on the policy's device; of a row that the batch has twice, the mean."""
     found: dict[int, list[Tensor]] = {}
     for part, share in zip(parts, shares, strict=True):
-        counts = torch.bincount(part.row_of, minlength=len(part.rows)).tolist()
-        for number, values in zip(part.rows, torch.split(share, counts), strict=True):
+        for number, values in zip(part.rows, split_by_row(share, part.row_of, len(part.rows)), strict=True):
             found.setdefault(number, []).append(values)
     return {number: values[0] if len(values) == 1 else torch.stack(values).mean(0) for number, values in found.items()}

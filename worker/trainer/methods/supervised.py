@@ -42,7 +42,7 @@ class Supervised(Method):
                 averages.add("mean_token_accuracy", scores.tokens.correct)
                 if scores.tokens.entropy is not None:
                     averages.add("entropy", scores.tokens.entropy)
-                logps = split_by_row(scores.responses, pack.row_of, len(pack.rows))
+                logps = split_by_row(scores.responses.cpu(), pack.row_of, len(pack.rows))
                 validated += [ValidatedRow(number, row, None) for number, row in zip(pack.rows, logps, strict=True)]
                 tick()
         return validated
