@@ -30,7 +30,7 @@ def ours(folder: Path, task: str, epochs: int) -> float:
     """Seconds of a whole run: loading, tokenising, reference pass, training, writing the artifact."""
     from worker.trainer.events import Events
     from worker.trainer.loop import train
-    from worker.trainer.run import Run
+    from worker.trainer.run import TrainingRun
 
     with tempfile.TemporaryDirectory() as name, Path(os.devnull).open("w") as sink:
         work = Path(name)
@@ -53,7 +53,7 @@ def ours(folder: Path, task: str, epochs: int) -> float:
             json.dumps({"base_model": "bench", "revision": None, "version": None, "spec": spec})
         )
         began = time.monotonic()
-        train(Run.of(work, Events(sink), threading.Event()))
+        train(TrainingRun.of(work, Events(sink), threading.Event()))
         return time.monotonic() - began
 
 

@@ -61,7 +61,7 @@ from worker.trainer.methods.method import Method
 from worker.trainer.methods.preference import Preference
 from worker.trainer.model import Policy
 from worker.trainer.reference import References, compute
-from worker.trainer.run import Run
+from worker.trainer.run import TrainingRun
 from worker.trainer.throughput import layer_weights, needed_flops, peak_flops
 
 RUNS = 3
@@ -188,7 +188,7 @@ def ours(model: Any, folder: Path, pairs: Pairs, batch: int, epochs: int, recomp
         (work / "run.json").write_text(
             json.dumps({"base_model": "bench", "revision": None, "version": None, "spec": spec})
         )
-        run = Run.of(work, Events(stream), threading.Event())
+        run = TrainingRun.of(work, Events(stream), threading.Event())
         policy = wrap(model, AutoTokenizer.from_pretrained(folder), run.spec, run.base, None, run.events)
 
         def train() -> None:

@@ -1,5 +1,6 @@
 """`dpo compare`: two models side by side, for eyes: one page that needs nothing else, and the same as JSON."""
 
+import itertools
 import json
 import tempfile
 from collections.abc import Sequence
@@ -14,9 +15,11 @@ from app.cli.client import Client
 from app.cli.evaluations import judge_of
 from app.cli.output import Json, emit
 from app.cli.watch import EXIT_STATUS, watch
+from app.spec.metrics import CHARTS
 from app.svg import curves
 
-CURVES = ("loss", "eval/loss", "rewards/margins", "rewards/accuracies", "eval/rewards/accuracies", "logratios/chosen")
+CURVES = tuple(itertools.chain(*CHARTS.values()))
+"""The metrics of a training that the page draws."""
 
 
 def compare(

@@ -12,11 +12,13 @@ from rich.console import Console
 from app.cli.client import Client
 from app.cli.output import Json, Limit, emit, emit_table, read_body, upload_files
 from app.cli.watch import EXIT_STATUS, GATE_NOT_MET
+from app.spec.metrics import EVALUATION, SUMMARY, VALIDATION
 
 sweeps = typer.Typer(help="Sweeps: a job for each point of a grid.", no_args_is_help=True)
 PATH = "/sweeps"
 INTERVAL_SECONDS = 2.0
-SHOWN = ("eval/loss", "eval/rewards/accuracies", "eval/rewards/margins")
+MEASURED = tuple(name for name in SUMMARY if name in VALIDATION)
+"""The metrics of a training in a sweep's table: those of its last validation."""
 
 
 def _path(sweep_id: str) -> str:
@@ -109,12 +111,13 @@ def _follow(client: Client, sweep_id: str, as_json: bool) -> None:
 def _show(sweep: dict[str, Any], as_json: bool) -> None:
     frontier = sweep["frontier"] or {"points": []}
     best = {point["job_id"] for point in frontier["points"] if point["pareto"]}
-    rows, measured = [], dict.fromkeys(SHOWN)
+    rows, measured = [], dict.fromkeys(MEASURED)
     for job in sweep["jobs"]:
-        metrics = {name: value for name, value in (job["metrics"] or {}).items() if name in SHOWN}
+        metrics = {name: value for name, value in (job["metrics"] or {}).items() if name in MEASURED}
         for name, evaluation in job["evaluations"].items():
             for metric, value in (evaluation["metrics"] or {}).items():
-                if metric.partition("@")[0] in ("accuracy", "win_rate", "reward", "kl"):
+                registered = EVALUATION.get(metric.partition("@")[0])
+                if registered is not None and registered.summary:
                     metrics[f"{name}/{metric}"] = value
         measured |= dict.fromkeys(metrics)
         shown = {name: f"{value:.4g}" for name, value in metrics.items()}

@@ -7,10 +7,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from app.cli.client import Client
+from app.spec.metrics import SUMMARY
 
 EXIT_STATUS = {"succeeded": 0, "failed": 1, "cancelled": 3}
 GATE_NOT_MET = 4
-SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "eval/loss", "eval/rewards/accuracies")
 INTERVAL_SECONDS = 1.0
 
 
@@ -57,7 +57,7 @@ def _show(progress: Progress, task: Any, job: dict[str, Any]) -> None:
     elif state == "queued" and job["queue_position"]:
         state = f"queued, place {job['queue_position']}"
     metrics = job["metrics"] or {}
-    text = "  ".join(f"{name} {metrics[name]:.3f}" for name in SHOWN if name in metrics)
+    text = "  ".join(f"{name} {metrics[name]:.3f}" for name in SUMMARY if name in metrics)
     steps = job["progress"] or {}
     done, total = ("completions", "total") if "completions" in steps else ("step", "total_steps")
     if steps.get("questions"):

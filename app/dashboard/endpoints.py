@@ -15,6 +15,7 @@ from app.evaluations.figures import figures
 from app.evaluations.schemas import EvaluationObject
 from app.jobs.lifecycle import Lifecycle
 from app.jobs.schemas import JobObject, MetricSeries
+from app.spec.metrics import CHARTS
 
 FOLDER = Path(__file__).parent
 POLICY = "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'; object-src 'none'"
@@ -50,6 +51,7 @@ def _side(side: dict[str, Any] | None) -> str:
 
 
 templates.env.filters |= {"time": _time, "duration": _duration, "side": _side, "figures": figures}
+templates.env.globals |= {"charts": CHARTS}
 
 
 def _page(request: Request, name: str, status: int = 200, **context: Any) -> HTMLResponse:

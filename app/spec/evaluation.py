@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, StringConstraints, Vali
 from app.spec.datasets.example import Kind
 from app.spec.datasets.mapping import Mapping
 from app.spec.datasets.rendering import RenderingSettings, today
-from app.spec.metrics import ENDPOINT, figures_of
+from app.spec.metrics import BEST_OF, ENDPOINT, figures_of
 from app.spec.quality_gates import Gates, require_metric
 from app.spec.schema_base import (
     NO_NUL,
@@ -314,7 +314,8 @@ class EvaluationSpec(RenderingSettings):
             names = [f"{name}@{temperature:g}" for name in names for temperature in temperatures]
         if judge is not None and judge.endpoint is not None:
             names += [name for name in ENDPOINT if name != "judge/cost" or judge.endpoint.price is not None]
-        return names
+        sides = [side for side, settings in self._named_sides() if settings.best_of is not None]
+        return names + [f"best_of/{side}/{name}" for side in sides for name in BEST_OF]
 
     @classmethod
     def stored(cls, data: dict[str, Any]) -> Self:

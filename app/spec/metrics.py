@@ -23,19 +23,22 @@ class Metric:
     """Whether validations report it too, as `eval/NAME`."""
     summary: bool = False
     """Whether the one line that tells of a step or of an evaluation shows it."""
+    chart: str = ""
+    """The title of the chart of a training that draws it, together with its `eval/NAME`."""
     stops: bool = False
     """Whether early stopping may watch it on the validation rows."""
 
 
 TRAINING = {
-    "loss": Metric("The loss of the stage.", "lower", validated=True, summary=True, stops=True),
-    "rewards/chosen": Metric("The mean reward of the chosen answers.", "higher", validated=True),
-    "rewards/rejected": Metric("The mean reward of the rejected answers.", "lower", validated=True),
+    "loss": Metric("The loss of the stage.", "lower", validated=True, summary=True, chart="Loss", stops=True),
+    "rewards/chosen": Metric("The mean reward of the chosen answers.", "higher", validated=True, chart="Rewards"),
+    "rewards/rejected": Metric("The mean reward of the rejected answers.", "lower", validated=True, chart="Rewards"),
     "rewards/margins": Metric(
         "The chosen answer's reward less the rejected one's.",
         "higher",
         validated=True,
         summary=True,
+        chart="Margins",
         stops=True,
     ),
     "rewards/accuracies": Metric(
@@ -44,6 +47,7 @@ TRAINING = {
         unit="share",
         validated=True,
         summary=True,
+        chart="Reward accuracy",
         stops=True,
     ),
     "rewards/longer_preferred": Metric(
@@ -51,8 +55,12 @@ TRAINING = {
     ),
     "logps/chosen": Metric("log π of the chosen answers.", "higher", unit="nats", validated=True),
     "logps/rejected": Metric("log π of the rejected answers.", unit="nats", validated=True),
-    "logratios/chosen": Metric("log π/π_ref of the chosen answers.", "higher", unit="nats", validated=True),
-    "logratios/rejected": Metric("log π/π_ref of the rejected answers.", "lower", unit="nats", validated=True),
+    "logratios/chosen": Metric(
+        "log π/π_ref of the chosen answers.", "higher", unit="nats", validated=True, chart="Log ratios"
+    ),
+    "logratios/rejected": Metric(
+        "log π/π_ref of the rejected answers.", "lower", unit="nats", validated=True, chart="Log ratios"
+    ),
     "gradient_weight": Metric(
         "How strongly a pair still teaches: σ(−margin) for DPO (Rafailov et al. 2023, Sec. 4).", validated=True
     ),
@@ -62,6 +70,7 @@ TRAINING = {
         unit="share",
         validated=True,
         summary=True,
+        chart="Token accuracy",
         stops=True,
     ),
     "entropy": Metric("The entropy of the next token.", unit="nats", validated=True),
@@ -82,6 +91,11 @@ SUMMARY = tuple(
     for name in (plain, f"eval/{plain}")
 )  # fmt: skip
 """The metrics of the one line that tells of a step."""
+CHARTS: dict[str, list[str]] = {}
+"""The metrics of each chart of a training, by its title, in the order in which charts are shown."""
+for _name, _metric in TRAINING.items():
+    if _metric.chart:
+        CHARTS.setdefault(_metric.chart, []).extend([_name, f"eval/{_name}"])
 
 
 @dataclass(frozen=True)
@@ -193,6 +207,12 @@ ENDPOINT = {
     "judge/cost": Metric("The price of both.", "lower"),
 }
 """The metrics of an evaluation's judge behind an endpoint; the cost where its price is known."""
+
+BEST_OF = {
+    "n": _count("Answers that the best one is chosen from."),
+    "kl_bound": Metric("The KL of best-of-N to its model is at most this.", "lower", "nats"),
+}
+"""The metrics of a side with `best_of`, as `best_of/SIDE/NAME`."""
 
 
 def figures_of(kind: str, *, judged: bool, asked: bool) -> list[str]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from app.spec.losses import LOSSES, Loss
-from app.spec.metrics import ENDPOINT, EVALUATION, TRAINING, Metric
+from app.spec.metrics import BEST_OF, ENDPOINT, EVALUATION, TRAINING, Metric
 
 FOLDER = Path(__file__).parent
 
@@ -74,6 +74,9 @@ def metrics() -> str:
         types = ", ".join(f"`{kind}`" for kind in figure.types)
         lines.append(f"{_row(name, figure)} {types} | {'yes' if figure.interval else ''} | {needs} |")
     lines += [f"{_row(name, metric)} any |  | a judge behind an endpoint |" for name, metric in ENDPOINT.items()]
+    lines += [
+        f"{_row(f'best_of/SIDE/{name}', metric)} any |  | a side with `best_of` |" for name, metric in BEST_OF.items()
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -41,10 +41,11 @@ def main() -> int:
     from app.spec.datasets.errors import DatasetError
     from worker.trainer.cache import Cache
     from worker.trainer.errors import Stopped, UserError
-    from worker.trainer.evaluation import Evaluator
+    from worker.trainer.evaluation import evaluate
+    from worker.trainer.evaluation.run import EvaluationRun
     from worker.trainer.events import Broken, Events, Failed
     from worker.trainer.loop import train
-    from worker.trainer.run import Run
+    from worker.trainer.run import TrainingRun
 
     if len(sys.argv) > 1:
         folder = Path(sys.argv[1])
@@ -62,9 +63,9 @@ def main() -> int:
     cache = Cache(folder / "cache", events, answers)
     try:
         if evaluates:
-            Evaluator(folder, events, stopping, cache).run()
+            evaluate(EvaluationRun.of(folder, events, stopping, cache))
         else:
-            train(Run.of(folder, events, stopping, cache))
+            train(TrainingRun.of(folder, events, stopping, cache))
     except Stopped:
         return STOPPED
     except UserError as error:

@@ -20,7 +20,7 @@ from worker.trainer.methods.method import ValidatedRow
 from worker.trainer.model import Base, Policy
 from worker.trainer.naming import write_for_servers
 from worker.trainer.plan import Stage
-from worker.trainer.run import Run
+from worker.trainer.run import TrainingRun
 
 DRIFT_ROWS = 32
 RESULT_COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
@@ -30,7 +30,7 @@ RESULT_COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_m
 class Results:
     """A finished run. `validation` has the rows of the last stage as the kept weights see them."""
 
-    run: Run
+    run: TrainingRun
     history: list[dict[str, Any]]
     stage: Stage
     validation: list[ValidatedRow]

@@ -28,12 +28,12 @@ from worker.trainer.model import Policy
 from worker.trainer.optimizer import NEED_GPU
 from worker.trainer.plan import Stage
 from worker.trainer.reference_pass import references_of_another
-from worker.trainer.run import Run
+from worker.trainer.run import TrainingRun
 from worker.trainer.stage_run import StageRun
 from worker.trainer.tokenizer import load_tokenizer
 
 
-def train(run: Run) -> None:
+def train(run: TrainingRun) -> None:
     """Train as the job of `run` says, and leave the artifact in `output/`. Raises `UserError` or `Stopped`."""
     try:
         _train(run)
@@ -42,7 +42,7 @@ def train(run: Run) -> None:
         raise UserError("out_of_memory", f"{message} Lower 'max_length', or quantise the base.", "model") from error
 
 
-def _train(run: Run) -> None:
+def _train(run: TrainingRun) -> None:
     began = time.monotonic()
     stages = stages_of(run)
     run.tick()
@@ -108,7 +108,7 @@ def run_stage(running: StageRun) -> dict[str, float]:
     return {} if validated else running.validate()
 
 
-def stages_of(run: Run) -> list[Stage]:
+def stages_of(run: TrainingRun) -> list[Stage]:
     """The stages of the job, with their rows as the model reads them. Raises `UserError`."""
     model = run.start or run.base.folder
     try:
@@ -124,7 +124,7 @@ def stages_of(run: Run) -> list[Stage]:
     return stages
 
 
-def check_policy(run: Run, stages: list[Stage], policy: Policy) -> None:
+def check_policy(run: TrainingRun, stages: list[Stage], policy: Policy) -> None:
     """Refuse before any step what this machine or these rows cannot do, and warn of what they will not learn."""
     exactness.check(policy, stages[-1].train, run.events)
     _warn_of_untrained_tokens(run, stages, policy)
@@ -145,7 +145,7 @@ def require_possible(stage: Stage, policy: Policy) -> None:
         raise UserError("optimizer_needs_gpu", message, f"{stage.param}.optimizer")
 
 
-def _warn_of_untrained_tokens(run: Run, stages: list[Stage], policy: Policy) -> None:
+def _warn_of_untrained_tokens(run: TrainingRun, stages: list[Stage], policy: Policy) -> None:
     """An adapter inside the model does not reach the embeddings."""
     adapter = run.spec.adapter
     if not isinstance(adapter, Adapter) or adapter.modules_to_save:

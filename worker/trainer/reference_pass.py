@@ -11,11 +11,11 @@ from worker.trainer.loading import load_policy
 from worker.trainer.model import Base, Policy
 from worker.trainer.plan import Stage
 from worker.trainer.reference import Reference, References
-from worker.trainer.run import Run
+from worker.trainer.run import TrainingRun
 from worker.trainer.tokenizer import load_tokenizer
 
 
-def references_by(policy: Policy, stage: Stage, tail_weight: float | None, run: Run) -> References:
+def references_by(policy: Policy, stage: Stage, tail_weight: float | None, run: TrainingRun) -> References:
     """The log-probs of the rows of `stage` under `policy` as it is. `tail_weight` is LD-DPO's."""
     began, hits, digest = time.monotonic(), len(run.cache.hits), policy.digest()
 
@@ -34,7 +34,7 @@ def references_by(policy: Policy, stage: Stage, tail_weight: float | None, run: 
     return found
 
 
-def references_of_another(run: Run, stage: Stage) -> References | None:
+def references_of_another(run: TrainingRun, stage: Stage) -> References | None:
     """The log-probs of the model in `reference/`, which is loaded, asked, and let go before the policy is.
 
     None where the job names no other model.

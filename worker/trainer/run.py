@@ -1,11 +1,11 @@
-"""A run over a work folder, and what all of its parts need."""
+"""Runs over a work folder: the folder, the events, and the wish to stop."""
 
 import json
 import threading
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from app.spec.job import JobSpec
 from worker.trainer.cache import Cache
@@ -16,9 +16,9 @@ from worker.trainer.model import Base
 
 @dataclass(frozen=True)
 class Run:
-    """The folder holds `spec.json`, `run.json`, `base/`, the data; maybe `start/`, `reference/`, `resume/`.
+    """A run reads its work folder, tells events, and leaves its results in the folder.
 
-    `cache` finds what other runs computed; a run by itself finds what is in its folder.
+    `cache` finds what other runs computed. A run without a runner finds what is in its own folder.
     """
 
     folder: Path
@@ -27,23 +27,33 @@ class Run:
     cache: Cache
 
     @classmethod
-    def of(cls, folder: Path, events: Events, stopping: threading.Event, cache: Cache | None = None) -> "Run":
+    def of(cls, folder: Path, events: Events, stopping: threading.Event, cache: Cache | None = None) -> Self:
         """The run over `folder`. It ends soon after `stopping` is set."""
         return cls(folder, events, stopping, cache or Cache(folder / "cache", events))
+
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        """`run.json`: what the runner knows of the job beside its spec, its base models for example."""
+        about: dict[str, Any] = json.loads((self.folder / "run.json").read_text())
+        return about
+
+    def tick(self) -> None:
+        """Between two pieces of work: raises `Stopped` where the run was asked to stop."""
+        if self.stopping.is_set():
+            raise Stopped
+
+
+class TrainingRun(Run):
+    """The folder holds `spec.json`, `run.json`, `base/`, the data; maybe `start/`, `reference/`, `resume/`."""
 
     @cached_property
     def spec(self) -> JobSpec:
         """The job with every default filled in, its files as paths."""
         return JobSpec.model_validate_json((self.folder / "spec.json").read_text()).resolved()
 
-    @cached_property
-    def about(self) -> dict[str, Any]:
-        """The facts that the artifact tells of the job: its base model, and its spec as the user wrote it."""
-        about: dict[str, Any] = json.loads((self.folder / "run.json").read_text())
-        return about
-
     @property
     def base(self) -> Base:
+        """The base model that is trained."""
         about = self.about
         return Base(about["base_model"], about["revision"], about["version"], self.folder / "base")
 
@@ -61,11 +71,6 @@ class Run:
     def best_weights(self) -> Path:
         """Where early stopping keeps the weights of the best validation."""
         return self.folder / "best" / "weights.safetensors"
-
-    def tick(self) -> None:
-        """Between two pieces of work: raises `Stopped` where the run was asked to stop."""
-        if self.stopping.is_set():
-            raise Stopped
 
     def _existing(self, name: str) -> Path | None:
         path = self.folder / name

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from worker.trainer.model import Policy
 
 COMPACT = 0.5
-"""Once so many of a batch have ended they leave it: a shorter batch is worth the copy."""
+"""Compact the KV cache once this share of the batch has finished: a smaller batch is worth the copy."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """One completion to make: of the prompt `prompt` (token ids), which the caller calls `row`, its `sample`-th."""
+class CompletionRequest:
+    """A completion to sample: number `sample` of the prompt `prompt` (token ids), which the caller calls `row`."""
 
     row: int
     sample: int
@@ -42,17 +42,23 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Completion:
-    """What was sampled for one `Wanted`.
+    """The answer to a `CompletionRequest`.
 
     `ids` are the answer's tokens, the end-of-sequence token with them where `ended`. `logp` is the log-probability
     of `ids` under the distribution that they were drawn from, tempered and cut: 0 for temperature 0.
     """
 
+    temperature: float
     row: int
     sample: int
     ids: tuple[int, ...]
     ended: bool
     logp: float
+
+    @property
+    def key(self) -> tuple[float, int, int]:
+        """The completion's name among all those of one model."""
+        return self.temperature, self.row, self.sample
 
 
 def stream(seed: int, row: int, sample: int, count: int) -> "numpy.ndarray[tuple[int], numpy.dtype[numpy.float64]]":
@@ -81,16 +87,20 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, T
     return drawn, logps.gather(-1, drawn[:, None]).squeeze(-1)
 
 
-def batches(wanted: Sequence[Wanted], tokens: int, max_tokens: int, most: int) -> list[list[Wanted]]:
-    """The completions in batches that grow to at most `tokens`, prompts and answers together, of at most `most`; short
-    prompts first.
+def batches(
+    requests: Sequence[CompletionRequest], tokens: int, max_tokens: int, largest: int
+) -> list[list[CompletionRequest]]:
+    """Group `requests` into batches of at most `largest`, short prompts first.
+
+    A batch grows to at most `tokens`, prompts and answers together.
     """
-    found: list[list[Wanted]] = []
-    for one in sorted(wanted, key=lambda one: (len(one.prompt), one.row, one.sample)):
-        if not found or len(found[-1]) == most or (len(found[-1]) + 1) * (len(one.prompt) + max_tokens) > tokens:
-            found.append([])
-        found[-1].append(one)
-    return found
+    groups: list[list[CompletionRequest]] = []
+    for request in sorted(requests, key=lambda request: (len(request.prompt), request.row, request.sample)):
+        size = len(groups[-1]) if groups else largest
+        if size == largest or (size + 1) * (len(request.prompt) + max_tokens) > tokens:
+            groups.append([])
+        groups[-1].append(request)
+    return groups
 
 
 def _nothing() -> None:
@@ -100,7 +110,7 @@ def _nothing() -> None:
 @torch.no_grad()
 def sample(
     policy: Policy,
-    batch: Sequence[Wanted],
+    batch: Sequence[CompletionRequest],
     sampling: Sampling,
     ends: Collection[int],
     tick: Callable[[], None] = _nothing,
@@ -114,18 +124,23 @@ def sample(
 
 
 def _sample(
-    policy: Policy, batch: Sequence[Wanted], sampling: Sampling, ends: Collection[int], tick: Callable[[], None]
+    policy: Policy,
+    batch: Sequence[CompletionRequest],
+    sampling: Sampling,
+    ends: Collection[int],
+    tick: Callable[[], None],
 ) -> Iterator[Completion]:
     device, model = policy.device, policy.causal
-    prompts = list(dict.fromkeys(one.prompt for one in batch))
-    which = torch.tensor([prompts.index(one.prompt) for one in batch], device=device)
+    prompts = list(dict.fromkeys(request.prompt for request in batch))
+    which = torch.tensor([prompts.index(request.prompt) for request in batch], device=device)
     width = max(map(len, prompts))
     # Before a prompt stands any token: the mask hides it.
     ids = torch.tensor([[p[0]] * (width - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     uniform = torch.tensor(
-        numpy.stack([stream(sampling.seed, one.row, one.sample, sampling.max_tokens) for one in batch]), device=device
+        numpy.stack([stream(sampling.seed, request.row, request.sample, sampling.max_tokens) for request in batch]),
+        device=device,
     )
     cache = DynamicCache(config=model.config.get_text_config())
     with policy.autocast():
@@ -147,8 +162,10 @@ def _sample(
             made[number].append(token)
             logps[number] += logp
             if token in ends or step + 1 == sampling.max_tokens:
-                one = batch[number]
-                yield Completion(one.row, one.sample, tuple(made[number]), token in ends, logps[number])
+                request = batch[number]
+                yield Completion(
+                    sampling.temperature, request.row, request.sample, tuple(made[number]), token in ends, logps[number]
+                )
                 alive[place] = -1
             else:
                 kept.append(place)

@@ -26,7 +26,7 @@ from worker.trainer.packing import trees
 from worker.trainer.plan import Stage
 from worker.trainer.reference import References
 from worker.trainer.reference_pass import references_by
-from worker.trainer.run import Run
+from worker.trainer.run import TrainingRun
 
 Result = TypeVar("Result")
 
@@ -35,7 +35,7 @@ Result = TypeVar("Result")
 class StageRun:
     """`state` counts the steps, `planned_steps` are those of the whole run as far as it is known."""
 
-    run: Run
+    run: TrainingRun
     stage: Stage
     policy: Policy
     method: Method
@@ -239,7 +239,7 @@ class StageRun:
 
 
 def begin(
-    run: Run,
+    run: TrainingRun,
     stage: Stage,
     policy: Policy,
     state: State,
@@ -280,7 +280,7 @@ def begin(
     return StageRun(run, stage, policy, method, optimizer, state, planned_steps, journal, saved_step=saved_step)
 
 
-def _choose_checkpointing(run: Run, stage: Stage, policy: Policy) -> None:
+def _choose_checkpointing(run: TrainingRun, stage: Stage, policy: Policy) -> None:
     """Recompute activations where the job says so, or where they would not fit."""
     recompute = stage.hyperparameters.activation_checkpointing
     if recompute is None:

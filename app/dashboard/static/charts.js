@@ -1,12 +1,7 @@
 // Draws the series of a job with uPlot, and again while it runs.
-const PICTURES = [
-  ["Loss", ["loss", "eval/loss"]],
-  ["Rewards", ["rewards/chosen", "rewards/rejected"]],
-  ["Margins", ["rewards/margins", "eval/rewards/margins"]],
-  ["Reward accuracy", ["rewards/accuracies", "eval/rewards/accuracies"]],
-];
-const COLOURS = ["#2563eb", "#ea580c"];
+const COLOURS = ["#2563eb", "#93c5fd", "#ea580c", "#fdba74"];
 const place = document.getElementById("charts");
+const charts = Object.entries(JSON.parse(place.dataset.charts));
 const drawn = new Map();
 
 function table(names, series) {
@@ -35,7 +30,7 @@ async function refresh() {
   const answer = await fetch(place.dataset.url);
   if (answer.ok) {
     const { series } = await answer.json();
-    for (const [title, wanted] of PICTURES) {
+    for (const [title, wanted] of charts) {
       const names = wanted.filter((name) => name in series);
       if (names.length) draw(title, names, series);
     }

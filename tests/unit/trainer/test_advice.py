@@ -17,7 +17,7 @@ from worker.trainer.events import Event as TrainerEvent
 from worker.trainer.events import Events, Metrics
 from worker.trainer.loop import train
 from worker.trainer.plan import Stage
-from worker.trainer.run import Run
+from worker.trainer.run import TrainingRun
 
 WELL = {
     "loss": 0.5, "grad_norm": 1.0, "rewards/margins": 1.0, "rewards/accuracies": 0.8, "logps/chosen": -98.0,
@@ -120,7 +120,7 @@ def test_a_run_says_it_and_one_that_is_resumed_does_not_say_it_again(llama: Path
     }  # fmt: skip
     whole, stopped = (make_work_folder(tmp_path / name, llama, spec, train=make_pairs(40)) for name in ("a", "b"))
     stream = io.StringIO()
-    train(Run.of(whole, Events(stream), threading.Event()))
+    train(TrainingRun.of(whole, Events(stream), threading.Event()))
     expected = warnings(parse(stream))
     codes = {code for code, _ in expected}
     assert {"accuracy_saturated", "margins_exploding"} & codes and len(codes) == len(expected)
@@ -133,8 +133,8 @@ def test_a_run_says_it_and_one_that_is_resumed_does_not_say_it_again(llama: Path
                 stopping.set()
 
     with pytest.raises(Stopped):
-        train(Run.of(stopped, Watched(stream), stopping))
+        train(TrainingRun.of(stopped, Watched(stream), stopping))
     checkpoint = json.loads([line for line in stream.getvalue().splitlines() if '"checkpoint"' in line][-1])
     (stopped / checkpoint["path"]).rename(stopped / "resume")
-    train(Run.of(stopped, Events(stream), threading.Event()))
+    train(TrainingRun.of(stopped, Events(stream), threading.Event()))
     assert warnings(parse(stream)) == expected

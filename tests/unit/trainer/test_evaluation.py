@@ -29,9 +29,12 @@ from tests.unit.trainer.work import (
     write_records,
 )
 from worker.evaluation_figures import flat, report
-from worker.trainer import evaluation
 from worker.trainer.errors import Stopped, UserError
-from worker.trainer.evaluation import Evaluator
+from worker.trainer.evaluation import completions, judging
+from worker.trainer.evaluation import evaluate as run_evaluation
+from worker.trainer.evaluation.completions import prompts_of
+from worker.trainer.evaluation.rows import examples_of
+from worker.trainer.evaluation.run import EvaluationRun
 from worker.trainer.events import Events
 from worker.trainer.sampling import sample
 
@@ -81,7 +84,7 @@ def with_judge(folder: Path, model: Path) -> Path:
 
 
 def evaluate(folder: Path) -> Items:
-    Evaluator(folder, Events(io.StringIO()), threading.Event()).run()
+    run_evaluation(EvaluationRun.of(folder, Events(io.StringIO()), threading.Event()))
     return items(folder)
 
 
@@ -91,7 +94,9 @@ def items(folder: Path) -> Items:
 
 def figures(folder: Path) -> dict[str, float]:
     spec = EvaluationSpec.model_validate_json((folder / "evaluation.json").read_text())
-    return flat(report(spec, items(folder)))
+    numbers = flat(report(spec, items(folder)))
+    assert set(numbers) <= set(spec.figures()), "every figure is in the registry of metrics"
+    return numbers
 
 
 PREFERENCE = {"type": "preference", "candidate": {"model": "c"}, "baseline": {"model": "b"}}
@@ -247,7 +252,7 @@ def test_a_model_against_itself_wins_half(llama: Path, tmp_path: Path) -> None:
 
 def test_a_model_is_asked_as_a_judge(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Greedily, in both orders, where the question fits; what it says is what the model's own `generate` says."""
-    monkeypatch.setattr(evaluation, "JUDGE_TOKENS", 6)
+    monkeypatch.setattr(judging, "JUDGE_TOKENS", 6)
     spec = {
         "type": "win_rate", "candidate": {"answers": "rejected"}, "baseline": {"answers": "chosen"}, "max_rows": 6,
         "judge": {"type": "model", "model": "judge", "template": "{prompt} {a} or {b}"},
@@ -265,7 +270,7 @@ def test_a_model_is_asked_as_a_judge(llama: Path, tmp_path: Path, monkeypatch: p
             made = model.generate(ids, **settings)[0, ids.shape[1] :]
             assert said == tokenizer.decode(made, skip_special_tokens=True)
     assert figures(tmp_path / "run")["unparseable"] == 6, "it is a model of 40 words"
-    monkeypatch.setattr(evaluation, "JUDGE_TOKENS", model.config.max_position_embeddings - 2)
+    monkeypatch.setattr(judging, "JUDGE_TOKENS", model.config.max_position_embeddings - 2)
     again = evaluate(with_judge(lay_out(tmp_path / "small", llama, spec), llama))
     assert all(item["judgements"] == [None, None] for item in again), "nothing of a question is cut off"
 
@@ -325,8 +330,8 @@ def test_what_was_sampled_is_not_sampled_again(
     places: list[int], llama: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped after so many completions in all, each time: the same bytes in the end."""
-    monkeypatch.setattr(evaluation, "BATCH_TOKENS", {"cpu": 200})
-    monkeypatch.setattr(evaluation, "PART_SECONDS", 0.0)
+    monkeypatch.setattr(completions, "BATCH_TOKENS", {"cpu": 200})
+    monkeypatch.setattr(completions, "PART_SECONDS", 0.0)
     expected = evaluate(lay_out(tmp_path / "whole", llama, REWARD_KL, candidate=adapter))
     folder, stream, stopping = lay_out(tmp_path / "run", llama, REWARD_KL, candidate=adapter), io.StringIO(), None
     sampled = 0
@@ -339,11 +344,11 @@ def test_what_was_sampled_is_not_sampled_again(
                 stopping.set()
             yield one
 
-    monkeypatch.setattr(evaluation, "sample", counted)
+    monkeypatch.setattr(completions, "sample", counted)
     while places:
         stopping = threading.Event()
         with pytest.raises(Stopped):
-            Evaluator(folder, Events(stream), stopping).run()
+            run_evaluation(EvaluationRun.of(folder, Events(stream), stopping))
         places.pop(0)
     stopping = None
     assert evaluate(folder) == expected
@@ -450,10 +455,10 @@ def test_each_side_reads_prompts_as_it_was_trained(tmp_path: Path) -> None:
     run = json.loads((folder / "run.json").read_text())
     run["sides"]["baseline"]["rendering"] = vars(Rendering(chat_template=False))
     (folder / "run.json").write_text(json.dumps(run))
-    evaluator = Evaluator(folder, Events(io.StringIO()), threading.Event())
-    rows, policy = evaluator._examples(), load(model)
+    this_run = EvaluationRun.of(folder, Events(io.StringIO()), threading.Event())
+    rows, policy = examples_of(this_run), load(model)
     texts = {
-        name: policy.tokenizer.decode(evaluator._prompts(policy, name, rows)[0].ids)
+        name: policy.tokenizer.decode(prompts_of(this_run, policy, name, rows)[0].ids)
         for name in ("candidate", "baseline")
     }
     assert "<|assistant|>" in texts["candidate"] and "<|assistant|>" not in texts["baseline"]

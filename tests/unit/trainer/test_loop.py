@@ -34,7 +34,7 @@ from worker.trainer.errors import Stopped, UserError
 from worker.trainer.events import Events
 from worker.trainer.loop import train
 from worker.trainer.plan import Stage
-from worker.trainer.run import Run
+from worker.trainer.run import TrainingRun
 
 PAIRS = make_pairs(8)
 PLAIN = {"adapter": {"r": 4}, "quantization": "none", "seed": 0, "validation_split": 0.0}
@@ -183,7 +183,7 @@ def test_a_run_told_to_stop_before_its_first_step_stops_without_a_checkpoint(lla
     stopping, stream = threading.Event(), io.StringIO()
     stopping.set()
     with pytest.raises(Stopped):
-        train(Run.of(folder, Events(stream), stopping))
+        train(TrainingRun.of(folder, Events(stream), stopping))
     assert of_kind(parse(stream), "checkpoint") == []
     assert not (folder / "output").exists()
 

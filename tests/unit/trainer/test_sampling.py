@@ -12,7 +12,7 @@ from transformers import TopPLogitsWarper
 from tests.unit.trainer.work import disturb, load
 from worker.trainer.data import Response, Row
 from worker.trainer.model import Policy
-from worker.trainer.sampling import Completion, Sampling, Wanted, batches, draw, sample, stream
+from worker.trainer.sampling import Completion, CompletionRequest, Sampling, batches, draw, sample, stream
 
 PROMPTS = [(5, 9, 13), (7, 8, 30, 44, 61, 3, 9), (12,), (5, 9, 13, 77, 90)]
 END = 1
@@ -24,12 +24,12 @@ def policy(request: pytest.FixtureRequest) -> Policy:
     return disturb(load(request.getfixturevalue(request.param)))
 
 
-def wanted(samples: int) -> list[Wanted]:
-    return [Wanted(row, number, prompt) for row, prompt in enumerate(PROMPTS) for number in range(samples)]
+def wanted(samples: int) -> list[CompletionRequest]:
+    return [CompletionRequest(row, number, prompt) for row, prompt in enumerate(PROMPTS) for number in range(samples)]
 
 
 def made(
-    policy: Policy, asked: list[Wanted], sampling: Sampling, tokens: int = 4096, ends: Sequence[int] = (END,)
+    policy: Policy, asked: list[CompletionRequest], sampling: Sampling, tokens: int = 4096, ends: Sequence[int] = (END,)
 ) -> dict[tuple[int, int], Completion]:
     found = [
         one

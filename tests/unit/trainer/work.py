@@ -27,7 +27,7 @@ from worker.trainer.loading import load_policy
 from worker.trainer.loop import train
 from worker.trainer.model import Base, Policy
 from worker.trainer.packing import Pack
-from worker.trainer.run import Run
+from worker.trainer.run import TrainingRun
 
 Event = dict[str, Any]
 Record = dict[str, Any]
@@ -96,9 +96,9 @@ def dpo_method(**hyperparameters: Any) -> dict[str, Any]:
     return {"type": "dpo", "dpo": {"hyperparameters": hyperparameters}}
 
 
-def make_run(folder: Path, stream: io.StringIO | None = None, cache: Path | None = None) -> Run:
+def make_run(folder: Path, stream: io.StringIO | None = None, cache: Path | None = None) -> TrainingRun:
     events = Events(stream or io.StringIO())
-    return Run.of(folder, events, threading.Event(), None if cache is None else Cache(cache, events))
+    return TrainingRun.of(folder, events, threading.Event(), None if cache is None else Cache(cache, events))
 
 
 def run_in_process(folder: Path) -> list[Event]:

@@ -1,0 +1,45 @@
+"""Evaluations: how a model scores answers, and the answers that it gives itself.
+
+Like a training, an evaluation is a work folder in, events out, and a folder left. In: `evaluation.json`, `run.json`,
+`sides/` with the models, the data, and `parts/` with the completions of earlier attempts. Left: `output/items.jsonl`,
+one line for each pair or completion. `worker.evaluation_figures` makes figures of it. One model is in memory at a time.
+"""
+
+import json
+from collections.abc import Callable
+
+import torch
+
+from app.spec.evaluation import EvaluationType
+from worker.trainer.errors import UserError
+from worker.trainer.evaluation import agreement, preference, reward_kl, win_rate
+from worker.trainer.evaluation.rows import Item
+from worker.trainer.evaluation.run import EvaluationRun
+from worker.trainer.events import EvaluationDone
+
+TYPES: dict[EvaluationType, Callable[[EvaluationRun], list[Item]]] = {
+    "preference": preference.items,
+    "reward_kl": reward_kl.items,
+    "win_rate": win_rate.items,
+    "agreement": agreement.items,
+}
+"""The items of an evaluation, by its type."""
+
+
+def evaluate(run: EvaluationRun) -> None:
+    """Evaluate, and leave `output/items.jsonl`. Raises `UserError` or `Stopped`."""
+    try:
+        items = TYPES[run.spec.type](run)
+    except torch.OutOfMemoryError as error:
+        message = "The model or one row does not fit into the GPU's memory. Lower 'max_length', or quantise the base."
+        raise UserError("out_of_memory", message, "candidate.model") from error
+    output = run.folder / "output"
+    output.mkdir(exist_ok=True)
+    with (output / "items.jsonl").open("w") as file:
+        for item in items:
+            try:
+                file.write(json.dumps(item, ensure_ascii=False, allow_nan=False) + "\n")
+            except ValueError as error:
+                message = f"Line {item['line']}: a log-prob or a reward is not a finite number."
+                raise UserError("not_finite", message, "candidate.model") from error
+    run.events.emit(EvaluationDone(len(items)))

@@ -1,0 +1,26 @@
+"""The type `agreement`: does the judge prefer the answers that people prefer?"""
+
+from worker.trainer.data import said
+from worker.trainer.evaluation.judging import judge
+from worker.trainer.evaluation.rows import Item, examples_of, prompt_numbers, row_fields
+from worker.trainer.evaluation.run import EvaluationRun
+
+
+def items(run: EvaluationRun) -> list[Item]:
+    """Each two answers to a prompt: how often people prefer which, and what the judge says of them.
+
+    Rows with the same prompt and the same two answers are the votes of several people. The answers are called
+    `first` and `second` in the order of their texts, so that the names do not tell which one is preferred.
+    """
+    rows = examples_of(run)
+    numbers = prompt_numbers(rows)
+    items: dict[tuple[int, str, str], Item] = {}
+    for row, example in rows.items():
+        chosen, rejected = said(example.responses[0]), said(example.responses[-1])
+        first, second = sorted((chosen, rejected))
+        fields = {"first": first, "second": second, "votes": [0, 0]}
+        key = numbers[row], first, second
+        item = items.setdefault(key, row_fields(example, row, numbers[row]) | fields)
+        item["votes"][chosen != first] += 1
+    judge(run, list(items.values()), rows)
+    return list(items.values())

@@ -1,0 +1,65 @@
+"""The answers of a side: of its model, of a file, or of the data."""
+
+import gc
+
+from app.spec.datasets.check import numbered_examples
+from app.spec.datasets.example import Example
+from app.spec.evaluation import BestOf, Side
+from worker.trainer.data import said, written
+from worker.trainer.errors import UserError
+from worker.trainer.evaluation.completions import CompletionKey, complete, prompts_of, text_of
+from worker.trainer.evaluation.run import EvaluationRun
+from worker.trainer.evaluation.scorers import scores
+
+FIXED = -1.0
+"""In the place of a temperature: an answer that was not sampled."""
+
+
+def answers_of(run: EvaluationRun, name: str, side: Side, rows: dict[int, Example]) -> dict[CompletionKey, str]:
+    """The answers of a side by temperature, row and number."""
+    if side.answers is not None:
+        place = 0 if side.answers == "chosen" else -1
+        return {(FIXED, row, 0): said(example.responses[place]) for row, example in rows.items() if example.desirable}
+    if side.file is not None:
+        return _answers_of_file(run, name, side, rows)
+    assert run.spec.sampling is not None
+    policy = run.load(name)
+    prompts = prompts_of(run, policy, name, rows)
+    texts = {
+        completion.key: text_of(policy, completion, prompts[completion.row], rows[completion.row])
+        for completion in complete(run, policy, name, prompts, run.spec.sampling)
+    }
+    del policy
+    return {key: texts[best] for key, best in choose_best(run, name, side.best_of, texts, rows).items()}
+
+
+def choose_best(
+    run: EvaluationRun, name: str, best_of: BestOf | None, texts: dict[CompletionKey, str], rows: dict[int, Example]
+) -> dict[CompletionKey, CompletionKey]:
+    """The completions of a side that count, by temperature, row and number: the best one of each `n`."""
+    if best_of is None:
+        return {key: key for key in texts}
+    gc.collect()
+    keys = sorted(texts)
+    values = scores(run, best_of.by, f"{name}.best_of.by", [(rows[key[1]], texts[key]) for key in keys])
+    best: dict[CompletionKey, tuple[float, CompletionKey]] = {}
+    for key, value in zip(keys, values, strict=True):
+        temperature, row, number = key
+        group = temperature, row, number // best_of.n
+        if group not in best or value > best[group][0]:
+            best[group] = value, key
+    return {group: key for group, (_, key) in best.items()}
+
+
+def _answers_of_file(run: EvaluationRun, name: str, side: Side, rows: dict[int, Example]) -> dict[CompletionKey, str]:
+    assert side.file is not None
+    with (run.folder / side.file).open("rb") as file:
+        given = {row: example for row, example in numbered_examples(file, side.mapping) if row in rows}
+    for row, example in given.items():
+        if written(example) != written(rows[row]):
+            message = f"Line {example.line}: the answer is to another prompt than that of the data."
+            raise UserError("invalid_file", message, f"{name}.file")
+    if len(given) < len(rows):
+        text = f"{name}: {len(rows) - len(given)} of {len(rows)} rows have no answer and are left out."
+        run.events.message(text, level="warn")
+    return {(FIXED, row, 0): said(example.responses[0]) for row, example in given.items()}

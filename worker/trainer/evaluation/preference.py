@@ -1,0 +1,73 @@
+"""The type `preference`: does the candidate rank the pairs of the data as people did?"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from app.spec.datasets.example import Kind
+from worker.trainer import dataset, exactness, reference
+from worker.trainer.data import Recipe
+from worker.trainer.errors import UserError
+from worker.trainer.evaluation.rows import Item, draw_rows
+from worker.trainer.evaluation.run import EvaluationRun
+
+PairKey = tuple[int, int]
+"""The line of a pair, and its place among the pairs of that line."""
+
+
+@dataclass(frozen=True)
+class ScoredPair:
+    """A pair under one model: the log-probs and the scored tokens of its chosen and its rejected answer."""
+
+    logps: tuple[float, float]
+    tokens: tuple[int, int]
+    prompt_number: int
+
+
+def items(run: EvaluationRun) -> list[Item]:
+    """The margin of the implicit rewards of each pair, β·[log π/π_ref (chosen) − log π/π_ref (rejected)].
+
+    The implicit reward is Rafailov et al. 2023, Eq. 5.
+    """
+    candidate, baseline = score_pairs(run, "candidate"), score_pairs(run, "baseline")
+    beta: float = run.about["beta"]
+    items = []
+    for key in sorted(candidate.keys() & baseline.keys()):
+        pair = candidate[key]
+        (chosen, rejected), (reference_chosen, reference_rejected) = pair.logps, baseline[key].logps
+        items.append(
+            {
+                "line": key[0],
+                "prompt_number": pair.prompt_number,
+                "margin": beta * ((chosen - reference_chosen) - (rejected - reference_rejected)),
+                "logps": [chosen, rejected],
+                "reference_logps": [reference_chosen, reference_rejected],
+                "tokens": list(pair.tokens),
+            }
+        )
+    return items
+
+
+def score_pairs(run: EvaluationRun, side: str) -> dict[PairKey, ScoredPair]:
+    """The log-probs of all drawn pairs under the model of a side."""
+    policy = run.load(side)
+    recipe = Recipe(Kind.PREFERENCE, run.max_length(policy), mapping=run.spec.mapping, rendering=run.rendering(side))
+    rows, _ = dataset.load(run.folder / run.spec.data, policy.tokenizer, recipe, run.cache)
+    if not len(rows):
+        raise UserError("invalid_file", "No row of the data is left to evaluate.", "data")
+    pairs_of_line, keys = Counter[int](), list[PairKey]()
+    for line in rows.lines:
+        keys.append((line, pairs_of_line[line]))
+        pairs_of_line[line] += 1
+    dataset.require_embedded(rows, policy.tokenizer, policy.causal.config, policy.name)
+    drawn = draw_rows(run, keys)
+    rows, keys = rows.where([key in drawn for key in keys]), [key for key in keys if key in drawn]
+    exactness.check(policy, rows, run.events)
+    references = reference.find(policy, policy.digest(), rows, None, run.cache, run.tick)
+    prompt_numbers: dict[bytes, int] = {}
+    pairs = {}
+    for number, (key, row, prompt) in enumerate(zip(keys, rows, rows.prompts(), strict=True)):
+        chosen, rejected = references.logps[references.first[number] :][:2].tolist()
+        tokens = sum(row.responses[0].scored), sum(row.responses[1].scored)
+        prompt_number = prompt_numbers.setdefault(prompt, len(prompt_numbers))
+        pairs[key] = ScoredPair((chosen, rejected), tokens, prompt_number)
+    return pairs

@@ -1,0 +1,41 @@
+"""The rows that an evaluation is about, and the lines that it writes about them."""
+
+from collections.abc import Collection
+from hashlib import sha256
+from typing import Any, TypeVar
+
+from app.spec.datasets.check import numbered_examples
+from app.spec.datasets.example import Example
+from worker.trainer.data import written
+from worker.trainer.evaluation.run import EvaluationRun
+
+Item = dict[str, Any]
+"""A line of `items.jsonl`. `line` is the line of the data, and items of one prompt share a `prompt_number`."""
+Key = TypeVar("Key", int, tuple[int, int])
+
+
+def examples_of(run: EvaluationRun) -> dict[int, Example]:
+    """The drawn rows of the data, by their number in the file."""
+    with (run.folder / run.spec.data).open("rb") as file:
+        examples = dict(numbered_examples(file, run.spec.mapping))
+    return {row: examples[row] for row in sorted(draw_rows(run, examples))}
+
+
+def draw_rows(run: EvaluationRun, keys: Collection[Key]) -> set[Key]:
+    """`max_rows` of the rows: a seed always draws the same ones."""
+    spec = run.spec
+    if spec.max_rows is None or len(keys) <= spec.max_rows:
+        return set(keys)
+    ranked = sorted(keys, key=lambda key: sha256(f"{spec.seed} {key}".encode()).digest())
+    return set(ranked[: spec.max_rows])
+
+
+def prompt_numbers(rows: dict[int, Example]) -> dict[int, int]:
+    """A number for the prompt of each row. Rows of one prompt share it."""
+    numbers: dict[str, int] = {}
+    return {row: numbers.setdefault(written(example), len(numbers)) for row, example in rows.items()}
+
+
+def row_fields(example: Example, row: int, prompt_number: int) -> Item:
+    """The fields of an item that say which row it is about."""
+    return {"line": example.line, "row": row, "prompt_number": prompt_number, "prompt": written(example)}

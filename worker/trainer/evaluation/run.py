@@ -1,0 +1,61 @@
+"""A run over the work folder of an evaluation: its spec, and the models of its sides."""
+
+import gc
+from functools import cached_property
+from typing import Any
+
+from app.spec.datasets.rendering import Rendering
+from app.spec.evaluation import EvaluationSpec
+from app.spec.hyperparameters import DEFAULT_MAX_LENGTH
+from app.spec.job import JobSpec
+from worker.model_files import context_length
+from worker.trainer.loading import load_policy
+from worker.trainer.model import Base, Policy
+from worker.trainer.run import Run
+
+JUDGE = "judge"
+"""The side whose model says which of two answers is better."""
+
+
+class EvaluationRun(Run):
+    """The folder holds `evaluation.json`, `run.json`, `sides/`, the data; maybe `parts/`."""
+
+    @cached_property
+    def spec(self) -> EvaluationSpec:
+        """The evaluation with every default filled in, its files as paths."""
+        return EvaluationSpec.model_validate_json((self.folder / "evaluation.json").read_text()).resolved()
+
+    def load(self, side: str) -> Policy:
+        """The model of a side, with nothing in it that trains."""
+        gc.collect()  # reference cycles keep the model before it in memory
+        folder, settings = self.folder / "sides" / side, self.about["sides"][side]
+        start = folder / "start" if (folder / "start").exists() else None
+        spec = JobSpec.model_validate(
+            {
+                "model": settings["model"],
+                "training_file": "-",
+                "quantization": settings["quantization"],
+                "seed": 0,
+                "double_quantization": settings.get("double_quantization"),
+                "compute_dtype": settings.get("compute_dtype"),
+            }
+        )
+        base = Base(settings["base_model"], None, settings["version"], folder / "base")
+        policy = load_policy(spec.resolved(), base, start, self.events, trainable=False)
+        self.events.message(f"'{settings['model']}' is loaded on {policy.device.type}.")
+        return policy
+
+    def rendering(self, side: str) -> Rendering:
+        """How the model of a side reads conversations: as it was trained."""
+        settings: dict[str, Any] = self.about["sides"].get(side, {})
+        return Rendering(**settings.get("rendering", vars(self.spec.rendering)))
+
+    def max_length(self, policy: Policy) -> int:
+        """Tokens of a prompt and its answer together, at most."""
+        context = context_of(policy)
+        return min(self.spec.max_length or context, context)
+
+
+def context_of(policy: Policy) -> int:
+    """Tokens that the model reads at once, at most."""
+    return context_length(policy.causal.config.to_dict()) or DEFAULT_MAX_LENGTH

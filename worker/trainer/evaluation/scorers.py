@@ -1,0 +1,30 @@
+"""Scores of single answers, by a reward model or a classifier."""
+
+from dataclasses import replace
+
+from app.spec.datasets.example import Example
+from app.spec.evaluation import Judge, Scorer
+from worker.classifier import BadClassifier, LinearClassifier
+from worker.trainer import reward
+from worker.trainer.data import written
+from worker.trainer.errors import UserError
+from worker.trainer.evaluation.run import EvaluationRun
+
+
+def scores(run: EvaluationRun, scorer: Scorer | Judge, name: str, answers: list[tuple[Example, str]]) -> list[float]:
+    """The score of each answer to its prompt. The model of the scorer is in the folder of the side `name`."""
+    if scorer.classifier is not None:
+        try:
+            classifier = LinearClassifier.load(run.folder / scorer.classifier.file)
+        except BadClassifier as error:
+            message = f"The file is not a classifier: {error}"
+            raise UserError("invalid_file", message, f"{name}.classifier.file") from error
+        return [classifier.score(_as_text(example, text)) for example, text in answers]
+    answered = [replace(example, responses=(text,), desirable=True, raw=False, turns=()) for example, text in answers]
+    folder = run.folder / "sides" / name / "base"
+    return reward.scores(folder, answered, run.rendering(name), run.spec.max_length, run.tick)
+
+
+def _as_text(example: Example, answer: str) -> str:
+    """A prompt and its answer as one text, as a model without a chat template would read it."""
+    return written(example) + ("" if isinstance(example.prompt, str) else " ") + answer
