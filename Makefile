@@ -50,10 +50,11 @@ audit: $(READY)  ## known weaknesses of dependencies (pip-audit) and of this cod
 	$(BIN)/bandit --quiet --recursive --severity-level medium --configfile pyproject.toml app worker migrations
 	$(BIN)/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt
 
-lint: $(READY)  ## ruff and mypy, strict
+lint: $(READY)  ## ruff, mypy strict, and which module may import which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 format: $(READY)  ## rewrite the code the way lint wants it
 	$(BIN)/ruff check --fix .

@@ -37,7 +37,8 @@ def did_you_mean(name: str, known: Sequence[str], cutoff: float = 0.6) -> str:
 
 def inconsistent(field: str, message: str) -> PydanticCustomError:
     """The error for a value that is fine by itself but not with the others."""
-    return PydanticCustomError("inconsistent", "{message}.", {"field": field, "message": message})
+    sentence = "{message}" if message.endswith("?") else "{message}."
+    return PydanticCustomError("inconsistent", sentence, {"field": field, "message": message})
 
 
 class Strict(BaseModel):

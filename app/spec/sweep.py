@@ -8,10 +8,10 @@ from typing import Annotated, Any, Self
 
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
-from app.errors import ServiceError
 from app.spec.job import METHODS, JobSpec
 from app.spec.metrics import METRICS
-from app.spec.schema_base import NO_NUL, Metadata, Strict, did_you_mean, inconsistent, plain_json
+from app.spec.quality_gates import require_metric
+from app.spec.schema_base import NO_NUL, Metadata, Strict, inconsistent, plain_json
 
 MAX_JOBS = 64
 MAX_BYTES = 1 << 20
@@ -110,7 +110,10 @@ class SweepSpec(Strict):
             yield settings, body
 
     def axes(self, first: JobSpec) -> Axes | None:
-        """The metrics of the frontier; `first` is any of the jobs. Raises `ServiceError` for what is not measured."""
+        """The metrics of the frontier; `first` is any of the jobs.
+
+        Raises `PydanticCustomError` for a metric that will not be measured.
+        """
         if self.frontier is None:
             for evaluation in first.evaluations or []:
                 if evaluation.type == "reward_kl" and evaluation.judge is not None:
@@ -122,10 +125,7 @@ class SweepSpec(Strict):
             names += [name.partition("@")[0] for name in names]  # all temperatures
             known += [f"evaluations/{evaluation.name}/{name}" for name in names]
         for axis in ("x", "y"):
-            metric = getattr(self.frontier, axis)
-            if metric not in known:
-                message = f"There is no metric '{metric}'.{did_you_mean(metric, known)}"
-                raise ServiceError(message, param=f"frontier.{axis}", code="invalid_value")
+            require_metric(getattr(self.frontier, axis), known, f"frontier.{axis}")
         return self.frontier
 
 

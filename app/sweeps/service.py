@@ -6,6 +6,7 @@ from typing import Any
 
 import structlog
 from pydantic import ValidationError
+from pydantic_core import PydanticCustomError
 from sqlalchemy.orm import Session
 
 from app.broker import Broker, Lane
@@ -35,7 +36,7 @@ class Sweeps:
         """Make all jobs of the grid, or none: what is wrong with one of them is said before any is made."""
         content = spec.model_dump(mode="json")
         asked = [(values, _job(values, body)) for values, body in spec.bodies()]
-        axes = spec.axes(asked[0][1])
+        axes = _axes(spec, asked[0][1])
         self.jobs.evaluations.reachable((one for _, job in asked for one in job.evaluations or []), "job.evaluations.")
         with self.database.write() as session:
             earlier = sending.earlier(session, "sweeps.create", content)
@@ -130,6 +131,13 @@ class Sweeps:
         if sweep is None:
             raise NotFound(f"No such sweep: {sweep_id}", param=param, code="sweep_not_found")
         return sweep
+
+
+def _axes(spec: SweepSpec, first: JobSpec) -> Axes | None:
+    try:
+        return spec.axes(first)
+    except PydanticCustomError as error:
+        raise ServiceError(error.message(), param=(error.context or {})["field"], code="invalid_value") from None
 
 
 def _job(values: dict[str, Any], body: dict[str, Any]) -> JobSpec:

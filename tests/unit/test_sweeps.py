@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from pydantic_core import PydanticCustomError
 
 from app import svg
-from app.errors import ServiceError
 from app.spec.job import JobSpec
 from app.spec.sweep import MAX_JOBS, SweepSpec
 from app.sweeps import frontier
@@ -112,7 +112,7 @@ def test_axes_are_metrics_that_will_be_measured(axes: dict[str, str], said: str 
     if said is None:
         assert spec.axes(job) == spec.frontier
     else:
-        with pytest.raises(ServiceError, match=said):
+        with pytest.raises(PydanticCustomError, match=said):
             spec.axes(job)
 
 
