@@ -54,8 +54,13 @@ def _now_postgresql(_element: database_now, _compiler: SQLCompiler, **_: Any) ->
     return "CAST(extract(epoch FROM clock_timestamp()) AS double precision)"
 
 
+def now(session: Session) -> float:
+    """The database's clock, in unix seconds."""
+    return session.scalars(select(database_now())).one()
+
+
 def wait_for_others(session: Session, lock: int) -> None:
-    """Until no other transaction that has asked for this number is open. SQLite has one writer at a time anyway."""
+    """Take a transaction-scoped advisory lock (no-op on SQLite, which has one writer at a time)."""
     if session.get_bind().dialect.name == "postgresql":
         session.execute(select(func.pg_advisory_xact_lock(lock)))
 

@@ -11,7 +11,7 @@ import structlog
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app.derived_artifacts.tables import Task
+from app.derived_artifacts.tables import DerivedArtifact
 from app.errors import Conflict
 from app.files.tables import File
 from app.installation import KEY, name_of, owner_of
@@ -125,7 +125,7 @@ def _jobs(session: Session, keys: list[str]) -> set[str]:
 
 def _merged(session: Session, keys: list[str]) -> set[str]:
     """Those of merges that are being made, and the results of those that are done."""
-    tasks = session.scalars(select(Task).where(Task.id.in_([_part(key, 1) for key in keys])))
+    tasks = session.scalars(select(DerivedArtifact).where(DerivedArtifact.id.in_([_part(key, 1) for key in keys])))
     folders = [f"merged/{task.id}" if task.status == "pending" else (task.result or {}).get("prefix") for task in tasks]
     return {key for key in keys if any(folder and key.startswith(f"{folder}/") for folder in folders)}
 

@@ -8,7 +8,10 @@ import structlog
 from sqlalchemy.orm import Session
 
 from app.database import new_id
-from app.jobs import repository
+from app.jobs import checkpoints as job_checkpoints
+from app.jobs import events as job_events
+from app.jobs.checkpoints import MAX_CHECKPOINTS
+from app.jobs.queue import JOBS
 from app.jobs.tables import Checkpoint, Job
 from app.models import repository as models
 from app.spec.job import JobSpec
@@ -44,7 +47,7 @@ class Checkpoints:
     def fetch(self, place: Path) -> None:
         """Bring the latest checkpoint that can be resumed from, and is as it was written, to `place`."""
         saved = self.lease.read(
-            lambda session: repository.checkpoints(session, self.job.id, after=None, limit=repository.MAX_CHECKPOINTS)
+            lambda session: job_checkpoints.page(session, self.job.id, after=None, limit=MAX_CHECKPOINTS)
         )
         for checkpoint in saved or []:
             if not self.storage.list(f"{checkpoint.prefix}/state"):
@@ -71,12 +74,12 @@ class Checkpoints:
 
         def write(session: Session) -> list[Checkpoint]:
             self._guard(session)
-            saved = repository.checkpoints(session, self.job.id, after=None, limit=repository.MAX_CHECKPOINTS) or []
-            left = repository.left_by(session, self.job.id, "sft")  # what the DPO stage is held to: evaluations ask
+            saved = job_checkpoints.page(session, self.job.id, after=None, limit=MAX_CHECKPOINTS) or []
+            left = job_checkpoints.left_by(session, self.job.id, "sft")
             old = [one for one in saved[self.keep :] if left is None or one.id != left.id]
-            repository.hold_checkpoints(session, [one.id for one in old])
+            job_checkpoints.hold(session, [one.id for one in old])
             old = [one for one in old if not models.users_of(session, one.model_name)]
-            repository.forget_checkpoints(session, [one.id for one in old])
+            job_checkpoints.forget(session, [one.id for one in old])
             surplus[:] = [one.prefix for one in old]
             return saved
 
@@ -94,7 +97,7 @@ class Checkpoints:
 
     def _guard(self, session: Session) -> None:
         """Hold the job's row while this attempt has it. Raises `LeaseLost` where it has not."""
-        if not repository.write_guarded(session, self.job.id, self.job.attempt, lost_attempts=Job.lost_attempts):
+        if not JOBS.write(session, self.job.id, self.job.attempt, lost_attempts=Job.lost_attempts):
             raise LeaseLost
 
     def _tell(self, message: str) -> None:
@@ -103,8 +106,8 @@ class Checkpoints:
 
         def write(session: Session) -> None:
             self._guard(session)
-            if not repository.any_event(session, [event]):
-                repository.add_event(session, self.job.id, message, level="warn", id=event)
+            if not job_events.any_of(session, [event]):
+                job_events.add(session, self.job.id, message, level="warn", id=event)
 
         self.lease.write(write)
 

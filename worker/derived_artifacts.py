@@ -10,7 +10,7 @@ from typing import Any
 import structlog
 
 from app.derived_artifacts import repository
-from app.derived_artifacts.tables import Task
+from app.derived_artifacts.tables import DerivedArtifact
 from app.files.tables import File
 from app.models import repository as models
 from app.services import Services
@@ -24,49 +24,51 @@ from worker.work import work_folder
 log = structlog.get_logger(__name__)
 
 
-class TaskFailed(Exception):
-    """What the user must know about why a task cannot be done."""
+class ArtifactFailed(Exception):
+    """What the user must know about why an artifact cannot be made."""
 
     def __init__(self, code: str, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.error = {"code": code, "message": message, "param": param}
 
 
-def run_task(services: Services, base_models: BaseModels, task: Task) -> None:
-    """Do a task whose lease this worker has, to its end."""
+def make_artifact(services: Services, base_models: BaseModels, artifact: DerivedArtifact) -> None:
+    """Make an artifact whose lease this worker has, to its end."""
     with (
         tempfile.TemporaryDirectory(dir=work_folder(services), ignore_cleanup_errors=True) as name,
-        Lease(services.database, task.id, task.attempt, repository.heartbeat) as lease,
+        Lease(services.database, repository.ARTIFACTS, artifact.id, artifact.attempt) as lease,
     ):
-        work = _Work(services, base_models, task, Path(name), lease)
+        work = _Work(services, base_models, artifact, Path(name), lease)
         try:
-            result = work.report() if task.kind == repository.REPORT else work.merge()
-            if not _finish(lease, task, result=result):
+            result = work.report() if artifact.kind == repository.REPORT else work.merge()
+            if not _finish(lease, artifact, result=result):
                 raise LeaseLost
-        except TaskFailed as failed:
-            _finish(lease, task, error=failed.error)
+        except ArtifactFailed as failed:
+            _finish(lease, artifact, error=failed.error)
         except LeaseLost:
             work.undo()
-            log.warning("task lost", task=task.id)
+            log.warning("artifact lost", artifact=artifact.id)
         except Exception as error:  # the store, the disk: another attempt may do better, and they are counted
             with suppress(Exception):
                 work.undo()
-            log.error("task failed", task=task.id, kind=task.kind, exc_info=error)
+            log.error("artifact failed", artifact=artifact.id, kind=artifact.kind, exc_info=error)
             reason = f"The worker failed ({type(error).__name__})."
             with suppress(LeaseLost):
-                lease.write(lambda session: repository.hand_back(session, task, reason))
+                lease.write(lambda session: repository.recover(session, artifact, reason))
 
 
-def _finish(lease: Lease, task: Task, **outcome: dict[str, Any]) -> bool:
-    return lease.write(lambda session: repository.finish(session, task.id, task.attempt, **outcome))
+def _finish(lease: Lease, artifact: DerivedArtifact, **outcome: dict[str, Any]) -> bool:
+    return lease.write(lambda session: repository.finish(session, artifact.id, artifact.attempt, **outcome))
 
 
 class _Work:
-    """One attempt at one task, in `folder`."""
+    """One attempt at one artifact, in `folder`."""
 
-    def __init__(self, services: Services, base_models: BaseModels, task: Task, folder: Path, lease: Lease) -> None:
-        self.services, self.base_models, self.task, self.folder, self.lease = (
-            services, base_models, task, folder, lease,
+    def __init__(
+        self, services: Services, base_models: BaseModels, artifact: DerivedArtifact, folder: Path, lease: Lease
+    ) -> None:
+        self.services, self.base_models, self.artifact, self.folder, self.lease = (
+            services, base_models, artifact, folder, lease,
         )  # fmt: skip
         self.prefix: str | None = None
 
@@ -77,30 +79,30 @@ class _Work:
 
     def report(self) -> dict[str, Any]:
         """A dataset report, with what was found before where that is only to be counted in tokens."""
-        asked = self.task.arguments
+        asked = self.artifact.arguments
         with self.services.database.read() as session:
             file = session.get(File, asked["file_id"])
             before = repository.find(session, repository.REPORT, asked["file_id"])
         if file is None:
-            raise TaskFailed("file_not_found", "The file was deleted.", "file_id")
+            raise ArtifactFailed("file_not_found", "The file was deleted.", "file_id")
         dataset = self.folder / "dataset"
         try:
             self.services.storage.get_file(file.key, dataset)
         except FileNotFoundError:
-            raise TaskFailed("file_not_found", "The file was deleted.", "file_id") from None
+            raise ArtifactFailed("file_not_found", "The file was deleted.", "file_id") from None
         if "model" not in asked:
             mapping = None if file.mapping is None else Mapping.model_validate(file.mapping)
             with dataset.open("rb") as stream:
                 return survey(stream, mapping).as_json()
         found = dict((before.result if before is not None else None) or {})
         with self.services.database.read() as session:
-            model = models.find(session, self.task.project, asked["model"])
+            model = models.find(session, self.artifact.project, asked["model"])
         if model is None or not found:
-            raise TaskFailed("model_not_found", f"The model '{asked['model']}' was deleted.", "model")
+            raise ArtifactFailed("model_not_found", f"The model '{asked['model']}' was deleted.", "model")
         try:
             place_tokenizer(self.services, self.base_models, model, self.folder / "model")
         except ModelUnavailable as error:
-            raise TaskFailed("model_unavailable", str(error), "model") from error
+            raise ArtifactFailed("model_unavailable", str(error), "model") from error
         mapping = asked.get("mapping", file.mapping)
         if mapping != file.mapping:  # what was found before was read in another way
             with dataset.open("rb") as stream:
@@ -124,16 +126,16 @@ class _Work:
         try:
             return self.base_models.locate(name)[0].resolve()
         except ModelUnavailable as error:
-            raise TaskFailed("model_unavailable", str(error), "model") from error
+            raise ArtifactFailed("model_unavailable", str(error), "model") from error
 
     def merge(self) -> dict[str, Any]:
         """A made adapter and its base as one model; returns where it is in the object store."""
-        name, dtype = self.task.arguments["model"], self.task.arguments["dtype"]
+        name, dtype = self.artifact.arguments["model"], self.artifact.arguments["dtype"]
         with self.services.database.read() as session:
-            model = models.find(session, self.task.project, name)
-            foundation = model and model.foundation and models.find(session, self.task.project, model.foundation)
+            model = models.find(session, self.artifact.project, name)
+            foundation = model and model.foundation and models.find(session, self.artifact.project, model.foundation)
         if model is None or model.prefix is None or (model.foundation and not foundation):
-            raise TaskFailed("model_not_found", f"The model '{name}' was deleted.", "model")
+            raise ArtifactFailed("model_not_found", f"The model '{name}' was deleted.", "model")
         storage = self.services.storage
         if foundation and foundation.prefix is not None:
             storage.get_folder(foundation.prefix, self.folder / "base")
@@ -142,13 +144,13 @@ class _Work:
         storage.get_folder(model.prefix, self.folder / "adapter")
         (self.folder / "merge.json").write_text(json.dumps({"dtype": dtype}))
         _require(run_program("worker.trainer.merge", self.folder, self.lease))
-        self.prefix = f"merged/{self.task.id}/attempt-{self.task.attempt}"
+        self.prefix = f"merged/{self.artifact.id}/attempt-{self.artifact.attempt}"
         storage.put_folder(self.prefix, self.folder / "output")
         shutil.rmtree(self.folder / "output")
         return {"prefix": self.prefix}
 
 
 def _require(found: dict[str, Any]) -> None:
-    """Raise `TaskFailed` for the error that a program of the trainer told."""
+    """Raise `ArtifactFailed` for the error that a program of the trainer told."""
     if "error" in found:
-        raise TaskFailed(found["error"]["code"], found["error"]["message"], found["error"]["param"])
+        raise ArtifactFailed(found["error"]["code"], found["error"]["message"], found["error"]["param"])

@@ -11,7 +11,9 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from app.database import new_id
-from app.jobs import repository
+from app.jobs import checkpoints as job_checkpoints
+from app.jobs import events as job_events
+from app.jobs.queue import JOBS
 from app.jobs.states import Status
 from app.jobs.tables import Job
 from app.models import repository as models
@@ -118,7 +120,7 @@ class Evaluation(Attempt[EvaluationSpec]):
         assert self.spec.candidate is not None
         assert self.spec.candidate.model is not None
         made = models.job_of(session, self.job.project, self.spec.candidate.model)
-        left = made and repository.left_by(session, made.id, "sft")
+        left = made and job_checkpoints.left_by(session, made.id, "sft")
         return left.model_name if left else None
 
     def _precision(self, session: Session) -> dict[str, Any]:
@@ -225,7 +227,7 @@ class Evaluation(Attempt[EvaluationSpec]):
 
     def _write(self, **columns: Any) -> None:
         def write(session: Session) -> None:
-            if not repository.write_guarded(session, self.job.id, self.job.attempt, **columns):
+            if not JOBS.write(session, self.job.id, self.job.attempt, **columns):
                 raise LeaseLost
 
         self.lease.write(write)
@@ -266,9 +268,9 @@ class Evaluation(Attempt[EvaluationSpec]):
 
         def write(session: Session) -> None:
             if verdicts:
-                if not repository.write_guarded(session, self.job.id, self.job.attempt, gates=verdicts):
+                if not JOBS.write(session, self.job.id, self.job.attempt, gates=verdicts):
                     raise LeaseLost
-                repository.add_event(
+                job_events.add(
                     session, self.job.id, quality_gates.summary(verdicts), level=quality_gates.level(verdicts)
                 )
             self.end(

@@ -6,11 +6,12 @@ import structlog
 from sqlalchemy import delete, select
 
 from app.database import Database
-from app.derived_artifacts import repository as tasks
+from app.derived_artifacts import repository as artifacts
 from app.files import repository as files
 from app.files.tables import File
 from app.idempotency import service as idempotency
-from app.jobs import repository
+from app.jobs import events as job_events
+from app.jobs import queries
 from app.prune import prune
 from app.services import Services
 from app.uploads import repository as uploads
@@ -50,7 +51,7 @@ def forget_old_events(database: Database, seconds: float) -> int:
     forgotten = 0
     while True:
         with database.write() as session:
-            rows = repository.forget_events(session, seconds, FORGET_AT_ONCE)
+            rows = job_events.forget(session, seconds, FORGET_AT_ONCE)
             rows += webhooks.forget(session, seconds, FORGET_AT_ONCE)
         forgotten += rows
         if rows == 0:
@@ -74,12 +75,12 @@ def purge_deleted_files(services: Services) -> None:
     """Remove deleted files that no unfinished job reads: the object first, then the row that remembers it."""
     with services.database.read() as session:
         deleted = list(session.scalars(select(File).where(File.deleted_at.is_not(None))))
-        used = repository.active_files(session) if deleted else set()
+        used = queries.active_files(session) if deleted else set()
     for file in deleted:
         if file.id not in used:
             services.storage.delete(file.key)
             if file.sha256:  # what was made of it goes with it
                 services.storage.delete_folder(f"cache/tokens/{file.sha256}")
             with services.database.write() as session:
-                tasks.forget(session, file.id)
+                artifacts.forget(session, file.id)
                 session.execute(delete(File).where(File.id == file.id))

@@ -5,14 +5,17 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, Self, TypeVar
 
 import structlog
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
+from app import work_queue
 from app.database import Database
-from app.jobs import repository
+from app.jobs import queue as job_queue
+from app.jobs.queue import JOBS
+from app.work_queue import WorkQueue
 
 log = structlog.get_logger(__name__)
 
@@ -21,35 +24,26 @@ Result = TypeVar("Result")
 
 
 class LeaseLost(Exception):
-    """Another has the job or the task, or nobody: stop, and write nothing."""
+    """Another has the row, or nobody: stop, and write nothing."""
 
 
 class Lease:
-    """Renews the lease of one attempt while the block runs. `lost` turns true when another has the job.
+    """Renews the lease of one attempt while the block runs. `lost` turns true when another has the row.
 
     A database that does not answer may be away for this worker or for all: the work goes on for `OUTAGE_SECONDS` more
-    than the lease. Where another has the job by then, its attempt fences off whatever this one writes.
-
-    `heartbeat` renews it, a job's if none is given; it returns False where the lease is another's.
+    than the lease. Where another has the row by then, its attempt fences off whatever this one writes.
     """
 
-    def __init__(
-        self,
-        database: Database,
-        job_id: str,
-        attempt: int,
-        heartbeat: Callable[[Session, str, int], bool] | None = None,
-    ) -> None:
-        self.database, self.job_id, self.attempt = database, job_id, attempt
-        self._heartbeat = heartbeat or self._of_job
+    def __init__(self, database: Database, queue: WorkQueue[Any], row_id: str, attempt: int) -> None:
+        self.database, self.queue, self.row_id, self.attempt = database, queue, row_id, attempt
+        self.log = log.bind(row=row_id, attempt=attempt)
         self._lost = threading.Event()
         self._released = threading.Event()
         self._valid_until = time.monotonic() + self._good_for()
-        self._paused = threading.Event()
         self._callbacks: list[Callable[[], None]] = []
         self._threads = [threading.Thread(target=target, daemon=True) for target in (self._renew, self._watch)]
 
-    def __enter__(self) -> "Lease":
+    def __enter__(self) -> Self:
         for thread in self._threads:
             thread.start()
         return self
@@ -63,11 +57,6 @@ class Lease:
     @property
     def lost(self) -> bool:
         return self._lost.is_set()
-
-    @property
-    def paused(self) -> bool:
-        """Whether the job was paused while this attempt had it."""
-        return self._paused.is_set()
 
     def wait_lost(self, seconds: float) -> bool:
         """Wait until the lease is lost, at most `seconds`; returns whether it is."""
@@ -93,7 +82,7 @@ class Lease:
                 with begin() as session:
                     return work(session)
             except OperationalError as error:
-                log.warning("database out of reach", job=self.job_id, attempt=self.attempt, reason=str(error.orig))
+                self.log.warning("database out of reach", reason=str(error.orig))
                 if self.wait_lost(1.0):
                     raise LeaseLost from error
 
@@ -101,24 +90,21 @@ class Lease:
         """Call `callback`, from another thread, when the lease is lost."""
         self._callbacks.append(callback)
 
-    @staticmethod
-    def _good_for() -> float:
-        return repository.LEASE_SECONDS + repository.OUTAGE_SECONDS
+    def heartbeat(self, session: Session) -> bool:
+        """Renew the lease; False where it is another's."""
+        return self.queue.heartbeat(session, self.row_id, self.attempt) is not None
 
-    def _of_job(self, session: Session, job_id: str, attempt: int) -> bool:
-        held = repository.heartbeat(session, job_id, attempt)
-        if held is not None and held.paused:
-            self._paused.set()
-        return held is not None
+    def _good_for(self) -> float:
+        return self.queue.lease_seconds + work_queue.OUTAGE_SECONDS
 
     def _renew(self) -> None:
-        while not self._released.wait(repository.HEARTBEAT_SECONDS):
+        while not self._released.wait(work_queue.HEARTBEAT_SECONDS):
             asked = time.monotonic()
             try:
                 with self.database.write() as session:
-                    held = self._heartbeat(session, self.job_id, self.attempt)
+                    held = self.heartbeat(session)
             except Exception as error:  # the database may be away for a while
-                log.warning("heartbeat failed", job=self.job_id, reason=str(error))
+                self.log.warning("heartbeat failed", reason=str(error))
                 continue
             if not held:
                 self._lost.set()
@@ -129,9 +115,9 @@ class Lease:
         told = False
         while not self._released.is_set():
             now = time.monotonic()
-            late = now > self._valid_until - repository.OUTAGE_SECONDS
+            late = now > self._valid_until - work_queue.OUTAGE_SECONDS
             if late and not told:
-                log.warning("lease not renewed in time; going on", job=self.job_id, attempt=self.attempt)
+                self.log.warning("lease not renewed in time; going on")
             told = late
             if now > self._valid_until:
                 self._lost.set()
@@ -139,3 +125,22 @@ class Lease:
                 for callback in self._callbacks:
                     callback()
                 return
+
+
+class JobLease(Lease):
+    """The lease of a job. Its heartbeats count the time that the job trained, and hear that it was paused."""
+
+    def __init__(self, database: Database, job_id: str, attempt: int) -> None:
+        super().__init__(database, JOBS, job_id, attempt)
+        self._paused = threading.Event()
+
+    @property
+    def paused(self) -> bool:
+        """Whether the job was paused while this attempt had it."""
+        return self._paused.is_set()
+
+    def heartbeat(self, session: Session) -> bool:
+        held = job_queue.heartbeat(session, self.row_id, self.attempt)
+        if held is not None and held.paused:
+            self._paused.set()
+        return held is not None

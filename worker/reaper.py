@@ -1,33 +1,40 @@
 """Take the leases of workers that are gone, so that others go on. That several reapers look at once is harmless."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
 from sqlalchemy.orm import Session
 
+from app import work_queue
 from app.broker import Lane
-from app.database import Database
-from app.derived_artifacts import repository as tasks
-from app.derived_artifacts.tables import Task
-from app.jobs import repository
+from app.database import Database, now
+from app.derived_artifacts import repository as artifacts
+from app.derived_artifacts.tables import DerivedArtifact
+from app.jobs import queries, transitions
+from app.jobs.queue import JOBS
 from app.jobs.states import Actor, Status
 from app.jobs.tables import Job
 from app.services import Services
+from app.webhooks import repository as webhooks
+from app.webhooks.tables import WebhookDelivery
+from app.work_queue import WorkQueue
 
 log = structlog.get_logger(__name__)
 
-OUTAGE_SECONDS = repository.LEASE_SECONDS - repository.HEARTBEAT_SECONDS - 2.0
+OUTAGE_SECONDS = work_queue.LEASE_SECONDS - work_queue.HEARTBEAT_SECONDS - 2.0
 """A break shorter than this ends no lease that its worker renews."""
 DRIFT_SECONDS = 2.0
-UNRENEWED_SECONDS = repository.HEARTBEAT_SECONDS + 2.0
+UNRENEWED_SECONDS = work_queue.HEARTBEAT_SECONDS + 2.0
 """A lease that stays as it is for so long is not being renewed, whatever the clocks were meanwhile."""
 Held = tuple[str, int, float | None]
 """A lease as its row has it: whose, of which attempt, until when."""
 
 
 @dataclass(frozen=True)
-class Look:
+class Inspection:
     """That leases may be taken now: when that was found, by this process's clock and by the database's, and those that
     nobody has renewed for a while.
     """
@@ -56,13 +63,13 @@ class Reaper:
     def look(self) -> None:
         """Take expired leases away, unless there was a break, and wake the workers that have work again."""
         with self.services.database.read() as session:
-            shown = repository.now(session)
-            found = [*repository.leases(session), *tasks.leases(session)]
-            orphans = bool(repository.orphans(session))
+            shown = now(session)
+            found = [lease for queue, _ in QUEUES for lease in queue.leases(session)]
+            orphans = bool(queries.orphans(session))
         own, held = time.monotonic(), {(whose, attempt, end) for whose, attempt, end in found}
         in_touch, unrenewed = self.in_touch(own, shown), self.unrenewed(own, held)
-        if in_touch >= repository.LEASE_SECONDS and unrenewed:
-            for lane in reap(self.services.database, Look(own, shown, unrenewed)):
+        if in_touch >= work_queue.LEASE_SECONDS and unrenewed:
+            for lane in reap(self.services.database, Inspection(own, shown, unrenewed)):
                 self.services.broker.wake(lane)
         if orphans:
             cancel_orphans(self.services.database)
@@ -83,7 +90,7 @@ class Reaper:
         return frozenset(lease for lease, first in self._seen.items() if own - first >= UNRENEWED_SECONDS)
 
 
-def reap(database: Database, look: Look | None = None) -> set[Lane]:
+def reap(database: Database, look: Inspection | None = None) -> set[Lane]:
     """Take expired leases away, of those that a reaper's `look` allows; returns the lanes that have work again.
 
     Where the clocks do not agree that the look was just now, as after a wait for a lock that kept heartbeats waiting
@@ -91,36 +98,51 @@ def reap(database: Database, look: Look | None = None) -> set[Lane]:
     """
     lanes = set[Lane]()
     with database.write() as session:
-        jobs, waiting = repository.expired(session), tasks.expired(session)
+        lapsed = [(recover, queue.lapsed(session)) for queue, recover in QUEUES]
         if look is not None and not _just_now(session, look):
             return lanes
-        for job in jobs:
-            if _may_be_taken(job, look):
-                log.warning("lease expired", job=job.id, attempt=job.attempt, owner=job.lease_owner)
-                lanes.add(Lane.GPU if job.status == Status.RUNNING else Lane.CPU)
-                repository.recover(session, job, Actor.HOUSEKEEPING, "The worker of this job was lost.")
-        for task in waiting:
-            if _may_be_taken(task, look):
-                log.warning("lease expired", task=task.id, attempt=task.attempt, owner=task.lease_owner)
-                lanes.add(Lane.CPU)
-                tasks.hand_back(session, task, "The worker of this task was lost.")
+        for recover, rows in lapsed:
+            for row in rows:
+                if look is None or (row.id, row.attempt, row.lease_expires_at) in look.unrenewed:
+                    log.warning("lease expired", row=row.id, attempt=row.attempt, owner=row.lease_owner)
+                    lanes.add(recover(session, row))
     return lanes
+
+
+def _recover_job(session: Session, job: Job) -> Lane:
+    lane = Lane.GPU if job.status == Status.RUNNING else Lane.CPU
+    transitions.recover(session, job, Actor.HOUSEKEEPING, "The worker of this job was lost.")
+    return lane
+
+
+def _recover_artifact(session: Session, artifact: DerivedArtifact) -> Lane:
+    artifacts.recover(session, artifact, "The worker of this task was lost.")
+    return Lane.CPU
+
+
+def _recover_delivery(session: Session, delivery: WebhookDelivery) -> Lane:
+    webhooks.recover(session, delivery)
+    return Lane.CPU
+
+
+QUEUES: list[tuple[WorkQueue[Any], Callable[[Session, Any], Lane]]] = [
+    (JOBS, _recover_job),
+    (artifacts.ARTIFACTS, _recover_artifact),
+    (webhooks.DELIVERIES, _recover_delivery),
+]
+"""Every queue, and how a row of it whose worker was lost goes on; it returns the lane that has work again."""
 
 
 def cancel_orphans(database: Database) -> None:
     """Cancel the evaluations that wait for a training that has failed or was cancelled."""
     with database.read() as session:
-        orphans = [(job.id, Status(job.status), job.parent_id) for job in repository.orphans(session)]
+        orphans = [(job.id, Status(job.status), job.parent_id) for job in queries.orphans(session)]
     for job_id, status, parent_id in orphans:  # each in its own transaction: of locked rows nobody waits for another
         with database.write() as session:
             message = f"Its training {parent_id} has made no model."
-            repository.transition(session, job_id, status, Status.CANCELLED, actor=Actor.HOUSEKEEPING, message=message)
+            transitions.transition(session, job_id, status, Status.CANCELLED, actor=Actor.HOUSEKEEPING, message=message)
 
 
-def _just_now(session: Session, look: Look) -> bool:
-    passed, shown = time.monotonic() - look.own, repository.now(session) - look.shown
+def _just_now(session: Session, look: Inspection) -> bool:
+    passed, shown = time.monotonic() - look.own, now(session) - look.shown
     return max(passed, shown) <= DRIFT_SECONDS and shown >= 0
-
-
-def _may_be_taken(row: Job | Task, look: Look | None) -> bool:
-    return look is None or (row.id, row.attempt, row.lease_expires_at) in look.unrenewed

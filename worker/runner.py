@@ -25,8 +25,10 @@ from sqlalchemy.orm import Session
 
 from app.database import database_now, new_id
 from app.files.tables import File
-from app.jobs import repository
+from app.jobs import events as job_events
+from app.jobs import transitions
 from app.jobs.lifecycle import log_key
+from app.jobs.queue import JOBS
 from app.jobs.states import Actor, Status
 from app.jobs.tables import Job
 from app.models import repository as models
@@ -35,7 +37,7 @@ from app.services import Services
 from app.spec.evaluation import EvaluationSpec
 from app.spec.job import JobSpec
 from worker.base_models import BaseModels
-from worker.lease import Lease, LeaseLost
+from worker.lease import JobLease, LeaseLost
 from worker.processes import Spare, answer_cache, kill_group
 from worker.trainer.events import (
     Broken,
@@ -81,7 +83,7 @@ class Attempt(ABC, Generic[Spec]):
     def run(self) -> None:
         """Run the attempt to its end, whatever that is."""
         folder = tempfile.TemporaryDirectory(dir=work_folder(self.services), ignore_cleanup_errors=True)
-        with folder as name, Lease(self.services.database, self.job.id, self.job.attempt) as self.lease:
+        with folder as name, JobLease(self.services.database, self.job.id, self.job.attempt) as self.lease:
             self.folder = Path(name)
             try:
                 if self.prepare():
@@ -222,14 +224,14 @@ class Attempt(ABC, Generic[Spec]):
         told = [new_id("ftevent") for _ in batch]
 
         def write(session: Session) -> None:
-            if not repository.write_guarded(session, self.job.id, self.job.attempt, **self.columns(batch)):
+            if not JOBS.write(session, self.job.id, self.job.attempt, **self.columns(batch)):
                 raise LeaseLost
-            if repository.any_event(session, told):  # the commit was done, and only its answer was lost
+            if job_events.any_of(session, told):  # the commit was done, and only its answer was lost
                 return
             for event_id, event in zip(told, batch, strict=True):
                 if isinstance(event, Notice):
                     level, data = event.level, event.data
-                    repository.add_event(session, self.job.id, event.message, level=level, data=data, id=event_id)
+                    job_events.add(session, self.job.id, event.message, level=level, data=data, id=event_id)
                 else:
                     self.write_event(session, event_id, event)
 
@@ -290,7 +292,7 @@ class Attempt(ABC, Generic[Spec]):
         return False
 
     def end(self, session: Session, target: Status, message: str, **values: Any) -> None:
-        taken = repository.transition(
+        taken = transitions.transition(
             session,
             self.job.id,
             Status.RUNNING,
@@ -309,7 +311,7 @@ class Attempt(ABC, Generic[Spec]):
         def write(session: Session) -> None:
             current = session.get_one(Job, self.job.id)
             if current.attempt == self.job.attempt and current.status == Status.RUNNING:
-                repository.recover(session, current, Actor.RUNNER, reason)
+                transitions.recover(session, current, Actor.RUNNER, reason)
 
         with suppress(LeaseLost):
             self.lease.write(write)

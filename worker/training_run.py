@@ -6,7 +6,10 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from app.database import database_now, new_id
-from app.jobs import repository
+from app.jobs import checkpoints as job_checkpoints
+from app.jobs import events as job_events
+from app.jobs import transitions
+from app.jobs.queue import JOBS
 from app.jobs.states import Status
 from app.jobs.tables import Checkpoint, Job
 from app.models import repository as models
@@ -122,19 +125,19 @@ class Training(Attempt[JobSpec]):
         match event:
             case StageBegan():
                 text = f"Stage {event.stage}: {event.rows} rows, {event.validation_rows} for validation."
-                repository.add_event(session, self.job.id, text, id=event_id)
+                job_events.add(session, self.job.id, text, id=event_id)
             case Metrics():
                 data = {"step": event.step, "stage": event.stage, "total_steps": event.total_steps}
                 data |= event.metrics | {"train_loss": event.metrics.get("loss")}
                 values = ", ".join(f"{name}={event.metrics[name]:.4f}" for name in SUMMARY if name in event.metrics)
                 message = f"Step {event.step}/{event.total_steps}: {values}"
-                repository.add_event(session, self.job.id, message, type="metrics", data=data, id=event_id)
+                job_events.add(session, self.job.id, message, type="metrics", data=data, id=event_id)
             case CheckpointWritten():
                 self._write_checkpoint(session, event_id, event)
 
     def _write_checkpoint(self, session: Session, event_id: str, event: CheckpointWritten) -> None:
         name, prefix = f"{self.job.makes}:ckpt-step-{event.step}", f"{self.prefix}/{event.path}"
-        if repository.move_checkpoint(session, self.job.id, event.step, prefix):
+        if job_checkpoints.move(session, self.job.id, event.step, prefix):
             return  # written again after a resume: the same bytes, and whole, which the first may not be
         session.add(
             Checkpoint(
@@ -149,7 +152,7 @@ class Training(Attempt[JobSpec]):
             )
         )
         text = f"Checkpoint created at step {event.step}: {name}"
-        repository.add_event(session, self.job.id, text, id=event_id)
+        job_events.add(session, self.job.id, text, id=event_id)
 
     def relayed(self, batch: list[Event]) -> None:
         if any(isinstance(event, CheckpointWritten) for event in batch):
@@ -171,11 +174,11 @@ class Training(Attempt[JobSpec]):
 
         def write(session: Session) -> None:
             # The row first: events are numbered in the order of their commits, and evaluations that end now wait.
-            if not repository.write_guarded(session, self.job.id, self.job.attempt, metrics=outcome.metrics):
+            if not JOBS.write(session, self.job.id, self.job.attempt, metrics=outcome.metrics):
                 raise LeaseLost
-            verdicts = repository.judged(session, self.job, outcome.metrics)
+            verdicts = transitions.judge_gates(session, self.job, outcome.metrics)
             if verdicts:
-                repository.add_event(
+                job_events.add(
                     session, self.job.id, quality_gates.summary(verdicts), level=quality_gates.level(verdicts)
                 )
             self.end(

@@ -11,9 +11,11 @@ from sqlalchemy.orm import Session
 
 from app.broker import Lane
 from app.estimates.service import expected_seconds
-from app.jobs import repository
+from app.jobs import events as job_events
+from app.jobs import transitions
+from app.jobs.kinds import KINDS
 from app.jobs.states import Actor, Status
-from app.jobs.tables import EVALUATION, Job
+from app.jobs.tables import Job
 from app.models import repository as models
 from app.services import Services
 from app.spec.datasets.check import check
@@ -22,12 +24,12 @@ from app.spec.datasets.example import Kind
 from app.spec.datasets.report import Report
 from app.spec.evaluation import EvaluationSpec
 from app.spec.hyperparameters import DEFAULT_MAX_LENGTH
-from app.spec.job import MORE, JobSpec
+from app.spec.job import JobSpec
 from worker.base_models import BaseModels, has_chat_template
 from worker.classifier import BadClassifier, LinearClassifier
 from worker.counting import Count, count, place_tokenizer
 from worker.evaluation_run import rendering_of
-from worker.lease import Lease, LeaseLost
+from worker.lease import JobLease, Lease, LeaseLost
 from worker.work import work_folder
 
 log = structlog.get_logger(__name__)
@@ -41,7 +43,7 @@ def validate(services: Services, base_models: BaseModels, job: Job) -> None:
     """Check the files of `job`, whose lease this worker has."""
     queued = False
     with (
-        Lease(services.database, job.id, job.attempt) as lease,
+        JobLease(services.database, job.id, job.attempt) as lease,
         suppress(LeaseLost),
         tempfile.TemporaryDirectory(dir=work_folder(services)) as folder,
     ):
@@ -63,7 +65,8 @@ class _Check:
 
     def __init__(self, services: Services, base_models: BaseModels, job: Job, lease: Lease, folder: Path) -> None:
         self.services, self.base_models, self.job, self.lease, self.folder = services, base_models, job, lease, folder
-        self.spec = EvaluationSpec.stored(job.spec) if job.kind == EVALUATION else JobSpec.stored(job.spec)
+        self.kind = KINDS[job.kind]
+        self.spec = self.kind.read(job.spec)
         self.reports: dict[str, Report] = {}
         self.warnings: list[str] = []
 
@@ -82,13 +85,13 @@ class _Check:
         except Exception as error:  # storage or disk: another attempt may do better, and they are counted
             log.error("files could not be checked", job=self.job.id, exc_info=error)
             reason = "The files could not be read."
-            self.lease.write(lambda session: repository.recover(session, self.job, Actor.VALIDATOR, reason))
+            self.lease.write(lambda session: transitions.recover(session, self.job, Actor.VALIDATOR, reason))
             return False
         return self.lease.write(self._queue)
 
     def _queue(self, session: Session) -> bool:
         spec, job = self.spec, self.job
-        queued = repository.transition(
+        queued = transitions.transition(
             session,
             job.id,
             Status.VALIDATING,
@@ -103,7 +106,7 @@ class _Check:
             + "; ".join(f"{field}: {report.summary()}" for field, report in self.reports.items()),
         )
         for text in self.warnings if queued else ():
-            repository.add_event(session, job.id, text, level="warn")
+            job_events.add(session, job.id, text, level="warn")
         return queued
 
     def _path(self, file_id: str) -> Path:
@@ -207,20 +210,17 @@ class _Check:
         }
 
     def _fail(self, invalid: _Invalid) -> None:
-        evaluated = self.job.kind == EVALUATION
-        name = "file" if evaluated else invalid.field.removeprefix("sft.")
-        name = "training_file" if name.startswith(MORE) else name
-        error = {"code": invalid.code or f"invalid_{name}", "message": invalid.reason, "param": invalid.param}
-        used = "evaluated" if evaluated else "trained on"
+        code = invalid.code or self.kind.file_code(invalid.field)
+        error = {"code": code, "message": invalid.reason, "param": invalid.param}
         self.lease.write(
-            lambda session: repository.transition(
+            lambda session: transitions.transition(
                 session,
                 self.job.id,
                 Status.VALIDATING,
                 Status.FAILED,
                 actor=Actor.VALIDATOR,
                 attempt=self.job.attempt,
-                message=f"{invalid.field} cannot be {used}. {invalid.reason}",
+                message=f"{invalid.field} cannot be {self.kind.used}. {invalid.reason}",
                 level="error",
                 error=error,
             )

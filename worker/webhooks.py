@@ -29,8 +29,8 @@ LOOK_SECONDS = 1.0
 class Sender:
     """Sends what is due until it is stopped."""
 
-    def __init__(self, services: Services, stopping: threading.Event) -> None:
-        self.services, self.stopping = services, stopping
+    def __init__(self, services: Services, stopping: threading.Event, owner: str) -> None:
+        self.services, self.stopping, self.owner = services, stopping, owner
 
     def run(self) -> None:
         """The loop of the sending thread."""
@@ -51,7 +51,7 @@ class Sender:
 
     def _claim(self, busy: Sequence[str] = ()) -> tuple[WebhookDelivery, WebhookEndpoint] | None:
         with self.services.database.write() as session:
-            return repository.claim(session, busy)
+            return repository.claim(session, self.owner, busy)
 
     def send_due(self) -> int:
         """Send all that is due now, one after the other; returns how much it was."""

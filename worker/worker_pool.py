@@ -11,16 +11,16 @@ import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.broker import Lane
-from app.derived_artifacts import repository as tasks
-from app.jobs import repository
+from app.derived_artifacts import repository as artifacts
+from app.jobs import queue as job_queue
+from app.jobs.kinds import EVALUATION, TRAINING
 from app.jobs.states import Status
-from app.jobs.tables import EVALUATION
 from app.models import repository as models
 from app.services import Services
 from app.workers import repository as workers
 from worker import integrations
 from worker.base_models import BaseModels
-from worker.derived_artifacts import run_task
+from worker.derived_artifacts import make_artifact
 from worker.device import device
 from worker.evaluation_run import Evaluation
 from worker.housekeeping import clear_out, forget, keep_house
@@ -32,6 +32,8 @@ from worker.webhooks import Sender
 
 log = structlog.get_logger(__name__)
 
+ATTEMPTS: dict[str, type[Training | Evaluation]] = {TRAINING.name: Training, EVALUATION.name: Evaluation}
+"""The attempt at a job, by its kind."""
 LOOK_SECONDS = 2.0
 """An idle worker looks by itself so often, should a wake-up be lost; so often it keeps house."""
 REGISTER_SECONDS = 30.0
@@ -55,7 +57,9 @@ class WorkerPool:
             threading.Thread(target=self._reap, name="reaper"),
         ]
         if lane == Lane.CPU:
-            self._threads.append(threading.Thread(target=Sender(services, self.stopping).run, name="webhooks"))
+            self._threads.append(
+                threading.Thread(target=Sender(services, self.stopping, self.owner).run, name="webhooks")
+            )
 
     def start(self) -> None:
         for thread in self._threads:
@@ -96,21 +100,20 @@ class WorkerPool:
         """Claim and run one job; False where there is none."""
         if self.lane == Lane.CPU:
             with self.services.database.write() as session:
-                job = repository.claim(session, Status.VALIDATING, self.owner)
+                job = job_queue.claim(session, Status.VALIDATING, self.owner)
             if job is not None:
                 validate(self.services, self.base_models, job)
                 return True
             with self.services.database.write() as session:
-                task = tasks.claim(session, self.owner, self.base_models.served())
+                task = artifacts.claim(session, self.owner, self.base_models.served())
             if task is not None:
-                run_task(self.services, self.base_models, task)
+                make_artifact(self.services, self.base_models, task)
             return task is not None
         served = self.base_models.served()
         with self.services.database.write() as session:
-            job = repository.claim(session, Status.QUEUED, self.owner, served)
+            job = job_queue.claim(session, Status.QUEUED, self.owner, served)
         if job is not None:
-            run = Evaluation if job.kind == EVALUATION else Training
-            run(self.services, self.base_models, job, self.stopping, self.spare).run()
+            ATTEMPTS[job.kind](self.services, self.base_models, job, self.stopping, self.spare).run()
         if not self.stopping.is_set():
             self.spare.prepare()
         return job is not None

@@ -7,9 +7,9 @@ from sqlalchemy.orm import Session
 from app.broker import Broker, Lane
 from app.database import Database
 from app.dataset_reports.schemas import DatasetReport
-from app.derived_artifacts import repository as tasks
+from app.derived_artifacts import repository as artifacts
 from app.derived_artifacts.service import result
-from app.derived_artifacts.tables import Task
+from app.derived_artifacts.tables import DerivedArtifact
 from app.errors import ServiceError, TooMany
 from app.files import repository as files
 from app.files.schemas import FileObject
@@ -23,26 +23,28 @@ from app.spec.hyperparameters import DEFAULT_MAX_LENGTH
 MAX_PENDING = 50
 
 
-def structural(session: Session, project: str, file_id: str) -> Task:
+def structural(session: Session, project: str, file_id: str) -> DerivedArtifact:
     """The task of the report without a model."""
-    return tasks.ensure(session, tasks.REPORT, file_id, project=project, owner=file_id, arguments={"file_id": file_id})
+    return artifacts.ensure(
+        session, artifacts.REPORT, file_id, project=project, owner=file_id, arguments={"file_id": file_id}
+    )
 
 
-def with_tokens(session: Session, file: File, asked: dict[str, Any], model: models.ResolvedModel) -> Task:
+def with_tokens(session: Session, file: File, asked: dict[str, Any], model: models.ResolvedModel) -> DerivedArtifact:
     """The task of the report in tokens of a model. `asked`: model, max_length, method, need, rendering, …
 
     Raises `TooMany` where the project has many that wait: each of so many ways to count a file is work for minutes.
     """
     subject = f"{file.id} " + " ".join(f"{name}={asked[name]}" for name in sorted(asked))
     if (
-        tasks.find(session, tasks.REPORT, subject) is None
-        and tasks.pending(session, file.project, 3600.0) >= MAX_PENDING
+        artifacts.find(session, artifacts.REPORT, subject) is None
+        and artifacts.pending(session, file.project, 3600.0) >= MAX_PENDING
     ):
         message = f"{MAX_PENDING} reports in tokens are being made for this project. Ask again when some are done."
         raise TooMany(message, 10, code="too_many_reports")
-    return tasks.ensure(
+    return artifacts.ensure(
         session,
-        tasks.REPORT,
+        artifacts.REPORT,
         subject,
         project=file.project,
         owner=file.id,

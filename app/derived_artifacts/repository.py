@@ -1,30 +1,43 @@
-"""All SQL about tasks: what is to be made, and the leases of those who make it."""
+"""All SQL about derived artifacts: which are to be made, and who makes them."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Row, delete, func, or_, select, update
+from sqlalchemy import delete, func, or_, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from app.database import database_now, new_id
-from app.derived_artifacts.tables import Task
-from app.jobs.repository import LEASE_SECONDS, MAX_LOST_ATTEMPTS, RETRY_SECONDS, eligible, lapsed, serves
+from app.derived_artifacts.tables import DerivedArtifact
+from app.work_queue import MAX_LOST_ATTEMPTS, WorkQueue, retry_pause
+from app.workers.repository import served_by
 
-_LEASED = (Task.status == "pending", Task.lease_owner.is_not(None))
+ARTIFACTS = WorkQueue(
+    DerivedArtifact, active=DerivedArtifact.status == "pending", order=(DerivedArtifact.created_at, DerivedArtifact.id)
+)
 REPORT, MERGE = "report", "merge"
 TRANSIENT, AGAIN_SECONDS = ("worker_lost", "model_unavailable"), 300.0
-"""Failures that say nothing of the task, and after how long it is tried again when it is asked for."""
+"""Failures that say nothing of the artifact, and after how long it it is tried again when somebody asks for it."""
 
 
-def find(session: Session, kind: str, subject: str) -> Task | None:
-    return session.scalar(select(Task).where(Task.kind == kind, Task.subject == subject))
+def find(session: Session, kind: str, subject: str) -> DerivedArtifact | None:
+    return session.scalar(
+        select(DerivedArtifact).where(DerivedArtifact.kind == kind, DerivedArtifact.subject == subject)
+    )
 
 
 def pending(session: Session, project: str, seconds: float) -> int:
     """How many reports in tokens a project has asked for in the last `seconds` that are not done."""
-    counted = (Task.kind == REPORT, Task.base_model.is_not(None), Task.created_at > database_now() - seconds)
-    waiting = select(func.count()).select_from(Task).where(Task.project == project, Task.status == "pending", *counted)
+    counted = (
+        DerivedArtifact.kind == REPORT,
+        DerivedArtifact.base_model.is_not(None),
+        DerivedArtifact.created_at > database_now() - seconds,
+    )
+    waiting = (
+        select(func.count())
+        .select_from(DerivedArtifact)
+        .where(DerivedArtifact.project == project, DerivedArtifact.status == "pending", *counted)
+    )
     return session.scalars(waiting).one()
 
 
@@ -37,16 +50,21 @@ def ensure(
     owner: str,
     arguments: dict[str, Any],
     base_model: str | None = None,
-) -> Task:
-    """The task, made where it is not there. One that failed by no fault of its subject is tried again after a while."""
-    task = find(session, kind, subject)
-    if task is not None and task.status == "failed" and (task.error or {}).get("code") in TRANSIENT:
-        old = delete(Task).where(Task.id == task.id, Task.finished_at < database_now() - AGAIN_SECONDS)
-        if session.scalar(old.returning(Task.id)) is not None:
-            session.expunge(task)
-            task = None
-    if task is None:
-        task = Task(
+) -> DerivedArtifact:
+    """The artifact, made where it is not there.
+
+    One that failed through no fault of its subject is tried again after a while.
+    """
+    artifact = find(session, kind, subject)
+    if artifact is not None and artifact.status == "failed" and (artifact.error or {}).get("code") in TRANSIENT:
+        old = delete(DerivedArtifact).where(
+            DerivedArtifact.id == artifact.id, DerivedArtifact.finished_at < database_now() - AGAIN_SECONDS
+        )
+        if session.scalar(old.returning(DerivedArtifact.id)) is not None:
+            session.expunge(artifact)
+            artifact = None
+    if artifact is None:
+        artifact = DerivedArtifact(
             id=new_id("task"),
             kind=kind,
             subject=subject,
@@ -62,46 +80,30 @@ def ensure(
         )
         try:
             with session.begin_nested():
-                session.add(task)
+                session.add(artifact)
                 session.flush()
         except IntegrityError:  # another asked for the same at the same moment
             found = find(session, kind, subject)
             assert found is not None
             return found
-    return task
+    return artifact
 
 
-def claim(session: Session, owner: str, served: Sequence[str]) -> Task | None:
-    """Take the lease of the oldest task that can be done where `served` base models are, in one statement."""
-    free = (Task.status == "pending", Task.lease_owner.is_(None), eligible(Task.eligible_at))
-    able = or_(Task.base_model.is_(None), *(serves(Task.base_model, name) for name in served))
-    best = select(Task.id).where(*free, able)
-    best = best.order_by(Task.created_at, Task.id).limit(1)
-    statement = (
-        update(Task)
-        .where(Task.id == best.with_for_update(skip_locked=True).scalar_subquery(), *free)
-        .values(attempt=Task.attempt + 1, lease_owner=owner, lease_expires_at=database_now() + LEASE_SECONDS)
-        .returning(Task)
-        .execution_options(populate_existing=True)
-    )
-    return session.scalar(statement)
-
-
-def heartbeat(session: Session, task_id: str, attempt: int) -> bool:
-    """Extend the lease; False where another has it, or the task is gone."""
-    statement = _held(task_id, attempt).values(lease_expires_at=database_now() + LEASE_SECONDS)
-    return session.scalar(statement.returning(Task.id)) is not None
+def claim(session: Session, owner: str, served: Sequence[str]) -> DerivedArtifact | None:
+    """Take the lease of the oldest artifact that can be made where `served` base models are."""
+    able = or_(DerivedArtifact.base_model.is_(None), served_by(DerivedArtifact.base_model, served))
+    return ARTIFACTS.claim(session, owner, ARTIFACTS.active, able)
 
 
 def finish(
     session: Session,
-    task_id: str,
+    artifact_id: str,
     attempt: int,
     *,
     result: dict[str, Any] | None = None,
     error: dict[str, Any] | None = None,
 ) -> bool:
-    """End a task whose lease this attempt holds; False where it does not. One that it has ended already stays so."""
+    """End an artifact whose lease this attempt holds, or has ended already; False where another has it."""
     values = {
         "status": "done" if error is None else "failed",
         "result": result,
@@ -110,54 +112,40 @@ def finish(
         "lease_owner": None,
         "lease_expires_at": None,
     }
-    if session.scalar(_held(task_id, attempt).values(**values).returning(Task.id)) is not None:
+    if ARTIFACTS.write(session, artifact_id, attempt, **values):
         return True
-    # The commit may have been done and only its answer lost: nobody but this attempt ends the task under its number.
-    ended = select(Task.id).where(Task.id == task_id, Task.attempt == attempt, Task.status == values["status"])
+    # The commit may have been done and only its answer lost. Nobody else ends the artifact as this attempt.
+    ended = select(DerivedArtifact.id).where(
+        DerivedArtifact.id == artifact_id,
+        DerivedArtifact.attempt == attempt,
+        DerivedArtifact.status == values["status"],
+    )
     return session.scalar(ended) is not None
 
 
-def hand_back(session: Session, task: Task, reason: str) -> None:
-    """Let another attempt do a task whose worker was lost; fail it when that keeps happening."""
-    lost = task.lost_attempts + 1
+def recover(session: Session, artifact: DerivedArtifact, reason: str) -> None:
+    """Let another attempt make an artifact whose worker was lost; fail it when that keeps happening."""
+    lost = artifact.lost_attempts + 1
     if lost >= MAX_LOST_ATTEMPTS:
-        finish(session, task.id, task.attempt, error={"code": "worker_lost", "message": reason})
+        finish(session, artifact.id, artifact.attempt, error={"code": "worker_lost", "message": reason})
         return
-    session.execute(
-        _held(task.id, task.attempt).values(
-            lease_owner=None,
-            lease_expires_at=None,
-            lost_attempts=lost,
-            eligible_at=database_now() + RETRY_SECONDS ** (lost - 1),
+    ARTIFACTS.release(session, artifact.id, artifact.attempt, pause=retry_pause(lost), lost_attempts=lost)
+
+
+def of_owner(session: Session, owner: str) -> Sequence[DerivedArtifact]:
+    """The artifacts that go with a file or a model."""
+    return session.scalars(select(DerivedArtifact).where(DerivedArtifact.owner == owner)).all()
+
+
+def finished_before(session: Session, kind: str, seconds: float) -> Sequence[DerivedArtifact]:
+    """The artifacts of a kind that ended more than `seconds` ago."""
+    return session.scalars(
+        select(DerivedArtifact).where(
+            DerivedArtifact.kind == kind, DerivedArtifact.finished_at < database_now() - seconds
         )
-    )
-
-
-def leases(session: Session) -> Sequence[Row[str, int, float | None]]:
-    """(id, attempt, end) of every lease of a task that someone holds."""
-    return session.execute(select(Task.id, Task.attempt, Task.lease_expires_at).where(*_LEASED)).all()
-
-
-def expired(session: Session) -> Sequence[Task]:
-    """Tasks whose worker stopped renewing its lease."""
-    statement = select(Task).where(*_LEASED, lapsed(Task.lease_expires_at))
-    return session.scalars(statement.with_for_update(skip_locked=True)).all()
-
-
-def of_owner(session: Session, owner: str) -> Sequence[Task]:
-    """The tasks that go with a file or a model."""
-    return session.scalars(select(Task).where(Task.owner == owner)).all()
-
-
-def finished_before(session: Session, kind: str, seconds: float) -> Sequence[Task]:
-    """The tasks of a kind that ended more than `seconds` ago."""
-    return session.scalars(select(Task).where(Task.kind == kind, Task.finished_at < database_now() - seconds)).all()
+    ).all()
 
 
 def forget(session: Session, owner: str) -> None:
-    """Remove the tasks that go with a file or a model that is gone."""
-    session.execute(delete(Task).where(Task.owner == owner))
-
-
-def _held(task_id: str, attempt: int) -> Any:
-    return update(Task).where(Task.id == task_id, Task.attempt == attempt, Task.lease_owner.is_not(None))
+    """Remove the artifacts that go with a file or a model that is gone."""
+    session.execute(delete(DerivedArtifact).where(DerivedArtifact.owner == owner))

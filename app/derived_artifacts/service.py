@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from app.derived_artifacts.tables import Task
+from app.derived_artifacts.tables import DerivedArtifact
 from app.errors import ServiceError
 
 
-def result(task: Task, param: str | None = None) -> dict[str, Any] | None:
+def result(task: DerivedArtifact, param: str | None = None) -> dict[str, Any] | None:
     """What a task made; None while it is to be made.
 
     Raises `ServiceError` where it failed, about `param` if its error names no field itself.

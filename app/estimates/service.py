@@ -15,7 +15,8 @@ from app.estimates import fit
 from app.estimates.memory import Memory, MemorySettings, Shape, estimate
 from app.estimates.schemas import Estimate, MemoryEstimate, Pace, Refusal, StageEstimate
 from app.files import repository as files
-from app.jobs import repository as jobs
+from app.jobs import queries
+from app.jobs import queue as job_queue
 from app.jobs.service import Jobs
 from app.models import repository as models
 from app.spec.datasets.check import NEEDS
@@ -86,7 +87,7 @@ class Estimates:
             fits=None if memory is None or device is None else memory.total <= device.memory_bytes,
             pace=pace,
             seconds=seconds,
-            queued_jobs=len(jobs.queue(session, 1000)),
+            queued_jobs=len(job_queue.waiting(session, 1000)),
         )
         found.warnings = _warnings(spec, found, shape)
         if shape is not None and device is not None:
@@ -197,7 +198,9 @@ def _stage(stage: StageSpec, counted: dict[str, Any], pace: Pace | None) -> Stag
 
 def _pace(session: Session, base_model: str) -> Pace | None:
     """What the last jobs on the base model measured, weighted by their tokens."""
-    measured = [job.pace for job in jobs.paces(session, base_model, MAX_PACES) if job.pace and job.pace["seconds"] > 0]
+    measured = [
+        job.pace for job in queries.paces(session, base_model, MAX_PACES) if job.pace and job.pace["seconds"] > 0
+    ]
     tokens, seconds = sum(one["tokens"] for one in measured), sum(one["seconds"] for one in measured)
     if not tokens:
         return None

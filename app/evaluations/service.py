@@ -16,12 +16,14 @@ from app.evaluations.schemas import EvaluationObject
 from app.files import repository as files
 from app.files.tables import File
 from app.idempotency.service import Sending
-from app.jobs import repository
+from app.jobs import checkpoints as job_checkpoints
+from app.jobs import queries
 from app.jobs.event_feed import Feed
+from app.jobs.kinds import EVALUATION
 from app.jobs.lifecycle import Lifecycle
 from app.jobs.queue_forecast import QueuePlace
 from app.jobs.states import ACTIVE
-from app.jobs.tables import EVALUATION, Job
+from app.jobs.tables import Job
 from app.keys.service import Keys
 from app.models import repository as models
 from app.outbound_http import HostRefused, find
@@ -39,8 +41,7 @@ PRIVATE = "DPO_PRIVATE_JUDGES"
 class Evaluations(Lifecycle[EvaluationObject]):
     """Create, find, follow and cancel evaluations, and read what they found."""
 
-    KIND, NOUN, NAME, CODE, PATH = EVALUATION, "evaluation", "evaluation", "evaluation", "/v1/evaluations"
-    PREFIX = "eval"
+    KIND = EVALUATION
 
     def __init__(
         self,
@@ -64,7 +65,7 @@ class Evaluations(Lifecycle[EvaluationObject]):
         self.reachable([spec])
         with self.database.write() as session:
             earlier = sending.earlier(session, "evaluations.create", content)
-            job = None if earlier is None else repository.get(session, project, earlier, EVALUATION)
+            job = None if earlier is None else queries.get(session, project, earlier, EVALUATION)
             if job is None:
                 job = self._insert(session, project, spec, sending.request_id)
                 sending.made(session, "evaluations.create", content, job.id)
@@ -164,13 +165,13 @@ class Evaluations(Lifecycle[EvaluationObject]):
             if made is None:
                 message = f"'{name}' was not trained here: name what it is compared with."
                 raise ServiceError(message, param="baseline", code="missing_required_parameter")
-            in_sft = name is not None and repository.stage_of(session, name) == "sft"
+            in_sft = name is not None and job_checkpoints.stage_of(session, name) == "sft"
             if in_sft:  # what SFT leaves is held to nothing: it is compared with what it began from
                 changes["baseline"] = _named(spec.baseline, made.model)
             elif training.get("sft") is None or settings.get("reference_model"):
                 changes["baseline"] = _named(spec.baseline, settings.get("reference_model") or made.model)
             else:  # what the SFT stage left, which has a name once it is there
-                left = repository.left_by(session, made.id, "sft")
+                left = job_checkpoints.left_by(session, made.id, "sft")
                 changes["baseline"] = _named(spec.baseline, left.model_name if left is not None else None)
                 if left is None and made.status not in ACTIVE:
                     message = f"What the SFT stage of '{name}' left was not kept: name what it is compared with."

@@ -14,7 +14,7 @@ from sqlalchemy import func, select
 from starlette.concurrency import run_in_threadpool
 
 from app.database import Database
-from app.jobs import repository
+from app.jobs import events as job_events
 from app.jobs.tables import JobEvent
 
 log = structlog.get_logger(__name__)
@@ -82,4 +82,4 @@ class Feed:
     def after(self, job_id: str, seen: int, limit: int = 500) -> list[JobEvent]:
         """Up to `limit` events of a job after number `seen`, in their order."""
         with self.database.read() as session:
-            return repository.events_after(session, job_id, seen, limit)
+            return job_events.after(session, job_id, seen, limit)

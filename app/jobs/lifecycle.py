@@ -16,8 +16,11 @@ from app.broker import Broker, Lane
 from app.database import Database, new_id
 from app.errors import Conflict, NotFound
 from app.idempotency.service import Sending
-from app.jobs import repository
+from app.jobs import events as job_events
+from app.jobs import queries, transitions
+from app.jobs import queue as job_queue
 from app.jobs.event_feed import Feed
+from app.jobs.kinds import JobKind
 from app.jobs.queue_forecast import QueuePlace, outlook
 from app.jobs.schemas import EventObject, StreamToken
 from app.jobs.states import ACTIVE, Actor, Status
@@ -39,14 +42,9 @@ def log_key(job_id: str, attempt: int) -> str:
 
 
 class Lifecycle(ABC, Generic[Shown]):
-    """Of one kind of job: `NOUN` is what people call it, `NAME` in full, `PATH` where it is found."""
+    """The jobs of one kind."""
 
-    KIND: ClassVar[str]
-    NOUN: ClassVar[str]
-    NAME: ClassVar[str]
-    CODE: ClassVar[str]
-    PREFIX: ClassVar[str]
-    PATH: ClassVar[str]
+    KIND: ClassVar[JobKind]
 
     def __init__(self, database: Database, storage: Storage, broker: Broker, keys: Keys, feed: Feed) -> None:
         self.database, self.storage, self.broker, self.keys, self.feed = database, storage, broker, keys, feed
@@ -69,8 +67,8 @@ class Lifecycle(ABC, Generic[Shown]):
         `bases` are the base models that it loads, `own` the columns that its kind decides.
         """
         job = Job(
-            id=new_id(self.PREFIX),
-            kind=self.KIND,
+            id=new_id(self.KIND.id_prefix),
+            kind=self.KIND.name,
             project=project,
             job_metadata=asked.metadata,
             request_id=request_id,
@@ -88,14 +86,14 @@ class Lifecycle(ABC, Generic[Shown]):
         session.add(job)
         session.flush()
         session.add_all(OtherBase(job_id=job.id, base_model=name) for name in {*bases} - {job.base_model})
-        repository.add_event(session, job.id, f"Created {self.NAME}: {job.id}")
+        job_events.add(session, job.id, f"Created {self.KIND.title}: {job.id}")
         return job
 
     def _found(self, session: Session, project: str, job_id: str, param: str | None = None) -> Job:
         """The row of a job that `project` may see. Raises `NotFound`."""
-        job = repository.get(session, project, job_id, self.KIND)
+        job = queries.get(session, project, job_id, self.KIND)
         if job is None:
-            raise NotFound(f"No such {self.NAME}: {job_id}", param=param, code=f"{self.CODE}_not_found")
+            raise NotFound(f"No such {self.KIND.title}: {job_id}", param=param, code=f"{self.KIND.code}_not_found")
         return job
 
     def get(self, project: str, job_id: str) -> Shown:
@@ -108,7 +106,7 @@ class Lifecycle(ABC, Generic[Shown]):
         """Up to `limit` + 1 jobs, newest first."""
         with self.database.read() as session:
             mark = None if after is None else self._found(session, project, after, "after")
-            found = repository.page(session, project, after=mark, limit=limit, metadata=metadata, kind=self.KIND)
+            found = queries.page(session, project, after=mark, limit=limit, metadata=metadata, kind=self.KIND)
             places = outlook(session, found)
             return [self.show(job, places.get(job.id)) for job in found]
 
@@ -119,29 +117,29 @@ class Lifecycle(ABC, Generic[Shown]):
             status = Status(job.status)
             # The worker may take the job along an edge of its own between this read and the write.
             for source in (status, *(other for other in ACTIVE if other != status)):
-                if status in ACTIVE and repository.transition(
+                if status in ACTIVE and transitions.transition(
                     session,
                     job_id,
                     source,
                     Status.CANCELLED,
                     actor=Actor.API,
-                    message=f"The {self.NOUN} was cancelled.",
+                    message=f"The {self.KIND.noun} was cancelled.",
                 ):
                     break
             else:
                 if not (sending.resent and status == Status.CANCELLED):  # the answer to the first sending was lost
                     raise Conflict(
-                        f"{self.NOUN.capitalize()} {job_id} is {job.status} already.", code="job_already_ended"
+                        f"{self.KIND.noun.capitalize()} {job_id} is {job.status} already.", code="job_already_ended"
                     )
         return self.get(project, job_id)
 
     def pause(self, project: str, job_id: str) -> Shown:
         """Hold a job back. A running one writes a checkpoint, frees its GPU and goes back to the queue, in seconds."""
-        return self._set_paused(project, job_id, True, f"The {self.NOUN} was paused.")
+        return self._set_paused(project, job_id, True, f"The {self.KIND.noun} was paused.")
 
     def resume(self, project: str, job_id: str) -> Shown:
         """Let a paused job go on from its last checkpoint, in its old place in the queue."""
-        found = self._set_paused(project, job_id, False, f"The {self.NOUN} was resumed.")
+        found = self._set_paused(project, job_id, False, f"The {self.KIND.noun} was resumed.")
         self.broker.wake(Lane.GPU)
         return found
 
@@ -149,27 +147,27 @@ class Lifecycle(ABC, Generic[Shown]):
         with self.database.write() as session:
             job = self._found(session, project, job_id)
             if job.paused != paused or job.status not in ACTIVE:
-                if not repository.set_paused(session, job_id, paused):
+                if not job_queue.set_paused(session, job_id, paused):
                     raise Conflict(
-                        f"{self.NOUN.capitalize()} {job_id} is {job.status} already.", code="job_already_ended"
+                        f"{self.KIND.noun.capitalize()} {job_id} is {job.status} already.", code="job_already_ended"
                     )
-                repository.add_event(session, job_id, message)
+                job_events.add(session, job_id, message)
         return self.get(project, job_id)
 
     def events(self, project: str, job_id: str, *, after: str | None, limit: int) -> list[EventObject]:
         """Up to `limit` + 1 events, newest first."""
         with self.database.read() as session:
             self._found(session, project, job_id)
-            found = repository.events(session, job_id, after=after, limit=limit)
+            found = job_events.page(session, job_id, after=after, limit=limit)
         if found is None:
-            raise NotFound(f"No such event of this {self.NOUN}: {after}", param="after", code="event_not_found")
+            raise NotFound(f"No such event of this {self.KIND.noun}: {after}", param="after", code="event_not_found")
         return [EventObject.of(event) for event in found]
 
     def stream_token(self, project: str, job_id: str) -> StreamToken:
         """What a browser, whose EventSource sends no key, can open the job's stream with."""
         with self.database.read() as session:
             self._found(session, project, job_id)
-        path = f"{self.PATH}/{job_id}/stream"
+        path = f"{self.KIND.path}/{job_id}/stream"
         token, expires_at = self.keys.stream_token(project, path)
         return StreamToken(token=token, expires_at=expires_at, url=f"{path}?token={quote(token, safe='')}")
 
@@ -194,7 +192,7 @@ class Lifecycle(ABC, Generic[Shown]):
                 state = job.model_dump(exclude={"estimated_start", "estimated_finish", "running_seconds"})
                 if state != shown:
                     shown = state
-                    yield ServerSentEvent(event=self.NOUN, data=job)
+                    yield ServerSentEvent(event=self.KIND.noun, data=job)
                 if state["status"] not in ACTIVE:
                     return
                 if events:
@@ -210,9 +208,9 @@ class Lifecycle(ABC, Generic[Shown]):
             self._found(session, project, job_id)
             if last_event_id is None:
                 return 0
-            found = repository.sequence_of(session, job_id, last_event_id)
+            found = job_events.sequence_of(session, job_id, last_event_id)
         if found is None:
-            message = f"No such event of this {self.NOUN}: {last_event_id}"
+            message = f"No such event of this {self.KIND.noun}: {last_event_id}"
             raise NotFound(message, param="Last-Event-ID", code="event_not_found")
         return found
 

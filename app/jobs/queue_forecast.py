@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from sqlalchemy.orm import Session
 
 from app.broker import Lane
-from app.jobs import repository
+from app.database import now
+from app.jobs import queries
+from app.jobs import queue as job_queue
 from app.jobs.states import Status
 from app.jobs.tables import Job
 from app.workers import repository as workers
@@ -33,17 +35,17 @@ def outlook(session: Session, jobs: list[Job]) -> dict[str, QueuePlace]:
     """The place of each of `jobs` that has not ended."""
     if not any(job.status in (Status.RUNNING, Status.QUEUED) for job in jobs):
         return {}
-    now = repository.now(session)
+    time = now(session)
     places = {
-        job.id: QueuePlace(None, job.started_at, _finish(job, now)) for job in jobs if job.status == Status.RUNNING
+        job.id: QueuePlace(None, job.started_at, _finish(job, time)) for job in jobs if job.status == Status.RUNNING
     }
     waiting = [job for job in jobs if job.status == Status.QUEUED and not job.paused]
     if waiting:
-        queue = _played(session, now)
+        queue = _played(session, time)
         places |= {job.id: queue[job.id] for job in waiting if job.id in queue}
         behind = [job.id for job in waiting if job.id not in queue]
         if behind:
-            places |= {job_id: QueuePlace(at) for job_id, at in repository.queue_positions(session, behind).items()}
+            places |= {job_id: QueuePlace(at) for job_id, at in job_queue.positions(session, behind).items()}
     return places
 
 
@@ -58,14 +60,14 @@ def _finish(job: Job, now: float) -> float | None:
 
 def _played(session: Session, now: float) -> dict[str, QueuePlace]:
     """The places of the first jobs of the queue."""
-    busy = {job.lease_owner: _finish(job, now) for job in repository.running(session)}
+    busy = {job.lease_owner: _finish(job, now) for job in queries.running(session)}
     present = workers.present(session, Lane.GPU)
     # When each worker is free; one whose job's end is not known is never free.
     free = [(busy.get(worker.name, now), number) for number, worker in enumerate(present)]
     heap = [(math.inf if at is None else at, number) for at, number in free]
     heapq.heapify(heap)
     places = {}
-    for position, (job_id, bases, seconds) in enumerate(repository.queue(session, HORIZON), start=1):
+    for position, (job_id, bases, seconds) in enumerate(job_queue.waiting(session, HORIZON), start=1):
         passed = []
         start = math.inf
         while heap:

@@ -13,13 +13,16 @@ from app.evaluations.service import Evaluations
 from app.files import repository as files
 from app.files.tables import File
 from app.idempotency.service import Sending
-from app.jobs import repository
+from app.jobs import checkpoints as job_checkpoints
+from app.jobs import events as job_events
+from app.jobs import queries
 from app.jobs.downsample import downsample
 from app.jobs.event_feed import Feed
+from app.jobs.kinds import TRAINING
 from app.jobs.lifecycle import Lifecycle
 from app.jobs.queue_forecast import QueuePlace
 from app.jobs.schemas import CheckpointObject, JobObject, MetricSeries, Point
-from app.jobs.tables import TRAINING, Job
+from app.jobs.tables import Job
 from app.keys.service import Keys
 from app.models import repository as models
 from app.spec.datasets.mapping import Mapping
@@ -34,8 +37,7 @@ log = structlog.get_logger(__name__)
 class Jobs(Lifecycle[JobObject]):
     """Create, find, follow and cancel trainings."""
 
-    KIND, NOUN, NAME, CODE, PATH = TRAINING, "job", "fine-tuning job", "fine_tuning_job", "/v1/fine_tuning/jobs"
-    PREFIX = "ftjob"
+    KIND = TRAINING
 
     def __init__(
         self,
@@ -58,7 +60,7 @@ class Jobs(Lifecycle[JobObject]):
         self.evaluations.reachable(spec.evaluations or [], "evaluations.")
         with self.database.write() as session:
             earlier = sending.earlier(session, "jobs.create", content)
-            job = None if earlier is None else repository.get(session, project, earlier)
+            job = None if earlier is None else queries.get(session, project, earlier)
             if job is None:
                 job = self.add(session, project, spec, sending.request_id)
                 sending.made(session, "jobs.create", content, job.id)
@@ -217,7 +219,7 @@ class Jobs(Lifecycle[JobObject]):
         """
         with self.database.read() as session:
             self._found(session, project, job_id)
-            measured = repository.metrics(session, job_id)
+            measured = job_events.metrics(session, job_id)
         series: dict[str, dict[int, float]] = {}
         stages: dict[str, int] = {}
         for data in measured:
@@ -238,7 +240,7 @@ class Jobs(Lifecycle[JobObject]):
         """Up to `limit` + 1 checkpoints, latest step first."""
         with self.database.read() as session:
             self._found(session, project, job_id)
-            found = repository.checkpoints(session, job_id, after=after, limit=limit)
+            found = job_checkpoints.page(session, job_id, after=after, limit=limit)
         if found is None:
             raise NotFound(f"No such checkpoint of this job: {after}", param="after", code="checkpoint_not_found")
         return [CheckpointObject.of(checkpoint) for checkpoint in found]

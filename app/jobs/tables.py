@@ -6,11 +6,10 @@ from sqlalchemy import BigInteger, ForeignKey, Index
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.database import PlainText, Table, database_now
+from app.work_queue import Queued
 
-TRAINING, EVALUATION = "training", "evaluation"
 
-
-class Job(Table):
+class Job(Queued, Table):
     """A job. This row is the truth: whatever the broker delivers, what a worker does is decided here."""
 
     __tablename__ = "jobs"
@@ -22,9 +21,8 @@ class Job(Table):
         Index("ix_jobs_sweep", "sweep_id"),
     )
 
-    id: Mapped[str] = mapped_column(primary_key=True)
-    kind: Mapped[str] = mapped_column(default=TRAINING, server_default=TRAINING)
-    """`TRAINING` or `EVALUATION`: what they are differs, how they are queued, run and recovered does not."""
+    kind: Mapped[str] = mapped_column(default="training", server_default="training")
+    """The name of its `JobKind`."""
     project: Mapped[str]
     created_at: Mapped[float] = mapped_column(default=database_now())
     model: Mapped[str]
@@ -77,15 +75,6 @@ class Job(Table):
         """The name of the model that a training makes: `ft:{base}:{project}:{suffix}:{8 characters of its id}`."""
         suffix, own = self.spec["suffix"] or "", self.id.removeprefix("ftjob-")[:8].lower()
         return f"ft:{self.base_model}:{self.project}:{suffix}:{own}"
-
-    attempt: Mapped[int]
-    """The fencing token: every write of a worker is guarded by `id` and `attempt`."""
-    lease_owner: Mapped[str | None]
-    lease_expires_at: Mapped[float | None]
-    eligible_at: Mapped[float]
-    """Not to be claimed before: a job whose attempt was lost waits a little."""
-    lost_attempts: Mapped[int]
-    """Attempts whose worker died since the last checkpoint."""
 
 
 class OtherBase(Table):

@@ -9,7 +9,7 @@ from sqlalchemy import Select, or_, select
 from sqlalchemy.orm import Session
 
 from app.database import database_now
-from app.jobs import repository as jobs
+from app.jobs import queries
 from app.jobs.tables import Checkpoint, Job
 from app.models.tables import Model
 from app.spec.job import Adapter, JobSpec
@@ -128,7 +128,7 @@ def sitting_on(session: Session, name: str) -> list[str]:
 
 def users_of(session: Session, name: str) -> list[str]:
     """Ids of the unfinished jobs and names of the models that need the model `name`."""
-    return [*jobs.users_of(session, name), *sitting_on(session, name)]
+    return [*queries.users_of(session, name), *sitting_on(session, name)]
 
 
 def version(session: Session, base_model: str) -> str | None:

@@ -7,11 +7,11 @@ from sqlalchemy.orm import Session
 from app.archive import folder, tar
 from app.broker import Broker, Lane
 from app.database import Database
-from app.derived_artifacts import repository as tasks
+from app.derived_artifacts import repository as artifacts
 from app.derived_artifacts.service import result
 from app.errors import Conflict, NotFound, ServiceError
 from app.files import repository as files
-from app.jobs import repository as jobs
+from app.jobs import queries
 from app.models import repository
 from app.models.schemas import Lineage, LineageStep
 from app.models.tables import Model
@@ -56,9 +56,9 @@ class Models:
             if method is not None:
                 message = f"'{found.base_model}' is quantised ({method}): nothing can be merged into such weights."
                 raise ServiceError(message, param="format", code="not_mergeable")
-            task = tasks.ensure(
+            task = artifacts.ensure(
                 session,
-                tasks.MERGE,
+                artifacts.MERGE,
                 f"{prefix} {dtype}",
                 project=project,
                 owner=name,
@@ -98,7 +98,7 @@ class Models:
                 job = repository.job_of(session, project, current)
                 if job is None:
                     break
-                steps.append(LineageStep.of(current, job, files.hashes(session, project, jobs.files_of(job))))
+                steps.append(LineageStep.of(current, job, files.hashes(session, project, queries.files_of(job))))
                 current = job.model
             revision = repository.version(session, root.base_model)
         return Lineage(model=name, base_model=root.base_model, base_revision=revision, steps=steps[::-1])
@@ -122,8 +122,8 @@ class Models:
             if users:
                 message = f"'{name}' is needed by {', '.join(users[:5])}. End or delete what needs it first."
                 raise Conflict(message, param="model", code="model_in_use")
-            merged = [f"merged/{task.id}" for task in tasks.of_owner(session, name)]
-            tasks.forget(session, name)
+            merged = [f"merged/{task.id}" for task in artifacts.of_owner(session, name)]
+            artifacts.forget(session, name)
             session.delete(model)
         for prefix in (model.prefix, *merged):
             self.storage.delete_folder(prefix)
@@ -131,7 +131,7 @@ class Models:
     def forget_merged(self) -> None:
         """Remove merged models that were made a day ago: whoever needs one again has it made again."""
         with self.database.write() as session:
-            old = tasks.finished_before(session, tasks.MERGE, MERGED_KEPT_SECONDS)
+            old = artifacts.finished_before(session, artifacts.MERGE, MERGED_KEPT_SECONDS)
             prefixes = [f"merged/{task.id}" for task in old]
             for task in old:
                 session.delete(task)

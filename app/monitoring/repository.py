@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from app.database import database_now
-from app.derived_artifacts.tables import Task
-from app.jobs import repository as jobs
+from app.database import now
+from app.derived_artifacts.tables import DerivedArtifact
+from app.jobs import queue as job_queue
 from app.jobs.states import ACTIVE, Status
 from app.jobs.tables import Job
 from app.webhooks.tables import WebhookDelivery
@@ -45,23 +45,27 @@ def snapshot(session: Session) -> Snapshot:
     found = {status.value: 0 for status in Status} | {"paused": 0}
     for status, paused, count in counted:
         found["paused" if paused and status == Status.QUEUED else status] += count
-    now = jobs.now(session)
-    oldest = session.scalar(select(func.min(Job.created_at)).where(*jobs.WAITING, Job.eligible_at <= now))
+    time = now(session)
+    oldest = session.scalar(select(func.min(Job.created_at)).where(*job_queue.WAITING, Job.eligible_at <= time))
     unfinished = session.scalars(select(Job).where(Job.status.in_(ACTIVE), Job.lease_owner.is_not(None))).all()
-    expired = sum(job.lease_expires_at is None or job.lease_expires_at < now for job in unfinished)
+    expired = sum(job.lease_expires_at is None or job.lease_expires_at < time for job in unfinished)
     training = [job for job in unfinished if job.status == Status.RUNNING]
-    due = (WebhookDelivery.next_attempt_at <= database_now(),)
-    waiting, first = session.execute(select(func.count(), func.min(WebhookDelivery.next_attempt_at)).where(*due)).one()
-    pending = session.execute(select(Task.kind, func.count()).where(Task.status == "pending").group_by(Task.kind))
+    due = select(func.count(), func.min(WebhookDelivery.eligible_at)).where(WebhookDelivery.eligible_at <= time)
+    waiting, first = session.execute(due).one()
+    pending = session.execute(
+        select(DerivedArtifact.kind, func.count())
+        .where(DerivedArtifact.status == "pending")
+        .group_by(DerivedArtifact.kind)
+    )
     return Snapshot(
         jobs=found,
         attempts=session.scalar(select(func.coalesce(func.sum(Job.attempt), 0))) or 0,
-        oldest_waiting=0.0 if oldest is None else now - oldest,
+        oldest_waiting=0.0 if oldest is None else time - oldest,
         leases={"held": len(unfinished) - expired, "expired": expired},
         tokens_per_second=sum((job.progress or {}).get("tokens_per_second") or 0.0 for job in training),
         peak_memory_bytes=int(max(((job.metrics or {}).get("peak_memory_bytes") or 0 for job in training), default=0)),
         tasks=dict(pending.all()),
         webhooks_due=waiting,
-        webhook_lag=0.0 if first is None else now - first,
+        webhook_lag=0.0 if first is None else time - first,
         workers={lane: len(workers.present(session, lane)) for lane in ("gpu", "cpu")},
     )

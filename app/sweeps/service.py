@@ -13,9 +13,10 @@ from app.broker import Broker, Lane
 from app.database import Database, new_id
 from app.errors import Conflict, NotFound, ServiceError, describe_validation_error
 from app.idempotency.service import Sending
+from app.jobs.kinds import EVALUATION
 from app.jobs.service import Jobs
 from app.jobs.states import ACTIVE
-from app.jobs.tables import EVALUATION, Job
+from app.jobs.tables import Job
 from app.spec.job import JobSpec
 from app.spec.sweep import Axes, SweepSpec
 from app.sweeps import repository
@@ -84,7 +85,7 @@ class Sweeps:
         ids = [sweep.id for sweep in sweeps]
         found: dict[str, tuple[list[Job], list[Job]]] = {sweep_id: ([], []) for sweep_id in ids}
         for job in repository.jobs(session, ids):
-            found[str(job.sweep_id)][job.kind == EVALUATION].append(job)
+            found[str(job.sweep_id)][job.kind == EVALUATION.name].append(job)
         return [SweepObject.of(sweep, *found[sweep.id]) for sweep in sweeps]
 
     def get(self, project: str, sweep_id: str) -> SweepObject:

@@ -6,13 +6,19 @@ from typing import Any
 from sqlalchemy import Select, delete, select, tuple_, update
 from sqlalchemy.orm import Session
 
-from app.database import database_now, new_id
+from app.database import database_now, new_id, now
 from app.webhooks.tables import WebhookDelivery, WebhookEndpoint
+from app.work_queue import WorkQueue
 
 SCHEDULE = (0, 5, 5 * 60, 30 * 60, 2 * 3600, 5 * 3600, 10 * 3600, 14 * 3600, 20 * 3600, 24 * 3600)
 """Seconds before each attempt, as Standard Webhooks recommends."""
-LEASE_SECONDS = 120.0
-"""A delivery whose sender was lost is tried again after this."""
+DELIVERIES = WorkQueue(
+    WebhookDelivery,
+    active=WebhookDelivery.eligible_at.is_not(None),
+    order=(WebhookDelivery.eligible_at,),
+    lease_seconds=120.0,  # longer than any sending takes: nobody renews it
+    longest_pause=SCHEDULE[-1],
+)
 
 
 def readable(project: str) -> Select[WebhookEndpoint]:
@@ -37,9 +43,9 @@ def enqueue(session: Session, project: str, type: str, data: dict[str, Any]) -> 
     ]
     if not wanted:
         return False
-    now = session.scalars(select(database_now())).one()
+    created_at = now(session)
     event_id = new_id("evt").replace("-", "_")
-    body = {"id": event_id, "object": "event", "type": type, "created_at": int(now), "data": data}
+    body = {"id": event_id, "object": "event", "type": type, "created_at": int(created_at), "data": data}
     for endpoint in wanted:
         session.add(
             WebhookDelivery(
@@ -48,9 +54,10 @@ def enqueue(session: Session, project: str, type: str, data: dict[str, Any]) -> 
                 event_id=event_id,
                 type=type,
                 body=body,
-                created_at=now,
-                attempts=0,
-                next_attempt_at=now,
+                created_at=created_at,
+                attempt=0,
+                eligible_at=created_at,
+                lost_attempts=0,
                 log=[],
             )
         )
@@ -76,52 +83,43 @@ def get_delivery(session: Session, endpoint_id: str, delivery_id: str) -> Webhoo
 
 def resend(session: Session, delivery: WebhookDelivery) -> None:
     """Begin the schedule of a delivery anew."""
-    delivery.attempts, delivery.delivered_at, delivery.next_attempt_at = 0, None, database_now()
+    delivery.attempt, delivery.delivered_at, delivery.eligible_at = 0, None, database_now()
 
 
-def claim(session: Session, busy: Sequence[str] = ()) -> tuple[WebhookDelivery, WebhookEndpoint] | None:
-    """Take the delivery that is due for longest, but to those of `busy`.
-
-    It is another's again when its sender does not say how it went.
-    """
+def claim(session: Session, owner: str, busy: Sequence[str] = ()) -> tuple[WebhookDelivery, WebhookEndpoint] | None:
+    """Take the lease of the delivery that is due for longest, but to no endpoint of `busy`."""
     enabled = select(WebhookEndpoint.id).where(WebhookEndpoint.disabled_at.is_(None))
-    due = (
-        WebhookDelivery.next_attempt_at <= database_now(),
-        WebhookDelivery.endpoint_id.in_(enabled),
-        WebhookDelivery.endpoint_id.not_in(busy),
-    )
-    first = select(WebhookDelivery.id).where(*due).order_by(WebhookDelivery.next_attempt_at).limit(1)
-    statement = (
-        update(WebhookDelivery)
-        .where(WebhookDelivery.id == first.with_for_update(skip_locked=True).scalar_subquery(), *due)
-        .values(attempts=WebhookDelivery.attempts + 1, next_attempt_at=database_now() + LEASE_SECONDS)
-        .returning(WebhookDelivery)
-        .execution_options(populate_existing=True)
-    )
-    delivery = session.scalar(statement)
+    to = WebhookDelivery.endpoint_id
+    delivery = DELIVERIES.claim(session, owner, DELIVERIES.active, to.in_(enabled), to.not_in(busy))
     return None if delivery is None else (delivery, session.get_one(WebhookEndpoint, delivery.endpoint_id))
 
 
 def record(session: Session, delivery: WebhookDelivery, entry: dict[str, Any], *, delivered: bool, gone: bool) -> None:
     """Write how an attempt went, and when the next one is. `gone`: the endpoint wants no more."""
-    row = session.get(WebhookDelivery, delivery.id, with_for_update=True)
-    if row is None or row.attempts != delivery.attempts:
-        return  # deleted, or another's by now
-    began = int(session.scalars(select(database_now())).one() - entry["seconds"])
-    row.log = [*row.log, entry | {"at": began}]
+    endpoint = session.get(WebhookEndpoint, delivery.endpoint_id)
+    if endpoint is None:
+        return  # deleted, and its deliveries with it
+    began = int(now(session) - entry["seconds"])
+    values: dict[str, Any] = {"log": [*delivery.log, entry | {"at": began}]}
     if delivered:
-        row.delivered_at, row.next_attempt_at = database_now(), None
-    elif gone or row.attempts >= len(SCHEDULE) or session.get_one(WebhookEndpoint, row.endpoint_id).disabled_at:
-        row.next_attempt_at = None
-    else:
-        row.next_attempt_at = database_now() + SCHEDULE[row.attempts]
+        values |= {"delivered_at": database_now()}
+    over = delivered or gone or delivery.attempt >= len(SCHEDULE) or endpoint.disabled_at is not None
+    pause = None if over else SCHEDULE[delivery.attempt]
+    DELIVERIES.release(session, delivery.id, delivery.attempt, pause=pause, lost_attempts=0, **values)
     if gone:
-        disable(session, row.endpoint_id, "it answered 410 Gone")
+        disable(session, delivery.endpoint_id, "it answered 410 Gone")
+
+
+def recover(session: Session, delivery: WebhookDelivery) -> None:
+    """Let another sender try a delivery whose sender was lost; give it up where that was its last attempt."""
+    pause = None if delivery.attempt >= len(SCHEDULE) else 0.0
+    lost = delivery.lost_attempts + 1
+    DELIVERIES.release(session, delivery.id, delivery.attempt, pause=pause, lost_attempts=lost)
 
 
 def forget(session: Session, seconds: float, limit: int) -> int:
     """Remove up to `limit` deliveries that are over and were made more than `seconds` ago; returns how many."""
-    over = (WebhookDelivery.next_attempt_at.is_(None), WebhookDelivery.created_at < database_now() - seconds)
+    over = (WebhookDelivery.eligible_at.is_(None), WebhookDelivery.created_at < database_now() - seconds)
     old = select(WebhookDelivery.id).where(*over).limit(limit)
     gone = delete(WebhookDelivery).where(WebhookDelivery.id.in_(old)).returning(WebhookDelivery.id)
     return len(session.scalars(gone).all())
@@ -132,4 +130,4 @@ def disable(session: Session, endpoint_id: str, reason: str) -> None:
     statement = update(WebhookEndpoint).where(WebhookEndpoint.id == endpoint_id)
     session.execute(statement.values(disabled_at=database_now(), disabled_reason=reason))
     waiting = update(WebhookDelivery).where(WebhookDelivery.endpoint_id == endpoint_id)
-    session.execute(waiting.values(next_attempt_at=None))
+    session.execute(waiting.values(eligible_at=None))

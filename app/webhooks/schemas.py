@@ -103,7 +103,7 @@ class DeliveryObject(BaseModel):
 
     @classmethod
     def of(cls, delivery: WebhookDelivery) -> "DeliveryObject":
-        due, arrived = delivery.next_attempt_at, delivery.delivered_at
+        due, arrived = delivery.eligible_at, delivery.delivered_at
         return cls(
             id=delivery.id,
             endpoint_id=delivery.endpoint_id,

@@ -6,6 +6,7 @@ from sqlalchemy import ForeignKey, Index
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.database import Table
+from app.work_queue import Queued
 
 
 class WebhookEndpoint(Table):
@@ -24,20 +25,21 @@ class WebhookEndpoint(Table):
     disabled_reason: Mapped[str | None]
 
 
-class WebhookDelivery(Table):
-    """An event on its way to an endpoint. It is due at `next_attempt_at`; None: it arrived, or was given up."""
+class WebhookDelivery(Queued, Table):
+    """An event on its way to an endpoint."""
 
     __tablename__ = "webhook_deliveries"
     __table_args__ = (Index("ix_webhook_deliveries_due", "next_attempt_at"),)
 
-    id: Mapped[str] = mapped_column(primary_key=True)
     endpoint_id: Mapped[str] = mapped_column(ForeignKey("webhook_endpoints.id", ondelete="CASCADE"), index=True)
     event_id: Mapped[str]
     type: Mapped[str]
     body: Mapped[dict[str, Any]]
     created_at: Mapped[float]
-    attempts: Mapped[int]
-    next_attempt_at: Mapped[float | None]
+    # These two columns keep their first names in the database.
+    attempt: Mapped[int] = mapped_column("attempts")
+    eligible_at: Mapped[float | None] = mapped_column("next_attempt_at")  # type: ignore[assignment]
+    """When it is due. None: it has arrived, or was given up."""
     delivered_at: Mapped[float | None]
     log: Mapped[list[dict[str, Any]]]
     """Each attempt: `at`, `status` (null without an answer), `error`, `seconds`."""

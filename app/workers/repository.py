@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
-from sqlalchemy import delete, select
+from sqlalchemy import ColumnElement, delete, false, or_, select
 from sqlalchemy.orm import Session
 
 from app.database import database_now
@@ -37,3 +37,16 @@ def present(session: Session, lane: str) -> Sequence[Worker]:
 def serves(worker: Worker, *base_models: str) -> bool:
     """Whether a worker has all of `base_models`."""
     return all(any(fnmatchcase(name, pattern) for pattern in worker.serves) for name in base_models)
+
+
+def served_by(column: Any, patterns: Sequence[str]) -> ColumnElement[bool]:
+    """The condition that a worker which serves `patterns` has the base model in `column`."""
+    return or_(false(), *(_fits(column, pattern) for pattern in patterns))
+
+
+def _fits(column: Any, pattern: str) -> ColumnElement[bool]:
+    if "*" not in pattern:
+        return cast(ColumnElement[bool], column == pattern)
+    for special in ("\\", "%", "_"):
+        pattern = pattern.replace(special, "\\" + special)
+    return cast(ColumnElement[bool], column.like(pattern.replace("*", "%"), escape="\\"))

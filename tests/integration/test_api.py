@@ -10,7 +10,7 @@ from sqlalchemy import func, select, update
 
 from app.database import database_now
 from app.files.tables import File
-from app.jobs import repository as jobs
+from app.jobs import queries
 from app.jobs.tables import Job
 from app.keys.schemas import KeySpec, Scope
 from app.keys.service import generate, well_formed
@@ -294,7 +294,7 @@ def test_several_files_are_all_checked_and_all_kept_while_the_job_needs_them(
     job = client.post("/v1/fine_tuning/jobs", json=body).json()
     assert job["more_training_files"] == [second]
     with services.database.read() as session:
-        assert jobs.active_files(session) == {first, second}
+        assert queries.active_files(session) == {first, second}
     missing = body | {"more_training_files": ["file-none"]}
     error = error_of(client.post("/v1/fine_tuning/jobs", json=missing), 400)
     assert (error["code"], error["param"]) == ("file_not_found", "more_training_files.0")

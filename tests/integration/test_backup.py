@@ -11,7 +11,8 @@ from typing import Any
 from fastapi.testclient import TestClient
 
 from app.database import database_now
-from app.jobs import repository
+from app.jobs import events as job_events
+from app.jobs import queue as job_queue
 from app.jobs.states import Status
 from app.main import create_app
 from app.models.tables import Model
@@ -41,7 +42,7 @@ def test_a_dump_and_the_objects_are_the_same_service_again(
     prefix = f"jobs/{job_id}/attempt-2/model"
     services.storage.put_bytes(f"{prefix}/adapter_model.safetensors", b"weights")
     with services.database.write() as session:
-        repository.add_event(session, job_id, "told")
+        job_events.add(session, job_id, "told")
         session.add(
             Model(
                 name="ft:tiny:default::x", kind="adapter", project="default", created_at=database_now(), bytes=7,
@@ -62,7 +63,7 @@ def test_a_dump_and_the_objects_are_the_same_service_again(
         assert again.get(f"/v1/files/{lost}").status_code == 404
         assert again.get("/v1/files", headers={"Authorization": f"Bearer {key}"}).status_code == 200
         with found.database.write() as session:
-            claimed = repository.claim(session, Status.VALIDATING, "a worker")
+            claimed = job_queue.claim(session, Status.VALIDATING, "a worker")
         assert claimed is not None and claimed.id == job_id, "what was not done is done there"
         assert prune(found, delete=True, grace=0.0)[1] == 1
 

@@ -15,7 +15,7 @@ from tests.integration.test_states import claim, get, make_job
 from tests.servers import wait_until
 from worker import checkpoints
 from worker.checkpoints import Checkpoints
-from worker.lease import Lease
+from worker.lease import JobLease
 
 NAME = "ft:tiny:default::12345678:ckpt-step-{}"
 
@@ -57,7 +57,7 @@ def kept(services: Services, job: Job, part: str) -> list[int]:
 
 
 def trim(services: Services, job: Job) -> None:
-    Checkpoints(services.storage, Lease(services.database, job.id, job.attempt), job).trim()
+    Checkpoints(services.storage, JobLease(services.database, job.id, job.attempt), job).trim()
 
 
 def test_as_many_are_kept_as_the_job_wants(services: Services, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +68,7 @@ def test_as_many_are_kept_as_the_job_wants(services: Services, job: Job, monkeyp
     with services.database.write() as session:
         session.execute(update(Checkpoint).where(Checkpoint.step_number == 4).values(step_number=3))
     monkeypatch.setattr(checkpoints, "LEAVE_SECONDS", 0.0)
-    lasting = Checkpoints(services.storage, Lease(services.database, job.id, job.attempt), job)
+    lasting = Checkpoints(services.storage, JobLease(services.database, job.id, job.attempt), job)
     lasting.keep = 1
     lasting.trim()
     assert steps(services) == [5]

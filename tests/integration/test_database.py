@@ -11,7 +11,8 @@ from sqlalchemy.exc import OperationalError
 
 from app import database
 from app.database import Database, Table, database_now
-from app.jobs import repository
+from app.jobs import queries
+from app.jobs import queue as job_queue
 from app.jobs.states import Status
 from app.jobs.tables import Job
 from app.keys.schemas import KeySpec
@@ -83,8 +84,8 @@ def test_a_database_that_is_one_version_ahead_serves_this_version(services: Serv
     services.migrate()
     job = make_job(services)
     with services.database.write() as session:
-        assert repository.claim(session, Status.QUEUED, "an old worker") is not None
-        assert repository.get(session, "default", job) is not None
+        assert job_queue.claim(session, Status.QUEUED, "an old worker") is not None
+        assert queries.get(session, "default", job) is not None
 
 
 def test_the_last_migration_only_adds(settings: Settings) -> None:

@@ -9,9 +9,10 @@ from sqlalchemy import text, update
 
 from app.broker import Lane
 from app.database import database_now
-from app.jobs import repository
+from app.jobs import queue as job_queue
+from app.jobs.kinds import EVALUATION, TRAINING
 from app.jobs.states import Status
-from app.jobs.tables import EVALUATION, TRAINING, Checkpoint, Job
+from app.jobs.tables import Checkpoint, Job
 from app.models import repository as models
 from app.models.tables import Model
 from app.services import Services
@@ -158,14 +159,14 @@ def test_evaluations_and_trainings_are_lists_of_their_own_and_one_queue(client: 
     error_of(client.get("/v1/evaluations", params={"after": training}), 404)
     for _ in range(2):
         with services.database.write() as session:
-            job = repository.claim(session, Status.VALIDATING, "test")
+            job = job_queue.claim(session, Status.VALIDATING, "test")
         assert job is not None
         validate(services, BaseModels(services.settings), job)
     with services.database.write() as session:
-        first = repository.claim(session, Status.QUEUED, "test", ["tiny"])
-        second = repository.claim(session, Status.QUEUED, "test", ["tiny"])
+        first = job_queue.claim(session, Status.QUEUED, "test", ["tiny"])
+        second = job_queue.claim(session, Status.QUEUED, "test", ["tiny"])
     assert first is not None and second is not None
-    assert (first.kind, second.kind) == (EVALUATION, TRAINING), "by priority"
+    assert (first.kind, second.kind) == (EVALUATION.name, TRAINING.name), "by priority"
     assert client.get(f"/v1/evaluations/{evaluation}/events").json()["data"][0]["message"] == "Evaluation started."
 
 
@@ -198,7 +199,7 @@ def test_one_without_models_is_for_any_worker(client: TestClient, services: Serv
     evaluation = client.post("/v1/evaluations", json=asked).json()["id"]
     with services.database.write() as session:
         session.execute(update(Job).where(Job.id == evaluation).values(status=Status.QUEUED))
-        claimed = repository.claim(session, Status.QUEUED, "test", ["another"])
+        claimed = job_queue.claim(session, Status.QUEUED, "test", ["another"])
     assert claimed is not None and claimed.id == evaluation
 
 
@@ -216,8 +217,8 @@ def test_one_is_claimed_only_where_all_its_base_models_are(client: TestClient, s
     assert client.get(f"/v1/evaluations/{evaluation}").json()["estimated_start"] is not None
     with services.database.write() as session:
         for served in (["tiny"], ["other"], []):
-            assert repository.claim(session, Status.QUEUED, "test", served) is None
-        claimed = repository.claim(session, Status.QUEUED, "test", ["ti*", "other"])
+            assert job_queue.claim(session, Status.QUEUED, "test", served) is None
+        claimed = job_queue.claim(session, Status.QUEUED, "test", ["ti*", "other"])
     assert claimed is not None and claimed.id == evaluation
 
 
@@ -229,8 +230,8 @@ def test_a_training_is_claimed_only_where_its_reference_is_too(client: TestClien
     job = client.post("/v1/fine_tuning/jobs", json=asked).json()["id"]
     with services.database.write() as session:
         session.execute(update(Job).where(Job.id == job).values(status=Status.QUEUED))
-        assert repository.claim(session, Status.QUEUED, "test", ["tiny"]) is None
-        claimed = repository.claim(session, Status.QUEUED, "test", ["other", "tiny"])
+        assert job_queue.claim(session, Status.QUEUED, "test", ["tiny"]) is None
+        claimed = job_queue.claim(session, Status.QUEUED, "test", ["other", "tiny"])
     assert claimed is not None and claimed.id == job
 
 

@@ -8,7 +8,7 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import update
 
-from app.jobs import repository
+from app.jobs import queue as job_queue
 from app.jobs.states import Status
 from app.jobs.tables import Job
 from app.models.tables import Model
@@ -56,7 +56,7 @@ def checked(client: TestClient, services: Services, **body: Any) -> dict[str, An
     job_id = made.json()["id"]
     with services.database.write() as session:
         session.execute(update(Job).where(Job.id != job_id).values(status=Status.CANCELLED))
-        job = repository.claim(session, Status.VALIDATING, "test", None)
+        job = job_queue.claim(session, Status.VALIDATING, "test", None)
     assert job is not None and job.id == job_id
     validate(services, BaseModels(services.settings), job)
     found: dict[str, Any] = client.get(f"/v1/fine_tuning/jobs/{job_id}").json()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from app.jobs import repository
+from app.jobs import events as job_events
 from app.jobs.downsample import downsample
 from app.jobs.states import Status
 from app.services import Services
@@ -42,8 +42,8 @@ def job_id(services: Services) -> str:
                 "loss": float(step),
                 "train_loss": float(step),
             }
-            repository.add_event(session, job_id, f"Step {step}", type="metrics", data=data)
-        repository.add_event(session, job_id, "done")
+            job_events.add(session, job_id, f"Step {step}", type="metrics", data=data)
+        job_events.add(session, job_id, "done")
     return job_id
 
 

@@ -20,14 +20,16 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from sqlalchemy import event, func, select, text, update
 
 from app.database import Table
-from app.jobs import repository
-from app.jobs.repository import LEASE_SECONDS, MAX_LOST_ATTEMPTS, RETRY_SECONDS
+from app.jobs import queue as job_queue
+from app.jobs import transitions
+from app.jobs.queue import JOBS
 from app.jobs.states import ACTIVE, Actor, Status
 from app.jobs.tables import Job, JobEvent
 from app.main import create_app
 from app.projects.tables import Project
 from app.services import Services
 from app.settings import Settings
+from app.work_queue import LEASE_SECONDS, MAX_LOST_ATTEMPTS, RETRY_SECONDS
 from tests.integration.test_api import upload
 from worker.reaper import reap
 
@@ -129,7 +131,7 @@ class Life(RuleBasedStateMachine):
         """However often a wake-up comes, each look takes the best job that there is, and no job twice."""
         for _ in range(wakes):
             with self.world.services.database.write() as session:
-                claimed = repository.claim(session, lane, "worker", ["tiny"] if lane == Status.QUEUED else None)
+                claimed = job_queue.claim(session, lane, "worker", ["tiny"] if lane == Status.QUEUED else None)
             best = self._best(lane)
             assert (claimed and claimed.id) == best
             if best is None:
@@ -144,7 +146,7 @@ class Life(RuleBasedStateMachine):
     def heartbeat(self, data: st.DataObject) -> None:
         job_id, attempt, good = self._holder(data)
         with self.world.services.database.write() as session:
-            found = repository.heartbeat(session, job_id, attempt)
+            found = job_queue.heartbeat(session, job_id, attempt)
         assert (found is not None) == good
         if found is not None:
             assert found.paused == self.jobs[job_id].paused
@@ -155,7 +157,7 @@ class Life(RuleBasedStateMachine):
     def checkpoint(self, data: st.DataObject) -> None:
         job_id, attempt, good = self._holder(data)
         with self.world.services.database.write() as session:
-            assert repository.write_guarded(session, job_id, attempt, lost_attempts=0) == good
+            assert JOBS.write(session, job_id, attempt, lost_attempts=0) == good
         if good:
             self.jobs[job_id].lost = 0
 
@@ -176,7 +178,7 @@ class Life(RuleBasedStateMachine):
         checked = source == Status.VALIDATING and target == Status.QUEUED
         more: dict[str, Any] = {"lost_attempts": 0} if checked else {}
         with self.world.services.database.write() as session:
-            taken = repository.transition(
+            taken = transitions.transition(
                 session,
                 job_id,
                 source,
@@ -200,7 +202,7 @@ class Life(RuleBasedStateMachine):
             if row.attempt == attempt and row.status in (Status.RUNNING, Status.VALIDATING) and row.lease_owner:
                 assert good
                 actor = Actor.RUNNER if row.status == Status.RUNNING else Actor.VALIDATOR
-                repository.recover(session, row, actor, "It died.")
+                transitions.recover(session, row, actor, "It died.")
             else:
                 assert not good
         if good:
@@ -280,7 +282,7 @@ class Life(RuleBasedStateMachine):
                 for job_id, attempt in self.held[before:]:
                     actor = Actor.VALIDATOR if lane == Status.VALIDATING else Actor.RUNNER
                     with self.world.services.database.write() as session:
-                        assert repository.transition(
+                        assert transitions.transition(
                             session,
                             job_id,
                             self.jobs[job_id].status,

@@ -63,7 +63,7 @@ def test_the_state_of_the_installation(client: TestClient, services: Services) -
         session.flush()
         webhooks.enqueue(session, "default", "fine_tuning.job.failed", {})
         session.flush()
-        session.execute(update(WebhookDelivery).values(next_attempt_at=database_now() - 30))
+        session.execute(update(WebhookDelivery).values(eligible_at=database_now() - 30))
     found = read(client)
     by_status = {labels[0][1]: value for (name, labels), value in found.items() if name == "dpo_jobs"}
     assert by_status == {

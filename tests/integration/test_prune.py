@@ -5,11 +5,11 @@ from fastapi.testclient import TestClient
 from sqlalchemy import select, update
 
 from app.database import database_now, new_id
-from app.derived_artifacts.tables import Task
+from app.derived_artifacts.tables import DerivedArtifact
 from app.errors import Conflict
 from app.files.tables import File
 from app.installation import Installation, name_of, owner_of
-from app.jobs import repository
+from app.jobs import events as job_events
 from app.jobs.states import Status
 from app.jobs.tables import Checkpoint, Job, JobEvent
 from app.models.tables import Model
@@ -53,7 +53,7 @@ def test_only_what_a_row_needs_stays(client: TestClient, services: Services, mon
             ("making", "pending", None),
         ):
             session.add(
-                Task(
+                DerivedArtifact(
                     id=f"task-{name}", kind="merge", subject=name, owner=name, project="default", arguments={},
                     created_at=database_now(), status=status, result=result, attempt=2, eligible_at=0.0,
                     lost_attempts=0,
@@ -78,7 +78,7 @@ def test_only_what_a_row_needs_stays(client: TestClient, services: Services, mon
         "merged/task-none/attempt-1/model.safetensors",
     }
     with services.database.write() as session:
-        repository.add_event(session, ended, "told")
+        job_events.add(session, ended, "told")
     for key in (kept | gone) - {f"files/{file_id}"}:
         services.storage.put_bytes(key, b"x")
     assert prune(services, delete=True) == (len(kept | gone), 0), "their rows may be on their way"
@@ -133,7 +133,7 @@ def test_what_is_told_of_old_jobs_is_forgotten_and_their_results_stay(services: 
     with services.database.write() as session:
         for job in (old, new, running):
             for number in range(3):
-                repository.add_event(session, job, f"event {number}", type="metrics", data={"step": number})
+                job_events.add(session, job, f"event {number}", type="metrics", data={"step": number})
         session.execute(update(Job).where(Job.id == old).values(finished_at=database_now() - 100 * 86400))
         session.execute(update(Job).where(Job.id == new).values(finished_at=database_now() - 86400))
     assert prune(services, delete=True) == (0, 0)

@@ -10,9 +10,12 @@ from sqlalchemy import select, update
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from app.database import database_now
+from app import work_queue
+from app.database import database_now, now
 from app.idempotency.service import Sending
-from app.jobs import repository
+from app.jobs import queue as job_queue
+from app.jobs import transitions
+from app.jobs.queue import JOBS
 from app.jobs.schemas import JobObject
 from app.jobs.states import ACTIVE, TRANSITIONS, Actor, Status
 from app.jobs.tables import Job, JobEvent
@@ -20,7 +23,7 @@ from app.services import Services
 from app.spec.job import JobSpec
 from worker.base_models import BaseModels
 from worker.housekeeping import purge_deleted_files
-from worker.lease import Lease
+from worker.lease import JobLease
 from worker.processes import Spare
 from worker.reaper import Reaper, reap
 from worker.trainer.events import Notice
@@ -54,7 +57,7 @@ def make_job(services: Services, **changes: Any) -> str:
 
 def claim(services: Services, served: list[str] | None = None) -> Job | None:
     with services.database.write() as session:
-        return repository.claim(session, Status.QUEUED, "test", served)
+        return job_queue.claim(session, Status.QUEUED, "test", served)
 
 
 def get(services: Services, job_id: str) -> Job:
@@ -64,7 +67,7 @@ def get(services: Services, job_id: str) -> Job:
 
 def end(services: Services, job_id: str, attempt: int) -> bool:
     with services.database.write() as session:
-        return repository.transition(
+        return transitions.transition(
             session, job_id, Status.RUNNING, Status.SUCCEEDED, actor=Actor.RUNNER, attempt=attempt, message="done"
         )
 
@@ -88,7 +91,7 @@ def test_priority_comes_before_age(services: Services) -> None:
     urgent = make_job(services, name="urgent", priority=5)
     new = make_job(services, name="new")
     with services.database.read() as session:
-        found = repository.queue_positions(session, [urgent, old, new])
+        found = job_queue.positions(session, [urgent, old, new])
         places = [found[job] for job in (urgent, old, new)]
     assert places == [1, 2, 3]
     order = [job.id for job in (claim(services), claim(services), claim(services)) if job]
@@ -137,9 +140,9 @@ def test_an_expired_lease_is_taken_away_and_the_stale_attempt_writes_nothing(ser
     second = claim(services)
     assert second is not None and second.attempt == first.attempt + 1
     with services.database.write() as session:
-        assert not repository.heartbeat(session, job_id, first.attempt)
-        assert not repository.write_guarded(session, job_id, first.attempt, stage="stale")
-        assert repository.heartbeat(session, job_id, second.attempt)
+        assert not job_queue.heartbeat(session, job_id, first.attempt)
+        assert not JOBS.write(session, job_id, first.attempt, stage="stale")
+        assert job_queue.heartbeat(session, job_id, second.attempt)
     assert not end(services, job_id, first.attempt)
     assert get(services, job_id).stage is None
     assert end(services, job_id, second.attempt)
@@ -152,7 +155,7 @@ def test_a_lost_attempt_waits_a_little_before_the_next(services: Services) -> No
     expire(services, job_id)
     reap(services.database)
     with services.database.read() as session:
-        assert session.get_one(Job, job_id).eligible_at > repository.now(session) - 1.0
+        assert session.get_one(Job, job_id).eligible_at > now(session) - 1.0
     with services.database.write() as session:
         session.execute(update(Job).where(Job.id == job_id).values(eligible_at=database_now() + 20))
     assert claim(services) is None
@@ -185,7 +188,7 @@ def test_a_fresh_reaper_takes_no_lease(services: Services) -> None:
     reaper = Reaper(services)
     reaper.look()
     assert get(services, job_id).status == Status.RUNNING
-    reaper._since -= repository.LEASE_SECONDS
+    reaper._since -= work_queue.LEASE_SECONDS
     reaper.look()
     assert get(services, job_id).status == Status.RUNNING, "it has seen the lease once only"
     reaper._seen = {lease: first - 60.0 for lease, first in reaper._seen.items()}
@@ -200,7 +203,7 @@ def test_a_lease_that_is_renewed_is_not_taken_whatever_the_clock_was(services: S
     assert job is not None
     reaper = Reaper(services)
     reaper.look()
-    reaper._since -= repository.LEASE_SECONDS
+    reaper._since -= work_queue.LEASE_SECONDS
     for wrong in (-300.0, 300.0):
         reaper._seen = {lease: first - 60.0 for lease, first in reaper._seen.items()}
         with services.database.write() as session:
@@ -209,7 +212,7 @@ def test_a_lease_that_is_renewed_is_not_taken_whatever_the_clock_was(services: S
         reaper.look()
         assert get(services, job_id).status == Status.RUNNING
         with services.database.write() as session:
-            assert repository.heartbeat(session, job_id, job.attempt)
+            assert job_queue.heartbeat(session, job_id, job.attempt)
         reaper.look()
 
 
@@ -226,7 +229,7 @@ def test_a_clock_that_was_set_holds_up_no_job(services: Services, jump: float) -
 
     move(lease_expires_at=Job.lease_expires_at - jump)
     with services.database.write() as session:
-        held = repository.heartbeat(session, job_id, job.attempt)
+        held = job_queue.heartbeat(session, job_id, job.attempt)
     assert held is not None and held.ran_seconds < 5.0
     reap(services.database)
     assert get(services, job_id).status == Status.RUNNING, "renewed by the new time"
@@ -239,15 +242,15 @@ def test_a_clock_that_was_set_holds_up_no_job(services: Services, jump: float) -
 
 def test_a_lease_that_cannot_be_renewed_is_lost_in_time(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
     """A heartbeat that hangs must not keep a trainer alive whose job another worker may have."""
-    monkeypatch.setattr(repository, "LEASE_SECONDS", 0.5)
-    monkeypatch.setattr(repository, "OUTAGE_SECONDS", 0.5)
-    monkeypatch.setattr(repository, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(JOBS, "lease_seconds", 0.5)
+    monkeypatch.setattr(work_queue, "OUTAGE_SECONDS", 0.5)
+    monkeypatch.setattr(work_queue, "HEARTBEAT_SECONDS", 0.1)
     job_id = make_job(services)
     job = claim(services)
     assert job is not None
     hang, killed = threading.Event(), threading.Event()
-    monkeypatch.setattr(repository, "heartbeat", lambda *_: hang.wait(30) and None)
-    with Lease(services.database, job_id, job.attempt) as lease:
+    monkeypatch.setattr(job_queue, "heartbeat", lambda *_: hang.wait(30) and None)
+    with JobLease(services.database, job_id, job.attempt) as lease:
         lease.on_lost(killed.set)
         assert killed.wait(10)
         assert lease.lost
@@ -257,23 +260,23 @@ def test_a_lease_that_cannot_be_renewed_is_lost_in_time(services: Services, monk
 def test_a_cancelled_jobs_lease_is_lost_at_the_next_heartbeat(
     services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(repository, "HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(work_queue, "HEARTBEAT_SECONDS", 0.05)
     job_id = make_job(services)
     job = claim(services)
     assert job is not None
-    with Lease(services.database, job_id, job.attempt) as lease:
+    with JobLease(services.database, job_id, job.attempt) as lease:
         services.jobs.cancel("default", job_id, Sending("test"))
         assert lease.wait_lost(10)
 
 
 def test_attempts_without_progress_are_bounded_and_progress_resets_them(services: Services) -> None:
     job_id = make_job(services)
-    for round_ in range(repository.MAX_LOST_ATTEMPTS):
+    for round_ in range(work_queue.MAX_LOST_ATTEMPTS):
         job = claim(services)
         assert job is not None
         if round_ == 0:  # a checkpoint was written, then another two attempts died before theirs
             with services.database.write() as session:
-                repository.write_guarded(session, job_id, job.attempt, lost_attempts=0)
+                JOBS.write(session, job_id, job.attempt, lost_attempts=0)
         expire(services, job_id)
         reap(services.database)
         with services.database.write() as session:
@@ -289,7 +292,7 @@ def test_a_cancelled_job_stays_cancelled(services: Services) -> None:
     assert job is not None
     assert services.jobs.cancel("default", job_id, Sending("test")).status == Status.CANCELLED
     with services.database.write() as session:
-        assert not repository.heartbeat(session, job_id, job.attempt), "this is how its worker hears of it"
+        assert not job_queue.heartbeat(session, job_id, job.attempt), "this is how its worker hears of it"
     assert not end(services, job_id, job.attempt)
     assert get(services, job_id).status == Status.CANCELLED
 
@@ -319,7 +322,7 @@ def test_what_the_table_does_not_allow_raises(
     services: Services, source: Status, target: Status, actor: Actor, values: dict[str, Any]
 ) -> None:
     with services.database.write() as session, pytest.raises(ValueError, match=r"may not|does not write"):
-        repository.transition(session, "x", source, target, actor=actor, attempt=1, message="no", **values)
+        transitions.transition(session, "x", source, target, actor=actor, attempt=1, message="no", **values)
 
 
 def test_a_deleted_file_keeps_its_bytes_while_a_job_needs_them(services: Services) -> None:
@@ -359,7 +362,7 @@ def test_what_a_lost_answer_to_a_commit_hides_is_not_written_twice(
             broken.append(True)
             raise OperationalError("COMMIT", {}, Exception("server closed the connection unexpectedly"))
 
-    with Lease(services.database, job_id, job.attempt) as run.lease:
+    with JobLease(services.database, job_id, job.attempt) as run.lease:
         monkeypatch.setattr(services.database, "write", breaks_once)
         run._relay([Notice("once")])
     with services.database.read() as session:

@@ -20,6 +20,7 @@ from app.settings import Settings
 from app.webhooks import repository
 from app.webhooks.tables import WebhookDelivery, WebhookEndpoint
 from tests.integration.test_api import error_of, key_of, upload
+from worker.reaper import reap
 from worker.webhooks import Sender
 
 
@@ -66,7 +67,7 @@ def settings(settings: Settings) -> Settings:
 
 
 def sender(services: Services) -> Sender:
-    return Sender(services, threading.Event())
+    return Sender(services, threading.Event(), "test")
 
 
 def end_a_job(client: TestClient) -> str:
@@ -79,8 +80,8 @@ def end_a_job(client: TestClient) -> str:
 def later(services: Services) -> None:
     """Let the time until the next attempt pass."""
     with services.database.write() as session:
-        waiting = update(WebhookDelivery).where(WebhookDelivery.next_attempt_at.is_not(None))
-        session.execute(waiting.values(next_attempt_at=database_now()))
+        waiting = update(WebhookDelivery).where(WebhookDelivery.eligible_at.is_not(None))
+        session.execute(waiting.values(eligible_at=database_now()))
 
 
 def test_the_official_client_unwraps_what_it_gets(client: TestClient, services: Services, receiver: Receiver) -> None:
@@ -128,7 +129,7 @@ def test_what_fails_is_sent_again_by_the_schedule_and_then_given_up(
         assert len(delivery["attempts"]) == number
         if number < attempts:
             with services.database.read() as session:
-                due = session.scalars(select(WebhookDelivery.next_attempt_at - database_now())).one()
+                due = session.scalars(select(WebhookDelivery.eligible_at - database_now())).one()
             assert due == pytest.approx(repository.SCHEDULE[number], abs=5)
             assert sender(services).send_due() == 0
             later(services)
@@ -166,9 +167,13 @@ def test_a_lost_sender_costs_a_while(client: TestClient, services: Services, rec
     client.post("/v1/webhooks", json={"url": receiver.url})
     end_a_job(client)
     with services.database.write() as session:
-        assert repository.claim(session) is not None, "and nothing comes of it"
-        assert repository.claim(session) is None
-    later(services)
+        assert repository.claim(session, "test") is not None, "and nothing comes of it"
+        assert repository.claim(session, "test") is None
+    reap(services.database)
+    assert sender(services).send_due() == 0, "its lease is good"
+    with services.database.write() as session:
+        session.execute(update(WebhookDelivery).values(lease_expires_at=database_now() - 1))
+    reap(services.database)
     assert sender(services).send_due() == 1
 
 

@@ -12,19 +12,19 @@ from sqlalchemy import select, update
 
 from app.database import database_now
 from app.dataset_reports.service import MAX_PENDING
-from app.derived_artifacts import repository as tasks
-from app.derived_artifacts.tables import Task
-from app.jobs.repository import MAX_LOST_ATTEMPTS
+from app.derived_artifacts import repository as artifacts
+from app.derived_artifacts.tables import DerivedArtifact
 from app.models import repository as models
 from app.models.tables import Model
 from app.services import Services
 from app.settings import Settings
+from app.work_queue import MAX_LOST_ATTEMPTS
 from tests.integration.test_api import error_of, objects, upload
 from tests.integration.test_states import make_job
 from tests.tiny_model import CHATML, make_tiny_model
 from tests.unit.trainer.test_merge import make_adapter
 from worker.base_models import BaseModels
-from worker.derived_artifacts import run_task
+from worker.derived_artifacts import make_artifact
 from worker.housekeeping import keep_house
 from worker.reaper import reap
 
@@ -46,10 +46,10 @@ def work(services: Services) -> int:
     done = 0
     while True:
         with services.database.write() as session:
-            task = tasks.claim(session, "test", list(found.folders()))
+            task = artifacts.claim(session, "test", list(found.folders()))
         if task is None:
             return done
-        run_task(services, found, task)
+        make_artifact(services, found, task)
         done += 1
 
 
@@ -139,7 +139,7 @@ def test_a_deleted_files_report_goes_with_it(client: TestClient, services: Servi
     work(services)
     keep_house(services)
     with services.database.read() as session:
-        assert session.scalars(select(Task)).all() == []
+        assert session.scalars(select(DerivedArtifact)).all() == []
     assert objects(services) == 0
 
 
@@ -147,18 +147,18 @@ def test_a_lost_worker_costs_an_attempt_and_a_stale_one_writes_nothing(client: T
     upload(client, PAIRS)
     for lost in range(MAX_LOST_ATTEMPTS):
         with services.database.write() as session:
-            session.execute(update(Task).values(eligible_at=0.0))
-            task = tasks.claim(session, f"worker {lost}", [])
+            session.execute(update(DerivedArtifact).values(eligible_at=0.0))
+            task = artifacts.claim(session, f"worker {lost}", [])
         assert task is not None and task.attempt == lost + 1
         with services.database.write() as session:
-            assert tasks.claim(session, "another", []) is None
-            session.execute(update(Task).values(lease_expires_at=database_now() - 1))
+            assert artifacts.claim(session, "another", []) is None
+            session.execute(update(DerivedArtifact).values(lease_expires_at=database_now() - 1))
         reap(services.database)
         with services.database.write() as session:
-            assert not tasks.heartbeat(session, task.id, task.attempt)
-            assert not tasks.finish(session, task.id, task.attempt, result={})
+            assert not artifacts.ARTIFACTS.heartbeat(session, task.id, task.attempt)
+            assert not artifacts.finish(session, task.id, task.attempt, result={})
     with services.database.read() as session:
-        (found,) = session.scalars(select(Task))
+        (found,) = session.scalars(select(DerivedArtifact))
     assert (found.status, found.error and found.error["code"]) == ("failed", "worker_lost")
 
 
@@ -197,7 +197,7 @@ def test_a_merged_model_is_made_once_and_streamed(
     with tarfile.open(fileobj=io.BytesIO(answer.content)) as archive:
         assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(archive.getnames())
     with services.database.write() as session:
-        session.execute(update(Task).values(finished_at=database_now() - 2 * 24 * 3600))
+        session.execute(update(DerivedArtifact).values(finished_at=database_now() - 2 * 24 * 3600))
     keep_house(services)
     assert services.storage.list("merged") == [], "made again when asked for again"
     assert client.get(url).status_code == 202

@@ -1,0 +1,75 @@
+"""The events of jobs, and the metrics that they measured. All SQL about them is here."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
+
+from app.database import database_now, new_id
+from app.jobs.tables import Job, JobEvent
+
+
+def add(
+    session: Session,
+    job_id: str,
+    message: str,
+    *,
+    level: str = "info",
+    type: str = "message",
+    data: dict[str, Any] | None = None,
+    id: str | None = None,
+) -> None:
+    """Append to the job's events, in the transaction of what it tells."""
+    session.add(
+        JobEvent(
+            id=id or new_id("ftevent"),
+            job_id=job_id,
+            created_at=database_now(),
+            level=level,
+            type=type,
+            message=message,
+            data=data,
+        )
+    )
+    session.flush()
+
+
+def page(session: Session, job_id: str, *, after: str | None, limit: int) -> list[JobEvent] | None:
+    """Up to `limit` + 1 events, newest first; None where `after` is not an event of this job."""
+    statement = select(JobEvent).where(JobEvent.job_id == job_id)
+    if after is not None:
+        mark = sequence_of(session, job_id, after)
+        if mark is None:
+            return None
+        statement = statement.where(JobEvent.sequence < mark)
+    return list(session.scalars(statement.order_by(JobEvent.sequence.desc()).limit(limit + 1)))
+
+
+def after(session: Session, job_id: str, seen: int, limit: int) -> list[JobEvent]:
+    """Up to `limit` events after number `seen`, in their order."""
+    statement = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.sequence > seen)
+    return list(session.scalars(statement.order_by(JobEvent.sequence).limit(limit)))
+
+
+def forget(session: Session, seconds: float, limit: int) -> int:
+    """Remove up to `limit` events of jobs that ended more than `seconds` ago; returns how many."""
+    ended = select(Job.id).where(Job.finished_at < database_now() - seconds)
+    old = select(JobEvent.sequence).where(JobEvent.job_id.in_(ended)).order_by(JobEvent.sequence).limit(limit)
+    return len(session.scalars(delete(JobEvent).where(JobEvent.sequence.in_(old)).returning(JobEvent.sequence)).all())
+
+
+def any_of(session: Session, event_ids: Sequence[str]) -> bool:
+    """Whether one of these events is there."""
+    return session.scalar(select(JobEvent.sequence).where(JobEvent.id.in_(event_ids)).limit(1)) is not None
+
+
+def sequence_of(session: Session, job_id: str, event_id: str) -> int | None:
+    """The number of an event of a job."""
+    return session.scalar(select(JobEvent.sequence).where(JobEvent.id == event_id, JobEvent.job_id == job_id))
+
+
+def metrics(session: Session, job_id: str) -> Sequence[dict[str, Any]]:
+    """What each measuring event of a job says, in order: `step`, `stage` and the metrics."""
+    statement = select(JobEvent.data).where(JobEvent.job_id == job_id, JobEvent.type == "metrics")
+    return [data for data in session.scalars(statement.order_by(JobEvent.sequence)) if data]

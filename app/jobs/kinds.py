@@ -1,0 +1,93 @@
+"""The kinds of jobs: one record each. How a job is queued, run and recovered does not depend on its kind.
+
+A kind has a service over HTTP (`Lifecycle`), a check of its files (`worker.validator`) and an attempt
+(`worker.runner`) beside this record.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from app.spec.evaluation import EvaluationSpec
+from app.spec.job import MORE, JobSpec
+
+StoredSpec = dict[str, Any]
+"""The spec of a job as its row has it."""
+
+
+@dataclass(frozen=True)
+class JobKind:
+    """What a kind of job is called, where it is found, and what it needs."""
+
+    name: str
+    """The column `kind` of its jobs."""
+    noun: str
+    """Its name in a sentence: `The job was cancelled`."""
+    title: str
+    """Its full name: `No such fine-tuning job`."""
+    code: str
+    """The start of its error codes: `fine_tuning_job_not_found`."""
+    id_prefix: str
+    path: str
+    """Where it is found over HTTP."""
+    webhook: str
+    """The start of the names of its webhook events: `fine_tuning.job.succeeded`."""
+    started: str
+    """The event of its start."""
+    used: str
+    """How its rows are used: `training_file cannot be trained on`."""
+    file_code: Callable[[str], str]
+    """The code of an error in the file of a field."""
+    read: Callable[[StoredSpec], JobSpec | EvaluationSpec]
+    files: Callable[[StoredSpec], list[str]]
+    """Ids of the files that it reads."""
+    models: Callable[[StoredSpec], list[str | None]]
+    """Names of the models that it loads beside the one in the column `model`."""
+
+
+def _training_files(spec: StoredSpec) -> list[str]:
+    parts = (spec, spec["sft"] or {})
+    named = [part.get(field) for part in parts for field in ("training_file", "validation_file")]
+    return [name for name in [*named, *(spec.get("more_training_files") or [])] if name is not None]
+
+
+def _training_models(spec: StoredSpec) -> list[str | None]:
+    return [((spec["method"].get("dpo") or {}).get("hyperparameters") or {}).get("reference_model")]
+
+
+def _training_file_code(field: str) -> str:
+    name = field.removeprefix("sft.")
+    return f"invalid_{'training_file' if name.startswith(MORE) else name}"
+
+
+TRAINING = JobKind(
+    name="training",
+    noun="job",
+    title="fine-tuning job",
+    code="fine_tuning_job",
+    id_prefix="ftjob",
+    path="/v1/fine_tuning/jobs",
+    webhook="fine_tuning.job",
+    started="Fine-tuning job started.",
+    used="trained on",
+    file_code=_training_file_code,
+    read=JobSpec.stored,
+    files=_training_files,
+    models=_training_models,
+)
+EVALUATION = JobKind(
+    name="evaluation",
+    noun="evaluation",
+    title="evaluation",
+    code="evaluation",
+    id_prefix="eval",
+    path="/v1/evaluations",
+    webhook="evaluation",
+    started="Evaluation started.",
+    used="evaluated",
+    file_code=lambda field: "invalid_file",
+    read=EvaluationSpec.stored,
+    files=lambda spec: [name for _, name in EvaluationSpec.stored(spec).files()],
+    models=lambda spec: [name for _, name in EvaluationSpec.stored(spec).models()],
+)
+KINDS = {kind.name: kind for kind in (TRAINING, EVALUATION)}

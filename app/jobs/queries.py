@@ -1,0 +1,66 @@
+"""Reading jobs. What a caller reads starts from its project."""
+
+from collections.abc import Sequence
+
+from sqlalchemy import Select, select, tuple_
+from sqlalchemy.orm import Session, aliased
+
+from app.jobs.kinds import KINDS, TRAINING, JobKind
+from app.jobs.states import ACTIVE, Status
+from app.jobs.tables import Job
+
+
+def readable(project: str, kind: JobKind = TRAINING) -> Select[Job]:
+    """The jobs of a kind that `project` may see."""
+    return select(Job).where(Job.project == project, Job.kind == kind.name)
+
+
+def get(session: Session, project: str, job_id: str, kind: JobKind = TRAINING) -> Job | None:
+    return session.scalar(readable(project, kind).where(Job.id == job_id))
+
+
+def page(
+    session: Session, project: str, *, after: Job | None, limit: int, metadata: dict[str, str], kind: JobKind = TRAINING
+) -> list[Job]:
+    """Up to `limit` + 1 jobs, newest first, those older than `after` whose metadata hold `metadata`."""
+    statement = readable(project, kind)
+    for key, value in metadata.items():
+        statement = statement.where(Job.job_metadata[key].as_string() == value)
+    if after is not None:
+        statement = statement.where(tuple_(Job.created_at, Job.id) < tuple_(after.created_at, after.id))
+    statement = statement.order_by(Job.created_at.desc(), Job.id.desc())
+    return list(session.scalars(statement.limit(limit + 1)))
+
+
+def running(session: Session) -> Sequence[Job]:
+    """All jobs that train now."""
+    return session.scalars(select(Job).where(Job.status == Status.RUNNING)).all()
+
+
+def paces(session: Session, base_model: str, limit: int) -> Sequence[Job]:
+    """The last jobs that succeeded on `base_model` and measured their pace."""
+    statement = select(Job).where(Job.status == Status.SUCCEEDED, Job.base_model == base_model, Job.pace.is_not(None))
+    return session.scalars(statement.order_by(Job.finished_at.desc()).limit(limit)).all()
+
+
+def files_of(job: Job) -> list[str]:
+    """Ids of the files that a job reads."""
+    return KINDS[job.kind].files(job.spec)
+
+
+def active_files(session: Session) -> set[str]:
+    """Ids of the files that unfinished jobs read."""
+    return {name for job in session.scalars(select(Job).where(Job.status.in_(ACTIVE))) for name in files_of(job)}
+
+
+def users_of(session: Session, model: str) -> list[str]:
+    """Ids of the unfinished jobs that start from a model, are held to it, sit on it, or evaluate it."""
+    unfinished = session.scalars(select(Job).where(Job.status.in_(ACTIVE)))
+    return [job.id for job in unfinished if model in (job.model, job.foundation, *KINDS[job.kind].models(job.spec))]
+
+
+def orphans(session: Session) -> Sequence[Job]:
+    """Evaluations that wait for a training that will make no model."""
+    parent = aliased(Job)
+    gone = select(parent.id).where(parent.id == Job.parent_id, parent.status.in_((Status.FAILED, Status.CANCELLED)))
+    return session.scalars(select(Job).where(Job.status.in_(ACTIVE), gone.exists())).all()

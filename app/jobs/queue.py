@@ -1,0 +1,109 @@
+"""The queue of jobs: which one is next, who may start it, and who has it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import ColumnElement, case, func, not_, or_, select, update
+from sqlalchemy.orm import Session, aliased
+
+from app.database import database_now, wait_for_others
+from app.jobs import events as job_events
+from app.jobs.kinds import KINDS
+from app.jobs.states import ACTIVE, Status
+from app.jobs.tables import Job, OtherBase
+from app.projects.tables import Project
+from app.work_queue import OUTAGE_SECONDS, WorkQueue
+from app.workers.repository import served_by
+
+QUEUE_ORDER = (Job.priority.desc(), Job.created_at, Job.id)
+JOBS = WorkQueue(Job, active=Job.status.in_([Status.VALIDATING, Status.RUNNING]), order=QUEUE_ORDER)
+CLAIM_LOCK = 0x64706F
+"""The advisory lock of claims: any number that nothing else uses."""
+
+
+def _ready() -> ColumnElement[bool]:
+    """Whether what a job waits for is there: an evaluation of a model, once its training has succeeded."""
+    parent = aliased(Job)
+    status = select(parent.status).where(parent.id == Job.parent_id).correlate(Job).scalar_subquery()
+    return or_(Job.parent_id.is_(None), status == Status.SUCCEEDED)
+
+
+WAITING = (Job.status == Status.QUEUED, Job.paused.is_(False), _ready())
+
+
+def waiting(session: Session, limit: int) -> list[tuple[str, list[str], float | None]]:
+    """(id, base models, expected seconds of training) of the first `limit` jobs that wait, the next one first."""
+    statement = select(Job.id, Job.base_model, Job.estimated_seconds).where(*WAITING)
+    found = session.execute(statement.order_by(*QUEUE_ORDER).limit(limit)).all()
+    bases = {job_id: [base] if base else [] for job_id, base, _ in found}
+    others = select(OtherBase.job_id, OtherBase.base_model).where(OtherBase.job_id.in_(bases))
+    for job_id, base in session.execute(others):
+        bases[job_id].append(base)
+    return [(job_id, bases[job_id], seconds) for job_id, _, seconds in found]
+
+
+def positions(session: Session, job_ids: Sequence[str]) -> dict[str, int]:
+    """The places in the queue of those of `job_ids` that wait; 1 starts next."""
+    number = func.row_number().over(order_by=QUEUE_ORDER).label("position")
+    places = select(Job.id, number).where(*WAITING).subquery()
+    found = session.execute(select(places.c.id, places.c.position).where(places.c.id.in_(job_ids)))
+    return dict(found.all())
+
+
+def set_paused(session: Session, job_id: str, paused: bool) -> bool:
+    """Hold a job back, or let it go on; False where it has ended."""
+    statement = update(Job).where(Job.id == job_id, Job.status.in_(ACTIVE)).values(paused=paused).returning(Job.id)
+    return session.scalar(statement) is not None
+
+
+def claim(session: Session, status: Status, owner: str, served: Sequence[str] | None = None) -> Job | None:
+    """Take the lease of the best eligible job with `status`; None if there is none.
+
+    Priority first, then age. `served` holds patterns of base models (`*` matches anything); None takes any.
+    A queued job is running from then on.
+    """
+    if status != Status.QUEUED:
+        return JOBS.claim(session, owner, Job.status == status)
+    wait_for_others(session, CLAIM_LOCK)  # two that count a project's running jobs at once would both start one
+    conditions = [*WAITING, _within_limit()]
+    if served is not None:
+        lacking = select(OtherBase.job_id).where(
+            OtherBase.job_id == Job.id, not_(served_by(OtherBase.base_model, served))
+        )
+        conditions += [or_(Job.base_model == "", served_by(Job.base_model, served)), ~lacking.correlate(Job).exists()]
+    started = func.coalesce(Job.started_at, database_now())
+    job = JOBS.claim(session, owner, *conditions, status=Status.RUNNING, started_at=started)
+    if job is not None:
+        job_events.add(session, job.id, KINDS[job.kind].started)
+    return job
+
+
+def _within_limit() -> ColumnElement[bool]:
+    """Whether the job's project may have one more job running."""
+    other = aliased(Job)
+    limit = select(Project.max_running_jobs).where(Project.id == Job.project).correlate(Job).scalar_subquery()
+    count = (
+        select(func.count())
+        .where(other.project == Job.project, other.status == Status.RUNNING)
+        .correlate(Job)
+        .scalar_subquery()
+    )
+    return or_(limit.is_(None), count < limit)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a heartbeat learns of the job whose lease it renewed."""
+
+    paused: bool
+    ran_seconds: float
+
+
+def heartbeat(session: Session, job_id: str, attempt: int) -> Held | None:
+    """Extend the lease; None where another has it, or nobody. The time since the last heartbeat counts as trained."""
+    passed = database_now() - (Job.lease_expires_at - JOBS.lease_seconds)
+    # Between two heartbeats no more can have passed. More means that the clock was set.
+    since = case((passed.between(0.0, JOBS.lease_seconds + OUTAGE_SECONDS), passed), else_=0.0)
+    trained = Job.ran_seconds + case((Job.status == Status.RUNNING, since), else_=0.0)
+    row = JOBS.heartbeat(session, job_id, attempt, Job.paused, Job.ran_seconds, ran_seconds=trained)
+    return None if row is None else Held(*row)

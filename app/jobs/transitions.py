@@ -1,0 +1,136 @@
+"""Taking an edge of the state machine, and what follows: the event, the webhook, the gates of a training."""
+
+from typing import Any
+
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
+
+from app.database import database_now
+from app.jobs import events as job_events
+from app.jobs.kinds import KINDS, TRAINING
+from app.jobs.queue import JOBS
+from app.jobs.states import ACTIVE, TRANSITIONS, Actor, Status
+from app.jobs.tables import Job
+from app.spec import quality_gates
+from app.spec.job import JobSpec
+from app.spec.quality_gates import Verdict
+from app.webhooks import repository as webhooks
+from app.work_queue import MAX_LOST_ATTEMPTS, retry_pause
+
+
+def transition(
+    session: Session,
+    job_id: str,
+    source: Status,
+    target: Status,
+    *,
+    actor: Actor,
+    message: str,
+    attempt: int | None = None,
+    level: str = "info",
+    **values: Any,
+) -> bool:
+    """Take one edge of the state machine and write its event; False where the job is not there any more.
+
+    The row is changed only while it still has the status `source` and, on a fenced edge, the same `attempt`:
+    a stale worker's write touches no row. Raises `ValueError` for an edge, actor or column that the table of
+    `states.py` does not allow.
+    """
+    edge = TRANSITIONS.get((source, target))
+    if edge is None or actor not in edge.actors:
+        raise ValueError(f"{actor} may not take a job from {source} to {target}")
+    if edge.fenced and attempt is None:
+        raise ValueError(f"{source} to {target} needs the attempt that holds the lease")
+    if unknown := set(values) - edge.writes:
+        raise ValueError(f"{source} to {target} does not write {sorted(unknown)}")
+    written: dict[str, Any] = dict(values)
+    if "lease_owner" in edge.writes and "lease_owner" not in values:
+        written |= {"lease_owner": None, "lease_expires_at": None}
+    if "finished_at" in edge.writes:
+        written |= {"finished_at": database_now()}
+        if target != Status.SUCCEEDED:
+            written |= {"progress": None}
+    statement = update(Job).where(Job.id == job_id, Job.status == source)
+    if attempt is not None:
+        statement = statement.where(JOBS.holds(job_id, attempt))
+    job = session.scalar(
+        statement.values(status=target, **written).returning(Job).execution_options(populate_existing=True)
+    )
+    if job is None:
+        return False
+    job_events.add(session, job_id, message, level=level)
+    if target not in ACTIVE:
+        data: dict[str, Any] = {"id": job_id}
+        if job.gates:
+            data["gates"] = job.gates
+        webhooks.enqueue(session, job.project, f"{KINDS[job.kind].webhook}.{target}", data)
+        if job.parent_id is not None:
+            _settle(session, job.parent_id)
+    return True
+
+
+def judge_gates(session: Session, job: Job, metrics: dict[str, float]) -> list[Verdict]:
+    """The gates of a training with their verdicts, as far as its evaluations are; `metrics` are its own."""
+    measured, pending = dict(metrics), []
+    names = {evaluation_id: name for name, evaluation_id in (job.evaluations or {}).items()}
+    for child in session.scalars(select(Job).where(Job.parent_id == job.id)):
+        prefix = f"evaluations/{names[child.id]}/"
+        if child.status in ACTIVE:
+            pending.append(prefix)
+        measured |= {prefix + name: value for name, value in (child.metrics or {}).items()}
+    return quality_gates.judge(JobSpec.stored(job.spec).gates or [], measured, pending)
+
+
+def _settle(session: Session, job_id: str) -> None:
+    """Judge the gates of a training that has succeeded again: one of its evaluations has ended."""
+    if session.scalar(select(Job.status).where(Job.id == job_id)) in (Status.FAILED, Status.CANCELLED):
+        return
+    # Locked: of two evaluations that end at once the second sees the first, and the training does not end meanwhile.
+    locked = select(Job).where(Job.id == job_id).with_for_update().execution_options(populate_existing=True)
+    job = session.scalars(locked).one()
+    if job.status != Status.SUCCEEDED or not job.gates:
+        return
+    before, job.gates = job.gates, judge_gates(session, job, job.metrics or {})
+    if any(one["met"] is None for one in before) and all(one["met"] is not None for one in job.gates):
+        job_events.add(session, job_id, quality_gates.summary(job.gates), level=quality_gates.level(job.gates))
+        webhooks.enqueue(session, job.project, f"{TRAINING.webhook}.judged", {"id": job_id, "gates": job.gates})
+
+
+def recover(session: Session, job: Job, actor: Actor, reason: str) -> None:
+    """Let another attempt go on with a job whose worker or trainer died; fail it when that keeps happening.
+
+    Only attempts without a checkpoint since the last one count.
+    """
+    lost = job.lost_attempts + 1
+    status, pause = Status(job.status), retry_pause(lost)
+    if lost >= MAX_LOST_ATTEMPTS:
+        message = (
+            f"{reason} This happened {lost} times without progress, so the job was given up. "
+            "This is a fault of the service or its machines, not of the job's data."
+        )
+        transition(
+            session,
+            job.id,
+            status,
+            Status.FAILED,
+            actor=actor,
+            attempt=job.attempt,
+            message=message,
+            level="error",
+            error={"code": "worker_lost", "message": message, "param": None},
+        )
+    elif status == Status.RUNNING:
+        transition(
+            session,
+            job.id,
+            Status.RUNNING,
+            Status.QUEUED,
+            actor=actor,
+            attempt=job.attempt,
+            message=f"{reason} The job will resume.",
+            level="warn",
+            lost_attempts=lost,
+            eligible_at=database_now() + pause,
+        )
+    elif JOBS.release(session, job.id, job.attempt, pause=pause, lost_attempts=lost):
+        job_events.add(session, job.id, f"{reason} The files will be checked again.", level="warn")

@@ -1,0 +1,142 @@
+"""Work in the rows of a table: who does it, until when, and as which attempt. The row is the truth.
+
+    claim → heartbeat, heartbeat, … → write the result, guarded by the attempt
+
+A claim starts a new attempt and takes a lease. The worker renews the lease while it works, and every write of it is
+guarded by `id` and `attempt`. A lease that is not renewed lapses; the reaper then releases its row, after a pause, for
+another attempt. Jobs, derived artifacts and webhook deliveries are queues of this kind.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Generic, TypeVar
+
+from sqlalchemy import ColumnElement, Row, and_, or_, select, update
+from sqlalchemy.orm import Mapped, Session, mapped_column
+
+from app.database import database_now
+
+LEASE_SECONDS = 15.0
+HEARTBEAT_SECONDS = 3.0
+OUTAGE_SECONDS = 60.0
+"""Grace period: how long a worker keeps working after its lease ends while the database is unreachable."""
+MAX_LOST_ATTEMPTS = 3
+"""Work is given up after so many attempts without progress."""
+RETRY_SECONDS = 20.0
+"""The longest pause before another attempt at work whose worker was lost."""
+
+
+def retry_pause(lost_attempts: int) -> float:
+    """Seconds before the next attempt: 1, then 20. Most outages are short."""
+    return RETRY_SECONDS ** (lost_attempts - 1)
+
+
+class Queued:
+    """The columns of a row that workers claim."""
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    attempt: Mapped[int]
+    """The fencing token: every write of a worker is guarded by `id` and `attempt`."""
+    lease_owner: Mapped[str | None]
+    lease_expires_at: Mapped[float | None]
+    eligible_at: Mapped[float]
+    """Not to be claimed before this time."""
+    lost_attempts: Mapped[int]
+    """Attempts whose worker was lost since the last progress."""
+
+
+Work = TypeVar("Work", bound=Queued)
+Leased = Row[str, int, float | None]
+"""(id, attempt, end) of a lease."""
+
+
+class WorkQueue(Generic[Work]):
+    """The rows of one table as a queue."""
+
+    def __init__(
+        self,
+        table: type[Work],
+        *,
+        active: ColumnElement[bool],
+        order: Sequence[Any],
+        lease_seconds: float = LEASE_SECONDS,
+        longest_pause: float = RETRY_SECONDS,
+    ) -> None:
+        """`active` holds for every row that may have a lease. The first row in `order` is claimed next."""
+        self.table, self.active, self.order = table, active, order
+        self.lease_seconds, self.longest_pause = lease_seconds, longest_pause
+
+    # -- a worker's steps ----------------------------------------------------------------------------------------
+
+    def claim(self, session: Session, owner: str, *conditions: ColumnElement[bool], **values: Any) -> Work | None:
+        """Take the lease of the first free row that meets `conditions`, in one statement; None if there is none.
+
+        The claim is a new attempt. `values` are columns that it writes as well.
+        """
+        table, free = self.table, and_(self.free(), *conditions)
+        first = select(table.id).where(free).order_by(*self.order).limit(1)
+        statement = (
+            update(table)
+            .where(table.id == first.with_for_update(skip_locked=True).scalar_subquery(), free)
+            .values(
+                attempt=table.attempt + 1,
+                lease_owner=owner,
+                lease_expires_at=database_now() + self.lease_seconds,
+                **values,
+            )
+            .returning(table)
+            .execution_options(populate_existing=True)
+        )
+        return session.scalar(statement)
+
+    def heartbeat(
+        self, session: Session, row_id: str, attempt: int, *returning: Any, **values: Any
+    ) -> Row[*tuple[Any, ...]] | None:
+        """Extend the lease; None where another has it, or nobody. Returns the columns `returning`."""
+        statement = update(self.table).where(self.holds(row_id, attempt))
+        statement = statement.values(lease_expires_at=database_now() + self.lease_seconds, **values)
+        return session.execute(statement.returning(*(returning or (self.table.id,)))).one_or_none()
+
+    def write(self, session: Session, row_id: str, attempt: int, **values: Any) -> bool:
+        """Write columns of a row whose lease this attempt holds; False where it does not."""
+        statement = update(self.table).where(self.holds(row_id, attempt)).values(**values).returning(self.table.id)
+        return session.scalar(statement) is not None
+
+    def release(self, session: Session, row_id: str, attempt: int, *, pause: float | None, **values: Any) -> bool:
+        """Give the lease back. Another attempt may begin after `pause` seconds; None: there is no other one."""
+        eligible_at = None if pause is None else database_now() + pause
+        values |= {"lease_owner": None, "lease_expires_at": None, "eligible_at": eligible_at}
+        return self.write(session, row_id, attempt, **values)
+
+    # -- what a reaper sees --------------------------------------------------------------------------------------
+
+    def leases(self, session: Session) -> Sequence[Leased]:
+        """Every lease that someone holds."""
+        table = self.table
+        statement = select(table.id, table.attempt, table.lease_expires_at)
+        return session.execute(statement.where(self.active, table.lease_owner.is_not(None))).all()
+
+    def lapsed(self, session: Session) -> Sequence[Work]:
+        """The rows whose worker stopped renewing its lease, locked.
+
+        A lease that ends later than any could was set before the clock went back.
+        """
+        table, ends = self.table, self.table.lease_expires_at
+        farthest = database_now() + self.lease_seconds + HEARTBEAT_SECONDS
+        over = or_(ends.is_(None), ends < database_now(), ends > farthest)
+        statement = select(table).where(self.active, table.lease_owner.is_not(None), over)
+        return session.scalars(statement.with_for_update(skip_locked=True)).all()
+
+    # -- conditions ----------------------------------------------------------------------------------------------
+
+    def free(self) -> ColumnElement[bool]:
+        """The condition that nobody has the row, and that its time has come.
+
+        A time further away than any pause was set before the clock went back.
+        """
+        at, farthest = self.table.eligible_at, database_now() + self.longest_pause + HEARTBEAT_SECONDS
+        return and_(self.table.lease_owner.is_(None), or_(at <= database_now(), at > farthest))
+
+    def holds(self, row_id: str, attempt: int) -> ColumnElement[bool]:
+        """The condition that this attempt still holds the lease of the row."""
+        table = self.table
+        return and_(table.id == row_id, table.attempt == attempt, table.lease_owner.is_not(None))
