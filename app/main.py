@@ -3,34 +3,34 @@
 import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CollectorRegistry, ProcessCollector
+from starlette.routing import Route
 
 from app import __version__
 from app.dashboard.endpoints import FOLDER as DASHBOARD
 from app.dashboard.endpoints import router as dashboard_router
 from app.dashboard.session import NotSignedIn, ask_for_a_key
 from app.dataset_reports.endpoints import router as reports_router
-from app.dependencies import ServicesDependency
 from app.estimates.endpoints import router as estimates_router
 from app.evaluations.endpoints import router as evaluations_router
 from app.exception_handlers import ErrorResponse, install_handlers
 from app.files.endpoints import router as files_router
-from app.installation import name_of, owner_of
 from app.jobs.endpoints import router as jobs_router
+from app.keys.access import AccessTable, access
 from app.keys.endpoints import router as keys_router
 from app.keys.middleware import AccessMiddleware
 from app.logging import configure_logging
 from app.models.endpoints import router as models_router
 from app.monitoring.collector import ServiceCollector
 from app.monitoring.endpoints import router as monitoring_router
+from app.monitoring.health import router as health_router
 from app.monitoring.middleware import Observed
 from app.projects.endpoints import router as projects_router
 from app.services import Services
@@ -90,8 +90,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         summary="Upload preferences, post a job, get a LoRA adapter.",
         lifespan=lifespan,
         redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
     )
+    routes = AccessTable()
+    for route in app.routes:  # FastAPI's own: the document and its page
+        access(public=True)(cast(Route, route).endpoint)
+    routes.add(app.routes)
     app.state.services = services
     app.state.registry = registry = CollectorRegistry()
     registry.register(ServiceCollector(services.database))
@@ -99,12 +104,22 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     install_handlers(app)
     for router in ROUTERS:
         app.include_router(router, prefix="/v1", responses=ERRORS)
+        routes.add(router.routes, "/v1")
     app.include_router(dashboard_router)
+    routes.add(dashboard_router.routes)
     app.include_router(monitoring_router, responses=ERRORS)
-    app.mount("/dashboard/static", StaticFiles(directory=DASHBOARD / "static"))
+    routes.add(monitoring_router.routes)
+    app.include_router(health_router)
+    routes.add(health_router.routes)
+    app.mount("/dashboard/static", access(public=True)(StaticFiles(directory=DASHBOARD / "static")))
+    routes.add(app.routes[-1:])
     app.add_exception_handler(NotSignedIn, ask_for_a_key)
     app.add_middleware(
-        AccessMiddleware, keys=services.keys, rates=services.rates, allowed_hosts=services.settings.allowed_hosts
+        AccessMiddleware,
+        keys=services.keys,
+        rates=services.rates,
+        allowed_hosts=services.settings.allowed_hosts,
+        routes=routes,
     )
     if services.settings.cors_origins:
         app.add_middleware(
@@ -114,33 +129,6 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             allow_headers=["*"],
         )
     app.add_middleware(Observed, registry=registry)
-
-    @app.get("/healthz", tags=["operations"])
-    def healthz() -> dict[str, str]:
-        """The process answers."""
-        return {"status": "ok", "version": __version__}
-
-    @app.get("/readyz", tags=["operations"])
-    def readyz(services: ServicesDependency) -> JSONResponse:
-        """The database has this version's schema and the object store answers."""
-        problems = {}
-        try:
-            if not services.migrated():
-                problems["database"] = "the schema is not this version's; run 'dpo migrate'"
-        except Exception as error:  # any driver's error means the same here: not ready
-            problems["database"] = type(error).__name__
-        try:
-            services.storage.check()
-            owner = owner_of(services.storage)
-            if owner is not None and "database" not in problems and owner != name_of(services.database):
-                problems["storage"] = (
-                    "the object store is another installation's than the database; "
-                    "if they do belong together, delete the object 'installation'"
-                )
-        except Exception as error:  # likewise
-            problems["storage"] = type(error).__name__
-        status = "ok" if not problems else "unavailable"
-        return JSONResponse({"status": status, "problems": problems}, status_code=503 if problems else 200)
 
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return app

@@ -1,15 +1,7 @@
 """The services of every feature, built once from the settings; API and workers share them."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from sqlalchemy import Connection
-
-import migrations
 from app.broker import Broker
 from app.database import Database
 from app.dataset_reports.service import Reports
@@ -83,40 +75,3 @@ class Services:
             vault=vault,
             webhooks=Webhooks(database, broker, vault, settings.private_webhooks),
         )
-
-    def migrate(self, revision: str = "head") -> None:
-        """Bring the database to `revision`, up or down. One that is ahead of this version stays as it is."""
-        if revision == "head" and self.migrated():
-            return
-        with self.database.engine.begin() as connection:
-            config = alembic_config()
-            config.attributes["connection"] = connection
-            if revision in ("base", "-1") or revision in _behind(connection, config):
-                command.downgrade(config, revision)
-            else:
-                command.upgrade(config, revision)
-
-    def migrated(self) -> bool:
-        """Whether the database has the schema of this version, or that of a later one: the next only adds to it."""
-        with self.database.engine.connect() as connection:
-            current = MigrationContext.configure(connection).get_current_revision()
-        scripts = ScriptDirectory.from_config(alembic_config())
-        before = {script.revision for script in scripts.walk_revisions()} - {scripts.get_current_head()}
-        return current is not None and current not in before
-
-
-def alembic_config() -> Config:
-    """Alembic, pointed at the `migrations` package."""
-    config = Config()
-    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
-    config.set_main_option("path_separator", "os")
-    return config
-
-
-def _behind(connection: Connection, config: Config) -> set[str]:
-    """The revisions that the database has left behind."""
-    current = MigrationContext.configure(connection).get_current_revision()
-    scripts = ScriptDirectory.from_config(config)
-    if current is None or current not in {script.revision for script in scripts.walk_revisions()}:
-        return set()
-    return {script.revision for script in scripts.iterate_revisions(current, "base")} - {current}

@@ -27,6 +27,7 @@ from app.database import new_id
 from app.jobs.tables import Job, JobEvent
 from app.main import create_app
 from app.main import serve as run_server
+from app.migrate import migrate
 from app.models import repository as models
 from app.services import Services
 from app.settings import Settings
@@ -139,7 +140,7 @@ def measure(environment: dict[str, str], home: Path) -> dict[str, dict[str, floa
     url = environment.get("DPO_DATABASE_URL", "")
     settings = Settings(home=home, database_url=url) if url else Settings(home=home)
     services = Services.of(settings)
-    services.migrate()
+    migrate(services.database)
     job_id = fill(services)
     services.database.close()
     rows = {}

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from app.migrate import migrate
 from app.settings import Settings
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ def local() -> "Services":
     from app.services import Services
 
     services = Services.of(Settings())
-    services.migrate()
+    migrate(services.database)
     return services
 
 
@@ -21,4 +22,4 @@ def migrate_database(settings: Settings, revision: str = "head") -> None:
     """Bring the database of `settings` to the schema of `revision`."""
     from app.services import Services
 
-    Services.of(settings).migrate(revision)
+    migrate(Services.of(settings).database, revision)

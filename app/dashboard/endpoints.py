@@ -15,6 +15,7 @@ from app.evaluations.figures import figures
 from app.evaluations.schemas import EvaluationObject
 from app.jobs.lifecycle import Lifecycle
 from app.jobs.schemas import JobObject, MetricSeries
+from app.keys.access import access
 from app.spec.metrics import CHARTS
 
 FOLDER = Path(__file__).parent
@@ -24,6 +25,8 @@ LATEST = 2.5e11
 """The end of what a date can be, in unix seconds."""
 
 router = APIRouter(prefix="/dashboard", include_in_schema=False)
+by_session = access(public=True)
+"""A page asks for its session by itself, and for a key where there is none."""
 templates = Jinja2Templates(FOLDER / "templates")
 
 
@@ -77,11 +80,13 @@ def _followed(
 
 
 @router.get("/login")
+@by_session
 def login_page(request: Request) -> HTMLResponse:
     return _page(request, "login.html", wrong=False)
 
 
 @router.post("/login")
+@by_session
 def login(request: Request, services: ServicesDependency, key: Annotated[str, Form(max_length=512)] = "") -> Response:
     response = RedirectResponse("/dashboard", status_code=303)
     if not sign_in(services, request, response, key.strip()):
@@ -90,6 +95,7 @@ def login(request: Request, services: ServicesDependency, key: Annotated[str, Fo
 
 
 @router.post("/logout")
+@by_session
 def logout() -> Response:
     response = RedirectResponse("/dashboard/login", status_code=303)
     response.delete_cookie(COOKIE, path="/dashboard")
@@ -97,6 +103,7 @@ def logout() -> Response:
 
 
 @router.get("")
+@by_session
 def jobs(request: Request, viewer: ViewerDependency, services: ServicesDependency) -> HTMLResponse:
     found = services.jobs.page(viewer.project, after=None, limit=JOBS, metadata={})[:JOBS]
     name = "jobs_rows.html" if "hx-request" in request.headers else "jobs.html"
@@ -104,16 +111,19 @@ def jobs(request: Request, viewer: ViewerDependency, services: ServicesDependenc
 
 
 @router.get("/jobs/{job_id}")
+@by_session
 def job(request: Request, job_id: str, viewer: ViewerDependency, services: ServicesDependency) -> HTMLResponse:
     return _followed(request, "job", services.jobs, viewer.project, job_id)
 
 
 @router.get("/jobs/{job_id}/metrics")
+@by_session
 def metrics(job_id: str, viewer: ViewerDependency, services: ServicesDependency) -> MetricSeries:
     return services.jobs.metrics(viewer.project, job_id, None, 500)
 
 
 @router.get("/evaluations")
+@by_session
 def evaluations(request: Request, viewer: ViewerDependency, services: ServicesDependency) -> HTMLResponse:
     found = services.evaluations.page(viewer.project, after=None, limit=JOBS, metadata={})[:JOBS]
     name = "evaluations_rows.html" if "hx-request" in request.headers else "evaluations.html"
@@ -121,6 +131,7 @@ def evaluations(request: Request, viewer: ViewerDependency, services: ServicesDe
 
 
 @router.get("/evaluations/{evaluation_id}")
+@by_session
 def evaluation(
     request: Request, evaluation_id: str, viewer: ViewerDependency, services: ServicesDependency
 ) -> HTMLResponse:
@@ -128,12 +139,14 @@ def evaluation(
 
 
 @router.get("/sweeps")
+@by_session
 def sweeps(request: Request, viewer: ViewerDependency, services: ServicesDependency) -> HTMLResponse:
     found = services.sweeps.page(viewer.project, after=None, limit=SWEEPS)[:SWEEPS]
     return _page(request, "sweeps.html", sweeps=found, project=viewer.project)
 
 
 @router.get("/sweeps/{sweep_id}")
+@by_session
 def sweep(request: Request, sweep_id: str, viewer: ViewerDependency, services: ServicesDependency) -> HTMLResponse:
     try:
         found = services.sweeps.get(viewer.project, sweep_id)
@@ -143,6 +156,7 @@ def sweep(request: Request, sweep_id: str, viewer: ViewerDependency, services: S
 
 
 @router.get("/sweeps/{sweep_id}/frontier")
+@by_session
 def frontier(request: Request, sweep_id: str, viewer: ViewerDependency, services: ServicesDependency) -> Response:
     """The picture of a sweep."""
     try:
@@ -153,6 +167,7 @@ def frontier(request: Request, sweep_id: str, viewer: ViewerDependency, services
 
 
 @router.get("/files/{file_id}")
+@by_session
 def file(
     request: Request, file_id: str, viewer: ViewerDependency, services: ServicesDependency, model: str | None = None
 ) -> HTMLResponse:

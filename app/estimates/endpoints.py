@@ -7,7 +7,9 @@ from fastapi import APIRouter, Response
 from app.dataset_reports.schemas import Pending
 from app.dependencies import ServicesDependency
 from app.estimates.schemas import Estimate
+from app.keys.access import access
 from app.keys.middleware import CallerDependency
+from app.keys.schemas import Scope
 
 router = APIRouter(prefix="/fine_tuning", tags=["fine-tuning"])
 
@@ -24,6 +26,7 @@ BODY = {
     openapi_extra=BODY,
     responses={202: {"model": Pending, "description": "Its files are being counted; ask again after Retry-After."}},
 )
+@access(scope=Scope.READ)
 def estimate_job(
     body: dict[str, Any], response: Response, caller: CallerDependency, services: ServicesDependency
 ) -> Estimate | Pending:

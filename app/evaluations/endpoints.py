@@ -13,7 +13,9 @@ from app.evaluations.schemas import EvaluationObject
 from app.idempotency.service import SendingDependency
 from app.jobs.endpoints import asked_metadata
 from app.jobs.schemas import EventObject, StreamToken
+from app.keys.access import access
 from app.keys.middleware import CallerDependency
+from app.keys.schemas import Scope
 from app.pagination import After, Page, page
 from app.spec.evaluation import EvaluationSpec
 
@@ -80,6 +82,7 @@ def list_evaluation_events(
 
 
 @router.post("/{evaluation_id}/stream_token")
+@access(scope=Scope.READ)
 def create_evaluation_stream_token(
     evaluation_id: str, caller: CallerDependency, services: ServicesDependency
 ) -> StreamToken:
@@ -98,6 +101,7 @@ def _seen(
 
 
 @router.get("/{evaluation_id}/stream", response_class=EventSourceResponse)
+@access(stream_token=True)
 async def stream_evaluation(
     evaluation_id: str,
     caller: CallerDependency,

@@ -12,6 +12,7 @@ from app.files.multipart import UploadForm, form_schema
 from app.files.schemas import FileDeleted, FileObject, Purpose, UploadPurpose
 from app.files.service import MAX_BYTES
 from app.idempotency.service import SendingDependency
+from app.keys.access import access
 from app.keys.middleware import CallerDependency
 from app.pagination import After, Page, page
 
@@ -30,6 +31,7 @@ BODY = form_schema(
 
 
 @router.post("", openapi_extra=BODY)
+@access(streams_body=True)
 async def create_file(
     request: Request, caller: CallerDependency, services: ServicesDependency, sending: SendingDependency
 ) -> FileObject:

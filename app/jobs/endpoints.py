@@ -11,7 +11,9 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from app.dependencies import ServicesDependency
 from app.idempotency.service import SendingDependency
 from app.jobs.schemas import CheckpointObject, EventObject, JobObject, MetricSeries, StreamToken
+from app.keys.access import access
 from app.keys.middleware import CallerDependency
+from app.keys.schemas import Scope
 from app.pagination import After, Page, page
 from app.spec.job import JobSpec
 
@@ -98,6 +100,7 @@ def get_metrics(
 
 
 @router.post("/{job_id}/stream_token")
+@access(scope=Scope.READ)
 def create_stream_token(job_id: str, caller: CallerDependency, services: ServicesDependency) -> StreamToken:
     """A token for browsers, whose EventSource sends no key: it opens this job's stream within a minute."""
     return services.jobs.stream_token(caller.project, job_id)
@@ -114,6 +117,7 @@ def _seen(
 
 
 @router.get("/{job_id}/stream", response_class=EventSourceResponse)
+@access(stream_token=True)
 async def stream_job(
     job_id: str,
     caller: CallerDependency,

@@ -5,19 +5,22 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 
 from app.dependencies import ServicesDependency
-from app.keys.schemas import KeyObject, KeySpec, NewKeyObject
+from app.keys.access import access
+from app.keys.schemas import KeyObject, KeySpec, NewKeyObject, Scope
 from app.pagination import Page, page
 
 router = APIRouter(prefix="/keys", tags=["administration"])
 
 
 @router.post("")
+@access(scope=Scope.ADMIN)
 def create_key(spec: KeySpec, services: ServicesDependency) -> NewKeyObject:
     """Make a key. It is not stored: this answer is the only one that shows it."""
     return services.keys.create(spec)
 
 
 @router.get("")
+@access(scope=Scope.ADMIN)
 def list_keys(
     services: ServicesDependency, project: Annotated[str | None, Query(max_length=64)] = None
 ) -> Page[KeyObject]:
@@ -27,12 +30,14 @@ def list_keys(
 
 
 @router.get("/{key_id}")
+@access(scope=Scope.ADMIN)
 def get_key(key_id: str, services: ServicesDependency) -> KeyObject:
     """One key."""
     return services.keys.get(key_id)
 
 
 @router.delete("/{key_id}")
+@access(scope=Scope.ADMIN)
 def revoke_key(key_id: str, services: ServicesDependency) -> KeyObject:
     """Revoke a key: it is refused from now on."""
     return services.keys.revoke(key_id)

@@ -3,7 +3,6 @@
 The Host header, the key and its scope, the rate of its requests, a limit on the body.
 """
 
-import re
 from typing import Annotated
 from urllib.parse import parse_qs
 
@@ -16,32 +15,12 @@ from starlette.types import Scope as ConnectionScope
 
 from app.errors import Forbidden, NotFound, ServiceError, TooLarge, Unauthenticated, Unavailable
 from app.exception_handlers import error_answer
+from app.keys.access import Access, AccessTable
 from app.keys.rates import Rates
 from app.keys.schemas import Scope
 from app.keys.service import Caller, Keys
 
-PROBES = {"/healthz", "/readyz"}
-"""For whoever runs the service, by whatever address it has."""
-PUBLIC = re.compile(r"/healthz|/readyz|/docs|/openapi\.json|/dashboard(/.*)?")
-"""The dashboard asks for a key by itself."""
-ADMIN = ("/v1/projects", "/v1/keys")
-READING_POSTS = re.compile(
-    r"/v1/fine_tuning/estimate|/v1/(?:fine_tuning/jobs|evaluations)/[^/]+/stream_token|/v1/files/[^/]+/report"
-)
-"""They change nothing."""
-STREAMS = re.compile(r"/v1/(?:fine_tuning/jobs|evaluations)/[^/]+/stream")
-UPLOADS = re.compile(r"/v1/files|/v1/uploads/[^/]+/parts")
-"""Their bodies are read as streams, with limits of their own."""
 MAX_BODY_BYTES = 1024 * 1024
-
-
-def required_scope(method: str, path: str) -> Scope:
-    """What a key must be good for to send this."""
-    if path.startswith(ADMIN):
-        return Scope.ADMIN
-    if method in ("GET", "HEAD") or READING_POSTS.fullmatch(path):
-        return Scope.READ
-    return Scope.WRITE
 
 
 def _limited(receive: Receive, headers: Headers) -> Receive:
@@ -65,8 +44,10 @@ def _limited(receive: Receive, headers: Headers) -> Receive:
 class AccessMiddleware:
     """ASGI middleware. FastAPI reads a multipart body before it runs dependencies; this stands before that."""
 
-    def __init__(self, app: ASGIApp, keys: Keys, rates: Rates, allowed_hosts: tuple[str, ...]) -> None:
-        self.app, self.keys, self.rates, self.allowed_hosts = app, keys, rates, allowed_hosts
+    def __init__(
+        self, app: ASGIApp, keys: Keys, rates: Rates, allowed_hosts: tuple[str, ...], routes: AccessTable
+    ) -> None:
+        self.app, self.keys, self.rates, self.allowed_hosts, self.routes = app, keys, rates, allowed_hosts, routes
 
     async def __call__(self, scope: ConnectionScope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -76,28 +57,29 @@ class AccessMiddleware:
             headers, method, path = Headers(scope=scope), scope["method"], scope["path"]
             if not path.isprintable():  # a router may take a line break for the end of a path
                 raise NotFound("Unknown request URL: it holds a control character.", code="unknown_url")
-            if path not in PROBES:
+            access = self.routes.find(method, path)
+            if not access.any_host:
                 self._check_host(headers)
-            if not PUBLIC.fullmatch(path):
-                caller = await run_in_threadpool(self._admit, headers, method, path, scope["query_string"])
+            if not access.public:
+                caller = await run_in_threadpool(self._admit, access, headers, method, path, scope["query_string"])
                 scope.setdefault("state", {})["caller"] = caller
-            if method != "POST" or not UPLOADS.fullmatch(path):
+            if not access.streams_body:
                 receive = _limited(receive, headers)
         except ServiceError as error:
             await error_answer(error)(scope, receive, send)
             return
         await self.app(scope, receive, send)
 
-    def _admit(self, headers: Headers, method: str, path: str, query: bytes) -> Caller:
+    def _admit(self, access: Access, headers: Headers, method: str, path: str, query: bytes) -> Caller:
         """Who sends a request that may be sent, and now."""
-        caller = self._caller(headers, path, query)
-        self._check_scope(caller, method, path)
+        caller = self._stream_caller(path, query) if access.stream_token and "authorization" not in headers else None
+        caller = caller or self._caller(headers)
+        self._check_scope(caller, access.required(method))
         self.rates.check(caller)
         return caller
 
     @staticmethod
-    def _check_scope(caller: Caller, method: str, path: str) -> None:
-        needed = required_scope(method, path)
+    def _check_scope(caller: Caller, needed: Scope) -> None:
         if not caller.may(needed):
             has = ", ".join(sorted(caller.scopes))
             message = f"This needs a key with the scope '{needed}'; this one has: {has}."
@@ -113,13 +95,17 @@ class AccessMiddleware:
                 code="invalid_host",
             )
 
-    def _caller(self, headers: Headers, path: str, query: bytes) -> Caller:
-        token = parse_qs(query.decode("latin-1")).get("token") if STREAMS.fullmatch(path) else None
-        if token and "authorization" not in headers:
-            caller = self.keys.identify_stream(token[0], path)
-            if caller is None:
-                raise Unauthenticated("Incorrect or expired stream token.", code="invalid_stream_token")
-            return caller
+    def _stream_caller(self, path: str, query: bytes) -> Caller | None:
+        """Who has the stream token of the query; None where there is none."""
+        token = parse_qs(query.decode("latin-1")).get("token")
+        if not token:
+            return None
+        caller = self.keys.identify_stream(token[0], path)
+        if caller is None:
+            raise Unauthenticated("Incorrect or expired stream token.", code="invalid_stream_token")
+        return caller
+
+    def _caller(self, headers: Headers) -> Caller:
         scheme, _, key = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             raise Unauthenticated(

@@ -6,6 +6,7 @@ from starlette.concurrency import run_in_threadpool
 from app.dependencies import ServicesDependency
 from app.files.multipart import UploadForm, form_schema
 from app.idempotency.service import SendingDependency
+from app.keys.access import access
 from app.keys.middleware import CallerDependency
 from app.uploads.schemas import PartObject, UploadCompletion, UploadObject, UploadSpec
 from app.uploads.service import MAX_PART_BYTES
@@ -24,6 +25,7 @@ def create_upload(
 @router.post(
     "/{upload_id}/parts", openapi_extra=form_schema({"data": {"type": "string", "format": "binary"}}, ["data"])
 )
+@access(streams_body=True)
 async def add_upload_part(
     upload_id: str,
     request: Request,

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx2
 
+from app.migrate import migrate
 from app.services import Services
 from app.settings import Settings
 from tests.acceptance.conftest import pairs, write
@@ -154,7 +155,7 @@ run(Lane.CPU)
 def test_a_worker_does_not_outlive_its_celery(home: Path) -> None:
     """Celery ends at an error of its transport: a lane that went on without it would be deaf to SIGTERM."""
     environment = os.environ | {"DPO_HOME": str(home)}
-    Services.of(Settings(home=home)).migrate()
+    migrate(Services.of(Settings(home=home)).database)
     done = subprocess.run([sys.executable, "-c", BROKEN], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "an error that nobody foresaw" in done.stderr
 

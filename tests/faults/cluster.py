@@ -24,6 +24,7 @@ from typing import Any
 
 import psycopg
 
+from app.migrate import migrate
 from app.services import Services
 from app.settings import Settings
 from tests.acceptance.service import Running, running
@@ -219,7 +220,7 @@ def cluster(home: Path, gpus: int = 2) -> Iterator[Cluster]:
                 broker_url=f"redis://127.0.0.1:{redis.port}/0",
             )
         )
-        services.migrate()
+        migrate(services.database)
         stack.callback(services.database.close)
         programs = {}
 

@@ -10,6 +10,7 @@ from fastapi.testclient import TestClient
 from sqlalchemy import create_engine, text
 
 from app.main import create_app
+from app.migrate import migrate
 from app.models import repository as models
 from app.services import Services
 from app.settings import Settings
@@ -50,7 +51,7 @@ def settings(tmp_path: Path, database_url: str) -> Settings:
 def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database with the schema and nothing in it: copying it is faster than migrating."""
     services = Services.of(Settings(home=tmp_path_factory.mktemp("migrated")))
-    services.migrate()
+    migrate(services.database)
     services.database.close()
     return services.settings.home / "dpo.sqlite3"
 
@@ -61,7 +62,7 @@ def postgres_template(postgres_url: str, tmp_path_factory: pytest.TempPathFactor
     admin(postgres_url, "CREATE DATABASE migrated")
     url = postgres_url.rpartition("/")[0] + "/migrated"
     services = Services.of(Settings(home=tmp_path_factory.mktemp("migrated"), database_url=url))
-    services.migrate()
+    migrate(services.database)
     services.database.close()
     return "migrated"
 

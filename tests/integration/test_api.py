@@ -15,6 +15,7 @@ from app.jobs.tables import Job
 from app.keys.schemas import KeySpec, Scope
 from app.keys.service import generate, well_formed
 from app.keys.tables import ApiKey
+from app.migrate import migrate
 from app.models import repository as models
 from app.projects.schemas import ProjectSpec
 from app.services import Services
@@ -421,7 +422,7 @@ def test_models_with_slashes_in_their_names(client: TestClient, services: Servic
 
 def test_readiness_says_what_is_wrong(client: TestClient, services: Services, tmp_path: Path) -> None:
     assert client.get("/readyz").json() == {"status": "ok", "problems": {}}
-    services.migrate("base")
+    migrate(services.database, "base")
     answer = client.get("/readyz")
     assert answer.status_code == 503
     assert "dpo migrate" in answer.json()["problems"]["database"]

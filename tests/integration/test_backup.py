@@ -15,6 +15,7 @@ from app.jobs import events as job_events
 from app.jobs import queue as job_queue
 from app.jobs.states import Status
 from app.main import create_app
+from app.migrate import migrate
 from app.models.tables import Model
 from app.prune import prune
 from app.services import Services
@@ -110,7 +111,7 @@ def restored(settings: Settings, dump: Path, home: Path) -> Iterator[Services]:
         ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     services = Services.of(Settings(home=home, database_url=url))
-    services.migrate()
+    migrate(services.database)
     yield services
     services.database.close()
 

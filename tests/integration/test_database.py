@@ -16,6 +16,7 @@ from app.jobs import queue as job_queue
 from app.jobs.states import Status
 from app.jobs.tables import Job
 from app.keys.schemas import KeySpec
+from app.migrate import is_current, migrate
 from app.services import Services
 from app.settings import Settings
 from tests.integration.test_states import make_job
@@ -24,12 +25,12 @@ from tests.servers import wait_until
 
 def test_migrations_go_up_down_and_up_and_agree_with_the_models(settings: Settings) -> None:
     services = Services.of(settings)
-    services.migrate("head")
-    services.migrate("base")
+    migrate(services.database, "head")
+    migrate(services.database, "base")
     assert set(inspect(services.database.engine).get_table_names()) <= {"alembic_version"}
-    assert not services.migrated()
-    services.migrate("head")
-    assert services.migrated()
+    assert not is_current(services.database)
+    migrate(services.database, "head")
+    assert is_current(services.database)
     with services.database.engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, Table.metadata) == []
@@ -80,8 +81,8 @@ def test_a_database_that_is_one_version_ahead_serves_this_version(services: Serv
     with services.database.write() as session:
         session.execute(text("UPDATE alembic_version SET version_num = 'next'"))
         session.execute(text("ALTER TABLE jobs ADD COLUMN what_the_next_version_adds VARCHAR"))
-    assert services.migrated()
-    services.migrate()
+    assert is_current(services.database)
+    migrate(services.database)
     job = make_job(services)
     with services.database.write() as session:
         assert job_queue.claim(session, Status.QUEUED, "an old worker") is not None
@@ -91,10 +92,10 @@ def test_a_database_that_is_one_version_ahead_serves_this_version(services: Serv
 def test_the_last_migration_only_adds(settings: Settings) -> None:
     """What the version before writes must still fit: no table or column is gone, and a new column needs no value."""
     services = Services.of(settings)
-    services.migrate("head")
-    services.migrate("-1")
+    migrate(services.database, "head")
+    migrate(services.database, "-1")
     before = columns(services)
-    services.migrate("head")
+    migrate(services.database, "head")
     after = columns(services)
     services.database.close()
     for table, names in before.items():

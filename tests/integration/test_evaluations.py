@@ -13,6 +13,7 @@ from app.jobs import queue as job_queue
 from app.jobs.kinds import EVALUATION, TRAINING
 from app.jobs.states import Status
 from app.jobs.tables import Checkpoint, Job
+from app.migrate import migrate
 from app.models import repository as models
 from app.models.tables import Model
 from app.services import Services
@@ -289,12 +290,12 @@ def test_going_back_takes_evaluations_with_it(client: TestClient, services: Serv
                     sealed_secret="x", created_at=database_now(),
                 )
             )  # fmt: skip
-    services.migrate("0003")
+    migrate(services.database, "0003")
     with services.database.engine.connect() as connection:
         assert list(connection.execute(text("SELECT id FROM jobs")).scalars()) == [training]
         told = [str(events) for events in connection.execute(text("SELECT events FROM webhook_endpoints")).scalars()]
     assert len(told) == 2 and not any("evaluation" in events for events in told)
-    services.migrate("head")
+    migrate(services.database, "head")
     assert client.get("/v1/evaluations").json()["data"] == []
 
 

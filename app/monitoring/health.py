@@ -1,0 +1,50 @@
+"""/healthz and /readyz, for whoever runs the service."""
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse
+
+from app import __version__
+from app.dependencies import ServicesDependency
+from app.installation import name_of, owner_of
+from app.keys.access import access
+from app.migrate import is_current
+from app.services import Services
+
+router = APIRouter(tags=["operations"])
+
+
+@router.get("/healthz")
+@access(public=True, any_host=True)
+def healthz() -> dict[str, str]:
+    """The process answers."""
+    return {"status": "ok", "version": __version__}
+
+
+@router.get("/readyz")
+@access(public=True, any_host=True)
+def readyz(services: ServicesDependency) -> JSONResponse:
+    """The database has this version's schema and the object store answers."""
+    problems = _problems(services)
+    status = "ok" if not problems else "unavailable"
+    return JSONResponse({"status": status, "problems": problems}, status_code=503 if problems else 200)
+
+
+def _problems(services: Services) -> dict[str, str]:
+    """Why the service cannot serve, by the part that is not ready."""
+    problems = {}
+    try:
+        if not is_current(services.database):
+            problems["database"] = "the schema is not this version's; run 'dpo migrate'"
+    except Exception as error:  # any driver's error means the same here: not ready
+        problems["database"] = type(error).__name__
+    try:
+        services.storage.check()
+        owner = owner_of(services.storage)
+        if owner is not None and "database" not in problems and owner != name_of(services.database):
+            problems["storage"] = (
+                "the object store is another installation's than the database; "
+                "if they do belong together, delete the object 'installation'"
+            )
+    except Exception as error:  # likewise
+        problems["storage"] = type(error).__name__
+    return problems
