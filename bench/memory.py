@@ -159,12 +159,13 @@ def _run(folder: Path) -> list[Event]:
             stderr=log,
             env=trainer_environment() | {"OMP_NUM_THREADS": "2"},
         )
+    assert process.stdin is not None
     assert process.stdout is not None
     events = []
     for line in process.stdout:
         events.append(read(line))
         if isinstance(events[-1], CacheWanted):
-            answer_cache(process, events[-1].key)
+            answer_cache(process.stdin, events[-1].key)
     if process.wait() != 0:
         raise RuntimeError((folder / "log").read_text()[-2000:] + str(events[-1:]))
     return events

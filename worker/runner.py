@@ -10,7 +10,6 @@ import math
 import queue
 import re
 import signal
-import subprocess
 import tempfile
 import threading
 import time
@@ -38,7 +37,7 @@ from app.spec.evaluation import EvaluationSpec
 from app.spec.job import JobSpec
 from worker.base_models import BaseModels
 from worker.lease import JobLease, LeaseLost
-from worker.processes import Spare, answer_cache, kill_group
+from worker.processes import ForkServer, Trainer, answer_cache
 from worker.trainer.events import (
     Broken,
     CacheMade,
@@ -70,10 +69,10 @@ class Attempt(ABC, Generic[Spec]):
     """What is said to the user where the job's time is over, besides that it is."""
 
     def __init__(
-        self, services: Services, base_models: BaseModels, job: Job, stopping: threading.Event, spare: Spare
+        self, services: Services, base_models: BaseModels, job: Job, stopping: threading.Event, server: ForkServer
     ) -> None:
         self.services, self.base_models, self.job, self.stopping = services, base_models, job, stopping
-        self.spare = spare
+        self.server = server
         self.prefix = f"jobs/{job.id}/attempt-{job.attempt}"
         self.spec: Spec = self.read_spec(job)
         self.outcome: Outcome | None = None
@@ -157,10 +156,10 @@ class Attempt(ABC, Generic[Spec]):
         """Run the trainer; returns its exit status."""
         if self.lease.lost:
             raise LeaseLost
-        process = self.spare.take(self.folder)
+        process = self.server.start(self.folder)
         self.log.info("trainer started", pid=process.pid)
         # Whatever this thread is busy with then: a trainer without a lease ends at once.
-        self.lease.on_lost(lambda: kill_group(process))
+        self.lease.on_lost(process.kill)
         lines: queue.Queue[bytes | None] = queue.Queue()
         reader = threading.Thread(target=_read_lines, args=(process, lines), daemon=True)
         reader.start()
@@ -168,10 +167,10 @@ class Attempt(ABC, Generic[Spec]):
             self._relay_until_end(process, lines)
             return process.wait()
         finally:
-            kill_group(process)
+            process.kill()
             self._upload_log()
 
-    def _relay_until_end(self, process: subprocess.Popen[bytes], lines: "queue.Queue[bytes | None]") -> None:
+    def _relay_until_end(self, process: Trainer, lines: "queue.Queue[bytes | None]") -> None:
         asked, uploaded = math.inf, time.monotonic()
         while True:
             batch, ended = _drain(lines)
@@ -181,7 +180,7 @@ class Attempt(ABC, Generic[Spec]):
                 process.send_signal(signal.SIGTERM)
                 asked = time.monotonic()
             if self.overdue and time.monotonic() - asked > OVERDUE_SECONDS:
-                kill_group(process)
+                process.kill()
             if batch:
                 self._serve_cache(process, batch)
                 self._relay(batch)
@@ -191,7 +190,7 @@ class Attempt(ABC, Generic[Spec]):
                 self._upload_log()
                 uploaded = time.monotonic()
 
-    def _serve_cache(self, process: "subprocess.Popen[bytes]", batch: list[Event]) -> None:
+    def _serve_cache(self, process: Trainer, batch: list[Event]) -> None:
         """Fetch what the trainer wants and others made, and store what it made. A cache that fails is only slower."""
         for event in batch:
             match event:
@@ -200,7 +199,7 @@ class Attempt(ABC, Generic[Spec]):
                 case CacheWanted(key):
                     if not self._share(key, self.services.storage.get_file):
                         (self.folder / "cache" / key).unlink(missing_ok=True)  # half of it may be there
-                    answer_cache(process, key)
+                    answer_cache(process.stdin, key)
 
     def _share(self, key: str, copy: Callable[[str, Path], None]) -> bool:
         """Copy what the cache has under `key` from or to the object store; whether that worked."""
@@ -317,8 +316,7 @@ class Attempt(ABC, Generic[Spec]):
             self.lease.write(write)
 
 
-def _read_lines(process: subprocess.Popen[bytes], lines: "queue.Queue[bytes | None]") -> None:
-    assert process.stdout is not None
+def _read_lines(process: Trainer, lines: "queue.Queue[bytes | None]") -> None:
     for line in process.stdout:
         lines.put(line)
     lines.put(None)

@@ -6,6 +6,7 @@ folder; `model` names a base model as on a worker. DIR ends as the artifact fold
 
 import json
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -21,7 +22,7 @@ from app.spec.datasets.errors import DatasetError
 from app.spec.job import JobSpec
 from app.spec.metrics import SUMMARY
 from worker.base_models import BaseModels, ModelUnavailable
-from worker.processes import answer_cache, give_folder, spawn_trainer
+from worker.processes import answer_cache, kill_group, trainer_environment
 from worker.trainer.events import CacheWanted, CheckpointWritten, Failed, Metrics, Notice, read
 
 USAGE = 2
@@ -91,8 +92,16 @@ def _read_spec(path: Path) -> tuple[JobSpec, dict[str, Any]]:
 
 
 def _run(folder: Path, console: Console) -> int:
-    process = spawn_trainer()
-    give_folder(process, folder)
+    with (folder / "trainer.log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "worker.trainer", str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            start_new_session=True,  # Ctrl-C is for this process, which ends the trainer
+            env=trainer_environment(),
+        )
+    assert process.stdin is not None
     assert process.stdout is not None
     failed = False
     try:
@@ -104,7 +113,7 @@ def _run(folder: Path, console: Console) -> int:
                 case CheckpointWritten(path=path):
                     shutil.rmtree(folder / path)  # for resuming, which only the service does
                 case CacheWanted(key):
-                    answer_cache(process, key)  # nobody else has made anything
+                    answer_cache(process.stdin, key)  # nobody else has made anything
                 case Notice(message):
                     console.print(message, highlight=False)
                 case Failed(message=message):
@@ -112,9 +121,7 @@ def _run(folder: Path, console: Console) -> int:
                     console.print(message, highlight=False)
         status = process.wait()
     except KeyboardInterrupt:
-        assert process.stdin is not None
-        process.stdin.close()  # the trainer ends with its input, wherever it is
-        process.wait()
+        kill_group(process)
         return 130
     if status != 0 and not failed:
         console.print((folder / "trainer.log").read_text()[-4000:], highlight=False)

@@ -24,7 +24,7 @@ from worker.derived_artifacts import make_artifact
 from worker.device import device
 from worker.evaluation_run import Evaluation
 from worker.housekeeping import clear_out, forget, keep_house
-from worker.processes import Spare
+from worker.processes import ForkServer
 from worker.reaper import Reaper
 from worker.training_run import Training
 from worker.validator import validate
@@ -49,7 +49,7 @@ class WorkerPool:
         self.owner = f"{lane.value}@{socket.gethostname()}:{os.getpid()}"
         self.device = device() if lane == Lane.GPU else None
         self.stopping = threading.Event()
-        self.spare = Spare()
+        self.fork_server = ForkServer()
         self._bell = threading.Event()
         self._threads = [
             threading.Thread(target=self._work, name=f"{lane.value}-lane"),
@@ -94,7 +94,7 @@ class WorkerPool:
                 log.error("unexpected error in the lane", exc_info=error)
             self._bell.wait(LOOK_SECONDS)
             self._bell.clear()
-        self.spare.close()
+        self.fork_server.close()
 
     def _work_once(self) -> bool:
         """Claim and run one job; False where there is none."""
@@ -113,9 +113,9 @@ class WorkerPool:
         with self.services.database.write() as session:
             job = job_queue.claim(session, Status.QUEUED, self.owner, served)
         if job is not None:
-            ATTEMPTS[job.kind](self.services, self.base_models, job, self.stopping, self.spare).run()
+            ATTEMPTS[job.kind](self.services, self.base_models, job, self.stopping, self.fork_server).run()
         if not self.stopping.is_set():
-            self.spare.prepare()
+            self.fork_server.prepare()
         return job is not None
 
     def _keep_house(self) -> None:

@@ -105,6 +105,9 @@ def stack(name: str) -> Iterator[dict[str, str]]:
         }
 
 
+TRAINERS = {"worker.trainer", "worker.trainer.fork_server"}
+
+
 def trainers(home: Path) -> list[int]:
     """Pids of the trainer processes that work under `home`."""
     found = []
@@ -114,8 +117,8 @@ def trainers(home: Path) -> list[int]:
                 command = (entry / "cmdline").read_bytes().decode().split("\0")
             except (FileNotFoundError, ProcessLookupError):
                 continue
-            # One that waits for a job is where its worker is; one at work is in the job's folder.
-            if "worker.trainer" in command and str((entry / "cwd").readlink()).startswith(str(home)):
+            # The fork server is where its worker is; a trainer at work is in the job's folder.
+            if TRAINERS.intersection(command) and str((entry / "cwd").readlink()).startswith(str(home)):
                 found.append(int(entry.name))
     return found
 

@@ -24,7 +24,7 @@ from app.spec.job import JobSpec
 from worker.base_models import BaseModels
 from worker.housekeeping import purge_deleted_files
 from worker.lease import JobLease
-from worker.processes import Spare
+from worker.processes import ForkServer
 from worker.reaper import Reaper, reap
 from worker.trainer.events import Notice
 from worker.training_run import Training
@@ -351,7 +351,7 @@ def test_what_a_lost_answer_to_a_commit_hides_is_not_written_twice(
     job_id = make_job(services)
     job = claim(services)
     assert job is not None
-    run = Training(services, BaseModels(services.settings), job, threading.Event(), Spare())
+    run = Training(services, BaseModels(services.settings), job, threading.Event(), ForkServer())
     write, broken = services.database.write, list[bool]()
 
     @contextmanager

@@ -1,7 +1,4 @@
-"""`python -m worker.trainer [WORKDIR]`: a folder in, events on standard output, a folder left.
-
-Without WORKDIR it gets ready and waits for the folder as the first line of its standard input: the seconds that torch
-takes to load are over when a job comes. It touches no GPU before that. Its log is then `trainer.log` in the folder.
+"""`python -m worker.trainer WORKDIR`: a folder in, events on standard output, a folder left.
 
 Exit status: 0 done; 1 failed, and an event says why: `failed`, or `broken` where it was the machine and not the job;
 75 stopped after SIGTERM, to be resumed from the last checkpoint. Answers to what it asks its runner for come on its
@@ -22,9 +19,12 @@ from pathlib import Path
 from typing import Any
 
 STOPPED = 75
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+"""What the libraries below need to know before they are imported."""
 
 
-def main() -> int:
+def run(folder: Path) -> int:
+    """Train or evaluate in `folder`; returns the exit status."""
     # Libraries print to standard output; what they say goes to the log, and the events get the real one.
     stream = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -33,7 +33,7 @@ def main() -> int:
     stopping = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the runner decides
-    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    os.environ.update(ENVIRONMENT)
 
     # Imported here, so that the watch stands before seconds are spent on torch.
     from safetensors import SafetensorError
@@ -47,14 +47,6 @@ def main() -> int:
     from worker.trainer.loop import train
     from worker.trainer.run import TrainingRun
 
-    if len(sys.argv) > 1:
-        folder = Path(sys.argv[1])
-    else:
-        folder = Path(answers.get().rstrip("\n"))
-        descriptor = os.open(folder / "trainer.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(descriptor, 2)
-        os.dup2(2, 1)
-        os.chdir(folder)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")
     began = {"event": "trainer began", "level": "info", "timestamp": datetime.now(UTC).isoformat(), **_named(folder)}
     print(json.dumps(began), file=sys.stderr, flush=True)
@@ -100,4 +92,4 @@ def _listen(answers: "queue.Queue[str]") -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(Path(sys.argv[1])))

@@ -1,16 +1,15 @@
 """Work folders of the trainer, and runs over them."""
 
+import atexit
 import csv
 import io
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from app.spec.job import JobSpec
 from tests.tiny_model import CORPUS
+from worker.processes import ForkServer, answer_cache
 from worker.trainer.cache import Cache
 from worker.trainer.data import Response, Row
 from worker.trainer.events import Events
@@ -112,49 +112,43 @@ def parse(stream: io.StringIO) -> list[Event]:
     return [json.loads(line) for line in stream.getvalue().splitlines()]
 
 
+@cache
+def fork_server() -> ForkServer:
+    """The fork server of this process: torch is loaded once for all trainers of the tests."""
+    server = ForkServer()
+    atexit.register(server.close)
+    return server
+
+
 class TrainerProcess:
-    """`python -m worker.trainer FOLDER`, whose standard input stays open until it is closed or the block ends."""
+    """A trainer in a process of its own, whose standard input stays open until it is closed or the block ends."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def __enter__(self) -> Self:
-        with (self._folder / "trainer.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "worker.trainer", str(self._folder)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                cwd=REPOSITORY,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},  # as in `conftest.py`
-                text=True,
-            )
+        self._trainer = fork_server().start(self._folder)
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self._process.kill()
-        self._process.communicate()
+        self._trainer.kill()
 
     def events(self) -> Iterator[Event]:
         """The events as they come, until the process closes its end. Nobody has what it wants from the cache."""
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
+        for line in self._trainer.stdout:
             event = json.loads(line)
-            if event["kind"] == "wanted" and self._process.stdin is not None:
-                self._process.stdin.write(json.dumps({"key": event["key"]}) + "\n")
-                self._process.stdin.flush()
+            if event["kind"] == "wanted" and not self._trainer.stdin.closed:
+                answer_cache(self._trainer.stdin, event["key"])
             yield event
 
     def terminate(self) -> None:
-        self._process.send_signal(signal.SIGTERM)
+        self._trainer.send_signal(signal.SIGTERM)
 
     def close_stdin(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.stdin = None
+        self._trainer.stdin.close()
 
     def status(self) -> int:
-        return self._process.wait(timeout=120)
+        return self._trainer.wait()
 
     def log(self) -> str:
         return (self._folder / "trainer.log").read_text()
