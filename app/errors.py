@@ -44,6 +44,11 @@ class NotFound(ServiceError):
     status = 404
 
 
+def no_such(noun: str, name: str, *, code: str, param: str | None = "id") -> NotFound:
+    """The answer to a request for something that is not there, or that belongs to another project."""
+    return NotFound(f"No such {noun}: {name}", param=param, code=f"{code}_not_found")
+
+
 class Conflict(ServiceError):
     """The object is in a state that does not allow this. The official client would resend a bare 409."""
 

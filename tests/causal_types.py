@@ -23,6 +23,7 @@ LIMITS = (
     (r"heads$|^n_head$", 4),
     (r"head_dim$|head_size$|qk_nope|qk_rope|v_head|dim_head|^d_kv$|head_width", 8),
     (r"state_size|^d_state$|ssm_state", 4),
+    (r"^(mamba_)?chunk_size$", 8),
     (
         r"^(hidden_size|hidden_size_global|d_model|n_embd|embed_dim|embedding_size|word_embed_proj_dim|dim|cross_attention_hidden_size)$",
         32,

@@ -19,6 +19,7 @@ from app.spec.datasets.mapping import Mapping
 from worker.base_models import BaseModels, ModelUnavailable
 from worker.counting import Count, count, place_tokenizer, run_program
 from worker.lease import Lease, LeaseLost
+from worker.model_folder import ModelGone, fetch_model, find_model
 from worker.work import work_folder
 
 log = structlog.get_logger(__name__)
@@ -122,26 +123,18 @@ class _Work:
         told = {name: asked[name] for name in ("model", "max_length", "method")}
         return found | {"tokens": told | counted}
 
-    def _base(self, name: str) -> Path:
-        try:
-            return self.base_models.locate(name)[0].resolve()
-        except ModelUnavailable as error:
-            raise ArtifactFailed("model_unavailable", str(error), "model") from error
-
     def merge(self) -> dict[str, Any]:
         """A made adapter and its base as one model; returns where it is in the object store."""
         name, dtype = self.artifact.arguments["model"], self.artifact.arguments["dtype"]
-        with self.services.database.read() as session:
-            model = models.find(session, self.artifact.project, name)
-            foundation = model and model.foundation and models.find(session, self.artifact.project, model.foundation)
-        if model is None or model.prefix is None or (model.foundation and not foundation):
-            raise ArtifactFailed("model_not_found", f"The model '{name}' was deleted.", "model")
         storage = self.services.storage
-        if foundation and foundation.prefix is not None:
-            storage.get_folder(foundation.prefix, self.folder / "base")
-        else:
-            (self.folder / "base").symlink_to(self._base(model.base_model), target_is_directory=True)
-        storage.get_folder(model.prefix, self.folder / "adapter")
+        try:
+            with self.services.database.read() as session:
+                found = find_model(session, self.artifact.project, name)
+            fetch_model(storage, self.base_models, found, self.folder)
+        except ModelGone as error:
+            raise ArtifactFailed("model_not_found", str(error), "model") from error
+        except ModelUnavailable as error:
+            raise ArtifactFailed("model_unavailable", str(error), "model") from error
         (self.folder / "merge.json").write_text(json.dumps({"dtype": dtype}))
         _require(run_program("worker.trainer.merge", self.folder, self.lease))
         self.prefix = f"merged/{self.artifact.id}/attempt-{self.artifact.attempt}"

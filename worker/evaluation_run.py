@@ -21,11 +21,10 @@ from app.spec import quality_gates
 from app.spec.datasets.rendering import RenderingSettings
 from app.spec.evaluation import EvaluationSpec
 from app.spec.job import JobSpec
-from worker.base_models import ModelUnavailable
 from worker.judges.endpoint import Answer, Asker, JudgeFailed, key_of
 from worker.judges.questions import questions, verdicts
 from worker.lease import LeaseLost
-from worker.runner import Attempt
+from worker.runner import Attempt, Unfit
 from worker.trainer.events import CompletionsWritten, EvaluationDone, Event, TrainingDone
 
 
@@ -62,45 +61,30 @@ class Evaluation(Attempt[EvaluationSpec]):
         digest = sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
         return f"cache/judgements/{self.job.project}/{digest}"
 
-    def prepare(self) -> bool:
+    def prepare(self) -> None:
         spec = self.spec
         self.services.storage.get_folder(self.parts, self.folder / "parts")
         self.answers = dict(_answers((self.folder / "parts").glob(f"{ANSWERS}-*.jsonl")))
         self.shelved = set[str]()
         places = {field: f"data/{file_id}" for field, file_id in spec.files()}
         for field, file_id in spec.files():
-            try:
-                self.services.storage.get_file(f"files/{file_id}", self.folder / places[field])
-            except FileNotFoundError as error:
-                return self.fail("file_not_found", f"A file of the evaluation is gone: {error}", field)
+            self.fetch_file(file_id, self.folder / places[field], field)
         if spec.baseline is not None and spec.baseline.reference:
             left = self.lease.read(self._reference)
             if left is None:
                 message = "What the SFT stage of the candidate's training left is not there any more."
-                return self.fail("model_not_found", message, "baseline")
+                raise Unfit("model_not_found", message, "baseline")
             named = spec.baseline.model_copy(update={"model": left, "reference": None})
             spec = self.spec = spec.model_copy(update={"baseline": named})
         sides, precision = dict[str, dict[str, Any]](), self.lease.read(self._precision)
         for field, name in spec.models():
             side = field.removesuffix(".model")
             sides[side] = {"rendering": self.lease.read(partial(rendering_of, spec, self.job.project, side, name))}
-            found, foundation, version = self.lease.read(partial(self._look, name))
-            if found is None or (found.foundation and foundation is None):
-                return self.fail("model_not_found", f"The model '{name}' was deleted.", field)
-            folder = self.folder / "sides" / side
-            folder.parent.mkdir(exist_ok=True)
-            if found.kind == "reward" and found.prefix is not None:  # whole, its base model in it
-                self.services.storage.get_folder(found.prefix, folder / "base")
-                continue
-            try:
-                base, _ = self.base_models.locate(found.base_model)
-            except ModelUnavailable as error:
-                return self.fail("model_unavailable", str(error), field)
-            self.place(found, foundation, base, folder)
+            found, _ = self.fetch_model(name, self.folder / "sides" / side, field)
             sides[side] |= {
                 "model": name,
-                "base_model": found.foundation or found.base_model,
-                "version": version,
+                "base_model": found.model.foundation or found.model.base_model,
+                "version": found.version,
                 "quantization": spec.quantization,
                 **precision,
             }
@@ -113,7 +97,6 @@ class Evaluation(Attempt[EvaluationSpec]):
         log = {"job": self.job.id, "attempt": self.job.attempt, "request": self.job.request_id}
         run = {"sides": sides, "beta": spec.beta, "attempt": self.job.attempt, "log": log}
         (self.folder / "run.json").write_text(json.dumps(run))
-        return True
 
     def _reference(self, session: Session) -> str | None:
         """The name of what the SFT stage of the candidate's training left."""
@@ -130,16 +113,6 @@ class Evaluation(Attempt[EvaluationSpec]):
         if made is None or made.spec["quantization"] != self.spec.quantization:
             return {}
         return {name: made.spec.get(name) for name in ("double_quantization", "compute_dtype")}
-
-    def _look(
-        self, name: str, session: Session
-    ) -> tuple[models.ResolvedModel | None, models.ResolvedModel | None, str | None]:
-        """(what a name stands for, the trained model that it sits on, the version of its base model)"""
-        found = models.find(session, self.job.project, name)
-        if found is None:
-            return None, None, None
-        below = models.find(session, self.job.project, found.foundation) if found.foundation else None
-        return found, below, models.version(session, found.base_model)
 
     @staticmethod
     def _completions(path: Path) -> int:

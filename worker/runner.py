@@ -30,13 +30,13 @@ from app.jobs.lifecycle import log_key
 from app.jobs.queue import JOBS
 from app.jobs.states import Actor, Status
 from app.jobs.tables import Job
-from app.models import repository as models
 from app.prune import tidy_job
 from app.services import Services
 from app.spec.evaluation import EvaluationSpec
 from app.spec.job import JobSpec
-from worker.base_models import BaseModels
+from worker.base_models import BaseModels, ModelUnavailable
 from worker.lease import JobLease, LeaseLost
+from worker.model_folder import FoundModel, ModelGone, fetch_model, find_model
 from worker.processes import ForkServer, Trainer, answer_cache
 from worker.trainer.events import (
     Broken,
@@ -62,6 +62,14 @@ OVERDUE_SECONDS = 30.0
 """For the checkpoint of a job whose time is over."""
 
 
+class Unfit(Exception):
+    """A job that cannot be run: something that it names is gone, or not on this machine."""
+
+    def __init__(self, code: str, message: str, param: str | None) -> None:
+        super().__init__(message)
+        self.code, self.param = code, param
+
+
 class Attempt(ABC, Generic[Spec]):
     """One attempt at one job."""
 
@@ -85,8 +93,11 @@ class Attempt(ABC, Generic[Spec]):
         with folder as name, JobLease(self.services.database, self.job.id, self.job.attempt) as self.lease:
             self.folder = Path(name)
             try:
-                if self.prepare():
-                    self._finish(self._train())
+                self.prepare()
+                self._finish(self._train())
+            except Unfit as error:
+                with suppress(LeaseLost):
+                    self.fail(error.code, str(error), error.param)
             except LeaseLost:
                 self.log.warning("lease lost; the trainer was stopped")
             except Exception as error:  # the store, the disk: the job must not hang until its lease expires
@@ -111,8 +122,8 @@ class Attempt(ABC, Generic[Spec]):
         """What the job asks for."""
 
     @abstractmethod
-    def prepare(self) -> bool:
-        """Lay out the trainer's folder; False where the job was failed instead."""
+    def prepare(self) -> None:
+        """Lay out the trainer's folder. Raises `Unfit` for a job that cannot be run."""
 
     @abstractmethod
     def bring(self, event: Event) -> None:
@@ -138,17 +149,25 @@ class Attempt(ABC, Generic[Spec]):
 
     # -- before ------------------------------------------------------------------------------------------------
 
-    def place(
-        self, model: models.ResolvedModel, foundation: models.ResolvedModel | None, base: Path, folder: Path
-    ) -> None:
-        """Put what `model` is made of into `folder`: `base`, and for an adapter `start`."""
-        folder.mkdir(exist_ok=True)
-        if foundation is not None and foundation.prefix is not None:
-            self.services.storage.get_folder(foundation.prefix, folder / "base")
-        else:
-            (folder / "base").symlink_to(base.resolve(), target_is_directory=True)
-        if model.kind == "adapter" and model.prefix is not None:
-            self.services.storage.get_folder(model.prefix, folder / "start")
+    def fetch_model(self, name: str, folder: Path, field: str) -> tuple[FoundModel, str | None]:
+        """Put what the model `name` is made of into `folder`; returns what it is, and the hub revision of its base.
+
+        Raises `Unfit`, about `field` of the spec.
+        """
+        try:
+            found = self.lease.read(lambda session: find_model(session, self.job.project, name))
+            return found, fetch_model(self.services.storage, self.base_models, found, folder)
+        except ModelGone as error:
+            raise Unfit("model_not_found", str(error), field) from error
+        except ModelUnavailable as error:
+            raise Unfit("model_unavailable", str(error), field) from error
+
+    def fetch_file(self, file_id: str, place: Path, field: str) -> None:
+        """Put a file that the job reads at `place`. Raises `Unfit`."""
+        try:
+            self.services.storage.get_file(f"files/{file_id}", place)
+        except FileNotFoundError as error:
+            raise Unfit("file_not_found", f"A file of the job is gone: {error}", field) from error
 
     # -- during ------------------------------------------------------------------------------------------------
 

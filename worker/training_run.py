@@ -12,12 +12,10 @@ from app.jobs import transitions
 from app.jobs.queue import JOBS
 from app.jobs.states import Status
 from app.jobs.tables import Checkpoint, Job
-from app.models import repository as models
 from app.models.tables import Model
 from app.spec import quality_gates
 from app.spec.job import JobSpec
 from app.spec.metrics import SUMMARY
-from worker.base_models import ModelUnavailable
 from worker.checkpoints import Checkpoints
 from worker.integrations import Reporter
 from worker.lease import LeaseLost
@@ -39,61 +37,28 @@ class Training(Attempt[JobSpec]):
         if self.reporter is not None:
             self.reporter.close()
 
-    def prepare(self) -> bool:
+    def prepare(self) -> None:
         self.checkpoints = Checkpoints(self.services.storage, self.lease, self.job)
         self.reporter = Reporter(self.job.id, self.spec, self.folder)
         spec = self.spec
-        named = dict(spec.files())
-        paths = {file_id: f"data/{file_id}" for file_id in named.values()}
-        reference = spec.reference_model
-        try:
-            base, revision = self.base_models.locate(self.job.base_model)
-            for file_id, path in paths.items():
-                self.services.storage.get_file(f"files/{file_id}", self.folder / path)
-        except ModelUnavailable as error:
-            return self.fail("model_unavailable", str(error), "model")
-        except FileNotFoundError as error:
-            return self.fail("file_not_found", f"A file of the job is gone: {error}", "training_file")
-
-        def look(
-            session: Session,
-        ) -> tuple[models.ResolvedModel | None, models.ResolvedModel | None, models.ResolvedModel | None, str | None]:
-            of = self.job.project
-            return (
-                models.find(session, of, spec.model),
-                models.find(session, of, self.job.foundation) if self.job.foundation else None,
-                models.find(session, of, reference) if reference else None,
-                models.version(session, self.job.base_model),
-            )
-
-        def look_below(session: Session) -> models.ResolvedModel | None:
-            below = held_to.foundation if held_to else None
-            return models.find(session, self.job.project, below) if below else None
-
-        started_from, foundation, held_to, version = self.lease.read(look)
-        held_to_foundation = self.lease.read(look_below)
-        if started_from is None:
-            return self.fail("model_not_found", f"The model '{spec.model}' was deleted.", "model")
-        if self.job.foundation and not foundation:
-            return self.fail("model_not_found", f"The model '{self.job.foundation}' was deleted.", "model")
-        self.place(started_from, foundation or None, base, self.folder)
-        if reference:
+        files = dict(spec.files())
+        places = {field: f"data/{file_id}" for field, file_id in files.items()}
+        for field, file_id in files.items():
+            self.fetch_file(file_id, self.folder / places[field], field)
+        found, revision = self.fetch_model(spec.model, self.folder, "model")
+        if spec.reference_model is not None:
             field = "method.dpo.hyperparameters.reference_model"
-            if not held_to:
-                return self.fail("model_not_found", f"The model '{reference}' was deleted.", field)
-            try:
-                other, _ = self.base_models.locate(held_to.base_model)
-            except ModelUnavailable as error:
-                return self.fail("model_unavailable", str(error), field)
-            self.place(held_to, held_to_foundation or None, other, self.folder / "reference")
+            self.fetch_model(spec.reference_model, self.folder / "reference", field)
         self.checkpoints.fetch(self.folder / "resume")
-        located = spec.with_files({field: paths[file_id] for field, file_id in named.items()})
-        (self.folder / "spec.json").write_text(located.model_dump_json())
-        name = self.job.foundation or self.job.base_model
-        run = {"base_model": name, "revision": revision, "version": version, "spec": self.job.spec}
-        run["log"] = {"job": self.job.id, "attempt": self.job.attempt, "request": self.job.request_id}
+        (self.folder / "spec.json").write_text(spec.with_files(places).model_dump_json())
+        run = {
+            "base_model": self.job.foundation or self.job.base_model,
+            "revision": revision,
+            "version": found.version,
+            "spec": self.job.spec,
+            "log": {"job": self.job.id, "attempt": self.job.attempt, "request": self.job.request_id},
+        }
         (self.folder / "run.json").write_text(json.dumps(run))
-        return True
 
     def bring(self, event: Event) -> None:
         match event:

@@ -2,22 +2,21 @@
 
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Query
+from fastapi.responses import JSONResponse
 
-from app.dataset_reports.schemas import DatasetReport, Pending
+from app.dataset_reports.schemas import DatasetReport
 from app.dependencies import ServicesDependency
 from app.keys.middleware import CallerDependency
+from app.pending import NOT_READY, Pending, not_ready
 from app.spec.datasets.rendering import RenderingSettings
 
 router = APIRouter(prefix="/files", tags=["files"])
 
-PENDING = {202: {"model": Pending, "description": "Not ready; ask again after Retry-After seconds."}}
 
-
-@router.get("/{file_id}/report", responses=PENDING)  # type: ignore[arg-type]
+@router.get("/{file_id}/report", response_model=DatasetReport | Pending, responses=NOT_READY)
 def get_file_report(
     file_id: str,
-    response: Response,
     caller: CallerDependency,
     services: ServicesDependency,
     model: Annotated[str | None, Query(max_length=512, description="Count tokens as this model does.")] = None,
@@ -27,13 +26,10 @@ def get_file_report(
     fold_system: Annotated[
         bool | None, Query(description="As in the job: the system prompt in the first turn.")
     ] = None,
-) -> DatasetReport | Pending:
+) -> DatasetReport | JSONResponse:
     """What the dataset check found in a file. It is made when the file is uploaded, before any job."""
     rendering = RenderingSettings(chat_template=chat_template, fold_system=fold_system)
     found = services.reports.get(
         caller.project, file_id, model=model, max_length=max_length, method=method, rendering=rendering
     )
-    if found is None:
-        response.status_code, response.headers["Retry-After"] = 202, "1"
-        return Pending()
-    return found
+    return not_ready(seconds=1) if found is None else found

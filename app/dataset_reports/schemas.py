@@ -214,10 +214,3 @@ class DatasetReport(BaseModel):
     warnings: list[str]
     tokens: Tokens | None = None
     """Where a model was asked for."""
-
-
-class Pending(BaseModel):
-    """Not ready: ask again after `Retry-After` seconds."""
-
-    status: Literal["pending"] = "pending"
-    detail: dict[str, Any] | None = None

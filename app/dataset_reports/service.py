@@ -10,10 +10,9 @@ from app.dataset_reports.schemas import DatasetReport
 from app.derived_artifacts import repository as artifacts
 from app.derived_artifacts.service import result
 from app.derived_artifacts.tables import DerivedArtifact
-from app.errors import ServiceError, TooMany
+from app.errors import TooMany, no_such
 from app.files import repository as files
 from app.files.schemas import FileObject
-from app.files.service import not_found
 from app.files.tables import File
 from app.models import repository as models
 from app.spec.datasets.example import Kind
@@ -80,14 +79,11 @@ class Reports:
         with self.database.write() as session:
             file = files.get(session, project, file_id)
             if file is None:
-                raise not_found(file_id, "file_id")
+                raise no_such("File object", file_id, code="file", param="file_id")
             task = structural(session, project, file_id)
             answers = task.result is not None and task.result["valid"] and task.result["kind"] != Kind.PROMPTS
             if task.status == "done" and model is not None and answers:
-                found = models.find(session, project, model)
-                if found is None:
-                    message = f"The model '{model}' does not exist. GET /v1/models lists those that do."
-                    raise ServiceError(message, param="model", code="model_not_found")
+                found = models.require(session, project, model, "model")
                 assert task.result is not None
                 pairs = task.result["kind"] != Kind.SUPERVISED
                 asked = {

@@ -2,14 +2,15 @@
 
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse
 
-from app.dataset_reports.schemas import Pending
 from app.dependencies import ServicesDependency
 from app.estimates.schemas import Estimate
 from app.keys.access import access
 from app.keys.middleware import CallerDependency
 from app.keys.schemas import Scope
+from app.pending import NOT_READY, Pending, not_ready
 
 router = APIRouter(prefix="/fine_tuning", tags=["fine-tuning"])
 
@@ -24,15 +25,13 @@ BODY = {
 @router.post(
     "/estimate",
     openapi_extra=BODY,
-    responses={202: {"model": Pending, "description": "Its files are being counted; ask again after Retry-After."}},
+    response_model=Estimate | Pending,
+    responses=NOT_READY,
 )
 @access(scope=Scope.READ)
 def estimate_job(
-    body: dict[str, Any], response: Response, caller: CallerDependency, services: ServicesDependency
-) -> Estimate | Pending:
+    body: dict[str, Any], caller: CallerDependency, services: ServicesDependency
+) -> Estimate | JSONResponse:
     """What a job would take (tokens, steps, memory, time) and what a create would refuse. Nothing is run."""
     found = services.estimates.estimate(caller.project, body)
-    if found is None:
-        response.status_code, response.headers["Retry-After"] = 202, "1"
-        return Pending()
-    return found
+    return not_ready(seconds=1) if found is None else found

@@ -33,7 +33,7 @@ from app.storage import Storage
 
 log = structlog.get_logger(__name__)
 
-PURPOSES = ("fine-tune", "evals")
+PURPOSES = ("evals", "fine-tune")
 BETA = 0.1
 PRIVATE = "DPO_PRIVATE_JUDGES"
 
@@ -101,12 +101,7 @@ class Evaluations(Lifecycle[EvaluationObject]):
             for field, name in spec.models() if of is None or field != "candidate.model"
         }  # fmt: skip
         for field, file_id in spec.files():
-            file = files.get(session, project, file_id, lock=True)
-            if file is None:
-                raise ServiceError(f"No such File object: {file_id}", param=field, code="file_not_found")
-            if file.purpose not in PURPOSES:
-                message = f"{file_id} has the purpose '{file.purpose}'; upload it as 'evals' or 'fine-tune'."
-                raise ServiceError(message, param=field, code="invalid_file_purpose")
+            file = files.require(session, project, file_id, field, PURPOSES)
             if file.mapping is not None:
                 spec = spec.reading(field, Mapping.model_validate(file.mapping))
         resolved = self._resolved(session, project, spec, of)
@@ -139,10 +134,7 @@ class Evaluations(Lifecycle[EvaluationObject]):
     @staticmethod
     def _model(session: Session, project: str, field: str, name: str, *, scores: bool) -> models.ResolvedModel:
         """A model that an evaluation loads; it cannot be deleted until this transaction ends."""
-        model = models.find(session, project, name, lock=True)
-        if model is None:
-            message = f"The model '{name}' does not exist. GET /v1/models lists those that do."
-            raise ServiceError(message, param=field, code="model_not_found")
+        model = models.require(session, project, name, field, lock=True)
         judges = field.endswith("best_of.by.model") or (field == "judge.model" and scores)
         # A checkpoint of a reward model is not the classifier that its training ends with.
         if (model.kind == "reward") != judges or (judges and models.get(session, project, name) is None):

@@ -1,10 +1,14 @@
 """All SQL about files. Every statement starts from what the caller's project may read."""
 
-from sqlalchemy import Select, or_, select, tuple_, update
+from collections.abc import Sequence
+
+from sqlalchemy import Select, or_, select, update
 from sqlalchemy.orm import Session
 
 from app.database import database_now
+from app.errors import ServiceError
 from app.files.tables import File
+from app.pagination import keyset
 
 
 def readable(project: str) -> Select[File]:
@@ -22,6 +26,21 @@ def get(session: Session, project: str, file_id: str, *, lock: bool = False) -> 
     return session.scalar(statement.with_for_update(read=True) if lock else statement)
 
 
+def require(session: Session, project: str, file_id: str, param: str, purposes: Sequence[str]) -> File:
+    """The file that the body of a request names in `param`. It cannot be deleted until this transaction ends.
+
+    Raises `ServiceError` where there is none, or where it was uploaded for something else.
+    """
+    file = get(session, project, file_id, lock=True)
+    if file is None:
+        raise ServiceError(f"No such File object: {file_id}", param=param, code="file_not_found")
+    if file.purpose not in purposes:
+        wanted = " or ".join(f"'{purpose}'" for purpose in purposes)
+        message = f"{file_id} has the purpose '{file.purpose}'; upload it as {wanted}."
+        raise ServiceError(message, param=param, code="invalid_file_purpose")
+    return file
+
+
 def page(
     session: Session, project: str, *, purpose: str | None, after: File | None, limit: int, ascending: bool
 ) -> list[File]:
@@ -29,12 +48,7 @@ def page(
     statement = readable(project)
     if purpose is not None:
         statement = statement.where(File.purpose == purpose)
-    place = tuple_(File.created_at, File.id)
-    if after is not None:
-        mark = tuple_(after.created_at, after.id)
-        statement = statement.where(place > mark if ascending else place < mark)
-    order = (File.created_at, File.id) if ascending else (File.created_at.desc(), File.id.desc())
-    return list(session.scalars(statement.order_by(*order).limit(limit + 1)))
+    return list(session.scalars(keyset(statement, (File.created_at, File.id), after, limit, ascending=ascending)))
 
 
 def hashes(session: Session, project: str, file_ids: list[str]) -> dict[str, str | None]:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from app.database import Database, database_now, new_id
-from app.errors import NotFound, ServiceError, describe_validation_error
+from app.errors import ServiceError, describe_validation_error, no_such
 from app.files import repository
 from app.files.multipart import UploadForm
 from app.files.schemas import ExpiresAfter, UploadPurpose
@@ -21,10 +21,6 @@ from app.spec.datasets.mapping import Mapping
 from app.storage import Storage
 
 MAX_BYTES = 8 * 1024**3
-
-
-def not_found(file_id: str, param: str = "id") -> NotFound:
-    return NotFound(f"No such File object: {file_id}", param=param, code="file_not_found")
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,7 @@ class Files:
         with self.database.read() as session:
             file = repository.get(session, project, file_id)
         if file is None:
-            raise not_found(file_id)
+            raise no_such("File object", file_id, code="file")
         return file
 
     def page(self, project: str, *, purpose: str | None, after: str | None, limit: int, ascending: bool) -> list[File]:
@@ -89,7 +85,7 @@ class Files:
         with self.database.read() as session:
             mark = None
             if after is not None and (mark := repository.get(session, project, after)) is None:
-                raise not_found(after, "after")
+                raise no_such("File object", after, code="file", param="after")
             return repository.page(session, project, purpose=purpose, after=mark, limit=limit, ascending=ascending)
 
     def content(self, project: str, file_id: str) -> tuple[File, Iterator[bytes]]:
@@ -97,13 +93,13 @@ class Files:
         try:
             return file, self.storage.chunks(file.key)
         except FileNotFoundError:  # deleted this moment
-            raise not_found(file_id) from None
+            raise no_such("File object", file_id, code="file") from None
 
     def delete(self, project: str, file_id: str) -> None:
         """Hide the file now. Housekeeping removes its bytes once no active job needs them."""
         with self.database.write() as session:
             if not repository.mark_deleted(session, project, file_id):
-                raise not_found(file_id)
+                raise no_such("File object", file_id, code="file")
 
 
 def _checked(form: UploadForm) -> _Fields:

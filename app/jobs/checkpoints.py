@@ -6,19 +6,19 @@ from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
 from app.jobs.tables import Checkpoint
+from app.pagination import keyset
 
 MAX_CHECKPOINTS = 1000
 
 
 def page(session: Session, job_id: str, *, after: str | None, limit: int) -> list[Checkpoint] | None:
     """Up to `limit` + 1 checkpoints, latest step first; None where `after` is not one of this job."""
-    statement = select(Checkpoint).where(Checkpoint.job_id == job_id)
+    statement, mark = select(Checkpoint).where(Checkpoint.job_id == job_id), None
     if after is not None:
-        mark = session.scalar(select(Checkpoint.step_number).where(Checkpoint.id == after, Checkpoint.job_id == job_id))
+        mark = session.scalar(statement.where(Checkpoint.id == after))
         if mark is None:
             return None
-        statement = statement.where(Checkpoint.step_number < mark)
-    return list(session.scalars(statement.order_by(Checkpoint.step_number.desc()).limit(limit + 1)))
+    return list(session.scalars(keyset(statement, (Checkpoint.step_number,), mark, limit)))
 
 
 def left_by(session: Session, job_id: str, stage: str) -> Checkpoint | None:

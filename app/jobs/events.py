@@ -8,6 +8,7 @@ from sqlalchemy.orm import Session
 
 from app.database import database_now, new_id
 from app.jobs.tables import Job, JobEvent
+from app.pagination import keyset
 
 
 def add(
@@ -37,13 +38,12 @@ def add(
 
 def page(session: Session, job_id: str, *, after: str | None, limit: int) -> list[JobEvent] | None:
     """Up to `limit` + 1 events, newest first; None where `after` is not an event of this job."""
-    statement = select(JobEvent).where(JobEvent.job_id == job_id)
+    statement, mark = select(JobEvent).where(JobEvent.job_id == job_id), None
     if after is not None:
-        mark = sequence_of(session, job_id, after)
+        mark = session.scalar(statement.where(JobEvent.id == after))
         if mark is None:
             return None
-        statement = statement.where(JobEvent.sequence < mark)
-    return list(session.scalars(statement.order_by(JobEvent.sequence.desc()).limit(limit + 1)))
+    return list(session.scalars(keyset(statement, (JobEvent.sequence,), mark, limit)))
 
 
 def after(session: Session, job_id: str, seen: int, limit: int) -> list[JobEvent]:

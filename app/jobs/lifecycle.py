@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 
 from app.broker import Broker, Lane
 from app.database import Database, new_id
-from app.errors import Conflict, NotFound
+from app.errors import Conflict, no_such
 from app.idempotency.service import Sending
 from app.jobs import events as job_events
 from app.jobs import queries, transitions
@@ -93,7 +93,7 @@ class Lifecycle(ABC, Generic[Shown]):
         """The row of a job that `project` may see. Raises `NotFound`."""
         job = queries.get(session, project, job_id, self.KIND)
         if job is None:
-            raise NotFound(f"No such {self.KIND.title}: {job_id}", param=param, code=f"{self.KIND.code}_not_found")
+            raise no_such(self.KIND.title, job_id, code=self.KIND.code, param=param)
         return job
 
     def get(self, project: str, job_id: str) -> Shown:
@@ -160,7 +160,7 @@ class Lifecycle(ABC, Generic[Shown]):
             self._found(session, project, job_id)
             found = job_events.page(session, job_id, after=after, limit=limit)
         if found is None:
-            raise NotFound(f"No such event of this {self.KIND.noun}: {after}", param="after", code="event_not_found")
+            raise no_such(f"event of this {self.KIND.noun}", after or "", code="event", param="after")
         return [EventObject.of(event) for event in found]
 
     def stream_token(self, project: str, job_id: str) -> StreamToken:
@@ -210,8 +210,7 @@ class Lifecycle(ABC, Generic[Shown]):
                 return 0
             found = job_events.sequence_of(session, job_id, last_event_id)
         if found is None:
-            message = f"No such event of this {self.KIND.noun}: {last_event_id}"
-            raise NotFound(message, param="Last-Event-ID", code="event_not_found")
+            raise no_such(f"event of this {self.KIND.noun}", last_event_id, code="event", param="Last-Event-ID")
         return found
 
     def logs(self, project: str, job_id: str) -> Iterator[bytes]:

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 
-from sqlalchemy import Select, select, tuple_
+from sqlalchemy import Select, select
 from sqlalchemy.orm import Session, aliased
 
 from app.jobs.kinds import KINDS, TRAINING, JobKind
 from app.jobs.states import ACTIVE, Status
 from app.jobs.tables import Job
+from app.pagination import keyset
 
 
 def readable(project: str, kind: JobKind = TRAINING) -> Select[Job]:
@@ -26,10 +27,7 @@ def page(
     statement = readable(project, kind)
     for key, value in metadata.items():
         statement = statement.where(Job.job_metadata[key].as_string() == value)
-    if after is not None:
-        statement = statement.where(tuple_(Job.created_at, Job.id) < tuple_(after.created_at, after.id))
-    statement = statement.order_by(Job.created_at.desc(), Job.id.desc())
-    return list(session.scalars(statement.limit(limit + 1)))
+    return list(session.scalars(keyset(statement, (Job.created_at, Job.id), after, limit)))
 
 
 def running(session: Session) -> Sequence[Job]:

@@ -7,7 +7,7 @@ from sqlalchemy.orm import Session
 
 from app.broker import Broker, Lane
 from app.database import Database
-from app.errors import NotFound, ServiceError
+from app.errors import ServiceError, no_such
 from app.estimates import fit
 from app.evaluations.service import Evaluations
 from app.files import repository as files
@@ -121,13 +121,7 @@ class Jobs(Lifecycle[JobObject]):
 
     @staticmethod
     def _model(session: Session, project: str, spec: JobSpec) -> models.ResolvedModel:
-        model = models.find(session, project, spec.model, lock=True)
-        if model is None:
-            raise ServiceError(
-                f"The model '{spec.model}' does not exist. GET /v1/models lists those that do.",
-                param="model",
-                code="model_not_found",
-            )
+        model = models.require(session, project, spec.model, "model", lock=True)
         if model.kind == "reward":
             message = f"'{spec.model}' is a reward model, which cannot be trained further."
             raise ServiceError(message, param="model", code="invalid_value")
@@ -159,16 +153,9 @@ class Jobs(Lifecycle[JobObject]):
     @staticmethod
     def _files(session: Session, project: str, spec: JobSpec) -> dict[str, File]:
         """The files of the spec by field; they cannot be deleted until this transaction ends."""
-        found = {}
-        for field, file_id in spec.files():
-            file = files.get(session, project, file_id, lock=True)
-            if file is None:
-                raise ServiceError(f"No such File object: {file_id}", param=field, code="file_not_found")
-            if file.purpose != "fine-tune":
-                message = f"{file_id} has the purpose '{file.purpose}'; upload it as 'fine-tune'."
-                raise ServiceError(message, param=field, code="invalid_file_purpose")
-            found[field] = file
-        return found
+        return {
+            field: files.require(session, project, file_id, field, ["fine-tune"]) for field, file_id in spec.files()
+        }
 
     @staticmethod
     def _with_mappings(spec: JobSpec, found: dict[str, File]) -> JobSpec:
@@ -199,10 +186,7 @@ class Jobs(Lifecycle[JobObject]):
         if spec.reference_model is None:
             return None
         param = "method.dpo.hyperparameters.reference_model"
-        found = models.find(session, project, spec.reference_model, lock=True)
-        if found is None:
-            message = f"The model '{spec.reference_model}' does not exist. GET /v1/models lists those that do."
-            raise ServiceError(message, param=param, code="model_not_found")
+        found = models.require(session, project, spec.reference_model, param, lock=True)
         if found.kind == "reward":
             message = f"'{spec.reference_model}' is a reward model, which has no log-probs."
             raise ServiceError(message, param=param, code="invalid_value")
@@ -242,5 +226,5 @@ class Jobs(Lifecycle[JobObject]):
             self._found(session, project, job_id)
             found = job_checkpoints.page(session, job_id, after=after, limit=limit)
         if found is None:
-            raise NotFound(f"No such checkpoint of this job: {after}", param="after", code="checkpoint_not_found")
+            raise no_such("checkpoint of this job", after or "", code="checkpoint", param="after")
         return [CheckpointObject.of(checkpoint) for checkpoint in found]

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from sqlalchemy import or_, select, update
 
 from app.database import ALPHABET, Database, database_now, new_id
-from app.errors import NotFound
+from app.errors import no_such
 from app.keys.schemas import KeyObject, KeySpec, NewKeyObject, Scope
 from app.keys.tables import ApiKey
 from app.projects import repository as projects
-from app.projects.service import not_found as no_project
 
 PREFIX = "dpo_"
 DEFAULT_PROJECT = "default"
@@ -67,7 +66,7 @@ class Keys:
         key = generate()
         with self.database.write() as session:
             if projects.get(session, spec.project) is None:
-                raise no_project(spec.project, "project")
+                raise no_such("project", spec.project, code="project", param="project")
             made = ApiKey(
                 id=new_id("key"),
                 name=spec.name,
@@ -94,7 +93,7 @@ class Keys:
         with self.database.read() as session:
             key = session.get(ApiKey, key_id)
         if key is None:
-            raise NotFound(f"No such key: {key_id}", param="id", code="key_not_found")
+            raise no_such("key", key_id, code="key")
         return KeyObject.of(key)
 
     def revoke(self, key_id: str) -> KeyObject:

@@ -3,14 +3,14 @@
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 from app.archive import tar_response
-from app.dataset_reports.schemas import Pending
 from app.dependencies import ServicesDependency
 from app.keys.middleware import CallerDependency
 from app.models.schemas import Lineage, ModelDeleted, ModelObject
+from app.pending import NOT_READY, not_ready
 
 router = APIRouter(prefix="/models", tags=["models"])
 
@@ -39,7 +39,7 @@ def get_lineage(name: str, caller: CallerDependency, services: ServicesDependenc
     response_class=StreamingResponse,
     responses={
         200: {"content": {"application/x-tar": {}}},
-        202: {"model": Pending, "description": "Not ready; ask again after Retry-After seconds."},
+        **NOT_READY,
     },
 )
 def download_model(
@@ -55,7 +55,7 @@ def download_model(
     else:
         chunks = services.models.download(caller.project, name)
     if chunks is None:
-        return JSONResponse(Pending().model_dump(), status_code=202, headers={"Retry-After": "2"})
+        return not_ready(seconds=2)
     return tar_response(chunks, name.replace("/", "_").replace(":", "_"))
 
 

@@ -9,6 +9,7 @@ from sqlalchemy import Select, or_, select
 from sqlalchemy.orm import Session
 
 from app.database import database_now
+from app.errors import ServiceError
 from app.jobs import queries
 from app.jobs.tables import Checkpoint, Job
 from app.models.tables import Model
@@ -98,6 +99,15 @@ def find(session: Session, project: str, name: str, *, lock: bool = False) -> Re
         if any(fnmatchcase(name, pattern) for pattern in patterns):
             return ResolvedModel(name, "base", name, None, None, None, None)
     return None
+
+
+def require(session: Session, project: str, name: str, param: str, *, lock: bool = False) -> ResolvedModel:
+    """What the body of a request names in `param`. Raises `ServiceError` where no such model is there."""
+    found = find(session, project, name, lock=lock)
+    if found is None:
+        message = f"The model '{name}' does not exist. GET /v1/models lists those that do."
+        raise ServiceError(message, param=param, code="model_not_found")
+    return found
 
 
 def _adapter(stored: Any) -> Adapter | None:

@@ -4,14 +4,10 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from app.database import Database, database_now
-from app.errors import Conflict, Forbidden, NotFound
+from app.errors import Conflict, Forbidden, no_such
 from app.projects import repository
 from app.projects.schemas import Limits, ProjectObject, ProjectSpec
 from app.projects.tables import Project
-
-
-def not_found(project_id: str, param: str = "id") -> NotFound:
-    return NotFound(f"No such project: {project_id}", param=param, code="project_not_found")
 
 
 def require_room(session: Session, project_id: str, more: int) -> None:
@@ -50,7 +46,7 @@ class Projects:
         with self.database.read() as session:
             project = repository.get(session, project_id)
             if project is None:
-                raise not_found(project_id)
+                raise no_such("project", project_id, code="project")
             return ProjectObject.of(project, repository.storage_bytes(session, project_id))
 
     def list(self) -> list[ProjectObject]:
@@ -66,7 +62,7 @@ class Projects:
         with self.database.write() as session:
             project = repository.get(session, project_id)
             if project is None:
-                raise not_found(project_id)
+                raise no_such("project", project_id, code="project")
             for name in limits.model_fields_set:
                 setattr(project, name, getattr(limits, name))
         return self.get(project_id)

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
-from sqlalchemy import Select, select, tuple_
+from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from app.jobs.tables import Job
+from app.pagination import keyset
 from app.sweeps.tables import Sweep
 
 
@@ -19,10 +20,7 @@ def get(session: Session, project: str, sweep_id: str) -> Sweep | None:
 
 def page(session: Session, project: str, *, after: Sweep | None, limit: int) -> Sequence[Sweep]:
     """Up to `limit` + 1 sweeps, newest first."""
-    statement = readable(project)
-    if after is not None:
-        statement = statement.where(tuple_(Sweep.created_at, Sweep.id) < tuple_(after.created_at, after.id))
-    return session.scalars(statement.order_by(Sweep.created_at.desc(), Sweep.id.desc()).limit(limit + 1)).all()
+    return session.scalars(keyset(readable(project), (Sweep.created_at, Sweep.id), after, limit)).all()
 
 
 def jobs(session: Session, sweep_ids: Sequence[str]) -> Sequence[Job]:

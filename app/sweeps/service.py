@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from app.broker import Broker, Lane
 from app.database import Database, new_id
-from app.errors import Conflict, NotFound, ServiceError, describe_validation_error
+from app.errors import Conflict, NotFound, ServiceError, describe_validation_error, no_such
 from app.idempotency.service import Sending
 from app.jobs.kinds import EVALUATION
 from app.jobs.service import Jobs
@@ -130,7 +130,7 @@ class Sweeps:
     def _found(session: Session, project: str, sweep_id: str, param: str | None = None) -> Sweep:
         sweep = repository.get(session, project, sweep_id)
         if sweep is None:
-            raise NotFound(f"No such sweep: {sweep_id}", param=param, code="sweep_not_found")
+            raise no_such("sweep", sweep_id, code="sweep", param=param)
         return sweep
 
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from starlette.concurrency import run_in_threadpool
 
 from app.database import Database, database_now, new_id
-from app.errors import Conflict, NotFound, ServiceError
+from app.errors import Conflict, ServiceError, no_such
 from app.files import repository as files
 from app.files.multipart import UploadForm
 from app.files.schemas import FileObject
@@ -21,10 +21,6 @@ from app.uploads.tables import Upload, UploadPart
 
 LIFETIME_SECONDS = 3600
 MAX_PART_BYTES = 64 * 1024**2
-
-
-def not_found(upload_id: str) -> NotFound:
-    return NotFound(f"No such Upload object: {upload_id}", param="upload_id", code="upload_not_found")
 
 
 class Uploads:
@@ -214,5 +210,5 @@ class Uploads:
 
 def _ended(upload_id: str, upload: Upload | None) -> ServiceError:
     if upload is None:
-        return not_found(upload_id)
+        return no_such("Upload object", upload_id, code="upload", param="upload_id")
     return Conflict(f"{upload_id} is {upload.status}; create a new upload.", param="upload_id", code="upload_ended")

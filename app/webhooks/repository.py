@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Select, delete, select, tuple_, update
+from sqlalchemy import Select, delete, select, update
 from sqlalchemy.orm import Session
 
 from app.database import database_now, new_id, now
+from app.pagination import keyset
 from app.webhooks.tables import WebhookDelivery, WebhookEndpoint
 from app.work_queue import WorkQueue
 
@@ -69,11 +70,7 @@ def deliveries(
 ) -> Sequence[WebhookDelivery]:
     """Up to `limit` + 1 deliveries to an endpoint, newest first."""
     statement = select(WebhookDelivery).where(WebhookDelivery.endpoint_id == endpoint_id)
-    if after is not None:
-        place = tuple_(WebhookDelivery.created_at, WebhookDelivery.id)
-        statement = statement.where(place < tuple_(after.created_at, after.id))
-    order = (WebhookDelivery.created_at.desc(), WebhookDelivery.id.desc())
-    return session.scalars(statement.order_by(*order).limit(limit + 1)).all()
+    return session.scalars(keyset(statement, (WebhookDelivery.created_at, WebhookDelivery.id), after, limit)).all()
 
 
 def get_delivery(session: Session, endpoint_id: str, delivery_id: str) -> WebhookDelivery | None:

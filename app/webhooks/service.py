@@ -6,17 +6,13 @@ import secrets
 from app.broker import Broker, Lane
 from app.database import Database, database_now, new_id
 from app.encryption import Vault
-from app.errors import NotFound, ServiceError
+from app.errors import ServiceError, no_such
 from app.outbound_http import HostRefused, find
 from app.webhooks import repository
 from app.webhooks.schemas import DeliveryObject, EndpointChange, EndpointObject, EndpointSpec, NewEndpointObject
 from app.webhooks.tables import WebhookEndpoint
 
 PRIVATE = "DPO_PRIVATE_WEBHOOKS"
-
-
-def not_found(endpoint_id: str) -> NotFound:
-    return NotFound(f"No such webhook endpoint: {endpoint_id}", param="id", code="webhook_endpoint_not_found")
 
 
 class Webhooks:
@@ -54,7 +50,7 @@ class Webhooks:
         with self.database.read() as session:
             endpoint = repository.get(session, project, endpoint_id)
         if endpoint is None:
-            raise not_found(endpoint_id)
+            raise no_such("webhook endpoint", endpoint_id, code="webhook_endpoint")
         return EndpointObject.of(endpoint)
 
     def change(self, project: str, endpoint_id: str, change: EndpointChange) -> EndpointObject:
@@ -62,7 +58,7 @@ class Webhooks:
         with self.database.write() as session:
             endpoint = repository.get(session, project, endpoint_id)
             if endpoint is None:
-                raise not_found(endpoint_id)
+                raise no_such("webhook endpoint", endpoint_id, code="webhook_endpoint")
             if change.events is not None:
                 endpoint.events = sorted(set(change.events))
             if change.enabled:
@@ -76,7 +72,7 @@ class Webhooks:
         with self.database.write() as session:
             endpoint = repository.get(session, project, endpoint_id)
             if endpoint is None:
-                raise not_found(endpoint_id)
+                raise no_such("webhook endpoint", endpoint_id, code="webhook_endpoint")
             session.delete(endpoint)
 
     def deliveries(self, project: str, endpoint_id: str, *, after: str | None, limit: int) -> list[DeliveryObject]:
@@ -85,7 +81,7 @@ class Webhooks:
         with self.database.read() as session:
             mark = None
             if after is not None and (mark := repository.get_delivery(session, endpoint_id, after)) is None:
-                raise NotFound(f"No such delivery: {after}", param="after", code="webhook_delivery_not_found")
+                raise no_such("delivery", after, code="webhook_delivery", param="after")
             found = repository.deliveries(session, endpoint_id, after=mark, limit=limit)
         return [DeliveryObject.of(delivery) for delivery in found]
 
@@ -97,7 +93,7 @@ class Webhooks:
         with self.database.write() as session:
             delivery = repository.get_delivery(session, endpoint_id, delivery_id)
             if delivery is None:
-                raise NotFound(f"No such delivery: {delivery_id}", param="id", code="webhook_delivery_not_found")
+                raise no_such("delivery", delivery_id, code="webhook_delivery")
             repository.resend(session, delivery)
             session.flush()
             session.refresh(delivery)

@@ -186,12 +186,20 @@ def _is_read(model: Any, name: str) -> bool:
 @cache
 def _weights_read_by(kind: type[nn.Module]) -> frozenset[str]:
     """The members of modules of a class whose weights the class's own code reads."""
-    found: set[str] = set()
-    for base in kind.__mro__:
-        if not base.__module__.startswith(("torch.", "builtins")):
-            try:
-                source = inspect.getsource(base)
-            except (OSError, TypeError):  # made at run time
-                continue
-            found |= set(_READ.findall(source))
-    return frozenset(found)
+    # Function by function: to find a class in its file, `inspect` parses all of it.
+    functions = (
+        inspect.unwrap(member)
+        for base in kind.__mro__
+        if not base.__module__.startswith(("torch.", "builtins"))
+        for member in vars(base).values()
+        if inspect.isfunction(member)
+    )
+    return frozenset(name for function in functions for name in _READ.findall(_source_of(function)))
+
+
+def _source_of(function: Callable[..., Any]) -> str:
+    """The source of a function; nothing of one that was made at run time."""
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        return ""

@@ -143,7 +143,7 @@ def main() -> int:
     dtype = HALVES[json.loads((folder / "merge.json").read_text())["dtype"]]
     found: dict[str, Any] = {}
     try:
-        merge(folder / "base", folder / "adapter", folder / "output", dtype)
+        merge(folder / "base", folder / "start", folder / "output", dtype)
     except UserError as error:
         found = {"error": {"code": error.code, "message": error.message, "param": error.param}}
     print(json.dumps(found))

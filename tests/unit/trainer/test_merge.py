@@ -36,9 +36,9 @@ def make_adapter(base: Path, folder: Path, **options: Any) -> None:
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["lora", "rslora", "dora"])
 def test_a_merge_is_pefts_own(tmp_path: Path, options: dict[str, Any]) -> None:
     base = make_tiny_model(tmp_path / "base")
-    make_adapter(base, tmp_path / "adapter", **options)
-    merge(base, tmp_path / "adapter", tmp_path / "output", torch.float32)
-    adapted = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32)
+    make_adapter(base, tmp_path / "start", **options)
+    merge(base, tmp_path / "start", tmp_path / "output", torch.float32)
+    adapted = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "start", dtype=torch.float32)
     expected = adapted.merge_and_unload().state_dict()
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "output", dtype=torch.float32).state_dict()
     assert found.keys() == expected.keys()
@@ -51,7 +51,7 @@ def test_a_merge_is_pefts_own(tmp_path: Path, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
 def test_the_program_writes_a_model_in_the_precision_asked_for(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     base = make_tiny_model(tmp_path / "base")
-    make_adapter(base, tmp_path / "adapter")
+    make_adapter(base, tmp_path / "start")
     (tmp_path / "merge.json").write_text(json.dumps({"dtype": name}))
     done = subprocess.run(
         [sys.executable, "-m", "worker.trainer.merge", str(tmp_path)], capture_output=True, text=True, check=True
@@ -67,9 +67,9 @@ def test_the_program_writes_a_model_in_the_precision_asked_for(tmp_path: Path, n
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     base = make_tiny_model(tmp_path / "base")
-    make_adapter(base, tmp_path / "adapter")
-    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    make_adapter(base, tmp_path / "start")
+    tensors = load_file(tmp_path / "start" / "adapter_model.safetensors")
     renamed = {name.replace("q_proj", "queries"): value for name, value in tensors.items()}
-    save_file(renamed, tmp_path / "adapter" / "adapter_model.safetensors")
+    save_file(renamed, tmp_path / "start" / "adapter_model.safetensors")
     with pytest.raises(UserError, match="does not fit the base"):
-        merge(base, tmp_path / "adapter", tmp_path / "output", torch.float32)
+        merge(base, tmp_path / "start", tmp_path / "output", torch.float32)
