@@ -56,13 +56,17 @@ class WorkQueue(Generic[Work]):
         self,
         table: type[Work],
         *,
+        noun: str,
         active: ColumnElement[bool],
         order: Sequence[Any],
         lease_seconds: float = LEASE_SECONDS,
         longest_pause: float = RETRY_SECONDS,
     ) -> None:
-        """`active` holds for every row that may have a lease. The first row in `order` is claimed next."""
-        self.table, self.active, self.order = table, active, order
+        """`active` holds for every row that may have a lease. The first row in `order` is claimed next.
+
+        `noun` is what the log calls a row.
+        """
+        self.table, self.noun, self.active, self.order = table, noun, active, order
         self.lease_seconds, self.longest_pause = lease_seconds, longest_pause
 
     # -- a worker's steps ----------------------------------------------------------------------------------------

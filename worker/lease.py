@@ -36,7 +36,7 @@ class Lease:
 
     def __init__(self, database: Database, queue: WorkQueue[Any], row_id: str, attempt: int) -> None:
         self.database, self.queue, self.row_id, self.attempt = database, queue, row_id, attempt
-        self.log = log.bind(row=row_id, attempt=attempt)
+        self.log = log.bind(**{queue.noun: row_id}, attempt=attempt)
         self._lost = threading.Event()
         self._released = threading.Event()
         self._valid_until = time.monotonic() + self._good_for()

@@ -98,13 +98,14 @@ def reap(database: Database, look: Inspection | None = None) -> set[Lane]:
     """
     lanes = set[Lane]()
     with database.write() as session:
-        lapsed = [(recover, queue.lapsed(session)) for queue, recover in QUEUES]
+        lapsed = [(queue, recover, queue.lapsed(session)) for queue, recover in QUEUES]
         if look is not None and not _just_now(session, look):
             return lanes
-        for recover, rows in lapsed:
+        for queue, recover, rows in lapsed:
             for row in rows:
                 if look is None or (row.id, row.attempt, row.lease_expires_at) in look.unrenewed:
-                    log.warning("lease expired", row=row.id, attempt=row.attempt, owner=row.lease_owner)
+                    named = {queue.noun: row.id}
+                    log.warning("lease expired", **named, attempt=row.attempt, owner=row.lease_owner)
                     lanes.add(recover(session, row))
     return lanes
 

@@ -13,7 +13,10 @@ from app.work_queue import MAX_LOST_ATTEMPTS, WorkQueue, retry_pause
 from app.workers.repository import served_by
 
 ARTIFACTS = WorkQueue(
-    DerivedArtifact, active=DerivedArtifact.status == "pending", order=(DerivedArtifact.created_at, DerivedArtifact.id)
+    DerivedArtifact,
+    noun="artifact",
+    active=DerivedArtifact.status == "pending",
+    order=(DerivedArtifact.created_at, DerivedArtifact.id),
 )
 REPORT, MERGE = "report", "merge"
 TRANSIENT, AGAIN_SECONDS = ("worker_lost", "model_unavailable"), 300.0

@@ -16,7 +16,7 @@ from app.work_queue import OUTAGE_SECONDS, WorkQueue
 from app.workers.repository import served_by
 
 QUEUE_ORDER = (Job.priority.desc(), Job.created_at, Job.id)
-JOBS = WorkQueue(Job, active=Job.status.in_([Status.VALIDATING, Status.RUNNING]), order=QUEUE_ORDER)
+JOBS = WorkQueue(Job, noun="job", active=Job.status.in_([Status.VALIDATING, Status.RUNNING]), order=QUEUE_ORDER)
 CLAIM_LOCK = 0x64706F
 """The advisory lock of claims: any number that nothing else uses."""
 

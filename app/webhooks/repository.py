@@ -15,6 +15,7 @@ SCHEDULE = (0, 5, 5 * 60, 30 * 60, 2 * 3600, 5 * 3600, 10 * 3600, 14 * 3600, 20 
 """Seconds before each attempt, as Standard Webhooks recommends."""
 DELIVERIES = WorkQueue(
     WebhookDelivery,
+    noun="delivery",
     active=WebhookDelivery.eligible_at.is_not(None),
     order=(WebhookDelivery.eligible_at,),
     lease_seconds=120.0,  # longer than any sending takes: nobody renews it

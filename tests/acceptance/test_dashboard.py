@@ -9,6 +9,7 @@ import httpx2
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
+from app.spec.metrics import CHARTS
 from tests.acceptance.conftest import pairs, write
 from tests.acceptance.service import Running
 from tests.acceptance.test_service import body, create
@@ -69,12 +70,12 @@ def test_people_can_look(page: Page, service: Running, tmp_path: Path) -> None:
         assert cookie["httpOnly"] and cookie["sameSite"] == "Strict" and service.key not in cookie["value"]
 
         page.get_by_role("link", name=job_id).click()
-        expect(page.locator("#charts canvas")).to_have_count(4)  # drawn while it trains
+        expect(page.locator("#charts canvas")).to_have_count(len(CHARTS))  # drawn while it trains
         expect(page.locator("#job")).to_have_attribute("data-status", "succeeded", timeout=120_000)
         expect(page.get_by_role("cell", name="eval/rewards/accuracies")).to_be_visible()
         expect(page.locator(".events li").first).to_contain_text("succeeded")
         page.reload()
-        expect(page.locator("#charts canvas")).to_have_count(4)
+        expect(page.locator("#charts canvas")).to_have_count(len(CHARTS))
         picture(page, "dashboard-job")
         page.goto(root)
         expect(page.locator(".state.succeeded")).to_be_visible()
