@@ -1,4 +1,4 @@
-"""Tar streams, entry by entry: nothing is held whole."""
+"""Tar streams, written entry by entry. No file is held in memory as a whole."""
 
 import tarfile
 from collections.abc import Iterable, Iterator
@@ -24,7 +24,7 @@ def tar(entries: Iterable[Entry]) -> Iterator[bytes]:
 
 
 def folder(storage: Storage, prefix: str) -> Iterator[Entry]:
-    """The objects under `prefix/`, with paths relative to it. Each is opened when its turn comes."""
+    """The objects under `prefix/`, with paths relative to it. Each object is opened when its turn comes."""
     for key, size in storage.list(prefix):
         yield key.removeprefix(f"{prefix}/"), size, storage.chunks(key)
 

@@ -1,7 +1,7 @@
 """Wake-ups: messages that tell the workers of a lane to look at the database.
 
-A wake-up names a lane, not a job. It may be lost, late or delivered twice: the job's row is the truth, and an
-idle worker also looks by itself every few seconds.
+A wake-up names a lane, not a job. It may be lost, late or delivered twice. The job's row is the truth: an idle worker
+also polls the database every few seconds.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -23,16 +23,17 @@ WAKE_TASK = "dpo.wake"
 
 
 class Lane(StrEnum):
-    """Which workers: those with a GPU train, the others check datasets."""
+    """A group of workers. GPU workers train and evaluate; CPU workers check datasets and do all other work."""
 
     GPU = "gpu"
     CPU = "cpu"
 
 
 class FolderChannel(filesystem.Channel):  # type: ignore[misc]
-    """kombu's, but a message that is read while it is still being written ends no worker.
+    """kombu's folder channel, made safe against half-written messages.
 
-    It is lost then, as any wake-up may be; kombu itself raises what Celery takes for the end of its broker.
+    A message that is read while it is being written is dropped, as any wake-up may be. Plain kombu raises an error
+    there, which Celery takes for a lost broker, and the worker ends.
     """
 
     def _get(self, queue: str) -> Any:
@@ -43,7 +44,7 @@ class FolderChannel(filesystem.Channel):  # type: ignore[misc]
 
 
 class FolderTransport(filesystem.Transport):  # type: ignore[misc]
-    """Messages as files in a folder."""
+    """A transport that keeps messages as files in a folder."""
 
     Channel = FolderChannel
 
@@ -52,7 +53,7 @@ TRANSPORT_ALIASES["filesystem"] = f"{__name__}:{FolderTransport.__name__}"
 
 
 def make_celery(settings: Settings) -> Celery:
-    """The Celery application on the broker of `settings`; the worker registers its task on it."""
+    """The Celery application for the broker of `settings`. The worker registers its task on it."""
     celery = Celery("dpo", broker=settings.broker_url)
     options: dict[str, object] = {"socket_timeout": 5, "socket_connect_timeout": 5}
     if settings.broker_url.startswith("filesystem:"):
@@ -83,7 +84,7 @@ def make_celery(settings: Settings) -> Celery:
 
 
 class Broker:
-    """Sends wake-ups, from a thread of its own: a broker that is out of reach delays no request and loses no job."""
+    """Sends wake-ups from its own thread, so that an unreachable broker delays no request and loses no job."""
 
     def __init__(self, settings: Settings) -> None:
         self.celery = make_celery(settings)
@@ -91,8 +92,8 @@ class Broker:
         self._pending: set[Lane] = set()
 
     def wake(self, lane: Lane) -> None:
-        """Tell one idle worker of `lane` to look. Call it after the commit."""
-        if lane not in self._pending:  # one that waits to be sent says it all
+        """Tell one idle worker of `lane` to look at the database. Call it after the commit."""
+        if lane not in self._pending:  # a pending wake-up says the same
             self._pending.add(lane)
             self._sender.submit(self._send, lane)
 
@@ -100,5 +101,5 @@ class Broker:
         self._pending.discard(lane)
         try:
             self.celery.send_task(WAKE_TASK, args=[lane.value], queue=lane.value, retry=False)
-        except Exception as error:  # kombu raises whatever its transport does; the poll of an idle worker takes over
+        except Exception as error:  # kombu passes on any error of its transport; idle workers poll anyway
             log.warning("wake-up not sent", lane=lane.value, reason=str(error))

@@ -1,6 +1,6 @@
 """One SQLAlchemy session style for API and worker, on SQLite and on PostgreSQL.
 
-    with database.read() as session: ...     a consistent look
+    with database.read() as session: ...     only reads
     with database.write() as session: ...    commits at the end, rolls back on an error
 
 Times are unix seconds (float) by the database's clock, so that hosts whose clocks differ agree on leases.
@@ -25,7 +25,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import Text, TypeDecorator
 
 IDLE_SECONDS = 10
-"""A process that stands still in the middle of a transaction holds its locks no longer: less than a lease lasts."""
+"""How long a transaction may stand idle before PostgreSQL ends it and frees its locks. Shorter than a lease."""
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 
 
@@ -44,7 +44,7 @@ class database_now(FunctionElement[float]):  # noqa: N801 - reads as the SQL fun
 
 @compiles(database_now, "sqlite")
 def _now_sqlite(_element: database_now, _compiler: SQLCompiler, **_: Any) -> str:
-    # `unixepoch('subsec')` is NULL before SQLite 3.42; a Julian day holds the milliseconds that SQLite's clock has.
+    # `unixepoch('subsec')` is NULL before SQLite 3.42. A Julian day keeps the milliseconds of SQLite's clock.
     return "((julianday('now') - 2440587.5) * 86400.0)"
 
 
@@ -66,7 +66,7 @@ def wait_for_others(session: Session, lock: int) -> None:
 
 
 class PlainText(TypeDecorator[str]):
-    """Text for what users write: PostgreSQL cannot hold U+0000, so it is kept out on every database alike."""
+    """Text that users write. PostgreSQL cannot store U+0000, so every database stores U+FFFD instead."""
 
     impl = Text
     cache_ok = True
@@ -77,14 +77,14 @@ class PlainText(TypeDecorator[str]):
 
 def new_id(prefix: str) -> str:
     """An id that cannot be guessed: `prefix-` and 24 letters and digits (142 bits)."""
-    # 248 is four times 62: of the bytes below it each letter has the same share. 24 of 64 are there but for one time in
-    # 10^30.
+    # 248 is 4 × 62, so each letter is equally likely. Fewer than 24 of the 64 bytes are below 248 at most once in 10^30
+    # calls.
     letters = [ALPHABET[byte % 62] for byte in secrets.token_bytes(64) if byte < 248]
     return f"{prefix}-" + "".join(letters[:24])
 
 
 class Database:
-    """Where sessions come from. Safe to share between threads."""
+    """Opens sessions. It is safe to share between threads."""
 
     def __init__(self, url: str) -> None:
         if url.startswith("sqlite:///"):
@@ -98,19 +98,19 @@ class Database:
             )
             event.listen(self.engine, "connect", _postgresql_on_connect)
             event.listen(self.engine, "handle_error", _postgresql_on_error, retval=True)
-        # SQLite fails at once, whatever its timeout, where a transaction reads first and then writes while
-        # another writes: a writer therefore says so when it begins.
+        # SQLite fails at once, whatever its timeout, if a transaction reads first and writes later while another one
+        # writes. A writer therefore takes the write lock when it begins.
         self._writer: Engine = self.engine.execution_options(begin="BEGIN IMMEDIATE")
 
     @contextmanager
     def read(self) -> Iterator[Session]:
-        """A session that only looks."""
+        """A session that only reads."""
         with Session(self.engine, expire_on_commit=False) as session:
             yield session
 
     @contextmanager
     def write(self) -> Iterator[Session]:
-        """A transaction: committed at the end of the block, rolled back where it raises."""
+        """A transaction. It is committed at the end of the block, and rolled back if the block raises."""
         with Session(self._writer, expire_on_commit=False) as session, session.begin():
             yield session
 
@@ -124,14 +124,14 @@ def _postgresql_on_connect(connection: psycopg.Connection[Any], _record: Connect
 
 
 def _postgresql_on_error(context: ExceptionContext) -> BaseException | None:
-    """A connection that the server ended for standing still is one that broke, as others do."""
+    """Report a connection that the server ended as idle like any other broken connection."""
     if not isinstance(context.original_exception, psycopg.errors.IdleInTransactionSessionTimeout):
         return None
     return OperationalError(context.statement, None, context.original_exception, connection_invalidated=True)
 
 
 def _sqlite_on_connect(connection: sqlite3.Connection, _record: ConnectionPoolEntry) -> None:
-    connection.isolation_level = None  # the driver's own BEGIN is out of the way: `_sqlite_on_begin` sends it
+    connection.isolation_level = None  # turns off the driver's own BEGIN; `_sqlite_on_begin` sends it
     for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}").close()
 

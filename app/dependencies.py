@@ -1,4 +1,4 @@
-"""How endpoints get at the services."""
+"""The FastAPI dependency that gives endpoints the services."""
 
 from typing import Annotated
 

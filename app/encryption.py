@@ -1,4 +1,4 @@
-"""Secrets of others that must be kept to be used: encrypted under `DPO_SECRET_KEY`."""
+"""Encryption under `DPO_SECRET_KEY`, for secrets of other systems that the service must be able to read again."""
 
 import base64
 import hashlib
@@ -17,7 +17,7 @@ class Vault:
         return self._fernet.encrypt(secret.encode()).decode()
 
     def open(self, sealed: str) -> str:
-        """Raises `ValueError` for what was sealed under another key."""
+        """The secret in `sealed`. Raises `ValueError` if it was sealed under another key."""
         try:
             return self._fernet.decrypt(sealed.encode()).decode()
         except InvalidToken:

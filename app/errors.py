@@ -1,4 +1,4 @@
-"""Errors that the service's users are told of. `app.exception_handlers` says them over HTTP.
+"""Errors that the service reports to its users. `app.exception_handlers` turns them into HTTP answers.
 
 ServiceError            400, and the base of all
 ├── Unauthenticated     401
@@ -26,26 +26,26 @@ class ServiceError(Exception):
 
 
 class Unauthenticated(ServiceError):
-    """No key, or one that is not good."""
+    """The key is missing or not valid."""
 
     status = 401
     headers = {"WWW-Authenticate": "Bearer"}
 
 
 class Forbidden(ServiceError):
-    """A key that is good, but not for this; or a limit of its project."""
+    """The key is valid but lacks the scope, or its project is at a limit."""
 
     status = 403
 
 
 class NotFound(ServiceError):
-    """Something that is not there, or that the caller may not see."""
+    """The object does not exist, or the caller may not see it."""
 
     status = 404
 
 
 def no_such(noun: str, name: str, *, code: str, param: str | None = "id") -> NotFound:
-    """The answer to a request for something that is not there, or that belongs to another project."""
+    """The error for an object that does not exist or that belongs to another project."""
     return NotFound(f"No such {noun}: {name}", param=param, code=f"{code}_not_found")
 
 
@@ -63,7 +63,7 @@ class TooLarge(ServiceError):
 
 
 class TooMany(ServiceError):
-    """Requests faster than allowed; `seconds` is when the next one is answered."""
+    """The caller sends requests faster than allowed. It may send the next one after `seconds`."""
 
     status = 429
     type = "rate_limit_error"
@@ -83,9 +83,9 @@ class Unavailable(ServiceError):
 
 def describe_validation_error(error: dict[str, Any]) -> tuple[str, str | None, str]:
     """One pydantic error as (message, param, code)."""
-    # A union adds the name of its branch ("list[str]", "function-after[...]") to the path: not a field of the user's.
-    where = [str(part) for part in error["loc"][1:] if "[" not in str(part)]
-    param = ".".join(where) or None
+    # A union adds the name of its branch ("list[str]", "function-after[...]") to the path. No user knows that name.
+    path = [str(part) for part in error["loc"][1:] if "[" not in str(part)]
+    param = ".".join(path) or None
     kind = error["type"]
     if kind == "json_invalid":
         reason = error.get("ctx", {}).get("error", "it cannot be parsed")
@@ -97,7 +97,7 @@ def describe_validation_error(error: dict[str, Any]) -> tuple[str, str | None, s
     if kind == "extra_forbidden":
         return f"Unknown parameter: '{param}'.", param, "unknown_parameter"
     if kind in ("unknown_parameter", "unsupported_parameter", "inconsistent"):
-        param = ".".join([*where, error["ctx"]["field"]])
+        param = ".".join([*path, error["ctx"]["field"]])
         return error["msg"], param, "invalid_value" if kind == "inconsistent" else kind
     if param is None:
         return (

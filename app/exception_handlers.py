@@ -1,7 +1,6 @@
-"""Errors in OpenAI's wire shape: `{"error": {"message", "type", "param", "code"}}`, all four keys always.
+"""Errors in OpenAI's JSON shape: `{"error": {"message", "type", "param", "code"}}`, always with all four keys.
 
-Services raise `ServiceError`s; `install_handlers` turns them, and everything else that can go wrong while a request
-is served, into answers.
+Services raise `ServiceError`. `install_handlers` turns it, and every other failure of a request, into an answer.
 """
 
 import structlog
@@ -49,7 +48,7 @@ def error_response(
 
 
 def error_answer(error: ServiceError) -> JSONResponse:
-    """What a request that raised `error` is answered."""
+    """The HTTP answer to a request that raised `error`."""
     return error_response(
         error.status, error.message, error.type, param=error.param, code=error.code, headers=error.headers
     )
@@ -69,7 +68,7 @@ def install_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     def http_exception(request: Request, error: HTTPException) -> JSONResponse:
-        if isinstance(error.__cause__, ServiceError):  # raised while FastAPI read the body, which it hides
+        if isinstance(error.__cause__, ServiceError):  # FastAPI wraps an error raised while it reads the body
             return error_answer(error.__cause__)
         headers = dict(error.headers or {})
         route = f"{request.method} {request.url.path}"
@@ -89,7 +88,7 @@ def install_handlers(app: FastAPI) -> None:
     @app.exception_handler(IntegrityError)
     def collision(_request: Request, _error: IntegrityError) -> JSONResponse:
         return error_answer(
-            Unavailable("Another request made the same at the same moment. Try again.", code="collision")
+            Unavailable("Another request made the same object at the same moment. Try again.", code="collision")
         )
 
     @app.exception_handler(DataError)

@@ -1,4 +1,7 @@
-"""The name of an installation: in its database and in its object store, so that one is not taken for another's."""
+"""The name of an installation.
+
+The database and the object store both hold it, so that a store is never taken for another installation's.
+"""
 
 from sqlalchemy import select
 from sqlalchemy.orm import Mapped, mapped_column
@@ -10,7 +13,7 @@ KEY = "installation"
 
 
 class Installation(Table):
-    """The one row that names this installation; the first migration that knew of it made it."""
+    """The only row holds the name of this installation. Migration 0003 wrote it."""
 
     __tablename__ = "installations"
 
@@ -18,7 +21,7 @@ class Installation(Table):
 
 
 def owner_of(storage: Storage) -> str | None:
-    """The name of the installation that an object store belongs to; None for one that belongs to nobody yet."""
+    """The name of the installation that owns an object store; None if none owns it yet."""
     try:
         return storage.read(KEY).decode()
     except FileNotFoundError:
@@ -26,6 +29,6 @@ def owner_of(storage: Storage) -> str | None:
 
 
 def name_of(database: Database) -> str:
-    """The name of the installation that a database is of."""
+    """The name of the installation that a database belongs to."""
     with database.read() as session:
         return session.scalars(select(Installation.id)).one()

@@ -7,7 +7,7 @@ import structlog
 
 
 def configure_logging(level: str = "info") -> None:
-    """Call it once, where a process starts."""
+    """Set up the logs. Call it once, when a process starts."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")
     human = sys.stderr.isatty()
     structlog.configure(

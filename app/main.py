@@ -58,22 +58,22 @@ ROUTERS = (
 
 
 def _document(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's document; it writes error answers of streaming routes as streams, which they are not."""
+    """The OpenAPI document. FastAPI describes errors of streaming routes as streams; here they are JSON."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
         error = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}}
         for methods in document["paths"].values():
             for operation in methods.values():
-                for status, answer in operation["responses"].items():
+                for status, response in operation["responses"].items():
                     if int(status) in ERRORS:
-                        answer["content"] = error
-                operation["responses"].pop("422", None)  # what FastAPI would answer, and this service does not
+                        response["content"] = error
+                operation["responses"].pop("422", None)  # FastAPI's own answer, which this service never sends
         app.openapi_schema = document
     return app.openapi_schema
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
-    """The application. Key files and folders of `DPO_HOME` are made where they are missing."""
+    """The application. It creates missing key files and folders in `DPO_HOME`."""
     settings = settings or Settings()
     configure_logging(settings.log_level)
     services = Services.of(settings)
@@ -94,7 +94,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redirect_slashes=False,
     )
     routes = AccessTable()
-    for route in app.routes:  # FastAPI's own: the document and its page
+    for route in app.routes:  # FastAPI's own routes: the OpenAPI document and its page
         access(public=True)(cast(Route, route).endpoint)
     routes.add(app.routes)
     app.state.services = services
@@ -137,5 +137,5 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 def serve(app: FastAPI, settings: Settings) -> None:
     """Answer requests until SIGTERM or Ctrl-C."""
     gc.collect()
-    gc.freeze()  # what was imported stays: the collector need not walk it in the middle of a request
+    gc.freeze()  # imported modules stay alive: the collector need not walk them during a request
     uvicorn.run(app, host=settings.host, port=settings.port, log_level="warning", access_log=False)

@@ -1,4 +1,4 @@
-"""The schema of the database: bringing it to this version's, by Alembic."""
+"""Migrates the database to this version's schema, by Alembic."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from app.database import Database
 
 
 def migrate(database: Database, revision: str = "head") -> None:
-    """Bring the database to `revision`, up or down. One that is ahead of this version stays as it is."""
+    """Migrate the database up or down to `revision`. With `head`, a later schema than this version's stays."""
     if revision == "head" and is_current(database):
         return
     with database.engine.begin() as connection:
@@ -26,12 +26,12 @@ def migrate(database: Database, revision: str = "head") -> None:
 
 
 def is_current(database: Database) -> bool:
-    """Whether the database has the schema of this version, or that of a later one: the next only adds to it."""
+    """Whether the database has this version's schema or a later one. A later schema only adds to this one."""
     with database.engine.connect() as connection:
         current = MigrationContext.configure(connection).get_current_revision()
     scripts = ScriptDirectory.from_config(alembic_config())
-    before = {script.revision for script in scripts.walk_revisions()} - {scripts.get_current_head()}
-    return current is not None and current not in before
+    older = {script.revision for script in scripts.walk_revisions()} - {scripts.get_current_head()}
+    return current is not None and current not in older
 
 
 def alembic_config() -> Config:
@@ -43,7 +43,7 @@ def alembic_config() -> Config:
 
 
 def _behind(connection: Connection, config: Config) -> set[str]:
-    """The revisions that the database has left behind."""
+    """The revisions before the database's current one."""
     current = MigrationContext.configure(connection).get_current_revision()
     scripts = ScriptDirectory.from_config(config)
     if current is None or current not in {script.revision for script in scripts.walk_revisions()}:

@@ -1,4 +1,4 @@
-"""Cursor pages as OpenAI's lists have them: `after` is the id of the last item of the page before."""
+"""Cursor pages, as in OpenAI's lists: `after` is the id of the last item on the previous page."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Generic, Literal, TypeVar
@@ -11,7 +11,7 @@ from sqlalchemy.orm import InstrumentedAttribute
 Item = TypeVar("Item", bound=BaseModel)
 Row = TypeVar("Row")
 
-After = Annotated[str | None, Query(description="Id of the last object of the page before.")]
+After = Annotated[str | None, Query(description="Id of the last object on the previous page.")]
 
 
 class Page(BaseModel, Generic[Item]):
@@ -25,11 +25,11 @@ class Page(BaseModel, Generic[Item]):
 
 
 def page(items: list[Item], limit: int) -> Page[Item]:
-    """The first `limit` of `items`, which holds one more where there is another page."""
-    shown = items[:limit]
-    ids = [str(item.id) for item in shown]  # type: ignore[attr-defined]
+    """A page of the first `limit` items. `items` holds one more if another page follows."""
+    page_items = items[:limit]
+    ids = [str(item.id) for item in page_items]  # type: ignore[attr-defined]
     return Page(
-        data=shown,
+        data=page_items,
         first_id=ids[0] if ids else None,
         last_id=ids[-1] if ids else None,
         has_more=len(items) > limit,
@@ -44,13 +44,13 @@ def keyset(
     *,
     ascending: bool = False,
 ) -> Select[Row]:
-    """The page of `statement` behind the row `after`, in the order of the columns `key`; None is the first page.
+    """Limit `statement` to the page after the row `after`, ordered by the columns `key`; None is the first page.
 
-    It has one row more than `limit` where there is another page behind it. Descending unless `ascending`.
+    The result has one row more than `limit` if another page follows. The order is descending unless `ascending`.
     """
-    place = tuple_(*key)
+    position = tuple_(*key)
     if after is not None:
-        mark = tuple_(*(getattr(after, column.key) for column in key))
-        statement = statement.where(place > mark if ascending else place < mark)
+        last_position = tuple_(*(getattr(after, column.key) for column in key))
+        statement = statement.where(position > last_position if ascending else position < last_position)
     order = [column.asc() if ascending else column.desc() for column in key]
     return statement.order_by(*order).limit(limit + 1)

@@ -1,4 +1,4 @@
-"""The answer 202: a worker has yet to make what is asked for."""
+"""The answer 202: a worker has not made the result yet."""
 
 from typing import Any, Literal
 
@@ -15,9 +15,9 @@ class Pending(BaseModel):
 NOT_READY: dict[int | str, dict[str, Any]] = {
     202: {"model": Pending, "description": "Not ready; ask again after Retry-After seconds."}
 }
-"""The answer in the document of a route that may give it."""
+"""The entry for this answer in the OpenAPI document of a route."""
 
 
 def not_ready(seconds: int) -> JSONResponse:
-    """The answer itself."""
+    """The 202 answer. The client asks again after `seconds`."""
     return JSONResponse(Pending().model_dump(), status_code=202, headers={"Retry-After": str(seconds)})

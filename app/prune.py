@@ -1,7 +1,8 @@
-"""Find the objects that no row needs: what a dead process left half done, and what only a resume would have read.
+"""Find the objects that no row of the database needs, and delete them.
 
-The rows decide, object by object, and only beside a database that is this store's: beside another no object would
-be needed. Workers do it every hour, and a person with `dpo storage prune`.
+A dead process leaves half-finished work behind. A finished job leaves objects that only a resume would have read.
+The database must belong to the object store: another database would need none of its objects. Workers prune every
+hour; an operator prunes with `dpo storage prune`.
 """
 
 import time
@@ -24,20 +25,20 @@ from app.uploads.tables import UploadPart
 log = structlog.get_logger(__name__)
 
 GRACE_SECONDS = 24 * 3600.0
-"""A row is written within seconds of its object, but some stores date an object by the beginning of its upload."""
+"""Minimum age of an object to delete. Its row follows within seconds, but some stores date it by its upload's start."""
 CACHE_SECONDS = 30 * 24 * 3600.0
-"""What is cached is computed again where it is missed."""
+"""Maximum age of a cached object. It is computed again if it is missing."""
 
 
 def prune(services: Services, *, delete: bool, grace: float = GRACE_SECONDS) -> tuple[int, int]:
-    """Look at every object that was last written more than `grace` seconds ago.
+    """Check every object that was last written more than `grace` seconds ago. Younger objects count as needed.
 
-    Returns (objects that are needed, objects that are not); `delete` removes those. Raises `Conflict` where the store
+    Returns (number of needed objects, number of others); `delete` removes the others. Raises `Conflict` if the store
     belongs to another installation than the database.
     """
     if not _is_ours(services):
         raise Conflict(
-            "The object store is another installation's than the database: what one needs, the other does not know. "
+            "The object store belongs to another installation than the database. "
             "Check DPO_DATABASE_URL and DPO_STORAGE_URL. If they do belong together, delete the object 'installation'.",
             code="another_installation",
         )
@@ -59,12 +60,12 @@ def _remove(services: Services, keys: list[str]) -> None:
     for key in keys:
         try:
             services.storage.delete(key)
-        except Exception as error:  # one that cannot be removed must not keep the others
+        except Exception as error:  # one failure must not stop the rest
             log.warning("object not removed", key=key, reason=str(error))
 
 
 def _is_ours(services: Services) -> bool:
-    """Whether the store is this database's; one that nobody has put a name to is given it where that may be done."""
+    """Whether the store belongs to this database. A store without an owner is adopted if `_may_adopt` allows it."""
     name, owner = name_of(services.database), owner_of(services.storage)
     if owner is None and _may_adopt(services):
         services.storage.put_bytes(KEY, name.encode())
@@ -73,7 +74,7 @@ def _is_ours(services: Services) -> bool:
 
 
 def _may_adopt(services: Services) -> bool:
-    """Whether the store holds nothing, or something that a row needs: beside a wrong or empty database nothing is."""
+    """Whether the store is empty or a row needs one of its objects. A wrong or empty database needs none."""
     empty = True
     for prefix in NEEDED.keys() - {"cache"}:
         for batch in services.storage.batches(prefix):
@@ -85,7 +86,7 @@ def _may_adopt(services: Services) -> bool:
 
 
 def tidy_job(services: Services, job_id: str) -> None:
-    """Remove at once what only a resume of a job that has ended would have read, and what dead attempts left of it."""
+    """Remove at once what an ended job no longer needs: data for a resume, and leftovers of dead attempts."""
     keys = [key for key, _size in services.storage.list(f"jobs/{job_id}")]
     with services.database.read() as session:
         kept = _jobs(session, keys)
@@ -93,38 +94,39 @@ def tidy_job(services: Services, job_id: str) -> None:
 
 
 def _files(session: Session, keys: list[str]) -> set[str]:
-    """Those of files that are there; the bytes of deleted ones go with their rows."""
-    names = [_part(key, 1) for key in keys]
-    found = set(session.scalars(select(File.id).where(File.id.in_(names))))
-    return {key for key in keys if _part(key, 1) in found}
+    """The objects of files that have a row. The bytes of a deleted file go with its row."""
+    file_ids = [_part(key, 1) for key in keys]
+    existing = set(session.scalars(select(File.id).where(File.id.in_(file_ids))))
+    return {key for key in keys if _part(key, 1) in existing}
 
 
 def _parts(session: Session, keys: list[str]) -> set[str]:
-    names = [_part(key, 2) for key in keys]
-    found = set(session.scalars(select(UploadPart.id).where(UploadPart.id.in_(names))))
-    return {key for key in keys if _part(key, 2) in found}
+    """The objects of upload parts that have a row."""
+    part_ids = [_part(key, 2) for key in keys]
+    existing = set(session.scalars(select(UploadPart.id).where(UploadPart.id.in_(part_ids))))
+    return {key for key in keys if _part(key, 2) in existing}
 
 
 def _jobs(session: Session, keys: list[str]) -> set[str]:
-    """All of a job that has not ended; else its model, those of its checkpoints, and, while it has events, its logs."""
-    ids = {_part(key, 1) for key in keys}
-    active = set(session.scalars(select(Job.id).where(Job.id.in_(ids), Job.status.in_(ACTIVE))))
-    told = set(session.scalars(select(JobEvent.job_id).where(JobEvent.job_id.in_(ids)).distinct()))
-    folders = set(session.scalars(select(Model.prefix).where(Model.job_id.in_(ids))))
+    """All objects of an active job. An ended job needs its models, and its logs while it has events."""
+    job_ids = {_part(key, 1) for key in keys}
+    active = set(session.scalars(select(Job.id).where(Job.id.in_(job_ids), Job.status.in_(ACTIVE))))
+    with_events = set(session.scalars(select(JobEvent.job_id).where(JobEvent.job_id.in_(job_ids)).distinct()))
+    folders = set(session.scalars(select(Model.prefix).where(Model.job_id.in_(job_ids))))
     folders |= {
-        f"{prefix}/model" for prefix in session.scalars(select(Checkpoint.prefix).where(Checkpoint.job_id.in_(ids)))
+        f"{prefix}/model" for prefix in session.scalars(select(Checkpoint.prefix).where(Checkpoint.job_id.in_(job_ids)))
     }
     return {
         key
         for key in keys
         if _part(key, 1) in active
-        or (key.endswith("/trainer.log") and _part(key, 1) in told)
+        or (key.endswith("/trainer.log") and _part(key, 1) in with_events)
         or any(key.startswith(f"{folder}/") for folder in folders)
     }
 
 
 def _merged(session: Session, keys: list[str]) -> set[str]:
-    """Those of merges that are being made, and the results of those that are done."""
+    """The objects of pending merges, and the results of finished ones."""
     tasks = session.scalars(select(DerivedArtifact).where(DerivedArtifact.id.in_([_part(key, 1) for key in keys])))
     folders = [f"merged/{task.id}" if task.status == "pending" else (task.result or {}).get("prefix") for task in tasks]
     return {key for key in keys if any(folder and key.startswith(f"{folder}/") for folder in folders)}
@@ -135,6 +137,7 @@ def _nothing(_session: Session, _keys: list[str]) -> set[str]:
 
 
 def _part(key: str, number: int) -> str:
+    """Part `number` of the path `key`, from 0 on; "" if it has fewer parts."""
     return [*key.split("/"), "", ""][number]
 
 
@@ -145,4 +148,4 @@ NEEDED: dict[str, Callable[[Session, list[str]], set[str]]] = {
     "merged": _merged,
     "cache": _nothing,
 }
-"""By the first part of an object's key: which of some keys are needed."""
+"""For the first part of an object's key: a function that returns the needed keys among `keys`."""

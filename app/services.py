@@ -1,4 +1,4 @@
-"""The services of every feature, built once from the settings; API and workers share them."""
+"""The services of every feature. They are built once from the settings, by the API and by each worker."""
 
 from dataclasses import dataclass
 

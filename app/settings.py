@@ -1,4 +1,4 @@
-"""Settings, all from the environment (`DPO_*`), with defaults under which nothing needs to be configured."""
+"""Settings from the environment (`DPO_*`). The defaults work without any configuration."""
 
 import os
 import re
@@ -12,7 +12,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 
 class Settings(BaseSettings):
-    """What an operator can set; the README lists it. Reading it has no side effect on the disk."""
+    """The operator's settings, which the README lists. Building this object writes nothing to the disk."""
 
     model_config = SettingsConfigDict(env_prefix="DPO_", env_ignore_empty=True, extra="ignore", frozen=True)
 
@@ -29,13 +29,13 @@ class Settings(BaseSettings):
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = ("localhost", "127.0.0.1", "[::1]")
     cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """Of structured logs; what is less important is left out."""
+    """The lowest level that is logged."""
     rate_limit: int = Field(6000, ge=0)
-    """Requests a minute for each key; 0 is no limit."""
+    """Requests per minute for each key; 0 means no limit."""
     prune_after_hours: float = Field(24.0, ge=0)
-    """Workers remove objects that no row needs when they are this old; 0: never."""
+    """Age in hours at which workers remove objects that no row needs; 0 means never."""
     retain_events_days: float = Field(365.0, ge=0)
-    """Events, metrics and logs of jobs, and deliveries of webhooks, are kept so long after their end; 0: for ever."""
+    """Days to keep events, metrics and logs of ended jobs, and ended webhook deliveries; 0 means for ever."""
     private_webhooks: Annotated[tuple[str, ...], NoDecode] = ()
     """Hosts inside the operator's own network that webhooks may be sent to."""
     private_judges: Annotated[tuple[str, ...], NoDecode] = ()
@@ -67,7 +67,7 @@ class Settings(BaseSettings):
     @classmethod
     def _long_enough_to_write(cls, value: float) -> float:
         if 0 < value < 1:
-            raise ValueError("must be 0, which is never, or 1 or more: an object is there before its row")
+            raise ValueError("must be 0 (never), or 1 or more: an object is written before its row")
         return value
 
     @field_validator("home")
@@ -90,27 +90,27 @@ class Settings(BaseSettings):
 
     @cached_property
     def admin_key(self) -> str:
-        """The operator's key: from the environment, else made once and kept in `DPO_HOME/admin.key`."""
+        """The operator's key. It comes from the environment, else from `DPO_HOME/admin.key`, which is made once."""
         return self.admin_key_value.get_secret_value() or _kept_secret(self.home / "admin.key")
 
     @cached_property
     def secret_key(self) -> str:
-        """Keys the HMAC of API keys; from the environment, else kept in `DPO_HOME/secret.key`."""
+        """The key of HMACs and of the vault. It comes from the environment, else from `DPO_HOME/secret.key`."""
         return self.secret_key_value.get_secret_value() or _kept_secret(self.home / "secret.key")
 
 
 def _kept_secret(path: Path) -> str:
-    """Read the secret in `path`, or make it; several processes that start at once agree on one."""
+    """Read the secret in `path`, or make it. Processes that start at the same moment agree on one secret."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    made = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     if not path.exists():
-        descriptor = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as file:
             file.write("dpo-" + secrets.token_urlsafe(32) + "\n")
         try:
-            os.link(made, path)  # fails where another process was first: its secret is the one
+            os.link(temporary, path)  # fails if another process was first: then its secret is used
         except FileExistsError:
             pass
         finally:
-            made.unlink()
+            temporary.unlink()
     return path.read_text().strip()

@@ -1,6 +1,6 @@
 """Objects (uploaded files, checkpoints, adapters, logs) in a folder, S3, GCS or Azure: obstore behind one class.
 
-Keys are made of ids by this program, never of what a user typed.
+This program makes the keys from ids, never from what a user typed.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ CHUNK = 8 * 1024 * 1024
 
 
 class Storage:
-    """An object store. A put is atomic: an object is whole or not there."""
+    """An object store. A put is atomic: an object is complete or absent."""
 
     def __init__(self, url: str) -> None:
         if url.startswith("file://"):
@@ -33,7 +33,7 @@ class Storage:
             self.store = from_url(url)
 
     async def put_stream(self, key: str, chunks: AsyncIterator[bytes]) -> None:
-        """Write an object from a stream; nothing stays behind where the stream raises, and what it raised comes out."""
+        """Write an object from a stream. If the stream raises, no object is left, and the same error is raised here."""
         failure: list[BaseException] = []
 
         async def watched() -> AsyncIterator[bytes]:
@@ -46,22 +46,22 @@ class Storage:
 
         try:
             await obstore.put_async(self.store, key, watched(), use_multipart=True, chunk_size=CHUNK, max_concurrency=2)
-        except Exception as error:  # obstore wraps what its source raises in an error of its own
+        except Exception as error:  # obstore wraps the source's error in its own
             raise failure[0] if failure else error from None
 
     @asynccontextmanager
     async def written(self, key: str, chunks: AsyncIterator[bytes]) -> AsyncIterator[None]:
-        """Write an object from a stream for the length of a block; where either fails, the object does not stay.
+        """Write an object from a stream, then run the block. If either fails, the object is deleted.
 
-        But where the database failed: whether a row was written only the database can tell.
+        After a database error the object stays, because its row may have been written.
         """
         try:
             await self.put_stream(key, chunks)
             yield
         except SQLAlchemyError:
-            raise  # the row may be there all the same: `dpo storage prune` finds the object if it is not
+            raise  # the row may exist; if it does not, `dpo storage prune` finds the object
         except BaseException:
-            # Shielded, because a client that hangs up cancels this task: the object must go all the same.
+            # Shielded, because a client that hangs up cancels this task. The object must still be deleted.
             await asyncio.shield(run_in_threadpool(self.delete, key))
             raise
 
@@ -72,7 +72,7 @@ class Storage:
         obstore.put(self.store, key, path, chunk_size=CHUNK, max_concurrency=2)
 
     def put_folder(self, prefix: str, folder: Path) -> None:
-        """Write every file below `folder` under `prefix/`. Raises `FileNotFoundError` where there is none."""
+        """Write every file below `folder` under `prefix/`. Raises `FileNotFoundError` if there is none."""
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         if not files:
             raise FileNotFoundError(folder)
@@ -80,25 +80,27 @@ class Storage:
             self.put_file(f"{prefix}/{path.relative_to(folder).as_posix()}", path)
 
     def chunks(self, key: str) -> Iterator[bytes]:
-        """The object's bytes, piece by piece. Raises `FileNotFoundError` at once where there is none."""
+        """The object's bytes, piece by piece. Raises `FileNotFoundError` at once if it does not exist."""
         try:
-            found = obstore.get(self.store, key)
+            result = obstore.get(self.store, key)
         except NotFoundError as error:
             raise FileNotFoundError(key) from error
-        return (bytes(chunk) for chunk in found.stream(min_chunk_size=1024 * 1024))
+        return (bytes(chunk) for chunk in result.stream(min_chunk_size=1024 * 1024))
 
     async def stream(self, key: str) -> AsyncIterator[bytes]:
-        """The object's bytes, piece by piece, for a source of `put_stream`: a store cannot be read in the middle of a
-        write of its own but so."""
+        """The object's bytes, piece by piece, as a source for `put_stream`.
+
+        The source of a write can read the same store only in this way.
+        """
         try:
-            found = await obstore.get_async(self.store, key)
+            result = await obstore.get_async(self.store, key)
         except NotFoundError as error:
             raise FileNotFoundError(key) from error
-        async for chunk in found.stream(min_chunk_size=1024 * 1024):
+        async for chunk in result.stream(min_chunk_size=1024 * 1024):
             yield bytes(chunk)
 
     def read(self, key: str) -> bytes:
-        """A small object, whole."""
+        """All bytes of a small object."""
         return b"".join(self.chunks(key))
 
     def get_file(self, key: str, path: Path) -> None:
@@ -120,12 +122,12 @@ class Storage:
         return sorted((meta["path"], meta["size"]) for batch in batches for meta in batch)
 
     def batches(self, prefix: str) -> Iterator[Sequence[tuple[str, float]]]:
-        """(key, unix seconds of its last write) of every object under `prefix/`, some hundreds at a time."""
+        """(key, unix seconds of its last write) of every object under `prefix/`, at most 500 at a time."""
         for batch in obstore.list(self.store, prefix, chunk_size=500):
             yield [(meta["path"], meta["last_modified"].timestamp()) for meta in batch]
 
     def delete(self, key: str) -> None:
-        """Delete an object; one that is not there is deleted already."""
+        """Delete an object. A missing object is no error."""
         with suppress(NotFoundError, FileNotFoundError):
             obstore.delete(self.store, key)
 
@@ -135,6 +137,6 @@ class Storage:
             self.delete(key)
 
     def check(self) -> None:
-        """Raise where the store cannot be reached."""
+        """Raise an error if the store cannot be reached."""
         for _batch in obstore.list(self.store, "readiness"):
             break

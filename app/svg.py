@@ -1,4 +1,4 @@
-"""Pictures of numbers, as SVG: a frame with its axes, and curves in it. Pure functions; no picture loads anything."""
+"""SVG charts: a frame with axes, and curves in it. All functions are pure, and no chart loads anything."""
 
 import math
 import re
@@ -22,29 +22,31 @@ def ticks(low: float, high: float, count: int = 6) -> list[float]:
 
 @dataclass(frozen=True)
 class Frame:
-    """Where values are in a picture of `width` × `height`: `x` and `y` are the ranges that it shows."""
+    """The coordinates of a chart of `width` × `height` pixels. `x` and `y` are the ranges of values that it shows."""
 
     x: tuple[float, float]
     y: tuple[float, float]
     width: int = 760
     height: int = 480
     right: int = 190
-    """Room for the names of what is shown."""
+    """Width of the legend, in pixels."""
 
     @classmethod
     def around(cls, xs: Sequence[float], ys: Sequence[float], **size: int) -> "Frame":
-        """A frame with a little room around all values."""
+        """A frame around all values, with a small margin."""
         return cls(_range(xs), _range(ys), **size)
 
     def at_x(self, value: float) -> float:
+        """Pixels from the left edge."""
         return round(LEFT + (value - self.x[0]) / (self.x[1] - self.x[0]) * (self.width - LEFT - self.right), 1)
 
     def at_y(self, value: float) -> float:
+        """Pixels from the top edge."""
         low, high = self.y
         return round(self.height - BOTTOM - (value - low) / (high - low) * (self.height - BOTTOM - TOP), 1)
 
     def draw(self, inside: Sequence[str], names: dict[str, str], x_label: str, y_label: str, title: str) -> str:
-        """The whole picture: axes, what is `inside`, and the names with their colours."""
+        """The whole chart: axes, the elements `inside`, and the legend of `names` (name → colour)."""
         bottom, end = self.height - BOTTOM, self.width - self.right
         out = [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" '
@@ -56,18 +58,18 @@ class Frame:
             _text(0, 0, y_label, anchor="middle") + "</g>",
         ]
         for value in ticks(*self.x):
-            at = self.at_x(value)
-            out.append(f'<path d="M{at} {TOP}V{bottom}" stroke="{GRID}"/>')
-            out.append(_text(at, bottom + 18, f"{value:g}", anchor="middle", fill=FAINT))
+            left = self.at_x(value)
+            out.append(f'<path d="M{left} {TOP}V{bottom}" stroke="{GRID}"/>')
+            out.append(_text(left, bottom + 18, f"{value:g}", anchor="middle", fill=FAINT))
         for value in ticks(*self.y):
-            at = self.at_y(value)
-            out.append(f'<path d="M{LEFT} {at}H{end}" stroke="{GRID}"/>')
-            out.append(_text(LEFT - 8, at + 4, f"{value:g}", anchor="end", fill=FAINT))
+            top = self.at_y(value)
+            out.append(f'<path d="M{LEFT} {top}H{end}" stroke="{GRID}"/>')
+            out.append(_text(LEFT - 8, top + 4, f"{value:g}", anchor="end", fill=FAINT))
         out += inside
         for number, (name, colour) in enumerate(names.items()):
-            at = TOP + 10 + 18 * number
-            out.append(f'<circle cx="{end + 16}" cy="{at}" r="4.5" fill="{colour}"/>')
-            out.append(_text(end + 26, at + 4, name))
+            y = TOP + 10 + 18 * number
+            out.append(f'<circle cx="{end + 16}" cy="{y}" r="4.5" fill="{colour}"/>')
+            out.append(_text(end + 26, y + 4, name))
         return "\n".join([*out, "</svg>\n"])
 
 
@@ -77,29 +79,29 @@ def colours(names: Sequence[str]) -> dict[str, str]:
 
 
 def curves(lines: Mapping[str, Sequence[tuple[float, float]]], title: str, x_label: str = "step") -> str:
-    """A small picture of some curves, each by its name. Each has at least one point."""
+    """A small chart of named curves. Each curve is a list of (x, y) with at least one point."""
     frame = Frame.around(
         [x for line in lines.values() for x, _ in line], [y for line in lines.values() for _, y in line],
         width=420, height=260, right=60,
     )  # fmt: skip
-    named = colours(list(lines))
-    drawn = [
+    colour_of = colours(list(lines))
+    paths = [
         f'<path d="M{" L".join(f"{frame.at_x(x)} {frame.at_y(y)}" for x, y in line)}" fill="none" '
-        f'stroke="{named[name]}" stroke-width="1.5"/>'
+        f'stroke="{colour_of[name]}" stroke-width="1.5"/>'
         for name, line in lines.items()
     ]
-    return frame.draw(drawn, named, x_label, "", title)
+    return frame.draw(paths, colour_of, x_label, "", title)
 
 
 def escaped(text: str) -> str:
-    """`text` as it stands in XML, which has no place for control characters."""
+    """`text` escaped for XML, without the control characters that XML forbids."""
     return escape(re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]", "", text))
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
-    room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
-    return low - room, high + room
+    margin = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
+    return low - margin, high + margin
 
 
 def _text(x: float, y: float, text: str, *, anchor: str = "start", size: int = 12, fill: str = TEXT) -> str:

@@ -1,10 +1,10 @@
-"""Work in the rows of a table: who does it, until when, and as which attempt. The row is the truth.
+"""A work queue in the rows of a table. A row says who does the work, until when, and as which attempt.
 
     claim → heartbeat, heartbeat, … → write the result, guarded by the attempt
 
-A claim starts a new attempt and takes a lease. The worker renews the lease while it works, and every write of it is
-guarded by `id` and `attempt`. A lease that is not renewed lapses; the reaper then releases its row, after a pause, for
-another attempt. Jobs, derived artifacts and webhook deliveries are queues of this kind.
+A claim starts a new attempt and takes a lease. The worker renews the lease while it works, and `id` and `attempt`
+guard each of its writes. A lease that is not renewed lapses. The reaper then releases its row for another attempt
+after a pause. Jobs, derived artifacts and webhook deliveries are queues of this kind.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ HEARTBEAT_SECONDS = 3.0
 OUTAGE_SECONDS = 60.0
 """Grace period: how long a worker keeps working after its lease ends while the database is unreachable."""
 MAX_LOST_ATTEMPTS = 3
-"""Work is given up after so many attempts without progress."""
+"""Work is given up after this many lost attempts without progress."""
 RETRY_SECONDS = 20.0
 """The longest pause before another attempt at work whose worker was lost."""
 
@@ -35,11 +35,11 @@ class Queued:
 
     id: Mapped[str] = mapped_column(primary_key=True)
     attempt: Mapped[int]
-    """The fencing token: every write of a worker is guarded by `id` and `attempt`."""
+    """The fencing token: `id` and `attempt` guard every write of a worker."""
     lease_owner: Mapped[str | None]
     lease_expires_at: Mapped[float | None]
     eligible_at: Mapped[float]
-    """Not to be claimed before this time."""
+    """No worker may claim the row before this time (unix seconds)."""
     lost_attempts: Mapped[int]
     """Attempts whose worker was lost since the last progress."""
 
@@ -95,18 +95,18 @@ class WorkQueue(Generic[Work]):
     def heartbeat(
         self, session: Session, row_id: str, attempt: int, *returning: Any, **values: Any
     ) -> Row[*tuple[Any, ...]] | None:
-        """Extend the lease; None where another has it, or nobody. Returns the columns `returning`."""
+        """Extend the lease and return the columns `returning`; None if this attempt no longer holds the lease."""
         statement = update(self.table).where(self.holds(row_id, attempt))
         statement = statement.values(lease_expires_at=database_now() + self.lease_seconds, **values)
         return session.execute(statement.returning(*(returning or (self.table.id,)))).one_or_none()
 
     def write(self, session: Session, row_id: str, attempt: int, **values: Any) -> bool:
-        """Write columns of a row whose lease this attempt holds; False where it does not."""
+        """Write columns of a row; False if this attempt does not hold its lease."""
         statement = update(self.table).where(self.holds(row_id, attempt)).values(**values).returning(self.table.id)
         return session.scalar(statement) is not None
 
     def release(self, session: Session, row_id: str, attempt: int, *, pause: float | None, **values: Any) -> bool:
-        """Give the lease back. Another attempt may begin after `pause` seconds; None: there is no other one."""
+        """Give the lease back. Another attempt may begin after `pause` seconds; None means there is none."""
         eligible_at = None if pause is None else database_now() + pause
         values |= {"lease_owner": None, "lease_expires_at": None, "eligible_at": eligible_at}
         return self.write(session, row_id, attempt, **values)
@@ -122,12 +122,12 @@ class WorkQueue(Generic[Work]):
     def lapsed(self, session: Session) -> Sequence[Work]:
         """The rows whose worker stopped renewing its lease, locked.
 
-        A lease that ends later than any could was set before the clock went back.
+        A lease that ends later than a new one would was taken before the clock was set back.
         """
         table, ends = self.table, self.table.lease_expires_at
         farthest = database_now() + self.lease_seconds + HEARTBEAT_SECONDS
-        over = or_(ends.is_(None), ends < database_now(), ends > farthest)
-        statement = select(table).where(self.active, table.lease_owner.is_not(None), over)
+        has_lapsed = or_(ends.is_(None), ends < database_now(), ends > farthest)
+        statement = select(table).where(self.active, table.lease_owner.is_not(None), has_lapsed)
         return session.scalars(statement.with_for_update(skip_locked=True)).all()
 
     # -- conditions ----------------------------------------------------------------------------------------------
@@ -135,10 +135,10 @@ class WorkQueue(Generic[Work]):
     def free(self) -> ColumnElement[bool]:
         """The condition that nobody has the row, and that its time has come.
 
-        A time further away than any pause was set before the clock went back.
+        A time further away than any pause was set before the clock was set back.
         """
-        at, farthest = self.table.eligible_at, database_now() + self.longest_pause + HEARTBEAT_SECONDS
-        return and_(self.table.lease_owner.is_(None), or_(at <= database_now(), at > farthest))
+        eligible_at, farthest = self.table.eligible_at, database_now() + self.longest_pause + HEARTBEAT_SECONDS
+        return and_(self.table.lease_owner.is_(None), or_(eligible_at <= database_now(), eligible_at > farthest))
 
     def holds(self, row_id: str, attempt: int) -> ColumnElement[bool]:
         """The condition that this attempt still holds the lease of the row."""
