@@ -1,4 +1,4 @@
-"""Files on the wire."""
+"""The API schemas of files."""
 
 from typing import Annotated, Literal
 
@@ -8,7 +8,7 @@ from app.files.tables import File
 from app.spec.schema_base import Strict, unix_seconds
 
 UploadPurpose = Literal["assistants", "batch", "fine-tune", "vision", "user_data", "evals"]
-"""Training takes files with the purpose `fine-tune`; the others are kept as they are."""
+"""Training takes files with the purpose `fine-tune`. Evaluations also take `evals`."""
 Purpose = Literal[UploadPurpose, "assistants_output", "batch_output", "fine-tune-results"]
 EXAMPLE: dict[str, JsonValue] = {
     "id": "file-abc123",
@@ -24,7 +24,7 @@ EXAMPLE: dict[str, JsonValue] = {
 
 
 class ExpiresAfter(Strict):
-    """When a file goes by itself."""
+    """When a file is deleted automatically."""
 
     anchor: Literal["created_at"]
     seconds: Annotated[int, Field(ge=3600, le=2592000)]

@@ -9,7 +9,7 @@ from app.database import PlainText, Table
 
 
 class File(Table):
-    """A file. One that was deleted keeps its row and its object while an active job still needs it."""
+    """A file. A deleted file keeps its row and its object while an active job still needs it."""
 
     __tablename__ = "files"
     __table_args__ = (Index("ix_files_project_created_at", "project", "created_at", "id"),)
@@ -22,11 +22,11 @@ class File(Table):
     sha256: Mapped[str]
     created_at: Mapped[float]
     mapping: Mapped[dict[str, Any] | None]
-    """How its rows are read, where the uploader said so."""
+    """How its rows are read, if the uploader gave a mapping."""
     expires_at: Mapped[float | None]
     deleted_at: Mapped[float | None]
 
     @property
     def key(self) -> str:
-        """Where the bytes are in the object store."""
+        """The key of the bytes in the object store."""
         return f"files/{self.id}"

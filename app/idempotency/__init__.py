@@ -1,1 +1,1 @@
-"""Requests that are sent again make nothing twice."""
+"""Idempotency: a request that is sent again makes nothing twice."""

@@ -1,4 +1,4 @@
-"""The table of what was made by which request."""
+"""The table that records which object a request made."""
 
 from sqlalchemy import Index, UniqueConstraint
 from sqlalchemy.orm import Mapped, mapped_column

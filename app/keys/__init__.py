@@ -1,1 +1,1 @@
-"""API keys: who may call, and on whose data."""
+"""API keys: who may call the service, and whose data a call reaches."""

@@ -1,4 +1,4 @@
-"""How many requests a key may send a minute. Counted in Redis where the broker is one, else in this process."""
+"""Limits the requests per minute of a key. Redis counts them if it is the broker, else this process does."""
 
 import math
 import time
@@ -15,7 +15,7 @@ log = structlog.get_logger(__name__)
 
 
 class Rates:
-    """A moving window of a minute for each key. `per_minute` 0 is no limit."""
+    """A moving window of a minute for each key. `per_minute` 0 means no limit."""
 
     def __init__(self, per_minute: int, broker_url: str) -> None:
         self.item = RateLimitItemPerMinute(per_minute) if per_minute else None
@@ -24,14 +24,14 @@ class Rates:
         self.limiter = MovingWindowRateLimiter(storage_from_string(broker_url if shared else "memory://", **options))
 
     def check(self, caller: Caller) -> None:
-        """Count a request of `caller`. Raises `TooMany` for one too many."""
+        """Count a request of `caller`. Raises `TooMany` if it is over the limit."""
         if self.item is None:
             return
         try:
             if self.limiter.hit(self.item, caller.key_id):
                 return
             reset = self.limiter.get_window_stats(self.item, caller.key_id).reset_time
-        except Exception as error:  # whatever Redis raises: a counter that is away must not take the service along
+        except Exception as error:  # any error of Redis: the service goes on without counting
             log.warning("requests not counted", reason=type(error).__name__)
             return
         seconds = max(1, math.ceil(reset - time.time()))

@@ -1,4 +1,4 @@
-"""API keys on the wire."""
+"""The API schemas of keys."""
 
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -8,17 +8,17 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from app.projects.schemas import ProjectId
 from app.spec.schema_base import Strict, unix_seconds
 
-if TYPE_CHECKING:  # the command line needs these schemas, and no SQLAlchemy
+if TYPE_CHECKING:  # the command line needs these schemas, but not SQLAlchemy
     from app.keys.tables import ApiKey
 
 
 class Scope(StrEnum):
-    """What a key may do; each includes the one before it."""
+    """What a key may do. Each scope includes the one before it."""
 
     READ = "read"
     WRITE = "write"
     ADMIN = "admin"
-    """Projects and keys of the whole installation."""
+    """Manage the projects and keys of the whole installation."""
 
 
 class KeySpec(Strict):
@@ -37,11 +37,11 @@ class KeySpec(Strict):
         Scope.WRITE,
     ]
     expires_in: Annotated[int, Field(ge=1, le=10**10)] | None = None
-    """Seconds from now; null is no end."""
+    """Seconds until the key expires; null means never."""
 
 
 class KeyObject(BaseModel):
-    """A key, without what it is."""
+    """A key, without its secret."""
 
     id: str
     object: Literal["api_key"] = "api_key"
@@ -68,6 +68,6 @@ class KeyObject(BaseModel):
 
 
 class NewKeyObject(KeyObject):
-    """A key that was just made: `key` is shown this once."""
+    """A new key. `key` is its secret, which is shown only this once."""
 
     key: str

@@ -6,7 +6,7 @@ from app.database import Table
 
 
 class ApiKey(Table):
-    """A key that was handed out. The key itself is not here: only its HMAC is."""
+    """An API key. The secret itself is not stored, only its HMAC."""
 
     __tablename__ = "api_keys"
 
@@ -18,5 +18,5 @@ class ApiKey(Table):
     created_at: Mapped[float]
     expires_at: Mapped[float | None]
     last_used_at: Mapped[float | None]
-    """To the minute."""
+    """Accurate to a minute."""
     revoked_at: Mapped[float | None]
