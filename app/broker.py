@@ -33,7 +33,7 @@ class FolderChannel(filesystem.Channel):  # type: ignore[misc]
     """kombu's folder channel, made safe against half-written messages.
 
     A message that is read while it is being written is dropped, as any wake-up may be. Plain kombu raises an error
-    there, which Celery takes for a lost broker, and the worker ends.
+    there. Celery takes that for a lost broker, and the worker ends.
     """
 
     def _get(self, queue: str) -> Any:

@@ -1,1 +1,1 @@
-"""`make demo`: the whole path on a world whose true preference is known."""
+"""`make demo`: the whole path, on generated data whose true preference is known."""

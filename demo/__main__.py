@@ -1,7 +1,7 @@
 """`make demo`: preference pairs → upload → job → queue → QLoRA SFT → DPO → adapter, over HTTP.
 
-Exit status 0 only where the model really became better: held-out reward accuracy at least 0.8, and the true
-reward of sampled completions higher for DPO than for SFT than for the base, each by two standard errors.
+The exit status is 0 only if the model became better. The held-out reward accuracy must be at least 0.8. The true reward
+of sampled completions must rise from the base to SFT and from SFT to DPO, each time by two standard errors.
 """
 
 import argparse
@@ -61,8 +61,8 @@ def main() -> int:
     began = time.monotonic()
     settings = Settings()
     base_model.ensure(settings, console)
-    with Service(settings) as client, tempfile.TemporaryDirectory() as work:
-        files = upload(client, Path(work), swap)
+    with Service(settings) as client, tempfile.TemporaryDirectory() as data_folder:
+        files = upload(client, Path(data_folder), swap)
         job = run_job(client, files)
         if job["status"] != "succeeded":
             console.print(f"[red]The job ended as {job['status']}.[/]")
@@ -86,7 +86,7 @@ def main() -> int:
 
 
 class Service:
-    """`dpo serve` on a free port, with the embedded defaults, stopped at the end."""
+    """`dpo serve` on a free port, with the embedded defaults. It is stopped at the end of the block."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -144,7 +144,7 @@ def upload(client: Client, folder: Path, swap: bool) -> dict[str, str]:
 
 
 def run_job(client: Client, files: dict[str, str]) -> dict[str, Any]:
-    """One request: QLoRA SFT, then DPO."""
+    """Run QLoRA SFT and then DPO, in one job; returns the ended job."""
     body = {
         "model": base_model.NAME,
         "training_file": files["preferences"],
@@ -170,7 +170,7 @@ def run_job(client: Client, files: dict[str, str]) -> dict[str, Any]:
 def download(client: Client, job: dict[str, Any], folder: Path) -> dict[str, Path]:
     """The adapters after SFT and after DPO."""
     checkpoints = client.pages(f"/fine_tuning/jobs/{job['id']}/checkpoints", limit=100)
-    sft = next(c["fine_tuned_model_checkpoint"] for c in checkpoints if c["stage"] == "sft")
+    sft = next(checkpoint["fine_tuned_model_checkpoint"] for checkpoint in checkpoints if checkpoint["stage"] == "sft")
     folders = {"sft": folder / "sft", "dpo": folder / "dpo"}
     for stage, name in (("sft", sft), ("dpo", job["fine_tuned_model"])):
         client.download_model(name, folders[stage])
@@ -178,14 +178,14 @@ def download(client: Client, job: dict[str, Any], folder: Path) -> dict[str, Pat
 
 
 def held_out_metrics(client: Client, job: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
-    """The DPO stage's metrics on held-out pairs, at its start and at its end."""
+    """The DPO stage's metrics on held-out pairs: (at its start, at its end)."""
     events = client.pages(f"/fine_tuning/jobs/{job['id']}/events", limit=1000)
-    found = [
+    validations = [  # newest first
         event["data"]
         for event in events
         if event["type"] == "metrics" and event["data"]["stage"] == "dpo" and "eval/loss" in event["data"]
     ]
-    return found[-1], found[0]
+    return validations[-1], validations[0]
 
 
 def show(before: dict[str, float], after: dict[str, float], sampled: list[Sampled]) -> None:
@@ -197,7 +197,7 @@ def show(before: dict[str, float], after: dict[str, float], sampled: list[Sample
     ):
         table.add_row(label, f"{before[name]:.3f}", f"{after[name]:.3f}")
     console.print(table)
-    title = "What the world says: the true reward of sampled completions"
+    title = "The true reward of sampled completions"
     table = Table("model", "true reward", "standard error", title=title, title_justify="left")
     for model in sampled:
         table.add_row(model.name, f"{model.mean:+.3f}", f"{model.standard_error:.3f}")
@@ -210,7 +210,7 @@ def show(before: dict[str, float], after: dict[str, float], sampled: list[Sample
 
 
 def verdict(after: dict[str, float], sampled: list[Sampled]) -> list[str]:
-    """What is not as it must be."""
+    """The conditions of success that do not hold."""
     problems = []
     accuracy = after["eval/rewards/accuracies"]
     if accuracy < 0.8:

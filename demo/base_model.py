@@ -1,4 +1,4 @@
-"""The demo's base model, made on the spot: a small Llama, trained from scratch by the engine itself."""
+"""The demo's base model: a small Llama that the engine itself trains from scratch."""
 
 import json
 import shutil
@@ -20,10 +20,10 @@ STORIES = 4000
 
 
 def ensure(settings: Settings, console: Console) -> None:
-    """Make the model in the models folder, unless an earlier demo did."""
+    """Make the model in the models folder, unless an earlier demo made it."""
     folder = settings.models_dir / NAME
     if (folder / "model.safetensors").exists():
-        console.print(f"1. The base model is there: {folder}", highlight=False)
+        console.print(f"1. The base model exists: {folder}", highlight=False)
         return
     console.print("1. Training a base model from scratch, with the engine: a small Llama on generated stories")
     corpus = world.corpus(STORIES, seed=1)
@@ -45,11 +45,11 @@ def ensure(settings: Settings, console: Console) -> None:
             },
         }
         (work / "spec.json").write_text(json.dumps(spec))
-        made = work / "made"
-        if train(work / "spec.json", made, settings, console) != 0:
+        output = work / "made"
+        if train(work / "spec.json", output, settings, console) != 0:
             raise SystemExit("The base model could not be trained; the lines above say why.")
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(made, folder.with_name(f".{NAME}"), dirs_exist_ok=True)
+        shutil.copytree(output, folder.with_name(f".{NAME}"), dirs_exist_ok=True)
         folder.with_name(f".{NAME}").rename(folder)
     shutil.rmtree(untrained)
 

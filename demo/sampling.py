@@ -1,4 +1,4 @@
-"""Completions by plain transformers and peft: nothing of the engine, as any user of an adapter would do it."""
+"""Sampling with plain transformers and peft, without the engine, as any user of an adapter would do it."""
 
 import random
 from pathlib import Path
@@ -11,9 +11,9 @@ from demo import world
 
 
 def complete(base: Path, adapter: Path | None, count: int) -> list[str]:
-    """`count` sampled completions, at temperature 1, of prompts that are the same for every model.
+    """`count` completions, sampled at temperature 1. Every model gets the same prompts.
 
-    The base is quantised as in training: an adapter belongs to the base it was trained on.
+    The base is quantised as in training, because an adapter belongs to the base it was trained on.
     """
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,

@@ -1,6 +1,6 @@
-"""A small world: stories about animals, and people who like the cheerful ones.
+"""Generated data: stories about animals, and raters who prefer the cheerful ones.
 
-The true reward of a story is known, so that the demo can tell whether a model really became better.
+The true reward of a story is known, so that the demo can tell whether a model became better.
 """
 
 import random
@@ -27,7 +27,7 @@ def prompt(generator: random.Random) -> str:
 
 
 def story(generator: random.Random, asked: str, cheerful: float, gloomy: float) -> str:
-    """A story that answers `asked`, whose words are cheerful and gloomy with these probabilities, else plain."""
+    """A story that answers the prompt `asked`. A word is cheerful or gloomy with these probabilities, else plain."""
     animal = asked.removeprefix("Tell me about the ").split(".")[0]
     frames = [FRAMES[0], *generator.sample(FRAMES[1:-1], SENTENCES - 2), FRAMES[-1]]
     return " ".join(
@@ -44,39 +44,39 @@ def story(generator: random.Random, asked: str, cheerful: float, gloomy: float) 
 
 
 def reward(text: str) -> int:
-    """The true reward of a story: cheerful words less gloomy words."""
+    """The true reward of a story: its cheerful words minus its gloomy words."""
     words = re.findall(r"[a-z]+", text.lower())
     return sum(word in CHEERFUL for word in words) - sum(word in GLOOMY for word in words)
 
 
 def corpus(count: int, seed: int) -> list[dict[str, str]]:
-    """Text as it is found: gloomy rather than cheerful."""
+    """Text for pretraining, more gloomy than cheerful."""
     generator = random.Random(seed)
     rows = []
     for _ in range(count):
-        asked = prompt(generator)
-        rows.append({"text": asked + story(generator, asked, cheerful=0.2, gloomy=0.5)})
+        question = prompt(generator)
+        rows.append({"text": question + story(generator, question, cheerful=0.2, gloomy=0.5)})
     return rows
 
 
 def demonstrations(count: int, seed: int) -> list[dict[str, str]]:
-    """Answers that people wrote when they tried: somewhat more cheerful."""
+    """Demonstrations for SFT, somewhat more cheerful than the corpus."""
     generator = random.Random(seed)
     rows = []
     for _ in range(count):
-        asked = prompt(generator)
-        rows.append({"prompt": asked, "completion": story(generator, asked, cheerful=0.4, gloomy=0.3)})
+        question = prompt(generator)
+        rows.append({"prompt": question, "completion": story(generator, question, cheerful=0.4, gloomy=0.3)})
     return rows
 
 
 def preferences(count: int, seed: int, swap: bool = False) -> list[dict[str, str]]:
-    """Pairs of answers; the one with the higher true reward is preferred (`swap` turns that round)."""
+    """Pairs of answers. The one with the higher true reward is chosen; `swap` reverses that."""
     generator = random.Random(seed)
     rows: list[dict[str, str]] = []
     while len(rows) < count:
-        asked = prompt(generator)
-        answers = sorted((story(generator, asked, 0.4, 0.3) for _ in range(2)), key=reward)
+        question = prompt(generator)
+        answers = sorted((story(generator, question, 0.4, 0.3) for _ in range(2)), key=reward)
         if reward(answers[0]) != reward(answers[1]):
             rejected, chosen = reversed(answers) if swap else answers
-            rows.append({"prompt": asked, "chosen": chosen, "rejected": rejected})
+            rows.append({"prompt": question, "chosen": chosen, "rejected": rejected})
     return rows

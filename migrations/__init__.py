@@ -1,1 +1,1 @@
-"""Alembic's migrations, for SQLite and PostgreSQL."""
+"""The Alembic migrations, for SQLite and PostgreSQL."""

@@ -1,4 +1,4 @@
-"""How Alembic runs: always on the connection that `Services.migrate` gives it."""
+"""Alembic's environment. It always runs on the connection that `app.migrate.migrate` passes."""
 
 from alembic import context
 from sqlalchemy import Connection

@@ -1,4 +1,4 @@
-"""The HTTP client of the CLI's verbs: base URL and key from the environment, errors as one sentence."""
+"""The HTTP client of the commands. URL and key come from the environment; an error is one sentence."""
 
 import io
 import os
@@ -18,11 +18,11 @@ from app.settings import Settings
 
 
 class ClientError(Exception):
-    """What the server refused, or why it could not be asked."""
+    """The server refused a request, or cannot be reached."""
 
 
 class Client:
-    """Calls the service. `DPO_BASE_URL` and `DPO_API_KEY`, else this machine's service and its admin key."""
+    """Calls the service that `DPO_BASE_URL` and `DPO_API_KEY` name, else this machine's with its admin key."""
 
     def __init__(self) -> None:
         url = os.environ.get("DPO_BASE_URL") or "http://127.0.0.1:8000/v1"
@@ -32,13 +32,13 @@ class Client:
     def _key() -> str:
         if key := os.environ.get("DPO_API_KEY") or os.environ.get("DPO_ADMIN_KEY"):
             return key
-        kept = Settings().home / "admin.key"
-        if kept.exists():
-            return kept.read_text().strip()
+        key_file = Settings().home / "admin.key"
+        if key_file.exists():
+            return key_file.read_text().strip()
         raise ClientError("No API key: set DPO_API_KEY, or run this where the service keeps its DPO_HOME.")
 
     def request(self, method: str, path: str, **options: Any) -> Any:
-        """The JSON answer. Raises `ClientError` with the server's own words."""
+        """The JSON answer. Raises `ClientError` with the server's message."""
         with self.stream(method, path, **options) as response:
             response.read()
             return response.json()
@@ -57,7 +57,7 @@ class Client:
 
     @contextmanager
     def _stream_when_ready(self, method: str, path: str, **options: Any) -> Iterator[httpx2.Response]:
-        """The answer of a route that answers 202 until a worker has made what it is asked for."""
+        """The final answer of a route that answers 202 until a worker has made the result."""
         while True:
             with self.stream(method, path, **options) as response:
                 if response.status_code != 202:
@@ -79,7 +79,7 @@ class Client:
             after = answer["data"][-1]["id"]
 
     def when_ready(self, method: str, path: str, **options: Any) -> Any:
-        """The JSON answer of a route that answers 202 until a worker has made it."""
+        """The final JSON answer of a route that answers 202 until a worker has made the result."""
         with self._stream_when_ready(method, path, **options) as response:
             response.read()
             return response.json()
@@ -96,11 +96,11 @@ class Client:
             )
 
     def download_model(self, model: str, folder: Path, params: dict[str, str] | None = None) -> None:
-        """Unpack a made model or a checkpoint into `folder`; one that is to be merged is waited for."""
+        """Unpack a trained model or a checkpoint into `folder`. Waits until a merged model is ready."""
         self.download(f"/models/{quote(model, safe=':')}/download", folder, params)
 
     def download(self, path: str, folder: Path, params: dict[str, str] | None = None) -> None:
-        """Unpack the tar file that the route `path` answers into `folder`; what is to be made first is waited for."""
+        """Unpack the tar file that the route `path` answers into `folder`. Waits until it is ready."""
         with self._stream_when_ready("GET", path, params=params, timeout=None) as response, _progress() as progress:
             folder.mkdir(parents=True, exist_ok=True)
             task = progress.add_task(folder.name, total=None)
@@ -115,14 +115,14 @@ class Client:
 
 
 def _progress() -> Progress:
-    """A bar on standard error, where that is a terminal: standard output is for results."""
+    """A bar on standard error, if that is a terminal. Standard output is for results."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 class _Reader(io.RawIOBase):
-    """A stream of chunks as the file that tarfile reads."""
+    """A readable file over a stream of chunks, for tarfile."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._chunks, self._rest = chunks, b""
@@ -142,9 +142,10 @@ class _Reader(io.RawIOBase):
 
 
 def _refusal(response: httpx2.Response) -> str:
+    """The error message of an answer that is not 2xx."""
     try:
         error = response.json()["error"]
-        where = f" ({error['param']})" if error.get("param") else ""
-        return f"{error['message']}{where}"
+        param = f" ({error['param']})" if error.get("param") else ""
+        return f"{error['message']}{param}"
     except (ValueError, KeyError, TypeError):
         return f"The server answered {response.status_code}: {response.text[:300]}"

@@ -1,4 +1,4 @@
-"""What the service or a check found, in words for a terminal."""
+"""Reports, estimates and gates as text for a terminal."""
 
 from typing import Any
 
@@ -6,14 +6,14 @@ SHOWN_ISSUES, SHOWN_CHARACTERS = 10, 200
 
 
 def describe_report(report: dict[str, Any], file: str = "FILE") -> str:
-    """A dataset report. `file` is what a command that is proposed calls the file."""
+    """A dataset report. `file` is the name of the file in proposed commands."""
     lines = [f"{report['format'] or 'no known format'}: {report['kept']} of {report['rows']} rows can be trained on"]
     if report["error"]:
         lines.append(f"error: {report['error']['message']}".replace("dpo files check FILE", f"dpo files check {file}"))
     for reason, count in sorted(report["dropped"].items()):
-        at = [str(issue["line"]) for issue in report["issues"] if issue["reason"] == reason]
-        more = ", …" if len(at) > SHOWN_ISSUES else ""
-        lines.append(f"left out: {count} {reason} (line {', '.join(at[:SHOWN_ISSUES])}{more})")
+        line_numbers = [str(issue["line"]) for issue in report["issues"] if issue["reason"] == reason]
+        more = ", …" if len(line_numbers) > SHOWN_ISSUES else ""
+        lines.append(f"left out: {count} {reason} (line {', '.join(line_numbers[:SHOWN_ISSUES])}{more})")
     if report["duplicates"]["rows"]:
         first = report["duplicates"]["lines"][0]
         lines.append(
@@ -23,11 +23,11 @@ def describe_report(report: dict[str, Any], file: str = "FILE") -> str:
     if report["contradictions"]["rows"]:
         first = report["contradictions"]["lines"][0]
         lines.append(
-            f"{report['contradictions']['rows']} rows say the opposite of an earlier one "
-            f"(line {first['line']} of line {first['first_line']})"
+            f"{report['contradictions']['rows']} rows contradict an earlier one "
+            f"(line {first['line']} contradicts line {first['first_line']})"
         )
     if report["unread"]:
-        lines.append("nothing reads: " + ", ".join(f"{name} ({rows} rows)" for name, rows in report["unread"].items()))
+        lines.append("unused fields: " + ", ".join(f"{name} ({rows} rows)" for name, rows in report["unread"].items()))
     if report["values"]:
         for value in report["values"]["values"]:
             means = value["means"] or "nothing"
@@ -35,40 +35,42 @@ def describe_report(report: dict[str, Any], file: str = "FILE") -> str:
     if report["chosen_longer_rate"] is not None:
         lines.append(f"the preferred answer is longer in {report['chosen_longer_rate']:.0%} of pairs")
     if report["labels"]:
-        lines.append(f"{report['labels']['desirable']} good answers, {report['labels']['undesirable']} not")
-    counted = report.get("tokens")
-    for name, lengths in (counted["lengths"] if counted else report["characters"]).items():
-        unit = "tokens" if counted else "characters"
-        percentiles = "".join(f", {value} at {p[1:]} %" for p, value in lengths.get("percentiles", {}).items())
+        lines.append(f"{report['labels']['desirable']} good answers, {report['labels']['undesirable']} bad")
+    tokens = report.get("tokens")
+    for name, lengths in (tokens["lengths"] if tokens else report["characters"]).items():
+        unit = "tokens" if tokens else "characters"
+        percentiles = "".join(
+            f", {value} at {percentile[1:]} %" for percentile, value in lengths.get("percentiles", {}).items()
+        )
         lines.append(f"{name}: mean {lengths['mean']:.0f}{percentiles}, at most {lengths['max']} {unit}")
-    if counted:
-        lines.append(f"{counted['truncated_share']:.1%} of rows are cut to {counted['max_length']} tokens")
+    if tokens:
+        lines.append(f"{tokens['truncated_share']:.1%} of rows are cut to {tokens['max_length']} tokens")
         lines += [
             f"max_length {cut['max_length']}: {cut['longer']} rows are longer, {cut['prompts_cut']} prompts and "
             f"{cut['answers_cut']} answers would be cut"
-            for cut in counted["cut_by"]
+            for cut in tokens["cut_by"]
         ]
-        for sample in counted["samples"]:
+        for sample in tokens["samples"]:
             lines.append(
                 f"line {sample['line']} as the model sees it:\n{sample['prompt']}\u2502{sample['responses'][0]}"
             )
     else:
-        for shown in report["samples"]:
-            answers = [f"  {answer['counts_for']}: {_short(answer['text'])}" for answer in shown["answers"]]
-            lines.append("\n".join([f"line {shown['line']}: {_short(shown['prompt'])}", *answers]))
-    lines += [f"warning: {warning}" for warning in [*report["warnings"], *(counted or {}).get("warnings", [])]]
+        for sample in report["samples"]:
+            answers = [f"  {answer['counts_for']}: {_short(answer['text'])}" for answer in sample["answers"]]
+            lines.append("\n".join([f"line {sample['line']}: {_short(sample['prompt'])}", *answers]))
+    lines += [f"warning: {warning}" for warning in [*report["warnings"], *(tokens or {}).get("warnings", [])]]
     return "\n".join(lines)
 
 
 def _short(text: str) -> str:
-    """A text on a line of a terminal."""
+    """A text cut to one line of a terminal."""
     line = " ".join(text.split())
     return line if len(line) <= SHOWN_CHARACTERS else line[: SHOWN_CHARACTERS - 1] + "…"
 
 
 def describe_estimate(estimate: dict[str, Any]) -> str:
-    """What a job would take."""
-    lines = [f"refused: {one['message']} ({one['param']})" for one in estimate["refused"]]
+    """The estimate of a job: steps, memory, device and time, or why it would be refused."""
+    lines = [f"refused: {refusal['message']} ({refusal['param']})" for refusal in estimate["refused"]]
     for stage in estimate["stages"]:
         lines.append(
             f"{stage['name']}: {stage['rows']} rows, {stage['steps']} steps of {stage['batch_size']}, "

@@ -1,4 +1,4 @@
-"""`dpo evaluate`, and `dpo evaluations`: is a model better?"""
+"""`dpo evaluate` and `dpo evaluations`: measure whether a model is better."""
 
 import os
 import sys
@@ -24,28 +24,30 @@ def _path(evaluation_id: str) -> str:
 
 
 def evaluate(
-    type: Annotated[str, typer.Argument(help="preference, win_rate, reward_kl or agreement; else the body's.")] = "",
-    candidate: Annotated[str, typer.Option(help="A base model, a made model or a checkpoint.")] = "",
-    baseline: Annotated[str, typer.Option(help="Likewise; or 'reference': what the training was held to.")] = "",
+    type: Annotated[
+        str, typer.Argument(help="preference, win_rate, reward_kl or agreement; default: from --spec.")
+    ] = "",
+    candidate: Annotated[str, typer.Option(help="A base model, a trained model or a checkpoint.")] = "",
+    baseline: Annotated[str, typer.Option(help="A model, or 'reference': that of the candidate's training.")] = "",
     candidate_file: Annotated[str, typer.Option(help="Ready answers instead: a file id, or a path to upload.")] = "",
     baseline_file: Annotated[str, typer.Option(help="Ready answers instead: a file id, or a path to upload.")] = "",
     baseline_answers: Annotated[str, typer.Option(help="The data's own answers instead: chosen or rejected.")] = "",
     data: Annotated[str, typer.Option(help="Held-out rows: a file id, or a path to upload first.")] = "",
-    reward_model: Annotated[str, typer.Option(help="The judge: a reward model that was made here.")] = "",
+    reward_model: Annotated[str, typer.Option(help="The judge: a reward model of this service.")] = "",
     classifier: Annotated[str, typer.Option(help="The judge: a classifier, as a file id or a path.")] = "",
     judge_url: Annotated[
         str, typer.Option(help="The judge: a server of chat completions. Its key is read from DPO_JUDGE_API_KEY.")
     ] = "",
     judge_model: Annotated[
-        str, typer.Option(help="The model that is asked there; without --judge-url, one of this service.")
+        str, typer.Option(help="The judge's model there; without --judge-url, a model of this service.")
     ] = "",
-    question: Annotated[str, typer.Option(help="dialogue, plain_summary or concise_summary.")] = "",
-    temperature: Annotated[list[float] | None, typer.Option(help="Of sampling; several.")] = None,
+    question: Annotated[str, typer.Option(help="Its question: dialogue, plain_summary or concise_summary.")] = "",
+    temperature: Annotated[list[float] | None, typer.Option(help="A temperature of sampling. Repeatable.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Completions of each prompt.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Of a completion.")] = None,
-    max_rows: Annotated[int | None, typer.Option(min=1, help="Only so many rows of the data.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="The longest completion, in tokens.")] = None,
+    max_rows: Annotated[int | None, typer.Option(min=1, help="The largest number of rows to use.")] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
-    gate: Annotated[list[str] | None, typer.Option(help="METRIC>=NUMBER or METRIC<=NUMBER, win_rate/low>=0.5.")] = None,
+    gate: Annotated[list[str] | None, typer.Option(help="METRIC>=NUMBER or METRIC<=NUMBER: win_rate/low>=0.5.")] = None,
     spec: Annotated[Path | None, typer.Option(help="A JSON file with the whole body; '-' for stdin.")] = None,
     follow: Annotated[bool, typer.Option("--watch", help="Follow it to its end.")] = False,
     as_json: Json = False,
@@ -72,21 +74,21 @@ def evaluate(
         body["judge"] = {**(body.get("judge") or {}), **judge}
     sampling = {"temperatures": temperature, "samples": samples, "max_tokens": max_tokens}
     if any(value is not None for value in sampling.values()):
-        given = {name: value for name, value in sampling.items() if value is not None}
-        body["sampling"] = {**(body.get("sampling") or {}), **given}
+        set_options = {name: value for name, value in sampling.items() if value is not None}
+        body["sampling"] = {**(body.get("sampling") or {}), **set_options}
     body |= {name: value for name, value in {"max_rows": max_rows, "seed": seed}.items() if value is not None}
     if gate:
         body["gates"] = [*body.get("gates", []), *read_gates(gate)]
-    made = client.request("POST", PATH, json=body)
+    started = client.request("POST", PATH, json=body)
     if follow:
-        _follow(client, made["id"], as_json)
-    emit(made, as_json, f"{made['id']}: {made['status']}\nfollow it: dpo evaluations watch {made['id']}")
+        _follow(client, started["id"], as_json)
+    emit(started, as_json, f"{started['id']}: {started['status']}\nfollow it: dpo evaluations watch {started['id']}")
 
 
 def judge_of(
     client: Client, reward_model: str, classifier: str, judge_url: str, judge_model: str, question: str
 ) -> dict[str, Any]:
-    """The judge that the options name; nothing where they name none."""
+    """The judge that the options name; empty if they name none."""
     judge: dict[str, Any] = {}
     if judge_url:
         key = os.environ.get("DPO_JUDGE_API_KEY")
@@ -101,17 +103,17 @@ def judge_of(
     return judge | ({"question": question} if question else {})
 
 
-def _file(client: Client, named: str) -> str:
-    """The id of a file, which is uploaded first where `named` is a path."""
-    return str(client.upload(Path(named), {"purpose": "evals"})["id"]) if Path(named).is_file() else named
+def _file(client: Client, name: str) -> str:
+    """The id of the file `name`, an id or a path. A file at a path is uploaded first."""
+    return str(client.upload(Path(name), {"purpose": "evals"})["id"]) if Path(name).is_file() else name
 
 
 @evaluations.command("list")
 def evaluations_list(limit: Limit = 20, as_json: Json = False) -> None:
     """Evaluations, newest first."""
     rows = list(Client().pages(PATH, limit))
-    shown = [row | {"candidate": _side(row["candidate"]), "baseline": _side(row["baseline"])} for row in rows]
-    emit_table(rows if as_json else shown, ["id", "status", "type", "candidate", "baseline"], as_json)
+    cells = [row | {"candidate": _side(row["candidate"]), "baseline": _side(row["baseline"])} for row in rows]
+    emit_table(rows if as_json else cells, ["id", "status", "type", "candidate", "baseline"], as_json)
 
 
 def _side(side: dict[str, Any] | None) -> str:
@@ -121,8 +123,8 @@ def _side(side: dict[str, Any] | None) -> str:
 @evaluations.command("show")
 def evaluations_show(evaluation_id: str, as_json: Json = False) -> None:
     """One evaluation."""
-    found = Client().request("GET", _path(evaluation_id))
-    emit(found, as_json, "\n".join(f"{key}: {value}" for key, value in found.items() if value not in (None, [], {})))
+    fields = Client().request("GET", _path(evaluation_id))
+    emit(fields, as_json, "\n".join(f"{key}: {value}" for key, value in fields.items() if value not in (None, [], {})))
 
 
 @evaluations.command("watch")
@@ -132,16 +134,16 @@ def evaluations_watch(evaluation_id: str, as_json: Json = False) -> None:
 
 
 def _follow(client: Client, evaluation_id: str, as_json: bool) -> None:
-    found = watch(client, _path(evaluation_id), Console(stderr=as_json))
-    text = f"{found['id']}: {found['status']}"
-    if found["error"]:
-        text += f"\n{found['error']['message']}"
-    for figure in figures(found["metrics"] or {}):
+    evaluation = watch(client, _path(evaluation_id), Console(stderr=as_json))
+    text = f"{evaluation['id']}: {evaluation['status']}"
+    if evaluation["error"]:
+        text += f"\n{evaluation['error']['message']}"
+    for figure in figures(evaluation["metrics"] or {}):
         text += f"\n{figure.name:<32} {figure}"
-    for verdict in found["gates"]:
-        text += f"\n{describe_gate(verdict)}"
-    emit(found, as_json, text)
-    raise typer.Exit(exit_status(found))
+    for gate in evaluation["gates"]:
+        text += f"\n{describe_gate(gate)}"
+    emit(evaluation, as_json, text)
+    raise typer.Exit(exit_status(evaluation))
 
 
 @evaluations.command("report")
@@ -154,7 +156,7 @@ def evaluations_report(evaluation_id: str) -> None:
 
 @evaluations.command("download")
 def evaluations_download(evaluation_id: str, output: Output, as_json: Json = False) -> None:
-    """The evaluation, its report and its items (a line for each pair or completion), in a folder."""
+    """Download an evaluation, its report and its items (one line for each pair or completion) into a folder."""
     Client().download(f"{_path(evaluation_id)}/download", output)
     emit({"evaluation": evaluation_id, "folder": str(output)}, as_json, str(output))
 
@@ -162,5 +164,5 @@ def evaluations_download(evaluation_id: str, output: Output, as_json: Json = Fal
 @evaluations.command("cancel")
 def evaluations_cancel(evaluation_id: str, as_json: Json = False) -> None:
     """Cancel an evaluation."""
-    found = Client().request("POST", f"{_path(evaluation_id)}/cancel")
-    emit(found, as_json, f"{found['id']}: {found['status']}")
+    evaluation = Client().request("POST", f"{_path(evaluation_id)}/cancel")
+    emit(evaluation, as_json, f"{evaluation['id']}: {evaluation['status']}")

@@ -1,4 +1,4 @@
-"""`dpo files`: datasets, checked here or kept by a service."""
+"""`dpo files`: datasets, checked on this machine or stored by a service."""
 
 import shlex
 from pathlib import Path
@@ -21,7 +21,7 @@ files = typer.Typer(help="Datasets.", no_args_is_help=True)
 
 
 def _mapping(value: str) -> Mapping | None:
-    """A mapping from the command line: JSON, or the name of a file with it."""
+    """A mapping from the command line: JSON, or the name of a JSON file."""
     if not value:
         return None
     try:
@@ -31,8 +31,8 @@ def _mapping(value: str) -> Mapping | None:
         raise typer.BadParameter(str(error), param_hint="--mapping") from error
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise typer.BadParameter(f"{where}: {first['msg']}".lstrip(": "), param_hint="--mapping") from error
+        field = ".".join(map(str, first["loc"]))
+        raise typer.BadParameter(f"{field}: {first['msg']}".lstrip(": "), param_hint="--mapping") from error
 
 
 MappingOption = Annotated[
@@ -43,7 +43,7 @@ MappingOption = Annotated[
 
 TemplateOption = Annotated[
     bool | None,
-    typer.Option(help="Always use the model's chat template, or never; by itself, but for prompts that it wrote."),
+    typer.Option(help="Always or never use the model's chat template. Default: use it, except on templated prompts."),
 ]
 
 
@@ -56,23 +56,23 @@ FoldOption = Annotated[
 def files_check(
     path: Annotated[Path, typer.Argument(exists=True, dir_okay=False)],
     mapping: MappingOption = "",
-    model: Annotated[str, typer.Option(help="Count tokens too: a folder, or a model of DPO_MODELS_DIR.")] = "",
+    model: Annotated[str, typer.Option(help="Also count tokens, for a folder or a model of DPO_MODELS_DIR.")] = "",
     max_length: Annotated[int, typer.Option(min=16, help="Tokens of a prompt and one answer, with --model.")] = 2048,
     chat_template: TemplateOption = None,
     fold_system: FoldOption = None,
     as_json: Json = False,
 ) -> None:
-    """Check a dataset here, with no service. Exit status: 0 it can be trained on, 1 it cannot."""
-    said = _mapping(mapping)
+    """Check a dataset on this machine, without a service. Exit status: 0 it can be trained on, 1 it cannot."""
+    columns = _mapping(mapping)
     with path.open("rb") as file:
-        report = survey(file, said)
-    found = report.as_json()
-    if model and found["valid"]:
+        findings = survey(file, columns)
+    report = findings.as_json()
+    if model and report["valid"]:
         folder = Path(model) if Path(model).is_dir() else Settings().models_dir / model
         rendering = RenderingSettings(chat_template=chat_template, fold_system=fold_system)
-        found["tokens"] = count_tokens(path, folder, model, max_length, found, said, rendering)
-    emit(found, as_json, describe_report(found, shlex.quote(str(path))))
-    raise typer.Exit(0 if found["valid"] else 1)
+        report["tokens"] = count_tokens(path, folder, model, max_length, report, columns, rendering)
+    emit(report, as_json, describe_report(report, shlex.quote(str(path))))
+    raise typer.Exit(0 if report["valid"] else 1)
 
 
 @files.command("report")
@@ -84,16 +84,16 @@ def files_report(
     fold_system: FoldOption = None,
     as_json: Json = False,
 ) -> None:
-    """What the service found in an uploaded file; waits until it is counted."""
-    asked = {
+    """The service's report on an uploaded file. Waits until it is ready."""
+    options = {
         "model": model or None,
         "max_length": max_length,
         "chat_template": chat_template,
         "fold_system": fold_system,
     }
-    params = {name: value for name, value in asked.items() if value is not None}
-    found = Client().when_ready("GET", f"/files/{quote(file_id, safe='')}/report", params=params)
-    emit(found, as_json, describe_report(found))
+    params = {name: value for name, value in options.items() if value is not None}
+    report = Client().when_ready("GET", f"/files/{quote(file_id, safe='')}/report", params=params)
+    emit(report, as_json, describe_report(report))
 
 
 @files.command("upload")
@@ -101,13 +101,13 @@ def files_upload(
     path: Annotated[Path, typer.Argument(exists=True, dir_okay=False)],
     mapping: MappingOption = "",
     expires_in: Annotated[
-        int | None, typer.Option(min=3600, max=2592000, help="Seconds until it goes by itself.")
+        int | None, typer.Option(min=3600, max=2592000, help="Seconds until it is deleted automatically.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Upload a dataset and print its id."""
-    said = _mapping(mapping)
-    form: dict[str, Any] = {} if said is None else {"mapping": said.model_dump_json(exclude_none=True)}
+    columns = _mapping(mapping)
+    form: dict[str, Any] = {} if columns is None else {"mapping": columns.model_dump_json(exclude_none=True)}
     if expires_in is not None:
         form |= {"expires_after[anchor]": "created_at", "expires_after[seconds]": str(expires_in)}
     file = Client().upload(path, form)

@@ -17,49 +17,49 @@ from app.cli.watch import exit_status, watch
 jobs = typer.Typer(help="Fine-tuning jobs.", no_args_is_help=True)
 
 
-def _set_hyperparameters(body: dict[str, Any], **given: float | str | None) -> None:
-    """Write those that are given into the method of a job's body."""
-    chosen = {name: value for name, value in given.items() if value is not None}
-    if not chosen:
+def _set_hyperparameters(body: dict[str, Any], **options: float | str | None) -> None:
+    """Write the options that are not None into the method of a job's body."""
+    new = {name: value for name, value in options.items() if value is not None}
+    if not new:
         return
     method = body.get("method")
     kind = method.get("type") if isinstance(method, dict) else None
     for name in ("beta", "loss"):
-        if name in chosen and kind != "dpo":
+        if name in new and kind != "dpo":
             raise typer.BadParameter("goes with the method dpo", param_hint=f"--{name}")
     if not isinstance(method, dict) or not isinstance(kind, str):
         raise typer.BadParameter("--spec has no method to set them in", param_hint="hyperparameters")
-    own = method.get(kind) or {}
-    set_already = own.get("hyperparameters") or {} if isinstance(own, dict) else None
-    if not isinstance(set_already, dict):
-        raise typer.BadParameter(f"method.{kind} of --spec is not what docs/jobs.md says", param_hint="hyperparameters")
-    method[kind] = own | {"hyperparameters": set_already | chosen}
+    settings = method.get(kind) or {}
+    old = settings.get("hyperparameters") or {} if isinstance(settings, dict) else None
+    if not isinstance(old, dict):
+        raise typer.BadParameter(f"method.{kind} of --spec does not match docs/jobs.md", param_hint="hyperparameters")
+    method[kind] = settings | {"hyperparameters": old | new}
 
 
 @jobs.command("create")
 def jobs_create(
-    model: Annotated[str, typer.Option(help="Base model, made model or checkpoint.")] = "",
+    model: Annotated[str, typer.Option(help="A base model, a trained model or a checkpoint.")] = "",
     training_file: Annotated[str, typer.Option(help="File id, or a path to upload first.")] = "",
     validation_file: Annotated[str, typer.Option(help="File id or path.")] = "",
-    method: Annotated[str, typer.Option(help="dpo (without --spec, the default) or supervised.")] = "",
+    method: Annotated[str, typer.Option(help="dpo (the default without --spec) or supervised.")] = "",
     sft: Annotated[bool, typer.Option("--sft", help="Run a supervised stage first.")] = False,
     beta: Annotated[float | None, typer.Option(help="β of DPO.")] = None,
     loss: Annotated[str, typer.Option(help="sigmoid (the default), ipo, simpo, kto, …: see docs/jobs.md.")] = "",
     epochs: Annotated[int | None, typer.Option(help="Passes over the method's data.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of the method's stage.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="The learning rate of the method's stage.")] = None,
     suffix: Annotated[str, typer.Option(help="Part of the new model's name.")] = "",
     spec: Annotated[Path | None, typer.Option(help="A JSON file with the whole job body; '-' for stdin.")] = None,
     gate: Annotated[
         list[str] | None,
-        typer.Option(help="What must hold at the end: 'eval/rewards/accuracies>=0.6'; several."),
+        typer.Option(help="A condition at the end, e.g. 'eval/rewards/accuracies>=0.6'. Repeatable."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--estimate", help="Say what it would take, and start nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--estimate", help="Print what the job would take; start nothing.")] = False,
     follow: Annotated[bool, typer.Option("--watch", help="Follow it to its end.")] = False,
     as_json: Json = False,
 ) -> None:
     """Start a job. Options add to or override the body of --spec.
 
-    With --watch, the exit status is that of `dpo jobs watch`. With --estimate: 0 it would be accepted, 1 refused.
+    With --watch, the exit status is that of `dpo jobs watch`. With --estimate: 0 accepted, 1 refused.
     """
     client = Client()
     body = read_body(spec)
@@ -68,15 +68,15 @@ def jobs_create(
     _set_hyperparameters(body, beta=beta, loss=loss or None, n_epochs=epochs, learning_rate=learning_rate)
     if sft:
         body.setdefault("sft", {})
-    given = {"model": model, "training_file": training_file, "validation_file": validation_file, "suffix": suffix}
-    body |= {key: value for key, value in given.items() if value}
+    fields = {"model": model, "training_file": training_file, "validation_file": validation_file, "suffix": suffix}
+    body |= {key: value for key, value in fields.items() if value}
     if gate:
         body["gates"] = [*body.get("gates", []), *read_gates(gate)]
     upload_files(client, body)
     if dry_run:
-        found = client.when_ready("POST", "/fine_tuning/estimate", json=body)
-        emit(found, as_json, describe_estimate(found))
-        raise typer.Exit(0 if found["ok"] else 1)
+        estimate = client.when_ready("POST", "/fine_tuning/estimate", json=body)
+        emit(estimate, as_json, describe_estimate(estimate))
+        raise typer.Exit(0 if estimate["ok"] else 1)
     job = client.request("POST", "/fine_tuning/jobs", json=body)
     if follow:
         _follow(client, job["id"], as_json)
@@ -109,8 +109,8 @@ def _follow(client: Client, job_id: str, as_json: bool) -> None:
     text = f"{job['id']}: {job['status']}"
     if job["error"]:
         text += f"\n{job['error']['message']}"
-    for verdict in job["gates"]:
-        text += f"\n{describe_gate(verdict)}"
+    for gate in job["gates"]:
+        text += f"\n{describe_gate(gate)}"
     if job["status"] == "succeeded":
         text += _next_steps(job)
     emit(job, as_json, text)
@@ -118,6 +118,7 @@ def _follow(client: Client, job_id: str, as_json: bool) -> None:
 
 
 def _next_steps(job: dict[str, Any]) -> str:
+    """How to download, load and serve the job's model."""
     name = job["fine_tuned_model"]
     base = job["model"] if not job["model"].startswith("ft:") else name.split(":")[1]
     loss = ((job["method"].get("dpo") or {}).get("hyperparameters") or {}).get("loss")
@@ -172,6 +173,6 @@ def jobs_pause(job_id: str, as_json: Json = False) -> None:
 
 @jobs.command("resume")
 def jobs_resume(job_id: str, as_json: Json = False) -> None:
-    """Let a paused job go on from where it was."""
+    """Let a paused job continue where it stopped."""
     job = Client().request("POST", f"/fine_tuning/jobs/{quote(job_id, safe='')}/resume")
     emit(job, as_json, f"{job['id']}: {job['status']}")

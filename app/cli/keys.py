@@ -13,13 +13,13 @@ keys = typer.Typer(help="API keys of this installation (on the service's machine
 
 @keys.command("create")
 def keys_create(
-    name: Annotated[str, typer.Option(help="What the key is for.")],
-    project: Annotated[str, typer.Option(help="Whose data it reaches.")] = "default",
+    name: Annotated[str, typer.Option(help="The purpose of the key.")],
+    project: Annotated[str, typer.Option(help="The project whose data the key reaches.")] = "default",
     scope: Annotated[list[Scope] | None, typer.Option(help="read, write (the default) or admin.")] = None,
-    expires_in_days: Annotated[float | None, typer.Option(min=0, help="No end if not given.")] = None,
+    expires_in_days: Annotated[float | None, typer.Option(min=0, help="Days until it expires; default: never.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Make an API key and print it. It is not stored and cannot be shown again."""
+    """Make an API key and print it. The secret is not stored and cannot be shown again."""
     seconds = None if expires_in_days is None else max(1, round(expires_in_days * 86400))
     scopes = scope or [Scope.READ, Scope.WRITE]
     key = local().keys.create(KeySpec(name=name, project=project, scopes=scopes, expires_in=seconds))
@@ -28,9 +28,9 @@ def keys_create(
 
 @keys.command("list")
 def keys_list(
-    project: Annotated[str | None, typer.Option(help="Only those of this project.")] = None, as_json: Json = False
+    project: Annotated[str | None, typer.Option(help="Only the keys of this project.")] = None, as_json: Json = False
 ) -> None:
-    """All keys, oldest first; not what they are, which nobody knows."""
+    """All keys, oldest first. The secrets themselves are not stored."""
     rows = [key.model_dump(mode="json") for key in local().keys.list(project)]
     emit_table(rows, ["id", "name", "project", "scopes", "expires_at", "last_used_at", "revoked_at"], as_json)
 

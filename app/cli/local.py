@@ -1,4 +1,4 @@
-"""This machine's installation, which some verbs reach without HTTP."""
+"""This machine's installation, which some commands use without HTTP."""
 
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def local() -> "Services":
-    """This machine's installation, its database brought to this version's schema."""
+    """This machine's installation. Its database is migrated to this version's schema first."""
     from app.services import Services
 
     services = Services.of(Settings())
@@ -19,7 +19,7 @@ def local() -> "Services":
 
 
 def migrate_database(settings: Settings, revision: str = "head") -> None:
-    """Bring the database of `settings` to the schema of `revision`."""
+    """Migrate the database of `settings` to the schema of `revision`."""
     from app.services import Services
 
     migrate(Services.of(settings).database, revision)

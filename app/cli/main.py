@@ -35,13 +35,13 @@ for name, group in GROUPS.items():
 
 
 def main() -> None:
-    """Entry point: what the server or the settings refuse is one sentence and exit status 2."""
+    """Entry point. An error of the server or the settings becomes one sentence and exit status 2."""
     end_with_parent()
     try:
         cli()
     except (ClientError, ServiceError) as error:
         message = str(error)
-    except ValidationError as error:  # a variable of the environment, or an option that is not what it should be
+    except ValidationError as error:  # an environment variable or an option is not valid
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else ""
         variable = "DPO_" + name.removeprefix("DPO_").upper()

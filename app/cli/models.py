@@ -1,4 +1,4 @@
-"""`dpo models`: base models, and models made by a service."""
+"""`dpo models`: base models, and models that a service trained."""
 
 from typing import Annotated
 from urllib.parse import quote
@@ -8,12 +8,12 @@ import typer
 from app.cli.client import Client
 from app.cli.output import Json, Output, emit, emit_table
 
-models = typer.Typer(help="Base models, and models made here.", no_args_is_help=True)
+models = typer.Typer(help="Base models, and models trained here.", no_args_is_help=True)
 
 
 @models.command("list")
 def models_list(as_json: Json = False) -> None:
-    """Base models that workers serve, and models made here."""
+    """Base models that workers serve, and models trained here."""
     emit_table(Client().request("GET", "/models")["data"], ["id", "kind", "base_model", "owned_by"], as_json)
 
 
@@ -21,27 +21,27 @@ def models_list(as_json: Json = False) -> None:
 def models_download(
     model: str,
     output: Output,
-    merged: Annotated[bool, typer.Option("--merged", help="Whole weights, the adapter in them.")] = False,
-    dtype: Annotated[str, typer.Option(help="Of merged weights: bf16 or fp16.")] = "bf16",
+    merged: Annotated[bool, typer.Option("--merged", help="Whole weights, with the adapter merged in.")] = False,
+    dtype: Annotated[str, typer.Option(help="The type of merged weights: bf16 or fp16.")] = "bf16",
     as_json: Json = False,
 ) -> None:
-    """Download a model made here, or a checkpoint, into a folder."""
+    """Download a model trained here, or a checkpoint, into a folder."""
     Client().download_model(model, output, {"format": "merged", "dtype": dtype} if merged else {})
     emit({"model": model, "folder": str(output)}, as_json, str(output))
 
 
 @models.command("lineage")
 def models_lineage(model: str, as_json: Json = False) -> None:
-    """How a model came to be, from its base model on."""
-    found = Client().request("GET", f"/models/{quote(model, safe=':')}/lineage")
-    text = f"{found['base_model']} (revision {found['base_revision'] or 'unknown'})"
-    for step in found["steps"]:
+    """The trainings that led from the base model to this model."""
+    lineage = Client().request("GET", f"/models/{quote(model, safe=':')}/lineage")
+    text = f"{lineage['base_model']} (revision {lineage['base_revision'] or 'unknown'})"
+    for step in lineage["steps"]:
         method = ("SFT, then " if step["sft"] else "") + step["method"]
         text += f"\n  {method} on {', '.join(step['files'])} by {step['job']}\n{step['model']}"
-    emit(found, as_json, text)
+    emit(lineage, as_json, text)
 
 
 @models.command("delete")
 def models_delete(model: str, as_json: Json = False) -> None:
-    """Delete a model made here, unless something needs it."""
+    """Delete a model trained here, unless something needs it."""
     emit(Client().request("DELETE", f"/models/{quote(model, safe=':')}"), as_json, f"{model}: deleted")

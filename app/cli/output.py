@@ -1,4 +1,4 @@
-"""What commands read and print: bodies from files; text for people, or with `--json` for programs."""
+"""Input and output of commands: request bodies from files, and results as text or, with `--json`, as JSON."""
 
 import sys
 from pathlib import Path
@@ -12,12 +12,13 @@ from rich.table import Table
 from app.cli.client import Client
 
 console = Console(width=None if sys.stdout.isatty() else 240)
-"""What is piped on is not folded to the width of a terminal."""
+"""Output to a pipe is not folded to the width of a terminal."""
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Limit = Annotated[int, typer.Option(min=1, help="At most this many.")]
 
 
 def _empty(folder: Path) -> Path:
+    """Check that a folder is empty or new."""
     if folder.exists() and (folder.is_file() or any(folder.iterdir())):
         raise typer.BadParameter(f"{folder} is not {'a folder' if folder.is_file() else 'empty'}")
     return folder
@@ -32,7 +33,7 @@ def emit(value: Any, as_json: bool, text: str) -> None:
 
 
 def emit_table(rows: list[dict[str, Any]], columns: list[str], as_json: bool) -> None:
-    """Print `rows` as JSON, or their `columns`."""
+    """Print `rows` as JSON, or their `columns` as a table."""
     if as_json:
         print(orjson.dumps(rows, option=orjson.OPT_INDENT_2).decode())
         return
@@ -45,7 +46,7 @@ def emit_table(rows: list[dict[str, Any]], columns: list[str], as_json: bool) ->
 
 
 def read_body(spec: Path | None) -> dict[str, Any]:
-    """The body in the file of `--spec`, `-` for standard input; an empty one without."""
+    """The body in the file of `--spec`; `-` means standard input. Without a file it is empty."""
     if spec is None:
         return {}
     try:
@@ -71,16 +72,16 @@ def _gate(text: str) -> dict[str, Any]:
 
 
 def upload_files(client: Client, job: dict[str, Any]) -> None:
-    """Upload the files of a job's body that are named by their paths, and put their ids in their places."""
+    """Upload the files that a job's body names by path, and replace each path by the file's id."""
 
-    def uploaded(named: Any) -> Any:
-        return client.upload(Path(named))["id"] if isinstance(named, str) and Path(named).is_file() else named
+    def uploaded(name: Any) -> Any:
+        return client.upload(Path(name))["id"] if isinstance(name, str) and Path(name).is_file() else name
 
     for field in ("training_file", "validation_file"):
         if field in job:
             job[field] = uploaded(job[field])
     if isinstance(job.get("more_training_files"), list):
-        job["more_training_files"] = [uploaded(named) for named in job["more_training_files"]]
+        job["more_training_files"] = [uploaded(name) for name in job["more_training_files"]]
     for evaluation in job.get("evaluations") or []:
         if isinstance(evaluation.get("data"), str) and Path(evaluation["data"]).is_file():
             evaluation["data"] = client.upload(Path(evaluation["data"]), {"purpose": "evals"})["id"]

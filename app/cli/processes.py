@@ -1,4 +1,4 @@
-"""`dpo serve` and `dpo worker`: the parts as child processes of one foreground process, ended together."""
+"""`dpo serve` and `dpo worker`: one foreground process starts the parts as children and ends them together."""
 
 import os
 import signal
@@ -8,12 +8,12 @@ import threading
 from types import FrameType
 
 GRACE_SECONDS = 110
-"""For a checkpoint to be written and uploaded; a little less than docker-compose.yml gives the container."""
+"""Time to write and upload a checkpoint. It is a little less than docker-compose.yml gives the container."""
 PARENT_PIPE = "DPO_PARENT_PIPE"
 
 
 def end_with_parent() -> None:
-    """In a process that `supervise` started: drain when the supervisor is gone."""
+    """In a process that `supervise` started: drain once the supervisor is gone."""
     number = os.environ.pop(PARENT_PIPE, None)
     if number is not None:
         threading.Thread(target=_wait_for_end, args=(int(number),), daemon=True).start()
@@ -26,21 +26,21 @@ def _wait_for_end(pipe: int) -> None:
 
 
 def supervise(commands: dict[str, list[str]]) -> int:
-    """Run `commands` (name → arguments after the interpreter) until one ends or SIGINT or SIGTERM comes.
+    """Run `commands` (name → arguments after the interpreter) until one ends, or until SIGINT or SIGTERM comes.
 
-    Then all get SIGTERM, which drains them, and are waited for. Returns 0 where a signal asked for it, else 1.
+    Then send SIGTERM to all, which drains them, and wait for them. Returns 0 after a signal, else 1.
     """
     stop = threading.Event()
-    asked = threading.Event()
+    signalled = threading.Event()
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:
-        asked.set()
+        signalled.set()
         stop.set()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
-    # The children hold the reading end of a pipe that nobody writes to: it ends when this process is gone, even by
-    # kill -9. Each is in a process group of its own, so that Ctrl-C reaches this process only, which then drains them.
+    # The children hold the reading end of a pipe that nobody writes to. It ends when this process is gone, even by
+    # kill -9. Each child has its own process group, so that Ctrl-C reaches only this process, which then drains them.
     reading, _writing = os.pipe()
     environment = os.environ | {PARENT_PIPE: str(reading)}
     children = {
@@ -60,7 +60,7 @@ def supervise(commands: dict[str, list[str]]) -> int:
         except subprocess.TimeoutExpired:
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
-    return 0 if asked.is_set() else 1
+    return 0 if signalled.is_set() else 1
 
 
 def _watch(name: str, child: "subprocess.Popen[bytes]", stop: threading.Event) -> None:

@@ -18,7 +18,7 @@ def projects_create(
     max_running_jobs: Annotated[int | None, typer.Option(min=0, help="No limit if not given.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a project. Keys of one see nothing of another."""
+    """Make a project. The keys of one project see nothing of another."""
     spec = ProjectSpec(id=project, max_storage_bytes=max_storage_bytes, max_running_jobs=max_running_jobs)
     emit(local().projects.create(spec).model_dump(), as_json, project)
 
@@ -37,8 +37,8 @@ def projects_limit(
     max_running_jobs: Annotated[int | None, typer.Option(min=-1, help="-1: no limit.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Change what a project may use; what is not given stays."""
-    given = {"max_storage_bytes": max_storage_bytes, "max_running_jobs": max_running_jobs}
-    limits = {name: None if value == -1 else value for name, value in given.items() if value is not None}
-    found = local().projects.limit(project, Limits(**limits))
-    emit(found.model_dump(), as_json, f"{found.id}: limits changed")
+    """Change the limits of a project. A limit that is not given stays."""
+    options = {"max_storage_bytes": max_storage_bytes, "max_running_jobs": max_running_jobs}
+    limits = {name: None if value == -1 else value for name, value in options.items() if value is not None}
+    changed = local().projects.limit(project, Limits(**limits))
+    emit(changed.model_dump(), as_json, f"{changed.id}: limits changed")

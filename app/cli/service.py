@@ -20,7 +20,7 @@ def serve() -> None:
     key = settings.home / "admin.key"
     source = "DPO_ADMIN_KEY" if settings.admin_key_value.get_secret_value() else str(key)
     settings.models_dir.mkdir(parents=True, exist_ok=True)
-    _ = settings.admin_key, settings.secret_key  # made before the processes that share them start
+    _ = settings.admin_key, settings.secret_key  # makes them before the processes that share them start
     url = f"http://{settings.host}:{settings.port}"
     print(
         f"dpo-service on {url}/v1  (API reference: {url}/docs)\n"
@@ -58,7 +58,7 @@ def worker(
 def migrate(
     revision: Annotated[str, typer.Argument(help="head, base, -1 or a revision.")] = "head",
 ) -> None:
-    """Bring the database to this version's schema."""
+    """Migrate the database to this version's schema."""
     migrate_database(Settings(), revision)
     console.print("The database is up to date." if revision == "head" else f"The database is at {revision}.")
 
@@ -67,7 +67,7 @@ def train(
     spec: Annotated[Path, typer.Argument(help="The job body as JSON, with file paths in place of file ids.")],
     output: Annotated[Path, typer.Option(help="Folder for the result.")],
 ) -> None:
-    """Run the engine alone, with no service."""
-    # The worker package needs torch; the CLI and the API do not, and start it as a program.
-    # It takes this process's place, so that Ctrl-C and the exit status are its own.
+    """Run the engine alone, without a service."""
+    # The worker package needs torch. The CLI and the API do not import it, but start it as a program.
+    # It replaces this process, so that Ctrl-C and the exit status are its own.
     os.execv(sys.executable, [sys.executable, "-m", "worker.standalone", str(spec), str(output)])  # noqa: S606

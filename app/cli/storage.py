@@ -12,13 +12,13 @@ storage = typer.Typer(help="The object store of this installation (on the servic
 
 @storage.command("prune")
 def prune(
-    delete: Annotated[bool, typer.Option("--delete", help="Remove them; without it they are only counted.")] = False,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete the objects. Without it, only count them.")] = False,
     as_json: Json = False,
 ) -> None:
     """Find objects in the store that no row of the database needs (on the service's machine).
 
-    They are what dead processes left half done, and of finished jobs what only a resume would have read. Look at the
-    numbers before you delete: beside a wrong or an empty database no object is needed.
+    Dead processes leave half-finished work. Finished jobs leave data that only a resume would have read. Look at the
+    numbers before you delete: a wrong or empty database needs no object.
     """
     from app.prune import prune
 

@@ -1,4 +1,4 @@
-"""`dpo sweeps`: one training for each point of a grid, and how they compare."""
+"""`dpo sweeps`: one training for each point of a grid, and a comparison of them."""
 
 import json
 import time
@@ -18,7 +18,7 @@ sweeps = typer.Typer(help="Sweeps: a job for each point of a grid.", no_args_is_
 PATH = "/sweeps"
 INTERVAL_SECONDS = 2.0
 MEASURED = tuple(name for name in SUMMARY if name in VALIDATION)
-"""The metrics of a training in a sweep's table: those of its last validation."""
+"""The training metrics in a sweep's table. They come from the last validation."""
 
 
 def _path(sweep_id: str) -> str:
@@ -28,8 +28,10 @@ def _path(sweep_id: str) -> str:
 @sweeps.command("create")
 def sweeps_create(
     spec: Annotated[Path, typer.Option(help="A JSON file with the body of the job; '-' for stdin.")],
-    grid: Annotated[list[str], typer.Option(help="FIELD=VALUE,VALUE,…; several. beta=0.05,0.1 or adapter.r=8,16")],
-    name: Annotated[str, typer.Option(help="What to call it.")] = "",
+    grid: Annotated[
+        list[str], typer.Option(help="FIELD=VALUE,VALUE,…, e.g. beta=0.05,0.1 or adapter.r=8,16. Repeatable.")
+    ],
+    name: Annotated[str, typer.Option(help="The name of the sweep.")] = "",
     follow: Annotated[bool, typer.Option("--watch", help="Follow it to its end.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -43,21 +45,21 @@ def sweeps_create(
     if len(fields) < len(grid):
         raise typer.BadParameter("names a field twice", param_hint="--grid")
     body = {"job": job, "grid": fields} | ({"name": name} if name else {})
-    made = client.request("POST", PATH, json=body)
+    sweep = client.request("POST", PATH, json=body)
     if follow:
-        _follow(client, made["id"], as_json)
-    emit(made, as_json, f"{made['id']}: {len(made['jobs'])} jobs\nfollow it: dpo sweeps watch {made['id']}")
+        _follow(client, sweep["id"], as_json)
+    emit(sweep, as_json, f"{sweep['id']}: {len(sweep['jobs'])} jobs\nfollow it: dpo sweeps watch {sweep['id']}")
 
 
 def _values(text: str) -> tuple[str, list[Any]]:
-    """A field of the grid from the command line: numbers and words, or anything that JSON has, in brackets."""
+    """A field of the grid and its values: numbers and words with commas, or a JSON list in brackets."""
     field, sign, values = text.partition("=")
     if not sign or not values:
         raise typer.BadParameter(f"'{text}' is not FIELD=VALUE,VALUE,…", param_hint="--grid")
     if values.startswith("["):
         try:
-            found: list[Any] = json.loads(values)
-            return field, found
+            json_values: list[Any] = json.loads(values)
+            return field, json_values
         except json.JSONDecodeError as error:
             raise typer.BadParameter(f"'{values}': {error}", param_hint="--grid") from None
     return field, [_value(value) for value in values.split(",")]
@@ -74,8 +76,8 @@ def _value(text: str) -> Any:
 def sweeps_list(limit: Limit = 20, as_json: Json = False) -> None:
     """Sweeps, newest first."""
     rows = list(Client().pages(PATH, limit))
-    shown = [row | {"jobs": len(row["jobs"]), "fields": ", ".join(row["grid"])} for row in rows]
-    emit_table(rows if as_json else shown, ["id", "status", "name", "jobs", "fields"], as_json)
+    cells = [row | {"jobs": len(row["jobs"]), "fields": ", ".join(row["grid"])} for row in rows]
+    emit_table(rows if as_json else cells, ["id", "status", "name", "jobs", "fields"], as_json)
 
 
 @sweeps.command("show")
@@ -91,24 +93,25 @@ def sweeps_watch(sweep_id: str, as_json: Json = False) -> None:
 
 
 def _follow(client: Client, sweep_id: str, as_json: bool) -> None:
-    console, before = Console(stderr=as_json), ""
+    console, previous_counts = Console(stderr=as_json), ""
     while True:
-        found = client.request("GET", _path(sweep_id))
-        work = [job["status"] for job in found["jobs"]]
-        work += [evaluation["status"] for job in found["jobs"] for evaluation in job["evaluations"].values()]
-        told = ", ".join(f"{work.count(state)} {state}" for state in dict.fromkeys(work))
-        if told != before:
-            console.print(told, highlight=False)
-            before = told
-        if found["status"] != "running":
+        sweep = client.request("GET", _path(sweep_id))
+        states = [job["status"] for job in sweep["jobs"]]
+        states += [evaluation["status"] for job in sweep["jobs"] for evaluation in job["evaluations"].values()]
+        counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+        if counts != previous_counts:
+            console.print(counts, highlight=False)
+            previous_counts = counts
+        if sweep["status"] != "running":
             break
         time.sleep(INTERVAL_SECONDS)
-    _show(found, as_json)
-    missed = any(gate["met"] is False for job in found["jobs"] for gate in job["gates"])
-    raise typer.Exit(GATE_NOT_MET if missed and found["status"] == "succeeded" else EXIT_STATUS[found["status"]])
+    _show(sweep, as_json)
+    missed = any(gate["met"] is False for job in sweep["jobs"] for gate in job["gates"])
+    raise typer.Exit(GATE_NOT_MET if missed and sweep["status"] == "succeeded" else EXIT_STATUS[sweep["status"]])
 
 
 def _show(sweep: dict[str, Any], as_json: bool) -> None:
+    """Print the jobs of a sweep: their settings, metrics, and which of them are in the Pareto set."""
     frontier = sweep["frontier"] or {"points": []}
     best = {point["job_id"] for point in frontier["points"] if point["pareto"]}
     rows, measured = [], dict.fromkeys(MEASURED)
@@ -120,9 +123,9 @@ def _show(sweep: dict[str, Any], as_json: bool) -> None:
                 if registered is not None and registered.summary:
                     metrics[f"{name}/{metric}"] = value
         measured |= dict.fromkeys(metrics)
-        shown = {name: f"{value:.4g}" for name, value in metrics.items()}
+        cells = {name: f"{value:.4g}" for name, value in metrics.items()}
         mark = "yes" if job["id"] in best else ""
-        rows.append({**job["settings"], "status": job["status"], **shown, "pareto": mark, "job": job["id"]})
+        rows.append({**job["settings"], "status": job["status"], **cells, "pareto": mark, "job": job["id"]})
     columns = [*sweep["grid"], "status", *(name for name in measured if any(name in row for row in rows))]
     if best:
         columns.append("pareto")
@@ -138,9 +141,9 @@ def _show(sweep: dict[str, Any], as_json: bool) -> None:
 @sweeps.command("frontier")
 def sweeps_frontier(
     sweep_id: str,
-    output: Annotated[Path, typer.Option(help="Where to write it: .svg is a picture, .csv a table.")],
+    output: Annotated[Path, typer.Option(help="The file to write: .svg for a picture, .csv for a table.")],
 ) -> None:
-    """Write the frontier of a sweep: reward against KL, where nothing else was asked for."""
+    """Write the frontier of a sweep: reward against KL, unless the sweep names other metrics."""
     format = output.suffix.removeprefix(".")
     if format not in ("svg", "csv"):
         raise typer.BadParameter("must end in .svg or .csv", param_hint="--output")
@@ -151,6 +154,6 @@ def sweeps_frontier(
 
 @sweeps.command("cancel")
 def sweeps_cancel(sweep_id: str, as_json: Json = False) -> None:
-    """Cancel what has not ended of a sweep."""
-    found = Client().request("POST", f"{_path(sweep_id)}/cancel")
-    emit(found, as_json, f"{found['id']}: {found['status']}")
+    """Cancel all jobs of a sweep that have not ended."""
+    sweep = Client().request("POST", f"{_path(sweep_id)}/cancel")
+    emit(sweep, as_json, f"{sweep['id']}: {sweep['status']}")

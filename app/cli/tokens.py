@@ -1,4 +1,4 @@
-"""Count a dataset in tokens on this machine: the trainer's own program does it, in a process of its own."""
+"""Counts the tokens of a dataset on this machine. The trainer's own program does it, in its own process."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def count_tokens(
     mapping: Mapping | None,
     rendering: RenderingSettings,
 ) -> dict[str, Any]:
-    """The part `tokens` of a report. Raises `ClientError` where the model's tokenizer cannot be used."""
+    """The part `tokens` of a report. Raises `ClientError` if the model's tokenizer cannot be used."""
     if not (model / "tokenizer.json").exists():
         raise ClientError(f"{model} has no tokenizer.json: --model is a folder, or the name of one in DPO_MODELS_DIR.")
     recipe = {
@@ -32,11 +32,11 @@ def count_tokens(
         "mapping": None if mapping is None else mapping.model_dump(mode="json"),
         "rendering": rendering.undated,
     }
-    with tempfile.TemporaryDirectory(prefix="dpo-check-") as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory(prefix="dpo-check-") as folder_name:
+        folder = Path(folder_name)
         (folder / "model").symlink_to(model.resolve(), target_is_directory=True)
-        wanted = {"dataset": str(path.resolve()), "recipe": recipe, "rows": report["kept"]}
-        (folder / "tokens.json").write_text(json.dumps([wanted]))
+        request = {"dataset": str(path.resolve()), "recipe": recipe, "rows": report["kept"]}
+        (folder / "tokens.json").write_text(json.dumps([request]))
         done = subprocess.run(
             [sys.executable, "-m", "worker.trainer.tokens", str(folder)],
             capture_output=True,
@@ -48,8 +48,8 @@ def count_tokens(
             "Tokens cannot be counted (is the worker installed? pip install 'dpo-service[worker]'): "
             + done.stderr[-500:]
         )
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])[0]
-    if "error" in found:
-        raise ClientError(found["error"]["message"])
+    tokens: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])[0]
+    if "error" in tokens:
+        raise ClientError(tokens["error"]["message"])
     method = "supervised" if report["kind"] == "supervised" else "dpo"
-    return {"model": name, "max_length": max_length, "method": method} | found
+    return {"model": name, "max_length": max_length, "method": method} | tokens

@@ -15,7 +15,7 @@ INTERVAL_SECONDS = 1.0
 
 
 def watch(client: Client, path: str, console: Console) -> dict[str, Any]:
-    """Follow the job or the evaluation at `path` until it ends; returns it."""
+    """Follow the job or evaluation at `path` until it ends; returns it."""
     columns = (
         TextColumn("{task.fields[state]:<18}"),
         BarColumn(),
@@ -23,12 +23,12 @@ def watch(client: Client, path: str, console: Console) -> dict[str, Any]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[metrics]}"),
     )
-    seen: str | None = None
+    last_event: str | None = None
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("job", total=None, state="", metrics="")
         while True:
             job: dict[str, Any] = client.request("GET", path)
-            seen = _print_new_events(client, path, seen, console)
+            last_event = _print_new_events(client, path, last_event, console)
             _show(progress, task, job)
             if job["status"] in EXIT_STATUS and not _waits_for_evaluations(job):
                 return job
@@ -36,7 +36,7 @@ def watch(client: Client, path: str, console: Console) -> dict[str, Any]:
 
 
 def _waits_for_evaluations(job: dict[str, Any]) -> bool:
-    """Whether a training has succeeded, and evaluations of its model are still to say whether its gates are met."""
+    """Whether a training has succeeded but some of its gates still wait for evaluations of its model."""
     return job["status"] == "succeeded" and any(gate["met"] is None for gate in job["gates"])
 
 
@@ -65,15 +65,15 @@ def _show(progress: Progress, task: Any, job: dict[str, Any]) -> None:
     progress.update(task, completed=steps.get(done, 0), total=steps.get(total), state=state, metrics=text)
 
 
-def _print_new_events(client: Client, path: str, seen: str | None, console: Console) -> str | None:
-    """Print the messages (not the metrics) that came since the event `seen`; returns the newest id."""
+def _print_new_events(client: Client, path: str, last_event: str | None, console: Console) -> str | None:
+    """Print the messages (not the metrics) after the event `last_event`; returns the id of the newest event."""
     new = []
     for event in client.pages(f"{path}/events", limit=200):
-        if event["id"] == seen:
+        if event["id"] == last_event:
             break
         new.append(event)
     for event in reversed(new):
         if event["type"] == "message":
             style = {"warn": "yellow", "error": "red"}.get(event["level"], "")
             console.print(event["message"], style=style, highlight=False, markup=False, soft_wrap=True)
-    return new[0]["id"] if new else seen
+    return new[0]["id"] if new else last_event

@@ -1,1 +1,1 @@
-"""A read-only page for people: jobs, their curves and events, and what is in their data."""
+"""Read-only web pages: jobs, evaluations, sweeps, and reports of their data."""

@@ -22,11 +22,11 @@ FOLDER = Path(__file__).parent
 POLICY = "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'; object-src 'none'"
 EVENTS, JOBS, SWEEPS = 50, 50, 20
 LATEST = 2.5e11
-"""The end of what a date can be, in unix seconds."""
+"""The latest time that can be written as a date, in unix seconds."""
 
 router = APIRouter(prefix="/dashboard", include_in_schema=False)
 by_session = access(public=True)
-"""A page asks for its session by itself, and for a key where there is none."""
+"""The middleware asks for no key here. Each page checks its session and redirects to the login without one."""
 templates = Jinja2Templates(FOLDER / "templates")
 
 
@@ -45,7 +45,7 @@ def _duration(seconds: float | None) -> str:
 
 
 def _side(side: dict[str, Any] | None) -> str:
-    """What a side of an evaluation is: a model, a file, or the data's own answers."""
+    """The name of a side of an evaluation: a model, a file, or the data's own answers."""
     if side is None:
         return ""
     if "reference" in side:
@@ -67,15 +67,19 @@ def _missing(request: Request, error: ServiceError) -> HTMLResponse:
 
 
 def _followed(
-    request: Request, name: str, lifecycle: Lifecycle[JobObject] | Lifecycle[EvaluationObject], project: str, one: str
+    request: Request,
+    name: str,
+    lifecycle: Lifecycle[JobObject] | Lifecycle[EvaluationObject],
+    project: str,
+    job_id: str,
 ) -> HTMLResponse:
-    """The page of the job or evaluation `one`, or what of it changes, from the templates called `name`."""
+    """The page of a job or evaluation, or for htmx only its changing part. `name` is "job" or "evaluation"."""
     try:
-        found = lifecycle.get(project, one)
-        events = lifecycle.events(project, one, after=None, limit=EVENTS)[:EVENTS]
+        job = lifecycle.get(project, job_id)
+        events = lifecycle.events(project, job_id, after=None, limit=EVENTS)[:EVENTS]
     except ServiceError as error:
         return _missing(request, error)
-    context: dict[str, Any] = {name: found, "events": [event for event in events if event.type == "message"]}
+    context: dict[str, Any] = {name: job, "events": [event for event in events if event.type == "message"]}
     return _page(request, f"{name}_live.html" if "hx-request" in request.headers else f"{name}.html", **context)
 
 
@@ -105,9 +109,9 @@ def logout() -> Response:
 @router.get("")
 @by_session
 def jobs(request: Request, viewer: ViewerDependency, services: ServicesDependency) -> HTMLResponse:
-    found = services.jobs.page(viewer.project, after=None, limit=JOBS, metadata={})[:JOBS]
+    newest = services.jobs.page(viewer.project, after=None, limit=JOBS, metadata={})[:JOBS]
     name = "jobs_rows.html" if "hx-request" in request.headers else "jobs.html"
-    return _page(request, name, jobs=found, project=viewer.project)
+    return _page(request, name, jobs=newest, project=viewer.project)
 
 
 @router.get("/jobs/{job_id}")
@@ -125,9 +129,9 @@ def metrics(job_id: str, viewer: ViewerDependency, services: ServicesDependency)
 @router.get("/evaluations")
 @by_session
 def evaluations(request: Request, viewer: ViewerDependency, services: ServicesDependency) -> HTMLResponse:
-    found = services.evaluations.page(viewer.project, after=None, limit=JOBS, metadata={})[:JOBS]
+    newest = services.evaluations.page(viewer.project, after=None, limit=JOBS, metadata={})[:JOBS]
     name = "evaluations_rows.html" if "hx-request" in request.headers else "evaluations.html"
-    return _page(request, name, evaluations=found, project=viewer.project)
+    return _page(request, name, evaluations=newest, project=viewer.project)
 
 
 @router.get("/evaluations/{evaluation_id}")
@@ -141,24 +145,24 @@ def evaluation(
 @router.get("/sweeps")
 @by_session
 def sweeps(request: Request, viewer: ViewerDependency, services: ServicesDependency) -> HTMLResponse:
-    found = services.sweeps.page(viewer.project, after=None, limit=SWEEPS)[:SWEEPS]
-    return _page(request, "sweeps.html", sweeps=found, project=viewer.project)
+    newest = services.sweeps.page(viewer.project, after=None, limit=SWEEPS)[:SWEEPS]
+    return _page(request, "sweeps.html", sweeps=newest, project=viewer.project)
 
 
 @router.get("/sweeps/{sweep_id}")
 @by_session
 def sweep(request: Request, sweep_id: str, viewer: ViewerDependency, services: ServicesDependency) -> HTMLResponse:
     try:
-        found = services.sweeps.get(viewer.project, sweep_id)
+        sweep_object = services.sweeps.get(viewer.project, sweep_id)
     except ServiceError as error:
         return _missing(request, error)
-    return _page(request, "sweep_live.html" if "hx-request" in request.headers else "sweep.html", sweep=found)
+    return _page(request, "sweep_live.html" if "hx-request" in request.headers else "sweep.html", sweep=sweep_object)
 
 
 @router.get("/sweeps/{sweep_id}/frontier")
 @by_session
 def frontier(request: Request, sweep_id: str, viewer: ViewerDependency, services: ServicesDependency) -> Response:
-    """The picture of a sweep."""
+    """The chart of a sweep's frontier, as SVG."""
     try:
         picture, media_type = services.sweeps.frontier(viewer.project, sweep_id, "svg")
     except ServiceError as error:
@@ -171,26 +175,26 @@ def frontier(request: Request, sweep_id: str, viewer: ViewerDependency, services
 def file(
     request: Request, file_id: str, viewer: ViewerDependency, services: ServicesDependency, model: str | None = None
 ) -> HTMLResponse:
-    """The report of a file, with samples as `model` sees them."""
+    """The report of a file. With `model`, its lengths and samples are in that model's tokens."""
     problem = None
     try:
-        described = services.files.get(viewer.project, file_id)
+        file_object = services.files.get(viewer.project, file_id)
         report = services.reports.get(viewer.project, file_id, model=None)
     except ServiceError as error:
         return _missing(request, error)
-    counted = None
+    token_report = None
     if report is not None and model is not None:
         try:
-            counted = services.reports.get(viewer.project, file_id, model=model)
+            token_report = services.reports.get(viewer.project, file_id, model=model)
         except ServiceError as error:
             problem = error.message
     name = "file_report.html" if "hx-request" in request.headers else "file.html"
     return _page(
         request,
         name,
-        file=described,
-        report=counted or report,
+        file=file_object,
+        report=token_report or report,
         model=model,
-        counting=bool(report is None or (model and counted is None and problem is None)),
+        counting=bool(report is None or (model and token_report is None and problem is None)),
         problem=problem,
     )

@@ -1,4 +1,4 @@
-"""Who looks at the dashboard: a cookie that holds the API key, sealed, so that a revoked key ends the session too."""
+"""Sessions of the dashboard. A cookie holds the encrypted API key, so that a revoked key ends the session too."""
 
 from typing import Annotated
 
@@ -15,11 +15,11 @@ LIFETIME_SECONDS = 12 * 3600
 
 
 class NotSignedIn(Exception):
-    """No session, or one that is over: the page asks for a key."""
+    """The request has no valid session. The page asks for a key."""
 
 
 def sign_in(services: Services, request: Request, response: Response, key: str) -> bool:
-    """Begin a session with `key`; False for one that is not good."""
+    """Begin a session with `key`; False if the key is not valid."""
     caller = services.keys.identify(key)
     if caller is None or not caller.may(Scope.READ):
         return False
@@ -49,7 +49,7 @@ ViewerDependency = Annotated[Caller, Depends(_viewer)]
 
 
 def ask_for_a_key(request: Request, _error: Exception) -> Response:
-    """The answer to `NotSignedIn`; htmx follows its own header."""
+    """The answer to `NotSignedIn`: a redirect to the login, for htmx in its own header."""
     if "hx-request" in request.headers:
         return Response(headers={"HX-Redirect": "/dashboard/login"})
     return RedirectResponse("/dashboard/login", status_code=303)

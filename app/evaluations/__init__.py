@@ -1,1 +1,1 @@
-"""Evaluations: whether a model is better."""
+"""Evaluations: they measure whether a model is better."""

@@ -26,7 +26,7 @@ router = APIRouter(prefix="/evaluations", tags=["evaluations"])
 def create_evaluation(
     spec: EvaluationSpec, caller: CallerDependency, services: ServicesDependency, sending: SendingDependency
 ) -> EvaluationObject:
-    """Start an evaluation: its files are checked, it waits in the queue, and a GPU worker does it."""
+    """Start an evaluation. The service checks its files and queues it; then a GPU worker runs it."""
     return services.evaluations.create(caller.project, spec, sending)
 
 
@@ -38,7 +38,7 @@ def list_evaluations(
     after: After = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> Page[EvaluationObject]:
-    """Evaluations, newest first. `metadata[key]=value` keeps those whose metadata hold the pair."""
+    """Evaluations, newest first. `metadata[key]=value` keeps only those whose metadata has that pair."""
     metadata = asked_metadata(request)
     return page(services.evaluations.page(caller.project, after=after, limit=limit, metadata=metadata), limit)
 
@@ -59,13 +59,13 @@ def cancel_evaluation(
 
 @router.post("/{evaluation_id}/pause")
 def pause_evaluation(evaluation_id: str, caller: CallerDependency, services: ServicesDependency) -> EvaluationObject:
-    """Hold an evaluation back. What a running one has sampled is kept."""
+    """Pause an evaluation. A running one keeps the completions that it has sampled."""
     return services.evaluations.pause(caller.project, evaluation_id)
 
 
 @router.post("/{evaluation_id}/resume")
 def resume_evaluation(evaluation_id: str, caller: CallerDependency, services: ServicesDependency) -> EvaluationObject:
-    """Let a paused evaluation go on from where it was."""
+    """Resume a paused evaluation where it stopped."""
     return services.evaluations.resume(caller.project, evaluation_id)
 
 
@@ -77,7 +77,7 @@ def list_evaluation_events(
     after: After = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 20,
 ) -> Page[EventObject]:
-    """What happened to an evaluation, newest first."""
+    """The events of an evaluation, newest first."""
     return page(services.evaluations.events(caller.project, evaluation_id, after=after, limit=limit), limit)
 
 
@@ -86,7 +86,10 @@ def list_evaluation_events(
 def create_evaluation_stream_token(
     evaluation_id: str, caller: CallerDependency, services: ServicesDependency
 ) -> StreamToken:
-    """A token for browsers, whose EventSource sends no key: it opens this evaluation's stream within a minute."""
+    """Create a token that opens this evaluation's stream within one minute.
+
+    Browsers need it: EventSource sends no key.
+    """
     return services.evaluations.stream_token(caller.project, evaluation_id)
 
 
@@ -94,9 +97,11 @@ def _seen(
     evaluation_id: str,
     caller: CallerDependency,
     services: ServicesDependency,
-    last_event_id: Annotated[str | None, Header(description="The id of the last event that came before.")] = None,
+    last_event_id: Annotated[
+        str | None, Header(description="The id of the last event that the client received.")
+    ] = None,
 ) -> int:
-    """Where a stream begins; what is wrong with the request is said before it does."""
+    """The event number after which a stream begins. A bad request fails here, before the stream starts."""
     return services.evaluations.seen(caller.project, evaluation_id, last_event_id)
 
 
@@ -107,9 +112,9 @@ async def stream_evaluation(
     caller: CallerDependency,
     services: ServicesDependency,
     seen: Annotated[int, Depends(_seen)],
-    token: Annotated[str | None, Query(description="In place of a key: see stream_token.")] = None,
+    token: Annotated[str | None, Query(description="Replaces the API key: see stream_token.")] = None,
 ) -> AsyncIterator[ServerSentEvent]:
-    """Server-sent events until the evaluation has ended: `message` (its events) and `evaluation` (its state)."""
+    """Server-sent events until the evaluation ends: `message` (its events) and `evaluation` (its state)."""
     async for event in services.evaluations.stream(caller.project, evaluation_id, seen):
         yield event
 
@@ -120,9 +125,9 @@ async def stream_evaluation(
 def get_evaluation_report(
     evaluation_id: str, caller: CallerDependency, services: ServicesDependency
 ) -> StreamingResponse:
-    """All figures of an evaluation that has succeeded, with their errors, by temperature and by length."""
-    found = services.evaluations.report(caller.project, evaluation_id)
-    return StreamingResponse(found, media_type="application/json")
+    """All metrics of a succeeded evaluation, with their errors, by temperature and by length."""
+    report = services.evaluations.report(caller.project, evaluation_id)
+    return StreamingResponse(report, media_type="application/json")
 
 
 @router.get(
@@ -133,15 +138,15 @@ def get_evaluation_report(
 def download_evaluation(
     evaluation_id: str, caller: CallerDependency, services: ServicesDependency
 ) -> StreamingResponse:
-    """What an evaluation has left, as a tar file: `evaluation.json`, `report.json` and `items.jsonl`."""
-    found = services.evaluations.download(caller.project, evaluation_id)
-    return tar_response(found, evaluation_id)
+    """The results of an evaluation as a tar file: `evaluation.json`, `report.json` and `items.jsonl`."""
+    archive = services.evaluations.download(caller.project, evaluation_id)
+    return tar_response(archive, evaluation_id)
 
 
 @router.get("/{evaluation_id}/logs", response_class=StreamingResponse, responses={200: {"content": {"text/plain": {}}}})
 def get_evaluation_logs(
     evaluation_id: str, caller: CallerDependency, services: ServicesDependency
 ) -> StreamingResponse:
-    """The log of the latest attempt."""
-    found = services.evaluations.logs(caller.project, evaluation_id)
-    return StreamingResponse(found, media_type="text/plain; charset=utf-8")
+    """The log of the latest attempt that has one."""
+    log = services.evaluations.logs(caller.project, evaluation_id)
+    return StreamingResponse(log, media_type="text/plain; charset=utf-8")

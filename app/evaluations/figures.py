@@ -1,4 +1,4 @@
-"""The figures of an evaluation for people: each value with its interval, where there is one. Pure functions."""
+"""The metrics of an evaluation for people to read: each value with its interval, if it has one. Pure functions."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ PARTS = ("error", "low", "high")
 
 @dataclass(frozen=True)
 class Figure:
-    """A value, and its 95 % confidence interval."""
+    """A value and its 95 % confidence interval. The bounds are None if there is no interval."""
 
     name: str
     value: float
@@ -20,12 +20,12 @@ class Figure:
 
 
 def figures(metrics: Mapping[str, float]) -> list[Figure]:
-    """The metrics of an evaluation, `win_rate/low@0.7` for example with the `win_rate@0.7` that it belongs to."""
-    found = []
+    """Join each metric with its bounds: `win_rate/low@0.7`, for example, belongs to `win_rate@0.7`."""
+    joined = []
     for name, value in metrics.items():
-        plain, mark, temperature = name.partition("@")
-        whole, _, part = plain.rpartition("/")
-        if part not in PARTS or f"{whole}{mark}{temperature}" not in metrics:
-            low, high = (metrics.get(f"{plain}/{end}{mark}{temperature}") for end in ("low", "high"))
-            found.append(Figure(name, value, low, high))
-    return found
+        metric, at, temperature = name.partition("@")
+        parent, _, part = metric.rpartition("/")
+        if part not in PARTS or f"{parent}{at}{temperature}" not in metrics:
+            low, high = (metrics.get(f"{metric}/{bound}{at}{temperature}") for bound in ("low", "high"))
+            joined.append(Figure(name, value, low, high))
+    return joined

@@ -18,12 +18,12 @@ class EvaluationProgress(BaseModel):
     completions: int
     total: int
     answers: int | None = None
-    """What the judge's endpoint has answered of `questions`."""
+    """The number of `questions` that the judge's endpoint has answered."""
     questions: int | None = None
 
 
 class EvaluationObject(BaseModel):
-    """An evaluation, and, once it has succeeded, its figures."""
+    """An evaluation. It has `metrics` once it has succeeded."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -75,17 +75,17 @@ class EvaluationObject(BaseModel):
     metrics: dict[str, float] | None
     gates: list[GateVerdict]
     fine_tuning_job_id: str | None
-    """The training that this evaluation is of, where it asked for it: its gates count there."""
+    """The training that asked for this evaluation, if one did. That training has the gates."""
     sweep_id: str | None
     result_files: list[str]
-    """The report, as JSON, and what it was made of: a line for each pair or completion."""
+    """The report, as JSON, and the items behind it: one line for each pair or completion."""
     paused: bool
 
     @classmethod
     def of(cls, job: Job, place: QueuePlace | None = None) -> "EvaluationObject":
-        """The object for the row `job`, which has `place` in the queue or on a worker."""
+        """The API object of the row `job`. `place` is its place in the queue or on a worker."""
         spec, place = job.spec, place or QueuePlace()
-        written = (
+        copied = (
             "type",
             "name",
             "data",
@@ -107,9 +107,9 @@ class EvaluationObject(BaseModel):
             organization_id=f"org-{job.project}",
             status=Status(job.status),
             error=JobError(**job.error) if job.error else None,
-            candidate=_given(spec["candidate"]),
-            baseline=_given(spec["baseline"]),
-            judge=_judge(spec["judge"]),
+            candidate=_without_nulls(spec["candidate"]),
+            baseline=_without_nulls(spec["baseline"]),
+            judge=_shown_judge(spec["judge"]),
             metadata=job.job_metadata,
             priority=job.priority,
             timeout_seconds=job.timeout_seconds,
@@ -123,19 +123,21 @@ class EvaluationObject(BaseModel):
             sweep_id=job.sweep_id,
             result_files=job.result_files,
             paused=job.paused,
-            **{name: spec[name] for name in written},
+            **{name: spec[name] for name in copied},
         )
 
 
-def _given(part: dict[str, Any] | None) -> dict[str, Any] | None:
+def _without_nulls(part: dict[str, Any] | None) -> dict[str, Any] | None:
     return part and {
-        name: _given(value) if isinstance(value, dict) else value for name, value in part.items() if value is not None
+        name: _without_nulls(value) if isinstance(value, dict) else value
+        for name, value in part.items()
+        if value is not None
     }
 
 
-def _judge(part: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A judge without its endpoint's key, which nobody is shown."""
-    shown = _given(part)
-    if shown is not None and "endpoint" in shown:
-        shown["endpoint"] = _given({**shown["endpoint"], "api_key": None})
-    return shown
+def _shown_judge(part: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The judge without the API key of its endpoint, which the API never shows."""
+    judge = _without_nulls(part)
+    if judge is not None and "endpoint" in judge:
+        judge["endpoint"] = _without_nulls({**judge["endpoint"], "api_key": None})
+    return judge

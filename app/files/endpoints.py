@@ -35,11 +35,11 @@ BODY = form_schema(
 async def create_file(
     request: Request, caller: CallerDependency, services: ServicesDependency, sending: SendingDependency
 ) -> FileObject:
-    """Upload a dataset. It streams to the object store; the service never holds it whole."""
+    """Upload a dataset. It streams to the object store; the service never holds the whole file."""
     file = await services.files.upload(caller.project, UploadForm(request, MAX_BYTES), sending)
-    described = FileObject.of(file)
-    await run_in_threadpool(services.reports.begin, caller.project, described)
-    return described
+    file_object = FileObject.of(file)
+    await run_in_threadpool(services.reports.begin, caller.project, file_object)
+    return file_object
 
 
 @router.get("")
@@ -52,13 +52,13 @@ def list_files(
     order: Literal["asc", "desc"] = "desc",
 ) -> Page[FileObject]:
     """The files of the caller's project."""
-    found = services.files.page(caller.project, purpose=purpose, after=after, limit=limit, ascending=order == "asc")
-    return page([FileObject.of(file) for file in found], limit)
+    files = services.files.page(caller.project, purpose=purpose, after=after, limit=limit, ascending=order == "asc")
+    return page([FileObject.of(file) for file in files], limit)
 
 
 @router.get("/{file_id}")
 def get_file(file_id: str, caller: CallerDependency, services: ServicesDependency) -> FileObject:
-    """One file's description."""
+    """The description of a file."""
     return FileObject.of(services.files.get(caller.project, file_id))
 
 

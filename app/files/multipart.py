@@ -1,6 +1,6 @@
-"""Read a multipart/form-data body as a stream: fields first, then the bytes of one file as they arrive.
+"""Read a multipart/form-data body as a stream: the fields of the form, and the bytes of one file as they arrive.
 
-Starlette's own parser copies the whole file to the disk before a route runs; this hands the chunks on.
+Starlette's own parser copies the whole file to the disk before a route runs. This one passes the chunks on.
 """
 
 from collections.abc import AsyncIterator, Callable
@@ -18,7 +18,7 @@ MAX_FIELDS = 32
 
 
 def form_schema(properties: dict[str, Any], required: list[str]) -> dict[str, Any]:
-    """The request body of a route that reads its form as a stream, for the OpenAPI document."""
+    """The entry of the OpenAPI document for a request body that is read as a stream."""
     schema = {"type": "object", "required": required, "properties": properties, "additionalProperties": False}
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
@@ -34,13 +34,13 @@ def _malformed(reason: str) -> ServiceError:
 class UploadForm:
     """The form of one upload. `fields` is complete once `file_chunks` is exhausted.
 
-    Form fields may stand before or after the file; `filename` is known when the first chunk comes.
+    Form fields may come before or after the file. `filename` is set when the first chunk comes.
     """
 
     request: Request
     max_bytes: int
     name: str = "file"
-    """The field that holds the bytes."""
+    """The form field that holds the file."""
     fields: dict[str, str] = field(default_factory=dict)
     filename: str | None = None
     size: int = 0
@@ -54,10 +54,10 @@ class UploadForm:
     async def file_chunks(self, see: Callable[[bytes], object]) -> AsyncIterator[bytes]:
         """The bytes of the part named `name`; `see` is called with each piece.
 
-        Raises `ServiceError` for a body that is not whole multipart, `TooLarge` for a file over `max_bytes`.
+        Raises `ServiceError` if the body is malformed or incomplete, and `TooLarge` if the file is over `max_bytes`.
         """
-        kind, options = parse_options_header(self.request.headers.get("content-type", ""))
-        if kind != b"multipart/form-data" or b"boundary" not in options:
+        content_type, options = parse_options_header(self.request.headers.get("content-type", ""))
+        if content_type != b"multipart/form-data" or b"boundary" not in options:
             raise ServiceError(
                 f"Send a multipart/form-data body whose field '{self.name}' holds the bytes.",
                 param=self.name,
@@ -95,7 +95,7 @@ class UploadForm:
             raise _malformed("it ends before its last boundary")
 
     def require(self, *required: str, optional: tuple[str, ...] = ()) -> None:
-        """Refuse a form that lacks a field, or has one that it should not."""
+        """Raise `ServiceError` if the form lacks a required field or has an unknown one."""
         for name in self.fields:
             if name not in (*required, *optional):
                 raise ServiceError(f"Unknown parameter: '{name[:64]}'.", param=name[:64], code="unknown_parameter")

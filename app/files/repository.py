@@ -21,22 +21,22 @@ def readable(project: str) -> Select[File]:
 
 
 def get(session: Session, project: str, file_id: str, *, lock: bool = False) -> File | None:
-    """One file. `lock`: it cannot be deleted until this transaction ends (SQLite has one writer anyway)."""
+    """One file. `lock` prevents its deletion until this transaction ends (SQLite has one writer anyway)."""
     statement = readable(project).where(File.id == file_id)
     return session.scalar(statement.with_for_update(read=True) if lock else statement)
 
 
 def require(session: Session, project: str, file_id: str, param: str, purposes: Sequence[str]) -> File:
-    """The file that the body of a request names in `param`. It cannot be deleted until this transaction ends.
+    """The file that a request body names in `param`. It cannot be deleted until this transaction ends.
 
-    Raises `ServiceError` where there is none, or where it was uploaded for something else.
+    Raises `ServiceError` if there is none, or if its purpose is not one of `purposes`.
     """
     file = get(session, project, file_id, lock=True)
     if file is None:
         raise ServiceError(f"No such File object: {file_id}", param=param, code="file_not_found")
     if file.purpose not in purposes:
-        wanted = " or ".join(f"'{purpose}'" for purpose in purposes)
-        message = f"{file_id} has the purpose '{file.purpose}'; upload it as {wanted}."
+        allowed = " or ".join(f"'{purpose}'" for purpose in purposes)
+        message = f"{file_id} has the purpose '{file.purpose}'; upload it as {allowed}."
         raise ServiceError(message, param=param, code="invalid_file_purpose")
     return file
 
@@ -44,7 +44,7 @@ def require(session: Session, project: str, file_id: str, param: str, purposes: 
 def page(
     session: Session, project: str, *, purpose: str | None, after: File | None, limit: int, ascending: bool
 ) -> list[File]:
-    """Up to `limit` + 1 files by age, those after `after`."""
+    """Up to `limit` + 1 files after the file `after`, in order of creation."""
     statement = readable(project)
     if purpose is not None:
         statement = statement.where(File.purpose == purpose)
@@ -52,15 +52,15 @@ def page(
 
 
 def hashes(session: Session, project: str, file_ids: list[str]) -> dict[str, str | None]:
-    """The SHA-256 of each file that is still known."""
-    found = dict(
+    """The SHA-256 of each file, by id; None if the file has no row any more."""
+    sha256_by_id = dict(
         session.execute(select(File.id, File.sha256).where(File.project == project, File.id.in_(file_ids))).all()
     )
-    return {file_id: found.get(file_id) for file_id in file_ids}
+    return {file_id: sha256_by_id.get(file_id) for file_id in file_ids}
 
 
 def mark_deleted(session: Session, project: str, file_id: str) -> bool:
-    """Hide a file from now on; False where there is none."""
+    """Hide a file from now on; False if there is none."""
     statement = (
         update(File)
         .where(File.id == file_id, File.project == project, File.deleted_at.is_(None))
@@ -71,6 +71,6 @@ def mark_deleted(session: Session, project: str, file_id: str) -> bool:
 
 
 def expire(session: Session) -> None:
-    """Delete the files whose time is over, as their owner would."""
-    over = update(File).where(File.deleted_at.is_(None), File.expires_at < database_now())
-    session.execute(over.values(deleted_at=database_now()))
+    """Mark expired files as deleted, as their owner would."""
+    statement = update(File).where(File.deleted_at.is_(None), File.expires_at < database_now())
+    session.execute(statement.values(deleted_at=database_now()))

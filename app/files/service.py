@@ -1,4 +1,4 @@
-"""What can be done with files."""
+"""Operations on files."""
 
 import hashlib
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ MAX_BYTES = 8 * 1024**3
 
 @dataclass(frozen=True)
 class _Fields:
-    """What the form of an upload says."""
+    """The checked fields of an upload form."""
 
     expires_after: int | None
     mapping: dict[str, Any] | None
@@ -38,35 +38,35 @@ class Files:
         self.database, self.storage = database, storage
 
     async def upload(self, project: str, form: UploadForm, sending: Sending) -> File:
-        """Stream an upload to the object store, then make its row; where anything fails, neither stays."""
+        """Stream an upload to the object store, then write its row. If anything fails, neither stays."""
         digest = hashlib.sha256()
         file = File(id=new_id("file"), project=project)
         async with self.storage.written(file.key, form.file_chunks(digest.update)):
-            said = _checked(form)
+            fields = _checked(form)
             file.filename, file.purpose = (form.filename or "upload")[:512], form.fields["purpose"]
             file.bytes, file.sha256 = form.size, digest.hexdigest()
-            kept = await run_in_threadpool(self._insert, file, said, sending)
-            if kept is not file:  # it came before
+            stored = await run_in_threadpool(self._insert, file, fields, sending)
+            if stored is not file:  # an earlier sending made the file
                 await run_in_threadpool(self.storage.delete, file.key)
-        return kept
+        return stored
 
-    def _insert(self, file: File, said: _Fields, sending: Sending) -> File:
+    def _insert(self, file: File, fields: _Fields, sending: Sending) -> File:
         content = {
             "sha256": file.sha256,
             "filename": file.filename,
             "purpose": file.purpose,
-            "expires_after": said.expires_after,
-            "mapping": said.mapping,
+            "expires_after": fields.expires_after,
+            "mapping": fields.mapping,
         }
         with self.database.write() as session:
             earlier = sending.earlier(session, "files.create", content)
-            found = None if earlier is None else repository.get(session, file.project, earlier)
-            if found is not None:
-                return found
+            existing = None if earlier is None else repository.get(session, file.project, earlier)
+            if existing is not None:
+                return existing
             require_room(session, file.project, file.bytes)
-            file.created_at, file.mapping = database_now(), said.mapping
-            if said.expires_after is not None:
-                file.expires_at = database_now() + said.expires_after
+            file.created_at, file.mapping = database_now(), fields.mapping
+            if fields.expires_after is not None:
+                file.expires_at = database_now() + fields.expires_after
             session.add(file)
             session.flush()
             session.refresh(file)
@@ -81,29 +81,29 @@ class Files:
         return file
 
     def page(self, project: str, *, purpose: str | None, after: str | None, limit: int, ascending: bool) -> list[File]:
-        """Up to `limit` + 1 files."""
+        """Up to `limit` + 1 files after the file with the id `after`."""
         with self.database.read() as session:
-            mark = None
-            if after is not None and (mark := repository.get(session, project, after)) is None:
+            last_file = None
+            if after is not None and (last_file := repository.get(session, project, after)) is None:
                 raise no_such("File object", after, code="file", param="after")
-            return repository.page(session, project, purpose=purpose, after=mark, limit=limit, ascending=ascending)
+            return repository.page(session, project, purpose=purpose, after=last_file, limit=limit, ascending=ascending)
 
     def content(self, project: str, file_id: str) -> tuple[File, Iterator[bytes]]:
         file = self.get(project, file_id)
         try:
             return file, self.storage.chunks(file.key)
-        except FileNotFoundError:  # deleted this moment
+        except FileNotFoundError:  # deleted a moment ago
             raise no_such("File object", file_id, code="file") from None
 
     def delete(self, project: str, file_id: str) -> None:
-        """Hide the file now. Housekeeping removes its bytes once no active job needs them."""
+        """Hide the file now. Housekeeping deletes its bytes once no active job needs them."""
         with self.database.write() as session:
             if not repository.mark_deleted(session, project, file_id):
                 raise no_such("File object", file_id, code="file")
 
 
 def _checked(form: UploadForm) -> _Fields:
-    """Raises `ServiceError` for a form that is not good."""
+    """The checked fields of `form`. Raises `ServiceError` if the form is not valid."""
     fields = form.fields
     expiry = {
         name.removeprefix("expires_after[").removesuffix("]"): fields.pop(name)
@@ -132,7 +132,7 @@ def _checked(form: UploadForm) -> _Fields:
 
 @contextmanager
 def _refusing(field: str) -> Iterator[None]:
-    """Turn what pydantic says of `field` into the service's words."""
+    """Turn pydantic's first error in `field` into a `ServiceError`."""
     try:
         yield
     except ValidationError as error:

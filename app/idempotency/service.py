@@ -1,9 +1,9 @@
-"""Find what an earlier sending of the same request made.
+"""Find the object that an earlier sending of the same request made.
 
-A client that gives an `Idempotency-Key` gets what that key made, for a day. The official client gives none: it
-resends a create after a lost connection or a 5xx and only counts in `x-stainless-retry-count`. A request that counts
-as resent therefore gets what the same API key made with the same content in the last half hour, which is as long as
-that client goes on. Sendings that overlap wait for each other.
+A client that sends an `Idempotency-Key` gets the object which that key made, for a day. The official client sends no
+such key. It resends a create after a lost connection or a 5xx, and counts the sendings in `x-stainless-retry-count`.
+A resent request therefore gets the object that the same API key made with the same content in the last half hour. The
+official client stops resending within that time. Sendings that overlap wait for each other.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ RESENT_SECONDS = 1800
 
 @dataclass(frozen=True)
 class Sending:
-    """How a request was sent: by which API key, under which idempotency key, whether it was sent before, and its id."""
+    """How a request was sent: its API key, its idempotency key, whether it was sent before, and its id."""
 
     key_id: str
     idempotency_key: str | None = None
@@ -34,34 +34,34 @@ class Sending:
     request_id: str | None = None
 
     def earlier(self, session: Session, operation: str, content: Any) -> str | None:
-        """The id of what an earlier sending made; None where this is the first. Call it in a write transaction.
+        """The id of the object that an earlier sending made; None if this is the first.
 
-        `content` is what the request asks for, as JSON. Raises `ServiceError` for an idempotency key that came with
-        other content before.
+        Call it in a write transaction. `content` is what the request asks for, as JSON. Raises `ServiceError` if the
+        idempotency key came with other content before.
         """
         fingerprint = self._fingerprint(operation, content)
         wait_for_others(session, self._lock(operation, fingerprint))
-        sent = select(SentRequest).where(SentRequest.key_id == self.key_id, SentRequest.operation == operation)
+        requests = select(SentRequest).where(SentRequest.key_id == self.key_id, SentRequest.operation == operation)
         if self.idempotency_key is not None:
-            found = session.scalar(sent.where(SentRequest.idempotency_key == self.idempotency_key))
-            if found is not None and found.fingerprint != fingerprint:
+            sent = session.scalar(requests.where(SentRequest.idempotency_key == self.idempotency_key))
+            if sent is not None and sent.fingerprint != fingerprint:
                 raise ServiceError(
                     "This Idempotency-Key came with another request before. Use a new key for a new request.",
                     param="Idempotency-Key",
                     code="idempotency_key_reused",
                 )
-            return None if found is None else found.resource_id
+            return None if sent is None else sent.resource_id
         if not self.resent:
             return None
-        recent = sent.where(
+        recent = requests.where(
             SentRequest.fingerprint == fingerprint, SentRequest.created_at > database_now() - RESENT_SECONDS
         )
-        found = session.scalar(recent.order_by(SentRequest.sequence.desc()).limit(1))
-        return None if found is None else found.resource_id
+        sent = session.scalar(recent.order_by(SentRequest.sequence.desc()).limit(1))
+        return None if sent is None else sent.resource_id
 
     def made(self, session: Session, operation: str, content: Any, resource_id: str) -> None:
-        """Remember, in the transaction that makes it, what this request made."""
-        if self.idempotency_key is not None:  # what it made before is gone, else `earlier` would have found it
+        """Record the object that this request makes, in the transaction that makes it."""
+        if self.idempotency_key is not None:  # its earlier object, if any, no longer exists
             session.execute(
                 delete(SentRequest).where(
                     SentRequest.key_id == self.key_id,
@@ -90,7 +90,7 @@ class Sending:
 
 
 def forget_old(session: Session) -> None:
-    """Remove what is older than a day."""
+    """Delete the records that are older than a day."""
     session.execute(delete(SentRequest).where(SentRequest.created_at < database_now() - KEPT_SECONDS))
 
 

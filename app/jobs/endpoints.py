@@ -23,7 +23,7 @@ METADATA = re.compile(r"metadata\[(.{1,64})\]")
 
 
 def asked_metadata(request: Request) -> dict[str, str]:
-    """The pairs that a list is asked to keep to, `metadata[key]=value`."""
+    """The metadata pairs that a list request filters by: `metadata[key]=value`."""
     pairs = request.query_params.items()
     return {match[1]: value for name, value in pairs if (match := METADATA.fullmatch(name))}
 
@@ -32,7 +32,7 @@ def asked_metadata(request: Request) -> dict[str, str]:
 def create_job(
     spec: JobSpec, caller: CallerDependency, services: ServicesDependency, sending: SendingDependency
 ) -> JobObject:
-    """Start a job: its files are checked, it waits in the queue, and a GPU worker trains."""
+    """Start a job. The service checks its files and queues it; then a GPU worker trains."""
     return services.jobs.create(caller.project, spec, sending)
 
 
@@ -44,9 +44,9 @@ def list_jobs(
     after: After = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> Page[JobObject]:
-    """Jobs, newest first. `metadata[key]=value` keeps those whose metadata hold the pair."""
-    found = services.jobs.page(caller.project, after=after, limit=limit, metadata=asked_metadata(request))
-    return page(found, limit)
+    """Jobs, newest first. `metadata[key]=value` keeps only jobs whose metadata has that pair."""
+    jobs = services.jobs.page(caller.project, after=after, limit=limit, metadata=asked_metadata(request))
+    return page(jobs, limit)
 
 
 @router.get("/{job_id}")
@@ -65,13 +65,13 @@ def cancel_job(
 
 @router.post("/{job_id}/pause")
 def pause_job(job_id: str, caller: CallerDependency, services: ServicesDependency) -> JobObject:
-    """Hold a job back. A running one writes a checkpoint and is then `queued` with `paused` true."""
+    """Pause a job. A running job writes a checkpoint; then it is `queued` with `paused` true."""
     return services.jobs.pause(caller.project, job_id)
 
 
 @router.post("/{job_id}/resume")
 def resume_job(job_id: str, caller: CallerDependency, services: ServicesDependency) -> JobObject:
-    """Let a paused job go on from where it was: it ends with the bytes it would have had without the pause."""
+    """Resume a paused job where it stopped. It ends with the same bytes as without the pause."""
     return services.jobs.resume(caller.project, job_id)
 
 
@@ -83,7 +83,7 @@ def list_events(
     after: After = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 20,
 ) -> Page[EventObject]:
-    """What happened to a job, newest first."""
+    """The events of a job, newest first."""
     return page(services.jobs.events(caller.project, job_id, after=after, limit=limit), limit)
 
 
@@ -92,17 +92,21 @@ def get_metrics(
     job_id: str,
     caller: CallerDependency,
     services: ServicesDependency,
-    names: Annotated[list[str] | None, Query(max_length=64, description="Only these; repeat for several.")] = None,
-    points: Annotated[int, Query(ge=3, le=10_000, description="At most so many of each, which keep its shape.")] = 1000,
+    names: Annotated[
+        list[str] | None, Query(max_length=64, description="Return only this metric; repeat for several.")
+    ] = None,
+    points: Annotated[
+        int, Query(ge=3, le=10_000, description="Maximum points of each series. The series keeps its shape.")
+    ] = 1000,
 ) -> MetricSeries:
-    """The metrics of a job as series by step."""
+    """The metrics of a job, each as a series by step."""
     return services.jobs.metrics(caller.project, job_id, names, points)
 
 
 @router.post("/{job_id}/stream_token")
 @access(scope=Scope.READ)
 def create_stream_token(job_id: str, caller: CallerDependency, services: ServicesDependency) -> StreamToken:
-    """A token for browsers, whose EventSource sends no key: it opens this job's stream within a minute."""
+    """Create a token that opens this job's stream within one minute. Browsers need it: EventSource sends no key."""
     return services.jobs.stream_token(caller.project, job_id)
 
 
@@ -110,9 +114,11 @@ def _seen(
     job_id: str,
     caller: CallerDependency,
     services: ServicesDependency,
-    last_event_id: Annotated[str | None, Header(description="The id of the last event that came before.")] = None,
+    last_event_id: Annotated[
+        str | None, Header(description="The id of the last event that the client received.")
+    ] = None,
 ) -> int:
-    """Where a stream begins; what is wrong with the request is said before it does."""
+    """The event number after which a stream begins. A bad request fails here, before the stream starts."""
     return services.jobs.seen(caller.project, job_id, last_event_id)
 
 
@@ -123,9 +129,9 @@ async def stream_job(
     caller: CallerDependency,
     services: ServicesDependency,
     seen: Annotated[int, Depends(_seen)],
-    token: Annotated[str | None, Query(description="In place of a key: see stream_token.")] = None,
+    token: Annotated[str | None, Query(description="Replaces the API key: see stream_token.")] = None,
 ) -> AsyncIterator[ServerSentEvent]:
-    """Server-sent events until the job has ended: `message` and `metrics` (its events) and `job` (its state)."""
+    """Server-sent events until the job ends: `message` and `metrics` (its events) and `job` (its state)."""
     async for event in services.jobs.stream(caller.project, job_id, seen):
         yield event
 
@@ -138,11 +144,11 @@ def list_checkpoints(
     after: After = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 10,
 ) -> Page[CheckpointObject]:
-    """The checkpoints of a job, latest first. Each is a model to download or to train on."""
+    """The checkpoints of a job, latest step first. Each is a model that you can download or train further."""
     return page(services.jobs.checkpoints(caller.project, job_id, after=after, limit=limit), limit)
 
 
 @router.get("/{job_id}/logs", response_class=StreamingResponse, responses={200: {"content": {"text/plain": {}}}})
 def get_logs(job_id: str, caller: CallerDependency, services: ServicesDependency) -> StreamingResponse:
-    """The trainer's log of the latest attempt."""
+    """The trainer's log of the latest attempt that has one."""
     return StreamingResponse(services.jobs.logs(caller.project, job_id), media_type="text/plain; charset=utf-8")

@@ -1,7 +1,8 @@
-"""Follow jobs: one thread of control asks the database for all event streams of this process, every half second.
+"""Follow jobs: one asyncio task polls the database for all event streams of this process, every half second.
 
-A stream of a job is its events in their order, resumable by their number, and its state whenever that changes. With
-200 streams open, a tick is one query for the newest event of each job, and one more for each job that has news.
+A job's stream sends its events in order, and its state whenever the state changes. A client can resume a stream after
+any event. With 200 open streams, one poll is one query for the newest event of each job. Each stream with news then
+runs one more query.
 """
 
 import asyncio
@@ -24,16 +25,16 @@ TICK_SECONDS = 0.5
 
 @dataclass(eq=False)
 class Follower:
-    """Someone who waits for news of a job."""
+    """A stream that waits for new events of a job."""
 
     job_id: str
     seen: int
-    """The number of the last event that it has."""
+    """The number of the last event that the stream has sent."""
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Feed:
-    """Tells followers when there is something new."""
+    """Wakes each follower when its job has new events."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
@@ -54,7 +55,7 @@ class Feed:
             self._followers.discard(follower)
 
     async def close(self) -> None:
-        """Stop watching, and let every stream end."""
+        """Stop polling, and let every stream end."""
         self.closed = True
         if self._task is not None:
             self._task.cancel()
@@ -65,7 +66,7 @@ class Feed:
         while self._followers:
             try:
                 newest = await run_in_threadpool(self._newest, {follower.job_id for follower in self._followers})
-            except Exception as error:  # the database may be away for a while; the streams stay open
+            except Exception as error:  # the database may be unreachable for a while; the streams stay open
                 log.warning("event streams wait", reason=type(error).__name__)
             else:
                 for follower in self._followers:
@@ -74,12 +75,12 @@ class Feed:
             await asyncio.sleep(TICK_SECONDS)
 
     def _newest(self, jobs: set[str]) -> dict[str, int]:
-        """The number of the last event of each job."""
+        """The number of the newest event, by job id."""
         statement = select(JobEvent.job_id, func.max(JobEvent.sequence)).where(JobEvent.job_id.in_(jobs))
         with self.database.read() as session:
             return {row[0]: row[1] for row in session.execute(statement.group_by(JobEvent.job_id))}
 
     def after(self, job_id: str, seen: int, limit: int = 500) -> list[JobEvent]:
-        """Up to `limit` events of a job after number `seen`, in their order."""
+        """Up to `limit` events of a job after number `seen`, in order."""
         with self.database.read() as session:
             return job_events.after(session, job_id, seen, limit)

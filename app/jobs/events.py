@@ -1,4 +1,4 @@
-"""The events of jobs, and the metrics that they measured. All SQL about them is here."""
+"""All SQL about job events. Events of type `metrics` hold what a job measured."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +21,7 @@ def add(
     data: dict[str, Any] | None = None,
     id: str | None = None,
 ) -> None:
-    """Append to the job's events, in the transaction of what it tells."""
+    """Append an event to the job, in the transaction of the change that it reports."""
     session.add(
         JobEvent(
             id=id or new_id("ftevent"),
@@ -37,39 +37,39 @@ def add(
 
 
 def page(session: Session, job_id: str, *, after: str | None, limit: int) -> list[JobEvent] | None:
-    """Up to `limit` + 1 events, newest first; None where `after` is not an event of this job."""
-    statement, mark = select(JobEvent).where(JobEvent.job_id == job_id), None
+    """Up to `limit` + 1 events, newest first; None if `after` is not an event of this job."""
+    statement, after_event = select(JobEvent).where(JobEvent.job_id == job_id), None
     if after is not None:
-        mark = session.scalar(statement.where(JobEvent.id == after))
-        if mark is None:
+        after_event = session.scalar(statement.where(JobEvent.id == after))
+        if after_event is None:
             return None
-    return list(session.scalars(keyset(statement, (JobEvent.sequence,), mark, limit)))
+    return list(session.scalars(keyset(statement, (JobEvent.sequence,), after_event, limit)))
 
 
 def after(session: Session, job_id: str, seen: int, limit: int) -> list[JobEvent]:
-    """Up to `limit` events after number `seen`, in their order."""
+    """Up to `limit` events after number `seen`, in order."""
     statement = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.sequence > seen)
     return list(session.scalars(statement.order_by(JobEvent.sequence).limit(limit)))
 
 
 def forget(session: Session, seconds: float, limit: int) -> int:
-    """Remove up to `limit` events of jobs that ended more than `seconds` ago; returns how many."""
+    """Delete up to `limit` events of jobs that ended more than `seconds` ago; returns how many it deleted."""
     ended = select(Job.id).where(Job.finished_at < database_now() - seconds)
     old = select(JobEvent.sequence).where(JobEvent.job_id.in_(ended)).order_by(JobEvent.sequence).limit(limit)
     return len(session.scalars(delete(JobEvent).where(JobEvent.sequence.in_(old)).returning(JobEvent.sequence)).all())
 
 
 def any_of(session: Session, event_ids: Sequence[str]) -> bool:
-    """Whether one of these events is there."""
+    """Whether at least one of these events exists."""
     return session.scalar(select(JobEvent.sequence).where(JobEvent.id.in_(event_ids)).limit(1)) is not None
 
 
 def sequence_of(session: Session, job_id: str, event_id: str) -> int | None:
-    """The number of an event of a job."""
+    """The number of an event; None if the job has no such event."""
     return session.scalar(select(JobEvent.sequence).where(JobEvent.id == event_id, JobEvent.job_id == job_id))
 
 
 def metrics(session: Session, job_id: str) -> Sequence[dict[str, Any]]:
-    """What each measuring event of a job says, in order: `step`, `stage` and the metrics."""
+    """The data of each `metrics` event of a job, in order: `step`, `stage` and the metrics."""
     statement = select(JobEvent.data).where(JobEvent.job_id == job_id, JobEvent.type == "metrics")
     return [data for data in session.scalars(statement.order_by(JobEvent.sequence)) if data]

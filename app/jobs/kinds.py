@@ -1,7 +1,7 @@
-"""The kinds of jobs: one record each. How a job is queued, run and recovered does not depend on its kind.
+"""The kinds of jobs, one record each. How a job is queued, run and recovered does not depend on its kind.
 
-A kind has a service over HTTP (`Lifecycle`), a check of its files (`worker.validator`) and an attempt
-(`worker.runner`) beside this record.
+Beside its record, a kind has an HTTP service (`Lifecycle`), a file check (`worker.validator`) and an attempt
+(`worker.runner`).
 """
 
 from collections.abc import Callable
@@ -12,15 +12,15 @@ from app.spec.evaluation import EvaluationSpec
 from app.spec.job import MORE, JobSpec
 
 StoredSpec = dict[str, Any]
-"""The spec of a job as its row has it."""
+"""The spec of a job as its row stores it."""
 
 
 @dataclass(frozen=True)
 class JobKind:
-    """What a kind of job is called, where it is found, and what it needs."""
+    """The names of a kind of job, its path over HTTP, and the files and models that it needs."""
 
     name: str
-    """The column `kind` of its jobs."""
+    """The value of the column `kind` in the rows of its jobs."""
     noun: str
     """Its name in a sentence: `The job was cancelled`."""
     title: str
@@ -29,26 +29,26 @@ class JobKind:
     """The start of its error codes: `fine_tuning_job_not_found`."""
     id_prefix: str
     path: str
-    """Where it is found over HTTP."""
+    """The path of its jobs over HTTP."""
     webhook: str
     """The start of the names of its webhook events: `fine_tuning.job.succeeded`."""
     started: str
-    """The event of its start."""
+    """The message of the event that reports its start."""
     used: str
-    """How its rows are used: `training_file cannot be trained on`."""
+    """The verb that an error message uses for its files: `training_file cannot be trained on`."""
     file_code: Callable[[str], str]
-    """The code of an error in the file of a field."""
+    """The error code of a bad file, from the field that names the file."""
     read: Callable[[StoredSpec], JobSpec | EvaluationSpec]
     files: Callable[[StoredSpec], list[str]]
-    """Ids of the files that it reads."""
+    """Ids of the files that a job reads."""
     models: Callable[[StoredSpec], list[str | None]]
-    """Names of the models that it loads beside the one in the column `model`."""
+    """Names of the models that a job loads beside the one in the column `model`."""
 
 
 def _training_files(spec: StoredSpec) -> list[str]:
-    parts = (spec, spec["sft"] or {})
-    named = [part.get(field) for part in parts for field in ("training_file", "validation_file")]
-    return [name for name in [*named, *(spec.get("more_training_files") or [])] if name is not None]
+    stages = (spec, spec["sft"] or {})
+    file_ids = [stage.get(field) for stage in stages for field in ("training_file", "validation_file")]
+    return [file_id for file_id in [*file_ids, *(spec.get("more_training_files") or [])] if file_id is not None]
 
 
 def _training_models(spec: StoredSpec) -> list[str | None]:
@@ -87,7 +87,7 @@ EVALUATION = JobKind(
     used="evaluated",
     file_code=lambda field: "invalid_file",
     read=EvaluationSpec.stored,
-    files=lambda spec: [name for _, name in EvaluationSpec.stored(spec).files()],
+    files=lambda spec: [file_id for _, file_id in EvaluationSpec.stored(spec).files()],
     models=lambda spec: [name for _, name in EvaluationSpec.stored(spec).models()],
 )
 KINDS = {kind.name: kind for kind in (TRAINING, EVALUATION)}

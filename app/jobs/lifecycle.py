@@ -1,4 +1,4 @@
-"""What trainings and evaluations have in common over HTTP: they are looked at, followed, held back and cancelled."""
+"""The HTTP operations that trainings and evaluations share: get, list, follow, pause, resume and cancel."""
 
 import asyncio
 from abc import ABC, abstractmethod
@@ -33,11 +33,11 @@ from app.storage import Storage
 Shown = TypeVar("Shown", bound=BaseModel)
 STREAM_BATCH = 500
 STATE_SECONDS = 5.0
-"""A stream looks at the job's state at least so often: its queue position changes without an event."""
+"""The longest time between two reads of the job's state by a stream. The queue position changes without an event."""
 
 
 def log_key(job_id: str, attempt: int) -> str:
-    """Where the trainer's log of an attempt is in the object store."""
+    """The key of an attempt's trainer log in the object store."""
     return f"jobs/{job_id}/attempt-{attempt}/trainer.log"
 
 
@@ -51,29 +51,30 @@ class Lifecycle(ABC, Generic[Shown]):
 
     @abstractmethod
     def show(self, job: Job, place: QueuePlace | None = None) -> Shown:
-        """A job on the wire, which has `place` in the queue or on a worker."""
+        """The API object of a job. `place` is its place in the queue or on a worker."""
 
     def _add(
         self,
         session: Session,
         project: str,
-        asked: JobSpec | EvaluationSpec,
+        submitted: JobSpec | EvaluationSpec,
         request_id: str | None,
         bases: Iterable[str],
-        **own: Any,
+        **columns: Any,
     ) -> Job:
         """Store a job that waits for the check of its files.
 
-        `bases` are the base models that it loads, `own` the columns that its kind decides.
+        `submitted` is the spec as the user sent it. `bases` names the base models that the job loads. `columns` holds
+        the columns that depend on the kind.
         """
         job = Job(
             id=new_id(self.KIND.id_prefix),
             kind=self.KIND.name,
             project=project,
-            job_metadata=asked.metadata,
+            job_metadata=submitted.metadata,
             request_id=request_id,
-            priority=asked.priority,
-            timeout_seconds=asked.timeout_seconds,
+            priority=submitted.priority,
+            timeout_seconds=submitted.timeout_seconds,
             status=Status.VALIDATING,
             paused=False,
             ran_seconds=0.0,
@@ -81,7 +82,7 @@ class Lifecycle(ABC, Generic[Shown]):
             attempt=0,
             eligible_at=0.0,
             lost_attempts=0,
-            **own,
+            **columns,
         )
         session.add(job)
         session.flush()
@@ -89,8 +90,8 @@ class Lifecycle(ABC, Generic[Shown]):
         job_events.add(session, job.id, f"Created {self.KIND.title}: {job.id}")
         return job
 
-    def _found(self, session: Session, project: str, job_id: str, param: str | None = None) -> Job:
-        """The row of a job that `project` may see. Raises `NotFound`."""
+    def _require_job(self, session: Session, project: str, job_id: str, param: str | None = None) -> Job:
+        """The row of a job that `project` may see. Raises `NotFound` if there is none."""
         job = queries.get(session, project, job_id, self.KIND)
         if job is None:
             raise no_such(self.KIND.title, job_id, code=self.KIND.code, param=param)
@@ -98,24 +99,24 @@ class Lifecycle(ABC, Generic[Shown]):
 
     def get(self, project: str, job_id: str) -> Shown:
         with self.database.read() as session:
-            job = self._found(session, project, job_id)
+            job = self._require_job(session, project, job_id)
             places = outlook(session, [job])
             return self.show(job, places.get(job.id))
 
     def page(self, project: str, *, after: str | None, limit: int, metadata: dict[str, str]) -> list[Shown]:
         """Up to `limit` + 1 jobs, newest first."""
         with self.database.read() as session:
-            mark = None if after is None else self._found(session, project, after, "after")
-            found = queries.page(session, project, after=mark, limit=limit, metadata=metadata, kind=self.KIND)
-            places = outlook(session, found)
-            return [self.show(job, places.get(job.id)) for job in found]
+            after_job = None if after is None else self._require_job(session, project, after, "after")
+            jobs = queries.page(session, project, after=after_job, limit=limit, metadata=metadata, kind=self.KIND)
+            places = outlook(session, jobs)
+            return [self.show(job, places.get(job.id)) for job in jobs]
 
     def cancel(self, project: str, job_id: str, sending: Sending) -> Shown:
         """Cancel an unfinished job. Its worker notices at its next heartbeat, seconds later."""
         with self.database.write() as session:
-            job = self._found(session, project, job_id)
+            job = self._require_job(session, project, job_id)
             status = Status(job.status)
-            # The worker may take the job along an edge of its own between this read and the write.
+            # The worker may change the status between this read and the write. Hence the loop tries each active state.
             for source in (status, *(other for other in ACTIVE if other != status)):
                 if status in ACTIVE and transitions.transition(
                     session,
@@ -134,18 +135,18 @@ class Lifecycle(ABC, Generic[Shown]):
         return self.get(project, job_id)
 
     def pause(self, project: str, job_id: str) -> Shown:
-        """Hold a job back. A running one writes a checkpoint, frees its GPU and goes back to the queue, in seconds."""
+        """Pause a job. Within seconds, a running one writes a checkpoint, frees its GPU and returns to the queue."""
         return self._set_paused(project, job_id, True, f"The {self.KIND.noun} was paused.")
 
     def resume(self, project: str, job_id: str) -> Shown:
-        """Let a paused job go on from its last checkpoint, in its old place in the queue."""
-        found = self._set_paused(project, job_id, False, f"The {self.KIND.noun} was resumed.")
+        """Resume a paused job from its last checkpoint. It keeps its old place in the queue."""
+        resumed = self._set_paused(project, job_id, False, f"The {self.KIND.noun} was resumed.")
         self.broker.wake(Lane.GPU)
-        return found
+        return resumed
 
     def _set_paused(self, project: str, job_id: str, paused: bool, message: str) -> Shown:
         with self.database.write() as session:
-            job = self._found(session, project, job_id)
+            job = self._require_job(session, project, job_id)
             if job.paused != paused or job.status not in ACTIVE:
                 if not job_queue.set_paused(session, job_id, paused):
                     raise Conflict(
@@ -157,30 +158,30 @@ class Lifecycle(ABC, Generic[Shown]):
     def events(self, project: str, job_id: str, *, after: str | None, limit: int) -> list[EventObject]:
         """Up to `limit` + 1 events, newest first."""
         with self.database.read() as session:
-            self._found(session, project, job_id)
-            found = job_events.page(session, job_id, after=after, limit=limit)
-        if found is None:
+            self._require_job(session, project, job_id)
+            events = job_events.page(session, job_id, after=after, limit=limit)
+        if events is None:
             raise no_such(f"event of this {self.KIND.noun}", after or "", code="event", param="after")
-        return [EventObject.of(event) for event in found]
+        return [EventObject.of(event) for event in events]
 
     def stream_token(self, project: str, job_id: str) -> StreamToken:
-        """What a browser, whose EventSource sends no key, can open the job's stream with."""
+        """A token that opens the job's stream in a browser, whose EventSource sends no key."""
         with self.database.read() as session:
-            self._found(session, project, job_id)
+            self._require_job(session, project, job_id)
         path = f"{self.KIND.path}/{job_id}/stream"
         token, expires_at = self.keys.stream_token(project, path)
         return StreamToken(token=token, expires_at=expires_at, url=f"{path}?token={quote(token, safe='')}")
 
     async def stream(self, project: str, job_id: str, seen: int) -> AsyncIterator[ServerSentEvent]:
-        """The job's events after number `seen` and its state, then both as they come, until the job has ended.
+        """Yield the job's events after number `seen` and its state, then each change of both, until the job ends.
 
-        Each event has its id; the state has none, and comes after the events that changed it.
+        An event carries its id. A state carries no id and follows the events that changed it.
         """
-        shown: dict[str, Any] | None = None
+        last_state: dict[str, Any] | None = None
         async with self.feed.follow(job_id, seen) as follower:
             while True:
                 follower.news.clear()
-                # The state before the events: of a job that has ended, the events are then all there are.
+                # Read the state before the events. If the job has ended by then, no event can be missing.
                 job = await run_in_threadpool(self.get, project, job_id)
                 events = await run_in_threadpool(self.feed.after, job_id, follower.seen)
                 for event in events:
@@ -188,10 +189,10 @@ class Lifecycle(ABC, Generic[Shown]):
                     yield ServerSentEvent(event=event.type, id=event.id, data=EventObject.of(event))
                 if len(events) >= STREAM_BATCH:
                     continue  # there may be more
-                # Not the estimates, which move with the clock.
+                # Leave out the fields that change with the clock.
                 state = job.model_dump(exclude={"estimated_start", "estimated_finish", "running_seconds"})
-                if state != shown:
-                    shown = state
+                if state != last_state:
+                    last_state = state
                     yield ServerSentEvent(event=self.KIND.noun, data=job)
                 if state["status"] not in ACTIVE:
                     return
@@ -203,21 +204,21 @@ class Lifecycle(ABC, Generic[Shown]):
                     return
 
     def seen(self, project: str, job_id: str, last_event_id: str | None) -> int:
-        """The number of an event of the job; 0 is before the first."""
+        """The number of the event `last_event_id`; 0, which is before the first event, if that is None."""
         with self.database.read() as session:
-            self._found(session, project, job_id)
+            self._require_job(session, project, job_id)
             if last_event_id is None:
                 return 0
-            found = job_events.sequence_of(session, job_id, last_event_id)
-        if found is None:
+            sequence = job_events.sequence_of(session, job_id, last_event_id)
+        if sequence is None:
             raise no_such(f"event of this {self.KIND.noun}", last_event_id, code="event", param="Last-Event-ID")
-        return found
+        return sequence
 
     def logs(self, project: str, job_id: str) -> Iterator[bytes]:
-        """The trainer's log of the latest attempt that has one."""
+        """The trainer's log of the latest attempt that has one; empty if none has."""
         with self.database.read() as session:
-            attempts = self._found(session, project, job_id).attempt
-        for attempt in range(attempts, 0, -1):
+            last_attempt = self._require_job(session, project, job_id).attempt
+        for attempt in range(last_attempt, 0, -1):
             try:
                 return self.storage.chunks(log_key(job_id, attempt))
             except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Reading jobs. What a caller reads starts from its project."""
+"""Queries that read jobs. A query for a caller starts from `readable`, so it sees only the caller's project."""
 
 from collections.abc import Sequence
 
@@ -23,7 +23,7 @@ def get(session: Session, project: str, job_id: str, kind: JobKind = TRAINING) -
 def page(
     session: Session, project: str, *, after: Job | None, limit: int, metadata: dict[str, str], kind: JobKind = TRAINING
 ) -> list[Job]:
-    """Up to `limit` + 1 jobs, newest first, those older than `after` whose metadata hold `metadata`."""
+    """Up to `limit` + 1 jobs, newest first: those older than `after` whose metadata has all pairs of `metadata`."""
     statement = readable(project, kind)
     for key, value in metadata.items():
         statement = statement.where(Job.job_metadata[key].as_string() == value)
@@ -31,12 +31,12 @@ def page(
 
 
 def running(session: Session) -> Sequence[Job]:
-    """All jobs that train now."""
+    """All running jobs, evaluations included."""
     return session.scalars(select(Job).where(Job.status == Status.RUNNING)).all()
 
 
 def paces(session: Session, base_model: str, limit: int) -> Sequence[Job]:
-    """The last jobs that succeeded on `base_model` and measured their pace."""
+    """The last `limit` jobs that succeeded on `base_model` and measured their pace."""
     statement = select(Job).where(Job.status == Status.SUCCEEDED, Job.base_model == base_model, Job.pace.is_not(None))
     return session.scalars(statement.order_by(Job.finished_at.desc()).limit(limit)).all()
 
@@ -48,17 +48,19 @@ def files_of(job: Job) -> list[str]:
 
 def active_files(session: Session) -> set[str]:
     """Ids of the files that unfinished jobs read."""
-    return {name for job in session.scalars(select(Job).where(Job.status.in_(ACTIVE))) for name in files_of(job)}
+    unfinished = session.scalars(select(Job).where(Job.status.in_(ACTIVE)))
+    return {file_id for job in unfinished for file_id in files_of(job)}
 
 
 def users_of(session: Session, model: str) -> list[str]:
-    """Ids of the unfinished jobs that start from a model, are held to it, sit on it, or evaluate it."""
+    """Ids of the unfinished jobs that use a model: as start, reference or foundation, or in an evaluation."""
     unfinished = session.scalars(select(Job).where(Job.status.in_(ACTIVE)))
     return [job.id for job in unfinished if model in (job.model, job.foundation, *KINDS[job.kind].models(job.spec))]
 
 
 def orphans(session: Session) -> Sequence[Job]:
-    """Evaluations that wait for a training that will make no model."""
+    """Unfinished evaluations whose training failed or was cancelled: their model will never exist."""
     parent = aliased(Job)
-    gone = select(parent.id).where(parent.id == Job.parent_id, parent.status.in_((Status.FAILED, Status.CANCELLED)))
-    return session.scalars(select(Job).where(Job.status.in_(ACTIVE), gone.exists())).all()
+    ended = parent.status.in_((Status.FAILED, Status.CANCELLED))
+    failed_parent = select(parent.id).where(parent.id == Job.parent_id, ended)
+    return session.scalars(select(Job).where(Job.status.in_(ACTIVE), failed_parent.exists())).all()

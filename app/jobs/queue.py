@@ -18,11 +18,11 @@ from app.workers.repository import served_by
 QUEUE_ORDER = (Job.priority.desc(), Job.created_at, Job.id)
 JOBS = WorkQueue(Job, noun="job", active=Job.status.in_([Status.VALIDATING, Status.RUNNING]), order=QUEUE_ORDER)
 CLAIM_LOCK = 0x64706F
-"""The advisory lock of claims: any number that nothing else uses."""
+"""Key of the advisory lock that claims take: an arbitrary number that nothing else uses."""
 
 
 def _ready() -> ColumnElement[bool]:
-    """Whether what a job waits for is there: an evaluation of a model, once its training has succeeded."""
+    """The condition that a job waits for no other. An evaluation waits until its training, if any, has succeeded."""
     parent = aliased(Job)
     status = select(parent.status).where(parent.id == Job.parent_id).correlate(Job).scalar_subquery()
     return or_(Job.parent_id.is_(None), status == Status.SUCCEEDED)
@@ -32,26 +32,26 @@ WAITING = (Job.status == Status.QUEUED, Job.paused.is_(False), _ready())
 
 
 def waiting(session: Session, limit: int) -> list[tuple[str, list[str], float | None]]:
-    """(id, base models, expected seconds of training) of the first `limit` jobs that wait, the next one first."""
+    """The first `limit` waiting jobs, next one first, as (id, base models, expected seconds of training)."""
     statement = select(Job.id, Job.base_model, Job.estimated_seconds).where(*WAITING)
-    found = session.execute(statement.order_by(*QUEUE_ORDER).limit(limit)).all()
-    bases = {job_id: [base] if base else [] for job_id, base, _ in found}
+    rows = session.execute(statement.order_by(*QUEUE_ORDER).limit(limit)).all()
+    bases = {job_id: [base] if base else [] for job_id, base, _ in rows}
     others = select(OtherBase.job_id, OtherBase.base_model).where(OtherBase.job_id.in_(bases))
     for job_id, base in session.execute(others):
         bases[job_id].append(base)
-    return [(job_id, bases[job_id], seconds) for job_id, _, seconds in found]
+    return [(job_id, bases[job_id], seconds) for job_id, _, seconds in rows]
 
 
 def positions(session: Session, job_ids: Sequence[str]) -> dict[str, int]:
-    """The places in the queue of those of `job_ids` that wait; 1 starts next."""
-    number = func.row_number().over(order_by=QUEUE_ORDER).label("position")
-    places = select(Job.id, number).where(*WAITING).subquery()
-    found = session.execute(select(places.c.id, places.c.position).where(places.c.id.in_(job_ids)))
-    return dict(found.all())
+    """The position in the queue of each waiting job of `job_ids`. Position 1 starts next."""
+    position = func.row_number().over(order_by=QUEUE_ORDER).label("position")
+    places = select(Job.id, position).where(*WAITING).subquery()
+    rows = session.execute(select(places.c.id, places.c.position).where(places.c.id.in_(job_ids)))
+    return dict(rows.all())
 
 
 def set_paused(session: Session, job_id: str, paused: bool) -> bool:
-    """Hold a job back, or let it go on; False where it has ended."""
+    """Pause a job or resume it; False if it has ended."""
     statement = update(Job).where(Job.id == job_id, Job.status.in_(ACTIVE)).values(paused=paused).returning(Job.id)
     return session.scalar(statement) is not None
 
@@ -59,18 +59,18 @@ def set_paused(session: Session, job_id: str, paused: bool) -> bool:
 def claim(session: Session, status: Status, owner: str, served: Sequence[str] | None = None) -> Job | None:
     """Take the lease of the best eligible job with `status`; None if there is none.
 
-    Priority first, then age. `served` holds patterns of base models (`*` matches anything); None takes any.
-    A queued job is running from then on.
+    The highest priority comes first, then the oldest job. A queued job becomes running. `served` limits the claim of
+    a queued job to base models that match these patterns (`*` matches anything); None allows any base model.
     """
     if status != Status.QUEUED:
         return JOBS.claim(session, owner, Job.status == status)
-    wait_for_others(session, CLAIM_LOCK)  # two that count a project's running jobs at once would both start one
+    wait_for_others(session, CLAIM_LOCK)  # without it, two claims at once could exceed a project's limit
     conditions = [*WAITING, _within_limit()]
     if served is not None:
-        lacking = select(OtherBase.job_id).where(
+        unserved = select(OtherBase.job_id).where(
             OtherBase.job_id == Job.id, not_(served_by(OtherBase.base_model, served))
         )
-        conditions += [or_(Job.base_model == "", served_by(Job.base_model, served)), ~lacking.correlate(Job).exists()]
+        conditions += [or_(Job.base_model == "", served_by(Job.base_model, served)), ~unserved.correlate(Job).exists()]
     started = func.coalesce(Job.started_at, database_now())
     job = JOBS.claim(session, owner, *conditions, status=Status.RUNNING, started_at=started)
     if job is not None:
@@ -79,7 +79,7 @@ def claim(session: Session, status: Status, owner: str, served: Sequence[str] | 
 
 
 def _within_limit() -> ColumnElement[bool]:
-    """Whether the job's project may have one more job running."""
+    """The condition that the job's project may run one more job."""
     other = aliased(Job)
     limit = select(Project.max_running_jobs).where(Project.id == Job.project).correlate(Job).scalar_subquery()
     count = (
@@ -93,17 +93,20 @@ def _within_limit() -> ColumnElement[bool]:
 
 @dataclass(frozen=True)
 class Held:
-    """What a heartbeat learns of the job whose lease it renewed."""
+    """The state of a job after a heartbeat has renewed its lease."""
 
     paused: bool
     ran_seconds: float
 
 
 def heartbeat(session: Session, job_id: str, attempt: int) -> Held | None:
-    """Extend the lease; None where another has it, or nobody. The time since the last heartbeat counts as trained."""
+    """Extend the lease; None if this attempt no longer holds it.
+
+    The `ran_seconds` of a running job grow by the time since the last heartbeat.
+    """
     passed = database_now() - (Job.lease_expires_at - JOBS.lease_seconds)
-    # Between two heartbeats no more can have passed. More means that the clock was set.
-    since = case((passed.between(0.0, JOBS.lease_seconds + OUTAGE_SECONDS), passed), else_=0.0)
-    trained = Job.ran_seconds + case((Job.status == Status.RUNNING, since), else_=0.0)
-    row = JOBS.heartbeat(session, job_id, attempt, Job.paused, Job.ran_seconds, ran_seconds=trained)
+    # Two heartbeats are at most this far apart. A longer or negative time means that the clock was changed.
+    plausible = case((passed.between(0.0, JOBS.lease_seconds + OUTAGE_SECONDS), passed), else_=0.0)
+    ran_seconds = Job.ran_seconds + case((Job.status == Status.RUNNING, plausible), else_=0.0)
+    row = JOBS.heartbeat(session, job_id, attempt, Job.paused, Job.ran_seconds, ran_seconds=ran_seconds)
     return None if row is None else Held(*row)

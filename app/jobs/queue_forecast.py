@@ -1,7 +1,7 @@
-"""When the jobs in the queue will start and end, as far as can be told.
+"""Forecast when the jobs in the queue will start and end.
 
-The queue is played forward: each GPU worker that is there takes the next job it serves as soon as it is free. A job
-whose own time is not known makes those behind it unknown too.
+The forecast simulates the queue: each GPU worker takes the next job that it serves as soon as it is free. A job of
+unknown duration occupies its worker for good. Jobs that only such workers could take get no times.
 """
 
 import heapq
@@ -19,12 +19,12 @@ from app.jobs.tables import Job
 from app.workers import repository as workers
 
 HORIZON = 200
-"""Jobs that are played forward; those behind them have a place and no times."""
+"""Number of jobs that are simulated. Jobs behind them get a position and no times."""
 
 
 @dataclass(frozen=True)
 class QueuePlace:
-    """Where a job stands: `position` from 1, and unix seconds; None is not known."""
+    """The place of a job: `position` counts from 1, times are Unix seconds. None means not known."""
 
     position: int | None = None
     start: float | None = None
@@ -32,54 +32,56 @@ class QueuePlace:
 
 
 def outlook(session: Session, jobs: list[Job]) -> dict[str, QueuePlace]:
-    """The place of each of `jobs` that has not ended."""
+    """The place of each job of `jobs` that is running or waits in the queue, by job id."""
     if not any(job.status in (Status.RUNNING, Status.QUEUED) for job in jobs):
         return {}
-    time = now(session)
+    current = now(session)
     places = {
-        job.id: QueuePlace(None, job.started_at, _finish(job, time)) for job in jobs if job.status == Status.RUNNING
+        job.id: QueuePlace(None, job.started_at, _finish(job, current)) for job in jobs if job.status == Status.RUNNING
     }
     waiting = [job for job in jobs if job.status == Status.QUEUED and not job.paused]
     if waiting:
-        queue = _played(session, time)
+        queue = _simulate(session, current)
         places |= {job.id: queue[job.id] for job in waiting if job.id in queue}
         behind = [job.id for job in waiting if job.id not in queue]
         if behind:
-            places |= {job_id: QueuePlace(at) for job_id, at in job_queue.positions(session, behind).items()}
+            positions = job_queue.positions(session, behind)
+            places |= {job_id: QueuePlace(position) for job_id, position in positions.items()}
     return places
 
 
-def _finish(job: Job, now: float) -> float | None:
+def _finish(job: Job, current: float) -> float | None:
+    """When a running job will end; None if nobody has measured or estimated it."""
     remaining = (job.progress or {}).get("seconds_remaining")
     if remaining is not None:
-        return now + float(remaining)
+        return current + float(remaining)
     if job.estimated_seconds is None:
         return None
-    return now + max(0.0, job.estimated_seconds - job.ran_seconds)
+    return current + max(0.0, job.estimated_seconds - job.ran_seconds)
 
 
-def _played(session: Session, now: float) -> dict[str, QueuePlace]:
-    """The places of the first jobs of the queue."""
-    busy = {job.lease_owner: _finish(job, now) for job in queries.running(session)}
+def _simulate(session: Session, current: float) -> dict[str, QueuePlace]:
+    """The places of the first `HORIZON` jobs of the queue, by job id."""
+    finish_by_worker = {job.lease_owner: _finish(job, current) for job in queries.running(session)}
     present = workers.present(session, Lane.GPU)
-    # When each worker is free; one whose job's end is not known is never free.
-    free = [(busy.get(worker.name, now), number) for number, worker in enumerate(present)]
-    heap = [(math.inf if at is None else at, number) for at, number in free]
+    # (when the worker is free, its index). A worker whose job has no known end is never free.
+    free = [(finish_by_worker.get(worker.name, current), index) for index, worker in enumerate(present)]
+    heap = [(math.inf if free_at is None else free_at, index) for free_at, index in free]
     heapq.heapify(heap)
     places = {}
     for position, (job_id, bases, seconds) in enumerate(job_queue.waiting(session, HORIZON), start=1):
-        passed = []
+        unsuitable = []
         start = math.inf
         while heap:
-            at, number = heapq.heappop(heap)
-            if workers.serves(present[number], *bases):
-                start = at
-                heapq.heappush(heap, (at + (math.inf if seconds is None else seconds), number))
+            free_at, index = heapq.heappop(heap)
+            if workers.serves(present[index], *bases):
+                start = free_at
+                heapq.heappush(heap, (free_at + (math.inf if seconds is None else seconds), index))
                 break
-            passed.append((at, number))
-        for entry in passed:
+            unsuitable.append((free_at, index))
+        for entry in unsuitable:
             heapq.heappush(heap, entry)
-        known = math.isfinite(start)
-        finish = start + seconds if known and seconds is not None else None
-        places[job_id] = QueuePlace(position, start if known else None, finish)
+        start_known = math.isfinite(start)
+        finish = start + seconds if start_known and seconds is not None else None
+        places[job_id] = QueuePlace(position, start if start_known else None, finish)
     return places

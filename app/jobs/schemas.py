@@ -21,7 +21,7 @@ class JobError(BaseModel):
 
 
 class JobHyperparameters(BaseModel):
-    """The contract's three; the method holds them all."""
+    """The three hyperparameters of OpenAI's job object. `method` holds all of them."""
 
     batch_size: int
     learning_rate_multiplier: float
@@ -45,7 +45,7 @@ class JobEvaluationReference(BaseModel):
 
 
 class GateVerdict(BaseModel):
-    """A gate; `met` is null until what it is on was measured."""
+    """A quality gate with its verdict. `met` is null until the gate's metric is measured."""
 
     metric: str
     min: float | None
@@ -55,9 +55,9 @@ class GateVerdict(BaseModel):
 
 
 def shown_gates(job: Job) -> list[GateVerdict]:
-    """The gates of a job, with the verdicts that there are."""
-    asked = [gate | {"value": None, "met": None} for gate in job.spec.get("gates") or []]
-    return [GateVerdict(**gate) for gate in job.gates or asked]
+    """The gates of a job, with the verdicts so far."""
+    unjudged = [gate | {"value": None, "met": None} for gate in job.spec.get("gates") or []]
+    return [GateVerdict(**gate) for gate in job.gates or unjudged]
 
 
 class JobObject(BaseModel):
@@ -113,7 +113,7 @@ class JobObject(BaseModel):
     fold_system: bool | None
     append_eos: bool | None
     date: str | None
-    """How conversations become text; `date` is the day that a chat template is told."""
+    """The day that the chat template gets. This and the three fields above decide how conversations become text."""
     priority: int
     timeout_seconds: int | None
     keep_checkpoints: int
@@ -125,14 +125,14 @@ class JobObject(BaseModel):
     attempt: int
     metrics: dict[str, float] | None
     evaluations: list[JobEvaluationReference]
-    """Of the model that it makes: jobs of their own, which wait for it."""
+    """Evaluations of the model that this job makes. Each is a job of its own and waits until this one succeeds."""
     gates: list[GateVerdict]
     sweep_id: str | None
     paused: bool
 
     @classmethod
     def of(cls, job: Job, place: QueuePlace | None = None) -> "JobObject":
-        """The object for `job`, which has `place` in the queue or on a worker."""
+        """The API object of `job`. `place` is its place in the queue or on a worker."""
         spec, place = job.spec, place or QueuePlace()
         method = spec["method"]
         hyperparameters = method[method["type"]]["hyperparameters"]
@@ -212,14 +212,14 @@ class EventObject(BaseModel):
 
 
 class Point(BaseModel):
-    """A value of a metric."""
+    """The value of a metric at a step."""
 
     step: int
     value: float
 
 
 class MetricSeries(BaseModel):
-    """What was measured at which step."""
+    """The metrics of a job by step."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -240,7 +240,7 @@ class MetricSeries(BaseModel):
 
 
 class StreamToken(BaseModel):
-    """Opens a job's stream without a key, within a minute."""
+    """A token that opens a job's stream without a key, within one minute."""
 
     object: Literal["stream.token"] = "stream.token"
     token: str

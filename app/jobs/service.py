@@ -1,4 +1,4 @@
-"""What can be done with jobs over HTTP."""
+"""The HTTP operations on trainings."""
 
 from typing import cast
 
@@ -55,48 +55,52 @@ class Jobs(Lifecycle[JobObject]):
         return JobObject.of(job, place)
 
     def create(self, project: str, spec: JobSpec, sending: Sending) -> JobObject:
-        """Check what the spec names, store the job, then wake a worker of the CPU lane to check its files."""
+        """Check the models and files that the spec names, store the job, and wake a CPU worker to check its files."""
         content = spec.to_store()
         self.evaluations.reachable(spec.evaluations or [], "evaluations.")
         with self.database.write() as session:
-            earlier = sending.earlier(session, "jobs.create", content)
-            job = None if earlier is None else queries.get(session, project, earlier)
+            earlier_id = sending.earlier(session, "jobs.create", content)
+            job = None if earlier_id is None else queries.get(session, project, earlier_id)
             if job is None:
                 job = self.add(session, project, spec, sending.request_id)
                 sending.made(session, "jobs.create", content, job.id)
         log.info("job accepted", job=job.id, project=project, request=sending.request_id)
         self.broker.wake(Lane.CPU)
-        return JobObject.of(job) if earlier is None else self.get(project, job.id)
+        return JobObject.of(job) if earlier_id is None else self.get(project, job.id)
 
     def prepare(
         self, session: Session, project: str, spec: JobSpec
     ) -> tuple[models.ResolvedModel, models.ResolvedModel | None, JobSpec]:
-        """(what the job starts from, what it is held to where that is another model, the spec as it would be run).
+        """Returns (the start model, the reference model if the spec names one, the spec as it would run).
 
-        Raises `ServiceError` for what cannot be run.
+        Raises `ServiceError` if the job cannot run.
         """
-        model = self._model(session, project, spec)
-        reference = self._reference(session, project, spec)
+        model = self._start_model(session, project, spec)
+        reference = self._reference_model(session, project, spec)
         spec = self._with_mappings(spec, self._files(session, project, spec))
         self._check_integrations(session, spec)
         spec = self._on_prequantized(session, model, spec)
         if model.adapter:
             spec = spec.model_copy(update={"adapter": model.adapter})
         parent = models.job_of(session, project, spec.model)
-        if parent is not None:  # what was trained on one text goes on with it
+        if parent is not None:  # render text as the start model was trained on it
             spec = spec.inheriting(parent.spec)
         return model, reference, spec.resolved()
 
     def add(
         self, session: Session, project: str, spec: JobSpec, request_id: str | None, sweep_id: str | None = None
     ) -> Job:
-        """Check what `spec` names and store the job, of a sweep or not. Raises `ServiceError`."""
+        """Check the models and files that `spec` names and store the job. Raises `ServiceError`.
+
+        `sweep_id` is the sweep that the job belongs to, if any.
+        """
         model, reference, resolved = self.prepare(session, project, spec)
         shape, device = fit.shape_of(session, model), fit.device_of(session, model)
         if shape is not None and device is not None:
-            reason = fit.refusal(resolved, shape, device, None)
-            if reason is not None:
-                raise ServiceError(reason[1], param=reason[0], code=fit.CODE)
+            refused = fit.refusal(resolved, shape, device, None)
+            if refused is not None:
+                param, message = refused
+                raise ServiceError(message, param=param, code=fit.CODE)
         job = self._add(
             session,
             project,
@@ -115,12 +119,18 @@ class Jobs(Lifecycle[JobObject]):
             if spec.trains_rewards:
                 message = "A reward model is not evaluated: it judges others, as the 'judge' of an evaluation."
                 raise ServiceError(message, param="evaluations", code="invalid_value")
-            made = (self.evaluations.attach(session, job, n, asked) for n, asked in enumerate(spec.evaluations))
-            job.evaluations = {asked.name: one.id for asked, one in zip(spec.evaluations, made, strict=True)}
+            attached = (
+                self.evaluations.attach(session, job, number, evaluation)
+                for number, evaluation in enumerate(spec.evaluations)
+            )
+            job.evaluations = {
+                evaluation.name: evaluation_job.id
+                for evaluation, evaluation_job in zip(spec.evaluations, attached, strict=True)
+            }
         return job
 
     @staticmethod
-    def _model(session: Session, project: str, spec: JobSpec) -> models.ResolvedModel:
+    def _start_model(session: Session, project: str, spec: JobSpec) -> models.ResolvedModel:
         model = models.require(session, project, spec.model, "model", lock=True)
         if model.kind == "reward":
             message = f"'{spec.model}' is a reward model, which cannot be trained further."
@@ -132,40 +142,45 @@ class Jobs(Lifecycle[JobObject]):
 
     @staticmethod
     def _on_prequantized(session: Session, model: models.ResolvedModel, spec: JobSpec) -> JobSpec:
-        """The spec with the quantisation of a base that has one already. Raises `ServiceError` for what cannot be."""
+        """Take over the quantisation of a base that is quantised already. Raises `ServiceError` if it does not fit."""
         method = models.prequantized(session, model.base_model)
         if method is None:
             return spec
         if spec.quantization is None and method in OWN:
             spec = spec.model_copy(update={"quantization": OWN[method]})
         if spec.double_quantization is not None:
-            message = f"'{model.base_model}' is quantised already ({method}), its scales too or not: leave it out."
+            message = f"'{model.base_model}' is quantised already ({method}), which decides this: leave it out."
             raise ServiceError(message, param="double_quantization", code="unsupported_model")
         resolved = spec.resolved()
-        found = refusal(
+        refused = refusal(
             model.base_model, method, quantization=resolved.quantization or "none", full=resolved.adapter == "none",
             rewards=spec.trains_rewards,
         )  # fmt: skip
-        if found is not None:
-            raise ServiceError(found[1], param=found[0], code="unsupported_model")
+        if refused is not None:
+            param, message = refused
+            raise ServiceError(message, param=param, code="unsupported_model")
         return spec
 
     @staticmethod
     def _files(session: Session, project: str, spec: JobSpec) -> dict[str, File]:
-        """The files of the spec by field; they cannot be deleted until this transaction ends."""
+        """The files of the spec by field, locked: nobody can delete them until this transaction ends."""
         return {
             field: files.require(session, project, file_id, field, ["fine-tune"]) for field, file_id in spec.files()
         }
 
     @staticmethod
-    def _with_mappings(spec: JobSpec, found: dict[str, File]) -> JobSpec:
-        """The spec with the mappings that its files were uploaded with, where it names none itself."""
+    def _with_mappings(spec: JobSpec, files_by_field: dict[str, File]) -> JobSpec:
+        """The spec with the mappings that its files were uploaded with. A mapping in the spec itself wins."""
         for prefix, part in (("", spec), ("sft.", spec.sft)):
-            own = {field: file.mapping for field, file in found.items() if field.startswith("sft.") == bool(prefix)}
-            if part is None or part.mapping is not None or not any(own.values()):
+            mappings = {
+                field: file.mapping
+                for field, file in files_by_field.items()
+                if field.startswith("sft.") == bool(prefix)
+            }
+            if part is None or part.mapping is not None or not any(mappings.values()):
                 continue
-            training, *others = own.values()
-            if any(other != training for other in others):
+            training, *others = mappings.values()
+            if any(mapping != training for mapping in others):
                 message = "The files were uploaded with different mappings; give the one that reads both as 'mapping'."
                 raise ServiceError(message, param=f"{prefix}mapping", code="invalid_value")
             mapped = part.model_copy(update={"mapping": Mapping.model_validate(training)})
@@ -177,36 +192,36 @@ class Jobs(Lifecycle[JobObject]):
         for number, integration in enumerate(spec.integrations or []):
             present = workers.present(session, Lane.GPU)
             if not any(integration.type in worker.details.get("integrations", []) for worker in present):
-                message = "No worker has a key for Weights & Biases: its operator sets WANDB_API_KEY there."
+                message = "No worker has a key for Weights & Biases. The operator of a worker can set WANDB_API_KEY."
                 raise ServiceError(message, param=f"integrations.{number}.type", code="integration_not_configured")
 
     @staticmethod
-    def _reference(session: Session, project: str, spec: JobSpec) -> models.ResolvedModel | None:
-        """The model that the policy is held to, where that is another than it starts from."""
+    def _reference_model(session: Session, project: str, spec: JobSpec) -> models.ResolvedModel | None:
+        """The reference model that the spec names; None if the reference is the model that the policy starts from."""
         if spec.reference_model is None:
             return None
         param = "method.dpo.hyperparameters.reference_model"
-        found = models.require(session, project, spec.reference_model, param, lock=True)
-        if found.kind == "reward":
+        reference = models.require(session, project, spec.reference_model, param, lock=True)
+        if reference.kind == "reward":
             message = f"'{spec.reference_model}' is a reward model, which has no log-probs."
             raise ServiceError(message, param=param, code="invalid_value")
-        method = models.prequantized(session, found.base_model)
+        method = models.prequantized(session, reference.base_model)
         if method is not None and method not in OWN:
-            message = f"'{found.base_model}' is quantised by {method}, which is not read here."
+            message = f"'{reference.base_model}' is quantised by {method}, which this service cannot read."
             raise ServiceError(message, param=param, code="unsupported_model")
-        return found
+        return reference
 
     def metrics(self, project: str, job_id: str, names: list[str] | None, points: int) -> MetricSeries:
-        """The series of each metric, or of those of `names`, with at most `points` points each.
+        """The series of each metric, or only those of `names`, with at most `points` points each.
 
-        After a resume the steps since the checkpoint are measured again: the last measurement of a step counts.
+        A resumed job measures the steps since its checkpoint again. The last measurement of a step counts.
         """
         with self.database.read() as session:
-            self._found(session, project, job_id)
-            measured = job_events.metrics(session, job_id)
+            self._require_job(session, project, job_id)
+            measurements = job_events.metrics(session, job_id)
         series: dict[str, dict[int, float]] = {}
         stages: dict[str, int] = {}
-        for data in measured:
+        for data in measurements:
             stages.setdefault(data["stage"], data["step"])
             for name, value in data.items():
                 if isinstance(value, float) and name != "train_loss" and (names is None or name in names):
@@ -215,16 +230,16 @@ class Jobs(Lifecycle[JobObject]):
             job_id=job_id,
             stages=stages,
             series={
-                name: [Point(step=step, value=value) for step, value in downsample(sorted(found.items()), points)]
-                for name, found in sorted(series.items())
+                name: [Point(step=step, value=value) for step, value in downsample(sorted(by_step.items()), points)]
+                for name, by_step in sorted(series.items())
             },
         )
 
     def checkpoints(self, project: str, job_id: str, *, after: str | None, limit: int) -> list[CheckpointObject]:
         """Up to `limit` + 1 checkpoints, latest step first."""
         with self.database.read() as session:
-            self._found(session, project, job_id)
-            found = job_checkpoints.page(session, job_id, after=after, limit=limit)
-        if found is None:
+            self._require_job(session, project, job_id)
+            checkpoints = job_checkpoints.page(session, job_id, after=after, limit=limit)
+        if checkpoints is None:
             raise no_such("checkpoint of this job", after or "", code="checkpoint", param="after")
-        return [CheckpointObject.of(checkpoint) for checkpoint in found]
+        return [CheckpointObject.of(checkpoint) for checkpoint in checkpoints]

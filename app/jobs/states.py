@@ -1,11 +1,11 @@
-"""The life of a job as one table: from, to, who may, what it writes. Nothing else changes a job's status.
+"""The states of a job as one table: source, target, actors, columns. Nothing else changes a job's status.
 
 validating_files ──> queued ──> running ──> succeeded
       │    │           │  ▲       │  │ └──> failed
       │    └──> failed │  └───────┘  │
       └──────> cancelled <───────────┘
 
-A paused job is not a state of its own: it is validated, then waits in the queue with `paused` set.
+Paused is not a state of its own. A paused job is validated, then waits in the queue with `paused` set.
 """
 
 from dataclasses import dataclass
@@ -37,7 +37,10 @@ class Actor(StrEnum):
 
 @dataclass(frozen=True)
 class Transition:
-    """An edge of the state machine. `fenced`: only the attempt that holds the lease may take it."""
+    """An edge of the state machine. `actors` may take it, and it may write the columns `writes`.
+
+    If it is `fenced`, only the attempt that holds the lease may take it.
+    """
 
     source: Status
     target: Status
@@ -61,7 +64,7 @@ TRANSITIONS: dict[tuple[Status, Status], Transition] = {
         _edge(_V, _Q, {_VALIDATOR}, _LEASE | {"estimated_seconds", "lost_attempts"}, fenced=True),
         _edge(_V, Status.FAILED, {_VALIDATOR, _KEEPER}, _END | {"error"}, fenced=True),
         _edge(_V, Status.CANCELLED, {_API, _KEEPER}, _END, fenced=False),
-        _edge(_Q, _R, {_RUNNER}, _LEASE | {"attempt"}, fenced=False),  # by `repository.claim`, which takes the lease
+        _edge(_Q, _R, {_RUNNER}, _LEASE | {"attempt"}, fenced=False),  # by `queue.claim`, which takes the lease
         _edge(_Q, Status.CANCELLED, {_API, _KEEPER}, _END, fenced=False),
         _edge(_R, _Q, {_RUNNER, _KEEPER}, _LEASE | {"lost_attempts", "eligible_at"}, fenced=True),
         _edge(

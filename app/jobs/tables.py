@@ -10,7 +10,7 @@ from app.work_queue import Queued
 
 
 class Job(Queued, Table):
-    """A job. This row is the truth: whatever the broker delivers, what a worker does is decided here."""
+    """A job. This row is the source of truth: it decides what a worker does, whatever the broker delivers."""
 
     __tablename__ = "jobs"
     __table_args__ = (
@@ -26,44 +26,44 @@ class Job(Queued, Table):
     project: Mapped[str]
     created_at: Mapped[float] = mapped_column(default=database_now())
     model: Mapped[str]
-    """As the user named it: a base model, a made one, or a checkpoint."""
+    """The model that the user named: a base model, a model made here, or a checkpoint."""
     base_model: Mapped[str]
-    """The base model below it, if any: a worker claims a job only where it can serve this one and its `OtherBase`s."""
+    """The base model under `model`; empty if there is none. A worker must serve it and each `OtherBase` of the job."""
     foundation: Mapped[str | None]
-    """The fully trained model that stands in the base model's place, where `model` is one or sits on one."""
+    """The fully trained model that `model` is or is an adapter on, if any. It replaces the base model."""
     training_file: Mapped[str]
-    """Of an evaluation its data."""
+    """For an evaluation: its data file."""
     validation_file: Mapped[str | None]
     spec: Mapped[dict[str, Any]]
     """The resolved `JobSpec` or `EvaluationSpec`."""
     job_metadata: Mapped[dict[str, Any] | None]
     request_id: Mapped[str | None]
-    """The request that made it, to be found in the logs by."""
+    """Id of the request that created the job. The logs name it."""
     priority: Mapped[int]
 
     timeout_seconds: Mapped[int | None]
 
     status: Mapped[str]
     paused: Mapped[bool]
-    """Not to be started; a running job writes a checkpoint and goes back to the queue."""
+    """No worker starts a paused job. A running one writes a checkpoint and returns to the queue."""
     stage: Mapped[str | None]
     progress: Mapped[dict[str, Any] | None]
     metrics: Mapped[dict[str, Any] | None]
     gates: Mapped[list[dict[str, Any]] | None]
-    """Each gate of the spec with its verdict, once the job has succeeded."""
+    """Each gate of the spec with its verdict. Set once the job has succeeded."""
     parent_id: Mapped[str | None]
-    """Of an evaluation the training whose model it is of: it waits until that has succeeded."""
+    """For an evaluation: the training that asked for it, if any. The evaluation waits until that has succeeded."""
     sweep_id: Mapped[str | None]
-    """The sweep that the job is of."""
+    """The sweep that the job belongs to."""
     evaluations: Mapped[dict[str, Any] | None]
-    """Of a training the ids of its evaluations, by their names."""
+    """For a training: the ids of its evaluations, by name."""
     started_at: Mapped[float | None]
     ran_seconds: Mapped[float]
-    """How long workers trained it, over all attempts, up to the last heartbeat."""
+    """Seconds that workers ran it, over all attempts, up to the last heartbeat."""
     estimated_seconds: Mapped[float | None]
-    """How long it was expected to train when its files were checked."""
+    """Expected seconds of training, estimated when the files were checked."""
     pace: Mapped[dict[str, Any] | None]
-    """What its last attempt measured: `tokens`, `seconds` and `overhead_seconds` before the first step."""
+    """Measured by the last attempt: `tokens`, `seconds`, and `overhead_seconds` before the first step."""
     finished_at: Mapped[float | None]
     error: Mapped[dict[str, Any] | None]
     fine_tuned_model: Mapped[str | None]
@@ -73,12 +73,12 @@ class Job(Queued, Table):
     @property
     def makes(self) -> str:
         """The name of the model that a training makes: `ft:{base}:{project}:{suffix}:{8 characters of its id}`."""
-        suffix, own = self.spec["suffix"] or "", self.id.removeprefix("ftjob-")[:8].lower()
-        return f"ft:{self.base_model}:{self.project}:{suffix}:{own}"
+        suffix, short_id = self.spec["suffix"] or "", self.id.removeprefix("ftjob-")[:8].lower()
+        return f"ft:{self.base_model}:{self.project}:{suffix}:{short_id}"
 
 
 class OtherBase(Table):
-    """A base model that a job needs beside its own: below what it is held to, compared with or judged by."""
+    """A base model that a job needs beside its own: under its reference, its baseline or its judge."""
 
     __tablename__ = "job_other_bases"
 
@@ -103,7 +103,7 @@ class JobEvent(Table):
 
 
 class Checkpoint(Table):
-    """A checkpoint whose objects are all there: `model/` to use, `state/` to resume from."""
+    """A checkpoint that is completely stored: `model/` to use, `state/` to resume from."""
 
     __tablename__ = "checkpoints"
     __table_args__ = (Index("ix_checkpoints_job", "job_id", "step_number"),)

@@ -1,4 +1,4 @@
-"""Taking an edge of the state machine, and what follows: the event, the webhook, the gates of a training."""
+"""Take an edge of the state machine. The event, the webhook and the gates of a training follow from it."""
 
 from typing import Any
 
@@ -30,11 +30,11 @@ def transition(
     level: str = "info",
     **values: Any,
 ) -> bool:
-    """Take one edge of the state machine and write its event; False where the job is not there any more.
+    """Take one edge of the state machine and write its event; False if the job has left `source`.
 
-    The row is changed only while it still has the status `source` and, on a fenced edge, the same `attempt`:
-    a stale worker's write touches no row. Raises `ValueError` for an edge, actor or column that the table of
-    `states.py` does not allow.
+    The write changes the row only if it still has the status `source`. With `attempt`, that attempt must also hold
+    the lease, so a stale worker changes nothing. Raises `ValueError` for an edge, an actor or a column that the table
+    in `states.py` does not allow.
     """
     edge = TRANSITIONS.get((source, target))
     if edge is None or actor not in edge.actors:
@@ -65,12 +65,12 @@ def transition(
             data["gates"] = job.gates
         webhooks.enqueue(session, job.project, f"{KINDS[job.kind].webhook}.{target}", data)
         if job.parent_id is not None:
-            _settle(session, job.parent_id)
+            _judge_again(session, job.parent_id)
     return True
 
 
 def judge_gates(session: Session, job: Job, metrics: dict[str, float]) -> list[Verdict]:
-    """The gates of a training with their verdicts, as far as its evaluations are; `metrics` are its own."""
+    """Judge the gates of a training by its own `metrics` and by those that its evaluations have measured so far."""
     measured, pending = dict(metrics), []
     names = {evaluation_id: name for name, evaluation_id in (job.evaluations or {}).items()}
     for child in session.scalars(select(Job).where(Job.parent_id == job.id)):
@@ -81,25 +81,25 @@ def judge_gates(session: Session, job: Job, metrics: dict[str, float]) -> list[V
     return quality_gates.judge(JobSpec.stored(job.spec).gates or [], measured, pending)
 
 
-def _settle(session: Session, job_id: str) -> None:
-    """Judge the gates of a training that has succeeded again: one of its evaluations has ended."""
+def _judge_again(session: Session, job_id: str) -> None:
+    """Judge the gates of a succeeded training again, because one of its evaluations has ended."""
     if session.scalar(select(Job.status).where(Job.id == job_id)) in (Status.FAILED, Status.CANCELLED):
         return
-    # Locked: of two evaluations that end at once the second sees the first, and the training does not end meanwhile.
+    # With the lock, the second of two evaluations that end at once sees the first. The training cannot end meanwhile.
     locked = select(Job).where(Job.id == job_id).with_for_update().execution_options(populate_existing=True)
     job = session.scalars(locked).one()
     if job.status != Status.SUCCEEDED or not job.gates:
         return
     before, job.gates = job.gates, judge_gates(session, job, job.metrics or {})
-    if any(one["met"] is None for one in before) and all(one["met"] is not None for one in job.gates):
+    if any(gate["met"] is None for gate in before) and all(gate["met"] is not None for gate in job.gates):
         job_events.add(session, job_id, quality_gates.summary(job.gates), level=quality_gates.level(job.gates))
         webhooks.enqueue(session, job.project, f"{TRAINING.webhook}.judged", {"id": job_id, "gates": job.gates})
 
 
 def recover(session: Session, job: Job, actor: Actor, reason: str) -> None:
-    """Let another attempt go on with a job whose worker or trainer died; fail it when that keeps happening.
+    """Let another attempt continue a job whose worker or trainer died; fail the job if that keeps happening.
 
-    Only attempts without a checkpoint since the last one count.
+    Only the attempts that were lost since the last progress count.
     """
     lost = job.lost_attempts + 1
     status, pause = Status(job.status), retry_pause(lost)

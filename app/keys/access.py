@@ -1,6 +1,6 @@
-"""What a request must bring, declared on its route: `@access(scope=Scope.ADMIN)` under the route's decorator.
+"""The access rules of routes. A route declares them with `@access(scope=Scope.ADMIN)` under its route decorator.
 
-A route that declares nothing needs a key: with the scope `read` for GET, with `write` for every other method.
+A route without rules needs a key: with the scope `read` for GET and HEAD, with `write` for every other method.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,26 +18,26 @@ READING = ("GET", "HEAD")
 
 @dataclass(frozen=True)
 class Access:
-    """What a route asks of a request."""
+    """The access rules of a route."""
 
     scope: Scope | None = None
-    """The scope that the key must have; None: by the method."""
+    """The scope that the key must have; None means that the method decides."""
     public: bool = False
-    """No key is asked for."""
+    """No key is needed."""
     any_host: bool = False
-    """The service answers under every host name: whoever runs it asks by whatever address it has."""
+    """Any Host header is accepted, because operators and probes may call any address of the service."""
     stream_token: bool = False
-    """A token in the query may stand in for the key."""
+    """A token in the query string may replace the key."""
     streams_body: bool = False
-    """The body is read as a stream, with a limit of its own."""
+    """The body is read as a stream, with its own size limit."""
 
     def required(self, method: str) -> Scope:
-        """The scope that a key must have."""
+        """The scope that a key must have for a request with this method."""
         return self.scope or (Scope.READ if method in READING else Scope.WRITE)
 
 
 def access(**declared: Any) -> Callable[[Endpoint], Endpoint]:
-    """Declare the fields of `Access` on an endpoint or on an app that is mounted."""
+    """Declare the fields of `Access` on an endpoint or on a mounted app."""
 
     def declare(endpoint: Endpoint) -> Endpoint:
         endpoint.__access__ = Access(**declared)  # type: ignore[attr-defined]
@@ -47,13 +47,13 @@ def access(**declared: Any) -> Callable[[Endpoint], Endpoint]:
 
 
 class AccessTable:
-    """The access of every route, in the order in which the routes are tried."""
+    """The access rules of every route, in the order in which the routes are tried."""
 
     def __init__(self) -> None:
         self._rows: list[tuple[Pattern[str], set[str] | None, Access]] = []
 
     def add(self, routes: Iterable[BaseRoute], prefix: str = "") -> None:
-        """Add `routes`, whose paths begin with `prefix` in the application."""
+        """Add `routes`. Their paths in the application begin with `prefix`."""
         for route in routes:
             if isinstance(route, Route):
                 pattern, methods, target = compile_path(prefix + route.path)[0], route.methods, route.endpoint
@@ -64,10 +64,10 @@ class AccessTable:
             self._rows.append((pattern, methods, getattr(target, "__access__", Access())))
 
     def find(self, method: str, path: str) -> Access:
-        """The access of the route that answers; the default one where none does."""
-        matching = [(methods, found) for pattern, methods, found in self._rows if pattern.match(path)]
-        for methods, found in matching:
+        """The access rules of the route that answers; the default rules if none does."""
+        matching = [(methods, rules) for pattern, methods, rules in self._rows if pattern.match(path)]
+        for methods, rules in matching:
             if methods is None or method in methods or (method == "HEAD" and "GET" in methods):
-                return found
+                return rules
         # The path has routes, but none for the method: the answer is 405.
         return replace(matching[0][1], streams_body=False) if matching else Access()

@@ -15,7 +15,7 @@ router = APIRouter(prefix="/keys", tags=["administration"])
 @router.post("")
 @access(scope=Scope.ADMIN)
 def create_key(spec: KeySpec, services: ServicesDependency) -> NewKeyObject:
-    """Make a key. It is not stored: this answer is the only one that shows it."""
+    """Make a key. Only this answer shows the key; the service does not store it."""
     return services.keys.create(spec)
 
 
@@ -24,9 +24,9 @@ def create_key(spec: KeySpec, services: ServicesDependency) -> NewKeyObject:
 def list_keys(
     services: ServicesDependency, project: Annotated[str | None, Query(max_length=64)] = None
 ) -> Page[KeyObject]:
-    """All keys, oldest first, revoked ones too; `project` keeps those of one project."""
-    found = services.keys.list(project)
-    return page(found, len(found))
+    """All keys, oldest first, revoked ones too. `project` limits the list to one project."""
+    keys = services.keys.list(project)
+    return page(keys, len(keys))
 
 
 @router.get("/{key_id}")

@@ -1,6 +1,6 @@
-"""What every request passes before a byte of its body is read.
+"""The checks that every request passes before its body is read.
 
-The Host header, the key and its scope, the rate of its requests, a limit on the body.
+They cover the Host header, the key, its scope, its request rate, and the size of the body.
 """
 
 from typing import Annotated
@@ -24,17 +24,17 @@ MAX_BODY_BYTES = 1024 * 1024
 
 
 def _limited(receive: Receive, headers: Headers) -> Receive:
-    """`receive`, ended with `TooLarge` before a body over the limit is in memory."""
+    """Wrap `receive` so that it raises `TooLarge` before a body over the limit is in memory."""
     too_large = TooLarge(f"The body is larger than {MAX_BODY_BYTES} bytes.", code="body_too_large")
     if headers.get("content-length", "0").isdigit() and int(headers.get("content-length", "0")) > MAX_BODY_BYTES:
         raise too_large
-    seen = 0
+    received_bytes = 0
 
     async def limited() -> Message:
-        nonlocal seen
+        nonlocal received_bytes
         message = await receive()
-        seen += len(message.get("body", b""))
-        if seen > MAX_BODY_BYTES:
+        received_bytes += len(message.get("body", b""))
+        if received_bytes > MAX_BODY_BYTES:
             raise too_large
         return message
 
@@ -42,7 +42,7 @@ def _limited(receive: Receive, headers: Headers) -> Receive:
 
 
 class AccessMiddleware:
-    """ASGI middleware. FastAPI reads a multipart body before it runs dependencies; this stands before that."""
+    """ASGI middleware that checks access. FastAPI reads a multipart body before its dependencies: they are too late."""
 
     def __init__(
         self, app: ASGIApp, keys: Keys, rates: Rates, allowed_hosts: tuple[str, ...], routes: AccessTable
@@ -55,7 +55,7 @@ class AccessMiddleware:
             return
         try:
             headers, method, path = Headers(scope=scope), scope["method"], scope["path"]
-            if not path.isprintable():  # a router may take a line break for the end of a path
+            if not path.isprintable():  # a router may read a line break as the path's end
                 raise NotFound("Unknown request URL: it holds a control character.", code="unknown_url")
             access = self.routes.find(method, path)
             if not access.any_host:
@@ -71,7 +71,7 @@ class AccessMiddleware:
         await self.app(scope, receive, send)
 
     def _admit(self, access: Access, headers: Headers, method: str, path: str, query: bytes) -> Caller:
-        """Who sends a request that may be sent, and now."""
+        """The caller. Raises `ServiceError` if the key, its scope or its rate does not allow the request."""
         caller = self._stream_caller(path, query) if access.stream_token and "authorization" not in headers else None
         caller = caller or self._caller(headers)
         self._check_scope(caller, access.required(method))
@@ -81,8 +81,8 @@ class AccessMiddleware:
     @staticmethod
     def _check_scope(caller: Caller, needed: Scope) -> None:
         if not caller.may(needed):
-            has = ", ".join(sorted(caller.scopes))
-            message = f"This needs a key with the scope '{needed}'; this one has: {has}."
+            scopes = ", ".join(sorted(caller.scopes))
+            message = f"This needs a key with the scope '{needed}'; this one has: {scopes}."
             raise Forbidden(message, code="insufficient_scope")
 
     def _check_host(self, headers: Headers) -> None:
@@ -96,7 +96,7 @@ class AccessMiddleware:
             )
 
     def _stream_caller(self, path: str, query: bytes) -> Caller | None:
-        """Who has the stream token of the query; None where there is none."""
+        """The caller that the stream token in the query stands for; None if the query has no token."""
         token = parse_qs(query.decode("latin-1")).get("token")
         if not token:
             return None

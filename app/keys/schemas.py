@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # the command line needs these schemas, but not SQLAlchemy
 
 
 class Scope(StrEnum):
-    """What a key may do. Each scope includes the one before it."""
+    """The permission of a key. Each scope includes the one before it."""
 
     READ = "read"
     WRITE = "write"

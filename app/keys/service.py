@@ -1,7 +1,7 @@
 """Make and check API keys: `dpo_` + 32 random letters and digits + a CRC-32 checksum in 8 hex digits.
 
-The checksum lets a scanner for leaked secrets tell a real key from noise, and this service refuse a mistyped
-key without asking the database.
+The checksum lets a scanner for leaked secrets tell a real key from noise. It also lets this service refuse a mistyped
+key without a look at the database.
 """
 
 import hashlib
@@ -27,13 +27,14 @@ STREAM_TOKEN_SECONDS = 60
 
 @dataclass(frozen=True)
 class Caller:
-    """Who sent a request: every query starts from what this project may read."""
+    """Who sent a request. Every query is limited to what `project` may read."""
 
     key_id: str
     project: str
     scopes: frozenset[Scope] = frozenset(Scope)
 
     def may(self, scope: Scope) -> bool:
+        """Whether one of the caller's scopes is or includes `scope`."""
         order = list(Scope)
         return any(order.index(own) >= order.index(scope) for own in self.scopes)
 
@@ -51,7 +52,7 @@ def well_formed(key: str) -> bool:
 
 
 class Keys:
-    """Creates keys, finds out whose a key is, and signs tokens that stand for one for a minute."""
+    """Creates keys, identifies the caller of a key, and signs tokens that replace a key for a minute."""
 
     def __init__(self, database: Database, secret_key: str, admin_key: str) -> None:
         self.database = database
@@ -62,12 +63,12 @@ class Keys:
         return hmac.new(self._secret, text.encode(), hashlib.sha256).hexdigest()
 
     def create(self, spec: KeySpec) -> NewKeyObject:
-        """Make a key. What it is is not stored and cannot be shown again."""
+        """Make a key. The secret itself is not stored and cannot be shown again."""
         key = generate()
         with self.database.write() as session:
             if projects.get(session, spec.project) is None:
                 raise no_such("project", spec.project, code="project", param="project")
-            made = ApiKey(
+            row = ApiKey(
                 id=new_id("key"),
                 name=spec.name,
                 project=spec.project,
@@ -76,10 +77,10 @@ class Keys:
                 created_at=database_now(),
                 expires_at=None if spec.expires_in is None else database_now() + spec.expires_in,
             )
-            session.add(made)
+            session.add(row)
             session.flush()
-            session.refresh(made)
-        return NewKeyObject(**KeyObject.of(made).model_dump(), key=key)
+            session.refresh(row)
+        return NewKeyObject(**KeyObject.of(row).model_dump(), key=key)
 
     def list(self, project: str | None = None) -> list[KeyObject]:
         """All keys, or those of `project`, oldest first."""
@@ -97,14 +98,14 @@ class Keys:
         return KeyObject.of(key)
 
     def revoke(self, key_id: str) -> KeyObject:
-        """Refuse a key from now on; one that is revoked already stays so."""
+        """Refuse a key from now on. A revoked key keeps its `revoked_at`."""
         statement = update(ApiKey).where(ApiKey.id == key_id, ApiKey.revoked_at.is_(None))
         with self.database.write() as session:
             session.execute(statement.values(revoked_at=database_now()))
         return self.get(key_id)
 
     def identify(self, key: str) -> Caller | None:
-        """Whose key this is; None for one that is unknown, mistyped, revoked or expired."""
+        """The caller of this key; None if the key is unknown, mistyped, revoked or expired."""
         if hmac.compare_digest(key.encode(), self._admin):
             return Caller("admin", DEFAULT_PROJECT)
         if not well_formed(key):
@@ -118,19 +119,19 @@ class Keys:
             row = session.execute(valid).one_or_none()
         if row is None:
             return None
-        found, now = row
-        if found.last_used_at is None or found.last_used_at < now - LAST_USED_SECONDS:
+        api_key, now = row
+        if api_key.last_used_at is None or api_key.last_used_at < now - LAST_USED_SECONDS:
             with self.database.write() as session:
-                session.execute(update(ApiKey).where(ApiKey.id == found.id).values(last_used_at=database_now()))
-        return Caller(found.id, found.project, frozenset(map(Scope, found.scopes)))
+                session.execute(update(ApiKey).where(ApiKey.id == api_key.id).values(last_used_at=database_now()))
+        return Caller(api_key.id, api_key.project, frozenset(map(Scope, api_key.scopes)))
 
     def stream_token(self, project: str, path: str) -> tuple[str, int]:
-        """(token, when it ends): lets whoever has it start reading `path` within a minute, with no key."""
+        """(token, its end in unix seconds). Its holder may begin to read `path` within a minute, without a key."""
         expires_at = int(time.time()) + STREAM_TOKEN_SECONDS
         return f"{project}.{expires_at}.{self._digest(f'stream {project} {expires_at} {path}')}", expires_at
 
     def identify_stream(self, token: str, path: str) -> Caller | None:
-        """Who may read `path` with `token`; None where it is not a good one, or no more."""
+        """The caller that may read `path` with `token`; None if the token is not valid or has expired."""
         project, _, rest = token.partition(".")
         expires_at, _, signature = rest.partition(".")
         expected = self._digest(f"stream {project} {expires_at} {path}")

@@ -1,1 +1,1 @@
-"""Numbers about the service, for Prometheus."""
+"""Monitoring: metrics for Prometheus, health checks and request ids."""

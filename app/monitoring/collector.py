@@ -1,4 +1,4 @@
-"""`Snapshot`s as Prometheus metrics, taken when Prometheus asks."""
+"""Prometheus metrics from a `Snapshot`, which is taken whenever Prometheus asks."""
 
 from collections.abc import Iterator
 
@@ -10,37 +10,38 @@ from app.monitoring.repository import snapshot
 
 
 class ServiceCollector(Collector):
-    """The state of the whole installation: every API process tells the same."""
+    """The state of the whole installation. Every API process reports the same numbers."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
 
     def describe(self) -> list[Metric]:
-        """Nothing: a registry would else collect, and so need the database, when this is registered."""
+        """Nothing. Otherwise the registry would collect at registration, and would need the database for it."""
         return []
 
     def collect(self) -> Iterator[Metric]:
         with self.database.read() as session:
-            found = snapshot(session)
-        yield _by("dpo_jobs", "Jobs by status; those that wait paused apart.", "status", found.jobs)
-        yield _by("dpo_leases", "Leases of jobs, held and expired.", "state", found.leases)
-        yield _by("dpo_tasks", "Reports and merges that are to be made.", "kind", found.tasks)
-        yield _by("dpo_workers", "Workers that were heard of in the last 90 seconds.", "lane", found.workers)
-        attempts = CounterMetricFamily("dpo_job_attempts", "Leases that were taken on jobs, file checks included.")
-        attempts.add_metric([], found.attempts)
+            state = snapshot(session)
+        yield _by("dpo_jobs", "Jobs by status; 'paused' counts queued jobs on hold.", "status", state.jobs)
+        yield _by("dpo_leases", "Leases of jobs, held and expired.", "state", state.leases)
+        yield _by("dpo_tasks", "Reports and merges that are not ready.", "kind", state.tasks)
+        yield _by("dpo_workers", "Workers that reported in the last 90 seconds.", "lane", state.workers)
+        attempts = CounterMetricFamily("dpo_job_attempts", "Leases taken on jobs so far, file checks included.")
+        attempts.add_metric([], state.attempts)
         yield attempts
-        for name, told, value in (
-            ("dpo_queue_oldest_seconds", "How long the job that waits for longest has.", found.oldest_waiting),
-            ("dpo_training_tokens_per_second", "Of all trainings that run.", found.tokens_per_second),
-            ("dpo_training_peak_memory_bytes", "The most a running training has measured.", found.peak_memory_bytes),
-            ("dpo_webhooks_due", "Webhook deliveries that are due.", found.webhooks_due),
-            ("dpo_webhook_lag_seconds", "How long the first of them has been due.", found.webhook_lag),
+        for name, help_text, value in (
+            ("dpo_queue_oldest_seconds", "Waiting time of the oldest job in the queue.", state.oldest_waiting),
+            ("dpo_training_tokens_per_second", "Sum over all running trainings.", state.tokens_per_second),
+            ("dpo_training_peak_memory_bytes", "Largest peak of a running training.", state.peak_memory_bytes),
+            ("dpo_webhooks_due", "Webhook deliveries that are due.", state.webhooks_due),
+            ("dpo_webhook_lag_seconds", "How long the oldest due delivery has been due.", state.webhook_lag),
         ):
-            yield GaugeMetricFamily(name, told, value=value)
+            yield GaugeMetricFamily(name, help_text, value=value)
 
 
-def _by(name: str, told: str, label: str, counts: dict[str, int]) -> Metric:
-    family = GaugeMetricFamily(name, told, labels=[label])
+def _by(name: str, help_text: str, label: str, counts: dict[str, int]) -> Metric:
+    """A gauge with one series for each value of `label`."""
+    family = GaugeMetricFamily(name, help_text, labels=[label])
     for value, count in counts.items():
         family.add_metric([value], count)
     return family

@@ -1,4 +1,4 @@
-"""/healthz and /readyz, for whoever runs the service."""
+"""/healthz and /readyz, for operators and probes."""
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
@@ -23,7 +23,7 @@ def healthz() -> dict[str, str]:
 @router.get("/readyz")
 @access(public=True, any_host=True)
 def readyz(services: ServicesDependency) -> JSONResponse:
-    """The database has this version's schema and the object store answers."""
+    """The database has this version's schema, and the object store answers."""
     problems = _problems(services)
     status = "ok" if not problems else "unavailable"
     return JSONResponse({"status": status, "problems": problems}, status_code=503 if problems else 200)
@@ -35,16 +35,16 @@ def _problems(services: Services) -> dict[str, str]:
     try:
         if not is_current(services.database):
             problems["database"] = "the schema is not this version's; run 'dpo migrate'"
-    except Exception as error:  # any driver's error means the same here: not ready
+    except Exception as error:  # every error of a driver means: not ready
         problems["database"] = type(error).__name__
     try:
         services.storage.check()
         owner = owner_of(services.storage)
         if owner is not None and "database" not in problems and owner != name_of(services.database):
             problems["storage"] = (
-                "the object store is another installation's than the database; "
+                "the object store belongs to another installation than the database; "
                 "if they do belong together, delete the object 'installation'"
             )
-    except Exception as error:  # likewise
+    except Exception as error:  # as above
         problems["storage"] = type(error).__name__
     return problems

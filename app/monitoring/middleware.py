@@ -1,4 +1,4 @@
-"""Every request has an id, and is counted and timed by route."""
+"""Gives every request an id, and counts and times it by route."""
 
 import time
 
@@ -10,21 +10,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.database import new_id
 
 METHODS = {"GET", "HEAD", "POST", "DELETE", "OPTIONS"}
-"""Others are counted together: a caller must not make up new series."""
+"""Other methods are counted together, so that no caller can create new series."""
 REQUEST_ID = "x-request-id"
 
 
 class Observed:
-    """ASGI middleware, the outermost one: it sees what the others refuse, too.
+    """The outermost ASGI middleware. It also sees the requests that the others refuse.
 
-    The id is in the answer, where the official client shows it as `_request_id`, and in what is logged meanwhile.
+    The id is in the answer and in every log line of the request. The official client shows it as `_request_id`.
     """
 
     def __init__(self, app: ASGIApp, registry: CollectorRegistry) -> None:
         self.app = app
         self.seconds = Histogram(
             "dpo_http_request_seconds",
-            "Until an answer begins, by route; 'none' is what was refused before it had one.",
+            "Time until an answer begins. Route 'none': refused before routing.",
             ["method", "route", "status"],
             registry=registry,
         )
@@ -40,7 +40,7 @@ class Observed:
             method = scope["method"] if scope["method"] in METHODS else "other"
             self.seconds.labels(method, _route(scope), status).observe(time.perf_counter() - began)
 
-        async def watched(message: Message) -> None:
+        async def send_observed(message: Message) -> None:
             nonlocal answered
             if message["type"] == "http.response.start":
                 answered = True
@@ -50,9 +50,9 @@ class Observed:
 
         with structlog.contextvars.bound_contextvars(request=request_id):
             try:
-                await self.app(scope, receive, watched)
+                await self.app(scope, receive, send_observed)
             except Exception:
-                if not answered:  # it is answered 500 above all middleware
+                if not answered:  # Starlette answers 500 outside all middleware
                     observe(500)
                 raise
 
@@ -61,5 +61,5 @@ def _route(scope: Scope) -> str:
     route = getattr(scope.get("route"), "path", None)
     if route is None:
         return "none"
-    # FastAPI's route knows its path without the prefix that its router is included under.
+    # The path of a FastAPI route lacks the prefix under which its router is included.
     return f"/v1{route}" if scope["path"].startswith("/v1/") else str(route)

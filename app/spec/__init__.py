@@ -1,4 +1,4 @@
-"""Everything that a user may ask for, as pure values: specs of jobs, evaluations and sweeps, losses, gates, datasets.
+"""All that a user may ask for, as pure values: specs of jobs, evaluations and sweeps, losses, gates, datasets.
 
-Nothing here knows a database, HTTP or torch. The trainer imports this package and nothing else of `app`.
+This package imports no database, HTTP or torch. The trainer imports this package and nothing else of `app`.
 """

@@ -1,6 +1,7 @@
-"""The evaluation spec: the body of `POST /v1/evaluations`. Pure pydantic; the engine imports it too.
+"""The evaluation spec: the body of `POST /v1/evaluations`. This module is pure pydantic; the engine imports it too.
 
-An evaluation compares two sides on the rows of a file. `TAKES` says which fields each type has.
+An evaluation compares two sides on the rows of a file. `TAKES` lists the fields of each type, `NEEDS` the
+required ones.
 """
 
 import math
@@ -31,20 +32,20 @@ EvaluationType = Literal["preference", "win_rate", "reward_kl", "agreement"]
 
 
 class Classifier(Strict):
-    """A linear classifier of words and phrases, as a file: its score is the logit."""
+    """A linear classifier over words and phrases, read from a file. Its score is the logit."""
 
     file: FileName
 
 
 class Scorer(Strict):
-    """A scorer gives one answer a score: a reward model that was trained here, or a classifier."""
+    """Scores a single answer: a reward model that was trained here, or a classifier."""
 
     type: Literal["reward_model", "classifier"]
     model: ModelName | None = None
     classifier: Classifier | None = None
 
     @model_validator(mode="after")
-    def _as_its_type_says(self) -> Self:
+    def _fields_fit_the_type(self) -> Self:
         needs = "model" if self.type == "reward_model" else self.type
         for name in ("model", "classifier"):
             if (getattr(self, name) is not None) != (name == needs):
@@ -53,8 +54,10 @@ class Scorer(Strict):
 
 
 class BestOf(Strict):
-    """The one that `by` likes best, among `n` answers to a prompt: the paper's strongest baseline, which needs
-    no training. Its KL to the model is at most log n − (n − 1)/n (Beirami et al. 2024).
+    """Sample `n` answers to a prompt and take the one that `by` scores highest.
+
+    This is the DPO paper's strongest baseline and needs no training. Its KL divergence from the model is at most
+    log n − (n − 1)/n nats (Beirami et al. 2024).
     """
 
     n: Annotated[int, Field(ge=2, le=256)]
@@ -62,32 +65,32 @@ class BestOf(Strict):
 
     @property
     def kl_bound(self) -> float:
-        """In nats."""
+        """The upper bound of its KL divergence from the model, in nats."""
         return math.log(self.n) - (self.n - 1) / self.n
 
 
 class Side(Strict):
-    """Whose answers: a model's, those of a file, or those that stand in the data."""
+    """One side of the comparison. Its answers come from a model, from a file, or from the data itself."""
 
     model: ModelName | None = None
-    """A base model, a model made here, or a checkpoint."""
+    """A base model, a model trained here, or a checkpoint."""
     file: FileName | None = None
-    """A file of ready answers, line for line to the prompts of `data`: `{"prompt": …, "completion": …}`."""
+    """A file of ready answers, in the order of the prompts of `data`: `{"prompt": …, "completion": …}`."""
     mapping: Mapping | None = None
-    """How the rows of `file` are read, where their columns do not say it."""
+    """How to read the rows of `file`, if their columns do not tell."""
     answers: Literal["chosen", "rejected"] | None = None
-    """The preferred answers of `data` (or its reference answers, where there is one each), or the other ones."""
+    """Answers from `data`: the preferred ones (or the only ones, if a row has one answer), or the rejected ones."""
     reference: Literal[True] | None = None
-    """`"baseline": "reference"` says this: the model that the candidate's training was held to."""
+    """The reference model of the candidate's training. `"baseline": "reference"` is the short form."""
     best_of: BestOf | None = None
-    """The best of several answers of `model`."""
+    """Sample several answers of `model` and use the best."""
 
     @model_validator(mode="after")
-    def _one_of_them(self) -> Self:
-        given = [name for name in ("model", "file", "answers", "reference") if getattr(self, name) is not None]
-        if len(given) != 1:
+    def _one_source(self) -> Self:
+        sources = [name for name in ("model", "file", "answers", "reference") if getattr(self, name) is not None]
+        if len(sources) != 1:
             raise inconsistent(
-                given[1] if given else "model", "A side is a 'model', a 'file', or 'answers': one of them"
+                sources[1] if sources else "model", "A side is a 'model', a 'file', or 'answers': one of them"
             )
         if self.mapping is not None and self.file is None:
             raise inconsistent("mapping", "'mapping' goes with 'file'")
@@ -97,7 +100,7 @@ class Side(Strict):
 
     @property
     def is_model(self) -> bool:
-        """Whether a model says its answers."""
+        """Whether a model generates its answers."""
         return self.model is not None or self.reference is not None
 
 
@@ -109,19 +112,19 @@ Baseline = Annotated[Side, BeforeValidator(_side, json_schema_input_type=Side | 
 
 
 class SamplingSpec(Strict):
-    """How completions are sampled. Each has random numbers of its own, named by the seed, its row and its number."""
+    """How completions are sampled. The seed, the row and the number of a completion fix its random numbers."""
 
     temperatures: Annotated[list[Annotated[float, Field(ge=0, le=10)]], Field(min_length=1, max_length=16)] = [1.0]
-    """All are evaluated. 0 takes the likeliest token."""
+    """Each temperature is evaluated. 0 means greedy decoding: the likeliest token."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_tokens: Annotated[int, Field(ge=1, le=32_768)] = 256
     samples: Annotated[int, Field(ge=1, le=256)] = 1
-    """Completions of each prompt; at temperature 0 there is one."""
+    """Completions per prompt. At temperature 0 there is only one."""
 
     @model_validator(mode="after")
     def _each_once(self) -> Self:
         if len({f"{temperature:g}" for temperature in self.temperatures}) < len(self.temperatures):
-            raise inconsistent("temperatures", "'temperatures' names one twice; six digits tell them apart")
+            raise inconsistent("temperatures", "two 'temperatures' are equal in their first six digits")
         return self
 
 
@@ -129,24 +132,24 @@ MAX_KEY = 2048
 
 
 class Price(Strict):
-    """What an endpoint asks for a million tokens, in any currency."""
+    """The price of a million tokens at an endpoint, in any currency."""
 
     input: Annotated[float, Field(ge=0)]
     output: Annotated[float, Field(ge=0)]
 
 
 class Endpoint(Strict):
-    """A server that speaks OpenAI's chat completions."""
+    """A server with OpenAI's chat completions API."""
 
     base_url: Annotated[str, StringConstraints(min_length=8, max_length=2048, pattern=r"^https?://[!-~]+$")]
-    """Up to and without `/chat/completions`."""
+    """The URL without `/chat/completions` at its end."""
     model: ModelName
     api_key: Annotated[str, StringConstraints(min_length=1, max_length=2 * MAX_KEY, pattern=r"^[!-~]+$")] | None = None
-    """Kept encrypted, sent to this server only, and never shown again."""
+    """The server's key. It is stored encrypted, sent to this server only, and never shown again."""
     concurrency: Annotated[int, Field(ge=1, le=64)] = 8
-    """Questions that are under way at a time."""
+    """Maximum number of requests at the same time."""
     parameters: Annotated[dict[str, Any], Field(max_length=32)] = {"temperature": 0, "max_tokens": 512}
-    """What else each request says, beside `model` and `messages`: some models want other names."""
+    """Further fields of each request, beside `model` and `messages`. Some models need other field names."""
     price: Price | None = None
 
     @model_validator(mode="after")
@@ -165,20 +168,20 @@ class Endpoint(Strict):
 
 
 class Judge(Strict):
-    """Who says which of two answers is better: by a score of each, of which the higher wins, or by being asked."""
+    """Decides which of two answers is better. It scores each answer, or it is asked which it prefers."""
 
     type: Literal["reward_model", "classifier", "endpoint", "model"]
     model: ModelName | None = None
-    """A reward model that was trained here; of the type `model`, a language model that is asked."""
+    """A reward model that was trained here; for the type `model`, a language model that is asked."""
     classifier: Classifier | None = None
     endpoint: Endpoint | None = None
     question: Literal["dialogue", "plain_summary", "concise_summary"] | None = None
-    """How it is asked: in the words of the paper (Rafailov et al. 2023, App. C.2). None: `dialogue`."""
+    """The question, in the words of the DPO paper (Rafailov et al. 2023, App. C.2). The default is `dialogue`."""
     template: Annotated[str, StringConstraints(min_length=1, max_length=16_384, pattern=NO_NUL)] | None = None
-    """Words of your own instead, with `{prompt}`, `{a}` and `{b}` in them, that ask for a last line `Preferred: A`."""
+    """Your own question instead. It holds `{prompt}`, `{a}` and `{b}`, and asks for a last line `Preferred: A`."""
 
     @model_validator(mode="after")
-    def _as_its_type_says(self) -> Self:
+    def _fields_fit_the_type(self) -> Self:
         needs = "model" if self.type == "reward_model" else self.type
         for name in ("model", "classifier", "endpoint"):
             if (getattr(self, name) is not None) != (name == needs):
@@ -196,11 +199,11 @@ class Judge(Strict):
 
     @property
     def asked(self) -> bool:
-        """Whether it reads both answers and says which one it prefers; else it scores each."""
+        """Whether it reads both answers and says which one it prefers. Otherwise it scores each answer."""
         return self.type in ("endpoint", "model")
 
     def with_key(self, key: str | None) -> Self:
-        """The same with another key of its endpoint."""
+        """A copy with another API key of its endpoint."""
         assert self.endpoint is not None
         return self.model_copy(update={"endpoint": self.endpoint.model_copy(update={"api_key": key})})
 
@@ -233,31 +236,32 @@ class EvaluationSpec(RenderingSettings):
     )
 
     MADE: ClassVar[frozenset[str]] = frozenset()
-    """Sides that are not named because they are made."""
+    """Sides that the spec does not name because a training makes their model."""
 
     type: EvaluationType
     data: FileName
     mapping: Mapping | None = None
-    """How the rows of `data` are read, where their columns do not say it."""
+    """How to read the rows of `data`, if their columns do not tell."""
     max_rows: Annotated[int, Field(ge=1, le=10**7)] | None = None
-    """Only so many rows of `data`, drawn by the seed."""
+    """Use at most this many rows of `data`. The seed decides which."""
     candidate: Side | None = None
     baseline: Baseline | None = None
-    """The side that the candidate is compared with. The default but for `win_rate` is `"reference"`: what its training
-    was held to, the model that it was trained from or what the job's own SFT stage left."""
+    """The side to compare the candidate with. The default is `"reference"`; `win_rate` has none. The reference is that
+    of the candidate's training: the model it started from, or the result of the job's SFT stage."""
     beta: Annotated[float, Field(gt=0, le=100)] | None = None
-    """Of the implicit reward β·log(π/π_ref). Without one, what the candidate was trained with."""
+    """β of the implicit reward β·log(π/π_ref). The default is the β of the candidate's training."""
     sampling: SamplingSpec | None = None
     judge: Judge | None = None
-    """For `reward_kl` its score is the true reward. Without one, answers, lengths and KL alone are found."""
+    """The judge of the answers. For `reward_kl` its score is the true reward. Without a judge, only answers, lengths
+    and KL are computed."""
     quantization: Quantization | None = None
-    """Of the base models. None: as the candidate was trained."""
+    """Quantisation of the base models. The default is that of the candidate's training."""
     max_length: Annotated[int, Field(ge=8, le=10**6)] | None = None
-    """Tokens of a prompt and its answer; what is longer loses the left end of its prompt."""
+    """Maximum tokens of a prompt and its answer. In a longer row, the start of the prompt is cut off."""
     name: Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=NO_NUL)] | None = None
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     gates: Gates | None = None
-    """On the evaluation's own metrics, `win_rate/low` for example; of several temperatures `win_rate/low@0.7`."""
+    """Bounds on the evaluation's metrics, such as `win_rate/low`. With several temperatures: `win_rate/low@0.7`."""
     metadata: Annotated[Metadata, Field(max_length=16)] | None = None
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
     timeout_seconds: Annotated[int, Field(ge=1, le=10**8)] | None = None
@@ -265,10 +269,10 @@ class EvaluationSpec(RenderingSettings):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         for name in ("candidate", "baseline", "beta", "sampling", "judge"):
-            given = getattr(self, name) is not None
-            if given and name not in TAKES[self.type]:
+            is_set = getattr(self, name) is not None
+            if is_set and name not in TAKES[self.type]:
                 raise inconsistent(name, f"'{name}' does not go with the type '{self.type}'")
-            if not given and name in NEEDS[self.type] and name not in self.MADE:
+            if not is_set and name in NEEDS[self.type] and name not in self.MADE:
                 raise inconsistent(name, f"The type '{self.type}' needs '{name}'")
         if self.type in ("preference", "reward_kl"):
             for name in ("candidate", "baseline"):
@@ -286,7 +290,10 @@ class EvaluationSpec(RenderingSettings):
             and not self.MADE
             and not (self.candidate is not None and self.candidate.model is not None)
         ):
-            raise inconsistent("baseline", "'reference' is what the candidate was held to: the candidate is no model")
+            raise inconsistent(
+                "baseline",
+                "'reference' needs a candidate that is a 'model': it is the reference of that model's training",
+            )
         if self.sampling is not None and not self.MADE and not any(side.is_model for side in self.sides()):
             raise inconsistent("sampling", "Neither side is a model: there is nothing to sample")
         for number, gate in enumerate(self.gates or []):
@@ -300,9 +307,11 @@ class EvaluationSpec(RenderingSettings):
             if self.type == "preference":
                 raise inconsistent(f"{name}.best_of", "The type 'preference' samples nothing to choose from")
             if self.sampling is not None and 0 in self.sampling.temperatures:
-                raise inconsistent("sampling.temperatures", "At temperature 0 all answers are the same: none is best")
+                raise inconsistent(
+                    "sampling.temperatures", "At temperature 0 all answers are equal: 'best_of' has no choice"
+                )
             if self.type == "reward_kl" and (name == "baseline" or self.baseline is not None):
-                message = "The KL of 'best_of' is bounded to the model that it samples: it has no other 'baseline'"
+                message = "The KL bound of 'best_of' refers to the model that it samples: leave out 'baseline'"
                 raise inconsistent("baseline", message)
 
     def figures(self) -> list[str]:
@@ -319,11 +328,11 @@ class EvaluationSpec(RenderingSettings):
 
     @classmethod
     def stored(cls, data: dict[str, Any]) -> Self:
-        """The spec of an evaluation's row, which the next version may have written."""
+        """Read the spec from an evaluation's database row. The next version may have written it."""
         return cls.model_validate(data, context=STORED)
 
     def to_store(self) -> dict[str, Any]:
-        """The spec as a row has it: what the version before does not know is there only where it was set."""
+        """The spec for a database row. Fields that the previous version does not know are left out unless set."""
         stored = self.model_dump(mode="json")
         for side in (stored["candidate"], stored["baseline"]):
             for name in ("reference", "best_of"):
@@ -332,11 +341,11 @@ class EvaluationSpec(RenderingSettings):
         return stored
 
     def resolved(self) -> Self:
-        """The spec as it will be run: a seed, and how is sampled, written out."""
-        samples = "sampling" in TAKES[self.type] and any(side.is_model for side in self.sides())
+        """The spec as it will be run: with a seed, a date and the sampling settings written out."""
+        samples_answers = "sampling" in TAKES[self.type] and any(side.is_model for side in self.sides())
         return self.model_copy(
             update={
-                "sampling": self.sampling or (SamplingSpec() if samples else None),
+                "sampling": self.sampling or (SamplingSpec() if samples_answers else None),
                 "seed": secrets.randbelow(2**31) if self.seed is None else self.seed,
                 "date": self.date or today(),
             }
@@ -347,18 +356,18 @@ class EvaluationSpec(RenderingSettings):
 
     def files(self) -> list[tuple[str, str]]:
         """(field, file id or path) of every file that the evaluation reads."""
-        named = [("data", self.data)]
-        named += [(f"{name}.file", side.file) for name, side in self._named_sides() if side.file is not None]
-        named += [
+        files = [("data", self.data)]
+        files += [(f"{name}.file", side.file) for name, side in self._named_sides() if side.file is not None]
+        files += [
             (f"{name}.best_of.by.classifier.file", side.best_of.by.classifier.file)
             for name, side in self._named_sides() if side.best_of is not None and side.best_of.by.classifier is not None
         ]  # fmt: skip
         if self.judge is not None and self.judge.classifier is not None:
-            named.append(("judge.classifier.file", self.judge.classifier.file))
-        return named
+            files.append(("judge.classifier.file", self.judge.classifier.file))
+        return files
 
     def with_files(self, places: dict[str, str]) -> Self:
-        """The same evaluation with other names for its files: `places` maps fields, as `files` names them, to names."""
+        """A copy with other file names. `places` maps the fields that `files` returns to the new names."""
         body = self.model_dump(mode="json")
         for field, place in places.items():
             *path, last = field.split(".")
@@ -369,7 +378,7 @@ class EvaluationSpec(RenderingSettings):
         return self.model_validate(body)
 
     def sealed(self, seal: Callable[[str], str | None]) -> Self:
-        """The same with the key of its judge's endpoint as `seal` makes it."""
+        """A copy in which `seal` has replaced the API key of the judge's endpoint."""
         judge = self.judge
         if judge is None or judge.endpoint is None or judge.endpoint.api_key is None:
             return self
@@ -377,25 +386,25 @@ class EvaluationSpec(RenderingSettings):
 
     def models(self) -> list[tuple[str, str]]:
         """(field, name) of every model that the evaluation loads."""
-        named = [(f"{name}.model", side.model) for name, side in self._named_sides() if side.model is not None]
-        named += [
+        models = [(f"{name}.model", side.model) for name, side in self._named_sides() if side.model is not None]
+        models += [
             (f"{name}.best_of.by.model", side.best_of.by.model)
             for name, side in self._named_sides() if side.best_of is not None and side.best_of.by.model is not None
         ]  # fmt: skip
         if self.judge is not None and self.judge.model is not None:
-            named.append(("judge.model", self.judge.model))
-        return named
+            models.append(("judge.model", self.judge.model))
+        return models
 
     @property
     def sides_named(self) -> tuple[str, str]:
-        """What the two answers of an item are called: agreement is about two answers that are nobody's."""
+        """The names of an item's two answers. For `agreement` they are first and second."""
         return ("first", "second") if self.type == "agreement" else ("candidate", "baseline")
 
     def _named_sides(self) -> list[tuple[str, Side]]:
         return [(name, side) for name in ("candidate", "baseline") if (side := getattr(self, name)) is not None]
 
     def needs(self, field: str = "data") -> Kind | None:
-        """What the rows of the file of `field` must be good for; None for a file that has none."""
+        """The kind of examples that the file of `field` must provide; None for a file without rows."""
         if field != "data":
             return None if field.endswith("classifier.file") else Kind.SUPERVISED
         if self.type in ("preference", "agreement") or any(side.answers == "rejected" for side in self.sides()):
@@ -403,12 +412,12 @@ class EvaluationSpec(RenderingSettings):
         return Kind.SUPERVISED if any(side.answers for side in self.sides()) else Kind.PROMPTS
 
     def reads(self, field: str) -> Mapping | None:
-        """How the rows of the file of `field` are read."""
+        """The mapping for the file of `field`; None if its columns tell."""
         side = {f"{name}.file": side for name, side in self._named_sides()}.get(field)
         return side.mapping if side is not None else self.mapping if field == "data" else None
 
     def reading(self, field: str, mapping: Mapping) -> Self:
-        """The same with the mapping that the file of `field` was uploaded with, where it names none itself."""
+        """A copy that reads the file of `field` by the mapping of its upload, unless the spec has its own mapping."""
         if self.needs(field) is None or self.reads(field) is not None:
             return self
         if field == "data":
@@ -418,7 +427,7 @@ class EvaluationSpec(RenderingSettings):
 
 
 class JobEvaluation(EvaluationSpec):
-    """An evaluation of the model that a training makes: its candidate is that model, its gates are the training's."""
+    """An evaluation of the model that a training job makes. That model is the candidate; the gates are in the job."""
 
     model_config = ConfigDict(
         json_schema_extra={"example": {"name": "held-out", "type": "preference", "data": "file-abc123"}}
@@ -428,12 +437,12 @@ class JobEvaluation(EvaluationSpec):
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
     @model_validator(mode="after")
-    def _of_the_job(self) -> Self:
+    def _belongs_to_the_job(self) -> Self:
         for field in ("candidate", "gates", "metadata", "timeout_seconds"):
             if getattr(self, field) is not None:
                 raise inconsistent(field, f"'{field}' does not go with an evaluation of the model that a job makes")
         if "candidate" not in TAKES[self.type]:
-            raise inconsistent("type", f"The type '{self.type}' has no candidate: it is not about a model")
+            raise inconsistent("type", f"The type '{self.type}' has no candidate: it does not evaluate a model")
         return self
 
     def of(self, candidate: str) -> EvaluationSpec:

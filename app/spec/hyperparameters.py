@@ -1,4 +1,7 @@
-"""The hyperparameters of a stage. None and "auto" mean the default, which `resolved` fills in."""
+"""The hyperparameters of a stage.
+
+None and "auto" mean the default. `resolved` fills in the defaults of the batch size, epochs, learning rate and β.
+"""
 
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
@@ -17,25 +20,25 @@ else:
 
 
 DEFAULT_MAX_LENGTH = 2048
-"""Tokens of a row where a job says nothing, and the model's context is no shorter."""
+"""The default of `max_length` in tokens, unless the model's context is shorter."""
 
 
 class EarlyStopping(Strict):
-    """Stop when a validation metric no longer gets better, and keep the weights of its best step."""
+    """Stop the stage when a validation metric no longer improves, and keep the weights of its best step."""
 
     metric: StoppingMetric = "eval/loss"
-    """`eval/loss` is better when it is lower, every other one when it is higher."""
+    """The metric to watch. Lower is better for `eval/loss`; higher is better for all others."""
     patience: Annotated[int, Field(ge=1, le=1000)] = 3
     """Validations without an improvement before the stage stops."""
     min_delta: Annotated[float, Field(ge=0)] = 0.0
-    """What counts as an improvement."""
+    """A change counts as an improvement only if it is larger than this."""
 
 
 class SyncReference(Strict):
-    """TR-DPO (Gorbatovski et al. 2024): the reference follows the policy."""
+    """TR-DPO (Gorbatovski et al. 2024): the reference is updated from the policy during training."""
 
     alpha: Annotated[float, Field(gt=0, le=1)] = 0.6
-    """reference ← α policy + (1 − α) reference. Of an adapter its two factors are mixed, each by itself."""
+    """α of the update: reference ← α policy + (1 − α) reference. The two factors of an adapter are mixed separately."""
     steps: Annotated[int, Field(ge=1, le=10**9)] = 512
     """Optimizer steps between two updates of the reference."""
 
@@ -48,7 +51,7 @@ class WeightedLoss(Strict):
 
 
 class Hyperparameters(Strict):
-    """What every stage has."""
+    """The hyperparameters that every stage has."""
 
     METHOD: ClassVar[str]
     """The type of method that runs the stage."""
@@ -57,39 +60,41 @@ class Hyperparameters(Strict):
     ACCURACY: ClassVar[str]
     """The metric that result files call the accuracy."""
     LEARNING_RATES: ClassVar[tuple[float, float]]
-    """The default peak for an adapter, and for full-parameter training."""
+    """The default peak learning rates: for an adapter, and for full-parameter training."""
 
     batch_size: Annotated[Annotated[int, Field(ge=1, le=256)] | None, Auto] = None
-    """Rows (for DPO: pairs) per optimizer step."""
+    """Rows (for DPO: pairs) per optimizer step; the default is 16."""
     n_epochs: Annotated[Annotated[int, Field(ge=1, le=50)] | None, Auto] = None
+    """Passes over the training rows; the default is 1."""
     learning_rate_multiplier: Annotated[Annotated[float, Field(gt=0, le=1e30)] | None, Auto] = None
+    """Factor of the learning rate; the default is 1."""
     learning_rate: Annotated[Annotated[float, Field(gt=0, le=1)] | None, Auto] = None
-    """Peak learning rate before the multiplier."""
+    """Peak learning rate, before the multiplier is applied."""
     max_length: Annotated[Annotated[int, Field(ge=16, le=10**7)] | None, Auto] = None
-    """Tokens of a prompt and one answer; the default is the model's context, at most 2,048."""
+    """Maximum tokens of a prompt and one answer together. The default is the model's context length, at most 2,048."""
     truncation: Literal["keep_end", "keep_start", "drop"] = "keep_end"
-    """Of a row that is longer than `max_length`: keep the end of its prompt, or its start, or leave the row out. Prompt
-    and answer each have half of the room, and what the other does not need."""
+    """How to fit a row that is longer than `max_length`: keep the end of its prompt, keep its start, or drop the row.
+    Prompt and answer each get half of the tokens, plus those that the other does not need."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """The share of the steps in which the learning rate rises to its peak."""
+    """The share of the steps during which the learning rate rises to its peak."""
     warmup_steps: Annotated[Annotated[int, Field(ge=0, le=10**9)] | None, Auto] = None
-    """So many steps of it instead; the DPO paper has 150."""
+    """Warmup as a number of steps, in place of `warmup_ratio`. The DPO paper uses 150."""
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "rmsprop"] = "adamw"
-    """The 8-bit ones (Dettmers et al. 2022) need a GPU; `rmsprop` is the DPO paper's."""
+    """The 8-bit optimizers (Dettmers et al. 2022) need a GPU. The DPO paper uses `rmsprop`."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     max_steps: Annotated[Annotated[int, Field(ge=1, le=10**9)] | None, Auto] = None
-    """Stop after this many optimizer steps, or go round again until they are reached."""
+    """Number of optimizer steps, in place of `n_epochs`: the data is repeated or cut short to reach it."""
     eval_every: Annotated[Annotated[int, Field(ge=1, le=10**9)] | None, Auto] = None
-    """Optimizer steps between validations; the default is a fifth of the stage."""
+    """Optimizer steps between validations. The default is a fifth of the stage."""
     checkpoint_every: Annotated[Annotated[int, Field(ge=1, le=10**9)] | None, Auto] = None
-    """Optimizer steps between checkpoints; the default is a fifth of the stage."""
+    """Optimizer steps between checkpoints. The default is a fifth of the stage."""
     early_stopping: EarlyStopping | None = None
     activation_checkpointing: Annotated[bool | None, Auto] = None
-    """Recompute activations in the backward pass. The default: only where they would not fit into memory."""
+    """Recompute activations in the backward pass to save memory. The default: only if they would not fit."""
     compile: bool = False
-    """Compile the model's layers with torch.compile: minutes at the start, faster steps after it."""
+    """Compile the model's layers with torch.compile. The start takes minutes longer; the steps are then faster."""
 
     @property
     @abstractmethod
@@ -98,11 +103,11 @@ class Hyperparameters(Strict):
 
     @property
     def scored(self) -> Literal["answers", "turns", "text"]:
-        """Which part of a row the loss is on."""
+        """The part of a row on which the loss is computed."""
         return "answers"
 
     def resolved(self, full: bool) -> Self:
-        """The same with every default filled in; `full` for full-parameter training."""
+        """A copy with the default batch size, epochs and learning rate. `full`: the job trains all parameters."""
         return self.model_copy(
             update={
                 "batch_size": self.batch_size or 16,
@@ -114,7 +119,7 @@ class Hyperparameters(Strict):
 
 
 class SupervisedHyperparameters(Hyperparameters):
-    """SFT."""
+    """The hyperparameters of supervised fine-tuning (SFT)."""
 
     METHOD = "supervised"
     STAGE = "sft"
@@ -122,9 +127,9 @@ class SupervisedHyperparameters(Hyperparameters):
     LEARNING_RATES = (2e-4, 2e-5)
 
     loss: Literal["nll", "dft"] = "nll"
-    """Negative log-likelihood, or Dynamic Fine-Tuning (Wu et al. 2025), which weighs each token by its probability."""
+    """Negative log-likelihood, or Dynamic Fine-Tuning (Wu et al. 2025), which weights each token by its probability."""
     loss_on: Literal["answers", "turns", "text"] = "answers"
-    """Score the last answer, every assistant turn of the conversation, or all of the text."""
+    """Compute the loss on the last answer, on every assistant turn of the conversation, or on the whole text."""
 
     @model_validator(mode="after")
     def _validation_metric(self) -> Self:
@@ -142,7 +147,7 @@ class SupervisedHyperparameters(Hyperparameters):
 
 
 class DPOHyperparameters(Hyperparameters):
-    """The preference stage: DPO (Rafailov et al. 2023), and what came after it."""
+    """The hyperparameters of the preference stage: DPO (Rafailov et al. 2023) and later methods."""
 
     METHOD = "dpo"
     STAGE = "dpo"
@@ -150,22 +155,23 @@ class DPOHyperparameters(Hyperparameters):
     LEARNING_RATES = (5e-5, 1e-6)
 
     beta: Annotated[Annotated[float, Field(gt=0, le=100)] | None, Auto] = None
-    """β of Eq. 7: how strongly the policy is held to the reference. Each loss has its own default."""
+    """β of Eq. 7: how strongly the policy is kept close to the reference. Each loss has its own default."""
     loss: LossName | Annotated[list[WeightedLoss], Field(min_length=1, max_length=8)] = "sigmoid"
-    """A loss, or a weighted sum of losses."""
+    """The name of a loss, or a weighted sum of losses."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] | None = None
-    """The share of labels believed to be wrong; with `sigmoid` it makes cDPO."""
+    """The assumed share of wrong labels. With the loss `sigmoid` this is cDPO."""
     f_divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] | None = None
-    """What holds the policy to the reference (Wang et al. 2023); the default is the reverse KL divergence."""
+    """The divergence that keeps the policy close to the reference (Wang et al. 2023). The default is `reverse_kl`."""
     f_alpha: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """α of the α-divergence; the default is 0.5."""
+    """α of the divergence `alpha_divergence`; the default is 0.5."""
     ld_alpha: Annotated[float, Field(ge=0, le=1)] | None = None
     """LD-DPO (Liu et al. 2024): the weight of an answer's tokens beyond the other answer's length."""
     use_weighting: bool | None = None
-    """WPO (Zhou et al. 2024): weigh each pair by how likely the policy is to write it."""
+    """WPO (Zhou et al. 2024): weight each pair by how likely the policy is to generate it."""
     ipo_length_average: bool | None = None
-    """Average IPO's log-ratios over the answer's tokens (the default, and the published results), or sum them."""
+    """Average IPO's log-ratios over the answer's tokens, as in the paper's results, or sum them. Default: average."""
     discopop_tau: Annotated[float, Field(gt=0)] | None = None
+    """τ of DiscoPOP; the default is 0.05."""
     simpo_gamma: Annotated[float, Field(ge=0)] | None = None
     """SimPO's target margin γ; the default is β/2."""
     cpo_alpha: Annotated[float, Field(ge=0)] | None = None
@@ -177,19 +183,20 @@ class DPOHyperparameters(Hyperparameters):
     undesirable_weight: Annotated[float, Field(gt=0)] | None = None
     """KTO's λ_U; the default is 1."""
     sync_reference: SyncReference | None = None
+    """Update the reference during training. Without it, the reference stays fixed."""
     reference_model: Annotated[str, StringConstraints(min_length=1, max_length=512, pattern=r"^[^\x00]*$")] | None = (
         None
     )
-    """Another model to hold the policy to: a base model or one made here, with the same tokenizer."""
+    """Another model as the reference: a base model or one made here, with the same tokenizer."""
 
     @property
     def losses(self) -> list[WeightedLoss]:
-        """The terms of the loss."""
+        """The terms of the loss, each with its weight."""
         return [WeightedLoss(name=self.loss)] if isinstance(self.loss, str) else self.loss
 
     @property
     def kinds(self) -> list[Loss]:
-        """What is known about each term."""
+        """The record of each term's loss."""
         return [LOSSES[term.name] for term in self.losses]
 
     @property
@@ -198,7 +205,7 @@ class DPOHyperparameters(Hyperparameters):
 
     @property
     def rewards(self) -> bool:
-        """Whether a reward model is trained, not a policy."""
+        """Whether the stage trains a reward model instead of a policy."""
         return self.losses[0].name == "reward_model"
 
     @property
@@ -210,7 +217,7 @@ class DPOHyperparameters(Hyperparameters):
         return any(kind.couples for kind in self.kinds)
 
     @model_validator(mode="after")
-    def _sensible(self) -> Self:
+    def _options_fit_the_loss(self) -> Self:
         names = [term.name for term in self.losses]
         if len(set(names)) < len(names):
             raise inconsistent("loss", "'loss' names a loss twice; give it the sum of the weights")
@@ -218,12 +225,12 @@ class DPOHyperparameters(Hyperparameters):
         if alone and len(names) > 1:
             raise inconsistent("loss", f"The loss '{alone[0]}' cannot be mixed with others")
         for field in OPTIONS:
-            value, without = getattr(self, field), [name for name in names if not LOSSES[name].reads(field)]
-            asked = value is not None and not (field == "use_weighting" and value is False)
-            # What shapes the log-probs or the labels shapes those of every term; the rest belongs to one of them.
+            value, ignoring = getattr(self, field), [name for name in names if not LOSSES[name].reads(field)]
+            is_set = value is not None and not (field == "use_weighting" and value is False)
+            # A shared option changes the log-probs or labels of every term. Any other needs one term that reads it.
             exempt = set() if field == "ld_alpha" else {"sft"}
-            if asked and (len(without) == len(names) or (field in SHARED and set(without) - exempt)):
-                raise inconsistent(field, f"'{field}' has no meaning with the loss '{without[0]}'")
+            if is_set and (len(ignoring) == len(names) or (field in SHARED and set(ignoring) - exempt)):
+                raise inconsistent(field, f"'{field}' has no meaning with the loss '{ignoring[0]}'")
         if self.f_alpha is not None and self.f_divergence != "alpha_divergence":
             raise inconsistent("f_alpha", "'f_alpha' goes with 'f_divergence': 'alpha_divergence'")
         if "exo_pair" in names and self.label_smoothing == 0:
@@ -232,7 +239,7 @@ class DPOHyperparameters(Hyperparameters):
             if getattr(self, field) is not None and not self.needs_reference:
                 raise inconsistent(field, f"'{field}' has no meaning: the loss '{names[0]}' has no reference")
         if self.sync_reference is not None and self.reference_model is not None:
-            raise inconsistent("sync_reference", "'sync_reference' mixes the policy in, 'reference_model' is another")
+            raise inconsistent("sync_reference", "Give 'sync_reference' or 'reference_model', not both")
         if self.sync_reference is not None and self.ld_alpha is not None:
             raise inconsistent("sync_reference", "'sync_reference' does not go with 'ld_alpha'")
         metric = self.early_stopping and self.early_stopping.metric
@@ -246,6 +253,6 @@ class DPOHyperparameters(Hyperparameters):
         return self
 
     def resolved(self, full: bool) -> Self:
-        """The same with every default filled in; `full` for full-parameter training."""
+        """A copy with the default batch size, epochs, learning rate and β. `full`: the job trains all parameters."""
         default = next((kind.beta for kind in self.kinds if kind.beta is not None), None)
         return super().resolved(full).model_copy(update={"beta": self.beta or default})

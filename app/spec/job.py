@@ -1,8 +1,8 @@
 """The job spec: the body of `POST /v1/fine_tuning/jobs`, and of `dpo train` with paths in place of file ids.
 
-Pure pydantic; the trainer imports it too. A field that is not here is refused by name, and so is one of the
-contract that is not built yet. Numbers left out or "auto" mean the default; `JobSpec.resolved` fills them in,
-so that what is stored says what was run.
+This module is pure pydantic; the trainer imports it too. Unknown fields are refused by name. Fields of OpenAI's
+contract that are not supported yet are refused too. Numbers that are left out or "auto" mean the default.
+`JobSpec.resolved` fills in the main defaults, so that the stored spec says what was run.
 """
 
 import secrets
@@ -37,7 +37,7 @@ class DPOMethod(Strict):
 
 
 METHODS: dict[str, type[SupervisedMethod | DPOMethod]] = {"supervised": SupervisedMethod, "dpo": DPOMethod}
-"""By the type that a job gives; each is a field of `Method`."""
+"""The configuration of each method, by the `type` that a job names. Each is also a field of `MethodSpec`."""
 if TYPE_CHECKING:
     MethodType = str
 else:
@@ -45,7 +45,7 @@ else:
 
 
 class MethodSpec(Strict):
-    """Which method, and its configuration."""
+    """The training method and its configuration."""
 
     NOT_BUILT = frozenset({"reinforcement"})
 
@@ -62,11 +62,11 @@ class MethodSpec(Strict):
 
     @property
     def hyperparameters(self) -> SupervisedHyperparameters | DPOHyperparameters:
-        """Those of its type, the defaults where none are given."""
+        """The hyperparameters of the chosen method; the defaults if the job gives none."""
         return self._chosen.hyperparameters
 
     def resolved(self, full: bool) -> Self:
-        """The same with every default filled in; `full` for full-parameter training."""
+        """A copy with the defaults of its hyperparameters filled in. `full`: the job trains all parameters."""
         method = self._chosen.model_copy(update={"hyperparameters": self.hyperparameters.resolved(full)})
         return self.model_copy(update={self.type: method})
 
@@ -80,26 +80,26 @@ class SftStage(Strict):
     """A supervised stage before the preference stage, in the same job."""
 
     training_file: FileName | None = None
-    """Without one, the stage trains on the preferred answers."""
+    """Without it, the stage trains on the preferred answers of the job's own training files."""
     validation_file: FileName | None = None
     mapping: Mapping | None = None
-    """How the rows of these files are read."""
+    """The mapping by which the rows of these two files are read."""
     hyperparameters: SupervisedHyperparameters = SupervisedHyperparameters()
 
 
 @dataclass(frozen=True)
 class StageSpec:
-    """A stage as a job asks for it: what it learns from, and how."""
+    """A stage that a job asks for: its data and its settings."""
 
     settings: SupervisedHyperparameters | DPOHyperparameters
     field: str
-    """Where its hyperparameters are in the job."""
+    """The path of its hyperparameters in the job spec."""
     file_field: str
-    """Where its training file is."""
+    """The path of its training file in the job spec."""
     training: tuple[str, ...]
     validation: str | None
     validation_split: float
-    """The share of the training rows that is held out where there is no validation file."""
+    """The share of the training rows to hold out for validation, if there is no validation file."""
     mapping: Mapping | None
 
     @property
@@ -114,23 +114,24 @@ class Adapter(Strict):
     """A LoRA adapter (Hu et al. 2021)."""
 
     r: Annotated[int, Field(ge=1, le=1024)] = 16
-    """Rank."""
+    """The rank of the update."""
     alpha: Annotated[float, Field(gt=0)] = 32
+    """The update is scaled by α/r."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Acts in the SFT stage; the DPO stage has no dropout."""
+    """Dropout on the adapter's input, in the SFT stage only: the DPO stage has no dropout."""
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1, max_length=64)] = "all-linear"
     use_rslora: bool = False
-    """Rank-stabilised scaling α/√r (Kalajdzievski 2023)."""
+    """Scale the update by α/√r instead of α/r: rank-stabilised LoRA (Kalajdzievski 2023)."""
     use_dora: bool = False
-    """Weight-decomposed adaptation (Liu et al. 2024): slower; not every server loads it."""
+    """Weight-decomposed adaptation (Liu et al. 2024). It is slower, and not every inference server loads it."""
     modules_to_save: Annotated[list[Literal["embed_tokens", "lm_head"]], Field(min_length=1, max_length=2)] | None = (
         None
     )
-    """Train the embeddings or the output head whole beside the adapter, where a base never learned its control tokens.
-    It needs their memory six times; vLLM loads such a model only merged."""
+    """Also train the embeddings or the output head in full: for a base that never learned its control tokens. This
+    takes six times their memory. vLLM loads such a model only if it is merged."""
 
     @model_validator(mode="after")
-    def _head_stays_frozen(self) -> Self:
+    def _modules_are_valid(self) -> Self:
         if len(set(self.modules_to_save or [])) < len(self.modules_to_save or []):
             raise inconsistent("modules_to_save", "'modules_to_save' names a module twice")
         if "lm_head" in self.target_modules or "embed_tokens" in self.target_modules:
@@ -143,11 +144,11 @@ class Adapter(Strict):
 
 
 class Wandb(Strict):
-    """Where Weights & Biases keeps the run."""
+    """The Weights & Biases run that gets the job's metrics."""
 
     project: Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=NO_NUL)]
     name: Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=NO_NUL)] | None = None
-    """The run's name; without one, the job's id."""
+    """The run's name; the default is the job's id."""
     entity: Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=NO_NUL)] | None = None
     tags: Annotated[
         list[Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=NO_NUL)]], Field(max_length=32)
@@ -155,7 +156,7 @@ class Wandb(Strict):
 
 
 class Integration(Strict):
-    """Another service that gets the job's metrics."""
+    """An external service that gets the job's metrics."""
 
     type: Literal["wandb"]
     wandb: Wandb
@@ -185,43 +186,45 @@ class JobSpec(RenderingSettings):
     model: ModelName
     training_file: FileName
     more_training_files: Annotated[list[FileName], Field(min_length=1, max_length=31)] | None = None
-    """Files whose rows are trained on beside those of `training_file`, all read by one `mapping`."""
+    """More training files. Their rows are added to those of `training_file` and read with the same `mapping`."""
     validation_file: FileName | None = None
     method: MethodSpec = MethodSpec(type="supervised")
     hyperparameters: SupervisedHyperparameters | None = None
-    """Deprecated by OpenAI in favour of `method`; for supervised jobs only."""
+    """Deprecated by OpenAI in favour of `method`. Only supervised jobs take it."""
     sft: SftStage | None = None
+    """A supervised stage to run before the DPO stage."""
     adapter: Adapter | Literal["none"] | None = None
-    """None: a new LoRA adapter with the defaults, or the one that `model` already has."""
+    """Null: the adapter of `model`, or a new LoRA adapter with the defaults. `none`: train all parameters."""
     quantization: Quantization | None = None
     double_quantization: bool | None = None
-    """`nf4` quantises the blocks' scales too (Dettmers et al. 2023). With `false` it does not, for 0.37 bits a weight
-    more."""
+    """Whether `nf4` also quantises the scales of its blocks (Dettmers et al. 2023), which is the default. `false` takes
+    0.37 bits more per weight."""
     compute_dtype: Literal["bf16", "fp16"] | None = None
-    """The precision in which a GPU trains an adapter. The default is bf16, which cards before Ampere lack; with fp16
-    losses are scaled. A CPU computes in float32."""
+    """The precision in which a GPU trains an adapter. The default is bf16, which GPUs before Ampere do not support.
+    With fp16 the loss is scaled. A CPU computes in float32."""
     suffix: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] | None = None
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     metadata: Annotated[Metadata, Field(max_length=16)] | None = None
     validation_split: Annotated[float, Field(ge=0, le=0.5)] | None = None
+    """The share of the training rows to hold out for validation. The default is 0.05 without a `validation_file`."""
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
-    """Jobs of higher priority start first."""
+    """Jobs with a higher priority start first."""
     timeout_seconds: Annotated[int, Field(ge=1, le=10**8)] | None = None
-    """Seconds that the job may train, waiting not counted; then it fails and keeps its checkpoints."""
+    """Maximum training time in seconds, without waiting time. A job that exceeds it fails and keeps its checkpoints."""
     keep_checkpoints: Annotated[int, Field(ge=2, le=100)] = KEEP_CHECKPOINTS
-    """The latest ones that are kept; older ones are removed unless another job or model needs them."""
+    """How many of the latest checkpoints to keep. Older ones are removed unless another job or model needs them."""
     integrations: Annotated[list[Integration], Field(max_length=5)] | None = None
     evaluations: Annotated[list[JobEvaluation], Field(max_length=8)] | None = None
-    """Of the model that the job makes, once it has: jobs of their own, which wait for it."""
+    """Evaluations of the model that the job makes. They are separate jobs, which start when this one has succeeded."""
     gates: Gates | None = None
-    """On metrics of the training, or `evaluations/NAME/METRIC`."""
+    """Bounds on metrics of the training, or of its evaluations as `evaluations/NAME/METRIC`."""
     mapping: Mapping | None = None
-    """How the rows of `training_file` and `validation_file` are read, where their columns do not say it."""
+    """How to read the rows of `training_file` and `validation_file`, if their columns do not tell."""
 
     @model_validator(mode="before")
     @classmethod
-    def _nulls(cls, data: Any) -> Any:
-        # The official client sends null for what was passed as None.
+    def _drop_nulls(cls, data: Any) -> Any:
+        # The official client sends null for an argument that is None.
         if isinstance(data, dict):
             return {k: v for k, v in data.items() if v is not None or k not in ("method", "priority")}
         return data
@@ -232,17 +235,17 @@ class JobSpec(RenderingSettings):
             if self.method.type != "supervised" or self.method.supervised is not None:
                 raise inconsistent(
                     "hyperparameters",
-                    "'hyperparameters' goes with a supervised job without 'method'; set it there",
+                    "'hyperparameters' is for a supervised job without 'method'; else set them in 'method'",
                 )
             self.method = MethodSpec(
                 type="supervised", supervised=SupervisedMethod(hyperparameters=self.hyperparameters)
             )
             self.hyperparameters = None
-        trained = [self.training_file, *(self.more_training_files or [])]
-        if len(set(trained)) < len(trained):
-            raise inconsistent("more_training_files", "A file is named twice; 'n_epochs' goes round all of them again")
+        training_files = [self.training_file, *(self.more_training_files or [])]
+        if len(set(training_files)) < len(training_files):
+            raise inconsistent("more_training_files", "A file is named twice; use 'n_epochs' to repeat all files")
         if self.sft is not None and self.method.type == "supervised":
-            raise inconsistent("sft", "'sft' runs before the method 'dpo'; a supervised job has that one stage already")
+            raise inconsistent("sft", "'sft' runs before the method 'dpo'; a supervised job is one SFT stage already")
         if self.sft is not None and self.sft.validation_file is not None and self.sft.training_file is None:
             raise inconsistent("sft.validation_file", "'sft.validation_file' goes with 'sft.training_file'")
         if self.sft is not None and self.sft.mapping is not None and self.sft.training_file is None:
@@ -252,15 +255,15 @@ class JobSpec(RenderingSettings):
         if self.double_quantization is not None and (self.adapter == "none" or self.quantization in ("none", "int8")):
             raise inconsistent("double_quantization", "'double_quantization' goes with 'quantization': 'nf4'")
         if self.compute_dtype is not None and self.adapter == "none":
-            raise inconsistent("compute_dtype", "Full-parameter training keeps its weights in float32: it has no other")
+            raise inconsistent("compute_dtype", "Full-parameter training always keeps its weights in float32")
         if self.validation_file is not None and self.validation_split:
             raise inconsistent("validation_split", "Give 'validation_file' or 'validation_split', not both")
-        self._validated()
-        self._gated()
+        self._require_validation_rows()
+        self._require_known_metrics()
         return self
 
-    def _gated(self) -> None:
-        """Gates are on what will be measured."""
+    def _require_known_metrics(self) -> None:
+        """Refuse a gate on a metric that will not be measured."""
         evaluations = {evaluation.name: evaluation for evaluation in self.evaluations or []}
         if len(evaluations) < len(self.evaluations or []):
             raise inconsistent("evaluations", "Two of the 'evaluations' have the same name")
@@ -274,21 +277,21 @@ class JobSpec(RenderingSettings):
                 raise inconsistent(field, f"There is no evaluation '{name}' in 'evaluations'")
             require_metric(metric, evaluations[name].figures(), field)
 
-    def _validated(self) -> None:
-        """Early stopping needs something to judge by."""
+    def _require_validation_rows(self) -> None:
+        """Refuse early stopping without validation rows."""
         for stage in reversed(self.stages()):
-            validated = stage.validation is not None or stage.validation_split > 0
-            if stage.settings.early_stopping is not None and not validated:
+            has_validation = stage.validation is not None or stage.validation_split > 0
+            if stage.settings.early_stopping is not None and not has_validation:
                 message = "'early_stopping' needs a 'validation_file' or a 'validation_split' above 0"
                 raise inconsistent(f"{stage.field}.early_stopping", message)
 
     @classmethod
     def stored(cls, data: dict[str, Any]) -> Self:
-        """The spec of a job's row, which the next version may have written."""
+        """Read the spec from a job's database row. The next version may have written it."""
         return cls.model_validate(data, context=STORED)
 
     def to_store(self) -> dict[str, Any]:
-        """The spec as a job's row has it: what the version before does not know is there only where it was set."""
+        """The spec for a job's database row. Fields that the previous version does not know are left out unless set."""
         stored = self.model_dump(mode="json")
         if self.keep_checkpoints == KEEP_CHECKPOINTS:
             del stored["keep_checkpoints"]
@@ -300,12 +303,12 @@ class JobSpec(RenderingSettings):
         return stored
 
     def without_keys(self) -> Self:
-        """The same without the keys of judges, which the evaluations' own rows have, sealed."""
-        sealed = [evaluation.sealed(lambda _: None) for evaluation in self.evaluations or []]
-        return self.model_copy(update={"evaluations": sealed or None})
+        """A copy without the API keys of judges. The rows of the evaluations have them, encrypted."""
+        evaluations = [evaluation.sealed(lambda _: None) for evaluation in self.evaluations or []]
+        return self.model_copy(update={"evaluations": evaluations or None})
 
     def resolved(self) -> Self:
-        """The spec as it will be run: no "auto", a seed, and every default written out."""
+        """The spec as it will be run: with a seed, a date, and the main defaults written out."""
         full = self.adapter == "none"
         sft = self.sft and self.sft.model_copy(update={"hyperparameters": self.sft.hyperparameters.resolved(full)})
         return self.model_copy(
@@ -321,7 +324,7 @@ class JobSpec(RenderingSettings):
         )
 
     def stages(self) -> list[StageSpec]:
-        """The stages that the job runs, in order: a supervised stage where it asks for one, then its method."""
+        """The stages of the job in order: the supervised stage if it asks for one, then the stage of its method."""
         split = self.validation_split
         if split is None:
             split = 0.0 if self.validation_file is not None else DEFAULT_VALIDATION_SPLIT
@@ -333,40 +336,40 @@ class JobSpec(RenderingSettings):
             return [main]
         sft = replace(main, settings=self.sft.hyperparameters, field="sft.hyperparameters")
         if self.sft.training_file is not None:
-            own = split if self.validation_file is None else DEFAULT_VALIDATION_SPLIT
+            sft_split = split if self.validation_file is None else DEFAULT_VALIDATION_SPLIT
             sft = replace(
                 sft,
                 file_field="sft.training_file",
                 training=(self.sft.training_file,),
                 validation=self.sft.validation_file,
-                validation_split=own if self.sft.validation_file is None else 0.0,
+                validation_split=sft_split if self.sft.validation_file is None else 0.0,
                 mapping=self.sft.mapping,
             )
         return [sft, main]
 
     def files(self) -> list[tuple[str, str]]:
         """(field, file id or path) of every file that the job reads."""
-        named: list[tuple[str, str | None]] = [("training_file", self.training_file)]
-        named += [(f"{MORE}.{number}", name) for number, name in enumerate(self.more_training_files or [])]
-        named.append(("validation_file", self.validation_file))
+        files: list[tuple[str, str | None]] = [("training_file", self.training_file)]
+        files += [(f"{MORE}.{number}", name) for number, name in enumerate(self.more_training_files or [])]
+        files.append(("validation_file", self.validation_file))
         if self.sft is not None:
-            named += [
+            files += [
                 ("sft.training_file", self.sft.training_file),
                 ("sft.validation_file", self.sft.validation_file),
             ]
-        return [(field, name) for field, name in named if name is not None]
+        return [(field, name) for field, name in files if name is not None]
 
     def trained(self, field: str = "training_file") -> list[str]:
-        """The fields of all files that are trained on together with that of `field`."""
-        more = range(len(self.more_training_files or []) if field == "training_file" else 0)
-        return [field, *(f"{MORE}.{number}" for number in more)]
+        """The fields of all files that are trained on together with the file of `field`, itself included."""
+        numbers = range(len(self.more_training_files or []) if field == "training_file" else 0)
+        return [field, *(f"{MORE}.{number}" for number in numbers)]
 
     def reads(self, field: str) -> Mapping | None:
-        """How the rows of the file of `field` are read."""
+        """The mapping for the file of `field`; None if its columns tell."""
         return self.sft.mapping if field.startswith("sft.") and self.sft is not None else self.mapping
 
     def with_files(self, places: dict[str, str]) -> Self:
-        """The same job with other names for its files: `places` maps fields, as `files` names them, to names."""
+        """A copy with other file names. `places` maps the fields that `files` returns to the new names."""
         body = self.model_dump(mode="json")
         for field, place in places.items():
             if field.startswith(f"{MORE}."):
@@ -378,14 +381,14 @@ class JobSpec(RenderingSettings):
 
     @property
     def reference_model(self) -> str | None:
-        """The name of the model that the policy is held to, where it is not the policy itself."""
+        """The name of the reference model, if the job names one other than the initial policy."""
         return self.method.dpo.hyperparameters.reference_model if self.method.dpo is not None else None
 
     @property
     def trains_rewards(self) -> bool:
-        """Whether the job makes a reward model."""
+        """Whether the job trains a reward model."""
         return self.method.dpo is not None and self.method.dpo.hyperparameters.rewards
 
     def needs(self, field: str) -> Kind:
-        """What the examples in the file of `field` must be good for."""
+        """The kind of examples that the file of `field` must provide."""
         return Kind.SUPERVISED if field.startswith("sft.") else self.method.hyperparameters.data

@@ -1,7 +1,7 @@
-"""The losses of a preference stage: one record each, which says what the loss is and what it reads.
+"""The losses of a preference stage. Each has one record, which describes the loss and lists the options it reads.
 
-The function of a loss has the loss's name, in `worker/trainer/objectives`. Everything else that depends on the loss
-is read from here: which hyperparameters a job may set, their defaults, the data, the rewards, the table in the docs.
+The function of a loss has the loss's name and lies in `worker/trainer/objectives`. These records decide all else that
+depends on the loss: the hyperparameters that a job may set, their defaults, the data, the rewards, the docs' table.
 """
 
 from collections.abc import Mapping
@@ -15,14 +15,14 @@ Default = float | str | bool
 
 @dataclass(frozen=True)
 class LossOptions:
-    """The options that the function of a loss reads. A loss that does not read an option sees the value here."""
+    """The options of loss functions. An option that a loss does not read keeps the value given here."""
 
     beta: float = 1.0
     """β of Rafailov et al. 2023, Eq. 7."""
     label_smoothing: float = 0.0
-    """ε, the share of labels believed to be wrong."""
+    """ε, the assumed share of wrong labels."""
     f_divergence: str = "reverse_kl"
-    """The divergence that holds the policy to the reference (Wang et al. 2023)."""
+    """The divergence that keeps the policy close to the reference (Wang et al. 2023)."""
     f_alpha: float = 0.5
     """α of the α-divergence."""
     ipo_length_average: bool = True
@@ -42,29 +42,29 @@ class LossOptions:
 
 
 BETA_HALVED = "β/2"
-"""The default of an option that follows β."""
+"""Marks the default of an option that is half of β."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss over the log-probs of the answers of a row."""
+    """A loss over the log-probs of a row's answers."""
 
     title: str
     """Its name in the literature."""
     paper: str
-    """Where it is defined, with the equation."""
+    """The paper that defines it, with the equation."""
     options: Mapping[str, Default] = field(default_factory=dict)
     """The hyperparameters that its function reads, with their defaults."""
     weighting: bool = True
-    """Whether WPO's `use_weighting` may weigh its rows."""
+    """Whether WPO's `use_weighting` may weight its rows."""
     tails: bool = True
-    """Whether LD-DPO's `ld_alpha` may count the tail of the longer answer less."""
+    """Whether LD-DPO's `ld_alpha` may reduce the weight of the longer answer's tail."""
     data: Kind = Kind.PREFERENCE
-    """The kind of examples that it compares."""
+    """The kind of examples that it learns from."""
     reference: bool = True
     """Whether it compares the policy with a reference."""
     averaged: bool = False
-    """Whether its rewards are averaged over the answer's tokens. IPO's may be summed (`ipo_length_average`)."""
+    """Whether its rewards are averaged over the answer's tokens. IPO can also sum them: see `ipo_length_average`."""
     couples: bool = False
     """Whether the loss of a row depends on the other rows of its batch."""
     alone: bool = False
@@ -73,18 +73,22 @@ class Loss:
     @property
     def beta(self) -> float | None:
         """The default of β; None where the loss has no β."""
-        found = self.options.get("beta")
-        return None if found is None else float(found)
+        beta = self.options.get("beta")
+        return None if beta is None else float(beta)
 
     def reads(self, option: str) -> bool:
         """Whether a job with this loss may set the hyperparameter `option`."""
         return {"use_weighting": self.weighting, "ld_alpha": self.tails}.get(option, option in self.options)
 
     def options_of(self, settings: Any) -> LossOptions:
-        """The options that the loss reads, as the hyperparameters `settings` have them, else the defaults."""
-        given = {name: getattr(settings, name) for name in self.options}
-        values: dict[str, Any] = {name: self.options[name] if value is None else value for name, value in given.items()}
-        return LossOptions(**{k: values["beta"] / 2 if value == BETA_HALVED else value for k, value in values.items()})
+        """The options for the loss function: the values in the hyperparameters `settings`, else the loss's defaults."""
+        job_values = {name: getattr(settings, name) for name in self.options}
+        values: dict[str, Any] = {
+            name: self.options[name] if value is None else value for name, value in job_values.items()
+        }
+        return LossOptions(
+            **{name: values["beta"] / 2 if value == BETA_HALVED else value for name, value in values.items()}
+        )
 
 
 _DIVERGENCE: dict[str, Default] = {"f_divergence": "reverse_kl", "f_alpha": 0.5}
@@ -196,12 +200,12 @@ LOSSES = {
         alone=True,
     ),
 }
-"""By the name that `loss` takes."""
+"""All losses, by the name that the hyperparameter `loss` takes."""
 if TYPE_CHECKING:
     LossName = str
 else:
     LossName = Literal[tuple(LOSSES)]
 SHARED = ("label_smoothing", "f_divergence", "f_alpha", "ld_alpha", "use_weighting")
-"""Options that every term of a weighted sum must read."""
+"""Options that every term of a weighted sum must read. The term `sft` is exempt, except from `ld_alpha`."""
 OPTIONS = tuple(sorted({option.name for option in fields(LossOptions)} - {"beta"} | {"ld_alpha", "use_weighting"}))
-"""The hyperparameters that only some losses read; β has a rule of its own."""
+"""The hyperparameters that only some losses read, without β, which has its own rule."""

@@ -1,7 +1,7 @@
-"""Every figure that a job reports: what it means, which way is better, its unit, and where it is shown.
+"""Every metric that a job reports: its meaning, the better direction, its unit, and where it is shown.
 
-Trainings report `TRAINING` and `VALIDATION`, evaluations report `EVALUATION`. Gates, early stopping, sweeps,
-the lines that tell of progress, and the docs read these tables; a new metric is one entry here.
+Training jobs report `TRAINING` and `VALIDATION`, evaluations report `EVALUATION`, `ENDPOINT` and `BEST_OF`.
+Gates, early stopping, sweeps, progress lines and the docs read these tables. A new metric is one entry here.
 """
 
 from collections.abc import Iterable
@@ -13,18 +13,18 @@ Better = Literal["lower", "higher"]
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure by which jobs are watched, gated and compared."""
+    """A number by which jobs are watched, gated and compared."""
 
     meaning: str
     better: Better | None = None
-    """Which way is better; None where that depends."""
+    """The better direction; None if that depends."""
     unit: str = ""
     validated: bool = False
     """Whether validations report it too, as `eval/NAME`."""
     summary: bool = False
-    """Whether the one line that tells of a step or of an evaluation shows it."""
+    """Whether the one-line summary of a step or an evaluation shows it."""
     chart: str = ""
-    """The title of the chart of a training that draws it, together with its `eval/NAME`."""
+    """The title of the training chart that draws it together with `eval/NAME`; empty if no chart does."""
     stops: bool = False
     """Whether early stopping may watch it on the validation rows."""
 
@@ -34,7 +34,7 @@ TRAINING = {
     "rewards/chosen": Metric("The mean reward of the chosen answers.", "higher", validated=True, chart="Rewards"),
     "rewards/rejected": Metric("The mean reward of the rejected answers.", "lower", validated=True, chart="Rewards"),
     "rewards/margins": Metric(
-        "The chosen answer's reward less the rejected one's.",
+        "The chosen answer's reward minus the rejected one's.",
         "higher",
         validated=True,
         summary=True,
@@ -62,10 +62,10 @@ TRAINING = {
         "log π/π_ref of the rejected answers.", "lower", unit="nats", validated=True, chart="Log ratios"
     ),
     "gradient_weight": Metric(
-        "How strongly a pair still teaches: σ(−margin) for DPO (Rafailov et al. 2023, Sec. 4).", validated=True
+        "The weight of a pair in the gradient: σ(−margin) for DPO (Rafailov et al. 2023, Sec. 4).", validated=True
     ),
     "mean_token_accuracy": Metric(
-        "The share of tokens that the model would have chosen.",
+        "The share of tokens that are the model's likeliest choice.",
         "higher",
         unit="share",
         validated=True,
@@ -73,14 +73,14 @@ TRAINING = {
         chart="Token accuracy",
         stops=True,
     ),
-    "entropy": Metric("The entropy of the next token.", unit="nats", validated=True),
-    "kl": Metric("KTO's estimate of the KL to the reference.", "lower", unit="nats", validated=True),
+    "entropy": Metric("The entropy of the next-token distribution.", unit="nats", validated=True),
+    "kl": Metric("KTO's estimate of the KL divergence from the reference.", "lower", unit="nats", validated=True),
     "grad_norm": Metric("The norm of the gradient before it is clipped."),
     "learning_rate": Metric("The learning rate of the step."),
-    "fill_rate": Metric("The share of the places of a step's packs that hold tokens.", "higher", unit="share"),
-    "tokens_per_second": Metric("Distinct tokens trained in a second.", "higher", unit="tokens/s"),
-    "mfu": Metric("Arithmetic that the step needs over the device's measured peak.", "higher", unit="share"),
-    "peak_memory_bytes": Metric("The most memory in use so far.", "lower", unit="bytes"),
+    "fill_rate": Metric("The share of positions in a step's packs that hold tokens.", "higher", unit="share"),
+    "tokens_per_second": Metric("Distinct tokens trained per second.", "higher", unit="tokens/s"),
+    "mfu": Metric("The FLOP/s that a step needs, as a share of the device's measured peak.", "higher", unit="share"),
+    "peak_memory_bytes": Metric("The peak memory use so far.", "lower", unit="bytes"),
 }
 """The metrics of each step of a training, by name (TRL's, where it has one)."""
 VALIDATION = {f"eval/{name}": metric for name, metric in TRAINING.items() if metric.validated}
@@ -90,9 +90,9 @@ SUMMARY = tuple(
     name for plain, metric in TRAINING.items() if metric.summary
     for name in (plain, f"eval/{plain}")
 )  # fmt: skip
-"""The metrics of the one line that tells of a step."""
+"""The metrics in the one-line summary of a step."""
 CHARTS: dict[str, list[str]] = {}
-"""The metrics of each chart of a training, by its title, in the order in which charts are shown."""
+"""The metrics of each training chart, by its title. Charts are shown in this order."""
 for _name, _metric in TRAINING.items():
     if _metric.chart:
         CHARTS.setdefault(_metric.chart, []).extend([_name, f"eval/{_name}"])
@@ -103,13 +103,13 @@ class EvaluationMetric(Metric):
     """A metric of an evaluation."""
 
     types: tuple[str, ...] = ()
-    """The types of evaluation that report it."""
+    """The evaluation types that report it."""
     interval: bool = True
-    """Whether `NAME/error`, `NAME/low` and `NAME/high` (95 %) are metrics of their own."""
+    """Whether `NAME/error`, `NAME/low` and `NAME/high` (95 %) are metrics too."""
     judged: bool = False
     """Whether it needs a judge."""
     asked: bool = False
-    """Whether it needs a judge that is asked, and does not score."""
+    """Whether it needs a judge that is asked for a verdict, not one that scores."""
 
 
 INTERVAL = ("error", "low", "high")
@@ -122,9 +122,15 @@ def _count(meaning: str, *types: str, judged: bool = False, asked: bool = False)
 _ASKED = ("win_rate", "agreement")
 EVALUATION = {
     "accuracy": EvaluationMetric(
-        "The share of pairs ranked as people did.", "higher", "share", types=("preference",), summary=True
+        "The share of pairs that the candidate ranks as people did.",
+        "higher",
+        "share",
+        types=("preference",),
+        summary=True,
     ),
-    "margin": EvaluationMetric("The mean margin of implicit rewards.", "higher", types=("preference",), summary=True),
+    "margin": EvaluationMetric(
+        "The mean margin of the implicit rewards.", "higher", types=("preference",), summary=True
+    ),
     "chosen_logratio": EvaluationMetric("log π/π_ref of the chosen answers.", "higher", "nats", types=("preference",)),
     "rejected_logratio": EvaluationMetric(
         "log π/π_ref of the rejected answers.", "lower", "nats", types=("preference",)
@@ -132,7 +138,7 @@ EVALUATION = {
     "longer_answer_preferred": EvaluationMetric(
         "How often the longer answer is preferred.", unit="share", types=("preference",)
     ),
-    "pairs": _count("Pairs that were compared.", "preference"),
+    "pairs": _count("Pairs compared.", "preference"),
     "calibration/error": EvaluationMetric(
         "Expected calibration error of σ(margin).", "lower", "share", types=("preference",), interval=False
     ),
@@ -160,69 +166,86 @@ EVALUATION = {
     "reward": EvaluationMetric(
         "The judge's reward of a completion.", "higher", types=("reward_kl",), judged=True, summary=True
     ),
-    "completions": _count("Completions that were sampled.", "reward_kl"),
-    "ended": _count("Completions that ended by themselves.", "reward_kl"),
-    "comparisons": _count("Pairs of answers that were compared.", "win_rate", "agreement"),
+    "completions": _count("Completions sampled.", "reward_kl"),
+    "ended": _count("Completions that ended with an end-of-sequence token.", "reward_kl"),
+    "comparisons": _count("Pairs of answers compared.", "win_rate", "agreement"),
     "wins": _count("Comparisons that the candidate won.", "win_rate", judged=True),
-    "ties": _count("Comparisons that nobody won.", "win_rate", judged=True),
+    "ties": _count("Comparisons that ended in a tie.", "win_rate", judged=True),
     "losses": _count("Comparisons that the baseline won.", "win_rate", judged=True),
-    "votes": _count("What people said of pairs.", "agreement"),
+    "votes": _count("People's verdicts on pairs.", "agreement"),
     "people_prefer_longer": EvaluationMetric(
         "How often people prefer the longer answer.", unit="share", types=("agreement",)
     ),
     "people_people/agreement": EvaluationMetric(
         "How often two people agree.", "higher", "share", types=("agreement",), summary=True
     ),
-    "people_people/kappa": EvaluationMetric("Cohen's κ of two people.", "higher", types=("agreement",)),
-    "people_people/cases": _count("Pairs of people's verdicts.", "agreement"),
+    "people_people/kappa": EvaluationMetric("Cohen's κ between two people.", "higher", types=("agreement",)),
+    "people_people/cases": _count("Pairs of people's verdicts on the same answers.", "agreement"),
     "judge_people/agreement": EvaluationMetric(
         "How often the judge agrees with a person.", "higher", "share", types=("agreement",), judged=True, summary=True
     ),
     "judge_people/kappa": EvaluationMetric(
-        "Cohen's κ of judge and person.", "higher", types=("agreement",), judged=True
+        "Cohen's κ between the judge and a person.", "higher", types=("agreement",), judged=True
     ),
-    "judge_people/cases": _count("Verdicts of people that the judge was held against.", "agreement", judged=True),
+    "judge_people/cases": _count("People's verdicts that were compared with the judge's.", "agreement", judged=True),
     "judge_people/without_ties/agreement": EvaluationMetric(
-        "The same where nobody said tie.", "higher", "share", types=("agreement",), judged=True
+        "How often the judge agrees with a person, without the judge's ties.",
+        "higher",
+        "share",
+        types=("agreement",),
+        judged=True,
     ),
     "judge_people/without_ties/kappa": EvaluationMetric(
-        "Cohen's κ where nobody said tie.", "higher", types=("agreement",), judged=True
+        "Cohen's κ between the judge and a person, without the judge's ties.",
+        "higher",
+        types=("agreement",),
+        judged=True,
     ),
-    "judge_people/without_ties/cases": _count("Verdicts where nobody said tie.", "agreement", judged=True),
+    "judge_people/without_ties/cases": _count(
+        "People's verdicts on pairs where the judge did not say tie.", "agreement", judged=True
+    ),
     "judge_prefers_longer": EvaluationMetric(
         "How often the judge prefers the longer answer.", unit="share", types=("agreement",), judged=True
     ),
     "first_shown_preferred": EvaluationMetric(
-        "How often a judge prefers the answer that it read first.", unit="share", types=_ASKED, judged=True, asked=True
+        "How often the judge prefers the answer that it reads first.",
+        unit="share",
+        types=_ASKED,
+        judged=True,
+        asked=True,
     ),
-    "identical": _count("Pairs of equal answers, which no judge is asked about.", *_ASKED, judged=True, asked=True),
+    "identical": _count(
+        "Pairs of identical answers; the judge is not asked about them.", *_ASKED, judged=True, asked=True
+    ),
     "unparseable": _count("Replies of the judge without a verdict.", *_ASKED, judged=True, asked=True),
-    "inconsistent": _count("Pairs whose verdict turns with their order.", *_ASKED, judged=True, asked=True),
+    "inconsistent": _count(
+        "Pairs whose verdict changes with the order of the answers.", *_ASKED, judged=True, asked=True
+    ),
 }
 """The metrics of an evaluation, by name."""
 ENDPOINT = {
     "judge/answers": _count("Replies of the judge's endpoint."),
     "judge/input_tokens": _count("Tokens that the endpoint read."),
     "judge/output_tokens": _count("Tokens that the endpoint wrote."),
-    "judge/cost": Metric("The price of both.", "lower"),
+    "judge/cost": Metric("The cost of these tokens, in the currency of `price`.", "lower"),
 }
-"""The metrics of an evaluation's judge behind an endpoint; the cost where its price is known."""
+"""The metrics of a judge behind an endpoint. The cost is reported only if its price is given."""
 
 BEST_OF = {
-    "n": _count("Answers that the best one is chosen from."),
-    "kl_bound": Metric("The KL of best-of-N to its model is at most this.", "lower", "nats"),
+    "n": _count("Answers per prompt, of which the best is chosen."),
+    "kl_bound": Metric("The upper bound of best-of-N's KL divergence from its model.", "lower", "nats"),
 }
 """The metrics of a side with `best_of`, as `best_of/SIDE/NAME`."""
 
 
 def figures_of(kind: str, *, judged: bool, asked: bool) -> list[str]:
-    """The names of what an evaluation of the type `kind` reports, with those of its intervals."""
-    there = {
-        name: figure
-        for name, figure in EVALUATION.items()
-        if kind in figure.types and (judged or not figure.judged) and (asked or not figure.asked)
+    """The names of the metrics that an evaluation of the type `kind` reports, with those of their intervals."""
+    metrics = {
+        name: metric
+        for name, metric in EVALUATION.items()
+        if kind in metric.types and (judged or not metric.judged) and (asked or not metric.asked)
     }
-    return [*there, *_intervals(name for name, figure in there.items() if figure.interval)]
+    return [*metrics, *_intervals(name for name, metric in metrics.items() if metric.interval)]
 
 
 def _intervals(names: Iterable[str]) -> list[str]:

@@ -1,23 +1,23 @@
-"""Base models whose weights are quantised on the disk already: what can be trained on them."""
+"""Base models whose stored weights are already quantised: which jobs can train on them."""
 
 OWN = {"bnb-4bit": "nf4", "bnb-8bit": "int8"}
-"""Those that can be trained on, with the name that a job has for their quantisation. They stay as they are."""
+"""The methods whose models can be trained on, with the job's `quantization` for each. The weights are not converted."""
 
 
 def refusal(name: str, method: str, *, quantization: str, full: bool, rewards: bool) -> tuple[str, str] | None:
-    """(param, message) where a job cannot train on the base `name`, quantised by `method`; None where it can."""
+    """Return (param, message) if a job cannot train on the base `name`, quantised by `method`, else None."""
     if method not in OWN:
         message = (
-            f"'{name}' is quantised already ({method}), which cannot be trained here. Train on the model that it was "
-            "made from: 'quantization': 'nf4' makes that as small."
+            f"'{name}' is already quantised ({method}), which cannot be trained here. Train on the original model: "
+            "'quantization': 'nf4' makes it about as small."
         )
         return "model", message
     if full:
-        return "adapter", f"'{name}' is quantised already ({method}): an adapter is all that can be trained on it."
+        return "adapter", f"'{name}' is already quantised ({method}): only an adapter can be trained on it."
     if rewards:
-        message = f"'{name}' is quantised already ({method}), and a reward model is merged: train on the original."
+        message = f"'{name}' is already quantised ({method}), and a reward model is merged: use the original model."
         return "model", message
     if quantization != OWN[method]:
-        message = f"'{name}' is quantised already ({method}): 'quantization': '{OWN[method]}' keeps it as it is."
+        message = f"'{name}' is already quantised ({method}): set 'quantization': '{OWN[method]}', as its weights are."
         return "quantization", message
     return None

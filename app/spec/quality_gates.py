@@ -1,4 +1,4 @@
-"""Gates: what metrics must be at the end. One that is not met takes nothing away: it is said, for CI to act on."""
+"""Gates: bounds on the final metrics. A missed gate changes no outcome: it is reported, so that CI can act on it."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Self
@@ -9,21 +9,21 @@ from app.spec.schema_base import NO_NUL, Strict, did_you_mean, inconsistent
 
 
 class Gate(Strict):
-    """What a metric must be at the end. A gate that is not met leaves the job succeeded and keeps the model."""
+    """Bounds on a final metric. If the metric misses them, the job still succeeds and the model is kept."""
 
     metric: Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=NO_NUL)]
     min: float | None = None
     max: float | None = None
 
     @model_validator(mode="after")
-    def _can_be_judged(self) -> Self:
+    def _has_a_bound(self) -> Self:
         if self.min is None and self.max is None:
             raise inconsistent("min", "A gate needs a 'min', a 'max', or both")
         return self
 
 
 def require_metric(metric: str, known: Sequence[str], field: str) -> None:
-    """Refuse a gate on what will not be measured."""
+    """Refuse a metric that will not be measured: `known` names all that will be."""
     if metric not in known:
         message = f"There is no metric '{metric}'.{did_you_mean(metric, known)}"
         raise inconsistent(field, message.removesuffix("."))
@@ -31,13 +31,13 @@ def require_metric(metric: str, known: Sequence[str], field: str) -> None:
 
 Gates = Annotated[list[Gate], Field(max_length=32)]
 Verdict = dict[str, Any]
-"""A gate with its `value` and whether it is `met`: null where that is not known yet."""
+"""A gate with the metric's `value` and whether it is `met`. Both are null while the metric is still to be measured."""
 
 
 def judge(gates: Sequence[Gate], metrics: dict[str, float], pending: Sequence[str] = ()) -> list[Verdict]:
-    """The gates with their verdicts. A metric that was not measured meets nothing.
+    """The verdict of each gate. A metric that was not measured meets no gate.
 
-    `pending` are the beginnings of metrics that are still to be measured.
+    `pending`: name prefixes of the metrics that are still to be measured.
     """
     verdicts = []
     for gate in gates:
@@ -51,26 +51,26 @@ def judge(gates: Sequence[Gate], metrics: dict[str, float], pending: Sequence[st
 
 
 def level(verdicts: Sequence[Verdict]) -> str:
-    """Of the event that tells them."""
+    """The level of the event that reports the verdicts: `warn` if a gate is missed."""
     return "warn" if any(verdict["met"] is False for verdict in verdicts) else "info"
 
 
 def summary(verdicts: Sequence[Verdict]) -> str:
-    """A sentence or two for people."""
+    """The verdicts in one or two sentences."""
     missed = [verdict for verdict in verdicts if verdict["met"] is False]
     waiting, count = sum(verdict["met"] is None for verdict in verdicts), len(verdicts)
-    told = []
+    sentences = []
     if missed:
-        told.append(f"{len(missed)} of {count} gates not met: {'; '.join(map(_missed, missed))}.")
+        sentences.append(f"{len(missed)} of {count} gates not met: {'; '.join(map(_describe_miss, missed))}.")
     elif count > waiting:
-        told.append("The gate is met." if count == 1 else f"{count - waiting} of {count} gates are met.")
+        sentences.append("The gate is met." if count == 1 else f"{count - waiting} of {count} gates are met.")
     if waiting:
-        told.append(f"{waiting} of {count} gates wait for evaluations.")
-    return " ".join(told)
+        sentences.append(f"{waiting} of {count} gates wait for evaluations.")
+    return " ".join(sentences)
 
 
-def _missed(verdict: Verdict) -> str:
+def _describe_miss(verdict: Verdict) -> str:
     value = "was not measured" if verdict["value"] is None else f"is {verdict['value']:.6g}"
-    words = (("at least", "min"), ("at most", "max"))
-    bounds = [f"{word} {verdict[end]:g}" for word, end in words if verdict[end] is not None]
+    phrases = (("at least", "min"), ("at most", "max"))
+    bounds = [f"{phrase} {verdict[bound]:g}" for phrase, bound in phrases if verdict[bound] is not None]
     return f"{verdict['metric']} {value}, should be {' and '.join(bounds)}"

@@ -1,4 +1,4 @@
-"""What every body of the API has: no coercion, and a field that is not known is refused by name."""
+"""The base of all request bodies: values are not coerced, and an unknown field is refused by name."""
 
 import difflib
 import json
@@ -10,8 +10,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, StringConstraints, 
 from pydantic_core import PydanticCustomError
 
 STORED = "stored"
-"""The context in which what was stored is read: by this version or, while one replaces the other, by the next, whose
-fields are not refused but left out."""
+"""Validation context for specs from the database. During an upgrade, the next version may have written them: fields
+that this version does not know are ignored, not refused."""
 
 
 NO_NUL = r"^[^\x00]*$"
@@ -25,24 +25,27 @@ Metadata = dict[
 
 
 def unix_seconds(time: float | None) -> int | None:
-    """A time as the API writes it."""
+    """A time as the API writes it: in whole seconds."""
     return None if time is None else int(time)
 
 
 def did_you_mean(name: str, known: Sequence[str], cutoff: float = 0.6) -> str:
-    """A question behind a sentence about an unknown `name`, where one of `known` is like it; else nothing."""
+    """A question to append to an error about `name`, if a name in `known` is similar. Else an empty string."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
 def inconsistent(field: str, message: str) -> PydanticCustomError:
-    """The error for a value that is fine by itself but not with the others."""
+    """The error for a value that is valid by itself but conflicts with other fields."""
     sentence = "{message}" if message.endswith("?") else "{message}."
     return PydanticCustomError("inconsistent", sentence, {"field": field, "message": message})
 
 
 class Strict(BaseModel):
-    """No coercion, no unknown fields. `NOT_BUILT` names the contract's fields that a later version will take."""
+    """A model without coercion and without unknown fields.
+
+    `NOT_BUILT` names fields of OpenAI's contract that this version does not support yet.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -50,7 +53,7 @@ class Strict(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _known_fields(cls, data: Any, info: ValidationInfo) -> Any:
+    def _refuse_unknown_fields(cls, data: Any, info: ValidationInfo) -> Any:
         if not isinstance(data, dict):
             return data
         if info.context == STORED:
@@ -66,7 +69,7 @@ class Strict(BaseModel):
                     "'{field}' is part of the contract but not available yet.",
                     {"field": field},
                 )
-            field = str(field).encode("utf-8", "replace").decode()  # a lone surrogate cannot be answered
+            field = str(field).encode("utf-8", "replace").decode()  # the answer cannot hold a lone surrogate
             hint = did_you_mean(field, list(cls.model_fields), cutoff=0.8)
             raise PydanticCustomError(
                 "unknown_parameter",
@@ -81,20 +84,20 @@ def _auto(value: object) -> object:
 
 
 Auto = BeforeValidator(_auto)
-"""For numbers: "auto" means the default, as None does."""
+"""For fields where "auto" means the default, as None does."""
 
 
 MAX_DEPTH = 32
 
 
 def plain_json(value: Any, field: str, max_bytes: int) -> None:
-    """Refuse what is taken as it is but could not be stored or answered: too deep, too long, or no JSON."""
+    """Refuse free-form JSON that cannot be stored or returned: nested too deep, too large, or not valid JSON."""
     if _depth(value) > MAX_DEPTH:
         raise inconsistent(field, f"'{field}' is nested more than {MAX_DEPTH} deep")
     try:
         size = len(json.dumps(value, allow_nan=False, ensure_ascii=False).encode())
     except ValueError:  # NaN, Infinity, half a surrogate pair
-        raise inconsistent(field, f"'{field}' holds what JSON has no place for") from None
+        raise inconsistent(field, f"'{field}' holds a value that JSON cannot represent") from None
     try:
         orjson.dumps(value)
     except TypeError:
@@ -104,12 +107,12 @@ def plain_json(value: Any, field: str, max_bytes: int) -> None:
 
 
 def _depth(value: Any) -> int:
-    """How deep `value` is nested, as far as it matters."""
+    """The nesting depth of `value`. Counting stops at `MAX_DEPTH` + 1."""
     depth, level = 0, [value]
     while level and depth <= MAX_DEPTH:
         level = [
-            inner for one in level if isinstance(one, dict | list)
-            for inner in (one.values() if isinstance(one, dict) else one)
+            child for node in level if isinstance(node, dict | list)
+            for child in (node.values() if isinstance(node, dict) else node)
         ]  # fmt: skip
         depth += 1
     return depth

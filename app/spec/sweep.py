@@ -1,4 +1,4 @@
-"""The body of `POST /v1/sweeps`, and the jobs that it stands for. Pure pydantic."""
+"""The sweep spec: the body of `POST /v1/sweeps`, and the bodies of its jobs. This module is pure pydantic."""
 
 import copy
 import itertools
@@ -16,13 +16,13 @@ from app.spec.schema_base import NO_NUL, Metadata, Strict, inconsistent, plain_j
 MAX_JOBS = 64
 MAX_BYTES = 1 << 20
 NOT_SWEPT = ("evaluations", "gates", "integrations", "metadata")
-"""What says nothing of the model that is made; evaluations hold keys of judges."""
+"""Fields that cannot be swept: they do not affect the trained model. Evaluations also hold API keys of judges."""
 Path = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[A-Za-z_]\w*(\.\w+)*$")]
 Metric = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=NO_NUL)]
 
 
 class Axes(Strict):
-    """The two metrics of the frontier: less of `x` is better, and more of `y`."""
+    """The two metrics of the frontier. Lower is better for `x`, higher for `y`."""
 
     x: Metric
     y: Metric
@@ -50,16 +50,16 @@ class SweepSpec(Strict):
     grid: Annotated[
         dict[Path, Annotated[list[Any], Field(min_length=1, max_length=MAX_JOBS)]], Field(min_length=1, max_length=16)
     ]
-    """The values of each field. A name is a field of the job, dots lead into it (`adapter.r`), or one of its method's
-    hyperparameters (`beta`). There is a job for each combination."""
+    """The values to try for each field; there is a job for each combination. A name is a field of the job (with dots
+    for nested fields: `adapter.r`), or a hyperparameter of its method (`beta`)."""
     frontier: Axes | None = None
-    """None: reward against KL, where an evaluation of the type `reward_kl` measures them."""
+    """The default is reward against KL, if an evaluation of the type `reward_kl` measures both."""
     name: Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=NO_NUL)] | None = None
     metadata: Annotated[Metadata, Field(max_length=16)] | None = None
 
     @model_validator(mode="after")
-    def _expands(self) -> Self:
-        """Each name of the grid leads somewhere, and no two to the same place."""
+    def _grid_is_valid(self) -> Self:
+        """Check that each name of the grid is a field of the job, and that no two names overlap."""
         plain_json(self.job, "job", MAX_BYTES)
         plain_json(self.grid, "grid", MAX_BYTES)
         count = 1
@@ -73,44 +73,44 @@ class SweepSpec(Strict):
         for name, place in places.items():
             if place.partition(".")[0] in NOT_SWEPT:
                 raise inconsistent(f"grid.{name}", f"'{place}' cannot be swept")
-            for other, taken in places.items():
-                if other != name and f"{taken}.".startswith(f"{place}."):
+            for other, other_place in places.items():
+                if other != name and f"{other_place}.".startswith(f"{place}."):
                     raise inconsistent(f"grid.{other}", f"'{other}' is in '{name}', which is swept too")
         for _ in self.bodies():
             pass
         return self
 
     def _place(self, name: str) -> str:
-        """Where in the job a name of the grid leads."""
+        """The path in the job body that a name of the grid stands for."""
         if "." in name or name in JobSpec.model_fields:
             return name
         method = self.job.get("method")
-        kind = method.get("type") if isinstance(method, dict) else None
-        if kind not in METHODS:
+        method_type = method.get("type") if isinstance(method, dict) else None
+        if method_type not in METHODS:
             raise inconsistent(f"grid.{name}", f"'{name}' is no field of a job, and the job names no 'method'")
-        return f"method.{kind}.hyperparameters.{name}"
+        return f"method.{method_type}.hyperparameters.{name}"
 
     def bodies(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-        """(the values, the body) of each job, in the order of the grid.
+        """(the swept values, the body) of each job, in the order of the grid.
 
-        All have one seed, and so have their evaluations, unless it is swept: the same validation rows, the same
-        reference log-probs, which are then computed once, and completions of the same prompts.
+        All jobs and their evaluations share one seed, unless it is swept. They then share the validation rows, the
+        prompts of the completions, and the reference log-probs, which are computed only once.
         """
         seed = self.job.get("seed")
         shared = secrets.randbelow(2**31) if seed is None else seed
         for values in itertools.product(*self.grid.values()):
-            body, settings = copy.deepcopy(self.job), dict(zip(self.grid, values, strict=True))
+            body, swept = copy.deepcopy(self.job), dict(zip(self.grid, values, strict=True))
             body["seed"] = shared
             evaluations = body.get("evaluations")
             for evaluation in evaluations if isinstance(evaluations, list) else []:
                 if isinstance(evaluation, dict):
                     evaluation.setdefault("seed", shared)
-            for name, value in settings.items():
+            for name, value in swept.items():
                 _set(body, self._place(name), copy.deepcopy(value), f"grid.{name}")
-            yield settings, body
+            yield swept, body
 
     def axes(self, first: JobSpec) -> Axes | None:
-        """The metrics of the frontier; `first` is any of the jobs.
+        """The metrics of the frontier. `first` is the spec of any job of the sweep.
 
         Raises `PydanticCustomError` for a metric that will not be measured.
         """
@@ -119,17 +119,18 @@ class SweepSpec(Strict):
                 if evaluation.type == "reward_kl" and evaluation.judge is not None:
                     return Axes(x=f"evaluations/{evaluation.name}/kl", y=f"evaluations/{evaluation.name}/reward")
             return None
-        known = list(METRICS)
+        measured = list(METRICS)
         for evaluation in first.evaluations or []:
             names = evaluation.figures()
-            names += [name.partition("@")[0] for name in names]  # all temperatures
-            known += [f"evaluations/{evaluation.name}/{name}" for name in names]
+            names += [name.partition("@")[0] for name in names]  # the same metric over all temperatures
+            measured += [f"evaluations/{evaluation.name}/{name}" for name in names]
         for axis in ("x", "y"):
-            require_metric(getattr(self.frontier, axis), known, f"frontier.{axis}")
+            require_metric(getattr(self.frontier, axis), measured, f"frontier.{axis}")
         return self.frontier
 
 
 def _set(body: dict[str, Any], place: str, value: Any, field: str) -> None:
+    """Set the value at the dotted path `place`. `field` names the grid's entry in an error."""
     *parents, last = place.split(".")
     target = body
     for name in parents:

@@ -1,1 +1,1 @@
-"""Uploads in parts: large files, sent as pieces that may travel at once."""
+"""Uploads of large files in parts, which a client may send in parallel."""

@@ -18,7 +18,7 @@ router = APIRouter(prefix="/uploads", tags=["uploads"])
 def create_upload(
     spec: UploadSpec, caller: CallerDependency, services: ServicesDependency, sending: SendingDependency
 ) -> UploadObject:
-    """Begin a file of up to 8 GB. Its parts must come, and be completed, within an hour."""
+    """Begin an upload of up to 8 GB. Send its parts and complete it within an hour."""
     return services.uploads.create(caller.project, spec, sending)
 
 
@@ -33,7 +33,7 @@ async def add_upload_part(
     services: ServicesDependency,
     sending: SendingDependency,
 ) -> PartObject:
-    """Send a part of up to 64 MB. Parts may come at once and in any order."""
+    """Send a part of up to 64 MB. Parts may come in parallel and in any order."""
     form = UploadForm(request, MAX_PART_BYTES, name="data")
     return await services.uploads.add_part(caller.project, upload_id, form, sending)
 
@@ -42,7 +42,7 @@ async def add_upload_part(
 async def complete_upload(
     upload_id: str, completion: UploadCompletion, caller: CallerDependency, services: ServicesDependency
 ) -> UploadObject:
-    """Join the parts, in the order given, into a file."""
+    """Join the parts into a file, in the given order."""
     upload = await services.uploads.complete(caller.project, upload_id, completion)
     if upload.file is not None:
         await run_in_threadpool(services.reports.begin, caller.project, upload.file)
@@ -51,5 +51,5 @@ async def complete_upload(
 
 @router.post("/{upload_id}/cancel")
 def cancel_upload(upload_id: str, caller: CallerDependency, services: ServicesDependency) -> UploadObject:
-    """Give an upload up; its parts are removed."""
+    """Cancel an upload and delete its parts."""
     return services.uploads.cancel(caller.project, upload_id)

@@ -14,13 +14,13 @@ def readable(project: str) -> Select[Upload]:
 
 
 def get(session: Session, project: str, upload_id: str, *, lock: bool = False) -> Upload | None:
-    """One upload, expired by now where its time is over."""
+    """One upload. A pending one whose time is over has the status `expired`, even if its row does not say so yet."""
     statement = readable(project).where(Upload.id == upload_id)
     upload = session.scalar(statement.with_for_update() if lock else statement)
     if upload is not None and upload.status == "pending":
         now = session.scalars(select(database_now())).one()
         if upload.expires_at < now:
-            session.expunge(upload)  # housekeeping writes it
+            session.expunge(upload)  # housekeeping writes the status
             upload.status = "expired"
     return upload
 
@@ -30,20 +30,20 @@ def get_part(session: Session, part_id: str) -> UploadPart | None:
 
 
 def parts(session: Session, upload_id: str, part_ids: Sequence[str]) -> list[UploadPart | None]:
-    """The parts of an upload in the order of `part_ids`; None for those that are not its."""
+    """The parts of an upload in the order of `part_ids`; None for an id that is not one of its parts."""
     statement = select(UploadPart).where(UploadPart.upload_id == upload_id)
-    found = {part.id: part for part in session.scalars(statement)}
-    return [found.get(part_id) for part_id in part_ids]
+    part_by_id = {part.id: part for part in session.scalars(statement)}
+    return [part_by_id.get(part_id) for part_id in part_ids]
 
 
 def received(session: Session, upload_id: str) -> int:
-    """Bytes of the parts that came."""
+    """Total bytes of the parts received."""
     statement = select(func.coalesce(func.sum(UploadPart.bytes), 0)).where(UploadPart.upload_id == upload_id)
     return int(session.scalars(statement).one())
 
 
 def end(session: Session, upload_id: str, status: str, file_id: str | None = None) -> bool:
-    """Take an upload out of `pending`; False where it is not there any more."""
+    """Give a pending upload its final `status`; False if it is no longer pending."""
     statement = (
         update(Upload)
         .where(Upload.id == upload_id, Upload.status == "pending")
@@ -54,7 +54,7 @@ def end(session: Session, upload_id: str, status: str, file_id: str | None = Non
 
 
 def expire(session: Session) -> None:
-    """End the uploads whose time is over."""
+    """Write the status `expired` to the uploads whose time is over."""
     statement = update(Upload).where(Upload.status == "pending", Upload.expires_at < database_now())
     session.execute(statement.values(status="expired"))
 

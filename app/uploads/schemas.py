@@ -1,4 +1,4 @@
-"""Uploads on the wire."""
+"""The API schemas of uploads."""
 
 from typing import Annotated, Literal
 
@@ -29,11 +29,11 @@ class UploadSpec(Strict):
     filename: Annotated[str, StringConstraints(min_length=1, max_length=512)]
     purpose: UploadPurpose
     bytes: Annotated[int, Field(ge=1, le=MAX_BYTES)]
-    """What all parts will have together."""
+    """Total size of all parts, in bytes."""
     mime_type: Annotated[str, StringConstraints(max_length=255)]
     expires_after: ExpiresAfter | None = None
     mapping: Mapping | None = None
-    """How the rows are read, where their columns do not say it."""
+    """How the rows are read, if their column names do not say it."""
 
 
 class UploadCompletion(Strict):
@@ -42,9 +42,9 @@ class UploadCompletion(Strict):
     model_config = ConfigDict(json_schema_extra={"example": {"part_ids": ["part-abc123", "part-def456"]}})
 
     part_ids: Annotated[list[str], Field(min_length=1, max_length=10_000)]
-    """The parts in their order."""
+    """The ids of the parts, in order."""
     md5: Annotated[str, StringConstraints(pattern=r"^[0-9a-fA-F]{32}$")] | None = None
-    """Of the whole file, in hex; what does not agree is refused."""
+    """MD5 of the whole file, in hex. The request is refused if it does not match."""
 
 
 class UploadObject(BaseModel):

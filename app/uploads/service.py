@@ -1,4 +1,4 @@
-"""What can be done with uploads."""
+"""Operations on uploads."""
 
 import asyncio
 import hashlib
@@ -24,7 +24,7 @@ MAX_PART_BYTES = 64 * 1024**2
 
 
 class Uploads:
-    """Create uploads, take their parts, and make files of them."""
+    """Create uploads, receive their parts, and join the parts into files."""
 
     def __init__(self, database: Database, storage: Storage) -> None:
         self.database, self.storage = database, storage
@@ -55,7 +55,7 @@ class Uploads:
         return UploadObject.of(upload)
 
     async def add_part(self, project: str, upload_id: str, form: UploadForm, sending: Sending) -> PartObject:
-        """Stream a part to the object store, then make its row; where anything fails, neither stays."""
+        """Stream a part to the object store, then write its row. If anything fails, neither stays."""
         upload = await run_in_threadpool(self._pending, project, upload_id)
         part_id, digest = new_id("part"), hashlib.sha256()
         key = f"{upload.prefix}/{part_id}"
@@ -66,7 +66,7 @@ class Uploads:
             part = await run_in_threadpool(
                 self._add_part, project, upload_id, part_id, form.size, digest.hexdigest(), sending
             )
-            if part.id != part_id:  # it came before
+            if part.id != part_id:  # an earlier sending made the part
                 await run_in_threadpool(self.storage.delete, key)
         return PartObject.of(part)
 
@@ -75,15 +75,16 @@ class Uploads:
     ) -> UploadPart:
         with self.database.write() as session:
             content = {"upload": upload_id, "sha256": digest}
-            # Only by its key: two parts may be the same bytes, and one that is left over does no harm.
+            # Only an idempotency key tells that a part came before, because two parts may have the same bytes. A spare
+            # part does no harm.
             earlier = sending.earlier(session, "uploads.parts.create", content) if sending.idempotency_key else None
-            found = None if earlier is None else repository.get_part(session, earlier)
-            if found is not None:
-                return found
+            existing = None if earlier is None else repository.get_part(session, earlier)
+            if existing is not None:
+                return existing
             upload = repository.get(session, project, upload_id, lock=True)
             if upload is None or upload.status != "pending":
                 raise _ended(upload_id, upload)
-            # A part may have come twice; which of them are the file, completing says.
+            # A part may have come twice. The request that completes the upload names the parts of the file.
             if size > upload.bytes or repository.received(session, upload_id) + size > 2 * upload.bytes:
                 raise ServiceError(
                     f"The parts have more than the {upload.bytes} bytes that the upload was created with.",
@@ -105,10 +106,10 @@ class Uploads:
         return upload
 
     async def complete(self, project: str, upload_id: str, completion: UploadCompletion) -> UploadObject:
-        """Join the parts into a file. An upload that is complete already is answered as it is."""
+        """Join the parts into a file. A completed upload is returned as it is."""
         upload = await run_in_threadpool(self._completable, project, upload_id, completion)
         if upload.status == "pending":
-            # A file id of its own for each completion: of two at once one wins, and the other removes what it wrote.
+            # Each completion has its own file id. If two run at once, one wins and the other deletes what it wrote.
             file = File(id=new_id("file"), project=project)
             try:
                 await self._join(upload, completion, file)
@@ -122,7 +123,7 @@ class Uploads:
         return await run_in_threadpool(self._completed, project, upload)
 
     def _completable(self, project: str, upload_id: str, completion: UploadCompletion) -> Upload:
-        """The upload, pending with the parts that `completion` names, or completed."""
+        """The upload: either completed, or pending with the parts that `completion` names."""
         with self.database.read() as session:
             upload = repository.get(session, project, upload_id)
             if upload is not None and upload.status == "completed":
@@ -143,7 +144,7 @@ class Uploads:
         return upload
 
     async def _join(self, upload: Upload, completion: UploadCompletion, file: File) -> None:
-        """Write the parts as the object of `file`, and check their sum."""
+        """Write the parts as the object of `file`, and check their MD5."""
         sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
 
         async def chunks() -> AsyncIterator[bytes]:
@@ -161,7 +162,7 @@ class Uploads:
         file.bytes, file.sha256, file.mapping = upload.bytes, sha256.hexdigest(), upload.mapping
 
     def _complete(self, upload: Upload, file: File) -> Upload:
-        """Make `file` visible, unless the upload ended meanwhile. Returns the upload as it is then."""
+        """Make `file` visible, unless the upload ended meanwhile. Returns the upload as it is now."""
         with self.database.write() as session:
             won = repository.end(session, upload.id, "completed", file.id)
             if won:
@@ -174,20 +175,20 @@ class Uploads:
         else:
             self.storage.delete(file.key)
         with self.database.read() as session:
-            now = repository.get(session, upload.project, upload.id)
-        if now is None or now.status != "completed":
-            raise _ended(upload.id, now)
-        return now
+            current = repository.get(session, upload.project, upload.id)
+        if current is None or current.status != "completed":
+            raise _ended(upload.id, current)
+        return current
 
     def _discard(self, upload: Upload, file: File) -> None:
-        """Remove the object of a file that was not made; whether it was, only the row can tell."""
+        """Delete the object of `file`, unless the row of `file` exists."""
         with self.database.read() as session:
-            made = files.get(session, upload.project, file.id)
-        if made is None:
+            row = files.get(session, upload.project, file.id)
+        if row is None:
             self.storage.delete(file.key)
 
     def tidy(self, upload: Upload) -> None:
-        """Remove the parts of an upload that has ended: the objects first, then the rows that remember them."""
+        """Delete the parts of an ended upload: first their objects, then their rows."""
         self.storage.delete_folder(upload.prefix)
         with self.database.write() as session:
             repository.forget_parts(session, upload.id)
@@ -198,7 +199,7 @@ class Uploads:
         return UploadObject.of(upload, None if file is None else FileObject.of(file))
 
     def cancel(self, project: str, upload_id: str) -> UploadObject:
-        """Take no more parts. One that is cancelled already is answered as it is."""
+        """Cancel an upload: it takes no more parts. A cancelled upload is returned as it is."""
         with self.database.write() as session:
             upload = repository.get(session, project, upload_id, lock=True)
             if upload is None or upload.status in ("completed", "expired"):
@@ -209,6 +210,7 @@ class Uploads:
 
 
 def _ended(upload_id: str, upload: Upload | None) -> ServiceError:
+    """The error for an upload that does not exist or is not pending."""
     if upload is None:
         return no_such("Upload object", upload_id, code="upload", param="upload_id")
     return Conflict(f"{upload_id} is {upload.status}; create a new upload.", param="upload_id", code="upload_ended")

@@ -1,4 +1,4 @@
-"""The tables of uploads and their parts; the bytes are objects under `uploads/{upload}/{part}`."""
+"""The tables of uploads and their parts. The bytes are objects under `uploads/{upload}/{part}`."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from app.database import PlainText, Table
 
 
 class Upload(Table):
-    """A file that comes in parts. Completing it makes the file."""
+    """A file that arrives in parts. Completing the upload makes the file."""
 
     __tablename__ = "uploads"
 
@@ -25,7 +25,7 @@ class Upload(Table):
     mapping: Mapped[dict[str, Any] | None]
     """How the file's rows are read."""
     expires_after: Mapped[int | None]
-    """Seconds that the file will live."""
+    """Seconds until the file expires, from its creation."""
     file_id: Mapped[str | None]
 
     @property
@@ -34,7 +34,7 @@ class Upload(Table):
 
 
 class UploadPart(Table):
-    """A part whose bytes are all there."""
+    """A part whose bytes are all stored."""
 
     __tablename__ = "upload_parts"
 

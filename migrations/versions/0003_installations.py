@@ -1,4 +1,4 @@
-"""An installation's name, to tell its object store by; the request that made a job"""
+"""The name of an installation, which its object store bears too; the request that made a job"""
 
 import secrets
 

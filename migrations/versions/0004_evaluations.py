@@ -1,4 +1,4 @@
-"""Evaluations stand in the same queue as trainings"""
+"""The kind of a job: evaluations join the queue of trainings"""
 
 import sqlalchemy as sa
 from alembic import op
@@ -17,10 +17,10 @@ def downgrade() -> None:
     endpoints = sa.table("webhook_endpoints", sa.column("id", sa.String()), sa.column("events", sa.JSON()))
     connection = op.get_bind()
     for endpoint, events in connection.execute(sa.select(endpoints.c.id, endpoints.c.events)).all():
-        known = [event for event in events if not event.startswith("evaluation.")]
-        if known != events:
+        remaining = [event for event in events if not event.startswith("evaluation.")]
+        if remaining != events:
             change = sa.update(endpoints).where(endpoints.c.id == endpoint)
-            connection.execute(change.values(events=known or ["fine_tuning.job.failed"]))
+            connection.execute(change.values(events=remaining or ["fine_tuning.job.failed"]))
     op.execute("DELETE FROM job_events WHERE job_id IN (SELECT id FROM jobs WHERE kind <> 'training')")
     op.execute("DELETE FROM jobs WHERE kind <> 'training'")
     op.drop_column("jobs", "kind")

@@ -34,10 +34,10 @@ def downgrade() -> None:
     connection = op.get_bind()
     for endpoint, events in connection.execute(sa.select(endpoints.c.id, endpoints.c.events)).all():
         if "fine_tuning.job.judged" in events:
-            known = [event for event in events if event != "fine_tuning.job.judged"]
+            remaining = [event for event in events if event != "fine_tuning.job.judged"]
             change = sa.update(endpoints).where(endpoints.c.id == endpoint)
-            connection.execute(change.values(events=known or ["fine_tuning.job.failed"]))
-    # The version before would start those that wait before their model is there, and cannot read the others.
+            connection.execute(change.values(events=remaining or ["fine_tuning.job.failed"]))
+    # The older version would start waiting evaluations before their model exists, and cannot read the other ones.
     jobs = sa.table("jobs", *(sa.column(name, sa.String()) for name in ("id", "kind", "parent_id")),
                     sa.column("spec", sa.JSON()))  # fmt: skip
     events = sa.table("job_events", sa.column("job_id", sa.String()))

@@ -1,4 +1,4 @@
-"""Webhook deliveries that have leases, as jobs do"""
+"""Leases of webhook deliveries, like those of jobs"""
 
 import sqlalchemy as sa
 from alembic import op

@@ -61,7 +61,7 @@ def test_people_can_look(page: Page, service: Running, tmp_path: Path) -> None:
         page.goto(root)
         expect(page.get_by_role("heading", name="Sign in")).to_be_visible()
         refused = httpx2.post(f"{root}/login", data={"key": "wrong"})
-        assert refused.status_code == 401 and "not good" in refused.text and "set-cookie" not in refused.headers
+        assert refused.status_code == 401 and "not valid" in refused.text and "set-cookie" not in refused.headers
         page.get_by_label("API key").fill(service.key)
         page.get_by_role("button", name="Sign in").click()
         expect(page.get_by_role("heading", name="Jobs of the project default")).to_be_visible()

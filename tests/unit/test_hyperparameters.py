@@ -131,7 +131,7 @@ REFUSED: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
     (
         {"sync_reference": {}, "reference_model": "other"},
         "sync_reference",
-        ("'sync_reference' mixes the policy in", "'reference_model'"),
+        ("Give 'sync_reference' or 'reference_model', not both",),
     ),
     ({"sync_reference": {}, "ld_alpha": 0.5}, "sync_reference", ("does not go with 'ld_alpha'",)),
     ({"sync_reference": {}, "ld_alpha": 0.0}, "sync_reference", ("does not go with 'ld_alpha'",)),

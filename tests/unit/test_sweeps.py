@@ -63,8 +63,8 @@ def test_a_job_for_each_combination() -> None:
         ({"beta": [0.1], "method.dpo.hyperparameters": [{"loss": "ipo"}]}, "which is swept too"),
         ({"adapter": [{"r": 4}], "adapter.alpha": [8]}, "which is swept too"),
         ({"beta": [0.1], "method.dpo.hyperparameters.beta": [0.2]}, "which is swept too"),
-        ({"beta": [float("nan")]}, "JSON has no place"),
-        ({"suffix": ["\ud800"]}, "JSON has no place"),
+        ({"beta": [float("nan")]}, "JSON cannot represent"),
+        ({"suffix": ["\ud800"]}, "JSON cannot represent"),
     ],
 )
 def test_grids_that_are_none_are_refused(grid: dict[str, Any], said: str) -> None:

@@ -1,1 +1,4 @@
-"""The engine: a folder in, events out, a folder left. No database, no HTTP, no Celery."""
+"""The training engine: it reads a work folder, writes events, and leaves its results in the folder.
+
+It uses no database, no HTTP and no Celery.
+"""

@@ -1,9 +1,13 @@
-"""`python -m worker.trainer WORKDIR`: a folder in, events on standard output, a folder left.
+"""`python -m worker.trainer WORKDIR`: train or evaluate in a work folder, with events on standard output.
 
-Exit status: 0 done; 1 failed, and an event says why: `failed`, or `broken` where it was the machine and not the job;
-75 stopped after SIGTERM, to be resumed from the last checkpoint. Answers to what it asks its runner for come on its
-standard input, a line of JSON each; the process ends by itself, at once, when that input does: a trainer whose runner
-was killed must not keep the GPU.
+Exit status:
+
+- 0: done.
+- 1: failed. An event says why: `failed`, or `broken` if the machine is at fault and not the job.
+- 75: stopped after SIGTERM. The run can resume from its last checkpoint.
+
+The runner answers the trainer's requests on standard input, one line of JSON each. The process ends at once when
+standard input closes: a trainer whose runner was killed must not keep the GPU.
 """
 
 import json
@@ -20,22 +24,22 @@ from typing import Any
 
 STOPPED = 75
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-"""What the libraries below need to know before they are imported."""
+"""Environment variables that the libraries read when they are imported."""
 
 
 def run(folder: Path) -> int:
-    """Train or evaluate in `folder`; returns the exit status."""
-    # Libraries print to standard output; what they say goes to the log, and the events get the real one.
+    """Train or evaluate in `folder`. Returns the exit status."""
+    # Libraries print to standard output. Their output goes to the log; only events go to the real standard output.
     stream = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     answers: queue.Queue[str] = queue.Queue()
     threading.Thread(target=_listen, args=(answers,), daemon=True).start()
     stopping = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the runner decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the runner decides
     os.environ.update(ENVIRONMENT)
 
-    # Imported here, so that the watch stands before seconds are spent on torch.
+    # Imported here because torch takes seconds: the watch on standard input has to run before.
     from safetensors import SafetensorError
 
     from app.spec.datasets.errors import DatasetError
@@ -48,13 +52,18 @@ def run(folder: Path) -> int:
     from worker.trainer.run import TrainingRun
 
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")
-    began = {"event": "trainer began", "level": "info", "timestamp": datetime.now(UTC).isoformat(), **_named(folder)}
-    print(json.dumps(began), file=sys.stderr, flush=True)
+    entry = {
+        "event": "trainer began",
+        "level": "info",
+        "timestamp": datetime.now(UTC).isoformat(),
+        **_log_fields(folder),
+    }
+    print(json.dumps(entry), file=sys.stderr, flush=True)
     events = Events(stream)
-    evaluates = (folder / "evaluation.json").exists()
+    is_evaluation = (folder / "evaluation.json").exists()
     cache = Cache(folder / "cache", events, answers)
     try:
-        if evaluates:
+        if is_evaluation:
             evaluate(EvaluationRun.of(folder, events, stopping, cache))
         else:
             train(TrainingRun.of(folder, events, stopping, cache))
@@ -64,9 +73,9 @@ def run(folder: Path) -> int:
         events.emit(Failed(error.code, error.message, error.param))
         return 1
     except DatasetError as error:
-        events.emit(Failed("invalid_file", str(error), "data" if evaluates else "training_file"))
+        events.emit(Failed("invalid_file", str(error), "data" if is_evaluation else "training_file"))
         return 1
-    except (OSError, SafetensorError) as error:  # the disk, not the job: another attempt may do better
+    except (OSError, SafetensorError) as error:  # the disk failed, not the job: another attempt may succeed
         traceback.print_exc()
         events.emit(Broken(f"{type(error).__name__}: {error}"[:500]))
         return 1
@@ -78,13 +87,14 @@ def run(folder: Path) -> int:
     return 0
 
 
-def _named(folder: Path) -> dict[str, Any]:
-    """What the log calls this work: the job, the attempt and the request that made the job."""
-    named: dict[str, Any] = json.loads((folder / "run.json").read_text()).get("log", {})
-    return named
+def _log_fields(folder: Path) -> dict[str, Any]:
+    """The log fields that identify this work: the job, the attempt and the request that created the job."""
+    fields: dict[str, Any] = json.loads((folder / "run.json").read_text()).get("log", {})
+    return fields
 
 
 def _listen(answers: "queue.Queue[str]") -> None:
+    """Queue the runner's answers. End the process when standard input closes."""
     with os.fdopen(0) as stream:
         for line in stream:
             answers.put(line)

@@ -1,7 +1,7 @@
-"""What someone who has trained such models before would say while one trains: what is seen, and what to do.
+"""Advice during training: each piece names a problem and what to do about it.
 
-An `Advisor` reads the history of a stage as it is written, and says each thing once. It is a function of the history
-alone: a run that is resumed reads what was there again, and does not repeat itself.
+An `Advisor` reads the history of a stage as it is written, and gives each piece of advice once. It depends on the
+history alone: a resumed run reads the earlier entries again and does not repeat itself.
 """
 
 from collections import deque
@@ -12,25 +12,26 @@ from typing import Any
 from worker.trainer.plan import Stage
 
 WINDOW = 10
-"""Steps whose mean stands for the training batches of now."""
+"""Number of latest steps whose mean stands for the current training batches."""
 FALL = 0.05
-"""Of what the chosen answers' log-prob was, is more than noise."""
+"""Relative drop of the chosen log-prob that counts as displacement; less is noise."""
 EXPLODED = 10.0
-"""A mean margin at which σ(−margin), the gradient's weight, is below 5e-5."""
+"""Mean margin that is too large: σ(−margin), the weight of the gradient, is below 5e-5 here."""
 SATURATED = 0.995
+"""Mean accuracy from which the pairs count as learned."""
 EARLY = 0.75
-"""The share of the steps before which saturated means that the others are for nothing."""
+"""Share of the steps. If the accuracy saturates before it, the remaining steps overfit."""
 LENGTH_DRIFT = 0.15
-"""How much more often than in the data the longer answer has the higher reward."""
+"""Tolerated excess of the share of pairs in which the longer answer wins, over that share in the data."""
 WORSE = 0.02
-"""Of the validation loss at the start."""
+"""Relative rise of the validation loss over its start that counts as harm."""
 MOST_ROWS = 10_000
-"""Rows that are looked at for identical sides."""
+"""Number of rows that are checked for identical sides."""
 
 
 @dataclass(frozen=True)
 class Advice:
-    """`code` names it for programs; `figures` are what it was seen by."""
+    """A piece of advice. `code` names it for programs; `figures` are the measurements behind it."""
 
     code: str
     message: str
@@ -38,47 +39,49 @@ class Advice:
 
 
 class Advisor:
-    """Of one stage; `look` at each entry of its history, in order."""
+    """Gives advice on one stage. Call `look` with each entry of the history, in order."""
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
         self.compares = stage.hyperparameters.data.compares
         self._window: deque[dict[str, Any]] = deque(maxlen=WINDOW)
         self._first: dict[str, float] = {}
-        """What each metric was when it was measured first."""
+        """First measured value of each metric."""
         self._said: set[str] = set()
+        """Codes of the advice that was already given."""
         self._steps = 0
 
     def before(self) -> Iterator[Advice]:
-        """What the rows say before the first step."""
+        """Advice from the rows alone, before the first step."""
         if not self.compares:
             return
-        looked = min(len(self.stage.train), MOST_ROWS)
-        same = sum(
-            len({response.ids for response in self.stage.train[number].responses}) == 1 for number in range(looked)
+        checked = min(len(self.stage.train), MOST_ROWS)
+        identical = sum(
+            len({response.ids for response in self.stage.train[number].responses}) == 1 for number in range(checked)
         )
-        if same:
+        if identical:
             yield Advice(
                 "identical_sides",
-                f"{same} of {looked} rows have the same tokens on both sides, after truncation to 'max_length': they "
-                "teach nothing. Raise 'max_length', or look at what the chat template does to the answers.",
-                {"rows": float(same), "looked_at": float(looked)},
+                f"{identical} of {checked} rows have the same tokens on both sides, after truncation to 'max_length'. "
+                "They teach nothing. Raise 'max_length', or check what the chat template does to the answers.",
+                {"rows": float(identical), "looked_at": float(checked)},
             )
 
     def look(self, entry: dict[str, Any]) -> Iterator[Advice]:
-        """What is new to say after `entry`, a step or the validation before the first one."""
+        """New advice after `entry`: a step, or the validation before the first step."""
         metrics = {name: value for name, value in entry.items() if isinstance(value, float)}
         for name, value in metrics.items():
             self._first.setdefault(name, value)
         if "loss" in metrics:
             self._steps += 1
             self._window.append(metrics)
-        for advice in self._seen(metrics):
+        for advice in self._matching(metrics):
             if advice.code not in self._said:
                 self._said.add(advice.code)
                 yield advice
 
-    def _seen(self, metrics: dict[str, float]) -> Iterable[Advice]:
+    def _matching(self, metrics: dict[str, float]) -> Iterable[Advice]:
+        """All advice that applies now, whether it was given before or not."""
         yield from self._validation(metrics)
         if not self.compares:
             return
@@ -87,25 +90,30 @@ class Advisor:
         if len(self._window) < WINDOW:
             return
         yield from self._margins()
-        yield from self._nothing()
+        yield from self._zero_gradient()
 
     def _mean(self, name: str) -> float | None:
+        """Mean of a metric over the window; None if no step in it has the metric."""
         values = [metrics[name] for metrics in self._window if name in metrics]
         return sum(values) / len(values) if values else None
 
     def _validation(self, metrics: dict[str, float]) -> Iterator[Advice]:
-        now, before = metrics.get("eval/loss"), self._first.get("eval/loss")
-        if now is not None and before is not None and now > before + WORSE * abs(before):
+        loss, first_loss = metrics.get("eval/loss"), self._first.get("eval/loss")
+        if loss is not None and first_loss is not None and loss > first_loss + WORSE * abs(first_loss):
             yield Advice(
                 "validation_worse_than_at_start",
-                f"The validation loss is {now:.4g}; before the first step it was {before:.4g}. The training does harm "
-                "to what it was not trained on: lower 'learning_rate' or 'n_epochs', raise 'beta', or set "
-                "'early_stopping'.",
-                {"eval/loss": now, "eval/loss/start": before},
+                f"The validation loss is {loss:.4g}; before the first step it was {first_loss:.4g}. The training harms "
+                "the model on data that it does not train on. Lower 'learning_rate' or 'n_epochs', raise 'beta', or "
+                "set 'early_stopping'.",
+                {"eval/loss": loss, "eval/loss/start": first_loss},
             )
 
     def _displacement(self, metrics: dict[str, float]) -> Iterator[Advice]:
-        """Likelihood displacement (Razin et al. 2024): on the same rows, or beside the reference, both sides fall."""
+        """Likelihood displacement (Razin et al. 2024): the log-probs of both sides fall.
+
+        A validation is compared with the first one, on the same rows. Training batches are compared with the reference.
+        """
+        # `change`: (chosen, rejected), in nats per answer. `level`: |chosen log-prob| at the start.
         if "eval/logps/chosen" in metrics and self._steps:
             start = self._first["eval/logps/chosen"], self._first["eval/logps/rejected"]
             change = metrics["eval/logps/chosen"] - start[0], metrics["eval/logps/rejected"] - start[1]
@@ -116,56 +124,62 @@ class Advisor:
             )
             if chosen is None or rejected is None or logps is None or len(self._window) < WINDOW:
                 return
-            change, level = (chosen, rejected), abs(logps - chosen)
+            change, level = (chosen, rejected), abs(logps - chosen)  # logps − logratio = the reference's log-prob
         if max(change) < 0 and change[0] < -max(1.0, FALL * level):
             yield Advice(
                 "likelihood_displacement",
                 f"The log-probs of chosen and rejected answers both fall, by {-change[0]:.1f} and {-change[1]:.1f} "
-                "nats: what gains is neither. Lower 'learning_rate', raise 'beta', or add the loss 'sft' "
-                '([{"name": "sigmoid"}, {"name": "sft", "weight": 0.1}]); \'apo_zero\' keeps the chosen ones up by '
-                "itself.",
+                "nats. Other texts gain probability. Lower 'learning_rate', raise 'beta', or add the loss 'sft' "
+                '([{"name": "sigmoid"}, {"name": "sft", "weight": 0.1}]). The loss \'apo_zero\' keeps the chosen '
+                "log-probs up by itself.",
                 {"chosen": change[0], "rejected": change[1]},
             )
 
     def _length(self, metrics: dict[str, float]) -> Iterator[Advice]:
-        now, rows = metrics.get("eval/rewards/longer_preferred"), self.stage.validation
-        if now is None or not self._steps or len(rows) < 50:
+        """Length bias: in validation the longer answer wins more often than in the data."""
+        share, rows = metrics.get("eval/rewards/longer_preferred"), self.stage.validation
+        if share is None or not self._steps or len(rows) < 50:
             return
         sides = [(row.responses[0].ids, row.responses[-1].ids) for row in rows]
-        data = sum((len(chosen) > len(rejected)) + (len(chosen) == len(rejected)) / 2 for chosen, rejected in sides)
-        if now > data / len(sides) + LENGTH_DRIFT:
+        # Pairs whose chosen answer is longer; equal lengths count half.
+        longer_chosen = sum(
+            (len(chosen) > len(rejected)) + (len(chosen) == len(rejected)) / 2 for chosen, rejected in sides
+        )
+        if share > longer_chosen / len(sides) + LENGTH_DRIFT:
             yield Advice(
                 "length_drift",
-                f"The longer answer has the higher reward in {now:.0%} of the validation pairs; people preferred it "
-                f"in {data / len(sides):.0%}. The model learns length: try the loss 'simpo' or 'sigmoid_norm', or "
-                "'ld_alpha', or balance the lengths of the data.",
-                {"longer_preferred": now, "longer_chosen": data / len(sides)},
+                f"The longer answer has the higher reward in {share:.0%} of the validation pairs. In the data it is "
+                f"preferred in {longer_chosen / len(sides):.0%}. The model learns to prefer length. Try the loss "
+                "'simpo' or 'sigmoid_norm', or 'ld_alpha', or balance the lengths in the data.",
+                {"longer_preferred": share, "longer_chosen": longer_chosen / len(sides)},
             )
 
     def _margins(self) -> Iterator[Advice]:
+        """The pairs are learned: the margin is very large, or nearly all pairs are ranked right."""
         margin, accuracy = self._mean("rewards/margins"), self._mean("rewards/accuracies")
         if margin is not None and margin > EXPLODED:
             yield Advice(
                 "margins_exploding",
-                f"The mean margin is {margin:.1f}: the pairs teach nothing more, and the model still moves away from "
-                "its reference. Lower 'learning_rate' or 'n_epochs'; the losses 'ipo' and 'robust' bound the margin.",
+                f"The mean margin is {margin:.1f}. The pairs teach nothing more, and the model still moves away from "
+                "its reference. Lower 'learning_rate' or 'n_epochs'. The losses 'ipo' and 'robust' bound the margin.",
                 {"rewards/margins": margin},
             )
         done = self._steps / self.stage.steps
         if accuracy is not None and accuracy >= SATURATED and done < EARLY:
             yield Advice(
                 "accuracy_saturated",
-                f"{accuracy:.1%} of the pairs are ranked right after {done:.0%} of the steps: what follows overfits. "
-                "Train for fewer steps or set 'early_stopping'; and see whether something simple, such as length, "
-                "tells the sides apart.",
+                f"{accuracy:.1%} of the pairs are ranked right after {done:.0%} of the steps. Further steps overfit. "
+                "Train for fewer steps or set 'early_stopping'. Check whether something simple, such as length, "
+                "distinguishes the two sides.",
                 {"rewards/accuracies": accuracy},
             )
 
-    def _nothing(self) -> Iterator[Advice]:
+    def _zero_gradient(self) -> Iterator[Advice]:
+        """The gradient was exactly zero in every step of the window."""
         if all(metrics.get("grad_norm") == 0.0 for metrics in self._window):
             yield Advice(
                 "nothing_is_learned",
-                f"The gradient was zero for {WINDOW} steps: the two sides of the pairs are the same for the model, or "
-                "the loss is flat here. Look at the data's report, and at 'max_length'.",
+                f"The gradient was zero for {WINDOW} steps. Either both sides of the pairs are the same for the "
+                "model, or the loss is flat here. Check the data's report and 'max_length'.",
                 {"grad_norm": 0.0},
             )

@@ -1,4 +1,4 @@
-"""What a run leaves: weights, tokenizer, model card, metrics and spec, in one folder that others can load."""
+"""The artifact of a run: weights, tokenizer, model card, metrics and spec, in a folder that other programs can load."""
 
 import csv
 import gc
@@ -23,19 +23,21 @@ from worker.trainer.plan import Stage
 from worker.trainer.run import TrainingRun
 
 DRIFT_ROWS = 32
+"""Number of validation rows on which the drift on the unquantised base is measured."""
 RESULT_COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
+"""Columns of `result.csv`."""
 
 
 @dataclass(frozen=True)
 class Results:
-    """A finished run. `validation` has the rows of the last stage as the kept weights see them."""
+    """A finished run. `validation` has the rows of the last stage, scored with the kept weights."""
 
     run: TrainingRun
     history: list[dict[str, Any]]
     stage: Stage
     validation: list[ValidatedRow]
     final: dict[str, float] = field(default_factory=dict)
-    """The validation of the weights that are kept, where they are not those of the last step."""
+    """Validation metrics of the kept weights; empty if these are the weights of the last step."""
 
     @property
     def spec(self) -> JobSpec:
@@ -43,7 +45,7 @@ class Results:
 
     @property
     def public_spec(self) -> dict[str, Any]:
-        """The job as its user wrote it."""
+        """The job's spec as its user wrote it."""
         spec: dict[str, Any] = self.run.about["spec"]
         return spec
 
@@ -53,47 +55,49 @@ class Results:
 
 
 def write(folder: Path, policy: Policy, results: Results) -> None:
-    """Write the artifact of `policy` into `folder`. The policy is freed on the way."""
+    """Write the artifact of `policy` into `folder`. Frees the policy's model on the way."""
     if policy.reward_head is not None:
         reward.save(folder, policy, results.base, results.stage.train)
     else:
         if policy.full:
-            policy.model.to(dtype_of(results.base.folder))  # as the base is; until now it was trained in float32
+            policy.model.to(dtype_of(results.base.folder))  # the base's own precision; training was in float32
         policy.save(folder)
-        # Of a base that also sees or hears the text's part may be all that was loaded.
+        # From a base that also takes images or sound, possibly only the text part was loaded. Its names differ then.
         if not policy.full and policy.causal.config.model_type != config_of(results.base.folder)["model_type"]:
             write_for_servers(results.base.folder, folder)
     _write_csv(folder / "metrics.csv", _columns(results.history), results.history)
     accuracies = {stage.name: stage.settings.ACCURACY for stage in results.spec.stages()}
     _write_csv(folder.parent / "result.csv", list(RESULT_COLUMNS), _result_rows(results.history, accuracies))
     (folder / "spec.json").write_text(json.dumps(results.public_spec, indent=2, sort_keys=True) + "\n")
+    # One line for each validation row: its place in the data, and the log-probs [K] (or rewards) of its responses.
     with (folder / "validation_logps.jsonl").open("w") as file:
-        held_out = results.stage.validation
-        places, files = list(zip(held_out.files, held_out.lines, strict=True)), training_files(results.public_spec)
-        several = len(files) > 1 and results.public_spec["validation_file"] is None
+        validation = results.stage.validation
+        places, files = list(zip(validation.files, validation.lines, strict=True)), training_files(results.public_spec)
+        names_files = len(files) > 1 and results.public_spec["validation_file"] is None
         for number, logps, reference in sorted(results.validation, key=lambda entry: (places[entry[0]], entry[0])):
-            theirs = None if reference is None else reference.tolist()
-            found = {"logps": logps.tolist(), "reference_logps": theirs}
+            reference_logps = None if reference is None else reference.tolist()
+            values = {"logps": logps.tolist(), "reference_logps": reference_logps}
             if policy.reward_head is not None:
-                found = {"rewards": logps.tolist()}
+                values = {"rewards": logps.tolist()}
             source, line = places[number]
-            place = {"file": files[source]} if several else {}
-            file.write(json.dumps(place | {"line": line} | found) + "\n")
+            place = {"file": files[source]} if names_files else {}
+            file.write(json.dumps(place | {"line": line} | values) + "\n")
     kind = "reward" if policy.reward_head is not None else "full" if policy.full else "adapter"
     drift = _drift(folder, policy, results) + (_mean(folder) if kind == "reward" else "")
     (folder / "README.md").write_text(_card(results, kind, drift))
 
 
 def training_files(spec: dict[str, Any]) -> list[str]:
-    """The files that a job as its user wrote it trains on, in order."""
+    """The training files of a job, in order. `spec` is the job as its user wrote it."""
     return [spec["training_file"], *(spec.get("more_training_files") or [])]
 
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+"""torch's names of the precisions of safetensors files."""
 
 
 def dtype_of(base: Path) -> torch.dtype:
-    """The precision of most of the stored weights of the model in `base`."""
+    """The most frequent precision among the stored weights of the model in `base`."""
     counts: Counter[str] = Counter()
     for path in weight_files(base):
         with safe_open(path, framework="pt") as file:
@@ -102,6 +106,7 @@ def dtype_of(base: Path) -> torch.dtype:
 
 
 def _columns(history: list[dict[str, Any]]) -> list[str]:
+    """The columns of `metrics.csv`: step, stage, then all metrics by name."""
     names = {name for entry in history for name in entry} - {"step", "stage"}
     return ["step", "stage", *sorted(names)]
 
@@ -114,7 +119,7 @@ def _write_csv(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> No
 
 
 def _result_rows(history: list[dict[str, Any]], accuracies: dict[str, str]) -> list[dict[str, Any]]:
-    """The contract's result file. `accuracies` names the metric of each stage that is its accuracy."""
+    """The rows of `result.csv`. `accuracies` maps each stage to the name of its accuracy metric."""
     rows = []
     for entry in history:
         accuracy = accuracies[entry["stage"]]
@@ -130,14 +135,17 @@ def _result_rows(history: list[dict[str, Any]], accuracies: dict[str, str]) -> l
 
 
 def _drift(folder: Path, policy: Policy, results: Results) -> str:
-    """How far the adapter's log-probs move when it is put on the unquantised base: a sentence for the card."""
+    """A sentence for the model card: how far the log-probs move when the adapter is put on the unquantised base.
+
+    The figure is the mean of |Δ log-prob of a response| per target token, in nats.
+    """
     if results.spec.quantization == "none":
         return "The base was not quantised."
     if policy.reward_head is not None:
         return "The adapter was merged into the unquantised base; its rewards differ slightly from those in training."
     method = prequantized(config_of(results.base.folder))
     if method is not None:
-        return f"It is the base's own ({method}): the adapter goes with these very weights."
+        return f"It is the base's own ({method}): use the adapter with exactly these weights."
     chosen = results.validation[:DRIFT_ROWS]
     if not chosen:
         return "Not measured: the job had no validation rows."
@@ -145,7 +153,7 @@ def _drift(folder: Path, policy: Policy, results: Results) -> str:
     one_by_one, own_head = policy.one_by_one, policy.own_head
     if device.type == "cpu" and not fits_as_float32(results.base.folder):
         return f"Not measured: the unquantised '{name}' does not fit into the worker's memory."
-    policy.model = None  # the unquantised base needs the room
+    policy.model = None  # frees memory for the unquantised base
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -160,16 +168,16 @@ def _drift(folder: Path, policy: Policy, results: Results) -> str:
                 (pack,) = unquantised.packs(rows, [number], merge=False)
                 total += (unquantised.score(pack).responses.cpu() - logps).abs().sum().item()
                 tokens += len(pack.targets)
-    except Exception as error:  # the job is done: what this figure cannot tell must not cost it
+    except Exception as error:  # the job is done: a missing figure must not fail it
         return f"Not measured: {type(error).__name__} with the unquantised '{name}'."
     return (
         f"On the unquantised base the adapter's log-probs differ by {total / tokens:.4f} nats a token on average "
-        f"({len(rows)} validation rows, {tokens} tokens). Compare adapters on a base quantised as here."
+        f"({len(rows)} validation rows, {tokens} tokens). To compare adapters, quantise the base as here."
     )
 
 
 def _mean(folder: Path) -> str:
-    """On how many answers the rewards have the mean 0: a sentence for the card."""
+    """A sentence for the model card: the mean reward, and over how many answers it was taken."""
     config = json.loads((folder / "config.json").read_text())
     return (
         f" r − reward_mean ({config['reward_mean']:.6g}) has mean 0 over {config['reward_mean_answers']} answers of "
@@ -178,6 +186,7 @@ def _mean(folder: Path) -> str:
 
 
 def _card(results: Results, kind: str, drift: str) -> str:
+    """The text of the model card, `README.md`."""
     spec, base = results.spec, results.base
     last: dict[str, Any] = {}
     for entry in results.history:
@@ -192,11 +201,11 @@ def _card(results: Results, kind: str, drift: str) -> str:
         for name, value in results.stage.hyperparameters.model_dump().items()
         if value is not None
     )
-    rows, held_out = len(results.stage.train), len(results.validation)
-    data = f"{', '.join(training_files(results.public_spec))}, {rows} rows; {held_out} validation rows"
-    data += "".join(f". {one.rstrip('.')}" for one in results.stage.told)
+    rows, validation_rows = len(results.stage.train), len(results.validation)
+    data = f"{', '.join(training_files(results.public_spec))}, {rows} rows; {validation_rows} validation rows"
+    data += "".join(f". {note.rstrip('.')}" for note in results.stage.told)
     if results.stage.repeated:
-        data += f". {results.stage.repeated} of the validation rows ask what training rows ask too"
+        data += f". {results.stage.repeated} of the validation rows ask the same as a training row"
     library = "peft" if kind == "adapter" else "transformers"
     front = f"base_model: {base.name}\nlibrary_name: {library}\ntags: [dpo-service, {results.stage.name}]"
     method = "reward model" if kind == "reward" else results.stage.name.upper()

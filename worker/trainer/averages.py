@@ -1,24 +1,25 @@
-"""Means of what the packs of a step, or of a validation, report."""
+"""Means of the metrics that the packs of a step or of a validation report."""
 
 import torch
 from torch import Tensor
 
 
 class Averages:
-    """Weighted means, by name. Sums stay on their device until the end: a GPU is not waited for at each pack."""
+    """Means by metric name. Sums stay on their device until the end, so that no pack waits for the GPU."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._weights: dict[str, float] = {}
 
     def add(self, name: str, values: Tensor) -> None:
-        """Count each element of `values`, once."""
+        """Count each element of `values` once. The tensor may have any shape."""
         if values.numel():
             total = values.detach().double().sum()
             self._sums[name] = self._sums[name] + total if name in self._sums else total
             self._weights[name] = self._weights.get(name, 0.0) + values.numel()
 
     def means(self) -> dict[str, float]:
+        """The mean of each metric. Waits for the device."""
         if not self._sums:
             return {}
         sums = torch.stack(list(self._sums.values())).tolist()

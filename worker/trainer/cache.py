@@ -1,8 +1,8 @@
-"""What one run computes and another may use: tokenised files and reference log-probs, by content hash.
+"""The cache of results that one run computes and another can use: tokenised files and reference log-probs.
 
-The trainer knows the keys, its runner the object store. The trainer asks for a key by an event and waits for the
-answer on its standard input; what it makes it leaves in its folder, and says so by another event. Without a runner
-that answers, the folder is all there is.
+Keys are content hashes. The trainer knows the keys, and its runner knows the object store. The trainer requests a key
+with an event and waits for the answer on its standard input. It leaves a new file in its folder and reports it with
+another event. Without a runner that answers, the cache is the folder alone.
 """
 
 import json
@@ -18,15 +18,18 @@ Value = TypeVar("Value")
 
 
 class Cache:
-    """Files by key, in the folder `cache` of a run. A key is a relative path."""
+    """Files by key, in the `cache` folder of a run. A key is a path relative to that folder."""
 
     def __init__(self, folder: Path, events: Events, answers: "queue.Queue[str] | None" = None) -> None:
         self.folder, self._events, self._answers = folder, events, answers
         self.hits: list[str] = []
-        """The keys that were there."""
+        """Keys that the cache had."""
 
     def get(self, key: str, load: Callable[[Path], Value]) -> Value | None:
-        """What `load` makes of the file of `key`; None where nobody has it, or where it is damaged."""
+        """The file of `key`, read by `load`. None if nobody has the file, or if it is damaged.
+
+        Waits for the runner's answer if the folder does not have the file.
+        """
         path = self.folder / key
         if not path.exists() and self._answers is not None:
             self._events.emit(CacheWanted(key))
@@ -36,7 +39,7 @@ class Cache:
             return None
         try:
             value = load(path)
-        except Exception:  # whatever a damaged file makes of itself: what it held can be computed
+        except Exception:  # a damaged file may raise anything; its content can be computed again
             path.unlink()
             return None
         self.hits.append(key)
@@ -44,7 +47,7 @@ class Cache:
 
     @contextmanager
     def put(self, key: str) -> Iterator[Path]:
-        """Write the file of `key` at the place given; it is offered to others when the block ends."""
+        """Yields the path to write the file of `key` to. Other runs can have the file once the block ends."""
         path = self.folder / key
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")

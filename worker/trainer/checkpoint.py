@@ -1,7 +1,7 @@
-"""Checkpoints: a folder with `model/`, to use or to train on, and `state/`, to go on as if nothing had happened.
+"""Checkpoints: a folder with `model/`, to use or to train further, and `state/`, to resume exactly.
 
-Everything is safetensors or JSON; nothing is pickled. A checkpoint is written beside its place and renamed, so
-that one that is there is whole, and it holds the hashes of its files: whoever resumes from it looks at them first.
+All files are safetensors or JSON; nothing is pickled. A checkpoint is written under a temporary name and then renamed,
+so an existing checkpoint is complete. It holds the hashes of its files. Whoever resumes from it verifies them first.
 """
 
 import json
@@ -20,15 +20,15 @@ from worker.trainer.methods.method import Method
 from worker.trainer.model import Policy
 
 OURS = ("optimizer", "generators", "best")
-"""The files of a checkpoint's state that are not its method's."""
+"""Files of a checkpoint's state that do not belong to its method."""
 
 
 @dataclass
 class State:
-    """Where a run is.
+    """The position of a run.
 
-    `step` counts over all stages; `stage_step` within `stage`, which `ended` early or not; `skipped` counts the steps
-    that stages which did leave out.
+    `step` counts over all stages, `stage_step` within `stage`. `ended`: whether `stage` ended early. `skipped` counts
+    the steps that early endings left out.
     """
 
     stage: str
@@ -40,13 +40,16 @@ class State:
     history: list[dict[str, Any]] = field(default_factory=list)
     best: Best = field(default_factory=Best)
     pending: dict[str, float] | None = None
-    """The metrics of a step that is not validated yet."""
+    """Metrics of a step whose validation is still to come."""
 
 
 def save(
     folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, method: Method, state: State, best: Path
 ) -> None:
-    """Write a checkpoint into `folder`, which must not exist. `best` is the file of the best weights, if it exists."""
+    """Write a checkpoint into `folder`, which must not exist.
+
+    `best` is the path of the best weights so far; the file may be missing.
+    """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "state").mkdir(parents=True)
@@ -54,8 +57,8 @@ def save(
     tensors, numbers = _optimizer_state(policy, optimizer)
     save_file(tensors, partial / "state" / "optimizer.safetensors")
     save_file(_generators(policy), partial / "state" / "generators.safetensors")
-    for name, kept in method.state_dict().items():
-        save_file(kept, partial / "state" / f"{name}.safetensors")
+    for name, method_tensors in method.state_dict().items():
+        save_file(method_tensors, partial / "state" / f"{name}.safetensors")
     if best.exists():
         shutil.copyfile(best, partial / "state" / "best.safetensors")
     (partial / "state" / "state.json").write_text(json.dumps(asdict(state) | {"optimizer": numbers}))
@@ -64,21 +67,29 @@ def save(
 
 
 def load_state(folder: Path) -> State:
-    found = json.loads((folder / "state" / "state.json").read_text())
-    del found["optimizer"]
-    return State(**found | {"best": Best(**found["best"])})
+    """The position of the run in the checkpoint `folder`."""
+    fields = json.loads((folder / "state" / "state.json").read_text())
+    del fields["optimizer"]
+    return State(**fields | {"best": Best(**fields["best"])})
 
 
 def restore(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, method: Method, best: Path) -> None:
-    """Put back what the model's folder does not hold; the model was loaded from `folder`/model."""
+    """Restore optimizer, random-number generators, method state and best weights from the checkpoint `folder`.
+
+    The caller has already loaded the model from `folder`/model. The best weights are copied to `best`.
+    """
     state = folder / "state"
     tensors = load_file(state / "optimizer.safetensors")
-    described = json.loads((state / "state.json").read_text())
-    numbers = described["optimizer"]
+    state_json = json.loads((state / "state.json").read_text())
+    numbers = state_json["optimizer"]
     for name, parameter in policy.trainable().items():
         prefix = name + "/"
-        entries: dict[str, Any] = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        # torch's optimizers keep their step count on the CPU; the moments belong where the parameter is.
+        entries: dict[str, Any] = {
+            full_name.removeprefix(prefix): tensor
+            for full_name, tensor in tensors.items()
+            if full_name.startswith(prefix)
+        }
+        # torch's optimizers keep their step count on the CPU. The moments belong on the parameter's device.
         optimizer.state[parameter] = {
             key: value if key == "step" else value.to(parameter.device) for key, value in entries.items()
         } | numbers.get(name, {})
@@ -87,8 +98,8 @@ def restore(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, meth
     if "cuda" in generators and policy.device.type == "cuda":
         torch.cuda.set_rng_state(generators["cuda"])
     files = {path.stem: path for path in state.glob("*.safetensors")}
-    kept = {name: load_file(path) for name, path in files.items() if name not in OURS}
-    method.load_state_dict(kept, described["stage_step"])
+    method_state = {name: load_file(path) for name, path in files.items() if name not in OURS}
+    method.load_state_dict(method_state, state_json["stage_step"])
     if (state / "best.safetensors").exists():
         best.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(state / "best.safetensors", best)
@@ -97,7 +108,7 @@ def restore(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, meth
 def _optimizer_state(
     policy: Policy, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """(tensors by parameter and key, plain numbers by parameter)."""
+    """Tensors, named `parameter/key`, and plain numbers by parameter and key."""
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
     for name, parameter in policy.trainable().items():
@@ -110,6 +121,7 @@ def _optimizer_state(
 
 
 def _generators(policy: Policy) -> dict[str, Tensor]:
+    """The states of torch's random-number generators."""
     states = {"cpu": torch.get_rng_state()}
     if policy.device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state()

@@ -1,4 +1,7 @@
-"""What a dataset is in tokens of a model: how long, what would be cut, what cannot be trained, and how rows look."""
+"""Statistics of a dataset in a model's tokens.
+
+They cover lengths, what would be cut, which rows cannot be trained on, and samples of rows.
+"""
 
 import json
 import math
@@ -19,48 +22,51 @@ from worker.trainer.rendering import Renderer
 from worker.trainer.tokenizer import load_tokenizer
 
 SAMPLED_ROWS = 10_000
+"""Most examples that are counted, by default."""
 SHOWN = 3
+"""Number of rows in the report's samples."""
 SHOWN_CHARACTERS = 4000
+"""Length at which each text of a sample is cut."""
 PERCENTILES = (50, 90, 95, 99)
 CANDIDATES = tuple(1 << k for k in range(8, 18))
-"""Values of `max_length` for which the report says what each would cut."""
+"""Values of `max_length` for which the report says how many rows they cut."""
 
 
 def count(path: Path, tokenizer: Tokenizer, recipe: Recipe, kept: int, sample: int = SAMPLED_ROWS) -> dict[str, Any]:
-    """Lengths in tokens before anything is cut, what each `max_length` would cut, and the first rows as the model sees
-    them.
+    """Token lengths before cutting, what each `max_length` would cut, and the first rows as the model sees them.
 
-    Every k-th example is looked at, so that at most `sample` are. Raises `UserError` for what the template refuses.
+    `kept` is the number of examples in the file. Every k-th example is counted, so that at most `sample` are.
+    Raises `UserError` for an example that the template refuses.
     """
     every = max(1, math.ceil(kept / sample))
     tally, renderer = Tally(), Renderer(tokenizer, recipe.rendering)
-    found: list[_Measured] = []
+    measured: list[_Measured] = []
     samples: list[dict[str, Any]] = []
     lines: set[int] = set()
-    rows = tokens = scored = longest = rests = 0
+    rows = tokens = scored = longest = merging_prompts = 0
     with path.open("rb") as file:
-        for whole in data.whole_rows(_every(examples(file, recipe.mapping), every), renderer, recipe, tally):
+        for whole in data.whole_rows(_every_nth(examples(file, recipe.mapping), every), renderer, recipe, tally):
             fitted = [row for row in data.cut(whole, recipe, tally) if row.learnable]
             lines.add(whole.row.line)
-            found.append(_Measured.of(whole))
-            rests += bool(whole.rest)
+            measured.append(_Measured.of(whole))
+            merging_prompts += bool(whole.rest)
             for row in fitted:
                 rows, tokens = rows + 1, tokens + row.tokens
-                scored += sum(sum(one.scored) for one in row.responses)
+                scored += sum(sum(response.scored) for response in row.responses)
                 longest = max(longest, row.tokens)
                 if len(samples) < SHOWN:
-                    samples.append(_shown(row, tokenizer))
+                    samples.append(_sample(row, tokenizer))
     looked_at = max(1, math.ceil(kept / every))
     return {
         "sampled_rows": rows,
         "rows": round(rows * kept / looked_at),
         "examples": round(len(lines) * kept / looked_at),
-        "lengths": _lengths(found, pairs=recipe.need in (Kind.PREFERENCE, Kind.RANKED)),
+        "lengths": _lengths(measured, pairs=recipe.need in (Kind.PREFERENCE, Kind.RANKED)),
         "tokens_per_row": tokens / max(1, rows),
         "longest_row": longest,
         "scored_tokens_per_row": scored / max(1, rows),
-        "truncated_share": (tally.rows + tally.long) / max(1, len(found)),
-        "cut_by": _cut_by(found),
+        "truncated_share": (tally.rows + tally.long) / max(1, len(measured)),
+        "cut_by": _cut_by(measured),
         "refused": [
             {"reason": reason, "rows": rows, "detail": tally.details[reason]}
             for reason, rows in sorted(tally.refused.items())
@@ -68,133 +74,145 @@ def count(path: Path, tokenizer: Tokenizer, recipe: Recipe, kept: int, sample: i
         "control_text": tally.control_text,
         "templated": tally.templated,
         "samples": samples,
-        "warnings": list(_warnings(tally, renderer, found, rests, recipe)),
+        "warnings": list(_warnings(tally, renderer, measured, merging_prompts, recipe)),
     }
 
 
 class _Measured:
-    """How long a row is before anything is cut: the prompt, and each answer."""
+    """Token counts of a row before cutting: its prompt and each answer. `raw`: plain text without a prompt."""
 
     def __init__(self, prompt: int, answers: list[int], raw: bool) -> None:
         self.prompt, self.answers, self.raw = prompt, answers, raw
 
     @classmethod
     def of(cls, whole: Whole) -> "_Measured":
-        return cls(len(whole.row.prompt), [len(one.ids) for one in whole.row.responses], whole.raw)
+        return cls(len(whole.row.prompt), [len(response.ids) for response in whole.row.responses], whole.raw)
 
     @property
     def length(self) -> int:
-        """Tokens of the prompt and the longest answer, which `max_length` bounds."""
+        """Tokens of the prompt and the longest answer. `max_length` bounds this number."""
         return self.prompt + max(self.answers)
 
 
-def _lengths(found: Sequence[_Measured], *, pairs: bool) -> dict[str, Any]:
-    sides = {"prompt": [one.prompt for one in found]}
+def _lengths(measured: Sequence[_Measured], *, pairs: bool) -> dict[str, Any]:
+    """Histogram and percentiles of each part of the rows."""
+    sides = {"prompt": [row.prompt for row in measured]}
     if pairs:
-        sides["chosen"] = [one.answers[0] for one in found]
-        sides["rejected"] = [one.answers[-1] for one in found if len(one.answers) > 1]
+        sides["chosen"] = [row.answers[0] for row in measured]
+        sides["rejected"] = [row.answers[-1] for row in measured if len(row.answers) > 1]
     else:
-        sides["answer"] = [one.answers[0] for one in found]
-    sides["whole"] = [one.length for one in found]
-    return {name: _described(lengths) for name, lengths in sides.items()}
+        sides["answer"] = [row.answers[0] for row in measured]
+    sides["whole"] = [row.length for row in measured]
+    return {name: _distribution(lengths) for name, lengths in sides.items()}
 
 
-def _described(lengths: list[int]) -> dict[str, Any]:
-    """A histogram, and the length that so many percent are no longer than."""
-    counted, ordered = Lengths(), sorted(lengths)
+def _distribution(lengths: list[int]) -> dict[str, Any]:
+    """A histogram and percentiles. `p95` is the length that 95 percent of the rows do not exceed."""
+    histogram, ordered = Lengths(), sorted(lengths)
     for length in ordered:
-        counted.add(length)
-    at = {f"p{p}": ordered[math.ceil(p / 100 * len(ordered)) - 1] if ordered else 0 for p in PERCENTILES}
-    return counted.as_json() | {"percentiles": at}
+        histogram.add(length)
+    percentiles = {
+        f"p{percent}": ordered[math.ceil(percent / 100 * len(ordered)) - 1] if ordered else 0 for percent in PERCENTILES
+    }
+    return histogram.as_json() | {"percentiles": percentiles}
 
 
-def _cut_by(found: Sequence[_Measured]) -> list[dict[str, Any]]:
-    """For each `max_length`, up to the first that cuts nothing: how many rows are longer, which `drop` leaves out; and
-    in how many a prompt or an answer is cut, by `keep_end` and `keep_start`.
+def _cut_by(measured: Sequence[_Measured]) -> list[dict[str, Any]]:
+    """What each `max_length` would cut, up to the first that cuts nothing.
+
+    `longer`: rows that are longer, which `drop` leaves out. `prompts_cut` and `answers_cut`: rows whose prompt or
+    answer `keep_end` and `keep_start` cut.
     """
-    bounded = [one for one in found if not one.raw]
-    made = []
-    for most in CANDIDATES:
-        longer = [one for one in bounded if one.length > most]
-        rooms = [(one, data.prompt_room(one.prompt, max(one.answers), most)) for one in longer]
-        prompts = sum(room < one.prompt for one, room in rooms)
-        answers = sum(max(one.answers) > most - room for one, room in rooms)
-        made.append({"max_length": most, "longer": len(longer), "prompts_cut": prompts, "answers_cut": answers})
+    bounded = [row for row in measured if not row.raw]
+    report = []
+    for max_length in CANDIDATES:
+        longer = [row for row in bounded if row.length > max_length]
+        rooms = [(row, data.prompt_room(row.prompt, max(row.answers), max_length)) for row in longer]
+        prompts = sum(room < row.prompt for row, room in rooms)
+        answers = sum(max(row.answers) > max_length - room for row, room in rooms)
+        report.append({"max_length": max_length, "longer": len(longer), "prompts_cut": prompts, "answers_cut": answers})
         if not longer:
             break
-    return made
+    return report
 
 
 def _warnings(
-    tally: Tally, renderer: Renderer, found: Sequence[_Measured], rests: int, recipe: Recipe
+    tally: Tally, renderer: Renderer, measured: Sequence[_Measured], merging_prompts: int, recipe: Recipe
 ) -> Iterator[str]:
     for reason, rows in sorted(tally.refused.items()):
         yield f"{rows} rows cannot be trained on ({reason}). {tally.details[reason]}"
     if tally.templated:
         yield (
-            f"{tally.templated} prompts were written by a chat template already: they are taken as they are. "
-            "'chat_template': true wraps them all the same."
+            f"{tally.templated} prompts already have the form of a chat template. They are used as they are. "
+            "'chat_template': true applies the model's template to them too."
         )
     if tally.control_text:
         yield f"{tally.control_text} rows hold text that looks like a control token. It is trained as text."
-    if rests:
+    if merging_prompts:
         yield (
-            f"{rests} prompts end in a character, mostly a space, that merges with the answer's first token. Training "
-            "and evaluations here begin the answer before it; another server, which is sent the whole prompt, does "
+            f"{merging_prompts} prompts end in a character, mostly a space, that merges with the answer's first token. "
+            "Training and evaluations here begin the answer before it. Another server gets the whole prompt and does "
             'not. A mapping moves it to the answer: {"prompt": "{question}\\n\\nAnswer:", "completion": " {answer}"}.'
         )
     if renderer.never_ends:
-        yield "The chat template writes no end behind an answer: the model cannot learn to stop. See 'append_eos'."
-    cut = sum(one.length > recipe.max_length and not one.raw for one in found)
-    if cut > 0.05 * len(found):
-        yield f"{cut} of {len(found)} rows are longer than {recipe.max_length} tokens; 'cut_by' shows other bounds."
+        yield "The chat template writes no end token after an answer. The model cannot learn to stop. See 'append_eos'."
+    longer = sum(row.length > recipe.max_length and not row.raw for row in measured)
+    if longer > 0.05 * len(measured):
+        yield (
+            f"{longer} of {len(measured)} rows are longer than {recipe.max_length} tokens; 'cut_by' shows other bounds."
+        )
 
 
-def _every(found: Iterator[Example], step: int) -> Iterator[Example]:
-    return (example for number, example in enumerate(found) if number % step == 0)
+def _every_nth(all_examples: Iterator[Example], step: int) -> Iterator[Example]:
+    """Every `step`-th example."""
+    return (example for number, example in enumerate(all_examples) if number % step == 0)
 
 
-def _shown(row: Row, tokenizer: Tokenizer) -> dict[str, Any]:
+def _sample(row: Row, tokenizer: Tokenizer) -> dict[str, Any]:
+    """A row as text, for the report's samples. `scored` holds the scored tokens of each response."""
+
     def text(ids: list[int] | tuple[int, ...]) -> str:
-        written: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return written[:SHOWN_CHARACTERS]
+        decoded: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return decoded[:SHOWN_CHARACTERS]
 
     return {
         "line": row.line,
         "prompt": text(row.prompt),
         "responses": [text(response.ids) for response in row.responses],
         "scored": [
-            text([token for token, flag in zip(one.ids, one.scored, strict=True) if flag]) for one in row.responses
+            text([token for token, flag in zip(response.ids, response.scored, strict=True) if flag])
+            for response in row.responses
         ],
         "tokens": row.tokens,
     }
 
 
 def count_folder(folder: Path) -> list[dict[str, Any]]:
-    """The counts that `tokens.json` in `folder` asks for; an `error` for what cannot be counted."""
-    wanted = json.loads((folder / "tokens.json").read_text())
+    """The counts that `tokens.json` in `folder` requests. A dataset that cannot be counted gets an `error`."""
+    requests = json.loads((folder / "tokens.json").read_text())
     try:
         tokenizer = load_tokenizer(folder / "model")
     except UserError as error:
-        return [_told(error)] * len(wanted)
-    return [_counted(one, tokenizer) for one in wanted]
+        return [_error_json(error)] * len(requests)
+    return [_counted(request, tokenizer) for request in requests]
 
 
-def _counted(asked: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
-    recipe = asked["recipe"]
-    mapping = None if recipe["mapping"] is None else Mapping.model_validate(recipe["mapping"])
-    rendering = Rendering(**{"date": today()} | recipe.get("rendering", {}))
-    wanted = Recipe(
-        Kind(recipe["need"]), recipe["max_length"], recipe["loss_on"], mapping, rendering,
-        recipe.get("truncation", "keep_end"),
+def _counted(request: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    """The count of one dataset, or its `error`."""
+    settings = request["recipe"]
+    mapping = None if settings["mapping"] is None else Mapping.model_validate(settings["mapping"])
+    rendering = Rendering(**{"date": today()} | settings.get("rendering", {}))
+    recipe = Recipe(
+        Kind(settings["need"]), settings["max_length"], settings["loss_on"], mapping, rendering,
+        settings.get("truncation", "keep_end"),
     )  # fmt: skip
     try:
-        return count(Path(asked["dataset"]), tokenizer, wanted, asked["rows"], asked.get("sample", SAMPLED_ROWS))
+        return count(Path(request["dataset"]), tokenizer, recipe, request["rows"], request.get("sample", SAMPLED_ROWS))
     except UserError as error:
-        return _told(error)
+        return _error_json(error)
     except DatasetError as error:
         return {"error": {"code": "invalid_file", "message": str(error), "param": None}}
 
 
-def _told(error: UserError) -> dict[str, Any]:
+def _error_json(error: UserError) -> dict[str, Any]:
     return {"error": {"code": error.code, "message": error.message, "param": error.param}}

@@ -1,9 +1,9 @@
-"""From examples to token rows: a prompt and the responses that hang on it.
+"""From examples to token rows: a prompt and the responses that share it.
 
-The text of prompt and answer is tokenised as a whole, so that a token may merge over the boundary. The shared
-prompt ends at the longest token prefix that all responses have in common, but never past the prompt's last
-character. A token is scored where it holds a character of the answer, by its offsets: a merged token counts as
-the answer's, and prompt tokens behind the common prefix are context that is not scored.
+Prompt and answer are tokenised as one text, so a token may merge over the boundary. The shared prompt is the longest
+token prefix that all responses have in common. It never goes past the prompt's last character. A token is scored if
+its offsets include a character of the answer. A merged token therefore belongs to the answer. Prompt tokens after the
+shared prefix are context and are not scored.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
 from app.spec.datasets.example import Example, Kind
-from app.spec.datasets.example import Response as Said
+from app.spec.datasets.example import Response as Answer
 from app.spec.datasets.mapping import Mapping
 from app.spec.datasets.rendering import Rendering
 from worker.trainer.control import Encoding
@@ -26,7 +26,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Response:
-    """Token ids that follow the prompt, and which of them are scored."""
+    """Token ids [T] that follow the prompt, and whether each of them is scored [T]."""
 
     ids: tuple[int, ...]
     scored: tuple[bool, ...]
@@ -34,10 +34,10 @@ class Response:
 
 @dataclass(frozen=True)
 class Row:
-    """A training row: K ≥ 1 responses share one prompt, the best first.
+    """A training row: K ≥ 1 responses that share one prompt, the best response first.
 
-    `line` is where the example was in its file; `desirable` says of a labelled response whether it is. `group` is the
-    same for rows that ask the same, whatever the white space and case of it. `file` is the number of the file.
+    `line` is the example's line in its file. `desirable` is the label of a labelled response. Rows with the same
+    prompt, apart from white space and case, have the same `group`. `file` is the number of the file.
     """
 
     line: int
@@ -49,58 +49,58 @@ class Row:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the prompt, once, and of all responses."""
+        """Number of tokens of the prompt, counted once, and of all responses."""
         return len(self.prompt) + sum(len(response.ids) for response in self.responses)
 
     @property
     def scored(self) -> int:
-        """Scored tokens of the best response. Nothing predicts a row's first token."""
+        """Number of scored tokens of the best response. A row's first token has no prediction and does not count."""
         return sum(self.responses[0].scored[0 if self.prompt else 1 :])
 
     @property
     def learnable(self) -> bool:
-        """Whether each response has a scored token that something predicts."""
+        """Whether each response has a scored token other than the row's first, which has no prediction."""
         first = 0 if self.prompt else 1
         return all(any(response.scored[first:]) for response in self.responses)
 
 
 @dataclass
 class Tally:
-    """What happened to the rows of a file on their way to tokens."""
+    """Counts of what happened to the rows of a file during tokenisation."""
 
     prompts: int = 0
-    """Prompts that were cut to fit `max_length`."""
+    """Prompts cut to fit `max_length`."""
     answers: int = 0
-    """Rows with an answer that was cut."""
+    """Rows with a cut answer."""
     rows: int = 0
-    """Rows that were cut at all."""
+    """Rows with any cut."""
     long: int = 0
-    """Rows left out because they are longer than `max_length`, where the job asks for it."""
+    """Rows left out because they are longer than `max_length`, with the truncation `drop`."""
     lost: int = 0
-    """Rows left out because nothing was left to learn."""
+    """Rows left out because they have no scored token after cutting."""
     control_text: int = 0
-    """Rows in which text looks like a control token. It is text."""
+    """Rows with text that looks like a control token. It is tokenised as text."""
     templated: int = 0
-    """Rows whose prompt a template had written already: it was taken as it is."""
+    """Rows whose prompt already has the form of a template. It is used as it is."""
     ended: int = 0
-    """Rows with an answer that brought its own end-of-sequence token as text."""
+    """Rows with an answer whose text ends with an end-of-sequence token."""
     refused: Counter[str] = field(default_factory=Counter)
-    """Rows left out because the chat template would not have written all of them, by reason."""
+    """Rows left out because the chat template would not write all of their text, by reason."""
     details: dict[str, str] = field(default_factory=dict)
-    """What is wrong with the first of them, with its line."""
+    """The first refused row of each reason: its line, and what is wrong."""
 
     def add(self, other: "Tally") -> None:
-        """Count what `other` counted, of later rows."""
-        for one in fields(self):
-            if one.name == "details":
+        """Add the counts of `other`, which are of later rows."""
+        for tally_field in fields(self):
+            if tally_field.name == "details":
                 self.details = other.details | self.details
             else:
-                setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
+                setattr(self, tally_field.name, getattr(self, tally_field.name) + getattr(other, tally_field.name))
 
-    def refuse(self, line: int, refused: RowRefused) -> None:
-        """Count a row that is left out."""
-        self.refused[refused.reason] += 1
-        self.details.setdefault(refused.reason, f"Line {line}: {refused.detail}.")
+    def refuse(self, line: int, refusal: RowRefused) -> None:
+        """Count a row that is refused."""
+        self.refused[refusal.reason] += 1
+        self.details.setdefault(refusal.reason, f"Line {line}: {refusal.detail}.")
 
 
 Truncation = Literal["keep_end", "keep_start", "drop"]
@@ -110,26 +110,26 @@ Truncation = Literal["keep_end", "keep_start", "drop"]
 class Recipe:
     """How examples become rows.
 
-    `need` is what the method compares; `loss_on` scores the last answer, every assistant turn, or all of the text;
-    `truncation` says what becomes of a row that is too long.
+    `need` is the form of rows that the method compares. `loss_on` scores the last answer, every assistant turn, or all
+    of the text. `truncation` says what happens to a row that is too long.
     """
 
     need: Kind
     max_length: int
     loss_on: Literal["answers", "turns", "text"] = "answers"
     mapping: Mapping | None = None
-    """Which columns hold what, where the file does not say it."""
+    """Which column holds which part of an example, if the file does not say so itself."""
     rendering: Rendering = field(default_factory=Rendering)
     truncation: Truncation = "keep_end"
     lenient: bool = False
-    """An answer that the chat template would not write as it is stands behind its prompt as it is: what a model has
-    written is scored, not trained."""
+    """Put an answer after its prompt unchanged if the chat template would change it. For scoring a model's own answers,
+    not for training."""
 
 
 def rows(examples: Iterable[Example], tokenizer: Tokenizer, recipe: Recipe, tally: Tally) -> Iterator[Row]:
-    """Tokenise examples and cut them to length. Plain text is cut into pieces, none of which is lost.
+    """Tokenise examples and cut them to length. Plain text is cut into pieces, and all pieces are kept.
 
-    Rows that are refused, or in which nothing is left to learn, are counted and left out.
+    Refused rows and rows without a scored token are counted in `tally` and left out.
     """
     for whole in whole_rows(examples, Renderer(tokenizer, recipe.rendering), recipe, tally):
         for row in cut(whole, recipe, tally):
@@ -141,8 +141,10 @@ def rows(examples: Iterable[Example], tokenizer: Tokenizer, recipe: Recipe, tall
 
 @dataclass(frozen=True)
 class Whole:
-    """A row before it is cut. `header` is how many tokens at the end of its prompt begin the answer; `raw`: it is plain
-    text, without prompt and answer; `rest`: the end of the prompt's text that merges with what follows.
+    """A row before it is cut.
+
+    `header` is the number of tokens at the end of the prompt that introduce the answer. `raw`: the row is plain text
+    without prompt and answer. `rest` is the end of the prompt's text that merges with the first token of the answer.
     """
 
     row: Row
@@ -152,29 +154,32 @@ class Whole:
 
 
 def whole_rows(examples: Iterable[Example], renderer: Renderer, recipe: Recipe, tally: Tally) -> Iterator[Whole]:
-    """The rows of examples, as long as they are."""
-    for group in batched(_wanted(examples, recipe.need), 256):
-        rendered = [_rendered(example, renderer, recipe, tally) for example in group]
-        plain = [text for found in rendered if found is not None and not found.moved for text in found.texts]
-        encodings = iter(renderer.control.encode(plain))
-        for example, found in zip(group, rendered, strict=True):
-            if found is None:
+    """The rows of examples, before cutting."""
+    for group in batched(_in_form(examples, recipe.need), 256):
+        renderings = [_render(example, renderer, recipe, tally) for example in group]
+        plain_texts = [
+            text for rendered in renderings if rendered is not None and not rendered.moved for text in rendered.texts
+        ]
+        encodings = iter(renderer.control.encode(plain_texts))
+        for example, rendered in zip(group, renderings, strict=True):
+            if rendered is None:
                 continue
             try:
                 tokens = [
-                    renderer.control.encode_moved(text) if found.moved else next(encodings) for text in found.texts
+                    renderer.control.encode_moved(text) if rendered.moved else next(encodings)
+                    for text in rendered.texts
                 ]
             except ValueError as error:
                 tally.refuse(example.line, RowRefused("control_text", str(error)))
                 continue
-            tally.control_text += found.moved
-            tally.templated += found.templated
-            tally.ended += found.ended
-            yield _whole(example, found, tokens, renderer.bos if found.bos else [], recipe.loss_on)
+            tally.control_text += rendered.moved
+            tally.templated += rendered.templated
+            tally.ended += rendered.ended
+            yield _whole_row(example, rendered, tokens, renderer.bos if rendered.bos else [], recipe.loss_on)
 
 
-def _rendered(example: Example, renderer: Renderer, recipe: Recipe, tally: Tally) -> Rendered | None:
-    """The text of an example; None for one that is refused, which is counted."""
+def _render(example: Example, renderer: Renderer, recipe: Recipe, tally: Tally) -> Rendered | None:
+    """The text of an example. A refused example is counted and gives None."""
     try:
         return renderer.render(example, turns=recipe.loss_on == "turns", lenient=recipe.lenient)
     except RowRefused as refused:
@@ -182,27 +187,28 @@ def _rendered(example: Example, renderer: Renderer, recipe: Recipe, tally: Tally
         return None
 
 
-def _whole(example: Example, found: Rendered, tokens: list[Encoding], bos: list[int], loss_on: str) -> Whole:
+def _whole_row(example: Example, rendered: Rendered, tokens: list[Encoding], bos: list[int], loss_on: str) -> Whole:
+    """The row of an example. `tokens` has the encoding of each of its texts."""
     group = _group(example)
     if example.raw or loss_on == "text":
-        spans: tuple[Span, ...] = ((0, len(found.texts[0])),)
+        spans: tuple[Span, ...] = ((0, len(rendered.texts[0])),)
     elif loss_on == "turns" or example.turns:
-        spans = found.turns
+        spans = rendered.turns
     else:
-        row, shared = _row(example, found, tokens, bos, group)
+        row, shared = _row(example, rendered, tokens, bos, group)
         offsets = tokens[0][1][:shared]
-        header = sum(begin >= found.prompt - found.header for begin, _ in offsets) if found.header else 0
-        return Whole(row, header, rest=found.texts[0][offsets[-1][1] if offsets else 0 : found.prompt])
+        header = sum(begin >= rendered.prompt - rendered.header for begin, _ in offsets) if rendered.header else 0
+        return Whole(row, header, rest=rendered.texts[0][offsets[-1][1] if offsets else 0 : rendered.prompt])
     return Whole(_conversation(example, tokens[0], bos, spans, group), raw=example.raw)
 
 
 def _group(example: Example) -> int:
-    """A number for what is asked."""
+    """A 64-bit hash of the example's prompt: the row's `group`."""
     return int.from_bytes(hashlib.blake2b(example.asked.encode(), digest_size=8).digest(), signed=True)
 
 
-def _wanted(examples: Iterable[Example], need: Kind) -> Iterator[Example]:
-    """The examples in the form that `need` asks for."""
+def _in_form(examples: Iterable[Example], need: Kind) -> Iterator[Example]:
+    """The examples in the form that `need` requires, for example one pair for each two ranked answers."""
     for example in examples:
         answers = example.responses
         if need == Kind.SUPERVISED:
@@ -233,13 +239,13 @@ def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield group
 
 
-def said(answer: Said) -> str:
-    """The text of an answer: of one of several turns, its last."""
+def said(answer: Answer) -> str:
+    """The text of an answer. For an answer of several turns, the text of the last turn."""
     return answer if isinstance(answer, str) else answer[-1]["content"]
 
 
 def written(example: Example) -> str:
-    """A prompt for people and for other programs: plain text as it is, a conversation as a transcript."""
+    """A prompt as text for people and other programs: plain text unchanged, a conversation as a transcript."""
     prompt = example.prompt
     if isinstance(prompt, str):
         return f"{example.system}\n\n{prompt}" if example.system else prompt
@@ -248,58 +254,59 @@ def written(example: Example) -> str:
 
 
 PROBES = ("the", "A", "1")
-"""Beginnings of answers, by which the tokens of a prompt are found that none of them merges with."""
+"""Sample beginnings of answers. They show which tokens of a prompt merge with no answer."""
 
 
 def prompt_ids(example: Example, renderer: Renderer, recipe: Recipe) -> tuple[tuple[int, ...], str]:
-    """The tokens to which a model writes an answer, which are those that training calls the prompt; never none.
+    """The prompt's tokens, to which a model writes an answer, and the rest of the prompt's text.
 
-    And the rest of the prompt's text, of which the first token of an answer has yet to be made: mostly nothing, a space
-    where the prompt ends in one. Raises `UserError` for a prompt that cannot be written.
+    The tokens are the same as in training, and there is always at least one. The rest is the text that the first token
+    of an answer has to begin with. It is mostly empty, or a space if the prompt ends in one. Raises `UserError` for a
+    prompt that cannot be rendered.
     """
-    asked = replace(example, responses=example.responses or PROBES, desirable=True, turns=())
+    probe = replace(example, responses=example.responses or PROBES, desirable=True, turns=())
     tally = Tally()
-    for whole in whole_rows([asked], renderer, replace(recipe, need=Kind.RANKED, loss_on="answers"), tally):
+    for whole in whole_rows([probe], renderer, replace(recipe, need=Kind.RANKED, loss_on="answers"), tally):
         row = whole.row if not example.raw else replace(whole.row, prompt=())
         room = recipe.max_length
         ids = _cut_prompt(row.prompt, room, recipe.truncation, whole.header)
-        return ids or (_first(renderer.tokenizer),), whole.rest
+        return ids or (_first_token(renderer.tokenizer),), whole.rest
     (detail,) = tally.details.values()
     raise UserError("chat_template_error", detail, "data")
 
 
-def _first(tokenizer: Tokenizer) -> int:
-    """What a text without a prompt begins with."""
+def _first_token(tokenizer: Tokenizer) -> int:
+    """The token that begins a text without a prompt: BOS, or EOS if there is no BOS."""
     token: int = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     return token
 
 
-def _row(example: Example, found: Rendered, tokens: list[Encoding], bos: list[int], group: int) -> tuple[Row, int]:
-    """A row, and how many tokens of its text are its prompt."""
-    inside = [sum(1 for _, end in offsets if end <= found.prompt) for _, offsets in tokens]
-    shared = 0
-    first = tokens[0][0]
-    while shared < min(inside) and all(ids[shared] == first[shared] for ids, _ in tokens):
+def _row(example: Example, rendered: Rendered, tokens: list[Encoding], bos: list[int], group: int) -> tuple[Row, int]:
+    """A row, and the number of its text's tokens that are the shared prompt. BOS is not counted."""
+    prompt_tokens = [sum(1 for _, end in offsets if end <= rendered.prompt) for _, offsets in tokens]
+    shared = 0  # tokens: the longest common prefix that ends within the prompt
+    first_ids = tokens[0][0]
+    while shared < min(prompt_tokens) and all(ids[shared] == first_ids[shared] for ids, _ in tokens):
         shared += 1
     responses = tuple(
         Response(tuple(ids[shared:]), tuple(_scored(offsets[shared:], spans)))
-        for (ids, offsets), spans in zip(tokens, found.learned, strict=True)
+        for (ids, offsets), spans in zip(tokens, rendered.learned, strict=True)
     )
-    prompt = first[:shared]
-    whole = prompt if prompt[:1] == bos[:1] and bos else bos + prompt
-    return Row(example.line, tuple(whole), responses, example.desirable, group), shared
+    prompt = first_ids[:shared]
+    prompt_with_bos = prompt if prompt[:1] == bos[:1] and bos else bos + prompt
+    return Row(example.line, tuple(prompt_with_bos), responses, example.desirable, group), shared
 
 
 def _scored(offsets: list[tuple[int, int]], spans: tuple[Span, ...]) -> list[bool]:
-    """Whether each token holds a character of `spans`."""
-    if len(spans) == 1:  # as nearly all are: all that follows the prompt
+    """Whether each token contains a character of `spans`, [T]. `offsets`: the characters of each token, [T]."""
+    if len(spans) == 1:  # the usual case: all text after the prompt
         ((start, stop),) = spans
         return [end > start and begin < stop for begin, end in offsets]
     return [any(start < end and begin < stop for start, stop in spans) for begin, end in offsets]
 
 
 def _conversation(example: Example, tokens: Encoding, bos: list[int], spans: tuple[Span, ...], group: int) -> Row:
-    """All of the text as one response without a prompt, scored where a token holds a character of `spans`."""
+    """All of the text as one response without a prompt. A token that contains a character of `spans` is scored."""
     ids, offsets = tokens
     scored = _scored(offsets, spans)
     if bos and ids[:1] != bos:
@@ -311,52 +318,53 @@ def _conversation(example: Example, tokens: Encoding, bos: list[int], spans: tup
 
 
 def cut(whole: Whole, recipe: Recipe, tally: Tally) -> list[Row]:
-    """`whole` in at most `max_length` tokens of a prompt and one answer; as several rows where it is plain text."""
-    row, most = whole.row, recipe.max_length
+    """`whole`, cut to `max_length` tokens for the prompt and each answer. Plain text becomes several rows."""
+    row, max_length = whole.row, recipe.max_length
     if whole.raw:
         (response,) = row.responses
         return [
-            replace(row, responses=(Response(response.ids[i : i + most], response.scored[i : i + most]),))
-            for i in range(0, len(response.ids), most)
+            replace(row, responses=(Response(response.ids[i : i + max_length], response.scored[i : i + max_length]),))
+            for i in range(0, len(response.ids), max_length)
         ]
-    if length(row) <= most:
+    if length(row) <= max_length:
         return [row]
     if recipe.truncation == "drop":
         tally.long += 1
         return []
-    found = fitted(whole, most, recipe.truncation)
+    shortened = fitted(whole, max_length, recipe.truncation)
     tally.rows += 1
-    tally.prompts += len(found.prompt) < len(row.prompt) or not row.prompt
+    tally.prompts += len(shortened.prompt) < len(row.prompt) or not row.prompt
     tally.answers += bool(row.prompt) and any(
-        len(ours.ids) < len(theirs.ids) for ours, theirs in zip(found.responses, row.responses, strict=True)
+        len(short.ids) < len(full.ids) for short, full in zip(shortened.responses, row.responses, strict=True)
     )
-    return [found]
+    return [shortened]
 
 
 def length(row: Row) -> int:
-    """Tokens of the prompt and the longest answer."""
+    """Number of tokens of the prompt and the longest answer."""
     return len(row.prompt) + max(len(response.ids) for response in row.responses)
 
 
 def prompt_room(prompt: int, answer: int, max_length: int) -> int:
-    """How many of a prompt's tokens stay beside an answer of `answer` tokens.
+    """How many of `prompt` tokens are kept beside an answer of `answer` tokens.
 
-    Who needs less than half of the room leaves the rest to the other; where both need more, each has a half.
+    If one side needs less than half of the room, the other gets the rest. If both need more, each gets half.
     """
     return min(prompt, max(max_length - answer, max_length // 2))
 
 
 def fitted(whole: Whole, max_length: int, truncation: Truncation) -> Row:
-    """A row that is too long, cut: of the prompt its end stays, or its start; of answers their beginning.
+    """A row that is too long, cut to `max_length` tokens.
 
-    The first token of a text stays, which is BOS or as good as any other; and so does what begins the answer.
+    The prompt keeps its end or its start, by `truncation`. Answers keep their beginning. The first token of the text
+    is always kept, because it may be BOS. The header that introduces the answer is kept too.
     """
     row = whole.row
     if not row.prompt:
         (response,) = row.responses
-        kept = [*range(1), *range(len(response.ids) - max_length + 1, len(response.ids))]
-        kept = kept if truncation == "keep_end" else list(range(max_length))
-        ids, scored = (tuple(values[k] for k in kept) for values in (response.ids, response.scored))
+        positions = [*range(1), *range(len(response.ids) - max_length + 1, len(response.ids))]
+        positions = positions if truncation == "keep_end" else list(range(max_length))
+        ids, scored = (tuple(values[k] for k in positions) for values in (response.ids, response.scored))
         return replace(row, responses=(Response(ids, scored),))
     longest = max(len(response.ids) for response in row.responses)
     room = max(1, prompt_room(len(row.prompt), longest, max_length))
@@ -367,6 +375,7 @@ def fitted(whole: Whole, max_length: int, truncation: Truncation) -> Row:
 
 
 def _cut_prompt(prompt: tuple[int, ...], room: int, truncation: Truncation, header: int) -> tuple[int, ...]:
+    """`prompt` in at most `room` tokens. Keeps its first token and its last `header` tokens."""
     if len(prompt) <= room:
         return prompt
     if truncation == "keep_start":

@@ -1,4 +1,4 @@
-"""Token rows of a whole file: in flat arrays, made by several processes, cached by content hash."""
+"""Token rows of a whole file: in flat arrays, tokenised by several processes, cached by content hash."""
 
 import hashlib
 import json
@@ -31,23 +31,24 @@ from worker.trainer.errors import UserError
 from worker.trainer.rendering import Renderer
 
 VERSION = 4
-"""Of the rows that examples become: part of every key of the cache."""
+"""Version of the conversion from examples to rows. It is part of every cache key."""
 PARALLEL_BYTES = 16 * 1024 * 1024
-"""Files larger than this are tokenised by several processes, each of which takes seconds to start."""
+"""Larger files are tokenised by several processes. Each process takes seconds to start."""
 CHUNK = 1024
-"""Examples that a process tokenises at a time."""
+"""Number of examples that a process tokenises at a time."""
 HASHED_TOGETHER = 16_384
-"""Rows whose tokens are gathered at a time for their hash."""
+"""Number of rows whose tokens are hashed at a time."""
 
 Integers = NDArray[numpy.int64]
 
 
 @dataclass(frozen=True)
 class Arrays:
-    """All rows of some files. A row has segments, its prompt and its responses; a segment has tokens.
+    """All rows of some files. A row has segments: its prompt and its responses. A segment has tokens.
 
     Shapes: `lines`, `files`, `desirable`, `groups` [rows]; `segments` [rows + 1], the first segment of each row;
-    `tokens` [segments + 1], the first token of each segment; `ids` [tokens] int32; `scored` [tokens] bool.
+    `tokens` [segments + 1], the first token of each segment; `ids` [tokens] int32; `scored` [tokens] bool. The last
+    entries of `segments` and `tokens` are the totals.
     """
 
     lines: Integers
@@ -61,6 +62,7 @@ class Arrays:
 
     @classmethod
     def of(cls, rows: Iterable[Row]) -> "Arrays":
+        """The arrays of `rows`. Prompt tokens are never scored."""
         lines, groups, files, desirable = array("q"), array("q"), array("q"), bytearray()
         segments, tokens = array("q", [0]), array("q", [0])
         ids, scored = array("i"), bytearray()
@@ -100,10 +102,14 @@ class Arrays:
         return cls(segments=numpy.concatenate(segments), tokens=numpy.concatenate(tokens), **flat)
 
     FLAT = ("lines", "desirable", "groups", "files", "ids", "scored")
+    """Arrays without offsets: `joined` only has to concatenate them."""
 
 
 class Rows(Sequence[Row]):
-    """Some rows of a file, made into `Row` objects as they are asked for: 5 bytes a token, not a Python object."""
+    """Some rows of a file. `Row` objects are created on access.
+
+    The arrays take 5 bytes a token, where Python objects would take far more. `numbers` selects rows of the arrays.
+    """
 
     def __init__(self, arrays: Arrays, numbers: Integers | None = None) -> None:
         self._arrays = arrays
@@ -123,34 +129,34 @@ class Rows(Sequence[Row]):
     def __getitem__(self, index: int | slice) -> "Row | Rows":
         if isinstance(index, slice):
             return Rows(self._arrays, self._numbers[index])
-        a, number = self._arrays, self._numbers[index]
-        first, last = a.segments[number : number + 2]
-        bounds = a.tokens[first : last + 1].tolist()
+        arrays, number = self._arrays, self._numbers[index]
+        first, last = arrays.segments[number : number + 2]
+        bounds = arrays.tokens[first : last + 1].tolist()  # where each segment of the row begins, and the row's end
         start, stop = bounds[0], bounds[-1]
-        ids, scored = a.ids[start:stop].tolist(), a.scored[start:stop].tolist()
+        ids, scored = arrays.ids[start:stop].tolist(), arrays.scored[start:stop].tolist()
         parts = [(tuple(ids[i - start : j - start]), tuple(scored[i - start : j - start])) for i, j in pairwise(bounds)]
         responses = tuple(Response(part, flags) for part, flags in parts[1:])
-        desirable, group, source = bool(a.desirable[number]), int(a.groups[number]), int(a.files[number])
-        return Row(int(a.lines[number]), parts[0][0], responses, desirable, group, source)
+        desirable, group, file = bool(arrays.desirable[number]), int(arrays.groups[number]), int(arrays.files[number])
+        return Row(int(arrays.lines[number]), parts[0][0], responses, desirable, group, file)
 
     @cached_property
     def _sizes(self) -> Integers:
-        """The tokens of each row, [rows]: of its prompt, once, and of all its responses."""
-        a, numbers = self._arrays, self._numbers
-        sizes: Integers = a.tokens[a.segments[numbers + 1]] - a.tokens[a.segments[numbers]]
+        """Number of tokens of each row, [rows]: its prompt, once, and all its responses."""
+        arrays, numbers = self._arrays, self._numbers
+        sizes: Integers = arrays.tokens[arrays.segments[numbers + 1]] - arrays.tokens[arrays.segments[numbers]]
         return sizes
 
     @cached_property
     def longest(self) -> int:
-        """The tokens of the largest row."""
+        """Number of tokens of the largest row."""
         return int(self._sizes.max()) if len(self) else 0
 
     def tokens(self, numbers: Sequence[int]) -> int:
-        """The tokens of the rows `numbers` together, each prompt once."""
+        """Number of tokens of the rows `numbers` together, each prompt counted once."""
         return int(self._sizes[numbers].sum())
 
     def responses(self, number: int) -> int:
-        """How many responses the row `number` has."""
+        """Number of responses of the row `number`."""
         first, last = self._arrays.segments[self._numbers[number] : self._numbers[number] + 2]
         return int(last - first) - 1
 
@@ -159,49 +165,49 @@ class Rows(Sequence[Row]):
         return list(self._arrays.desirable[self._numbers[numbers]].tolist())
 
     def scored_tokens(self, numbers: Sequence[int]) -> list[list[int]]:
-        """For each of the rows `numbers`, the scored tokens of each of its responses that something predicts."""
-        a, rows = self._arrays, self._numbers[numbers]
-        return [self._scored[a.segments[row] + 1 : a.segments[row + 1]].tolist() for row in rows]
+        """For each of the rows `numbers`, the number of scored and predicted tokens of each response."""
+        arrays, rows = self._arrays, self._numbers[numbers]
+        return [self._scored[arrays.segments[row] + 1 : arrays.segments[row + 1]].tolist() for row in rows]
 
     @cached_property
     def _scored(self) -> Integers:
-        """The scored tokens of each segment that something predicts, [segments]."""
-        a = self._arrays
-        sizes = numpy.diff(a.tokens)
-        counts = numpy.add.reduceat(numpy.append(a.scored, False), a.tokens[:-1], dtype=numpy.int64)
-        counts[sizes == 0] = 0  # where reduceat gives the token behind
-        # Nothing predicts the first token of a row without a prompt.
-        segments_of = numpy.diff(a.segments)
-        no_prompt = numpy.repeat(sizes[a.segments[:-1]] == 0, segments_of) & (sizes > 0)
-        counts[no_prompt] -= a.scored[a.tokens[:-1][no_prompt]]
+        """Number of scored tokens of each segment that have a prediction, [segments]."""
+        arrays = self._arrays
+        sizes = numpy.diff(arrays.tokens)
+        counts = numpy.add.reduceat(numpy.append(arrays.scored, False), arrays.tokens[:-1], dtype=numpy.int64)
+        counts[sizes == 0] = 0  # for an empty segment reduceat gives the next token
+        # The first token of a row without a prompt has no prediction.
+        segments_per_row = numpy.diff(arrays.segments)
+        no_prompt = numpy.repeat(sizes[arrays.segments[:-1]] == 0, segments_per_row) & (sizes > 0)
+        counts[no_prompt] -= arrays.scored[arrays.tokens[:-1][no_prompt]]
         return counts
 
     @cached_property
     def vocabulary(self) -> list[int]:
-        """Every token of the file, once, ascending."""
+        """The distinct token ids of the file, ascending."""
         return [int(token) for token in numpy.unique(self._arrays.ids)]
 
     @property
     def lines(self) -> list[int]:
-        """The line of each row."""
+        """The line of each row in its file, [rows]."""
         return list(self._arrays.lines[self._numbers].tolist())
 
     @property
     def files(self) -> list[int]:
-        """The number of each row's file."""
+        """The number of each row's file, [rows]."""
         return list(self._arrays.files[self._numbers].tolist())
 
     @classmethod
     def together(cls, files: Sequence["Rows"]) -> "Rows":
-        """All rows of several files, each with its file's number."""
+        """All rows of several files. Each row gets the number of its file."""
         if len(files) == 1:
             return files[0]
-        numbered = [replace(one._arrays, files=numpy.full(len(one), k)) for k, one in enumerate(files)]
+        numbered = [replace(rows._arrays, files=numpy.full(len(rows), k)) for k, rows in enumerate(files)]
         return cls(Arrays.joined(numbered))
 
     @property
     def groups(self) -> Integers:
-        """What each row asks, as a number, [rows]."""
+        """The group of each row, [rows]: equal for rows with the same prompt."""
         return self._arrays.groups[self._numbers]
 
     def where(self, keep: Sequence[bool] | NDArray[numpy.bool_]) -> "Rows":
@@ -209,30 +215,30 @@ class Rows(Sequence[Row]):
         return Rows(self._arrays, self._numbers[numpy.asarray(keep, dtype=bool)])
 
     def digest(self) -> str:
-        """A hash of the rows' tokens, and of which are scored."""
-        a = self._arrays
-        made = hashlib.sha256(str(len(self)).encode())
+        """A hash of the rows' tokens and of their scored flags."""
+        arrays = self._arrays
+        digest = hashlib.sha256(str(len(self)).encode())
         for start in range(0, len(self), HASHED_TOGETHER):
             rows = self._numbers[start : start + HASHED_TOGETHER]
-            segments = _ranges(a.segments[rows], a.segments[rows + 1])
-            tokens = _ranges(a.tokens[a.segments[rows]], a.tokens[a.segments[rows + 1]])
-            made.update((a.segments[rows + 1] - a.segments[rows]).tobytes())
-            made.update((a.tokens[segments + 1] - a.tokens[segments]).tobytes())
-            made.update(a.ids[tokens].tobytes())
-            made.update(a.scored[tokens].tobytes())
-        return made.hexdigest()
+            segments = _ranges(arrays.segments[rows], arrays.segments[rows + 1])
+            tokens = _ranges(arrays.tokens[arrays.segments[rows]], arrays.tokens[arrays.segments[rows + 1]])
+            digest.update((arrays.segments[rows + 1] - arrays.segments[rows]).tobytes())
+            digest.update((arrays.tokens[segments + 1] - arrays.tokens[segments]).tobytes())
+            digest.update(arrays.ids[tokens].tobytes())
+            digest.update(arrays.scored[tokens].tobytes())
+        return digest.hexdigest()
 
     def prompts(self) -> list[bytes]:
-        """A key for each row that is the same for rows of one prompt; rows without a prompt have their own."""
-        a, keys = self._arrays, []
+        """A key for each row. Rows with the same prompt share a key; a row without a prompt has its own."""
+        arrays, keys = self._arrays, []
         for position, number in enumerate(self._numbers):
-            start, stop = a.tokens[a.segments[number] : a.segments[number] + 2]
-            keys.append(a.ids[start:stop].tobytes() if stop > start else f"row {position}".encode())
+            start, stop = arrays.tokens[arrays.segments[number] : arrays.segments[number] + 2]
+            keys.append(arrays.ids[start:stop].tobytes() if stop > start else f"row {position}".encode())
         return keys
 
 
 def _ranges(starts: Integers, stops: Integers) -> Integers:
-    """The numbers of all ranges `starts[k]` … `stops[k] − 1`, one behind the other."""
+    """The numbers of all ranges `starts[k]` … `stops[k] − 1`, concatenated."""
     sizes = stops - starts
     ends = numpy.cumsum(sizes)
     numbers: Integers = numpy.arange(ends[-1] if len(ends) else 0) + numpy.repeat(starts - (ends - sizes), sizes)
@@ -240,29 +246,29 @@ def _ranges(starts: Integers, stops: Integers) -> Integers:
 
 
 def require_embedded(rows: Rows, tokenizer: Tokenizer, config: Any, model: str) -> None:
-    """Refuse rows with a token that the model of `config` has no row for in its embedding."""
+    """Refuse rows with a token id beyond the embedding of the model of `config`."""
     size, largest = config.get_text_config().vocab_size, max(rows.vocabulary, default=0)
     if largest >= size:
         token = tokenizer.convert_ids_to_tokens(largest)
         message = (
-            f"The tokenizer of '{model}' writes '{token}' as token {largest}, and the model knows {size} tokens: "
-            "its embedding was not made larger with its tokenizer."
+            f"The tokenizer of '{model}' writes '{token}' as token {largest}, but the model has only {size} tokens. "
+            "Its embedding was not enlarged together with its tokenizer."
         )
         raise UserError("unsupported_model", message, "model")
 
 
 def load(path: Path, tokenizer: Tokenizer, recipe: Recipe, cache: Cache) -> tuple[Rows, Tally]:
-    """The rows of the file `path`, and what became of others; from the cache where the same was tokenised before.
+    """The rows of the file `path`, and the tally of its tokenisation. Uses the cache if it can.
 
     Raises `DatasetError` for a file that cannot be read, `UserError` for one that the chat template refuses.
     """
     key = _key(path, tokenizer, recipe)
-    found = cache.get(key, _read)
-    if found is not None:
-        return found
+    cached = cache.get(key, _read)
+    if cached is not None:
+        return cached
     arrays, tally = _tokenise(path, tokenizer, recipe)
-    with cache.put(key) as place:
-        save_file(vars(arrays), place, metadata={"tally": json.dumps(asdict(tally))})
+    with cache.put(key) as cache_path:
+        save_file(vars(arrays), cache_path, metadata={"tally": json.dumps(asdict(tally))})
     return Rows(arrays), tally
 
 
@@ -274,9 +280,10 @@ def _read(path: Path) -> tuple[Rows, Tally]:
 
 
 def _key(path: Path, tokenizer: Tokenizer, recipe: Recipe) -> str:
+    """The cache key of the file's rows: hashes of the content, and of all that changes its tokens."""
     with path.open("rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
-    if not Renderer(tokenizer, recipe.rendering).dated:  # what is the same on every day is made once
+    if not Renderer(tokenizer, recipe.rendering).dated:  # the rows do not depend on the date, and neither must the key
         recipe = replace(recipe, rendering=replace(recipe.rendering, date=Rendering.date))
     parts = (VERSION, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.eos_token, recipe)
     return f"tokens/{content}/{hashlib.sha256(repr(parts).encode()).hexdigest()}"
@@ -288,46 +295,49 @@ def _tokenise(path: Path, tokenizer: Tokenizer, recipe: Recipe) -> tuple[Arrays,
         groups = data.batched(examples(file, recipe.mapping), CHUNK)
         processes = len(os.sched_getaffinity(0)) if path.stat().st_size > PARALLEL_BYTES else 1
         results = (
-            (_chunk(group, tokenizer, recipe) for group in groups)
+            (_tokenise_chunk(group, tokenizer, recipe) for group in groups)
             if processes == 1
             else _in_processes(groups, tokenizer, recipe, processes)
         )
-        for arrays, lost in results:
+        for arrays, chunk_tally in results:
             chunks.append(arrays)
-            tally.add(lost)
+            tally.add(chunk_tally)
     return Arrays.joined(chunks or [Arrays.of([])]), tally
 
 
-def _chunk(group: list[Example], tokenizer: Tokenizer, recipe: Recipe) -> tuple[Arrays, Tally]:
+def _tokenise_chunk(group: list[Example], tokenizer: Tokenizer, recipe: Recipe) -> tuple[Arrays, Tally]:
     tally = Tally()
     return Arrays.of(data.rows(group, tokenizer, recipe, tally)), tally
 
 
 _tokenizer: Tokenizer = None
-"""The tokenizer of a tokenising process."""
+"""The tokenizer, in a process that tokenises."""
 
 
-def _start(tokenizer: Tokenizer) -> None:
-    """In a new process: keep the tokenizer, and end when the trainer does, however it does."""
+def _start_process(tokenizer: Tokenizer) -> None:
+    """In a new process: keep the tokenizer, and end the process as soon as the trainer ends for any reason."""
     global _tokenizer
     _tokenizer = tokenizer
     parent: Any = multiprocessing.parent_process()
     threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
 
 
-def _chunk_here(group: list[Example], recipe: Recipe) -> tuple[Arrays, Tally]:
-    return _chunk(group, _tokenizer, recipe)
+def _tokenise_here(group: list[Example], recipe: Recipe) -> tuple[Arrays, Tally]:
+    return _tokenise_chunk(group, _tokenizer, recipe)
 
 
 def _in_processes(
     groups: Iterator[list[Example]], tokenizer: Tokenizer, recipe: Recipe, processes: int
 ) -> Iterator[tuple[Arrays, Tally]]:
-    """The chunks in order, a few ahead of the one asked for. Spawned: a fork of a process with threads may hang."""
+    """The arrays of the groups, in order. A few groups are tokenised ahead.
+
+    The processes are spawned, because a fork of a process with threads may hang.
+    """
     context = multiprocessing.get_context("spawn")
     waiting: deque[Future[tuple[Arrays, Tally]]] = deque()
-    with ProcessPoolExecutor(processes, context, _start, (tokenizer,)) as pool:
+    with ProcessPoolExecutor(processes, context, _start_process, (tokenizer,)) as pool:
         for group in groups:
-            waiting.append(pool.submit(_chunk_here, group, recipe))
+            waiting.append(pool.submit(_tokenise_here, group, recipe))
             if len(waiting) > 2 * processes:
                 yield waiting.popleft().result()
         while waiting:

@@ -1,7 +1,7 @@
-"""Events: all that a trainer tells the process that started it, a line of JSON on standard output for each.
+"""Events: the messages of a trainer to the process that started it, each a line of JSON on standard output.
 
-`Events` writes them, `read` makes the same objects of the lines again: for the service's runner, for `dpo train`, and
-for benchmarks.
+`Events` writes the lines, and `read` turns them back into the same objects. The service's runner, `dpo train` and the
+benchmarks read them.
 """
 
 import json
@@ -12,16 +12,16 @@ from typing import IO, Any, ClassVar
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """The fields that all events have. `KIND` is their name on the wire."""
+    """The fields of all events. `KIND` is the event's name in the JSON line."""
 
     KIND: ClassVar[str]
     time: float = field(default_factory=time.time)
-    """When it was written, in seconds since 1970."""
+    """When the event was created, in seconds since 1970 (Unix time)."""
 
 
 @dataclass(frozen=True)
 class Notice(Event):
-    """A sentence for people. `data` says the same to programs, by a `code`."""
+    """A sentence for people. `data` says the same for programs, with a `code`."""
 
     KIND = "message"
     message: str
@@ -32,7 +32,7 @@ class Notice(Event):
 
 @dataclass(frozen=True)
 class StageBegan(Event):
-    """A stage begins on so many rows."""
+    """A stage begins. `rows` and `validation_rows` are its numbers of rows."""
 
     KIND = "stage"
     stage: str
@@ -42,7 +42,7 @@ class StageBegan(Event):
 
 @dataclass(frozen=True)
 class Metrics(Event):
-    """The metrics of a step or of a validation. `seconds_remaining` is None where no step was measured yet."""
+    """The metrics of a step or of a validation. `seconds_remaining` is None until a step was timed."""
 
     KIND = "metrics"
     stage: str
@@ -54,7 +54,7 @@ class Metrics(Event):
 
 @dataclass(frozen=True)
 class CheckpointWritten(Event):
-    """A checkpoint is in the folder `path`, which is relative to the work folder."""
+    """A checkpoint is complete in the folder `path`, relative to the work folder."""
 
     KIND = "checkpoint"
     stage: str
@@ -65,7 +65,7 @@ class CheckpointWritten(Event):
 
 @dataclass(frozen=True)
 class CompletionsWritten(Event):
-    """Some completions of an evaluation are in the file `path`; `total` is how many it needs."""
+    """Some completions of an evaluation are in the file `path`. `total` is the number that it needs."""
 
     KIND = "part"
     path: str
@@ -75,7 +75,7 @@ class CompletionsWritten(Event):
 
 @dataclass(frozen=True)
 class CacheWanted(Event):
-    """The trainer waits for the answer whether the cache has `key`."""
+    """The trainer asks for the cache's file of `key` and waits for the answer."""
 
     KIND = "wanted"
     key: str
@@ -83,7 +83,7 @@ class CacheWanted(Event):
 
 @dataclass(frozen=True)
 class CacheMade(Event):
-    """The file of the cache's `key` is in the work folder, for others to use."""
+    """The trainer put the cache's file of `key` into the work folder. Other runs can use it."""
 
     KIND = "made"
     key: str
@@ -91,18 +91,18 @@ class CacheMade(Event):
 
 @dataclass(frozen=True)
 class TrainingDone(Event):
-    """The artifact is in `output/`."""
+    """Training is done. The artifact is in `output/`."""
 
     KIND = "done"
     trained_tokens: int
     metrics: dict[str, float]
     pace: dict[str, float]
-    """`tokens` of this attempt, the `seconds` that they took, and `overhead_seconds` before the first step."""
+    """`tokens` trained in this attempt, the `seconds` they took, and `overhead_seconds` before the first step."""
 
 
 @dataclass(frozen=True)
 class EvaluationDone(Event):
-    """The items are in `output/items.jsonl`."""
+    """The evaluation is done. Its items are in `output/items.jsonl`."""
 
     KIND = "evaluated"
     items: int
@@ -110,7 +110,7 @@ class EvaluationDone(Event):
 
 @dataclass(frozen=True)
 class Failed(Event):
-    """The run ends for a reason that the user can mend. `param` names the field."""
+    """The run ends because of an error that the user can correct. `param` names the field."""
 
     KIND = "failed"
     code: str
@@ -120,7 +120,7 @@ class Failed(Event):
 
 @dataclass(frozen=True)
 class Broken(Event):
-    """The run ends for a reason that lies in the machine: another attempt may do better."""
+    """The run ends because of the machine. Another attempt may succeed."""
 
     KIND = "broken"
     reason: str
@@ -130,7 +130,7 @@ KINDS: dict[str, type[Event]] = {kind.KIND: kind for kind in Event.__subclasses_
 
 
 def read(line: str | bytes) -> Event:
-    """The event of a line. Raises `ValueError` for a line that no trainer of this version writes."""
+    """The event in a line. Raises `ValueError` for a line that is not an event of this version."""
     fields = json.loads(line)
     try:
         return KINDS[fields.pop("kind")](**fields)
@@ -145,10 +145,10 @@ class Events:
         self._stream = stream
 
     def emit(self, event: Event) -> None:
-        """Write `event` at once. Raises `ValueError` for numbers that JSON does not have."""
+        """Write `event` and flush. Raises `ValueError` for NaN and infinity, which JSON does not have."""
         self._stream.write(json.dumps({"kind": event.KIND, **asdict(event)}, allow_nan=False) + "\n")
         self._stream.flush()
 
     def message(self, text: str, level: str = "info", data: dict[str, Any] | None = None) -> None:
-        """Say `text` to people, and `data` to programs."""
+        """Write a notice: `text` for people, `data` for programs."""
         self.emit(Notice(text, level, data))

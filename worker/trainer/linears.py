@@ -1,8 +1,8 @@
-"""Which linear layers of a model an adapter sits on, and which are quantised: by what they are, not by their names.
+"""Which linear layers of a model get an adapter, and which are quantised. What a layer does decides, not its name.
 
-An ordinary linear layer takes one tensor and gives one, W x + b, and nobody else reads W. Some look so and are not:
-routers of mixtures of experts that give scores and indices, and layers whose parent clamps or multiplies their
-weights. Some text never reaches: the towers of models that also see or hear.
+An ordinary linear layer takes one tensor and returns one, W x + b, and no other code reads W. Some layers look ordinary
+but are not. Examples are routers of mixtures of experts, which return scores and indices, and layers whose parent
+clamps or multiplies their weights. Text never reaches the vision and audio towers of multimodal models.
 """
 
 import inspect
@@ -20,49 +20,52 @@ from transformers.pytorch_utils import Conv1D
 
 ORDINARY = (nn.Linear, Conv1D, Linear4bit, Linear8bitLt)
 _READ = re.compile(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|size))")
+"""Code that reads the weight of a child module, and not just its precision, device or shape."""
 _PROBED = 16
-"""Tokens of the text that shows which layers text passes."""
+"""Number of tokens of the text that shows which layers text passes."""
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
-"""Names that configurations have for the number of experts."""
+"""Names of the number of experts in configurations."""
 
 
 def adaptable(model: Any) -> list[str]:
-    """Names of the layers of a causal `model` that "all-linear" means.
+    """Names of the layers of a causal `model` that "all-linear" selects.
 
-    They are the ordinary linear layers through which text passes: attention, dense and shared feed-forward layers. Not
-    the head, not routers, not the experts that a router chooses from, and not what has no gradient: the parts of a
-    model that see, hear or read another text, and those that choose what a token attends to.
+    They are the ordinary linear layers through which text passes: attention, dense and shared feed-forward layers.
+    Excluded are the head, routers, the experts that a router chooses from, and layers without a gradient. Those are the
+    parts for images, sound or another text, and the parts that choose what a token attends to.
     """
     head, routers = model.get_output_embeddings(), _routers(model)
-    found = {
+    candidates = {
         name: module
         for name, module in model.named_modules()
         if is_ordinary(module)
         and module is not head
         and id(module) not in routers
-        and not _of_experts(name)
-        and not _is_read(model, name)
+        and not _is_expert(name)
+        and not _parent_reads_weight(model, name)
         and not _means_experts(model, name.rpartition(".")[2])
     }
-    return _with_gradient(model, found)
+    return _with_gradient(model, candidates)
 
 
 def _means_experts(model: Any, name: str) -> bool:
-    """Whether PEFT takes the `name` of a layer for that of experts, as they were called before they were one tensor.
+    """Whether PEFT reads the layer name `name` as experts, by the names from before experts became one tensor.
 
-    A dense or shared layer of that name gets no adapter from PEFT, neither here nor where the adapter is loaded.
+    PEFT gives no adapter to a dense or shared layer of that name, neither here nor where the adapter is loaded.
     """
     config = LoraConfig(target_modules=[name])
     try:
         convert_peft_config_for_transformers(config, model, None)
-    except ValueError:  # it asks for the names of the other experts' tensors too
+    except ValueError:  # PEFT demands the names of the other experts' tensors too
         return True
     return name not in (config.target_modules or ())
 
 
 def _with_gradient(model: Any, layers: dict[str, nn.Module]) -> list[str]:
-    """Names of those of `layers` that the logits of a short text depend on, smoothly: a zero is added to what each of
-    them gives, and has a gradient or not. All, where the model cannot compute such a text.
+    """Names of those `layers` on which the logits of a short text depend differentiably.
+
+    A zero with a gradient (the probe) is added to the output of each layer. The layer counts if the gradient of the
+    logits reaches its probe. Returns all layers if the model cannot compute the text.
     """
     probes = {name: torch.zeros((), device=model.device, requires_grad=True) for name in layers}
 
@@ -79,7 +82,7 @@ def _with_gradient(model: Any, layers: dict[str, nn.Module]) -> list[str]:
         gradients = torch.autograd.grad(loss, list(probes.values()), allow_unused=True)
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # the check before training says what is wrong with the model
+    except Exception:  # the check before training reports what is wrong with the model
         return list(layers)
     finally:
         for hook in hooks:
@@ -88,12 +91,12 @@ def _with_gradient(model: Any, layers: dict[str, nn.Module]) -> list[str]:
 
 
 def body(model: Any) -> Any:
-    """A causal model without its head."""
+    """A causal model without its language-model head."""
     return model.model if model.base_model is model else model.base_model
 
 
 def short_names(chosen: Sequence[str], modules: Iterable[str]) -> list[str]:
-    """The shortest ends of names by which the modules `chosen` are told from all others of `modules`, sorted."""
+    """The shortest name endings that match the modules `chosen` and no other of `modules`, sorted."""
     others = {end for name in set(modules) - set(chosen) for end in _ends(name)}
     return sorted({next((end for end in _ends(name) if end not in others), name) for name in chosen})
 
@@ -105,52 +108,56 @@ def _ends(name: str) -> list[str]:
 
 
 def not_quantised(model: Any) -> list[str]:
-    """Names of the linear layers of `model` that packed weights would change.
+    """Names of the linear layers of `model` that must not be quantised.
 
-    Those whose weights somebody else reads, and those that give more than their product.
+    Other code reads their weights, or they compute more than W x + b. Packed weights would change the result.
     """
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, ORDINARY) and (not is_ordinary(module) or _is_read(model, name))
+        if isinstance(module, ORDINARY) and (not is_ordinary(module) or _parent_reads_weight(model, name))
     ]
 
 
 def has_experts(model: Any) -> bool:
-    """Whether `model` chooses from experts: its configuration counts them, or it has modules of that name."""
+    """Whether `model` is a mixture of experts: its configuration counts experts, or a module has that name."""
     config = model.config.get_text_config()
-    counted = any(getattr(config, name, None) for name in _EXPERTS)
-    return counted or any(_of_experts(name) for name, _ in model.named_modules())
+    configured = any(getattr(config, name, None) for name in _EXPERTS)
+    return configured or any(_is_expert(name) for name, _ in model.named_modules())
 
 
 def is_ordinary(module: nn.Module) -> bool:
-    """Whether a module is a linear layer and nothing else."""
+    """Whether a module is a linear layer that computes W x + b and nothing else."""
     kind = type(module)
     return kind in ORDINARY or (isinstance(module, nn.Linear) and _multiplies(kind))  # type: ignore[arg-type]
 
 
 @cache
 def _multiplies(kind: type[nn.Linear]) -> bool:
-    """Whether layers of a class made from `nn.Linear` give x Wᵀ + b, as a layer of that class, all else unset, does."""
-    with torch.random.fork_rng(devices=[]):  # the seed is for what trains
+    """Whether layers of a subclass of `nn.Linear` compute x Wᵀ + b.
+
+    Tries it with an `nn.Linear` whose class is changed to `kind`. Other attributes of `kind` stay unset.
+    """
+    with torch.random.fork_rng(devices=[]):  # leaves the training's random numbers unchanged
         layer, x = nn.Linear(8, 4), torch.randn(3, 8)
     expected = layer(x)
     layer.__class__ = kind
     try:
-        found = layer(x)
-    except Exception:  # it needs what only its model gives it
+        output = layer(x)
+    except Exception:  # it needs attributes that only its model sets
         return False
-    return isinstance(found, Tensor) and found.shape == expected.shape and torch.allclose(found, expected)
+    return isinstance(output, Tensor) and output.shape == expected.shape and torch.allclose(output, expected)
 
 
-def _of_experts(name: str) -> bool:
+def _is_expert(name: str) -> bool:
+    """Whether the module `name` is part of experts."""
     return "experts" in name.split(".")
 
 
 def _routers(model: Any) -> set[int]:
-    """The layers that choose experts, or weigh one that all tokens pass.
+    """Ids (`id()`) of the layers that choose experts or weight a shared expert.
 
-    They stand beside experts, and give a number for each of them, or one.
+    They are siblings of experts, and have one output for each expert, or a single output.
     """
     config = model.config.get_text_config()
     counts = {1} | {getattr(config, name) for name in _EXPERTS if isinstance(getattr(config, name, None), int)}
@@ -164,7 +171,7 @@ def _routers(model: Any) -> set[int]:
 
 
 def _linears(module: nn.Module) -> Iterator[nn.Module]:
-    """The ordinary linear layers of a module, those of its experts apart."""
+    """The ordinary linear layers of a module, without those of its experts."""
     for name, child in module.named_children():
         if is_ordinary(child):
             yield child
@@ -173,11 +180,12 @@ def _linears(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _outputs(layer: Any) -> int:
+    """Number of outputs of a linear layer."""
     return int(layer.nf if isinstance(layer, Conv1D) else layer.out_features)
 
 
-def _is_read(model: Any, name: str) -> bool:
-    """Whether the code of the module around the layer `name` reads the layer's weights itself."""
+def _parent_reads_weight(model: Any, name: str) -> bool:
+    """Whether the parent module of the layer `name` reads the layer's weights in its own code."""
     parent, _, child = name.rpartition(".")
     kind: type[nn.Module] = type(model.get_submodule(parent))
     return child in _weights_read_by(kind)  # type: ignore[arg-type]
@@ -185,8 +193,8 @@ def _is_read(model: Any, name: str) -> bool:
 
 @cache
 def _weights_read_by(kind: type[nn.Module]) -> frozenset[str]:
-    """The members of modules of a class whose weights the class's own code reads."""
-    # Function by function: to find a class in its file, `inspect` parses all of it.
+    """Names of the child modules whose weights the code of the class `kind` reads."""
+    # One function at a time: to find a class, `inspect` would parse its whole file.
     functions = (
         inspect.unwrap(member)
         for base in kind.__mro__
@@ -198,7 +206,7 @@ def _weights_read_by(kind: type[nn.Module]) -> frozenset[str]:
 
 
 def _source_of(function: Callable[..., Any]) -> str:
-    """The source of a function; nothing of one that was made at run time."""
+    """The source of a function; empty for a function created at run time."""
     try:
         return inspect.getsource(function)
     except (OSError, TypeError):

@@ -1,4 +1,4 @@
-"""Loading of a policy: the base model, quantised or not, its adapter, and what has to be switched off in it."""
+"""Loads a policy: the base model, quantised or not, and its adapter. Switches off all randomness in it."""
 
 import re
 from collections.abc import Sequence
@@ -29,17 +29,17 @@ from worker.trainer.rendering import Renderer
 from worker.trainer.tokenizer import load_tokenizer
 
 CPU_BUDGET, CUDA_BUDGET = 2048, 8192
-"""Tokens of a pack: long ones spread over more tokens what a pass costs whatever its length, on a GPU the unpacking
-of quantised weights above all."""
+"""Token budget of a pack. A long pack spreads the fixed cost of a pass over more tokens. On a GPU, most of that cost is
+the unpacking of quantised weights."""
 _DROPOUT = re.compile(r"dropout|drop_prob|drop_rate|layerdrop|drop_path")
-"""Attributes of a layer by which it draws at random while it trains."""
+"""Attributes of a layer that make it random in training mode."""
 
 
 def load_policy(spec: JobSpec, base: Base, start: Path | None, events: Events, *, trainable: bool = True) -> Policy:
     """Load the policy of `spec`.
 
-    `start` is the folder of an adapter (or, for full-parameter training, of a
-    model) to go on from, None for a fresh one, which `spec.seed` initialises.
+    `start` is the folder of an adapter to continue from; for full-parameter training, the folder of a model. None
+    makes a new adapter, initialised with `spec.seed`.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     full = spec.adapter == "none"
@@ -63,12 +63,13 @@ def load_policy(spec: JobSpec, base: Base, start: Path | None, events: Events, *
 
 
 def _require_possible(spec: JobSpec, base: Base, method: str) -> None:
-    found = refusal(
+    """Refuse what cannot be trained on weights that are stored quantised with `method`."""
+    refused = refusal(
         base.name, method, quantization=spec.quantization or "none", full=spec.adapter == "none",
         rewards=spec.trains_rewards,
     )  # fmt: skip
-    if found is not None:
-        raise UserError("unsupported_model", found[1], found[0])
+    if refused is not None:
+        raise UserError("unsupported_model", refused[1], refused[0])
 
 
 def wrap(
@@ -81,23 +82,25 @@ def wrap(
     *,
     trainable: bool = True,
 ) -> Policy:
-    """A policy of a transformers `model` that is on its device already, with the adapter that `spec` asks for."""
-    full, own, device = spec.adapter == "none", model.config._attn_implementation, model.device
+    """The policy of a transformers `model` that is already on its device, with the adapter that `spec` asks for."""
+    full, own_attention, device = spec.adapter == "none", model.config._attn_implementation, model.device
     _make_deterministic(model)
     if not full:
         torch.manual_seed(spec.seed or 0)
         model.requires_grad_(False)
         model = _with_adapter(model, spec, start, trainable)
-        _make_deterministic(model)  # peft changes the mode
+        _make_deterministic(model)  # PEFT changes the training mode
     cuda = device.type == "cuda"
     packing = Packing(CUDA_BUDGET if cuda else CPU_BUDGET, fixed=cuda)
     ends = Renderer(tokenizer, spec.rendering).ends
-    policy = Policy(model, tokenizer, base.name, base.revision, full, device, packing, own, base.folder, ends)
+    policy = Policy(model, tokenizer, base.name, base.revision, full, device, packing, own_attention, base.folder, ends)
     if cuda:
         policy.computed_in = HALVES[spec.compute_dtype or "bf16"]
     elif spec.compute_dtype is not None:
         events.message("'compute_dtype' is for GPUs: this worker computes in float32.", level="warn")
-    policy._dropout = [m for name, m in model.named_modules() if "lora_dropout" in name and isinstance(m, nn.Dropout)]
+    policy._dropout = [
+        module for name, module in model.named_modules() if "lora_dropout" in name and isinstance(module, nn.Dropout)
+    ]
     policy.set_dropout(False)
     if spec.method.dpo is not None and spec.method.dpo.hyperparameters.rewards:
         policy.reward_head = _reward_head(policy, spec, start)
@@ -111,7 +114,10 @@ def wrap(
 
 
 def _reward_head(policy: Policy, spec: JobSpec, start: Path | None) -> nn.Linear:
-    """The linear layer over the last hidden state: as it was saved, or small random weights that the seed draws."""
+    """The linear layer [1, hidden size] over the last hidden state.
+
+    Its weights come from `start`; else they are small random numbers drawn with the seed.
+    """
     config = policy.causal.config.get_text_config()
     generator = torch.Generator().manual_seed(spec.seed or 0)
     weight = torch.randn(1, config.hidden_size, generator=generator) * getattr(config, "initializer_range", 0.02)
@@ -123,11 +129,11 @@ def _reward_head(policy: Policy, spec: JobSpec, start: Path | None) -> nn.Linear
 
 
 def _load_base(folder: Path, spec: JobSpec, device: torch.device, method: str | None) -> Any:
-    """The model in `folder`. `method`: how its weights are quantised on the disk already, which stays as it is."""
+    """The model in `folder`. `method`: how its stored weights are quantised; these stay as they are."""
     dtype = torch.float32
     if device.type == "cuda" and spec.adapter != "none":
         dtype = HALVES[spec.compute_dtype or "bf16"]
-    own, double = spec.quantization or "none", spec.double_quantization is not False
+    quantization, double = spec.quantization or "none", spec.double_quantization is not False
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
@@ -135,43 +141,46 @@ def _load_base(folder: Path, spec: JobSpec, device: torch.device, method: str | 
         local_files_only=True,
         use_safetensors=True,
         device_map={"": device},
-        **({} if method is not None else quantisation(own, dtype, folder, double=double)),
+        **({} if method is not None else quantisation(quantization, dtype, folder, double=double)),
     )
     for module in model.modules():
-        if method is not None and isinstance(module, Linear4bit):  # its file says what its makers computed in
+        if method is not None and isinstance(
+            module, Linear4bit
+        ):  # the file names its makers' compute precision; use ours
             module.compute_dtype, module.compute_type_is_set = dtype, True
     return model
 
 
 def quantisation(name: str, dtype: torch.dtype, folder: Path, *, double: bool = True) -> dict[str, Any]:
-    """transformers' options for `nf4`, `int8` or `none` of the model in `folder`; `dtype` is what is computed in.
+    """transformers' options that load the model in `folder` as `nf4`, `int8` or `none`.
 
-    `double`: whether the scales of `nf4` are quantised too.
+    `dtype` is the precision of the computation. `double`: whether the scales of `nf4` are quantised too.
     """
     if name == "none":
         return {}
-    empty = without_weights(folder)
-    skipped = not_quantised(empty)
-    # A list of our own takes the place of transformers', which has the head in it.
-    skip = [*get_keys_to_not_convert(empty), *skipped] if skipped else None
+    model = without_weights(folder)
+    unquantised = not_quantised(model)
+    # Our list replaces transformers' own list, which contains the head, so add that list.
+    skip_modules = [*get_keys_to_not_convert(model), *unquantised] if unquantised else None
     if name == "nf4":
         config = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=double,
             bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=skip,
+            llm_int8_skip_modules=skip_modules,
         )
     else:
-        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip_modules)
     return {"quantization_config": config}
 
 
 def _make_deterministic(model: Any) -> None:
-    """Evaluation mode, in which nothing draws at random, wherever training mode is not needed for something else.
+    """Put the model into evaluation mode, where nothing is random, except for modules that need training mode.
 
-    Layers that can recompute their activations do so in training mode only; their own dropouts are attributes. On some
-    CPUs a quantised layer that has run once in evaluation mode keeps other weights and loses its gradient.
+    Layers with gradient checkpointing recompute activations only in training mode; their dropout attributes are set to
+    0. Quantised layers stay in training mode too: on some CPUs, a layer that ran once in evaluation mode keeps other
+    weights and loses its gradient.
     """
     model.eval()
     for module in model.modules():
@@ -183,27 +192,30 @@ def _make_deterministic(model: Any) -> None:
 
 
 def _targets(model: Any, named: str | list[str]) -> list[str]:
-    """Names by which PEFT finds the layers that get an adapter. Raises `UserError` for those that cannot have one."""
+    """Names by which PEFT finds the layers that get an adapter. Raises `UserError` for a layer that cannot have one."""
     modules = dict(model.named_modules())
     if isinstance(named, list):
         for name, module in modules.items():
-            asked = next((one for one in named if name == one or name.endswith(f".{one}")), None)
-            if asked is not None and isinstance(module, nn.Linear) and not is_ordinary(module):
-                message = f"'{asked}' ({type(module).__name__}) gives more than its product, which LoRA cannot add to."
+            target = next(
+                (target_name for target_name in named if name == target_name or name.endswith(f".{target_name}")), None
+            )
+            if target is not None and isinstance(module, nn.Linear) and not is_ordinary(module):
+                message = f"'{target}' ({type(module).__name__}) computes more than W x + b. LoRA cannot adapt it."
                 raise UserError("invalid_value", message, "adapter.target_modules")
         return named
-    found = adaptable(model)
-    if not found:
+    layers = adaptable(model)
+    if not layers:
         message = (
             "The model has no linear layers that an adapter could sit on; train all parameters: 'adapter': 'none'."
         )
         raise UserError("unsupported_model", message, "adapter")
-    return short_names(found, modules)
+    return short_names(layers, modules)
 
 
 def _widen(model: Any) -> None:
-    """Embeddings and head in float32, in which they are trained where they are trained whole; what the embeddings give
-    stays in the model's own precision.
+    """Convert embeddings and head to float32, for training them in full.
+
+    The output of the embeddings stays in the model's own precision.
     """
     dtype, embeddings = model.dtype, model.get_input_embeddings()
     for module in (embeddings, model.get_output_embeddings()):
@@ -211,13 +223,18 @@ def _widen(model: Any) -> None:
     embeddings.register_forward_hook(lambda module, args, output: output.to(dtype))
 
 
-def _saved(model: Any, asked: Sequence[str]) -> list[str]:
-    """The model's own names of its embeddings and its head, of those that are `asked` for."""
-    meant = {"embed_tokens": model.get_input_embeddings(), "lm_head": model.get_output_embeddings()}
-    return [name for name, module in model.named_modules() if any(module is meant[one] for one in asked)]
+def _names_to_save(model: Any, requested: Sequence[str]) -> list[str]:
+    """The model's own names of the `requested` modules that it has: `embed_tokens` and `lm_head`."""
+    modules = {"embed_tokens": model.get_input_embeddings(), "lm_head": model.get_output_embeddings()}
+    return [
+        name
+        for name, module in model.named_modules()
+        if any(module is modules[standard_name] for standard_name in requested)
+    ]
 
 
 def _with_adapter(model: Any, spec: JobSpec, start: Path | None, trainable: bool) -> Any:
+    """`model` with the adapter from `start`, or with a new adapter as `spec` describes it."""
     if start is not None:
         config = with_fast_layers(LoraConfig.from_pretrained(start))
         if config.modules_to_save:
@@ -231,12 +248,12 @@ def _with_adapter(model: Any, spec: JobSpec, start: Path | None, trainable: bool
         target_modules=_targets(model, adapter.target_modules),
         use_rslora=adapter.use_rslora,
         use_dora=adapter.use_dora,
-        # GPT-2's linear layers keep their weights transposed.
+        # GPT-2's linear layers store their weights transposed, [inputs, outputs].
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
         bias="none",
         task_type="CAUSAL_LM",
-        modules_to_save=_saved(model, adapter.modules_to_save or []) or None,
-        # Where embeddings and head are one tensor, they stay one.
+        modules_to_save=_names_to_save(model, adapter.modules_to_save or []) or None,
+        # If embeddings and head share one tensor, they go on sharing it.
         ensure_weight_tying=bool(adapter.modules_to_save and model.config.get_text_config().tie_word_embeddings),
     )
     if config.modules_to_save:

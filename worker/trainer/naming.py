@@ -1,4 +1,4 @@
-"""Names that the layers of a loaded model have in its checkpoint's files, which servers go by."""
+"""Layer names: those in a loaded model, and those in the checkpoint's files, which servers use."""
 
 import json
 import shutil
@@ -18,39 +18,45 @@ from transformers.pytorch_utils import Conv1D
 from worker.model_files import weight_files
 
 PREFIX, DOWN = "base_model.model.", ".lora_A.weight"
+"""PEFT's beginning of all tensor names of an adapter, and its ending of the names of LoRA's A matrices."""
 FOR_SERVERS = "vllm"
-"""The folder of an artifact with its adapter under the checkpoint's names, where those are others."""
+"""Subfolder of an artifact for the adapter under the checkpoint's names, if these differ from the model's."""
 
 
 @dataclass(frozen=True)
 class WeightPlace:
-    """Where a weight of a file goes: its module's name, and whether it is [inputs, outputs], as GPT-2's."""
+    """The module of a weight in a file. `transposed`: the weight is [inputs, outputs], as in GPT-2."""
 
     module: str
     transposed: bool
 
 
 def places(base: Path, modules: Collection[str]) -> dict[str, WeightPlace]:
-    """By their names in the base's files, the weights that go to `modules` as they are, by transformers' own rules."""
+    """The weights of `modules`, by their names in the base's files.
+
+    transformers' own rules map the names. A weight that transformers converts, for example joins with others, is left
+    out.
+    """
     model = without_weights(base)
     transforms = get_model_conversion_mapping(model)
-    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
-    converters = [one for one in transforms if isinstance(one, WeightConverter)]
-    weights, found = model.state_dict(), dict[str, WeightPlace]()
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    weights, weight_places = model.state_dict(), dict[str, WeightPlace]()
     for path in weight_files(base):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 renamed, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, weights)
                 module = renamed.removesuffix(".weight")
                 if converter is None and module in modules and renamed.endswith(".weight"):
-                    found[name] = WeightPlace(module, isinstance(model.get_submodule(module), Conv1D))
-    return found
+                    weight_places[name] = WeightPlace(module, isinstance(model.get_submodule(module), Conv1D))
+    return weight_places
 
 
 def write_for_servers(base: Path, folder: Path) -> None:
-    """Put the adapter in `folder` once more into a folder in it, under the names that the base's files have.
+    """Write a second copy of the adapter in `folder` into a subfolder, with the names of the base's files.
 
-    peft wants the names of the loaded model, vLLM those of the files. Where they are the same, nothing is written.
+    PEFT needs the names of the loaded model, and vLLM needs those of the files. If they are the same, no copy is
+    written.
     """
     tensors = load_file(folder / "adapter_model.safetensors")
     modules = {name.removeprefix(PREFIX).removesuffix(DOWN) for name in tensors if name.endswith(DOWN)}
@@ -59,7 +65,7 @@ def write_for_servers(base: Path, folder: Path) -> None:
         return
     renamed = {}
     for name, tensor in tensors.items():
-        module = next(one for one in modules if name.startswith(f"{PREFIX}{one}.lora_"))
+        module = next(candidate for candidate in modules if name.startswith(f"{PREFIX}{candidate}.lora_"))
         renamed[f"{PREFIX}{names[module]}{name.removeprefix(PREFIX + module)}"] = tensor
     place = folder / FOR_SERVERS
     place.mkdir(exist_ok=True)
@@ -71,6 +77,6 @@ def write_for_servers(base: Path, folder: Path) -> None:
 
 
 def without_weights(base: Path) -> Any:
-    """The model in `base` as its configuration says, without memory for its weights."""
+    """The model in `base`, built from its configuration on the meta device, without memory for its weights."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base, local_files_only=True))

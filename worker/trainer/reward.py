@@ -1,8 +1,8 @@
-"""Reward models: what a training with the loss `reward_model` leaves.
+"""Reward models: the artifacts of training with the loss `reward_model`.
 
-The artifact is a sequence classifier of transformers with one label: base and adapter merged, and the head as its
-`score`. Those classifiers have no bias, so that the mean reward of the training answers stands beside the weights, as
-`reward_mean` in `config.json`: r(x, y) − reward_mean has mean 0 over them (Rafailov et al. 2023, Sec. 3).
+The artifact is a transformers sequence classifier with one label: base and adapter merged, and the reward head as its
+`score`. These classifiers have no bias. The mean reward of the training answers is therefore stored as `reward_mean` in
+`config.json`: r(x, y) − reward_mean has mean 0 over these answers (Rafailov et al. 2023, Sec. 3).
 """
 
 import gc
@@ -27,26 +27,29 @@ from worker.trainer.model import Base, Policy
 from worker.trainer.tokenizer import copy_tokenizer, load_tokenizer, padding_token
 
 SCORED_TOGETHER = 16
+"""Number of texts that are scored in one batch."""
 MEAN_ROWS = 4096
-"""The mean reward is taken over at most this many of the training rows."""
+"""Most training rows over which the mean reward is taken."""
 
 
 def require_classifier(policy: Policy) -> None:
-    """Refuse, before any training, a model that transformers has no sequence classifier for."""
+    """Refuse a model for which transformers has no sequence classifier, before any training."""
     if type(policy.causal.config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         message = f"'{policy.name}' ({policy.causal.config.model_type}) cannot be saved as a reward model."
         raise UserError("unsupported_model", message, "model")
 
 
 def save(folder: Path, policy: Policy, base: Base, rows: Sequence[Row]) -> None:
-    """Write the reward model of `policy` into `folder`. Its mean is taken over the answers of `rows`, of the first
-    `MEAN_ROWS`, as the model is that is written: merged, and not quantised.
+    """Write the reward model of `policy` into `folder`. Frees the policy's model.
+
+    The mean reward is taken over the answers of the first `MEAN_ROWS` of `rows`. It is measured with the written model:
+    merged and not quantised.
     """
     assert policy.reward_head is not None
     weight, device, dtype = policy.reward_head.weight.detach().cpu(), policy.device, policy.computed_in
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         policy.save(Path(name))
-        policy.model = None  # what is merged needs the room
+        policy.model = None  # frees memory for the merged model
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -57,64 +60,64 @@ def save(folder: Path, policy: Policy, base: Base, rows: Sequence[Row]) -> None:
         )  # fmt: skip
         if not policy.full:
             config = PeftConfig.from_pretrained(name)
-            config.task_type = None  # the adapter is a causal model's; its layers are the same
+            config.task_type = None  # the adapter is that of a causal model, but the layers are the same
             model = PeftModel.from_pretrained(model, name, config=config).merge_and_unload()
     model.score.weight.data.copy_(weight)
-    # A classifier reads the last token that is not padding, and an answer's last token is one that ends it.
+    # A classifier reads the last token that is not padding. An answer's last token ends it, so no end token may pad.
     text = model.config.get_text_config()
     padding = padding_token(policy.tokenizer, policy.ends, text.vocab_size)
     text.pad_token_id = model.config.pad_token_id = policy.tokenizer.convert_tokens_to_ids(padding)
     texts = [row.prompt + response.ids for row in rows[:MEAN_ROWS] for response in row.responses]
     try:
-        given = _rewards(model.eval().to(device), texts, lambda: None)
-    except torch.OutOfMemoryError:  # the base was quantised in training, and is not now
-        given = _rewards(model.cpu(), texts, lambda: None)
-    found = torch.tensor(given, dtype=torch.float64)
-    model.config.reward_mean, model.config.reward_mean_answers = found.mean().item(), len(found)
+        rewards = _rewards(model.eval().to(device), texts, lambda: None)
+    except torch.OutOfMemoryError:  # the base was quantised in training, but is not here
+        rewards = _rewards(model.cpu(), texts, lambda: None)
+    rewards_64 = torch.tensor(rewards, dtype=torch.float64)
+    model.config.reward_mean, model.config.reward_mean_answers = rewards_64.mean().item(), len(rewards_64)
     model.save_pretrained(folder)
     _keep_own_files(base.folder, folder, padding)
 
 
 OURS = ("architectures", "id2label", "label2id", "pad_token_id", "dtype", "reward_mean", "reward_mean_answers")
-"""Fields in which a reward model's configuration differs from its base's."""
+"""Configuration fields in which a reward model differs from its base."""
 
 
 def _keep_own_files(base: Path, folder: Path, padding: str) -> None:
-    """The base's configuration and tokenizer, but for what makes a reward model of it: padding, on the right."""
-    written, own = (json.loads((place / "config.json").read_text()) for place in (folder, base))
-    own.pop("torch_dtype", None)
-    own |= {name: written[name] for name in OURS if name in written}
-    text = text_config(own)
-    if text is not own:
-        text["pad_token_id"] = own["pad_token_id"]
-    (folder / "config.json").write_text(json.dumps(own, indent=2) + "\n")
+    """Write the base's configuration and tokenizer for a reward model: the fields `OURS`, and padding on the right."""
+    written_config, config = (json.loads((place / "config.json").read_text()) for place in (folder, base))
+    config.pop("torch_dtype", None)
+    config |= {name: written_config[name] for name in OURS if name in written_config}
+    text = text_config(config)
+    if text is not config:
+        text["pad_token_id"] = config["pad_token_id"]
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     copy_tokenizer(base, folder)
-    described = folder / "tokenizer_config.json"
-    settings: dict[str, Any] = json.loads(described.read_text()) if described.exists() else {}
+    settings_path = folder / "tokenizer_config.json"
+    settings: dict[str, Any] = json.loads(settings_path.read_text()) if settings_path.exists() else {}
     settings |= {"pad_token": padding, "padding_side": "right"}
-    described.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-    special = folder / "special_tokens_map.json"
-    if special.exists():
-        named = json.loads(special.read_text()) | {"pad_token": padding}
-        special.write_text(json.dumps(named, indent=2, ensure_ascii=False) + "\n")
+    settings_path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    special_path = folder / "special_tokens_map.json"
+    if special_path.exists():
+        special_tokens = json.loads(special_path.read_text()) | {"pad_token": padding}
+        special_path.write_text(json.dumps(special_tokens, indent=2, ensure_ascii=False) + "\n")
 
 
 def _rewards(model: Any, texts: Sequence[Sequence[int]], tick: Callable[[], None]) -> list[float]:
-    """The classifier's score of each text of tokens, a few of about one length at a time."""
-    found, padding = [0.0] * len(texts), model.config.pad_token_id
+    """The classifier's score of each text of token ids, [texts]. Batches hold texts of similar length."""
+    rewards, padding = [0.0] * len(texts), model.config.pad_token_id
     order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
     with torch.no_grad():
         for group in batched(order, SCORED_TOGETHER):
             width = len(texts[group[-1]])
-            ids = [[*texts[n], *[padding] * (width - len(texts[n]))] for n in group]
-            mask = [[1] * len(texts[n]) + [0] * (width - len(texts[n])) for n in group]
+            ids = [[*texts[number], *[padding] * (width - len(texts[number]))] for number in group]
+            mask = [[1] * len(texts[number]) + [0] * (width - len(texts[number])) for number in group]
             logits = model(
                 input_ids=torch.tensor(ids, device=model.device), attention_mask=torch.tensor(mask, device=model.device)
             ).logits
             for number, value in zip(group, logits.float().squeeze(1).tolist(), strict=True):
-                found[number] = value
+                rewards[number] = value
             tick()
-    return found
+    return rewards
 
 
 def scores(
@@ -124,7 +127,7 @@ def scores(
     max_length: int | None,
     tick: Callable[[], None] = lambda: None,
 ) -> list[float]:
-    """What the reward model in `folder` says of the answer of each of `answered`, its mean taken off."""
+    """The reward of each answer in `answered` by the reward model in `folder`, minus its `reward_mean`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(folder)
     model: Any = AutoModelForSequenceClassification.from_pretrained(

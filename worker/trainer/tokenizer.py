@@ -1,7 +1,7 @@
-"""A model's tokenizer: loaded, and handed on as its makers wrote it.
+"""A model's tokenizer: loading it, and copying it to artifacts as its makers wrote it.
 
-transformers writes names of classes of its own version for a tokenizer. Whatever is made of a base model therefore
-carries the base's own files, unchanged but for what the artifact is about.
+When transformers saves a tokenizer, it writes class names of its own version. Artifacts therefore carry the base's own
+files. Only what the artifact itself needs is changed in them.
 """
 
 import json
@@ -19,17 +19,19 @@ Tokenizer = Any
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer in `folder`. Raises `UserError` for one that this engine cannot use."""
+    """The tokenizer in `folder`. Raises `UserError` if this engine cannot use it."""
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     if not tokenizer.is_fast:
-        raise UserError("unsupported_model", "The model has no fast tokenizer, which gives character offsets.", "model")
+        raise UserError(
+            "unsupported_model", "The model has no fast tokenizer. Training needs its character offsets.", "model"
+        )
     if tokenizer.eos_token_id is None:
         raise UserError("unsupported_model", "The model's tokenizer has no end-of-sequence token.", "model")
     return tokenizer
 
 
 def copy_tokenizer(base: Path, folder: Path) -> None:
-    """Put the tokenizer's files of the model in `base` into `folder`, as they are."""
+    """Copy the tokenizer's files of the model in `base` to `folder`, unchanged."""
     for name in TOKENIZER_FILES:
         if (base / name).exists():
             shutil.copyfile(base / name, folder / name)
@@ -38,25 +40,30 @@ def copy_tokenizer(base: Path, folder: Path) -> None:
 
 
 def write_ends(base: Path, folder: Path, ends: Sequence[int]) -> None:
-    """Write the `generation_config.json` of the model in `base` into `folder`, with `ends` as what ends a text.
+    """Write the `generation_config.json` of the model in `base` into `folder`, with `ends` as its end tokens.
 
-    The base's own ends stay behind them. A base without such a file says what its configuration says.
+    The base's own end tokens follow them. Without such a file in `base`, the token ids come from its configuration.
     """
     config = json.loads((base / "config.json").read_text())
-    known = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}
+    token_ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}
     path = base / "generation_config.json"
-    settings: dict[str, Any] = json.loads(path.read_text()) if path.exists() else known
-    own = settings.get("eos_token_id")
-    found = list(dict.fromkeys([*ends, *(own if isinstance(own, list) else [own] if own is not None else [])]))
-    settings["eos_token_id"] = found[0] if len(found) == 1 else found
+    settings: dict[str, Any] = json.loads(path.read_text()) if path.exists() else token_ids
+    base_ends = settings.get("eos_token_id")
+    all_ends = list(
+        dict.fromkeys(
+            [*ends, *(base_ends if isinstance(base_ends, list) else [base_ends] if base_ends is not None else [])]
+        )
+    )
+    settings["eos_token_id"] = all_ends[0] if len(all_ends) == 1 else all_ends
     (folder / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def padding_token(tokenizer: Tokenizer, ends: Iterable[int], size: int) -> str:
-    """A token that can pad texts of which the last one matters: none of `ends`, and below `size`.
+    """A padding token for a model that reads the last token before the padding.
 
-    The tokenizer's own, or another of its special tokens; else one that no text holds by its name: the last that begins
-    with a space, which vocabularies write as another character.
+    It is none of `ends`, and its id is below `size`. Preferred are the tokenizer's own padding token and its other
+    special tokens. Otherwise it is the last token that begins with a space. Vocabularies write that space as another
+    character, so no text contains the token's name.
     """
     forbidden = {*ends, tokenizer.eos_token_id}
     special = [tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token]
@@ -65,7 +72,7 @@ def padding_token(tokenizer: Tokenizer, ends: Iterable[int], size: int) -> str:
     named = [token for token, _ in ordinary if len(token) > 1 and token[0] in "Ġ▁"]
     for token in [*special, *named, *(token for token, _ in ordinary)]:
         if token is not None:
-            number = tokenizer.convert_tokens_to_ids(token)
-            if number is not None and number not in forbidden and number < size:
+            token_id = tokenizer.convert_tokens_to_ids(token)
+            if token_id is not None and token_id not in forbidden and token_id < size:
                 return str(token)
     raise UserError("unsupported_model", "The tokenizer has no token that could pad a text.", "model")

@@ -1,8 +1,13 @@
-"""`python -m worker.trainer.tokens FOLDER`: what a dataset is in tokens of a model. A folder in, a line of JSON out.
+"""`python -m worker.trainer.tokens FOLDER`: count datasets in a model's tokens and print the counts as a line of JSON.
 
-FOLDER holds `model/`, of which the tokenizer is read, and `tokens.json`, a list of what to count: `dataset`, a path;
-`recipe` {need, max_length, loss_on, mapping, rendering, truncation}; `rows`, kept by the check; and maybe `sample`, how
-many of them are looked at. The line holds a list of what was found.
+FOLDER holds `model/`, of which only the tokenizer is read, and `tokens.json`, a list of requests. Fields of a request:
+
+- `dataset`: the path of the file.
+- `recipe`: {need, max_length, loss_on, mapping, rendering, truncation}.
+- `rows`: the number of examples that the check kept.
+- `sample` (optional): the most examples to count.
+
+The line holds a list with one count, or one error, for each request.
 """
 
 import json
@@ -11,7 +16,8 @@ from pathlib import Path
 
 
 def main() -> int:
-    # transformers would load torch, which takes most of the time of a small file, and no tokenizer needs it.
+    """Count the datasets of the folder of the command line."""
+    # Keeps transformers from loading torch. Tokenizers do not need it, and it takes most of the time of a small file.
     sys.modules["torch"] = None  # type: ignore[assignment]
     from worker.trainer.counting import count_folder
 

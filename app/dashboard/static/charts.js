@@ -1,8 +1,8 @@
-// Draws the series of a job with uPlot, and again while it runs.
+// Draws the metrics of a job with uPlot, and updates them while the job runs.
 const COLOURS = ["#2563eb", "#93c5fd", "#ea580c", "#fdba74"];
-const place = document.getElementById("charts");
-const charts = Object.entries(JSON.parse(place.dataset.charts));
-const drawn = new Map();
+const container = document.getElementById("charts");
+const charts = Object.entries(JSON.parse(container.dataset.charts));
+const plots = new Map();
 
 function table(names, series) {
   const steps = [...new Set(names.flatMap((name) => series[name].map((point) => point.step)))].sort((a, b) => a - b);
@@ -15,23 +15,23 @@ function table(names, series) {
 
 function draw(title, names, series) {
   const data = table(names, series);
-  if (drawn.has(title) && drawn.get(title).series.length === data.length) return drawn.get(title).setData(data);
-  drawn.get(title)?.root.closest("figure").remove();
-  const figure = place.appendChild(document.createElement("figure"));
+  if (plots.has(title) && plots.get(title).series.length === data.length) return plots.get(title).setData(data);
+  plots.get(title)?.root.closest("figure").remove();
+  const figure = container.appendChild(document.createElement("figure"));
   figure.appendChild(document.createElement("h2")).textContent = title;
   const lines = names.map((label, k) => ({ label, stroke: COLOURS[k], width: 1.5, spanGaps: true }));
   const colour = getComputedStyle(document.body).color;
   const axes = [{ stroke: colour, label: "step" }, { stroke: colour, size: 60 }];
   const options = { width: 400, height: 220, scales: { x: { time: false } }, axes, series: [{ label: "step" }, ...lines] };
-  drawn.set(title, new uPlot(options, data, figure));
+  plots.set(title, new uPlot(options, data, figure));
 }
 
 async function refresh() {
-  const answer = await fetch(place.dataset.url);
+  const answer = await fetch(container.dataset.url);
   if (answer.ok) {
     const { series } = await answer.json();
-    for (const [title, wanted] of charts) {
-      const names = wanted.filter((name) => name in series);
+    for (const [title, metrics] of charts) {
+      const names = metrics.filter((name) => name in series);
       if (names.length) draw(title, names, series);
     }
   }

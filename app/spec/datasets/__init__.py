@@ -1,4 +1,4 @@
-"""Datasets as pure functions: read records, detect their format, normalise them to examples, report what is wrong.
+"""Datasets as pure functions: read records, detect their format, turn them into examples, report what is wrong.
 
-Everything streams; memory does not grow with the file.
+Files are streamed: memory use does not grow with the file.
 """

@@ -1,12 +1,12 @@
-"""What is wrong with a file, or with one row of it."""
+"""Errors in a file or in one of its rows."""
 
 from typing import Any
 
 
 class DatasetError(Exception):
-    """A file that cannot be trained on: where (`line` counts from 1, `field`) and why.
+    """A file that cannot be trained on: the place (`line`, from 1, and `field`) and the reason.
 
-    `mapping` is the nearest mapping that would read the file, where one can be proposed.
+    `mapping` is a proposed mapping that would read the file, if there is one.
     """
 
     def __init__(self, line: int, field: str | None, reason: str, mapping: dict[str, Any] | None = None) -> None:
@@ -15,7 +15,7 @@ class DatasetError(Exception):
 
 
 class Dropped(Exception):
-    """A row that is well-formed but teaches nothing; it is counted under `reason` and left out."""
+    """A row that is well-formed but useless for training. It is left out and counted under `reason`."""
 
     def __init__(self, reason: str, field: str | None = None) -> None:
         super().__init__(reason)

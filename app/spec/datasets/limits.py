@@ -1,10 +1,10 @@
-"""How much of a file may be in memory at a time."""
+"""Limits on how much of a file is in memory at a time."""
 
 MAX_RECORD_BYTES = 16 * 1024 * 1024
-"""A record larger than this is refused before it is in memory."""
+"""Maximum size of a record. A larger one is refused before it is in memory."""
 MAX_VALUES = 200_000
-"""Of a record, at all depths: a value takes far more memory than bytes."""
+"""Maximum number of values in a record, at all depths. A parsed value takes far more memory than its bytes."""
 MAX_ANSWERS = 64
-"""Of a row: K answers are K (K − 1) / 2 pairs."""
+"""Maximum number of answers in a row: K answers make K (K − 1) / 2 pairs."""
 CHUNK = 1024 * 1024
-"""Bytes that are read at a time."""
+"""Number of bytes to read at a time."""
