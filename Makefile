@@ -30,14 +30,14 @@ $(OLDER): | $(READY)
 	$(BIN)/pip install --quiet --target $@ --no-deps transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.2
 
 test: $(READY) $(OLDER)  ## every test, real PostgreSQL and Redis processes included
-	@sh tests/servers.sh
+	@sh tests/helpers/servers.sh
 	$(BIN)/python -m pytest --numprocesses=3 --dist=loadscope --no-loadscope-reorder
 
 bench: $(READY)  ## speed of the engine beside TRL, in one run
 	$(BIN)/python -m bench
 
 faults: $(READY)  ## every fault 20 times into running trainings, two clusters at once (an hour)
-	@sh tests/servers.sh
+	@sh tests/helpers/servers.sh
 	DPO_STATE_MACHINE_STEPS=10000 $(BIN)/python -m pytest tests/integration/test_life_of_jobs.py
 	$(BIN)/python -m tests.faults --times 20
 

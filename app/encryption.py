@@ -6,7 +6,7 @@ import hashlib
 from cryptography.fernet import Fernet, InvalidToken
 
 
-class Vault:
+class SecretBox:
     """Seals and opens small secrets."""
 
     def __init__(self, secret_key: str) -> None:

@@ -20,7 +20,7 @@ class Installation(Table):
     id: Mapped[str] = mapped_column(primary_key=True)
 
 
-def owner_of(storage: Storage) -> str | None:
+def store_installation(storage: Storage) -> str | None:
     """The name of the installation that owns an object store; None if none owns it yet."""
     try:
         return storage.read(KEY).decode()
@@ -28,7 +28,7 @@ def owner_of(storage: Storage) -> str | None:
         return None
 
 
-def name_of(database: Database) -> str:
+def database_installation(database: Database) -> str:
     """The name of the installation that a database belongs to."""
     with database.read() as session:
         return session.scalars(select(Installation.id)).one()

@@ -31,7 +31,7 @@ from app.models.endpoints import router as models_router
 from app.monitoring.collector import ServiceCollector
 from app.monitoring.endpoints import router as monitoring_router
 from app.monitoring.health import router as health_router
-from app.monitoring.middleware import Observed
+from app.monitoring.middleware import RequestMetricsMiddleware
 from app.projects.endpoints import router as projects_router
 from app.services import Services
 from app.settings import Settings
@@ -117,7 +117,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(
         AccessMiddleware,
         keys=services.keys,
-        rates=services.rates,
+        limiter=services.rate_limiter,
         allowed_hosts=services.settings.allowed_hosts,
         routes=routes,
     )
@@ -128,7 +128,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             allow_methods=["*"],
             allow_headers=["*"],
         )
-    app.add_middleware(Observed, registry=registry)
+    app.add_middleware(RequestMetricsMiddleware, registry=registry)
 
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return app

@@ -61,7 +61,7 @@ def new_client(timeout: float) -> httpx2.Client:
     return httpx2.Client(timeout=seconds, trust_env=False, follow_redirects=False)
 
 
-def find(url: str, private_hosts: tuple[str, ...], setting: str) -> Target:
+def resolve(url: str, private_hosts: tuple[str, ...], setting: str) -> Target:
     """Resolve and check `url`. The operator's `setting` allows `private_hosts`. Raises `HostRefused`."""
     try:
         parts = urlsplit(url)

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from app.derived_artifacts.tables import DerivedArtifact
 from app.errors import Conflict
 from app.files.tables import File
-from app.installation import KEY, name_of, owner_of
+from app.installation import KEY, database_installation, store_installation
 from app.jobs.states import ACTIVE
 from app.jobs.tables import Checkpoint, Job, JobEvent
 from app.models.tables import Model
@@ -66,10 +66,10 @@ def _remove(services: Services, keys: list[str]) -> None:
 
 def _is_ours(services: Services) -> bool:
     """Whether the store belongs to this database. A store without an owner is adopted if `_may_adopt` allows it."""
-    name, owner = name_of(services.database), owner_of(services.storage)
+    name, owner = database_installation(services.database), store_installation(services.storage)
     if owner is None and _may_adopt(services):
         services.storage.put_bytes(KEY, name.encode())
-        owner = owner_of(services.storage)
+        owner = store_installation(services.storage)
     return owner == name
 
 

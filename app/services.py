@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from app.broker import Broker
 from app.database import Database
 from app.dataset_reports.service import Reports
-from app.encryption import Vault
+from app.encryption import SecretBox
 from app.estimates.service import Estimates
 from app.evaluations.service import Evaluations
 from app.files.service import Files
 from app.jobs.event_feed import Feed
 from app.jobs.service import Jobs
-from app.keys.rates import Rates
+from app.keys.rates import RateLimiter
 from app.keys.service import Keys
 from app.models.service import Models
 from app.projects.service import Projects
@@ -31,7 +31,7 @@ class Services:
     storage: Storage
     broker: Broker
     keys: Keys
-    rates: Rates
+    rate_limiter: RateLimiter
     projects: Projects
     files: Files
     uploads: Uploads
@@ -41,7 +41,7 @@ class Services:
     evaluations: Evaluations
     sweeps: Sweeps
     models: Models
-    vault: Vault
+    vault: SecretBox
     webhooks: Webhooks
 
     @classmethod
@@ -52,7 +52,7 @@ class Services:
             Broker(settings),
         )
         keys = Keys(database, settings.secret_key, settings.admin_key)
-        vault = Vault(settings.secret_key)
+        vault = SecretBox(settings.secret_key)
         feed = Feed(database)
         evaluations = Evaluations(database, storage, broker, keys, feed, vault, settings.private_judges)
         jobs = Jobs(database, storage, broker, keys, feed, evaluations)
@@ -62,7 +62,7 @@ class Services:
             storage=storage,
             broker=broker,
             keys=keys,
-            rates=Rates(settings.rate_limit, settings.broker_url),
+            rate_limiter=RateLimiter(settings.rate_limit, settings.broker_url),
             projects=Projects(database),
             files=Files(database, storage),
             uploads=Uploads(database, storage),

@@ -50,7 +50,7 @@ class Storage:
             raise failure[0] if failure else error from None
 
     @asynccontextmanager
-    async def written(self, key: str, chunks: AsyncIterator[bytes]) -> AsyncIterator[None]:
+    async def object_written(self, key: str, chunks: AsyncIterator[bytes]) -> AsyncIterator[None]:
         """Write an object from a stream, then run the block. If either fails, the object is deleted.
 
         After a database error the object stays, because its row may have been written.

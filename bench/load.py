@@ -33,7 +33,7 @@ from app.services import Services
 from app.settings import Settings
 from app.spec.job import JobSpec
 from bench.machine import describe_machine
-from tests.servers import free_port, postgres, wait_until
+from tests.helpers.servers import free_port, postgres, wait_until
 
 JOBS, EVENTS, CALLS = 10_000, 100_000, 500
 RESULT = Path(__file__).parent / "results" / "load.json"

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from app.estimates.memory import MemorySettings, Shape, estimate
 from app.spec.job import JobSpec
 from bench.machine import describe_machine
-from tests.tiny_model import make_tokenizer
+from tests.helpers.tiny_model import make_tokenizer
 from worker.base_models import describe
 from worker.processes import answer_cache, trainer_environment
 from worker.trainer.events import CacheWanted, Event, Metrics, TrainingDone, read

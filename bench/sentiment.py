@@ -39,7 +39,7 @@ from sklearn.linear_model import LogisticRegression
 
 from app.sweeps.frontier import ParetoPoint, as_csv, pareto, svg
 from bench.machine import describe_machine
-from tests.servers import free_port, wait_until
+from tests.helpers.servers import free_port, wait_until
 from worker.classifier import export
 
 RESULT = Path(__file__).parent / "results" / "sentiment.json"
@@ -157,9 +157,9 @@ def service(home: Path, state: State) -> Iterator[Api]:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
         url = f"http://127.0.0.1:{port}"
-        wait_until(lambda: httpx2.get(f"{url}/readyz").status_code == 200, "the service", 120)
+        wait_until(lambda: httpx2.get(f"{url}/readyz").status_code == 200, "the service")
         api = Api(f"{url}/v1", (home / "admin.key").read_text().strip(), state)
-        wait_until(lambda: len(_ok(api.http.get("/models"))["data"]) > 0, "its models", 120)
+        wait_until(lambda: len(_ok(api.http.get("/models"))["data"]) > 0, "its models")
         yield api
     finally:
         process.terminate()

@@ -2,6 +2,10 @@
 
 import os
 
+import pytest
+
+pytest.register_assert_rewrite("tests.helpers")
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # The models here are tiny: threads that wait for each other cost more than they compute.

@@ -1,1 +1,1 @@
-"""The workers: they claim jobs from the database and run the trainer. `app` never imports this package."""
+"""The workers. They claim jobs from the database and run the trainer. `app` never imports this package."""

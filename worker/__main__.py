@@ -1,4 +1,4 @@
-"""`python -m worker gpu|cpu`: one worker of one lane."""
+"""`python -m worker gpu|cpu`: run one worker process of the given lane."""
 
 import sys
 

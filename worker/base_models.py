@@ -1,6 +1,6 @@
 """The base models that this worker can serve: subfolders of `DPO_MODELS_DIR`, and hub ids that it may download.
 
-It reads configuration files only; torch is the trainer's.
+This module reads only configuration files and the headers of weight files. Only the trainer loads torch.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from app.models.repository import HUB_NAME
 from app.settings import Settings
 from worker.model_files import (
     INDEX,
-    WHOLE,
+    SINGLE_FILE,
     config_of,
     context_length,
     prequantized,
@@ -31,13 +31,15 @@ from worker.model_files import (
 log = structlog.get_logger(__name__)
 
 MAX_DEPTH = 3
+"""Maximum number of folder levels below the models folder at which a model may lie."""
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-HUB_COPIES = ["consolidated*", "original/*"]
-"""Where some repositories have all weights once more."""
+"""Patterns of the files that are downloaded."""
+HUB_IGNORED = ["consolidated*", "original/*"]
+"""Second copies of all weights, which some repositories hold."""
 
 
 class ModelUnavailable(Exception):
-    """A base model that this worker cannot serve, and why."""
+    """This worker cannot serve a base model. The message says why."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,13 @@ class LocalModel:
     name: str
     folder: Path
     revision: str
+    """A fingerprint of its files."""
     details: dict[str, Any]
+    """The properties that the API needs, as `describe` writes them."""
 
 
 class BaseModels:
-    """Finds base models by name. A name never leads out of the models folder."""
+    """Finds base models by name. No name can refer to a folder outside the models folder."""
 
     def __init__(self, settings: Settings) -> None:
         self.root = settings.models_dir
@@ -59,44 +63,45 @@ class BaseModels:
         self._ignored: set[Path] = set()
 
     def folders(self) -> dict[str, Path]:
-        """Subfolders with a configuration, safetensors weights and a tokenizer, by their path below the root."""
-        found = {}
+        """The subfolders with a configuration, safetensors weights and a tokenizer, by their path below the root."""
+        folders = {}
         for depth in range(1, MAX_DEPTH + 1):
             for config in sorted(self.root.glob("*/" * depth + "config.json")):
                 folder = config.parent
                 if not folder.resolve().is_relative_to(self.root.resolve()):
-                    self._ignore(folder, "it is a link out of the models folder")
-                elif not ((folder / INDEX).exists() or (folder / WHOLE).exists()):
+                    self._ignore(folder, "it is a link to a place outside the models folder")
+                elif not ((folder / INDEX).exists() or (folder / SINGLE_FILE).exists()):
                     self._ignore(folder, why_no_weights(folder))
                 elif not (folder / "tokenizer.json").exists():
                     self._ignore(folder, "it has no tokenizer.json")
                 else:
-                    found[folder.relative_to(self.root).as_posix()] = folder
-        return found
+                    folders[folder.relative_to(self.root).as_posix()] = folder
+        return folders
 
     def _ignore(self, folder: Path, reason: str) -> None:
+        """Log once that `folder` is ignored."""
         if folder not in self._ignored:
             log.warning("model ignored", folder=str(folder), reason=reason)
             self._ignored.add(folder)
 
     def local(self) -> list[LocalModel]:
-        """The models of the folder, described."""
-        found = []
+        """The models of the models folder with their descriptions. A folder that cannot be read is left out."""
+        models = []
         for name, folder in self.folders().items():
             try:
-                found.append(describe(name, folder))
-            except (OSError, ValueError, AttributeError, TypeError) as error:  # half copied, or not what it says
+                models.append(describe(name, folder))
+            except (OSError, ValueError, AttributeError, TypeError) as error:  # half copied, or damaged
                 self._ignore(folder, f"its files cannot be read: {error}")
-        return found
+        return models
 
     def served(self) -> list[str]:
-        """Names and patterns of all base models whose jobs this worker can take."""
+        """The names and patterns of all base models whose jobs this worker can claim."""
         return [*self.folders(), *self.patterns]
 
     def locate(self, name: str) -> tuple[Path, str | None]:
-        """(folder, hub revision) of a base model, downloaded first where it is a hub id that is allowed.
+        """(folder, hub revision) of a base model. An allowed hub id is downloaded first.
 
-        The revision is None for a model of the folder. Raises `ModelUnavailable`.
+        The revision is None for a model of the models folder. Raises `ModelUnavailable`.
         """
         folder = self.folders().get(name)
         if folder is not None:
@@ -107,12 +112,15 @@ class BaseModels:
 
 
 def describe(name: str, folder: Path) -> LocalModel:
-    """A model of the folder: its name, a version, and what the API must know of it."""
+    """Describe a model of the models folder. Reads its configuration and the headers of its weights.
+
+    Raises `OSError`, `ValueError`, `AttributeError` or `TypeError` if the files are damaged.
+    """
     config, weights = config_of(folder), weight_files(folder)
     if not config.get("model_type"):
         raise ValueError("config.json names no model_type")
     text, method = text_config(config), prequantized(config)
-    # A fingerprint that does not read gigabytes: the configuration, and each file's name, size and header.
+    # The fingerprint covers the configuration and each file's name, size and first MiB, so it need not read gigabytes.
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in weights:
         with path.open("rb") as file:
@@ -131,17 +139,21 @@ def describe(name: str, folder: Path) -> LocalModel:
 
 
 def has_chat_template(folder: Path) -> bool:
-    """Whether the tokenizer in `folder` has a chat template."""
+    """Whether the tokenizer in `folder` has a chat template: as a file of its own or in its configuration."""
     settings = folder / "tokenizer_config.json"
-    named = (folder / "chat_template.jinja").exists() or (folder / "chat_templates").exists()
-    return named or (settings.exists() and bool(json.loads(settings.read_text()).get("chat_template")))
+    has_own_file = (folder / "chat_template.jinja").exists() or (folder / "chat_templates").exists()
+    return has_own_file or (settings.exists() and bool(json.loads(settings.read_text()).get("chat_template")))
 
 
 LAYER = re.compile(r"\.\d+\.")
+"""The number of a layer inside the name of a tensor."""
 
 
 def _shape(config: dict[str, Any], weights: list[Path]) -> dict[str, Any] | None:
-    """The sizes that memory depends on, from the headers of the weight files; None where they do not tell."""
+    """The sizes that memory use depends on, from the headers of the weight files; None if some are unknown.
+
+    `linears` lists [name, rows, columns, count] of the linear layers. `others` counts all other parameters.
+    """
     linears: Counter[tuple[str, int, int]] = Counter()
     others = 0
     for path in weights:
@@ -150,12 +162,12 @@ def _shape(config: dict[str, Any], weights: list[Path]) -> dict[str, Any] | None
         for name, tensor in header.items():
             if name == "__metadata__":
                 continue
-            size = tensor["shape"]
-            # Experts are not quantised, and have no adapter, whether they are one tensor or many.
-            if LAYER.search(f".{name}") and name.endswith(".weight") and len(size) == 2 and ".experts." not in name:
-                linears[(name.split(".")[-2], size[0], size[1])] += 1
+            shape = tensor["shape"]
+            # Experts are neither quantised nor adapted, so they do not count as linear layers.
+            if LAYER.search(f".{name}") and name.endswith(".weight") and len(shape) == 2 and ".experts." not in name:
+                linears[(name.split(".")[-2], shape[0], shape[1])] += 1
             else:
-                others += math.prod(size)
+                others += math.prod(shape)
     hidden = config.get("hidden_size") or config.get("n_embd") or config.get("d_model")
     layers = config.get("num_hidden_layers") or config.get("n_layer") or config.get("n_layers")
     if not hidden or not layers or not linears:
@@ -174,7 +186,7 @@ def _download(name: str) -> tuple[Path, str | None]:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_COPIES))
-    except RepositoryNotFoundError as error:  # gated ones too; what passes by itself is tried again by the queue
+        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED))
+    except RepositoryNotFoundError as error:  # missing or gated; other errors may pass, and the queue retries
         raise ModelUnavailable(f"The model '{name}' cannot be downloaded: {error}") from error
     return folder, folder.name

@@ -1,7 +1,7 @@
-"""The Celery application of a worker process, and its one task: a doorbell.
+"""The Celery application of a worker process. Its only task wakes the worker.
 
-The task returns at once, so that no message is ever held while a training runs: visibility timeouts, late
-acknowledgements and redeliveries have nothing to act on. What is to be done is in the database.
+The task returns at once, so no message is held while a training runs. Visibility timeouts, late acknowledgements and
+redeliveries therefore do not matter. The database says what there is to do.
 """
 
 import os
@@ -21,14 +21,14 @@ from worker.worker_pool import WorkerPool
 
 
 def make_worker(settings: Settings, lane: Lane) -> tuple[Celery, WorkerPool]:
-    """The application of a worker of `lane` and its threads, which start and stop with the Celery worker."""
+    """The Celery application of a worker of `lane`, and its threads. They start and stop with the Celery worker."""
     services = Services.of(settings)
     worker = WorkerPool(services, lane)
     celery = make_celery(settings)
 
     @celery.task(name=WAKE_TASK)  # type: ignore[untyped-decorator]
     def wake(_lane: str) -> None:
-        worker.ring()
+        worker.wake_up()
 
     def end() -> None:
         worker.join()
@@ -38,11 +38,11 @@ def make_worker(settings: Settings, lane: Lane) -> tuple[Celery, WorkerPool]:
 
     def drain() -> None:
         worker.stop()
-        # Celery's loop looks twice, two seconds each, before it ends by itself; with no message held, it has nothing
-        # to finish once the lane's threads have.
+        # Celery's own shutdown takes up to four seconds. It holds no message, so the process can end as soon as the
+        # lane's threads have ended.
         threading.Thread(target=end, name="end").start()
 
-    # At worker_init, before the broker is reached: a worker without a broker still looks by itself.
+    # worker_init comes before the connection to the broker: without a broker, the worker still polls the database.
     worker_init.connect(lambda **_: worker.start(), weak=False)
     worker_shutting_down.connect(lambda **_: drain(), weak=False)
     return celery, worker
@@ -52,7 +52,7 @@ def run(lane: Lane) -> None:
     """Run a worker of `lane` in this process until SIGTERM or Ctrl-C."""
     settings = Settings()
     configure_logging(settings.log_level)
-    # Celery warns root of pickled messages; this service's messages are JSON, and name a lane.
+    # Celery warns the root user of pickled messages. The messages of this service are JSON and only name a lane.
     warnings.filterwarnings("ignore", category=SecurityWarning)
     celery, worker = make_worker(settings, lane)
     arguments = [
@@ -68,8 +68,8 @@ def run(lane: Lane) -> None:
         celery.worker_main(arguments)
     finally:
         if not worker.stopping.is_set():
-            # Celery has ended by itself, at an error that it logs: a lane without it would neither hear of SIGTERM nor
-            # be able to start threads. Whoever runs this process starts another.
+            # Celery ended because of an error, which it has logged. Without it, the lane gets no SIGTERM and cannot
+            # start threads. The supervisor of this process starts another.
             worker.stop()
             worker.join()
             os._exit(1)

@@ -1,4 +1,4 @@
-"""The checkpoints of a job that runs: stored whole, fetched only where they are as they were written, and bounded."""
+"""The checkpoints of a running job: store them, fetch an undamaged one to resume from, and delete old ones."""
 
 import shutil
 import time
@@ -21,98 +21,97 @@ from worker.lease import Lease, LeaseLost
 
 log = structlog.get_logger(__name__)
 
-LEAVE_SECONDS = 600.0
-"""For those who download a checkpoint that is not to be kept."""
+DELETE_DELAY_SECONDS = 600.0
+"""Time between the deletion of a checkpoint's row and its objects. A download that has begun can finish."""
 RESUMABLE = 2
-"""Checkpoints of a job that can be resumed from: the latest, and one more should that be damaged."""
+"""Number of checkpoints that a job can be resumed from: the latest, and one more in case it is damaged."""
 
 
 class Checkpoints:
-    """Those of one attempt at one job, and what the attempts before it left."""
+    """The checkpoints of one job, as one attempt reads and writes them."""
 
     def __init__(self, storage: Storage, lease: Lease, job: Job) -> None:
         self.storage, self.lease, self.job = storage, lease, job
         self.keep = JobSpec.stored(job.spec).keep_checkpoints
         self.log = log.bind(job=job.id, attempt=job.attempt, request=job.request_id)
-        self._stateless: set[str] = set()
-        """Prefixes of checkpoints whose `state/` is gone."""
-        self._leaving: list[tuple[float, str]] = []
-        """(when, prefix) of the objects of checkpoints whose rows are gone."""
+        self._without_state: set[str] = set()
+        """Prefixes of checkpoints whose `state/` was deleted."""
+        self._to_delete: list[tuple[float, str]] = []
+        """(due time, prefix) of checkpoints whose rows were deleted but whose objects remain."""
 
     def store(self, prefix: str, folder: Path) -> None:
-        """Move `folder` to the object store. It is a checkpoint only once the database has its row."""
+        """Move `folder` to the object store under `prefix`. The checkpoint counts only once it has a row."""
         self.storage.put_folder(prefix, folder)
         shutil.rmtree(folder)
 
-    def fetch(self, place: Path) -> None:
-        """Bring the latest checkpoint that can be resumed from, and is as it was written, to `place`."""
+    def fetch(self, folder: Path) -> None:
+        """Download the latest resumable and undamaged checkpoint to `folder`. Without one, `folder` does not exist."""
         saved = self.lease.read(
             lambda session: job_checkpoints.page(session, self.job.id, after=None, limit=MAX_CHECKPOINTS)
         )
         for checkpoint in saved or []:
             if not self.storage.list(f"{checkpoint.prefix}/state"):
-                continue  # an old one: only its model is kept
-            for _ in range(2):  # what was damaged on the way is fetched once more
-                shutil.rmtree(place, ignore_errors=True)
-                self.storage.get_folder(checkpoint.prefix, place)
-                damage = manifest.damage(place)
+                continue  # an old checkpoint, of which only the model is kept
+            for _ in range(2):  # a second try, in case the download was damaged
+                shutil.rmtree(folder, ignore_errors=True)
+                self.storage.get_folder(checkpoint.prefix, folder)
+                damage = manifest.damage(folder)
                 if damage is None:
                     return
-            shutil.rmtree(place)
+            shutil.rmtree(folder)
             self.log.error("damaged checkpoint", prefix=checkpoint.prefix, damage=damage)
-            self._tell(
-                f"The checkpoint at step {checkpoint.step_number} cannot be used ({damage}); going back behind it."
-            )
+            self._warn(f"The checkpoint at step {checkpoint.step_number} is damaged ({damage}) and is skipped.")
 
     def trim(self) -> None:
-        """Keep as many as the job wants, and those that others need; of old ones only what can be used.
+        """Delete old checkpoints, except those that other jobs or the baseline of an evaluation need.
 
-        The rows go first, the objects a while later: someone may be downloading them. What fails is done when the job
-        has ended.
+        The job's `keep_checkpoints` says how many stay. Only the latest `RESUMABLE` ones keep their training state.
+        Rows are deleted first, and objects `DELETE_DELAY_SECONDS` later. Objects that cannot be deleted now are
+        deleted when the job has ended.
         """
         surplus: list[str] = []
 
         def write(session: Session) -> list[Checkpoint]:
             self._guard(session)
             saved = job_checkpoints.page(session, self.job.id, after=None, limit=MAX_CHECKPOINTS) or []
-            left = job_checkpoints.left_by(session, self.job.id, "sft")
-            old = [one for one in saved[self.keep :] if left is None or one.id != left.id]
-            job_checkpoints.hold(session, [one.id for one in old])
-            old = [one for one in old if not models.users_of(session, one.model_name)]
-            job_checkpoints.forget(session, [one.id for one in old])
-            surplus[:] = [one.prefix for one in old]
+            sft_result = job_checkpoints.left_by(session, self.job.id, "sft")
+            old = [row for row in saved[self.keep :] if sft_result is None or row.id != sft_result.id]
+            job_checkpoints.hold(session, [row.id for row in old])
+            old = [row for row in old if not models.users_of(session, row.model_name)]
+            job_checkpoints.forget(session, [row.id for row in old])
+            surplus[:] = [row.prefix for row in old]
             return saved
 
         saved = self.lease.write(write)
         now = time.monotonic()
-        self._leaving += [(now + LEAVE_SECONDS, prefix) for prefix in surplus]
+        self._to_delete += [(now + DELETE_DELAY_SECONDS, prefix) for prefix in surplus]
         for old in saved[RESUMABLE:]:
-            if old.prefix not in self._stateless:
+            if old.prefix not in self._without_state:
                 self._remove(f"{old.prefix}/state")
-                self._stateless.add(old.prefix)
-        for due, prefix in list(self._leaving):
+                self._without_state.add(old.prefix)
+        for due, prefix in list(self._to_delete):
             if due <= now:
                 self._remove(prefix)
-                self._leaving.remove((due, prefix))
+                self._to_delete.remove((due, prefix))
 
     def _guard(self, session: Session) -> None:
-        """Hold the job's row while this attempt has it. Raises `LeaseLost` where it has not."""
+        """Lock the job's row. Raises `LeaseLost` if this attempt no longer holds the lease."""
         if not JOBS.write(session, self.job.id, self.job.attempt, lost_attempts=Job.lost_attempts):
             raise LeaseLost
 
-    def _tell(self, message: str) -> None:
-        """Warn in the job's events."""
-        event = new_id("ftevent")
+    def _warn(self, message: str) -> None:
+        """Add a warning to the job's events, once even if the transaction is repeated."""
+        event_id = new_id("ftevent")
 
         def write(session: Session) -> None:
             self._guard(session)
-            if not job_events.any_of(session, [event]):
-                job_events.add(session, self.job.id, message, level="warn", id=event)
+            if not job_events.any_of(session, [event_id]):
+                job_events.add(session, self.job.id, message, level="warn", id=event_id)
 
         self.lease.write(write)
 
     def _remove(self, prefix: str) -> None:
-        """Delete objects that nobody needs any more. Where that fails, they go when the job has ended."""
+        """Delete objects. If that fails, they are deleted when the job has ended."""
         try:
             self.storage.delete_folder(prefix)
         except Exception as error:

@@ -1,6 +1,6 @@
-"""Count files in tokens of a model, and render their rows as it would read them: by a program of the trainer.
+"""Count the tokens of files and render their rows as a model reads them. A program of the trainer does this.
 
-It is a process of its own, in which no torch is loaded; it ends with the lease under which it was asked for.
+The program is a process of its own and does not load torch. It is killed when the lease of the work is lost.
 """
 
 import json
@@ -19,40 +19,47 @@ from worker.processes import kill_group, trainer_environment
 
 
 @dataclass(frozen=True)
-class Count:
-    """What to count: the file `dataset` by `recipe` (as worker/trainer/counting.py reads it), of which the check kept
-    `rows`; of more than `sample` of them a sample.
-    """
+class CountRequest:
+    """One file to count."""
 
     dataset: Path
     recipe: dict[str, Any]
+    """How to read the file. `worker/trainer/counting.py` says which fields it has."""
     rows: int
+    """Number of rows that the check of the file kept."""
     sample: int | None = None
+    """Maximum number of rows to count; None leaves it to the program."""
 
     def as_json(self) -> dict[str, Any]:
-        asked = {"dataset": str(self.dataset), "recipe": self.recipe, "rows": self.rows}
-        return asked if self.sample is None else asked | {"sample": self.sample}
+        fields = {"dataset": str(self.dataset), "recipe": self.recipe, "rows": self.rows}
+        return fields if self.sample is None else fields | {"sample": self.sample}
 
 
-def place_tokenizer(services: Services, base_models: BaseModels, model: models.ResolvedModel, place: Path) -> None:
-    """Put the tokenizer files of `model` at `place`. Raises `ModelUnavailable`."""
+def place_tokenizer(services: Services, base_models: BaseModels, model: models.ResolvedModel, folder: Path) -> None:
+    """Put the tokenizer files of `model` into `folder`, which must not exist. Raises `ModelUnavailable`."""
     if model.prefix is None:
-        place.symlink_to(base_models.locate(model.base_model)[0].resolve(), target_is_directory=True)
+        folder.symlink_to(base_models.locate(model.base_model)[0].resolve(), target_is_directory=True)
         return
     for key, _size in services.storage.list(model.prefix):
         if not key.endswith(".safetensors"):
-            services.storage.get_file(key, place / key.removeprefix(f"{model.prefix}/"))
+            services.storage.get_file(key, folder / key.removeprefix(f"{model.prefix}/"))
 
 
-def count(folder: Path, wanted: Sequence[Count], lease: Lease) -> list[dict[str, Any]]:
-    """What the tokenizer in `folder`/model makes of each file: its lengths, or an `error` {code, message, param}."""
-    (folder / "tokens.json").write_text(json.dumps([one.as_json() for one in wanted]))
-    found: list[dict[str, Any]] = run_program("worker.trainer.tokens", folder, lease)
-    return found
+def count(folder: Path, requests: Sequence[CountRequest], lease: Lease) -> list[dict[str, Any]]:
+    """The token statistics of each file by the tokenizer in `folder`/model, or its `error` {code, message, param}.
+
+    Raises `LeaseLost`.
+    """
+    (folder / "tokens.json").write_text(json.dumps([request.as_json() for request in requests]))
+    results: list[dict[str, Any]] = run_program("worker.trainer.tokens", folder, lease)
+    return results
 
 
 def run_program(module: str, folder: Path, lease: Lease) -> Any:
-    """Run a module of the trainer on the folder; returns what it prints, a line of JSON. Raises `LeaseLost`."""
+    """Run a module of the trainer on `folder`. Returns the JSON of the last line that it prints.
+
+    Raises `LeaseLost`, or `RuntimeError` with the end of its log if it fails.
+    """
     with (folder / "log").open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", module, str(folder)],
@@ -63,9 +70,9 @@ def run_program(module: str, folder: Path, lease: Lease) -> Any:
             env=trainer_environment() | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
         )
     lease.on_lost(lambda: kill_group(process))
-    written, _ = process.communicate()
+    printed, _ = process.communicate()
     if lease.lost:
         raise LeaseLost
     if process.returncode != 0:
         raise RuntimeError((folder / "log").read_text(errors="replace")[-2000:])
-    return json.loads(written.splitlines()[-1])
+    return json.loads(printed.splitlines()[-1])

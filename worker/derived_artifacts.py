@@ -1,4 +1,4 @@
-"""CPU lane: make dataset reports and merged models. What needs torch or a tokenizer runs in a process of its own."""
+"""CPU lane: make dataset reports and merged models. Work with torch or a tokenizer runs in a process of its own."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from app.services import Services
 from app.spec.datasets.check import survey
 from app.spec.datasets.mapping import Mapping
 from worker.base_models import BaseModels, ModelUnavailable
-from worker.counting import Count, count, place_tokenizer, run_program
+from worker.counting import CountRequest, count, place_tokenizer, run_program
 from worker.lease import Lease, LeaseLost
 from worker.model_folder import ModelGone, fetch_model, find_model
 from worker.work import work_folder
@@ -26,7 +26,7 @@ log = structlog.get_logger(__name__)
 
 
 class ArtifactFailed(Exception):
-    """What the user must know about why an artifact cannot be made."""
+    """An artifact cannot be made for a reason that the user can change. `error` has `code`, `message` and `param`."""
 
     def __init__(self, code: str, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -34,24 +34,25 @@ class ArtifactFailed(Exception):
 
 
 def make_artifact(services: Services, base_models: BaseModels, artifact: DerivedArtifact) -> None:
-    """Make an artifact whose lease this worker has, to its end."""
+    """Make an artifact whose lease this worker holds, and write its result or its error."""
     with (
         tempfile.TemporaryDirectory(dir=work_folder(services), ignore_cleanup_errors=True) as name,
         Lease(services.database, repository.ARTIFACTS, artifact.id, artifact.attempt) as lease,
     ):
-        work = _Work(services, base_models, artifact, Path(name), lease)
+        artifact_attempt = _ArtifactAttempt(services, base_models, artifact, Path(name), lease)
         try:
-            result = work.report() if artifact.kind == repository.REPORT else work.merge()
+            is_report = artifact.kind == repository.REPORT
+            result = artifact_attempt.report() if is_report else artifact_attempt.merge()
             if not _finish(lease, artifact, result=result):
                 raise LeaseLost
         except ArtifactFailed as failed:
             _finish(lease, artifact, error=failed.error)
         except LeaseLost:
-            work.undo()
+            artifact_attempt.undo()
             log.warning("artifact lost", artifact=artifact.id)
-        except Exception as error:  # the store, the disk: another attempt may do better, and they are counted
+        except Exception as error:  # storage or disk: another attempt may succeed, and attempts are limited
             with suppress(Exception):
-                work.undo()
+                artifact_attempt.undo()
             log.error("artifact failed", artifact=artifact.id, kind=artifact.kind, exc_info=error)
             reason = f"The worker failed ({type(error).__name__})."
             with suppress(LeaseLost):
@@ -62,7 +63,7 @@ def _finish(lease: Lease, artifact: DerivedArtifact, **outcome: dict[str, Any]) 
     return lease.write(lambda session: repository.finish(session, artifact.id, artifact.attempt, **outcome))
 
 
-class _Work:
+class _ArtifactAttempt:
     """One attempt at one artifact, in `folder`."""
 
     def __init__(
@@ -74,16 +75,16 @@ class _Work:
         self.prefix: str | None = None
 
     def undo(self) -> None:
-        """Remove what nobody will find."""
+        """Delete the objects that this attempt has uploaded."""
         if self.prefix is not None:
             self.services.storage.delete_folder(self.prefix)
 
     def report(self) -> dict[str, Any]:
-        """A dataset report, with what was found before where that is only to be counted in tokens."""
-        asked = self.artifact.arguments
+        """Make a dataset report. A report in tokens extends the report of the file that was made before it."""
+        arguments = self.artifact.arguments
         with self.services.database.read() as session:
-            file = session.get(File, asked["file_id"])
-            before = repository.find(session, repository.REPORT, asked["file_id"])
+            file = session.get(File, arguments["file_id"])
+            earlier = repository.find(session, repository.REPORT, arguments["file_id"])
         if file is None:
             raise ArtifactFailed("file_not_found", "The file was deleted.", "file_id")
         dataset = self.folder / "dataset"
@@ -91,46 +92,46 @@ class _Work:
             self.services.storage.get_file(file.key, dataset)
         except FileNotFoundError:
             raise ArtifactFailed("file_not_found", "The file was deleted.", "file_id") from None
-        if "model" not in asked:
+        if "model" not in arguments:
             mapping = None if file.mapping is None else Mapping.model_validate(file.mapping)
             with dataset.open("rb") as stream:
                 return survey(stream, mapping).as_json()
-        found = dict((before.result if before is not None else None) or {})
+        report = dict((earlier.result if earlier is not None else None) or {})
         with self.services.database.read() as session:
-            model = models.find(session, self.artifact.project, asked["model"])
-        if model is None or not found:
-            raise ArtifactFailed("model_not_found", f"The model '{asked['model']}' was deleted.", "model")
+            model = models.find(session, self.artifact.project, arguments["model"])
+        if model is None:
+            raise ArtifactFailed("model_not_found", f"The model '{arguments['model']}' was deleted.", "model")
         try:
             place_tokenizer(self.services, self.base_models, model, self.folder / "model")
         except ModelUnavailable as error:
             raise ArtifactFailed("model_unavailable", str(error), "model") from error
-        mapping = asked.get("mapping", file.mapping)
-        if mapping != file.mapping:  # what was found before was read in another way
+        mapping = arguments.get("mapping", file.mapping)
+        if not report or mapping != file.mapping:  # there is no earlier report, or it read the file in another way
             with dataset.open("rb") as stream:
-                found = survey(stream, mapping and Mapping.model_validate(mapping)).as_json()
-            if not found["valid"]:
-                return found
+                report = survey(stream, mapping and Mapping.model_validate(mapping)).as_json()
+            if not report["valid"]:
+                return report
         recipe = {
-            "need": asked["need"],
-            "max_length": asked["max_length"],
-            "loss_on": asked.get("loss_on", "answers"),
+            "need": arguments["need"],
+            "max_length": arguments["max_length"],
+            "loss_on": arguments.get("loss_on", "answers"),
             "mapping": mapping,
-            "rendering": asked.get("rendering", {}),
-            "truncation": asked.get("truncation", "keep_end"),
+            "rendering": arguments.get("rendering", {}),
+            "truncation": arguments.get("truncation", "keep_end"),
         }
-        (counted,) = count(self.folder, [Count(dataset, recipe, found["kept"])], self.lease)
+        (counted,) = count(self.folder, [CountRequest(dataset, recipe, report["kept"])], self.lease)
         _require(counted)
-        told = {name: asked[name] for name in ("model", "max_length", "method")}
-        return found | {"tokens": told | counted}
+        settings = {name: arguments[name] for name in ("model", "max_length", "method")}
+        return report | {"tokens": settings | counted}
 
     def merge(self) -> dict[str, Any]:
-        """A made adapter and its base as one model; returns where it is in the object store."""
+        """Merge an adapter into its base model. Returns the `prefix` of the result in the object store."""
         name, dtype = self.artifact.arguments["model"], self.artifact.arguments["dtype"]
         storage = self.services.storage
         try:
             with self.services.database.read() as session:
-                found = find_model(session, self.artifact.project, name)
-            fetch_model(storage, self.base_models, found, self.folder)
+                model = find_model(session, self.artifact.project, name)
+            fetch_model(storage, self.base_models, model, self.folder)
         except ModelGone as error:
             raise ArtifactFailed("model_not_found", str(error), "model") from error
         except ModelUnavailable as error:
@@ -143,7 +144,7 @@ class _Work:
         return {"prefix": self.prefix}
 
 
-def _require(found: dict[str, Any]) -> None:
-    """Raise `ArtifactFailed` for the error that a program of the trainer told."""
-    if "error" in found:
-        raise ArtifactFailed(found["error"]["code"], found["error"]["message"], found["error"]["param"])
+def _require(result: dict[str, Any]) -> None:
+    """Raise `ArtifactFailed` if a program of the trainer has returned an error."""
+    if "error" in result:
+        raise ArtifactFailed(result["error"]["code"], result["error"]["message"], result["error"]["param"])

@@ -1,4 +1,4 @@
-"""What this worker trains on, found without torch: the worker process must not touch CUDA."""
+"""The device that this worker trains on. It is found without torch, because the worker process must not touch CUDA."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ MEMINFO, CGROUP_LIMIT = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
 
 
 def device() -> dict[str, Any]:
-    """`kind` (cuda or cpu), `name`, `memory_bytes` of the first visible GPU, else of this machine."""
+    """`kind` (cuda or cpu), `name` and `memory_bytes` of the first visible GPU, or of this machine without one."""
     return _gpu() or {"kind": "cpu", "name": f"{os.cpu_count()} × {platform.machine()}", "memory_bytes": host_memory()}
 
 
@@ -24,15 +24,15 @@ def _gpu() -> dict[str, Any] | None:
     if visible:
         command.append(f"--id={visible.split(',')[0]}")
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
-        name, mebibytes = found[0].rsplit(",", 1)
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
+        name, mebibytes = lines[0].rsplit(",", 1)
         return {"kind": "cuda", "name": name.strip(), "memory_bytes": int(mebibytes) * 1024**2}
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None
 
 
 def host_memory() -> int:
-    """Bytes of memory of this machine, or of the container where that has less."""
+    """The memory of this machine in bytes, or the limit of its container if that is lower."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if CGROUP_LIMIT.exists() and (limit := CGROUP_LIMIT.read_text().strip()).isdigit():
         total = min(total, int(limit))

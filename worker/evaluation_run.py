@@ -1,4 +1,4 @@
-"""One attempt at an evaluation: the models that it compares, what it has sampled so far, the report that it leaves."""
+"""One attempt at an evaluation: its models, its completions so far, its judge and its report."""
 
 import json
 from collections import Counter
@@ -21,181 +21,183 @@ from app.spec import quality_gates
 from app.spec.datasets.rendering import RenderingSettings
 from app.spec.evaluation import EvaluationSpec
 from app.spec.job import JobSpec
-from worker.judges.endpoint import Answer, Asker, JudgeFailed, key_of
+from worker.judges.endpoint import Answer, JudgeClient, JudgeFailed, key_of
 from worker.judges.questions import questions, verdicts
 from worker.lease import LeaseLost
-from worker.runner import Attempt, Unfit
+from worker.runner import CannotRun, JobAttempt
 from worker.trainer.events import CompletionsWritten, EvaluationDone, Event, TrainingDone
 
 
-class _BrokenOff(Exception):
-    """The judge is not asked on: the attempt was asked to stop."""
+class _StopAsking(Exception):
+    """The attempt was asked to stop, so the judge is asked nothing more."""
 
 
 ANSWERS = "answers"
-"""What the parts with a judge's answers are called; the others hold completions."""
+"""The first word in the names of parts that hold a judge's answers. All other parts hold completions."""
 
 
-class Evaluation(Attempt[EvaluationSpec]):
+class Evaluation(JobAttempt[EvaluationSpec]):
     """One attempt at an evaluation."""
 
-    OVERDUE = "What it had sampled is lost: ask for less, or give it more time."
+    TIMEOUT_HINT = "Its completions are lost. Ask for fewer, or set a longer timeout."
 
     @staticmethod
     def read_spec(job: Job) -> EvaluationSpec:
         return EvaluationSpec.stored(job.spec)
 
     @property
-    def parts(self) -> str:
-        """Where completions are kept for the attempts that follow. 2: by the numbers that rows have in their file."""
+    def parts_prefix(self) -> str:
+        """The prefix of completions and answers that later attempts reuse. Format 2 counts rows as their file does."""
         return f"jobs/{self.job.id}/parts-2"
 
     @property
-    def shelf(self) -> str:
-        """Where the answers of a judge stay that evaluations were given before they failed: paid for, and of use to the
-        next one that asks it the same."""
+    def answers_prefix(self) -> str:
+        """The prefix of the answers that a judge gave to evaluations that failed.
+
+        The answers were paid for. The next evaluation of the project that asks this judge the same question uses them.
+        """
         judge = self.spec.judge
         assert judge is not None
         assert judge.endpoint is not None
-        asked = judge.endpoint.model_dump(mode="json", include={"base_url", "model", "parameters"})
-        digest = sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        identity = judge.endpoint.model_dump(mode="json", include={"base_url", "model", "parameters"})
+        digest = sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         return f"cache/judgements/{self.job.project}/{digest}"
 
     def prepare(self) -> None:
         spec = self.spec
-        self.services.storage.get_folder(self.parts, self.folder / "parts")
+        self.services.storage.get_folder(self.parts_prefix, self.folder / "parts")
         self.answers = dict(_answers((self.folder / "parts").glob(f"{ANSWERS}-*.jsonl")))
-        self.shelved = set[str]()
+        self.cached_keys = set[str]()
         places = {field: f"data/{file_id}" for field, file_id in spec.files()}
         for field, file_id in spec.files():
             self.fetch_file(file_id, self.folder / places[field], field)
         if spec.baseline is not None and spec.baseline.reference:
-            left = self.lease.read(self._reference)
-            if left is None:
-                message = "What the SFT stage of the candidate's training left is not there any more."
-                raise Unfit("model_not_found", message, "baseline")
-            named = spec.baseline.model_copy(update={"model": left, "reference": None})
-            spec = self.spec = spec.model_copy(update={"baseline": named})
+            reference = self.lease.read(self._reference)
+            if reference is None:
+                message = "The checkpoint of the SFT stage of the candidate's training does not exist any more."
+                raise CannotRun("model_not_found", message, "baseline")
+            baseline = spec.baseline.model_copy(update={"model": reference, "reference": None})
+            spec = self.spec = spec.model_copy(update={"baseline": baseline})
         sides, precision = dict[str, dict[str, Any]](), self.lease.read(self._precision)
         for field, name in spec.models():
             side = field.removesuffix(".model")
             sides[side] = {"rendering": self.lease.read(partial(rendering_of, spec, self.job.project, side, name))}
-            found, _ = self.fetch_model(name, self.folder / "sides" / side, field)
+            model, _ = self.fetch_model(name, self.folder / "sides" / side, field)
             sides[side] |= {
                 "model": name,
-                "base_model": found.model.foundation or found.model.base_model,
-                "version": found.version,
+                "base_model": model.model.foundation or model.model.base_model,
+                "version": model.version,
                 "quantization": spec.quantization,
                 **precision,
             }
-        self.kept = Counter[bool]()
+        self.completions = Counter[bool]()  # whether the judge made them → number
         for path in (self.folder / "parts").glob("*.jsonl"):
             if not path.name.startswith(f"{ANSWERS}-"):
-                self.kept[_by_judge(path)] += self._completions(path)
-        located = spec.sealed(lambda _: None).with_files(places)  # the trainer asks no endpoint
+                self.completions[_by_judge(path)] += self._line_count(path)
+        located = spec.sealed(lambda _: None).with_files(places)  # without the key, as the trainer asks no endpoint
         (self.folder / "evaluation.json").write_text(located.model_dump_json())
         log = {"job": self.job.id, "attempt": self.job.attempt, "request": self.job.request_id}
         run = {"sides": sides, "beta": spec.beta, "attempt": self.job.attempt, "log": log}
         (self.folder / "run.json").write_text(json.dumps(run))
 
     def _reference(self, session: Session) -> str | None:
-        """The name of what the SFT stage of the candidate's training left."""
+        """The name of the checkpoint that the SFT stage of the candidate's training has left; None without one."""
         assert self.spec.candidate is not None
         assert self.spec.candidate.model is not None
-        made = models.job_of(session, self.job.project, self.spec.candidate.model)
-        left = made and job_checkpoints.left_by(session, made.id, "sft")
-        return left.model_name if left else None
+        training = models.job_of(session, self.job.project, self.spec.candidate.model)
+        checkpoint = training and job_checkpoints.left_by(session, training.id, "sft")
+        return checkpoint.model_name if checkpoint else None
 
     def _precision(self, session: Session) -> dict[str, Any]:
-        """How the candidate's training quantised its base and computed, where the evaluation does it so too."""
+        """The precision of the candidate's training; empty if the evaluation quantises in another way."""
         candidate = self.spec.candidate and self.spec.candidate.model
-        made = models.job_of(session, self.job.project, candidate) if candidate else None
-        if made is None or made.spec["quantization"] != self.spec.quantization:
+        training = models.job_of(session, self.job.project, candidate) if candidate else None
+        if training is None or training.spec["quantization"] != self.spec.quantization:
             return {}
-        return {name: made.spec.get(name) for name in ("double_quantization", "compute_dtype")}
+        return {name: training.spec.get(name) for name in ("double_quantization", "compute_dtype")}
 
     @staticmethod
-    def _completions(path: Path) -> int:
+    def _line_count(path: Path) -> int:
         with path.open("rb") as file:
             return sum(1 for _ in file)
 
-    def bring(self, event: Event) -> None:
+    def before_write(self, event: Event) -> None:
         if isinstance(event, CompletionsWritten):
             path = self.folder / event.path
-            self.services.storage.put_file(f"{self.parts}/{path.name}", path)
-            self.kept[_by_judge(path)] += event.completions
+            self.services.storage.put_file(f"{self.parts_prefix}/{path.name}", path)
+            self.completions[_by_judge(path)] += event.completions
 
     def columns(self, batch: list[Event]) -> dict[str, Any]:
         columns: dict[str, Any] = {"lost_attempts": Job.lost_attempts}
         for event in batch:
             if isinstance(event, CompletionsWritten):
-                progress = {"completions": self.kept[_by_judge(Path(event.path))], "total": event.total}
+                progress = {"completions": self.completions[_by_judge(Path(event.path))], "total": event.total}
                 columns = {"lost_attempts": 0, "progress": progress}
         return columns
 
     def write_event(self, session: Session, event_id: str, event: Event) -> None:
-        """Parts are seen in the progress."""
+        """Write nothing. The job's progress shows the parts."""
 
     def _ask(self, path: Path) -> bool:
-        """Ask the endpoint about the items in `path`, and add what it says; False where the attempt ended instead."""
+        """Ask the judge's endpoint about the items in `path` and add its verdicts; False if the attempt has ended."""
         judge = self.spec.judge
         assert judge is not None
         assert judge.endpoint is not None
-        sides, services = self.spec.sides_named, self.services
+        sides, services = self.spec.answer_names, self.services
         try:
             sealed = judge.endpoint.api_key
-            opened = None if sealed is None else services.vault.open(sealed)
+            api_key = None if sealed is None else services.vault.open(sealed)
         except ValueError as error:
             return self.fail("judge_refused", f"The judge's key cannot be read: {error}.", "judge.endpoint.api_key")
 
-        def asked() -> Iterator[str]:
+        def all_questions() -> Iterator[str]:
             for item in _items(path):
                 yield from questions(judge, item, sides)
 
-        keys = {key_of(question) for question in asked()}
+        keys = {key_of(question) for question in all_questions()}
         total, new_parts = len(keys), 0
         try:
-            services.storage.get_folder(self.shelf, self.folder / "shelf")
+            services.storage.get_folder(self.answers_prefix, self.folder / "shelf")
             for key, answer in _answers((self.folder / "shelf").glob("*.jsonl")):
-                self.shelved.add(key)
+                self.cached_keys.add(key)
                 if key in keys:
                     self.answers.setdefault(key, answer)
-        except Exception as error:  # it saves money, and no more
+        except Exception as error:  # the answers only save money
             self.log.warning("earlier answers not read", reason=str(error))
 
         def keep(fresh: dict[str, Answer]) -> None:
             nonlocal new_parts
             name = f"{ANSWERS}-{self.job.attempt:05d}-{new_parts:05d}.jsonl"
             _write_answers(self.folder / "parts" / name, fresh)
-            self.services.storage.put_file(f"{self.parts}/{name}", self.folder / "parts" / name)
+            self.services.storage.put_file(f"{self.parts_prefix}/{name}", self.folder / "parts" / name)
             new_parts += 1
             self.answers |= fresh
-            sampled = self.kept[False]
+            sampled = self.completions[False]
             progress = {"completions": sampled, "total": sampled, "answers": len(self.answers), "questions": total}
             self._write(lost_attempts=0, progress=progress)
 
-        def tick() -> None:
+        def check_stop() -> None:
             if self.lease.lost:
                 raise LeaseLost
             if self.asked_to_stop:
-                raise _BrokenOff
+                raise _StopAsking
 
         (self.folder / "parts").mkdir(exist_ok=True)
         try:
-            asker = Asker(judge.endpoint, opened, services.settings.private_judges)
-            self.answers = asker.ask_all(asked(), self.answers, keep, tick)
+            client = JudgeClient(judge.endpoint, api_key, services.settings.private_judges)
+            self.answers = client.ask_all(all_questions(), self.answers, keep, check_stop)
         except JudgeFailed as failed:
             return self.fail(failed.code, str(failed), "judge.endpoint")
-        except _BrokenOff:
-            self.give_back()
+        except _StopAsking:
+            self.stop_early()
             return False
-        told = path.with_name("judged.jsonl")
-        with told.open("w") as file:
+        judged_path = path.with_name("judged.jsonl")
+        with judged_path.open("w") as file:
             for item in _items(path):
-                found = [self.answers[key_of(question)].text for question in questions(judge, item, sides)]
-                item |= {"asked": bool(found), "verdicts": verdicts(found, sides), "judgements": found}
+                texts = [self.answers[key_of(question)].text for question in questions(judge, item, sides)]
+                item |= {"asked": bool(texts), "verdicts": verdicts(texts, sides), "judgements": texts}
                 file.write(json.dumps(item, ensure_ascii=False) + "\n")
-        told.replace(path)
+        judged_path.replace(path)
         return True
 
     def _write(self, **columns: Any) -> None:
@@ -206,13 +208,15 @@ class Evaluation(Attempt[EvaluationSpec]):
         self.lease.write(write)
 
     def fail(self, code: str, message: str, param: str | None) -> bool:
-        given = {key: one for key, one in self.answers.items() if one.text is not None and key not in self.shelved}
-        if given:
-            place = self.folder / "answers.jsonl"
+        """Fail the job, and keep the judge's new answers for later evaluations."""
+        answers = self.answers.items()
+        new = {key: answer for key, answer in answers if answer.text is not None and key not in self.cached_keys}
+        if new:
+            path = self.folder / "answers.jsonl"
             try:
-                _write_answers(place, given)
-                self.services.storage.put_file(f"{self.shelf}/{self.job.id}.jsonl", place)
-            except Exception as error:  # it saves money, and no more
+                _write_answers(path, new)
+                self.services.storage.put_file(f"{self.answers_prefix}/{self.job.id}.jsonl", path)
+            except Exception as error:  # the answers only save money
                 self.log.warning("answers not kept", reason=str(error))
         return super().fail(code, message, param)
 
@@ -221,22 +225,22 @@ class Evaluation(Attempt[EvaluationSpec]):
         endpoint = self.spec.judge and self.spec.judge.endpoint
         if endpoint and not self._ask(items_path):
             return
-        items = [_figures(item) for item in _items(items_path)]
+        items = [_without_texts(item) for item in _items(items_path)]
         if not items:
             self.fail("invalid_file", "No row of the data is left to evaluate.", "data")
             return
-        # Imported here: the API's image, in which the CPU lane runs, has no NumPy.
+        # Imported here because the API's image, in which the CPU lane runs, has no NumPy.
         from worker import evaluation_figures
 
         report = evaluation_figures.report(self.spec, items)
         if endpoint:
             counts = [(answer.input_tokens, answer.output_tokens) for answer in self.answers.values()]
-            report["judge"] = evaluation_figures.asked(endpoint.price, counts)
-        metrics = evaluation_figures.flat(report)
+            report["judge"] = evaluation_figures.judge_usage(endpoint.price, counts)
+        metrics = evaluation_figures.flatten(report)
         verdicts = quality_gates.judge(self.spec.gates or [], metrics)
         report_path.write_text(json.dumps(report, indent=1, allow_nan=False))
-        made = {new_id("file"): ("report.json", report_path), new_id("file"): ("items.jsonl", items_path)}
-        for file_id, (_, path) in made.items():
+        results = {new_id("file"): ("report.json", report_path), new_id("file"): ("items.jsonl", items_path)}
+        for file_id, (_, path) in results.items():
             self.services.storage.put_file(f"files/{file_id}", path)
 
         def write(session: Session) -> None:
@@ -250,31 +254,33 @@ class Evaluation(Attempt[EvaluationSpec]):
                 session,
                 Status.SUCCEEDED,
                 f"The evaluation has succeeded: {evaluation_figures.summary(report)}",
-                result_files=list(made),
+                result_files=list(results),
                 metrics=metrics,
                 gates=verdicts or None,
             )
-            for file_id, (name, path) in made.items():
+            for file_id, (name, path) in results.items():
                 session.add(self.result_file(file_id, path, name))
 
         self.lease.write(write)
 
 
 def rendering_of(spec: EvaluationSpec, project: str, side: str, name: str, session: Session) -> dict[str, Any]:
-    """How the model `name` of a side reads conversations: as it was trained; the candidate, as the evaluation says.
+    """How the model `name` of a side renders conversations.
 
-    Pairs are the same texts for both sides: their log-probs are compared, as in the training.
+    The candidate follows the evaluation's settings. So does the baseline, if it is a base model or if the evaluation
+    has type `preference`, which compares log-probs of the same texts. All other trained models render as in their own
+    training. A judge that is a base model renders by the defaults.
     """
-    made = models.job_of(session, project, name)
-    if made is not None and side != "candidate" and not (side == "baseline" and spec.type == "preference"):
-        return vars(JobSpec.stored(made.spec).rendering)
-    if side == "judge":  # a base model that is asked has its own habits, not those of the candidate
+    training = models.job_of(session, project, name)
+    if training is not None and side != "candidate" and not (side == "baseline" and spec.type == "preference"):
+        return vars(JobSpec.stored(training.spec).rendering)
+    if side == "judge":  # the candidate's settings do not concern a base model that judges
         return vars(RenderingSettings(date=spec.date).rendering)
     return vars(spec.rendering)
 
 
 def _by_judge(part: Path) -> bool:
-    """Whether a part holds what a model said as the judge, which is counted for itself."""
+    """Whether a part holds completions of a model that judges. They are counted separately."""
     return part.name.startswith("judge-")
 
 
@@ -289,13 +295,13 @@ def _write_answers(path: Path, answers: dict[str, Answer]) -> None:
 
 
 def _answers(paths: Iterable[Path]) -> Iterator[tuple[str, Answer]]:
-    """What a judge said earlier, by the questions' keys."""
+    """(key of the question, answer) of each line in `paths`."""
     for path in paths:
         for line in path.read_text().splitlines():
-            found = json.loads(line)
-            yield found.pop("key"), Answer(**found)
+            fields = json.loads(line)
+            yield fields.pop("key"), Answer(**fields)
 
 
-def _figures(item: dict[str, Any]) -> dict[str, Any]:
-    """What figures are made of: not the texts, which are most of an item."""
+def _without_texts(item: dict[str, Any]) -> dict[str, Any]:
+    """An item without its texts. They take most of its memory, and no figure needs them."""
     return {name: value for name, value in item.items() if not isinstance(value, str) and name != "judgements"}

@@ -1,4 +1,4 @@
-"""What every worker does beside its jobs, every few seconds or every hour. That several do it at once is harmless."""
+"""Housekeeping that every worker does, every few seconds or every hour. Several may do it at the same time."""
 
 import time
 
@@ -17,26 +17,27 @@ from app.services import Services
 from app.uploads import repository as uploads
 from app.webhooks import repository as webhooks
 
-FORGET_AT_ONCE = 1000
+FORGET_BATCH = 1000
+"""Maximum number of rows that one transaction deletes from a table."""
 
 log = structlog.get_logger(__name__)
 
 
 def keep_house(services: Services) -> None:
-    """End what is past its time, and remove what nobody can reach any more."""
+    """End what has expired, and remove deleted files that no job needs."""
     expire(services)
     purge_deleted_files(services)
 
 
-def forget(services: Services) -> None:
-    """Forget what is told of jobs that ended long ago."""
+def apply_retention(services: Services) -> None:
+    """Delete events and webhook deliveries that are older than DPO_RETAIN_EVENTS_DAYS."""
     days = services.settings.retain_events_days
     if days:
         log.info("old events forgotten", rows=forget_old_events(services.database, days * 86400), days=days)
 
 
-def clear_out(services: Services) -> None:
-    """Remove the objects that no row needs any more."""
+def prune_objects(services: Services) -> None:
+    """Remove objects that no row needs and that are older than DPO_PRUNE_AFTER_HOURS. Raises what `prune` raises."""
     hours = services.settings.prune_after_hours
     if hours:
         needed, removed = prune(services, delete=True, grace=hours * 3600)
@@ -44,42 +45,42 @@ def clear_out(services: Services) -> None:
 
 
 def forget_old_events(database: Database, seconds: float) -> int:
-    """Remove the events of jobs that ended more than `seconds` ago, and webhooks' deliveries; returns the rows.
+    """Delete the events of jobs that ended more than `seconds` ago, and ended webhook deliveries of that age.
 
-    A job's last metrics are in its own row and stay.
+    Returns the number of rows. The last metrics of a job are in the job's row and stay.
     """
     forgotten = 0
     while True:
         with database.write() as session:
-            rows = job_events.forget(session, seconds, FORGET_AT_ONCE)
-            rows += webhooks.forget(session, seconds, FORGET_AT_ONCE)
+            rows = job_events.forget(session, seconds, FORGET_BATCH)
+            rows += webhooks.forget(session, seconds, FORGET_BATCH)
         forgotten += rows
         if rows == 0:
             return forgotten
-        time.sleep(0.1)  # for those who wait to write
+        time.sleep(0.1)  # lets other writers in
 
 
 def expire(services: Services) -> None:
-    """End what has a time and is past it: files, uploads (with their parts) and remembered requests."""
+    """End or delete what has expired: files, uploads with their parts, idempotency keys and merged models."""
     with services.database.write() as session:
         files.expire(session)
         uploads.expire(session)
         idempotency.forget_old(session)
-        over = uploads.left_over(session)
-    for upload in over:
+        ended = uploads.ended_with_parts(session)
+    for upload in ended:
         services.uploads.tidy(upload)
     services.models.forget_merged()
 
 
 def purge_deleted_files(services: Services) -> None:
-    """Remove deleted files that no unfinished job reads: the object first, then the row that remembers it."""
+    """Remove deleted files that no unfinished job reads. The row goes after its object, so a failure is retried."""
     with services.database.read() as session:
         deleted = list(session.scalars(select(File).where(File.deleted_at.is_not(None))))
         used = queries.active_files(session) if deleted else set()
     for file in deleted:
         if file.id not in used:
             services.storage.delete(file.key)
-            if file.sha256:  # what was made of it goes with it
+            if file.sha256:  # its tokenised forms go with it
                 services.storage.delete_folder(f"cache/tokens/{file.sha256}")
             with services.database.write() as session:
                 artifacts.forget(session, file.id)

@@ -1,4 +1,4 @@
-"""Weights & Biases: the job's metrics, sent from a thread of its own, so that it delays and stops no training."""
+"""Weights & Biases. Its own thread sends the job's metrics, so it can neither delay nor stop a training."""
 
 import os
 import queue
@@ -12,12 +12,13 @@ from app.spec.job import Integration, JobSpec
 log = structlog.get_logger(__name__)
 
 FINISH_SECONDS = 30
+"""Time to send the last metrics of an attempt."""
 Entries = queue.Queue[tuple[int, dict[str, float]] | None]
-"""Steps with their metrics, then None."""
+"""(step, metrics), and None at the end."""
 
 
 def configured() -> list[str]:
-    """The integrations that this worker has a key for, or a folder that `wandb sync` sends from later."""
+    """The integrations that this worker can use: with a key, or offline into a folder for `wandb sync`."""
     offline = os.environ.get("WANDB_MODE") == "offline" and os.environ.get("WANDB_DIR")
     return ["wandb"] if os.environ.get("WANDB_API_KEY") or offline else []
 
@@ -37,11 +38,12 @@ class Reporter:
             self._threads.append(thread)
 
     def metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Queue the metrics of a step. Returns at once."""
         for entries in self._queues:
             entries.put((step, metrics))
 
     def close(self) -> None:
-        """Send what is left; gives up after half a minute."""
+        """Send the remaining metrics, for at most `FINISH_SECONDS` per integration."""
         for entries in self._queues:
             entries.put(None)
         for thread in self._threads:
@@ -67,5 +69,5 @@ class Reporter:
                 step, metrics = entry
                 run.log(metrics, step=step)
             run.finish()
-        except Exception as error:  # the training matters, not its picture elsewhere
+        except Exception as error:  # the training goes on without it
             log.warning("Weights & Biases is out of reach", job=self.job_id, reason=str(error))

@@ -1,4 +1,4 @@
-"""A lease held: a thread renews it, and another tells when it is lost, whatever the first is waiting for."""
+"""Hold a lease. One thread renews it, and another one notices its loss even while the first hangs."""
 
 import threading
 import time
@@ -20,18 +20,20 @@ from app.work_queue import WorkQueue
 log = structlog.get_logger(__name__)
 
 WATCH_SECONDS = 0.25
+"""Interval at which the watching thread checks the lease."""
 Result = TypeVar("Result")
 
 
 class LeaseLost(Exception):
-    """Another has the row, or nobody: stop, and write nothing."""
+    """This attempt does not hold the lease of its row any more. It must stop and write nothing."""
 
 
 class Lease:
-    """Renews the lease of one attempt while the block runs. `lost` turns true when another has the row.
+    """A context manager that renews the lease of one attempt. `lost` becomes true when the lease is lost.
 
-    A database that does not answer may be away for this worker or for all: the work goes on for `OUTAGE_SECONDS` more
-    than the lease. Where another has the row by then, its attempt fences off whatever this one writes.
+    While the database is unreachable, the work goes on for `OUTAGE_SECONDS` after the end of the lease: the database
+    may be unreachable for all workers. If another attempt takes the row meanwhile, the guard on the attempt number
+    rejects every write of this one.
     """
 
     def __init__(self, database: Database, queue: WorkQueue[Any], row_id: str, attempt: int) -> None:
@@ -39,7 +41,7 @@ class Lease:
         self.log = log.bind(**{queue.noun: row_id}, attempt=attempt)
         self._lost = threading.Event()
         self._released = threading.Event()
-        self._valid_until = time.monotonic() + self._good_for()
+        self._valid_until = time.monotonic() + self._validity()
         self._callbacks: list[Callable[[], None]] = []
         self._threads = [threading.Thread(target=target, daemon=True) for target in (self._renew, self._watch)]
 
@@ -52,26 +54,26 @@ class Lease:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._released.set()
-        self._threads[1].join()  # the other may hang in the database; it writes nothing but a heartbeat
+        self._threads[1].join()  # the other may hang in the database, but it only writes heartbeats
 
     @property
     def lost(self) -> bool:
         return self._lost.is_set()
 
     def wait_lost(self, seconds: float) -> bool:
-        """Wait until the lease is lost, at most `seconds`; returns whether it is."""
+        """Wait at most `seconds` for the loss of the lease; returns whether it is lost."""
         return self._lost.wait(seconds)
 
     def write(self, work: Callable[[Session], Result]) -> Result:
-        """Run `work` in a transaction, again and again while the database is away and the lease is good.
+        """Run `work` in a transaction. Repeat it while the database is unreachable and the lease is valid.
 
-        A connection may break when a commit is done and before this side hears of it: `work` must find out by itself
-        that it is done already, after it has touched the row that it guards. Raises `LeaseLost`.
+        A connection can break after a commit but before its confirmation arrives. `work` may therefore run again after
+        it was committed. It must first write to the row that it guards, then detect this. Raises `LeaseLost`.
         """
         return self._insist(self.database.write, work)
 
     def read(self, work: Callable[[Session], Result]) -> Result:
-        """The same for what only looks."""
+        """Run `work` in a read-only transaction and repeat it as `write` does. Raises `LeaseLost`."""
         return self._insist(self.database.read, work)
 
     def _insist(
@@ -87,38 +89,39 @@ class Lease:
                     raise LeaseLost from error
 
     def on_lost(self, callback: Callable[[], None]) -> None:
-        """Call `callback`, from another thread, when the lease is lost."""
+        """Call `callback` from another thread when the lease is lost."""
         self._callbacks.append(callback)
 
     def heartbeat(self, session: Session) -> bool:
-        """Renew the lease; False where it is another's."""
+        """Renew the lease; False if this attempt no longer holds it."""
         return self.queue.heartbeat(session, self.row_id, self.attempt) is not None
 
-    def _good_for(self) -> float:
+    def _validity(self) -> float:
+        """Seconds that the work may go on after the last renewal."""
         return self.queue.lease_seconds + work_queue.OUTAGE_SECONDS
 
     def _renew(self) -> None:
         while not self._released.wait(work_queue.HEARTBEAT_SECONDS):
-            asked = time.monotonic()
+            sent_at = time.monotonic()
             try:
                 with self.database.write() as session:
                     held = self.heartbeat(session)
-            except Exception as error:  # the database may be away for a while
+            except Exception as error:  # the database may be unreachable for a while
                 self.log.warning("heartbeat failed", reason=str(error))
                 continue
             if not held:
                 self._lost.set()
                 return
-            self._valid_until = asked + self._good_for()
+            self._valid_until = sent_at + self._validity()
 
     def _watch(self) -> None:
-        told = False
+        warned = False
         while not self._released.is_set():
             now = time.monotonic()
             late = now > self._valid_until - work_queue.OUTAGE_SECONDS
-            if late and not told:
+            if late and not warned:
                 self.log.warning("lease not renewed in time; going on")
-            told = late
+            warned = late
             if now > self._valid_until:
                 self._lost.set()
             if self._lost.wait(WATCH_SECONDS):
@@ -128,7 +131,7 @@ class Lease:
 
 
 class JobLease(Lease):
-    """The lease of a job. Its heartbeats count the time that the job trained, and hear that it was paused."""
+    """The lease of a job. Its heartbeats add up the job's running time and notice that the job was paused."""
 
     def __init__(self, database: Database, job_id: str, attempt: int) -> None:
         super().__init__(database, JOBS, job_id, attempt)
@@ -136,7 +139,7 @@ class JobLease(Lease):
 
     @property
     def paused(self) -> bool:
-        """Whether the job was paused while this attempt had it."""
+        """Whether the job was paused during this attempt."""
         return self._paused.is_set()
 
     def heartbeat(self, session: Session) -> bool:

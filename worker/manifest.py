@@ -1,4 +1,4 @@
-"""What a folder holds, by hash: written when it is made, looked at before it is used."""
+"""The manifest of a folder: the hashes of its files. It is written with the folder and checked before use."""
 
 import hashlib
 import json
@@ -8,12 +8,12 @@ NAME = "manifest.json"
 
 
 def write(folder: Path) -> None:
-    """Write the SHA-256 of every file below `folder` into it."""
+    """Write the SHA-256 of every file below `folder` to its manifest."""
     (folder / NAME).write_text(json.dumps(_hashes(folder), indent=1))
 
 
 def damage(folder: Path) -> str | None:
-    """What differs from the manifest of `folder`, in words; None where all is as it was written."""
+    """The first difference between `folder` and its manifest, as a message; None if there is none."""
     try:
         expected = json.loads((folder / NAME).read_text())
     except FileNotFoundError:
@@ -22,12 +22,12 @@ def damage(folder: Path) -> str | None:
         return f"{NAME} is damaged"
     if not isinstance(expected, dict):
         return f"{NAME} is damaged"
-    found = _hashes(folder)
-    if missing := sorted(expected.keys() - found.keys()):
+    actual = _hashes(folder)
+    if missing := sorted(expected.keys() - actual.keys()):
         return f"{missing[0]} is missing"
-    if more := sorted(found.keys() - expected.keys()):
-        return f"{more[0]} does not belong to it"
-    if different := sorted(name for name in expected if expected[name] != found[name]):
+    if extra := sorted(actual.keys() - expected.keys()):
+        return f"{extra[0]} is not in {NAME}"
+    if different := sorted(name for name in expected if expected[name] != actual[name]):
         return f"{different[0]} is damaged"
     return None
 

@@ -1,4 +1,4 @@
-"""The files of a model in the folder of a trainer: find what a name stands for, then fetch what it is made of."""
+"""Put a model into the folder of a trainer: find what its name stands for, then fetch its files."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from worker.base_models import BaseModels
 
 
 class ModelGone(Exception):
-    """A model that was there when its job was made was deleted."""
+    """A model was deleted after a job that uses it was created."""
 
     def __init__(self, name: str) -> None:
         super().__init__(f"The model '{name}' was deleted.")
@@ -19,17 +19,17 @@ class ModelGone(Exception):
 
 @dataclass(frozen=True)
 class FoundModel:
-    """A model, and what it stands on."""
+    """A model and the models below it."""
 
     model: models.ResolvedModel
     foundation: models.ResolvedModel | None
-    """The fully trained model below it, where that is not the base model itself."""
+    """The fully trained model below it; None if it sits on the base model directly."""
     version: str | None
-    """The version of its base model."""
+    """The version of its base model; None if no worker has registered one."""
 
 
 def find_model(session: Session, project: str, name: str) -> FoundModel:
-    """What a name stands for. Raises `ModelGone`."""
+    """Find a model and its foundation by name. Raises `ModelGone`."""
     model = models.find(session, project, name)
     if model is None:
         raise ModelGone(name)
@@ -42,13 +42,14 @@ def find_model(session: Session, project: str, name: str) -> FoundModel:
 
 
 def fetch_model(storage: Storage, base_models: BaseModels, found: FoundModel, folder: Path) -> str | None:
-    """Put the weights into `folder`: `base`, and for an adapter `start`. Returns the hub revision of the base model.
+    """Put the weights into `folder`: full weights as `base`, an adapter as `start`.
 
-    Raises `ModelUnavailable` where the base model is not on this machine.
+    Returns the hub revision of the base model, if it has one. Raises `ModelUnavailable` if this worker cannot serve
+    the base model.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model, foundation = found.model, found.foundation
-    if model.kind == "reward" and model.prefix is not None:  # it is whole, its base model in it
+    if model.kind == "reward" and model.prefix is not None:  # its weights include the base model's
         storage.get_folder(model.prefix, folder / "base")
         return None
     base, revision = base_models.locate(model.base_model)

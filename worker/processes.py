@@ -1,4 +1,4 @@
-"""Trainer processes: started without the service's secrets, with torch loaded, and ended with all they began."""
+"""Trainer processes. They start without the service's secrets, and end together with the processes they started."""
 
 import json
 import os
@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import IO
 
 START_SECONDS = 120.0
-"""A fork server that has not answered by then hangs."""
+"""A fork server that does not answer within this time counts as hung."""
 UNKNOWN_STATUS = -signal.SIGKILL
-"""The exit status of a trainer whose fork server was killed."""
-VARIABLES = ("PATH", "HOME", "TMPDIR", "LANG", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
-PREFIXES = (
+"""The exit status to assume for a trainer whose fork server was killed."""
+ALLOWED_VARIABLES = ("PATH", "HOME", "TMPDIR", "LANG", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
+ALLOWED_PREFIXES = (
     "CUDA_",
     "NVIDIA_",
     "OMP_",
@@ -32,33 +32,34 @@ PREFIXES = (
 
 
 def trainer_environment() -> dict[str, str]:
-    """What a trainer needs of the environment, and none of its secrets: an allow-list."""
-    return {k: v for k, v in os.environ.items() if k in VARIABLES or k.startswith(PREFIXES)}
+    """The environment variables that a trainer needs. The allow-list keeps the service's secrets out."""
+    return {k: v for k, v in os.environ.items() if k in ALLOWED_VARIABLES or k.startswith(ALLOWED_PREFIXES)}
 
 
 def answer_cache(stdin: IO[bytes], key: str) -> None:
-    """Tell a trainer that waits for `key` that the cache was asked: the file is in its folder, or nobody has it."""
+    """Tell a trainer that waits for `key` to go on. The cache's file is now in its folder, or does not exist."""
     with suppress(BrokenPipeError):
         stdin.write(json.dumps({"key": key}).encode() + b"\n")
         stdin.flush()
 
 
 class Trainer:
-    """A trainer at work: a fork of the `ForkServer`, in a process group of its own."""
+    """A running trainer: a fork of the `ForkServer`, in a process group of its own."""
 
     def __init__(self, server: socket.socket, pid: int, stdin: IO[bytes], stdout: IO[bytes]) -> None:
         self.pid, self.stdin, self.stdout = pid, stdin, stdout
-        """`stdin` is held open: the trainer ends by itself when this process is gone."""
-        self._server, self._waiting = server, threading.Lock()
+        """`stdin` stays open. The trainer ends when it closes, which also happens when this process dies."""
+        self._server, self._wait_lock = server, threading.Lock()
         self._status: int | None = None
 
     def send_signal(self, number: int) -> None:
+        """Send a signal to the trainer. It does nothing if the trainer has ended."""
         with suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
     def wait(self) -> int:
-        """Wait for the exit status, negative for a signal. Safe in several threads."""
-        with self._waiting:
+        """Wait for the exit status; −n means signal n. Several threads may wait."""
+        with self._wait_lock:
             if self._status is None:
                 try:
                     packet = self._server.recv(64)
@@ -68,7 +69,7 @@ class Trainer:
             return self._status
 
     def kill(self) -> None:
-        """End the trainer and whatever it started."""
+        """Kill the trainer and the processes that it started."""
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self.wait()
@@ -78,14 +79,14 @@ class Trainer:
 
 
 class ForkServer:
-    """A process that has torch loaded, and forks a trainer for one job at a time: its first step need not wait."""
+    """A process that has loaded torch and forks one trainer at a time, so that no job waits for the imports."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
 
     def prepare(self) -> None:
-        """Have the process there."""
+        """Start the process unless it runs."""
         if self._process is not None and self._process.poll() is None:
             return
         self.close()
@@ -93,7 +94,7 @@ class ForkServer:
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "worker.trainer.fork_server"],
-                stdin=theirs.fileno(),  # the server ends when this process is gone
+                stdin=theirs.fileno(),  # the server ends when this socket closes
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
@@ -102,14 +103,14 @@ class ForkServer:
         self._socket = ours
 
     def start(self, folder: Path) -> Trainer:
-        """Start the trainer of `folder`. Raises `OSError` where that takes too long or the server ends."""
-        for last in (False, True):
+        """Start a trainer in `folder`. Raises `OSError` if the server hangs or ends, twice in a row."""
+        for is_last_try in (False, True):
             self.prepare()
             try:
                 return self._start(folder)
-            except OSError:  # it was killed, by whomever
+            except OSError:  # the server was killed or hangs: start another
                 self.close()
-                if last:
+                if is_last_try:
                     raise
         raise AssertionError
 
@@ -131,11 +132,11 @@ class ForkServer:
         finally:
             os.close(their_input)
             os.close(their_output)
-        self._socket.settimeout(None)  # a training may take its time
+        self._socket.settimeout(None)  # the next packet is the exit status, after a whole training
         return Trainer(self._socket, int(packet), stdin, stdout)
 
     def close(self) -> None:
-        """End the process. A trainer ends by itself."""
+        """End the process. A running trainer does not end with it."""
         if self._socket is not None:
             self._socket.close()
         if self._process is not None:
@@ -144,7 +145,7 @@ class ForkServer:
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
-    """End a process that leads a group, and whatever it started."""
+    """Kill a process that leads a process group, and the rest of the group."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -1,4 +1,4 @@
-"""Take the leases of workers that are gone, so that others go on. That several reapers look at once is harmless."""
+"""Take away the leases of lost workers, so that others go on with the work. Several reapers may run at once."""
 
 import time
 from collections.abc import Callable
@@ -24,88 +24,93 @@ from app.work_queue import WorkQueue
 
 log = structlog.get_logger(__name__)
 
-OUTAGE_SECONDS = work_queue.LEASE_SECONDS - work_queue.HEARTBEAT_SECONDS - 2.0
-"""A break shorter than this ends no lease that its worker renews."""
+MAX_GAP_SECONDS = work_queue.LEASE_SECONDS - work_queue.HEARTBEAT_SECONDS - 2.0
+"""A gap of this length between two inspections cannot end a lease that its worker renews."""
 DRIFT_SECONDS = 2.0
+"""Difference between the clocks of this process and of the database that counts as a jump of a clock."""
 UNRENEWED_SECONDS = work_queue.HEARTBEAT_SECONDS + 2.0
-"""A lease that stays as it is for so long is not being renewed, whatever the clocks were meanwhile."""
-Held = tuple[str, int, float | None]
-"""A lease as its row has it: whose, of which attempt, until when."""
+"""A lease that does not change for this long is not being renewed, whatever the clocks show."""
+HeldLease = tuple[str, int, float | None]
+"""(row id, attempt, end) of a lease, as its row has them."""
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """That leases may be taken now: when that was found, by this process's clock and by the database's, and those that
-    nobody has renewed for a while.
-    """
+    """An inspection after which leases may be taken away."""
 
-    own: float
-    shown: float
-    unrenewed: frozenset[Held]
+    own_time: float
+    """When it was made, by this process's monotonic clock."""
+    database_time: float
+    """When it was made, by the database's clock."""
+    unrenewed: frozenset[HeldLease]
+    """The leases that nobody has renewed for `UNRENEWED_SECONDS`."""
 
 
 class Reaper:
-    """Reaps only after it has been in touch with the database, without a break, for as long as a lease lasts, and only
-    what it has itself seen unrenewed.
+    """Takes leases away, after it has been in contact with the database for the length of a lease without a break.
 
-    What was an outage for this process, or a jump of the database's clock, was one for the workers too, who have had
-    no time to renew their leases since: they get one lease's time. A process that has just started cannot know. A clock
-    that was wrong between two looks leaves leases that end at any time; their workers write them again.
+    An outage or a jump of the database's clock also kept the workers from renewing their leases. After it, they get
+    the length of one lease to do so. The same holds after the start of this process, which cannot know what was before.
+    A clock that was wrong between two inspections can leave any end time in a lease, until its worker renews it. The
+    reaper therefore takes only leases that it has itself seen unrenewed.
     """
 
     def __init__(self, services: Services) -> None:
         self.services = services
         self._last: tuple[float, float] | None = None
-        self._since = 0.0
-        self._seen: dict[Held, float] = {}
-        """When each lease was first seen as it is."""
+        """(own time, database time) of the last inspection."""
+        self._in_touch_since = 0.0
+        self._first_seen: dict[HeldLease, float] = {}
+        """When each lease was first seen with its present end."""
 
-    def look(self) -> None:
-        """Take expired leases away, unless there was a break, and wake the workers that have work again."""
+    def inspect(self) -> None:
+        """Take expired leases away unless there was a break, and wake the workers that have work again."""
         with self.services.database.read() as session:
-            shown = now(session)
-            found = [lease for queue, _ in QUEUES for lease in queue.leases(session)]
+            database_time = now(session)
+            leases = [lease for queue, _ in QUEUES for lease in queue.leases(session)]
             orphans = bool(queries.orphans(session))
-        own, held = time.monotonic(), {(whose, attempt, end) for whose, attempt, end in found}
-        in_touch, unrenewed = self.in_touch(own, shown), self.unrenewed(own, held)
+        own_time, held = time.monotonic(), {(row_id, attempt, end) for row_id, attempt, end in leases}
+        in_touch, unrenewed = self.in_touch(own_time, database_time), self.unrenewed(own_time, held)
         if in_touch >= work_queue.LEASE_SECONDS and unrenewed:
-            for lane in reap(self.services.database, Inspection(own, shown, unrenewed)):
+            for lane in reap(self.services.database, Inspection(own_time, database_time, unrenewed)):
                 self.services.broker.wake(lane)
         if orphans:
             cancel_orphans(self.services.database)
 
-    def in_touch(self, own: float, shown: float) -> float:
-        """Seconds without a break, at a look whose time is `own` by this process's clock, `shown` by the database's."""
-        last, self._last = self._last, (own, shown)
+    def in_touch(self, own_time: float, database_time: float) -> float:
+        """Seconds of contact with the database without a break, up to the inspection at these times."""
+        last, self._last = self._last, (own_time, database_time)
         if last is None:
-            self._since = own
-        elif own - last[0] > OUTAGE_SECONDS or abs((shown - last[1]) - (own - last[0])) > DRIFT_SECONDS:
+            self._in_touch_since = own_time
+            return 0.0
+        own_passed, database_passed = own_time - last[0], database_time - last[1]
+        if own_passed > MAX_GAP_SECONDS or abs(database_passed - own_passed) > DRIFT_SECONDS:
             log.warning("no lease is taken for a while: the database was away, or its clock was set")
-            self._since = own
-        return own - self._since
+            self._in_touch_since = own_time
+        return own_time - self._in_touch_since
 
-    def unrenewed(self, own: float, held: set[Held]) -> frozenset[Held]:
-        """Those of the leases that are `held` now that were the same some looks ago."""
-        self._seen = {lease: self._seen.get(lease, own) for lease in held}
-        return frozenset(lease for lease, first in self._seen.items() if own - first >= UNRENEWED_SECONDS)
+    def unrenewed(self, own_time: float, held: set[HeldLease]) -> frozenset[HeldLease]:
+        """Those of the leases `held` now that have not changed for `UNRENEWED_SECONDS`."""
+        self._first_seen = {lease: self._first_seen.get(lease, own_time) for lease in held}
+        return frozenset(lease for lease, first in self._first_seen.items() if own_time - first >= UNRENEWED_SECONDS)
 
 
-def reap(database: Database, look: Inspection | None = None) -> set[Lane]:
-    """Take expired leases away, of those that a reaper's `look` allows; returns the lanes that have work again.
+def reap(database: Database, inspection: Inspection | None = None) -> set[Lane]:
+    """Take away expired leases that are unrenewed by `inspection`, or all expired ones without it.
 
-    Where the clocks do not agree that the look was just now, as after a wait for a lock that kept heartbeats waiting
-    too, nothing is taken.
+    Returns the lanes that have work again. Nothing is taken if the inspection is not recent by both clocks. A lock may
+    have delayed this transaction, and the workers' heartbeats with it.
     """
     lanes = set[Lane]()
     with database.write() as session:
         lapsed = [(queue, recover, queue.lapsed(session)) for queue, recover in QUEUES]
-        if look is not None and not _just_now(session, look):
+        if inspection is not None and not _is_recent(session, inspection):
             return lanes
         for queue, recover, rows in lapsed:
             for row in rows:
-                if look is None or (row.id, row.attempt, row.lease_expires_at) in look.unrenewed:
-                    named = {queue.noun: row.id}
-                    log.warning("lease expired", **named, attempt=row.attempt, owner=row.lease_owner)
+                if inspection is None or (row.id, row.attempt, row.lease_expires_at) in inspection.unrenewed:
+                    row_field = {queue.noun: row.id}
+                    log.warning("lease expired", **row_field, attempt=row.attempt, owner=row.lease_owner)
                     lanes.add(recover(session, row))
     return lanes
 
@@ -131,19 +136,19 @@ QUEUES: list[tuple[WorkQueue[Any], Callable[[Session, Any], Lane]]] = [
     (artifacts.ARTIFACTS, _recover_artifact),
     (webhooks.DELIVERIES, _recover_delivery),
 ]
-"""Every queue, and how a row of it whose worker was lost goes on; it returns the lane that has work again."""
+"""(queue, recovery of a row whose worker was lost). The recovery returns the lane that has work again."""
 
 
 def cancel_orphans(database: Database) -> None:
-    """Cancel the evaluations that wait for a training that has failed or was cancelled."""
+    """Cancel evaluations that wait for a training that has failed or was cancelled."""
     with database.read() as session:
         orphans = [(job.id, Status(job.status), job.parent_id) for job in queries.orphans(session)]
-    for job_id, status, parent_id in orphans:  # each in its own transaction: of locked rows nobody waits for another
+    for job_id, status, parent_id in orphans:  # one transaction each: locks on several jobs could deadlock
         with database.write() as session:
-            message = f"Its training {parent_id} has made no model."
+            message = f"The training {parent_id} has left no model to evaluate."
             transitions.transition(session, job_id, status, Status.CANCELLED, actor=Actor.HOUSEKEEPING, message=message)
 
 
-def _just_now(session: Session, look: Inspection) -> bool:
-    passed, shown = time.monotonic() - look.own, now(session) - look.shown
-    return max(passed, shown) <= DRIFT_SECONDS and shown >= 0
+def _is_recent(session: Session, inspection: Inspection) -> bool:
+    own_passed, database_passed = time.monotonic() - inspection.own_time, now(session) - inspection.database_time
+    return max(own_passed, database_passed) <= DRIFT_SECONDS and database_passed >= 0

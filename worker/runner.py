@@ -1,9 +1,9 @@
-"""GPU lane: run the trainer of one job in a process of its own, and bring what it makes to safety.
+"""GPU lane: run the trainer of one job in its own process, write its events and upload its results.
 
-    claim the lease → prepare a folder → spawn the trainer → relay its events → upload → finish
+    claim the lease → prepare a folder → start the trainer → relay its events → upload → finish
 
-Every write is guarded by the attempt. Where the lease is lost (cancelled, or given to another worker) the
-trainer's whole process group is killed and nothing more is written.
+The attempt number guards every write. A lease is lost when its job is cancelled or another worker takes it. The
+trainer's whole process group is then killed, and nothing more is written.
 """
 
 import math
@@ -54,27 +54,30 @@ from worker.work import work_folder
 log = structlog.get_logger(__name__)
 Spec = TypeVar("Spec", JobSpec, EvaluationSpec)
 Outcome = TrainingDone | EvaluationDone | Failed | Broken
+"""The events that end a run."""
 
 STOPPED = 75
+"""The exit status of a trainer that stopped after SIGTERM and can resume."""
 CACHE_KEY = re.compile(r"(tokens|reference)(/[0-9a-f]{64}){1,2}")
 LOG_SECONDS = 3.0
-OVERDUE_SECONDS = 30.0
-"""For the checkpoint of a job whose time is over."""
+"""Interval at which the trainer's log is uploaded."""
+TIMEOUT_GRACE_SECONDS = 30.0
+"""Time for a last checkpoint after a job has reached its timeout."""
 
 
-class Unfit(Exception):
-    """A job that cannot be run: something that it names is gone, or not on this machine."""
+class CannotRun(Exception):
+    """A job cannot be run, because a file or model that it names does not exist or cannot be served here."""
 
     def __init__(self, code: str, message: str, param: str | None) -> None:
         super().__init__(message)
         self.code, self.param = code, param
 
 
-class Attempt(ABC, Generic[Spec]):
+class JobAttempt(ABC, Generic[Spec]):
     """One attempt at one job."""
 
-    OVERDUE: ClassVar[str]
-    """What is said to the user where the job's time is over, besides that it is."""
+    TIMEOUT_HINT: ClassVar[str]
+    """Advice for the user, at the end of the error message of a timeout."""
 
     def __init__(
         self, services: Services, base_models: BaseModels, job: Job, stopping: threading.Event, server: ForkServer
@@ -88,86 +91,86 @@ class Attempt(ABC, Generic[Spec]):
         self.log = log.bind(job=job.id, attempt=job.attempt, request=job.request_id)
 
     def run(self) -> None:
-        """Run the attempt to its end, whatever that is."""
+        """Run the attempt to its end and write its result, error or pause."""
         folder = tempfile.TemporaryDirectory(dir=work_folder(self.services), ignore_cleanup_errors=True)
         with folder as name, JobLease(self.services.database, self.job.id, self.job.attempt) as self.lease:
             self.folder = Path(name)
             try:
                 self.prepare()
                 self._finish(self._train())
-            except Unfit as error:
+            except CannotRun as error:
                 with suppress(LeaseLost):
                     self.fail(error.code, str(error), error.param)
             except LeaseLost:
                 self.log.warning("lease lost; the trainer was stopped")
-            except Exception as error:  # the store, the disk: the job must not hang until its lease expires
+            except Exception as error:  # storage or disk: without recovery the job would hang until its lease expires
                 self.log.error("the attempt failed", exc_info=error)
                 self._recover(f"The worker failed ({type(error).__name__}).")
             finally:
                 self.close()
-        with suppress(Exception):  # pruning will find it
+        with suppress(Exception):  # pruning removes what is left
             tidy_job(self.services, self.job.id)
 
     @property
     def overdue(self) -> bool:
-        """Whether the job has trained for longer than it may."""
+        """Whether the job has reached its timeout, all attempts together."""
         limit = self.job.timeout_seconds
         return limit is not None and self.job.ran_seconds + time.monotonic() - self.began > limit
 
-    # -- what a training and an evaluation do each in their own way -------------------------------------------------
+    # -- implemented by trainings and evaluations -------------------------------------------------------------------
 
     @staticmethod
     @abstractmethod
     def read_spec(job: Job) -> Spec:
-        """What the job asks for."""
+        """The spec of the job."""
 
     @abstractmethod
     def prepare(self) -> None:
-        """Lay out the trainer's folder. Raises `Unfit` for a job that cannot be run."""
+        """Fill the trainer's folder. Raises `CannotRun`."""
 
     @abstractmethod
-    def bring(self, event: Event) -> None:
-        """Bring to safety what `event` tells of, before its row is written."""
+    def before_write(self, event: Event) -> None:
+        """Upload the files that `event` reports. Called before the event is written to the database."""
 
     @abstractmethod
     def columns(self, batch: list[Event]) -> dict[str, Any]:
-        """The job's columns after `batch`."""
+        """The columns of the job's row that `batch` changes."""
 
     @abstractmethod
     def write_event(self, session: Session, event_id: str, event: Event) -> None:
-        """Write what `event` tells, other than messages."""
+        """Write the rows for `event`. Notices are written by the caller."""
 
-    def relayed(self, batch: list[Event]) -> None:
-        """Called once `batch` is written."""
+    def after_write(self, batch: list[Event]) -> None:
+        """Called after `batch` is written."""
 
     @abstractmethod
     def succeed(self, outcome: TrainingDone | EvaluationDone) -> None:
-        """Upload what was made, then make it visible in one transaction."""
+        """Upload the results, then make them visible in one transaction."""
 
     def close(self) -> None:
-        """Called at the end of the attempt, whatever it is."""
+        """Called at the end of every attempt."""
 
     # -- before ------------------------------------------------------------------------------------------------
 
     def fetch_model(self, name: str, folder: Path, field: str) -> tuple[FoundModel, str | None]:
-        """Put what the model `name` is made of into `folder`; returns what it is, and the hub revision of its base.
+        """Put the weights of the model `name` into `folder`. Returns (model, hub revision of its base model).
 
-        Raises `Unfit`, about `field` of the spec.
+        Raises `CannotRun`, which names `field` of the spec.
         """
         try:
-            found = self.lease.read(lambda session: find_model(session, self.job.project, name))
-            return found, fetch_model(self.services.storage, self.base_models, found, folder)
+            model = self.lease.read(lambda session: find_model(session, self.job.project, name))
+            return model, fetch_model(self.services.storage, self.base_models, model, folder)
         except ModelGone as error:
-            raise Unfit("model_not_found", str(error), field) from error
+            raise CannotRun("model_not_found", str(error), field) from error
         except ModelUnavailable as error:
-            raise Unfit("model_unavailable", str(error), field) from error
+            raise CannotRun("model_unavailable", str(error), field) from error
 
-    def fetch_file(self, file_id: str, place: Path, field: str) -> None:
-        """Put a file that the job reads at `place`. Raises `Unfit`."""
+    def fetch_file(self, file_id: str, path: Path, field: str) -> None:
+        """Download an input file of the job to `path`. Raises `CannotRun`, which names `field` of the spec."""
         try:
-            self.services.storage.get_file(f"files/{file_id}", place)
+            self.services.storage.get_file(f"files/{file_id}", path)
         except FileNotFoundError as error:
-            raise Unfit("file_not_found", f"A file of the job is gone: {error}", field) from error
+            raise CannotRun("file_not_found", f"A file of the job no longer exists: {error}", field) from error
 
     # -- during ------------------------------------------------------------------------------------------------
 
@@ -177,7 +180,7 @@ class Attempt(ABC, Generic[Spec]):
             raise LeaseLost
         process = self.server.start(self.folder)
         self.log.info("trainer started", pid=process.pid)
-        # Whatever this thread is busy with then: a trainer without a lease ends at once.
+        # The callback runs in another thread: a trainer without a lease must end even if this thread is busy.
         self.lease.on_lost(process.kill)
         lines: queue.Queue[bytes | None] = queue.Queue()
         reader = threading.Thread(target=_read_lines, args=(process, lines), daemon=True)
@@ -190,40 +193,41 @@ class Attempt(ABC, Generic[Spec]):
             self._upload_log()
 
     def _relay_until_end(self, process: Trainer, lines: "queue.Queue[bytes | None]") -> None:
-        asked, uploaded = math.inf, time.monotonic()
+        """Relay the trainer's events until it closes its output. Stop it when the attempt should end."""
+        stop_sent_at, uploaded_at = math.inf, time.monotonic()
         while True:
             batch, ended = _drain(lines)
             if self.lease.lost:
                 raise LeaseLost
-            if asked == math.inf and self.asked_to_stop:
+            if stop_sent_at == math.inf and self.asked_to_stop:
                 process.send_signal(signal.SIGTERM)
-                asked = time.monotonic()
-            if self.overdue and time.monotonic() - asked > OVERDUE_SECONDS:
+                stop_sent_at = time.monotonic()
+            if self.overdue and time.monotonic() - stop_sent_at > TIMEOUT_GRACE_SECONDS:
                 process.kill()
             if batch:
                 self._serve_cache(process, batch)
                 self._relay(batch)
             if ended:
                 return
-            if time.monotonic() - uploaded > LOG_SECONDS:
+            if time.monotonic() - uploaded_at > LOG_SECONDS:
                 self._upload_log()
-                uploaded = time.monotonic()
+                uploaded_at = time.monotonic()
 
     def _serve_cache(self, process: Trainer, batch: list[Event]) -> None:
-        """Fetch what the trainer wants and others made, and store what it made. A cache that fails is only slower."""
+        """Fetch and store cache files for the trainer. A failure of the cache costs only time."""
         for event in batch:
             match event:
                 case CacheMade(key):
                     self._share(key, self.services.storage.put_file)
                 case CacheWanted(key):
                     if not self._share(key, self.services.storage.get_file):
-                        (self.folder / "cache" / key).unlink(missing_ok=True)  # half of it may be there
+                        (self.folder / "cache" / key).unlink(missing_ok=True)  # it may be incomplete
                     answer_cache(process.stdin, key)
 
     def _share(self, key: str, copy: Callable[[str, Path], None]) -> bool:
-        """Copy what the cache has under `key` from or to the object store; whether that worked."""
+        """Copy the cache file `key` from or to the object store with `copy`; returns whether that worked."""
         if not CACHE_KEY.fullmatch(key):
-            raise ValueError(f"not a key of the cache: {key}")
+            raise ValueError(f"not a cache key: {key}")
         try:
             copy(f"cache/{key}", self.folder / "cache" / key)
         except FileNotFoundError:
@@ -234,19 +238,19 @@ class Attempt(ABC, Generic[Spec]):
         return True
 
     def _relay(self, batch: list[Event]) -> None:
-        """Write a batch of the trainer's events: what they tell of is uploaded first, so that their rows are true."""
+        """Write a batch of the trainer's events. Files are uploaded first, so that no row refers to a missing file."""
         for event in batch:
-            self.bring(event)
+            self.before_write(event)
             if isinstance(event, Outcome):
                 self.outcome = event
-        told = [new_id("ftevent") for _ in batch]
+        event_ids = [new_id("ftevent") for _ in batch]
 
         def write(session: Session) -> None:
             if not JOBS.write(session, self.job.id, self.job.attempt, **self.columns(batch)):
                 raise LeaseLost
-            if job_events.any_of(session, told):  # the commit was done, and only its answer was lost
+            if job_events.any_of(session, event_ids):  # an earlier try was committed
                 return
-            for event_id, event in zip(told, batch, strict=True):
+            for event_id, event in zip(event_ids, batch, strict=True):
                 if isinstance(event, Notice):
                     level, data = event.level, event.data
                     job_events.add(session, self.job.id, event.message, level=level, data=data, id=event_id)
@@ -254,11 +258,11 @@ class Attempt(ABC, Generic[Spec]):
                     self.write_event(session, event_id, event)
 
         self.lease.write(write)
-        self.relayed(batch)
+        self.after_write(batch)
 
     def _upload_log(self) -> None:
         path = self.folder / "trainer.log"
-        with suppress(Exception):  # a log that cannot be stored must not stop a training
+        with suppress(Exception):  # a failed upload of the log must not stop a training
             self.services.storage.put_file(log_key(self.job.id, self.job.attempt), path)
 
     # -- after -------------------------------------------------------------------------------------------------
@@ -270,30 +274,30 @@ class Attempt(ABC, Generic[Spec]):
             case Failed(code, message, param):
                 self.fail(code, message, param)
             case _ if (self.overdue or status == STOPPED) and self.asked_to_stop:
-                self.give_back()
+                self.stop_early()
             case Broken(reason):
                 self._recover(f"The trainer could not go on ({reason}).")
             case _:
-                how = f"signal {-status}" if status < 0 else f"exit status {status}"
-                self._recover(f"The trainer died ({how}).")
+                cause = f"signal {-status}" if status < 0 else f"exit status {status}"
+                self._recover(f"The trainer died ({cause}).")
 
     @property
     def asked_to_stop(self) -> bool:
-        """Whether the attempt should end before the job has."""
+        """Whether the attempt should end now: after a timeout, because of a pause, or because the worker stops."""
         return self.overdue or self.lease.paused or self.stopping.is_set()
 
-    def give_back(self) -> None:
-        """End an attempt that was asked to stop: its job fails where its time is over, else goes back to the queue."""
+    def stop_early(self) -> None:
+        """End an attempt that was asked to stop. The job fails after a timeout, else it goes back to the queue."""
         if self.overdue:
-            message = f"It ran for {self.job.timeout_seconds} s, which is its 'timeout_seconds'. {self.OVERDUE}"
+            message = f"The job reached its 'timeout_seconds' of {self.job.timeout_seconds} s. {self.TIMEOUT_HINT}"
             self.fail("timeout_exceeded", message, "timeout_seconds")
             return
-        paused, stops = "The job waits, paused; its GPU is free.", "The worker stops; the job will resume."
-        text = paused if self.lease.paused else stops
+        paused, drained = "The job is paused. Its GPU is free.", "The worker stops; the job will resume."
+        text = paused if self.lease.paused else drained
         self.lease.write(lambda session: self.end(session, Status.QUEUED, text))
 
     def result_file(self, file_id: str, path: Path, name: str) -> File:
-        """The row of a file that the job leaves."""
+        """The row of a result file of the job. The caller adds it."""
         return File(
             id=file_id,
             project=self.job.project,
@@ -305,12 +309,14 @@ class Attempt(ABC, Generic[Spec]):
         )
 
     def fail(self, code: str, message: str, param: str | None) -> bool:
+        """End the job as failed; always returns False. Raises `LeaseLost`."""
         error = {"code": code, "message": message, "param": param}
         self.lease.write(lambda session: self.end(session, Status.FAILED, message, level="error", error=error))
         return False
 
     def end(self, session: Session, target: Status, message: str, **values: Any) -> None:
-        taken = transitions.transition(
+        """Take the running job to the status `target` and write the columns `values`. Raises `LeaseLost`."""
+        is_done = transitions.transition(
             session,
             self.job.id,
             Status.RUNNING,
@@ -320,10 +326,11 @@ class Attempt(ABC, Generic[Spec]):
             message=message,
             **values,
         )
-        if not taken:
+        if not is_done:
             raise LeaseLost
 
     def _recover(self, reason: str) -> None:
+        """Count this attempt as lost and let another one continue the job."""
         self.log.warning("attempt lost", reason=reason)
 
         def write(session: Session) -> None:
@@ -342,7 +349,7 @@ def _read_lines(process: Trainer, lines: "queue.Queue[bytes | None]") -> None:
 
 
 def _drain(lines: "queue.Queue[bytes | None]") -> tuple[list[Event], bool]:
-    """(events that came within a moment, whether the trainer closed its output)."""
+    """(events that have arrived, whether the trainer closed its output). Waits a moment for the first event."""
     batch: list[Event] = []
     with suppress(queue.Empty):
         line = lines.get(timeout=0.25)

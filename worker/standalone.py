@@ -1,7 +1,7 @@
-"""`dpo train SPEC.json --output DIR`: the engine alone, with no service.
+"""`dpo train SPEC.json --output DIR`: run the engine alone, without the service.
 
-SPEC.json is the body of `POST /v1/fine_tuning/jobs` with file paths in place of file ids, relative to SPEC.json's
-folder; `model` names a base model as on a worker. DIR ends as the artifact folder.
+SPEC.json is the body of `POST /v1/fine_tuning/jobs`, with file paths in place of file ids. Paths are relative to
+SPEC.json's folder. `model` names a base model as on a worker. The artifact is written to DIR.
 """
 
 import json
@@ -26,16 +26,17 @@ from worker.processes import answer_cache, kill_group, trainer_environment
 from worker.trainer.events import CacheWanted, CheckpointWritten, Failed, Metrics, Notice, read
 
 USAGE = 2
+"""The exit status for a spec or a file that is wrong."""
 
 
 class UsageError(Exception):
-    """A spec that cannot be run."""
+    """A spec cannot be run. The message is for the user."""
 
 
 def train(spec_path: Path, output: Path, settings: Settings, console: Console) -> int:
-    """Run the trainer; returns the exit status: 0 done, 1 failed, 2 the spec or a file is wrong."""
+    """Run the trainer. Returns 0 if done, 1 if it failed, 2 if the spec or a file is wrong, 130 after Ctrl-C."""
     try:
-        spec, public = _read_spec(spec_path)
+        spec, original = _read_spec(spec_path)
         if output.exists() and any(output.iterdir()):
             raise UsageError(f"{output} exists and is not empty.")
         base, revision = BaseModels(settings).locate(spec.model)
@@ -54,7 +55,7 @@ def train(spec_path: Path, output: Path, settings: Settings, console: Console) -
             "base_model": spec.model,
             "revision": revision,
             "version": None,
-            "spec": public,
+            "spec": original,
         }
         (folder / "run.json").write_text(json.dumps(run))
         status = _run(folder, console)
@@ -65,7 +66,10 @@ def train(spec_path: Path, output: Path, settings: Settings, console: Console) -
 
 
 def _read_spec(path: Path) -> tuple[JobSpec, dict[str, Any]]:
-    """(the spec with the files' places on this machine, the spec as its user wrote it), defaults filled in."""
+    """(the spec with absolute file paths, the spec with the paths of SPEC.json). Both have the defaults filled in.
+
+    Raises `UsageError`.
+    """
     try:
         body = json.loads(path.read_text())
         spec = JobSpec.model_validate(body).resolved()
@@ -76,7 +80,7 @@ def _read_spec(path: Path) -> tuple[JobSpec, dict[str, Any]]:
         first["loc"] = ("body", *first["loc"])
         raise UsageError(f"{path}: {describe_validation_error(first)[0]}") from error
     if spec.evaluations:
-        raise UsageError(f"{path}: 'evaluations' are jobs of the service; leave them out.")
+        raise UsageError(f"{path}: 'evaluations' are jobs of the service. Leave them out.")
     located = {}
     for field, name in spec.files():
         file = (path.parent / name).resolve()
@@ -92,13 +96,14 @@ def _read_spec(path: Path) -> tuple[JobSpec, dict[str, Any]]:
 
 
 def _run(folder: Path, console: Console) -> int:
+    """Run the trainer in `folder` and print its events. Returns the exit status of `train`."""
     with (folder / "trainer.log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "worker.trainer", str(folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
-            start_new_session=True,  # Ctrl-C is for this process, which ends the trainer
+            start_new_session=True,  # Ctrl-C reaches only this process, which ends the trainer
             env=trainer_environment(),
         )
     assert process.stdin is not None
@@ -107,13 +112,13 @@ def _run(folder: Path, console: Console) -> int:
     try:
         for line in process.stdout:
             match read(line):
-                case Metrics() as event if _worth_a_line(event):
-                    values = "  ".join(f"{name} {value:.4g}" for name, value in _shown(event.metrics))
+                case Metrics() as event if _is_printed(event):
+                    values = "  ".join(f"{name} {value:.4g}" for name, value in _summary(event.metrics))
                     console.print(f"{event.stage} {event.step}/{event.total_steps}  {values}", highlight=False)
                 case CheckpointWritten(path=path):
-                    shutil.rmtree(folder / path)  # for resuming, which only the service does
+                    shutil.rmtree(folder / path)  # only the service resumes from checkpoints
                 case CacheWanted(key):
-                    answer_cache(process.stdin, key)  # nobody else has made anything
+                    answer_cache(process.stdin, key)  # there is no shared cache
                 case Notice(message):
                     console.print(message, highlight=False)
                 case Failed(message=message):
@@ -128,17 +133,18 @@ def _run(folder: Path, console: Console) -> int:
     return 0 if status == 0 else 1
 
 
-def _worth_a_line(event: Metrics) -> bool:
-    """Validations, and a twentieth of the steps: `metrics.csv` has them all."""
+def _is_printed(event: Metrics) -> bool:
+    """Whether to print `event`: every validation and about 20 steps. `metrics.csv` has all of them."""
     every = max(1, event.total_steps // 20)
     return event.step % every == 0 or any(name.startswith("eval/") for name in event.metrics)
 
 
-def _shown(metrics: dict[str, float]) -> list[tuple[str, float]]:
+def _summary(metrics: dict[str, float]) -> list[tuple[str, float]]:
     return [(name, metrics[name]) for name in SUMMARY if name in metrics]
 
 
 def main() -> int:
+    """Run `train` with the paths on the command line, and print how to load the model."""
     spec, output, console = Path(sys.argv[1]), Path(sys.argv[2]), Console(soft_wrap=True)
     status = train(spec, output, Settings(), console)
     if status == 0:

@@ -1,4 +1,4 @@
-"""One attempt at a training: what it starts from, its checkpoints, its metrics, and the model that it leaves."""
+"""One attempt at a training: its input, its checkpoints, its metrics and the resulting model."""
 
 import json
 from typing import Any
@@ -19,14 +19,14 @@ from app.spec.metrics import SUMMARY
 from worker.checkpoints import Checkpoints
 from worker.integrations import Reporter
 from worker.lease import LeaseLost
-from worker.runner import Attempt
+from worker.runner import JobAttempt
 from worker.trainer.events import CheckpointWritten, EvaluationDone, Event, Metrics, StageBegan, TrainingDone
 
 
-class Training(Attempt[JobSpec]):
+class Training(JobAttempt[JobSpec]):
     """One attempt at a training."""
 
-    OVERDUE = "Its checkpoints are kept: a new job can start from one."
+    TIMEOUT_HINT = "Its checkpoints are kept. A new job can start from one."
     reporter: Reporter | None = None
 
     @staticmethod
@@ -45,7 +45,7 @@ class Training(Attempt[JobSpec]):
         places = {field: f"data/{file_id}" for field, file_id in files.items()}
         for field, file_id in files.items():
             self.fetch_file(file_id, self.folder / places[field], field)
-        found, revision = self.fetch_model(spec.model, self.folder, "model")
+        model, revision = self.fetch_model(spec.model, self.folder, "model")
         if spec.reference_model is not None:
             field = "method.dpo.hyperparameters.reference_model"
             self.fetch_model(spec.reference_model, self.folder / "reference", field)
@@ -54,13 +54,13 @@ class Training(Attempt[JobSpec]):
         run = {
             "base_model": self.job.foundation or self.job.base_model,
             "revision": revision,
-            "version": found.version,
+            "version": model.version,
             "spec": self.job.spec,
             "log": {"job": self.job.id, "attempt": self.job.attempt, "request": self.job.request_id},
         }
         (self.folder / "run.json").write_text(json.dumps(run))
 
-    def bring(self, event: Event) -> None:
+    def before_write(self, event: Event) -> None:
         match event:
             case CheckpointWritten():
                 self.checkpoints.store(f"{self.prefix}/{event.path}", self.folder / event.path)
@@ -103,7 +103,7 @@ class Training(Attempt[JobSpec]):
     def _write_checkpoint(self, session: Session, event_id: str, event: CheckpointWritten) -> None:
         name, prefix = f"{self.job.makes}:ckpt-step-{event.step}", f"{self.prefix}/{event.path}"
         if job_checkpoints.move(session, self.job.id, event.step, prefix):
-            return  # written again after a resume: the same bytes, and whole, which the first may not be
+            return  # written again after a resume; the first copy may be incomplete
         session.add(
             Checkpoint(
                 id=new_id("ftckpt"),
@@ -119,13 +119,13 @@ class Training(Attempt[JobSpec]):
         text = f"Checkpoint created at step {event.step}: {name}"
         job_events.add(session, self.job.id, text, id=event_id)
 
-    def relayed(self, batch: list[Event]) -> None:
+    def after_write(self, batch: list[Event]) -> None:
         if any(isinstance(event, CheckpointWritten) for event in batch):
             try:
                 self.checkpoints.trim()
             except LeaseLost:
                 raise
-            except Exception as error:  # what is too much can wait; the training cannot
+            except Exception as error:  # the training must not wait for it
                 self.log.warning("checkpoints not trimmed", reason=str(error))
 
     def succeed(self, outcome: TrainingDone | EvaluationDone) -> None:
@@ -138,7 +138,8 @@ class Training(Attempt[JobSpec]):
         size = sum(path.stat().st_size for path in (self.folder / "output").rglob("*") if path.is_file())
 
         def write(session: Session) -> None:
-            # The row first: events are numbered in the order of their commits, and evaluations that end now wait.
+            # The job's row comes first. Its lock makes evaluations that end now wait, and events are numbered in the
+            # order of their commits.
             if not JOBS.write(session, self.job.id, self.job.attempt, metrics=outcome.metrics):
                 raise LeaseLost
             verdicts = transitions.judge_gates(session, self.job, outcome.metrics)
@@ -181,12 +182,12 @@ class Training(Attempt[JobSpec]):
 
 
 def _checkpoint_metrics(step: int, metrics: dict[str, float]) -> dict[str, float]:
-    """The contract's names beside ours."""
+    """The metrics under the names of the OpenAI API and under our own."""
     names = {
         "train_loss": "loss",
         "train_mean_token_accuracy": "mean_token_accuracy",
         "valid_loss": "eval/loss",
         "valid_mean_token_accuracy": "eval/mean_token_accuracy",
     }
-    contract = {theirs: metrics[ours] for theirs, ours in names.items() if ours in metrics}
-    return {"step": float(step), **contract, **metrics}
+    renamed = {theirs: metrics[ours] for theirs, ours in names.items() if ours in metrics}
+    return {"step": float(step), **renamed, **metrics}

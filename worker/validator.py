@@ -1,4 +1,4 @@
-"""CPU lane: check the files of a new job, then put it in the queue or fail it with line and field."""
+"""CPU lane: check the files of a new job, then queue the job or fail it. The error names the line and the field."""
 
 import tempfile
 from collections.abc import Iterator
@@ -27,20 +27,19 @@ from app.spec.hyperparameters import DEFAULT_MAX_LENGTH
 from app.spec.job import JobSpec
 from worker.base_models import BaseModels, has_chat_template
 from worker.classifier import BadClassifier, LinearClassifier
-from worker.counting import Count, count, place_tokenizer
+from worker.counting import CountRequest, count, place_tokenizer
 from worker.evaluation_run import rendering_of
 from worker.lease import JobLease, Lease, LeaseLost
 from worker.work import work_folder
 
 log = structlog.get_logger(__name__)
 
-
 SAMPLE = 200
-"""Rows that are rendered as the model would read them, before a job waits for a GPU."""
+"""Maximum number of rows of a file that are rendered for the model before the job waits for a GPU."""
 
 
 def validate(services: Services, base_models: BaseModels, job: Job) -> None:
-    """Check the files of `job`, whose lease this worker has."""
+    """Check the files of `job`, whose lease this worker holds. Queue the job, or fail it."""
     queued = False
     with (
         JobLease(services.database, job.id, job.attempt) as lease,
@@ -53,7 +52,7 @@ def validate(services: Services, base_models: BaseModels, job: Job) -> None:
 
 
 class _Invalid(Exception):
-    """What is wrong with the file of a field, or with the job for what the file holds."""
+    """The file of `field` is not usable for the job. `param` is the field that the error names."""
 
     def __init__(self, field: str, reason: str, code: str | None = None, param: str | None = None) -> None:
         super().__init__(reason)
@@ -61,7 +60,7 @@ class _Invalid(Exception):
 
 
 class _Check:
-    """The check of one job's files."""
+    """The check of the files of one job, in `folder`."""
 
     def __init__(self, services: Services, base_models: BaseModels, job: Job, lease: Lease, folder: Path) -> None:
         self.services, self.base_models, self.job, self.lease, self.folder = services, base_models, job, lease, folder
@@ -71,18 +70,18 @@ class _Check:
         self.warnings: list[str] = []
 
     def run(self) -> bool:
-        """Whether the job is in the queue now."""
+        """Check all files and queue the job, or fail it. Returns whether the job was queued."""
         try:
             for field, file_id in self.spec.files():
-                self._structure(field, file_id)
-            self._repeated_prompts()
-            self._rendered()
+                self._check_structure(field, file_id)
+            self._warn_of_repeated_prompts()
+            self._check_rendering()
         except _Invalid as invalid:
             self._fail(invalid)
             return False
         except LeaseLost:
             raise
-        except Exception as error:  # storage or disk: another attempt may do better, and they are counted
+        except Exception as error:  # storage or disk: another attempt may succeed, and attempts are limited
             log.error("files could not be checked", job=self.job.id, exc_info=error)
             reason = "The files could not be read."
             self.lease.write(lambda session: transitions.recover(session, self.job, Actor.VALIDATOR, reason))
@@ -98,7 +97,7 @@ class _Check:
             Status.QUEUED,
             actor=Actor.VALIDATOR,
             attempt=job.attempt,
-            lost_attempts=0,  # what follows has its own chances
+            lost_attempts=0,  # the training counts its own
             estimated_seconds=expected_seconds(session, spec, job.base_model, self.reports)
             if isinstance(spec, JobSpec)
             else None,
@@ -112,68 +111,68 @@ class _Check:
     def _path(self, file_id: str) -> Path:
         return self.folder / file_id
 
-    def _structure(self, field: str, file_id: str) -> None:
-        """Whether the rows of a file are what the job needs."""
+    def _check_structure(self, field: str, file_id: str) -> None:
+        """Check that the rows of a file fit the job. Raises `_Invalid`."""
         need, path = self.spec.needs(field), self._path(file_id)
         if not path.exists():
             try:
                 self.services.storage.get_file(f"files/{file_id}", path)
             except FileNotFoundError:
-                raise _Invalid(field, f"the file {file_id} is gone") from None
+                raise _Invalid(field, f"The file {file_id} no longer exists.") from None
         try:
             if need is None:
                 LinearClassifier.load(path)
                 return
-            compared = any(name.endswith("validation_file") for name, _ in self.spec.files())
+            has_validation = any(name.endswith("validation_file") for name, _ in self.spec.files())
             with path.open("rb") as file:
-                self.reports[field] = check(file, need, self.spec.reads(field), asked=compared)
+                self.reports[field] = check(file, need, self.spec.reads(field), count_prompts=has_validation)
         except (DatasetError, BadClassifier) as error:
             raise _Invalid(field, str(error)) from error
 
-    def _repeated_prompts(self) -> None:
-        """Validation rows that ask what training rows ask tell how well those were learned by heart."""
+    def _warn_of_repeated_prompts(self) -> None:
+        """Warn of validation rows whose prompt is also in the training rows. They partly measure memorisation."""
         for field, report in self.reports.items():
             if not field.endswith("validation_file") or not isinstance(self.spec, JobSpec):
                 continue
-            fields = self.spec.trained(field.replace("validation_file", "training_file"))
-            trained = {asked for one in fields if one in self.reports for asked in self.reports[one].asked}
-            repeated = sum(rows for asked, rows in report.asked.items() if asked in trained)
+            fields = self.spec.training_fields(field.replace("validation_file", "training_file"))
+            trained = {prompt for name in fields if name in self.reports for prompt in self.reports[name].prompt_counts}
+            repeated = sum(rows for prompt, rows in report.prompt_counts.items() if prompt in trained)
             if repeated:
                 self.warnings.append(
-                    f"{field}: {repeated} of {report.kept} rows ask what rows of the training file ask too: what is "
-                    "measured on them is in part what was learned by heart."
+                    f"{field}: {repeated} of {report.kept} rows have a prompt that is also in the training file. "
+                    "Their metrics partly measure memorisation."
                 )
 
-    def _rendered(self) -> None:
-        """Whether the model's tokenizer and chat template write the rows, on a sample of them.
+    def _check_rendering(self) -> None:
+        """Check on a sample that the model's tokenizer and chat template accept the rows. Raises `_Invalid`.
 
-        Where the model is not at hand, its training finds it out.
+        If this machine does not have the model, the job itself finds the errors later.
         """
-        for name, wanted in self._to_render():
+        for name, requests in self._to_render():
             with self.services.database.read() as session:
                 model = models.find(session, self.job.project, name)
-            if model is None or not wanted or model.base_model not in self.base_models.folders():
+            if model is None or not requests or model.base_model not in self.base_models.folders():
                 continue
             folder = self.folder / f"rendered-{len(list(self.folder.iterdir()))}"
             folder.mkdir()
             place_tokenizer(self.services, self.base_models, model, folder / "model")
             if not has_chat_template(folder / "model"):
                 continue
-            counted = count(folder, [one for _, one in wanted], self.lease)
-            for (field, _), found in zip(wanted, counted, strict=True):
-                if error := found.get("error"):
+            counted = count(folder, [request for _, request in requests], self.lease)
+            for (field, _), result in zip(requests, counted, strict=True):
+                if error := result.get("error"):
                     param = error["param"] if error["param"] in ("model", "loss_on") else field
                     raise _Invalid(field, error["message"], error["code"], param)
-                for refused in found["refused"]:
-                    if not found["sampled_rows"]:
+                for refused in result["refused"]:
+                    if not result["sampled_rows"]:
                         raise _Invalid(field, f"No row can be trained on. {refused['detail']}", "chat_template_error")
                     self.warnings.append(
-                        f"{field}: of {SAMPLE} rows that were looked at, {refused['rows']} cannot be trained on "
+                        f"{field}: {refused['rows']} rows in a sample of at most {SAMPLE} cannot be trained on "
                         f"({refused['reason']}). {refused['detail']}"
                     )
 
-    def _to_render(self) -> Iterator[tuple[str, list[tuple[str, Count]]]]:
-        """(name of a model, what it will read: the field of the file, and how)."""
+    def _to_render(self) -> Iterator[tuple[str, list[tuple[str, CountRequest]]]]:
+        """(model name, [(field of a file, how the model reads it)]) of each model that reads a file."""
         spec = self.spec
         if isinstance(spec, EvaluationSpec):
             report = self.reports["data"]
@@ -181,11 +180,11 @@ class _Check:
             for name, side in (("candidate", spec.candidate), ("baseline", spec.baseline)):
                 if side is not None and side.model is not None:
                     with self.services.database.read() as session:
-                        read = rendering_of(spec, self.job.project, name, side.model, session)
-                    recipe = self._recipe(spec, "data", need) | {"rendering": read}
-                    yield side.model, [("data", Count(self._path(spec.data), recipe, report.kept, SAMPLE))]
+                        rendering = rendering_of(spec, self.job.project, name, side.model, session)
+                    recipe = self._recipe(spec, "data", need) | {"rendering": rendering}
+                    yield side.model, [("data", CountRequest(self._path(spec.data), recipe, report.kept, SAMPLE))]
             return
-        files, wanted = dict(spec.files()), []
+        files, requests = dict(spec.files()), []
         for stage in spec.stages():
             field, settings = stage.file_field, stage.settings
             recipe = self._recipe(spec, field, settings.data) | {
@@ -193,10 +192,11 @@ class _Check:
                 "max_length": settings.max_length or DEFAULT_MAX_LENGTH,
                 "loss_on": settings.scored,
             }
-            for part in (*spec.trained(field), field.replace("training", "validation")):
-                if part in files:
-                    wanted.append((part, Count(self._path(files[part]), recipe, self.reports[part].kept, SAMPLE)))
-        yield spec.model, wanted
+            for name in (*spec.training_fields(field), field.replace("training", "validation")):
+                if name in files:
+                    rows = self.reports[name].kept
+                    requests.append((name, CountRequest(self._path(files[name]), recipe, rows, SAMPLE)))
+        yield spec.model, requests
 
     @staticmethod
     def _recipe(spec: JobSpec | EvaluationSpec, field: str, need: Kind) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""CPU lane: send what is due to webhook endpoints, a few at a time, so that a slow one holds up no other."""
+"""CPU lane: send due deliveries to webhook endpoints, several at a time, so that a slow endpoint delays no other."""
 
 import threading
 import time
@@ -12,7 +12,7 @@ import structlog
 from standardwebhooks import Webhook
 
 from app import __version__
-from app.outbound_http import HostRefused, find, new_client
+from app.outbound_http import HostRefused, new_client, resolve
 from app.services import Services
 from app.webhooks import repository
 from app.webhooks.service import PRIVATE
@@ -21,31 +21,32 @@ from app.webhooks.tables import WebhookDelivery, WebhookEndpoint
 log = structlog.get_logger(__name__)
 
 TIMEOUT_SECONDS = 20.0
-SENDERS, AT_ONCE = 8, 2
-"""Deliveries under way at a time, and those of them to one endpoint."""
-LOOK_SECONDS = 1.0
+MAX_SENDING, MAX_PER_ENDPOINT = 8, 2
+"""Maximum number of deliveries that are sent at the same time: in total, and to one endpoint."""
+POLL_SECONDS = 1.0
+"""Interval at which due deliveries are looked for."""
 
 
 class Sender:
-    """Sends what is due until it is stopped."""
+    """Sends due deliveries until `stopping` is set."""
 
     def __init__(self, services: Services, stopping: threading.Event, owner: str) -> None:
         self.services, self.stopping, self.owner = services, stopping, owner
 
     def run(self) -> None:
         """The loop of the sending thread."""
-        with ThreadPoolExecutor(SENDERS, thread_name_prefix="webhooks") as pool:
+        with ThreadPoolExecutor(MAX_SENDING, thread_name_prefix="webhooks") as pool:
             busy: dict[Future[None], str] = {}
             while not self.stopping.is_set():
                 busy = {future: endpoint for future, endpoint in busy.items() if not future.done()}
-                full = [endpoint for endpoint, count in Counter(busy.values()).items() if count >= AT_ONCE]
+                full = [endpoint for endpoint, count in Counter(busy.values()).items() if count >= MAX_PER_ENDPOINT]
                 try:
-                    due = self._claim(full) if len(busy) < SENDERS else None
-                except Exception as error:  # the database may be away; what is due stays due
+                    due = self._claim(full) if len(busy) < MAX_SENDING else None
+                except Exception as error:  # the database may be unreachable; the deliveries stay due
                     log.warning("webhooks wait", reason=type(error).__name__)
                     due = None
                 if due is None:
-                    self.stopping.wait(LOOK_SECONDS)
+                    self.stopping.wait(POLL_SECONDS)
                 else:
                     busy[pool.submit(self._send, *due)] = due[1].id
 
@@ -54,7 +55,7 @@ class Sender:
             return repository.claim(session, self.owner, busy)
 
     def send_due(self) -> int:
-        """Send all that is due now, one after the other; returns how much it was."""
+        """Send all due deliveries, one after the other; returns their number."""
         sent = 0
         while (due := self._claim()) is not None:
             self._send(*due)
@@ -70,14 +71,14 @@ class Sender:
         try:
             with self.services.database.write() as session:
                 repository.record(session, delivery, entry, delivered=delivered, gone=status == 410)
-        except Exception as error:  # it is sent again after a while: receivers know events by their id
+        except Exception as error:  # the delivery is sent again; receivers recognise the event by its id
             log.warning("webhook not recorded", delivery=delivery.id, reason=type(error).__name__)
 
     def _post(self, delivery: WebhookDelivery, endpoint: WebhookEndpoint) -> tuple[int | None, str | None]:
-        """(the answer's status, what went wrong)."""
+        """(status of the answer, problem). The status is None without an answer, the problem None after a success."""
         body = orjson.dumps(delivery.body)
         try:
-            target = find(endpoint.url, self.services.settings.private_webhooks, PRIVATE)
+            target = resolve(endpoint.url, self.services.settings.private_webhooks, PRIVATE)
             signed_at = datetime.now(UTC)
             secret = Webhook(self.services.vault.open(endpoint.sealed_secret))
             headers = {
@@ -89,20 +90,20 @@ class Sender:
             }
             with new_client(TIMEOUT_SECONDS) as client:
                 request = target.post(client, body, headers)
-                # The timeout is that of a read; an answer that comes drop by drop must not hold a sender for ever.
+                # The timeout applies to each read. The timer also ends an answer that arrives byte by byte.
                 overdue = threading.Timer(TIMEOUT_SECONDS, client.close)
                 overdue.start()
                 try:
                     answer = client.send(request, stream=True)
-                    answer.close()  # nothing of it is read: its status says it all
+                    answer.close()  # the body is not read: only the status counts
                 finally:
                     overdue.cancel()
         except HostRefused as refused:
             return None, f"not sent: {refused}"
         except ValueError as error:
             return None, f"not sent: {error}"
-        except Exception as error:  # whatever a stranger's server does to a connection
+        except Exception as error:  # a foreign server can cause any error of the connection
             return None, f"{type(error).__name__}: {error}"[:500]
         if 300 <= answer.status_code < 400:
-            return answer.status_code, "it redirects, which is not followed"
+            return answer.status_code, "it redirects, and redirects are not followed"
         return answer.status_code, None if answer.status_code < 300 else f"it answered {answer.status_code}"

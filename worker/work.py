@@ -1,4 +1,4 @@
-"""Where a worker keeps what it works on."""
+"""The folder in which a worker keeps its temporary files."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from app.services import Services
 
 
 def work_folder(services: Services) -> Path:
-    """A folder for the folders of jobs and tasks."""
+    """The folder that holds the temporary folders of jobs and artifacts. It is created if it is missing."""
     folder = services.settings.home / "work"
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -1,4 +1,4 @@
-"""A lane's loop: look for a job, run it, look again. Wake-ups only make it look sooner."""
+"""The loop of a lane: look for a job, run it, look again. A wake-up only makes it look sooner."""
 
 import gc
 import os
@@ -23,7 +23,7 @@ from worker.base_models import BaseModels
 from worker.derived_artifacts import make_artifact
 from worker.device import device
 from worker.evaluation_run import Evaluation
-from worker.housekeeping import clear_out, forget, keep_house
+from worker.housekeeping import apply_retention, keep_house, prune_objects
 from worker.processes import ForkServer
 from worker.reaper import Reaper
 from worker.training_run import Training
@@ -33,15 +33,17 @@ from worker.webhooks import Sender
 log = structlog.get_logger(__name__)
 
 ATTEMPTS: dict[str, type[Training | Evaluation]] = {TRAINING.name: Training, EVALUATION.name: Evaluation}
-"""The attempt at a job, by its kind."""
-LOOK_SECONDS = 2.0
-"""An idle worker looks by itself so often, should a wake-up be lost; so often it keeps house."""
+"""The class that runs a job, by the job's kind."""
+POLL_SECONDS = 2.0
+"""Interval at which an idle worker looks for work, in case a wake-up was lost. Housekeeping and reaper use it too."""
 REGISTER_SECONDS = 30.0
+"""Interval at which the worker registers itself and its base models."""
 PRUNE_SECONDS = 3600.0
+"""Interval at which old events and unneeded objects are removed."""
 
 
 class WorkerPool:
-    """The threads of one worker process: one that works, one that keeps house, one that takes leases of the lost."""
+    """The threads of one worker process: work, housekeeping and reaper, and in the CPU lane also webhooks."""
 
     def __init__(self, services: Services, lane: Lane) -> None:
         self.services, self.lane = services, lane
@@ -50,7 +52,7 @@ class WorkerPool:
         self.device = device() if lane == Lane.GPU else None
         self.stopping = threading.Event()
         self.fork_server = ForkServer()
-        self._bell = threading.Event()
+        self._woken = threading.Event()
         self._threads = [
             threading.Thread(target=self._work, name=f"{lane.value}-lane"),
             threading.Thread(target=self._keep_house, name="housekeeping"),
@@ -62,22 +64,24 @@ class WorkerPool:
             )
 
     def start(self) -> None:
+        """Start all threads."""
         for thread in self._threads:
             thread.start()
-        if self.lane == Lane.CPU:  # not waited for at the end: pruning may end anywhere
+        if self.lane == Lane.CPU:  # a daemon: pruning may be interrupted at any point
             threading.Thread(target=self._prune, name="pruner", daemon=True).start()
 
-    def ring(self) -> None:
-        """A wake-up came."""
+    def wake_up(self) -> None:
+        """Look for work now. Called for each wake-up message."""
         log.debug("woken", lane=self.lane)
-        self._bell.set()
+        self._woken.set()
 
     def stop(self) -> None:
-        """Drain: a running trainer writes a checkpoint, and its job goes back to the queue."""
+        """Begin to drain: a running trainer writes a checkpoint, and its job goes back to the queue."""
         self.stopping.set()
-        self._bell.set()
+        self._woken.set()
 
     def join(self) -> None:
+        """Wait for the threads to end."""
         for thread in self._threads:
             if thread.is_alive():
                 thread.join()
@@ -86,18 +90,18 @@ class WorkerPool:
         while not self.stopping.is_set():
             try:
                 while not self.stopping.is_set() and self._work_once():
-                    # What a job leaves in cycles would stay until the next full collection, which is jobs away.
+                    # Otherwise the reference cycles of a job would keep their memory over several further jobs.
                     gc.collect()
             except SQLAlchemyError as error:
                 log.warning("database out of reach", reason=str(error))
-            except Exception as error:  # one job's trouble must not end the lane
+            except Exception as error:  # an error in one job must not end the lane
                 log.error("unexpected error in the lane", exc_info=error)
-            self._bell.wait(LOOK_SECONDS)
-            self._bell.clear()
+            self._woken.wait(POLL_SECONDS)
+            self._woken.clear()
         self.fork_server.close()
 
     def _work_once(self) -> bool:
-        """Claim and run one job; False where there is none."""
+        """Claim and run one job or artifact; False if there is none."""
         if self.lane == Lane.CPU:
             with self.services.database.write() as session:
                 job = job_queue.claim(session, Status.VALIDATING, self.owner)
@@ -105,10 +109,10 @@ class WorkerPool:
                 validate(self.services, self.base_models, job)
                 return True
             with self.services.database.write() as session:
-                task = artifacts.claim(session, self.owner, self.base_models.served())
-            if task is not None:
-                make_artifact(self.services, self.base_models, task)
-            return task is not None
+                artifact = artifacts.claim(session, self.owner, self.base_models.served())
+            if artifact is not None:
+                make_artifact(self.services, self.base_models, artifact)
+            return artifact is not None
         served = self.base_models.served()
         with self.services.database.write() as session:
             job = job_queue.claim(session, Status.QUEUED, self.owner, served)
@@ -119,46 +123,46 @@ class WorkerPool:
         return job is not None
 
     def _keep_house(self) -> None:
-        registered = -REGISTER_SECONDS
+        registered_at = -REGISTER_SECONDS
         while not self.stopping.is_set():
             try:
                 keep_house(self.services)
-                if time.monotonic() - registered >= REGISTER_SECONDS:
+                if time.monotonic() - registered_at >= REGISTER_SECONDS:
                     self._register()
-                    registered = time.monotonic()
-            except Exception as error:  # whatever it is, the next round may do better
+                    registered_at = time.monotonic()
+            except Exception as error:  # the next round may succeed
                 log.warning("housekeeping failed", reason=str(error))
-            self.stopping.wait(LOOK_SECONDS)
+            self.stopping.wait(POLL_SECONDS)
         with suppress(SQLAlchemyError), self.services.database.write() as session:
             workers.leave(session, self.owner)
 
     def _reap(self) -> None:
-        """In a thread of its own: an object store that hangs must not keep jobs from going on."""
+        """Reap in a thread of its own: housekeeping may hang in the object store, and lost jobs must still go on."""
         reaper = Reaper(self.services)
         while not self.stopping.is_set():
             try:
-                reaper.look()
-            except Exception as error:  # whatever it is, the next look may do better
+                reaper.inspect()
+            except Exception as error:  # the next inspection may succeed
                 log.warning("leases could not be looked at", reason=str(error))
-            self.stopping.wait(LOOK_SECONDS)
+            self.stopping.wait(POLL_SECONDS)
 
     def _prune(self) -> None:
         while not self.stopping.wait(PRUNE_SECONDS):
-            for work in (forget, clear_out):
+            for work in (apply_retention, prune_objects):
                 try:
                     work(self.services)
-                except Exception as error:  # the store or the database are away; the next round comes
+                except Exception as error:  # the next round may succeed
                     log.warning("housekeeping failed", reason=str(error))
 
     def _register(self) -> None:
-        """Tell the API who is here, on what device, and which base models there are."""
+        """Register this worker with its device, its integrations and its base models."""
         gpu = self.lane == Lane.GPU
-        found = self.base_models.local() if gpu else []
-        serves = [*(model.name for model in found), *self.base_models.patterns] if gpu else []
+        local = self.base_models.local() if gpu else []
+        serves = [*(model.name for model in local), *self.base_models.patterns] if gpu else []
         details = {"device": self.device, "integrations": integrations.configured()} if gpu else {}
         with self.services.database.write() as session:
             workers.report(session, self.owner, self.lane, serves, details)
-            for model in found:
+            for model in local:
                 models.register(session, model.name, model.revision, model.details)
             for pattern in self.base_models.patterns if gpu else ():
                 models.register_hub(session, pattern)

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from app.cli.client import Client
-from app.cli.evaluations import judge_of
+from app.cli.evaluations import judge_from_options
 from app.cli.output import Json, emit
 from app.cli.watch import EXIT_STATUS, watch
 from app.spec.metrics import CHARTS
@@ -57,7 +57,7 @@ def compare(
         "sampling": {"temperatures": [temperature], "max_tokens": max_tokens},
     }  # fmt: skip
     sides = {"candidate": {"model": model_a}, "baseline": {"model": model_b}}
-    judge = judge_of(client, reward_model, classifier, judge_url, judge_model, question)
+    judge = judge_from_options(client, reward_model, classifier, judge_url, judge_model, question)
     evaluation = _evaluated(
         client, {"type": "win_rate", **sides, **shared} | ({"judge": judge} if judge else {}), console
     )

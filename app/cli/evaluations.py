@@ -69,7 +69,7 @@ def evaluate(
         body["baseline"] = baseline
     if data:
         body["data"] = _file(client, data)
-    judge = judge_of(client, reward_model, classifier, judge_url, judge_model, question)
+    judge = judge_from_options(client, reward_model, classifier, judge_url, judge_model, question)
     if judge:
         body["judge"] = {**(body.get("judge") or {}), **judge}
     sampling = {"temperatures": temperature, "samples": samples, "max_tokens": max_tokens}
@@ -85,7 +85,7 @@ def evaluate(
     emit(started, as_json, f"{started['id']}: {started['status']}\nfollow it: dpo evaluations watch {started['id']}")
 
 
-def judge_of(
+def judge_from_options(
     client: Client, reward_model: str, classifier: str, judge_url: str, judge_model: str, question: str
 ) -> dict[str, Any]:
     """The judge that the options name; empty if they name none."""

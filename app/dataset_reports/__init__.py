@@ -1,1 +1,1 @@
-"""Dataset reports: what a file holds, before any job."""
+"""Dataset reports: the contents of a file, checked before any job."""

@@ -19,17 +19,17 @@ def get_file_report(
     file_id: str,
     caller: CallerDependency,
     services: ServicesDependency,
-    model: Annotated[str | None, Query(max_length=512, description="Count tokens as this model does.")] = None,
-    max_length: Annotated[int | None, Query(ge=16, le=10**7, description="Tokens of a prompt and one answer.")] = None,
-    method: Annotated[Literal["supervised", "dpo"] | None, Query(description="What the rows are for.")] = None,
-    chat_template: Annotated[bool | None, Query(description="As in the job: whether the template is used.")] = None,
+    model: Annotated[str | None, Query(max_length=512, description="Count tokens with this model's tokenizer.")] = None,
+    max_length: Annotated[int | None, Query(ge=16, le=10**7, description="Token limit of prompt and answer.")] = None,
+    method: Annotated[Literal["supervised", "dpo"] | None, Query(description="The method to train.")] = None,
+    chat_template: Annotated[bool | None, Query(description="As in the job: whether to use the chat template.")] = None,
     fold_system: Annotated[
-        bool | None, Query(description="As in the job: the system prompt in the first turn.")
+        bool | None, Query(description="As in the job: put the system prompt into the first turn.")
     ] = None,
 ) -> DatasetReport | JSONResponse:
-    """What the dataset check found in a file. It is made when the file is uploaded, before any job."""
+    """The dataset check's report on a file. It is made when the file is uploaded, before any job."""
     rendering = RenderingSettings(chat_template=chat_template, fold_system=fold_system)
-    found = services.reports.get(
+    report = services.reports.get(
         caller.project, file_id, model=model, max_length=max_length, method=method, rendering=rendering
     )
-    return not_ready(seconds=1) if found is None else found
+    return not_ready(seconds=1) if report is None else report

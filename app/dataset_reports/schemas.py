@@ -18,11 +18,11 @@ class FileError(Issue):
 
     message: str
     mapping: dict[str, Any] | None = None
-    """The mapping that comes nearest to reading the file, to be looked at and given to it."""
+    """The mapping that comes closest to reading the file. Check it, then upload the file with it."""
 
 
 class Histogram(BaseModel):
-    """Lengths of some texts; `histogram` has `from`, `to` (not included) and `count` for each power of two."""
+    """Lengths of texts. `histogram` has a bin per power of two: `from`, `to` (exclusive) and `count`."""
 
     count: int
     mean: float
@@ -31,23 +31,23 @@ class Histogram(BaseModel):
 
 
 class TokenLengths(Histogram):
-    """Lengths in tokens before anything is cut; `percentiles` has the length that so many percent do not exceed."""
+    """Lengths in tokens before cutting. In `percentiles`, `p95` is the length that 95 percent do not exceed."""
 
     percentiles: dict[str, int] = {}
 
 
 class Cut(BaseModel):
-    """What a `max_length` would cut of the rows that were looked at."""
+    """What a `max_length` would cut of the counted rows."""
 
     max_length: int
     longer: int
-    """Rows that are longer, which `truncation: drop` leaves out."""
+    """Rows that are longer. `truncation: drop` leaves them out."""
     prompts_cut: int
     answers_cut: int
 
 
 class RefusedRows(BaseModel):
-    """Rows that the model's chat template would not write whole."""
+    """Rows that are left out because the model's chat template does not write all of their text."""
 
     reason: str
     rows: int
@@ -55,7 +55,7 @@ class RefusedRows(BaseModel):
 
 
 class LabelValue(BaseModel):
-    """A value of a column of verdicts or labels, what it was taken to mean (null: nothing), and in how many rows."""
+    """A value in a verdict or label column, its meaning (null: none), and the number of rows that have it."""
 
     value: str
     means: str | None
@@ -63,21 +63,21 @@ class LabelValue(BaseModel):
 
 
 class LabelValues(BaseModel):
-    """What the values of a column of verdicts or labels mean."""
+    """The meanings of the values in a verdict or label column."""
 
     column: str
     values: list[LabelValue]
 
 
 class ShownAnswer(BaseModel):
-    """An answer, and what it counts for: chosen, rejected, rank 2, desirable, …"""
+    """An answer and its role: chosen, rejected, rank 2, desirable, …"""
 
     counts_for: str
     text: str
 
 
 class ShownRow(BaseModel):
-    """A row for a person's eyes: long texts are cut."""
+    """A row for people to read. Long texts are cut."""
 
     line: int
     prompt: str
@@ -85,21 +85,21 @@ class ShownRow(BaseModel):
 
 
 class DuplicateRow(BaseModel):
-    """A row that says what an earlier one says, or the opposite."""
+    """A row that repeats or contradicts the row at `first_line`."""
 
     line: int
     first_line: int
 
 
 class Duplicates(BaseModel):
-    """Kept rows that repeat an earlier one, or contradict it, and the first hundred of them."""
+    """The number of kept rows that repeat (or contradict) an earlier one, and the first hundred of them."""
 
     rows: int
     lines: list[DuplicateRow]
 
 
 class Sample(BaseModel):
-    """A row as the model sees it: `prompt` is shared, `responses` hang on it; what is scored is in `scored`."""
+    """A row as the model sees it: the shared `prompt`, its `responses`, and the part of each that is `scored`."""
 
     line: int
     prompt: str
@@ -109,37 +109,37 @@ class Sample(BaseModel):
 
 
 class Tokens(BaseModel):
-    """Lengths in tokens of a model, from at most 10,000 rows."""
+    """Lengths in a model's tokens, from at most 10,000 examples."""
 
     model: str
     max_length: int
     method: Literal["supervised", "dpo"]
     sampled_rows: int
     rows: int
-    """Rows of the whole file as the method sees them: a ranked list counts as its pairs."""
+    """Rows of the whole file as the method sees them. A ranked list counts as its pairs."""
     examples: int
-    """What they were made of: whole examples are held out for validation."""
+    """Examples that the rows were made of. Validation holds out whole examples."""
     lengths: dict[str, TokenLengths]
-    """Of prompts, of each side's answers, and under `whole` of a prompt with its longest answer."""
+    """Lengths of prompts, of each side's answers, and (as `whole`) of a prompt with its longest answer."""
     tokens_per_row: float
-    """Mean of the tokens that are computed for a row: its prompt once, and all of its answers."""
+    """Mean tokens computed per row: its prompt once, and all of its answers."""
     longest_row: int
     scored_tokens_per_row: float
     truncated_share: float
-    """The share of rows that `max_length` cuts, or leaves out."""
+    """The share of rows that `max_length` cuts or leaves out."""
     cut_by: list[Cut] = []
-    """What each `max_length` would cut."""
+    """What other values of `max_length` would cut."""
     refused: list[RefusedRows] = []
     control_text: int = 0
-    """Rows in which text looks like a control token of the model; it is trained as text."""
+    """Rows with text that looks like a control token of the model. It is trained as text."""
     templated: int = 0
-    """Rows whose prompt a chat template had written already; it is taken as it is."""
+    """Rows whose prompt is already in the form of a chat template. It is used as it is."""
     samples: list[Sample]
     warnings: list[str] = []
 
 
 class DatasetReport(BaseModel):
-    """What the dataset check found. Lengths are in characters, under `tokens` in tokens."""
+    """The dataset check's report. Lengths are in characters, those in `tokens` in tokens."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -200,7 +200,7 @@ class DatasetReport(BaseModel):
     duplicates: Duplicates
     contradictions: Duplicates = Duplicates(rows=0, lines=[])
     unread: dict[str, int] = {}
-    """Columns, and members of messages, that nothing reads, with the rows that have them."""
+    """Columns and keys of messages that nothing reads, each with the number of rows that have it."""
     conversations: int
     with_tools: int
     with_reasoning: int = 0
@@ -208,9 +208,9 @@ class DatasetReport(BaseModel):
     chosen_longer_rate: float | None
     labels: dict[str, int] | None
     values: LabelValues | None = None
-    """Of verdicts and labels."""
+    """The values of the verdict or label column and their meanings, if the file has one."""
     samples: list[ShownRow] = []
-    """The first three kept rows, of labels one of each, by which an inversion is seen."""
+    """The first three kept rows. A labelled file shows both labels, so that swapped labels are noticed."""
     warnings: list[str]
     tokens: Tokens | None = None
-    """Where a model was asked for."""
+    """Only if the request named a model."""

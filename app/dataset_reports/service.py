@@ -1,4 +1,4 @@
-"""Ask for a dataset report; a worker of the CPU lane makes it."""
+"""Request dataset reports. CPU workers make them."""
 
 from typing import Any
 
@@ -20,26 +20,30 @@ from app.spec.datasets.rendering import RenderingSettings
 from app.spec.hyperparameters import DEFAULT_MAX_LENGTH
 
 MAX_PENDING = 50
+"""Maximum token reports that a project may wait for."""
 
 
-def structural(session: Session, project: str, file_id: str) -> DerivedArtifact:
-    """The task of the report without a model."""
+def structural_report(session: Session, project: str, file_id: str) -> DerivedArtifact:
+    """The artifact of the report that needs no model. It is requested if it does not exist."""
     return artifacts.ensure(
         session, artifacts.REPORT, file_id, project=project, owner=file_id, arguments={"file_id": file_id}
     )
 
 
-def with_tokens(session: Session, file: File, asked: dict[str, Any], model: models.ResolvedModel) -> DerivedArtifact:
-    """The task of the report in tokens of a model. `asked`: model, max_length, method, need, rendering, …
+def token_report(
+    session: Session, file: File, arguments: dict[str, Any], model: models.ResolvedModel
+) -> DerivedArtifact:
+    """The artifact of the report in tokens of `model`. It is requested if it does not exist.
 
-    Raises `TooMany` where the project has many that wait: each of so many ways to count a file is work for minutes.
+    `arguments`: model, max_length, method, need, rendering, and optionally loss_on, mapping and truncation. Raises
+    `TooMany` if the project already waits for many reports, because each may take minutes of a worker.
     """
-    subject = f"{file.id} " + " ".join(f"{name}={asked[name]}" for name in sorted(asked))
+    subject = f"{file.id} " + " ".join(f"{name}={arguments[name]}" for name in sorted(arguments))
     if (
         artifacts.find(session, artifacts.REPORT, subject) is None
-        and artifacts.pending(session, file.project, 3600.0) >= MAX_PENDING
+        and artifacts.pending_token_reports(session, file.project, 3600.0) >= MAX_PENDING
     ):
-        message = f"{MAX_PENDING} reports in tokens are being made for this project. Ask again when some are done."
+        message = f"{MAX_PENDING} token reports are pending for this project. Ask again when some are done."
         raise TooMany(message, 10, code="too_many_reports")
     return artifacts.ensure(
         session,
@@ -48,21 +52,21 @@ def with_tokens(session: Session, file: File, asked: dict[str, Any], model: mode
         project=file.project,
         owner=file.id,
         base_model=model.base_model,
-        arguments={"file_id": file.id, **asked},
+        arguments={"file_id": file.id, **arguments},
     )
 
 
 class Reports:
-    """Reports of files."""
+    """Reports on files."""
 
     def __init__(self, database: Database, broker: Broker) -> None:
         self.database, self.broker = database, broker
 
     def begin(self, project: str, file: FileObject) -> None:
-        """Have the report made of a file that was just uploaded."""
+        """Request the report on a new file, if it is for training."""
         if file.purpose == "fine-tune":
             with self.database.write() as session:
-                structural(session, project, file.id)
+                structural_report(session, project, file.id)
             self.broker.wake(Lane.CPU)
 
     def get(
@@ -75,27 +79,31 @@ class Reports:
         method: str | None = None,
         rendering: RenderingSettings | None = None,
     ) -> DatasetReport | None:
-        """The report, in tokens of `model` too where one is named; None while it is being made."""
+        """The report on a file; None while it is being made. With `model`, it has lengths in tokens too.
+
+        A file that is not valid or has no answers gets no token lengths.
+        """
         with self.database.write() as session:
             file = files.get(session, project, file_id)
             if file is None:
                 raise no_such("File object", file_id, code="file", param="file_id")
-            task = structural(session, project, file_id)
-            answers = task.result is not None and task.result["valid"] and task.result["kind"] != Kind.PROMPTS
-            if task.status == "done" and model is not None and answers:
-                found = models.require(session, project, model, "model")
-                assert task.result is not None
-                pairs = task.result["kind"] != Kind.SUPERVISED
-                asked = {
+            artifact = structural_report(session, project, file_id)
+            summary = artifact.result
+            has_answers = summary is not None and summary["valid"] and summary["kind"] != Kind.PROMPTS
+            if artifact.status == "done" and model is not None and has_answers:
+                resolved = models.require(session, project, model, "model")
+                assert summary is not None
+                pairs = summary["kind"] != Kind.SUPERVISED
+                arguments = {
                     "model": model,
                     "max_length": max_length or DEFAULT_MAX_LENGTH,
                     "method": method or ("dpo" if pairs else "supervised"),
                     "rendering": (rendering or RenderingSettings()).undated,
                 }
-                asked |= {"need": "supervised" if asked["method"] == "supervised" else task.result["kind"]}
-                task = with_tokens(session, file, asked, found)
-        made = result(task)
-        if made is None:
+                arguments |= {"need": "supervised" if arguments["method"] == "supervised" else summary["kind"]}
+                artifact = token_report(session, file, arguments, resolved)
+        report = result(artifact)
+        if report is None:
             self.broker.wake(Lane.CPU)
             return None
-        return DatasetReport(file_id=file_id, **made)
+        return DatasetReport(file_id=file_id, **report)

@@ -1,1 +1,1 @@
-"""Work of the CPU lane that is not a job's: dataset reports and merged models."""
+"""Derived artifacts: dataset reports and merged models, which CPU workers make on request."""

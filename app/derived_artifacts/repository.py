@@ -1,4 +1,4 @@
-"""All SQL about derived artifacts: which are to be made, and who makes them."""
+"""All SQL about derived artifacts: requests, leases and results."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,8 +19,10 @@ ARTIFACTS = WorkQueue(
     order=(DerivedArtifact.created_at, DerivedArtifact.id),
 )
 REPORT, MERGE = "report", "merge"
-TRANSIENT, AGAIN_SECONDS = ("worker_lost", "model_unavailable"), 300.0
-"""Failures that say nothing of the artifact, and after how long it it is tried again when somebody asks for it."""
+TRANSIENT = ("worker_lost", "model_unavailable")
+"""Error codes of failures that the artifact's subject did not cause."""
+TRANSIENT_RETRY_SECONDS = 300.0
+"""After this time, a new request tries an artifact with such a failure again."""
 
 
 def find(session: Session, kind: str, subject: str) -> DerivedArtifact | None:
@@ -29,19 +31,19 @@ def find(session: Session, kind: str, subject: str) -> DerivedArtifact | None:
     )
 
 
-def pending(session: Session, project: str, seconds: float) -> int:
-    """How many reports in tokens a project has asked for in the last `seconds` that are not done."""
-    counted = (
+def pending_token_reports(session: Session, project: str, seconds: float) -> int:
+    """Number of pending token reports that a project requested in the last `seconds`."""
+    conditions = (
         DerivedArtifact.kind == REPORT,
         DerivedArtifact.base_model.is_not(None),
         DerivedArtifact.created_at > database_now() - seconds,
     )
-    waiting = (
+    statement = (
         select(func.count())
         .select_from(DerivedArtifact)
-        .where(DerivedArtifact.project == project, DerivedArtifact.status == "pending", *counted)
+        .where(DerivedArtifact.project == project, DerivedArtifact.status == "pending", *conditions)
     )
-    return session.scalars(waiting).one()
+    return session.scalars(statement).one()
 
 
 def ensure(
@@ -54,14 +56,14 @@ def ensure(
     arguments: dict[str, Any],
     base_model: str | None = None,
 ) -> DerivedArtifact:
-    """The artifact, made where it is not there.
+    """The artifact of a kind and subject. If it does not exist, a new pending row requests it.
 
-    One that failed through no fault of its subject is tried again after a while.
+    An artifact with a transient failure is requested again after `TRANSIENT_RETRY_SECONDS`.
     """
     artifact = find(session, kind, subject)
     if artifact is not None and artifact.status == "failed" and (artifact.error or {}).get("code") in TRANSIENT:
         old = delete(DerivedArtifact).where(
-            DerivedArtifact.id == artifact.id, DerivedArtifact.finished_at < database_now() - AGAIN_SECONDS
+            DerivedArtifact.id == artifact.id, DerivedArtifact.finished_at < database_now() - TRANSIENT_RETRY_SECONDS
         )
         if session.scalar(old.returning(DerivedArtifact.id)) is not None:
             session.expunge(artifact)
@@ -85,17 +87,17 @@ def ensure(
             with session.begin_nested():
                 session.add(artifact)
                 session.flush()
-        except IntegrityError:  # another asked for the same at the same moment
-            found = find(session, kind, subject)
-            assert found is not None
-            return found
+        except IntegrityError:  # another request inserted it at the same time
+            existing = find(session, kind, subject)
+            assert existing is not None
+            return existing
     return artifact
 
 
 def claim(session: Session, owner: str, served: Sequence[str]) -> DerivedArtifact | None:
-    """Take the lease of the oldest artifact that can be made where `served` base models are."""
-    able = or_(DerivedArtifact.base_model.is_(None), served_by(DerivedArtifact.base_model, served))
-    return ARTIFACTS.claim(session, owner, ARTIFACTS.active, able)
+    """Take the lease of the oldest artifact that a worker with the base models `served` can make."""
+    can_make = or_(DerivedArtifact.base_model.is_(None), served_by(DerivedArtifact.base_model, served))
+    return ARTIFACTS.claim(session, owner, ARTIFACTS.active, can_make)
 
 
 def finish(
@@ -106,7 +108,10 @@ def finish(
     result: dict[str, Any] | None = None,
     error: dict[str, Any] | None = None,
 ) -> bool:
-    """End an artifact whose lease this attempt holds, or has ended already; False where another has it."""
+    """End an artifact as the attempt that holds its lease; False if another attempt has it.
+
+    It may be called twice for the same attempt. `error` None means success.
+    """
     values = {
         "status": "done" if error is None else "failed",
         "result": result,
@@ -117,7 +122,7 @@ def finish(
     }
     if ARTIFACTS.write(session, artifact_id, attempt, **values):
         return True
-    # The commit may have been done and only its answer lost. Nobody else ends the artifact as this attempt.
+    # An earlier call may have committed although its answer was lost. No other worker has this attempt number.
     ended = select(DerivedArtifact.id).where(
         DerivedArtifact.id == artifact_id,
         DerivedArtifact.attempt == attempt,
@@ -127,7 +132,7 @@ def finish(
 
 
 def recover(session: Session, artifact: DerivedArtifact, reason: str) -> None:
-    """Let another attempt make an artifact whose worker was lost; fail it when that keeps happening."""
+    """Release an artifact whose worker was lost. Fail it if that has happened too often."""
     lost = artifact.lost_attempts + 1
     if lost >= MAX_LOST_ATTEMPTS:
         finish(session, artifact.id, artifact.attempt, error={"code": "worker_lost", "message": reason})
@@ -136,7 +141,7 @@ def recover(session: Session, artifact: DerivedArtifact, reason: str) -> None:
 
 
 def of_owner(session: Session, owner: str) -> Sequence[DerivedArtifact]:
-    """The artifacts that go with a file or a model."""
+    """The artifacts of a file or a model."""
     return session.scalars(select(DerivedArtifact).where(DerivedArtifact.owner == owner)).all()
 
 
@@ -150,5 +155,5 @@ def finished_before(session: Session, kind: str, seconds: float) -> Sequence[Der
 
 
 def forget(session: Session, owner: str) -> None:
-    """Remove the artifacts that go with a file or a model that is gone."""
+    """Delete the rows of all artifacts of a file or a model."""
     session.execute(delete(DerivedArtifact).where(DerivedArtifact.owner == owner))

@@ -1,4 +1,4 @@
-"""What a task came to."""
+"""The result of a derived artifact."""
 
 from typing import Any
 
@@ -6,13 +6,14 @@ from app.derived_artifacts.tables import DerivedArtifact
 from app.errors import ServiceError
 
 
-def result(task: DerivedArtifact, param: str | None = None) -> dict[str, Any] | None:
-    """What a task made; None while it is to be made.
+def result(artifact: DerivedArtifact, param: str | None = None) -> dict[str, Any] | None:
+    """The result of an artifact; None while it is pending.
 
-    Raises `ServiceError` where it failed, about `param` if its error names no field itself.
+    Raises `ServiceError` if it failed. The error is about `param` unless it names a field itself.
     """
-    if task.status == "pending":
+    if artifact.status == "pending":
         return None
-    if task.error is not None:
-        raise ServiceError(task.error["message"], param=task.error.get("param") or param, code=task.error["code"])
-    return task.result or {}
+    error = artifact.error
+    if error is not None:
+        raise ServiceError(error["message"], param=error.get("param") or param, code=error["code"])
+    return artifact.result or {}

@@ -10,22 +10,22 @@ from app.work_queue import Queued
 
 
 class DerivedArtifact(Queued, Table):
-    """Something that is made once from a file or a model: `subject` says of which, `kind` says what.
+    """Something that a worker makes once from a file or a model.
 
-    As with jobs, the row is the truth.
+    `kind` says what it is. `subject` says what it is made from, and with which arguments.
     """
 
-    # The table keeps its first name: a worker of an older version goes on while a newer one starts.
+    # The table keeps its old name, because workers of an older version may run during an upgrade.
     __tablename__ = "tasks"
     __table_args__ = (UniqueConstraint("kind", "subject"), Index("ix_tasks_queue", "status", "created_at"))
 
     kind: Mapped[str]
     subject: Mapped[str]
     owner: Mapped[str] = mapped_column(index=True)
-    """The id of the file, or the name of the model, that it goes with."""
+    """The id of the file or the name of the model that it is made from. It is deleted with it."""
     project: Mapped[str]
     base_model: Mapped[str | None]
-    """Only a worker that serves it can make the artifact."""
+    """If set, only a worker that serves this base model can make the artifact."""
     arguments: Mapped[dict[str, Any]]
     created_at: Mapped[float]
     finished_at: Mapped[float | None]

@@ -1,1 +1,1 @@
-"""Know before you run: tokens, steps, memory and time of a job, with nothing run."""
+"""Estimates of a job's tokens, steps, memory and time before it runs."""

@@ -32,6 +32,6 @@ BODY = {
 def estimate_job(
     body: dict[str, Any], caller: CallerDependency, services: ServicesDependency
 ) -> Estimate | JSONResponse:
-    """What a job would take (tokens, steps, memory, time) and what a create would refuse. Nothing is run."""
-    found = services.estimates.estimate(caller.project, body)
-    return not_ready(seconds=1) if found is None else found
+    """Estimate a job (tokens, steps, memory, time) and check whether a create would refuse it. Nothing is run."""
+    estimate = services.estimates.estimate(caller.project, body)
+    return not_ready(seconds=1) if estimate is None else estimate

@@ -1,4 +1,4 @@
-"""Whether a job can fit into the memory of what would train it, and what would make it fit."""
+"""Check whether a job fits into the memory of the device that would train it, and advise what would make it fit."""
 
 from dataclasses import replace
 
@@ -14,61 +14,63 @@ from app.workers import repository as workers
 
 CODE = "does_not_fit"
 TOLERANCE = 1.15
-"""How far the estimate may be off: a job is refused only where it would not fit by even more than that."""
+"""Allowed error of the estimate: a job is refused only if it needs more than this multiple of the memory."""
 SHORTEST = 16
-"""The least that `max_length` can be, where nothing is known of the rows."""
+"""The assumed row length in tokens if the rows have not been counted: the minimum of `max_length`."""
 
 
 def shape_of(session: Session, model: models.ResolvedModel) -> Shape | None:
+    """The shape of a model's base; None if no worker has registered it."""
     base = session.get(Model, model.base_model)
     return None if base is None else Shape.of(base.details)
 
 
 def device_of(session: Session, model: models.ResolvedModel) -> Device | None:
-    """Of the workers that serve the model, the device with the most memory."""
-    present = [w for w in workers.present(session, Lane.GPU) if workers.serves(w, model.base_model)]
-    devices = [Device(**worker.details["device"]) for worker in present if worker.details.get("device")]
+    """The device with the most memory among the workers that serve the model; None if there is none."""
+    serving = [worker for worker in workers.present(session, Lane.GPU) if workers.serves(worker, model.base_model)]
+    devices = [Device(**worker.details["device"]) for worker in serving if worker.details.get("device")]
     return max(devices, key=lambda device: device.memory_bytes, default=None)
 
 
 def refusal(spec: JobSpec, shape: Shape, device: Device, longest_row: int | None) -> tuple[str, str] | None:
-    """(param, message) where the resolved job cannot fit; None where it can.
+    """(param, message) if the resolved job cannot fit on `device`; None if it can.
 
-    `longest_row` is None where the rows have not been counted: then only what no row can mend is refused.
+    `longest_row` is in tokens, or None if the rows have not been counted. Then the shortest possible rows are assumed,
+    so a job is refused only if it could not fit with any rows.
     """
     for stage in reversed(spec.stages()):
-        # A batch is packed as far as memory allows; what cannot be cut is the longest row.
+        # The packing adapts to the memory, but a pack holds at least the longest row.
         settings = MemorySettings.of(spec, stage.settings, 0.0, longest_row or SHORTEST)
         settings = replace(settings, recompute=True if settings.recompute is None else settings.recompute)
         needed = _needed(shape, settings, device)
         if needed > TOLERANCE * device.memory_bytes:
             param, hint = _remedy(shape, settings, device)
-            gigabytes = (
-                f"{needed / 1e9:.1f} GB, and the largest worker ({device.name}) has {device.memory_bytes / 1e9:.1f}"
-            )
-            return param, f"The job needs about {gigabytes} GB. {hint}"
+            available = f"the largest worker ({device.name}) has {device.memory_bytes / 1e9:.1f} GB"
+            return param, f"The job needs about {needed / 1e9:.1f} GB, and {available}. {hint}"
     return None
 
 
 def _needed(shape: Shape, settings: MemorySettings, device: Device) -> int:
+    """Bytes at the peak."""
     return estimate(shape, settings, device.kind, device.memory_bytes).total
 
 
 def _remedy(shape: Shape, settings: MemorySettings, device: Device) -> tuple[str, str]:
-    """(the field to change, what to do), the gentlest first that would make the job fit."""
+    """(the field to change, the advice) of the mildest change that would make the job fit."""
     settings = replace(settings, recompute=True)
-    tried: list[tuple[str, str, MemorySettings]] = []
+    changes: list[tuple[str, str, MemorySettings]] = []
+    """(field, advice, the settings with the change), mildest first."""
     length = settings.longest_row
     while length > 256:
         length //= 2
         shorter = replace(settings, longest_row=length)
-        tried.append(("method", f"A 'max_length' that keeps rows under {length} tokens would fit.", shorter))
+        changes.append(("method", f"A 'max_length' that keeps rows under {length} tokens would fit.", shorter))
     if settings.rank is not None and settings.quantization != "nf4":
-        tried.insert(0, ("quantization", "'quantization': 'nf4' would fit.", replace(settings, quantization="nf4")))
+        changes.insert(0, ("quantization", "'quantization': 'nf4' would fit.", replace(settings, quantization="nf4")))
     if settings.rank is None:
         lora = replace(settings, rank=16, quantization="nf4")
-        tried.append(("adapter", "A LoRA adapter (leave 'adapter' out) on a base in 'nf4' would fit.", lora))
-    for param, hint, changed in tried:
+        changes.append(("adapter", "A LoRA adapter on an 'nf4' base would fit: leave 'adapter' out.", lora))
+    for param, hint, changed in changes:
         if _needed(shape, changed, device) <= device.memory_bytes:
             return param, hint
-    return "model", "No setting would make it fit: it needs a larger device."
+    return "model", "No setting would make it fit. It needs a larger device."

@@ -1,8 +1,8 @@
-"""What a training needs of a device's memory, from the model's shape and the job's settings alone.
+"""Estimate the peak memory of a training from the model's shape and the job's settings.
 
-The engine packs rows into at most `BUDGET` tokens, keeps what the backward pass needs of each layer, or only each
-layer's input where all of it would not fit, and never holds more than a chunk of logits. `bench/memory.py` holds this
-model against measured peaks; docs/engine.md has the table.
+The engine packs rows into at most `BUDGET` tokens. It keeps the activations of each layer for the backward pass, or
+only each layer's input if all activations would not fit. It never holds more than a chunk of logits. `bench/memory.py`
+compares this model with measured peaks, and docs/engine.md reports the result.
 """
 
 from collections.abc import Sequence
@@ -13,47 +13,48 @@ from app.spec.hyperparameters import Hyperparameters
 from app.spec.job import Adapter, JobSpec
 
 BUDGET = {"cpu": 2048, "cuda": 8192}
-"""Tokens of a pack, as worker/trainer/model.py has them."""
+"""Maximum tokens of a pack, the same as in worker/trainer/loading.py."""
 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """What a device kind adds to what can be counted. Numbers a token, in units of a layer's sizes."""
+    """Coefficients of one kind of device. All but `runtime` count numbers in units of a layer's sizes."""
 
     runtime: int
-    """Bytes of the libraries: on a CPU the process, on a GPU the CUDA context and cuBLAS."""
+    """Fixed bytes: the process on a CPU, the CUDA context and cuBLAS on a GPU."""
     hidden: float
+    """Per token, a layer keeps this many times its hidden width for the backward pass."""
     outputs: float
-    """A layer keeps `hidden` times its width and `outputs` times the outputs of its linear layers."""
+    """Per token, a layer also keeps this many times the outputs of its linear layers."""
     recomputed: float
-    """A layer that is recomputed keeps so many times its width."""
+    """Per token, a layer that is recomputed keeps only this many times its hidden width."""
     temporary: float
-    """The backward pass of one layer holds so many times the outputs of its linear layers."""
+    """Per token, the backward pass of one layer holds this many times the outputs of its linear layers."""
     dequantised: float
-    """Copies of the quantised weights, in what is computed with, that exist at a time."""
+    """Dequantised copies of all quantised weights that exist at a time, in the compute dtype."""
 
 
 CPU = Coefficients(520_000_000, 1.5, 2.7, 10.5, 4.2, 1.26)
-"""Fitted to the largest resident sets of whole runs (bench/memory.py): the allocator's waste is in them."""
+"""Fitted to the peak resident set sizes of whole runs (bench/memory.py), which include the allocator's overhead."""
 CUDA = Coefficients(700_000_000, 0.0, 1.9, 1.0, 2.0, 0.0)
-"""Counted from the tensors that autograd keeps; not measured on a GPU yet."""
+"""Counted from the tensors that autograd keeps. Not measured on a GPU yet."""
 UNADAPTED = 0.7
-"""What a linear layer without an adapter keeps of what one with an adapter does: its input is not needed."""
+"""Activations of a linear layer without an adapter, relative to one with an adapter: its input is not kept."""
 LOGITS = 1 << 26
-"""Logits that exist at a time on a GPU, as worker/trainer/logps.py has them; a CPU's are few."""
+"""Logits that exist at a time on a GPU, the same as in worker/trainer/logps.py. On a CPU they are too few to count."""
 RESERVE = 0.8
-"""The share of the free memory that activations may fill before they are recomputed."""
+"""Share of the free memory that activations may fill. If they need more, they are recomputed."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""A weight: four bits, its block's scale in a byte, and that one's in a float (Dettmers et al. 2023)."""
+"""Bytes per weight: four bits, one byte per block of 64, and one float per 256 blocks (Dettmers et al. 2023)."""
 NF4_PLAIN = 0.5 + 4 / 64
-"""The same with each block's scale in a float."""
+"""Bytes per weight without double quantisation: four bits, and one float per block of 64."""
 OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "rmsprop": 4}
-"""Moments of a trained parameter."""
+"""Bytes of the moments per trained parameter."""
 
 
 @dataclass(frozen=True)
 class Linear:
-    """`count` linear layers of one name and size."""
+    """`count` linear layers with the same name and size."""
 
     name: str
     outputs: int
@@ -67,7 +68,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Shape:
-    """A model by its sizes. `others` counts the parameters that are not in linear layers: embeddings, head, norms."""
+    """The sizes of a model. `others` counts the parameters outside linear layers: embeddings, head, norms."""
 
     hidden: int
     layers: int
@@ -76,30 +77,30 @@ class Shape:
     linears: tuple[Linear, ...]
     others: int
     tied: bool = False
-    """Whether embeddings and head are one tensor."""
+    """Whether embeddings and head share one tensor."""
 
     @classmethod
     def of(cls, details: dict[str, Any]) -> "Shape | None":
-        """The shape that a worker registered; None where it could not tell."""
+        """The shape in the details of a registered model; None if the worker could not determine it."""
         shape = details.get("shape")
         if not isinstance(shape, dict):
             return None
         linears = tuple(Linear(*entry) for entry in shape["linears"])
-        known = {"context": details.get("context_length") or 2048, "tied": bool(details.get("tied"))}
-        return cls(**shape | {"linears": linears} | known)
+        others = {"context": details.get("context_length") or 2048, "tied": bool(details.get("tied"))}
+        return cls(**shape | {"linears": linears} | others)
 
     @property
     def parameters(self) -> int:
         return sum(linear.parameters for linear in self.linears) + self.others
 
     def adapted(self, targets: str | Sequence[str]) -> list[Linear]:
-        """The linear layers that an adapter on `targets` sits on."""
+        """The linear layers that an adapter with these `targets` adapts."""
         return [linear for linear in self.linears if targets == "all-linear" or linear.name in targets]
 
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """What of a job its memory depends on. `rank` None: all parameters are trained."""
+    """The settings of a stage on which its memory depends. `rank` None: all parameters are trained."""
 
     rank: int | None
     targets: str | Sequence[str]
@@ -107,16 +108,16 @@ class MemorySettings:
     optimizer: str
     recompute: bool | None
     batch_tokens: float
-    """Tokens of a batch, prompts that are shared counted once."""
+    """Tokens of a batch. A prompt that several answers share counts once."""
     longest_row: int
-    saved: int = 0
-    """Embeddings and heads that are trained whole beside an adapter."""
-    double: bool = True
+    saved_modules: int = 0
+    """Number of embeddings and heads that are trained in full beside an adapter."""
+    double_quantization: bool = True
     """Whether the scales of `nf4` are quantised too."""
 
     @classmethod
     def of(cls, spec: JobSpec, stage: Hyperparameters, tokens_per_row: float, longest_row: int) -> "MemorySettings":
-        """Those of a stage with the hyperparameters `stage`, of a resolved job."""
+        """The settings of a stage of the resolved job `spec`. `stage` has the stage's hyperparameters."""
         adapter = spec.adapter if isinstance(spec.adapter, Adapter) else None
         return cls(
             rank=None if adapter is None else adapter.r,
@@ -126,14 +127,14 @@ class MemorySettings:
             recompute=stage.activation_checkpointing,
             batch_tokens=tokens_per_row * (stage.batch_size or 16),
             longest_row=longest_row,
-            double=spec.double_quantization is not False,
-            saved=0 if adapter is None else len(adapter.modules_to_save or []),
+            double_quantization=spec.double_quantization is not False,
+            saved_modules=0 if adapter is None else len(adapter.modules_to_save or []),
         )
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the peak, by what they are for."""
+    """Bytes at the peak, by purpose. `recompute`: whether activations are recomputed in the backward pass."""
 
     runtime: int
     model: int
@@ -149,50 +150,52 @@ class Memory:
 
 
 def estimate(shape: Shape, settings: MemorySettings, device: str, available: int | None) -> Memory:
-    """The peak on a `device` (cpu or cuda) with `available` bytes; None: as much as it takes."""
+    """The peak memory on `device` (cpu or cuda). `available` is its memory in bytes; None means unlimited."""
     full = settings.rank is None
     width = 2 if device == "cuda" and not full else 4
-    """Bytes of a number that is computed with."""
-    known = CUDA if device == "cuda" else CPU
-    model, temporary = _weights(shape, settings, width, known)
+    """Bytes of a number in the compute dtype."""
+    factors = CUDA if device == "cuda" else CPU
+    model, temporary = _weights(shape, settings, width, factors)
     adapted = shape.adapted(settings.targets)
-    in_adapter = sum(one.count * (settings.rank or 0) * (one.outputs + one.inputs) for one in adapted)
-    in_adapter += min(settings.saved, 1 if shape.tied else 2) * shape.vocabulary * shape.hidden
+    in_adapter = sum(linear.count * (settings.rank or 0) * (linear.outputs + linear.inputs) for linear in adapted)
+    in_adapter += min(settings.saved_modules, 1 if shape.tied else 2) * shape.vocabulary * shape.hidden
     trained = shape.parameters if full else in_adapter
     adapter = 0 if full else 4 * trained
-    # The gradient, the moments, and of an adapter a copy of the last good weights.
+    # Float32 gradient and moments. An adapter also has a copy of its weights before the last update.
     optimizer = trained * (4 + OPTIMIZER_BYTES[settings.optimizer] + (0 if full else 4))
     tokens = max(settings.longest_row, min(BUDGET[device], settings.batch_tokens))
-    if device == "cuda":  # packs have a few fixed widths
+    if device == "cuda":  # pack widths are multiples of an eighth of the budget
         step = BUDGET[device] // 8
         tokens = -(-int(tokens) // step) * step
-        temporary += 2 * 4 * LOGITS
+        temporary += 2 * 4 * LOGITS  # two float32 tensors of one chunk of logits
     outputs = _outputs(shape, settings, full)
-    kept = int(tokens * width * shape.layers * (known.hidden * shape.hidden + known.outputs * outputs))
-    temporary += int(tokens * width * known.temporary * outputs)
+    activations = int(tokens * width * shape.layers * (factors.hidden * shape.hidden + factors.outputs * outputs))
+    temporary += int(tokens * width * factors.temporary * outputs)
     recompute = settings.recompute
     if recompute is None:
-        fixed = known.runtime + model + adapter + optimizer
-        recompute = available is not None and kept > RESERVE * (available - fixed)
+        fixed = factors.runtime + model + adapter + optimizer
+        recompute = available is not None and activations > RESERVE * (available - fixed)
     if recompute:
-        kept = int(tokens * width * shape.layers * known.recomputed * shape.hidden)
-        temporary += int(tokens * width * known.outputs * outputs) if device == "cuda" else 0
-    return Memory(known.runtime, model, adapter, optimizer, kept, temporary, recompute)
+        activations = int(tokens * width * shape.layers * factors.recomputed * shape.hidden)
+        # The layer that is being recomputed. On a CPU the fitted coefficients include it.
+        temporary += int(tokens * width * factors.outputs * outputs) if device == "cuda" else 0
+    return Memory(factors.runtime, model, adapter, optimizer, activations, temporary, recompute)
 
 
-def _weights(shape: Shape, settings: MemorySettings, width: int, known: Coefficients) -> tuple[int, int]:
-    """(bytes of the weights, bytes of what is dequantised of them at a time)."""
-    inside = sum(linear.parameters for linear in shape.linears)
+def _weights(shape: Shape, settings: MemorySettings, width: int, factors: Coefficients) -> tuple[int, int]:
+    """(bytes of the weights, bytes of the dequantised copies that exist at a time)."""
+    in_linears = sum(linear.parameters for linear in shape.linears)
     others = shape.others * width
     if settings.quantization == "none":
-        return inside * width + others, 0
+        return in_linears * width + others, 0
     largest = max((linear.outputs * linear.inputs for linear in shape.linears), default=0)
-    each = (NF4_BYTES if settings.double else NF4_PLAIN) if settings.quantization == "nf4" else 1.0
-    return int(inside * each) + others, max(largest * width, int(known.dequantised * inside * width))
+    nf4 = NF4_BYTES if settings.double_quantization else NF4_PLAIN
+    each = nf4 if settings.quantization == "nf4" else 1.0
+    return int(in_linears * each) + others, max(largest * width, int(factors.dequantised * in_linears * width))
 
 
 def _outputs(shape: Shape, settings: MemorySettings, full: bool) -> float:
-    """The outputs of a layer's linear layers, those without an adapter counted less."""
+    """Mean outputs per layer of all linear layers. Those without an adapter count `UNADAPTED` times."""
     adapted = {linear.name for linear in shape.adapted("all-linear" if full else settings.targets)}
     return sum(
         linear.outputs * linear.count / shape.layers * (1.0 if linear.name in adapted else UNADAPTED)

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Refusal(BaseModel):
-    """What a create of this job would refuse."""
+    """A reason for which a create would refuse this job."""
 
     message: str
     param: str | None
@@ -14,10 +14,10 @@ class Refusal(BaseModel):
 
 
 class StageEstimate(BaseModel):
-    """A stage of the job. `tokens` are those trained on in all epochs, a shared prompt once."""
+    """A stage of the job. `tokens` counts all epochs; a prompt that several answers share counts once."""
 
     name: str
-    """sft or dpo."""
+    """`sft` or `dpo`."""
     rows: int
     validation_rows: int
     batch_size: int
@@ -30,7 +30,7 @@ class StageEstimate(BaseModel):
 
 
 class MemoryEstimate(BaseModel):
-    """Bytes on the device at the peak, by what they are for."""
+    """Bytes on the device at the peak, by purpose."""
 
     model: int
     adapter: int
@@ -43,7 +43,7 @@ class MemoryEstimate(BaseModel):
 
 
 class Device(BaseModel):
-    """What the job would run on: of the workers that serve the model, the one with the most memory."""
+    """The device with the most memory among the workers that serve the model."""
 
     kind: str
     name: str
@@ -51,7 +51,7 @@ class Device(BaseModel):
 
 
 class Pace(BaseModel):
-    """What jobs on this base model measured here lately."""
+    """The speed that the latest jobs on this base model measured."""
 
     tokens_per_second: float
     overhead_seconds: float
@@ -59,7 +59,7 @@ class Pace(BaseModel):
 
 
 class Estimate(BaseModel):
-    """What a job would take. With something in `refused`, the rest may be missing: a create would refuse the job."""
+    """The estimate of a job. If `refused` is not empty, a create would refuse the job, and the rest may be missing."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -94,14 +94,14 @@ class Estimate(BaseModel):
 
     object: Literal["fine_tuning.estimate"] = "fine_tuning.estimate"
     ok: bool
-    """Whether a create would be accepted."""
+    """Whether a create would accept the job."""
     stages: list[StageEstimate] = []
     memory: MemoryEstimate | None = None
     device: Device | None = None
     fits: bool | None = None
     pace: Pace | None = None
     seconds: float | None = None
-    """From the first claim to the end, the queue not counted."""
+    """Seconds from the first claim to the end, without the time in the queue."""
     queued_jobs: int = 0
     refused: list[Refusal] = []
     warnings: list[str] = []

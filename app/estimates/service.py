@@ -1,4 +1,4 @@
-"""Estimate a job from its spec, the reports of its files, the workers that are there, and what jobs measured here."""
+"""Estimate a job from its spec, the reports of its files, the present workers, and the pace of earlier jobs."""
 
 import math
 from typing import Any
@@ -26,12 +26,13 @@ from app.spec.hyperparameters import DEFAULT_MAX_LENGTH, Hyperparameters
 from app.spec.job import JobSpec, StageSpec
 
 MAX_PACES = 5
-CHARACTERS = 4
-"""Of a token, on average over languages and tokenizers."""
+"""Number of earlier jobs whose pace is averaged."""
+CHARACTERS_PER_TOKEN = 4
+"""A rough average over languages and tokenizers."""
 
 
 class NotReady(Exception):
-    """A worker still counts something."""
+    """A worker is still counting a file."""
 
 
 class Estimates:
@@ -41,13 +42,13 @@ class Estimates:
         self.database, self.broker, self.jobs = database, broker, jobs
 
     def estimate(self, project: str, body: dict[str, Any]) -> Estimate | None:
-        """What the job of `body` would take; None while its files are being counted. Nothing is run."""
+        """The estimate of the job `body`; None while its files are being counted. Nothing is run."""
         try:
             spec = JobSpec.model_validate(body)
         except ValidationError as error:
-            found = [{**one, "loc": ("body", *one["loc"])} for one in error.errors()]
-            told = [describe_validation_error(one) for one in found]
-            return Estimate(ok=False, refused=[Refusal(message=m, param=p, code=c) for m, p, c in told])
+            errors = [{**entry, "loc": ("body", *entry["loc"])} for entry in error.errors()]
+            reasons = [describe_validation_error(entry) for entry in errors]
+            return Estimate(ok=False, refused=[Refusal(message=m, param=p, code=c) for m, p, c in reasons])
         try:
             with self.database.write() as session:
                 return self._estimate(session, project, spec)
@@ -64,38 +65,38 @@ class Estimates:
         context = shape.context if shape is not None else DEFAULT_MAX_LENGTH
         pace = _pace(session, model.base_model)
         stages, memories = [], []
-        for asked in spec.stages():
-            fields = spec.trained(asked.file_field)
-            counted = _together(
-                [self._counted(session, project, spec, model, field, asked.settings, context) for field in fields]
+        for stage_spec in spec.stages():
+            fields, settings = spec.training_fields(stage_spec.file_field), stage_spec.settings
+            counted = _merge_counts(
+                [self._counted(session, project, spec, model, field, settings, context) for field in fields]
             )
-            stage = _stage(asked, counted, pace)
+            stage = _stage(stage_spec, counted, pace)
             stages.append(stage)
             if shape is not None:
-                wanted = MemorySettings.of(spec, asked.settings, stage.tokens_per_row, stage.longest_row)
+                memory_settings = MemorySettings.of(spec, settings, stage.tokens_per_row, stage.longest_row)
                 kind = device.kind if device is not None else "cuda"
-                memories.append(estimate(shape, wanted, kind, None if device is None else device.memory_bytes))
-        memory = max(memories, key=lambda found: found.total, default=None)
+                memories.append(estimate(shape, memory_settings, kind, None if device is None else device.memory_bytes))
+        memory = max(memories, key=lambda stage_memory: stage_memory.total, default=None)
         seconds = None
         if pace is not None:
             seconds = pace.overhead_seconds + sum(stage.seconds or 0.0 for stage in stages)
-        found = Estimate(
+        estimated = Estimate(
             ok=True,
             stages=stages,
-            memory=memory and MemoryEstimate(**_parts(memory)),
+            memory=memory and MemoryEstimate(**_memory_fields(memory)),
             device=device,
             fits=None if memory is None or device is None else memory.total <= device.memory_bytes,
             pace=pace,
             seconds=seconds,
             queued_jobs=len(job_queue.waiting(session, 1000)),
         )
-        found.warnings = _warnings(spec, found, shape)
+        estimated.warnings = _warnings(spec, estimated, shape)
         if shape is not None and device is not None:
             longest = max(stage.longest_row for stage in stages)
             reason = fit.refusal(spec, shape, device, longest)
             if reason is not None:
-                found.ok, found.refused = False, [Refusal(message=reason[1], param=reason[0], code=fit.CODE)]
-        return found
+                estimated.ok, estimated.refused = False, [Refusal(message=reason[1], param=reason[0], code=fit.CODE)]
+        return estimated
 
     def _counted(
         self,
@@ -107,12 +108,12 @@ class Estimates:
         settings: Hyperparameters,
         context: int,
     ) -> dict[str, Any]:
-        """The report in tokens of the file of `field`. Raises `NotReady` or `ServiceError`."""
+        """Token counts of the file that `field` names. Raises `NotReady` or `ServiceError`."""
         file_id = dict(spec.files())[field]
         file = files.get(session, project, file_id)
         assert file is not None
         mapping = spec.reads(field)
-        asked: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             "model": spec.model,
             "max_length": min(settings.max_length or DEFAULT_MAX_LENGTH, context),
             "method": settings.METHOD,
@@ -122,21 +123,19 @@ class Estimates:
             "rendering": spec.undated,
             "truncation": settings.truncation,
         }
-        structural = reports.structural(session, project, file_id)
-        if structural.status == "pending":
+        report = reports.structural_report(session, project, file_id)
+        if report.status == "pending":
+            session.commit()  # keeps the request for the report
+            raise NotReady
+        if file.mapping == arguments["mapping"]:  # the report read the file as the job would
+            _require(report.result or {}, Kind(arguments["need"]), field)
+        token_report = result(reports.token_report(session, file, arguments, model), field)
+        if token_report is None:
             session.commit()
             raise NotReady
-        found = structural.result or {}
-        if file.mapping == asked["mapping"]:  # read as it would be by the job
-            _require(found, Kind(asked["need"]), field)
-        task = reports.with_tokens(session, file, asked, model)
-        made = result(task, field)
-        if made is None:
-            session.commit()
-            raise NotReady
-        _require(made, Kind(asked["need"]), field)
-        counted: dict[str, Any] = made["tokens"]
-        if asked["need"] == Kind.LABELLED:  # KTO computes each row with another's answer too
+        _require(token_report, Kind(arguments["need"]), field)
+        counted: dict[str, Any] = token_report["tokens"]
+        if arguments["need"] == Kind.LABELLED:  # KTO also computes each prompt with the answer of another row
             answers = counted["lengths"]["answer"]
             counted |= {
                 "tokens_per_row": counted["tokens_per_row"] + answers["mean"],
@@ -146,35 +145,35 @@ class Estimates:
 
 
 def _require(report: dict[str, Any], need: Kind, field: str) -> None:
-    """Refuse a file that the method cannot train on, as the file check of a job would."""
+    """Refuse a file that the method cannot train on, as the file check of a job does. Raises `ServiceError`."""
     code = f"invalid_{field.removeprefix('sft.')}" if field.endswith("_file") else "invalid_training_file"
     if report.get("error"):
         raise ServiceError(report["error"]["message"], param=field, code=code)
     if not report.get("valid"):
-        raise ServiceError("No row of the file is left to train on; its report says why.", param=field, code=code)
+        raise ServiceError("No row of the file is left to train on. Its report says why.", param=field, code=code)
     if not Kind(report["kind"]).serves(need):
-        message = f"The method needs {NEEDS[need]}; this is {report['format']} ({report['kind']})."
+        message = f"The method needs {NEEDS[need]}. This file is {report['format']} ({report['kind']})."
         raise ServiceError(message, param=field, code=code)
 
 
-def _together(counted: list[dict[str, Any]]) -> dict[str, Any]:
+def _merge_counts(counts: list[dict[str, Any]]) -> dict[str, Any]:
     """The counts of several files as if they were one."""
-    rows = sum(one["rows"] for one in counted)
+    rows = sum(count["rows"] for count in counts)
 
     def mean(name: str) -> float:
-        return sum(float(one[name]) * int(one["rows"]) for one in counted) / max(1, int(rows))
+        return sum(float(count[name]) * int(count["rows"]) for count in counts) / max(1, int(rows))
 
     return {
         "rows": rows,
-        "examples": sum(one["examples"] for one in counted),
+        "examples": sum(count["examples"] for count in counts),
         "tokens_per_row": mean("tokens_per_row"),
         "truncated_share": mean("truncated_share"),
-        "longest_row": max(one["longest_row"] for one in counted),
+        "longest_row": max(count["longest_row"] for count in counts),
     }
 
 
 def _stage(stage: StageSpec, counted: dict[str, Any], pace: Pace | None) -> StageEstimate:
-    """The steps that the engine will take, as worker/trainer/plan.py counts them."""
+    """Rows, steps, tokens and seconds of a stage. The steps are counted as in worker/trainer/plan.py."""
     settings, examples = stage.settings, max(1, counted["examples"])
     split = 0.0 if stage.validation is not None else stage.validation_split
     held_out = round(min(round(split * examples), examples - 1) * counted["rows"] / examples)
@@ -197,55 +196,60 @@ def _stage(stage: StageSpec, counted: dict[str, Any], pace: Pace | None) -> Stag
 
 
 def _pace(session: Session, base_model: str) -> Pace | None:
-    """What the last jobs on the base model measured, weighted by their tokens."""
+    """The pace of the last jobs on a base model, with their mean overhead; None if there are none."""
     measured = [
         job.pace for job in queries.paces(session, base_model, MAX_PACES) if job.pace and job.pace["seconds"] > 0
     ]
-    tokens, seconds = sum(one["tokens"] for one in measured), sum(one["seconds"] for one in measured)
+    tokens, seconds = sum(pace["tokens"] for pace in measured), sum(pace["seconds"] for pace in measured)
     if not tokens:
         return None
-    overhead = sum(one["overhead_seconds"] for one in measured) / len(measured)
+    overhead = sum(pace["overhead_seconds"] for pace in measured) / len(measured)
     return Pace(tokens_per_second=tokens / seconds, overhead_seconds=overhead, jobs=len(measured))
 
 
-def expected_seconds(session: Session, spec: JobSpec, base_model: str, found: dict[str, Report]) -> float | None:
-    """Roughly how long a resolved job will train, from the characters of its files; None where no job has told yet.
+def expected_seconds(session: Session, spec: JobSpec, base_model: str, file_reports: dict[str, Report]) -> float | None:
+    """Roughly how long a resolved job will train, from the characters of its files; None if no pace is known.
 
-    It is for the place in the queue: a running job measures what is left.
+    `file_reports` has the report of each file by field. The queue forecast uses the result until the job runs.
     """
     pace = _pace(session, base_model)
     if pace is None:
         return None
     seconds = pace.overhead_seconds
     for stage in spec.stages():
-        reports = [found[field] for field in spec.trained(stage.file_field)]
-        kept, compares = sum(one.kept for one in reports), stage.settings.data != Kind.SUPERVISED
-        characters = sum(one.prompts.total + one.best.total + (one.worst.total if compares else 0) for one in reports)
-        counted = {"rows": kept, "examples": kept, "tokens_per_row": characters / CHARACTERS / max(1, kept)}
+        trained = [file_reports[field] for field in spec.training_fields(stage.file_field)]
+        rows, pairs = sum(report.kept for report in trained), stage.settings.data != Kind.SUPERVISED
+        characters = sum(
+            report.prompts.total + report.best.total + (report.worst.total if pairs else 0) for report in trained
+        )
+        counted = {"rows": rows, "examples": rows, "tokens_per_row": characters / CHARACTERS_PER_TOKEN / max(1, rows)}
         seconds += _stage(stage, counted | {"longest_row": 0, "truncated_share": 0.0}, pace).seconds or 0.0
     return seconds
 
 
-def _parts(memory: Memory) -> dict[str, Any]:
+def _memory_fields(memory: Memory) -> dict[str, Any]:
+    """The fields of `MemoryEstimate`."""
     parts = {name: value for name, value in vars(memory).items() if name != "recompute"}
     return parts | {"total": memory.total, "recompute_activations": memory.recompute}
 
 
-def _warnings(spec: JobSpec, found: Estimate, shape: Shape | None) -> list[str]:
-    said = []
-    if found.device is None:
-        said.append(f"No worker that serves '{spec.model}' is there now; the job would wait for one.")
+def _warnings(spec: JobSpec, estimated: Estimate, shape: Shape | None) -> list[str]:
+    warnings = []
+    if estimated.device is None:
+        warnings.append(f"No present worker serves '{spec.model}'. The job would wait for one.")
     if shape is None:
-        said.append("The model's sizes are not known before a worker has it: memory cannot be told.")
-    if found.pace is None:
-        said.append("No job on this base model has ended here yet: time cannot be told.")
-    for stage in found.stages:
+        warnings.append("Memory cannot be estimated: no worker has registered the sizes of this model yet.")
+    if estimated.pace is None:
+        warnings.append("Time cannot be estimated: no job on this base model has succeeded here yet.")
+    for stage in estimated.stages:
         if stage.truncated_share > 0.01:
-            said.append(f"{stage.truncated_share:.0%} of the rows of stage {stage.name} are cut by 'max_length'.")
+            warnings.append(f"'max_length' cuts or drops {stage.truncated_share:.0%} of rows in stage {stage.name}.")
         if stage.steps < 10:
-            said.append(f"Stage {stage.name} has {stage.steps} steps; a smaller 'batch_size' or more epochs make more.")
-    if found.memory is not None and found.memory.recompute_activations:
-        said.append("Activations would be recomputed in the backward pass: they would not fit otherwise.")
-    if found.seconds is not None and spec.timeout_seconds is not None and found.seconds > spec.timeout_seconds:
-        said.append("The job would not be done within its 'timeout_seconds'.")
-    return said
+            warnings.append(
+                f"Stage {stage.name} has only {stage.steps} steps. A smaller 'batch_size' or more epochs give more."
+            )
+    if estimated.memory is not None and estimated.memory.recompute_activations:
+        warnings.append("Activations would be recomputed in the backward pass, because otherwise they would not fit.")
+    if estimated.seconds is not None and spec.timeout_seconds is not None and estimated.seconds > spec.timeout_seconds:
+        warnings.append("The job would not finish within its 'timeout_seconds'.")
+    return warnings

@@ -10,7 +10,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from app.archive import tar_response
 from app.dependencies import ServicesDependency
 from app.evaluations.schemas import EvaluationObject
-from app.idempotency.service import SendingDependency
+from app.idempotency.service import RequestIdentityDependency
 from app.jobs.endpoints import asked_metadata
 from app.jobs.schemas import EventObject, StreamToken
 from app.keys.access import access
@@ -24,10 +24,10 @@ router = APIRouter(prefix="/evaluations", tags=["evaluations"])
 
 @router.post("")
 def create_evaluation(
-    spec: EvaluationSpec, caller: CallerDependency, services: ServicesDependency, sending: SendingDependency
+    spec: EvaluationSpec, caller: CallerDependency, services: ServicesDependency, identity: RequestIdentityDependency
 ) -> EvaluationObject:
     """Start an evaluation. The service checks its files and queues it; then a GPU worker runs it."""
-    return services.evaluations.create(caller.project, spec, sending)
+    return services.evaluations.create(caller.project, spec, identity)
 
 
 @router.get("")
@@ -51,10 +51,10 @@ def get_evaluation(evaluation_id: str, caller: CallerDependency, services: Servi
 
 @router.post("/{evaluation_id}/cancel")
 def cancel_evaluation(
-    evaluation_id: str, caller: CallerDependency, services: ServicesDependency, sending: SendingDependency
+    evaluation_id: str, caller: CallerDependency, services: ServicesDependency, identity: RequestIdentityDependency
 ) -> EvaluationObject:
     """Cancel an evaluation that has not ended. Its GPU is free within seconds."""
-    return services.evaluations.cancel(caller.project, evaluation_id, sending)
+    return services.evaluations.cancel(caller.project, evaluation_id, identity)
 
 
 @router.post("/{evaluation_id}/pause")

@@ -10,12 +10,12 @@ from sqlalchemy.orm import Session
 from app.archive import Entry, tar
 from app.broker import Broker, Lane
 from app.database import Database
-from app.encryption import Vault
+from app.encryption import SecretBox
 from app.errors import NotFound, ServiceError
 from app.evaluations.schemas import EvaluationObject
 from app.files import repository as files
 from app.files.tables import File
-from app.idempotency.service import Sending
+from app.idempotency.service import RequestIdentity
 from app.jobs import checkpoints as job_checkpoints
 from app.jobs import queries
 from app.jobs.event_feed import Feed
@@ -26,7 +26,7 @@ from app.jobs.states import ACTIVE
 from app.jobs.tables import Job
 from app.keys.service import Keys
 from app.models import repository as models
-from app.outbound_http import HostRefused, find
+from app.outbound_http import HostRefused, resolve
 from app.spec.datasets.mapping import Mapping
 from app.spec.evaluation import TAKES, EvaluationSpec, JobEvaluation, Side
 from app.storage import Storage
@@ -50,7 +50,7 @@ class Evaluations(Lifecycle[EvaluationObject]):
         broker: Broker,
         keys: Keys,
         feed: Feed,
-        vault: Vault,
+        vault: SecretBox,
         private_hosts: tuple[str, ...],
     ) -> None:
         super().__init__(database, storage, broker, keys, feed)
@@ -59,17 +59,17 @@ class Evaluations(Lifecycle[EvaluationObject]):
     def show(self, job: Job, place: QueuePlace | None = None) -> EvaluationObject:
         return EvaluationObject.of(job, place)
 
-    def create(self, project: str, spec: EvaluationSpec, sending: Sending) -> EvaluationObject:
+    def create(self, project: str, spec: EvaluationSpec, identity: RequestIdentity) -> EvaluationObject:
         """Check the models and files of the spec, store the evaluation, and wake a CPU worker to check the files."""
         content = spec.to_store()
         self.reachable([spec])
         with self.database.write() as session:
-            earlier_id = sending.earlier(session, "evaluations.create", content)
+            earlier_id = identity.earlier(session, "evaluations.create", content)
             job = None if earlier_id is None else queries.get(session, project, earlier_id, EVALUATION)
             if job is None:
-                job = self._insert(session, project, spec, sending.request_id)
-                sending.made(session, "evaluations.create", content, job.id)
-        log.info("evaluation accepted", job=job.id, project=project, request=sending.request_id)
+                job = self._insert(session, project, spec, identity.request_id)
+                identity.made(session, "evaluations.create", content, job.id)
+        log.info("evaluation accepted", job=job.id, project=project, request=identity.request_id)
         self.broker.wake(Lane.CPU)
         return self.show(job) if earlier_id is None else self.get(project, job.id)
 
@@ -81,7 +81,7 @@ class Evaluations(Lifecycle[EvaluationObject]):
         endpoints = [spec.judge.endpoint for spec in specs if spec.judge is not None]
         for url in dict.fromkeys(endpoint.base_url for endpoint in endpoints if endpoint is not None):
             try:
-                find(url, self.private_hosts, PRIVATE)
+                resolve(url, self.private_hosts, PRIVATE)
             except HostRefused as refused:
                 message = f"The judge at {url} cannot be asked: {refused}."
                 raise ServiceError(message, param=f"{param}judge.endpoint.base_url", code="invalid_url") from None

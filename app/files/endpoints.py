@@ -11,7 +11,7 @@ from app.dependencies import ServicesDependency
 from app.files.multipart import UploadForm, form_schema
 from app.files.schemas import FileDeleted, FileObject, Purpose, UploadPurpose
 from app.files.service import MAX_BYTES
-from app.idempotency.service import SendingDependency
+from app.idempotency.service import RequestIdentityDependency
 from app.keys.access import access
 from app.keys.middleware import CallerDependency
 from app.pagination import After, Page, page
@@ -33,10 +33,10 @@ BODY = form_schema(
 @router.post("", openapi_extra=BODY)
 @access(streams_body=True)
 async def create_file(
-    request: Request, caller: CallerDependency, services: ServicesDependency, sending: SendingDependency
+    request: Request, caller: CallerDependency, services: ServicesDependency, identity: RequestIdentityDependency
 ) -> FileObject:
     """Upload a dataset. It streams to the object store; the service never holds the whole file."""
-    file = await services.files.upload(caller.project, UploadForm(request, MAX_BYTES), sending)
+    file = await services.files.upload(caller.project, UploadForm(request, MAX_BYTES), identity)
     file_object = FileObject.of(file)
     await run_in_threadpool(services.reports.begin, caller.project, file_object)
     return file_object

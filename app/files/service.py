@@ -15,7 +15,7 @@ from app.files import repository
 from app.files.multipart import UploadForm
 from app.files.schemas import ExpiresAfter, UploadPurpose
 from app.files.tables import File
-from app.idempotency.service import Sending
+from app.idempotency.service import RequestIdentity
 from app.projects.service import require_room
 from app.spec.datasets.mapping import Mapping
 from app.storage import Storage
@@ -37,20 +37,20 @@ class Files:
     def __init__(self, database: Database, storage: Storage) -> None:
         self.database, self.storage = database, storage
 
-    async def upload(self, project: str, form: UploadForm, sending: Sending) -> File:
+    async def upload(self, project: str, form: UploadForm, identity: RequestIdentity) -> File:
         """Stream an upload to the object store, then write its row. If anything fails, neither stays."""
         digest = hashlib.sha256()
         file = File(id=new_id("file"), project=project)
-        async with self.storage.written(file.key, form.file_chunks(digest.update)):
+        async with self.storage.object_written(file.key, form.file_chunks(digest.update)):
             fields = _checked(form)
             file.filename, file.purpose = (form.filename or "upload")[:512], form.fields["purpose"]
             file.bytes, file.sha256 = form.size, digest.hexdigest()
-            stored = await run_in_threadpool(self._insert, file, fields, sending)
+            stored = await run_in_threadpool(self._insert, file, fields, identity)
             if stored is not file:  # an earlier sending made the file
                 await run_in_threadpool(self.storage.delete, file.key)
         return stored
 
-    def _insert(self, file: File, fields: _Fields, sending: Sending) -> File:
+    def _insert(self, file: File, fields: _Fields, identity: RequestIdentity) -> File:
         content = {
             "sha256": file.sha256,
             "filename": file.filename,
@@ -59,7 +59,7 @@ class Files:
             "mapping": fields.mapping,
         }
         with self.database.write() as session:
-            earlier = sending.earlier(session, "files.create", content)
+            earlier = identity.earlier(session, "files.create", content)
             existing = None if earlier is None else repository.get(session, file.project, earlier)
             if existing is not None:
                 return existing
@@ -70,7 +70,7 @@ class Files:
             session.add(file)
             session.flush()
             session.refresh(file)
-            sending.made(session, "files.create", content, file.id)
+            identity.made(session, "files.create", content, file.id)
         return file
 
     def get(self, project: str, file_id: str) -> File:

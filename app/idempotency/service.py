@@ -25,7 +25,7 @@ RESENT_SECONDS = 1800
 
 
 @dataclass(frozen=True)
-class Sending:
+class RequestIdentity:
     """How a request was sent: its API key, its idempotency key, whether it was sent before, and its id."""
 
     key_id: str
@@ -94,7 +94,7 @@ def forget_old(session: Session) -> None:
     session.execute(delete(SentRequest).where(SentRequest.created_at < database_now() - KEPT_SECONDS))
 
 
-def _sending(
+def _request_identity(
     request: Request,
     caller: CallerDependency,
     idempotency_key: Annotated[
@@ -106,8 +106,8 @@ def _sending(
         ),
     ] = None,
     x_stainless_retry_count: Annotated[int, Header(ge=0, description="Sent by the official client.")] = 0,
-) -> Sending:
-    return Sending(caller.key_id, idempotency_key, x_stainless_retry_count > 0, request.state.request_id)
+) -> RequestIdentity:
+    return RequestIdentity(caller.key_id, idempotency_key, x_stainless_retry_count > 0, request.state.request_id)
 
 
-SendingDependency = Annotated[Sending, Depends(_sending)]
+RequestIdentityDependency = Annotated[RequestIdentity, Depends(_request_identity)]

@@ -9,7 +9,7 @@ from fastapi.responses import StreamingResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from app.dependencies import ServicesDependency
-from app.idempotency.service import SendingDependency
+from app.idempotency.service import RequestIdentityDependency
 from app.jobs.schemas import CheckpointObject, EventObject, JobObject, MetricSeries, StreamToken
 from app.keys.access import access
 from app.keys.middleware import CallerDependency
@@ -30,10 +30,10 @@ def asked_metadata(request: Request) -> dict[str, str]:
 
 @router.post("")
 def create_job(
-    spec: JobSpec, caller: CallerDependency, services: ServicesDependency, sending: SendingDependency
+    spec: JobSpec, caller: CallerDependency, services: ServicesDependency, identity: RequestIdentityDependency
 ) -> JobObject:
     """Start a job. The service checks its files and queues it; then a GPU worker trains."""
-    return services.jobs.create(caller.project, spec, sending)
+    return services.jobs.create(caller.project, spec, identity)
 
 
 @router.get("")
@@ -57,10 +57,10 @@ def get_job(job_id: str, caller: CallerDependency, services: ServicesDependency)
 
 @router.post("/{job_id}/cancel")
 def cancel_job(
-    job_id: str, caller: CallerDependency, services: ServicesDependency, sending: SendingDependency
+    job_id: str, caller: CallerDependency, services: ServicesDependency, identity: RequestIdentityDependency
 ) -> JobObject:
     """Cancel a job that has not ended. Its GPU is free within seconds; its checkpoints stay."""
-    return services.jobs.cancel(caller.project, job_id, sending)
+    return services.jobs.cancel(caller.project, job_id, identity)
 
 
 @router.post("/{job_id}/pause")

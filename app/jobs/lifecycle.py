@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from app.broker import Broker, Lane
 from app.database import Database, new_id
 from app.errors import Conflict, no_such
-from app.idempotency.service import Sending
+from app.idempotency.service import RequestIdentity
 from app.jobs import events as job_events
 from app.jobs import queries, transitions
 from app.jobs import queue as job_queue
@@ -111,7 +111,7 @@ class Lifecycle(ABC, Generic[Shown]):
             places = outlook(session, jobs)
             return [self.show(job, places.get(job.id)) for job in jobs]
 
-    def cancel(self, project: str, job_id: str, sending: Sending) -> Shown:
+    def cancel(self, project: str, job_id: str, identity: RequestIdentity) -> Shown:
         """Cancel an unfinished job. Its worker notices at its next heartbeat, seconds later."""
         with self.database.write() as session:
             job = self._require_job(session, project, job_id)
@@ -128,7 +128,7 @@ class Lifecycle(ABC, Generic[Shown]):
                 ):
                     break
             else:
-                if not (sending.resent and status == Status.CANCELLED):  # the answer to the first sending was lost
+                if not (identity.resent and status == Status.CANCELLED):  # the answer to the first sending was lost
                     raise Conflict(
                         f"{self.KIND.noun.capitalize()} {job_id} is {job.status} already.", code="job_already_ended"
                     )

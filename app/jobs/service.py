@@ -12,7 +12,7 @@ from app.estimates import fit
 from app.evaluations.service import Evaluations
 from app.files import repository as files
 from app.files.tables import File
-from app.idempotency.service import Sending
+from app.idempotency.service import RequestIdentity
 from app.jobs import checkpoints as job_checkpoints
 from app.jobs import events as job_events
 from app.jobs import queries
@@ -27,7 +27,7 @@ from app.keys.service import Keys
 from app.models import repository as models
 from app.spec.datasets.mapping import Mapping
 from app.spec.job import JobSpec
-from app.spec.prequantized import OWN, refusal
+from app.spec.prequantized import TRAINABLE, refusal
 from app.storage import Storage
 from app.workers import repository as workers
 
@@ -54,17 +54,17 @@ class Jobs(Lifecycle[JobObject]):
     def show(self, job: Job, place: QueuePlace | None = None) -> JobObject:
         return JobObject.of(job, place)
 
-    def create(self, project: str, spec: JobSpec, sending: Sending) -> JobObject:
+    def create(self, project: str, spec: JobSpec, identity: RequestIdentity) -> JobObject:
         """Check the models and files that the spec names, store the job, and wake a CPU worker to check its files."""
         content = spec.to_store()
         self.evaluations.reachable(spec.evaluations or [], "evaluations.")
         with self.database.write() as session:
-            earlier_id = sending.earlier(session, "jobs.create", content)
+            earlier_id = identity.earlier(session, "jobs.create", content)
             job = None if earlier_id is None else queries.get(session, project, earlier_id)
             if job is None:
-                job = self.add(session, project, spec, sending.request_id)
-                sending.made(session, "jobs.create", content, job.id)
-        log.info("job accepted", job=job.id, project=project, request=sending.request_id)
+                job = self.add(session, project, spec, identity.request_id)
+                identity.made(session, "jobs.create", content, job.id)
+        log.info("job accepted", job=job.id, project=project, request=identity.request_id)
         self.broker.wake(Lane.CPU)
         return JobObject.of(job) if earlier_id is None else self.get(project, job.id)
 
@@ -146,8 +146,8 @@ class Jobs(Lifecycle[JobObject]):
         method = models.prequantized(session, model.base_model)
         if method is None:
             return spec
-        if spec.quantization is None and method in OWN:
-            spec = spec.model_copy(update={"quantization": OWN[method]})
+        if spec.quantization is None and method in TRAINABLE:
+            spec = spec.model_copy(update={"quantization": TRAINABLE[method]})
         if spec.double_quantization is not None:
             message = f"'{model.base_model}' is quantised already ({method}), which decides this: leave it out."
             raise ServiceError(message, param="double_quantization", code="unsupported_model")
@@ -206,7 +206,7 @@ class Jobs(Lifecycle[JobObject]):
             message = f"'{spec.reference_model}' is a reward model, which has no log-probs."
             raise ServiceError(message, param=param, code="invalid_value")
         method = models.prequantized(session, reference.base_model)
-        if method is not None and method not in OWN:
+        if method is not None and method not in TRAINABLE:
             message = f"'{reference.base_model}' is quantised by {method}, which this service cannot read."
             raise ServiceError(message, param=param, code="unsupported_model")
         return reference

@@ -16,7 +16,7 @@ from starlette.types import Scope as ConnectionScope
 from app.errors import Forbidden, NotFound, ServiceError, TooLarge, Unauthenticated, Unavailable
 from app.exception_handlers import error_answer
 from app.keys.access import Access, AccessTable
-from app.keys.rates import Rates
+from app.keys.rates import RateLimiter
 from app.keys.schemas import Scope
 from app.keys.service import Caller, Keys
 
@@ -45,9 +45,9 @@ class AccessMiddleware:
     """ASGI middleware that checks access. FastAPI reads a multipart body before its dependencies: they are too late."""
 
     def __init__(
-        self, app: ASGIApp, keys: Keys, rates: Rates, allowed_hosts: tuple[str, ...], routes: AccessTable
+        self, app: ASGIApp, keys: Keys, limiter: RateLimiter, allowed_hosts: tuple[str, ...], routes: AccessTable
     ) -> None:
-        self.app, self.keys, self.rates, self.allowed_hosts, self.routes = app, keys, rates, allowed_hosts, routes
+        self.app, self.keys, self.limiter, self.allowed_hosts, self.routes = app, keys, limiter, allowed_hosts, routes
 
     async def __call__(self, scope: ConnectionScope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -75,7 +75,7 @@ class AccessMiddleware:
         caller = self._stream_caller(path, query) if access.stream_token and "authorization" not in headers else None
         caller = caller or self._caller(headers)
         self._check_scope(caller, access.required(method))
-        self.rates.check(caller)
+        self.limiter.check(caller)
         return caller
 
     @staticmethod

@@ -14,7 +14,7 @@ from app.keys.service import Caller
 log = structlog.get_logger(__name__)
 
 
-class Rates:
+class RateLimiter:
     """A moving window of a minute for each key. `per_minute` 0 means no limit."""
 
     def __init__(self, per_minute: int, broker_url: str) -> None:

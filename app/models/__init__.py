@@ -1,1 +1,1 @@
-"""Base models that workers registered, and models that jobs made."""
+"""Models: base models that workers registered, and models that jobs trained."""

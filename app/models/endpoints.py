@@ -1,4 +1,4 @@
-"""/v1/models. Names may contain `/`, which the official client sends as %2F."""
+"""/v1/models. Model names may contain `/`, which the official client sends as %2F."""
 
 from typing import Annotated, Literal
 
@@ -16,7 +16,7 @@ router = APIRouter(prefix="/models", tags=["models"])
 
 
 class ModelList(BaseModel):
-    """All models; the contract has no pages here."""
+    """All models. OpenAI's contract has no pages here."""
 
     object: Literal["list"] = "list"
     data: list[ModelObject]
@@ -24,13 +24,13 @@ class ModelList(BaseModel):
 
 @router.get("")
 def list_models(caller: CallerDependency, services: ServicesDependency) -> ModelList:
-    """Base models that workers serve, and models made here."""
+    """Base models that workers serve, and the models that this project trained."""
     return ModelList(data=[ModelObject.of(model) for model in services.models.list(caller.project)])
 
 
 @router.get("/{name:path}/lineage")
 def get_lineage(name: str, caller: CallerDependency, services: ServicesDependency) -> Lineage:
-    """How a model came to be: base model and revision, then each job with its files by hash, its spec and metrics."""
+    """How a model was made: its base model and revision, then each job with its spec, metrics and file hashes."""
     return services.models.lineage(caller.project, name)
 
 
@@ -46,10 +46,13 @@ def download_model(
     name: str,
     caller: CallerDependency,
     services: ServicesDependency,
-    format: Annotated[Literal["adapter", "merged"], Query(description="What is made, or whole weights.")] = "adapter",
-    dtype: Annotated[Literal["bf16", "fp16"], Query(description="Of merged weights.")] = "bf16",
+    format: Annotated[
+        Literal["adapter", "merged"],
+        Query(description="The files as trained, or all weights with the adapter merged into them."),
+    ] = "adapter",
+    dtype: Annotated[Literal["bf16", "fp16"], Query(description="Precision of merged weights.")] = "bf16",
 ) -> Response:
-    """The model's folder as a tar file: an adapter, or all weights. A merge is made first: 202 until then."""
+    """The model's files as a tar file. A merged model is made on the first request: 202 until it is ready."""
     if format == "merged":
         chunks = services.models.download_merged(caller.project, name, dtype)
     else:
@@ -67,6 +70,6 @@ def get_model(name: str, caller: CallerDependency, services: ServicesDependency)
 
 @router.delete("/{name:path}")
 def delete_model(name: str, caller: CallerDependency, services: ServicesDependency) -> ModelDeleted:
-    """Delete a model made here, unless an unfinished job or another model needs it."""
+    """Delete a trained model, unless an unfinished job or another model needs it."""
     services.models.delete(caller.project, name)
     return ModelDeleted(id=name)

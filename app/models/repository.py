@@ -17,12 +17,16 @@ from app.spec.job import Adapter, JobSpec
 from app.spec.schema_base import STORED
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+"""The form of an id on the Hugging Face Hub: OWNER/NAME."""
 
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """What a model name stands for: `prefix` is its folder in the object store, None for a base model; `foundation`
-    the fully trained model that an adapter sits on, where it is not the base model itself."""
+    """The model that a name stands for.
+
+    `prefix` is its folder in the object store, None for a base model. `foundation` names the fully trained model whose
+    weights it has or adapts, None if these are the base model's weights.
+    """
 
     name: str
     kind: str
@@ -39,13 +43,13 @@ def readable(project: str) -> Select[Model]:
 
 
 def get(session: Session, project: str, name: str, *, lock: bool = False) -> Model | None:
-    """One model. `lock`: it cannot be deleted until this transaction ends (SQLite has one writer anyway)."""
+    """One model. `lock` prevents its deletion until this transaction ends (SQLite has one writer anyway)."""
     statement = _named(project, name)
     return session.scalar(statement.with_for_update(read=True) if lock else statement)
 
 
-def to_delete(session: Session, project: str, name: str) -> Model | None:
-    """One model, which nobody else can begin to use until this transaction ends."""
+def get_for_deletion(session: Session, project: str, name: str) -> Model | None:
+    """One model, locked: no other transaction can start to use it until this one ends."""
     return session.scalar(_named(project, name).with_for_update())
 
 
@@ -58,9 +62,9 @@ def listed(session: Session, project: str) -> list[Model]:
 
 
 def find(session: Session, project: str, name: str, *, lock: bool = False) -> ResolvedModel | None:
-    """Resolve the name of a base model, a made model, a checkpoint or a hub id that workers may download.
+    """Resolve the name of a base model, a trained model, a checkpoint or a hub id that workers may download.
 
-    `lock`: what it finds cannot be deleted until this transaction ends.
+    None if there is no such model. `lock` prevents the deletion of the result until this transaction ends.
     """
     model = get(session, project, name, lock=lock)
     if model is not None:
@@ -79,20 +83,20 @@ def find(session: Session, project: str, name: str, *, lock: bool = False) -> Re
         .join(Job, Job.id == Checkpoint.job_id)
         .where(Checkpoint.model_name == name, Job.project == project)
     )
-    held = statement.with_for_update(read=True, of=Checkpoint)
-    checkpoint = session.execute(held if lock else statement).one_or_none()
-    if checkpoint is not None:
-        saved, job = checkpoint
-        trained = job.spec["adapter"]
-        rewards = saved.stage == "dpo" and JobSpec.stored(job.spec).trains_rewards
+    locked = statement.with_for_update(read=True, of=Checkpoint)
+    row = session.execute(locked if lock else statement).one_or_none()
+    if row is not None:
+        checkpoint, job = row
+        adapter = job.spec["adapter"]
+        is_reward = checkpoint.stage == "dpo" and JobSpec.stored(job.spec).trains_rewards
         return ResolvedModel(
             name,
-            "reward" if rewards else "full" if trained == "none" else "adapter",
+            "reward" if is_reward else "full" if adapter == "none" else "adapter",
             job.base_model,
-            f"{saved.prefix}/model",
+            f"{checkpoint.prefix}/model",
             None,
-            _adapter(trained),
-            name if trained == "none" else job.foundation,
+            _adapter(adapter),
+            name if adapter == "none" else job.foundation,
         )
     if HUB_NAME.fullmatch(name):
         patterns = session.scalars(select(Model.base_model).where(Model.kind == "hub"))
@@ -102,21 +106,21 @@ def find(session: Session, project: str, name: str, *, lock: bool = False) -> Re
 
 
 def require(session: Session, project: str, name: str, param: str, *, lock: bool = False) -> ResolvedModel:
-    """What the body of a request names in `param`. Raises `ServiceError` where no such model is there."""
-    found = find(session, project, name, lock=lock)
-    if found is None:
-        message = f"The model '{name}' does not exist. GET /v1/models lists those that do."
+    """The model that a request body names in `param`. Raises `ServiceError` if there is none."""
+    model = find(session, project, name, lock=lock)
+    if model is None:
+        message = f"The model '{name}' does not exist. GET /v1/models lists all models."
         raise ServiceError(message, param=param, code="model_not_found")
-    return found
+    return model
 
 
 def _adapter(stored: Any) -> Adapter | None:
-    """An adapter as a row has it, which the next version may have written."""
+    """Read an adapter from a database row. The next version may have written it. None if there is no adapter."""
     return Adapter.model_validate(stored, context=STORED) if isinstance(stored, dict) else None
 
 
 def job_of(session: Session, project: str, name: str) -> Job | None:
-    """The job that made a model or a checkpoint; None for a base model, or where it is not known any more."""
+    """The job that made a model or a checkpoint; None for a base model, or if the job has no row any more."""
     job = session.scalar(
         select(Job).join(Model, Model.job_id == Job.id).where(Model.name == name, Job.project == project)
     )
@@ -126,39 +130,39 @@ def job_of(session: Session, project: str, name: str) -> Job | None:
     return session.scalar(statement.where(Checkpoint.model_name == name, Job.project == project))
 
 
-def sitting_on(session: Session, name: str) -> list[str]:
-    """Names of the adapters that were trained on the fully trained model `name`."""
-    made = session.scalars(select(Model).where(Model.job_id.is_not(None)))
-    saved = select(Checkpoint.model_name).join(Job, Job.id == Checkpoint.job_id).where(Job.foundation == name)
+def dependents_of(session: Session, name: str) -> list[str]:
+    """Names of the models and checkpoints that adapt the weights of the fully trained model `name`."""
+    trained = session.scalars(select(Model).where(Model.job_id.is_not(None)))
+    checkpoints = select(Checkpoint.model_name).join(Job, Job.id == Checkpoint.job_id).where(Job.foundation == name)
     return [
-        *(model.name for model in made if model.details.get("foundation") == name and model.name != name),
-        *session.scalars(saved),
+        *(model.name for model in trained if model.details.get("foundation") == name and model.name != name),
+        *session.scalars(checkpoints),
     ]
 
 
 def users_of(session: Session, name: str) -> list[str]:
     """Ids of the unfinished jobs and names of the models that need the model `name`."""
-    return [*queries.users_of(session, name), *sitting_on(session, name)]
+    return [*queries.users_of(session, name), *dependents_of(session, name)]
 
 
 def version(session: Session, base_model: str) -> str | None:
-    """The version of a base model that a worker registered."""
+    """The revision of a base model, as a worker registered it."""
     return session.scalar(select(Model.revision).where(Model.name == base_model, Model.kind == "base"))
 
 
 def prequantized(session: Session, base_model: str) -> str | None:
-    """How the weights of a base model are quantised on the disk; None where they are not, or nobody has seen them."""
+    """The quantisation of a base model's weights on disk; None if there is none or no worker has registered it."""
     details = session.scalar(select(Model.details).where(Model.name == base_model, Model.kind == "base"))
     return (details or {}).get("prequantized")
 
 
 def register(session: Session, name: str, revision: str, details: dict[str, Any]) -> None:
-    """Make or refresh the row of a base model that a worker can serve."""
+    """Insert or update the row of a base model that a worker serves."""
     _register(session, name, "base", name, revision, details)
 
 
 def register_hub(session: Session, pattern: str) -> None:
-    """Make the row of a pattern of hub ids that a worker may download. Its name cannot be a model's."""
+    """Insert the row of a pattern of hub ids that a worker may download. No model can have the row's name."""
     _register(session, f"hub::{pattern}", "hub", pattern, None, {})
 
 

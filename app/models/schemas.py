@@ -30,7 +30,7 @@ class ModelObject(BaseModel):
     created: int
     owned_by: str
     shutdown_date: str | None = None
-    """Of the contract; models here have none."""
+    """A field of OpenAI's contract. It is always null here."""
     kind: str
     base_model: str
     fine_tuning_job_id: str | None
@@ -52,7 +52,7 @@ class ModelObject(BaseModel):
 
 
 class LineageStep(BaseModel):
-    """A job on the way: what it started from, read and measured, and what it made."""
+    """A job in the lineage: its start model, files, spec and metrics, and the model that it made."""
 
     model: str
     started_from: str
@@ -60,7 +60,7 @@ class LineageStep(BaseModel):
     method: str
     sft: bool
     files: dict[str, str | None]
-    """SHA-256 by file id; null where the file is gone."""
+    """SHA-256 by file id. It is null if the file is gone."""
     spec: dict[str, Any]
     metrics: dict[str, float]
     finished_at: int | None
@@ -81,7 +81,7 @@ class LineageStep(BaseModel):
 
 
 class Lineage(BaseModel):
-    """How a model came to be, from its base model on."""
+    """How a model was made, starting from its base model."""
 
     model: str
     object: Literal["model.lineage"] = "model.lineage"

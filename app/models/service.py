@@ -1,4 +1,4 @@
-"""What can be done with models."""
+"""The HTTP operations on models."""
 
 from collections.abc import Iterator
 
@@ -18,9 +18,10 @@ from app.models.tables import Model
 from app.storage import Storage
 
 MERGED_KEPT_SECONDS = 24 * 3600
+"""How long a merged model is kept."""
 
 
-def not_found(name: str) -> NotFound:
+def _model_not_found(name: str) -> NotFound:
     return NotFound(f"The model '{name}' does not exist", param="model", code="model_not_found")
 
 
@@ -38,63 +39,64 @@ class Models:
         with self.database.read() as session:
             model = repository.get(session, project, name)
         if model is None:
-            raise not_found(name)
+            raise _model_not_found(name)
         return model
 
     def download(self, project: str, name: str) -> Iterator[bytes]:
-        """The folder of a made model or a checkpoint, as a tar stream."""
+        """The folder of a trained model or a checkpoint, as a tar stream."""
         with self.database.read() as session:
-            return tar(folder(self.storage, self._made(session, project, name)[1]))
+            return tar(folder(self.storage, self._trained(session, project, name)[1]))
 
     def download_merged(self, project: str, name: str, dtype: str) -> Iterator[bytes] | None:
-        """The model with its adapter in its weights, as a tar stream; None while a worker makes it."""
+        """The model with its adapter merged into its weights, as a tar stream; None while a worker merges it."""
         with self.database.write() as session:
-            found, prefix = self._made(session, project, name)
-            if found.kind != "adapter":
-                return tar(folder(self.storage, prefix))  # its weights are whole
-            method = repository.prequantized(session, found.base_model)
+            model, prefix = self._trained(session, project, name)
+            if model.kind != "adapter":
+                return tar(folder(self.storage, prefix))  # it has all weights already
+            method = repository.prequantized(session, model.base_model)
             if method is not None:
-                message = f"'{found.base_model}' is quantised ({method}): nothing can be merged into such weights."
+                message = f"'{model.base_model}' is quantised ({method}). No adapter can be merged into its weights."
                 raise ServiceError(message, param="format", code="not_mergeable")
-            task = artifacts.ensure(
+            artifact = artifacts.ensure(
                 session,
                 artifacts.MERGE,
                 f"{prefix} {dtype}",
                 project=project,
                 owner=name,
-                base_model=found.base_model,
+                base_model=model.base_model,
                 arguments={"model": name, "dtype": dtype},
             )
-        made = result(task)
-        if made is None:
+        merged = result(artifact)
+        if merged is None:
             self.broker.wake(Lane.CPU)
             return None
-        return tar(folder(self.storage, made["prefix"]))
+        return tar(folder(self.storage, merged["prefix"]))
 
     @staticmethod
-    def _made(session: Session, project: str, name: str) -> tuple[repository.ResolvedModel, str]:
-        found = repository.find(session, project, name)
-        if found is None:
-            raise not_found(name)
-        if found.prefix is None:
+    def _trained(session: Session, project: str, name: str) -> tuple[repository.ResolvedModel, str]:
+        """(a trained model or checkpoint, its folder in the object store)."""
+        model = repository.find(session, project, name)
+        if model is None:
+            raise _model_not_found(name)
+        if model.prefix is None:
             raise ServiceError(
-                f"'{name}' is a base model; only models made here can be downloaded.",
+                f"'{name}' is a base model. Only models trained here can be downloaded.",
                 param="model",
                 code="not_downloadable",
             )
-        return found, found.prefix
+        return model, model.prefix
 
     def lineage(self, project: str, name: str) -> Lineage:
-        """How a model came to be: from its base model on, each job with its files, its spec and what it measured."""
+        """How a model was made: each job with its files, spec and metrics, starting from the base model."""
         steps: list[LineageStep] = []
-        seen: set[str] = set()
+        visited: set[str] = set()
         current: str | None = name
         with self.database.read() as session:
             root = repository.find(session, project, name)
             if root is None:
-                raise not_found(name)
-            while current is not None and current not in seen:
-                seen.add(current)
+                raise _model_not_found(name)
+            while current is not None and current not in visited:
+                visited.add(current)
                 job = repository.job_of(session, project, current)
                 if job is None:
                     break
@@ -104,36 +106,36 @@ class Models:
         return Lineage(model=name, base_model=root.base_model, base_revision=revision, steps=steps[::-1])
 
     def delete(self, project: str, name: str) -> None:
-        """Delete a made model: its row first, so that nobody can reach a folder that is half gone.
+        """Delete a trained model. Its row goes first, so that nobody can reach a half-deleted folder.
 
-        Raises `Conflict` while an unfinished job or another model needs it.
+        Raises `Conflict` if an unfinished job or another model needs it.
         """
         with self.database.write() as session:
-            model = repository.to_delete(session, project, name)
+            model = repository.get_for_deletion(session, project, name)
             if model is None:
-                raise not_found(name)
+                raise _model_not_found(name)
             if model.prefix is None:
                 raise ServiceError(
-                    f"'{name}' is a base model, registered by a worker; it cannot be deleted over HTTP.",
+                    f"'{name}' is a base model that a worker registered. It cannot be deleted over HTTP.",
                     param="model",
                     code="not_deletable",
                 )
             users = repository.users_of(session, name)
             if users:
-                message = f"'{name}' is needed by {', '.join(users[:5])}. End or delete what needs it first."
+                message = f"'{name}' is needed by {', '.join(users[:5])}. End or delete these first."
                 raise Conflict(message, param="model", code="model_in_use")
-            merged = [f"merged/{task.id}" for task in artifacts.of_owner(session, name)]
+            merged = [f"merged/{artifact.id}" for artifact in artifacts.of_owner(session, name)]
             artifacts.forget(session, name)
             session.delete(model)
         for prefix in (model.prefix, *merged):
             self.storage.delete_folder(prefix)
 
     def forget_merged(self) -> None:
-        """Remove merged models that were made a day ago: whoever needs one again has it made again."""
+        """Delete merged models that are older than a day. The next download merges again."""
         with self.database.write() as session:
             old = artifacts.finished_before(session, artifacts.MERGE, MERGED_KEPT_SECONDS)
-            prefixes = [f"merged/{task.id}" for task in old]
-            for task in old:
-                session.delete(task)
+            prefixes = [f"merged/{artifact.id}" for artifact in old]
+            for artifact in old:
+                session.delete(artifact)
         for prefix in prefixes:
             self.storage.delete_folder(prefix)

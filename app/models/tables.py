@@ -9,22 +9,24 @@ from app.database import Table
 
 
 class Model(Table):
-    """A model. `kind`: `base` (a worker can serve it), `hub` (a pattern of hub ids that workers may download),
-    or what a job made: `adapter`, `full`, `reward`."""
+    """A model. `kind` is `base` (a worker serves it) or `hub` (a pattern of hub ids that workers may download).
+
+    The kinds of trained models are `adapter`, `full` and `reward`.
+    """
 
     __tablename__ = "models"
 
     name: Mapped[str] = mapped_column(primary_key=True)
     kind: Mapped[str]
     project: Mapped[str | None] = mapped_column(index=True)
-    """None for base models, which everybody may use."""
+    """None for base models, which every project may use."""
     created_at: Mapped[float]
     base_model: Mapped[str]
     job_id: Mapped[str | None] = mapped_column(index=True)
     prefix: Mapped[str | None]
-    """Where a made model's folder is in the object store."""
+    """The folder of a trained model in the object store."""
     bytes: Mapped[int] = mapped_column(BigInteger)
-    """What a made model has in the object store; 0 for a base model."""
+    """Size of a trained model in the object store; 0 for a base model."""
     revision: Mapped[str | None]
     details: Mapped[dict[str, Any]]
-    """Of a base model: architecture, context_length, bytes, chat_template. Of a made one: adapter settings."""
+    """Base model: architecture, context_length, bytes, chat_template and more. Trained model: adapter, foundation."""

@@ -5,7 +5,7 @@ from fastapi.responses import JSONResponse
 
 from app import __version__
 from app.dependencies import ServicesDependency
-from app.installation import name_of, owner_of
+from app.installation import database_installation, store_installation
 from app.keys.access import access
 from app.migrate import is_current
 from app.services import Services
@@ -39,8 +39,8 @@ def _problems(services: Services) -> dict[str, str]:
         problems["database"] = type(error).__name__
     try:
         services.storage.check()
-        owner = owner_of(services.storage)
-        if owner is not None and "database" not in problems and owner != name_of(services.database):
+        owner = store_installation(services.storage)
+        if owner is not None and "database" not in problems and owner != database_installation(services.database):
             problems["storage"] = (
                 "the object store belongs to another installation than the database; "
                 "if they do belong together, delete the object 'installation'"

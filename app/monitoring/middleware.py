@@ -14,7 +14,7 @@ METHODS = {"GET", "HEAD", "POST", "DELETE", "OPTIONS"}
 REQUEST_ID = "x-request-id"
 
 
-class Observed:
+class RequestMetricsMiddleware:
     """The outermost ASGI middleware. It also sees the requests that the others refuse.
 
     The id is in the answer and in every log line of the request. The official client shows it as `_request_id`.

@@ -1,1 +1,1 @@
-"""Projects: who owns what, and how much of it there may be."""
+"""Projects: they own files, jobs, models and keys, and have limits."""

@@ -1,4 +1,4 @@
-"""/v1/projects, for keys with the scope `admin`."""
+"""/v1/projects. Every route needs a key with the scope `admin`."""
 
 from fastapi import APIRouter
 
@@ -21,9 +21,9 @@ def create_project(spec: ProjectSpec, services: ServicesDependency) -> ProjectOb
 @router.get("")
 @access(scope=Scope.ADMIN)
 def list_projects(services: ServicesDependency) -> Page[ProjectObject]:
-    """All projects, with what they use."""
-    found = services.projects.list()
-    return page(found, len(found))
+    """All projects with their limits and storage, oldest first."""
+    projects = services.projects.list()
+    return page(projects, len(projects))
 
 
 @router.get("/{project_id}")
@@ -36,5 +36,5 @@ def get_project(project_id: str, services: ServicesDependency) -> ProjectObject:
 @router.post("/{project_id}")
 @access(scope=Scope.ADMIN)
 def limit_project(project_id: str, limits: Limits, services: ServicesDependency) -> ProjectObject:
-    """Change the limits that the body names."""
+    """Change the limits that the body names. The others stay."""
     return services.projects.limit(project_id, limits)

@@ -1,4 +1,4 @@
-"""All SQL about projects, and what each uses."""
+"""All SQL about projects and the storage that they use."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ def get(session: Session, project_id: str) -> Project | None:
 
 
 def lock(session: Session, project: Project) -> None:
-    """Until the transaction ends, no other one locks it."""
+    """Lock a project until the transaction ends."""
     session.refresh(project, with_for_update=True)
 
 
@@ -25,10 +25,12 @@ def listed(session: Session) -> Sequence[Project]:
 
 
 def storage_bytes(session: Session, project_id: str) -> int:
-    """Bytes of the project's files (deleted ones too, while a job still reads them), of what its uploads will be, and
-    of its models."""
+    """Bytes that the project uses: its files, its pending uploads at their full size, and its models.
+
+    A deleted file counts until its object is removed, which waits for the jobs that read it.
+    """
     files = select(func.coalesce(func.sum(File.bytes), 0)).where(File.project == project_id)
     pending = (Upload.project == project_id, Upload.status == "pending")
-    parts = select(func.coalesce(func.sum(Upload.bytes), 0)).where(*pending)
+    uploads = select(func.coalesce(func.sum(Upload.bytes), 0)).where(*pending)
     models = select(func.coalesce(func.sum(Model.bytes), 0)).where(Model.project == project_id)
-    return sum(int(session.scalars(statement).one()) for statement in (files, parts, models))
+    return sum(int(session.scalars(statement).one()) for statement in (files, uploads, models))

@@ -6,19 +6,19 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from app.spec.schema_base import Strict
 
-if TYPE_CHECKING:  # the command line needs these schemas, and no SQLAlchemy
+if TYPE_CHECKING:  # the command line imports these schemas without SQLAlchemy
     from app.projects.tables import Project
 
 ProjectId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 
 
 class Limits(Strict):
-    """What a project may use; null is no limit."""
+    """The limits of a project. Null means no limit."""
 
     max_storage_bytes: Annotated[int, Field(ge=0, lt=2**62)] | None = None
-    """Bytes of files, of parts of uploads and of models made."""
+    """Bytes of files, pending uploads (at their full size) and trained models."""
     max_running_jobs: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    """Trainings at a time; the others wait in the queue. 0 holds all of them back."""
+    """Jobs that run at a time, evaluations included. The others wait in the queue. 0 lets none start."""
 
 
 class ProjectSpec(Limits):
@@ -40,7 +40,7 @@ class ProjectObject(BaseModel):
     max_storage_bytes: int | None
     max_running_jobs: int | None
     storage_bytes: int
-    """What it uses now."""
+    """Bytes that it uses now."""
 
     @classmethod
     def of(cls, project: "Project", storage_bytes: int) -> "ProjectObject":

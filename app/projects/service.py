@@ -1,4 +1,4 @@
-"""What can be done with projects, and the check of what they may store."""
+"""The operations on projects, and the check of their storage limit."""
 
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
@@ -11,16 +11,16 @@ from app.projects.tables import Project
 
 
 def require_room(session: Session, project_id: str, more: int) -> None:
-    """Raise `Forbidden` where `more` bytes would not fit into what the project may store."""
+    """Raise `Forbidden` if `more` bytes would exceed the storage limit of the project."""
     project = repository.get(session, project_id)
     if project is None or project.max_storage_bytes is None:
         return
-    repository.lock(session, project)  # two that look at once would both find room
+    repository.lock(session, project)  # two requests that check at the same time would both find room
     used = repository.storage_bytes(session, project_id)
     if used + more > project.max_storage_bytes:
         raise Forbidden(
-            f"The project '{project_id}' may store {project.max_storage_bytes} bytes; it has {used}, and this needs "
-            f"{more} more. Delete files or models, or ask for a higher limit.",
+            f"The project '{project_id}' may store {project.max_storage_bytes} bytes. It uses {used}, and this request "
+            f"needs {more} more. Delete files or models, or ask the operator for a higher limit.",
             code="storage_limit_reached",
         )
 
@@ -50,7 +50,7 @@ class Projects:
             return ProjectObject.of(project, repository.storage_bytes(session, project_id))
 
     def list(self) -> list[ProjectObject]:
-        """All of them, oldest first."""
+        """All projects, oldest first."""
         with self.database.read() as session:
             return [
                 ProjectObject.of(project, repository.storage_bytes(session, project.id))
@@ -58,7 +58,7 @@ class Projects:
             ]
 
     def limit(self, project_id: str, limits: Limits) -> ProjectObject:
-        """Set the limits that `limits` names; the others stay."""
+        """Set the limits that `limits` names. The others stay."""
         with self.database.write() as session:
             project = repository.get(session, project_id)
             if project is None:

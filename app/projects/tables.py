@@ -7,13 +7,16 @@ from app.database import Table
 
 
 class Project(Table):
-    """A project: every file, job, model and key belongs to one, and no other sees it. None is no limit."""
+    """A project. Each file, job, trained model and key belongs to one, and no other project sees it.
+
+    A limit of None means no limit.
+    """
 
     __tablename__ = "projects"
 
     id: Mapped[str] = mapped_column(primary_key=True)
     created_at: Mapped[float]
     max_storage_bytes: Mapped[int | None] = mapped_column(BigInteger)
-    """Bytes of files, of parts of uploads and of models made."""
+    """Bytes of files, pending uploads (at their full size) and trained models."""
     max_running_jobs: Mapped[int | None]
-    """Trainings at a time; the others wait in the queue."""
+    """Jobs that run at a time, evaluations included. The others wait in the queue."""

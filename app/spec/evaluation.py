@@ -235,7 +235,7 @@ class EvaluationSpec(RenderingSettings):
         }
     )
 
-    MADE: ClassVar[frozenset[str]] = frozenset()
+    IMPLIED_SIDES: ClassVar[frozenset[str]] = frozenset()
     """Sides that the spec does not name because a training makes their model."""
 
     type: EvaluationType
@@ -272,7 +272,7 @@ class EvaluationSpec(RenderingSettings):
             is_set = getattr(self, name) is not None
             if is_set and name not in TAKES[self.type]:
                 raise inconsistent(name, f"'{name}' does not go with the type '{self.type}'")
-            if not is_set and name in NEEDS[self.type] and name not in self.MADE:
+            if not is_set and name in NEEDS[self.type] and name not in self.IMPLIED_SIDES:
                 raise inconsistent(name, f"The type '{self.type}' needs '{name}'")
         if self.type in ("preference", "reward_kl"):
             for name in ("candidate", "baseline"):
@@ -287,14 +287,14 @@ class EvaluationSpec(RenderingSettings):
         if (
             self.baseline is not None
             and self.baseline.reference
-            and not self.MADE
+            and not self.IMPLIED_SIDES
             and not (self.candidate is not None and self.candidate.model is not None)
         ):
             raise inconsistent(
                 "baseline",
                 "'reference' needs a candidate that is a 'model': it is the reference of that model's training",
             )
-        if self.sampling is not None and not self.MADE and not any(side.is_model for side in self.sides()):
+        if self.sampling is not None and not self.IMPLIED_SIDES and not any(side.is_model for side in self.sides()):
             raise inconsistent("sampling", "Neither side is a model: there is nothing to sample")
         for number, gate in enumerate(self.gates or []):
             require_metric(gate.metric, self.figures(), f"gates.{number}.metric")
@@ -396,7 +396,7 @@ class EvaluationSpec(RenderingSettings):
         return models
 
     @property
-    def sides_named(self) -> tuple[str, str]:
+    def answer_names(self) -> tuple[str, str]:
         """The names of an item's two answers. For `agreement` they are first and second."""
         return ("first", "second") if self.type == "agreement" else ("candidate", "baseline")
 
@@ -432,7 +432,7 @@ class JobEvaluation(EvaluationSpec):
     model_config = ConfigDict(
         json_schema_extra={"example": {"name": "held-out", "type": "preference", "data": "file-abc123"}}
     )
-    MADE = frozenset({"candidate"})
+    IMPLIED_SIDES = frozenset({"candidate"})
 
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 

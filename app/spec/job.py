@@ -124,9 +124,7 @@ class Adapter(Strict):
     """Scale the update by α/√r instead of α/r: rank-stabilised LoRA (Kalajdzievski 2023)."""
     use_dora: bool = False
     """Weight-decomposed adaptation (Liu et al. 2024). It is slower, and not every inference server loads it."""
-    modules_to_save: Annotated[list[Literal["embed_tokens", "lm_head"]], Field(min_length=1, max_length=2)] | None = (
-        None
-    )
+    modules_to_save: Annotated[list[SavedModule], Field(min_length=1, max_length=2)] | None = None
     """Also train the embeddings or the output head in full: for a base that never learned its control tokens. This
     takes six times their memory. vLLM loads such a model only if it is merged."""
 
@@ -359,7 +357,7 @@ class JobSpec(RenderingSettings):
             ]
         return [(field, name) for field, name in files if name is not None]
 
-    def trained(self, field: str = "training_file") -> list[str]:
+    def training_fields(self, field: str = "training_file") -> list[str]:
         """The fields of all files that are trained on together with the file of `field`, itself included."""
         numbers = range(len(self.more_training_files or []) if field == "training_file" else 0)
         return [field, *(f"{MORE}.{number}" for number in numbers)]

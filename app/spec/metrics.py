@@ -167,7 +167,12 @@ EVALUATION = {
         "The judge's reward of a completion.", "higher", types=("reward_kl",), judged=True, summary=True
     ),
     "completions": _count("Completions sampled.", "reward_kl"),
-    "ended": _count("Completions that ended with an end-of-sequence token.", "reward_kl"),
+    "ended": EvaluationMetric(
+        "The share of completions that ended with an end-of-sequence token.",
+        unit="share",
+        types=("reward_kl",),
+        interval=False,
+    ),
     "comparisons": _count("Pairs of answers compared.", "win_rate", "agreement"),
     "wins": _count("Comparisons that the candidate won.", "win_rate", judged=True),
     "ties": _count("Comparisons that ended in a tie.", "win_rate", judged=True),

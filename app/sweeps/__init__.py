@@ -1,1 +1,1 @@
-"""Sweeps: one training for each point of a grid, and which of them is best."""
+"""Sweeps: one training for each point of a grid, and a comparison of them."""

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query, Response
 
 from app.dependencies import ServicesDependency
-from app.idempotency.service import SendingDependency
+from app.idempotency.service import RequestIdentityDependency
 from app.keys.middleware import CallerDependency
 from app.pagination import After, Page, page
 from app.spec.sweep import SweepSpec
@@ -16,10 +16,10 @@ router = APIRouter(prefix="/sweeps", tags=["sweeps"])
 
 @router.post("")
 def create_sweep(
-    spec: SweepSpec, caller: CallerDependency, services: ServicesDependency, sending: SendingDependency
+    spec: SweepSpec, caller: CallerDependency, services: ServicesDependency, identity: RequestIdentityDependency
 ) -> SweepObject:
-    """Start a job for each combination of the grid's values: all of them, or none where one cannot be run."""
-    return services.sweeps.create(caller.project, spec, sending)
+    """Start a job for each combination of the grid's values. If one of them cannot run, none is started."""
+    return services.sweeps.create(caller.project, spec, identity)
 
 
 @router.get("")
@@ -35,16 +35,16 @@ def list_sweeps(
 
 @router.get("/{sweep_id}")
 def get_sweep(sweep_id: str, caller: CallerDependency, services: ServicesDependency) -> SweepObject:
-    """One sweep: its jobs with their settings and metrics, and the frontier with its Pareto set."""
+    """One sweep: its jobs with their settings and metrics, and its frontier with the Pareto set."""
     return services.sweeps.get(caller.project, sweep_id)
 
 
 @router.post("/{sweep_id}/cancel")
 def cancel_sweep(
-    sweep_id: str, caller: CallerDependency, services: ServicesDependency, sending: SendingDependency
+    sweep_id: str, caller: CallerDependency, services: ServicesDependency, identity: RequestIdentityDependency
 ) -> SweepObject:
-    """Cancel what has not ended of a sweep."""
-    return services.sweeps.cancel(caller.project, sweep_id, sending)
+    """Cancel the jobs and evaluations of a sweep that have not ended."""
+    return services.sweeps.cancel(caller.project, sweep_id, identity)
 
 
 @router.get(
@@ -56,8 +56,8 @@ def get_sweep_frontier(
     sweep_id: str,
     caller: CallerDependency,
     services: ServicesDependency,
-    format: Annotated[Literal["svg", "csv"], Query(description="A picture, or the points as a table.")] = "svg",
+    format: Annotated[Literal["svg", "csv"], Query(description="`svg` is a chart, `csv` a table.")] = "svg",
 ) -> Response:
-    """The frontier of two metrics, reward against KL where nothing else was asked for, as far as it is measured."""
+    """The frontier of two metrics, from the results so far. The default is reward against KL."""
     content, media_type = services.sweeps.frontier(caller.project, sweep_id, format)
     return Response(content, media_type=media_type)

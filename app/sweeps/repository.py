@@ -1,4 +1,4 @@
-"""All SQL about sweeps. What a caller reads starts from its project."""
+"""All SQL about sweeps. A query for a caller starts from `readable`, so it sees only the caller's project."""
 
 from collections.abc import Sequence
 
@@ -24,5 +24,5 @@ def page(session: Session, project: str, *, after: Sweep | None, limit: int) -> 
 
 
 def jobs(session: Session, sweep_ids: Sequence[str]) -> Sequence[Job]:
-    """The trainings of sweeps and the evaluations of their models, in the order in which they were made."""
+    """The trainings of sweeps and the evaluations of their models, in order of creation."""
     return session.scalars(select(Job).where(Job.sweep_id.in_(sweep_ids)).order_by(Job.created_at, Job.id)).all()

@@ -13,7 +13,7 @@ from app.sweeps.tables import Sweep
 
 
 class SweepEvaluation(BaseModel):
-    """An evaluation of the model that one of the jobs makes."""
+    """An evaluation of the model that a job of the sweep makes."""
 
     id: str
     status: Status
@@ -21,11 +21,11 @@ class SweepEvaluation(BaseModel):
 
 
 class SweepJob(BaseModel):
-    """A job of the grid, and what it came to."""
+    """A job of the grid, with its settings and results."""
 
     id: str
     settings: dict[str, Any]
-    """Its value of each field of the grid."""
+    """The value that it has for each field of the grid."""
     status: Status
     fine_tuned_model: str | None
     metrics: dict[str, float] | None
@@ -34,7 +34,7 @@ class SweepJob(BaseModel):
 
 
 class FrontierPoint(BaseModel):
-    """What a job gains for what it costs; `temperature` where its evaluation has several."""
+    """A job's cost `x` and gain `y`. `temperature` is set if its evaluation has several temperatures."""
 
     job_id: str
     temperature: float | None
@@ -43,11 +43,11 @@ class FrontierPoint(BaseModel):
     y: float
     y_error: float | None
     pareto: bool
-    """No other point has at most its `x` and at least its `y`."""
+    """Whether it is in the Pareto set: no other point is at least as good in both metrics and better in one."""
 
 
 class Frontier(BaseModel):
-    """The jobs by two metrics, as far as they are measured."""
+    """The jobs by two metrics. A job has no point until both are measured."""
 
     x: str
     y: str
@@ -55,7 +55,7 @@ class Frontier(BaseModel):
 
 
 class SweepObject(BaseModel):
-    """A sweep, its jobs, and how they compare."""
+    """A sweep: its jobs, and their comparison by two metrics."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -76,19 +76,19 @@ class SweepObject(BaseModel):
     created_at: int
     name: str | None
     status: Literal["running", "succeeded", "failed", "cancelled"]
-    """`running` until all jobs and evaluations have ended; then `failed` or `cancelled` where one was."""
+    """`running` until all jobs and evaluations have ended. Then `failed` if one failed, else `cancelled` if one was."""
     grid: dict[str, list[Any]]
     counts: dict[str, int]
-    """Jobs by status."""
+    """The number of jobs in each status."""
     jobs: list[SweepJob]
     frontier: Frontier | None
     metadata: dict[str, str] | None
 
     @classmethod
     def of(cls, sweep: Sweep, jobs: Sequence[Job], evaluations: Sequence[Job]) -> "SweepObject":
-        """The object for `sweep` with its `jobs` and their `evaluations`."""
+        """The API object of `sweep`, with its `jobs` and their `evaluations`."""
         by_id = {evaluation.id: evaluation for evaluation in evaluations}
-        shown = [
+        sweep_jobs = [
             SweepJob(
                 id=job.id,
                 settings=sweep.settings["jobs"][job.id],
@@ -96,8 +96,8 @@ class SweepObject(BaseModel):
                 fine_tuned_model=job.fine_tuned_model,
                 metrics=job.metrics,
                 evaluations={
-                    name: SweepEvaluation(id=one, status=Status(by_id[one].status), metrics=by_id[one].metrics)
-                    for name, one in (job.evaluations or {}).items()
+                    name: SweepEvaluation(id=key, status=Status(by_id[key].status), metrics=by_id[key].metrics)
+                    for name, key in (job.evaluations or {}).items()
                 },
                 gates=shown_gates(job),
             )
@@ -113,23 +113,23 @@ class SweepObject(BaseModel):
             status="running" if any(state in ACTIVE for state in states) else ended.value,
             grid=sweep.grid,
             counts={state: counts.count(state) for state in dict.fromkeys(counts)},
-            jobs=shown,
-            frontier=_frontier(sweep.settings["frontier"], shown),
+            jobs=sweep_jobs,
+            frontier=_frontier(sweep.settings["frontier"], sweep_jobs),
             metadata=sweep.sweep_metadata,
         )
 
     def points(self) -> list[ParetoPoint]:
-        """The frontier's points as they are drawn: a series for what is no number in the grid."""
+        """The points of the chart. Jobs with the same non-numeric grid values are one series."""
         jobs = {job.id: job for job in self.jobs}
-        found = []
+        points = []
         for point in self.frontier.points if self.frontier else []:
             settings = jobs[point.job_id].settings
             words = [f"{name}={value}" for name, value in settings.items() if not isinstance(value, int | float)]
             mark = "" if point.temperature is None else f" at temperature {point.temperature:g}"
             label = ", ".join(f"{name}={value}" for name, value in settings.items()) + mark
             series = ", ".join(words) or "jobs"
-            found.append(ParetoPoint(label, series, point.x, point.y, point.x_error, point.y_error))
-        return found
+            points.append(ParetoPoint(label, series, point.x, point.y, point.x_error, point.y_error))
+        return points
 
 
 def _error(metric: str) -> str:
@@ -139,6 +139,7 @@ def _error(metric: str) -> str:
 
 
 def _frontier(axes: dict[str, str] | None, jobs: Sequence[SweepJob]) -> Frontier | None:
+    """The points of the jobs that have both metrics of `axes`. A metric per temperature is named `METRIC@T`."""
     if axes is None:
         return None
     measured: list[tuple[str, float | None, float, float, float | None, float | None]] = []

@@ -1,4 +1,4 @@
-"""What can be done with sweeps over HTTP."""
+"""The HTTP operations on sweeps."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from app.broker import Broker, Lane
 from app.database import Database, new_id
 from app.errors import Conflict, NotFound, ServiceError, describe_validation_error, no_such
-from app.idempotency.service import Sending
+from app.idempotency.service import RequestIdentity
 from app.jobs.kinds import EVALUATION
 from app.jobs.service import Jobs
 from app.jobs.states import ACTIVE
@@ -28,39 +28,40 @@ log = structlog.get_logger(__name__)
 
 
 class Sweeps:
-    """Make the jobs of a grid, follow and cancel them, and compare what they came to."""
+    """Make the jobs of a grid, follow and cancel them, and compare their results."""
 
     def __init__(self, database: Database, broker: Broker, jobs: Jobs) -> None:
         self.database, self.broker, self.jobs = database, broker, jobs
 
-    def create(self, project: str, spec: SweepSpec, sending: Sending) -> SweepObject:
-        """Make all jobs of the grid, or none: what is wrong with one of them is said before any is made."""
+    def create(self, project: str, spec: SweepSpec, identity: RequestIdentity) -> SweepObject:
+        """Make all jobs of the grid, or none. Raises `ServiceError` for the first that cannot run."""
         content = spec.model_dump(mode="json")
-        asked = [(values, _job(values, body)) for values, body in spec.bodies()]
-        axes = _axes(spec, asked[0][1])
-        self.jobs.evaluations.reachable((one for _, job in asked for one in job.evaluations or []), "job.evaluations.")
+        job_specs = [(values, _job_spec(values, body)) for values, body in spec.bodies()]
+        axes = _axes(spec, job_specs[0][1])
+        evaluations = (evaluation for _, job in job_specs for evaluation in job.evaluations or [])
+        self.jobs.evaluations.reachable(evaluations, "job.evaluations.")
         with self.database.write() as session:
-            earlier = sending.earlier(session, "sweeps.create", content)
+            earlier = identity.earlier(session, "sweeps.create", content)
             sweep = None if earlier is None else repository.get(session, project, earlier)
             if sweep is None:
-                sweep = self._insert(session, project, spec, asked, axes, sending.request_id)
-                sending.made(session, "sweeps.create", content, sweep.id)
-            found = self._shown(session, [sweep])[0]
-        log.info("sweep accepted", sweep=found.id, jobs=len(found.jobs), project=project, request=sending.request_id)
+                sweep = self._insert(session, project, spec, job_specs, axes, identity.request_id)
+                identity.made(session, "sweeps.create", content, sweep.id)
+            shown = self._shown(session, [sweep])[0]
+        log.info("sweep accepted", sweep=shown.id, jobs=len(shown.jobs), project=project, request=identity.request_id)
         self.broker.wake(Lane.CPU)
-        return found
+        return shown
 
     def _insert(
         self,
         session: Session,
         project: str,
         spec: SweepSpec,
-        asked: Sequence[tuple[dict[str, Any], JobSpec]],
+        job_specs: Sequence[tuple[dict[str, Any], JobSpec]],
         axes: Axes | None,
         request_id: str | None,
     ) -> Sweep:
         sweep_id, settings = new_id("sweep"), {}
-        for values, job_spec in asked:
+        for values, job_spec in job_specs:
             try:
                 job = self.jobs.add(session, project, job_spec, request_id, sweep_id=sweep_id)
             except ServiceError as error:
@@ -83,51 +84,52 @@ class Sweeps:
     @staticmethod
     def _shown(session: Session, sweeps: Sequence[Sweep]) -> list[SweepObject]:
         ids = [sweep.id for sweep in sweeps]
-        found: dict[str, tuple[list[Job], list[Job]]] = {sweep_id: ([], []) for sweep_id in ids}
+        jobs: dict[str, tuple[list[Job], list[Job]]] = {sweep_id: ([], []) for sweep_id in ids}
+        """(trainings, evaluations) of each sweep."""
         for job in repository.jobs(session, ids):
-            found[str(job.sweep_id)][job.kind == EVALUATION.name].append(job)
-        return [SweepObject.of(sweep, *found[sweep.id]) for sweep in sweeps]
+            jobs[str(job.sweep_id)][job.kind == EVALUATION.name].append(job)
+        return [SweepObject.of(sweep, *jobs[sweep.id]) for sweep in sweeps]
 
     def get(self, project: str, sweep_id: str) -> SweepObject:
         with self.database.read() as session:
-            return self._shown(session, [self._found(session, project, sweep_id)])[0]
+            return self._shown(session, [self._require(session, project, sweep_id)])[0]
 
     def page(self, project: str, *, after: str | None, limit: int) -> list[SweepObject]:
         """Up to `limit` + 1 sweeps, newest first."""
         with self.database.read() as session:
-            mark = None if after is None else self._found(session, project, after, "after")
+            mark = None if after is None else self._require(session, project, after, "after")
             return self._shown(session, repository.page(session, project, after=mark, limit=limit))
 
-    def cancel(self, project: str, sweep_id: str, sending: Sending) -> SweepObject:
+    def cancel(self, project: str, sweep_id: str, identity: RequestIdentity) -> SweepObject:
         """Cancel the jobs and evaluations of a sweep that have not ended."""
-        found = self.get(project, sweep_id)
-        if found.status != "running" and not sending.resent:
-            raise Conflict(f"Sweep {sweep_id} is {found.status} already.", code="job_already_ended")
-        for job in found.jobs:
-            with suppress(Conflict):  # it has just ended
+        sweep = self.get(project, sweep_id)
+        if sweep.status != "running" and not identity.resent:
+            raise Conflict(f"Sweep {sweep_id} is {sweep.status} already.", code="job_already_ended")
+        for job in sweep.jobs:
+            with suppress(Conflict):  # the job has just ended
                 if job.status in ACTIVE:
-                    self.jobs.cancel(project, job.id, sending)
+                    self.jobs.cancel(project, job.id, identity)
             for evaluation in job.evaluations.values():
                 with suppress(Conflict):
                     if evaluation.status in ACTIVE:
-                        self.jobs.evaluations.cancel(project, evaluation.id, sending)
+                        self.jobs.evaluations.cancel(project, evaluation.id, identity)
         return self.get(project, sweep_id)
 
     def frontier(self, project: str, sweep_id: str, format: str) -> tuple[str, str]:
-        """(the frontier as it is now, its media type): a picture, or the points of it as a table."""
-        found = self.get(project, sweep_id)
-        points = found.points()
-        if found.frontier is None or not points:
-            axes = "names none" if found.frontier is None else "has not measured any"
-            message = f"Sweep {sweep_id} {axes}: a frontier needs two metrics, 'frontier.x' and 'frontier.y'."
+        """(content, media type) of the frontier so far: a chart for the format `svg`, a table for `csv`."""
+        sweep = self.get(project, sweep_id)
+        points = sweep.points()
+        if sweep.frontier is None or not points:
+            lacks = "names no frontier metrics" if sweep.frontier is None else "has no job with both frontier metrics"
+            message = f"Sweep {sweep_id} {lacks}: a frontier needs 'frontier.x' and 'frontier.y'."
             raise NotFound(message, code="frontier_not_found")
         if format == "csv":
             return as_csv(points), "text/csv; charset=utf-8"
-        title = found.name or f"Sweep {sweep_id}"
-        return svg(points, found.frontier.x, found.frontier.y, title), "image/svg+xml"
+        title = sweep.name or f"Sweep {sweep_id}"
+        return svg(points, sweep.frontier.x, sweep.frontier.y, title), "image/svg+xml"
 
     @staticmethod
-    def _found(session: Session, project: str, sweep_id: str, param: str | None = None) -> Sweep:
+    def _require(session: Session, project: str, sweep_id: str, param: str | None = None) -> Sweep:
         sweep = repository.get(session, project, sweep_id)
         if sweep is None:
             raise no_such("sweep", sweep_id, code="sweep", param=param)
@@ -141,12 +143,13 @@ def _axes(spec: SweepSpec, first: JobSpec) -> Axes | None:
         raise ServiceError(error.message(), param=(error.context or {})["field"], code="invalid_value") from None
 
 
-def _job(values: dict[str, Any], body: dict[str, Any]) -> JobSpec:
+def _job_spec(values: dict[str, Any], body: dict[str, Any]) -> JobSpec:
+    """The spec of one job. `values` are its grid values, which an error names. Raises `ServiceError`."""
     try:
         return JobSpec.model_validate(body)
     except ValidationError as error:
         first: dict[str, Any] = dict(error.errors()[0])
         first["loc"] = ("body", "job", *first["loc"])
         message, param = describe_validation_error(first)[:2]
-        where = ", ".join(f"{name}={str(value)[:60]}" for name, value in values.items())
-        raise ServiceError(f"{message} (with {where})", param=param, code="invalid_value") from None
+        settings = ", ".join(f"{name}={str(value)[:60]}" for name, value in values.items())
+        raise ServiceError(f"{message} (with {settings})", param=param, code="invalid_value") from None

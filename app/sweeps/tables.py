@@ -1,4 +1,4 @@
-"""The table of sweeps; their jobs are in that of jobs."""
+"""The table of sweeps. Their jobs are rows of the table of jobs."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from app.database import Table, database_now
 
 
 class Sweep(Table):
-    """A grid, and what each of its jobs has of it."""
+    """A sweep: its grid, and the grid values of each of its jobs."""
 
     __tablename__ = "sweeps"
     __table_args__ = (Index("ix_sweeps_project_created_at", "project", "created_at", "id"),)
@@ -20,5 +20,5 @@ class Sweep(Table):
     name: Mapped[str | None]
     grid: Mapped[dict[str, Any]]
     settings: Mapped[dict[str, Any]]
-    """Of each job, by its id, its value of each field of the grid; and `frontier`, the two metrics that it is of."""
+    """`jobs`: the grid values of each job, by its id. `frontier`: the two metrics of the frontier, or null."""
     sweep_metadata: Mapped[dict[str, Any] | None]

@@ -5,7 +5,7 @@ from starlette.concurrency import run_in_threadpool
 
 from app.dependencies import ServicesDependency
 from app.files.multipart import UploadForm, form_schema
-from app.idempotency.service import SendingDependency
+from app.idempotency.service import RequestIdentityDependency
 from app.keys.access import access
 from app.keys.middleware import CallerDependency
 from app.uploads.schemas import PartObject, UploadCompletion, UploadObject, UploadSpec
@@ -16,10 +16,10 @@ router = APIRouter(prefix="/uploads", tags=["uploads"])
 
 @router.post("")
 def create_upload(
-    spec: UploadSpec, caller: CallerDependency, services: ServicesDependency, sending: SendingDependency
+    spec: UploadSpec, caller: CallerDependency, services: ServicesDependency, identity: RequestIdentityDependency
 ) -> UploadObject:
     """Begin an upload of up to 8 GB. Send its parts and complete it within an hour."""
-    return services.uploads.create(caller.project, spec, sending)
+    return services.uploads.create(caller.project, spec, identity)
 
 
 @router.post(
@@ -31,11 +31,11 @@ async def add_upload_part(
     request: Request,
     caller: CallerDependency,
     services: ServicesDependency,
-    sending: SendingDependency,
+    identity: RequestIdentityDependency,
 ) -> PartObject:
     """Send a part of up to 64 MB. Parts may come in parallel and in any order."""
     form = UploadForm(request, MAX_PART_BYTES, name="data")
-    return await services.uploads.add_part(caller.project, upload_id, form, sending)
+    return await services.uploads.add_part(caller.project, upload_id, form, identity)
 
 
 @router.post("/{upload_id}/complete")

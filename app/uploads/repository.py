@@ -59,7 +59,7 @@ def expire(session: Session) -> None:
     session.execute(statement.values(status="expired"))
 
 
-def left_over(session: Session) -> list[Upload]:
+def ended_with_parts(session: Session) -> list[Upload]:
     """Uploads that have ended and still have parts."""
     ended = select(Upload).where(Upload.status != "pending", Upload.id.in_(select(UploadPart.upload_id)))
     return list(session.scalars(ended))

@@ -12,7 +12,7 @@ from app.files import repository as files
 from app.files.multipart import UploadForm
 from app.files.schemas import FileObject
 from app.files.tables import File
-from app.idempotency.service import Sending
+from app.idempotency.service import RequestIdentity
 from app.projects.service import require_room
 from app.storage import Storage
 from app.uploads import repository
@@ -29,10 +29,10 @@ class Uploads:
     def __init__(self, database: Database, storage: Storage) -> None:
         self.database, self.storage = database, storage
 
-    def create(self, project: str, spec: UploadSpec, sending: Sending) -> UploadObject:
+    def create(self, project: str, spec: UploadSpec, identity: RequestIdentity) -> UploadObject:
         content = spec.model_dump(mode="json")
         with self.database.write() as session:
-            earlier = sending.earlier(session, "uploads.create", content)
+            earlier = identity.earlier(session, "uploads.create", content)
             upload = None if earlier is None else repository.get(session, project, earlier)
             if upload is None:
                 require_room(session, project, spec.bytes)
@@ -51,33 +51,33 @@ class Uploads:
                 session.add(upload)
                 session.flush()
                 session.refresh(upload)
-                sending.made(session, "uploads.create", content, upload.id)
+                identity.made(session, "uploads.create", content, upload.id)
         return UploadObject.of(upload)
 
-    async def add_part(self, project: str, upload_id: str, form: UploadForm, sending: Sending) -> PartObject:
+    async def add_part(self, project: str, upload_id: str, form: UploadForm, identity: RequestIdentity) -> PartObject:
         """Stream a part to the object store, then write its row. If anything fails, neither stays."""
         upload = await run_in_threadpool(self._pending, project, upload_id)
         part_id, digest = new_id("part"), hashlib.sha256()
         key = f"{upload.prefix}/{part_id}"
-        async with self.storage.written(key, form.file_chunks(digest.update)):
+        async with self.storage.object_written(key, form.file_chunks(digest.update)):
             form.require("data")
             if form.size == 0:
                 raise ServiceError("The part is empty.", param="data", code="empty_part")
             part = await run_in_threadpool(
-                self._add_part, project, upload_id, part_id, form.size, digest.hexdigest(), sending
+                self._add_part, project, upload_id, part_id, form.size, digest.hexdigest(), identity
             )
             if part.id != part_id:  # an earlier sending made the part
                 await run_in_threadpool(self.storage.delete, key)
         return PartObject.of(part)
 
     def _add_part(
-        self, project: str, upload_id: str, part_id: str, size: int, digest: str, sending: Sending
+        self, project: str, upload_id: str, part_id: str, size: int, digest: str, identity: RequestIdentity
     ) -> UploadPart:
         with self.database.write() as session:
             content = {"upload": upload_id, "sha256": digest}
             # Only an idempotency key tells that a part came before, because two parts may have the same bytes. A spare
             # part does no harm.
-            earlier = sending.earlier(session, "uploads.parts.create", content) if sending.idempotency_key else None
+            earlier = identity.earlier(session, "uploads.parts.create", content) if identity.idempotency_key else None
             existing = None if earlier is None else repository.get_part(session, earlier)
             if existing is not None:
                 return existing
@@ -95,7 +95,7 @@ class Uploads:
             session.add(part)
             session.flush()
             session.refresh(part)
-            sending.made(session, "uploads.parts.create", content, part_id)
+            identity.made(session, "uploads.parts.create", content, part_id)
         return part
 
     def _pending(self, project: str, upload_id: str) -> Upload:

@@ -1,1 +1,1 @@
-"""Webhooks: a job that ends is told to those who asked for it (Standard Webhooks)."""
+"""Webhooks: events of jobs and evaluations, sent to the endpoints of their project (Standard Webhooks)."""

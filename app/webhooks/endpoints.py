@@ -21,15 +21,15 @@ router = APIRouter(prefix="/webhooks", tags=["webhooks"])
 
 @router.post("")
 def create_webhook(spec: EndpointSpec, caller: CallerDependency, services: ServicesDependency) -> NewEndpointObject:
-    """Have the ends of this project's jobs sent to a URL. The answer shows the secret that signs them, this once."""
+    """Send events of this project's jobs and evaluations to a URL. Only this answer shows the signing secret."""
     return services.webhooks.create(caller.project, spec)
 
 
 @router.get("")
 def list_webhooks(caller: CallerDependency, services: ServicesDependency) -> Page[EndpointObject]:
     """The endpoints of the caller's project, newest first."""
-    found = services.webhooks.endpoints(caller.project)
-    return page(found, len(found))
+    endpoints = services.webhooks.endpoints(caller.project)
+    return page(endpoints, len(endpoints))
 
 
 @router.get("/{endpoint_id}")
@@ -42,13 +42,13 @@ def get_webhook(endpoint_id: str, caller: CallerDependency, services: ServicesDe
 def change_webhook(
     endpoint_id: str, change: EndpointChange, caller: CallerDependency, services: ServicesDependency
 ) -> EndpointObject:
-    """Change its events, or switch it off or on."""
+    """Change the events of an endpoint, or enable or disable it."""
     return services.webhooks.change(caller.project, endpoint_id, change)
 
 
 @router.delete("/{endpoint_id}")
 def delete_webhook(endpoint_id: str, caller: CallerDependency, services: ServicesDependency) -> EndpointDeleted:
-    """Delete an endpoint, and what is on its way to it."""
+    """Delete an endpoint and its deliveries."""
     services.webhooks.delete(caller.project, endpoint_id)
     return EndpointDeleted(id=endpoint_id)
 
@@ -61,7 +61,7 @@ def list_deliveries(
     after: After = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> Page[DeliveryObject]:
-    """What was sent to an endpoint, or will be, newest first, with every attempt."""
+    """The deliveries to an endpoint, newest first, with every attempt."""
     return page(services.webhooks.deliveries(caller.project, endpoint_id, after=after, limit=limit), limit)
 
 

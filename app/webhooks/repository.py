@@ -1,4 +1,4 @@
-"""All SQL about webhooks. What a caller reads starts from its project."""
+"""All SQL about webhooks. A query for a caller starts from `readable`, so it sees only the caller's project."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +18,7 @@ DELIVERIES = WorkQueue(
     noun="delivery",
     active=WebhookDelivery.eligible_at.is_not(None),
     order=(WebhookDelivery.eligible_at,),
-    lease_seconds=120.0,  # longer than any sending takes: nobody renews it
+    lease_seconds=120.0,  # longer than any attempt, because no sender renews it
     longest_pause=SCHEDULE[-1],
 )
 
@@ -37,18 +37,21 @@ def listed(session: Session, project: str) -> Sequence[WebhookEndpoint]:
 
 
 def enqueue(session: Session, project: str, type: str, data: dict[str, Any]) -> bool:
-    """Have an event sent to the endpoints of `project` that ask for it, in the transaction that it tells of."""
-    wanted = [
+    """Store a delivery for each enabled endpoint of `project` that asks for this event; False if there is none.
+
+    Call it in the transaction that causes the event. `data` is the `data` of the event's body.
+    """
+    endpoints = [
         endpoint
         for endpoint in session.scalars(readable(project).where(WebhookEndpoint.disabled_at.is_(None)))
         if type in endpoint.events
     ]
-    if not wanted:
+    if not endpoints:
         return False
     created_at = now(session)
     event_id = new_id("evt").replace("-", "_")
     body = {"id": event_id, "object": "event", "type": type, "created_at": int(created_at), "data": data}
-    for endpoint in wanted:
+    for endpoint in endpoints:
         session.add(
             WebhookDelivery(
                 id=new_id("whd"),
@@ -75,56 +78,64 @@ def deliveries(
 
 
 def get_delivery(session: Session, endpoint_id: str, delivery_id: str) -> WebhookDelivery | None:
-    found = session.get(WebhookDelivery, delivery_id)
-    return found if found is not None and found.endpoint_id == endpoint_id else None
+    delivery = session.get(WebhookDelivery, delivery_id)
+    return delivery if delivery is not None and delivery.endpoint_id == endpoint_id else None
 
 
 def resend(session: Session, delivery: WebhookDelivery) -> None:
-    """Begin the schedule of a delivery anew."""
+    """Start the schedule of a delivery from its first attempt. A delivery that is being sent now stays as it is."""
+    if delivery.lease_owner is not None:
+        return
     delivery.attempt, delivery.delivered_at, delivery.eligible_at = 0, None, database_now()
 
 
 def claim(session: Session, owner: str, busy: Sequence[str] = ()) -> tuple[WebhookDelivery, WebhookEndpoint] | None:
-    """Take the lease of the delivery that is due for longest, but to no endpoint of `busy`."""
+    """Take the lease of the delivery that has been due for the longest; None if none is due.
+
+    Deliveries to the endpoints `busy` and to disabled endpoints are skipped.
+    """
     enabled = select(WebhookEndpoint.id).where(WebhookEndpoint.disabled_at.is_(None))
-    to = WebhookDelivery.endpoint_id
-    delivery = DELIVERIES.claim(session, owner, DELIVERIES.active, to.in_(enabled), to.not_in(busy))
+    receiver = WebhookDelivery.endpoint_id
+    delivery = DELIVERIES.claim(session, owner, DELIVERIES.active, receiver.in_(enabled), receiver.not_in(busy))
     return None if delivery is None else (delivery, session.get_one(WebhookEndpoint, delivery.endpoint_id))
 
 
 def record(session: Session, delivery: WebhookDelivery, entry: dict[str, Any], *, delivered: bool, gone: bool) -> None:
-    """Write how an attempt went, and when the next one is. `gone`: the endpoint wants no more."""
+    """Log an attempt and schedule the next one. `gone`: the endpoint answered 410 and is disabled.
+
+    `entry` has the `status`, `error` and `seconds` of the attempt.
+    """
     endpoint = session.get(WebhookEndpoint, delivery.endpoint_id)
     if endpoint is None:
-        return  # deleted, and its deliveries with it
+        return  # the endpoint was deleted together with its deliveries
     began = int(now(session) - entry["seconds"])
     values: dict[str, Any] = {"log": [*delivery.log, entry | {"at": began}]}
     if delivered:
         values |= {"delivered_at": database_now()}
-    over = delivered or gone or delivery.attempt >= len(SCHEDULE) or endpoint.disabled_at is not None
-    pause = None if over else SCHEDULE[delivery.attempt]
+    ended = delivered or gone or delivery.attempt >= len(SCHEDULE) or endpoint.disabled_at is not None
+    pause = None if ended else SCHEDULE[delivery.attempt]
     DELIVERIES.release(session, delivery.id, delivery.attempt, pause=pause, lost_attempts=0, **values)
     if gone:
         disable(session, delivery.endpoint_id, "it answered 410 Gone")
 
 
 def recover(session: Session, delivery: WebhookDelivery) -> None:
-    """Let another sender try a delivery whose sender was lost; give it up where that was its last attempt."""
+    """Release a delivery whose sender was lost. Give it up if that was its last attempt."""
     pause = None if delivery.attempt >= len(SCHEDULE) else 0.0
     lost = delivery.lost_attempts + 1
     DELIVERIES.release(session, delivery.id, delivery.attempt, pause=pause, lost_attempts=lost)
 
 
 def forget(session: Session, seconds: float, limit: int) -> int:
-    """Remove up to `limit` deliveries that are over and were made more than `seconds` ago; returns how many."""
-    over = (WebhookDelivery.eligible_at.is_(None), WebhookDelivery.created_at < database_now() - seconds)
-    old = select(WebhookDelivery.id).where(*over).limit(limit)
-    gone = delete(WebhookDelivery).where(WebhookDelivery.id.in_(old)).returning(WebhookDelivery.id)
-    return len(session.scalars(gone).all())
+    """Delete up to `limit` ended deliveries that were created more than `seconds` ago. Returns the number."""
+    conditions = (WebhookDelivery.eligible_at.is_(None), WebhookDelivery.created_at < database_now() - seconds)
+    old = select(WebhookDelivery.id).where(*conditions).limit(limit)
+    statement = delete(WebhookDelivery).where(WebhookDelivery.id.in_(old)).returning(WebhookDelivery.id)
+    return len(session.scalars(statement).all())
 
 
 def disable(session: Session, endpoint_id: str, reason: str) -> None:
-    """Send an endpoint nothing more, what is on its way neither."""
+    """Disable an endpoint and give up its pending deliveries."""
     statement = update(WebhookEndpoint).where(WebhookEndpoint.id == endpoint_id)
     session.execute(statement.values(disabled_at=database_now(), disabled_reason=reason))
     waiting = update(WebhookDelivery).where(WebhookDelivery.endpoint_id == endpoint_id)

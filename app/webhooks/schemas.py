@@ -1,6 +1,6 @@
 """Webhooks on the wire."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
@@ -21,6 +21,7 @@ EVENTS: tuple[EventType, ...] = (
     "fine_tuning.job.failed",
     "fine_tuning.job.cancelled",
 )
+"""The default events of an endpoint."""
 
 
 class EndpointSpec(Strict):
@@ -29,14 +30,14 @@ class EndpointSpec(Strict):
     model_config = ConfigDict(json_schema_extra={"example": {"url": "https://ci.example.com/hooks/dpo"}})
 
     url: Annotated[str, StringConstraints(max_length=2048, pattern=r"^[\x21-\x7e]+$")]
-    """In ASCII, as a URL is: hosts of other scripts in punycode."""
-    events: Annotated[list[EventType], Field(min_length=1, max_length=6)] = list(EVENTS)
+    """In ASCII. Write an international host name in punycode."""
+    events: Annotated[list[EventType], Field(min_length=1, max_length=len(get_args(EventType)))] = list(EVENTS)
 
 
 class EndpointChange(Strict):
-    """The body of `POST /v1/webhooks/{id}`: what is named changes."""
+    """The body of `POST /v1/webhooks/{id}`. Fields that it leaves out stay as they are."""
 
-    events: Annotated[list[EventType], Field(min_length=1, max_length=6)] | None = None
+    events: Annotated[list[EventType], Field(min_length=1, max_length=len(get_args(EventType)))] | None = None
     enabled: bool | None = None
 
 
@@ -64,7 +65,7 @@ class EndpointObject(BaseModel):
 
 
 class NewEndpointObject(EndpointObject):
-    """An endpoint that was just made: `secret` is shown this once. `client.webhooks.unwrap` takes it as it is."""
+    """A new endpoint with its signing secret, which only this answer shows. `OpenAI(webhook_secret=…)` accepts it."""
 
     secret: str
 
@@ -87,7 +88,7 @@ class Attempt(BaseModel):
 
 
 class DeliveryObject(BaseModel):
-    """An event on its way to an endpoint, or arrived, or given up."""
+    """An event for an endpoint: pending, delivered, or failed after the last attempt."""
 
     id: str
     object: Literal["webhook_delivery"] = "webhook_delivery"

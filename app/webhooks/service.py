@@ -1,32 +1,33 @@
-"""What can be done with webhooks over HTTP."""
+"""The HTTP operations on webhooks."""
 
 import base64
 import secrets
 
 from app.broker import Broker, Lane
 from app.database import Database, database_now, new_id
-from app.encryption import Vault
+from app.encryption import SecretBox
 from app.errors import ServiceError, no_such
-from app.outbound_http import HostRefused, find
+from app.outbound_http import HostRefused, resolve
 from app.webhooks import repository
 from app.webhooks.schemas import DeliveryObject, EndpointChange, EndpointObject, EndpointSpec, NewEndpointObject
 from app.webhooks.tables import WebhookEndpoint
 
 PRIVATE = "DPO_PRIVATE_WEBHOOKS"
+"""The setting that allows endpoints in the operator's network, for error messages."""
 
 
 class Webhooks:
-    """Create, change and delete endpoints; see what was sent to them, and send it again."""
+    """Create, change and delete endpoints, list their deliveries, and resend one."""
 
-    def __init__(self, database: Database, broker: Broker, vault: Vault, private_hosts: tuple[str, ...]) -> None:
+    def __init__(self, database: Database, broker: Broker, vault: SecretBox, private_hosts: tuple[str, ...]) -> None:
         self.database, self.broker, self.vault, self.private_hosts = database, broker, vault, private_hosts
 
     def create(self, project: str, spec: EndpointSpec) -> NewEndpointObject:
-        """Make an endpoint and the secret that signs what it gets."""
+        """Make an endpoint and the secret that signs its events. Raises `ServiceError` for a bad URL."""
         try:
-            find(spec.url, self.private_hosts, PRIVATE)
+            resolve(spec.url, self.private_hosts, PRIVATE)
         except HostRefused as refused:
-            raise ServiceError(f"Nothing is sent to this URL: {refused}.", param="url", code="invalid_url") from None
+            raise ServiceError(f"This URL is not accepted: {refused}.", param="url", code="invalid_url") from None
         secret = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
         with self.database.write() as session:
             endpoint = WebhookEndpoint(
@@ -54,7 +55,7 @@ class Webhooks:
         return EndpointObject.of(endpoint)
 
     def change(self, project: str, endpoint_id: str, change: EndpointChange) -> EndpointObject:
-        """Change the events of an endpoint, or switch it off or on."""
+        """Change the events of an endpoint, or enable or disable it."""
         with self.database.write() as session:
             endpoint = repository.get(session, project, endpoint_id)
             if endpoint is None:
@@ -68,7 +69,7 @@ class Webhooks:
         return self.get(project, endpoint_id)
 
     def delete(self, project: str, endpoint_id: str) -> None:
-        """Delete an endpoint, and what is on its way to it."""
+        """Delete an endpoint and its deliveries."""
         with self.database.write() as session:
             endpoint = repository.get(session, project, endpoint_id)
             if endpoint is None:
@@ -79,16 +80,16 @@ class Webhooks:
         """Up to `limit` + 1 deliveries, newest first."""
         self.get(project, endpoint_id)
         with self.database.read() as session:
-            mark = None
-            if after is not None and (mark := repository.get_delivery(session, endpoint_id, after)) is None:
+            previous = None
+            if after is not None and (previous := repository.get_delivery(session, endpoint_id, after)) is None:
                 raise no_such("delivery", after, code="webhook_delivery", param="after")
-            found = repository.deliveries(session, endpoint_id, after=mark, limit=limit)
-        return [DeliveryObject.of(delivery) for delivery in found]
+            deliveries = repository.deliveries(session, endpoint_id, after=previous, limit=limit)
+        return [DeliveryObject.of(delivery) for delivery in deliveries]
 
     def resend(self, project: str, endpoint_id: str, delivery_id: str) -> DeliveryObject:
-        """Send an event again, with the same id, by which its receiver knows it."""
+        """Send an event again. It keeps its id, so its receiver can recognise it."""
         if not self.get(project, endpoint_id).enabled:
-            message = "The endpoint is switched off; switch it on first: POST {'enabled': true} to it."
+            message = "The endpoint is disabled. Enable it first: POST {'enabled': true} to it."
             raise ServiceError(message, param="id", code="webhook_endpoint_disabled")
         with self.database.write() as session:
             delivery = repository.get_delivery(session, endpoint_id, delivery_id)

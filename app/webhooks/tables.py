@@ -1,4 +1,4 @@
-"""The tables of webhook endpoints and of what is to be sent to them."""
+"""The tables of webhook endpoints and their deliveries."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from app.work_queue import Queued
 
 
 class WebhookEndpoint(Table):
-    """A URL of a project that gets events."""
+    """A URL that receives events of its project."""
 
     __tablename__ = "webhook_endpoints"
 
@@ -19,14 +19,14 @@ class WebhookEndpoint(Table):
     url: Mapped[str]
     events: Mapped[list[str]]
     sealed_secret: Mapped[str]
-    """What signs its messages, encrypted."""
+    """The secret that signs its events, encrypted."""
     created_at: Mapped[float]
     disabled_at: Mapped[float | None]
     disabled_reason: Mapped[str | None]
 
 
 class WebhookDelivery(Queued, Table):
-    """An event on its way to an endpoint."""
+    """An event for one endpoint."""
 
     __tablename__ = "webhook_deliveries"
     __table_args__ = (Index("ix_webhook_deliveries_due", "next_attempt_at"),)
@@ -36,10 +36,10 @@ class WebhookDelivery(Queued, Table):
     type: Mapped[str]
     body: Mapped[dict[str, Any]]
     created_at: Mapped[float]
-    # These two columns keep their first names in the database.
+    # In the database, these two columns keep the names that they had first.
     attempt: Mapped[int] = mapped_column("attempts")
     eligible_at: Mapped[float | None] = mapped_column("next_attempt_at")  # type: ignore[assignment]
-    """When it is due. None: it has arrived, or was given up."""
+    """When the next attempt is due. None: it was delivered or given up."""
     delivered_at: Mapped[float | None]
     log: Mapped[list[dict[str, Any]]]
-    """Each attempt: `at`, `status` (null without an answer), `error`, `seconds`."""
+    """One entry per attempt: `at`, `status` (null without an answer), `error`, `seconds`."""

@@ -1,1 +1,1 @@
-"""Workers as the API sees them: who is there, on what device, and what it can do."""
+"""Workers as the API sees them: which are running, on which device, and which base models they serve."""

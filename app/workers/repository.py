@@ -11,10 +11,11 @@ from app.database import database_now
 from app.workers.tables import Worker
 
 GONE_SECONDS = 90.0
+"""A worker that has not reported for this long counts as gone."""
 
 
 def report(session: Session, name: str, lane: str, serves: list[str], details: dict[str, Any]) -> None:
-    """Say that a worker is there, and forget those that have not for long."""
+    """Record that a worker is running, and delete the rows of workers that have long been gone."""
     row = session.get(Worker, name)
     if row is None:
         row = Worker(name=name)
@@ -24,27 +25,28 @@ def report(session: Session, name: str, lane: str, serves: list[str], details: d
 
 
 def leave(session: Session, name: str) -> None:
-    """A worker ends."""
+    """Delete the row of a worker that ends."""
     session.execute(delete(Worker).where(Worker.name == name))
 
 
 def present(session: Session, lane: str) -> Sequence[Worker]:
-    """The workers of a lane that were heard of lately."""
+    """The workers of a lane that have reported lately."""
     alive = Worker.seen_at > database_now() - GONE_SECONDS
     return session.scalars(select(Worker).where(Worker.lane == lane, alive).order_by(Worker.name)).all()
 
 
 def serves(worker: Worker, *base_models: str) -> bool:
-    """Whether a worker has all of `base_models`."""
+    """Whether a worker serves all of `base_models`."""
     return all(any(fnmatchcase(name, pattern) for pattern in worker.serves) for name in base_models)
 
 
 def served_by(column: Any, patterns: Sequence[str]) -> ColumnElement[bool]:
-    """The condition that a worker which serves `patterns` has the base model in `column`."""
-    return or_(false(), *(_fits(column, pattern) for pattern in patterns))
+    """The condition that a worker with `patterns` serves the base model in `column`."""
+    return or_(false(), *(_matches(column, pattern) for pattern in patterns))
 
 
-def _fits(column: Any, pattern: str) -> ColumnElement[bool]:
+def _matches(column: Any, pattern: str) -> ColumnElement[bool]:
+    """`fnmatch` in SQL, for patterns whose only wildcard is `*`."""
     if "*" not in pattern:
         return cast(ColumnElement[bool], column == pattern)
     for special in ("\\", "%", "_"):

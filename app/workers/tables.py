@@ -8,7 +8,7 @@ from app.database import Table
 
 
 class Worker(Table):
-    """A worker that says every half minute that it is there."""
+    """A running worker. It reports every 30 seconds."""
 
     __tablename__ = "workers"
 
@@ -18,4 +18,4 @@ class Worker(Table):
     serves: Mapped[list[str]]
     """Names of base models, or patterns of hub ids."""
     details: Mapped[dict[str, Any]]
-    """`device`: `kind`, `name`, `memory_bytes`; `integrations`: those it has a key for."""
+    """`device` has `kind`, `name` and `memory_bytes`. `integrations` lists those for which the worker has a key."""

@@ -10,9 +10,8 @@ import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
 from app.spec.metrics import CHARTS
-from tests.acceptance.conftest import pairs, write
-from tests.acceptance.service import Running
-from tests.acceptance.test_service import body, create
+from tests.helpers.preferences import pairs, write
+from tests.helpers.service import Running, body, create
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 SCREENSHOTS = os.environ.get("DASHBOARD_SCREENSHOTS")

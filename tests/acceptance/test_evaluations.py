@@ -12,18 +12,9 @@ from typing import Any
 
 import pytest
 
-from tests.acceptance.conftest import pairs, write
-from tests.acceptance.service import Running, lanes, running, trainer_at_work
-from tests.judge_server import first, judging
-from tests.servers import wait_until
-
-CLASSIFIER = {"terms": {"yes": [1.0, 1.0], "no": [1.0, -1.0]}, "intercept": 0.0, "normalise": False}
-
-
-def upload(service: Running, path: Path, purpose: str) -> str:
-    with service.http() as http, path.open("rb") as file:
-        answer = http.post("/files", files={"file": file}, data={"purpose": purpose}).raise_for_status()
-    return str(answer.json()["id"])
+from tests.helpers.judge_server import first, judging
+from tests.helpers.preferences import pairs, write
+from tests.helpers.service import CLASSIFIER, Running, ended, lanes, running, trainer_at_work, upload
 
 
 @pytest.fixture(scope="module")
@@ -55,19 +46,6 @@ def evaluate(service: Running, body: dict[str, Any], status: str = "succeeded") 
         made = http.post("/evaluations", json=body)
         assert made.status_code == 200, made.text
         return ended(service, made.json()["id"], status)
-
-
-def ended(service: Running, evaluation: str, status: str = "succeeded") -> dict[str, Any]:
-    seen: dict[str, Any] = {}
-
-    def look() -> bool:
-        with service.http() as http:
-            seen.update(http.get(f"/evaluations/{evaluation}").raise_for_status().json())
-        return seen["status"] in ("succeeded", "failed", "cancelled")
-
-    wait_until(look, evaluation, 120)
-    assert seen["status"] == status, seen["error"]
-    return seen
 
 
 def items(service: Running, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
@@ -119,7 +97,7 @@ def test_an_evaluation_whose_trainer_is_killed_goes_on_to_the_same_bytes(
     assert expected["metrics"]["kl@1"] > 2 * expected["metrics"]["kl/error@1"] > 0
     with service.http() as http:
         started = http.post("/evaluations", json=body).raise_for_status().json()["id"]
-        wait_until(lambda: http.get(f"/evaluations/{started}").json()["progress"], "some completions")
+        service.until(lambda: http.get(f"/evaluations/{started}").json()["progress"], "some completions")
         os.kill(trainer_at_work(service.home), signal.SIGKILL)
     found = ended(service, started)
     assert found["attempt"] > expected["attempt"]
@@ -159,9 +137,9 @@ def test_what_an_evaluation_needs_stays(service: Running, files: dict[str, str],
         started = http.post("/evaluations", json=body).raise_for_status().json()["id"]
         refused = http.delete(f"/models/{model}")
         assert refused.status_code == 409 and started in refused.json()["error"]["message"]
-        wait_until(lambda: http.get(f"/evaluations/{started}").json()["status"] == "running", "it to run")
+        service.until(lambda: http.get(f"/evaluations/{started}").json()["status"] == "running", "it to run")
         assert http.post(f"/evaluations/{started}/pause").json()["paused"]
-        wait_until(lambda: http.get(f"/evaluations/{started}").json()["status"] == "queued", "the pause")
+        service.until(lambda: http.get(f"/evaluations/{started}").json()["status"] == "queued", "the pause")
         assert http.post(f"/evaluations/{started}/cancel").json()["status"] == "cancelled"
         assert http.post(f"/evaluations/{started}/cancel").status_code == 409
 
@@ -209,9 +187,9 @@ def test_a_judge_is_asked_in_spite_of_what_goes_wrong_and_paid_once(
         }  # fmt: skip
         with service.http() as http:
             started = http.post("/evaluations", json=body).raise_for_status().json()["id"]
-            wait_until(lambda: len(judge.answered) >= 5, "some answers", 60)
+            service.until(lambda: len(judge.answered) >= 5, "some answers")
             http.post(f"/evaluations/{started}/pause").raise_for_status()
-            wait_until(lambda: http.get(f"/evaluations/{started}").json()["status"] == "queued", "the pause")
+            service.until(lambda: http.get(f"/evaluations/{started}").json()["status"] == "queued", "the pause")
             assert len(judge.answered) >= 5
             http.post(f"/evaluations/{started}/resume").raise_for_status()
         found = ended(service, started)
@@ -246,7 +224,7 @@ def test_a_worker_that_is_killed_while_it_asks_pays_little_twice(home: Path, tmp
             }  # fmt: skip
             with service.http() as http:
                 started = http.post("/evaluations", json=body).raise_for_status().json()["id"]
-                wait_until(
+                service.until(
                     lambda: (http.get(f"/evaluations/{started}").json()["progress"] or {}).get("answers"), "some"
                 )
             answered = dict(judge.answered)

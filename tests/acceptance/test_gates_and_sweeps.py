@@ -6,11 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.acceptance.conftest import pairs, write
-from tests.acceptance.service import Running
-from tests.acceptance.test_evaluations import CLASSIFIER, ended, upload
-from tests.judge_server import judging
-from tests.servers import wait_until
+from tests.helpers.judge_server import judging
+from tests.helpers.preferences import pairs, write
+from tests.helpers.service import CLASSIFIER, Running, ended, upload
 
 HYPERPARAMETERS = {"max_steps": 30, "batch_size": 8, "learning_rate": 5e-3, "beta": 0.3}
 
@@ -106,7 +104,9 @@ def test_a_win_rate_is_gated_by_its_lower_bound_and_told_by_webhook(
             webhook = http.post("/webhooks", json=hook).raise_for_status().json()["id"]
         status, found = create(service, tmp_path, body)
         with service.http() as http:
-            wait_until(lambda: len(http.get(f"/webhooks/{webhook}/deliveries").json()["data"]) == 2, "both deliveries")
+            service.until(
+                lambda: len(http.get(f"/webhooks/{webhook}/deliveries").json()["data"]) == 2, "both deliveries"
+            )
             sent = {one["type"]: one["body"]["data"] for one in
                     http.get(f"/webhooks/{webhook}/deliveries").json()["data"]}  # fmt: skip
             http.delete(f"/webhooks/{webhook}").raise_for_status()
@@ -126,7 +126,7 @@ def test_what_waits_for_a_model_that_is_never_made_is_cancelled(service: Running
     with service.http() as http:
         made = http.post("/fine_tuning/jobs", json=body).raise_for_status().json()
         (evaluation,) = made["evaluations"]
-        wait_until(lambda: http.get(f"/evaluations/{evaluation['id']}").json()["status"] == "queued", "the check")
+        service.until(lambda: http.get(f"/evaluations/{evaluation['id']}").json()["status"] == "queued", "the check")
         service.wait_for(made["id"], lambda seen: seen["status"] == "running")
         assert http.get(f"/evaluations/{evaluation['id']}").json()["queue_position"] is None
         http.post(f"/fine_tuning/jobs/{made['id']}/cancel").raise_for_status()

@@ -14,9 +14,9 @@ import httpx2
 from app.migrate import migrate
 from app.services import Services
 from app.settings import Settings
-from tests.acceptance.conftest import pairs, write
-from tests.acceptance.service import Running, half_upload, lanes, running, stack, trainers
-from tests.servers import wait_until
+from tests.helpers.preferences import pairs, write
+from tests.helpers.servers import wait_until
+from tests.helpers.service import Running, half_upload, lanes, running, stack, trainers
 
 
 def start_long_job(service: Running, folder: Path, **extensions: Any) -> str:
@@ -44,17 +44,17 @@ def test_cancel_stops_the_trainer_and_keeps_the_checkpoints(service: Running, tm
     job_id = start_long_job(service, tmp_path)
     assert len(trainers(service.home)) == 1
     assert service.openai().fine_tuning.jobs.cancel(job_id).status == "cancelled"
-    wait_until(lambda: not trainers(service.home), "the trainer's end", seconds=10)
+    service.until(lambda: not trainers(service.home), "the trainer's end")
     assert service.openai().fine_tuning.jobs.checkpoints.list(job_id).data
     assert service.job(job_id)["status"] == "cancelled"
-    wait_until(lambda: not list((service.home / "work").iterdir()), "an empty work folder")
+    service.until(lambda: not list((service.home / "work").iterdir()), "an empty work folder")
 
 
 def test_a_damaged_checkpoint_is_gone_back_behind(service: Running, tmp_path: Path) -> None:
     """Two can be resumed from; older ones hold only a model, and there are no more of them than the job wants."""
     job_id = start_long_job(service, tmp_path, keep_checkpoints=3)
     checkpoints = service.openai().fine_tuning.jobs.checkpoints
-    wait_until(lambda: "Checkpoint created at step 25" in str(told(service, job_id)), "the fifth checkpoint")
+    service.until(lambda: "Checkpoint created at step 25" in str(told(service, job_id)), "the fifth checkpoint")
     with service.http() as client:
         client.post(f"/fine_tuning/jobs/{job_id}/pause").raise_for_status()
         service.wait_for(job_id, lambda seen: seen["status"] == "queued")
@@ -69,10 +69,12 @@ def test_a_damaged_checkpoint_is_gone_back_behind(service: Running, tmp_path: Pa
         latest.write_bytes(content)
         client.post(f"/fine_tuning/jobs/{job_id}/resume").raise_for_status()
     damaged = f"The checkpoint at step {kept[0]} cannot be used (state/optimizer.safetensors is damaged)"
-    wait_until(lambda: f"Resumed stage dpo after step {kept[1]}" in str(told(service, job_id)), "the resumed training")
+    service.until(
+        lambda: f"Resumed stage dpo after step {kept[1]}" in str(told(service, job_id)), "the resumed training"
+    )
     assert damaged in str(told(service, job_id))
     service.openai().fine_tuning.jobs.cancel(job_id)
-    wait_until(lambda: not list(saved.glob("*/*/*/state")), "the end of what only a resume would have read")
+    service.until(lambda: not list(saved.glob("*/*/*/state")), "the end of what only a resume would have read")
     assert checkpoints.list(job_id).data
 
 
@@ -133,7 +135,7 @@ def test_a_killed_worker_costs_an_attempt_and_no_more(home: Path, tmp_path: Path
         attempt = service.job(job_id)["attempt"]
         (gpu,) = lanes(service, "gpu")
         os.kill(gpu, signal.SIGKILL)
-        wait_until(lambda: not trainers(home), "the orphan's end", seconds=10)
+        wait_until(lambda: not trainers(home), "the orphan's end")
         wait_until(lambda: service.process.poll() is not None, "the service's end")
     with running(home) as service:  # `dpo serve` ends where a part of it died; whoever runs it starts it again
         resumes(service, job_id, attempt)
@@ -169,7 +171,7 @@ def resumes(service: Running, job_id: str, attempt: int) -> None:
         at = [n for n, event in enumerate(newest) if event.message.startswith("Resumed stage dpo after step")]
         return bool(at) and any(event.type == "metrics" for event in newest[: at[0]])
 
-    wait_until(resumed, "the resumed training")
+    service.until(resumed, "the resumed training")
     assert service.job(job_id)["attempt"] == attempt + 1
 
 
@@ -204,6 +206,6 @@ def test_an_upload_whose_connection_is_cut_leaves_nothing(service: Running) -> N
     before, listed = set(objects.glob("*")), service.openai().files.list().data
     with socket.create_connection((url.host, url.port or 80)) as connection:
         connection.sendall(half_upload(service.key, 20_000_000))
-        wait_until(lambda: set(objects.glob("*")) > before, "the upload's first bytes in the object store")
-    wait_until(lambda: set(objects.glob("*")) == before, "the end of what came")
+        service.until(lambda: set(objects.glob("*")) > before, "the upload's first bytes in the object store")
+    service.until(lambda: set(objects.glob("*")) == before, "the end of what came")
     assert service.openai().files.list().data == listed

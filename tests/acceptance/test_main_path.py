@@ -13,8 +13,8 @@ from openai import BadRequestError, NotFoundError
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
 
-from tests.acceptance.conftest import pairs, write
-from tests.acceptance.service import Running, running, stack
+from tests.helpers.preferences import pairs, write
+from tests.helpers.service import Running, running, stack
 
 
 @pytest.mark.parametrize("name", ["embedded", "servers"])

@@ -10,8 +10,8 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from tests.acceptance.conftest import pairs, write
-from tests.acceptance.service import Running, running, stack
+from tests.helpers.preferences import pairs, write
+from tests.helpers.service import Running, running, stack
 
 SHORT: dict[str, Any] = {
     "method": {"type": "dpo", "dpo": {"hyperparameters": {"batch_size": 8, "max_steps": 2}}},

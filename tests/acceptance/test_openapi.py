@@ -4,8 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.acceptance.conftest import pairs, write
-from tests.acceptance.service import running
+from tests.helpers.preferences import pairs, write
+from tests.helpers.service import running
 
 EXAMPLES = 5
 """For each operation, beside those that cover its schema."""

@@ -10,33 +10,22 @@ import httpx2
 import pytest
 from transformers import AutoModelForCausalLM
 
-from tests.acceptance.conftest import pairs, write
-from tests.acceptance.service import Running, held_until_asked_to_stop, running, stack, trainer_at_work, trainers
-from tests.servers import wait_until
+from tests.helpers.preferences import pairs, write
+from tests.helpers.servers import wait_until
+from tests.helpers.service import (
+    Running,
+    body,
+    create,
+    held_until_asked_to_stop,
+    running,
+    stack,
+    trainer_at_work,
+    trainers,
+)
 
 
 def adapter_hash(folder: Path) -> str:
     return hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
-
-
-def body(file_id: str, **changes: Any) -> dict[str, Any]:
-    """A job of 45 short steps, the same bits each time."""
-    hyperparameters = {"batch_size": 8, "max_steps": 40, "checkpoint_every": 100, "learning_rate": 1e-3}
-    return {
-        "model": "tiny",
-        "training_file": file_id,
-        "seed": 5,
-        "sft": {"hyperparameters": {"batch_size": 8, "max_steps": 5}},
-        "method": {"type": "dpo", "dpo": {"hyperparameters": hyperparameters | changes.pop("hyperparameters", {})}},
-        **changes,
-    }
-
-
-def create(client: httpx2.Client, **fields: Any) -> str:
-    answer = client.post("/fine_tuning/jobs", json=fields)
-    assert answer.status_code == 200, answer.text
-    job_id: str = answer.json()["id"]
-    return job_id
 
 
 def ready(client: httpx2.Client, method: str, path: str, **options: Any) -> httpx2.Response:
@@ -115,10 +104,10 @@ def test_a_job_past_its_time_fails_and_keeps_its_checkpoint(service: Running, tm
     official = service.openai()
     with service.http() as http:
         file = official.files.create(file=write(tmp_path / "train.jsonl", pairs(40, seed=1)), purpose="fine-tune")
-        for seconds in (10, 30, 90):  # it would train for hours; how long its start takes is the machine's
+        for seconds in (3, 10, 30, 90):  # it would train for hours; how long its start takes is the machine's
             endless = {"max_steps": 100_000, "eval_every": 100_000}
             job_id = create(http, **body(file.id, hyperparameters=endless, timeout_seconds=seconds))
-            wait_until(lambda: service.job(job_id)["status"] == "failed", "the end of its time", seconds=180)  # noqa: B023
+            service.until(lambda: service.job(job_id)["status"] == "failed", "the end of its time")  # noqa: B023
             failed = service.job(job_id)
             assert failed["error"]["code"] == "timeout_exceeded" and failed["error"]["param"] == "timeout_seconds"
             assert not trainers(service.home)

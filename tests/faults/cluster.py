@@ -27,10 +27,10 @@ import psycopg
 from app.migrate import migrate
 from app.services import Services
 from app.settings import Settings
-from tests.acceptance.service import Running, running
 from tests.faults.proxy import Proxy
-from tests.servers import Server, free_port, postgres_server, postgres_url, redis_process, s3, wait_until
-from tests.tiny_model import make_tiny_model
+from tests.helpers.servers import Server, free_port, postgres_server, postgres_url, redis_process, s3, wait_until
+from tests.helpers.service import Running, running
+from tests.helpers.tiny_model import make_tiny_model
 
 REPOSITORY = Path(__file__).parents[2]
 FAKETIME = next(iter(Path("/usr/lib").glob("*/faketime/libfaketime.so.1")), None)

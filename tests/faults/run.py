@@ -23,7 +23,7 @@ from tests.faults.cluster import Cluster, cluster
 from tests.faults.faults import FAULTS, missing
 from tests.faults.scene import Scene
 from tests.faults.workload import Attempt, Workload, orphans
-from tests.servers import wait_until
+from tests.helpers.servers import wait_until
 
 PRUNE_SECONDS, GRACE_SECONDS = 30.0, 120.0
 TRIES = 5
@@ -126,7 +126,7 @@ def _at_work(job: str, workload: Workload) -> Attempt | None:
             seen.extend([attempt] if attempt else [])
         return bool(seen)
 
-    wait_until(progress, f"progress of {job}", 180)
+    wait_until(progress, f"progress of {job}")
     return seen[-1] if seen else None
 
 
@@ -156,7 +156,7 @@ def _strike(fault: str, scene: Scene) -> dict[str, Any] | None:
             moved = (row.progress or {}).get("step", 0) > step and time.monotonic() > after
             return row.status not in ACTIVE or row.attempt != scene.attempt.number or moved
 
-        wait_until(went_on, f"{job} to go on after {fault}", 120)
+        wait_until(went_on, f"{job} to go on after {fault}")
         if workload.row(job).attempt != scene.attempt.number:
             workload.problems.append(f"{fault} cost {job} an attempt")
     return {"fault": fault, "evidence": strike.evidence, "recovery": strike.recovery}

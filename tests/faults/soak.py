@@ -17,10 +17,10 @@ from pathlib import Path
 
 from app.services import Services
 from app.settings import Settings
-from tests.acceptance.conftest import pairs
-from tests.acceptance.service import Running, lanes, running
-from tests.servers import wait_until
-from tests.tiny_model import make_tiny_model
+from tests.helpers.preferences import pairs
+from tests.helpers.servers import wait_until
+from tests.helpers.service import Running, lanes, running
+from tests.helpers.tiny_model import make_tiny_model
 
 GROWTH = 1.05
 """Of a process's memory from the second quarter to the last: what an allocator's fragments may do."""

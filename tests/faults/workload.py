@@ -19,10 +19,10 @@ from app.jobs.states import ACTIVE
 from app.jobs.tables import Checkpoint, Job, JobEvent
 from app.models.tables import Model
 from app.prune import prune
-from tests.acceptance.conftest import pairs
 from tests.faults.cluster import ADMIN_KEY, Cluster, Line, processes
-from tests.servers import wait_until
-from tests.unit.trainer.work import TIME_DEPENDENT
+from tests.helpers.preferences import pairs
+from tests.helpers.servers import wait_until
+from tests.helpers.trainer import TIME_DEPENDENT
 
 LONG: dict[str, Any] = {
     "model": "tiny",
@@ -117,7 +117,7 @@ class Workload:
             self.accepted.append(answer.json()["id"])
             return True
 
-        wait_until(created, "a new job", seconds=120)
+        wait_until(created, "a new job")
         self.asked[self.accepted[-1]] = asked
         if short:
             self.short.add(self.accepted[-1])
@@ -134,7 +134,7 @@ class Workload:
             return session.get_one(Job, job)
 
     def wait_end(self, job: str, seconds: float = 240) -> Job:
-        wait_until(lambda: self.row(job).status not in ACTIVE, f"the end of {job}", seconds)
+        wait_until(lambda: self.row(job).status not in ACTIVE, f"the end of {job}")
         return self.row(job)
 
     def started(self, job: str, number: int | None = None, seconds: float = 90) -> Attempt | None:

@@ -7,28 +7,19 @@ from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
-from sqlalchemy import create_engine, text
 
 from app.main import create_app
 from app.migrate import migrate
 from app.models import repository as models
 from app.services import Services
 from app.settings import Settings
-from tests.servers import postgres
+from tests.helpers.servers import admin, postgres
 
 
 @pytest.fixture(scope="session")
 def postgres_url() -> Iterator[str]:
     with postgres() as url:
         yield url
-
-
-def admin(url: str, statement: str) -> None:
-    """Run a statement that no transaction may hold."""
-    engine = create_engine(url, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.execute(text(statement))
-    engine.dispose()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

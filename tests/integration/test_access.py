@@ -19,8 +19,8 @@ from app.services import Services
 from app.sweeps.tables import Sweep
 from app.webhooks import repository as webhooks
 from app.webhooks.tables import WebhookDelivery, WebhookEndpoint
-from tests.integration.test_api import ROW, error_of, key_of, upload
-from tests.integration.test_derived_artifacts import work
+from tests.helpers.api import ROW, error_of, key_of, upload
+from tests.helpers.derived_artifacts import work
 
 OPEN = {"/healthz", "/readyz"}
 OF_ALL = ("/v1/keys", "/v1/projects")

@@ -20,9 +20,8 @@ from app.models.tables import Model
 from app.prune import prune
 from app.services import Services
 from app.settings import Settings
-from tests.integration.conftest import admin
-from tests.integration.test_api import upload
-from tests.servers import postgres_program
+from tests.helpers.api import upload
+from tests.helpers.servers import admin, postgres_program
 
 PATHS = (
     "files",

@@ -11,8 +11,8 @@ from app.jobs.states import Status
 from app.jobs.tables import Checkpoint, Job
 from app.models import repository as models
 from app.services import Services
-from tests.integration.test_states import claim, get, make_job
-from tests.servers import wait_until
+from tests.helpers.jobs import claim, get, make_job
+from tests.helpers.servers import wait_until
 from worker import checkpoints
 from worker.checkpoints import Checkpoints
 from worker.lease import JobLease
@@ -67,7 +67,7 @@ def test_as_many_are_kept_as_the_job_wants(services: Services, job: Job, monkeyp
     assert kept(services, job, "model") == [1, 2, 3, 4, 5], "someone may be downloading one"
     with services.database.write() as session:
         session.execute(update(Checkpoint).where(Checkpoint.step_number == 4).values(step_number=3))
-    monkeypatch.setattr(checkpoints, "LEAVE_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoints, "DELETE_DELAY_SECONDS", 0.0)
     lasting = Checkpoints(services.storage, JobLease(services.database, job.id, job.attempt), job)
     lasting.keep = 1
     lasting.trim()

@@ -10,8 +10,8 @@ from app.jobs.states import Status
 from app.jobs.tables import Job
 from app.services import Services
 from app.settings import Settings
-from tests.integration.test_api import upload
-from tests.integration.test_evaluations import ASKED, body
+from tests.helpers.api import upload
+from tests.helpers.evaluations import ASKED, body
 
 METRICS = {"win_rate": 0.625, "win_rate/error": 0.05, "win_rate/low": 0.52, "win_rate/high": 0.71, "comparisons": 80.0}
 

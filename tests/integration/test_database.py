@@ -19,8 +19,8 @@ from app.keys.schemas import KeySpec
 from app.migrate import is_current, migrate
 from app.services import Services
 from app.settings import Settings
-from tests.integration.test_states import make_job
-from tests.servers import wait_until
+from tests.helpers.jobs import make_job
+from tests.helpers.servers import wait_until
 
 
 def test_migrations_go_up_down_and_up_and_agree_with_the_models(settings: Settings) -> None:

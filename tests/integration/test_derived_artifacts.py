@@ -19,12 +19,11 @@ from app.models.tables import Model
 from app.services import Services
 from app.settings import Settings
 from app.work_queue import MAX_LOST_ATTEMPTS
-from tests.integration.test_api import error_of, objects, upload
-from tests.integration.test_states import make_job
-from tests.tiny_model import CHATML, make_tiny_model
-from tests.unit.trainer.test_merge import make_adapter
-from worker.base_models import BaseModels
-from worker.derived_artifacts import make_artifact
+from tests.helpers.adapters import make_adapter
+from tests.helpers.api import error_of, objects, upload
+from tests.helpers.derived_artifacts import work
+from tests.helpers.jobs import make_job
+from tests.helpers.tiny_model import CHATML, make_tiny_model
 from worker.housekeeping import keep_house
 from worker.reaper import reap
 
@@ -38,19 +37,6 @@ PAIRS = b"".join(
 def settings(tmp_path: Path, database_url: str) -> Settings:
     make_tiny_model(tmp_path / "models" / "tiny", chat_template=CHATML)
     return Settings(home=tmp_path, database_url=database_url)
-
-
-def work(services: Services) -> int:
-    """Do all that is waiting, as the CPU lane does; returns how much it was."""
-    found = BaseModels(services.settings)
-    done = 0
-    while True:
-        with services.database.write() as session:
-            task = artifacts.claim(session, "test", list(found.folders()))
-        if task is None:
-            return done
-        make_artifact(services, found, task)
-        done += 1
 
 
 def test_a_report_is_made_at_upload(client: TestClient, services: Services) -> None:

@@ -21,22 +21,14 @@ from app.spec.evaluation import EvaluationSpec
 from app.spec.job import JobSpec
 from app.webhooks.tables import WebhookEndpoint
 from app.workers import repository as workers
-from tests.integration.test_api import error_of, upload
-from tests.integration.test_states import make_job
+from tests.helpers.api import error_of, upload
+from tests.helpers.evaluations import ASKED, CANDIDATE, at, body
+from tests.helpers.jobs import make_job
 from worker.base_models import BaseModels
 from worker.evaluation_run import rendering_of
 from worker.validator import validate
 
-CANDIDATE, BASELINE = {"model": "tiny"}, {"model": "tiny"}
 SCORED = {"type": "reward_model", "model": "ft:tiny:default::reward"}
-
-
-def at(url: str) -> dict[str, Any]:
-    """A judge that is asked over HTTP."""
-    return {"type": "endpoint", "endpoint": {"base_url": url, "model": "m", "api_key": "sk-of-the-judge"}}
-
-
-ASKED = at("https://1.1.1.1/v1")
 
 
 def asking(**fields: Any) -> dict[str, Any]:
@@ -63,11 +55,6 @@ def made(services: Services) -> str:
                 )
             )  # fmt: skip
     return "ft:tiny:default::made"
-
-
-def body(client: TestClient, **fields: Any) -> dict[str, Any]:
-    given = {"type": "preference", "candidate": CANDIDATE, "baseline": BASELINE, "data": upload(client), **fields}
-    return {name: value for name, value in given.items() if value is not None}
 
 
 @pytest.mark.parametrize(

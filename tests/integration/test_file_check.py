@@ -13,8 +13,8 @@ from app.jobs.states import Status
 from app.jobs.tables import Job
 from app.models.tables import Model
 from app.services import Services
-from tests.integration.test_api import upload
-from tests.tiny_model import CHATML, make_tiny_model
+from tests.helpers.api import upload
+from tests.helpers.tiny_model import CHATML, make_tiny_model
 from worker.base_models import BaseModels
 from worker.validator import validate
 

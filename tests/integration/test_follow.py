@@ -11,8 +11,8 @@ from app.jobs import events as job_events
 from app.jobs.downsample import downsample
 from app.jobs.states import Status
 from app.services import Services
-from tests.integration.test_api import error_of, key_of
-from tests.integration.test_states import make_job
+from tests.helpers.api import error_of, key_of
+from tests.helpers.jobs import make_job
 
 
 def events_of(text: str) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from app.idempotency.tables import SentRequest
 from app.main import create_app
 from app.services import Services
 from app.settings import Settings
-from tests.integration.test_api import ROW, error_of, key_of, objects, rows, upload
+from tests.helpers.api import ROW, error_of, key_of, objects, rows, upload
 
 RESENT = {"x-stainless-retry-count": "1"}
 

@@ -6,7 +6,7 @@ from app.keys.schemas import Scope
 from app.main import create_app
 from app.services import Services
 from app.settings import Settings
-from tests.integration.test_api import error_of, key_of, upload
+from tests.helpers.api import error_of, key_of, upload
 
 
 def bearer(key: str) -> dict[str, str]:

@@ -30,7 +30,7 @@ from app.projects.tables import Project
 from app.services import Services
 from app.settings import Settings
 from app.work_queue import LEASE_SECONDS, MAX_LOST_ATTEMPTS, RETRY_SECONDS
-from tests.integration.test_api import upload
+from tests.helpers.api import upload
 from worker.reaper import reap
 
 STEPS = int(os.environ.get("DPO_STATE_MACHINE_STEPS", "1500"))

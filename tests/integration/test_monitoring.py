@@ -18,8 +18,8 @@ from app.jobs.tables import Job
 from app.services import Services
 from app.webhooks import repository as webhooks
 from app.webhooks.tables import WebhookDelivery, WebhookEndpoint
-from tests.integration.test_api import error_of, key_of, upload
-from tests.integration.test_states import make_job
+from tests.helpers.api import error_of, key_of, upload
+from tests.helpers.jobs import make_job
 
 RULES = Path(__file__).parents[2] / "docs" / "alerts.yml"
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]

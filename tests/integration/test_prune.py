@@ -8,7 +8,7 @@ from app.database import database_now, new_id
 from app.derived_artifacts.tables import DerivedArtifact
 from app.errors import Conflict
 from app.files.tables import File
-from app.installation import Installation, name_of, owner_of
+from app.installation import Installation, database_installation, store_installation
 from app.jobs import events as job_events
 from app.jobs.states import Status
 from app.jobs.tables import Checkpoint, Job, JobEvent
@@ -16,9 +16,9 @@ from app.models.tables import Model
 from app.prune import prune
 from app.services import Services
 from app.uploads.tables import Upload, UploadPart
-from tests.integration.test_api import upload
-from tests.integration.test_states import make_job
-from worker.housekeeping import clear_out, forget_old_events
+from tests.helpers.api import upload
+from tests.helpers.jobs import make_job
+from worker.housekeeping import forget_old_events, prune_objects
 
 
 def test_only_what_a_row_needs_stays(client: TestClient, services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +111,7 @@ def test_nothing_is_swept_beside_another_database(client: TestClient, services: 
     with pytest.raises(Conflict, match="another installation"):
         prune(services, delete=True, grace=0.0)
     with pytest.raises(Conflict, match="another installation"):
-        clear_out(services)
+        prune_objects(services)
     assert len(services.storage.list("files")) == 1
     ready = client.get("/readyz")
     assert (ready.status_code, list(ready.json()["problems"])) == (503, ["storage"])
@@ -120,11 +120,11 @@ def test_nothing_is_swept_beside_another_database(client: TestClient, services: 
 def test_a_store_that_belongs_to_nobody_is_not_taken_by_a_database_that_knows_nothing_in_it(services: Services) -> None:
     services.storage.put_bytes("files/file-of-another", b"x")
     with pytest.raises(Conflict, match="another installation"):
-        clear_out(services)
-    assert services.storage.list("files") and owner_of(services.storage) is None
+        prune_objects(services)
+    assert services.storage.list("files") and store_installation(services.storage) is None
     services.storage.delete("files/file-of-another")
-    clear_out(services)
-    assert owner_of(services.storage) == name_of(services.database), "an empty one is"
+    prune_objects(services)
+    assert store_installation(services.storage) == database_installation(services.database), "an empty one is"
 
 
 def test_what_is_told_of_old_jobs_is_forgotten_and_their_results_stay(services: Services) -> None:

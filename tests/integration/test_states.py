@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from app import work_queue
 from app.database import database_now, now
-from app.idempotency.service import Sending
+from app.idempotency.service import RequestIdentity
 from app.jobs import queue as job_queue
 from app.jobs import transitions
 from app.jobs.queue import JOBS
@@ -20,7 +20,7 @@ from app.jobs.schemas import JobObject
 from app.jobs.states import ACTIVE, TRANSITIONS, Actor, Status
 from app.jobs.tables import Job, JobEvent
 from app.services import Services
-from app.spec.job import JobSpec
+from tests.helpers.jobs import claim, end, expire, get, make_job
 from worker.base_models import BaseModels
 from worker.housekeeping import purge_deleted_files
 from worker.lease import JobLease
@@ -28,55 +28,6 @@ from worker.processes import ForkServer
 from worker.reaper import Reaper, reap
 from worker.trainer.events import Notice
 from worker.training_run import Training
-
-
-def make_job(services: Services, **changes: Any) -> str:
-    """A queued job, as if its files had been checked."""
-    spec = JobSpec(model="tiny", training_file="file-1").resolved().model_dump(mode="json")
-    values: dict[str, Any] = {
-        "id": f"ftjob-{threading.get_ident()}-{changes.pop('name', 'a')}",
-        "project": "default",
-        "model": "tiny",
-        "base_model": "tiny",
-        "training_file": "file-1",
-        "spec": spec,
-        "priority": 0,
-        "status": Status.QUEUED,
-        "paused": False,
-        "ran_seconds": 0.0,
-        "result_files": [],
-        "attempt": 0,
-        "eligible_at": 0.0,
-        "lost_attempts": 0,
-    }
-    with services.database.write() as session:
-        session.add(Job(created_at=database_now(), **(values | changes)))
-    job_id: str = values["id"]
-    return job_id
-
-
-def claim(services: Services, served: list[str] | None = None) -> Job | None:
-    with services.database.write() as session:
-        return job_queue.claim(session, Status.QUEUED, "test", served)
-
-
-def get(services: Services, job_id: str) -> Job:
-    with services.database.read() as session:
-        return session.get_one(Job, job_id)
-
-
-def end(services: Services, job_id: str, attempt: int) -> bool:
-    with services.database.write() as session:
-        return transitions.transition(
-            session, job_id, Status.RUNNING, Status.SUCCEEDED, actor=Actor.RUNNER, attempt=attempt, message="done"
-        )
-
-
-def expire(services: Services, job_id: str) -> None:
-    with services.database.write() as session:
-        session.execute(
-            update(Job).where(Job.id == job_id).values(lease_expires_at=database_now() - 1, eligible_at=0.0)
-        )
 
 
 def test_ended_states_have_no_way_out() -> None:
@@ -186,13 +137,13 @@ def test_a_fresh_reaper_takes_no_lease(services: Services) -> None:
     assert claim(services)
     expire(services, job_id)
     reaper = Reaper(services)
-    reaper.look()
+    reaper.inspect()
     assert get(services, job_id).status == Status.RUNNING
-    reaper._since -= work_queue.LEASE_SECONDS
-    reaper.look()
+    reaper._in_touch_since -= work_queue.LEASE_SECONDS
+    reaper.inspect()
     assert get(services, job_id).status == Status.RUNNING, "it has seen the lease once only"
-    reaper._seen = {lease: first - 60.0 for lease, first in reaper._seen.items()}
-    reaper.look()
+    reaper._first_seen = {lease: first - 60.0 for lease, first in reaper._first_seen.items()}
+    reaper.inspect()
     assert get(services, job_id).status == Status.QUEUED
 
 
@@ -202,18 +153,18 @@ def test_a_lease_that_is_renewed_is_not_taken_whatever_the_clock_was(services: S
     job = claim(services)
     assert job is not None
     reaper = Reaper(services)
-    reaper.look()
-    reaper._since -= work_queue.LEASE_SECONDS
+    reaper.inspect()
+    reaper._in_touch_since -= work_queue.LEASE_SECONDS
     for wrong in (-300.0, 300.0):
-        reaper._seen = {lease: first - 60.0 for lease, first in reaper._seen.items()}
+        reaper._first_seen = {lease: first - 60.0 for lease, first in reaper._first_seen.items()}
         with services.database.write() as session:
             lease = database_now() + wrong
             session.execute(update(Job).where(Job.id == job_id).values(lease_expires_at=lease))
-        reaper.look()
+        reaper.inspect()
         assert get(services, job_id).status == Status.RUNNING
         with services.database.write() as session:
             assert job_queue.heartbeat(session, job_id, job.attempt)
-        reaper.look()
+        reaper.inspect()
 
 
 @pytest.mark.parametrize("jump", [-300.0, 300.0])
@@ -265,7 +216,7 @@ def test_a_cancelled_jobs_lease_is_lost_at_the_next_heartbeat(
     job = claim(services)
     assert job is not None
     with JobLease(services.database, job_id, job.attempt) as lease:
-        services.jobs.cancel("default", job_id, Sending("test"))
+        services.jobs.cancel("default", job_id, RequestIdentity("test"))
         assert lease.wait_lost(10)
 
 
@@ -290,7 +241,7 @@ def test_a_cancelled_job_stays_cancelled(services: Services) -> None:
     job_id = make_job(services)
     job = claim(services)
     assert job is not None
-    assert services.jobs.cancel("default", job_id, Sending("test")).status == Status.CANCELLED
+    assert services.jobs.cancel("default", job_id, RequestIdentity("test")).status == Status.CANCELLED
     with services.database.write() as session:
         assert not job_queue.heartbeat(session, job_id, job.attempt), "this is how its worker hears of it"
     assert not end(services, job_id, job.attempt)
@@ -337,7 +288,7 @@ def test_a_deleted_file_keeps_its_bytes_while_a_job_needs_them(services: Service
     services.files.delete("default", "file-1")
     purge_deleted_files(services)
     assert services.storage.read("files/file-1") == b"data"
-    services.jobs.cancel("default", job_id, Sending("test"))
+    services.jobs.cancel("default", job_id, RequestIdentity("test"))
     purge_deleted_files(services)
     with pytest.raises(FileNotFoundError):
         services.storage.read("files/file-1")

@@ -11,7 +11,7 @@ import pytest
 
 from app.archive import folder, tar
 from app.storage import Storage
-from tests.servers import s3
+from tests.helpers.servers import s3
 
 
 @pytest.fixture(scope="module")

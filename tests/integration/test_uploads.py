@@ -11,7 +11,7 @@ from app.database import database_now
 from app.projects.schemas import Limits
 from app.services import Services
 from app.uploads.tables import Upload
-from tests.integration.test_api import error_of, objects
+from tests.helpers.api import error_of, objects
 from worker.housekeeping import expire
 
 

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from fastapi.testclient import TestClient
@@ -14,12 +14,13 @@ from sqlalchemy import select, update
 
 from app import outbound_http
 from app.database import database_now
-from app.encryption import Vault
+from app.encryption import SecretBox
 from app.services import Services
 from app.settings import Settings
 from app.webhooks import repository
+from app.webhooks.schemas import EventType
 from app.webhooks.tables import WebhookDelivery, WebhookEndpoint
-from tests.integration.test_api import error_of, key_of, upload
+from tests.helpers.api import error_of, key_of, upload
 from worker.reaper import reap
 from worker.webhooks import Sender
 
@@ -177,6 +178,19 @@ def test_a_lost_sender_costs_a_while(client: TestClient, services: Services, rec
     assert sender(services).send_due() == 1
 
 
+def test_a_delivery_that_is_being_sent_is_not_sent_twice_at_once(client: TestClient, services: Services) -> None:
+    made = client.post("/v1/webhooks", json={"url": "https://1.1.1.1/hook", "events": list(get_args(EventType))}).json()
+    end_a_job(client)
+    with services.database.write() as session:
+        claimed = repository.claim(session, "test")
+        assert claimed is not None
+    delivery = claimed[0].id
+    client.post(f"/v1/webhooks/{made['id']}/deliveries/{delivery}/resend").raise_for_status()
+    with services.database.write() as session:
+        assert session.get_one(WebhookDelivery, delivery).attempt == 1
+        assert repository.claim(session, "other") is None
+
+
 def test_a_name_that_moves_inside_after_it_was_checked_gets_nothing(
     client: TestClient, services: Services, receiver: Receiver
 ) -> None:
@@ -220,4 +234,4 @@ def test_secrets_are_kept_sealed(client: TestClient, services: Services, receive
     assert secret not in sealed
     assert services.vault.open(sealed) == secret
     with pytest.raises(ValueError, match="another DPO_SECRET_KEY"):
-        Vault("another secret key").open(sealed)
+        SecretBox("another secret key").open(sealed)

@@ -17,7 +17,7 @@ from app.services import Services
 from app.webhooks.repository import DELIVERIES
 from app.webhooks.tables import WebhookDelivery, WebhookEndpoint
 from app.work_queue import HEARTBEAT_SECONDS, WorkQueue
-from tests.integration.test_states import make_job
+from tests.helpers.jobs import make_job
 from worker.reaper import QUEUES, reap
 
 

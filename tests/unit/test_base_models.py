@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from app.settings import Settings
-from tests.tiny_model import make_tiny_model
+from tests.helpers.tiny_model import make_tiny_model
 from worker.base_models import BaseModels, ModelUnavailable
 from worker.model_files import context_length
 

@@ -6,7 +6,7 @@ import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from tests.tiny_model import CORPUS
+from tests.helpers.tiny_model import CORPUS
 from worker.classifier import BadClassifier, LinearClassifier, export
 
 TEXTS = [*CORPUS, "Not good, NOT good at all: it's a the a", "Écoute — c'est 10 fois naïve_x!", "", "a b c"]

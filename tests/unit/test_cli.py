@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers import free_port
+from tests.helpers.servers import free_port
 
 
 def dpo(*arguments: str, home: Path, **environment: str) -> "subprocess.CompletedProcess[str]":

@@ -38,7 +38,7 @@ def compared(count: int, judge: Any, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def numbers(items: list[dict[str, Any]]) -> dict[str, float]:
-    return evaluation_figures.flat(evaluation_figures.report(WIN_RATE, items))
+    return evaluation_figures.flatten(evaluation_figures.report(WIN_RATE, items))
 
 
 def test_a_judge_that_likes_length_is_exposed() -> None:
@@ -98,7 +98,7 @@ def test_agreement_is_that_of_all_pairs_of_votes() -> None:
                 "second_characters": 9, "first_reward": float(1 - said), "second_reward": float(said),
             }
         )  # fmt: skip
-    found = evaluation_figures.flat(evaluation_figures.report(AGREEMENT, items))
+    found = evaluation_figures.flatten(evaluation_figures.report(AGREEMENT, items))
     assert found["judge_people/agreement"] == pytest.approx(numpy.mean(numpy.array(judge) == people))
     assert found["judge_people/kappa"] == pytest.approx(cohen_kappa_score(judge, people))
     assert found["people_people/cases"] == len(pairs) / 2
@@ -110,7 +110,7 @@ def test_agreement_is_that_of_all_pairs_of_votes() -> None:
 def test_many_votes_are_counted_not_listed() -> None:
     """20,000 people on one pair are 400 million cases."""
     item = {"prompt_number": 0, "votes": [15_000, 5_000], "first_characters": 3, "second_characters": 1}
-    found = evaluation_figures.flat(
+    found = evaluation_figures.flatten(
         evaluation_figures.report(AGREEMENT, [item, item | {"prompt_number": 1, "votes": [1, 0]}])
     )
     assert found["people_people/cases"] == 20_000 * 19_999 / 2
@@ -120,11 +120,11 @@ def test_many_votes_are_counted_not_listed() -> None:
 def test_a_judges_ties_agree_with_nobody() -> None:
     item = {"prompt_number": 0, "votes": [2, 0], "first_characters": 1, "second_characters": 1}
     items = [item | {"first_reward": 1.0, "second_reward": 1.0}, item | {"first_reward": 1.0, "second_reward": 0.0}]
-    found = evaluation_figures.flat(evaluation_figures.report(AGREEMENT, items))
+    found = evaluation_figures.flatten(evaluation_figures.report(AGREEMENT, items))
     assert found["judge_people/agreement"] == 0.5 and found["judge_people/without_ties/agreement"] == 1.0
 
 
 def test_costs_are_counted_by_a_million_tokens() -> None:
     tokens = [(100, 20), (300, 40)]
-    assert evaluation_figures.asked(None, tokens) == {"answers": 2, "input_tokens": 400, "output_tokens": 60}
-    assert evaluation_figures.asked(Price(input=2.5, output=10), tokens)["cost"] == pytest.approx(0.0016)
+    assert evaluation_figures.judge_usage(None, tokens) == {"answers": 2, "input_tokens": 400, "output_tokens": 60}
+    assert evaluation_figures.judge_usage(Price(input=2.5, output=10), tokens)["cost"] == pytest.approx(0.0016)

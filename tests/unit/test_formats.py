@@ -242,7 +242,9 @@ def test_a_mapping_says_what_columns_cannot(
 
 
 def test_a_mapping_names_the_column_that_is_not_there() -> None:
-    with pytest.raises(DatasetError, match="field 'titel': is named by the mapping and not there; the row has: title"):
+    with pytest.raises(
+        DatasetError, match="field 'titel': is named by the mapping, but not in the row; the row has: title"
+    ):
         one({"title": "x"}, Mapping(prompt="{titel}", completion="title"))
     for wrong in ({}, {"prompt": ""}, {"label": {"column": "x", "desirable": []}}, {"nothing": "x"}):
         with pytest.raises(ValidationError):

@@ -3,6 +3,7 @@ reads it once a person has looked at it. One row or a few of each, written from 
 """
 
 import io
+import itertools
 import json
 import re
 from typing import Any
@@ -236,6 +237,13 @@ def test_a_prompt_that_is_an_object_says_how_its_text_is_named() -> None:
     with pytest.raises(DatasetError, match="a mapping can name the text in it") as caught:
         read([row])
     assert caught.value.field == "question"
+
+
+def test_system_prompts_that_differ_in_white_space_give_the_same_one_in_every_process() -> None:
+    system = [{"role": "system", "content": content} for content in ("be brief", "be  brief", "be brief ", " be brief")]
+    for one, two in itertools.permutations(system, 2):
+        (example,) = read([{"prompt": "q", "chosen": [one, assistant("a")], "rejected": [two, assistant("b")]}])
+        assert example.system == min(str(one["content"]), str(two["content"]))
 
 
 @pytest.mark.parametrize(

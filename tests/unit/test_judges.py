@@ -5,9 +5,9 @@ import time
 import pytest
 
 from app.spec.evaluation import Endpoint, Judge
-from tests.judge_server import judging
+from tests.helpers.judge_server import judging
 from worker.judges import endpoint
-from worker.judges.endpoint import Answer, Asker, JudgeFailed, key_of
+from worker.judges.endpoint import Answer, JudgeClient, JudgeFailed, key_of
 from worker.judges.questions import choice, questions, verdicts
 
 SIDES = ("candidate", "baseline")
@@ -98,7 +98,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def ask(url: str, known: dict[str, Answer] | None = None, key: str | None = None, **fields: object) -> Asked:
     asked = Asked()
     given = Endpoint.model_validate({"base_url": url, "model": "judge", **fields})
-    found = Asker(given, key, ("localhost",)).ask_all(iter(QUESTIONS), known or {}, asked.keep, lambda: None)
+    found = JudgeClient(given, key, ("localhost",)).ask_all(iter(QUESTIONS), known or {}, asked.keep, lambda: None)
     assert found == (known or {}) | asked.kept and found.keys() == {key_of(question) for question in QUESTIONS}
     return asked
 
@@ -130,7 +130,7 @@ def test_a_question_that_fails_while_others_are_answered_stays_without_an_answer
     with judging(faults=("error",) * 1000, only=cursed) as server:
         server.delay = 0.05  # of an answer; a question that failed waits as long at the most
         found = ask(server.url, concurrency=2)
-        assert server.asked[cursed] >= endpoint.FAILED_TRIES and cursed not in server.answered
+        assert server.asked[cursed] >= endpoint.MAX_FAILED and cursed not in server.answered
     assert [question for question in QUESTIONS if found.kept[key_of(question)].text is None] == [cursed]
 
 
@@ -150,7 +150,7 @@ def test_answers_that_come_with_a_refusal_are_kept() -> None:
         server.delay, server.credit, asked = 0.02, 20, Asked()
         given = Endpoint.model_validate({"base_url": server.url, "model": "judge", "concurrency": 8})
         with pytest.raises(JudgeFailed, match="402"):
-            Asker(given, None, ("localhost",)).ask_all(iter(QUESTIONS), {}, asked.keep, lambda: None)
+            JudgeClient(given, None, ("localhost",)).ask_all(iter(QUESTIONS), {}, asked.keep, lambda: None)
         assert asked.kept.keys() == {key_of(question) for question in server.answered}
 
 
@@ -171,7 +171,7 @@ def test_of_a_long_answer_the_end_is_kept() -> None:
     with judging(lambda *_: "thinking " * 100_000 + "\nPreferred: A") as server:
         found = ask(server.url)
     assert {choice(answer.text or "") for answer in found.kept.values()} == {"A"}
-    assert all(len(answer.text or "") <= endpoint.MAX_SAID for answer in found.kept.values())
+    assert all(len(answer.text or "") <= endpoint.MAX_ANSWER_CHARACTERS for answer in found.kept.values())
 
 
 def test_what_is_known_is_not_asked_again() -> None:
@@ -227,7 +227,7 @@ def test_a_judge_that_is_not_there_is_given_up(monkeypatch: pytest.MonkeyPatch) 
 def test_what_is_inside_is_not_asked_unless_the_operator_says_so() -> None:
     given = Endpoint(base_url="http://localhost:1/v1", model="judge")
     with pytest.raises(JudgeFailed, match="https"):
-        Asker(given, None, ()).ask_all(iter(QUESTIONS), {}, Asked().keep, lambda: None)
+        JudgeClient(given, None, ()).ask_all(iter(QUESTIONS), {}, Asked().keep, lambda: None)
 
 
 def test_what_was_under_way_when_it_is_broken_off_is_kept() -> None:
@@ -243,7 +243,7 @@ def test_what_was_under_way_when_it_is_broken_off_is_kept() -> None:
 
         given = Endpoint(base_url=server.url, model="judge", concurrency=4)
         with pytest.raises(Stop):
-            Asker(given, None, ("localhost",)).ask_all(iter(QUESTIONS), {}, asked.keep, tick)
+            JudgeClient(given, None, ("localhost",)).ask_all(iter(QUESTIONS), {}, asked.keep, tick)
         began = time.monotonic()
         assert asked.kept.keys() == {key_of(question) for question in server.answered} and len(asked.kept) <= 8
         server.delay = 0.0

@@ -139,6 +139,7 @@ LABELS: list[tuple[list[object], str]] = [
     (["thumbs_up", "thumbs-down", "thumbs up"], "+-+"),
     ([-1, 1, 1], "-++"),
     ([-3, 3, 0], "-+ "),
+    ([-1, 0, *(k / 7 for k in range(1, 200))], "- " + "+" * 199),
     ([None, True, False], " +-"),
     ([None, 1, 0], " +-"),
 ]

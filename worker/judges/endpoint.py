@@ -1,10 +1,10 @@
-"""A judge behind OpenAI's chat completions: it is asked until it has answered, and never twice the same.
+"""A judge behind OpenAI's chat completions API. A question is repeated until it has an answer, and then never again.
 
-429                                              →  again, later, as long as any question is answered
-5xx, no connection, an answer that is none       →  the same; one that goes on failing while others are answered, or
-                                                    that is left alone, stays without an answer
-400, 413, 422: a refusal of one question         →  that one stays without an answer
-every other refusal, or nothing but refusals     →  `JudgeFailed`: the evaluation fails, and says why
+429                                          →  retry later, as long as the judge answers any question
+5xx, no connection, an unusable response     →  retry later too. A question that keeps failing, while others are
+                                                answered or as the last one, stays without an answer
+400, 413, 422: one question is refused       →  this question stays without an answer
+any other refusal, or nothing but refusals   →  `JudgeFailed`: the evaluation fails with the reason
 """
 
 import random
@@ -21,31 +21,34 @@ import orjson
 
 from app import __version__
 from app.evaluations.service import PRIVATE
-from app.outbound_http import HostRefused, find, new_client
+from app.outbound_http import HostRefused, new_client, resolve
 from app.spec.evaluation import Endpoint
 
 TIMEOUT_SECONDS = 300.0
-"""For one answer: those who think before they say anything take minutes."""
+"""Time limit of one answer. A model that reasons first may take minutes."""
 PATIENCE_SECONDS = 900.0
-"""Without any answer to any question, after which it is no use. Some requests may be lost and sent again by then."""
+"""Time without an answer to any question after which the judge has failed. It allows for several lost requests."""
 MAX_WAIT_SECONDS = 60.0
-GARBLED_TRIES = 5
-FAILED_TRIES = 8
-"""Of one question, others being answered before each, after which it is the question's fault."""
-MOST_GIVEN_UP = 3
-"""Questions that were left alone and failed, one after the other; then it is the judge."""
-MOST_REFUSED = 5
-"""Questions before any answer, after which it is how we ask."""
+"""The longest pause before a retry."""
+MAX_UNUSABLE = 5
+"""Number of unusable responses to a question after which it stays without an answer."""
+MAX_FAILED = 8
+"""Number of failures of a question, with answers to others in between, after which it stays without an answer."""
+MAX_GIVEN_UP = 3
+"""Number of questions in a row that may fail while no other is under way. After that, the judge has failed."""
+MAX_REFUSED = 5
+"""Number of refused questions, without any answer, after which the judge has failed."""
 MAX_ANSWER_BYTES = 4 << 20
-MAX_SAID = 16_384
-"""Of an answer so many characters are kept, the last ones: the verdict is at its end."""
+MAX_ANSWER_CHARACTERS = 16_384
+"""Number of characters of an answer that are kept. They are the last ones, because the verdict is at the end."""
 GRACE_SECONDS = 10.0
-"""For the answers that are under way when the asking is broken off: they are paid for."""
+"""Time to wait for answers under way after a failure or a stop. They are paid for."""
 KEEP_SECONDS = 1.0
+"""Interval at which new answers are handed over."""
 
 
 class JudgeFailed(Exception):
-    """The judge gives no answers: `code` and a message for the user."""
+    """The judge gives no answers. It has an error `code` and a message for the user."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -54,7 +57,7 @@ class JudgeFailed(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """What the judge said to one question (None: nothing that can be used) and the tokens that it counted."""
+    """The judge's answer to one question (None without a usable one) and the tokens that it reported."""
 
     text: str | None
     input_tokens: int = 0
@@ -62,20 +65,23 @@ class Answer:
 
 
 def key_of(question: str) -> str:
-    """The name under which a question's answer is kept."""
+    """The key of a question's answer: its SHA-256."""
     return sha256(question.encode()).hexdigest()
 
 
-class _Again(Exception):
-    """The request may do better later: in `after` seconds, where the server says when."""
+class _Retry(Exception):
+    """A request failed but may succeed later: after `after` seconds, if the server says when.
 
-    def __init__(self, reason: str, after: float | None = None, garbled: bool = False, busy: bool = False) -> None:
+    `unusable`: the server answered, but not with a chat completion. `busy`: the server is overloaded.
+    """
+
+    def __init__(self, reason: str, after: float | None = None, unusable: bool = False, busy: bool = False) -> None:
         super().__init__(reason)
-        self.after, self.garbled, self.busy = after, garbled, busy
+        self.after, self.unusable, self.busy = after, unusable, busy
 
 
-class Asker:
-    """Asks one endpoint, several questions at a time."""
+class JudgeClient:
+    """Asks one endpoint several questions at a time."""
 
     def __init__(self, endpoint: Endpoint, key: str | None, private_hosts: tuple[str, ...]) -> None:
         self.endpoint, self._key, self.private_hosts = endpoint, key, private_hosts
@@ -92,14 +98,14 @@ class Asker:
         questions: Iterator[str],
         known: dict[str, Answer],
         keep: Callable[[dict[str, Answer]], None],
-        tick: Callable[[], None],
+        check_stop: Callable[[], None],
     ) -> dict[str, Answer]:
-        """The answers to all `questions` by their key, those that are `known` among them.
+        """The answers to all `questions` by key. Answers that are `known` are included and not asked for again.
 
-        `keep` gets new ones as they come. What `tick` raises breaks the asking off; what is under way then is
-        waited for a little and kept. Raises `JudgeFailed`.
+        `keep` is called with new answers as they come. `check_stop` is called several times a second and may raise to
+        stop. Answers under way are then kept too, if they come within `GRACE_SECONDS`. Raises `JudgeFailed`.
         """
-        found, fresh, kept = dict(known), dict[str, Answer](), time.monotonic()  # `fresh` is to be kept yet
+        answers, fresh, kept_at = dict(known), dict[str, Answer](), time.monotonic()  # `fresh`: not yet kept
         pending: dict[Future[Answer], str] = {}
         self._answered, more = sum(answer.text is not None for answer in known.values()), True
         with new_client(TIMEOUT_SECONDS) as self._client:
@@ -109,18 +115,18 @@ class Asker:
                     while more and len(pending) < self.endpoint.concurrency:
                         question = next(questions, None)
                         more = question is not None
-                        if question is None or (key := key_of(question)) in found or key in pending.values():
+                        if question is None or (key := key_of(question)) in answers or key in pending.values():
                             continue
                         pending[pool.submit(self._ask, question)] = key
-                    new, wrong = self._collect(pending, 0.25)
-                    found.update(new)
+                    new, error = self._collect(pending, 0.25)
+                    answers.update(new)
                     fresh |= new
-                    if wrong is not None:
-                        raise wrong
-                    if fresh and time.monotonic() - kept > KEEP_SECONDS:
+                    if error is not None:
+                        raise error
+                    if fresh and time.monotonic() - kept_at > KEEP_SECONDS:
                         keep(fresh)
-                        fresh, kept = {}, time.monotonic()
-                    tick()
+                        fresh, kept_at = {}, time.monotonic()
+                    check_stop()
             except BaseException:
                 self._stopping.set()
                 deadline = time.monotonic() + GRACE_SECONDS
@@ -131,62 +137,62 @@ class Asker:
                 self._stopping.set()
                 if fresh:
                     keep(fresh)
-                # Nobody waits for what is still under way: its threads end with their requests.
+                # Requests that are still under way are not waited for. Their threads end with them.
                 pool.shutdown(wait=False, cancel_futures=True)
-        return found
+        return answers
 
     @staticmethod
     def _collect(
         pending: "dict[Future[Answer], str]", seconds: float
     ) -> tuple[dict[str, Answer], BaseException | None]:
-        """(the answers that came within `seconds`, what went wrong with others)"""
-        found, wrong = dict[str, Answer](), None
+        """(answers that come within `seconds`, the first error). Both leave `pending`."""
+        answers, first_error = dict[str, Answer](), None
         for future in wait(pending, seconds, return_when=FIRST_COMPLETED).done:
             key, error = pending.pop(future), future.exception()
             if error is None:
-                found[key] = future.result()
-            wrong = wrong or error
-        return found, wrong
+                answers[key] = future.result()
+            first_error = first_error or error
+        return answers, first_error
 
     def _ask(self, question: str) -> Answer:
-        """One question, until it is answered."""
+        """Ask one question until it has an answer or is given up."""
         with self._lock:
             self._under_way += 1
         try:
-            return self._insist(question)
+            return self._ask_until_answered(question)
         finally:
             with self._lock:
                 self._under_way -= 1
 
-    def _insist(self, question: str) -> Answer:
-        tries, garbled, failed, answered = 0, 0, 0, self._answered
+    def _ask_until_answered(self, question: str) -> Answer:
+        tries, unusable, failed, answered = 0, 0, 0, self._answered
         while True:
             self._wait_until(self._quiet_until)
             if self._stopping.is_set():
-                raise JudgeFailed("judge_unavailable", "the asking was broken off")
+                raise JudgeFailed("judge_unavailable", "The evaluation was stopped.")
             try:
                 answer = self._post(question)
-            except _Again as again:
-                tries, garbled = tries + 1, garbled + again.garbled
-                failed += self._answered > answered and not again.busy  # where nobody is answered it is the server
+            except _Retry as retry:
+                tries, unusable = tries + 1, unusable + retry.unusable
+                failed += self._answered > answered and not retry.busy  # without other answers, the server is at fault
                 answered = self._answered
-                if garbled >= GARBLED_TRIES:
+                if unusable >= MAX_UNUSABLE:
                     if not self._answered:
-                        raise JudgeFailed("judge_refused", f"The judge has answered nothing: {again}.") from None
+                        raise JudgeFailed("judge_refused", f"The judge has answered nothing: {retry}.") from None
                     return Answer(None)
-                if failed >= FAILED_TRIES:
+                if failed >= MAX_FAILED:
                     return Answer(None)
                 with self._lock:
                     silent = time.monotonic() - self._last_answer
                     if silent > PATIENCE_SECONDS:
-                        if self._answered and self._under_way == 1 and self._given_up < MOST_GIVEN_UP:
+                        if self._answered and self._under_way == 1 and self._given_up < MAX_GIVEN_UP:
                             self._given_up, self._last_answer = self._given_up + 1, time.monotonic()
                             return Answer(None)
-                        message = f"The judge has given no answer for {silent / 60:.0f} minutes: {again}."
+                        message = f"The judge has given no answer for {silent / 60:.0f} minutes: {retry}."
                         raise JudgeFailed("judge_unavailable", message) from None
                     pause = min(MAX_WAIT_SECONDS, 0.5 * 2 ** min(tries - 1, 7) * random.uniform(0.5, 1.0))  # noqa: S311
-                    if again.after is not None:  # the server speaks for all that is sent to it
-                        pause = min(MAX_WAIT_SECONDS, max(pause, again.after))
+                    if retry.after is not None:  # the server's pause applies to all questions
+                        pause = min(MAX_WAIT_SECONDS, max(pause, retry.after))
                         self._quiet_until = max(self._quiet_until, time.monotonic() + pause)
                 self._wait_until(time.monotonic() + pause)
             else:
@@ -196,74 +202,78 @@ class Asker:
                 return answer
 
     def _wait_until(self, moment: float) -> None:
-        while (left := moment - time.monotonic()) > 0 and not self._stopping.wait(left):
+        """Wait until `moment` of the monotonic clock, or until the client stops."""
+        while (seconds := moment - time.monotonic()) > 0 and not self._stopping.wait(seconds):
             pass
 
     def _post(self, question: str) -> Answer:
+        """Send one request. Raises `_Retry` or `JudgeFailed`."""
         body = {
             **self.endpoint.parameters,
             "model": self.endpoint.model,
             "messages": [{"role": "user", "content": question}],
         }
         try:
-            target = find(f"{self.endpoint.base_url.rstrip('/')}/chat/completions", self.private_hosts, PRIVATE)
+            target = resolve(f"{self.endpoint.base_url.rstrip('/')}/chat/completions", self.private_hosts, PRIVATE)
         except HostRefused as refused:
-            if "resolved" in str(refused):  # a name server may be away
-                raise _Again(str(refused)) from None
+            if "resolved" in str(refused):  # the name server may be unreachable
+                raise _Retry(str(refused)) from None
             raise JudgeFailed("judge_refused", f"The judge cannot be asked: {refused}.") from None
         try:
-            answer, content = self._send(target.post(self._client, orjson.dumps(body), self.headers))
+            response, content = self._send(target.post(self._client, orjson.dumps(body), self.headers))
         except (httpx2.HTTPError, OSError, RuntimeError) as error:
-            raise _Again(f"{type(error).__name__}: {error}"[:300]) from None
-        if answer.status_code == 200:
+            raise _Retry(f"{type(error).__name__}: {error}"[:300]) from None
+        status = response.status_code
+        if status == 200:
             return _read(content)
-        said = f"it answered {answer.status_code}: {self._problem(content)}"
-        if answer.status_code in (408, 409, 425, 429) or answer.status_code >= 500:
-            after = _seconds(answer.headers.get("retry-after"))
-            raise _Again(said, after, busy=answer.status_code == 429 or after is not None)
+        reason = f"it answered {status}: {self._error_message(content)}"
+        if status in (408, 409, 425, 429) or status >= 500:
+            after = _seconds(response.headers.get("retry-after"))
+            raise _Retry(reason, after, busy=status == 429 or after is not None)
         with self._lock:
             self._refused += 1
-            hopeless = self._refused >= MOST_REFUSED and not self._answered
-        if answer.status_code not in (400, 413, 422) or hopeless:
-            raise JudgeFailed("judge_refused", f"The judge refuses what it is asked: {said}")
-        return Answer(None)  # this question: too long for it, or nothing that it would talk about
+            refuses_all = self._refused >= MAX_REFUSED and not self._answered
+        if status not in (400, 413, 422) or refuses_all:
+            raise JudgeFailed("judge_refused", f"The judge refuses the questions: {reason}")
+        return Answer(None)  # only this question is refused: it may be too long, or its topic unwanted
 
-    def _problem(self, content: bytes) -> str:
-        """What an error's body says, for people, without the key."""
+    def _error_message(self, content: bytes) -> str:
+        """The message in the body of an error response. The API key is removed from it."""
         try:
-            said = str(orjson.loads(content)["error"]["message"])
+            message = str(orjson.loads(content)["error"]["message"])
         except (orjson.JSONDecodeError, LookupError, TypeError):
-            said = content[:1000].decode(errors="replace")
-        return (said.replace(self._key, "…") if self._key else said)[:300]
+            message = content[:1000].decode(errors="replace")
+        return (message.replace(self._key, "…") if self._key else message)[:300]
 
     def _send(self, request: httpx2.Request) -> tuple[httpx2.Response, bytes]:
-        began, answer, content = time.monotonic(), self._client.send(request, stream=True), b""
+        began, response, content = time.monotonic(), self._client.send(request, stream=True), b""
         try:
-            for chunk in answer.iter_bytes():
+            for chunk in response.iter_bytes():
                 content += chunk
                 if len(content) > MAX_ANSWER_BYTES:
-                    raise _Again("its answer is too long", garbled=True)
+                    raise _Retry("its answer is too long", unusable=True)
                 if time.monotonic() - began > TIMEOUT_SECONDS:
-                    raise _Again("its answer does not end", garbled=True)
+                    raise _Retry("its answer does not end", unusable=True)
         finally:
-            answer.close()
-        return answer, content
+            response.close()
+        return response, content
 
 
 def _read(content: bytes) -> Answer:
-    """An answer in the chat completions' format. Raises `_Again` for another one."""
+    """Read a chat completion. Raises `_Retry` for any other content."""
     try:
-        found: dict[str, Any] = orjson.loads(content)
-        text = found["choices"][0]["message"]["content"]
-        usage = found.get("usage") or {}
+        completion: dict[str, Any] = orjson.loads(content)
+        text = completion["choices"][0]["message"]["content"]
+        usage = completion.get("usage") or {}
         counts = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
     except (orjson.JSONDecodeError, LookupError, TypeError, AttributeError, ValueError):
-        raise _Again("its answer is not a chat completion", garbled=True) from None
-    return Answer(text[-MAX_SAID:] if isinstance(text, str) else None, *counts)
+        raise _Retry("its answer is not a chat completion", unusable=True) from None
+    return Answer(text[-MAX_ANSWER_CHARACTERS:] if isinstance(text, str) else None, *counts)
 
 
 def _seconds(retry_after: str | None) -> float | None:
+    """The seconds of a `Retry-After` header; None without one, or if it holds a date."""
     try:
         return None if retry_after is None else float(retry_after)
-    except ValueError:  # a date: wait as if it had said nothing
+    except ValueError:
         return None

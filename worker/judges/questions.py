@@ -1,7 +1,7 @@
-"""What a judge is asked, and what its answer says. Pure functions.
+"""The questions to a judge, and how to read a verdict from its answer. Pure functions.
 
-Each two answers are shown in both orders: a judge that prefers what stands first is found out, and its preference
-cancels. The words are those of Rafailov et al. 2023, App. C.2.
+A judge sees each pair of answers in both orders. This reveals a preference for the first position and cancels it. The
+prompts are those of Rafailov et al. 2023, App. C.2.
 """
 
 import re
@@ -12,7 +12,7 @@ from app.spec.evaluation import Judge
 
 Choice = Literal["A", "B", "tie"]
 Sides = tuple[str, str]
-"""What the two answers of an item are called in it: `candidate` and `baseline`, or `first` and `second`."""
+"""The field names of an item's two answers: `candidate` and `baseline`, or `first` and `second`."""
 
 _SUMMARY = """Which of the following summaries does a better job of summarizing the most important points in the given \
 forum post{more}
@@ -51,20 +51,20 @@ a new line, state only "A" or "B" to indicate which response is more helpful. Yo
 Comparison: <one-sentence comparison and explanation>
 More helpful: <"A" or "B">""",
 }
-_PLACE = re.compile(r"\{(prompt|a|b)\}")
-# Bounded everywhere: an answer is anybody's text, and must not keep the worker matching for ever.
+_PLACEHOLDER = re.compile(r"\{(prompt|a|b)\}")
+# All repetitions are bounded: an answer is untrusted text and must not make the matching take very long.
 _MARKS = r"\W{0,16}"
 _LETTER = _MARKS + r"(?:(?i:response|summary|answer)\s{1,4})?" + _MARKS + r"(A|B|(?i:tie))\b"
-_JOINED = r"\W{0,16}(?:(or|and|nor|vs|versus)\b|[/&=])"
-_BOTH = "(?:" + _JOINED + _LETTER + ")"
+_JOINER = r"\W{0,16}(?:(or|and|nor|vs|versus)\b|[/&=])"
+_BOTH = "(?:" + _JOINER + _LETTER + ")"
 _NAMED = re.compile(r"(?i:preferred|more helpful)" + _MARKS + ":" + _LETTER + _BOTH + "?")
 _ALONE = re.compile(_LETTER + _BOTH + "?" + _MARKS)
-LAST = 8192
-"""Of an answer so many characters, the last ones, are looked at for its verdict."""
+VERDICT_CHARACTERS = 8192
+"""Number of characters at the end of an answer in which the verdict is looked for."""
 
 
 def questions(judge: Judge, item: dict[str, Any], sides: Sides) -> list[str]:
-    """What `judge` is asked about the answers of `item`: in both orders, and nothing where they say the same."""
+    """The questions to `judge` about the two answers of `item`, one per order; none if the answers are equal."""
     first, second = (item[side].strip() for side in sides)
     if first == second:
         return []
@@ -73,36 +73,36 @@ def questions(judge: Judge, item: dict[str, Any], sides: Sides) -> list[str]:
 
 def _question(judge: Judge, prompt: str, a: str, b: str) -> str:
     values = {"prompt": prompt.strip(), "a": a, "b": b}
-    # In one go: what stands in an answer is not looked at for places.
-    return _PLACE.sub(lambda place: values[place[1]], judge.template or TEMPLATES[judge.question or "dialogue"])
+    # One substitution for all placeholders, so that placeholders inside an answer are left as they are.
+    return _PLACEHOLDER.sub(lambda match: values[match[1]], judge.template or TEMPLATES[judge.question or "dialogue"])
 
 
 def verdicts(answers: Sequence[str | None], sides: Sides) -> list[str | None]:
-    """Whom the answers to both questions about an item prefer: a side, `tie`, or None where one cannot be read.
+    """The verdicts of the judge's answers, in the order of `questions`: a side, `tie`, or None if unreadable.
 
-    Where nothing was asked, because the two say the same, it is a tie.
+    Without questions, because the two answers are equal, both verdicts are `tie`.
     """
     if not answers:
         return ["tie", "tie"]
     orders: tuple[dict[Choice, str], ...] = ({"A": sides[0], "B": sides[1]}, {"A": sides[1], "B": sides[0]})
-    found = [None if answer is None else choice(answer) for answer in answers]
+    choices = [None if answer is None else choice(answer) for answer in answers]
     return [
-        None if one is None else "tie" if one == "tie" else order[one]
-        for one, order in zip(found, orders, strict=True)
+        None if letter is None else "tie" if letter == "tie" else order[letter]
+        for letter, order in zip(choices, orders, strict=True)
     ]  # fmt: skip
 
 
 def choice(answer: str) -> Choice | None:
-    """What an answer prefers: a last line that is only the letter, or else its last `Preferred:` or `More helpful:`.
+    """The choice of an answer: a last line that is only a letter, else the last `Preferred:` or `More helpful:`.
 
-    None where it says neither, or both ("A and B", "A/B"). "A or B" repeats the question, and says nothing.
+    None if it names neither or both ("A and B", "A/B"). "A or B" only repeats the question and is skipped.
     """
-    answer = answer[-LAST:]
+    answer = answer[-VERDICT_CHARACTERS:]
     lines = answer.strip().splitlines()
     alone = _ALONE.fullmatch(lines[-1]) if lines else None
-    said = [alone] if alone and alone[2] != "or" else list(_NAMED.finditer(answer))
-    said = [one for one in said if one[2] != "or"]
-    if not said or said[-1][3] is not None:
+    matches = [alone] if alone and alone[2] != "or" else list(_NAMED.finditer(answer))
+    matches = [match for match in matches if match[2] != "or"]  # groups: 1 letter, 2 joiner, 3 second letter
+    if not matches or matches[-1][3] is not None:
         return None
-    found = said[-1][1]
-    return "tie" if found.lower() == "tie" else "A" if found == "A" else "B"
+    letter = matches[-1][1]
+    return "tie" if letter.lower() == "tie" else "A" if letter == "A" else "B"

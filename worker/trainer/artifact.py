@@ -150,7 +150,7 @@ def _drift(folder: Path, policy: Policy, results: Results) -> str:
     if not chosen:
         return "Not measured: the job had no validation rows."
     name, device, shared = policy.name, policy.device, policy.shared
-    one_by_one, own_head = policy.one_by_one, policy.own_head
+    one_by_one, own_logits = policy.one_by_one, policy.own_logits
     if device.type == "cpu" and not fits_as_float32(results.base.folder):
         return f"Not measured: the unquantised '{name}' does not fit into the worker's memory."
     policy.model = None  # frees memory for the unquantised base
@@ -162,7 +162,7 @@ def _drift(folder: Path, policy: Policy, results: Results) -> str:
     total, tokens = 0.0, 0
     try:
         unquantised = load_policy(plain, results.base, folder, results.run.events, trainable=False)
-        unquantised.shared, unquantised.one_by_one, unquantised.own_head = shared, one_by_one, own_head
+        unquantised.shared, unquantised.one_by_one, unquantised.own_logits = shared, one_by_one, own_logits
         with torch.no_grad():
             for number, (_, logps, _) in enumerate(chosen):
                 (pack,) = unquantised.packs(rows, [number], merge=False)
@@ -203,7 +203,7 @@ def _card(results: Results, kind: str, drift: str) -> str:
     )
     rows, validation_rows = len(results.stage.train), len(results.validation)
     data = f"{', '.join(training_files(results.public_spec))}, {rows} rows; {validation_rows} validation rows"
-    data += "".join(f". {note.rstrip('.')}" for note in results.stage.told)
+    data += "".join(f". {note.rstrip('.')}" for note in results.stage.notes)
     if results.stage.repeated:
         data += f". {results.stage.repeated} of the validation rows ask the same as a training row"
     library = "peft" if kind == "adapter" else "transformers"

@@ -1,8 +1,10 @@
-"""Attention over packs: which position may look at which, and the kernels that compute it.
+"""Attention over packs: which token sees which, and the kernels that compute it.
 
-`tree_attention` is registered with transformers' attention interface under `NAME`; a model that uses that
-interface hands it queries, keys and values, its scaling, sliding window and soft-capping, and the `tree` that its
-caller passed to `forward`. Nothing of the model is patched.
+`tree_attention` is registered with transformers' attention interface under the name `TREE_ATTENTION`. A model that
+uses this interface passes it queries, keys, values, scaling, sliding window and soft cap. The keyword `tree` of the
+model's `forward` reaches it too. No model code is patched.
+
+A slot is an index into a pack. A position is the index of a token in its own text: prompt and one response.
 """
 
 import re
@@ -17,54 +19,55 @@ from transformers import AttentionInterface
 
 from worker.trainer.packing import Pack
 
-NAME = "dpo_tree"
+TREE_ATTENTION = "dpo_tree"
 SHAREABLE_LAYERS = {"full_attention", "sliding_attention"}
 SHAREABLE_ROPE = {"default", "linear", "llama3", "yarn"}
-"""Rotary embeddings in which a position's encoding depends on that position alone."""
+"""Rotary embeddings that encode a position independently of the length of the sequence."""
 
 
 class TreeMask:
-    """The mask of a pack, made once for each sliding window that the model's layers have.
+    """The attention mask of a pack. It is built once for each sliding window that the model's layers have.
 
-    A position sees what comes before it in its own tree, of the prompt and of its own response, no further back
-    than the window: by distance of positions, not of places in the pack.
+    A token sees the earlier tokens of its tree that belong to the prompt or to its own response. The sliding window
+    counts distance in positions, not in slots of the pack.
     """
 
     def __init__(self, pack: Pack) -> None:
         self.pack = pack
-        self._trees: dict[int | None, list[tuple[int, int, Tensor | None]]] = {}
-        self._blocks: dict[int | None, Any] = {}
+        self._tree_masks: dict[int | None, list[tuple[int, int, Tensor | None]]] = {}
+        self._block_masks: dict[int | None, Any] = {}
 
     def prepare(self, windows: set[int | None]) -> None:
-        """Make the masks for `windows` now: on a GPU before the layers run, which may be compiled."""
+        """On a GPU, build the masks for `windows` before the layers run: the layers may be compiled."""
         if self.pack.ids.is_cuda:
             for window in windows:
-                self.blocks(window)
+                self.block_mask(window)
 
-    def trees(self, window: int | None = None) -> list[tuple[int, int, Tensor | None]]:
-        """(first place, place behind the last, mask [1, 1, n, n]) of each tree of a pack of one sequence.
+    def tree_masks(self, window: int | None = None) -> list[tuple[int, int, Tensor | None]]:
+        """(start slot, end slot, mask [1, 1, n, n]) of each tree of n tokens, for a pack of one sequence.
 
-        The mask is None where a tree is a plain causal text.
+        The mask is None if plain causal attention is right for the tree.
         """
-        if window not in self._trees:
-            visible, first = self._visibility(window), self.pack.tree.new_zeros(())
-            self._trees[window] = []
+        if window not in self._tree_masks:
+            visible, batch_index = self._visibility(window), self.pack.tree.new_zeros(())
+            self._tree_masks[window] = []
             for start, stop in self.pack.spans:
-                places = torch.arange(start, stop, device=first.device)
+                slots = torch.arange(start, stop, device=batch_index.device)  # (n,)
+                # One response at most, and the window spans the whole text.
                 plain = int(self.pack.branch[0, start:stop].max()) <= 1 and (window is None or stop - start <= window)
-                mask = None if plain else visible(first, first, places[:, None], places[None, :])[None, None]
-                self._trees[window].append((start, stop, mask))
-        return self._trees[window]
+                mask = None if plain else visible(batch_index, batch_index, slots[:, None], slots[None, :])[None, None]
+                self._tree_masks[window].append((start, stop, mask))
+        return self._tree_masks[window]
 
-    def blocks(self, window: int | None = None) -> Any:
-        """The same for FlexAttention: a block mask."""
-        if window not in self._blocks:
+    def block_mask(self, window: int | None = None) -> Any:
+        """The same mask as a FlexAttention block mask, for a whole pack."""
+        if window not in self._block_masks:
             from torch.nn.attention.flex_attention import create_block_mask
 
             batch, length = self.pack.ids.shape
             visible = self._visibility(window)
-            self._blocks[window] = create_block_mask(visible, batch, None, length, length, self.pack.ids.device)
-        return self._blocks[window]
+            self._block_masks[window] = create_block_mask(visible, batch, None, length, length, self.pack.ids.device)
+        return self._block_masks[window]
 
     def _visibility(self, window: int | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
         return visibility(self.pack.tree, self.pack.branch, self.pack.positions, window)
@@ -73,17 +76,17 @@ class TreeMask:
 def visibility(
     tree: Tensor, branch: Tensor, positions: Tensor, window: int | None
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """FlexAttention's `mask_mod` for tensors [B, T]: whether query place q sees key place k of sequence b.
+    """FlexAttention's `mask_mod` over tensors [B, T]: whether query slot q sees key slot k of sequence b.
 
-    Padding sees itself only, so that no row of the softmax is empty.
+    Every slot sees itself. Padding sees nothing else, and no row of the softmax is empty.
     """
 
     def mask_mod(b: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        same = (tree[b, q] == tree[b, k]) & (tree[b, k] >= 0) & (q >= k)
-        seen = same & ((branch[b, k] == 0) | (branch[b, q] == branch[b, k]))
+        earlier = (tree[b, q] == tree[b, k]) & (tree[b, k] >= 0) & (q >= k)  # same tree, not padding, causal
+        visible = earlier & ((branch[b, k] == 0) | (branch[b, q] == branch[b, k]))  # the prompt or the own response
         if window is not None:
-            seen = seen & (positions[b, q] - positions[b, k] < window)
-        return seen | (q == k)
+            visible = visible & (positions[b, q] - positions[b, k] < window)
+        return visible | (q == k)
 
     return mask_mod
 
@@ -93,7 +96,7 @@ def tree_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None = None,  # the tree is the mask; some models pass this by name
+    attention_mask: Tensor | None = None,  # unused: `tree` is the mask. Some models pass this by name
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -102,23 +105,24 @@ def tree_attention(
     tree: TreeMask | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """softmax(Q Kᵀ · scaling) V over the pack of `tree`; with `s_aux` [H], an attention sink in each head.
+    """softmax(Q Kᵀ · scaling) V under the mask `tree`. `s_aux` [H] adds an attention sink to each head.
 
-    Shapes: `query` [B, H, T, D]; `key`, `value` [B, H or fewer, T, D]. Returns [B, T, H, D]. Dropout is off, always:
-    one mask is drawn for a prompt, and it would be that of all its responses.
+    Shapes: `query` [B, H, T, D]; `key`, `value` [B, G, T, D] with G ≤ H heads (grouped queries). Returns [B, T, H, D].
+    There is never dropout: one dropout mask for a shared prompt would correlate all its responses. Raises
+    `ValueError` if the model does not pass `tree` on.
     """
     if tree is None:
-        raise ValueError("the model does not hand options of its forward pass to its attention")
+        raise ValueError("the model does not pass keyword arguments on to its attention")
     if query.device.type == "cuda":
-        attended = _flex(query, key, value, tree.blocks(sliding_window), scaling, softcap, s_aux)
+        attended = _flex(query, key, value, tree.block_mask(sliding_window), scaling, softcap, s_aux)
     else:
-        # Tree by tree: most of a pack's dense mask would be zeros, which SDPA computes all the same.
-        parts = [
+        # Tree by tree: SDPA would also compute the masked blocks between trees, most of a dense mask.
+        outputs = [
             _attend(query[:, :, i:j], key[:, :, i:j], value[:, :, i:j], mask, scaling, softcap, s_aux)
-            for i, j, mask in tree.trees(sliding_window)
+            for i, j, mask in tree.tree_masks(sliding_window)
         ]
-        attended = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
-    return attended.transpose(1, 2).contiguous(), None
+        attended = torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]
+    return attended.transpose(1, 2).contiguous(), None  # (B, H, T, D) -> (B, T, H, D)
 
 
 def _attend(
@@ -130,10 +134,10 @@ def _attend(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attention within one tree, causal where it has no mask.
+    """Attention within one tree of n tokens, [B, H, n, D]. Without a mask it is causal.
 
-    SDPA has no scores c · tanh(s / c), and no sink, which takes part in the softmax and has no value: the scores are
-    made then.
+    SDPA has neither soft-capped scores c · tanh(s / c) nor sinks, which join the softmax but have no value. With
+    either of them the scores are computed here.
     """
     grouped = query.shape[1] != key.shape[1]
     if softcap is None and sinks is None:
@@ -141,12 +145,13 @@ def _attend(
             query, key, value, mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
         )
     repeats = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    seen = torch.ones_like(scores[0, 0], dtype=torch.bool).tril() if mask is None else mask
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)  # (B, H, n, D)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)  # (B, H, n, n)
+    visible = torch.ones_like(scores[0, 0], dtype=torch.bool).tril() if mask is None else mask
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~seen, -torch.inf)
+    scores = scores.masked_fill(~visible, -torch.inf)
     if sinks is not None:
+        # The sink is one more key: (B, H, n, n + 1).
         scores = torch.cat([scores, sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
     return scores.softmax(-1)[..., : key.shape[2]] @ value
 
@@ -155,22 +160,24 @@ def _flex(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    blocks: Any,
+    block_mask: Any,
     scaling: float | None,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    options = {"block_mask": blocks, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+    """FlexAttention over a whole pack, [B, H, T, D]."""
+    options = {"block_mask": block_mask, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
     options["score_mod"] = None if softcap is None else _cap(softcap)
     attended: Tensor
     if sinks is None:
         attended = _compiled_flex()(query, key, value, **options)
         return attended
-    # Σ exp(s) becomes Σ exp(s) + exp(sink): the output times exp(lse) / (exp(lse) + exp(sink)) = σ(lse − sink).
+    # A sink turns the denominator Σ exp(s) into Σ exp(s) + exp(sink).
+    # With lse = log Σ exp(s) the output is scaled by exp(lse) / (exp(lse) + exp(sink)) = σ(lse − sink).
     from torch.nn.attention.flex_attention import AuxRequest
 
-    attended, found = _compiled_flex()(query, key, value, return_aux=AuxRequest(lse=True), **options)
-    weight = torch.sigmoid(found.lse - sinks.to(found.lse.dtype)[None, :, None])
+    attended, aux = _compiled_flex()(query, key, value, return_aux=AuxRequest(lse=True), **options)
+    weight = torch.sigmoid(aux.lse - sinks.to(aux.lse.dtype)[None, :, None])  # (B, H, T)
     return attended * weight[..., None].to(attended.dtype)
 
 
@@ -184,7 +191,7 @@ def _cap(softcap: float) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], T
 
 @cache
 def _compiled_flex() -> Any:
-    """FlexAttention's fused kernels. Each width of a pack and each window compiles once."""
+    """FlexAttention's fused kernels. They are compiled once for each pack width and window."""
     from torch.nn.attention.flex_attention import flex_attention
 
     torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
@@ -192,53 +199,53 @@ def _compiled_flex() -> Any:
 
 
 def padding_mask(pack: Pack) -> Tensor:
-    """[B, T], one where there is a token: the mask of an ordinary padded batch."""
+    """[B, T], 1 for a token and 0 for padding: the usual attention mask of a padded batch."""
     return (pack.tree >= 0).long()
 
 
 def why_not_shared(model: Any) -> str | None:
-    """Why the layers of `model` cannot take a tree; None where they can.
+    """The reason why responses cannot share their prompt in `model`; None if they can.
 
-    Positions that restart are only right where a position's encoding depends on that position alone, and a mask
-    is only seen by layers that ask the attention interface. What this does not know, the check on the first
-    rows of a run finds out.
+    Two things are needed. The encoding of a position must depend on this position alone, because positions restart
+    within a pack. The layers must use the attention interface, because only then they see the tree's mask. A model
+    that passes here wrongly is caught by the check of `exactness` before training.
     """
     config = model.config.get_text_config()
     if not (model._supports_attention_backend and model._can_set_attn_implementation()):
         return "its attention does not go through transformers' attention interface"
     if getattr(model, "_is_stateful", False):
         return "it has recurrent layers"
-    others = set(getattr(config, "layer_types", None) or []) - SHAREABLE_LAYERS
-    if others:
-        return f"it has layers of the kind '{sorted(others)[0]}'"
+    unshareable = set(getattr(config, "layer_types", None) or []) - SHAREABLE_LAYERS
+    if unshareable:
+        return f"it has layers of the kind '{sorted(unshareable)[0]}'"
     if getattr(config, "use_bidirectional_attention", False):
-        return "its attention looks ahead"
-    ropes = rope_kinds(model) - SHAREABLE_ROPE
-    if ropes:
-        return f"its rotary embedding ('{sorted(ropes)[0]}') depends on the length of the sequence"
+        return "its attention is bidirectional"
+    unshareable_ropes = rope_types(model) - SHAREABLE_ROPE
+    if unshareable_ropes:
+        return f"its rotary embedding ('{sorted(unshareable_ropes)[0]}') depends on the length of the sequence"
     return why_not_batched(model)
 
 
 def why_not_batched(model: Any) -> str | None:
-    """Why even the longest text of a padded batch would change the others; None where it does not."""
+    """The reason why the texts of a padded batch would change each other's log-probs; None if they do not."""
     config = model.config.get_text_config()
-    if not rope_kinds(model) <= SHAREABLE_ROPE:
-        return "its rotary embedding depends on the longest of them"
+    if not rope_types(model) <= SHAREABLE_ROPE:
+        return "its rotary embedding depends on the longest text in the batch"
     if any(name.startswith("index_top") for name in vars(config)):
-        return "it chooses what a token attends to, and where several places draw, their number decides"
+        return "its sparse attention breaks ties depending on the length of the sequence"
     return None
 
 
-def windows(model: Any) -> set[int | None]:
-    """The sliding windows of the layers of `model`; None for those that see everything."""
+def sliding_windows(model: Any) -> set[int | None]:
+    """The sliding windows of the layers of `model`, in tokens; None for layers with full attention."""
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
-    return {window if kind == "sliding_attention" else None for kind in kinds}
+    layer_types = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
+    return {window if layer_type == "sliding_attention" else None for layer_type in layer_types}
 
 
 def window_sizes(model: Any) -> set[int]:
-    """Whatever in the configuration of `model` may bound how far a token looks back, in tokens."""
+    """All values in the configuration of `model` that may limit how far a token looks back, in tokens."""
     config = model.config.get_text_config()
     return {
         value
@@ -247,11 +254,11 @@ def window_sizes(model: Any) -> set[int]:
     }
 
 
-def rope_kinds(model: Any) -> set[str]:
-    """The kinds of rotary embeddings of the layers of `model`; "default" where it has none."""
+def rope_types(model: Any) -> set[str]:
+    """The types of rotary embeddings in the layers of `model`; "default" for a model without any."""
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    by_layer = bool(rope) and all(isinstance(value, dict) for value in rope.values())
+    by_layer = bool(rope) and all(isinstance(value, dict) for value in rope.values())  # one entry for each layer type
     return {parameters.get("rope_type", "default") for parameters in (rope.values() if by_layer else [rope])}
 
 
-AttentionInterface.register(NAME, tree_attention)
+AttentionInterface.register(TREE_ATTENTION, tree_attention)

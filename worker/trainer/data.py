@@ -204,7 +204,7 @@ def _whole_row(example: Example, rendered: Rendered, tokens: list[Encoding], bos
 
 def _group(example: Example) -> int:
     """A 64-bit hash of the example's prompt: the row's `group`."""
-    return int.from_bytes(hashlib.blake2b(example.asked.encode(), digest_size=8).digest(), signed=True)
+    return int.from_bytes(hashlib.blake2b(example.prompt_key.encode(), digest_size=8).digest(), signed=True)
 
 
 def _in_form(examples: Iterable[Example], need: Kind) -> Iterator[Example]:

@@ -1,4 +1,4 @@
-"""Early stopping: which validation of a stage was the best, and when it is too long ago."""
+"""Early stopping: the best validation of a stage, and the number of validations since."""
 
 from dataclasses import dataclass
 
@@ -8,19 +8,20 @@ from app.spec.metrics import VALIDATION
 
 @dataclass
 class Best:
-    """The best validation of a stage so far; kept in checkpoints."""
+    """The best validation of a stage so far. Checkpoints store it as JSON."""
 
     value: float | None = None
+    """Its value of the watched metric; None before the first validation."""
     step: int = 0
     without: int = 0
-    """Validations since then."""
+    """Validations without an improvement since then."""
 
     def improves(self, settings: EarlyStopping, metrics: dict[str, float], step: int) -> bool:
-        """Take the validation of `step` into account; whether it is the best so far."""
+        """Record the validation after `step`. Returns whether it is the best so far, by more than `min_delta`."""
         value = metrics[settings.metric]
         gain = 0.0 if self.value is None else value - self.value
         if VALIDATION[settings.metric].better == "lower":
-            gain = -gain
+            gain = -gain  # positive: better
         if self.value is None or gain > settings.min_delta:
             self.value, self.step, self.without = value, step, 0
             return True

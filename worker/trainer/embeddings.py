@@ -1,4 +1,4 @@
-"""Whether a model ever learned the control tokens of its texts."""
+"""Find the control tokens that a model never learned."""
 
 from collections.abc import Iterable
 
@@ -7,24 +7,26 @@ from torch import Tensor
 
 from worker.trainer.tokenizer import Tokenizer
 
-ALIKE, SMALL = 0.999, 1e-3
+ALIKE_COSINE = 0.999
+"""Two embeddings are alike above this cosine, if their norms also agree to 1 − `ALIKE_COSINE`."""
+SMALL_NORM = 1e-3
+"""An embedding is untrained if its norm is below this share of the median norm."""
 
 
-def untrained(tokenizer: Tokenizer, used: Iterable[int], embeddings: Tensor) -> list[str]:
-    """The control tokens among `used` that a model never learned, by their rows of its `embeddings` [V, H].
+def untrained_control_tokens(tokenizer: Tokenizer, used: Iterable[int], embeddings: Tensor) -> list[str]:
+    """The control tokens among the ids `used` that a model never learned, judged by its `embeddings` [V, H].
 
-    Such rows are as they were drawn or filled at the start: next to nothing, or the same as those of other control
-    tokens.
+    Such embeddings still have their initial values. They are almost zero, or equal to those of other control tokens.
     """
     special = [n for n, token in tokenizer.added_tokens_decoder.items() if token.special and n < len(embeddings)]
     if not special:
         return []
-    rows = embeddings[special].detach().float()
-    sizes = torch.linalg.vector_norm(embeddings.detach(), dim=1, dtype=torch.float32)
-    norms = rows.norm(dim=1).clamp(min=1e-12)
-    alike = (rows @ rows.t()) / (norms[:, None] * norms) > ALIKE
-    alike &= (norms[:, None] / norms - 1).abs() < 1 - ALIKE
-    lost = (alike.sum(1) > 1) | (norms < SMALL * sizes.median())
-    wanted = set(used)
-    found = [number for number, gone in zip(special, lost.tolist(), strict=True) if gone and number in wanted]
-    return [str(tokenizer.convert_ids_to_tokens(number)) for number in found]
+    rows = embeddings[special].detach().float()  # (S, H)
+    all_norms = torch.linalg.vector_norm(embeddings.detach(), dim=1, dtype=torch.float32)  # (V,)
+    norms = rows.norm(dim=1).clamp(min=1e-12)  # (S,)
+    alike = (rows @ rows.t()) / (norms[:, None] * norms) > ALIKE_COSINE  # (S, S)
+    alike &= (norms[:, None] / norms - 1).abs() < 1 - ALIKE_COSINE
+    untrained = (alike.sum(1) > 1) | (norms < SMALL_NORM * all_norms.median())  # each embedding is like itself
+    used_ids = set(used)
+    ids = [token for token, flag in zip(special, untrained.tolist(), strict=True) if flag and token in used_ids]
+    return [str(tokenizer.convert_ids_to_tokens(token)) for token in ids]

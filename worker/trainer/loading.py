@@ -22,7 +22,7 @@ from worker.trainer.errors import UserError, first_line
 from worker.trainer.events import Events
 from worker.trainer.linears import adaptable, has_experts, is_ordinary, not_quantised, short_names
 from worker.trainer.lora import with_fast_layers
-from worker.trainer.model import HALVES, REWARD_HEAD, Base, Policy
+from worker.trainer.model import HALF_DTYPES, REWARD_HEAD, Base, Policy
 from worker.trainer.naming import without_weights
 from worker.trainer.packing import Packing
 from worker.trainer.rendering import Renderer
@@ -95,7 +95,7 @@ def wrap(
     ends = Renderer(tokenizer, spec.rendering).ends
     policy = Policy(model, tokenizer, base.name, base.revision, full, device, packing, own_attention, base.folder, ends)
     if cuda:
-        policy.computed_in = HALVES[spec.compute_dtype or "bf16"]
+        policy.autocast_dtype = HALF_DTYPES[spec.compute_dtype or "bf16"]
     elif spec.compute_dtype is not None:
         events.message("'compute_dtype' is for GPUs: this worker computes in float32.", level="warn")
     policy._dropout = [
@@ -132,7 +132,7 @@ def _load_base(folder: Path, spec: JobSpec, device: torch.device, method: str | 
     """The model in `folder`. `method`: how its stored weights are quantised; these stay as they are."""
     dtype = torch.float32
     if device.type == "cuda" and spec.adapter != "none":
-        dtype = HALVES[spec.compute_dtype or "bf16"]
+        dtype = HALF_DTYPES[spec.compute_dtype or "bf16"]
     quantization, double = spec.quantization or "none", spec.double_quantization is not False
     model = AutoModelForCausalLM.from_pretrained(
         folder,

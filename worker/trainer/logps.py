@@ -1,10 +1,12 @@
-"""Log-probabilities of tokens from hidden states, without ever holding more than a chunk of logits.
+"""Log-probabilities of tokens from hidden states, with only a chunk of the logits in memory at a time.
 
-A batch of B·T positions and a vocabulary of V would need B·T·V numbers; here only the N positions that predict a
-scored token reach the head, a chunk of them at a time. The gradient to a hidden state is
-∂ log p(y)/∂h = (onehot(y) − softmax(z)) W, times the gradient of the loss to that log-prob, a number that only the
-backward pass knows; the product with W is made in the forward pass, from the softmax that is there anyway. So a
-frozen head costs two matrix products a token, not three, and the logits are never made again.
+All logits of B·T positions and a vocabulary of V would be B·T·V numbers. Only the N positions that predict a scored
+token go through the head, one chunk after the other.
+
+The gradient with respect to a hidden state is ∂ log p(y)/∂h = (onehot(y) − softmax(z)) W, times ∂L/∂ log p(y). Only
+the backward pass knows this last factor, which is one number for each token. The product with W needs nothing but the
+softmax, so the forward pass computes it. A frozen head then costs two matrix products for each token, not three, and
+no logits are recomputed.
 """
 
 from dataclasses import dataclass
@@ -14,14 +16,14 @@ import torch
 from torch import Tensor
 
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
-"""Logits that exist at a time, by device: 16 MB stay in a CPU's cache, 256 MB keep a GPU busy."""
+"""Logits in memory at a time, by device. In float32, 16 MB stay in a CPU's cache and 256 MB keep a GPU busy."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """The output head: z = c · tanh(scale · (W h + b) / c), without the cap where `softcap` is None.
+    """The output head: z = c · tanh(scale · (W h + b) / c), or z = scale · (W h + b) if the cap c is None.
 
-    `weight` [V, H], `bias` [V] or None.
+    `weight` W [V, H], `bias` b [V] or None, `softcap` c.
     """
 
     weight: Tensor
@@ -31,14 +33,17 @@ class Head:
 
     @classmethod
     def of(cls, model: Any) -> "Head":
-        """The head of a transformers model, with what its configuration says is done to the logits."""
+        """The head of a transformers model, with the scale and the cap of its configuration."""
         config, layer = model.config.get_text_config(), model.get_output_embeddings()
         scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
         scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
         return cls(layer.weight, getattr(layer, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
 
     def logits(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
-        """[n, V] in `dtype`, accumulated in it, from `hidden` [n, H]."""
+        """Logits z [n, V] in `dtype` from `hidden` [n, H].
+
+        A GPU accumulates a 16-bit product in `dtype`. A CPU computes it in the weight's dtype and casts it.
+        """
         hidden = hidden.to(self.weight.dtype)
         if hidden.device.type == "cuda" and hidden.dtype != dtype:
             logits = torch.mm(hidden, self.weight.t(), out_dtype=dtype)
@@ -51,17 +56,21 @@ class Head:
             logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits
 
-    def slope_(self, gradient: Tensor, logits: Tensor | None) -> Tensor:
-        """∂L/∂(W h + b) from `gradient` = ∂L/∂z, in place. A head with a cap needs its `logits`."""
+    def backward_(self, gradient: Tensor, logits: Tensor | None) -> Tensor:
+        """∂L/∂(W h + b) from `gradient` = ∂L/∂z [n, V], in place. A head with a cap needs its `logits` z."""
         if self.softcap is not None and logits is not None:
-            gradient.mul_(1 - (logits / self.softcap) ** 2)
+            gradient.mul_(1 - (logits / self.softcap) ** 2)  # tanh' = 1 − tanh²
         return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
 
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Of N scored tokens, each [N]: `logps`, differentiable; `correct`, whether it is the likeliest token; and where
-    they were asked for `entropy`, of the predicted distribution, and `alignment`, log p(y) − log Σ_v p(v)²."""
+    """Scores of N tokens, each [N].
+
+    `logps`: log p(y), differentiable. `correct`: whether the token has the largest logit. On request, `entropy` of the
+    predicted distribution in nats, and `alignment`: log p(y) − log Σ_v p(v)², for the weights of WPO
+    (Zhou et al. 2024, Eq. 2).
+    """
 
     logps: Tensor
     correct: Tensor
@@ -74,9 +83,9 @@ def score_tokens(
 ) -> TokenScores:
     """Score the tokens `targets` [N], predicted from `hidden` [N, H]. Log-probs are float32 or wider.
 
-    Differentiable in `hidden`, and in the head's weight and bias where they require it.
+    Differentiable in `hidden`, and in the head's weight and bias if they require a gradient.
     """
-    # Autocast is off inside: the dtypes here are the caller's, and the sums are float32.
+    # Autocast is off here: it would change the dtypes that the caller chose and the float32 sums.
     with torch.autocast(hidden.device.type, enabled=False):
         logps, correct, *extras = _TokenLogps.apply(  # type: ignore[no-untyped-call]
             hidden, head.weight, head.bias, targets, head, entropy, alignment
@@ -85,17 +94,17 @@ def score_tokens(
 
 
 def score_logits(logits: Tensor, targets: Tensor, *, entropy: bool = False, alignment: bool = False) -> TokenScores:
-    """The same from `logits` [N, V] that the model made by itself: slower, and exact for every head."""
+    """Score the tokens `targets` [N] from the model's own `logits` [N, V]: slower, and exact for every head."""
     with torch.autocast(logits.device.type, enabled=False):
-        every = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        logps = every.gather(1, targets[:, None]).squeeze(1)
-        found = every.detach()
-        correct = logps.detach() == found.amax(-1)
+        all_logps = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)  # (N, V)
+        logps = all_logps.gather(1, targets[:, None]).squeeze(1)
+        detached = all_logps.detach()
+        correct = logps.detach() == detached.amax(-1)
         return TokenScores(
             logps,
             correct,
-            -(found.exp() * found).nan_to_num(0.0).sum(-1) if entropy else None,
-            logps.detach() - (2 * found).logsumexp(-1) if alignment else None,
+            -(detached.exp() * detached).nan_to_num(0.0).sum(-1) if entropy else None,  # 0 · log 0 counts as 0
+            logps.detach() - (2 * detached).logsumexp(-1) if alignment else None,
         )
 
 
@@ -117,25 +126,27 @@ class _TokenLogps(torch.autograd.Function):
         correct = torch.empty(count, dtype=torch.bool, device=hidden.device)
         entropies = torch.empty(count if entropy else 0, dtype=dtype, device=hidden.device)
         alignments = torch.empty(count if alignment else 0, dtype=dtype, device=hidden.device)
-        jacobian = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for part in parts(weight, count):
-            logits, target = head.logits(hidden[part], dtype), targets[part, None]
-            keep = logits.clone() if entropy or (jacobian is not None and head.softcap is not None) else None
+        jacobian = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # ∂ log p(y)/∂h, (N, H)
+        for chunk in chunks(weight, count):
+            logits, target = head.logits(hidden[chunk], dtype), targets[chunk, None]  # (n, V), (n, 1)
+            copy = logits.clone() if entropy or (jacobian is not None and head.softcap is not None) else None
             largest = logits.amax(-1, keepdim=True)
             chosen = logits.gather(1, target)
-            correct[part] = (chosen == largest).squeeze(1)
-            weights = logits.sub_(largest).exp_()  # in place: the chunk is the largest tensor there is
+            correct[chunk] = (chosen == largest).squeeze(1)
+            # log p(y) = z_y − log Σ exp(z), with the largest z subtracted for stability.
+            weights = logits.sub_(largest).exp_()  # in place: the chunk is the largest tensor in memory
             total = weights.sum(-1, keepdim=True)
             normaliser = total.log() + largest
-            logps[part] = (chosen - normaliser).squeeze(1)
-            if keep is not None and entropy:
-                entropies[part] = normaliser.squeeze(1) - (weights * keep).sum(-1) / total.squeeze(1)
+            logps[chunk] = (chosen - normaliser).squeeze(1)
+            if copy is not None and entropy:
+                # Entropy: log Σ exp(z) − Σ p z.
+                entropies[chunk] = normaliser.squeeze(1) - (weights * copy).sum(-1) / total.squeeze(1)
             if alignment:
-                alignments[part] = logps[part] - (weights.square().sum(-1) / total.squeeze(1).square()).log()
+                alignments[chunk] = logps[chunk] - (weights.square().sum(-1) / total.squeeze(1).square()).log()
             if jacobian is not None:
-                gradient = weights.div_(-total)
-                gradient.scatter_add_(1, target, torch.ones_like(chosen))
-                jacobian[part] = head.slope_(gradient, keep).to(weight.dtype) @ weight
+                gradient = weights.div_(-total)  # −softmax(z)
+                gradient.scatter_add_(1, target, torch.ones_like(chosen))  # + onehot(y)
+                jacobian[chunk] = head.backward_(gradient, copy).to(weight.dtype) @ weight
         saved = (hidden, weight, targets) if any(ctx.needs_input_grad[1:3]) else (None, None, None)
         ctx.save_for_backward(jacobian, *saved)
         ctx.head, ctx.dtype = head, dtype
@@ -145,25 +156,27 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         jacobian, hidden, weight, targets = ctx.saved_tensors
-        grad_hidden = None if jacobian is None else (jacobian * grad[:, None]).to(jacobian.dtype)
+        grad_hidden = None if jacobian is None else (jacobian * grad[:, None]).to(jacobian.dtype)  # (N, H)
         grad_weight = grad_bias = None
-        if hidden is not None:  # the head trains: its gradient is a sum over tokens, which needs each one's weight
-            grad_weight = torch.zeros_like(weight, dtype=ctx.dtype) if ctx.needs_input_grad[1] else None
-            grad_bias = torch.zeros(len(weight), dtype=ctx.dtype, device=weight.device)
-            for part in parts(weight, len(targets)):
-                logits = ctx.head.logits(hidden[part], ctx.dtype)
+        if hidden is not None:
+            # The head trains. Its gradient sums over tokens with the weights `grad`, which the forward pass lacked:
+            # recompute the logits.
+            grad_weight = torch.zeros_like(weight, dtype=ctx.dtype) if ctx.needs_input_grad[1] else None  # (V, H)
+            grad_bias = torch.zeros(len(weight), dtype=ctx.dtype, device=weight.device)  # (V,)
+            for chunk in chunks(weight, len(targets)):
+                logits = ctx.head.logits(hidden[chunk], ctx.dtype)
                 gradient = logits.softmax(-1).neg_()
-                gradient.scatter_add_(1, targets[part, None], torch.ones_like(gradient[:, :1]))
-                gradient = ctx.head.slope_(gradient, logits).mul_(grad[part, None])
+                gradient.scatter_add_(1, targets[chunk, None], torch.ones_like(gradient[:, :1]))
+                gradient = ctx.head.backward_(gradient, logits).mul_(grad[chunk, None])
                 if grad_weight is not None:
-                    grad_weight += gradient.T @ hidden[part].to(ctx.dtype)
+                    grad_weight += gradient.T @ hidden[chunk].to(ctx.dtype)
                 grad_bias += gradient.sum(0)
             grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
             grad_bias = grad_bias.to(weight.dtype) if ctx.needs_input_grad[2] else None
         return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
-def parts(weight: Tensor, count: int) -> list[slice]:
-    """Slices of `count` tokens whose logits, under the head `weight` [V, H], are at most `CHUNK_ELEMENTS` numbers."""
+def chunks(weight: Tensor, count: int) -> list[slice]:
+    """Slices of `count` tokens, each with at most `CHUNK_ELEMENTS` logits under the head `weight` [V, H]."""
     size = max(1, CHUNK_ELEMENTS[weight.device.type] // len(weight))
     return [slice(i, min(i + size, count)) for i in range(0, count, size)]

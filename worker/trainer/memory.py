@@ -1,4 +1,4 @@
-"""What a step needs of the memory, by measurement, and how much there is."""
+"""The memory that a step needs, by measurement, and the memory that is free. All sizes are in bytes."""
 
 import gc
 import os
@@ -19,50 +19,50 @@ from worker.trainer.packing import Pack
 from worker.trainer.plan import Stage
 
 Result = TypeVar("Result")
-RESERVE = 0.8
-"""The share of the free memory that activations may fill."""
+USABLE_SHARE = 0.8
+"""The share of the free memory that activations and optimizer state may fill."""
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 OPTIMIZER_BYTES = 12
-"""For each trained parameter, in float32: its gradient and two moments."""
+"""Bytes for each trained parameter in float32: its gradient and two moments."""
 
 
 def fits_as_float32(folder: Path) -> bool:
-    """Whether the weights in `folder` fit into the free memory as float32, at most twice their size on the disk."""
+    """Whether the weights in `folder` fit into the free memory as float32: at most twice their size on disk."""
     return 2 * sum(path.stat().st_size for path in weight_files(folder)) < free_host_bytes()
 
 
 def activation_bytes(policy: Policy, pack: Pack) -> int:
-    """Bytes that a forward pass over `pack` keeps for its backward pass, weights not counted."""
+    """Bytes that a forward pass over `pack` keeps for its backward pass, without the weights."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in policy.model.parameters()}
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}  # address of a storage -> its bytes
 
-    def note(tensor: Tensor) -> Tensor:
+    def record(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        # The result stays until the sum is made: its graph holds the storages, so that no address is used twice.
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+        # Keep the result until the sum is done: its graph holds the storages, and so no address is reused.
         result = policy.rewards(pack) if policy.reward_head is not None else policy.score(pack).responses
-        total = sum(kept.values())
+        total = sum(saved.values())
     del result
     return total
 
 
-def fits(policy: Policy, pack: Pack, longest: int) -> bool:
-    """Whether a step's activations fit into memory without recomputing them, judged by `pack`.
+def activations_fit(policy: Policy, pack: Pack, longest: int) -> bool:
+    """Whether a step's activations fit into memory without recomputing them, extrapolated from `pack`.
 
-    `longest` is the largest row's tokens: a pack can be no smaller.
+    `longest` is the number of tokens of the largest row, which no pack can split.
     """
     width = max(policy.packing.budget, longest)
-    needed = activation_bytes(policy, pack) * width / pack.places
+    needed = activation_bytes(policy, pack) * width / pack.slots
     trained = sum(parameter.numel() for parameter in policy.trainable().values())
-    return needed + OPTIMIZER_BYTES * trained < RESERVE * free_bytes(policy.device)
+    return needed + OPTIMIZER_BYTES * trained < USABLE_SHARE * free_bytes(policy.device)
 
 
 def free_bytes(device: torch.device) -> int:
-    """What can still be allocated on `device`."""
+    """Memory that can still be allocated on `device`."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -70,22 +70,22 @@ def free_bytes(device: torch.device) -> int:
 
 
 def free_host_bytes() -> int:
-    """What processes of this container can still allocate: free memory and what is only cached."""
+    """Host memory that this process can still allocate: free or reclaimable, within the container's limit."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if MEMINFO.exists():
         fields = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
-        free = int(fields["MemAvailable"].split()[0]) * 1024
+        free = int(fields["MemAvailable"].split()[0]) * 1024  # KiB
     limit, used = (CGROUP / name for name in ("memory.max", "memory.current"))
     if limit.exists() and used.exists() and limit.read_text().strip() != "max":
         free = min(free, int(limit.read_text()) - int(used.read_text()))
     return free
 
 
-def with_smaller_packs(policy: Policy, stage: Stage, events: Events, work: Callable[[], Result]) -> Result:
-    """Run `work` on rows of `stage`; where the GPU's memory is not enough, again with half the packs' budget.
+def retry_with_smaller_packs(policy: Policy, stage: Stage, events: Events, work: Callable[[], Result]) -> Result:
+    """Run `work` on rows of `stage`. After running out of GPU memory, halve the packs' budget and run it again.
 
-    A pack can be no smaller than the largest row: where that one does not fit, a `UserError` names `max_length`. `work`
-    starts over: the gradients that it left are dropped, and random numbers are drawn again.
+    `work` starts over: its gradients are dropped and the state of the CPU's random generator is restored. A pack cannot
+    be smaller than the largest row. If this row does not fit, a `UserError` asks for a lower `max_length`.
     """
     while True:
         generator = torch.get_rng_state()
@@ -97,6 +97,7 @@ def with_smaller_packs(policy: Policy, stage: Stage, events: Events, work: Calla
                 param = f"{stage.param}.max_length"
                 raise UserError("out_of_memory", f"{message} Lower 'max_length'.", param) from error
             policy.packing = replace(policy.packing, budget=policy.packing.budget // 2)
+        # Outside of the handler: there, the exception would still hold the tensors of the failed attempt.
         events.message(f"Out of memory: packs of {policy.packing.budget} tokens from now on.", level="warn")
         for parameter in policy.trainable().values():
             parameter.grad = None
@@ -106,7 +107,7 @@ def with_smaller_packs(policy: Policy, stage: Stage, events: Events, work: Calla
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most that was ever allocated: on a GPU by torch, on a CPU by the process."""
+    """Peak memory so far: allocated by torch on a GPU, resident in the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB

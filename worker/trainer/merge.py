@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 from worker.model_files import INDEX, config_of, prequantized, weight_files
 from worker.trainer.errors import UserError, first_line
 from worker.trainer.memory import fits_as_float32
-from worker.trainer.model import HALVES
+from worker.trainer.model import HALF_DTYPES
 from worker.trainer.naming import DOWN, PREFIX, WeightPlace, places
 
 PARTS = (DOWN, ".lora_B.weight", ".lora_magnitude_vector")
@@ -151,7 +151,7 @@ def _describe(base: Path, adapter: Path, output: Path, dtype: torch.dtype) -> No
 def main() -> int:
     """Merge in the folder of the command line, and print `{}` or the error as JSON."""
     folder = Path(sys.argv[1])
-    dtype = HALVES[json.loads((folder / "merge.json").read_text())["dtype"]]
+    dtype = HALF_DTYPES[json.loads((folder / "merge.json").read_text())["dtype"]]
     result: dict[str, Any] = {}
     try:
         merge(folder / "base", folder / "start", folder / "output", dtype)

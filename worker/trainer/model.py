@@ -1,4 +1,8 @@
-"""The policy: a base model, quantised or not, with a LoRA adapter or all its parameters to train."""
+"""The policy: a base model, quantised or not, of which a LoRA adapter or all parameters are trained.
+
+Shapes: B sequences of T tokens, hidden size H, vocabulary V; N scored tokens, L distinct responses and R responses of
+rows in a pack (see `packing.Pack`).
+"""
 
 import hashlib
 import json
@@ -12,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from worker.trainer.attention import NAME, TreeMask, padding_mask, windows
+from worker.trainer.attention import TREE_ATTENTION, TreeMask, padding_mask, sliding_windows
 from worker.trainer.data import Row, Tokenizer
 from worker.trainer.linears import body
 from worker.trainer.logps import Head, TokenScores, score_logits, score_tokens
@@ -20,14 +24,17 @@ from worker.trainer.packing import Pack, Packing
 from worker.trainer.tokenizer import copy_tokenizer, write_ends
 
 REWARD_HEAD = "reward_head.safetensors"
-HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""The precisions of 16 bits by the names that a job and a merge have for them."""
+HALF_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""The 16-bit dtypes by their names in jobs and merges."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """A base model: the name that artifacts carry, its revision where a hub has one (peft loads by it), the version
-    that the worker registered, and its folder here."""
+    """A base model.
+
+    `name`: as written into artifacts. `revision`: on a hub, for PEFT to load; None elsewhere. `version`: as registered
+    by the worker. `folder`: where its files are.
+    """
 
     name: str
     revision: str | None
@@ -37,7 +44,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one pack: its N scored tokens, and for each of its rows' R responses the sums over the tokens, [R]."""
+    """Scores of one pack: of its N scored tokens, and their sums for each response of its rows, [R]."""
 
     tokens: TokenScores
     responses: Tensor
@@ -45,11 +52,10 @@ class Scores:
 
 @dataclass
 class Policy:
-    """The model in training, and how to ask it for log-probabilities.
+    """The model in training, and how it computes log-probabilities.
 
-    The model's mode stays as it was loaded (see `loading`): only the adapter's dropout is switched. `reward_head` is
-    there where a reward model is trained; `one_by_one` where even the longest text of a padded batch would change the
-    others; `own_head` where the model does more to its logits than `Head` knows of, so that it makes them all itself.
+    The model keeps the training mode that `loading` sets. Only the adapter's dropout is switched. `packing` and the
+    fields from `one_by_one` to `autocast_dtype` say how log-probs are computed.
     """
 
     model: Any
@@ -60,22 +66,27 @@ class Policy:
     device: torch.device
     packing: Packing
     own_attention: str
+    """The name of the attention implementation that the model was loaded with."""
     folder: Path
-    """Where the base model is: its own files go with what is made of it."""
+    """The folder of the base model. Its tokenizer and configuration are copied into artifacts."""
     ends: tuple[int, ...]
-    """The tokens that end an answer, as the job's texts are written."""
+    """The ids of the tokens that end an answer in the job's texts."""
     one_by_one: bool = False
-    own_head: bool = False
+    """Without shared prompts, run one text at a time: in a padded batch the texts would change each other."""
+    own_logits: bool = False
+    """Use the logits of the model's own `forward`: it does more to them than `Head` knows."""
     compiled: bool = False
-    computed_in: torch.dtype | None = None
-    """The precision of autocast; None: everything is in the weights' own."""
+    autocast_dtype: torch.dtype | None = None
+    """The dtype of autocast; None computes in the dtypes of the weights."""
     loss_scale: float = 1.0
+    """The factor of the current loss, one of `loss_scales`."""
     reward_head: nn.Linear | None = None
+    """The head of a reward model, [1, H]."""
     _dropout: list[nn.Dropout] = field(default_factory=list)
 
     @property
     def causal(self) -> Any:
-        """The transformers model inside, head included."""
+        """The transformers model inside PEFT's, with its head."""
         return self.model if self.full else self.model.get_base_model()
 
     @property
@@ -85,30 +96,31 @@ class Policy:
 
     @property
     def shared(self) -> bool:
-        """Whether responses share their prompt."""
+        """Whether responses share their prompt. Setting it also switches the attention implementation."""
         return self.packing.shared
 
     @shared.setter
     def shared(self, shared: bool) -> None:
         self.packing = replace(self.packing, shared=shared)
-        self.causal.set_attn_implementation(NAME if shared else self.own_attention)
+        self.causal.set_attn_implementation(TREE_ATTENTION if shared else self.own_attention)
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        found = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        return found if self.reward_head is None else found | {"reward_head.weight": self.reward_head.weight}
+        """The trained parameters by name, the reward head's weight included."""
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return trained if self.reward_head is None else trained | {"reward_head.weight": self.reward_head.weight}
 
     @property
     def has_dropout(self) -> bool:
-        """Whether the adapter was made with dropout."""
+        """Whether the adapter has dropout layers."""
         return bool(self._dropout)
 
     def set_dropout(self, on: bool) -> None:
-        """Switch the adapter's dropout; the base model's own is always off."""
+        """Switch the adapter's dropout. The base model's own dropout is always off."""
         for module in self._dropout:
             module.train(on)
 
     def recompute_activations(self, on: bool) -> None:
-        """Activation checkpointing: keep each layer's input only, and run the layer again in the backward pass."""
+        """Switch activation checkpointing: keep only the input of each layer and recompute it in the backward pass."""
         if on == bool(self.causal.is_activation_checkpointing):
             return
         if on:
@@ -116,92 +128,94 @@ class Policy:
         else:
             self.causal.activation_checkpointing_disable()
         if getattr(self.causal, "_require_grads_hooks", None):
-            self.causal.disable_input_require_grads()  # the reentrant kind needs them, this one does not
+            self.causal.disable_input_require_grads()  # only reentrant checkpointing needs them
 
     def compile(self) -> None:
-        """Compile each layer of the model when it first runs. On a CPU every pack has another width."""
+        """Compile each layer when it first runs. On a CPU with dynamic shapes, because each pack has its own width."""
         if self.compiled:
             return
         self.compiled = True
-        lists = [m for m in self.body.modules() if isinstance(m, nn.ModuleList)]
+        lists = [m for m in self.body.modules() if isinstance(m, nn.ModuleList)]  # the longest holds the layers
         for layer in max(lists, key=len, default=nn.ModuleList()):
             layer.compile(dynamic=self.device.type == "cpu")
 
     def packs(self, rows: Sequence[Row], numbers: Sequence[int], *, merge: bool = True) -> Iterator[Pack]:
-        """The rows `numbers`, in packs of at most the budget's tokens, one at a time, on the policy's device."""
+        """The rows `numbers` in packs of the budget's tokens, built one at a time, on the policy's device."""
         return (pack.to(self.device) for pack in replace(self.packing, merge=merge).packs(rows, numbers))
 
     def score(
         self, pack: Pack, *, entropy: bool = False, alignment: bool = False, tail_weight: float | None = None
     ) -> Scores:
-        """One forward pass: the log-probs of everything that is scored in `pack`, which is on the policy's device.
+        """The log-probs of all scored tokens of `pack`, which is on the policy's device, in one forward pass.
 
-        With `tail_weight` a response's tokens beyond the length of its row's shortest response count that much
-        (LD-DPO); the pack must not have merged rows then.
+        With `tail_weight` (LD-DPO) the tokens of a response beyond the length of its row's shortest response count
+        with this weight in `Scores.responses`. The pack must then have no merged rows.
         """
-        if self.own_head:
+        if self.own_logits:
             tokens = score_logits(self._own_logits(pack), pack.targets, entropy=entropy, alignment=alignment)
         else:
-            hidden = self._hidden(pack).flatten(0, 1).index_select(0, pack.predictors)
+            hidden = self._hidden(pack).flatten(0, 1).index_select(0, pack.predictors)  # (N, H)
             tokens = score_tokens(hidden, Head.of(self.causal), pack.targets, entropy=entropy, alignment=alignment)
         logps = tokens.logps
         if tail_weight is not None:
-            logps = torch.where(pack.order < shortest(pack)[pack.leaf], logps, tail_weight * logps)
+            logps = torch.where(pack.order < shortest_lengths(pack)[pack.leaf], logps, tail_weight * logps)
         return Scores(tokens, per_response(pack, logps))
 
     def rewards(self, pack: Pack) -> Tensor:
-        """The reward model's scalar for each response of each row of `pack`, [R], float32 or wider."""
+        """The reward of each response of each row of `pack`, [R], float32 or wider: the head at its last token."""
         assert self.reward_head is not None
-        last = self._hidden(pack).flatten(0, 1).index_select(0, pack.last)
+        last = self._hidden(pack).flatten(0, 1).index_select(0, pack.last)  # (L, H)
         return self.reward_head(last.to(self.reward_head.weight.dtype)).squeeze(1)[pack.leaves]  # type: ignore[no-any-return]
 
     def _hidden(self, pack: Pack) -> Tensor:
         """The last hidden states, [B, T, H]."""
         if self.shared:
             mask = TreeMask(pack)
-            mask.prepare(windows(self.causal))
+            mask.prepare(sliding_windows(self.causal))
             return self._forward(pack.ids, position_ids=pack.positions, attention_mask=None, tree=mask)
         padding = padding_mask(pack)
         if not self.one_by_one:
             return self._forward(pack.ids, attention_mask=padding)
         width = pack.ids.shape[1]
         states = [self._forward(ids[None, :n]) for ids, n in zip(pack.ids, padding.sum(1).tolist(), strict=True)]
-        return torch.cat([nn.functional.pad(each, (0, 0, 0, width - each.shape[1])) for each in states])
+        return torch.cat([nn.functional.pad(state, (0, 0, 0, width - state.shape[1])) for state in states])
 
     def _forward(self, ids: Tensor, **options: Any) -> Tensor:
+        """The last hidden states of `ids` [B, T]: [B, T, H]."""
         with self.autocast():
             states: Tensor = self.body(input_ids=ids, use_cache=False, **options).last_hidden_state
         return states
 
     def _own_logits(self, pack: Pack) -> Tensor:
-        """The model's own logits where a scored token is predicted, [N, V], one text at a time."""
-        width, found, places = pack.ids.shape[1], [], []
+        """The model's own logits for each scored token, [N, V], computed one text at a time."""
+        width, logits, indices = pack.ids.shape[1], [], []
         for number, (ids, length) in enumerate(zip(pack.ids, padding_mask(pack).sum(1).tolist(), strict=True)):
-            (chosen,) = torch.where(pack.predictors // width == number)
-            found.append(self.logits(ids[:length])[pack.predictors[chosen] % width])
-            places.append(chosen)
-        return torch.cat(found)[torch.cat(places).argsort()]
+            (scored,) = torch.where(pack.predictors // width == number)  # the scored tokens of this text
+            logits.append(self.logits(ids[:length])[pack.predictors[scored] % width])
+            indices.append(scored)
+        return torch.cat(logits)[torch.cat(indices).argsort()]  # in the order of the pack
 
     def logits(self, ids: Tensor) -> Tensor:
-        """The logits of the model as it is for one text's tokens `ids` [T]: [T, V]."""
+        """The logits of the model's own `forward` for the tokens `ids` [T] of one text: [T, V]."""
         with self.autocast():
             logits: Tensor = self.causal(input_ids=ids[None], use_cache=False).logits
         return logits[0]
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.computed_in, enabled=self.computed_in is not None)
+        """The autocast context of all forward passes."""
+        return torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
     @property
     def loss_scales(self) -> tuple[float, ...]:
-        """Factors of a loss for its backward pass, the first that overflows nothing counts (Micikevicius et al. 2018).
+        """Factors for the loss, to be tried until no gradient overflows (loss scaling, Micikevicius et al. 2018).
 
-        Gradients of half precision vanish below 6e-8.
+        Without a factor, float16 gradients below 6e-8 would become zero.
         """
-        return (2.0**14, 2.0**9, 2.0**4, 1.0) if self.computed_in == torch.float16 else (1.0,)
+        return (2.0**14, 2.0**9, 2.0**4, 1.0) if self.autocast_dtype == torch.float16 else (1.0,)
 
     @contextmanager
     def own_attention_in_use(self) -> Iterator[None]:
-        """The model with its own attention."""
+        """Within this context the model uses its own attention implementation."""
         current = self.causal.config._attn_implementation
         self.causal.set_attn_implementation(self.own_attention)
         try:
@@ -210,27 +224,27 @@ class Policy:
             self.causal.set_attn_implementation(current)
 
     def digest(self) -> str:
-        """A hash of all weights and of the configuration, to name what was computed from them.
+        """A hash of the configuration and of all weights, as a cache key for results computed from them.
 
-        An adapter that changes nothing yet is left out: jobs of other ranks and seeds have the same reference.
+        A fresh adapter changes nothing and is left out: jobs with other ranks and seeds share their reference.
         """
         config = self.causal.config.to_dict() | {"_attn_implementation": self.own_attention, "_name_or_path": None}
-        found = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
         blank = not self.full and self._adapter_is_blank()
         if not self.full and not blank:
             adapter = self.model.peft_config["default"].to_dict() | {"base_model_name_or_path": None}
-            found.update(json.dumps(adapter, sort_keys=True, default=sorted).encode())
+            digest.update(json.dumps(adapter, sort_keys=True, default=sorted).encode())
         for name, tensor in _all_weights(self.model):
             if not (blank and "lora_" in name):
-                found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + fingerprint(tensor))
-        return found.hexdigest()
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + fingerprint(tensor))
+        return digest.hexdigest()
 
     def _adapter_is_blank(self) -> bool:
-        """Whether the adapter is a fresh LoRA: B is zero, and x + 0 is x to the bit. DoRA rescales even then."""
-        named = dict(self.model.named_parameters())
-        dora = any("lora_magnitude_vector" in name for name in named)
+        """Whether the adapter is a fresh LoRA: B is zero, and x + 0 is x to the bit. DoRA rescales even with zero B."""
+        parameters = dict(self.model.named_parameters())
+        dora = any("lora_magnitude_vector" in name for name in parameters)
         return not dora and not any(
-            p.any() for name, p in named.items() if "lora_B" in name or "lora_embedding_B" in name
+            p.any() for name, p in parameters.items() if "lora_B" in name or "lora_embedding_B" in name
         )
 
     def save(self, folder: Path) -> None:
@@ -239,19 +253,20 @@ class Policy:
         if self.full:
             with self.own_attention_in_use():
                 self.model.save_pretrained(folder)
-            # Another version of transformers may read it, which writes other names: it stays as its makers wrote it.
-            written, own = (json.loads((place / "config.json").read_text()) for place in (folder, self.folder))
+            # Keep the base's config.json: another version of transformers may not know the names that this one writes.
+            written, own = (json.loads((path / "config.json").read_text()) for path in (folder, self.folder))
             own.pop("torch_dtype", None)
-            if written["model_type"] == own["model_type"]:  # of a model that also sees the text's part may be all
+            # The types differ if only the text part of a multimodal base was loaded. Its config.json does not fit then.
+            if written["model_type"] == own["model_type"]:
                 (folder / "config.json").write_text(json.dumps(own | {"dtype": written["dtype"]}, indent=2) + "\n")
         else:
-            # "auto" would look the base model up on the hub; the head and the embeddings are frozen anyway.
+            # The default, "auto", would look up the base model on the hub. Head and embeddings are frozen anyway.
             self.model.save_pretrained(folder, save_embedding_layers=False)
             (folder / "README.md").unlink(missing_ok=True)
             config = folder / "adapter_config.json"
             settings = json.loads(config.read_text())
             settings |= {"base_model_name_or_path": self.name, "revision": self.revision}
-            if isinstance(settings["target_modules"], list):  # peft keeps a set, whose order changes from run to run
+            if isinstance(settings["target_modules"], list):  # PEFT keeps a set, whose order varies
                 settings["target_modules"].sort()
             config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
         if self.reward_head is not None:
@@ -260,41 +275,47 @@ class Policy:
         write_ends(self.folder, folder, self.ends)
 
 
-def shortest(pack: Pack) -> Tensor:
-    """For each response of a pack without merged rows, the scored tokens of its row's shortest one, [L]."""
+def shortest_lengths(pack: Pack) -> Tensor:
+    """For each response of a pack, the number of scored tokens of its row's shortest response, [L].
+
+    The pack must have no merged rows: then each response belongs to one row, and L = R.
+    """
     least = torch.full((len(pack.rows),), torch.iinfo(torch.int64).max, device=pack.lengths.device)
-    least = least.scatter_reduce(0, pack.row_of, pack.lengths[pack.leaves], "amin")
+    least = least.scatter_reduce(0, pack.row_of, pack.lengths[pack.leaves], "amin")  # (rows,)
     return torch.zeros_like(pack.lengths).index_copy(0, pack.leaves, least[pack.row_of])
 
 
 def per_response(pack: Pack, values: Tensor) -> Tensor:
-    """Sums of tokens' `values` [N] for each response of each row of `pack`, [R]."""
-    sums = torch.zeros(len(pack.lengths), dtype=values.dtype, device=values.device)
+    """The sum of the tokens' `values` [N] for each response of each row of `pack`, [R]."""
+    sums = torch.zeros(len(pack.lengths), dtype=values.dtype, device=values.device)  # (L,)
     return sums.index_add(0, pack.leaf, values)[pack.leaves]
 
 
 def _all_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, buffers, and the scales that quantised layers keep beside them."""
+    """Parameters, buffers, and the scales that quantised layers keep outside of both."""
     yield from model.named_parameters()
     yield from model.named_buffers()
     for name, module in model.named_modules():
         weight: Any = getattr(module, "weight", None)
         scales = dict(weight.quant_state.as_dict(packed=True)) if getattr(weight, "quant_state", None) else {}
-        for holder in (weight, getattr(module, "state", None)):  # int8 keeps them here, then there
+        for holder in (weight, getattr(module, "state", None)):  # int8 scales move to `state` in the first pass
             if isinstance(getattr(holder, "SCB", None), Tensor):
                 scales["SCB"] = holder.SCB  # type: ignore[union-attr]
         yield from ((f"{name}.{key}", value) for key, value in scales.items() if isinstance(value, Tensor))
 
 
 def fingerprint(tensor: Tensor) -> bytes:
-    """What tells the bits of `tensor` from others: on a CPU the bits, on a GPU two sums over them, one by place."""
+    """A fingerprint of the bits of `tensor`: the bytes themselves on a CPU, a checksum on a GPU.
+
+    The checksum is two sums over 32-bit words, one of them weighted by their index. It avoids a copy to the CPU.
+    """
     data = tensor.detach().contiguous().flatten().view(torch.uint8)
     if data.device.type == "cpu":
         return data.numpy().tobytes()
-    sums = torch.zeros(2, dtype=torch.int64, device=data.device)  # they wrap around, exactly
+    sums = torch.zeros(2, dtype=torch.int64, device=data.device)  # integer overflow wraps, exactly
     for number, start in enumerate(range(0, len(data), 1 << 26)):
-        part = data[start : start + (1 << 26)]
-        part = nn.functional.pad(part, (0, -len(part) % 4)).view(torch.int32).long()
-        places = torch.arange(1, len(part) + 1, device=part.device)
-        sums += (number + 1) * torch.stack([part.sum(), (part * places).sum()])
+        words = data[start : start + (1 << 26)]
+        words = nn.functional.pad(words, (0, -len(words) % 4)).view(torch.int32).long()
+        indices = torch.arange(1, len(words) + 1, device=words.device)
+        sums += (number + 1) * torch.stack([words.sum(), (words * indices).sum()])
     return str(sums.tolist()).encode()

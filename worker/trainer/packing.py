@@ -1,10 +1,10 @@
-"""Packs: many rows in one sequence, each prompt computed once for all the responses that hang on it.
+"""Packs: many rows in one sequence, each prompt computed once for all its responses.
 
 tokens     P P P a a b b b | Q Q c c d        two trees: prompt P with responses a and b, prompt Q with c and d
-position   0 1 2 3 4 3 4 5 | 0 1 2 3 2        a response goes on where its prompt ends
+position   0 1 2 3 4 3 4 5 | 0 1 2 3 2        every response continues the positions of its prompt
 branch     0 0 0 1 1 2 2 2 | 0 0 1 1 2        0 is the prompt
 
-Rows of one prompt share a tree, and a response that several of them have is in it once.
+Rows with the same prompt share a tree. A response that several of them have is in the tree once.
 """
 
 from bisect import bisect_left, insort
@@ -17,23 +17,26 @@ from torch import Tensor
 
 from worker.trainer.data import Response, Row
 
-WINDOW = 4096
-"""Rows that are planned together, at most: a plan of a whole data set would need all of it in memory."""
-BLOCK = 128
-"""Attention kernels work on blocks of this many tokens; a pack of a fixed width is a multiple of it."""
+PLANNED_ROWS = 4096
+"""Maximum number of rows planned together. Planning a whole data set at once would hold all of it in memory."""
+BLOCK_TOKENS = 128
+"""Block size of the attention kernels. The width of a pack of fixed width is a multiple of it."""
 
 
 @dataclass(frozen=True)
 class Pack:
-    """What one forward pass computes.
+    """The input of one forward pass. A slot is an index into its B·T tokens and padding.
 
-    Shapes: `ids`, `positions` [B, T]; `tree`, `branch` [B, T] (tree −1 is padding). For each of the N scored
-    tokens: `predictors` [N], the flat index in B·T of the position that predicts it; `targets` [N], its id; `leaf`
-    [N], which response of the pack it belongs to; `order` [N], how many scored tokens of it come before. For
-    each of the L distinct responses: `last` [L], the flat index of its last token; `lengths` [L], scored tokens.
-    `rows` are the caller's numbers of the rows, in order, and `leaves` [R] the response of each of theirs, row by
-    row; `row_of` [R] says which row that is. `tokens` counts what is not padding. `spans` are the
-    (first place, place behind the last) of each tree of a pack of one sequence.
+    - By slot, [B, T]: `ids`; `positions`; `tree`, the number of the tree, −1 for padding; `branch`, 0 for the prompt
+      and 1 + k for response k of the tree.
+    - By scored token, [N]: `predictors`, the flat slot in B·T that predicts it; `targets`, its token id; `leaf`, the
+      index of its response; `order`, the number of scored tokens before it in this response.
+    - By distinct response (leaf), [L]: `last`, the flat slot of its last token; `lengths`, its number of scored tokens.
+    - By response of a row, [R], row after row: `leaves`, the index of the response; `row_of`, the index of the row in
+      `rows`. R ≥ L, because rows may have responses in common.
+
+    `rows` are the caller's row numbers. `tokens` counts tokens without padding. `spans` are the (start, end) slots of
+    each tree, for a pack of one sequence.
     """
 
     rows: tuple[int, ...]
@@ -53,19 +56,22 @@ class Pack:
     row_of: Tensor
 
     @property
-    def places(self) -> int:
-        """Tokens and padding."""
+    def slots(self) -> int:
+        """Number of tokens, padding included: B·T."""
         return self.ids.numel()
 
     def to(self, device: torch.device) -> "Pack":
-        """The same on `device`."""
+        """The pack with its tensors on `device`."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("rows", "tokens", "spans")}
         return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
 
 @dataclass(frozen=True)
 class Tree:
-    """A prompt with the distinct responses that hang on it; of each row, its number and which of them it has."""
+    """A prompt with its distinct responses.
+
+    `rows` holds for each row its number and the indices of its responses.
+    """
 
     prompt: tuple[int, ...]
     responses: tuple[Response, ...]
@@ -73,30 +79,32 @@ class Tree:
 
     @property
     def tokens(self) -> int:
+        """Number of tokens of the prompt and of all responses."""
         return len(self.prompt) + sum(len(response.ids) for response in self.responses)
 
 
 def trees(rows: Sequence[Row], numbers: Sequence[int], budget: int, *, merge: bool = True) -> list[Tree]:
-    """The rows `numbers` as trees of at most `budget` tokens each, unless one row alone has more.
+    """The rows `numbers` as trees of at most `budget` tokens. A single row may exceed the budget.
 
-    Without `merge` each row is a tree by itself.
+    Rows without a prompt are not merged. With `merge=False` every row is its own tree.
     """
-    made: list[Tree] = []
-    open_trees: dict[tuple[int, ...], int] = {}
+    grown_trees: list[Tree] = []
+    open_trees: dict[tuple[int, ...], int] = {}  # prompt -> index of its latest tree
     for number in numbers:
         row = rows[number]
-        at = open_trees.get(row.prompt) if merge and row.prompt else None
-        grown = None if at is None else _grow(made[at], number, row)
-        if at is not None and grown is not None and grown.tokens <= budget:
-            made[at] = grown
+        index = open_trees.get(row.prompt) if merge and row.prompt else None
+        grown = None if index is None else _grow(grown_trees[index], number, row)
+        if index is not None and grown is not None and grown.tokens <= budget:
+            grown_trees[index] = grown
         else:
-            open_trees[row.prompt] = len(made)
+            open_trees[row.prompt] = len(grown_trees)
             grown = _grow(Tree(row.prompt, (), ()), number, row, merge=merge)
-            made.append(grown)
-    return made
+            grown_trees.append(grown)
+    return grown_trees
 
 
 def _grow(tree: Tree, number: int, row: Row, *, merge: bool = True) -> Tree:
+    """`tree` with one more row. Responses that it already has are not repeated."""
     responses, leaves = list(tree.responses), []
     for response in row.responses:
         if not merge or response not in responses:
@@ -108,13 +116,13 @@ def _grow(tree: Tree, number: int, row: Row, *, merge: bool = True) -> Tree:
 
 
 def plan(trees: Sequence[Tree], budget: int) -> list[list[Tree]]:
-    """Best-fit decreasing: lists of trees whose tokens fit `budget`; a larger tree is alone. Deterministic."""
+    """Bins of trees that fit `budget` tokens, by best-fit decreasing. A larger tree has its own bin. Deterministic."""
     bins: list[list[Tree]] = []
-    free: list[tuple[int, int]] = []  # (room, bin), sorted: the tightest fit is found by bisection
+    free: list[tuple[int, int]] = []  # (free tokens, bin), sorted: bisection finds the tightest fit
     for tree in sorted(trees, key=lambda tree: (-tree.tokens, tree.rows[0][0])):
-        at = bisect_left(free, (tree.tokens, 0))
-        if at < len(free):
-            room, best = free.pop(at)
+        tightest = bisect_left(free, (tree.tokens, 0))
+        if tightest < len(free):
+            room, best = free.pop(tightest)
         else:
             room, best = budget, len(bins)
             bins.append([])
@@ -124,7 +132,10 @@ def plan(trees: Sequence[Tree], budget: int) -> list[list[Tree]]:
 
 
 def plan_padded(trees: Sequence[Tree], budget: int) -> list[list[Tree]]:
-    """Trees of similar length together: lists whose texts, padded to the longest, fit `budget`; or one tree."""
+    """Groups of trees of similar length, whose texts fit `budget` tokens when padded to the longest.
+
+    A group of one tree may exceed the budget.
+    """
 
     def width(tree: Tree) -> int:
         return len(tree.prompt) + max(len(response.ids) for response in tree.responses)
@@ -135,7 +146,7 @@ def plan_padded(trees: Sequence[Tree], budget: int) -> list[list[Tree]]:
         texts += len(tree.responses)
         if not groups or texts * widest > budget:
             groups.append([])
-            texts, widest = len(tree.responses), width(tree)
+            texts, widest = len(tree.responses), width(tree)  # the longest text comes first
         groups[-1].append(tree)
     return groups
 
@@ -144,9 +155,9 @@ def plan_padded(trees: Sequence[Tree], budget: int) -> list[list[Tree]]:
 class Packing:
     """How rows become packs.
 
-    `budget` is in tokens. `shared`: as trees, else one sequence a response, padded. `merge`: rows of one prompt
-    share a tree. `fixed`: the width is an eighth of the budget, or twice that, … up to the budget, so that
-    compiled kernels see few shapes.
+    `budget` is the size of a pack in tokens. `shared`: responses share their prompt in a tree; otherwise each response
+    is its own padded sequence. `merge`: rows with the same prompt share a tree. `fixed`: the width is rounded up to a
+    multiple of an eighth of the budget, because compiled kernels need few different shapes.
     """
 
     budget: int
@@ -155,40 +166,42 @@ class Packing:
     fixed: bool = False
 
     def packs(self, rows: Sequence[Row], numbers: Sequence[int]) -> Iterator[Pack]:
-        """The rows `numbers`, one pack at a time, planned in windows of `WINDOW` rows."""
-        for first in range(0, len(numbers), WINDOW):
-            merge = self.merge and self.shared  # where nothing is shared there is nothing to gain
-            window = trees(rows, numbers[first : first + WINDOW], self.budget, merge=merge)
-            groups = plan(window, self.budget) if self.shared else plan_padded(window, self.budget)
+        """The packs of the rows `numbers`, built one at a time, planned for `PLANNED_ROWS` rows at a time."""
+        for first in range(0, len(numbers), PLANNED_ROWS):
+            merge = self.merge and self.shared  # without sharing, merging saves nothing
+            planned = trees(rows, numbers[first : first + PLANNED_ROWS], self.budget, merge=merge)
+            groups = plan(planned, self.budget) if self.shared else plan_padded(planned, self.budget)
             for group in groups:
                 yield self.build(group)
 
     def build(self, group: Sequence[Tree]) -> Pack:
-        """One pack of all of `group`."""
+        """One pack with all trees of `group`."""
         return tree_pack(group, self._width(group)) if self.shared else padded_pack(group)
 
     def _width(self, group: Sequence[Tree]) -> int:
         tokens = sum(tree.tokens for tree in group)
         if not self.fixed:
             return tokens
-        step = max(BLOCK, self.budget // 8 // BLOCK * BLOCK)
-        return -(-tokens // step) * step
+        step = max(BLOCK_TOKENS, self.budget // 8 // BLOCK_TOKENS * BLOCK_TOKENS)
+        return -(-tokens // step) * step  # round up
 
 
 def tree_pack(group: Sequence[Tree], width: int = 0) -> Pack:
-    """Trees as one sequence [1, T] in which responses share their prompt; T is `width` where that is more."""
+    """A pack of one sequence [1, T] in which responses share their prompt. T is at least `width`."""
     return _build(group, [[(tree, None) for tree in group]], width)
 
 
 def padded_pack(group: Sequence[Tree]) -> Pack:
-    """Trees as one sequence for each response, [L, T], padded on the right: nothing is shared.
+    """A pack with one sequence for each response, [L, T], padded on the right. Nothing is shared.
 
-    For models whose layers cannot take a tree (recurrent ones, for instance), and to check a tree against.
+    It is for models whose layers cannot use a tree mask, such as recurrent ones, and for checking trees.
     """
     return _build(group, [[(tree, k)] for tree in group for k in range(len(tree.responses))], 0)
 
 
 def _build(group: Sequence[Tree], sequences: list[list[tuple[Tree, int | None]]], width: int) -> Pack:
+    """The pack of `sequences`. Each is a list of (tree, response index); None stands for all responses of the tree."""
+    # Number the distinct responses of all trees: leaf 0 … L − 1.
     first_leaf: dict[int, int] = {}
     count = 0
     for tree in group:
@@ -196,29 +209,31 @@ def _build(group: Sequence[Tree], sequences: list[list[tuple[Tree, int | None]]]
         count += len(tree.responses)
     sizes = [sum(_tokens(tree, only) for tree, only in sequence) for sequence in sequences]
     width = max(width, *sizes)
-    shape = (len(sequences), width)
+    shape = (len(sequences), width)  # (B, T)
     ids, positions, branch = (numpy.zeros(shape, dtype=numpy.int64) for _ in range(3))
     tree_of = numpy.full(shape, -1, dtype=numpy.int64)
     predictors, targets, leaf, order, spans = [], [], [], [], []
     last = numpy.zeros(count, dtype=numpy.int64)
     lengths = numpy.zeros(count, dtype=numpy.int64)
     for b, sequence in enumerate(sequences):
-        at = 0
+        slot = 0  # the next free slot of sequence b
         for local, (tree, only) in enumerate(sequence):
-            start, length = at, len(tree.prompt)
-            ids[b, at : at + length] = tree.prompt
-            positions[b, at : at + length] = numpy.arange(length)
-            at += length
+            # The prompt.
+            start, length = slot, len(tree.prompt)
+            ids[b, slot : slot + length] = tree.prompt
+            positions[b, slot : slot + length] = numpy.arange(length)
+            slot += length
+            # Its responses, each with positions that continue the prompt's.
             for k, response in enumerate(tree.responses):
                 if only is not None and k != only:
                     continue
                 number, size = first_leaf[id(tree)] + k, len(response.ids)
                 tokens = numpy.asarray(response.ids, dtype=numpy.int64)
-                ids[b, at : at + size] = tokens
-                positions[b, at : at + size] = numpy.arange(length, length + size)
-                branch[b, at : at + size] = k + 1
-                # The token before the first one is the prompt's last; without a prompt nothing predicts it.
-                before = numpy.arange(at - 1, at + size - 1)
+                ids[b, slot : slot + size] = tokens
+                positions[b, slot : slot + size] = numpy.arange(length, length + size)
+                branch[b, slot : slot + size] = k + 1
+                # The prompt's last token predicts the first one. Without a prompt, nothing predicts it.
+                before = numpy.arange(slot - 1, slot + size - 1)
                 before[0] = start + length - 1
                 scored = numpy.asarray(response.scored, dtype=bool) & (before >= start)
                 predictors.append(b * width + before[scored])
@@ -226,11 +241,11 @@ def _build(group: Sequence[Tree], sequences: list[list[tuple[Tree, int | None]]]
                 lengths[number] = len(targets[-1])
                 leaf.append(numpy.full(len(targets[-1]), number))
                 order.append(numpy.arange(len(targets[-1])))
-                at += size
-                last[number] = b * width + at - 1
-            tree_of[b, start:at] = local
-            spans.append((start, at))
-    rows = [(number, [first_leaf[id(tree)] + k for k in mine]) for tree in group for number, mine in tree.rows]
+                slot += size
+                last[number] = b * width + slot - 1
+            tree_of[b, start:slot] = local
+            spans.append((start, slot))
+    rows = [(number, [first_leaf[id(tree)] + k for k in indices]) for tree in group for number, indices in tree.rows]
     arrays = {
         "ids": ids,
         "positions": positions,
@@ -242,20 +257,21 @@ def _build(group: Sequence[Tree], sequences: list[list[tuple[Tree, int | None]]]
         "order": numpy.concatenate(order),
         "last": last,
         "lengths": lengths,
-        "leaves": numpy.array([k for _, mine in rows for k in mine]),
-        "row_of": numpy.array([at for at, (_, mine) in enumerate(rows) for _ in mine]),
+        "leaves": numpy.array([k for _, indices in rows for k in indices]),
+        "row_of": numpy.array([index for index, (_, indices) in enumerate(rows) for _ in indices]),
     }
     tensors = {name: torch.from_numpy(array.astype(numpy.int64, copy=False)) for name, array in arrays.items()}
     return Pack(tuple(number for number, _ in rows), sum(sizes), tuple(spans), **tensors)
 
 
 def _tokens(tree: Tree, only: int | None) -> int:
+    """Number of tokens of the prompt with response `only`, or with all responses."""
     return tree.tokens if only is None else len(tree.prompt) + len(tree.responses[only].ids)
 
 
 def columns(row_of: Tensor) -> Tensor:
-    """For responses in order, row by row, which of its row's each is: 0 0 0 1 1 → 0 1 2 0 1."""
-    places = torch.arange(len(row_of), device=row_of.device)
-    starts = torch.ones_like(row_of, dtype=torch.bool)
+    """The index of each response within its row, [R], for responses in row order: 0 0 0 1 1 → 0 1 2 0 1."""
+    indices = torch.arange(len(row_of), device=row_of.device)
+    starts = torch.ones_like(row_of, dtype=torch.bool)  # the first response of each row
     starts[1:] = row_of[1:] != row_of[:-1]
-    return places - torch.where(starts, places, 0).cummax(0).values
+    return indices - torch.where(starts, indices, 0).cummax(0).values

@@ -1,4 +1,4 @@
-"""What a run will do: its stages, their rows, and which rows each optimizer step takes."""
+"""The plan of a run: its stages, their rows, the rows of each optimizer step, and the learning rates."""
 
 import math
 from collections.abc import Iterator
@@ -22,11 +22,12 @@ from worker.trainer.methods import METHODS
 from worker.trainer.rendering import Renderer
 
 DEFAULT_INTERVALS = 5
+"""By default a stage validates and writes a checkpoint this many times."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage: `sft` or `dpo`, the rows it trains on and is validated on, and its settings."""
+    """A stage, `sft` or `dpo`: its settings, its training rows and its validation rows."""
 
     name: str
     hyperparameters: SupervisedHyperparameters | DPOHyperparameters
@@ -34,41 +35,45 @@ class Stage:
     validation: Rows
     seed: int
     param: str = ""
-    """Where its hyperparameters are in the job spec."""
-    told: tuple[str, ...] = ()
-    """What became of the rows of its training file, in words."""
+    """The field of the job spec that holds its hyperparameters. Error messages name it."""
+    notes: tuple[str, ...] = ()
+    """Sentences about rows of its training files that were cut or left out."""
     repeated: int = 0
-    """Validation rows that ask what training rows ask too."""
+    """Number of validation rows whose prompt is also in the training rows."""
 
     @cached_property
     def longest(self) -> int:
-        """The tokens of the largest row, of those for validation too."""
+        """Number of tokens of the largest training or validation row."""
         return max(self.train.longest, self.validation.longest)
 
     @property
     def batch_size(self) -> int:
+        """Rows per optimizer step. A stage with fewer rows takes all of them."""
         return min(self.hyperparameters.batch_size or 16, len(self.train))
 
     @property
     def steps(self) -> int:
-        """Optimizer steps. Batches run on over the ends of epochs, so that each has exactly `batch_size` rows."""
+        """Number of optimizer steps. A batch may span two epochs: each has exactly `batch_size` rows."""
         if self.hyperparameters.max_steps is not None:
             return self.hyperparameters.max_steps
         return math.ceil(len(self.train) * (self.hyperparameters.n_epochs or 1) / self.batch_size)
 
     @property
     def eval_every(self) -> int:
+        """Optimizer steps between two validations."""
         return self.hyperparameters.eval_every or math.ceil(self.steps / DEFAULT_INTERVALS)
 
     @property
     def checkpoint_every(self) -> int:
+        """Optimizer steps between two checkpoints."""
         return self.hyperparameters.checkpoint_every or math.ceil(self.steps / DEFAULT_INTERVALS)
 
     def batch(self, step: int) -> list[int]:
-        """Numbers of the rows of optimizer step `step` (from 0): a function of seed and step alone."""
+        """Numbers of the rows of optimizer step `step`, counted from 0. They depend on the seed and the step alone."""
         size, first = len(self.train), step * self.batch_size
-        places = range(first, first + self.batch_size)
-        return [_order(self._groups, self.seed, place // size)[place % size] for place in places]
+        # Positions in the concatenation of all epochs: epoch · size + position within the epoch.
+        positions = range(first, first + self.batch_size)
+        return [_order(self._groups, self.seed, position // size)[position % size] for position in positions]
 
     @cached_property
     def _groups(self) -> "Groups":
@@ -76,29 +81,33 @@ class Stage:
         return Groups(tuple(map(tuple, groups)))
 
     def learning_rate(self, step: int) -> float:
-        """The rate of optimizer step `step`: linear warm-up, then cosine, linear or constant."""
-        h = self.hyperparameters
-        peak = (h.learning_rate or 0.0) * (h.learning_rate_multiplier or 1.0)
-        warmup = (
-            min(math.ceil(h.warmup_ratio * self.steps), self.steps - 1) if h.warmup_steps is None else h.warmup_steps
-        )
+        """The learning rate of optimizer step `step`, counted from 0.
+
+        It rises linearly during the warmup. Then it is constant, or falls to 0 linearly or as half a cosine wave.
+        """
+        settings = self.hyperparameters
+        peak = (settings.learning_rate or 0.0) * (settings.learning_rate_multiplier or 1.0)
+        warmup = settings.warmup_steps  # in steps
+        if warmup is None:
+            warmup = min(math.ceil(settings.warmup_ratio * self.steps), self.steps - 1)
         if step < warmup:
             return peak * (step + 1) / (warmup + 1)
-        done = (step - warmup) / max(1, self.steps - warmup)
-        if h.lr_scheduler == "cosine":
-            return peak * 0.5 * (1 + math.cos(math.pi * done))
-        return peak * (1 - done) if h.lr_scheduler == "linear" else peak
+        progress = (step - warmup) / max(1, self.steps - warmup)  # 0 at the peak, below 1 at the last step
+        if settings.lr_scheduler == "cosine":
+            return peak * 0.5 * (1 + math.cos(math.pi * progress))
+        return peak * (1 - progress) if settings.lr_scheduler == "linear" else peak
 
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """Numbers of rows, in groups that are shuffled as one."""
+    """Row numbers in groups that shuffling keeps together. Compared by identity, so `_order` can cache by it."""
 
     rows: tuple[tuple[int, ...], ...]
 
 
-@lru_cache(maxsize=2)  # a batch touches one epoch, or the ends of two
+@lru_cache(maxsize=2)  # a batch usually touches one epoch or two
 def _order(groups: Groups, seed: int, epoch: int) -> list[int]:
+    """The row numbers in the order of `epoch`: a permutation of the groups."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(groups.rows), generator=generator).tolist()
     return [number for group in order for number in groups.rows[group]]
@@ -107,17 +116,20 @@ def _order(groups: Groups, seed: int, epoch: int) -> list[int]:
 def stages(
     spec: JobSpec, folder: Path, tokenizer: Tokenizer, context: int, cache: Cache, events: Events
 ) -> list[Stage]:
-    """The stages of `spec`, whose files are paths relative to `folder`. `context` is the model's, in tokens."""
+    """Load the stages of `spec`. Its files are paths relative to `folder`. `context`: the model's context, in tokens.
+
+    Raises `UserError` for a file without a row to train on.
+    """
     loader = _Loader(folder, tokenizer, context, cache, events, spec.seed or 0, spec.rendering)
     if Renderer(tokenizer, spec.rendering).never_ends:
         events.message(NEVER_ENDS, level="warn", data={"code": "template_never_ends"})
-    # The method's rows first: a stage before it that has the same file holds out the same prompts.
+    # The last stage is loaded first. An SFT stage on the same files then holds out the same prompts.
     return [loader.stage(stage) for stage in reversed(spec.stages())][::-1]
 
 
 @dataclass
 class _Loader:
-    """Reads files into stages."""
+    """Loads the files of stages."""
 
     folder: Path
     tokenizer: Tokenizer
@@ -127,108 +139,110 @@ class _Loader:
     seed: int
     rendering: Rendering
     held_out: dict[tuple[str, ...], Integers] = field(default_factory=dict)
-    """By files, what the rows ask that are validated on."""
+    """Maps the training files of a stage to the groups (prompts) that are held out for validation."""
 
-    def stage(self, asked: StageSpec) -> Stage:
-        """The stage on its training files, validated on its validation file or on a share of the examples."""
-        settings, param = asked.settings, asked.file_field
-        most = min(settings.max_length or DEFAULT_MAX_LENGTH, self.context)
-        recipe = Recipe(settings.data, most, settings.scored, asked.mapping, self.rendering, settings.truncation)
-        train, words = self._rows(asked.training, recipe, param)
-        if asked.validation is not None:
-            held_out, _ = self._rows((asked.validation,), recipe, param.replace("training", "validation"))
+    def stage(self, spec: StageSpec) -> Stage:
+        """The stage with its rows. Without a validation file, a share of its training rows is held out."""
+        settings, param = spec.settings, spec.file_field
+        max_length = min(settings.max_length or DEFAULT_MAX_LENGTH, self.context)
+        recipe = Recipe(settings.data, max_length, settings.scored, spec.mapping, self.rendering, settings.truncation)
+        train, notes = self._rows(spec.training, recipe, param)
+        if spec.validation is not None:
+            held_out, _ = self._rows((spec.validation,), recipe, param.replace("training", "validation"))
         else:
-            train, held_out = self._split(train, asked)
+            train, held_out = self._split(train, spec)
         repeated = self._warn_of_repeated(train, held_out)
-        arranged = METHODS[asked.name].arranged
-        train, held_out = (arranged(rows, settings, recipe.max_length) for rows in (train, held_out))
-        return Stage(asked.name, settings, train, held_out, self.seed, asked.field, words, repeated)
+        prepare = METHODS[spec.name].prepare_rows
+        train, held_out = (prepare(rows, settings, recipe.max_length) for rows in (train, held_out))
+        return Stage(spec.name, settings, train, held_out, self.seed, spec.field, notes, repeated)
 
-    def _split(self, rows: Rows, asked: StageSpec) -> tuple[Rows, Rows]:
-        """(rows to train on, rows that are held out)."""
-        share = asked.validation_split
-        if asked.training not in self.held_out:
-            self.held_out[asked.training] = held_out_groups(rows, share, self.seed)
-        inside = numpy.isin(rows.groups, self.held_out[asked.training])
-        train, held_out = rows.where(~inside), rows.where(inside)
+    def _split(self, rows: Rows, spec: StageSpec) -> tuple[Rows, Rows]:
+        """(training rows, held-out rows)."""
+        share = spec.validation_split
+        if spec.training not in self.held_out:
+            self.held_out[spec.training] = held_out_groups(rows, share, self.seed)
+        is_held_out = numpy.isin(rows.groups, self.held_out[spec.training])
+        train, held_out = rows.where(~is_held_out), rows.where(is_held_out)
         if share > 0 and not len(held_out) and len(train) > 1:
-            message = "No row is held out for validation: too many of them ask the same. Give a 'validation_file'."
+            message = "No row is held out for validation: too many rows share a prompt. Give a 'validation_file'."
             self.events.message(message, level="warn")
         return train, held_out
 
     def _warn_of_repeated(self, train: Rows, held_out: Rows) -> int:
-        """How many validation rows ask what training rows ask too; they are warned of."""
+        """Number of validation rows whose prompt is also in the training rows. Warns if there are any."""
         repeated = int(numpy.isin(held_out.groups, train.groups).sum())
         if repeated:
             self.events.message(
-                f"{repeated} of {len(held_out)} validation rows ask what training rows ask too: what is measured on "
-                "them is in part what was learned by heart.",
+                f"{repeated} of {len(held_out)} validation rows have a prompt that is also in the training rows. "
+                "Their metrics partly measure memorisation.",
                 level="warn",
                 data={"code": "validation_prompts_in_training", "rows": repeated, "validation_rows": len(held_out)},
             )
         return repeated
 
     def _rows(self, names: tuple[str, ...], recipe: Recipe, param: str) -> tuple[Rows, tuple[str, ...]]:
-        parts, tally = [], Tally()
+        """(the rows of the files `names`, notes about them for the user)."""
+        files, tally = [], Tally()
         for name in names:
-            rows, lost = load(self.folder / name, self.tokenizer, recipe, self.cache)
-            parts.append(rows)
-            tally.add(lost)
-        found = Rows.together(parts)
-        if not len(found):
-            refused = next(iter(tally.details.values()), None)
-            if refused is not None:
-                raise UserError("chat_template_error", f"No row can be trained on. {refused}", param)
+            file_rows, file_tally = load(self.folder / name, self.tokenizer, recipe, self.cache)
+            files.append(file_rows)
+            tally.add(file_tally)
+        rows = Rows.together(files)
+        if not len(rows):
+            refusal = next(iter(tally.details.values()), None)
+            if refusal is not None:
+                raise UserError("chat_template_error", f"No row can be trained on. {refusal}", param)
             raise UserError("no_training_rows", f"No row of '{', '.join(names)}' has a token to learn.", param)
-        words = tuple(told(tally, recipe, len(found)))
-        for message in words:
-            self.events.message(message, level="warn")
-        return found, words
+        notes = tuple(row_notes(tally, recipe, len(rows)))
+        for note in notes:
+            self.events.message(note, level="warn")
+        return rows, notes
 
 
 NEVER_ENDS = (
-    "The model's chat template writes nothing at the end of an answer by which the model could learn to stop; "
-    "'append_eos': true puts the end-of-sequence token there."
+    "The chat template writes no end token after an answer, so the model cannot learn to stop. "
+    "'append_eos': true appends the end-of-sequence token."
 )
 
 
-def told(tally: Tally, recipe: Recipe, rows: int) -> Iterator[str]:
-    """What a user must know of what became of a file's rows, of which `rows` are trained on."""
+def row_notes(tally: Tally, recipe: Recipe, rows: int) -> Iterator[str]:
+    """Sentences for the user about rows that were cut, left out or used in an unexpected way. `rows`: those kept."""
     if tally.prompts or tally.answers or tally.lost or tally.long:
-        side = {"keep_end": "from the left", "keep_start": "from the right", "drop": ""}[recipe.truncation]
-        left = f", {tally.long} left out because they are longer" if tally.long else ""
+        side = {"keep_end": " from the left", "keep_start": " from the right", "drop": ""}[recipe.truncation]
+        dropped = f" {tally.long} rows are left out because they are longer." if tally.long else ""
         yield (
-            f"Cut to max_length {recipe.max_length}: {tally.prompts} prompts ({side}), {tally.answers} rows with an "
-            f"answer cut short{left}, {tally.lost} left out because no token to learn was left."
+            f"Cut to max_length {recipe.max_length}: {tally.prompts} prompts{side}, and the answers of "
+            f"{tally.answers} rows.{dropped} {tally.lost} rows are left out because they have no token to learn."
         )
     for reason, count in sorted(tally.refused.items()):
         yield f"{count} rows are left out ({reason}). {tally.details[reason]}"
     if tally.templated:
         yield (
-            f"{tally.templated} of {rows} prompts were written by a chat template already and are taken as they are; "
-            "'chat_template': true would wrap them all the same."
+            f"{tally.templated} of {rows} prompts already have the form of a chat template. They are used as they are. "
+            "'chat_template': true applies the model's template to them too."
         )
     if tally.control_text:
-        yield f"{tally.control_text} rows hold text that looks like a control token; it is text, and trained as such."
+        yield f"{tally.control_text} rows hold text that looks like a control token. It is trained as text."
 
 
 def held_out_groups(rows: Rows, share: float, seed: int) -> Integers:
-    """What the rows ask that are held out for validation, drawn by the seed: about `share` of the lines together.
+    """The groups to hold out for validation, drawn by `seed`: together at most the share `share` of all lines, rounded.
 
-    So no prompt is on both sides, and a text's pieces stay together. No group is taken that is much more than what is
-    wanted: then there may be none.
+    Rows of a group have the same prompt, so no prompt is on both sides. The pieces of a plain text stay together too.
+    If every group is too large, the smallest one is held out, unless it has more than half of the lines.
     """
+    # A line is identified by its number and its file's number. A line can have several rows.
     lines, groups = numpy.array(rows.lines) + (numpy.array(rows.files) << 40), rows.groups
-    pairs = numpy.unique(numpy.stack([groups, lines]), axis=1)
-    names, sizes = numpy.unique(pairs[0], return_counts=True)
-    wanted = min(round(share * pairs.shape[1]), pairs.shape[1] - 1)
+    pairs = numpy.unique(numpy.stack([groups, lines]), axis=1)  # distinct (group, line), [2, pairs]
+    names, sizes = numpy.unique(pairs[0], return_counts=True)  # each group, and its number of lines
+    target = min(round(share * pairs.shape[1]), pairs.shape[1] - 1)  # lines to hold out
     order = sorted(range(len(names)), key=lambda k: sha256(f"{seed} {names[k]}".encode()).digest())
-    chosen, taken = [], 0
+    chosen, chosen_lines = [], 0
     for k in order:
-        if taken + sizes[k] <= wanted:
+        if chosen_lines + sizes[k] <= target:
             chosen.append(names[k])
-            taken += sizes[k]
-    if not chosen and wanted and len(names) > 1:
+            chosen_lines += sizes[k]
+    if not chosen and target and len(names) > 1:
         smallest = min(order, key=lambda k: sizes[k])
         if 2 * sizes[smallest] <= pairs.shape[1]:
             chosen.append(names[smallest])

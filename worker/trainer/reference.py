@@ -1,7 +1,7 @@
-"""Reference log-probs: of the starting policy, or of another model, computed once and kept.
+"""Reference log-probs, of the starting policy or of another model, computed once and cached.
 
-The rows are packed in their own order, whatever the job's batches are, so that the same rows on the same weights
-give the same bits in every job; the cache's key holds all that the bits depend on.
+The rows are packed in their own order, independently of the job's batches. The same rows and weights therefore give
+the same bits in every job. The key of the cache covers everything that the bits depend on.
 """
 
 import hashlib
@@ -17,55 +17,62 @@ from worker.trainer.dataset import Rows
 from worker.trainer.model import Policy, per_response
 from worker.trainer.packing import columns
 
-ENGINE = 2
-"""Raised with every change to the engine that moves bits: what older ones computed is not used then."""
+ENGINE_VERSION = 2
+"""Raise it with every change of the engine that changes bits: cached values of older versions are then not used."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Log-probs of every response of some rows: `logps` [responses], and where each row's begin, `first` [rows].
+    """Reference log-probs of all responses of some rows, row after row.
 
-    `seen` [responses] is what the loss sees in their place: with LD-DPO the tokens of a tail count less.
+    `logps` [responses]; `first` [rows], the index of each row's first response; `seen` [responses], the values that
+    the loss uses. `seen` differs from `logps` with LD-DPO, which gives less weight to the tokens of a tail.
     """
 
     logps: Tensor
     first: Tensor
     seen: Tensor
 
-    def of(self, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
-        """The values that the loss sees of responses `column` [R] of rows `row` [R], and their log-probs."""
-        place = self.first[row] + column
-        return self.seen[place], self.logps[place]
+    def look_up(self, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+        """(the values that the loss uses, log-probs) [R] of the responses `column` [R] of the rows `row` [R]."""
+        index = self.first[row] + column
+        return self.seen[index], self.logps[index]
 
 
 @dataclass(frozen=True)
 class References:
-    """The reference log-probs of the rows to train on and to validate on."""
+    """The reference log-probs of the training rows and of the validation rows."""
 
     train: Reference
     validation: Reference
 
 
-def find(
-    policy: Policy, digest: str, rows: Rows, tail_weight: float | None, cache: Cache, tick: Callable[[], None]
+def find_or_compute(
+    policy: Policy, digest: str, rows: Rows, tail_weight: float | None, cache: Cache, check_stop: Callable[[], None]
 ) -> Reference:
-    """The log-probs of `rows`, from the cache or computed. On the CPU, float32 or wider. `digest` is the policy's."""
+    """The log-probs of `rows` under `policy`, from the cache or computed: on the CPU, float32 or wider.
+
+    `digest` identifies the policy's weights. The other arguments are those of `compute`.
+    """
     if not len(rows):
         return compute(policy, rows)
     key = _key(policy, digest, rows, tail_weight)
-    found = cache.get(key, lambda path: Reference(**load_file(path)))
-    if found is not None:
-        return found
-    made = compute(policy, rows, tail_weight, tick)
-    with cache.put(key) as place:
-        save_file(vars(made), place)
-    return made
+    cached = cache.get(key, lambda path: Reference(**load_file(path)))
+    if cached is not None:
+        return cached
+    computed = compute(policy, rows, tail_weight, check_stop)
+    with cache.put(key) as path:
+        save_file(vars(computed), path)
+    return computed
 
 
 def compute(
-    policy: Policy, rows: Rows, tail_weight: float | None = None, tick: Callable[[], None] = lambda: None
+    policy: Policy, rows: Rows, tail_weight: float | None = None, check_stop: Callable[[], None] = lambda: None
 ) -> Reference:
-    """Log-probs of `rows` under `policy` as it is. `tick` is called after each pack; `tail_weight` is LD-DPO's."""
+    """The log-probs of `rows` under `policy` with its current weights.
+
+    `tail_weight` is the weight of tail tokens in LD-DPO. `check_stop` is called after each pack.
+    """
     counts = torch.tensor([len(row.responses) for row in rows], dtype=torch.long)
     first = counts.cumsum(0) - counts
     logps, seen = torch.zeros(int(counts.sum())), torch.zeros(int(counts.sum()))
@@ -73,25 +80,26 @@ def compute(
         for pack in policy.packs(rows, range(len(rows)), merge=tail_weight is None):
             scores = policy.score(pack, tail_weight=tail_weight)
             numbers, row = torch.tensor(pack.rows), pack.row_of.cpu()
-            place = (first[numbers[row]] + columns(row),)
-            seen = seen.to(scores.responses.dtype).index_put(place, scores.responses.cpu())
-            logps = logps.to(seen.dtype).index_put(place, per_response(pack, scores.tokens.logps).cpu())
-            tick()
+            index = (first[numbers[row]] + columns(row),)  # ([R],)
+            seen = seen.to(scores.responses.dtype).index_put(index, scores.responses.cpu())
+            logps = logps.to(seen.dtype).index_put(index, per_response(pack, scores.tokens.logps).cpu())
+            check_stop()
     return Reference(logps, first, seen)
 
 
 def _key(policy: Policy, digest: str, rows: Rows, tail_weight: float | None) -> str:
+    """The key in the cache: everything that the bits of the log-probs depend on."""
     device = torch.cuda.get_device_name(policy.device) if policy.device.type == "cuda" else torch.__version__
     parts = (
-        ENGINE,
+        ENGINE_VERSION,
         digest,
         rows.digest(),
         tail_weight,
         policy.packing,
         policy.one_by_one,
-        policy.own_head,
+        policy.own_logits,
         policy.compiled,
-        policy.computed_in,
+        policy.autocast_dtype,
         policy.device.type,
         device,
         torch.get_num_threads(),

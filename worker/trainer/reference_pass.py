@@ -15,42 +15,46 @@ from worker.trainer.run import TrainingRun
 from worker.trainer.tokenizer import load_tokenizer
 
 
-def references_by(policy: Policy, stage: Stage, tail_weight: float | None, run: TrainingRun) -> References:
-    """The log-probs of the rows of `stage` under `policy` as it is. `tail_weight` is LD-DPO's."""
+def policy_references(policy: Policy, stage: Stage, tail_weight: float | None, run: TrainingRun) -> References:
+    """The log-probs of the rows of `stage` under `policy` with its current weights.
+
+    `tail_weight` is the weight of tail tokens in LD-DPO.
+    """
     began, hits, digest = time.monotonic(), len(run.cache.hits), policy.digest()
 
     def find(rows: Rows) -> Reference:
-        return memory.with_smaller_packs(
+        return memory.retry_with_smaller_packs(
             policy,
             stage,
             run.events,
-            lambda: reference.find(policy, digest, rows, tail_weight, run.cache, run.tick),
+            lambda: reference.find_or_compute(policy, digest, rows, tail_weight, run.cache, run.check_stop),
         )
 
-    found = References(find(stage.train), find(stage.validation))
-    wanted = bool(stage.train) + bool(stage.validation)
-    how = "found in the cache" if len(run.cache.hits) == hits + wanted else "computed"
+    references = References(find(stage.train), find(stage.validation))
+    requests = bool(stage.train) + bool(stage.validation)  # empty rows do not ask the cache
+    how = "found in the cache" if len(run.cache.hits) == hits + requests else "computed"
     run.events.message(f"Reference log-probs {how} in {time.monotonic() - began:.1f} s.")
-    return found
+    return references
 
 
-def references_of_another(run: TrainingRun, stage: Stage) -> References | None:
-    """The log-probs of the model in `reference/`, which is loaded, asked, and let go before the policy is.
+def other_model_references(run: TrainingRun, stage: Stage) -> References | None:
+    """The log-probs under the reference model in `reference/`; None if the job names no reference model.
 
-    None where the job names no other model.
+    The model is freed at the end, and the policy is loaded after that. Raises `UserError` for a reference model with
+    another tokenizer than the policy's.
     """
     name, settings, folder = run.spec.reference_model, stage.hyperparameters, run.folder / "reference"
     if name is None or not isinstance(settings, DPOHyperparameters):
         return None
     start = folder / "start" if (folder / "start").exists() else None
-    # A fresh adapter changes nothing: it stands for the bare base model.
+    # A reference without an adapter gets a fresh one, which changes nothing: it is the bare base model.
     spec = run.spec.model_copy(update={"adapter": None, "model": name}).resolved()
-    other = load_policy(spec, Base(name, None, None, folder / "base"), start, run.events, trainable=False)
-    if other.tokenizer.get_vocab() != load_tokenizer(run.base.folder).get_vocab():
-        message = f"'{name}' has another tokenizer than '{run.spec.model}'."
+    reference_policy = load_policy(spec, Base(name, None, None, folder / "base"), start, run.events, trainable=False)
+    if reference_policy.tokenizer.get_vocab() != load_tokenizer(run.base.folder).get_vocab():
+        message = f"'{name}' has a different tokenizer than '{run.spec.model}'. Choose another reference model."
         raise UserError("invalid_value", message, f"{stage.param}.reference_model")
-    exactness.check(other, stage.train, run.events)
-    found = references_by(other, stage, settings.ld_alpha, run)
-    del other
+    exactness.check(reference_policy, stage.train, run.events)
+    references = policy_references(reference_policy, stage, settings.ld_alpha, run)
+    del reference_policy
     gc.collect()
-    return found
+    return references

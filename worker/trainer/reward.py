@@ -46,7 +46,7 @@ def save(folder: Path, policy: Policy, base: Base, rows: Sequence[Row]) -> None:
     merged and not quantised.
     """
     assert policy.reward_head is not None
-    weight, device, dtype = policy.reward_head.weight.detach().cpu(), policy.device, policy.computed_in
+    weight, device, dtype = policy.reward_head.weight.detach().cpu(), policy.device, policy.autocast_dtype
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         policy.save(Path(name))
         policy.model = None  # frees memory for the merged model
@@ -102,7 +102,7 @@ def _keep_own_files(base: Path, folder: Path, padding: str) -> None:
         special_path.write_text(json.dumps(special_tokens, indent=2, ensure_ascii=False) + "\n")
 
 
-def _rewards(model: Any, texts: Sequence[Sequence[int]], tick: Callable[[], None]) -> list[float]:
+def _rewards(model: Any, texts: Sequence[Sequence[int]], check_stop: Callable[[], None]) -> list[float]:
     """The classifier's score of each text of token ids, [texts]. Batches hold texts of similar length."""
     rewards, padding = [0.0] * len(texts), model.config.pad_token_id
     order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
@@ -116,7 +116,7 @@ def _rewards(model: Any, texts: Sequence[Sequence[int]], tick: Callable[[], None
             ).logits
             for number, value in zip(group, logits.float().squeeze(1).tolist(), strict=True):
                 rewards[number] = value
-            tick()
+            check_stop()
     return rewards
 
 
@@ -125,7 +125,7 @@ def scores(
     answered: Sequence[Example],
     rendering: Rendering,
     max_length: int | None,
-    tick: Callable[[], None] = lambda: None,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> list[float]:
     """The reward of each answer in `answered` by the reward model in `folder`, minus its `reward_mean`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -138,4 +138,4 @@ def scores(
     recipe = Recipe(Kind.SUPERVISED, min(max_length or context, context), rendering=rendering, lenient=True)
     texts = [row.prompt + row.responses[0].ids for row in rows(answered, tokenizer, recipe, Tally())]
     assert len(texts) == len(answered)
-    return [value - model.config.reward_mean for value in _rewards(model, texts, tick)]
+    return [value - model.config.reward_mean for value in _rewards(model, texts, check_stop)]

@@ -1,4 +1,4 @@
-"""Runs over a work folder: the folder, the events, and the wish to stop."""
+"""A run over a work folder: its folder, its events, its cache, and the request to stop."""
 
 import json
 import threading
@@ -16,9 +16,10 @@ from worker.trainer.model import Base
 
 @dataclass(frozen=True)
 class Run:
-    """A run reads its work folder, tells events, and leaves its results in the folder.
+    """A run reads its work folder, writes events, and leaves its results in the folder.
 
-    `cache` finds what other runs computed. A run without a runner finds what is in its own folder.
+    `stopping` is set when the run is asked to stop. `cache` holds results of other runs. Without a runner, it holds
+    those in the run's own folder only.
     """
 
     folder: Path
@@ -28,48 +29,48 @@ class Run:
 
     @classmethod
     def of(cls, folder: Path, events: Events, stopping: threading.Event, cache: Cache | None = None) -> Self:
-        """The run over `folder`. It ends soon after `stopping` is set."""
+        """The run over `folder`. Its default cache is the folder `cache` in it."""
         return cls(folder, events, stopping, cache or Cache(folder / "cache", events))
 
     @cached_property
     def about(self) -> dict[str, Any]:
-        """`run.json`: what the runner knows of the job beside its spec, its base models for example."""
+        """The content of `run.json`: what the runner knows about the job beside its spec, such as its base model."""
         about: dict[str, Any] = json.loads((self.folder / "run.json").read_text())
         return about
 
-    def tick(self) -> None:
-        """Between two pieces of work: raises `Stopped` where the run was asked to stop."""
+    def check_stop(self) -> None:
+        """Raise `Stopped` if the run was asked to stop. To be called between two pieces of work."""
         if self.stopping.is_set():
             raise Stopped
 
 
 class TrainingRun(Run):
-    """The folder holds `spec.json`, `run.json`, `base/`, the data; maybe `start/`, `reference/`, `resume/`."""
+    """Its folder holds `spec.json`, `run.json`, `base/` and the data, and maybe `start/`, `reference/`, `resume/`."""
 
     @cached_property
     def spec(self) -> JobSpec:
-        """The job with every default filled in, its files as paths."""
+        """The job spec with its defaults filled in. Its files are paths relative to the folder."""
         return JobSpec.model_validate_json((self.folder / "spec.json").read_text()).resolved()
 
     @property
     def base(self) -> Base:
-        """The base model that is trained."""
+        """The base model to train."""
         about = self.about
         return Base(about["base_model"], about["revision"], about["version"], self.folder / "base")
 
     @property
     def start(self) -> Path | None:
-        """The adapter that the training starts from."""
+        """The adapter or model that the training starts from; None for the base model alone."""
         return self._existing("start")
 
     @property
     def resume(self) -> Path | None:
-        """The checkpoint that the training goes on from."""
+        """The checkpoint to resume from; None to train from the beginning."""
         return self._existing("resume")
 
     @property
     def best_weights(self) -> Path:
-        """Where early stopping keeps the weights of the best validation."""
+        """The file in which early stopping keeps the weights of the best validation."""
         return self.folder / "best" / "weights.safetensors"
 
     def _existing(self, name: str) -> Path | None:

@@ -1,8 +1,8 @@
-"""Sampling completions from a policy: in batches, and the same whatever else is in a batch.
+"""Sample completions from a policy in batches, with the same result in any batch.
 
-A prompt is computed once, whatever number of completions hang on it. Each completion has a stream of random numbers of
-its own, named by the seed, its prompt and its number: what is sampled does not depend on the size of a batch, on who
-else is in it, or on where a run was broken off and went on.
+A prompt is computed once for all its completions. Each completion has its own stream of random numbers, derived from
+the seed, its row and its sample number. The samples therefore do not depend on the batch size, on the other members of
+the batch, or on where an interrupted run resumed.
 """
 
 import hashlib
@@ -16,14 +16,17 @@ from transformers import DynamicCache
 
 from worker.trainer.model import Policy
 
-COMPACT = 0.5
-"""Compact the KV cache once this share of the batch has finished: a smaller batch is worth the copy."""
+COMPACT_SHARE = 0.5
+"""Compact the KV cache once only this share of the batch is unfinished: a smaller batch is worth the copy."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. `temperature` 0 takes the likeliest token; `top_p` keeps the fewest tokens that have that much
-    probability together (Holtzman et al. 2020)."""
+    """How to sample.
+
+    `temperature` 0 takes the likeliest token. `top_p` keeps the smallest set of tokens with at least this total
+    probability (nucleus sampling, Holtzman et al. 2020).
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -33,7 +36,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class CompletionRequest:
-    """A completion to sample: number `sample` of the prompt `prompt` (token ids), which the caller calls `row`."""
+    """Completion number `sample` of `prompt` (token ids). `row` is the caller's number of the prompt."""
 
     row: int
     sample: int
@@ -44,8 +47,8 @@ class CompletionRequest:
 class Completion:
     """The answer to a `CompletionRequest`.
 
-    `ids` are the answer's tokens, the end-of-sequence token with them where `ended`. `logp` is the log-probability
-    of `ids` under the distribution that they were drawn from, tempered and cut: 0 for temperature 0.
+    `ids` are the tokens of the answer. They include the end-of-sequence token if `ended`. `logp` is the log-probability
+    of `ids` under the distribution that they were drawn from, after temperature and top-p. It is 0 for temperature 0.
     """
 
     temperature: float
@@ -57,32 +60,36 @@ class Completion:
 
     @property
     def key(self) -> tuple[float, int, int]:
-        """The completion's name among all those of one model."""
+        """The key of the completion among all completions of one model."""
         return self.temperature, self.row, self.sample
 
 
-def stream(seed: int, row: int, sample: int, count: int) -> "numpy.ndarray[tuple[int], numpy.dtype[numpy.float64]]":
-    """The random numbers of one completion, in [0, 1): `count` of them, one a token."""
+def random_stream(
+    seed: int, row: int, sample: int, count: int
+) -> "numpy.ndarray[tuple[int], numpy.dtype[numpy.float64]]":
+    """`count` uniform random numbers in [0, 1) for one completion, one for each token."""
     name = hashlib.sha256(f"{seed} {row} {sample}".encode()).digest()
     return numpy.random.Generator(numpy.random.Philox(int.from_bytes(name[:8], "big"))).random(count)
 
 
 def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """(token ids [n], their log-probs [n]) from `logits` [n, V] and a number in [0, 1) for each, `uniform` [n].
+    """(token ids [n], their log-probs [n]) drawn from `logits` [n, V] with random numbers `uniform` [n] in [0, 1).
 
-    The token is the one at which the sum of the probabilities, in the vocabulary's order, passes `uniform`.
+    This is inverse transform sampling: the first token whose cumulative probability exceeds `uniform`.
     """
     if sampling.temperature == 0:
         best = logits.argmax(-1)
         return best, torch.zeros_like(best, dtype=torch.float64)
-    logps = torch.log_softmax(logits.double() / sampling.temperature, -1)
+    logps = torch.log_softmax(logits.double() / sampling.temperature, -1)  # (n, V)
     if sampling.top_p < 1:
+        # Nucleus: drop each token once the likelier ones already have `top_p`. The likeliest always stays.
         ordered, tokens = logps.sort(stable=True, dim=-1, descending=True)
         probabilities = ordered.exp()
         outside = probabilities.cumsum(-1) - probabilities >= sampling.top_p
         outside[:, 0] = False
         logps = logps.masked_fill(outside.scatter(-1, tokens, outside), -torch.inf).log_softmax(-1)
     sums = logps.exp().cumsum(-1)
+    # Scaled by the last sum, which rounding keeps from being exactly 1.
     drawn = (sums <= uniform[:, None] * sums[:, -1:]).sum(-1).clamp(max=logits.shape[-1] - 1)
     return drawn, logps.gather(-1, drawn[:, None]).squeeze(-1)
 
@@ -90,9 +97,9 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, T
 def batches(
     requests: Sequence[CompletionRequest], tokens: int, max_tokens: int, largest: int
 ) -> list[list[CompletionRequest]]:
-    """Group `requests` into batches of at most `largest`, short prompts first.
+    """Group `requests` into batches of at most `largest` requests, short prompts first.
 
-    A batch grows to at most `tokens`, prompts and answers together.
+    A batch has at most `tokens` tokens, prompts and answers of `max_tokens` together, unless it is a single request.
     """
     groups: list[list[CompletionRequest]] = []
     for request in sorted(requests, key=lambda request: (len(request.prompt), request.row, request.sample)):
@@ -113,14 +120,15 @@ def sample(
     batch: Sequence[CompletionRequest],
     sampling: Sampling,
     ends: Collection[int],
-    tick: Callable[[], None] = _nothing,
+    check_stop: Callable[[], None] = _nothing,
 ) -> Iterator[Completion]:
-    """Make the completions of one batch, each when it ends. `ends` are the tokens that end one; no prompt is empty.
+    """Sample the completions of one batch, and yield each when it ends. No prompt may be empty.
 
-    `tick` is called before each token. A model whose positions depend on the longest text must have batches of one.
+    `ends` are the ids of end-of-sequence tokens. `check_stop` is called before each token. A policy that is
+    `one_by_one` needs batches of one.
     """
     with policy.own_attention_in_use():
-        yield from _sample(policy, batch, sampling, ends, tick)
+        yield from _sample(policy, batch, sampling, ends, check_stop)
 
 
 def _sample(
@@ -128,57 +136,66 @@ def _sample(
     batch: Sequence[CompletionRequest],
     sampling: Sampling,
     ends: Collection[int],
-    tick: Callable[[], None],
+    check_stop: Callable[[], None],
 ) -> Iterator[Completion]:
     device, model = policy.device, policy.causal
+    # 1. Prefill: each distinct prompt once, padded on the left. The mask hides the padding, so its token is arbitrary.
     prompts = list(dict.fromkeys(request.prompt for request in batch))
-    which = torch.tensor([prompts.index(request.prompt) for request in batch], device=device)
+    prompt_index = torch.tensor([prompts.index(request.prompt) for request in batch], device=device)  # (n,)
     width = max(map(len, prompts))
-    # Before a prompt stands any token: the mask hides it.
-    ids = torch.tensor([[p[0]] * (width - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    ids = torch.tensor([[p[0]] * (width - len(p)) + list(p) for p in prompts], device=device)  # (P, T)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)  # (P, T)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     uniform = torch.tensor(
-        numpy.stack([stream(sampling.seed, request.row, request.sample, sampling.max_tokens) for request in batch]),
+        numpy.stack(
+            [random_stream(sampling.seed, request.row, request.sample, sampling.max_tokens) for request in batch]
+        ),
         device=device,
-    )
+    )  # (n, max_tokens)
     cache = DynamicCache(config=model.config.get_text_config())
     with policy.autocast():
         out = model(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
             logits_to_keep=1,
         )  # fmt: skip
-    cache.batch_select_indices(which)
-    logits, mask, at = out.logits[which, -1], mask[which], positions[which, -1:]
-    alive, made, logps = list(range(len(batch))), [list[int]() for _ in batch], [0.0] * len(batch)
+    # 2. Copy each prompt's cache for all its completions.
+    cache.batch_select_indices(prompt_index)
+    logits, mask, position = out.logits[prompt_index, -1], mask[prompt_index], positions[prompt_index, -1:]
+    # `active` maps a slot of the batch to the number of its request; −1 once it has finished.
+    active, answers, logps = list(range(len(batch))), [list[int]() for _ in batch], [0.0] * len(batch)
     for step in range(sampling.max_tokens):
-        tick()
-        tokens, found = draw(logits, uniform[:, step], sampling)
-        kept = []
-        for place, (token, logp) in enumerate(zip(tokens.tolist(), found.tolist(), strict=True)):
-            number = alive[place]
+        # 3. Draw one token for each slot.
+        check_stop()
+        tokens, token_logps = draw(logits, uniform[:, step], sampling)
+        unfinished = []
+        for slot, (token, logp) in enumerate(zip(tokens.tolist(), token_logps.tolist(), strict=True)):
+            number = active[slot]
             if number < 0:
                 continue
-            made[number].append(token)
+            answers[number].append(token)
             logps[number] += logp
             if token in ends or step + 1 == sampling.max_tokens:
                 request = batch[number]
                 yield Completion(
-                    sampling.temperature, request.row, request.sample, tuple(made[number]), token in ends, logps[number]
-                )
-                alive[place] = -1
+                    sampling.temperature, request.row, request.sample, tuple(answers[number]), token in ends,
+                    logps[number],
+                )  # fmt: skip
+                active[slot] = -1
             else:
-                kept.append(place)
-        if not kept:
+                unfinished.append(slot)
+        if not unfinished:
             return
-        if len(kept) <= COMPACT * len(alive):
-            rows = torch.tensor(kept, device=device)
+        # 4. Remove finished slots from the batch, once they are many.
+        if len(unfinished) <= COMPACT_SHARE * len(active):
+            rows = torch.tensor(unfinished, device=device)
             cache.batch_select_indices(rows)
-            tokens, mask, at, uniform = tokens[rows], mask[rows], at[rows], uniform[rows]
-            alive = [alive[place] for place in kept]
-        mask, at = torch.cat([mask, torch.ones_like(mask[:, :1])], -1), at + 1
+            tokens, mask, position, uniform = tokens[rows], mask[rows], position[rows], uniform[rows]
+            active = [active[slot] for slot in unfinished]
+        # 5. Compute the logits of the next token.
+        mask, position = torch.cat([mask, torch.ones_like(mask[:, :1])], -1), position + 1
         with policy.autocast():
             out = model(
-                input_ids=tokens[:, None], attention_mask=mask, position_ids=at, past_key_values=cache, use_cache=True
-            )
-        logits = out.logits[:, -1]
+                input_ids=tokens[:, None], attention_mask=mask, position_ids=position, past_key_values=cache,
+                use_cache=True,
+            )  # fmt: skip
+        logits = out.logits[:, -1]  # (n, V)

@@ -1,4 +1,4 @@
-"""A stage while it runs: what it is made of, where it is, and the few things that can be done with it."""
+"""A stage in progress: its parts, its position, and the operations that the loop is made of."""
 
 import math
 import time
@@ -19,13 +19,13 @@ from worker.trainer.events import CheckpointWritten, StageBegan
 from worker.trainer.journal import Journal, last_metrics
 from worker.trainer.linears import has_experts
 from worker.trainer.methods import METHODS
-from worker.trainer.methods.method import Method, ValidatedRow, Work
+from worker.trainer.methods.method import Method, TokenCounts, ValidatedRow
 from worker.trainer.model import Policy
 from worker.trainer.optimizer import make_optimizer
 from worker.trainer.packing import trees
 from worker.trainer.plan import Stage
 from worker.trainer.reference import References
-from worker.trainer.reference_pass import references_by
+from worker.trainer.reference_pass import policy_references
 from worker.trainer.run import TrainingRun
 
 Result = TypeVar("Result")
@@ -33,7 +33,10 @@ Result = TypeVar("Result")
 
 @dataclass
 class StageRun:
-    """`state` counts the steps, `planned_steps` are those of the whole run as far as it is known."""
+    """A stage in progress. `state` is the position of the run.
+
+    `planned_steps` are the optimizer steps of all stages, before early stopping skips any.
+    """
 
     run: TrainingRun
     stage: Stage
@@ -47,116 +50,118 @@ class StageRun:
     validated_rows: list[ValidatedRow] = field(default_factory=list)
     """The rows of the last validation."""
     saved_step: int = -1
-    """The step of the last checkpoint."""
+    """The step of the last checkpoint; −1 if the next checkpoint must be written in any case."""
 
     # -- a step --------------------------------------------------------------------------------------------------
 
     def step(self) -> dict[str, float]:
-        """One optimizer step over exactly `stage.batch_size` rows; its metrics."""
+        """One optimizer step over exactly `stage.batch_size` rows. Returns its metrics."""
         began, policy, state = time.monotonic(), self.policy, self.state
         rows = self.stage.batch(state.stage_step)
         policy.set_dropout(self.method.DROPOUT)
-        work, averages = self._gradient(rows)
+        # Forward and backward pass, then clip the gradient to a norm of `max_grad_norm`.
+        counts, averages = self._gradient(rows)
         parameters = list(policy.trainable().values())
         averages.add("grad_norm", torch.nn.utils.clip_grad_norm_(parameters, self.stage.hyperparameters.max_grad_norm))
         metrics = averages.means()
         self._require_finite(metrics, "loss", "grad_norm")
+        # The loss of these weights is finite: keep a copy, because the update may break them.
         self.last_good.remember(policy)
-        rate = self.stage.learning_rate(state.stage_step)
+        learning_rate = self.stage.learning_rate(state.stage_step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         policy.set_dropout(False)
         tokens = self.stage.train.tokens(rows)
-        metrics |= {"learning_rate": rate} | self._pace(work, tokens, time.monotonic() - began)
+        metrics |= {"learning_rate": learning_rate} | self._pace(counts, tokens, time.monotonic() - began)
         state.trained_tokens += tokens
         state.step, state.stage_step = state.step + 1, state.stage_step + 1
         self.method.after_step(state.stage_step)
         return metrics
 
-    def _gradient(self, rows: list[int]) -> tuple[Work, Averages]:
-        """The gradient of a step, by the largest scale of the loss that is finite.
+    def _gradient(self, rows: list[int]) -> tuple[TokenCounts, Averages]:
+        """The gradient of a step, by the first loss scale that keeps it finite. The last scale counts in any case.
 
-        The scale is found from step to step anew, so that a run that is resumed comes to the same.
+        Each step tries the scales anew, from the largest on. A resumed run therefore computes the same gradients.
         """
         policy = self.policy
-        for scale in policy.loss_scales:
+        for scale in policy.loss_scales:  # descending
             policy.loss_scale = scale
-            work, averages = self._in_memory(lambda: self._backward(rows))
+            counts, averages = self._within_memory(lambda: self._backward(rows))
             gradients = [p.grad for p in policy.trainable().values() if p.grad is not None]
             if scale == policy.loss_scales[-1] or all(bool(g.isfinite().all()) for g in gradients):
                 break
             for parameter in policy.trainable().values():
-                parameter.grad = None
-        for gradient in gradients if scale != 1 else ():
+                parameter.grad = None  # it overflowed: try a smaller scale
+        for gradient in gradients if scale != 1 else ():  # undo the scale
             gradient.div_(scale)
         policy.loss_scale = 1.0
-        return work, averages
+        return counts, averages
 
-    def _backward(self, rows: list[int]) -> tuple[Work, Averages]:
+    def _backward(self, rows: list[int]) -> tuple[TokenCounts, Averages]:
         averages = Averages()
         totals = self.method.totals(rows, averages)
         return self.method.backward(rows, totals, averages), averages
 
-    def _pace(self, work: Work, tokens: int, seconds: float) -> dict[str, float]:
-        """How fast the step was and what it took."""
-        found = {
-            "fill_rate": work.tokens / work.places,
+    def _pace(self, counts: TokenCounts, tokens: int, seconds: float) -> dict[str, float]:
+        """Speed and resource use of a step. `tokens`: the distinct tokens of its rows."""
+        metrics = {
+            "fill_rate": counts.tokens / counts.slots,
             "tokens_per_second": tokens / seconds,
             "peak_memory_bytes": float(memory.peak_bytes(self.policy.device)),
         }
         if self._layer_weights is not None:
-            needed = throughput.needed_flops(self.policy, self._layer_weights, work.tokens, work.scored)
-            found["mfu"] = needed / (seconds * throughput.peak_flops(self.policy.device))
-        return found
+            flops = throughput.needed_flops(self.policy, self._layer_weights, counts.tokens, counts.scored)
+            metrics["mfu"] = flops / (seconds * throughput.peak_flops(self.policy.device))
+        return metrics
 
     @cached_property
     def _layer_weights(self) -> int | None:
-        """The weights that each token passes; None where it passes some of the experts only."""
+        """Number of weights that each token passes. None if a router sends each token to a few experts only."""
         return None if has_experts(self.policy.causal) else throughput.layer_weights(self.policy.causal)
 
     # -- a validation --------------------------------------------------------------------------------------------
 
     def validate(self) -> dict[str, float]:
-        """The metrics of the validation rows, under `eval/`; none where no row was held out."""
+        """The metrics of the validation rows, named `eval/…`. Empty without validation rows."""
         self.validated_rows = []
         if not self.stage.validation:
             return {}
 
         def validate() -> tuple[list[ValidatedRow], Averages]:
             averages = Averages()
-            return self.method.validate(averages, self.run.tick), averages
+            return self.method.validate(averages, self.run.check_stop), averages
 
-        self.validated_rows, averages = self._in_memory(validate)
+        self.validated_rows, averages = self._within_memory(validate)
         return {f"eval/{name}": value for name, value in averages.means().items()}
 
     def validate_at_start(self) -> None:
-        """Measure the stage before its first step."""
+        """Validate the weights before the first step of the stage, and record the metrics."""
         metrics = self.validate()
         self._require_finite(metrics, "eval/loss")
         if metrics:
             self.journal.write(self.state.step, metrics, self.total_steps, None)
-        self._judge(metrics)
+        self._update_best(metrics)
 
     def validate_after_step(self) -> dict[str, float]:
-        """Validate the weights of the last step. Asked to stop meanwhile, the run goes on from here."""
+        """Validate the weights of the last step. If the run is stopped meanwhile, it resumes with this validation."""
         try:
             metrics = self.validate()
         except Stopped:
-            self.checkpoint()  # the step is not lost
+            self.checkpoint()  # keeps the step, whose metrics are pending
             raise
         self._require_finite(metrics, "eval/loss")
-        self._judge(metrics)
+        self._update_best(metrics)
         return metrics
 
-    def _judge(self, metrics: dict[str, float]) -> None:
-        """Early stopping: keep the weights of the best validation, and end the stage when it is too long ago."""
+    def _update_best(self, metrics: dict[str, float]) -> None:
+        """Early stopping: keep the weights of the best validation, and end the stage when `patience` is exhausted."""
         settings, state, stage = self.stage.hyperparameters.early_stopping, self.state, self.stage
         if settings is None:
             return
         if state.best.improves(settings, metrics, state.step):
-            weights.write(self.policy, self.run.best_weights)
+            weights.save(self.policy, self.run.best_weights)
         elif state.best.without >= settings.patience and state.stage_step < stage.steps:
             state.ended, state.skipped = True, state.skipped + stage.steps - state.stage_step
             self.run.events.message(
@@ -165,30 +170,30 @@ class StageRun:
             )
 
     def _require_finite(self, metrics: dict[str, float], *names: str) -> None:
-        """Fail where a metric is not a finite number, and leave a checkpoint of the last weights that were good."""
+        """Raise `UserError` if one of the metrics `names` is not finite. Writes the last good weights first."""
         broken = [name for name in names if not math.isfinite(metrics.get(name, 0.0))]
         if broken:
             self._keep_last_good()
             raise UserError(
                 "loss_not_finite",
                 f"{broken[0]} became {metrics[broken[0]]}. Try a lower learning rate. Step {self.state.step} is the "
-                "last one known to be good; checkpoints up to it are kept.",
+                "last one known to be good. Checkpoints up to it are kept.",
                 "method",
             )
 
     def _keep_last_good(self) -> None:
-        """Write a checkpoint of the weights of the last finite loss: one step back, since the last update broke it.
+        """Go back to the weights of the last finite loss, one step ago, and write a checkpoint of them.
 
-        It is for those who want to train on from there; its optimizer state is the one after that update.
+        Another job can train on from it. Its optimizer state is the one after the update that broke the weights.
         """
         state = self.state
-        if state.stage_step < 2 or not self.last_good.bring_back(self.policy):
+        if state.stage_step < 2 or not self.last_good.restore(self.policy):
             return
         state.step, state.stage_step = state.step - 1, state.stage_step - 1
         if not (self.run.folder / "checkpoints" / f"step-{state.step}").exists():
             self.checkpoint()
 
-    # -- where it is ---------------------------------------------------------------------------------------------
+    # -- its position --------------------------------------------------------------------------------------------
 
     @property
     def ended(self) -> bool:
@@ -197,34 +202,36 @@ class StageRun:
 
     @property
     def validation_is_due(self) -> bool:
+        """Whether to validate after the current step: every `eval_every` steps, and after the last one."""
         step = self.state.stage_step
         return step == self.stage.steps or step % self.stage.eval_every == 0
 
     @property
     def checkpoint_is_due(self) -> bool:
+        """Whether to write a checkpoint after the current step: every `checkpoint_every` steps, and at the end."""
         return self.ended or self.state.stage_step % self.stage.checkpoint_every == 0
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run, those left out that early stopping has saved."""
+        """Optimizer steps of all stages, without those that early stopping has skipped."""
         return self.planned_steps - self.state.skipped
 
     def stop_if_asked(self) -> None:
-        """Between two steps: write a checkpoint and raise `Stopped` where the run was asked to stop."""
+        """If the run was asked to stop, write a checkpoint and raise `Stopped`. To be called between two steps."""
         if self.run.stopping.is_set():
             self.checkpoint()
             raise Stopped
 
-    def bring_back_best(self) -> bool:
-        """Go back to the best weights where the job asked for it; whether there were better ones than the last."""
+    def restore_best(self) -> bool:
+        """With early stopping, give the policy its best weights. Returns whether they are of an earlier step."""
         better = self.stage.hyperparameters.early_stopping is not None and self.state.best.step != self.state.step
         if better:
-            weights.bring_back(self.policy, self.run.best_weights)
-            self.saved_step = -1  # what a checkpoint of this step holds is not what the stage leaves
+            weights.restore(self.policy, self.run.best_weights)
+            self.saved_step = -1  # a checkpoint of this step may hold other weights: write it again
         return better
 
     def checkpoint(self) -> None:
-        """Write a checkpoint, unless this step has one. Whoever hears of it removes it when it is safe."""
+        """Write a checkpoint, unless this step already has one. The runner removes the folder once it is uploaded."""
         state = self.state
         if state.stage_step == 0 or state.step == self.saved_step:
             return
@@ -234,8 +241,9 @@ class StageRun:
         path, metrics = f"checkpoints/{folder.name}", last_metrics(state.history, state.stage)
         self.run.events.emit(CheckpointWritten(self.stage.name, state.step, path, metrics))
 
-    def _in_memory(self, work: Callable[[], Result]) -> Result:
-        return memory.with_smaller_packs(self.policy, self.stage, self.run.events, work)
+    def _within_memory(self, work: Callable[[], Result]) -> Result:
+        """The result of `work`, tried again with smaller packs if the GPU's memory is not enough."""
+        return memory.retry_with_smaller_packs(self.policy, self.stage, self.run.events, work)
 
 
 def begin(
@@ -246,11 +254,12 @@ def begin(
     planned_steps: int,
     *,
     resume: Path | None = None,
-    others: References | None = None,
+    references: References | None = None,
 ) -> StageRun:
-    """A stage at its beginning, or where the checkpoint `resume` of it left off.
+    """Begin a stage, or continue it from its checkpoint `resume`.
 
-    `others` are the log-probs of a reference that is not the policy at step 0.
+    `references`: log-probs of a reference model other than the policy at step 0. Without them, the policy at step 0 is
+    the reference.
     """
     settings = stage.hyperparameters
     optimizer = make_optimizer(settings, policy.trainable().values())
@@ -265,13 +274,13 @@ def begin(
     else:
         state.stage, state.stage_step, state.ended, state.best = stage.name, 0, False, Best()
         run.best_weights.unlink(missing_ok=True)
-        method.begin(lambda tail_weight: others or references_by(policy, stage, tail_weight, run))
+        method.begin(lambda tail_weight: references or policy_references(policy, stage, tail_weight, run))
         torch.manual_seed(stage.seed)
     if policy.has_dropout and not method.DROPOUT:
-        message = f"The adapter's dropout acts in SFT only; the {stage.name.upper()} stage runs without it."
+        message = f"The adapter's dropout acts in SFT only. The {stage.name.upper()} stage runs without it."
         run.events.message(message, level="warn")
     if stage.batch_size != settings.batch_size:
-        run.events.message(f"Only {stage.batch_size} rows: the batch size is that.", level="warn")
+        run.events.message(f"The stage has only {stage.batch_size} rows. This is its batch size.", level="warn")
     journal = Journal(stage, state.history, run.events)
     if state.stage_step == 0:
         journal.before(state.step)
@@ -281,12 +290,12 @@ def begin(
 
 
 def _choose_checkpointing(run: TrainingRun, stage: Stage, policy: Policy) -> None:
-    """Recompute activations where the job says so, or where they would not fit."""
+    """Switch activation checkpointing as the job says; without a setting, only if the activations would not fit."""
     recompute = stage.hyperparameters.activation_checkpointing
     if recompute is None:
-        pack = policy.packing.build(trees(stage.train, [0], 0)).to(policy.device)
-        recompute = not memory.with_smaller_packs(
-            policy, stage, run.events, lambda: memory.fits(policy, pack, stage.train.longest)
+        pack = policy.packing.build(trees(stage.train, [0], 0)).to(policy.device)  # the first row, as a sample
+        recompute = not memory.retry_with_smaller_packs(
+            policy, stage, run.events, lambda: memory.activations_fit(policy, pack, stage.train.longest)
         )
         if recompute:
             run.events.message("Activations are recomputed in the backward pass: they would not fit into memory.")

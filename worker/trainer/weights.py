@@ -1,4 +1,4 @@
-"""Copies of what trains: on the disk for early stopping, in memory for a loss that breaks."""
+"""Copies of the trained weights: on disk for early stopping, in memory for a loss that becomes non-finite."""
 
 from pathlib import Path
 
@@ -9,25 +9,25 @@ from torch import Tensor
 from worker.trainer.model import Policy
 
 
-def write(policy: Policy, path: Path) -> None:
-    """Write what trains to `path`."""
+def save(policy: Policy, path: Path) -> None:
+    """Write the trained weights to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: p.detach().contiguous() for name, p in policy.trainable().items()}, path)
 
 
-def bring_back(policy: Policy, path: Path) -> None:
+def restore(policy: Policy, path: Path) -> None:
     """Give `policy` the weights in `path`."""
     _copy(load_file(path), policy)
 
 
 class LastGood:
-    """The weights before the last update. Only an adapter is remembered: of a whole model a copy costs too much."""
+    """The weights before the last update, for adapters only: a copy of a whole model takes too much memory."""
 
     def __init__(self) -> None:
         self._weights: dict[str, Tensor] | None = None
 
     def remember(self, policy: Policy) -> None:
-        """Keep a copy of what trains, in the place of the one before."""
+        """Copy the trained weights over the previous copy."""
         if policy.full:
             return
         trained = policy.trainable()
@@ -36,8 +36,8 @@ class LastGood:
         for name, parameter in trained.items():
             self._weights[name].copy_(parameter.detach())
 
-    def bring_back(self, policy: Policy) -> bool:
-        """Give `policy` the weights that are remembered; False where there are none."""
+    def restore(self, policy: Policy) -> bool:
+        """Give `policy` the remembered weights. Returns False if there are none."""
         if self._weights is None:
             return False
         _copy(self._weights, policy)

@@ -1,4 +1,4 @@
-"""Names of columns: those that formats know, what else people call them, and which of a file's nothing reads."""
+"""Names of columns: the fields that formats read, other names for them, and columns that nothing reads."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ FIELDS = frozenset({
     "preferred_output", "non_preferred_output", "preferred_completion", "non_preferred_completion",
     "response_j", "response_k",
 })  # fmt: skip
-"""Every field that a format reads by this name; columns that differ in case or in spaces around it are taken for it."""
+"""Every field that a format reads. A column matches a field regardless of case and surrounding spaces."""
 
 ALIASES: dict[str, tuple[str, ...]] = {
     "prompt": ("prompt", "question", "instruction", "query", "input", "user", "problem", "context", "request", "post",
@@ -29,42 +29,42 @@ ALIASES: dict[str, tuple[str, ...]] = {
                  "history"),
     "text": ("text", "content", "document", "body"),
 }  # fmt: skip
-"""What people call each field of a mapping, the likeliest first."""
-LOOKS_LIKE_A_LABEL = frozenset(ALIASES["label"])
+"""Common column names for each field of a mapping, the likeliest first."""
+LABEL_ALIASES = frozenset(ALIASES["label"])
 
 
 def plain_name(name: str) -> str:
-    """A column's name without what people write differently: case, and spaces around it."""
+    """A column's name in lower case, without surrounding spaces."""
     return name.strip().lower()
 
 
-def renamed(columns: Iterable[str]) -> dict[str, str]:
-    """Of the columns of a file those that are fields but for case or spaces, with the fields' names."""
-    there = set(columns)
-    found: dict[str, str] = {}
-    for name in there:
+def canonical_names(columns: Iterable[str]) -> dict[str, str]:
+    """The new names of the columns that differ from a field only in case or surrounding spaces."""
+    names = set(columns)
+    new_names: dict[str, str] = {}
+    for name in names:
         field = plain_name(name)
-        if field != name and field in FIELDS and field not in there and field not in found.values():
-            found[name] = field
-    return found
+        if field != name and field in FIELDS and field not in names and field not in new_names.values():
+            new_names[name] = field
+    return new_names
 
 
-class Columns:
-    """Which columns a file's rows have, and which of them something reads."""
+class ColumnCounter:
+    """Counts the rows that have a column which nothing reads."""
 
     def __init__(self) -> None:
-        self._shapes: Counter[tuple[str, ...]] = Counter()
+        self._rows_by_columns: Counter[tuple[str, ...]] = Counter()
         self.unread: Counter[str] = Counter()
-        """Rows in which a column or a member of a message is left aside."""
+        """The number of rows that have each unread column."""
 
     def count(self, record: dict[str, object]) -> None:
-        """Note the columns of a row."""
-        self._shapes[tuple(record)] += 1
+        """Count the columns of a row."""
+        self._rows_by_columns[tuple(record)] += 1
 
-    def leave(self, read: frozenset[str]) -> None:
-        """The rows that were counted were read by the fields `read`: the others are left aside."""
-        for shape, rows in self._shapes.items():
-            for name in shape:
+    def count_unread(self, read: frozenset[str]) -> None:
+        """Move the counts of all columns except those in `read` to `unread`."""
+        for columns, rows in self._rows_by_columns.items():
+            for name in columns:
                 if name not in read:
                     self.unread[name] += rows
-        self._shapes.clear()
+        self._rows_by_columns.clear()

@@ -1,4 +1,4 @@
-"""The turns of a conversation, in each of the ways people write them down."""
+"""Read conversations: OpenAI messages, ShareGPT turns, transcripts and similar forms become lists of `Message`."""
 
 import re
 from collections import Counter
@@ -18,94 +18,99 @@ ROLES: dict[str, Role] = {
     "model": "assistant", "bot": "assistant", "chatbot": "assistant", "ai": "assistant", "function_call": "assistant",
     "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool", "tool_response": "tool",
 }  # fmt: skip
-"""What people call the roles."""
+"""The role that each name of a speaker means."""
 _PLAIN_ROLES = ("user", "assistant", "system")
-_SPEAKER, _SAID = ("role", "from", "speaker"), ("content", "value", "text", "parts")
-_REASONING = ("reasoning_content", "reasoning", "thinking")
-_LEARNED = ("weight", "train", "loss", "train_on_turn")
-"""What says of a message whether it is learned."""
-_READ = frozenset((*_SPEAKER, *_SAID, *_REASONING, *_LEARNED, "tool_calls", "function_call", "tool_call_id", "name"))
+_SPEAKER_KEYS, _CONTENT_KEYS = ("role", "from", "speaker"), ("content", "value", "text", "parts")
+_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+_LEARN_KEYS = ("weight", "train", "loss", "train_on_turn")
+"""Keys that say whether a message is trained on."""
+_CALL_KEYS = ("tool_calls", "function_call", "tool_call_id", "name")
+_READ_KEYS = frozenset((*_SPEAKER_KEYS, *_CONTENT_KEYS, *_REASONING_KEYS, *_LEARN_KEYS, *_CALL_KEYS))
 
 
 @dataclass
-class Turns:
-    """Reads messages. `roles` are names of roles that only this file has; `unread` counts what is left aside."""
+class MessageReader:
+    """Reads the messages of one file. `roles` are role names of this file only. `unread` counts ignored keys."""
 
     roles: Mapping[str, Role] = field(default_factory=dict)
     unread: Counter[str] = field(default_factory=Counter)
 
     @staticmethod
     def is_message(value: dict[str, Any]) -> bool:
-        """Whether an object says who speaks."""
-        return any(name in value for name in _SPEAKER)
+        """Whether an object names a speaker."""
+        return any(name in value for name in _SPEAKER_KEYS)
 
-    def messages(self, value: object, field: str, line: int) -> list[Message]:
-        """A list of messages, or one: OpenAI's (`role`, `content`, tool calls) or ShareGPT's (`from`, `value`)."""
+    def read(self, value: object, field: str, line: int) -> list[Message]:
+        """Read a list of messages, or a single one: OpenAI's (`role`, `content`) or ShareGPT's (`from`, `value`).
+
+        Raises `DatasetError` for a malformed message, and `Dropped` for one without content, unless it is an answer.
+        """
         if isinstance(value, dict) and self.is_message(value):
             value = [value]
         if not isinstance(value, list) or not value:
             raise DatasetError(line, field, "must be a list of messages that is not empty")
-        return [self.message(item, f"{field}[{index}]", line) for index, item in enumerate(value)]
+        return [self.read_message(item, f"{field}[{index}]", line) for index, item in enumerate(value)]
 
-    def message(self, item: object, where: str, line: int) -> Message:
-        """One message."""
+    def read_message(self, item: object, path: str, line: int) -> Message:
+        """Read one message. `path` names it in errors, like `messages[0]`."""
         if _is_plain(item) and item["role"] not in self.roles:
-            return item  # as nearly all are: nothing of it has to be read otherwise
+            return item  # fast path: nearly all messages have this form already
         if not isinstance(item, dict):
-            raise DatasetError(line, where, "must be an object with 'role' and 'content', or 'from' and 'value'")
-        speaker = next((name for name in _SPEAKER if name in item), None)
-        if speaker is None:
-            raise DatasetError(line, where, "must be an object with 'role' and 'content', or 'from' and 'value'")
-        named = item[speaker]
-        role = self.roles.get(named) or ROLES.get(named.strip().lower()) if isinstance(named, str) else None
+            raise DatasetError(line, path, "must be an object with 'role' and 'content', or 'from' and 'value'")
+        speaker_key = next((name for name in _SPEAKER_KEYS if name in item), None)
+        if speaker_key is None:
+            raise DatasetError(line, path, "must be an object with 'role' and 'content', or 'from' and 'value'")
+        speaker = item[speaker_key]
+        role = self.roles.get(speaker) or ROLES.get(speaker.strip().lower()) if isinstance(speaker, str) else None
         if role is None:
             known = ", ".join(sorted(ROLES))
             reason = f"must be one of {known}; a mapping's 'roles' says what other names mean"
-            raise DatasetError(line, f"{where}.{speaker}", reason)
-        if not item.keys() <= _READ:
-            for name in item.keys() - _READ:
+            raise DatasetError(line, f"{path}.{speaker_key}", reason)
+        if not item.keys() <= _READ_KEYS:
+            for name in item.keys() - _READ_KEYS:
                 if item[name] is not None:
                     self.unread[f"messages[].{name}"] += 1
-        return self._message(item, role, named, where, line)
+        return self._full_message(item, role, speaker, path, line)
 
-    def _message(self, item: dict[str, Any], role: Role, named: str, where: str, line: int) -> Message:
-        said = next((name for name in _SAID if item.get(name) is not None), None)
-        content = "" if said is None else item[said]
+    def _full_message(self, item: dict[str, Any], role: Role, speaker: str, path: str, line: int) -> Message:
+        """Read a message that may have content parts, reasoning or tool calls."""
+        content_key = next((name for name in _CONTENT_KEYS if item.get(name) is not None), None)
+        content = "" if content_key is None else item[content_key]
         calls = item.get("tool_calls") or []
-        if item.get("function_call"):  # what tool calls were before there could be several
+        if item.get("function_call"):  # the older form, with one call a message
             calls = [{"function": item["function_call"]}]
-        if named == "function_call" and said is not None:
-            calls, content = _written_calls(content, f"{where}.{said}", line), ""
-        reasoning = next((item[name] for name in _REASONING if item.get(name)), "")
+        if speaker == "function_call" and content_key is not None:
+            calls, content = _calls_from_json(content, f"{path}.{content_key}", line), ""
+        reasoning = next((item[name] for name in _REASONING_KEYS if item.get(name)), "")
         if type(content) is not str:
-            content, thought = _parts(content, f"{where}.{said}", line)
-            reasoning = reasoning or thought
-        elif said is None and not calls and not reasoning and role != "tool":
-            if not item.keys() <= _READ:
-                raise DatasetError(line, f"{where}.content", "is missing")
-            if role != "assistant":  # an answer that is null is left out where it is an answer
-                raise Dropped("empty_turn", f"{where}.content")
-        found: Message = {"role": role, "content": content}
+            content, part_reasoning = _join_parts(content, f"{path}.{content_key}", line)
+            reasoning = reasoning or part_reasoning
+        elif content_key is None and not calls and not reasoning and role != "tool":
+            if not item.keys() <= _READ_KEYS:
+                raise DatasetError(line, f"{path}.content", "is missing")
+            if role != "assistant":  # a null answer is dropped later, by the reader of answers
+                raise Dropped("empty_turn", f"{path}.content")
+        message: Message = {"role": role, "content": content}
         if reasoning:
             if not isinstance(reasoning, str):
-                raise DatasetError(line, f"{where}.reasoning_content", "must be a string")
+                raise DatasetError(line, f"{path}.reasoning_content", "must be a string")
             if role == "assistant":
-                found["reasoning"] = reasoning
+                message["reasoning"] = reasoning
             else:
                 self.unread[f"messages[].reasoning_content of the {role}"] += 1
         if calls:
             if role != "assistant" or not isinstance(calls, list):
-                raise DatasetError(line, f"{where}.tool_calls", "must be a list, in a message of the assistant")
-            found["tool_calls"] = [_call(call, f"{where}.tool_calls[{k}]", line) for k, call in enumerate(calls)]
+                raise DatasetError(line, f"{path}.tool_calls", "must be a list, in a message of the assistant")
+            message["tool_calls"] = [_tool_call(call, f"{path}.tool_calls[{k}]", line) for k, call in enumerate(calls)]
         for name in ("tool_call_id", "name"):
             if role == "tool" and isinstance(item.get(name), str):
-                found[name] = item[name]
-        return found
+                message[name] = item[name]
+        return message
 
     def transcript(self, value: object, field: str, line: int) -> list[Message]:
-        """The turns of an Anthropic HH transcript, "\\n\\nHuman: …\\n\\nAssistant: …", or of a message list."""
+        """Read an Anthropic HH transcript, "\\n\\nHuman: …\\n\\nAssistant: …", or a list of messages."""
         if isinstance(value, list):
-            return self.messages(value, field, line)
+            return self.read(value, field, line)
         if not isinstance(value, str):
             raise DatasetError(line, field, "must be a transcript or a list of messages")
         before, *parts = TRANSCRIPT.split(value)
@@ -113,27 +118,30 @@ class Turns:
             reason = "must be a transcript that starts with '\\n\\nHuman:', or come with a 'prompt'"
             raise DatasetError(line, field, reason)
         return [
-            {"role": "user" if speaker == "Human" else "assistant", "content": said.strip()}
-            for speaker, said in zip(parts[::2], parts[1::2], strict=True)
+            {"role": "user" if speaker == "Human" else "assistant", "content": text.strip()}
+            for speaker, text in zip(parts[::2], parts[1::2], strict=True)
         ]
 
-    def side(self, value: object, field: str, line: int) -> str | list[Message]:
-        """What a row gives as an answer: text; or messages, with or without those that they answer."""
-        return value if isinstance(value, str) else self.messages(value, field, line)
+    def answer(self, value: object, field: str, line: int) -> str | list[Message]:
+        """Read an answer: text, or messages. The messages may begin with the prompt."""
+        return value if isinstance(value, str) else self.read(value, field, line)
 
 
 def _is_plain(item: object) -> TypeGuard[Message]:
-    """Whether an object is a message as it stands, of the plainest kind."""
+    """Whether an object is a valid `Message` of a text role, with no other keys."""
     return (
         type(item) is dict and len(item) == 2 and item.get("role") in _PLAIN_ROLES and type(item.get("content")) is str
     )
 
 
-def learned(item: object, where: str, line: int) -> bool | None:
-    """Whether a message is to be learned, where it says so itself: OpenAI's `weight`, and what others call it."""
+def learn_flag(item: object, path: str, line: int) -> bool | None:
+    """The flag of a message that says whether it is trained on: OpenAI's `weight`, or `train` and the like.
+
+    None if it has no flag. Raises `DatasetError` for a flag that is neither a boolean nor 0 or 1.
+    """
     if not isinstance(item, dict) or len(item) < 3:
         return None
-    for name in _LEARNED:
+    for name in _LEARN_KEYS:
         value = item.get(name)
         if value is None:
             continue
@@ -141,61 +149,63 @@ def learned(item: object, where: str, line: int) -> bool | None:
             return value
         if value in (0, 1) and not isinstance(value, bool):
             return bool(value)
-        raise DatasetError(line, f"{where}.{name}", "must be 0 or 1" if name == "weight" else "must be true or false")
+        raise DatasetError(line, f"{path}.{name}", "must be 0 or 1" if name == "weight" else "must be true or false")
     return None
 
 
-def _parts(value: object, field: str, line: int) -> tuple[str, str]:
-    """(text, reasoning) of a list of content parts, as OpenAI, Anthropic and Gemini write them."""
-    said, thought = [], []
+def _join_parts(value: object, field: str, line: int) -> tuple[str, str]:
+    """(text, reasoning) of a list of content parts in the form of OpenAI, Anthropic or Gemini."""
+    texts, reasoning = [], []
     for part in value if isinstance(value, list) else [None]:
         if not isinstance(part, dict):
             part = {}
-        kind = "text" if part.keys() == {"text"} else part.get("type")  # Gemini's have no type
+        kind = "text" if part.keys() == {"text"} else part.get("type")  # Gemini parts have no type
         if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
-            said.append(part["text"])
+            texts.append(part["text"])
         elif kind in ("thinking", "reasoning") and isinstance(part.get(kind), str):
-            thought.append(part[kind])
+            reasoning.append(part[kind])
         elif kind in ("text", "input_text", "output_text"):
             raise DatasetError(line, f"{field}.text", "must be a string")
         else:
             raise DatasetError(line, field, "must be a string; images and other parts cannot be trained on")
-    return "".join(said), "\n".join(thought)
+    return "".join(texts), "\n".join(reasoning)
 
 
-def _written_calls(value: object, where: str, line: int) -> list[dict[str, Any]]:
-    """Calls that a ShareGPT message has as JSON text."""
+def _calls_from_json(value: object, path: str, line: int) -> list[dict[str, Any]]:
+    """The tool calls in the JSON text of a ShareGPT `function_call` message."""
     try:
-        function = json_text.loads(value) if isinstance(value, str) else value
+        calls = json_text.loads(value) if isinstance(value, str) else value
     except ValueError as error:
-        raise DatasetError(line, where, f"is not valid JSON: {error}") from error
-    return [{"function": call} for call in (function if isinstance(function, list) else [function])]
+        raise DatasetError(line, path, f"is not valid JSON: {error}") from error
+    return [{"function": call} for call in (calls if isinstance(calls, list) else [calls])]
 
 
-def _call(call: object, where: str, line: int) -> dict[str, Any]:
+def _tool_call(call: object, path: str, line: int) -> dict[str, Any]:
+    """A tool call in OpenAI's form, with its arguments as an object."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise DatasetError(line, where, "must be an object with 'function': {'name', 'arguments'}")
+        raise DatasetError(line, path, "must be an object with 'function': {'name', 'arguments'}")
     arguments = function.get("arguments")
     arguments = {} if arguments is None else arguments
     if isinstance(arguments, str):
         try:
             arguments = json_text.loads(arguments or "{}")
         except ValueError as error:
-            raise DatasetError(line, f"{where}.function.arguments", f"is not valid JSON: {error}") from error
+            raise DatasetError(line, f"{path}.function.arguments", f"is not valid JSON: {error}") from error
     else:
         arguments = without_nulls(arguments)
     if not isinstance(arguments, dict):
-        raise DatasetError(line, f"{where}.function.arguments", "must be a JSON object")
-    found: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+        raise DatasetError(line, f"{path}.function.arguments", "must be a JSON object")
+    parsed: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     if isinstance(cast(dict[str, Any], call).get("id"), str):
-        found["id"] = cast(dict[str, Any], call)["id"]
-    return found
+        parsed["id"] = cast(dict[str, Any], call)["id"]
+    return parsed
 
 
 def without_nulls(value: Any) -> Any:
-    """`value` without the members that are null. Tables, and JSON that was written from one, give every row the members
-    that any row has: what is null there was never said.
+    """`value` without its null members, at all depths.
+
+    In a table, and in JSON exported from one, every row has the members of all rows. The missing ones are null.
     """
     if isinstance(value, dict):
         return {name: without_nulls(item) for name, item in value.items() if item is not None}
@@ -203,39 +213,42 @@ def without_nulls(value: Any) -> Any:
 
 
 def same_turns(ours: list[Message], theirs: list[Message]) -> bool:
-    """Whether two histories say the same, but for white space."""
+    """Whether two histories are equal, apart from white space."""
     return len(ours) == len(theirs) and all(map(same_turn, ours, theirs))
 
 
 def same_turn(ours: Message, theirs: Message) -> bool:
-    """Whether two messages say the same, but for white space."""
+    """Whether two messages have equal roles, texts and tool calls, apart from white space in the text."""
     return ours is theirs or (
         ours["role"] == theirs["role"]
         and (ours["content"] == theirs["content"] or ours["content"].split() == theirs["content"].split())
-        and _called(ours) == _called(theirs)
+        and _tool_calls(ours) == _tool_calls(theirs)
     )
 
 
-def _called(turn: Message) -> list[tuple[str, Any]]:
+def _tool_calls(turn: Message) -> list[tuple[str, Any]]:
     return [(call["function"]["name"], call["function"]["arguments"]) for call in turn.get("tool_calls", [])]
 
 
-def spoken(turns: list[Message]) -> list[Message]:
-    """The turns without the system prompt, which some forms repeat and others do not."""
-    return [turn for turn in turns if turn["role"] != "system"] if any_system(turns) else turns
+def without_system(turns: list[Message]) -> list[Message]:
+    """The turns without the system prompt."""
+    return [turn for turn in turns if turn["role"] != "system"] if has_system(turns) else turns
 
 
-def any_system(turns: list[Message]) -> bool:
+def has_system(turns: list[Message]) -> bool:
     return any(turn["role"] == "system" for turn in turns)
 
 
-def system_of(turns: list[Message]) -> str:
-    """The system prompt of a conversation; empty where there is none."""
+def system_prompt(turns: list[Message]) -> str:
+    """The system prompt of a conversation; empty if it has none."""
     return "\n\n".join(turn["content"] for turn in turns if turn["role"] == "system" and turn["content"].strip())
 
 
-def response_of(turns: list[Message], field: str) -> Response:
-    """The turns of an answer, as text where they are one plain message. Raises `Dropped` where none answers."""
+def as_response(turns: list[Message], field: str) -> Response:
+    """The turns of an answer. A single plain message becomes text.
+
+    Raises `Dropped` unless the first and the last turn are the assistant's.
+    """
     if not turns or turns[-1]["role"] != "assistant":
         raise Dropped("ends_without_an_answer", field)
     if turns[0]["role"] != "assistant":
@@ -245,8 +258,8 @@ def response_of(turns: list[Message], field: str) -> Response:
     return only["content"] if plain else turns
 
 
-def empty(response: Response) -> bool:
-    """Whether there is nothing in it to learn."""
+def is_empty(response: Response) -> bool:
+    """Whether a response has neither text nor tool calls of the assistant."""
     if isinstance(response, str):
         return not response or response.isspace()
     return not any(
@@ -254,8 +267,11 @@ def empty(response: Response) -> bool:
     )
 
 
-def tools(value: object, field: str, line: int) -> tuple[dict[str, Any], ...]:
-    """The tools of an example: OpenAI's list, also as JSON text."""
+def parse_tools(value: object, field: str, line: int) -> tuple[dict[str, Any], ...]:
+    """The tools of an example: OpenAI's list, or the same as JSON text.
+
+    Raises `DatasetError` for anything else.
+    """
     if isinstance(value, str) and value.strip():
         try:
             value = json_text.loads(value)
@@ -267,10 +283,10 @@ def tools(value: object, field: str, line: int) -> tuple[dict[str, Any], ...]:
         return ()
     if not isinstance(value, list):
         raise DatasetError(line, field, "must be a list of tools")
-    found = []
+    tools = []
     for number, tool in enumerate(value):
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise DatasetError(line, f"{field}[{number}]", "must be an object with 'function': {'name', …}")
-        found.append({"type": "function", "function": function})
-    return tuple(found)
+        tools.append({"type": "function", "function": function})
+    return tuple(tools)

@@ -1,4 +1,4 @@
-"""The one shape of a training example: a prompt and the responses that hang on it."""
+"""The form of every training example: a prompt and its responses."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -8,9 +8,9 @@ Role = Literal["system", "user", "assistant", "tool"]
 
 
 class Message(TypedDict):
-    """A turn of a conversation. `tool_calls` are an assistant's; their arguments are objects, or text that is JSON.
+    """A turn of a conversation. `tool_calls` and `reasoning` belong to an assistant's turn.
 
-    `reasoning` is what an assistant thought before it answered.
+    The arguments of a tool call are an object or JSON text. `reasoning` is the assistant's thinking before its answer.
     """
 
     role: Role
@@ -22,14 +22,13 @@ class Message(TypedDict):
 
 
 Prompt = str | list[Message]
-"""Plain text, or the turns of a conversation, which a model's chat template renders."""
+"""Plain text, or the turns of a conversation. A model's chat template renders turns."""
 Response = str | list[Message]
-"""What the assistant says: text, or turns with calls, results and reasoning, of which the first and the last are its
-own."""
+"""The assistant's answer: text, or turns with tool calls, results and reasoning. The first and last are its own."""
 
 
 class Kind(StrEnum):
-    """What a format's examples hold, and what a method needs."""
+    """The kind of examples that a format holds or a method needs."""
 
     SUPERVISED = "supervised"
     """One response."""
@@ -40,7 +39,7 @@ class Kind(StrEnum):
     LABELLED = "labelled"
     """One response, and whether it is desirable."""
     PROMPTS = "prompts"
-    """No response: what is to be answered."""
+    """No response: a prompt to be answered."""
 
     @property
     def compares(self) -> bool:
@@ -48,10 +47,10 @@ class Kind(StrEnum):
         return self in (Kind.PREFERENCE, Kind.RANKED)
 
     def serves(self, need: "Kind") -> bool:
-        """Whether examples of this kind can be used where `need` is asked for.
+        """Whether examples of this kind can be used for a method that needs `need`.
 
-        SFT learns the best response of anything; a ranked list is its pairs, a pair a list of two, and a pair
-        is one desirable and one undesirable response. Anything has prompts.
+        SFT can use the best response of any kind. A ranked list can be used as pairs, and a pair as a list of two. A
+        pair can also be used as one desirable and one undesirable response. All kinds have prompts.
         """
         if Kind.PROMPTS in (self, need):
             return need == Kind.PROMPTS
@@ -64,12 +63,13 @@ class Kind(StrEnum):
 
 @dataclass(slots=True)
 class Example:
-    """A prompt and its responses, the best first; none where it is only to be answered. Nobody changes one: it is not
-    frozen because that doubles the time that a file's rows take.
+    """A prompt and its responses, the best first. A prompt that is yet to be answered has no responses.
 
-    `raw`: plain text with no prompt, to be learned as it is, without a template. `desirable`: of a labelled
-    response, whether it is. `tools`: what the assistant may call. `turns`: numbers of the prompt's messages whose
-    text is learned too, besides the response. `system`: of a prompt that is plain text, what stands before it.
+    `raw`: plain text without a prompt, trained on as it is, without a template. `desirable`: the label of a labelled
+    response. `tools`: the tools that the assistant may call. `turns`: indices of the prompt's messages that are
+    trained on besides the response. `system`: the system prompt, if the prompt is plain text.
+
+    Treat it as immutable. It is not frozen because that would double the time to read a file's rows.
     """
 
     line: int
@@ -81,24 +81,24 @@ class Example:
     turns: tuple[int, ...] = ()
     system: str = ""
 
-    def answered(self, responses: tuple[Response, ...]) -> "Example":
-        """The same prompt with `responses`."""
+    def with_responses(self, responses: tuple[Response, ...]) -> "Example":
+        """A copy with other responses."""
         return Example(self.line, self.prompt, responses, self.raw, self.desirable, self.tools, self.turns, self.system)
 
     @property
     def conversation(self) -> list[Message]:
-        """The prompt as turns, the system prompt among them."""
+        """The prompt as turns, including the system prompt."""
         turns: list[Message] = (
             [{"role": "user", "content": self.prompt}] if isinstance(self.prompt, str) else self.prompt
         )
         return [{"role": "system", "content": self.system}, *turns] if self.system else turns
 
     @property
-    def asked(self) -> str:
-        """The prompt as a key: the same for the same prompt, whatever its white space and case."""
-        said = self.system + self.prompt if isinstance(self.prompt, str) else ""
+    def prompt_key(self) -> str:
+        """A key that equal prompts share, regardless of white space and case. For raw text it is the text."""
+        text = self.system + self.prompt if isinstance(self.prompt, str) else ""
         if not isinstance(self.prompt, str):
-            said = "\n".join(f"{turn['role']} {turn['content']} {turn.get('tool_calls', '')}" for turn in self.prompt)
+            text = "\n".join(f"{turn['role']} {turn['content']} {turn.get('tool_calls', '')}" for turn in self.prompt)
         if self.raw:
-            said = "\n".join(map(str, self.responses))
-        return " ".join(said.casefold().split())
+            text = "\n".join(map(str, self.responses))
+        return " ".join(text.casefold().split())

@@ -1,8 +1,8 @@
-"""What a column of verdicts or of labels says, decided on all of its values and never on the first.
+"""The meaning of the values in a column of verdicts or labels, decided on all values of the column.
 
-A verdict says which of two answers is better: `first`, `second` or `tie`. A label says of one answer whether it is
-`desirable` or `undesirable`. Values are compared by what they say: the text "4" is the number 4, "Yes " is "yes".
-Where the values alone do not tell, nothing is guessed: `Ambiguous` says what a mapping has to say.
+A verdict says which of two answers is better: `first`, `second` or `tie`. A label says whether one answer is
+`desirable` or `undesirable`. Values are normalised before they are compared: the text "4" equals the number 4, and
+"Yes " equals "yes". Ambiguous values are never guessed: `AmbiguousValues` proposes the `label` of a mapping.
 """
 
 import json
@@ -16,10 +16,10 @@ from typing import Any, Literal
 
 Meaning = Literal["first", "second", "tie", "desirable", "undesirable", "neither"]
 Value = float | str
-"""A value as it is compared."""
+"""A normalised value, see `value_of`."""
 
 MAX_VALUES = 50
-"""Of a column, that are looked at and counted: one with more is no label."""
+"""Maximum number of distinct values of a column that are examined and counted."""
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?")
 _SEPARATORS = re.compile(r"[\s_\-()]+")
 _SUFFIX = re.compile(r"(?P<stem>.*?)[\s_\-]*(?P<suffix>[a-z]|\d+)")
@@ -33,8 +33,8 @@ _BAD = {"false", "no", "n", "bad", "undesirable", "negative", "dislike", "dislik
         "reject", "rejected", "incorrect", "wrong", "fail", "failed", "unacceptable", "unhelpful", "👎"}  # fmt: skip
 
 
-class Ambiguous(Exception):
-    """Values that may mean several things. `mapping` is what a mapping's `label` could say of them."""
+class AmbiguousValues(Exception):
+    """Values with more than one possible meaning. `label` is a proposal for a mapping's `label`."""
 
     def __init__(self, reason: str, label: dict[str, Any]) -> None:
         super().__init__(reason)
@@ -42,9 +42,9 @@ class Ambiguous(Exception):
 
 
 def value_of(raw: object) -> Value | None:
-    """`raw` as it is compared: numbers, also those that are text, by their value; text without case and separators.
+    """Normalise a value. A number, or a text that is one, becomes a float. Other text loses case and separators.
 
-    None for what says nothing: null, NaN, empty text.
+    None for an empty value: null, NaN or empty text.
     """
     if isinstance(raw, bool):
         return "true" if raw else "false"
@@ -59,89 +59,98 @@ def value_of(raw: object) -> Value | None:
 
 
 @dataclass
-class Scheme:
-    """What each value of the column `column` means. A value that is not there means `others`."""
+class LabelScheme:
+    """The meaning of each value of the column `column`.
+
+    Values that are not in `meanings` mean `others`, unless they are numbers of a column in which the sign is the label.
+    """
 
     column: str
     meanings: dict[Value, Meaning]
     others: Meaning = "neither"
+    by_sign: bool = False
+    """Whether a number's sign is its label: above zero desirable, below zero undesirable, zero neither."""
     counts: Counter[tuple[str, Meaning | None]] = field(default_factory=Counter)
-    """Rows by the value as it was written and what it was taken to mean; None: nothing."""
-    _seen: dict[Any, tuple[str, Meaning | None]] = field(default_factory=dict)
+    """Number of rows by (value as written, its meaning). The meaning of an empty value is None."""
+    _cache: dict[Any, tuple[str, Meaning | None]] = field(default_factory=dict)
 
-    def of(self, raw: object) -> Meaning | None:
-        """The meaning of a row's value, which is counted; None where the row says nothing."""
+    def meaning_of(self, raw: object) -> Meaning | None:
+        """Look up the meaning of a row's value, and count it. None for an empty value."""
         key = (type(raw), raw) if isinstance(raw, Hashable) else (str, repr(raw))
-        found = self._seen.get(key)
-        if found is None:
+        entry = self._cache.get(key)
+        if entry is None:
             value = value_of(raw)
-            meaning = None if value is None else self.meanings.get(value, self.others)
-            found = (shown_value(raw), meaning)
-            if len(self._seen) < MAX_VALUES:
-                self._seen[key] = found
-        if len(self.counts) < MAX_VALUES or found in self.counts:
-            self.counts[found] += 1
-        return found[1]
+            meaning = None if value is None else self._meaning(value)
+            entry = (shown_value(raw), meaning)
+            if len(self._cache) < MAX_VALUES:
+                self._cache[key] = entry
+        if len(self.counts) < MAX_VALUES or entry in self.counts:
+            self.counts[entry] += 1
+        return entry[1]
+
+    def _meaning(self, value: Value) -> Meaning:
+        if self.by_sign and not isinstance(value, str):
+            return "desirable" if value > 0 else "undesirable" if value < 0 else "neither"
+        return self.meanings.get(value, self.others)
 
 
 def shown_value(raw: object) -> str:
-    """A value for people."""
+    """A value as the report shows it: at most 60 characters."""
     if isinstance(raw, float) and raw.is_integer() and abs(raw) < 1e15:
         raw = int(raw)
     return (raw if isinstance(raw, str) else json.dumps(raw, default=str, ensure_ascii=False))[:60]
 
 
-def suffixes(first: str, second: str) -> tuple[str, str] | None:
-    """What tells the names of two answers apart: ("a", "b"), ("0", "1"), ("1", "2"); None for other names."""
-    one, two = _SUFFIX.fullmatch(first.lower()), _SUFFIX.fullmatch(second.lower())
-    if one is None or two is None or one["stem"] != two["stem"]:
+def answer_suffixes(first: str, second: str) -> tuple[str, str] | None:
+    """The suffixes that tell two columns of answers apart: ("a", "b"), ("0", "1") or ("1", "2"); else None."""
+    matches = _SUFFIX.fullmatch(first.lower()), _SUFFIX.fullmatch(second.lower())
+    if matches[0] is None or matches[1] is None or matches[0]["stem"] != matches[1]["stem"]:
         return None
-    found = one["suffix"], two["suffix"]
-    return found if found in (("a", "b"), ("0", "1"), ("1", "2")) else None
+    suffixes = matches[0]["suffix"], matches[1]["suffix"]
+    return suffixes if suffixes in (("a", "b"), ("0", "1"), ("1", "2")) else None
 
 
-def _names(column: str, suffix: str | None) -> set[Value]:
-    """How a verdict may name the answer of `column`."""
-    said: set[Value] = {value for name in [column] if (value := value_of(name)) is not None}
+def _names_of_answer(column: str, suffix: str | None) -> set[Value]:
+    """The values by which a verdict may name the answer in `column`."""
+    names: set[Value] = {value for name in [column] if (value := value_of(name)) is not None}
     if suffix is not None:
-        said |= {value for stem in _STEMS if (value := value_of(stem + suffix)) is not None}
-    return said
+        names |= {value for stem in _STEMS if (value := value_of(stem + suffix)) is not None}
+    return names
 
 
-def verdicts(column: str, raw: Iterable[object], answers: tuple[str, str]) -> Scheme:
-    """What the values of `column` say of the two answers, whose columns are `answers`.
+def verdict_scheme(column: str, raw: Iterable[object], answers: tuple[str, str]) -> LabelScheme:
+    """The meanings of the verdicts `raw` in the column `column`. The two answers are in the columns `answers`.
 
-    A value that names one of them by its column, or by what tells the columns apart (the 0 of `response_0`, the
-    "model_a" of `response_a`), means it. Raises `Ambiguous` for others: a 0 beside `output_1` may be a tie, or the
-    first.
+    A value means an answer if it names the answer's column or its suffix: 0 means `response_0`, and "model_a" means
+    `response_a`. Raises `AmbiguousValues` for other values: beside `output_1`, a 0 may mean a tie or the first answer.
     """
-    ends = suffixes(*answers) or (None, None)
+    suffixes = answer_suffixes(*answers) or (None, None)
     meanings: dict[Value, Meaning] = dict.fromkeys(_TIES, "tie")
     meanings |= {"first": "first", "left": "first", "second": "second", "right": "second"}
-    for name, end, meaning in zip(answers, ends, ("first", "second"), strict=True):
-        meanings |= dict.fromkeys(_names(name, end), meaning)  # type: ignore[arg-type]
+    for name, suffix, meaning in zip(answers, suffixes, ("first", "second"), strict=True):
+        meanings |= dict.fromkeys(_names_of_answer(name, suffix), meaning)  # type: ignore[arg-type]
     values = _distinct(raw)
     unknown = [value for value in values if value not in meanings]
     if not unknown:
-        return Scheme(column, {value: meanings[value] for value in values})
-    listed = ", ".join(map(_written, sorted(values, key=_order)[:12]))
+        return LabelScheme(column, {value: meanings[value] for value in values})
+    listed = ", ".join(map(_as_text, sorted(values, key=_sort_key)[:12]))
     reason = (
         f"has the values {listed}: which mean that '{answers[0]}' is better, and which '{answers[1]}'? "
-        "Say it in a mapping, where 'first' and 'second' may have to be exchanged"
+        "Give the answer in a mapping such as this one; exchange 'first' and 'second' if they are the wrong way round"
     )
-    ordered = sorted(values, key=_order)
+    ordered = sorted(values, key=_sort_key)
     half = (len(ordered) + 1) // 2
     first, second = ordered[:half], ordered[half:]
     tie = first.pop() if len(ordered) % 2 and len(ordered) > 1 else None
-    label = {"column": column, "first": list(map(_json, first)), "second": list(map(_json, second))}
-    raise Ambiguous(reason, label if tie is None else label | {"tie": [_json(tie)]})
+    label = {"column": column, "first": list(map(_as_json, first)), "second": list(map(_as_json, second))}
+    raise AmbiguousValues(reason, label if tie is None else label | {"tie": [_as_json(tie)]})
 
 
-def labels(column: str, raw: Iterable[object]) -> Scheme:
-    """What the values of `column` say of an answer: true and false in their spellings, 0 and 1 where both are there, or
-    a scale around zero, where its sign says it and zero means neither.
+def label_scheme(column: str, raw: Iterable[object]) -> LabelScheme:
+    """The meanings of the labels `raw` in the column `column`.
 
-    Raises `Ambiguous` for others: 1 alone, 1 and 2, stars, names of topics.
+    The values may be words for true and false, 0 and 1 together, or a scale around zero. On a scale the sign is the
+    label, and zero means neither. Raises `AmbiguousValues` for other values: 1 alone, 1 and 2, stars, names of topics.
     """
     values = _distinct(raw)
     words = {value for value in values if isinstance(value, str)}
@@ -149,57 +158,54 @@ def labels(column: str, raw: Iterable[object]) -> Scheme:
     meanings: dict[Value, Meaning] = {word: "desirable" if word in _GOOD else "undesirable" for word in words}
     if words <= _GOOD | _BAD:
         if numbers == {0.0, 1.0} or (words and numbers and numbers < {0.0, 1.0}) or not numbers:
-            return Scheme(column, meanings | {0.0: "undesirable", 1.0: "desirable"} if numbers else meanings)
+            return LabelScheme(column, meanings | {0.0: "undesirable", 1.0: "desirable"} if numbers else meanings)
         if not words and min(numbers) < 0 < max(numbers):
-            signs: dict[Value, Meaning] = {
-                number: "desirable" if number > 0 else "undesirable" if number < 0 else "neither" for number in numbers
-            }
-            return Scheme(column, signs)
-    ordered = sorted(values, key=_order)
-    listed = ", ".join(map(_written, ordered[:12])) + (", …" if len(ordered) > 12 else "")
+            return LabelScheme(column, {}, by_sign=True)
+    ordered = sorted(values, key=_sort_key)
+    listed = ", ".join(map(_as_text, ordered[:12])) + (", …" if len(ordered) > 12 else "")
     reason = (
-        f"has the values {listed}: which mean a good answer, and which a bad one? Say it in a mapping; one without "
-        "'label' leaves the column aside and learns all answers"
+        f"has the values {listed}: which mean a good answer, and which a bad one? Give the answer in a "
+        "mapping such as this one, or leave out its 'label' to ignore the column and train on all answers"
     )
     half = (len(ordered) + 1) // 2
     good, bad = ordered[half:] or ordered, ordered[:half] if len(ordered) > 1 else []
-    label = {"column": column, "desirable": list(map(_json, good[:12]))}
-    raise Ambiguous(reason, label | {"undesirable": list(map(_json, bad[:12]))} if bad else label)
+    label = {"column": column, "desirable": list(map(_as_json, good[:12]))}
+    raise AmbiguousValues(reason, label | {"undesirable": list(map(_as_json, bad[:12]))} if bad else label)
 
 
 def _distinct(raw: Iterable[object]) -> set[Value]:
-    """The values of a column; of one with very many, the first ones."""
-    found: set[Value] = set()
+    """The distinct values of a column; only the first ones if they are more than `MAX_VALUES`."""
+    values: set[Value] = set()
     last: object = None
-    for one in raw:
-        if one is last or (one == last and type(one) is type(last)):
-            continue
-        last, value = one, value_of(one)
+    for item in raw:
+        if item is last or (item == last and type(item) is type(last)):
+            continue  # fast path for runs of equal values
+        last, value = item, value_of(item)
         if value is not None:
-            found.add(value)
-            if len(found) > MAX_VALUES:
+            values.add(value)
+            if len(values) > MAX_VALUES:
                 break
-    return found
+    return values
 
 
-def given(column: str, meanings: dict[Meaning, Collection[object]], others: Meaning) -> Scheme:
-    """What a mapping says of a column's values."""
-    said: dict[Value, Meaning] = {}
+def scheme_from_values(column: str, meanings: dict[Meaning, Collection[object]], others: Meaning) -> LabelScheme:
+    """The scheme of a mapping, which lists the values of each meaning."""
+    meaning_by_value: dict[Value, Meaning] = {}
     for meaning, values in meanings.items():
         for raw in values:
             value = value_of(raw)
             if value is not None:
-                said[value] = meaning
-    return Scheme(column, said, others)
+                meaning_by_value[value] = meaning
+    return LabelScheme(column, meaning_by_value, others)
 
 
-def _order(value: Value) -> tuple[bool, float, str]:
+def _sort_key(value: Value) -> tuple[bool, float, str]:
     return (True, 0.0, value) if isinstance(value, str) else (False, value, "")
 
 
-def _json(value: Value) -> object:
+def _as_json(value: Value) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _written(value: Value) -> str:
-    return json.dumps(_json(value), ensure_ascii=False)
+def _as_text(value: Value) -> str:
+    return json.dumps(_as_json(value), ensure_ascii=False)

@@ -1,10 +1,10 @@
-"""A mapping: which columns hold what, where detection cannot know.
+"""A mapping says which columns hold which fields, for files whose column names do not tell.
 
     {"prompt": "Review: {text}\\n", "chosen": "better", "rejected": "worse"}
     {"prompt": "question", "completion": "answer", "label": {"column": "stars", "desirable": [4, 5]}}
     {"input": "q", "output_1": "a", "output_2": "b", "label": {"column": "winner", "first": ["A"], "second": ["B"]}}
 
-It makes a record of the fields that a format has; everything after it is as if the file had been written so.
+It turns each row into a record with the fields of a known format. All later steps read this record.
 """
 
 import json
@@ -16,14 +16,16 @@ from pydantic import ConfigDict, Field, StringConstraints, model_validator
 from app.spec.datasets.columns import plain_name
 from app.spec.datasets.errors import DatasetError
 from app.spec.datasets.example import Role
-from app.spec.datasets.labels import Meaning, Scheme, given, value_of
+from app.spec.datasets.labels import LabelScheme, Meaning, scheme_from_values, value_of
 from app.spec.schema_base import Strict, inconsistent
 
-_PLACE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
+_PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 
 Source = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
-"""A column's name, or a template in which `{column}` stands for its text; `{{` is a brace; a dot leads into
-objects and lists, `summaries.0.text`."""
+"""A column's name, or a template in which `{column}` stands for the column's text and `{{` for a brace.
+
+A dot leads into objects and lists: `summaries.0.text`.
+"""
 
 
 Values = Annotated[
@@ -35,36 +37,36 @@ Values = Annotated[
     ],
     Field(min_length=1, max_length=100),
 ]
-"""Values of a column. They are compared by what they say: 4 is also the text "4", "Yes" also "yes"."""
+"""Values of a column. They are normalised before they are compared: 4 equals the text "4", and "Yes" equals "yes"."""
 
 
 class Label(Strict):
-    """A column whose values say whether an answer is good, or which of two is better."""
+    """A column whose values say whether an answer is good, or which of two answers is better."""
 
     column: Source
     desirable: Values | None = None
-    """The values that mean a good answer; without `undesirable` all others mean a bad one."""
+    """The values that mean a good answer. Without `undesirable`, all other values mean a bad one."""
     undesirable: Values | None = None
-    """The values that mean a bad answer; a row with one that is in neither list is left out and counted."""
+    """The values that mean a bad answer. A row whose value is in neither list is left out and counted."""
     first: Values | None = None
     """The values that mean that `output_1` is better."""
     second: Values | None = None
     """The values that mean that `output_2` is better."""
     tie: Values | None = None
-    """The values that mean neither. Those that are in no list mean neither too."""
+    """The values that mean a tie. Values that are in no list are treated like a tie."""
 
     @model_validator(mode="after")
-    def _says_one_thing(self) -> Self:
-        answer, pair = (self.desirable, self.undesirable), (self.first, self.second, self.tie)
-        if any(answer) == any(pair):
-            raise inconsistent("label", "A label names 'desirable' values, or 'first' and 'second' ones")
-        if any(pair) and not (self.first and self.second):
-            raise inconsistent("label", "A verdict names the values of 'first' and those of 'second'")
+    def _is_consistent(self) -> Self:
+        single, verdict = (self.desirable, self.undesirable), (self.first, self.second, self.tie)
+        if any(single) == any(verdict):
+            raise inconsistent("label", "A label has either 'desirable' values, or 'first' and 'second' values")
+        if any(verdict) and not (self.first and self.second):
+            raise inconsistent("label", "A label of two answers needs both 'first' and 'second' values")
         if self.undesirable and not self.desirable:
-            raise inconsistent("label.desirable", "A label names the values that are 'desirable'")
-        listed = [value_of(value) for values in (*answer, *pair) for value in values or []]
+            raise inconsistent("label.desirable", "A label with 'undesirable' values needs 'desirable' values too")
+        listed = [value_of(value) for values in (*single, *verdict) for value in values or []]
         if len(set(listed)) < len(listed):
-            raise inconsistent("label", "A label names each value once")
+            raise inconsistent("label", "A value is listed twice")
         return self
 
     @property
@@ -72,18 +74,18 @@ class Label(Strict):
         """Whether the values are verdicts on two answers."""
         return self.first is not None
 
-    def scheme(self) -> Scheme:
-        """What the values mean."""
+    def scheme(self) -> LabelScheme:
+        """The meanings of the values."""
         meanings: dict[Meaning, Values | None] = {
             "desirable": self.desirable, "undesirable": self.undesirable, "first": self.first, "second": self.second,
             "tie": self.tie,
         }  # fmt: skip
         others: Meaning = "undesirable" if self.desirable and not self.undesirable else "neither"
-        return given(self.column, {name: values for name, values in meanings.items() if values}, others)
+        return scheme_from_values(self.column, {name: values for name, values in meanings.items() if values}, others)
 
 
 class Mapping(Strict):
-    """What to read each field from. Fields that are not named are not read."""
+    """The source of each field. Fields without a source are not read."""
 
     model_config = ConfigDict(
         json_schema_extra={"example": {"prompt": "{title}\n\n{post}", "chosen": "best_answer", "rejected": "other"}}
@@ -107,40 +109,41 @@ class Mapping(Strict):
     output_1: Source | None = None
     output_2: Source | None = None
     roles: Annotated[dict[Annotated[str, StringConstraints(max_length=128)], Role], Field(max_length=64)] | None = None
-    """What the messages' own names of roles mean: `{"customer": "user", "agent": "assistant"}`."""
+    """The meanings of role names that the messages use: `{"customer": "user", "agent": "assistant"}`."""
 
     @model_validator(mode="after")
-    def _says_something(self) -> Self:
+    def _has_a_source(self) -> Self:
         if not self.sources and not self.roles:
-            raise inconsistent("prompt", "A mapping names at least one field")
+            raise inconsistent("prompt", "A mapping needs at least one field")
         compares = isinstance(self.label, Label) and self.label.compares
         if compares and not (self.output_1 and self.output_2):
-            raise inconsistent("label", "A verdict goes with 'output_1' and 'output_2'")
+            raise inconsistent("label", "A label with 'first' and 'second' values needs 'output_1' and 'output_2'")
         if isinstance(self.label, Label) and not compares and self.output_1:
-            raise inconsistent("label", "With 'output_1' and 'output_2', the label names 'first' and 'second' values")
+            raise inconsistent("label", "With 'output_1' and 'output_2', the label needs 'first' and 'second' values")
         return self
 
     @property
     def sources(self) -> dict[str, Any]:
-        """The fields that are named."""
-        named = {name: getattr(self, name) for name in type(self).model_fields if name != "roles"}
-        return {name: source for name, source in named.items() if source is not None}
+        """The fields that have a source, with their sources."""
+        fields = {name: getattr(self, name) for name in type(self).model_fields if name != "roles"}
+        return {name: source for name, source in fields.items() if source is not None}
 
     @property
-    def scheme(self) -> Scheme | None:
-        """What the values of the label mean, where the mapping says it."""
+    def scheme(self) -> LabelScheme | None:
+        """The meanings of the label's values, if the mapping lists them."""
         return self.label.scheme() if isinstance(self.label, Label) else None
 
     def apply(self, record: dict[str, object], line: int) -> dict[str, object]:
-        """The record of the named fields; a mapping of roles alone leaves it as it is.
+        """A record with the mapping's fields, filled from their sources. A mapping of only `roles` changes nothing.
 
-        Raises `DatasetError` for a column that is not there.
+        Raises `DatasetError` if the record lacks a column.
         """
         sources = self.sources
         return {field: _value(record, source, line) for field, source in sources.items()} if sources else record
 
 
 def _value(record: dict[str, object], source: Any, line: int) -> object:
+    """The value of a source: of a column, a template, several columns, or the column of a label."""
     if isinstance(source, Label):
         return _column(record, source.column, line)
     if isinstance(source, list):
@@ -158,10 +161,11 @@ def _value(record: dict[str, object], source: Any, line: int) -> object:
             return json.dumps(value, default=str, ensure_ascii=False, separators=(",", ":"))
         return str(value)
 
-    return _PLACE.sub(fill, source)
+    return _PLACEHOLDER.sub(fill, source)
 
 
 def _column(record: dict[str, object], name: str, line: int) -> object:
+    """The value of a column, also by a name that differs in case or spaces, or by a dotted path."""
     if name in record:
         return record[name]
     alike = [column for column in record if plain_name(column) == plain_name(name)]
@@ -173,7 +177,7 @@ def _column(record: dict[str, object], name: str, line: int) -> object:
             value = value[int(part)]
             continue
         if not isinstance(value, dict) or part not in value:
-            have = ", ".join(sorted(map(str, record)))[:300]
-            raise DatasetError(line, name, f"is named by the mapping and not there; the row has: {have}")
+            columns = ", ".join(sorted(map(str, record)))[:300]
+            raise DatasetError(line, name, f"is named by the mapping, but not in the row; the row has: {columns}")
         value = value[part]
     return value

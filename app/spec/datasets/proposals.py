@@ -1,4 +1,4 @@
-"""For a file that no format fits: the mapping that comes nearest, to be looked at and used."""
+"""Propose a mapping for a file that no format fits. The user checks it before using it."""
 
 import json
 from collections.abc import Iterable
@@ -8,47 +8,47 @@ from app.spec.datasets import labels
 from app.spec.datasets.columns import ALIASES, plain_name
 
 _FORMS = (("prompt", "chosen", "rejected"), ("prompt", "responses"), ("prompt", "completion"), ("messages",), ("text",))
-"""What can be trained on, the forms that need more columns first."""
+"""Sets of fields that can be trained on, the larger sets first."""
 
 
 def nearest(records: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-    """A mapping for rows like `records`, by what people call their columns; None where nothing comes near."""
+    """The likeliest mapping for rows like `records`, by the names of their columns; None if no set of fields fits."""
     columns: dict[str, object] = {}
     for record in records:
         for name, value in record.items():
             if columns.get(name) is None:
                 columns[name] = value
-    compared = _two_answers(columns)
-    if compared is not None:
-        return compared
-    for form in _FORMS:
-        found = _columns(form, columns)
-        if found is not None:
-            label = _named("label", columns, set(found.values()), str | int | float | bool)
-            if form == ("prompt", "completion") and label is not None:
-                found |= {"label": label}
+    verdict_mapping = _two_answers(columns)
+    if verdict_mapping is not None:
+        return verdict_mapping
+    for fields in _FORMS:
+        mapping = _columns(fields, columns)
+        if mapping is not None:
+            label = _best_column("label", columns, set(mapping.values()), str | int | float | bool)
+            if fields == ("prompt", "completion") and label is not None:
+                mapping |= {"label": label}
             system = next((name for name in columns if plain_name(name) in ("system", "system_prompt")), None)
-            return found if system is None or form in (("messages",), ("text",)) else found | {"system": system}
+            return mapping if system is None or fields in (("messages",), ("text",)) else mapping | {"system": system}
     return None
 
 
-def _columns(form: tuple[str, ...], columns: dict[str, object]) -> dict[str, Any] | None:
-    """Columns for the fields of `form`; a last field that has no name of its own gets the one text column left."""
-    found: dict[str, Any] = {}
-    for field in form:
+def _columns(fields: tuple[str, ...], columns: dict[str, object]) -> dict[str, Any] | None:
+    """A column for each of `fields`; None if one has none. If no name fits, a field gets the only free text column."""
+    mapping: dict[str, Any] = {}
+    for field in fields:
         kind = list if field in ("responses", "messages") else str if field != "prompt" else str | list
-        name = _named(field, columns, set(found.values()), kind)
+        name = _best_column(field, columns, set(mapping.values()), kind)
         if name is None:
-            left = [name for name, value in columns.items() if isinstance(value, str) and name not in found.values()]
-            if kind is list or len(left) != 1 or field == "text" or not found:
+            free = [name for name, value in columns.items() if isinstance(value, str) and name not in mapping.values()]
+            if kind is list or len(free) != 1 or field == "text" or not mapping:
                 return None
-            name = left[0]
-        found[field] = name
-    return found
+            name = free[0]
+        mapping[field] = name
+    return mapping
 
 
-def _named(field: str, columns: dict[str, object], taken: set[Any], kind: Any) -> str | None:
-    """The column that people would call `field`; by a part of its name where none is called so."""
+def _best_column(field: str, columns: dict[str, object], taken: set[Any], kind: Any) -> str | None:
+    """The free column of the type `kind` whose name is an alias of `field`, or else contains one; else None."""
     free = [name for name, value in columns.items() if name not in taken and isinstance(value, kind)]
     for alias in ALIASES[field]:
         for name in free:
@@ -62,13 +62,13 @@ def _named(field: str, columns: dict[str, object], taken: set[Any], kind: Any) -
 
 
 def _two_answers(columns: dict[str, object]) -> dict[str, Any] | None:
-    """A mapping for two answers that only their names' ends tell apart; which is better, a person has to say."""
+    """A mapping for two columns of answers that differ in their suffix. The user must correct its verdict's values."""
     names = [name for name, value in columns.items() if isinstance(value, str | list)]
-    pairs = [(one, two) for one in names for two in names if labels.suffixes(one, two)]
+    pairs = [(first, second) for first in names for second in names if labels.answer_suffixes(first, second)]
     if len(pairs) != 1:
         return None
     taken: set[Any] = set(pairs[0])
-    prompt = _named("prompt", columns, taken, str | list)
+    prompt = _best_column("prompt", columns, taken, str | list)
     if prompt is None:
         return None
     taken.add(prompt)
@@ -81,6 +81,6 @@ def _two_answers(columns: dict[str, object]) -> dict[str, Any] | None:
 
 
 def command(mapping: dict[str, Any]) -> str:
-    """What to paste into a terminal to try `mapping`; FILE stands for the file."""
-    written = json.dumps(mapping, ensure_ascii=False).replace("'", "'\\''")
-    return f"dpo files check FILE --mapping '{written}'"
+    """The shell command that checks a file with `mapping`. FILE stands for the file."""
+    quoted = json.dumps(mapping, ensure_ascii=False).replace("'", "'\\''")
+    return f"dpo files check FILE --mapping '{quoted}'"

@@ -1,7 +1,7 @@
-"""Records of a file, one at a time, each with its line number, whatever the file is.
+"""Read the records of a file one at a time, each with its line number.
 
-JSON Lines, a JSON array, alone or as a member of an object, CSV or TSV; or Parquet, whose rows are counted in place of
-lines. What it is packed in is `unpack`'s.
+The file may be JSON Lines, a JSON array (alone or as a member of an object), CSV, TSV or Parquet. In Parquet, rows are
+counted in place of lines. `unpack` handles compression and encodings.
 """
 
 import json
@@ -15,62 +15,65 @@ from app.spec.datasets import json_text, limits, tables, unpack
 from app.spec.datasets.errors import DatasetError
 
 WRAPPERS = ("data", "rows", "examples", "items", "records", "instances", "train", "dataset")
-"""Names under which an object may hold the rows."""
+"""Keys under which an object may hold the array of rows."""
 _SCALAR = rb'(?:"[^"\\]*"|[-+.\deE]+|true|false|null)'
-_WRAPPED = re.compile(
+_WRAPPER_START = re.compile(
     rb'\{(?:\s*"[^"\\]*"\s*:\s*'
     + _SCALAR
     + rb'\s*,)*\s*"(?:'
     + b"|".join(map(str.encode, WRAPPERS))
     + rb')"\s*:\s*(?=\[)'
 )
+"""Matches an object from its start to the array of rows. Only scalar members may precede the array."""
 
 Record = dict[str, object]
 
 
 def records(file: IO[bytes]) -> Iterator[tuple[int, Record]]:
-    """(line, object) of every record of `file`, which must be seekable; it is read from its start.
+    """(line, record) of every record of `file`. The file must be seekable; it is read from its start.
 
-    Raises `DatasetError` for bytes that are not what they seem to be, and for records that are not objects.
+    Raises `DatasetError` for a damaged or unsupported file, and for a record that is not an object.
     """
     file.seek(0)
     magic = file.read(4)
     file.seek(0)
-    return tables.parquet(file) if magic == b"PAR1" else _text_records(unpack.plain(file))
+    return tables.parquet(file) if magic == b"PAR1" else _text_records(unpack.as_plain_utf8(file))
 
 
 def _text_records(file: IO[bytes]) -> Iterator[tuple[int, Record]]:
+    """The records of a UTF-8 file. Its first character tells JSON Lines, an array and a table apart."""
     first = file.read(3)
     if first == b"\xef\xbb\xbf":  # a byte order mark
         first = b""
     head = first.lstrip()
     line = 1 + first[: len(first) - len(head)].count(b"\n")
     while not head:
-        more = file.read(limits.CHUNK)
-        if not more:
+        chunk = file.read(limits.CHUNK)
+        if not chunk:
             return
-        head = more.lstrip()
-        line += more[: len(more) - len(head)].count(b"\n")
+        head = chunk.lstrip()
+        line += chunk[: len(chunk) - len(head)].count(b"\n")
     if head[:1] == b"[":
         yield from _array(head, line, file)
     elif head[:1] == b"{":
         head += file.read(limits.CHUNK)
-        wrapped = _WRAPPED.match(head)
-        if wrapped is None:
+        wrapper = _WRAPPER_START.match(head)
+        if wrapper is None:
             yield from _parsed(_lines(head, line, file))
         else:
-            inside = head[wrapped.end() :]
-            yield from _array(inside, line + wrapped[0].count(b"\n"), file, wrapped[0])
+            array = head[wrapper.end() :]
+            yield from _array(array, line + wrapper[0].count(b"\n"), file, wrapper[0])
     else:
         head += file.readline(limits.MAX_RECORD_BYTES)
         delimiter = tables.delimiter(head)
-        if delimiter is None:  # not JSON either: its parser says where
+        if delimiter is None:  # not JSON either: the JSON parser reports where
             yield from _parsed(_lines(head, line, file))
         else:
             yield from tables.table(head, line, file, delimiter)
 
 
 def _lines(head: bytes, line: int, file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    """(line, text) of every line that is not blank."""
     rest = head
     while chunk := file.read(limits.CHUNK):
         parts = (rest + chunk).split(b"\n")
@@ -83,7 +86,7 @@ def _lines(head: bytes, line: int, file: IO[bytes]) -> Iterator[tuple[int, bytes
             line += 1
     if len(rest) > limits.MAX_RECORD_BYTES or chunk:
         raise DatasetError(line, None, f"the record is larger than {limits.MAX_RECORD_BYTES} bytes")
-    for part in rest.split(b"\n"):  # there are several where the file is no longer than its head
+    for part in rest.split(b"\n"):  # several lines if the whole file was in `head`
         if part and not part.isspace():
             yield line, part
         line += 1
@@ -102,17 +105,18 @@ def _object(line: int, value: object) -> Record:
 
 CUT_OFF = "the JSON array is cut off before its closing bracket"
 _LITERAL = 16
-"""Characters at the end of a text that may be the beginning of a number, an escape or a word such as `-Infinity`."""
+"""An error in this many last characters may be due to a number, an escape or a word such as `-Infinity` that is cut."""
 _DECODER = json.JSONDecoder(parse_constant=json_text.null)
 _BLANKS = re.compile(r"[ \t\n\r]*+")
 
 
-def _array(head: bytes, line: int, file: IO[bytes], before: bytes = b"") -> Iterator[tuple[int, Record]]:
-    """The elements of a JSON array that begins `head`, parsed one by one. `before` is the object around it, if any.
+def _array(head: bytes, line: int, file: IO[bytes], wrapper_start: bytes = b"") -> Iterator[tuple[int, Record]]:
+    """The elements of the JSON array that begins in `head`, parsed one by one.
 
-    Python's decoder says where an element ends, which orjson does not: so none is looked at twice.
+    `wrapper_start`: the text of the object around the array, up to the array. Python's decoder parses the elements
+    because, unlike orjson, it returns where an element ends.
     """
-    source = _Characters(head[1:], file)
+    source = _JsonSource(head[1:], file)
     first = True
     while True:
         line += source.skip_blanks().count("\n")
@@ -123,10 +127,10 @@ def _array(head: bytes, line: int, file: IO[bytes], before: bytes = b"") -> Iter
             break
         if mark in ",]":
             raise DatasetError(line, None, "the array has a comma with nothing before it")
-        at, first = line, False
-        value, text = source.value(at)
+        start, first = line, False
+        value, text = source.value(start)
         line += text.count("\n")
-        yield at, _object(at, value)
+        yield start, _object(start, value)
         line += source.skip_blanks().count("\n")
         mark = source.peek()
         if mark == "":
@@ -138,44 +142,45 @@ def _array(head: bytes, line: int, file: IO[bytes], before: bytes = b"") -> Iter
         source.advance()
         line += source.skip_blanks().count("\n")
         if source.peek() == "]":
-            break  # a comma before the bracket, which people write
+            break  # a trailing comma is accepted
     source.advance()
     rest = source.rest()
-    if not before and rest.strip():
+    if not wrapper_start and rest.strip():
         raise DatasetError(line, None, "there is more text after the end of the array")
-    if before:
+    if wrapper_start:
         try:
-            orjson.loads(before + b"[]" + rest.encode())
+            orjson.loads(wrapper_start + b"[]" + rest.encode())
         except orjson.JSONDecodeError as error:
             raise DatasetError(line, None, f"not valid JSON after the rows: {error.msg}") from error
 
 
-class _Characters:
-    """A UTF-8 file as text, of which one value at a time is needed whole."""
+class _JsonSource:
+    """A UTF-8 file from which one JSON value at a time is parsed. Only one value needs to fit into memory."""
 
     def __init__(self, head: bytes, file: IO[bytes]) -> None:
-        self._file, self._waiting = file, b""
+        self._file, self._undecoded = file, b""
         self._text, self._at, self._ended = "", 0, False
         self._line = 1
         self._add(head)
 
     def _add(self, raw: bytes) -> None:
-        """Append `raw` as far as its last whole character."""
-        raw, self._waiting = self._waiting + raw, b""
+        """Decode and append `raw`. The bytes of a character that is cut at its end wait for the next call."""
+        raw, self._undecoded = self._undecoded + raw, b""
         try:
             text = raw.decode()
         except UnicodeDecodeError as error:
             if len(raw) - error.start > 3 or self._ended:
                 reason = f"not valid UTF-8 ({error.reason}): save the file as UTF-8"
                 raise DatasetError(self._line, None, reason) from error
-            text, self._waiting = raw[: error.start].decode(), raw[error.start :]
+            text, self._undecoded = raw[: error.start].decode(), raw[error.start :]
         self._text = self._text[self._at :] + text
         self._at = 0
 
     def _more(self) -> bool:
+        """Read one more chunk. False at the end of the file."""
         raw = self._file.read(limits.CHUNK)
         if not raw:
-            if self._waiting and not self._ended:
+            if self._undecoded and not self._ended:
                 self._ended = True
                 self._add(b"")
             self._ended = True
@@ -184,7 +189,7 @@ class _Characters:
         return True
 
     def skip_blanks(self) -> str:
-        """Pass over white space, and return it."""
+        """Skip white space and return it."""
         skipped = ""
         while True:
             match = _BLANKS.match(self._text, self._at)
@@ -195,15 +200,15 @@ class _Characters:
                 return skipped
 
     def peek(self) -> str:
-        """The next character; none at the end."""
+        """The next character; empty at the end of the file."""
         return self._text[self._at : self._at + 1]
 
     def advance(self) -> None:
-        """Pass over the next character."""
+        """Skip the next character."""
         self._at += 1
 
     def value(self, line: int) -> tuple[object, str]:
-        """The JSON value that begins here, and its text. Raises `DatasetError` with `line`."""
+        """Parse the JSON value that begins here. Return it and its text. Raises `DatasetError` with `line`."""
         self._line = line
         while True:
             try:
@@ -216,15 +221,16 @@ class _Characters:
                     ) from error
                 if not cut_off or not self._more():
                     raise DatasetError(line, None, CUT_OFF if cut_off else f"not valid JSON: {error.msg}") from error
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits, or a thousand brackets
+            except (ValueError, RecursionError) as error:  # thousands of digits or of brackets
                 raise DatasetError(line, None, "not valid JSON: nested too deep, or a number too long") from error
             else:
                 if end < len(self._text) or not self._more():
                     text, self._at = self._text[self._at : end], end
-                    self._require(text, line)
+                    self._require_bounded(text, line)
                     return value, text
 
-    def _require(self, text: str, line: int) -> None:
+    def _require_bounded(self, text: str, line: int) -> None:
+        """Refuse the text of a value that is too large, has too many values, or holds a lone surrogate."""
         if len(text) > limits.MAX_VALUES:
             raw = text.encode()
             if len(raw) > limits.MAX_RECORD_BYTES:
@@ -232,10 +238,10 @@ class _Characters:
             if json_text.too_many_values(raw):
                 raise DatasetError(line, None, f"the record has more than {limits.MAX_VALUES} values")
         if "\\ud" in text or "\\uD" in text:
-            json_text.parse(line, text.encode())  # whether all surrogates are in pairs
+            json_text.parse(line, text.encode())  # raises for a lone surrogate
 
     def rest(self) -> str:
-        """What follows, of bounded length."""
+        """The rest of the file, up to about `MAX_RECORD_BYTES` characters."""
         while len(self._text) - self._at <= limits.MAX_RECORD_BYTES and self._more():
             pass
         return self._text[self._at :]

@@ -1,4 +1,4 @@
-"""Tables: CSV and TSV, whose first row names the columns, and Parquet."""
+"""Read tables: Parquet, and CSV and TSV with the column names in the first row."""
 
 import csv
 import io
@@ -11,34 +11,37 @@ from app.spec.datasets.errors import DatasetError
 from app.spec.datasets.unpack import refuse_bomb
 
 PARQUET_ROWS = 16
-"""Rows that are in memory at a time: a few bytes of Parquet can stand for megabytes in each."""
+"""Number of rows to read at a time. A row of a few bytes in Parquet can unpack to megabytes."""
 STRUCTURED = {
     "messages", "conversations", "conversation_a", "conversation_b", "responses", "answers", "ranks", "scores",
     "completions", "tools", "history",
 }  # fmt: skip
-"""Columns whose cells are JSON where they look like it."""
+"""Columns whose cells are parsed as JSON if they begin with a bracket or brace."""
 
 Record = dict[str, object]
 
 
 def delimiter(head: bytes) -> str | None:
-    """What separates the columns of a table that begins with `head`; None where it is not one.
+    """The character that separates the columns of a table that begins with `head`; None if it is no table.
 
-    A table of one column has no separator: it is one where the column has a name that formats know.
+    A table of one column has no separator. It is recognised by a column name that formats know.
     """
     header = head.split(b"\n", 1)[0]
     if b"\t" in header:
         return "\t"
-    found = next((mark for mark in (",", ";") if mark.encode() in header), None)
-    if found is None and plain_name(header.strip(b'\xef\xbb\xbf\r "').decode(errors="replace")) in FIELDS:
+    separator = next((mark for mark in (",", ";") if mark.encode() in header), None)
+    if separator is None and plain_name(header.strip(b'\xef\xbb\xbf\r "').decode(errors="replace")) in FIELDS:
         return ","
-    return found
+    return separator
 
 
 def table(head: bytes, line: int, file: IO[bytes], delimiter: str) -> Iterator[tuple[int, Record]]:
-    """The rows of a CSV or TSV file that begins with `head`, with the lines on which they begin."""
+    """(line, record) of the rows of a CSV or TSV file that begins with `head`. `line` is where a row begins.
+
+    Raises `DatasetError` for a malformed table.
+    """
     csv.field_size_limit(limits.MAX_RECORD_BYTES)
-    source = _Lines(head, line, file)
+    source = _DecodedLines(head, line, file)
     rows = csv.reader(source, delimiter=delimiter, strict=True)
     columns: list[str] | None = None
     while True:
@@ -53,8 +56,8 @@ def table(head: bytes, line: int, file: IO[bytes], delimiter: str) -> Iterator[t
             if len(row) > limits.MAX_VALUES:
                 raise DatasetError(start, None, f"the header has more than {limits.MAX_VALUES} columns")
             columns = [name.strip() for name in row]
-            named = [name for name in columns if name]
-            if len(set(named)) < len(named):
+            names = [name for name in columns if name]
+            if len(set(names)) < len(names):
                 raise DatasetError(start, None, "the header names a column twice")
         elif len(row) == len(columns):
             yield start, {name: _cell(name, value, start) for name, value in zip(columns, row, strict=True) if name}
@@ -62,14 +65,14 @@ def table(head: bytes, line: int, file: IO[bytes], delimiter: str) -> Iterator[t
             raise DatasetError(start, None, f"has {len(row)} columns, the header {len(columns)}")
 
 
-class _Lines:
-    """The lines of a file as text, of bounded length. `line` is the number of the next one."""
+class _DecodedLines:
+    """Iterates over the lines of a UTF-8 file. `line` is the number of the next one. Too long a line is refused."""
 
     def __init__(self, head: bytes, line: int, file: IO[bytes]) -> None:
         self.line, self.file = line, file
         self._ahead = io.BytesIO(head)
 
-    def __iter__(self) -> "_Lines":
+    def __iter__(self) -> "_DecodedLines":
         return self
 
     def __next__(self) -> str:
@@ -90,22 +93,25 @@ class _Lines:
 
 
 def _cell(name: str, value: str, line: int) -> object:
-    """A cell: text, or JSON where it holds messages or the column holds lists. An answer may be JSON itself."""
+    """The value of a cell. JSON is parsed in a `STRUCTURED` column, and elsewhere only if it is messages.
+
+    Other JSON stays text, because an answer may be JSON.
+    """
     structured = plain_name(name) in STRUCTURED
     if not value.startswith(("[", "{") if structured else ("[{", '{"')):
         return value
     try:
-        found = json_text.parse(line, value.encode(errors="surrogatepass"))
+        parsed = json_text.parse(line, value.encode(errors="surrogatepass"))
     except DatasetError as error:
         if "values" in error.reason:
             raise DatasetError(line, name, f"holds more than {limits.MAX_VALUES} values") from error
         return value
-    return found if structured or _messages(found) else value
+    return parsed if structured or _is_messages(parsed) else value
 
 
-def _messages(found: object) -> bool:
-    """Whether a JSON value is a message, or a list of them, and not an answer that happens to be JSON."""
-    turns = found if isinstance(found, list) else [found]
+def _is_messages(value: object) -> bool:
+    """Whether a JSON value is a message or a list of messages, and not an answer that happens to be JSON."""
+    turns = value if isinstance(value, list) else [value]
     return bool(turns) and all(
         isinstance(turn, dict)
         and (
@@ -117,7 +123,10 @@ def _messages(found: object) -> bool:
 
 
 def parquet(file: IO[bytes]) -> Iterator[tuple[int, Record]]:
-    """The rows of a Parquet file, numbered from 1."""
+    """(number, record) of the rows of a Parquet file. Numbers count from 1.
+
+    Raises `DatasetError` for a damaged file, and for rows that unpack to too much.
+    """
     import pyarrow
     from pyarrow import parquet
 
@@ -126,16 +135,16 @@ def parquet(file: IO[bytes]) -> Iterator[tuple[int, Record]]:
     file.seek(0)
     try:
         for batch in parquet.ParquetFile(file).iter_batches(batch_size=PARQUET_ROWS):
-            coded = any(pyarrow.types.is_dictionary(column.type) for column in batch.columns)
-            large = coded or batch.nbytes > 2 * limits.MAX_RECORD_BYTES
+            has_dictionary = any(pyarrow.types.is_dictionary(column.type) for column in batch.columns)
+            large = has_dictionary or batch.nbytes > 2 * limits.MAX_RECORD_BYTES
             for part in (batch.slice(k, 1) for k in range(batch.num_rows)) if large else (batch,):
                 counted = large or batch.nbytes > limits.MAX_VALUES
                 unpacked += 0 if counted else part.nbytes
-                for record, held, length in _plain_rows(part, count=counted):
+                for record, value_count, length in _plain_rows(part, count=counted):
                     number += 1
                     if length > limits.MAX_RECORD_BYTES:
                         raise DatasetError(number, None, f"the record is larger than {limits.MAX_RECORD_BYTES} bytes")
-                    if held > limits.MAX_VALUES:
+                    if value_count > limits.MAX_VALUES:
                         raise DatasetError(number, None, f"the record has more than {limits.MAX_VALUES} values")
                     unpacked += length
                     refuse_bomb(unpacked, size)
@@ -145,18 +154,20 @@ def parquet(file: IO[bytes]) -> Iterator[tuple[int, Record]]:
 
 
 def _plain_rows(batch: Any, *, count: bool) -> Iterator[tuple[Record, int, int]]:
-    """The rows of an Arrow batch as JSON would have them; with `count`, how many values each holds, at all depths, and
-    how many characters and bytes.
+    """(record, number of values at all depths, length of its texts) of the rows of an Arrow batch.
+
+    Without `count` the two numbers are 0.
     """
-    columns = [_pylist(column) for column in batch.columns]
+    columns = [_column_values(column) for column in batch.columns]
     for values in zip(*columns, strict=True) if columns else [()] * batch.num_rows:
-        held, length = _measure(values) if count else (0, 0)
-        yield dict(zip(batch.schema.names, values, strict=True)), held, length
+        value_count, length = _measure(values) if count else (0, 0)
+        yield dict(zip(batch.schema.names, values, strict=True)), value_count, length
 
 
-def _pylist(column: Any) -> list[Any]:
-    """The values of an Arrow column. In structs a null stands for a member that is not there, since all rows of a
-    column have the same members: it is left out. NaN is what tables have for null.
+def _column_values(column: Any) -> list[Any]:
+    """The values of an Arrow column as JSON would have them. NaN becomes null, and binary values become text.
+
+    Null members of structs are left out: all rows of a column have the same members, and missing ones are null.
     """
     import pyarrow
 
@@ -171,6 +182,7 @@ def _pylist(column: Any) -> list[Any]:
 
 
 def _cleaned(value: Any) -> Any:
+    """A nested value without null members; NaN becomes null."""
     kind = type(value)
     if kind is str:
         return value
@@ -182,7 +194,7 @@ def _cleaned(value: Any) -> Any:
 
 
 def _decoded(value: bytes | None) -> Any:
-    """Text that was written as bytes."""
+    """UTF-8 bytes as text; other bytes as they are."""
     try:
         return None if value is None else value.decode()
     except UnicodeDecodeError:
@@ -190,10 +202,10 @@ def _decoded(value: bytes | None) -> Any:
 
 
 def _measure(value: Any) -> tuple[int, int]:
-    """(values at all depths, characters and bytes of texts)."""
+    """(number of values at all depths, length of the texts in characters or bytes)."""
     if isinstance(value, str | bytes):
         return 1, len(value)
     if isinstance(value, dict | list | tuple):
         parts = [_measure(item) for item in (value.values() if isinstance(value, dict) else value)]
-        return 1 + sum(held for held, _ in parts), sum(length for _, length in parts)
+        return 1 + sum(value_count for value_count, _ in parts), sum(length for _, length in parts)
     return 1, 0

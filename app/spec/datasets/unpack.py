@@ -1,6 +1,6 @@
-"""The bytes of a file as plain UTF-8: unpacked where they are compressed, recoded where they are UTF-16.
+"""Turn a file into plain UTF-8: decompress it, and convert UTF-16.
 
-What is not read is refused by its name.
+A file of an unsupported kind is refused with an error that names the kind.
 """
 
 import bz2
@@ -20,12 +20,13 @@ from app.spec.datasets.limits import CHUNK
 
 MAX_RATIO = 200
 UNPACKED_BYTES = 8 * 1024**3
-"""A file that unpacks to more than this, and to more than `MAX_RATIO` times its size, is refused: it is a bomb."""
-_ZSTD_CHUNK, _WINDOW = 256, 1 << 27
-"""Of packed bytes at a time: a block of four bytes can stand for 128 KiB. What a frame may ask to be remembered."""
+"""A file that unpacks to more than this and to more than `MAX_RATIO` times its size is refused as a bomb."""
+_ZSTD_CHUNK, _ZSTD_WINDOW = 256, 1 << 27
+"""Compressed bytes to decompress at a time (a block of four bytes can unpack to 128 KiB), and the maximum window."""
 _XZ_MEMORY = 256 * 1024 * 1024
+"""Maximum memory of the xz decompressor, in bytes."""
 
-_REFUSED = {
+_UNSUPPORTED = {
     b"7z\xbc\xaf\x27\x1c": "a 7-Zip archive",
     b"Rar!": "a RAR archive",
     b"ARROW1": "an Arrow IPC file; write it as Parquet",
@@ -40,46 +41,46 @@ _REFUSED = {
     b"\x80\x04\x95": "a Python pickle, which is never read",
     b"\x80\x05\x95": "a Python pickle, which is never read",
 }
-READ = "JSON Lines, a JSON array, CSV, TSV, Parquet; plain or in gzip, bzip2, xz, Zstandard, or a ZIP of one file"
-_OFFICE = "[Content_Types].xml"
+READABLE = "JSON Lines, a JSON array, CSV, TSV, Parquet; plain or in gzip, bzip2, xz, Zstandard, or a ZIP of one file"
+_OFFICE_MEMBER = "[Content_Types].xml"
 
 
 def refuse_bomb(unpacked: int, packed: int) -> None:
-    """Raise `DatasetError` where so many bytes came out of so few that nobody can have meant it."""
+    """Raise `DatasetError` if a file of `packed` bytes has unpacked to a size that only a bomb has."""
     if unpacked > UNPACKED_BYTES and unpacked > MAX_RATIO * packed:
         gigabytes = UNPACKED_BYTES // 1024**3
         reason = f"the file unpacks to more than {gigabytes} GiB and to more than {MAX_RATIO} times its size"
         raise DatasetError(1, None, reason)
 
 
-def plain(file: IO[bytes]) -> IO[bytes]:
-    """`file`, which must be seekable and at its start, as UTF-8 without compression.
+def as_plain_utf8(file: IO[bytes]) -> IO[bytes]:
+    """A view of `file` as UTF-8 without compression. `file` must be seekable and at its start.
 
-    Raises `DatasetError`, here or when it is read, for what is damaged and for what is not read.
+    Raises `DatasetError`, at once or while it is read, if the file is damaged or unsupported.
     """
     head = file.read(512)
     file.seek(0)
     packed = _packing(head)
     if packed is not None:
-        kind, stream = packed
-        file = io.BufferedReader(_Unpacked(file, stream(file), kind), CHUNK)
+        kind, open_stream = packed
+        file = io.BufferedReader(_Unpacked(file, open_stream(file), kind), CHUNK)
         head = file.peek(512)[:512]
         if head[:4] == b"PAR1":
             raise DatasetError(1, None, f"a Parquet file inside {kind} is not read; upload the Parquet file itself")
-    _refuse_others(head)
+    _refuse_unsupported(head)
     return _recoded(file, head)
 
 
-def _refuse_others(head: bytes) -> None:
-    for magic, name in _REFUSED.items():
+def _refuse_unsupported(head: bytes) -> None:
+    for magic, name in _UNSUPPORTED.items():
         if head.startswith(magic):
-            raise DatasetError(1, None, f"this is {name}. Files that are read: {READ}")
+            raise DatasetError(1, None, f"this is {name}. Supported files: {READABLE}")
     if head[257:262] == b"ustar":
-        raise DatasetError(1, None, f"this is a tar archive. Files that are read: {READ}")
+        raise DatasetError(1, None, f"this is a tar archive. Supported files: {READABLE}")
 
 
 def _packing(head: bytes) -> tuple[str, Any] | None:
-    """(name, what unpacks it) of a file that begins with `head`; None where it is not packed."""
+    """(name, decompressor) for a file that begins with `head`; None if it is not compressed."""
     if head.startswith(b"\x1f\x8b"):
         return "gzip", lambda file: gzip.GzipFile(fileobj=file)
     if head.startswith(b"BZh"):
@@ -94,24 +95,27 @@ def _packing(head: bytes) -> tuple[str, Any] | None:
 
 
 def _only_member(file: IO[bytes]) -> IO[bytes]:
+    """The only file in a ZIP, not counting the extra files that macOS adds."""
     try:
         archive = zipfile.ZipFile(file)
-        members = [one for one in archive.infolist() if not one.is_dir() and not one.filename.startswith("__MACOSX/")]
-        if any(one.filename == _OFFICE for one in members):
+        members = [
+            member
+            for member in archive.infolist()
+            if not member.is_dir() and not member.filename.startswith("__MACOSX/")
+        ]
+        if any(member.filename == _OFFICE_MEMBER for member in members):
             raise DatasetError(1, None, "this is an Excel or Word document; save it as CSV in UTF-8")
         if len(members) != 1:
-            raise DatasetError(1, None, f"a ZIP is read where it holds one file; this one holds {len(members)}")
+            raise DatasetError(1, None, f"a ZIP must hold exactly one file; this one holds {len(members)}")
         if members[0].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2):
-            raise DatasetError(
-                1, None, "the ZIP is packed by a rare method; pack it again with the usual one (deflate)"
-            )
+            raise DatasetError(1, None, "the ZIP uses an unsupported compression method; pack it again with deflate")
         return archive.open(members[0])
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:  # damaged, an unknown method, a password
         raise DatasetError(1, None, f"the ZIP cannot be read: {error}") from error
 
 
 class _Xz:
-    """Streams of xz one behind the other. The library's own file object takes as much memory as the data asks for."""
+    """Decompresses concatenated xz streams. Unlike `lzma.LZMAFile`, it limits the memory that the data asks for."""
 
     def __init__(self, packed: IO[bytes]) -> None:
         self._packed = packed
@@ -122,37 +126,37 @@ class _Xz:
 
     def read1(self, size: int) -> bytes:
         while True:
-            waiting = b""
+            packed = b""
             if self._stream.eof:
-                waiting = (self._stream.unused_data or self._packed.read(CHUNK)).lstrip(b"\0")  # padding is zeros
-                if not waiting:
+                packed = (self._stream.unused_data or self._packed.read(CHUNK)).lstrip(b"\0")  # padding is zeros
+                if not packed:
                     return b""
                 self._begin()
             elif self._stream.needs_input:
-                waiting = self._packed.read(CHUNK)
-                if not waiting:
+                packed = self._packed.read(CHUNK)
+                if not packed:
                     raise EOFError("the last stream is not complete")
-            found = self._stream.decompress(waiting, size)
-            if found:
-                return found
+            unpacked = self._stream.decompress(packed, size)
+            if unpacked:
+                return unpacked
 
 
 class _Zstandard:
-    """Zstandard frames one behind the other. The library's own reader takes a frame that is cut off for whole."""
+    """Decompresses concatenated Zstandard frames. The library's own reader accepts a frame that is cut off."""
 
     def __init__(self, packed: IO[bytes]) -> None:
-        self._packed, self._frames = packed, zstandard.ZstdDecompressor(max_window_size=_WINDOW)
+        self._packed, self._decompressor = packed, zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
         self._parts = self._unpack()
         self._rest = b""
 
     def _unpack(self) -> Iterator[bytes]:
-        frame, waiting, inside = self._frames.decompressobj(), b"", False
-        while waiting := waiting or self._packed.read(_ZSTD_CHUNK):
-            yield frame.decompress(waiting)
-            waiting, inside = b"", not frame.eof
-            if not inside:
-                frame, waiting = self._frames.decompressobj(), frame.unused_data
-        if inside:
+        frame, packed, inside_frame = self._decompressor.decompressobj(), b"", False
+        while packed := packed or self._packed.read(_ZSTD_CHUNK):
+            yield frame.decompress(packed)
+            packed, inside_frame = b"", not frame.eof
+            if not inside_frame:
+                frame, packed = self._decompressor.decompressobj(), frame.unused_data
+        if inside_frame:
             raise EOFError("the last frame is not complete")
 
     def read1(self, size: int) -> bytes:
@@ -161,15 +165,15 @@ class _Zstandard:
             if part is None:
                 return b""
             self._rest = part
-        found, self._rest = self._rest[:size], self._rest[size:]
-        return found
+        chunk, self._rest = self._rest[:size], self._rest[size:]
+        return chunk
 
 
 class _Unpacked(io.RawIOBase):
-    """What a compressed file holds, as long as that is in proportion."""
+    """The content of a compressed file. Raises `DatasetError` for damaged data and for a bomb."""
 
     def __init__(self, packed: IO[bytes], stream: Any, kind: str) -> None:
-        self._packed, self._stream, self._kind, self._seen = packed, stream, kind, 0
+        self._packed, self._stream, self._kind, self._unpacked_bytes = packed, stream, kind, 0
 
     def readable(self) -> bool:
         return True
@@ -179,17 +183,17 @@ class _Unpacked(io.RawIOBase):
             content = self._stream.read1(len(buffer))
         except (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, zipfile.BadZipFile, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
-                raise  # the disk's, not the data's
+                raise  # an error of the disk, not of the data
             reason = f"the {self._kind} data is damaged or cut off ({error}); upload it again"
             raise DatasetError(1, None, reason) from error
-        self._seen += len(content)
-        refuse_bomb(self._seen, self._packed.tell())
+        self._unpacked_bytes += len(content)
+        refuse_bomb(self._unpacked_bytes, self._packed.tell())
         buffer[: len(content)] = content
         return len(content)
 
 
 def _recoded(file: IO[bytes], head: bytes) -> IO[bytes]:
-    """`file` as UTF-8, by its byte order mark. UTF-8's own mark stays."""
+    """`file` as UTF-8. A byte order mark tells UTF-16; the mark of UTF-8 stays."""
     if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         raise DatasetError(1, None, "the text is UTF-32; save it as UTF-8")
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -200,7 +204,7 @@ def _recoded(file: IO[bytes], head: bytes) -> IO[bytes]:
 
 
 class _Utf16(io.RawIOBase):
-    """A UTF-16 file with its byte order mark, as UTF-8."""
+    """Converts a UTF-16 file with a byte order mark to UTF-8."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._decoder, self._rest = file, codecs.getincrementaldecoder("utf-16")(), b""
@@ -217,6 +221,6 @@ class _Utf16(io.RawIOBase):
                 raise DatasetError(1, None, f"not valid UTF-16: {error}; save the file as UTF-8") from error
             if not packed:
                 break
-        found, self._rest = self._rest[: len(buffer)], self._rest[len(buffer) :]
-        buffer[: len(found)] = found
-        return len(found)
+        chunk, self._rest = self._rest[: len(buffer)], self._rest[len(buffer) :]
+        buffer[: len(chunk)] = chunk
+        return len(chunk)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.faults.proxy import Connection
 from tests.faults.scene import Scene, Strike, shown
-from tests.servers import wait_until
+from tests.helpers.servers import wait_until
 
 
 def restart_postgres(scene: Scene) -> Strike | None:

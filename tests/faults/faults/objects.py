@@ -7,11 +7,11 @@ from collections.abc import Callable
 from sqlalchemy import select
 
 from app.files.tables import File
-from tests.acceptance.service import half_upload
 from tests.faults.cluster import ADMIN_KEY
 from tests.faults.proxy import Connection, Proxy
 from tests.faults.scene import Scene, Strike
-from tests.servers import wait_until
+from tests.helpers.servers import wait_until
+from tests.helpers.service import half_upload
 
 
 def _objects(scene: Scene, disturb: Callable[[Proxy], None], seconds: float) -> Strike | None:
@@ -58,7 +58,7 @@ def cut_uploads(scene: Scene) -> Strike | None:
     with socket.create_connection(("127.0.0.1", scene.cluster.front.port)) as connection:
         connection.sendall(half_upload(ADMIN_KEY, size))
         front = scene.cluster.front
-        wait_until(lambda: any(c.passed >= size for c in front._connections), "the upload at the API", 20)
+        wait_until(lambda: any(c.passed >= size for c in front._connections), "the upload at the API")
         front.cut()
     wait_until(lambda: not _without_a_row(scene), "the end of what came of the upload")
     return Strike(f"POST /v1/files cut after {size} bytes while {scene.attempt.job} ran", same_attempt=True)

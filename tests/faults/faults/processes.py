@@ -14,7 +14,7 @@ import httpx2
 
 from tests.faults.cluster import REPOSITORY
 from tests.faults.scene import HANDED_BACK, Scene, Strike, shown
-from tests.servers import wait_until
+from tests.helpers.servers import wait_until
 
 CGROUP = Path("/sys/fs/cgroup/memory")
 NEXT_FIELD = "    what_the_next_version_knows_{number}: int = {number}\n    priority: "

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny_model import make_tiny_model
+from tests.helpers.tiny_model import make_tiny_model
 
 torch.set_num_threads(1)  # these models are too small to gain from more, and tests share the machine
 

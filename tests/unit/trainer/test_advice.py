@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from app.spec.hyperparameters import DPOHyperparameters, SupervisedHyperparameters
-from tests.unit.trainer.work import Event, dpo_method, make_pairs, make_row, make_work_folder, parse
+from tests.helpers.trainer import Event, dpo_method, make_pairs, make_row, make_work_folder, parse
 from worker.trainer.advice import Advice, Advisor
 from worker.trainer.dataset import Rows
 from worker.trainer.errors import Stopped

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.spec.job import JobSpec
-from tests.unit.trainer.work import (
+from tests.helpers.trainer import (
     BASE_NAME,
     Event,
     dpo_method,

@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config
 
-from tests.causal_types import tiny_config
-from tests.tiny_model import make_tiny_model
-from tests.unit.trainer.work import (
+from tests.helpers.causal_types import tiny_config
+from tests.helpers.tiny_model import make_tiny_model
+from tests.helpers.trainer import (
     ROWS,
     disturb,
     dpo_method,
@@ -74,7 +74,7 @@ def test_a_base_in_four_bits_is_trained_on_as_it_is(four_bits: Path, tmp_path: P
     [
         ({"quantization": "none"}, "quantization", "'nf4'"),
         ({"quantization": "int8"}, "quantization", "'nf4'"),
-        ({"adapter": "none", "quantization": "none"}, "adapter", "an adapter is all"),
+        ({"adapter": "none", "quantization": "none"}, "adapter", "only an adapter can be trained"),
         ({"quantization": "nf4", "method": dpo_method(loss="reward_model")}, "model", "the original"),
     ],
 )
@@ -89,7 +89,7 @@ def test_what_a_base_in_four_bits_cannot_become_is_refused(
 @pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "mxfp4", "compressed-tensors"])
 def test_other_quantised_bases_are_refused_with_what_to_do(llama: Path, tmp_path: Path, method: str) -> None:
     base = copy_of(llama, tmp_path / "base", quantization_config={"quant_method": method, "bits": 4})
-    with pytest.raises(UserError, match="the model that it was made from") as caught:
+    with pytest.raises(UserError, match="Train on the original model") as caught:
         load(base, quantization="nf4")
     assert caught.value.param == "model"
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import AttentionInterface
 
-from tests.unit.trainer.test_families import FAMILIES, ROWS, make_policy
-from tests.unit.trainer.work import (
+from tests.helpers.families import FAMILIES, ROWS, make_policy
+from tests.helpers.trainer import (
     disturb,
     dpo_method,
     gradients,
@@ -41,20 +41,20 @@ def test_flex_attention_computes_what_the_cpus_kernels_do(family: str, monkeypat
     with torch.no_grad():
         expected = policy.score(pack_of(policy, ROWS, [0, 1, 2, 3])).responses
         (pack,) = replace(policy.packing, fixed=True).packs(ROWS, [0, 1, 2, 3])
-        assert pack.places > pack.tokens
+        assert pack.slots > pack.tokens
 
         monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention)
-        AttentionInterface.register(attention.NAME, flex)
+        AttentionInterface.register(attention.TREE_ATTENTION, flex)
         try:
             found = policy.score(pack).responses
         finally:
-            AttentionInterface.register(attention.NAME, attention.tree_attention)
+            AttentionInterface.register(attention.TREE_ATTENTION, attention.tree_attention)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
 def flex(_module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, **given: Any) -> tuple[Tensor, None]:
     """The GPU's path, here."""
-    blocks = given["tree"].blocks(given.get("sliding_window"))
+    blocks = given["tree"].block_mask(given.get("sliding_window"))
     attended = attention._flex(
         query, key, value, blocks, given.get("scaling"), given.get("softcap"), given.get("s_aux")
     )

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.spec.datasets.example import Example, Kind, Message
-from tests.tiny_model import CHATML, CHATML_WITH_BOS, CORPUS, make_tokenizer
+from tests.helpers.tiny_model import CHATML, CHATML_WITH_BOS, CORPUS, make_tokenizer
 from worker.trainer.data import Recipe, Row, Tally, rows
 from worker.trainer.errors import UserError
 from worker.trainer.packing import tree_pack, trees

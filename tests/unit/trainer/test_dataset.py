@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from app.spec.datasets.errors import DatasetError
 from app.spec.datasets.example import Example, Kind, Message
-from tests.tiny_model import CHATML, make_tokenizer
-from tests.unit.trainer.work import make_pairs, make_row, write_records
+from tests.helpers.tiny_model import CHATML, make_tokenizer
+from tests.helpers.trainer import make_pairs, make_row, write_records
 from worker.trainer import dataset
 from worker.trainer.cache import Cache
 from worker.trainer.data import Recipe, Response, Row, Tally, rows

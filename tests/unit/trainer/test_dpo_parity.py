@@ -15,7 +15,7 @@ from trl import DPOConfig, DPOTrainer
 
 from app.spec.datasets.example import Example, Kind
 from app.spec.hyperparameters import DPOHyperparameters
-from tests.unit.trainer.work import (
+from tests.helpers.trainer import (
     disturb,
     dpo_method,
     load,

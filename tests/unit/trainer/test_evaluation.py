@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from app.spec.datasets.rendering import Rendering
 from app.spec.evaluation import EvaluationSpec
-from tests.tiny_model import CHATML, make_tiny_model
-from tests.unit.trainer.work import (
+from tests.helpers.tiny_model import CHATML, make_tiny_model
+from tests.helpers.trainer import (
     WORDS,
     disturb,
     dpo_method,
@@ -28,7 +28,7 @@ from tests.unit.trainer.work import (
     run_in_process,
     write_records,
 )
-from worker.evaluation_figures import flat, report
+from worker.evaluation_figures import flatten, report
 from worker.trainer.errors import Stopped, UserError
 from worker.trainer.evaluation import completions, judging
 from worker.trainer.evaluation import evaluate as run_evaluation
@@ -94,7 +94,7 @@ def items(folder: Path) -> Items:
 
 def figures(folder: Path) -> dict[str, float]:
     spec = EvaluationSpec.model_validate_json((folder / "evaluation.json").read_text())
-    numbers = flat(report(spec, items(folder)))
+    numbers = flatten(report(spec, items(folder)))
     assert set(numbers) <= set(spec.figures()), "every figure is in the registry of metrics"
     return numbers
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.trainer.work import Event, dpo_method, make_pairs, make_work_folder
+from tests.helpers.trainer import Event, dpo_method, make_pairs, make_work_folder
 from worker.processes import ForkServer, Trainer, answer_cache
 
 PAIRS = make_pairs(12)

@@ -22,9 +22,9 @@ from transformers import (
 )
 
 from app.spec.job import JobSpec
-from tests.model_table import write
-from tests.tiny_model import CORPUS
-from tests.unit.trainer.work import BASE_NAME, dpo_method, make_pairs, make_work_folder, run_in_process
+from tests.helpers.model_table import write
+from tests.helpers.tiny_model import CORPUS
+from tests.helpers.trainer import BASE_NAME, dpo_method, make_pairs, make_work_folder, run_in_process
 from worker.trainer.loading import _with_adapter
 from worker.trainer.merge import merge
 from worker.trainer.tokenizer import padding_token

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.spec.datasets.example import Example, Kind
-from tests.tiny_model import CHATML, CORPUS, make_tiny_model, make_tokenizer
-from tests.unit.trainer.work import (
+from tests.helpers.tiny_model import CHATML, CORPUS, make_tiny_model, make_tokenizer
+from tests.helpers.trainer import (
     dpo_method,
     make_pairs,
     make_run,
@@ -172,7 +172,7 @@ def test_validation_rows_that_ask_what_training_rows_ask_are_counted(llama: Path
     told = [e["data"] for e in of_kind(parse(stream), "message") if (e.get("data") or {}).get("code")]
     overlap = next(data for data in told if data["code"] == "validation_prompts_in_training")
     assert (overlap["rows"], overlap["validation_rows"]) == (2, 6)
-    assert "2 of the validation rows ask what training rows ask too" in (folder / "output/README.md").read_text()
+    assert "2 of the validation rows ask the same as a training row" in (folder / "output/README.md").read_text()
 
 
 DATED = "{{ strftime_now('%Y-%m-%d') }}\n" + CHATML

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.spec.hyperparameters import SupervisedHyperparameters
-from tests.tiny_model import make_tiny_model
-from tests.unit.trainer.work import (
+from tests.helpers.tiny_model import make_tiny_model
+from tests.helpers.trainer import (
     dpo_method,
     make_pairs,
     make_row,

@@ -8,29 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.tiny_model import make_tiny_model
+from tests.helpers.adapters import make_adapter
+from tests.helpers.tiny_model import make_tiny_model
 from worker.trainer.errors import UserError
 from worker.trainer.merge import merge
-
-
-def make_adapter(base: Path, folder: Path, **options: Any) -> None:
-    """An adapter that changes something, as PEFT writes it."""
-    torch.manual_seed(3)
-    config = LoraConfig(r=4, lora_alpha=9, target_modules="all-linear", task_type="CAUSAL_LM", **options)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.add_(torch.randn_like(parameter) * 0.05)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
-    described = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(described | {"base_model_name_or_path": str(base)}))
-    (folder / "README.md").write_text("library_name: peft\n")
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["lora", "rslora", "dora"])

@@ -13,7 +13,7 @@ from torch import Tensor
 from app.spec.datasets.example import Kind
 from app.spec.hyperparameters import DPOHyperparameters, SupervisedHyperparameters
 from app.spec.losses import LOSSES
-from tests.unit.trainer.work import disturb, dpo_method, load, make_row, plain_logps
+from tests.helpers.trainer import disturb, dpo_method, load, make_row, plain_logps
 from worker.trainer import reference
 from worker.trainer.averages import Averages
 from worker.trainer.data import Row
@@ -237,7 +237,9 @@ def test_kto_metrics_tell_good_and_bad_answers_apart(llama: Path) -> None:
     with torch.no_grad():
         ratios = [plain_logps(method.policy, row)[0].item() for row in method.train]
     assert method.references is not None
-    known = [float(method.references.train.of(torch.tensor([k]), torch.tensor([0]))[1]) for k in range(len(ratios))]
+    known = [
+        float(method.references.train.look_up(torch.tensor([k]), torch.tensor([0]))[1]) for k in range(len(ratios))
+    ]
     good = [0.1 * (a - b) for a, b, row in zip(ratios, known, method.train, strict=True) if row.desirable]
     bad = [0.1 * (a - b) for a, b, row in zip(ratios, known, method.train, strict=True) if not row.desirable]
     assert means["rewards/chosen"] == pytest.approx(sum(good) / len(good), rel=1e-5)
@@ -253,7 +255,7 @@ def test_a_ranked_lists_accuracy_counts_its_ordered_pairs(llama: Path) -> None:
         with torch.no_grad():
             ours = plain_logps(method.policy, row)
         count = len(row.responses)
-        theirs = method.references.train.of(torch.full((count,), number), torch.arange(count))[1]
+        theirs = method.references.train.look_up(torch.full((count,), number), torch.arange(count))[1]
         rewards = ours - theirs
         for k in range(count):
             for j in range(k + 1, count):

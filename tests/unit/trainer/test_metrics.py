@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from app.spec.metrics import METRICS, VALIDATION
-from tests.unit.trainer.work import dpo_method, make_pairs, make_work_folder, of_kind, run_in_process, sft_method
+from tests.helpers.trainer import dpo_method, make_pairs, make_work_folder, of_kind, run_in_process, sft_method
 
 PAIRS = make_pairs(12)
 LABELLED = [{"prompt": p["prompt"], "completion": p["chosen"], "label": k % 2 == 0} for k, p in enumerate(PAIRS)]

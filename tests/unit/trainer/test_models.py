@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.causal_types import TYPES
-from tests.model_table import BEGIN, END, PLACE, QUANTISATIONS, outcome, row, table
+from tests.helpers.causal_types import TYPES
+from tests.helpers.model_table import BEGIN, END, PLACE, QUANTISATIONS, outcome, row, table
 
 WRITTEN = PLACE.read_text().partition(BEGIN)[2].partition(END)[0].splitlines()
 

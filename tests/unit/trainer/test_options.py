@@ -13,7 +13,7 @@ from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from tests.unit.trainer.work import (
+from tests.helpers.trainer import (
     ROWS,
     Event,
     disturb,
@@ -456,7 +456,7 @@ def test_every_step_says_how_full_its_packs_were_and_what_was_used(llama: Path, 
     assert all(0 < value <= 1 for value in training_metrics(events, "fill_rate", "dpo"))
     assert all(0 < value < 1 for value in training_metrics(events, "mfu", "dpo"))
     (padded,) = Packing(1024, fixed=True).packs(ROWS, [0, 1, 2])
-    assert padded.tokens / padded.places == pytest.approx(sum(row.tokens for row in ROWS) / 128)
+    assert padded.tokens / padded.slots == pytest.approx(sum(row.tokens for row in ROWS) / 128)
 
 
 def test_pairs_of_one_prompt_stand_together_but_fill_no_batch_alone(llama: Path, tmp_path: Path) -> None:
@@ -497,16 +497,16 @@ def test_the_scales_of_four_bits_are_quantised_or_not(llama: Path) -> None:
 def test_half_precision_scales_its_losses_and_no_gradient_vanishes(llama: Path) -> None:
     """As on a GPU without bfloat16: autocast in float16, whose smallest number is 6e-8."""
     steps: dict[torch.dtype | None, dict[str, torch.Tensor]] = {}
-    for computed_in in (None, torch.float16):
+    for dtype in (None, torch.float16):
         policy = disturb(load(llama, method=sft_method()))
-        policy.computed_in = computed_in
+        policy.autocast_dtype = dtype
         found = {}
         for scale in (policy.loss_scales[0], 1.0):
             policy.loss_scale = scale
             tiny = 1e-6 * policy.score(pack_of(policy, ROWS, [0, 1, 2])).responses.mean()
             found[scale] = {name: g / scale for name, g in gradients(policy, scale * tiny).items()}
-        steps[computed_in] = found[policy.loss_scales[0]]
-        if computed_in is not None:
+        steps[dtype] = found[policy.loss_scales[0]]
+        if dtype is not None:
             lost = {name: (gradient == 0).float().mean() for name, gradient in found[1.0].items()}
             assert max(lost.values()) > 0.5, "without a scale they vanish"
     for name, exact in steps[None].items():

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.unit.trainer.work import ROWS, disturb, gradients, load, make_row, of_kind, pack_of, parse, plain_logps
+from tests.helpers.trainer import ROWS, disturb, gradients, load, make_row, of_kind, pack_of, parse, plain_logps
 from worker.trainer.attention import TreeMask, visibility
 from worker.trainer.data import Response, Row
 from worker.trainer.errors import UserError
@@ -133,7 +133,7 @@ def test_the_check_before_training_falls_back_where_a_tree_is_off(
     def everything(mask: TreeMask, window: int | None = None) -> list[tuple[int, int, None]]:
         return [(0, mask.pack.ids.shape[1], None)]
 
-    monkeypatch.setattr(TreeMask, "trees", everything)
+    monkeypatch.setattr(TreeMask, "tree_masks", everything)
     stream = io.StringIO()
     check(policy, ROWS, Events(stream))
     assert not policy.shared
@@ -155,7 +155,7 @@ def test_a_head_that_is_not_linear_makes_its_logits_itself(llama: Path) -> None:
     policy, stream = disturb(load(llama)), io.StringIO()
     policy.causal.lm_head.register_forward_hook(lambda module, args, logits: logits.tanh())
     check(policy, ROWS, Events(stream))
-    assert policy.own_head
+    assert policy.own_logits
     said = [event["message"] for event in parse(stream)]
     assert any("needs more memory" in message for message in said)
     pack = pack_of(policy, ROWS, [0, 1, 2])
@@ -230,7 +230,7 @@ def dense(mask: TreeMask, window: int | None = None) -> Tensor:
     """[T, T], true where a query (dim 0) sees a key (dim 1): the masks of the trees, put together."""
     length = mask.pack.ids.shape[1]
     seen = torch.zeros(length, length, dtype=torch.bool)
-    for start, stop, inside in mask.trees(window):
+    for start, stop, inside in mask.tree_masks(window):
         causal = torch.ones(stop - start, stop - start, dtype=torch.bool).tril()
         seen[start:stop, start:stop] = causal if inside is None else inside[0, 0]
     return seen
@@ -243,7 +243,7 @@ def test_unshared_packs_keep_to_the_budget_with_their_padding(sizes: list[tuple[
     packs = list(Packing(budget, shared=False).packs(rows, range(len(rows))))
     assert sorted(number for pack in packs for number in pack.rows) == list(range(len(rows)))
     for pack in packs:
-        assert pack.places <= budget or len(pack.rows) == 1 or len(pack.ids) == len(rows[pack.rows[0]].responses)
+        assert pack.slots <= budget or len(pack.rows) == 1 or len(pack.ids) == len(rows[pack.rows[0]].responses)
 
 
 @given(st.lists(sizes, min_size=1, max_size=4), st.none() | st.integers(1, 12), st.integers(0, 20))
@@ -254,13 +254,13 @@ def test_the_mask_of_the_gpu_is_the_one_of_the_cpu(
     rows = rows_of(sizes)
     group = trees(rows, range(len(rows)), 1000)
     pack = tree_pack(group)
-    padded = tree_pack(group, pack.places + padding)
-    places = torch.arange(padded.places)
+    padded = tree_pack(group, pack.slots + padding)
+    slots = torch.arange(padded.slots)
     visible = visibility(padded.tree, padded.branch, padded.positions, window)
     zero = torch.zeros((), dtype=torch.long)
-    seen = visible(zero, zero, places[:, None], places[None, :])
-    expected = torch.eye(padded.places, dtype=torch.bool)
-    expected[: pack.places, : pack.places] = dense(TreeMask(pack), window)
+    seen = visible(zero, zero, slots[:, None], slots[None, :])
+    expected = torch.eye(padded.slots, dtype=torch.bool)
+    expected[: pack.slots, : pack.slots] = dense(TreeMask(pack), window)
     assert torch.equal(seen, expected)
 
 
@@ -333,5 +333,5 @@ def tiny(llama: Path) -> Policy:
 def test_packs_of_a_fixed_width_are_padded_to_an_eighth_of_the_budget() -> None:
     rows: Sequence[Row] = [make_row(line, 200, 100, 150) for line in range(5)]
     packs = list(Packing(2048, fixed=True).packs(rows, range(5)))
-    assert [(pack.tokens, pack.places) for pack in packs] == [(1800, 2048), (450, 512)]
-    assert [(pack.tokens, pack.places) for pack in Packing(2048).packs(rows, range(5))] == [(1800, 1800), (450, 450)]
+    assert [(pack.tokens, pack.slots) for pack in packs] == [(1800, 2048), (450, 512)]
+    assert [(pack.tokens, pack.slots) for pack in Packing(2048).packs(rows, range(5))] == [(1800, 1800), (450, 450)]

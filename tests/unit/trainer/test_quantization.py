@@ -8,7 +8,7 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor
 
-from tests.unit.trainer.work import (
+from tests.helpers.trainer import (
     ROWS,
     disturb,
     gradients,

@@ -17,7 +17,7 @@ from trl.data_utils import apply_chat_template
 
 from app.spec.datasets.example import Example, Kind, Message
 from app.spec.datasets.rendering import Rendering
-from tests.tiny_model import CHATML, make_tokenizer
+from tests.helpers.tiny_model import CHATML, make_tokenizer
 from worker.trainer.control import ControlTokens
 from worker.trainer.data import Recipe, Row, Tally, prompt_ids, rows
 from worker.trainer.errors import UserError

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.trainer.work import (
+from tests.helpers.trainer import (
     TIME_DEPENDENT,
     Event,
     TrainerProcess,

@@ -9,10 +9,10 @@ import torch
 from scipy.stats import chisquare, kstest
 from transformers import TopPLogitsWarper
 
-from tests.unit.trainer.work import disturb, load
+from tests.helpers.trainer import disturb, load
 from worker.trainer.data import Response, Row
 from worker.trainer.model import Policy
-from worker.trainer.sampling import Completion, CompletionRequest, Sampling, batches, draw, sample, stream
+from worker.trainer.sampling import Completion, CompletionRequest, Sampling, batches, draw, random_stream, sample
 
 PROMPTS = [(5, 9, 13), (7, 8, 30, 44, 61, 3, 9), (12,), (5, 9, 13, 77, 90)]
 END = 1
@@ -90,7 +90,7 @@ def test_tokens_come_as_often_as_they_should(temperature: float, top_p: float) -
         expected = TopPLogitsWarper(top_p)(torch.zeros(1, 1), expected[None])[0]
     probabilities = expected.double().softmax(-1)
     count = 20_000
-    uniform = torch.tensor(stream(7, 1, 2, count))
+    uniform = torch.tensor(random_stream(7, 1, 2, count))
     tokens, logps = draw(logits.expand(count, -1), uniform, Sampling(temperature, top_p))
     assert torch.allclose(logps, probabilities[tokens].log())
     seen, possible = Counter(tokens.tolist()), [k for k in range(6) if probabilities[k] > 0]
@@ -99,8 +99,8 @@ def test_tokens_come_as_often_as_they_should(temperature: float, top_p: float) -
 
 
 def test_streams_are_uniform_and_their_own() -> None:
-    streams = [stream(1, row, number, 500) for row in range(20) for number in range(5)]
+    streams = [random_stream(1, row, number, 500) for row in range(20) for number in range(5)]
     assert kstest(numpy.concatenate(streams), "uniform").pvalue > 0.001
     correlations = numpy.atleast_2d(numpy.corrcoef(streams))[numpy.triu_indices(len(streams), 1)]
     assert abs(correlations).max() < 0.25 and abs(correlations.mean()) < 0.01
-    assert not numpy.array_equal(stream(1, 2, 3, 9), stream(2, 2, 3, 9))
+    assert not numpy.array_equal(random_stream(1, 2, 3, 9), random_stream(2, 2, 3, 9))

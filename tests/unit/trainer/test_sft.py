@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.unit.trainer.work import (
+from tests.helpers.trainer import (
     Record,
     disturb,
     dpo_method,

@@ -1,8 +1,12 @@
-"""Evaluations: how a model scores answers, and the answers that it gives itself.
+"""Evaluations: how a model scores given answers, and which answers it generates.
 
-Like a training, an evaluation is a work folder in, events out, and a folder left. In: `evaluation.json`, `run.json`,
-`sides/` with the models, the data, and `parts/` with the completions of earlier attempts. Left: `output/items.jsonl`,
-one line for each pair or completion. `worker.evaluation_figures` makes figures of it. One model is in memory at a time.
+Like a training, an evaluation reads a work folder, writes events, and leaves its results in the folder.
+
+- Input: `evaluation.json`, `run.json`, `sides/` with the models, the data, and `parts/` with completions of earlier
+  attempts.
+- Output: `output/items.jsonl`, one line for each pair or completion. `worker.evaluation_figures` computes the figures.
+
+Only one model is in memory at a time.
 """
 
 import json
@@ -23,11 +27,11 @@ TYPES: dict[EvaluationType, Callable[[EvaluationRun], list[Item]]] = {
     "win_rate": win_rate.items,
     "agreement": agreement.items,
 }
-"""The items of an evaluation, by its type."""
+"""The function that computes the items of an evaluation, by its type."""
 
 
 def evaluate(run: EvaluationRun) -> None:
-    """Evaluate, and leave `output/items.jsonl`. Raises `UserError` or `Stopped`."""
+    """Evaluate, and write `output/items.jsonl`. Raises `UserError` or `Stopped`."""
     try:
         items = TYPES[run.spec.type](run)
     except torch.OutOfMemoryError as error:

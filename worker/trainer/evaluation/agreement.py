@@ -1,4 +1,4 @@
-"""The type `agreement`: does the judge prefer the answers that people prefer?"""
+"""The evaluation type `agreement`: does the judge prefer the answers that people prefer?"""
 
 from worker.trainer.data import said
 from worker.trainer.evaluation.judging import judge
@@ -7,10 +7,10 @@ from worker.trainer.evaluation.run import EvaluationRun
 
 
 def items(run: EvaluationRun) -> list[Item]:
-    """Each two answers to a prompt: how often people prefer which, and what the judge says of them.
+    """One item per prompt and pair of answers: the votes of people for each answer, and the judge's preference.
 
-    Rows with the same prompt and the same two answers are the votes of several people. The answers are called
-    `first` and `second` in the order of their texts, so that the names do not tell which one is preferred.
+    Rows with the same prompt and the same two answers are the votes of several people. `first` and `second` are the
+    answers in alphabetical order, so the names do not reveal which one is preferred.
     """
     rows = examples_of(run)
     numbers = prompt_numbers(rows)
@@ -21,6 +21,6 @@ def items(run: EvaluationRun) -> list[Item]:
         fields = {"first": first, "second": second, "votes": [0, 0]}
         key = numbers[row], first, second
         item = items.setdefault(key, row_fields(example, row, numbers[row]) | fields)
-        item["votes"][chosen != first] += 1
+        item["votes"][chosen != first] += 1  # [votes for `first`, votes for `second`]
     judge(run, list(items.values()), rows)
     return list(items.values())

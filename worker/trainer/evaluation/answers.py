@@ -1,4 +1,4 @@
-"""The answers of a side: of its model, of a file, or of the data."""
+"""The answers of a side. They come from its model, from a file, or from the data."""
 
 import gc
 
@@ -12,14 +12,14 @@ from worker.trainer.evaluation.run import EvaluationRun
 from worker.trainer.evaluation.scorers import scores
 
 FIXED = -1.0
-"""In the place of a temperature: an answer that was not sampled."""
+"""Stands for the temperature of an answer that was not sampled."""
 
 
 def answers_of(run: EvaluationRun, name: str, side: Side, rows: dict[int, Example]) -> dict[CompletionKey, str]:
-    """The answers of a side by temperature, row and number."""
+    """The answers of the side `name`, by temperature, row and number."""
     if side.answers is not None:
-        place = 0 if side.answers == "chosen" else -1
-        return {(FIXED, row, 0): said(example.responses[place]) for row, example in rows.items() if example.desirable}
+        index = 0 if side.answers == "chosen" else -1
+        return {(FIXED, row, 0): said(example.responses[index]) for row, example in rows.items() if example.desirable}
     if side.file is not None:
         return _answers_of_file(run, name, side, rows)
     assert run.spec.sampling is not None
@@ -36,30 +36,34 @@ def answers_of(run: EvaluationRun, name: str, side: Side, rows: dict[int, Exampl
 def choose_best(
     run: EvaluationRun, name: str, best_of: BestOf | None, texts: dict[CompletionKey, str], rows: dict[int, Example]
 ) -> dict[CompletionKey, CompletionKey]:
-    """The completions of a side that count, by temperature, row and number: the best one of each `n`."""
+    """The completions that count, by temperature, row and number. With best-of-n, the best of each `n` completions."""
     if best_of is None:
         return {key: key for key in texts}
-    gc.collect()
+    gc.collect()  # frees the sampled model before the scorer is loaded
     keys = sorted(texts)
     values = scores(run, best_of.by, f"{name}.best_of.by", [(rows[key[1]], texts[key]) for key in keys])
     best: dict[CompletionKey, tuple[float, CompletionKey]] = {}
     for key, value in zip(keys, values, strict=True):
         temperature, row, number = key
-        group = temperature, row, number // best_of.n
+        group = temperature, row, number // best_of.n  # n consecutive completions compete
         if group not in best or value > best[group][0]:
             best[group] = value, key
     return {group: key for group, (_, key) in best.items()}
 
 
 def _answers_of_file(run: EvaluationRun, name: str, side: Side, rows: dict[int, Example]) -> dict[CompletionKey, str]:
+    """The answers of the side's file. Row `k` of the file answers the prompt of row `k` of the data.
+
+    Raises `UserError` for an answer to another prompt. Warns of rows without an answer.
+    """
     assert side.file is not None
     with (run.folder / side.file).open("rb") as file:
-        given = {row: example for row, example in numbered_examples(file, side.mapping) if row in rows}
-    for row, example in given.items():
+        answers = {row: example for row, example in numbered_examples(file, side.mapping) if row in rows}
+    for row, example in answers.items():
         if written(example) != written(rows[row]):
-            message = f"Line {example.line}: the answer is to another prompt than that of the data."
+            message = f"Line {example.line}: the answer is to another prompt than the one in the data."
             raise UserError("invalid_file", message, f"{name}.file")
-    if len(given) < len(rows):
-        text = f"{name}: {len(rows) - len(given)} of {len(rows)} rows have no answer and are left out."
+    if len(answers) < len(rows):
+        text = f"{name}: {len(rows) - len(answers)} of {len(rows)} rows have no answer and are left out."
         run.events.message(text, level="warn")
-    return {(FIXED, row, 0): said(example.responses[0]) for row, example in given.items()}
+    return {(FIXED, row, 0): said(example.responses[0]) for row, example in answers.items()}

@@ -1,6 +1,6 @@
-"""Completions of a side's model: what earlier attempts left is kept, and only the rest is sampled.
+"""Completions of a side's model. Those of earlier attempts are reused, and only the rest is sampled.
 
-Completions are handed over as they come, in parts: an attempt that is broken off goes on behind them.
+Completions are written in parts while they are sampled. The next attempt continues after the last part.
 """
 
 import gc
@@ -25,24 +25,24 @@ from worker.trainer.rendering import Renderer
 from worker.trainer.sampling import Completion, CompletionRequest, Sampling, batches, sample
 
 PART_SECONDS = 5.0
-"""A part is written after at least so long."""
+"""Minimum time between two parts."""
 MAX_COMPLETIONS = 1_000_000
 BATCH_TOKENS = {"cpu": 16_384, "cuda": 131_072}
-"""Tokens of the prompts and answers that are sampled at once, by device."""
+"""Maximum tokens of a batch, prompts and answers together, by device."""
 BATCH_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 27}
-"""Logits of one sampling step, by device."""
+"""Maximum logits of one sampling step, batch size × vocabulary, by device."""
 BASELINE_SEEDS = 1 << 31
-"""The baseline draws with seeds from here on. Seeds of users are below.
+"""Added to the seed of the baseline. User seeds are smaller, so the two sides never share random numbers.
 
-Two sides with the same random numbers would be alike in more than their models are. The win rate of independent
-answers is a different one.
+With the same random numbers, similar models would give correlated answers. The win rate is defined for independent
+ones.
 """
 CompletionKey = tuple[float, int, int]
-"""The temperature of a completion, its row, and its number among those of the row."""
+"""(temperature, row, number of the completion among those of the row)."""
 
 
 class Prompt(NamedTuple):
-    """The tokens that a model answers, and the end of the prompt's text that its first token will contain."""
+    """The tokens to which a model generates an answer. `rest`: text at the prompt's end that the answer repeats."""
 
     ids: tuple[int, ...]
     rest: str
@@ -50,22 +50,22 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True)
 class CompletionStore:
-    """The completions of one side in `parts/`, a line each. A part's name says its side, number and attempt."""
+    """The completions of one side in `parts/`, one per line. A part is named by its side, number and attempt."""
 
     run: EvaluationRun
     side: str
     total: int
-    """The completions that the whole evaluation needs."""
+    """Number of completions that the whole evaluation needs."""
 
     def read(self) -> Iterator[Completion]:
-        """All completions that are kept."""
+        """All completions in the folder."""
         for path in sorted(self._folder.glob(f"{self.side}-*.jsonl")):
             for line in path.read_text().splitlines():
                 fields = json.loads(line)
                 yield Completion(**fields | {"ids": tuple(fields["ids"])})
 
     def write(self, completions: list[Completion]) -> None:
-        """Hand completions over, so that no later attempt samples them again."""
+        """Write completions to a new part and announce it. Later attempts do not sample them again."""
         if not completions:
             return
         self._folder.mkdir(exist_ok=True)
@@ -82,43 +82,46 @@ class CompletionStore:
 def complete(
     run: EvaluationRun, policy: Policy, side: str, prompts: dict[int, Prompt], spec: SamplingSpec
 ) -> Iterator[Completion]:
-    """All completions of a side's model to `prompts`, by row. Raises `Stopped`, with what was sampled kept."""
+    """All completions of the model of `side`. `prompts` maps rows to prompts.
+
+    Raises `Stopped` after writing what was sampled, and `UserError` if there are too many completions.
+    """
     total = _completions_of_a_prompt(run, side, spec) * len(prompts)
     if total > MAX_COMPLETIONS:
-        message = f"{total} completions are more than {MAX_COMPLETIONS}: give 'max_rows', or fewer samples."
+        message = f"{total} completions exceed the limit of {MAX_COMPLETIONS}. Set 'max_rows', or fewer 'samples'."
         raise UserError("invalid_value", message, "sampling.samples")
     store = CompletionStore(run, side, total)
-    known = {completion.key: completion for completion in store.read()}
-    run.events.message(f"{side}: {len(known)} completions are there already.")
+    completions = {completion.key: completion for completion in store.read()}
+    run.events.message(f"{side}: {len(completions)} completions of earlier attempts are reused.")
     seed = (run.spec.seed or 0) + (BASELINE_SEEDS if side == "baseline" else 0)
     ends, device = _end_tokens(run, policy, side), policy.device.type
     vocabulary: int = policy.causal.config.get_text_config().vocab_size
-    largest = 1 if policy.one_by_one else max(1, BATCH_LOGITS[device] // vocabulary)
-    fresh, written_at = list[Completion](), time.monotonic() - PART_SECONDS
+    largest_batch = 1 if policy.one_by_one else max(1, BATCH_LOGITS[device] // vocabulary)
+    unwritten, written_at = list[Completion](), time.monotonic() - PART_SECONDS
     for temperature in spec.temperatures:
         sampling = Sampling(temperature, spec.top_p, spec.max_tokens, seed)
-        numbers = range(samples_of(run, side) if temperature else 1)
+        numbers = range(samples_of(run, side) if temperature else 1)  # greedy decoding has one answer
         requests = [CompletionRequest(row, n, prompt.ids) for row, prompt in prompts.items() for n in numbers]
-        # Whole batches, the same ones each time: an attempt that goes on comes to the same bits.
-        for batch in batches(requests, BATCH_TOKENS[device], spec.max_tokens, largest):
+        # Every attempt forms the same batches and samples whole batches. Its results are therefore bit-identical.
+        for batch in batches(requests, BATCH_TOKENS[device], spec.max_tokens, largest_batch):
             keys = [(temperature, request.row, request.sample) for request in batch]
-            if not all(key in known for key in keys):
+            if not all(key in completions for key in keys):
                 try:
                     sampled = _sample(run, policy, batch, sampling, ends)
                 except Stopped:
-                    store.write(fresh)
+                    store.write(unwritten)
                     raise
-                fresh += sampled
-                known |= {completion.key: completion for completion in sampled}
+                unwritten += sampled
+                completions |= {completion.key: completion for completion in sampled}
                 if time.monotonic() - written_at > PART_SECONDS:
-                    store.write(fresh)
-                    fresh, written_at = [], time.monotonic()
-            yield from (known[key] for key in keys)
-    store.write(fresh)
+                    store.write(unwritten)
+                    unwritten, written_at = [], time.monotonic()
+            yield from (completions[key] for key in keys)
+    store.write(unwritten)
 
 
 def samples_of(run: EvaluationRun, name: str) -> int:
-    """How many completions of each prompt a side's model samples."""
+    """Number of completions that the model of the side `name` samples for each prompt."""
     if name == JUDGE:
         return 1
     side: Side = getattr(run.spec, name)
@@ -127,7 +130,10 @@ def samples_of(run: EvaluationRun, name: str) -> int:
 
 
 def prompts_of(run: EvaluationRun, policy: Policy, side: str, rows: dict[int, Example]) -> dict[int, Prompt]:
-    """The prompts as a side's model was trained on them, cut so that an answer has room."""
+    """The prompts, rendered as in the training of the side's model, and cut to leave room for an answer.
+
+    Raises `UserError` if `max_tokens` leaves no room for a prompt.
+    """
     assert run.spec.sampling is not None
     room = run.max_length(policy) - run.spec.sampling.max_tokens
     if room < 1:
@@ -139,7 +145,7 @@ def prompts_of(run: EvaluationRun, policy: Policy, side: str, rows: dict[int, Ex
 
 
 def text_of(policy: Policy, completion: Completion, prompt: Prompt, example: Example) -> str:
-    """The answer as data has it: without the end of the prompt's text that its first token contains."""
+    """The text of a completion, without its end token and without the prompt's text that it repeats."""
     ids = completion.ids[:-1] if completion.ended else completion.ids
     text: str = policy.tokenizer.decode(ids, skip_special_tokens=True).removeprefix(prompt.rest)
     plain_text = policy.tokenizer.chat_template is None and isinstance(example.prompt, str)
@@ -147,7 +153,7 @@ def text_of(policy: Policy, completion: Completion, prompt: Prompt, example: Exa
 
 
 def _completions_of_a_prompt(run: EvaluationRun, side: str, spec: SamplingSpec) -> int:
-    """Completions of one prompt by all models that sample at the same stage of the evaluation."""
+    """Number of completions per prompt, over all temperatures. For `win_rate`, of both sides together."""
     sides = [side]
     if side != JUDGE and run.spec.type == "win_rate":
         sides = [name for name in ("candidate", "baseline") if getattr(run.spec, name).model is not None]
@@ -155,18 +161,19 @@ def _completions_of_a_prompt(run: EvaluationRun, side: str, spec: SamplingSpec) 
 
 
 def _end_tokens(run: EvaluationRun, policy: Policy, side: str) -> set[int]:
-    """The tokens that end an answer: those of the template, and those of the model's own configuration."""
+    """The tokens that end an answer: those of the chat template and those of the model's generation config."""
     configured = policy.causal.generation_config.eos_token_id
     ends = {*Renderer(policy.tokenizer, run.rendering(side)).ends}
+    # `configured` is a list, a number or None.
     return ends | ({*(configured if isinstance(configured, list) else [configured])} - {None})
 
 
 def _sample(
     run: EvaluationRun, policy: Policy, batch: list[CompletionRequest], sampling: Sampling, ends: Collection[int]
 ) -> list[Completion]:
-    """The completions of a batch; where it does not fit into memory, those of its halves."""
+    """The completions of a batch. If it does not fit into the GPU's memory, its halves are sampled one by one."""
     try:
-        return list(sample(policy, batch, sampling, ends, run.tick))
+        return list(sample(policy, batch, sampling, ends, run.check_stop))
     except torch.OutOfMemoryError:
         if len(batch) == 1:
             raise

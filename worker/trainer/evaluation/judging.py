@@ -1,4 +1,4 @@
-"""What the judge says of two answers to a prompt: it scores each, or it is asked which one is better."""
+"""The judge's verdict on two answers to a prompt. It scores each answer, or it is asked which one is better."""
 
 from app.spec.datasets.example import Example, Kind
 from app.spec.evaluation import Judge, SamplingSpec
@@ -11,17 +11,17 @@ from worker.trainer.evaluation.scorers import scores
 from worker.trainer.rendering import Renderer
 
 JUDGE_TOKENS = 512
-"""The answer of a model that is asked as a judge is at most so long."""
+"""Maximum tokens of the answer of a model that is asked as a judge."""
 MAX_PROMPT_TOKENS = 1 << 30
-"""No question is cut: one that is too long is left out."""
+"""Large enough that no question is cut. A question that is too long is left out."""
 
 
 def judge(run: EvaluationRun, items: list[Item], rows: dict[int, Example]) -> None:
-    """Add to each item the lengths of its two answers and the judge's word on them.
+    """Add to each item the lengths of its two answers in characters, and the judge's scores or verdicts.
 
-    The runner asks an endpoint later: the trainer has no network.
+    A judge behind an endpoint is asked later by the runner, because the trainer has no network.
     """
-    judge, sides = run.spec.judge, run.spec.sides_named
+    judge, sides = run.spec.judge, run.spec.answer_names
     for item in items:
         item |= {f"{side}_characters": len(item[side]) for side in sides}
     if judge is None or judge.endpoint is not None:
@@ -36,19 +36,21 @@ def judge(run: EvaluationRun, items: list[Item], rows: dict[int, Example]) -> No
 
 
 def _ask(run: EvaluationRun, judge: Judge, items: list[Item]) -> None:
-    """Ask a model which answer of each item it prefers, greedily, in the words that an endpoint would be asked in."""
-    sides = run.spec.sides_named
-    asked = [(number, text) for number, item in enumerate(items) for text in questions(judge, item, sides)]
+    """Ask a model which answer of each item it prefers. It gets the questions of an endpoint, and decodes greedily."""
+    sides = run.spec.answer_names
+    # (index of the item, question). An item has two questions, or none if its answers are identical.
+    numbered_questions = [(number, text) for number, item in enumerate(items) for text in questions(judge, item, sides)]
     policy = run.load(JUDGE)
     room = context_of(policy) - JUDGE_TOKENS
     renderer, prompts = Renderer(policy.tokenizer, run.rendering(JUDGE)), dict[int, Prompt]()
-    for place, (_, text) in enumerate(asked):
+    for index, (_, text) in enumerate(numbered_questions):
         example = Example(0, [{"role": "user", "content": text}], ())
         prompt = Prompt(*prompt_ids(example, renderer, Recipe(Kind.RANKED, MAX_PROMPT_TOKENS)))
         if len(prompt.ids) <= room:
-            prompts[place] = prompt
-    if len(prompts) < len(asked):
-        text = f"{len(asked) - len(prompts)} of {len(asked)} questions do not fit into the judge's context."
+            prompts[index] = prompt
+    count = len(numbered_questions)
+    if len(prompts) < count:
+        text = f"{count - len(prompts)} of {count} questions do not fit into the judge's context."
         run.events.message(text, level="warn")
     greedy = SamplingSpec(temperatures=[0.0], max_tokens=JUDGE_TOKENS)
     texts = {
@@ -56,7 +58,7 @@ def _ask(run: EvaluationRun, judge: Judge, items: list[Item]) -> None:
         for completion in complete(run, policy, JUDGE, prompts, greedy)
     }
     judgements: list[list[str | None]] = [[] for _ in items]
-    for place, (number, _) in enumerate(asked):
-        judgements[number].append(texts.get(place))
+    for index, (number, _) in enumerate(numbered_questions):
+        judgements[number].append(texts.get(index))
     for item, answers in zip(items, judgements, strict=True):
         item |= {"asked": bool(answers), "verdicts": verdicts(answers, sides), "judgements": answers}

@@ -1,4 +1,4 @@
-"""The type `preference`: does the candidate rank the pairs of the data as people did?"""
+"""The evaluation type `preference`: does the candidate rank the pairs of the data as people did?"""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -11,22 +11,24 @@ from worker.trainer.evaluation.rows import Item, draw_rows
 from worker.trainer.evaluation.run import EvaluationRun
 
 PairKey = tuple[int, int]
-"""The line of a pair, and its place among the pairs of that line."""
+"""(line of the pair, index of the pair among those of the line)."""
 
 
 @dataclass(frozen=True)
 class ScoredPair:
-    """A pair under one model: the log-probs and the scored tokens of its chosen and its rejected answer."""
+    """A pair under one model. The tuples are (chosen answer, rejected answer)."""
 
     logps: tuple[float, float]
+    """In nats."""
     tokens: tuple[int, int]
+    """Numbers of scored tokens."""
     prompt_number: int
 
 
 def items(run: EvaluationRun) -> list[Item]:
-    """The margin of the implicit rewards of each pair, β·[log π/π_ref (chosen) − log π/π_ref (rejected)].
+    """One item per pair, with the margin of the implicit rewards (Rafailov et al. 2023, arXiv:2305.18290, Eq. 5).
 
-    The implicit reward is Rafailov et al. 2023, Eq. 5.
+    margin = r̂_w − r̂_l, where r̂ = β log(π/π_ref): π is the candidate and π_ref the baseline.
     """
     candidate, baseline = score_pairs(run, "candidate"), score_pairs(run, "baseline")
     beta: float = run.about["beta"]
@@ -48,7 +50,7 @@ def items(run: EvaluationRun) -> list[Item]:
 
 
 def score_pairs(run: EvaluationRun, side: str) -> dict[PairKey, ScoredPair]:
-    """The log-probs of all drawn pairs under the model of a side."""
+    """The log-probs of all drawn pairs under the model of a side. Raises `UserError` if no pair is left."""
     policy = run.load(side)
     recipe = Recipe(Kind.PREFERENCE, run.max_length(policy), mapping=run.spec.mapping, rendering=run.rendering(side))
     rows, _ = dataset.load(run.folder / run.spec.data, policy.tokenizer, recipe, run.cache)
@@ -56,13 +58,13 @@ def score_pairs(run: EvaluationRun, side: str) -> dict[PairKey, ScoredPair]:
         raise UserError("invalid_file", "No row of the data is left to evaluate.", "data")
     pairs_of_line, keys = Counter[int](), list[PairKey]()
     for line in rows.lines:
-        keys.append((line, pairs_of_line[line]))
+        keys.append((line, pairs_of_line[line]))  # a ranked list of a line becomes several pairs
         pairs_of_line[line] += 1
     dataset.require_embedded(rows, policy.tokenizer, policy.causal.config, policy.name)
     drawn = draw_rows(run, keys)
     rows, keys = rows.where([key in drawn for key in keys]), [key for key in keys if key in drawn]
     exactness.check(policy, rows, run.events)
-    references = reference.find(policy, policy.digest(), rows, None, run.cache, run.tick)
+    references = reference.find_or_compute(policy, policy.digest(), rows, None, run.cache, run.check_stop)
     prompt_numbers: dict[bytes, int] = {}
     pairs = {}
     for number, (key, row, prompt) in enumerate(zip(keys, rows, rows.prompts(), strict=True)):

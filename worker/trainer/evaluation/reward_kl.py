@@ -1,6 +1,6 @@
-"""The type `reward_kl`: the true reward of the candidate's completions against their KL to the reference.
+"""The evaluation type `reward_kl`: the true reward of the candidate's completions against their KL to the reference.
 
-It is the frontier of Rafailov et al. 2023, Fig. 2 (left).
+This is the frontier of Rafailov et al. 2023, arXiv:2305.18290, Fig. 2 (left).
 """
 
 import gc
@@ -18,7 +18,10 @@ from worker.trainer.sampling import Completion
 
 
 def items(run: EvaluationRun) -> list[Item]:
-    """Each completion of the candidate: its log-probs under candidate and reference, and its reward."""
+    """One item per completion of the candidate: its log-probs under candidate and baseline, and the judge's reward.
+
+    With best-of-n, an item has the upper bound of the KL divergence instead of the baseline's log-prob.
+    """
     side, sampling, rows = run.spec.candidate, run.spec.sampling, examples_of(run)
     assert side is not None
     assert sampling is not None
@@ -54,19 +57,22 @@ def items(run: EvaluationRun) -> list[Item]:
 
 
 def _response(completion: Completion) -> Response:
-    """The completion as a response of which every token is scored."""
+    """The completion as a response with every token scored."""
     return Response(completion.ids, (True,) * len(completion.ids))
 
 
 def _reference_logps(run: EvaluationRun, answers: dataset.Rows, vocabulary: dict[str, int]) -> list[float]:
-    """The log-probs of completions under the baseline, which must have the candidate's `vocabulary`."""
+    """The log-probs of the completions `answers` under the baseline, in nats.
+
+    Raises `UserError` if its vocabulary is not that of the candidate, `vocabulary`.
+    """
     gc.collect()
     policy = run.load("baseline")
     if policy.tokenizer.get_vocab() != vocabulary:
-        message = "Candidate and baseline have other tokenizers: the KL between them is not defined."
+        message = "Candidate and baseline have different tokenizers, so the KL between them is not defined."
         raise UserError("invalid_value", message, "baseline.model")
     exactness.check(policy, answers, run.events)
-    logps: list[float] = reference.compute(policy, answers, tick=run.tick).logps.tolist()
+    logps: list[float] = reference.compute(policy, answers, check_stop=run.check_stop).logps.tolist()
     return logps
 
 

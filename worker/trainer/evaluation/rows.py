@@ -1,4 +1,4 @@
-"""The rows that an evaluation is about, and the lines that it writes about them."""
+"""The rows that an evaluation uses, and the items that it writes."""
 
 from collections.abc import Collection
 from hashlib import sha256
@@ -10,7 +10,7 @@ from worker.trainer.data import written
 from worker.trainer.evaluation.run import EvaluationRun
 
 Item = dict[str, Any]
-"""A line of `items.jsonl`. `line` is the line of the data, and items of one prompt share a `prompt_number`."""
+"""A line of `items.jsonl`. `line` is the line of the data. Items of the same prompt share a `prompt_number`."""
 Key = TypeVar("Key", int, tuple[int, int])
 
 
@@ -22,7 +22,7 @@ def examples_of(run: EvaluationRun) -> dict[int, Example]:
 
 
 def draw_rows(run: EvaluationRun, keys: Collection[Key]) -> set[Key]:
-    """`max_rows` of the rows: a seed always draws the same ones."""
+    """A random subset of `keys` with at most `max_rows` of them. The same seed always draws the same ones."""
     spec = run.spec
     if spec.max_rows is None or len(keys) <= spec.max_rows:
         return set(keys)
@@ -31,11 +31,11 @@ def draw_rows(run: EvaluationRun, keys: Collection[Key]) -> set[Key]:
 
 
 def prompt_numbers(rows: dict[int, Example]) -> dict[int, int]:
-    """A number for the prompt of each row. Rows of one prompt share it."""
+    """The number of each row's prompt. Rows with the same prompt share a number."""
     numbers: dict[str, int] = {}
     return {row: numbers.setdefault(written(example), len(numbers)) for row, example in rows.items()}
 
 
 def row_fields(example: Example, row: int, prompt_number: int) -> Item:
-    """The fields of an item that say which row it is about."""
+    """The fields of an item that identify its row."""
     return {"line": example.line, "row": row, "prompt_number": prompt_number, "prompt": written(example)}

@@ -1,4 +1,4 @@
-"""A run over the work folder of an evaluation: its spec, and the models of its sides."""
+"""An evaluation's run over its work folder: its spec, and the models of its sides."""
 
 import gc
 from functools import cached_property
@@ -14,20 +14,20 @@ from worker.trainer.model import Base, Policy
 from worker.trainer.run import Run
 
 JUDGE = "judge"
-"""The side whose model says which of two answers is better."""
+"""The side that holds the judge's model, in `sides/` and in `parts/`."""
 
 
 class EvaluationRun(Run):
-    """The folder holds `evaluation.json`, `run.json`, `sides/`, the data; maybe `parts/`."""
+    """Its folder holds `evaluation.json`, `run.json`, `sides/` and the data, and maybe `parts/`."""
 
     @cached_property
     def spec(self) -> EvaluationSpec:
-        """The evaluation with every default filled in, its files as paths."""
+        """The evaluation spec with its defaults filled in. Its files are paths relative to the folder."""
         return EvaluationSpec.model_validate_json((self.folder / "evaluation.json").read_text()).resolved()
 
     def load(self, side: str) -> Policy:
-        """The model of a side, with nothing in it that trains."""
-        gc.collect()  # reference cycles keep the model before it in memory
+        """Load the model of `side`, with all parameters frozen."""
+        gc.collect()  # frees the previous model, which reference cycles keep in memory
         folder, settings = self.folder / "sides" / side, self.about["sides"][side]
         start = folder / "start" if (folder / "start").exists() else None
         spec = JobSpec.model_validate(
@@ -46,16 +46,16 @@ class EvaluationRun(Run):
         return policy
 
     def rendering(self, side: str) -> Rendering:
-        """How the model of a side reads conversations: as it was trained."""
+        """How conversations are rendered for the model of `side`: as in its training."""
         settings: dict[str, Any] = self.about["sides"].get(side, {})
         return Rendering(**settings.get("rendering", vars(self.spec.rendering)))
 
     def max_length(self, policy: Policy) -> int:
-        """Tokens of a prompt and its answer together, at most."""
+        """Maximum tokens of a prompt and its answer together."""
         context = context_of(policy)
         return min(self.spec.max_length or context, context)
 
 
 def context_of(policy: Policy) -> int:
-    """Tokens that the model reads at once, at most."""
+    """The context length of the model, in tokens."""
     return context_length(policy.causal.config.to_dict()) or DEFAULT_MAX_LENGTH

@@ -12,7 +12,10 @@ from worker.trainer.evaluation.run import EvaluationRun
 
 
 def scores(run: EvaluationRun, scorer: Scorer | Judge, name: str, answers: list[tuple[Example, str]]) -> list[float]:
-    """The score of each answer to its prompt. The model of the scorer is in the folder of the side `name`."""
+    """The score of each (example, answer). A reward model is in the folder of the side `name`.
+
+    Raises `UserError` for a file that is not a classifier.
+    """
     if scorer.classifier is not None:
         try:
             classifier = LinearClassifier.load(run.folder / scorer.classifier.file)
@@ -22,9 +25,9 @@ def scores(run: EvaluationRun, scorer: Scorer | Judge, name: str, answers: list[
         return [classifier.score(_as_text(example, text)) for example, text in answers]
     answered = [replace(example, responses=(text,), desirable=True, raw=False, turns=()) for example, text in answers]
     folder = run.folder / "sides" / name / "base"
-    return reward.scores(folder, answered, run.rendering(name), run.spec.max_length, run.tick)
+    return reward.scores(folder, answered, run.rendering(name), run.spec.max_length, run.check_stop)
 
 
 def _as_text(example: Example, answer: str) -> str:
-    """A prompt and its answer as one text, as a model without a chat template would read it."""
+    """Prompt and answer as one text, as for a model without a chat template."""
     return written(example) + ("" if isinstance(example.prompt, str) else " ") + answer

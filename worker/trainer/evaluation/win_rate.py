@@ -1,4 +1,4 @@
-"""The type `win_rate`: whose answers does the judge prefer, the candidate's or the baseline's?"""
+"""The evaluation type `win_rate`: does the judge prefer the candidate's answers or the baseline's?"""
 
 from worker.trainer.evaluation.answers import FIXED, answers_of
 from worker.trainer.evaluation.judging import judge
@@ -7,22 +7,24 @@ from worker.trainer.evaluation.run import EvaluationRun
 
 
 def items(run: EvaluationRun) -> list[Item]:
-    """The answers of both sides to each row, and what the judge says of them."""
+    """One item per row, temperature and sample: the answers of both sides, and the judge's preference."""
     rows = examples_of(run)
-    # Given answers come first: what is wrong with them is said before anything is sampled.
+    # Answers that are not sampled are read first: an error in them is reported before the long sampling.
     order = sorted(("candidate", "baseline"), key=lambda name: getattr(run.spec, name).model is not None)
     answers = {name: answers_of(run, name, getattr(run.spec, name), rows) for name in order}
-    known = {key for given in answers.values() for key in given}
-    sampled = sorted(key for key in known if key[0] != FIXED)
+    keys = {key for side_answers in answers.values() for key in side_answers}
+    sampled = sorted(key for key in keys if key[0] != FIXED)
     numbers = prompt_numbers(rows)
     items: list[Item] = []
-    for temperature, row, number in sampled or sorted(known):
+    for temperature, row, number in sampled or sorted(keys):
+        # A fixed answer is compared with every sampled answer to its row.
         pair = {
-            name: given.get((temperature, row, number), given.get((FIXED, row, 0))) for name, given in answers.items()
+            name: side_answers.get((temperature, row, number), side_answers.get((FIXED, row, 0)))
+            for name, side_answers in answers.items()
         }
         if all(answer is not None for answer in pair.values()):
-            shown = None if temperature == FIXED else temperature
             fields = row_fields(rows[row], row, numbers[row])
-            items.append({**fields, "temperature": shown, "sample": number, **pair})
+            item_temperature = None if temperature == FIXED else temperature
+            items.append({**fields, "temperature": item_temperature, "sample": number, **pair})
     judge(run, items, rows)
     return items

@@ -1,7 +1,8 @@
-"""Methods of training, by the stage that they run. Whoever adds one writes a module here and its line below."""
+"""Training methods. A new method is a module here and a line in `METHODS`."""
 
 from worker.trainer.methods.method import Method
 from worker.trainer.methods.preference import Preference
 from worker.trainer.methods.supervised import Supervised
 
 METHODS: dict[str, type[Method]] = {"sft": Supervised, "dpo": Preference}
+"""The method of each stage, by the name of the stage."""

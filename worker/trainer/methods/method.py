@@ -1,8 +1,8 @@
-"""A method of training: rows in, a gradient or validation metrics out, and a state of its own.
+"""A training method: rows in, a gradient or validation metrics out, and its own state.
 
-A method takes rows by number, packs them, and asks the policy for scores. The loss of a step is a mean over its rows
-(for SFT: over its scored tokens), whatever packs they are in and whoever computes which part of them: what the mean
-divides by is `Totals` of the whole batch, which each part is given.
+A method takes rows by number, packs them, and gets scores from the policy. The loss of a step is the mean over its
+rows; for SFT, over its scored tokens. It depends neither on how the rows are packed nor on the parts in which the batch
+is computed: each part divides by the `Totals` of the whole batch.
 """
 
 from abc import ABC, abstractmethod
@@ -22,61 +22,63 @@ from worker.trainer.reference import References
 
 
 class ValidatedRow(NamedTuple):
-    """A validation row by its number: the log-probs of its responses, [K], and the reference's where there is one."""
+    """A validation row and the log-probs of its responses, [K] each. A reward model's `logps` are rewards."""
 
     number: int
     logps: Tensor
     reference_logps: Tensor | None
+    """None for a loss without a reference."""
 
 
 @dataclass(frozen=True)
-class Work:
-    """Distinct tokens, places (with padding) and scored tokens of the packs of a step."""
+class TokenCounts:
+    """Token counts of the packs of a step."""
 
     tokens: int
-    places: int
+    """Distinct tokens, without padding."""
+    slots: int
+    """Tokens with padding."""
     scored: int
+    """Scored tokens: the positions at which the head computes logits."""
 
     @classmethod
-    def of(cls, packs: Sequence[Pack]) -> "Work":
+    def of(cls, packs: Sequence[Pack]) -> "TokenCounts":
         return cls(
             sum(pack.tokens for pack in packs),
-            sum(pack.places for pack in packs),
+            sum(pack.slots for pack in packs),
             sum(len(pack.targets) for pack in packs),
         )
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Counts over the whole batch of a step, by which the loss of each part of it divides.
-
-    `shares` is there where rows depend on each other: by row, ∂L/∂log π(y) of each of its responses, [K].
-    """
+    """Totals over the whole batch of a step, by which the loss of each part of it divides."""
 
     rows: int
     scored_tokens: int
-    """The scored tokens of all responses."""
+    """Scored tokens of all responses."""
     chosen_tokens: int
-    """Scored tokens of the best responses."""
-    shares: Mapping[int, Tensor] | None = None
+    """Scored tokens of the best response of each row."""
+    logp_gradients: Mapping[int, Tensor] | None = None
+    """If the loss couples rows: for each row number, ∂L/∂log π(y) of its responses, [K]."""
 
     @property
     def chosen_length(self) -> float:
-        """Scored tokens of a best response, on average."""
+        """Mean number of scored tokens of a best response."""
         return self.chosen_tokens / self.rows
 
     @classmethod
-    def of(cls, rows: Rows, batch: Sequence[int]) -> "Totals":
-        """The counts of the rows `batch`."""
-        scored = rows.scored_tokens(batch)
-        return cls(len(batch), sum(sum(counts) for counts in scored), sum(counts[0] for counts in scored))
+    def of(cls, rows: Rows, numbers: Sequence[int]) -> "Totals":
+        """The totals of the batch of the rows `numbers`."""
+        scored = rows.scored_tokens(numbers)
+        return cls(len(numbers), sum(sum(counts) for counts in scored), sum(counts[0] for counts in scored))
 
 
 class Method(ABC):
-    """How one stage learns from its rows."""
+    """How a stage learns from its rows."""
 
     DROPOUT: ClassVar[bool] = False
-    """Whether the adapter's dropout acts while it trains."""
+    """Whether the adapter's dropout is active in training."""
 
     def __init__(self, policy: Policy, settings: Hyperparameters, train: Rows, validation: Rows) -> None:
         self.policy, self.train, self.validation = policy, train, validation
@@ -84,54 +86,58 @@ class Method(ABC):
     # -- before a stage ------------------------------------------------------------------------------------------
 
     @staticmethod
-    def arranged(rows: Rows, settings: Hyperparameters, max_length: int) -> Rows:
-        """The rows as the loss needs them; by default as they are."""
+    def prepare_rows(rows: Rows, settings: Hyperparameters, max_length: int) -> Rows:
+        """The rows in the form that the loss needs. By default they are unchanged."""
         return rows
 
     @staticmethod
     def groups(rows: Rows, batch_size: int) -> list[list[int]]:
-        """Numbers of rows that stand together in every epoch; by default each stands alone."""
+        """Groups of row numbers that stay together in the order of every epoch. By default each row is alone."""
         return [[number] for number in range(len(rows))]
 
     def begin(self, references: Callable[[float | None], References]) -> None:  # noqa: B027 - most methods need nothing here
-        """Get ready for the first step.
+        """Prepare for the first step.
 
-        `references` computes the reference log-probs of all rows, once, given the weight of tails (LD-DPO's).
+        `references` computes the reference log-probs of all rows. Its argument is LD-DPO's weight of tails, or None.
         """
 
     # -- a step --------------------------------------------------------------------------------------------------
 
-    def totals(self, batch: Sequence[int], averages: Averages, *, divided: bool = False) -> Totals:
-        """The totals that each part of the training rows `batch` needs. `divided`: `backward` gets parts of it."""
-        return Totals.of(self.train, batch)
+    def totals(self, numbers: Sequence[int], averages: Averages, *, divided: bool = False) -> Totals:
+        """The totals of the batch of the training rows `numbers`. To be called before `backward`.
+
+        `divided`: `backward` will be called for several parts of the batch instead of once for all of it.
+        """
+        return Totals.of(self.train, numbers)
 
     @abstractmethod
-    def backward(self, rows: Sequence[int], totals: Totals, averages: Averages) -> Work:
-        """Add to what trains the gradient of the part of the loss that the training rows `rows` have.
+    def backward(self, numbers: Sequence[int], totals: Totals, averages: Averages) -> TokenCounts:
+        """Accumulate the gradient of the training rows `numbers`, which are the whole batch or a part of it.
 
-        `totals` are those of the whole batch. The gradient is times the policy's scale; metrics go to `averages`.
+        `totals` are those of the whole batch. The gradient is multiplied by the policy's loss scale. Metrics are added
+        to `averages`.
         """
 
     def after_step(self, step: int) -> None:  # noqa: B027 - most methods need nothing here
-        """Optimizer step `step` (from 1) is done."""
+        """Called after optimizer step `step`, counted from 1."""
 
     # -- a validation --------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def validate(self, averages: Averages, tick: Callable[[], None]) -> list[ValidatedRow]:
-        """Validate: metrics go to `averages`; `tick` is called after each pack."""
+    def validate(self, averages: Averages, check_stop: Callable[[], None]) -> list[ValidatedRow]:
+        """Score all validation rows and add their metrics to `averages`. Calls `check_stop` after each pack."""
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """The tensors that a checkpoint must keep beside the weights, by the name of their file."""
+        """The tensors that a checkpoint must keep beside the weights, by file name and tensor name."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, dict[str, Tensor]], step: int) -> None:  # noqa: B027 - most methods need nothing here
-        """Go on from `state`, which was kept after optimizer step `step`."""
+        """Restore `state`, which `state_dict` returned after optimizer step `step`."""
 
 
 def split_by_row(values: Tensor, row_of: Tensor, rows: int) -> list[Tensor]:
-    """`values` [R] of `rows` rows, one tensor a row. `row_of` [R] says whose each value is."""
+    """Split the `values` [R] of responses into one tensor per row, [K] each. `row_of` [R]: the row of each value."""
     counts = torch.bincount(row_of, minlength=rows).tolist()
     return list(torch.split(values, counts))

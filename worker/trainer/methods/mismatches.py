@@ -1,4 +1,4 @@
-"""Rows of labelled answers, each with an answer to another prompt beside it."""
+"""Mismatched answers for KTO: each row gets an answer to another prompt."""
 
 from dataclasses import replace
 
@@ -7,22 +7,26 @@ from worker.trainer.dataset import Rows
 
 
 def with_mismatches(rows: Rows, max_length: int) -> Rows:
-    """The same rows, each with the answer of the next row of another prompt behind its own.
+    """The rows with a second response each: the answer of the next row that has another prompt.
 
-    KTO estimates how far the policy is from its reference on answers that have nothing to do with the prompt
-    (arXiv:2402.01306, Sec. 4.1). Where all rows have one prompt, it is the answer of the next row.
+    KTO estimates the KL divergence from the reference on such mismatched answers (Ethayarajh et al. 2024,
+    arXiv:2402.01306, Sec. 4.1). If all rows have the same prompt, it is the answer of the next row. It is cut
+    to at most `max_length` tokens together with the prompt.
     """
-    keys, count = rows.prompts(), len(rows)
-    following = list(range(1, count + 1))  # the next row of another prompt, going round
-    for number in reversed(range(2 * count)):
-        this, after = number % count, (number + 1) % count
-        following[this] = after if keys[after] != keys[this] else following[after]
+    prompts, count = rows.prompts(), len(rows)
+    following = list(range(1, count + 1))  # for each row, the next row with another prompt; after the last, the first
+    # Two rounds from the back: the second one completes the rows at the end, which continue at the front.
+    for step in reversed(range(2 * count)):
+        current, after = step % count, (step + 1) % count
+        following[current] = after if prompts[after] != prompts[current] else following[after]
 
     def mismatched(number: int, row: Row) -> Row:
-        nearby = following[number] % count
-        other = rows[nearby if keys[nearby] != keys[number] else (number + 1) % count].responses[0]
+        candidate = following[number] % count
+        source = candidate if prompts[candidate] != prompts[number] else (number + 1) % count
+        answer = rows[source].responses[0]
         room = max(1, max_length - len(row.prompt))
-        ids, scored = other.ids[:room], other.scored[:room]
+        ids, scored = answer.ids[:room], answer.scored[:room]
+        # If the cut leaves no scored token, all tokens are scored: an estimate needs at least one.
         return replace(row, responses=(row.responses[0], Response(ids, scored if any(scored) else (True,) * len(ids))))
 
     return Rows.of(mismatched(number, row) for number, row in enumerate(rows))

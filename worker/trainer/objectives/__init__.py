@@ -1,6 +1,7 @@
 """Objectives: pure functions from log-probabilities to losses, each with its paper and equation.
 
-The function of a loss has the name of its record in `app/spec/losses.py`.
+A loss function has the name of its record in `app/spec/losses.py`. Notation, as in the DPO paper: π is the policy,
+π_ref the reference, x the prompt, y_w the chosen answer, y_l the rejected one, σ the logistic function.
 """
 
 from types import ModuleType
@@ -17,24 +18,27 @@ MODULES: tuple[ModuleType, ...] = (preference, distribution, reference_free)
 
 
 def objective(name: str) -> Objective:
-    """The function of the loss `name`."""
-    found: list[Objective] = [getattr(module, name) for module in MODULES if hasattr(module, name)]
-    if len(found) != 1:
-        raise LookupError(f"worker/trainer/objectives needs one function '{name}' and has {len(found)}.")
-    return found[0]
+    """The function of the loss `name`. Raises `LookupError` unless exactly one module has it."""
+    functions: list[Objective] = [getattr(module, name) for module in MODULES if hasattr(module, name)]
+    if len(functions) != 1:
+        raise LookupError(f"worker/trainer/objectives needs one function '{name}' and has {len(functions)}.")
+    return functions[0]
 
 
 OBJECTIVES = {name: objective(name) for name in LOSSES}
-"""By the name that the job spec gives."""
+"""The function of each loss, by its name in the job spec."""
 
 
 def rewards_of(batch: Batch, settings: DPOHyperparameters) -> Tensor:
     """The rewards that the job's loss compares, [B, K].
 
-    For DPO they are β log(π/π_ref) (Rafailov et al. 2023, Eq. 5), with another divergence β f′(π/π_ref), and without
-    a reference β log π. They are averaged over the answer's tokens where the loss does that. The rewards of a sum of
-    losses are the mean of its terms' rewards by their weights, whatever their order. Likelihood alone (`sft`) compares
-    nothing: it has no part, unless there is nothing else.
+    - With a reference: β log(π/π_ref) (Rafailov et al. 2023, Eq. 5); with another f-divergence, β f′(π/π_ref).
+    - Without a reference: β log π.
+    - Divided by the answer's number of tokens if the loss averages over tokens.
+    - For a reward model: its rewards.
+
+    A sum of losses has the weighted mean of its terms' rewards. The likelihood term `sft` compares nothing, so it is
+    left out unless it is the only term.
     """
     if settings.rewards:
         return batch.policy
@@ -52,11 +56,14 @@ def rewards_of(batch: Batch, settings: DPOHyperparameters) -> Tensor:
 
 
 def losses_of(batch: Batch, settings: DPOHyperparameters) -> Tensor:
-    """The job's weighted sum of losses, [B]; with WPO (arXiv:2406.11827, Eq. 2) each pair by its weight."""
+    """The job's weighted sum of losses for each row, [B].
+
+    With WPO (Zhou et al. 2024, arXiv:2406.11827, Eq. 2), a pair is weighted by w(x, y_w) · w(x, y_l), without gradient.
+    """
     terms = [
         term.weight * OBJECTIVES[term.name](batch, LOSSES[term.name].options_of(settings)) for term in settings.losses
     ]
     losses = torch.stack(terms).sum(0)
     if batch.alignment is not None:
-        losses = losses * torch.exp(batch.alignment.detach()).prod(1)
+        losses = losses * torch.exp(batch.alignment.detach()).prod(1)  # w = exp(alignment)
     return losses

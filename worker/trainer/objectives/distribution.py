@@ -1,4 +1,4 @@
-"""Losses that couple the rows of a batch: they need all its log-probs at once."""
+"""Losses that couple the rows of a batch. They need all log-probs of an optimizer step at once."""
 
 import torch
 from torch import Tensor
@@ -8,9 +8,10 @@ from worker.trainer.objectives.batch import Batch, smoothed
 
 
 def aot(batch: Batch, options: LossOptions) -> Tensor:
-    """AOT on pairs (Melnyk et al. 2024, arXiv:2406.05882, Eq. 9): the policy's margins should dominate the reference's.
+    """AOT on pairs (Melnyk et al. 2024, arXiv:2406.05882, Eq. 9): −log σ(β (m₍ₖ₎ − m_ref₍ₖ₎)).
 
-    Both are sorted: the k-th smallest margin of the one is held against the k-th smallest of the other.
+    m = log π(y_w) − log π(y_l) are the policy's margins and m_ref the reference's. Both are sorted: the k-th smallest
+    margin of the policy should exceed the k-th smallest of the reference. [B], in sorted order.
     """
     margins = (batch.policy[:, 0] - batch.policy[:, 1]).sort().values
     reference = (batch.reference[:, 0] - batch.reference[:, 1]).sort().values
@@ -18,7 +19,10 @@ def aot(batch: Batch, options: LossOptions) -> Tensor:
 
 
 def aot_unpaired(batch: Batch, options: LossOptions) -> Tensor:
-    """AOT without pairs (the same, Eq. 8): the chosen log-ratios should dominate the rejected ones."""
+    """AOT without pairs (Melnyk et al. 2024, arXiv:2406.05882, Eq. 8), on sorted log-ratios. [B], in sorted order.
+
+    The k-th smallest log-ratio of the chosen answers should exceed the k-th smallest of the rejected answers.
+    """
     deltas = batch.chosen.sort().values - batch.rejected.sort().values
     return smoothed(options.beta * deltas, options.label_smoothing)
 
@@ -26,12 +30,12 @@ def aot_unpaired(batch: Batch, options: LossOptions) -> Tensor:
 def kto(batch: Batch, options: LossOptions) -> Tensor:
     """KTO (Ethayarajh et al. 2024, arXiv:2402.01306, Eq. 8): λ_D (1 − σ(r̂ − z₀)) or λ_U (1 − σ(z₀ − r̂)).
 
-    Column 0 holds each row's answer. Column 1 holds an answer to another prompt: the mean of its log-ratios over
-    the batch, at least 0 and without gradient, estimates KL(π‖π_ref), and times β is z₀.
+    Column 0 holds the answer of each row. Column 1 holds an answer to another prompt. z₀ = β KL(π‖π_ref), where the KL
+    is estimated by the mean of column 1's log-ratios over the batch, at least 0 and without gradient.
     """
     beta = options.beta
-    divergence = batch.rejected.detach().mean().clamp(min=0)
-    away = beta * (batch.chosen - divergence)
+    divergence = batch.rejected.detach().mean().clamp(min=0)  # KL estimate, in nats
+    away = beta * (batch.chosen - divergence)  # r̂ − z₀
     good = options.desirable_weight * (1 - torch.sigmoid(away))
     bad = options.undesirable_weight * (1 - torch.sigmoid(-away))
     return torch.where(batch.desirable, good, bad)

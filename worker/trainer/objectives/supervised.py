@@ -1,17 +1,20 @@
-"""Supervised fine-tuning: losses of tokens."""
+"""Losses of supervised fine-tuning, per token. The loss of a step is the mean over all of its scored tokens."""
 
 from torch import Tensor
 
 
 def negative_log_likelihood(token_logps: Tensor) -> Tensor:
-    """−log π(y_t | x, y_<t) for each scored token: [N] → [N]. The loss is its mean over the batch's tokens."""
+    """Maximum likelihood: −log π(y_t | x, y_<t) of each scored token, [N] → [N]."""
     return -token_logps
 
 
 def dynamic(token_logps: Tensor) -> Tensor:
-    """Dynamic Fine-Tuning (Wu et al. 2025, arXiv:2508.05629, Eq. 9): −sg[π(y_t)] log π(y_t), [N] → [N]."""
+    """Dynamic Fine-Tuning (Wu et al. 2025, arXiv:2508.05629, Eq. 9): −sg[π(y_t)] log π(y_t), [N] → [N].
+
+    sg stops the gradient: each token is weighted by its probability.
+    """
     return -token_logps.detach().exp() * token_logps
 
 
 LOSSES = {"nll": negative_log_likelihood, "dft": dynamic}
-"""By the name that the job spec gives."""
+"""The function of each supervised loss, by its name in the job spec."""

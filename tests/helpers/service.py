@@ -13,7 +13,7 @@ from typing import Any
 import httpx2
 from openai import OpenAI
 
-from tests.servers import free_port, postgres, redis_server, s3, wait_until
+from tests.helpers.servers import CEILING, free_port, postgres, redis_server, s3, wait_until
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,18 @@ class Running:
         return OpenAI(base_url=self.url, api_key=self.key, _strict_response_validation=True, max_retries=0)
 
     def http(self) -> httpx2.Client:
-        return httpx2.Client(base_url=self.url, headers={"Authorization": f"Bearer {self.key}"}, timeout=60)
+        return httpx2.Client(base_url=self.url, headers={"Authorization": f"Bearer {self.key}"}, timeout=CEILING)
 
     def job(self, job_id: str) -> dict[str, Any]:
         with self.http() as client:
             found: dict[str, Any] = client.get(f"/fine_tuning/jobs/{job_id}").raise_for_status().json()
         return found
 
-    def wait_for(self, job_id: str, reached: Callable[[dict[str, Any]], bool], seconds: float = 120) -> dict[str, Any]:
+    def until(self, ready: Callable[[], object], what: str) -> None:
+        """Wait for what the running service brings about. Fail once the service has ended."""
+        wait_until(ready, what, self.process)
+
+    def wait_for(self, job_id: str, reached: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """The job, once `reached` holds for it."""
         seen: dict[str, Any] = {}
 
@@ -46,7 +50,7 @@ class Running:
             seen.update(self.job(job_id))
             return reached(seen) or seen["status"] in ("failed", "cancelled", "succeeded")
 
-        wait_until(look, f"job {job_id}", seconds)
+        self.until(look, f"job {job_id}")
         assert reached(seen), f"the job ended as {seen['status']}: {seen['error']}"
         return seen
 
@@ -54,7 +58,7 @@ class Running:
         """Run the command-line client."""
         environment = self.environment | {"DPO_BASE_URL": self.url, "DPO_API_KEY": self.key}
         command = [sys.executable, "-m", "app.cli.main", *arguments]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, **options)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=CEILING, **options)
 
 
 @contextmanager
@@ -74,13 +78,12 @@ def running(home: Path, extra: dict[str, str] | None = None) -> Iterator[Running
     try:
 
         def ready() -> bool:
-            assert process.poll() is None, log.read_text()
             return httpx2.get(f"{url}/readyz").status_code == 200 and bool(service.openai().models.list().data)
 
         service = Running(f"{url}/v1", "", home, environment, process)
-        wait_until(lambda: (home / "admin.key").exists(), "the admin key")
+        service.until(lambda: (home / "admin.key").exists(), f"the admin key ({log})")
         service = Running(f"{url}/v1", (home / "admin.key").read_text().strip(), home, environment, process)
-        wait_until(ready, "the service")
+        service.until(ready, f"the service ({log})")
         yield service
     finally:
         process.send_signal(signal.SIGTERM)
@@ -164,3 +167,45 @@ def half_upload(key: str, size: int) -> bytes:
         f"Content-Type: multipart/form-data; boundary=xx\r\nContent-Length: {2 * len(body)}\r\n\r\n"
     )
     return head.encode() + body
+
+
+def body(file_id: str, **changes: Any) -> dict[str, Any]:
+    """A job of 45 short steps, the same bits each time."""
+    hyperparameters = {"batch_size": 8, "max_steps": 40, "checkpoint_every": 100, "learning_rate": 1e-3}
+    return {
+        "model": "tiny",
+        "training_file": file_id,
+        "seed": 5,
+        "sft": {"hyperparameters": {"batch_size": 8, "max_steps": 5}},
+        "method": {"type": "dpo", "dpo": {"hyperparameters": hyperparameters | changes.pop("hyperparameters", {})}},
+        **changes,
+    }
+
+
+def create(client: httpx2.Client, **fields: Any) -> str:
+    answer = client.post("/fine_tuning/jobs", json=fields)
+    assert answer.status_code == 200, answer.text
+    job_id: str = answer.json()["id"]
+    return job_id
+
+
+CLASSIFIER = {"terms": {"yes": [1.0, 1.0], "no": [1.0, -1.0]}, "intercept": 0.0, "normalise": False}
+
+
+def upload(service: Running, path: Path, purpose: str) -> str:
+    with service.http() as http, path.open("rb") as file:
+        answer = http.post("/files", files={"file": file}, data={"purpose": purpose}).raise_for_status()
+    return str(answer.json()["id"])
+
+
+def ended(service: Running, evaluation: str, status: str = "succeeded") -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+
+    def look() -> bool:
+        with service.http() as http:
+            seen.update(http.get(f"/evaluations/{evaluation}").raise_for_status().json())
+        return seen["status"] in ("succeeded", "failed", "cancelled")
+
+    service.until(look, evaluation)
+    assert seen["status"] == status, seen["error"]
+    return seen

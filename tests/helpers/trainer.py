@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from app.spec.job import JobSpec
-from tests.tiny_model import CORPUS
+from tests.helpers.tiny_model import CORPUS
 from worker.processes import ForkServer, answer_cache
 from worker.trainer.cache import Cache
 from worker.trainer.data import Response, Row
@@ -31,7 +31,7 @@ from worker.trainer.run import TrainingRun
 
 Event = dict[str, Any]
 Record = dict[str, Any]
-REPOSITORY = Path(__file__).parents[3]
+REPOSITORY = Path(__file__).parents[2]
 BASE_NAME = "tiny/random-model"
 TIME_DEPENDENT = frozenset({"tokens_per_second", "peak_memory_bytes", "mfu"})
 WORDS = sorted({word for text in CORPUS for word in text.replace(",", " ").replace(".", " ").split()})

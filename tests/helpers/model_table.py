@@ -1,6 +1,6 @@
 """The outcome for every causal model type of transformers: a tiny random model is loaded and scored as a job would.
 
-`python -m tests.model_table` writes the table of docs/models.md, a test holds it up to date.
+`python -m tests.helpers.model_table` writes the table of docs/models.md, a test holds it up to date.
 """
 
 import io
@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers import __version__ as transformers_version
 
-from tests.causal_types import TYPES, tiny_config, tiny_model
-from tests.tiny_model import make_tokenizer
-from tests.unit.trainer.work import disturb, gradients, load, make_row, pack_of, plain_logps
+from tests.helpers.causal_types import TYPES, tiny_config, tiny_model
+from tests.helpers.tiny_model import make_tokenizer
+from tests.helpers.trainer import disturb, gradients, load, make_row, pack_of, plain_logps
 from worker.trainer.data import Row
 from worker.trainer.errors import UserError, first_line
 from worker.trainer.events import Events
@@ -28,12 +28,12 @@ from worker.trainer.exactness import check
 from worker.trainer.merge import merge
 from worker.trainer.model import Policy
 
-PLACE = Path(__file__).parents[1] / "docs/models.md"
+PLACE = Path(__file__).parents[2] / "docs/models.md"
 QUANTISATIONS = ("none", "nf4", "int8")
 ROWS = [make_row(1, 12, 5, 9), make_row(2, 9, 7, 2), make_row(3, 20, 4, 6)]
 """Longer than every window of `causal_types`."""
 STATES = {"shared": "exact", "alone": "exact, slower", "refused": "refused"}
-BEGIN, END = "<!-- made by `python -m tests.model_table` -->", "<!-- to here -->"
+BEGIN, END = "<!-- made by `python -m tests.helpers.model_table` -->", "<!-- to here -->"
 
 
 class Wrong(AssertionError):

@@ -16,6 +16,7 @@ from typing import Any
 import boto3
 import psycopg
 import redis
+from sqlalchemy import create_engine, text
 
 
 def free_port() -> int:
@@ -25,17 +26,28 @@ def free_port() -> int:
         return port
 
 
-def wait_until(ready: Callable[[], object], what: str, seconds: float = 60) -> None:
-    """Poll `ready` until it returns something true without raising; fail after `seconds`."""
-    deadline, last = time.monotonic() + seconds, "it answered no"
+CEILING = 600.0
+"""Seconds after which a test gives up. A busy machine is slow, so only a hang comes this far."""
+
+
+def wait_until(ready: Callable[[], object], what: str, process: "subprocess.Popen[Any] | None" = None) -> None:
+    """Poll `ready` until it returns something true without raising.
+
+    Raises `TimeoutError` once `process` has ended, or after `CEILING` seconds.
+    """
+    deadline, last = time.monotonic() + CEILING, "it answered no"
     while time.monotonic() < deadline:
+        ended = process is not None and process.poll() is not None
         try:
             if ready():
                 return
-        except Exception as error:  # not up yet: whatever the client raises
+        except Exception as error:  # not up yet: the client decides what it raises
             last = str(error)
+        if ended:
+            assert process is not None
+            raise TimeoutError(f"{what} will not come, {process.args!r} ended with {process.returncode}: {last}")
         time.sleep(0.05)
-    raise TimeoutError(f"{what} not ready after {seconds} s: {last}")
+    raise TimeoutError(f"{what} did not come in {CEILING:.0f} s: {last}")
 
 
 def postgres_program(name: str) -> str:
@@ -56,7 +68,7 @@ class Server:
         """Start it, and wait until it answers."""
         self.process = subprocess.Popen(self.command, **self.options)
         try:
-            wait_until(self.ready, self.command[0])
+            wait_until(self.ready, self.command[0], self.process)
         except TimeoutError:
             self.end()
             raise
@@ -110,6 +122,14 @@ def postgres_url(port: int) -> str:
     return f"postgresql+psycopg://dpo@127.0.0.1:{port}/postgres"
 
 
+def admin(url: str, statement: str) -> None:
+    """Run a statement that no transaction may hold."""
+    engine = create_engine(url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(statement))
+    engine.dispose()
+
+
 @contextmanager
 def redis_process() -> Iterator[Server]:
     """A Redis server that keeps nothing: empty again after a restart."""
@@ -151,7 +171,7 @@ def s3() -> Iterator[dict[str, str]]:
         client = boto3.client(
             "s3", endpoint_url=url, aws_access_key_id="test", aws_secret_access_key="test", region_name="us-east-1"
         )
-        wait_until(lambda: client.create_bucket(Bucket="dpo"), "the S3 server")
+        wait_until(lambda: client.create_bucket(Bucket="dpo"), "the S3 server", server)
         client.close()
         yield S3_ENVIRONMENT | {"AWS_ENDPOINT_URL": url, "DPO_STORAGE_URL": "s3://dpo/service"}
     finally:

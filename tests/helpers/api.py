@@ -1,0 +1,49 @@
+"""Requests to the API in this process, and what the tables hold."""
+
+from typing import Any
+
+from fastapi.testclient import TestClient
+from httpx2 import Response
+from sqlalchemy import func, select
+
+from app.files.tables import File
+from app.jobs.tables import Job
+from app.keys.schemas import KeySpec, Scope
+from app.projects.schemas import ProjectSpec
+from app.services import Services
+
+ROW = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+
+
+def upload(client: TestClient, content: bytes = ROW, **form: str) -> str:
+    answer = client.post("/v1/files", files={"file": ("p.jsonl", content)}, data={"purpose": "fine-tune", **form})
+    assert answer.status_code == 200, answer.text
+    file_id: str = answer.json()["id"]
+    return file_id
+
+
+def error_of(answer: Response, status: int) -> dict[str, Any]:
+    """The error of `answer`, which has the contract's shape and nothing else."""
+    assert answer.status_code == status, answer.text
+    assert list(answer.json()) == ["error"]
+    error: dict[str, Any] = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    return error
+
+
+def key_of(services: Services, project: str, *scopes: Scope) -> str:
+    """A key of `project`, which is made where it is not there."""
+    if all(found.id != project for found in services.projects.list()):
+        services.projects.create(ProjectSpec(id=project))
+    return services.keys.create(KeySpec(name="test", project=project, scopes=list(scopes or Scope))).key
+
+
+def rows(services: Services) -> tuple[int, int]:
+    with services.database.read() as session:
+        counts = [session.scalars(select(func.count()).select_from(table)).one() for table in (File, Job)]
+    return counts[0], counts[1]
+
+
+def objects(services: Services) -> int:
+    return len(services.storage.list("files"))

@@ -1,0 +1,22 @@
+"""Bodies of evaluations."""
+
+from typing import Any
+
+from fastapi.testclient import TestClient
+
+from tests.helpers.api import upload
+
+CANDIDATE, BASELINE = {"model": "tiny"}, {"model": "tiny"}
+
+
+def at(url: str) -> dict[str, Any]:
+    """A judge that is asked over HTTP."""
+    return {"type": "endpoint", "endpoint": {"base_url": url, "model": "m", "api_key": "sk-of-the-judge"}}
+
+
+ASKED = at("https://1.1.1.1/v1")
+
+
+def body(client: TestClient, **fields: Any) -> dict[str, Any]:
+    given = {"type": "preference", "candidate": CANDIDATE, "baseline": BASELINE, "data": upload(client), **fields}
+    return {name: value for name, value in given.items() if value is not None}

@@ -1,0 +1,22 @@
+"""Preference pairs that a tiny model learns in a few steps."""
+
+import json
+import random
+from pathlib import Path
+
+WORDS = ["sun", "moon", "star", "rain", "snow", "wind", "leaf", "tree", "bird", "fish"]
+
+
+def pairs(count: int, seed: int) -> list[dict[str, str]]:
+    """Preference pairs in which the answer that repeats the question's word is preferred."""
+    generator = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        asked, other = generator.sample(WORDS, 2)
+        rows.append({"prompt": f"say {asked}: ", "chosen": f"{asked} it is", "rejected": f"no {other} at all"})
+    return rows
+
+
+def write(path: Path, rows: list[dict[str, str]]) -> Path:
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
