@@ -24,6 +24,8 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import Text, TypeDecorator
 
+from app.spec.json_types import JsonObject
+
 IDLE_SECONDS = 10
 """How long a transaction may stand idle before PostgreSQL ends it and frees its locks. Shorter than a lease."""
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
@@ -32,7 +34,7 @@ ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 class Table(DeclarativeBase):
     """The tables of every feature register here."""
 
-    type_annotation_map = {float: Double, dict[str, Any]: JSON, list[str]: JSON, list[dict[str, Any]]: JSON}
+    type_annotation_map = {float: Double, JsonObject: JSON, list[str]: JSON, list[JsonObject]: JSON}
 
 
 class database_now(FunctionElement[float]):  # noqa: N801 - reads as the SQL function it is

@@ -3,7 +3,7 @@
 import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, cast
+from typing import cast
 
 import uvicorn
 from fastapi import FastAPI
@@ -35,6 +35,7 @@ from app.monitoring.middleware import RequestMetricsMiddleware
 from app.projects.endpoints import router as projects_router
 from app.services import Services
 from app.settings import Settings
+from app.spec.json_types import JsonObject
 from app.sweeps.endpoints import router as sweeps_router
 from app.uploads.endpoints import router as uploads_router
 from app.webhooks.endpoints import router as webhooks_router
@@ -57,7 +58,7 @@ ROUTERS = (
 )
 
 
-def _document(app: FastAPI) -> dict[str, Any]:
+def _document(app: FastAPI) -> JsonObject:
     """The OpenAPI document. FastAPI describes errors of streaming routes as streams; here they are JSON."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)

@@ -60,7 +60,7 @@ class Checkpoints:
                     return
             shutil.rmtree(folder)
             self.log.error("damaged checkpoint", prefix=checkpoint.prefix, damage=damage)
-            self._warn(f"The checkpoint at step {checkpoint.step_number} is damaged ({damage}) and is skipped.")
+            self._warn(f"The checkpoint at step {checkpoint.step_number} is skipped: {damage}.")
 
     def trim(self) -> None:
         """Delete old checkpoints, except those that other jobs or the baseline of an evaluation need.

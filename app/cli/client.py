@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from app.settings import Settings
+from app.spec.json_types import JsonObject
 
 
 class ClientError(Exception):
@@ -66,7 +67,7 @@ class Client:
                 seconds = float(response.headers.get("retry-after", 1))
             time.sleep(seconds)
 
-    def pages(self, path: str, limit: int) -> Iterator[dict[str, Any]]:
+    def pages(self, path: str, limit: int) -> Iterator[JsonObject]:
         """Up to `limit` objects of a list, newest first, page by page."""
         after: str | None = None
         while limit > 0:

@@ -5,7 +5,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 from urllib.parse import quote
 
 import typer
@@ -15,6 +15,7 @@ from app.cli.client import Client
 from app.cli.evaluations import judge_from_options
 from app.cli.output import Json, emit
 from app.cli.watch import EXIT_STATUS, watch
+from app.spec.json_types import JsonObject
 from app.spec.metrics import CHARTS
 from app.svg import curves
 
@@ -85,13 +86,13 @@ def _upload(client: Client, path: Path) -> str:
         return str(client.upload(rows, {"purpose": "evals"})["id"])
 
 
-def _evaluated(client: Client, body: dict[str, Any], console: Console) -> dict[str, Any]:
+def _evaluated(client: Client, body: JsonObject, console: Console) -> JsonObject:
     """Run an evaluation to its end."""
     evaluation = client.request("POST", "/evaluations", json=body)
     return watch(client, f"/evaluations/{quote(evaluation['id'], safe='')}", console)
 
 
-def _items(client: Client, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+def _items(client: Client, evaluation: JsonObject) -> list[JsonObject]:
     """The rows of an evaluation's items file, one for each prompt."""
     with client.stream("GET", f"/files/{evaluation['result_files'][1]}/content") as response:
         response.read()
@@ -99,7 +100,7 @@ def _items(client: Client, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _kl(
-    client: Client, sides: dict[str, Any], shared: dict[str, Any], console: Console
+    client: Client, sides: JsonObject, shared: JsonObject, console: Console
 ) -> dict[str, dict[str, float | None]] | None:
     """KL(a‖b) and KL(b‖a) of the models at temperature 1, in nats per completion; None if undefined."""
     kl, sampling = {}, shared["sampling"] | {"temperatures": [1.0]}
@@ -113,7 +114,7 @@ def _kl(
     return kl
 
 
-def _trainings(client: Client, models: Sequence[str]) -> dict[str, dict[str, Any]]:
+def _trainings(client: Client, models: Sequence[str]) -> dict[str, JsonObject]:
     """The training curves of each model that was trained here, by model."""
     trainings = {}
     for model in models:
@@ -126,7 +127,7 @@ def _trainings(client: Client, models: Sequence[str]) -> dict[str, dict[str, Any
     return trainings
 
 
-def page(comparison: dict[str, Any]) -> str:
+def page(comparison: JsonObject) -> str:
     """The page of a comparison. It is self-contained: it loads nothing and runs nothing."""
     # Imported here, because no other command needs templates and each would wait for the import.
     from jinja2 import Environment, PackageLoader, select_autoescape
@@ -146,7 +147,7 @@ def page(comparison: dict[str, Any]) -> str:
     return template.render(**comparison, charts=charts, winner=_winner)
 
 
-def _winner(item: dict[str, Any]) -> str:
+def _winner(item: JsonObject) -> str:
     """The judge's verdict: A, B or neither; empty without a judge."""
     if "verdicts" in item:
         if None in item["verdicts"]:

@@ -1,11 +1,11 @@
 """Reports, estimates and gates as text for a terminal."""
 
-from typing import Any
+from app.spec.json_types import JsonObject
 
 SHOWN_ISSUES, SHOWN_CHARACTERS = 10, 200
 
 
-def describe_report(report: dict[str, Any], file: str = "FILE") -> str:
+def describe_report(report: JsonObject, file: str = "FILE") -> str:
     """A dataset report. `file` is the name of the file in proposed commands."""
     lines = [f"{report['format'] or 'no known format'}: {report['kept']} of {report['rows']} rows can be trained on"]
     if report["error"]:
@@ -68,7 +68,7 @@ def _short(text: str) -> str:
     return line if len(line) <= SHOWN_CHARACTERS else line[: SHOWN_CHARACTERS - 1] + "…"
 
 
-def describe_estimate(estimate: dict[str, Any]) -> str:
+def describe_estimate(estimate: JsonObject) -> str:
     """The estimate of a job: steps, memory, device and time, or why it would be refused."""
     lines = [f"refused: {refusal['message']} ({refusal['param']})" for refusal in estimate["refused"]]
     for stage in estimate["stages"]:
@@ -90,7 +90,7 @@ def describe_estimate(estimate: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def describe_gate(gate: dict[str, Any]) -> str:
+def describe_gate(gate: JsonObject) -> str:
     """A gate and its verdict."""
     bounds = [
         f"{word} {gate[end]:g}" for word, end in (("at least", "min"), ("at most", "max")) if gate[end] is not None

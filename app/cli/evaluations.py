@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 from urllib.parse import quote
 
 import typer
@@ -14,6 +14,7 @@ from app.cli.describe import describe_gate
 from app.cli.output import Json, Limit, Output, emit, emit_table, read_body, read_gates
 from app.cli.watch import exit_status, watch
 from app.evaluations.figures import figures
+from app.spec.json_types import JsonObject
 
 evaluations = typer.Typer(help="Evaluations of models.", no_args_is_help=True)
 PATH = "/evaluations"
@@ -87,9 +88,9 @@ def evaluate(
 
 def judge_from_options(
     client: Client, reward_model: str, classifier: str, judge_url: str, judge_model: str, question: str
-) -> dict[str, Any]:
+) -> JsonObject:
     """The judge that the options name; empty if they name none."""
-    judge: dict[str, Any] = {}
+    judge: JsonObject = {}
     if judge_url:
         key = os.environ.get("DPO_JUDGE_API_KEY")
         endpoint = {"base_url": judge_url, "model": judge_model, "api_key": key}
@@ -116,7 +117,7 @@ def evaluations_list(limit: Limit = 20, as_json: Json = False) -> None:
     emit_table(rows if as_json else cells, ["id", "status", "type", "candidate", "baseline"], as_json)
 
 
-def _side(side: dict[str, Any] | None) -> str:
+def _side(side: JsonObject | None) -> str:
     return "" if not side else "reference" if "reference" in side else str(next(iter(side.values())))
 
 

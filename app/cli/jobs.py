@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 from urllib.parse import quote
 
 import orjson
@@ -13,11 +13,12 @@ from app.cli.client import Client
 from app.cli.describe import describe_estimate, describe_gate
 from app.cli.output import Json, Limit, emit, emit_table, read_body, read_gates, upload_files
 from app.cli.watch import exit_status, watch
+from app.spec.json_types import JsonObject
 
 jobs = typer.Typer(help="Fine-tuning jobs.", no_args_is_help=True)
 
 
-def _set_hyperparameters(body: dict[str, Any], **options: float | str | None) -> None:
+def _set_hyperparameters(body: JsonObject, **options: float | str | None) -> None:
     """Write the options that are not None into the method of a job's body."""
     new = {name: value for name, value in options.items() if value is not None}
     if not new:
@@ -117,7 +118,7 @@ def _follow(client: Client, job_id: str, as_json: bool) -> None:
     raise typer.Exit(exit_status(job))
 
 
-def _next_steps(job: dict[str, Any]) -> str:
+def _next_steps(job: JsonObject) -> str:
     """How to download, load and serve the job's model."""
     name = job["fine_tuned_model"]
     base = job["model"] if not job["model"].startswith("ft:") else name.split(":")[1]

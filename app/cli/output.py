@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from app.cli.client import Client
+from app.spec.json_types import JsonObject
 
 console = Console(width=None if sys.stdout.isatty() else 240)
 """Output to a pipe is not folded to the width of a terminal."""
@@ -32,7 +33,7 @@ def emit(value: Any, as_json: bool, text: str) -> None:
     print(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode() if as_json else text)
 
 
-def emit_table(rows: list[dict[str, Any]], columns: list[str], as_json: bool) -> None:
+def emit_table(rows: list[JsonObject], columns: list[str], as_json: bool) -> None:
     """Print `rows` as JSON, or their `columns` as a table."""
     if as_json:
         print(orjson.dumps(rows, option=orjson.OPT_INDENT_2).decode())
@@ -45,7 +46,7 @@ def emit_table(rows: list[dict[str, Any]], columns: list[str], as_json: bool) ->
     console.print(table)
 
 
-def read_body(spec: Path | None) -> dict[str, Any]:
+def read_body(spec: Path | None) -> JsonObject:
     """The body in the file of `--spec`; `-` means standard input. Without a file it is empty."""
     if spec is None:
         return {}
@@ -58,12 +59,12 @@ def read_body(spec: Path | None) -> dict[str, Any]:
     return body
 
 
-def read_gates(texts: list[str] | None) -> list[dict[str, Any]]:
+def read_gates(texts: list[str] | None) -> list[JsonObject]:
     """The gates of `--gate`: METRIC>=NUMBER or METRIC<=NUMBER."""
     return [_gate(text) for text in texts or []]
 
 
-def _gate(text: str) -> dict[str, Any]:
+def _gate(text: str) -> JsonObject:
     metric, sign, number = text.partition(">=") if ">=" in text else text.partition("<=")
     try:
         return {"metric": metric.strip(), "min" if sign == ">=" else "max": float(number)}
@@ -71,7 +72,7 @@ def _gate(text: str) -> dict[str, Any]:
         raise typer.BadParameter(f"'{text}' is not METRIC>=NUMBER or METRIC<=NUMBER", param_hint="--gate") from None
 
 
-def upload_files(client: Client, job: dict[str, Any]) -> None:
+def upload_files(client: Client, job: JsonObject) -> None:
     """Upload the files that a job's body names by path, and replace each path by the file's id."""
 
     def uploaded(name: Any) -> Any:

@@ -12,6 +12,7 @@ from rich.console import Console
 from app.cli.client import Client
 from app.cli.output import Json, Limit, emit, emit_table, read_body, upload_files
 from app.cli.watch import EXIT_STATUS, GATE_NOT_MET
+from app.spec.json_types import JsonObject
 from app.spec.metrics import EVALUATION, SUMMARY, VALIDATION
 
 sweeps = typer.Typer(help="Sweeps: a job for each point of a grid.", no_args_is_help=True)
@@ -110,7 +111,7 @@ def _follow(client: Client, sweep_id: str, as_json: bool) -> None:
     raise typer.Exit(GATE_NOT_MET if missed and sweep["status"] == "succeeded" else EXIT_STATUS[sweep["status"]])
 
 
-def _show(sweep: dict[str, Any], as_json: bool) -> None:
+def _show(sweep: JsonObject, as_json: bool) -> None:
     """Print the jobs of a sweep: their settings, metrics, and which of them are in the Pareto set."""
     frontier = sweep["frontier"] or {"points": []}
     best = {point["job_id"] for point in frontier["points"] if point["pareto"]}

@@ -6,11 +6,11 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from app.cli.client import ClientError
 from app.spec.datasets.mapping import Mapping
 from app.spec.datasets.rendering import RenderingSettings
+from app.spec.json_types import JsonObject
 
 
 def count_tokens(
@@ -18,10 +18,10 @@ def count_tokens(
     model: Path,
     name: str,
     max_length: int,
-    report: dict[str, Any],
+    report: JsonObject,
     mapping: Mapping | None,
     rendering: RenderingSettings,
-) -> dict[str, Any]:
+) -> JsonObject:
     """The part `tokens` of a report. Raises `ClientError` if the model's tokenizer cannot be used."""
     if not (model / "tokenizer.json").exists():
         raise ClientError(f"{model} has no tokenizer.json: --model is a folder, or the name of one in DPO_MODELS_DIR.")
@@ -48,7 +48,7 @@ def count_tokens(
             "Tokens cannot be counted (is the worker installed? pip install 'dpo-service[worker]'): "
             + done.stderr[-500:]
         )
-    tokens: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])[0]
+    tokens: JsonObject = json.loads(done.stdout.splitlines()[-1])[0]
     if "error" in tokens:
         raise ClientError(tokens["error"]["message"])
     method = "supervised" if report["kind"] == "supervised" else "dpo"

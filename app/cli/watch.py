@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from app.cli.client import Client
+from app.spec.json_types import JsonObject
 from app.spec.metrics import SUMMARY
 
 EXIT_STATUS = {"succeeded": 0, "failed": 1, "cancelled": 3}
@@ -14,7 +15,7 @@ GATE_NOT_MET = 4
 INTERVAL_SECONDS = 1.0
 
 
-def watch(client: Client, path: str, console: Console) -> dict[str, Any]:
+def watch(client: Client, path: str, console: Console) -> JsonObject:
     """Follow the job or evaluation at `path` until it ends; returns it."""
     columns = (
         TextColumn("{task.fields[state]:<18}"),
@@ -27,7 +28,7 @@ def watch(client: Client, path: str, console: Console) -> dict[str, Any]:
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("job", total=None, state="", metrics="")
         while True:
-            job: dict[str, Any] = client.request("GET", path)
+            job: JsonObject = client.request("GET", path)
             last_event = _print_new_events(client, path, last_event, console)
             _show(progress, task, job)
             if job["status"] in EXIT_STATUS and not _waits_for_evaluations(job):
@@ -35,18 +36,18 @@ def watch(client: Client, path: str, console: Console) -> dict[str, Any]:
             time.sleep(INTERVAL_SECONDS)
 
 
-def _waits_for_evaluations(job: dict[str, Any]) -> bool:
+def _waits_for_evaluations(job: JsonObject) -> bool:
     """Whether a training has succeeded but some of its gates still wait for evaluations of its model."""
     return job["status"] == "succeeded" and any(gate["met"] is None for gate in job["gates"])
 
 
-def exit_status(job: dict[str, Any]) -> int:
+def exit_status(job: JsonObject) -> int:
     """0 succeeded and all gates met, 1 failed, 3 cancelled, 4 a gate not met."""
     missed = job["status"] == "succeeded" and not all(gate["met"] for gate in job["gates"])
     return GATE_NOT_MET if missed else EXIT_STATUS[job["status"]]
 
 
-def _show(progress: Progress, task: Any, job: dict[str, Any]) -> None:
+def _show(progress: Progress, task: Any, job: JsonObject) -> None:
     state = job["status"]
     if job["paused"]:
         state += ", paused"

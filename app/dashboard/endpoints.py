@@ -16,6 +16,7 @@ from app.evaluations.schemas import EvaluationObject
 from app.jobs.lifecycle import Lifecycle
 from app.jobs.schemas import JobObject, MetricSeries
 from app.keys.access import access
+from app.spec.json_types import JsonObject
 from app.spec.metrics import CHARTS
 
 FOLDER = Path(__file__).parent
@@ -44,7 +45,7 @@ def _duration(seconds: float | None) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
-def _side(side: dict[str, Any] | None) -> str:
+def _side(side: JsonObject | None) -> str:
     """The name of a side of an evaluation: a model, a file, or the data's own answers."""
     if side is None:
         return ""

@@ -1,8 +1,10 @@
 """Dataset reports on the wire."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
+
+from app.spec.json_types import JsonObject
 
 
 class Issue(BaseModel):
@@ -17,7 +19,7 @@ class FileError(Issue):
     """The first row that cannot be understood."""
 
     message: str
-    mapping: dict[str, Any] | None = None
+    mapping: JsonObject | None = None
     """The mapping that comes closest to reading the file. Check it, then upload the file with it."""
 
 

@@ -1,7 +1,5 @@
 """Request dataset reports. CPU workers make them."""
 
-from typing import Any
-
 from sqlalchemy.orm import Session
 
 from app.broker import Broker, Lane
@@ -18,6 +16,7 @@ from app.models import repository as models
 from app.spec.datasets.example import Kind
 from app.spec.datasets.rendering import RenderingSettings
 from app.spec.hyperparameters import DEFAULT_MAX_LENGTH
+from app.spec.json_types import JsonObject
 
 MAX_PENDING = 50
 """Maximum token reports that a project may wait for."""
@@ -30,9 +29,7 @@ def structural_report(session: Session, project: str, file_id: str) -> DerivedAr
     )
 
 
-def token_report(
-    session: Session, file: File, arguments: dict[str, Any], model: models.ResolvedModel
-) -> DerivedArtifact:
+def token_report(session: Session, file: File, arguments: JsonObject, model: models.ResolvedModel) -> DerivedArtifact:
     """The artifact of the report in tokens of `model`. It is requested if it does not exist.
 
     `arguments`: model, max_length, method, need, rendering, and optionally loss_on, mapping and truncation. Raises

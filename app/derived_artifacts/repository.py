@@ -1,7 +1,6 @@
 """All SQL about derived artifacts: requests, leases and results."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from sqlalchemy import delete, func, or_, select
 from sqlalchemy.exc import IntegrityError
@@ -9,6 +8,7 @@ from sqlalchemy.orm import Session
 
 from app.database import database_now, new_id
 from app.derived_artifacts.tables import DerivedArtifact
+from app.spec.json_types import JsonObject
 from app.work_queue import MAX_LOST_ATTEMPTS, WorkQueue, retry_pause
 from app.workers.repository import served_by
 
@@ -53,7 +53,7 @@ def ensure(
     *,
     project: str,
     owner: str,
-    arguments: dict[str, Any],
+    arguments: JsonObject,
     base_model: str | None = None,
 ) -> DerivedArtifact:
     """The artifact of a kind and subject. If it does not exist, a new pending row requests it.
@@ -105,8 +105,8 @@ def finish(
     artifact_id: str,
     attempt: int,
     *,
-    result: dict[str, Any] | None = None,
-    error: dict[str, Any] | None = None,
+    result: JsonObject | None = None,
+    error: JsonObject | None = None,
 ) -> bool:
     """End an artifact as the attempt that holds its lease; False if another attempt has it.
 

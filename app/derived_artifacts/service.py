@@ -1,12 +1,11 @@
 """The result of a derived artifact."""
 
-from typing import Any
-
 from app.derived_artifacts.tables import DerivedArtifact
 from app.errors import ServiceError
+from app.spec.json_types import JsonObject
 
 
-def result(artifact: DerivedArtifact, param: str | None = None) -> dict[str, Any] | None:
+def result(artifact: DerivedArtifact, param: str | None = None) -> JsonObject | None:
     """The result of an artifact; None while it is pending.
 
     Raises `ServiceError` if it failed. The error is about `param` unless it names a field itself.

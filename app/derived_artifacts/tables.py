@@ -1,11 +1,10 @@
 """The table of derived artifacts: dataset reports and merged models."""
 
-from typing import Any
-
 from sqlalchemy import Index, UniqueConstraint
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.database import Table
+from app.spec.json_types import JsonObject
 from app.work_queue import Queued
 
 
@@ -26,10 +25,10 @@ class DerivedArtifact(Queued, Table):
     project: Mapped[str]
     base_model: Mapped[str | None]
     """If set, only a worker that serves this base model can make the artifact."""
-    arguments: Mapped[dict[str, Any]]
+    arguments: Mapped[JsonObject]
     created_at: Mapped[float]
     finished_at: Mapped[float | None]
     status: Mapped[str]
     """`pending`, `done` or `failed`."""
-    result: Mapped[dict[str, Any] | None]
-    error: Mapped[dict[str, Any] | None]
+    result: Mapped[JsonObject | None]
+    error: Mapped[JsonObject | None]

@@ -1,7 +1,5 @@
 """POST /v1/fine_tuning/estimate"""
 
-from typing import Any
-
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
@@ -11,6 +9,7 @@ from app.keys.access import access
 from app.keys.middleware import CallerDependency
 from app.keys.schemas import Scope
 from app.pending import NOT_READY, Pending, not_ready
+from app.spec.json_types import JsonObject
 
 router = APIRouter(prefix="/fine_tuning", tags=["fine-tuning"])
 
@@ -29,9 +28,7 @@ BODY = {
     responses=NOT_READY,
 )
 @access(scope=Scope.READ)
-def estimate_job(
-    body: dict[str, Any], caller: CallerDependency, services: ServicesDependency
-) -> Estimate | JSONResponse:
+def estimate_job(body: JsonObject, caller: CallerDependency, services: ServicesDependency) -> Estimate | JSONResponse:
     """Estimate a job (tokens, steps, memory, time) and check whether a create would refuse it. Nothing is run."""
     estimate = services.estimates.estimate(caller.project, body)
     return not_ready(seconds=1) if estimate is None else estimate

@@ -7,10 +7,10 @@ compares this model with measured peaks, and docs/engine.md reports the result.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from app.spec.hyperparameters import Hyperparameters
 from app.spec.job import Adapter, JobSpec
+from app.spec.json_types import JsonObject
 
 BUDGET = {"cpu": 2048, "cuda": 8192}
 """Maximum tokens of a pack, the same as in worker/trainer/loading.py."""
@@ -80,7 +80,7 @@ class Shape:
     """Whether embeddings and head share one tensor."""
 
     @classmethod
-    def of(cls, details: dict[str, Any]) -> "Shape | None":
+    def of(cls, details: JsonObject) -> "Shape | None":
         """The shape in the details of a registered model; None if the worker could not determine it."""
         shape = details.get("shape")
         if not isinstance(shape, dict):

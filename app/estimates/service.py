@@ -1,7 +1,6 @@
 """Estimate a job from its spec, the reports of its files, the present workers, and the pace of earlier jobs."""
 
 import math
-from typing import Any
 
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
@@ -24,6 +23,7 @@ from app.spec.datasets.example import Kind
 from app.spec.datasets.report import Report
 from app.spec.hyperparameters import DEFAULT_MAX_LENGTH, Hyperparameters
 from app.spec.job import JobSpec, StageSpec
+from app.spec.json_types import JsonObject
 
 MAX_PACES = 5
 """Number of earlier jobs whose pace is averaged."""
@@ -41,7 +41,7 @@ class Estimates:
     def __init__(self, database: Database, broker: Broker, jobs: Jobs) -> None:
         self.database, self.broker, self.jobs = database, broker, jobs
 
-    def estimate(self, project: str, body: dict[str, Any]) -> Estimate | None:
+    def estimate(self, project: str, body: JsonObject) -> Estimate | None:
         """The estimate of the job `body`; None while its files are being counted. Nothing is run."""
         try:
             spec = JobSpec.model_validate(body)
@@ -107,13 +107,13 @@ class Estimates:
         field: str,
         settings: Hyperparameters,
         context: int,
-    ) -> dict[str, Any]:
+    ) -> JsonObject:
         """Token counts of the file that `field` names. Raises `NotReady` or `ServiceError`."""
         file_id = dict(spec.files())[field]
         file = files.get(session, project, file_id)
         assert file is not None
         mapping = spec.reads(field)
-        arguments: dict[str, Any] = {
+        arguments: JsonObject = {
             "model": spec.model,
             "max_length": min(settings.max_length or DEFAULT_MAX_LENGTH, context),
             "method": settings.METHOD,
@@ -134,7 +134,7 @@ class Estimates:
             session.commit()
             raise NotReady
         _require(token_report, Kind(arguments["need"]), field)
-        counted: dict[str, Any] = token_report["tokens"]
+        counted: JsonObject = token_report["tokens"]
         if arguments["need"] == Kind.LABELLED:  # KTO also computes each prompt with the answer of another row
             answers = counted["lengths"]["answer"]
             counted |= {
@@ -144,7 +144,7 @@ class Estimates:
         return counted
 
 
-def _require(report: dict[str, Any], need: Kind, field: str) -> None:
+def _require(report: JsonObject, need: Kind, field: str) -> None:
     """Refuse a file that the method cannot train on, as the file check of a job does. Raises `ServiceError`."""
     code = f"invalid_{field.removeprefix('sft.')}" if field.endswith("_file") else "invalid_training_file"
     if report.get("error"):
@@ -156,7 +156,7 @@ def _require(report: dict[str, Any], need: Kind, field: str) -> None:
         raise ServiceError(message, param=field, code=code)
 
 
-def _merge_counts(counts: list[dict[str, Any]]) -> dict[str, Any]:
+def _merge_counts(counts: list[JsonObject]) -> JsonObject:
     """The counts of several files as if they were one."""
     rows = sum(count["rows"] for count in counts)
 
@@ -172,7 +172,7 @@ def _merge_counts(counts: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _stage(stage: StageSpec, counted: dict[str, Any], pace: Pace | None) -> StageEstimate:
+def _stage(stage: StageSpec, counted: JsonObject, pace: Pace | None) -> StageEstimate:
     """Rows, steps, tokens and seconds of a stage. The steps are counted as in worker/trainer/plan.py."""
     settings, examples = stage.settings, max(1, counted["examples"])
     split = 0.0 if stage.validation is not None else stage.validation_split
@@ -227,7 +227,7 @@ def expected_seconds(session: Session, spec: JobSpec, base_model: str, file_repo
     return seconds
 
 
-def _memory_fields(memory: Memory) -> dict[str, Any]:
+def _memory_fields(memory: Memory) -> JsonObject:
     """The fields of `MemoryEstimate`."""
     parts = {name: value for name, value in vars(memory).items() if name != "recompute"}
     return parts | {"total": memory.total, "recompute_activations": memory.recompute}

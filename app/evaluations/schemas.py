@@ -1,6 +1,6 @@
 """Evaluations on the wire."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -9,6 +9,7 @@ from app.jobs.schemas import GateVerdict, JobError, shown_gates
 from app.jobs.states import Status
 from app.jobs.tables import Job
 from app.spec.evaluation import EvaluationType
+from app.spec.json_types import JsonObject
 from app.spec.schema_base import unix_seconds
 
 
@@ -55,13 +56,13 @@ class EvaluationObject(BaseModel):
     type: EvaluationType
     name: str | None
     data: str
-    mapping: dict[str, Any] | None
+    mapping: JsonObject | None
     max_rows: int | None
-    candidate: dict[str, Any] | None
-    baseline: dict[str, Any] | None
+    candidate: JsonObject | None
+    baseline: JsonObject | None
     beta: float | None
-    sampling: dict[str, Any] | None
-    judge: dict[str, Any] | None
+    sampling: JsonObject | None
+    judge: JsonObject | None
     quantization: str
     max_length: int | None
     seed: int
@@ -127,7 +128,7 @@ class EvaluationObject(BaseModel):
         )
 
 
-def _without_nulls(part: dict[str, Any] | None) -> dict[str, Any] | None:
+def _without_nulls(part: JsonObject | None) -> JsonObject | None:
     return part and {
         name: _without_nulls(value) if isinstance(value, dict) else value
         for name, value in part.items()
@@ -135,7 +136,7 @@ def _without_nulls(part: dict[str, Any] | None) -> dict[str, Any] | None:
     }
 
 
-def _shown_judge(part: dict[str, Any] | None) -> dict[str, Any] | None:
+def _shown_judge(part: JsonObject | None) -> JsonObject | None:
     """The judge without the API key of its endpoint, which the API never shows."""
     judge = _without_nulls(part)
     if judge is not None and "endpoint" in judge:

@@ -29,6 +29,7 @@ from app.models import repository as models
 from app.outbound_http import HostRefused, resolve
 from app.spec.datasets.mapping import Mapping
 from app.spec.evaluation import TAKES, EvaluationSpec, JobEvaluation, Side
+from app.spec.json_types import JsonObject
 from app.storage import Storage
 
 log = structlog.get_logger(__name__)
@@ -163,7 +164,7 @@ class Evaluations(Lifecycle[EvaluationObject]):
         name = spec.candidate.model if spec.candidate is not None else None
         if training is None and name is not None:
             training = models.job_of(session, project, name)
-        training_spec: dict[str, Any] = training.spec if training is not None else {}
+        training_spec: JsonObject = training.spec if training is not None else {}
         dpo_settings = ((training_spec.get("method") or {}).get("dpo") or {}).get("hyperparameters") or {}
         changes: dict[str, Any] = {"quantization": spec.quantization or training_spec.get("quantization", "none")}
         # Best-of-N has a bound on its KL to the model that it samples. It takes no other baseline.

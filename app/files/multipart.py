@@ -5,19 +5,19 @@ Starlette's own parser copies the whole file to the disk before a route runs. Th
 
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
 from app.errors import ServiceError, TooLarge
+from app.spec.json_types import JsonObject
 
 MAX_FIELD_BYTES = 64 * 1024
 MAX_FIELDS = 32
 
 
-def form_schema(properties: dict[str, Any], required: list[str]) -> dict[str, Any]:
+def form_schema(properties: JsonObject, required: list[str]) -> JsonObject:
     """The entry of the OpenAPI document for a request body that is read as a stream."""
     schema = {"type": "object", "required": required, "properties": properties, "additionalProperties": False}
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import get_args
 
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
@@ -18,6 +18,7 @@ from app.files.tables import File
 from app.idempotency.service import RequestIdentity
 from app.projects.service import require_room
 from app.spec.datasets.mapping import Mapping
+from app.spec.json_types import JsonObject
 from app.storage import Storage
 
 MAX_BYTES = 8 * 1024**3
@@ -28,7 +29,7 @@ class _Fields:
     """The checked fields of an upload form."""
 
     expires_after: int | None
-    mapping: dict[str, Any] | None
+    mapping: JsonObject | None
 
 
 class Files:

@@ -1,11 +1,10 @@
 """The table of files; their bytes are objects under `files/{id}`."""
 
-from typing import Any
-
 from sqlalchemy import BigInteger, Index
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.database import PlainText, Table
+from app.spec.json_types import JsonObject
 
 
 class File(Table):
@@ -21,7 +20,7 @@ class File(Table):
     bytes: Mapped[int] = mapped_column(BigInteger)
     sha256: Mapped[str]
     created_at: Mapped[float]
-    mapping: Mapped[dict[str, Any] | None]
+    mapping: Mapped[JsonObject | None]
     """How its rows are read, if the uploader gave a mapping."""
     expires_at: Mapped[float | None]
     deleted_at: Mapped[float | None]

@@ -1,7 +1,6 @@
 """All SQL about job events. Events of type `metrics` hold what a job measured."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
@@ -9,6 +8,7 @@ from sqlalchemy.orm import Session
 from app.database import database_now, new_id
 from app.jobs.tables import Job, JobEvent
 from app.pagination import keyset
+from app.spec.json_types import JsonObject
 
 
 def add(
@@ -18,7 +18,7 @@ def add(
     *,
     level: str = "info",
     type: str = "message",
-    data: dict[str, Any] | None = None,
+    data: JsonObject | None = None,
     id: str | None = None,
 ) -> None:
     """Append an event to the job, in the transaction of the change that it reports."""
@@ -69,7 +69,7 @@ def sequence_of(session: Session, job_id: str, event_id: str) -> int | None:
     return session.scalar(select(JobEvent.sequence).where(JobEvent.id == event_id, JobEvent.job_id == job_id))
 
 
-def metrics(session: Session, job_id: str) -> Sequence[dict[str, Any]]:
+def metrics(session: Session, job_id: str) -> Sequence[JsonObject]:
     """The data of each `metrics` event of a job, in order: `step`, `stage` and the metrics."""
     statement = select(JobEvent.data).where(JobEvent.job_id == job_id, JobEvent.type == "metrics")
     return [data for data in session.scalars(statement.order_by(JobEvent.sequence)) if data]

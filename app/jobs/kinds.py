@@ -6,12 +6,12 @@ Beside its record, a kind has an HTTP service (`Lifecycle`), a file check (`work
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from app.spec.evaluation import EvaluationSpec
 from app.spec.job import MORE, JobSpec
+from app.spec.json_types import JsonObject
 
-StoredSpec = dict[str, Any]
+StoredSpec = JsonObject
 """The spec of a job as its row stores it."""
 
 

@@ -28,6 +28,7 @@ from app.jobs.tables import Job, OtherBase
 from app.keys.service import Keys
 from app.spec.evaluation import EvaluationSpec
 from app.spec.job import JobSpec
+from app.spec.json_types import JsonObject
 from app.storage import Storage
 
 Shown = TypeVar("Shown", bound=BaseModel)
@@ -177,7 +178,7 @@ class Lifecycle(ABC, Generic[Shown]):
 
         An event carries its id. A state carries no id and follows the events that changed it.
         """
-        last_state: dict[str, Any] | None = None
+        last_state: JsonObject | None = None
         async with self.feed.follow(job_id, seen) as follower:
             while True:
                 follower.news.clear()

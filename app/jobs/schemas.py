@@ -1,6 +1,6 @@
 """Jobs, events and checkpoints on the wire."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -9,6 +9,7 @@ from app.jobs.states import Status
 from app.jobs.tables import Checkpoint, Job, JobEvent
 from app.spec.datasets.rendering import RenderingSettings
 from app.spec.job import KEEP_CHECKPOINTS, Integration
+from app.spec.json_types import JsonObject
 from app.spec.schema_base import unix_seconds
 
 
@@ -96,19 +97,19 @@ class JobObject(BaseModel):
     result_files: list[str]
     trained_tokens: int | None
     hyperparameters: JobHyperparameters
-    method: dict[str, Any]
+    method: JsonObject
     integrations: list[Integration]
     seed: int
     suffix: str | None
     metadata: dict[str, str] | None
 
-    sft: dict[str, Any] | None
-    adapter: dict[str, Any] | str
+    sft: JsonObject | None
+    adapter: JsonObject | str
     quantization: str
     double_quantization: bool | None
     compute_dtype: str | None
     validation_split: float
-    mapping: dict[str, Any] | None
+    mapping: JsonObject | None
     chat_template: bool | None
     fold_system: bool | None
     append_eos: bool | None
@@ -197,7 +198,7 @@ class EventObject(BaseModel):
     level: Literal["info", "warn", "error"]
     message: str
     type: Literal["message", "metrics"]
-    data: dict[str, Any] | None
+    data: JsonObject | None
 
     @classmethod
     def of(cls, event: JobEvent) -> "EventObject":

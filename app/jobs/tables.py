@@ -1,11 +1,10 @@
 """The tables of jobs, their events and their checkpoints."""
 
-from typing import Any
-
 from sqlalchemy import BigInteger, ForeignKey, Index
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.database import PlainText, Table, database_now
+from app.spec.json_types import JsonObject
 from app.work_queue import Queued
 
 
@@ -34,9 +33,9 @@ class Job(Queued, Table):
     training_file: Mapped[str]
     """For an evaluation: its data file."""
     validation_file: Mapped[str | None]
-    spec: Mapped[dict[str, Any]]
+    spec: Mapped[JsonObject]
     """The resolved `JobSpec` or `EvaluationSpec`."""
-    job_metadata: Mapped[dict[str, Any] | None]
+    job_metadata: Mapped[JsonObject | None]
     request_id: Mapped[str | None]
     """Id of the request that created the job. The logs name it."""
     priority: Mapped[int]
@@ -47,25 +46,25 @@ class Job(Queued, Table):
     paused: Mapped[bool]
     """No worker starts a paused job. A running one writes a checkpoint and returns to the queue."""
     stage: Mapped[str | None]
-    progress: Mapped[dict[str, Any] | None]
-    metrics: Mapped[dict[str, Any] | None]
-    gates: Mapped[list[dict[str, Any]] | None]
+    progress: Mapped[JsonObject | None]
+    metrics: Mapped[JsonObject | None]
+    gates: Mapped[list[JsonObject] | None]
     """Each gate of the spec with its verdict. Set once the job has succeeded."""
     parent_id: Mapped[str | None]
     """For an evaluation: the training that asked for it, if any. The evaluation waits until that has succeeded."""
     sweep_id: Mapped[str | None]
     """The sweep that the job belongs to."""
-    evaluations: Mapped[dict[str, Any] | None]
+    evaluations: Mapped[JsonObject | None]
     """For a training: the ids of its evaluations, by name."""
     started_at: Mapped[float | None]
     ran_seconds: Mapped[float]
     """Seconds that workers ran it, over all attempts, up to the last heartbeat."""
     estimated_seconds: Mapped[float | None]
     """Expected seconds of training, estimated when the files were checked."""
-    pace: Mapped[dict[str, Any] | None]
+    pace: Mapped[JsonObject | None]
     """Measured by the last attempt: `tokens`, `seconds`, and `overhead_seconds` before the first step."""
     finished_at: Mapped[float | None]
-    error: Mapped[dict[str, Any] | None]
+    error: Mapped[JsonObject | None]
     fine_tuned_model: Mapped[str | None]
     trained_tokens: Mapped[int | None] = mapped_column(BigInteger)
     result_files: Mapped[list[str]]
@@ -99,7 +98,7 @@ class JobEvent(Table):
     level: Mapped[str]
     type: Mapped[str]
     message: Mapped[str] = mapped_column(PlainText)
-    data: Mapped[dict[str, Any] | None]
+    data: Mapped[JsonObject | None]
 
 
 class Checkpoint(Table):
@@ -114,5 +113,5 @@ class Checkpoint(Table):
     stage: Mapped[str]
     step_number: Mapped[int]
     model_name: Mapped[str] = mapped_column(unique=True)
-    metrics: Mapped[dict[str, Any]]
+    metrics: Mapped[JsonObject]
     prefix: Mapped[str]

@@ -13,6 +13,7 @@ from app.jobs.states import ACTIVE, TRANSITIONS, Actor, Status
 from app.jobs.tables import Job
 from app.spec import quality_gates
 from app.spec.job import JobSpec
+from app.spec.json_types import JsonObject
 from app.spec.quality_gates import Verdict
 from app.webhooks import repository as webhooks
 from app.work_queue import MAX_LOST_ATTEMPTS, retry_pause
@@ -60,7 +61,7 @@ def transition(
         return False
     job_events.add(session, job_id, message, level=level)
     if target not in ACTIVE:
-        data: dict[str, Any] = {"id": job_id}
+        data: JsonObject = {"id": job_id}
         if job.gates:
             data["gates"] = job.gates
         webhooks.enqueue(session, job.project, f"{KINDS[job.kind].webhook}.{target}", data)

@@ -14,6 +14,7 @@ from app.jobs import queries
 from app.jobs.tables import Checkpoint, Job
 from app.models.tables import Model
 from app.spec.job import Adapter, JobSpec
+from app.spec.json_types import JsonObject
 from app.spec.schema_base import STORED
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -156,7 +157,7 @@ def prequantized(session: Session, base_model: str) -> str | None:
     return (details or {}).get("prequantized")
 
 
-def register(session: Session, name: str, revision: str, details: dict[str, Any]) -> None:
+def register(session: Session, name: str, revision: str, details: JsonObject) -> None:
     """Insert or update the row of a base model that a worker serves."""
     _register(session, name, "base", name, revision, details)
 
@@ -167,7 +168,7 @@ def register_hub(session: Session, pattern: str) -> None:
 
 
 def _register(
-    session: Session, name: str, kind: str, base_model: str, revision: str | None, details: dict[str, Any]
+    session: Session, name: str, kind: str, base_model: str, revision: str | None, details: JsonObject
 ) -> None:
     row = session.get(Model, name)
     if row is None:

@@ -1,11 +1,12 @@
 """Models on the wire."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from app.jobs.tables import Job
 from app.models.tables import Model
+from app.spec.json_types import JsonObject
 from app.spec.schema_base import unix_seconds
 
 
@@ -35,7 +36,7 @@ class ModelObject(BaseModel):
     base_model: str
     fine_tuning_job_id: str | None
     revision: str | None
-    details: dict[str, Any]
+    details: JsonObject
 
     @classmethod
     def of(cls, model: Model) -> "ModelObject":
@@ -61,7 +62,7 @@ class LineageStep(BaseModel):
     sft: bool
     files: dict[str, str | None]
     """SHA-256 by file id. It is null if the file is gone."""
-    spec: dict[str, Any]
+    spec: JsonObject
     metrics: dict[str, float]
     finished_at: int | None
 

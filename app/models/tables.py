@@ -1,11 +1,10 @@
 """The table of models."""
 
-from typing import Any
-
 from sqlalchemy import BigInteger
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.database import Table
+from app.spec.json_types import JsonObject
 
 
 class Model(Table):
@@ -28,5 +27,5 @@ class Model(Table):
     bytes: Mapped[int] = mapped_column(BigInteger)
     """Size of a trained model in the object store; 0 for a base model."""
     revision: Mapped[str | None]
-    details: Mapped[dict[str, Any]]
+    details: Mapped[JsonObject]
     """Base model: architecture, context_length, bytes, chat_template and more. Trained model: adapter, foundation."""

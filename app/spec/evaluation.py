@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, StringConstraints, Vali
 from app.spec.datasets.example import Kind
 from app.spec.datasets.mapping import Mapping
 from app.spec.datasets.rendering import RenderingSettings, today
+from app.spec.json_types import JsonObject
 from app.spec.metrics import BEST_OF, ENDPOINT, figures_of
 from app.spec.quality_gates import Gates, require_metric
 from app.spec.schema_base import (
@@ -148,7 +149,7 @@ class Endpoint(Strict):
     """The server's key. It is stored encrypted, sent to this server only, and never shown again."""
     concurrency: Annotated[int, Field(ge=1, le=64)] = 8
     """Maximum number of requests at the same time."""
-    parameters: Annotated[dict[str, Any], Field(max_length=32)] = {"temperature": 0, "max_tokens": 512}
+    parameters: Annotated[JsonObject, Field(max_length=32)] = {"temperature": 0, "max_tokens": 512}
     """Further fields of each request, beside `model` and `messages`. Some models need other field names."""
     price: Price | None = None
 
@@ -327,11 +328,11 @@ class EvaluationSpec(RenderingSettings):
         return names + [f"best_of/{side}/{name}" for side in sides for name in BEST_OF]
 
     @classmethod
-    def stored(cls, data: dict[str, Any]) -> Self:
+    def stored(cls, data: JsonObject) -> Self:
         """Read the spec from an evaluation's database row. The next version may have written it."""
         return cls.model_validate(data, context=STORED)
 
-    def to_store(self) -> dict[str, Any]:
+    def to_store(self) -> JsonObject:
         """The spec for a database row. Fields that the previous version does not know are left out unless set."""
         stored = self.model_dump(mode="json")
         for side in (stored["candidate"], stored["baseline"]):

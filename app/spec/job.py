@@ -16,6 +16,7 @@ from app.spec.datasets.mapping import Mapping
 from app.spec.datasets.rendering import RenderingSettings, today
 from app.spec.evaluation import JobEvaluation
 from app.spec.hyperparameters import DPOHyperparameters, SupervisedHyperparameters
+from app.spec.json_types import JsonObject
 from app.spec.metrics import METRICS
 from app.spec.quality_gates import Gates, require_metric
 from app.spec.schema_base import NO_NUL, STORED, FileName, Metadata, ModelName, Quantization, Strict, inconsistent
@@ -284,11 +285,11 @@ class JobSpec(RenderingSettings):
                 raise inconsistent(f"{stage.field}.early_stopping", message)
 
     @classmethod
-    def stored(cls, data: dict[str, Any]) -> Self:
+    def stored(cls, data: JsonObject) -> Self:
         """Read the spec from a job's database row. The next version may have written it."""
         return cls.model_validate(data, context=STORED)
 
-    def to_store(self) -> dict[str, Any]:
+    def to_store(self) -> JsonObject:
         """The spec for a job's database row. Fields that the previous version does not know are left out unless set."""
         stored = self.model_dump(mode="json")
         if self.keep_checkpoints == KEEP_CHECKPOINTS:

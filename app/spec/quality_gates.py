@@ -1,10 +1,11 @@
 """Gates: bounds on the final metrics. A missed gate changes no outcome: it is reported, so that CI can act on it."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
+from app.spec.json_types import JsonObject
 from app.spec.schema_base import NO_NUL, Strict, did_you_mean, inconsistent
 
 
@@ -30,7 +31,7 @@ def require_metric(metric: str, known: Sequence[str], field: str) -> None:
 
 
 Gates = Annotated[list[Gate], Field(max_length=32)]
-Verdict = dict[str, Any]
+Verdict = JsonObject
 """A gate with the metric's `value` and whether it is `met`. Both are null while the metric is still to be measured."""
 
 

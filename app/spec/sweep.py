@@ -9,6 +9,7 @@ from typing import Annotated, Any, Self
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
 from app.spec.job import METHODS, JobSpec
+from app.spec.json_types import JsonObject
 from app.spec.metrics import METRICS
 from app.spec.quality_gates import require_metric
 from app.spec.schema_base import NO_NUL, Metadata, Strict, inconsistent, plain_json
@@ -45,7 +46,7 @@ class SweepSpec(Strict):
         }
     )
 
-    job: dict[str, Any]
+    job: JsonObject
     """The body of a job, as `POST /v1/fine_tuning/jobs` takes it."""
     grid: Annotated[
         dict[Path, Annotated[list[Any], Field(min_length=1, max_length=MAX_JOBS)]], Field(min_length=1, max_length=16)
@@ -90,7 +91,7 @@ class SweepSpec(Strict):
             raise inconsistent(f"grid.{name}", f"'{name}' is no field of a job, and the job names no 'method'")
         return f"method.{method_type}.hyperparameters.{name}"
 
-    def bodies(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    def bodies(self) -> Iterator[tuple[JsonObject, JsonObject]]:
         """(the swept values, the body) of each job, in the order of the grid.
 
         All jobs and their evaluations share one seed, unless it is swept. They then share the validation rows, the
@@ -129,7 +130,7 @@ class SweepSpec(Strict):
         return self.frontier
 
 
-def _set(body: dict[str, Any], place: str, value: Any, field: str) -> None:
+def _set(body: JsonObject, place: str, value: Any, field: str) -> None:
     """Set the value at the dotted path `place`. `field` names the grid's entry in an error."""
     *parents, last = place.split(".")
     target = body

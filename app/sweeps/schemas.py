@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 from app.jobs.schemas import GateVerdict, shown_gates
 from app.jobs.states import ACTIVE, Status
 from app.jobs.tables import Job
+from app.spec.json_types import JsonObject
 from app.sweeps.frontier import ParetoPoint, pareto
 from app.sweeps.tables import Sweep
 
@@ -24,7 +25,7 @@ class SweepJob(BaseModel):
     """A job of the grid, with its settings and results."""
 
     id: str
-    settings: dict[str, Any]
+    settings: JsonObject
     """The value that it has for each field of the grid."""
     status: Status
     fine_tuned_model: str | None

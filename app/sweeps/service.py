@@ -18,6 +18,7 @@ from app.jobs.service import Jobs
 from app.jobs.states import ACTIVE
 from app.jobs.tables import Job
 from app.spec.job import JobSpec
+from app.spec.json_types import JsonObject
 from app.spec.sweep import Axes, SweepSpec
 from app.sweeps import repository
 from app.sweeps.frontier import as_csv, svg
@@ -56,7 +57,7 @@ class Sweeps:
         session: Session,
         project: str,
         spec: SweepSpec,
-        job_specs: Sequence[tuple[dict[str, Any], JobSpec]],
+        job_specs: Sequence[tuple[JsonObject, JobSpec]],
         axes: Axes | None,
         request_id: str | None,
     ) -> Sweep:
@@ -143,7 +144,7 @@ def _axes(spec: SweepSpec, first: JobSpec) -> Axes | None:
         raise ServiceError(error.message(), param=(error.context or {})["field"], code="invalid_value") from None
 
 
-def _job_spec(values: dict[str, Any], body: dict[str, Any]) -> JobSpec:
+def _job_spec(values: JsonObject, body: JsonObject) -> JobSpec:
     """The spec of one job. `values` are its grid values, which an error names. Raises `ServiceError`."""
     try:
         return JobSpec.model_validate(body)

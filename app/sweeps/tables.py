@@ -1,11 +1,10 @@
 """The table of sweeps. Their jobs are rows of the table of jobs."""
 
-from typing import Any
-
 from sqlalchemy import Index
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.database import Table, database_now
+from app.spec.json_types import JsonObject
 
 
 class Sweep(Table):
@@ -18,7 +17,7 @@ class Sweep(Table):
     project: Mapped[str]
     created_at: Mapped[float] = mapped_column(default=database_now())
     name: Mapped[str | None]
-    grid: Mapped[dict[str, Any]]
-    settings: Mapped[dict[str, Any]]
+    grid: Mapped[JsonObject]
+    settings: Mapped[JsonObject]
     """`jobs`: the grid values of each job, by its id. `frontier`: the two metrics of the frontier, or null."""
-    sweep_metadata: Mapped[dict[str, Any] | None]
+    sweep_metadata: Mapped[JsonObject | None]

@@ -1,11 +1,10 @@
 """The tables of uploads and their parts. The bytes are objects under `uploads/{upload}/{part}`."""
 
-from typing import Any
-
 from sqlalchemy import BigInteger, ForeignKey
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.database import PlainText, Table
+from app.spec.json_types import JsonObject
 
 
 class Upload(Table):
@@ -22,7 +21,7 @@ class Upload(Table):
     bytes: Mapped[int] = mapped_column(BigInteger)
     status: Mapped[str]
     """`pending`, `completed`, `cancelled` or `expired`."""
-    mapping: Mapped[dict[str, Any] | None]
+    mapping: Mapped[JsonObject | None]
     """How the file's rows are read."""
     expires_after: Mapped[int | None]
     """Seconds until the file expires, from its creation."""

@@ -8,6 +8,7 @@ from sqlalchemy.orm import Session
 
 from app.database import database_now, new_id, now
 from app.pagination import keyset
+from app.spec.json_types import JsonObject
 from app.webhooks.tables import WebhookDelivery, WebhookEndpoint
 from app.work_queue import WorkQueue
 
@@ -36,7 +37,7 @@ def listed(session: Session, project: str) -> Sequence[WebhookEndpoint]:
     return session.scalars(readable(project).order_by(*order)).all()
 
 
-def enqueue(session: Session, project: str, type: str, data: dict[str, Any]) -> bool:
+def enqueue(session: Session, project: str, type: str, data: JsonObject) -> bool:
     """Store a delivery for each enabled endpoint of `project` that asks for this event; False if there is none.
 
     Call it in the transaction that causes the event. `data` is the `data` of the event's body.
@@ -100,7 +101,7 @@ def claim(session: Session, owner: str, busy: Sequence[str] = ()) -> tuple[Webho
     return None if delivery is None else (delivery, session.get_one(WebhookEndpoint, delivery.endpoint_id))
 
 
-def record(session: Session, delivery: WebhookDelivery, entry: dict[str, Any], *, delivered: bool, gone: bool) -> None:
+def record(session: Session, delivery: WebhookDelivery, entry: JsonObject, *, delivered: bool, gone: bool) -> None:
     """Log an attempt and schedule the next one. `gone`: the endpoint answered 410 and is disabled.
 
     `entry` has the `status`, `error` and `seconds` of the attempt.

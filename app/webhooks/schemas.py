@@ -1,9 +1,10 @@
 """Webhooks on the wire."""
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from app.spec.json_types import JsonObject
 from app.spec.schema_base import Strict, unix_seconds
 from app.webhooks.tables import WebhookDelivery, WebhookEndpoint
 
@@ -100,7 +101,7 @@ class DeliveryObject(BaseModel):
     next_attempt_at: int | None
     delivered_at: int | None
     attempts: list[Attempt]
-    body: dict[str, Any]
+    body: JsonObject
 
     @classmethod
     def of(cls, delivery: WebhookDelivery) -> "DeliveryObject":

@@ -1,11 +1,10 @@
 """The tables of webhook endpoints and their deliveries."""
 
-from typing import Any
-
 from sqlalchemy import ForeignKey, Index
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.database import Table
+from app.spec.json_types import JsonObject
 from app.work_queue import Queued
 
 
@@ -34,12 +33,12 @@ class WebhookDelivery(Queued, Table):
     endpoint_id: Mapped[str] = mapped_column(ForeignKey("webhook_endpoints.id", ondelete="CASCADE"), index=True)
     event_id: Mapped[str]
     type: Mapped[str]
-    body: Mapped[dict[str, Any]]
+    body: Mapped[JsonObject]
     created_at: Mapped[float]
     # In the database, these two columns keep the names that they had first.
     attempt: Mapped[int] = mapped_column("attempts")
     eligible_at: Mapped[float | None] = mapped_column("next_attempt_at")  # type: ignore[assignment]
     """When the next attempt is due. None: it was delivered or given up."""
     delivered_at: Mapped[float | None]
-    log: Mapped[list[dict[str, Any]]]
+    log: Mapped[list[JsonObject]]
     """One entry per attempt: `at`, `status` (null without an answer), `error`, `seconds`."""

@@ -8,13 +8,14 @@ from sqlalchemy import ColumnElement, delete, false, or_, select
 from sqlalchemy.orm import Session
 
 from app.database import database_now
+from app.spec.json_types import JsonObject
 from app.workers.tables import Worker
 
 GONE_SECONDS = 90.0
 """A worker that has not reported for this long counts as gone."""
 
 
-def report(session: Session, name: str, lane: str, serves: list[str], details: dict[str, Any]) -> None:
+def report(session: Session, name: str, lane: str, serves: list[str], details: JsonObject) -> None:
     """Record that a worker is running, and delete the rows of workers that have long been gone."""
     row = session.get(Worker, name)
     if row is None:

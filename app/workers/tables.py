@@ -1,10 +1,9 @@
 """The table of workers."""
 
-from typing import Any
-
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.database import Table
+from app.spec.json_types import JsonObject
 
 
 class Worker(Table):
@@ -17,5 +16,5 @@ class Worker(Table):
     seen_at: Mapped[float]
     serves: Mapped[list[str]]
     """Names of base models, or patterns of hub ids."""
-    details: Mapped[dict[str, Any]]
+    details: Mapped[JsonObject]
     """`device` has `kind`, `name` and `memory_bytes`. `integrations` lists those for which the worker has a key."""

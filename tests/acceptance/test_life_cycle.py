@@ -68,7 +68,7 @@ def test_a_damaged_checkpoint_is_gone_back_behind(service: Running, tmp_path: Pa
         content[-1] ^= 1
         latest.write_bytes(content)
         client.post(f"/fine_tuning/jobs/{job_id}/resume").raise_for_status()
-    damaged = f"The checkpoint at step {kept[0]} cannot be used (state/optimizer.safetensors is damaged)"
+    damaged = f"The checkpoint at step {kept[0]} is skipped: state/optimizer.safetensors is damaged."
     service.until(
         lambda: f"Resumed stage dpo after step {kept[1]}" in str(told(service, job_id)), "the resumed training"
     )

@@ -1,6 +1,7 @@
 """A linear classifier from a file scores as the scikit-learn pipeline that it was written from."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -46,9 +47,13 @@ def test_what_is_no_classifier_is_refused_by_name(content: str, named: str, tmp_
         LinearClassifier.load(tmp_path / "x")
 
 
-def test_a_vectorizer_that_does_more_is_not_written(tmp_path: Path) -> None:
-    for changes in ({"stop_words": "english"}, {"norm": "l1"}, {"analyzer": "char"}, {"ngram_range": (2, 2)}):
-        vectorizer = TfidfVectorizer(**changes)
-        model = LogisticRegression().fit(vectorizer.fit_transform(TEXTS), [k % 2 for k in range(len(TEXTS))])
-        with pytest.raises(ValueError, match=r"vectorizer|norm"):
-            export(tmp_path / "x", vectorizer, model)
+@pytest.mark.parametrize(
+    "setting", [{"stop_words": "english"}, {"norm": "l1"}, {"analyzer": "char"}, {"ngram_range": (2, 2)}]
+)
+def test_a_vectorizer_that_the_file_cannot_express_is_refused_by_setting(
+    setting: dict[str, Any], tmp_path: Path
+) -> None:
+    vectorizer = TfidfVectorizer(**setting)
+    model = LogisticRegression().fit(vectorizer.fit_transform(TEXTS), [k % 2 for k in range(len(TEXTS))])
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        export(tmp_path / "x", vectorizer, model)

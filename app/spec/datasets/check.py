@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import chain
-from typing import IO, Any
+from typing import IO
 
 from app.spec.datasets import labels, limits, proposals
 from app.spec.datasets.columns import ColumnCounter, canonical_names
@@ -22,6 +22,7 @@ from app.spec.datasets.labels import LabelScheme
 from app.spec.datasets.mapping import Mapping
 from app.spec.datasets.reader import records
 from app.spec.datasets.report import Report
+from app.spec.json_types import JsonObject
 
 HEAD = 256
 """Maximum number of first rows by which the format is recognised. It is lower if these rows are large."""
@@ -180,8 +181,8 @@ def _scheme(
 
 
 def _with_label(
-    mapping: Mapping | None, format: Format, verdict_columns: VerdictColumns | None, label: dict[str, Any]
-) -> dict[str, Any]:
+    mapping: Mapping | None, format: Format, verdict_columns: VerdictColumns | None, label: JsonObject
+) -> JsonObject:
     """The file's mapping, or else one that names its own columns, completed with `label`."""
     if mapping is not None and mapping.sources:
         return mapping.model_dump(mode="json", exclude_none=True) | {"label": label}

@@ -9,6 +9,7 @@ from typing import Any, TypeGuard, cast
 from app.spec.datasets import json_text
 from app.spec.datasets.errors import DatasetError, Dropped
 from app.spec.datasets.example import Message, Response, Role
+from app.spec.json_types import JsonObject
 
 TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")
 ROLES: dict[str, Role] = {
@@ -36,7 +37,7 @@ class MessageReader:
     unread: Counter[str] = field(default_factory=Counter)
 
     @staticmethod
-    def is_message(value: dict[str, Any]) -> bool:
+    def is_message(value: JsonObject) -> bool:
         """Whether an object names a speaker."""
         return any(name in value for name in _SPEAKER_KEYS)
 
@@ -72,7 +73,7 @@ class MessageReader:
                     self.unread[f"messages[].{name}"] += 1
         return self._full_message(item, role, speaker, path, line)
 
-    def _full_message(self, item: dict[str, Any], role: Role, speaker: str, path: str, line: int) -> Message:
+    def _full_message(self, item: JsonObject, role: Role, speaker: str, path: str, line: int) -> Message:
         """Read a message that may have content parts, reasoning or tool calls."""
         content_key = next((name for name in _CONTENT_KEYS if item.get(name) is not None), None)
         content = "" if content_key is None else item[content_key]
@@ -171,7 +172,7 @@ def _join_parts(value: object, field: str, line: int) -> tuple[str, str]:
     return "".join(texts), "\n".join(reasoning)
 
 
-def _calls_from_json(value: object, path: str, line: int) -> list[dict[str, Any]]:
+def _calls_from_json(value: object, path: str, line: int) -> list[JsonObject]:
     """The tool calls in the JSON text of a ShareGPT `function_call` message."""
     try:
         calls = json_text.loads(value) if isinstance(value, str) else value
@@ -180,7 +181,7 @@ def _calls_from_json(value: object, path: str, line: int) -> list[dict[str, Any]
     return [{"function": call} for call in (calls if isinstance(calls, list) else [calls])]
 
 
-def _tool_call(call: object, path: str, line: int) -> dict[str, Any]:
+def _tool_call(call: object, path: str, line: int) -> JsonObject:
     """A tool call in OpenAI's form, with its arguments as an object."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
@@ -196,9 +197,9 @@ def _tool_call(call: object, path: str, line: int) -> dict[str, Any]:
         arguments = without_nulls(arguments)
     if not isinstance(arguments, dict):
         raise DatasetError(line, f"{path}.function.arguments", "must be a JSON object")
-    parsed: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-    if isinstance(cast(dict[str, Any], call).get("id"), str):
-        parsed["id"] = cast(dict[str, Any], call)["id"]
+    parsed: JsonObject = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    if isinstance(cast(JsonObject, call).get("id"), str):
+        parsed["id"] = cast(JsonObject, call)["id"]
     return parsed
 
 
@@ -267,7 +268,7 @@ def is_empty(response: Response) -> bool:
     )
 
 
-def parse_tools(value: object, field: str, line: int) -> tuple[dict[str, Any], ...]:
+def parse_tools(value: object, field: str, line: int) -> tuple[JsonObject, ...]:
     """The tools of an example: OpenAI's list, or the same as JSON text.
 
     Raises `DatasetError` for anything else.

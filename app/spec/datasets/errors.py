@@ -1,6 +1,6 @@
 """Errors in a file or in one of its rows."""
 
-from typing import Any
+from app.spec.json_types import JsonObject
 
 
 class DatasetError(Exception):
@@ -9,7 +9,7 @@ class DatasetError(Exception):
     `mapping` is a proposed mapping that would read the file, if there is one.
     """
 
-    def __init__(self, line: int, field: str | None, reason: str, mapping: dict[str, Any] | None = None) -> None:
+    def __init__(self, line: int, field: str | None, reason: str, mapping: JsonObject | None = None) -> None:
         self.line, self.field, self.reason, self.mapping = line, field, reason, mapping
         super().__init__(f"Line {line}: " + (f"field '{field}': " if field else "") + reason)
 

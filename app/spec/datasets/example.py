@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Literal, NotRequired, TypedDict
+
+from app.spec.json_types import JsonObject
 
 Role = Literal["system", "user", "assistant", "tool"]
 
@@ -16,7 +18,7 @@ class Message(TypedDict):
     role: Role
     content: str
     reasoning: NotRequired[str]
-    tool_calls: NotRequired[list[dict[str, Any]]]
+    tool_calls: NotRequired[list[JsonObject]]
     tool_call_id: NotRequired[str]
     name: NotRequired[str]
 
@@ -77,7 +79,7 @@ class Example:
     responses: tuple[Response, ...]
     raw: bool = False
     desirable: bool = True
-    tools: tuple[dict[str, Any], ...] = ()
+    tools: tuple[JsonObject, ...] = ()
     turns: tuple[int, ...] = ()
     system: str = ""
 

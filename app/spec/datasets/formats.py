@@ -27,6 +27,7 @@ from app.spec.datasets.conversations import (
 from app.spec.datasets.errors import DatasetError, Dropped
 from app.spec.datasets.example import Example, Kind, Message, Prompt, Response
 from app.spec.datasets.labels import LabelScheme
+from app.spec.json_types import JsonObject
 
 Record = dict[str, object]
 _LABELS = ("kto_tag", "label")
@@ -554,7 +555,7 @@ def _wraps_answer(item: object) -> bool:
     return isinstance(item, dict) and not ("role" in item or "from" in item)
 
 
-def _scores(row: FileRow, column: str, objects: list[dict[str, Any]]) -> list[float]:
+def _scores(row: FileRow, column: str, objects: list[JsonObject]) -> list[float]:
     """A score for each answer, higher is better: from a column, from the objects around the answers, or by position."""
     count = len(objects)
     if row.record.get("ranks") is not None and row.record.get("scores") is not None:

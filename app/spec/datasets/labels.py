@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Literal
 
+from app.spec.json_types import JsonObject
+
 Meaning = Literal["first", "second", "tie", "desirable", "undesirable", "neither"]
 Value = float | str
 """A normalised value, see `value_of`."""
@@ -36,7 +38,7 @@ _BAD = {"false", "no", "n", "bad", "undesirable", "negative", "dislike", "dislik
 class AmbiguousValues(Exception):
     """Values with more than one possible meaning. `label` is a proposal for a mapping's `label`."""
 
-    def __init__(self, reason: str, label: dict[str, Any]) -> None:
+    def __init__(self, reason: str, label: JsonObject) -> None:
         super().__init__(reason)
         self.reason, self.label = reason, label
 

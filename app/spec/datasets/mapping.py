@@ -17,6 +17,7 @@ from app.spec.datasets.columns import plain_name
 from app.spec.datasets.errors import DatasetError
 from app.spec.datasets.example import Role
 from app.spec.datasets.labels import LabelScheme, Meaning, scheme_from_values, value_of
+from app.spec.json_types import JsonObject
 from app.spec.schema_base import Strict, inconsistent
 
 _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
@@ -123,7 +124,7 @@ class Mapping(Strict):
         return self
 
     @property
-    def sources(self) -> dict[str, Any]:
+    def sources(self) -> JsonObject:
         """The fields that have a source, with their sources."""
         fields = {name: getattr(self, name) for name in type(self).model_fields if name != "roles"}
         return {name: source for name, source in fields.items() if source is not None}

@@ -6,12 +6,13 @@ from typing import Any
 
 from app.spec.datasets import labels
 from app.spec.datasets.columns import ALIASES, plain_name
+from app.spec.json_types import JsonObject
 
 _FORMS = (("prompt", "chosen", "rejected"), ("prompt", "responses"), ("prompt", "completion"), ("messages",), ("text",))
 """Sets of fields that can be trained on, the larger sets first."""
 
 
-def nearest(records: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+def nearest(records: Iterable[JsonObject]) -> JsonObject | None:
     """The likeliest mapping for rows like `records`, by the names of their columns; None if no set of fields fits."""
     columns: dict[str, object] = {}
     for record in records:
@@ -32,9 +33,9 @@ def nearest(records: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
     return None
 
 
-def _columns(fields: tuple[str, ...], columns: dict[str, object]) -> dict[str, Any] | None:
+def _columns(fields: tuple[str, ...], columns: dict[str, object]) -> JsonObject | None:
     """A column for each of `fields`; None if one has none. If no name fits, a field gets the only free text column."""
-    mapping: dict[str, Any] = {}
+    mapping: JsonObject = {}
     for field in fields:
         kind = list if field in ("responses", "messages") else str if field != "prompt" else str | list
         name = _best_column(field, columns, set(mapping.values()), kind)
@@ -61,7 +62,7 @@ def _best_column(field: str, columns: dict[str, object], taken: set[Any], kind: 
     return None
 
 
-def _two_answers(columns: dict[str, object]) -> dict[str, Any] | None:
+def _two_answers(columns: dict[str, object]) -> JsonObject | None:
     """A mapping for two columns of answers that differ in their suffix. The user must correct its verdict's values."""
     names = [name for name, value in columns.items() if isinstance(value, str | list)]
     pairs = [(first, second) for first in names for second in names if labels.answer_suffixes(first, second)]
@@ -80,7 +81,7 @@ def _two_answers(columns: dict[str, object]) -> dict[str, Any] | None:
     return {"input": prompt, "output_1": first, "output_2": second, "label": verdict}
 
 
-def command(mapping: dict[str, Any]) -> str:
+def command(mapping: JsonObject) -> str:
     """The shell command that checks a file with `mapping`. FILE stands for the file."""
     quoted = json.dumps(mapping, ensure_ascii=False).replace("'", "'\\''")
     return f"dpo files check FILE --mapping '{quoted}'"

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 from pydantic import AfterValidator
 
+from app.spec.json_types import JsonObject
 from app.spec.schema_base import Strict
 
 
@@ -61,12 +62,12 @@ class RenderingSettings(Strict):
         return Rendering(self.chat_template, bool(self.fold_system), self.append_eos, self.date or Rendering.date)
 
     @property
-    def undated(self) -> dict[str, Any]:
+    def undated(self) -> JsonObject:
         """The settings that affect token counts, as JSON. The date hardly changes a length, so it is left out."""
         rendering = self.rendering
         return {name: getattr(rendering, name) for name in ("chat_template", "fold_system", "append_eos")}
 
-    def inheriting(self, parent: dict[str, Any]) -> Self:
+    def inheriting(self, parent: JsonObject) -> Self:
         """A copy in which settings that are None are taken from the stored spec `parent`."""
         unset = [name for name in RenderingSettings.model_fields if getattr(self, name) is None]
         return self.model_copy(update={name: parent[name] for name in unset if parent.get(name) is not None})

@@ -9,6 +9,7 @@ from app.spec.datasets.columns import LABEL_ALIASES, plain_name
 from app.spec.datasets.errors import DatasetError, Dropped
 from app.spec.datasets.example import Example, Kind, Message, Prompt, Response
 from app.spec.datasets.labels import LabelScheme
+from app.spec.json_types import JsonObject
 
 MAX_ISSUES = 1000
 MAX_DUPLICATES = 100
@@ -35,7 +36,7 @@ class Lengths:
     def count(self) -> int:
         return sum(self._bins)
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         """The lengths as JSON. A bin of `histogram` counts the lengths from `from` to below `to`."""
         last = self.longest.bit_length()
         bins = [
@@ -54,7 +55,7 @@ class Report:
     rows: int = 0
     kept: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
-    issues: list[dict[str, Any]] = field(default_factory=list)
+    issues: list[JsonObject] = field(default_factory=list)
     duplicates: int = 0
     """Number of kept rows that repeat an earlier one."""
     duplicate_lines: list[dict[str, int]] = field(default_factory=list)
@@ -83,7 +84,7 @@ class Report:
     """Whether to fill `prompt_counts`."""
     prompt_counts: Counter[int] = field(default_factory=Counter)
     """Number of rows by the hash of their prompt, to find the prompts of another file that occur in this one."""
-    error: dict[str, Any] | None = None
+    error: JsonObject | None = None
     """The first row that cannot be understood. No row after it was read."""
     _first_rows: dict[int, int] = field(default_factory=dict)
     """The first row of each set of texts: hash of the texts → line << 32 | lower 32 bits of the hash of the verdict."""
@@ -177,11 +178,11 @@ class Report:
             text += ", dropped: " + ", ".join(f"{n} {reason}" for reason, n in sorted(self.dropped.items()))
         return text
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         """The report as `GET /v1/files/{id}/report` returns it. Lengths are in characters."""
         pairs = self.worst.count
         answers = {"chosen": self.best, "rejected": self.worst} if pairs else {"answer": self.best}
-        report: dict[str, Any] = {
+        report: JsonObject = {
             "valid": self.error is None and self.kept > 0,
             "format": self.format or None,
             "kind": self.kind.value if self.format else None,
@@ -275,13 +276,13 @@ def _characters(response: Response) -> int:
     return sum(len(turn["content"]) + len(turn.get("reasoning", "")) for turn in response)
 
 
-def _scheme_json(scheme: LabelScheme) -> dict[str, Any]:
+def _scheme_json(scheme: LabelScheme) -> JsonObject:
     counted = sorted(scheme.counts.items(), key=lambda entry: -entry[1])
     listed = [{"value": value, "means": meaning, "rows": rows} for (value, meaning), rows in counted]
     return {"column": scheme.column, "values": listed}
 
 
-def _sample(example: Example, kind: Kind) -> dict[str, Any]:
+def _sample(example: Example, kind: Kind) -> JsonObject:
     """An example as the report shows it: the prompt, and each answer with its role, such as chosen or rank 2."""
     answers = []
     for position, response in enumerate(example.responses):

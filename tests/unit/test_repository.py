@@ -1,0 +1,71 @@
+"""Rules that hold over the whole repository: imports of the tests, links of the documents, the list of variables."""
+
+import ast
+import re
+from pathlib import Path
+
+from app.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+LINK = re.compile(r"(?<!`)\[[^\]\n]*\]\(([^)\s]+)\)")
+
+
+def test_no_module_imports_a_test_module() -> None:
+    """What several test modules need is in tests/helpers."""
+    offenders = []
+    for path in ROOT.glob("tests/**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                imported = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+            offenders += [
+                f"{path.relative_to(ROOT)}: {name}"
+                for name in imported
+                if name.startswith("tests.") and re.match(r"test_|conftest", name.rpartition(".")[2])
+                and not name.startswith("tests.helpers.")
+            ]  # fmt: skip
+    assert offenders == []
+
+
+def documents() -> list[Path]:
+    return [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")]
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {
+        re.sub(r"[^\w\- ]", "", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", h)).strip().lower().replace(" ", "-")
+        for h in headings
+    }
+
+
+def test_every_link_of_the_documents_leads_somewhere() -> None:
+    broken = []
+    for page in documents():
+        text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+        for target in LINK.findall(text):
+            if re.match(r"[a-z]+:", target):
+                continue
+            file, _, anchor = target.partition("#")
+            found = (page.parent / file).resolve() if file else page
+            if not found.exists() or (anchor and found.suffix == ".md" and anchor not in anchors(found)):
+                broken.append(f"{page.relative_to(ROOT)}: {target}")
+    assert broken == []
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = ROOT / "docs" / "index.md"
+    linked = {(index.parent / target.partition("#")[0]).resolve() for target in LINK.findall(index.read_text())}
+    pages = set(ROOT.glob("docs/**/*.md")) - {index} - set(ROOT.glob("docs/decisions/[0-9]*.md"))
+    assert sorted(str(page.relative_to(ROOT)) for page in pages - linked) == []
+    decisions = ROOT / "docs" / "decisions"
+    listed = set(LINK.findall((decisions / "README.md").read_text()))
+    assert {page.name for page in decisions.glob("[0-9]*.md")} <= listed
+
+
+def test_every_variable_is_in_the_reference() -> None:
+    page = (ROOT / "docs/reference/configuration.md").read_text()
+    names = {field.alias or f"DPO_{name.upper()}" for name, field in Settings.model_fields.items()}
+    assert sorted(name for name in names if f"`{name}`" not in page) == []
