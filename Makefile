@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test serve bench faults fuzz audit lint format clean
+.PHONY: demo test serve bench faults fuzz pictures audit lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the verbs
@@ -44,6 +44,11 @@ faults: $(READY)  ## every fault 20 times into running trainings, two clusters a
 fuzz: $(READY)  ## any bytes into the dataset reader, for an hour
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
 	$(BIN)/python -m tests.fuzz --minutes 60
+
+pictures: $(READY)  ## the pictures of docs/ anew, from the dashboard in a real browser
+	@sh tests/helpers/servers.sh
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[pictures]'
+	DASHBOARD_PICTURES=docs/images $(BIN)/python -m pytest tests/acceptance/test_dashboard.py
 
 audit: $(READY)  ## known weaknesses of dependencies (pip-audit) and of this code (bandit)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[audit]'

@@ -1,8 +1,10 @@
-"""This machine's installation, which some commands use without HTTP."""
+"""This machine's installation, which some commands use without HTTP.
+
+The database's libraries are imported only by those commands: they would double the start of all others.
+"""
 
 from typing import TYPE_CHECKING
 
-from app.migrate import migrate
 from app.settings import Settings
 
 if TYPE_CHECKING:
@@ -11,6 +13,7 @@ if TYPE_CHECKING:
 
 def local() -> "Services":
     """This machine's installation. Its database is migrated to this version's schema first."""
+    from app.migrate import migrate
     from app.services import Services
 
     services = Services.of(Settings())
@@ -20,6 +23,7 @@ def local() -> "Services":
 
 def migrate_database(settings: Settings, revision: str = "head") -> None:
     """Migrate the database of `settings` to the schema of `revision`."""
+    from app.migrate import migrate
     from app.services import Services
 
     migrate(Services.of(settings).database, revision)

@@ -1,5 +1,9 @@
-"""The dashboard, seen in a real headless Chromium: sign in, follow a job, read a report. Leaves screenshots."""
+"""The dashboard in a real headless Chromium: sign in, follow a job, read a report.
 
+`make pictures` runs it to take the pictures of docs/.
+"""
+
+import io
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,10 +18,9 @@ from tests.helpers.preferences import pairs, write
 from tests.helpers.service import Running, body, create
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-SCREENSHOTS = os.environ.get("DASHBOARD_SCREENSHOTS")
-"""A folder that gets the pictures of docs/."""
-expect.set_options(timeout=60_000)
-"""Of a page that waits for others on a busy machine; what is there is seen at once."""
+PICTURES = os.environ.get("DASHBOARD_PICTURES")
+"""The folder that gets the pictures of docs/. Without it, none is taken."""
+expect.set_options(timeout=60_000)  # milliseconds; a busy machine draws a page late
 ARGUMENTS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
@@ -30,29 +33,47 @@ def page() -> Iterator[Page]:
         pytest.skip("there is no Chromium on this machine: the dashboard was not looked at")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        found = browser.new_page(viewport={"width": 1200, "height": 900})
+        page = browser.new_page(viewport={"width": 1200, "height": 900})
         problems: list[str] = []
-        found.on("pageerror", lambda error: problems.append(str(error)))
-        found.on("console", lambda said: problems.append(said.text) if said.type == "error" else None)
-        yield found
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        yield page
         browser.close()
     assert problems == []
 
 
 def picture(page: Page, name: str) -> None:
-    if SCREENSHOTS:
-        page.screenshot(path=Path(SCREENSHOTS) / f"{name}.png", full_page=False)
+    """Take a picture of the page, if pictures are wanted."""
+    if PICTURES:
+        page.screenshot(path=Path(PICTURES) / f"{name}.png", full_page=False)
 
 
-def test_people_can_look(page: Page, service: Running, tmp_path: Path) -> None:
+def moving_picture(page: Page, name: str, status: str) -> None:
+    """Record the page of a job as an animated PNG until the job has `status`, if pictures are wanted."""
+    if not PICTURES:
+        return
+    from PIL import Image
+
+    screenshots = []
+    while page.locator("#job").get_attribute("data-status") != status:
+        screenshots.append(page.screenshot())
+        page.wait_for_timeout(300)  # milliseconds between two frames
+    screenshots.append(page.screenshot())
+    first, *rest = [Image.open(io.BytesIO(content)).convert("RGB").quantize(24, dither=0) for content in screenshots]
+    path = Path(PICTURES) / f"{name}.png"
+    first.save(path, save_all=True, append_images=rest, duration=[250] * len(rest) + [4000], loop=0)
+
+
+def test_people_follow_a_job_and_read_a_report_in_the_browser(page: Page, service: Running, tmp_path: Path) -> None:
     with service.http() as http:
         root = str(httpx2.URL(service.url).join("/dashboard"))
         with service.openai() as client:
             rows = [*pairs(60, seed=1), {"prompt": "x", "chosen": "same", "rejected": "same"}]
             file = client.files.create(file=write(tmp_path / "train.jsonl", rows), purpose="fine-tune")
+        steps = {"max_steps": 900, "learning_rate": 6e-5} if PICTURES else {"max_steps": 150}
         long = body(
             file.id,
-            hyperparameters={"max_steps": 150, "eval_every": 15},
+            hyperparameters={**steps, "eval_every": 15},
             gates=[{"metric": "eval/rewards/accuracies", "min": 0.6}],
         )
         job_id = create(http, **long)
@@ -70,6 +91,7 @@ def test_people_can_look(page: Page, service: Running, tmp_path: Path) -> None:
 
         page.get_by_role("link", name=job_id).click()
         expect(page.locator("#charts canvas")).to_have_count(len(CHARTS))  # drawn while it trains
+        moving_picture(page, "dashboard", "succeeded")
         expect(page.locator("#job")).to_have_attribute("data-status", "succeeded", timeout=120_000)
         expect(page.get_by_role("cell", name="eval/rewards/accuracies")).to_be_visible()
         expect(page.locator(".events li").first).to_contain_text("succeeded")
@@ -78,7 +100,6 @@ def test_people_can_look(page: Page, service: Running, tmp_path: Path) -> None:
         picture(page, "dashboard-job")
         page.goto(root)
         expect(page.locator(".state.succeeded")).to_be_visible()
-        picture(page, "dashboard-jobs")
 
         page.goto(f"{root}/files/{file.id}?model=tiny")
         expect(page.get_by_role("heading", name="As tiny sees it")).to_be_visible()
@@ -90,7 +111,7 @@ def test_people_can_look(page: Page, service: Running, tmp_path: Path) -> None:
         expect(page.get_by_role("heading", name="Sign in")).to_be_visible()
 
 
-def test_nothing_is_shown_without_a_session(service: Running) -> None:
+def test_every_page_without_a_session_leads_to_the_sign_in(service: Running) -> None:
     root = str(httpx2.URL(service.url).join("/dashboard"))
     for path in (
         "",
@@ -103,8 +124,8 @@ def test_nothing_is_shown_without_a_session(service: Running) -> None:
         "/sweeps/sweep-x",
         "/sweeps/sweep-x/frontier",
     ):
-        answer = httpx2.get(root + path)
-        assert (answer.status_code, answer.headers["location"]) == (303, "/dashboard/login")
+        response = httpx2.get(root + path)
+        assert (response.status_code, response.headers["location"]) == (303, "/dashboard/login")
         assert httpx2.get(root + path, cookies={"dpo_session": "forged"}).status_code == 303
     page = httpx2.get(f"{root}/login")
     assert "default-src 'self'" in page.headers["content-security-policy"]
