@@ -24,7 +24,7 @@ demo: $(READY)  ## train a model from preferences, end to end, over HTTP (under 
 serve: $(READY)  ## the API and one worker in the foreground; Ctrl-C drains it
 	$(BIN)/dpo serve
 
-# Models that are made here are loaded by an older transformers too, which has a folder of its own.
+# An older transformers in a folder of its own. Tests load models that were made here with it.
 OLDER := $(VENV)/transformers-4
 $(OLDER): | $(READY)
 	$(BIN)/pip install --quiet --target $@ --no-deps transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.2
@@ -33,24 +33,24 @@ test: $(READY) $(OLDER)  ## every test, real PostgreSQL and Redis processes incl
 	@sh tests/helpers/servers.sh
 	$(BIN)/python -m pytest --numprocesses=3 --dist=loadscope --no-loadscope-reorder
 
-bench: $(READY)  ## speed of the engine beside TRL, in one run
+bench: $(READY)  ## measure the engine's speed beside TRL, in one run
 	$(BIN)/python -m bench
 
-faults: $(READY)  ## every fault 20 times into running trainings, two clusters at once (an hour)
+faults: $(READY)  ## inject every fault 20 times into running trainings, on two clusters at once (an hour)
 	@sh tests/helpers/servers.sh
 	DPO_STATE_MACHINE_STEPS=10000 $(BIN)/python -m pytest tests/integration/test_life_of_jobs.py
 	$(BIN)/python -m tests.faults --times 20
 
-fuzz: $(READY)  ## any bytes into the dataset reader, for an hour
+fuzz: $(READY)  ## feed any bytes to the dataset reader (an hour)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
 	$(BIN)/python -m tests.fuzz --minutes 60
 
-pictures: $(READY)  ## the pictures of docs/ anew, from the dashboard in a real browser
+pictures: $(READY)  ## take the pictures of docs/ again, from the dashboard in a real browser
 	@sh tests/helpers/servers.sh
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[pictures]'
 	DASHBOARD_PICTURES=docs/images $(BIN)/python -m pytest tests/acceptance/test_dashboard.py
 
-audit: $(READY)  ## known weaknesses of dependencies (pip-audit) and of this code (bandit)
+audit: $(READY)  ## find known weaknesses of dependencies (pip-audit) and of this code (bandit)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[audit]'
 	$(BIN)/bandit --quiet --recursive --severity-level medium --configfile pyproject.toml app worker migrations
 	$(BIN)/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 from pathlib import Path
 from queue import Empty
-from typing import Any
 
 import structlog
 from celery import Celery
@@ -16,6 +15,7 @@ from kombu import Exchange, Queue
 from kombu.transport import TRANSPORT_ALIASES, filesystem
 
 from app.settings import Settings
+from app.spec.json_types import JsonObject
 
 log = structlog.get_logger(__name__)
 
@@ -36,11 +36,12 @@ class FolderChannel(filesystem.Channel):  # type: ignore[misc]
     there. Celery takes that for a lost broker, and the worker ends.
     """
 
-    def _get(self, queue: str) -> Any:
+    def _get(self, queue: str) -> JsonObject:
         try:
-            return super()._get(queue)
+            message: JsonObject = super()._get(queue)
         except ValueError:
             raise Empty from None
+        return message
 
 
 class FolderTransport(filesystem.Transport):  # type: ignore[misc]

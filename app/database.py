@@ -11,7 +11,6 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import psycopg
 from sqlalchemy import JSON, Connection, Dialect, Double, Engine, create_engine, event, func, select
@@ -45,13 +44,13 @@ class database_now(FunctionElement[float]):  # noqa: N801 - reads as the SQL fun
 
 
 @compiles(database_now, "sqlite")
-def _now_sqlite(_element: database_now, _compiler: SQLCompiler, **_: Any) -> str:
+def _now_sqlite(_element: database_now, _compiler: SQLCompiler, **_: object) -> str:
     # `unixepoch('subsec')` is NULL before SQLite 3.42. A Julian day keeps the milliseconds of SQLite's clock.
     return "((julianday('now') - 2440587.5) * 86400.0)"
 
 
 @compiles(database_now, "postgresql")
-def _now_postgresql(_element: database_now, _compiler: SQLCompiler, **_: Any) -> str:
+def _now_postgresql(_element: database_now, _compiler: SQLCompiler, **_: object) -> str:
     # now() stands still inside a transaction; clock_timestamp() does not.
     return "CAST(extract(epoch FROM clock_timestamp()) AS double precision)"
 
@@ -120,7 +119,7 @@ class Database:
         self.engine.dispose()
 
 
-def _postgresql_on_connect(connection: psycopg.Connection[Any], _record: ConnectionPoolEntry) -> None:
+def _postgresql_on_connect(connection: psycopg.Connection, _record: ConnectionPoolEntry) -> None:
     connection.execute(f"SET idle_in_transaction_session_timeout = '{IDLE_SECONDS}s'")
     connection.commit()
 

@@ -10,7 +10,9 @@ ServiceError            400, and the base of all
 └── Unavailable         503, worth a retry
 """
 
-from typing import Any, ClassVar
+from typing import ClassVar
+
+from pydantic_core import ErrorDetails
 
 
 class ServiceError(Exception):
@@ -81,10 +83,10 @@ class Unavailable(ServiceError):
     headers = {"Retry-After": "2"}
 
 
-def describe_validation_error(error: dict[str, Any]) -> tuple[str, str | None, str]:
+def describe_validation_error(error: ErrorDetails) -> tuple[str, str | None, str]:
     """One pydantic error as (message, param, code)."""
     # A union adds the name of its branch ("list[str]", "function-after[...]") to the path. No user knows that name.
-    path = [str(part) for part in error["loc"][1:] if "[" not in str(part)]
+    path = [str(name) for name in error["loc"][1:] if "[" not in str(name)]
     param = ".".join(path) or None
     kind = error["type"]
     if kind == "json_invalid":

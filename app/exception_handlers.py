@@ -19,7 +19,7 @@ log = structlog.get_logger(__name__)
 
 
 class ErrorBody(BaseModel):
-    """What went wrong: a sentence, a class, the field it is about and a code for programs."""
+    """An error: a sentence, its class, the field that it is about, and a code for programs."""
 
     message: str
     type: str
@@ -56,6 +56,20 @@ def error_answer(error: ServiceError) -> JSONResponse:
 
 def install_handlers(app: FastAPI) -> None:
     """Make `app` answer every failure in OpenAI's shape, without a stack trace."""
+    _install_request_handlers(app)
+    _install_storage_handlers(app)
+
+    @app.exception_handler(Exception)
+    def unexpected(request: Request, error: Exception) -> JSONResponse:
+        request_id = request.state.request_id
+        log.error("unexpected error", path=request.url.path, request=request_id, exc_info=error)
+        message = f"The service failed to answer this request; its log says why, under {request_id}."
+        headers = {REQUEST_ID: request_id}
+        return error_response(500, message, "server_error", code="internal_error", headers=headers)
+
+
+def _install_request_handlers(app: FastAPI) -> None:
+    """Answer requests that are wrong or refused."""
 
     @app.exception_handler(ServiceError)
     def service_error(_request: Request, error: ServiceError) -> JSONResponse:
@@ -80,6 +94,10 @@ def install_handlers(app: FastAPI) -> None:
         type = "server_error" if error.status_code >= 500 else "invalid_request_error"
         return error_response(error.status_code, str(error.detail), type, headers=headers)
 
+
+def _install_storage_handlers(app: FastAPI) -> None:
+    """Answer requests that the database or the object store fails."""
+
     @app.exception_handler(OperationalError)
     def database_error(request: Request, error: OperationalError) -> JSONResponse:
         log.error("database out of reach", path=request.url.path, reason=str(error.orig))
@@ -100,11 +118,3 @@ def install_handlers(app: FastAPI) -> None:
     def storage_error(request: Request, error: BaseError) -> JSONResponse:
         log.error("object store out of reach", path=request.url.path, reason=str(error))
         return error_answer(Unavailable("The object store is out of reach. Try again.", code="storage_unavailable"))
-
-    @app.exception_handler(Exception)
-    def unexpected(request: Request, error: Exception) -> JSONResponse:
-        request_id = request.state.request_id
-        log.error("unexpected error", path=request.url.path, request=request_id, exc_info=error)
-        message = f"The service failed to answer this request; its log says why, under {request_id}."
-        headers = {REQUEST_ID: request_id}
-        return error_response(500, message, "server_error", code="internal_error", headers=headers)

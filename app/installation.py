@@ -9,7 +9,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 from app.database import Database, Table
 from app.storage import Storage
 
-KEY = "installation"
+INSTALLATION_KEY = "installation"
 
 
 class Installation(Table):
@@ -23,7 +23,7 @@ class Installation(Table):
 def store_installation(storage: Storage) -> str | None:
     """The name of the installation that owns an object store; None if none owns it yet."""
     try:
-        return storage.read(KEY).decode()
+        return storage.read(INSTALLATION_KEY).decode()
     except FileNotFoundError:
         return None
 

@@ -58,7 +58,7 @@ ROUTERS = (
 )
 
 
-def _document(app: FastAPI) -> JsonObject:
+def _openapi_document(app: FastAPI) -> JsonObject:
     """The OpenAPI document. FastAPI describes errors of streaming routes as streams; here they are JSON."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
@@ -94,15 +94,23 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
     )
-    routes = AccessTable()
-    for route in app.routes:  # FastAPI's own routes: the OpenAPI document and its page
-        access(public=True)(cast(Route, route).endpoint)
-    routes.add(app.routes)
     app.state.services = services
     app.state.registry = registry = CollectorRegistry()
     registry.register(ServiceCollector(services.database))
     ProcessCollector(registry=registry)
     install_handlers(app)
+    app.add_exception_handler(NotSignedIn, ask_for_a_key)
+    _add_middleware(app, services, registry, _add_routes(app))
+    app.openapi = lambda: _openapi_document(app)  # type: ignore[method-assign]
+    return app
+
+
+def _add_routes(app: FastAPI) -> AccessTable:
+    """Add the routes of every feature. Returns the access rules of all routes."""
+    routes = AccessTable()
+    for route in app.routes:  # FastAPI's own routes: the OpenAPI document and its page
+        access(public=True)(cast(Route, route).endpoint)
+    routes.add(app.routes)
     for router in ROUTERS:
         app.include_router(router, prefix="/v1", responses=ERRORS)
         routes.add(router.routes, "/v1")
@@ -114,7 +122,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     routes.add(health_router.routes)
     app.mount("/dashboard/static", access(public=True)(StaticFiles(directory=DASHBOARD / "static")))
     routes.add(app.routes[-1:])
-    app.add_exception_handler(NotSignedIn, ask_for_a_key)
+    return routes
+
+
+def _add_middleware(app: FastAPI, services: Services, registry: CollectorRegistry, routes: AccessTable) -> None:
+    """Add the middleware. A request passes the last one first."""
     app.add_middleware(
         AccessMiddleware,
         keys=services.keys,
@@ -130,9 +142,6 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             allow_headers=["*"],
         )
     app.add_middleware(RequestMetricsMiddleware, registry=registry)
-
-    app.openapi = lambda: _document(app)  # type: ignore[method-assign]
-    return app
 
 
 def serve(app: FastAPI, settings: Settings) -> None:

@@ -1,7 +1,7 @@
 """Cursor pages, as in OpenAI's lists: `after` is the id of the last item on the previous page."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Generic, Literal, TypeVar
 
 from fastapi import Query
 from pydantic import BaseModel
@@ -9,7 +9,7 @@ from sqlalchemy import Select, tuple_
 from sqlalchemy.orm import InstrumentedAttribute
 
 Item = TypeVar("Item", bound=BaseModel)
-Row = TypeVar("Row")
+Entity = TypeVar("Entity")
 
 After = Annotated[str | None, Query(description="Id of the last object on the previous page.")]
 
@@ -37,13 +37,13 @@ def page(items: list[Item], limit: int) -> Page[Item]:
 
 
 def keyset(
-    statement: Select[Row],
-    key: Sequence[InstrumentedAttribute[Any]],
-    after: Any,
+    statement: Select[Entity],
+    key: Sequence[InstrumentedAttribute[object]],
+    after: object,
     limit: int,
     *,
     ascending: bool = False,
-) -> Select[Row]:
+) -> Select[Entity]:
     """Limit `statement` to the page after the row `after`, ordered by the columns `key`; None is the first page.
 
     The result has one row more than `limit` if another page follows. The order is descending unless `ascending`.

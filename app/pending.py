@@ -1,6 +1,6 @@
 """The answer 202: a worker has not made the result yet."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
@@ -12,7 +12,7 @@ class Pending(BaseModel):
     status: Literal["pending"] = "pending"
 
 
-NOT_READY: dict[int | str, dict[str, Any]] = {
+NOT_READY: dict[int | str, dict[str, object]] = {
     202: {"model": Pending, "description": "Not ready; ask again after Retry-After seconds."}
 }
 """The entry for this answer in the OpenAPI document of a route."""

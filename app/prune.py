@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from app.derived_artifacts.tables import DerivedArtifact
 from app.errors import Conflict
 from app.files.tables import File
-from app.installation import KEY, database_installation, store_installation
+from app.installation import INSTALLATION_KEY, database_installation, store_installation
 from app.jobs.states import ACTIVE
 from app.jobs.tables import Checkpoint, Job, JobEvent
 from app.models.tables import Model
@@ -24,13 +24,13 @@ from app.uploads.tables import UploadPart
 
 log = structlog.get_logger(__name__)
 
-GRACE_SECONDS = 24 * 3600.0
+MIN_AGE_SECONDS = 24 * 3600.0
 """Minimum age of an object to delete. Its row follows within seconds, but some stores date it by its upload's start."""
 CACHE_SECONDS = 30 * 24 * 3600.0
 """Maximum age of a cached object. It is computed again if it is missing."""
 
 
-def prune(services: Services, *, delete: bool, grace: float = GRACE_SECONDS) -> tuple[int, int]:
+def prune(services: Services, *, delete: bool, grace: float = MIN_AGE_SECONDS) -> tuple[int, int]:
     """Check every object that was last written more than `grace` seconds ago. Younger objects count as needed.
 
     Returns (number of needed objects, number of others); `delete` removes the others. Raises `Conflict` if the store
@@ -42,7 +42,7 @@ def prune(services: Services, *, delete: bool, grace: float = GRACE_SECONDS) -> 
             "Check DPO_DATABASE_URL and DPO_STORAGE_URL. If they do belong together, delete the object 'installation'.",
             code="another_installation",
         )
-    needed, spare = 0, 0
+    needed, unneeded = 0, 0
     for prefix, find in NEEDED.items():
         age = CACHE_SECONDS if prefix == "cache" else grace
         for batch in services.storage.batches(prefix):
@@ -50,10 +50,10 @@ def prune(services: Services, *, delete: bool, grace: float = GRACE_SECONDS) -> 
             with services.database.read() as session:
                 kept = find(session, old)
             needed += len(batch) - len(old) + len(kept)
-            spare += len(old) - len(kept)
+            unneeded += len(old) - len(kept)
             if delete:
                 _remove(services, [key for key in old if key not in kept])
-    return needed, spare
+    return needed, unneeded
 
 
 def _remove(services: Services, keys: list[str]) -> None:
@@ -68,7 +68,7 @@ def _is_ours(services: Services) -> bool:
     """Whether the store belongs to this database. A store without an owner is adopted if `_may_adopt` allows it."""
     name, owner = database_installation(services.database), store_installation(services.storage)
     if owner is None and _may_adopt(services):
-        services.storage.put_bytes(KEY, name.encode())
+        services.storage.put_bytes(INSTALLATION_KEY, name.encode())
         owner = store_installation(services.storage)
     return owner == name
 
@@ -95,21 +95,21 @@ def tidy_job(services: Services, job_id: str) -> None:
 
 def _files(session: Session, keys: list[str]) -> set[str]:
     """The objects of files that have a row. The bytes of a deleted file go with its row."""
-    file_ids = [_part(key, 1) for key in keys]
+    file_ids = [_segment(key, 1) for key in keys]
     existing = set(session.scalars(select(File.id).where(File.id.in_(file_ids))))
-    return {key for key in keys if _part(key, 1) in existing}
+    return {key for key in keys if _segment(key, 1) in existing}
 
 
 def _parts(session: Session, keys: list[str]) -> set[str]:
     """The objects of upload parts that have a row."""
-    part_ids = [_part(key, 2) for key in keys]
+    part_ids = [_segment(key, 2) for key in keys]
     existing = set(session.scalars(select(UploadPart.id).where(UploadPart.id.in_(part_ids))))
-    return {key for key in keys if _part(key, 2) in existing}
+    return {key for key in keys if _segment(key, 2) in existing}
 
 
 def _jobs(session: Session, keys: list[str]) -> set[str]:
     """All objects of an active job. An ended job needs its models, and its logs while it has events."""
-    job_ids = {_part(key, 1) for key in keys}
+    job_ids = {_segment(key, 1) for key in keys}
     active = set(session.scalars(select(Job.id).where(Job.id.in_(job_ids), Job.status.in_(ACTIVE))))
     with_events = set(session.scalars(select(JobEvent.job_id).where(JobEvent.job_id.in_(job_ids)).distinct()))
     folders = set(session.scalars(select(Model.prefix).where(Model.job_id.in_(job_ids))))
@@ -119,16 +119,19 @@ def _jobs(session: Session, keys: list[str]) -> set[str]:
     return {
         key
         for key in keys
-        if _part(key, 1) in active
-        or (key.endswith("/trainer.log") and _part(key, 1) in with_events)
+        if _segment(key, 1) in active
+        or (key.endswith("/trainer.log") and _segment(key, 1) in with_events)
         or any(key.startswith(f"{folder}/") for folder in folders)
     }
 
 
 def _merged(session: Session, keys: list[str]) -> set[str]:
     """The objects of pending merges, and the results of finished ones."""
-    tasks = session.scalars(select(DerivedArtifact).where(DerivedArtifact.id.in_([_part(key, 1) for key in keys])))
-    folders = [f"merged/{task.id}" if task.status == "pending" else (task.result or {}).get("prefix") for task in tasks]
+    artifact_ids = [_segment(key, 1) for key in keys]
+    merges = session.scalars(select(DerivedArtifact).where(DerivedArtifact.id.in_(artifact_ids)))
+    folders = [
+        f"merged/{merge.id}" if merge.status == "pending" else (merge.result or {}).get("prefix") for merge in merges
+    ]
     return {key for key in keys if any(folder and key.startswith(f"{folder}/") for folder in folders)}
 
 
@@ -136,8 +139,8 @@ def _nothing(_session: Session, _keys: list[str]) -> set[str]:
     return set()
 
 
-def _part(key: str, number: int) -> str:
-    """Part `number` of the path `key`, from 0 on; "" if it has fewer parts."""
+def _segment(key: str, number: int) -> str:
+    """Segment `number` of the path `key`, from 0 on; "" if it has fewer segments."""
     return [*key.split("/"), "", ""][number]
 
 
@@ -148,4 +151,4 @@ NEEDED: dict[str, Callable[[Session, list[str]], set[str]]] = {
     "merged": _merged,
     "cache": _nothing,
 }
-"""For the first part of an object's key: a function that returns the needed keys among `keys`."""
+"""By the first segment of an object's key: a function that returns the needed keys among the given ones."""

@@ -45,7 +45,7 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):
-            return tuple(part.strip() for part in value.split(",") if part.strip())
+            return tuple(name.strip() for name in value.split(",") if name.strip())
         return value
 
     @field_validator("hub_models")

@@ -15,7 +15,7 @@ from obstore.store import LocalStore, ObjectStore, from_url
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 
-CHUNK = 8 * 1024 * 1024
+WRITE_CHUNK_BYTES = 8 * 1024 * 1024
 
 
 class Storage:
@@ -45,7 +45,9 @@ class Storage:
                 raise
 
         try:
-            await obstore.put_async(self.store, key, watched(), use_multipart=True, chunk_size=CHUNK, max_concurrency=2)
+            await obstore.put_async(
+                self.store, key, watched(), use_multipart=True, chunk_size=WRITE_CHUNK_BYTES, max_concurrency=2
+            )
         except Exception as error:  # obstore wraps the source's error in its own
             raise failure[0] if failure else error from None
 
@@ -69,7 +71,7 @@ class Storage:
         obstore.put(self.store, key, content)
 
     def put_file(self, key: str, path: Path) -> None:
-        obstore.put(self.store, key, path, chunk_size=CHUNK, max_concurrency=2)
+        obstore.put(self.store, key, path, chunk_size=WRITE_CHUNK_BYTES, max_concurrency=2)
 
     def put_folder(self, prefix: str, folder: Path) -> None:
         """Write every file below `folder` under `prefix/`. Raises `FileNotFoundError` if there is none."""

@@ -10,7 +10,7 @@ after a pause. Jobs, derived artifacts and webhook deliveries are queues of this
 from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
-from sqlalchemy import ColumnElement, Row, and_, or_, select, update
+from sqlalchemy import ColumnElement, Row, SQLColumnExpression, and_, or_, select, update
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from app.database import database_now
@@ -58,7 +58,7 @@ class WorkQueue(Generic[Work]):
         *,
         noun: str,
         active: ColumnElement[bool],
-        order: Sequence[Any],
+        order: Sequence[SQLColumnExpression[object]],
         lease_seconds: float = LEASE_SECONDS,
         longest_pause: float = RETRY_SECONDS,
     ) -> None:
@@ -71,7 +71,7 @@ class WorkQueue(Generic[Work]):
 
     # -- a worker's steps ----------------------------------------------------------------------------------------
 
-    def claim(self, session: Session, owner: str, *conditions: ColumnElement[bool], **values: Any) -> Work | None:
+    def claim(self, session: Session, owner: str, *conditions: ColumnElement[bool], **values: object) -> Work | None:
         """Take the lease of the first free row that meets `conditions`, in one statement; None if there is none.
 
         The claim is a new attempt. `values` are columns that it writes as well.
@@ -93,19 +93,19 @@ class WorkQueue(Generic[Work]):
         return session.scalar(statement)
 
     def heartbeat(
-        self, session: Session, row_id: str, attempt: int, *returning: Any, **values: Any
+        self, session: Session, row_id: str, attempt: int, *returning: SQLColumnExpression[object], **values: object
     ) -> Row[*tuple[Any, ...]] | None:
         """Extend the lease and return the columns `returning`; None if this attempt no longer holds the lease."""
         statement = update(self.table).where(self.holds(row_id, attempt))
         statement = statement.values(lease_expires_at=database_now() + self.lease_seconds, **values)
         return session.execute(statement.returning(*(returning or (self.table.id,)))).one_or_none()
 
-    def write(self, session: Session, row_id: str, attempt: int, **values: Any) -> bool:
+    def write(self, session: Session, row_id: str, attempt: int, **values: object) -> bool:
         """Write columns of a row; False if this attempt does not hold its lease."""
         statement = update(self.table).where(self.holds(row_id, attempt)).values(**values).returning(self.table.id)
         return session.scalar(statement) is not None
 
-    def release(self, session: Session, row_id: str, attempt: int, *, pause: float | None, **values: Any) -> bool:
+    def release(self, session: Session, row_id: str, attempt: int, *, pause: float | None, **values: object) -> bool:
         """Give the lease back. Another attempt may begin after `pause` seconds; None means there is none."""
         eligible_at = None if pause is None else database_now() + pause
         values |= {"lease_owner": None, "lease_expires_at": None, "eligible_at": eligible_at}

@@ -1,8 +1,8 @@
-"""`make bench`: this engine beside TRL on the CPU, in one run: same model, rows and batches, two threads.
+"""`make bench`: this engine beside TRL on the CPU, in one run with the same model, rows, batches and two threads.
 
-Each entrant is a process of its own, and they take turns, so that what else the machine does falls on all. A figure is
-the median of `RUNS` runs, with its spread; the reference pass is counted. The rows have the lengths of Anthropic HH:
-from `DPO_SHARED` where it is there, else a log-normal distribution with its medians, which the table says.
+Each entrant is a process of its own. They take turns, so that other work of the machine slows all of them. A figure is
+the median of `RUNS` runs, with its spread, and counts the reference pass. The rows have the lengths of Anthropic HH,
+from `DPO_SHARED`. Without that folder they come from a log-normal distribution with HH's medians. The table says which.
 """
 
 import json
@@ -12,11 +12,11 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from app.spec.json_types import JsonObject
 from bench.entrants import BATCH, MAX_LENGTH, THREADS
 from bench.inputs import HH, VOCABULARY, Arithmetic, Pairs, lengths_of, make_model, make_pairs
 from bench.machine import describe_machine
@@ -30,10 +30,11 @@ SCHEMES = {
     "TRL best options": {"reference_each_step": False, "recompute": False},
 }
 Measured = dict[str, list[dict[str, float]]]
+"""The runs of each entrant: `seconds` and `peak_bytes`."""
 
 
 class Entrant:
-    """A running entrant."""
+    """The process of an entrant."""
 
     def __init__(self, name: str, folder: Path) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": str(THREADS), "CUDA_VISIBLE_DEVICES": ""}
@@ -49,6 +50,7 @@ class Entrant:
         self._log = folder / f"{name}.log"
 
     def run(self, task: str, epochs: int) -> dict[str, float]:
+        """The `seconds` and `peak_bytes` of one run of the task `dpo` or `sft`."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps({"task": task, "epochs": epochs}) + "\n")
         self._process.stdin.flush()
@@ -63,29 +65,32 @@ class Entrant:
 
 
 def measure(names: tuple[str, ...], folder: Path, task: str, epochs: int) -> Measured:
-    """`RUNS` runs of each entrant, in turn, after one that is not counted where it is short."""
+    """`RUNS` runs of each entrant, in turn. This engine first has a short run that does not count."""
     entrants = {name: Entrant(name, folder) for name in names}
-    found: Measured = {name: [] for name in names}
+    measured: Measured = {name: [] for name in names}
     entrants["dpo-service"].run(task, 1)
     for _ in range(RUNS):
         for name, entrant in entrants.items():
-            found[name].append(entrant.run(task, epochs))
+            measured[name].append(entrant.run(task, epochs))
     for entrant in entrants.values():
         entrant.end()
-    return found
+    return measured
 
 
-def table(title: str, found: Measured, items: int, tokens: int, unit: str, bounds: dict[str, float]) -> Table:
-    """A row for each entrant: throughput, its spread, memory, and how many times as fast this engine is."""
-    made = Table(title=title, title_justify="left")
+def table(title: str, measured: Measured, items: int, tokens: int, unit: str, bounds: dict[str, float]) -> Table:
+    """A row for each entrant: throughput with its spread, memory, and how many times as fast this engine is.
+
+    A run covers `items` of the `unit` and `tokens` tokens. `bounds` are the ratios by FLOPs alone.
+    """
+    rows = Table(title=title, title_justify="left")
     headings = (unit, "spread", "tokens/s", "peak memory", "dpo-service is")
     for heading in ("engine", *headings, *(["by FLOPs alone"] if bounds else [])):
-        made.add_column(heading, justify="left" if heading == "engine" else "right")
-    fastest = statistics.median(run["seconds"] for run in found["dpo-service"])
-    for name, runs in found.items():
+        rows.add_column(heading, justify="left" if heading == "engine" else "right")
+    fastest = statistics.median(run["seconds"] for run in measured["dpo-service"])
+    for name, runs in measured.items():
         seconds = sorted(run["seconds"] for run in runs)
         median, peak = statistics.median(seconds), max(run["peak_bytes"] for run in runs)
-        made.add_row(
+        rows.add_row(
             name,
             f"{items / median:.2f}",
             f"{items / seconds[-1]:.2f} to {items / seconds[0]:.2f}",
@@ -94,7 +99,7 @@ def table(title: str, found: Measured, items: int, tokens: int, unit: str, bound
             "" if name == "dpo-service" else f"{median / fastest:.1f} × as fast",
             *([f"{bounds[name]:.1f} ×" if name in bounds else ""] if bounds else []),
         )
-    return made
+    return rows
 
 
 def main() -> None:
@@ -102,7 +107,7 @@ def main() -> None:
     pairs: Pairs = make_pairs(lengths, MAX_LENGTH)
     console, results = Console(width=130), Path(__file__).parent / "results"
     machine = describe_machine() | {"threads": THREADS}
-    record: dict[str, Any] = {"machine": machine, "rows": f"{PAIRS} pairs, {source}, at most {MAX_LENGTH} tokens"}
+    record: JsonObject = {"machine": machine, "rows": f"{PAIRS} pairs, {source}, at most {MAX_LENGTH} tokens"}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         parameters = make_model(folder / "model", MAX_LENGTH)
@@ -111,17 +116,17 @@ def main() -> None:
         arithmetic = Arithmetic.of(pairs, parameters - 2 * head, head)
         setting = f"{record['rows']}, batch {BATCH}, {parameters / 1e6:.1f} M parameters, fp32, LoRA 16"
         for epochs in EPOCHS:
-            found = measure(DPO, folder, "dpo", epochs)
+            runs = measure(DPO, folder, "dpo", epochs)
             bounds = {peer: arithmetic.bound(epochs, **scheme) for peer, scheme in SCHEMES.items()}
             title = f"DPO, {epochs} epoch{'s' * (epochs > 1)}, {setting}"
-            console.print(table(title, found, epochs * PAIRS, epochs * arithmetic.shared, "pairs/s", bounds))
-            record[f"dpo, {epochs} epochs"] = found | {"bounds": bounds}
-        found = measure(SFT, folder, "sft", 3)
+            console.print(table(title, runs, epochs * PAIRS, epochs * arithmetic.shared, "pairs/s", bounds))
+            record[f"dpo, {epochs} epochs"] = runs | {"bounds": bounds}
+        runs = measure(SFT, folder, "sft", 3)
         tokens = 3 * sum(len(f"{pair['prompt']} {pair['chosen']}".split()) + 2 for pair in pairs)
         console.print(
-            table(f"SFT on the chosen answers, packed, 3 epochs, {setting}", found, tokens, tokens, "tokens/s", {})
+            table(f"SFT on the chosen answers, packed, 3 epochs, {setting}", runs, tokens, tokens, "tokens/s", {})
         )
-        record["sft, 3 epochs"] = found
+        record["sft, 3 epochs"] = runs
     results.mkdir(exist_ok=True)
     (results / "cpu.json").write_text(json.dumps(record, indent=1) + "\n")
     console.print(f"{machine}\nwritten to {results / 'cpu.json'}", highlight=False)

@@ -1,7 +1,7 @@
-"""`python -m bench.datasets [--keep FILE]`: how fast a file is checked, by form, in MB/s of plain text on one core.
+"""`python -m bench.datasets [--keep FILE]`: speed of the file check by form, in MB/s of plain text on one core.
 
 Each figure is the fastest of `RUNS` checks of one file of about `SIZE` bytes. The rows are UltraFeedback's from
-`DPO_SHARED` where it is there, else text drawn from a seed; code is this project's own.
+`DPO_SHARED`, or text drawn from a seed without that folder. The code is this project's own.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow
 from pyarrow import parquet
@@ -21,14 +20,15 @@ from rich.console import Console
 from rich.table import Table
 
 from app.spec.datasets.check import survey
+from app.spec.json_types import JsonObject
 from bench.machine import describe_machine
 
 SIZE, RUNS = 40_000_000, 3
 SHARED = Path(os.environ.get("DPO_SHARED", "../shared")) / "data/preference/ultrafeedback/clean.jsonl"
-Rows = list[dict[str, Any]]
+Rows = list[JsonObject]
 
 
-def texts() -> list[str]:
+def prose() -> list[str]:
     """Texts of a few kilobytes, as people write them."""
     if SHARED.exists():
         rows = [json.loads(line) for line in SHARED.read_text().splitlines()]
@@ -43,13 +43,14 @@ def code() -> list[str]:
     return [whole[start : start + 1500] for start in range(0, len(whole) - 1500, 1500)]
 
 
-def pairs(of: list[str]) -> Rows:
+def pairs(texts: list[str]) -> Rows:
+    """Pairs of these texts, `SIZE` characters in all."""
     rows, size, number = Rows(), 0, 0
     while size < SIZE:
         row = {
-            "prompt": f"{number} {of[number % len(of)]}",
-            "chosen": of[(number + 1) % len(of)],
-            "rejected": of[(number + 2) % len(of)],
+            "prompt": f"{number} {texts[number % len(texts)]}",
+            "chosen": texts[(number + 1) % len(texts)],
+            "rejected": texts[(number + 2) % len(texts)],
         }
         rows.append(row)
         size += sum(map(len, row.values()))
@@ -57,29 +58,29 @@ def pairs(of: list[str]) -> Rows:
     return rows
 
 
-def chats(of: list[str]) -> Rows:
+def chats(texts: list[str]) -> Rows:
     return [
         {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["chosen"]}] * 3}
-        for row in pairs(of)[::4]
+        for row in pairs(texts)[::4]
     ]
 
 
-def labelled(of: list[str]) -> Rows:
+def labelled(texts: list[str]) -> Rows:
     return [
         {"prompt": row["prompt"], "completion": row["chosen"], "label": number % 2 == 0}
-        for number, row in enumerate(pairs(of))
+        for number, row in enumerate(pairs(texts))
     ]
 
 
-def lines(rows: Rows) -> bytes:
+def json_lines(rows: Rows) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-def array(rows: Rows) -> bytes:
+def json_array(rows: Rows) -> bytes:
     return json.dumps(rows, indent=1).encode()
 
 
-def table(rows: Rows) -> bytes:
+def comma_separated(rows: Rows) -> bytes:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]))
     writer.writeheader()
@@ -87,46 +88,46 @@ def table(rows: Rows) -> bytes:
     return text.getvalue().encode()
 
 
-def columns(rows: Rows) -> bytes:
+def parquet_bytes(rows: Rows) -> bytes:
     file = io.BytesIO()
     parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     return file.getvalue()
 
 
 def answers(count: int) -> bytes:
-    """Rows of `count` answers each, a megabyte in all."""
-    each = [f"answer number {number}, which is like no other" for number in range(count)]
-    row = {"prompt": "q", "responses": each, "scores": list(range(count))}
-    return lines([row] * max(1, 1_000_000 // (45 * count)))
+    """Ranked rows of `count` answers each, a megabyte in all, as JSON Lines."""
+    responses = [f"answer number {number}, which is like no other" for number in range(count)]
+    row = {"prompt": "q", "responses": responses, "scores": list(range(count))}
+    return json_lines([row] * max(1, 1_000_000 // (45 * count)))
 
 
 def cases() -> Iterator[tuple[str, Callable[[], tuple[bytes, int]]]]:
-    """(form, what makes the file and says how many bytes of text it stands for)."""
+    """(form, a function that makes its file). The function returns the file and its size as plain text, in bytes."""
 
-    def file(make: Callable[[Rows], bytes], rows: Callable[[], Rows]) -> Callable[[], tuple[bytes, int]]:
-        def made() -> tuple[bytes, int]:
-            content = rows()
-            written = make(content)
-            return written, len(lines(content)) if make is columns else len(written)
+    def file(write: Callable[[Rows], bytes], make_rows: Callable[[], Rows]) -> Callable[[], tuple[bytes, int]]:
+        def make_file() -> tuple[bytes, int]:
+            rows = make_rows()
+            content = write(rows)
+            return content, len(json_lines(rows)) if write is parquet_bytes else len(content)
 
-        return made
+        return make_file
 
-    yield "JSON Lines, pairs", file(lines, lambda: pairs(texts()))
-    yield "JSON Lines, chats", file(lines, lambda: chats(texts()))
-    yield "JSON Lines, labelled", file(lines, lambda: labelled(texts()))
-    yield "JSON Lines, code", file(lines, lambda: pairs(code()))
-    yield "JSON array, pairs", file(array, lambda: pairs(texts()))
-    yield "JSON array, chats", file(array, lambda: chats(texts()))
-    yield "JSON array, code", file(array, lambda: pairs(code()))
-    yield "CSV, pairs", file(table, lambda: pairs(texts()))
-    yield "Parquet, pairs", file(columns, lambda: pairs(texts()))
-    yield "Parquet, chats", file(columns, lambda: chats(texts()))
+    yield "JSON Lines, pairs", file(json_lines, lambda: pairs(prose()))
+    yield "JSON Lines, chats", file(json_lines, lambda: chats(prose()))
+    yield "JSON Lines, labelled", file(json_lines, lambda: labelled(prose()))
+    yield "JSON Lines, code", file(json_lines, lambda: pairs(code()))
+    yield "JSON array, pairs", file(json_array, lambda: pairs(prose()))
+    yield "JSON array, chats", file(json_array, lambda: chats(prose()))
+    yield "JSON array, code", file(json_array, lambda: pairs(code()))
+    yield "CSV, pairs", file(comma_separated, lambda: pairs(prose()))
+    yield "Parquet, pairs", file(parquet_bytes, lambda: pairs(prose()))
+    yield "Parquet, chats", file(parquet_bytes, lambda: chats(prose()))
     for count in (4, 16, 64):
         yield f"ranked, {count} answers a row", lambda count=count: (answers(count), 1_000_000)  # type: ignore[misc]
 
 
 def measure(content: bytes, size: int) -> float:
-    """MB/s of text."""
+    """MB/s of plain text. `size` is the number of its bytes."""
     fastest = float("inf")
     for _ in range(RUNS):
         began = time.perf_counter()
@@ -141,14 +142,14 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--keep", type=Path, help="write the figures to this file")
     keep: Path | None = arguments.parse_args().keep
-    found: dict[str, float] = {}
-    shown = Table("form", "MB/s")
-    for name, make in cases():
-        found[name] = round(measure(*make()), 1)
-        shown.add_row(name, f"{found[name]:.0f}")
-    Console().print(shown)
+    speeds: dict[str, float] = {}
+    table = Table("form", "MB/s")
+    for name, make_file in cases():
+        speeds[name] = round(measure(*make_file()), 1)
+        table.add_row(name, f"{speeds[name]:.0f}")
+    Console().print(table)
     if keep is not None:
-        keep.write_text(json.dumps({"machine": describe_machine(), "megabytes_per_second": found}, indent=2) + "\n")
+        keep.write_text(json.dumps({"machine": describe_machine(), "megabytes_per_second": speeds}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

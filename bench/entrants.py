@@ -1,7 +1,7 @@
 """`python -m bench.entrants NAME FOLDER`: one entrant of `make bench`, in a process of its own.
 
-It reads a line of JSON for each run, {"task": "dpo" or "sft", "epochs": n}, and answers with the seconds that it
-took and the memory that the process has had at most, less what it had after its imports.
+It reads a line of JSON for each run: {"task": "dpo" or "sft", "epochs": n}. It answers with the seconds of the run and
+the peak memory of the process, minus the memory after its imports.
 """
 
 import json
@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 warnings.filterwarnings("ignore")
@@ -22,12 +22,17 @@ warnings.filterwarnings("ignore")
 import torch
 import transformers
 
+from app.spec.json_types import JsonObject
+
+if TYPE_CHECKING:
+    from trl import DPOTrainer, SFTTrainer
+
 THREADS, BATCH, MAX_LENGTH = 2, 8, 512
 LORA = {"r": 16, "alpha": 32}
 
 
 def ours(folder: Path, task: str, epochs: int) -> float:
-    """Seconds of a whole run: loading, tokenising, reference pass, training, writing the artifact."""
+    """Seconds of a whole run of this engine: loading, tokenising, reference pass, training, writing the artifact."""
     from worker.trainer.events import Events
     from worker.trainer.loop import train
     from worker.trainer.run import TrainingRun
@@ -57,12 +62,13 @@ def ours(folder: Path, task: str, epochs: int) -> float:
         return time.monotonic() - began
 
 
-def trl_trainer(folder: Path, output: str, task: str, epochs: int, options: dict[str, Any]) -> Any:
+def trl_trainer(folder: Path, output: str, task: str, epochs: int, options: JsonObject) -> "DPOTrainer | SFTTrainer":
+    """TRL's trainer for the task. `options` override the settings that all of TRL's entrants share."""
     import trl
     from datasets import Dataset
     from peft import LoraConfig
 
-    settings: dict[str, Any] = {
+    settings: JsonObject = {
         "output_dir": output,
         "use_cpu": True,
         "bf16": False,
@@ -77,7 +83,7 @@ def trl_trainer(folder: Path, output: str, task: str, epochs: int, options: dict
         "dataloader_pin_memory": False,
     }
     rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
-    common: dict[str, Any] = {
+    common: JsonObject = {
         "model": transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32),
         "processing_class": transformers.AutoTokenizer.from_pretrained(folder / "model"),
         "peft_config": LoraConfig(
@@ -93,12 +99,12 @@ def trl_trainer(folder: Path, output: str, task: str, epochs: int, options: dict
 
 
 def length(pair: dict[str, str]) -> int:
-    """Words of the longer text."""
+    """Number of words of the longer text: the prompt with its longer answer."""
     return len(pair["prompt"].split()) + max(len(pair[side].split()) for side in ("chosen", "rejected"))
 
 
-def trl(**options: Any) -> Callable[[Path, str, int], float]:
-    """Seconds of TRL: tokenising, reference pass, training. Loading the model is not counted."""
+def trl(**options: object) -> Callable[[Path, str, int], float]:
+    """An entrant of TRL: the seconds of tokenising, reference pass and training. Loading the model does not count."""
 
     def run(folder: Path, task: str, epochs: int) -> float:
         with tempfile.TemporaryDirectory() as output:
@@ -117,11 +123,11 @@ ENTRANTS: dict[str, Callable[[Path, str, int], float]] = {
     "dpo-service": ours,
     "TRL default": trl(),
     "TRL precomputed reference": trl(precompute_ref_log_probs=True),
-    # Rows in order of length have the least padding; TRL's own `group_by_length` fails with its DPO data.
+    # Rows in order of length have the least padding. TRL's own `group_by_length` fails with its DPO data.
     "TRL best options": trl(
         precompute_ref_log_probs=True, gradient_checkpointing=False, train_sampling_strategy="sequential"
     ),
-    # A batch of packed sequences with about the tokens of this engine's batch of rows.
+    # Two packed sequences have about as many tokens as a batch of this engine.
     "TRL packed": trl(packing=True, per_device_train_batch_size=2),
     "TRL packed, no checkpointing": trl(packing=True, per_device_train_batch_size=2, gradient_checkpointing=False),
 }
@@ -130,7 +136,7 @@ ENTRANTS: dict[str, Callable[[Path, str, int], float]] = {
 def main() -> None:
     name, folder = sys.argv[1], Path(sys.argv[2])
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries print
+    os.dup2(2, 1)  # libraries print to standard output; it now goes to the log
     torch.set_num_threads(THREADS)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

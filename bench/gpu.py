@@ -1,12 +1,14 @@
 """`python -m bench.gpu`: this engine beside TRL on a CUDA card, in one run of less than ten minutes.
 
-The model has the shape of Llama 3.1 8B, its weights are random, made on the card and quantised to NF4 there; LoRA of
-rank 16 on all linear layers, bfloat16. The rows have the lengths of HH and of UltraFeedback. Wall time counts
-tokenising and the reference pass, for 1 and 3 epochs. MFU counts the FLOPs that are needed (4 for each weight that a
-token passes, the head at scored positions only) over what a large bfloat16 product reaches on this card.
-Activation memory is the peak less what the model and its adapter hold.
+The model has the shape of Llama 3.1 8B. Its random weights are quantised to NF4 on the card. It trains in bfloat16 with
+LoRA of rank 16 on all linear layers. The rows have the lengths of HH and of UltraFeedback.
 
-`--tiny` runs the same on a small model, on any device, to see that it runs.
+- Wall time includes tokenising and the reference pass, for 1 and 3 epochs.
+- MFU is the needed FLOP/s over those of a large bfloat16 product on this card. Each weight that a token passes needs 4
+  FLOPs. The head counts at scored positions only.
+- Activation memory is the peak minus the memory of the model and its adapter.
+
+`--tiny` runs a small model on any device, as a test of this program.
 """
 
 import argparse
@@ -25,7 +27,6 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 warnings.filterwarnings("ignore")
@@ -35,8 +36,11 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from app.spec.hyperparameters import DPOHyperparameters
+from app.spec.job import JobSpec
+from app.spec.json_types import JsonObject
 from bench.entrants import length
 from bench.inputs import (
     HH,
@@ -59,12 +63,13 @@ from worker.trainer.events import Events, Metrics, read
 from worker.trainer.loading import wrap
 from worker.trainer.methods.method import Method
 from worker.trainer.methods.preference import Preference
-from worker.trainer.model import Policy
+from worker.trainer.model import Base, Policy
 from worker.trainer.reference import References, compute
 from worker.trainer.run import TrainingRun
 from worker.trainer.throughput import layer_weights, needed_flops, peak_flops
 
 RUNS = 3
+"""Runs of each entrant over one epoch. Three epochs run once."""
 MAX_LENGTH = 4096
 LLAMA_8B = {
     "vocab_size": 128_256,
@@ -89,7 +94,7 @@ TINY = {
     "max_position_embeddings": MAX_LENGTH,
 }
 WORKLOADS: dict[str, tuple[Path, Lengths, int, int]] = {
-    # file, medians of a synthetic distribution in tokens (words × 1.35), pairs, batch
+    # file of real lengths, medians of synthetic lengths in tokens (words × 1.35), pairs, batch size
     "HH": (HH, (95, 43, 32), 64, 32),
     "UltraFeedback": (ULTRAFEEDBACK, (77, 205, 180), 32, 16),
 }
@@ -97,35 +102,37 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 console = Console(soft_wrap=True, width=150)
 
 
-def make_model(shape: dict[str, Any]) -> Any:
-    """A Llama with random weights in NF4 on the card (on a CPU: as they are)."""
+def make_model(shape: JsonObject) -> PreTrainedModel:
+    """A Llama with random weights: in NF4 on the card, unquantised on a CPU."""
     torch.manual_seed(0)
     config = LlamaConfig(**shape, bos_token_id=0, eos_token_id=1, pad_token_id=None)
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
     with torch.device(DEVICE):
         torch.set_default_dtype(dtype)
-        model: Any = LlamaForCausalLM(config)
+        model = LlamaForCausalLM(config)
         torch.set_default_dtype(torch.float32)
     if DEVICE.type == "cuda":
         _quantise(model)
     return model.requires_grad_(False)
 
 
-def _quantise(model: Any) -> None:
+def _quantise(model: PreTrainedModel) -> None:
+    """Replace the linear layers of the body by NF4 layers, one at a time."""
     from bitsandbytes.nn import Linear4bit, Params4bit
     from transformers import BitsAndBytesConfig
 
     for module in list(model.model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
-                four = Linear4bit(
+                quantised = Linear4bit(
                     child.in_features, child.out_features, bias=False, compute_dtype=torch.bfloat16,
                     compress_statistics=True, quant_type="nf4", device="meta",
                 )  # fmt: skip
                 data = child.weight.data.to("cpu")
-                four.weight = Params4bit(data, requires_grad=False, compress_statistics=True, quant_type="nf4").cuda()
-                setattr(module, name, four)
-    model.is_loaded_in_4bit = True  # and not `is_quantized`, which stands for transformers' own quantiser
+                weight = Params4bit(data, requires_grad=False, compress_statistics=True, quant_type="nf4")
+                quantised.weight = weight.cuda()
+                setattr(module, name, quantised)
+    model.is_loaded_in_4bit = True  # `is_quantized` would mean transformers' own quantiser
     model.config.quantization_config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
@@ -140,15 +147,17 @@ def synchronize() -> None:
 
 
 def allocated() -> int:
+    """Bytes that torch has allocated on the card now; 0 on a CPU."""
     return torch.cuda.memory_allocated() if DEVICE.type == "cuda" else 0
 
 
 def peak() -> int:
+    """The most bytes that torch has allocated since the last reset; 0 on a CPU."""
     return torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else 0
 
 
 def measured(run: Callable[[], None]) -> dict[str, float]:
-    """Seconds of `run`, and the most memory that it took beyond what was there before it."""
+    """The `seconds` of `run`, and its peak memory minus the memory before it, as `activation_bytes`."""
     gc.collect()
     before = allocated()
     if DEVICE.type == "cuda":
@@ -161,8 +170,13 @@ def measured(run: Callable[[], None]) -> dict[str, float]:
     return {"seconds": time.perf_counter() - began, "activation_bytes": float(peak() - before)}
 
 
-def ours(model: Any, folder: Path, pairs: Pairs, batch: int, epochs: int, recompute: bool | None) -> dict[str, float]:
-    """This engine's own loop over the model that is on the card already; the artifact is not counted."""
+def ours(
+    model: PreTrainedModel, folder: Path, pairs: Pairs, batch: int, epochs: int, recompute: bool | None
+) -> dict[str, float]:
+    """This engine's own loop, over the model on the card. The artifact does not count.
+
+    `recompute`: whether activations are recomputed; None lets the engine decide.
+    """
     settings = {
         "n_epochs": epochs,
         "batch_size": batch,
@@ -193,28 +207,30 @@ def ours(model: Any, folder: Path, pairs: Pairs, batch: int, epochs: int, recomp
 
         def train() -> None:
             (stage,) = loop.stages_of(run)
-            begun = stage_run.begin(run, stage, policy, State(stage.name), stage.steps)
-            begun.saved_step = stage.steps  # no checkpoint at the end
-            loop.run_stage(begun)
+            running = stage_run.begin(run, stage, policy, State(stage.name), stage.steps)
+            running.saved_step = stage.steps  # no checkpoint at the end
+            loop.run_stage(running)
 
         try:
-            found = measured(train)
+            figures = measured(train)
         finally:
             release(policy)
         events = map(read, stream.getvalue().splitlines())
         mfu = [event.metrics["mfu"] for event in events if isinstance(event, Metrics) and "mfu" in event.metrics]
-        found["mfu"] = statistics.median(mfu)
-        return found
+        figures["mfu"] = statistics.median(mfu)
+        return figures
 
 
 def release(policy: Policy) -> None:
-    """Leave the model as it was before it became a policy."""
+    """Take the adapter off the model again, and restore its attention."""
     policy.causal.set_attn_implementation(policy.own_attention)
     policy.recompute_activations(False)
     policy.model.unload()
 
 
-def trl(model: Any, folder: Path, pairs: Pairs, batch: int, epochs: int, **options: Any) -> dict[str, float]:
+def trl(
+    model: PreTrainedModel, folder: Path, pairs: Pairs, batch: int, epochs: int, **options: object
+) -> dict[str, float]:
     """TRL's DPOTrainer over the same model."""
     import trl as library
     from datasets import Dataset
@@ -223,7 +239,7 @@ def trl(model: Any, folder: Path, pairs: Pairs, batch: int, epochs: int, **optio
 
     disable_progress_bar()
     with tempfile.TemporaryDirectory() as output:
-        settings: dict[str, Any] = {
+        settings: JsonObject = {
             "output_dir": output,
             "bf16": DEVICE.type == "cuda",
             "use_cpu": DEVICE.type == "cpu",
@@ -236,11 +252,11 @@ def trl(model: Any, folder: Path, pairs: Pairs, batch: int, epochs: int, **optio
             "save_strategy": "no",
             "disable_tqdm": True,
         }
-        made: list[Any] = []
+        trainers: list[library.DPOTrainer] = []
         rows = sorted(pairs, key=length) if options.get("train_sampling_strategy") == "sequential" else pairs
 
         def run() -> None:
-            made.append(
+            trainers.append(
                 library.DPOTrainer(
                     model=model,
                     args=library.DPOConfig(**settings | options),
@@ -249,14 +265,14 @@ def trl(model: Any, folder: Path, pairs: Pairs, batch: int, epochs: int, **optio
                     peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
                 )
             )
-            made[0].train()
+            trainers[0].train()
 
         try:
             return measured(run)
         finally:
             model.activation_checkpointing_disable()
-            if made:
-                made[0].model.unload()
+            if trainers:
+                trainers[0].model.unload()
             model.requires_grad_(False)
 
 
@@ -276,9 +292,12 @@ SCHEMES = {
 }
 
 
-def compare(model: Any, folder: Path, deadline: float, peers: bool, tiny: bool) -> dict[str, Any]:
-    """Every entrant on every workload, as often as there is time for: first all once, then again."""
-    record: dict[str, Any] = {}
+def compare(model: PreTrainedModel, folder: Path, deadline: float, peers: bool, tiny: bool) -> JsonObject:
+    """Every entrant on every workload, first each once, then again until the deadline.
+
+    `peers`: whether TRL is installed and takes part.
+    """
+    record: JsonObject = {}
     layers, head = layer_weights(model), model.get_output_embeddings().weight.numel()
     for workload, (file, medians, count, batch) in WORKLOADS.items():
         count, batch = (count // 8, batch // 8) if tiny else (count, batch)
@@ -286,7 +305,7 @@ def compare(model: Any, folder: Path, deadline: float, peers: bool, tiny: bool) 
         pairs = make_pairs(lengths, MAX_LENGTH)
         arithmetic = Arithmetic.of(pairs, layers, head)
         for epochs in (1, 3):
-            found: dict[str, list[dict[str, float]]] = {}
+            measurements: dict[str, list[dict[str, float]]] = {}
             names = [name for name in ENTRANTS if peers or name.startswith("dpo-service")]
             ENTRANTS["dpo-service"](model, folder, pairs, batch, 1)  # kernels compile once
             for turn in range(RUNS if epochs == 1 else 1):
@@ -297,23 +316,24 @@ def compare(model: Any, folder: Path, deadline: float, peers: bool, tiny: bool) 
                         except (torch.OutOfMemoryError, UserError):
                             console.print(f"{name}: out of memory on {workload}")
                             continue
-                        found.setdefault(name, []).append(run)
+                        measurements.setdefault(name, []).append(run)
             bounds = {name: arithmetic.bound(epochs, **scheme) for name, scheme in SCHEMES.items()}
             title = f"{workload}, {epochs} epochs, {count} pairs ({source}), batch {batch}"
-            if "dpo-service" not in found:
+            if "dpo-service" not in measurements:
                 continue
-            show(title, found, epochs * count, epochs * arithmetic.shared, bounds)
-            record[f"{workload}, {epochs} epochs"] = {"source": source, "runs": found, "bounds": bounds}
+            show(title, measurements, epochs * count, epochs * arithmetic.shared, bounds)
+            record[f"{workload}, {epochs} epochs"] = {"source": source, "runs": measurements, "bounds": bounds}
     return record
 
 
 def show(
-    title: str, found: dict[str, list[dict[str, float]]], pairs: int, tokens: int, bounds: dict[str, float]
+    title: str, measurements: dict[str, list[dict[str, float]]], pairs: int, tokens: int, bounds: dict[str, float]
 ) -> None:
+    """Print a row for each entrant. A run covers `pairs` and `tokens`; `bounds` are the ratios by FLOPs alone."""
     columns = ("engine", "pairs/s", "spread", "tokens/s", "activations", "MFU", "dpo-service is", "by FLOPs alone")
     table = Table(*columns, title=title, title_justify="left")
-    fastest = statistics.median(run["seconds"] for run in found["dpo-service"])
-    for name, runs in found.items():
+    fastest = statistics.median(run["seconds"] for run in measurements["dpo-service"])
+    for name, runs in measurements.items():
         seconds = sorted(run["seconds"] for run in runs)
         median = statistics.median(seconds)
         table.add_row(
@@ -329,13 +349,9 @@ def show(
     console.print(table)
 
 
-def scaling(model: Any, folder: Path, tiny: bool, deadline: float) -> list[dict[str, float]]:
-    """Training steps of this engine alone, over lengths and pack sizes."""
+def scaling(model: PreTrainedModel, folder: Path, tiny: bool, deadline: float) -> list[dict[str, float]]:
+    """Training steps of this engine alone, for several lengths and pack sizes in tokens."""
     spec_of = {"model": "bench", "training_file": "x", "seed": 0, "quantization": "none"}
-    from app.spec.hyperparameters import DPOHyperparameters
-    from app.spec.job import JobSpec
-    from worker.trainer.model import Base
-
     policy = wrap(
         model, AutoTokenizer.from_pretrained(folder), JobSpec.model_validate(spec_of).resolved(),
         Base("bench", None, None, folder), None, Events(io.StringIO()),
@@ -367,6 +383,7 @@ def scaling(model: Any, folder: Path, tiny: bool, deadline: float) -> list[dict[
 
 
 def _row(number: int, prompt: int, response: int) -> Row:
+    """A pair of random tokens: `prompt` and `response` are lengths. Its `number` is the seed."""
     generator = torch.Generator().manual_seed(number)
 
     def ids(length: int) -> tuple[int, ...]:
@@ -376,11 +393,11 @@ def _row(number: int, prompt: int, response: int) -> Row:
     return Row(number, ids(prompt), answers)
 
 
-def _step(policy: Policy, rows: Rows, settings: Any) -> dict[str, float]:
-    """Median of three optimizer steps' gradients, after one that compiles."""
-    nothing = compute(policy, rows[:0])
+def _step(policy: Policy, rows: Rows, settings: DPOHyperparameters) -> dict[str, float]:
+    """The figures of one gradient over `rows`: the median time of three, after one that compiles."""
+    no_references = compute(policy, rows[:0])
     method = Preference(policy, settings, rows, rows[:0])
-    method.references = References(compute(policy, rows), nothing)
+    method.references = References(compute(policy, rows), no_references)
     runs = []
     for _ in range(4):
         averages = Averages()
@@ -404,6 +421,7 @@ def _gradient(method: Method, count: int, averages: Averages) -> None:
 
 
 def installed(package: str) -> str | None:
+    """The version of a package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -412,27 +430,27 @@ def installed(package: str) -> str | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--tiny", action="store_true", help="a small model, on any device, to see that it runs")
-    parser.add_argument("--minutes", type=float, default=8.0, help="after these, nothing is measured a second time")
+    parser.add_argument("--tiny", action="store_true", help="a small model on any device, as a test of this program")
+    parser.add_argument("--minutes", type=float, default=8.0, help="after this time, nothing is measured again")
     arguments = parser.parse_args()
     if DEVICE.type == "cpu" and not arguments.tiny:
         raise SystemExit("There is no CUDA card here. `python -m bench.gpu --tiny` tries the benchmark on the CPU.")
     deadline = time.monotonic() + 60 * arguments.minutes
     transformers.utils.logging.set_verbosity_error()
     packages = ("torch", "transformers", "peft", "bitsandbytes", "trl", "unsloth", "triton")
-    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.machine()
-    machine: dict[str, Any] = {"device": name} | {package: installed(package) for package in packages}
+    device_name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.machine()
+    machine: JsonObject = {"device": device_name} | {package: installed(package) for package in packages}
     machine["peak_tflops"] = peak_flops(DEVICE) / 1e12
     console.print(machine)
     for peer in ("trl", "unsloth"):
         if machine[peer] is None:
             console.print(f"not measured: {peer} is not installed")
-    with tempfile.TemporaryDirectory() as name_of:
-        folder = Path(name_of)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         make_tokenizer(folder)
         model = make_model(TINY if arguments.tiny else LLAMA_8B)
         model.config.save_pretrained(folder)
-        record: dict[str, Any] = {"machine": machine, "tiny": arguments.tiny, "weights_bytes": allocated()}
+        record: JsonObject = {"machine": machine, "tiny": arguments.tiny, "weights_bytes": allocated()}
         record["scaling"] = scaling(model, folder, arguments.tiny, deadline - 60 * arguments.minutes * 0.7)
         record |= compare(model, folder, deadline, machine["trl"] is not None, arguments.tiny)
     if not arguments.tiny:

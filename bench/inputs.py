@@ -1,4 +1,4 @@
-"""What every entrant of a benchmark gets: the same model, rows and batches; and what the arithmetic alone would say."""
+"""The input that all entrants of a benchmark share: model, tokenizer and rows. Also the FLOPs that the schemes need."""
 
 import os
 import random
@@ -12,46 +12,50 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from app.spec.datasets.check import examples
 from app.spec.datasets.example import Example
-from worker.trainer.data import written
+from worker.trainer.data import prompt_text
 
 VOCABULARY = 32_000
 Pairs = list[dict[str, str]]
 Lengths = tuple[int, int, int]
-"""Words of prompt, chosen and rejected answer. The benchmarks' tokenizer makes a token of each word."""
+"""Numbers of words: of the prompt, the chosen and the rejected answer. A word is one token for `make_tokenizer`."""
 SPREAD = 1.0
-"""The standard deviation of the logarithms of synthetic lengths; those of HH and UltraFeedback are 1.0 to 1.6."""
+"""Standard deviation of the logarithms of synthetic lengths. For HH and UltraFeedback it is 1.0 to 1.6."""
 SHARED = Path(os.environ.get("DPO_SHARED", "../shared"))
 HH = SHARED / "data/preference/hh-rlhf/helpful-base.test.jsonl.gz"
 ULTRAFEEDBACK = SHARED / "data/preference/ultrafeedback/clean.jsonl"
 
 
 def lengths_of(file: Path, count: int, medians: Lengths) -> tuple[list[Lengths], str]:
-    """(`count` lengths drawn from the pairs of `file`, where they are from); without it, from a log-normal."""
+    """(`count` lengths, their source). They are drawn from the pairs of `file`, or from a log-normal distribution."""
     generator = random.Random(0)
     if file.exists():
         with file.open("rb") as stream:
-            found = list(examples(stream))
-        chosen = generator.sample(found, count) if count <= len(found) else generator.choices(found, k=count)
-        return [_words(example) for example in chosen], f"lengths of {file.parent.name}/{file.name}"
+            pairs = list(examples(stream))
+        sample = generator.sample(pairs, count) if count <= len(pairs) else generator.choices(pairs, k=count)
+        return [_words(example) for example in sample], f"lengths of {file.parent.name}/{file.name}"
     logs = [torch.tensor(float(median)).log().item() for median in medians]
     drawn = [tuple(int(generator.lognormvariate(mu, SPREAD)) + 1 for mu in logs) for _ in range(count)]
-    return [(p, c, r) for p, c, r in drawn], f"synthetic lengths, log-normal, medians {medians}"
+    lengths = [(prompt, chosen, rejected) for prompt, chosen, rejected in drawn]
+    return lengths, f"synthetic lengths, log-normal, medians {medians}"
 
 
 def _words(example: Example) -> Lengths:
     chosen, rejected = map(str, example.responses)
-    prompt = written(example)
+    prompt = prompt_text(example)
     return len(prompt.split()), max(1, len(chosen.split())), max(1, len(rejected.split()))
 
 
 def make_pairs(lengths: Sequence[Lengths], max_length: int) -> Pairs:
-    """Rows of random words with these lengths; a prompt or an answer takes half of `max_length` at most."""
+    """Pairs of random words with these lengths. A prompt or an answer takes at most half of `max_length` tokens."""
     generator = random.Random(1)
 
     def text(words: int) -> str:
         return " ".join(f"w{generator.randrange(VOCABULARY - 10)}" for _ in range(min(words, max_length // 2 - 1)))
 
-    return [{"prompt": text(p), "chosen": " " + text(c), "rejected": " " + text(r)} for p, c, r in lengths]
+    return [
+        {"prompt": text(prompt), "chosen": " " + text(chosen), "rejected": " " + text(rejected)}
+        for prompt, chosen, rejected in lengths
+    ]
 
 
 def make_tokenizer(folder: Path) -> None:
@@ -65,7 +69,7 @@ def make_tokenizer(folder: Path) -> None:
 
 
 def make_model(folder: Path, max_length: int) -> int:
-    """A Llama of about 20 million parameters with a vocabulary of 32,000; returns its parameters."""
+    """Write a Llama of about 20 million parameters with a vocabulary of 32,000. Returns the number of parameters."""
     make_tokenizer(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -85,36 +89,40 @@ def make_model(folder: Path, max_length: int) -> int:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """FLOPs that DPO needs, with LoRA: 2 for each weight and token forward, 2 for the gradient to the activations.
+    """The FLOPs that DPO needs with LoRA. Each weight and token takes 2 forward and 2 for the activations' gradient.
 
-    `layers` and `head` are weights; `tokens` and `shared` the rows' tokens, prompts computed twice or once; `scored`
-    the answers' tokens, at which alone the head is needed. No padding is counted.
+    No padding is counted. Only the answers' tokens need the head.
     """
 
     layers: int
+    """Number of weights in the layers."""
     head: int
+    """Number of weights in the head."""
     tokens: int
+    """Tokens of the rows, with each prompt counted for both of its answers."""
     shared: int
+    """Tokens of the rows, with each prompt counted once."""
     scored: int
+    """Tokens of the answers."""
 
     @classmethod
     def of(cls, pairs: Pairs, layers: int, head: int) -> "Arithmetic":
         sizes = [tuple(len(pair[part].split()) for part in ("prompt", "chosen", "rejected")) for pair in pairs]
-        scored = sum(c + r + 2 for _, c, r in sizes)
+        scored = sum(chosen + rejected + 2 for _, chosen, rejected in sizes)  # an end token each
         return cls(
             layers,
             head,
-            sum(2 * (p + 1) for p, _, _ in sizes) + scored,
-            sum(p + 1 for p, _, _ in sizes) + scored,
+            sum(2 * (prompt + 1) for prompt, _, _ in sizes) + scored,  # BOS is one more
+            sum(prompt + 1 for prompt, _, _ in sizes) + scored,
             scored,
         )
 
     def passes(self, count: float, *, shared: bool) -> float:
-        """FLOPs of `count` forward passes, or what costs as much, over all rows."""
+        """FLOPs of `count` forward passes over all rows. A backward pass costs as much as a forward pass."""
         return 2 * count * (self.layers * (self.shared if shared else self.tokens) + self.head * self.scored)
 
     def bound(self, epochs: int, *, reference_each_step: bool, recompute: bool) -> float:
-        """How many times the FLOPs of this engine a scheme without shared prompts needs, reference counted."""
-        step = 2 + recompute + reference_each_step
+        """FLOPs of a scheme without shared prompts, divided by those of this engine, each with its reference pass."""
+        step = 2 + recompute + reference_each_step  # passes: forward, backward, and up to two more
         theirs = self.passes(epochs * step + (0 if reference_each_step else 1), shared=False)
         return theirs / self.passes(2 * epochs + 1, shared=True)

@@ -1,7 +1,7 @@
-"""`python -m bench.load`: how the API answers at 10,000 jobs and 100,000 events, on SQLite and on PostgreSQL.
+"""`python -m bench.load`: response times of the API with 10,000 jobs and 100,000 events, on SQLite and PostgreSQL.
 
-The API is a real process with its real server and one client at a time on a kept connection. Beside it, in the same
-process, stands an endpoint that does nothing but insert one row: what it takes is the machine's scale.
+The API is a real process with its real server. One client sends requests one after the other on a kept connection. An
+extra endpoint in the same process only inserts one row. Its time shows the speed of the machine.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import httpx2
 from fastapi import Request
@@ -32,6 +31,7 @@ from app.models import repository as models
 from app.services import Services
 from app.settings import Settings
 from app.spec.job import JobSpec
+from app.spec.json_types import JsonObject
 from bench.machine import describe_machine
 from tests.helpers.servers import free_port, postgres, wait_until
 
@@ -40,7 +40,7 @@ RESULT = Path(__file__).parent / "results" / "load.json"
 
 
 def fill(services: Services) -> str:
-    """Jobs and their events, as a year of use leaves them; returns a job with many events."""
+    """Insert jobs and their events, like those of a year. Returns the id of a job with many events."""
     spec = JobSpec(model="tiny", training_file="file-x", metadata={"team": "a"}).resolved().model_dump(mode="json")
     states = ["succeeded"] * 8 + ["failed", "cancelled", "queued"]
     shared = {
@@ -56,7 +56,7 @@ def fill(services: Services) -> str:
         "eligible_at": 0.0,
         "lost_attempts": 0,
     }
-    jobs: list[dict[str, Any]] = [
+    jobs: list[JsonObject] = [
         {
             **shared,
             "id": new_id("ftjob"),
@@ -91,7 +91,7 @@ def fill(services: Services) -> str:
 
 
 def serve() -> None:
-    """The API, with the bare endpoint beside it."""
+    """Serve the API with the extra endpoint `/v1/bare`."""
     settings = Settings()
     app = create_app(settings)
     services: Services = app.state.services
@@ -108,10 +108,10 @@ def serve() -> None:
 
 @contextmanager
 def api(environment: dict[str, str]) -> Iterator[httpx2.Client]:
-    """A running API, and a client of it."""
+    """Starts an API with these variables. Yields a client of it."""
     port = free_port()
-    own = environment | {"DPO_PORT": str(port), "DPO_ADMIN_KEY": "a key for the bench", "DPO_RATE_LIMIT": "0"}
-    process = subprocess.Popen([sys.executable, "-m", "bench.load", "--serve"], env=os.environ | own)
+    variables = environment | {"DPO_PORT": str(port), "DPO_ADMIN_KEY": "a key for the bench", "DPO_RATE_LIMIT": "0"}
+    process = subprocess.Popen([sys.executable, "-m", "bench.load", "--serve"], env=os.environ | variables)
     url = f"http://127.0.0.1:{port}"
     try:
         wait_until(lambda: httpx2.get(f"{url}/healthz").status_code == 200, "the API")
@@ -124,19 +124,20 @@ def api(environment: dict[str, str]) -> Iterator[httpx2.Client]:
 
 
 def timed(call: Callable[[], httpx2.Response]) -> list[float]:
-    """Milliseconds of each call."""
+    """Milliseconds of each of `CALLS` calls, after 20 that do not count."""
     for _ in range(20):
         call().raise_for_status()
-    found = []
+    milliseconds = []
     for _ in range(CALLS):
         began = time.perf_counter()
         answer = call()
-        found.append(1000 * (time.perf_counter() - began))
+        milliseconds.append(1000 * (time.perf_counter() - began))
         answer.raise_for_status()
-    return found
+    return milliseconds
 
 
 def measure(environment: dict[str, str], home: Path) -> dict[str, dict[str, float]]:
+    """The median, the 99th percentile and the maximum of each call, in milliseconds."""
     url = environment.get("DPO_DATABASE_URL", "")
     settings = Settings(home=home, database_url=url) if url else Settings(home=home)
     services = Services.of(settings)
@@ -159,11 +160,11 @@ def measure(environment: dict[str, str], home: Path) -> dict[str, dict[str, floa
             "list 20 files": lambda: client.get("/files", params={"limit": 20}),
         }
         for name, call in calls.items():
-            found = sorted(timed(call))
+            ascending = sorted(timed(call))
             rows[name] = {
-                "p50_ms": round(statistics.median(found), 2),
-                "p99_ms": round(found[int(0.99 * len(found))], 2),
-                "max_ms": round(found[-1], 2),
+                "p50_ms": round(statistics.median(ascending), 2),
+                "p99_ms": round(ascending[int(0.99 * len(ascending))], 2),
+                "max_ms": round(ascending[-1], 2),
             }
     return rows
 
@@ -174,7 +175,7 @@ def main() -> None:
     if parser.parse_args().serve:
         serve()
         return
-    results: dict[str, Any] = {}
+    results: dict[str, dict[str, dict[str, float]]] = {}
     with ExitStack() as stack, tempfile.TemporaryDirectory() as name:
         stacks: dict[str, dict[str, str]] = {
             "SQLite": {},

@@ -1,10 +1,11 @@
-"""The machine that figures are kept with."""
+"""A description of the machine, which is kept with every figure."""
 
 import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+
+from app.spec.json_types import JsonObject
 
 
 def processor() -> str:
@@ -14,7 +15,7 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def describe_machine() -> dict[str, Any]:
-    """Processor, cores and the versions of the libraries that matter."""
-    found: dict[str, Any] = {"processor": processor(), "cores": os.cpu_count()}
-    return found | {name: version(name) for name in ("torch", "transformers", "peft", "trl")}
+def describe_machine() -> JsonObject:
+    """Processor, number of cores, and the versions of the libraries that the figures depend on."""
+    machine = {"processor": processor(), "cores": os.cpu_count()}
+    return machine | {name: version(name) for name in ("torch", "transformers", "peft", "trl")}

@@ -1,7 +1,8 @@
-"""`python -m bench.memory`: the memory model of estimates, held against measured peaks of whole runs.
+"""`python -m bench.memory [NUMBER …]`: compare the memory model of estimates with measured peaks of whole runs.
 
-Each spec is a run of the real trainer in a process of its own, with a model made for it. On a CPU the peak is the
-process's largest resident set, on a GPU what torch allocated at most (the estimate's runtime is left out there).
+Each spec is a run of the real trainer in a process of its own, with a model made for it. On a CPU, the peak is the
+process's largest resident set. On a GPU, it is the most memory that torch allocated, so the estimate leaves out its
+`runtime`.
 """
 
 import json
@@ -10,13 +11,13 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from app.estimates.memory import MemorySettings, Shape, estimate
 from app.spec.job import JobSpec
+from app.spec.json_types import JsonObject
 from bench.machine import describe_machine
 from tests.helpers.tiny_model import make_tokenizer
 from worker.base_models import describe
@@ -29,45 +30,46 @@ VOCABULARY, STEPS = 8192, 2
 
 @dataclass(frozen=True)
 class Sizes:
-    """A Llama's."""
+    """The sizes of a Llama."""
 
     hidden: int
     intermediate: int
     heads: int
     pairs: int
+    """Number of key-value heads."""
     layers: int
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A run: `words` are those of a prompt, and of each of its two answers; `batch` counts pairs."""
+    """A run. `words` is the length of a prompt and of each of its two answers. `batch` is the batch size in pairs."""
 
     sizes: Sizes
-    adapter: Any
+    adapter: JsonObject | str
     quantization: str
     words: int
     batch: int
-    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    hyperparameters: JsonObject = field(default_factory=dict)
 
 
 SMALL, MEDIUM = Sizes(512, 1376, 8, 8, 8), Sizes(768, 2048, 12, 12, 10)
 WIDE, DEEP, GROUPED = Sizes(1024, 4096, 8, 8, 6), Sizes(384, 1024, 6, 6, 24), Sizes(1024, 2816, 16, 4, 8)
 LORA, WIDE_LORA = {"r": 16}, {"r": 64}
 ATTENTION = {"r": 16, "target_modules": ["q_proj", "v_proj"]}
-AGAIN = {"activation_checkpointing": True}
+RECOMPUTE = {"activation_checkpointing": True}
 SPECS = [
     Spec(SMALL, LORA, "none", 30, 8),
     Spec(SMALL, LORA, "nf4", 30, 8),
     Spec(SMALL, LORA, "int8", 30, 8),
     Spec(SMALL, WIDE_LORA, "none", 30, 8),
     Spec(SMALL, ATTENTION, "none", 30, 8),
-    Spec(SMALL, LORA, "none", 30, 8, AGAIN),
+    Spec(SMALL, LORA, "none", 30, 8, RECOMPUTE),
     Spec(SMALL, "none", "none", 30, 8),
-    Spec(SMALL, "none", "none", 30, 8, AGAIN),
+    Spec(SMALL, "none", "none", 30, 8, RECOMPUTE),
     Spec(SMALL, LORA, "none", 30, 2),
     Spec(MEDIUM, LORA, "none", 30, 8),
     Spec(MEDIUM, LORA, "nf4", 30, 8),
-    Spec(MEDIUM, LORA, "none", 30, 8, AGAIN),
+    Spec(MEDIUM, LORA, "none", 30, 8, RECOMPUTE),
     Spec(MEDIUM, LORA, "none", 15, 4),
     Spec(MEDIUM, "none", "none", 15, 4),
     Spec(MEDIUM, "none", "none", 15, 4, {"optimizer": "rmsprop"}),
@@ -75,13 +77,14 @@ SPECS = [
     Spec(WIDE, LORA, "nf4", 30, 4),
     Spec(WIDE, WIDE_LORA, "none", 15, 4),
     Spec(DEEP, LORA, "none", 30, 4),
-    Spec(DEEP, LORA, "nf4", 30, 4, AGAIN),
+    Spec(DEEP, LORA, "nf4", 30, 4, RECOMPUTE),
     Spec(GROUPED, LORA, "none", 30, 4),
     Spec(GROUPED, LORA, "nf4", 15, 8),
 ]
 
 
 def make_model(folder: Path, sizes: Sizes) -> None:
+    """Write a Llama with random weights, and its tokenizer."""
     tokenizer = make_tokenizer()
     config = LlamaConfig(
         hidden_size=sizes.hidden,
@@ -99,8 +102,8 @@ def make_model(folder: Path, sizes: Sizes) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def measure(spec: Spec) -> dict[str, Any]:
-    """Run a spec; the figures of what was measured and what was expected."""
+def measure(spec: Spec) -> JsonObject:
+    """Run a spec. Returns the measured and the expected figures."""
     with tempfile.TemporaryDirectory(prefix="dpo-memory-") as name:
         folder = Path(name)
         make_model(folder / "base", spec.sizes)
@@ -131,8 +134,8 @@ def measure(spec: Spec) -> dict[str, Any]:
     return compared(spec, shape, job, peak, tokens)
 
 
-def compared(spec: Spec, shape: Shape, job: JobSpec, peak: float, tokens: float) -> dict[str, Any]:
-    """A row of the table: `peak` bytes were measured on batches of `tokens`."""
+def compared(spec: Spec, shape: Shape, job: JobSpec, peak: float, tokens: float) -> JsonObject:
+    """The figures of a spec. `peak` is in bytes, and a batch had `tokens` tokens."""
     cuda = torch.cuda.is_available()
     settings = MemorySettings.of(job, job.method.hyperparameters, tokens / spec.batch, round(tokens / spec.batch))
     memory = estimate(shape, settings, "cuda" if cuda else "cpu", None)
@@ -150,7 +153,7 @@ def compared(spec: Spec, shape: Shape, job: JobSpec, peak: float, tokens: float)
 
 
 def _run(folder: Path) -> list[Event]:
-    """The events of a run of the trainer, which ends with its standard input."""
+    """The events of a run of the trainer. Its standard input stays open, because the trainer ends when it closes."""
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "worker.trainer", str(folder)],
@@ -172,15 +175,15 @@ def _run(folder: Path) -> list[Event]:
 
 
 def main() -> None:
-    chosen = [int(argument) for argument in sys.argv[1:]] or range(len(SPECS))
+    numbers = [int(argument) for argument in sys.argv[1:]] or range(len(SPECS))
     results = []
-    for number in chosen:
-        found = measure(SPECS[number])
-        results.append(found)
-        megabytes = {name: round(value / 1e6) for name, value in found["parts"].items()}
-        print(f"{number:2} measured {found['measured'] / 1e6:7.0f} MB, expected {found['expected'] / 1e6:7.0f} MB, "
-              f"ratio {found['ratio']:.3f}  {megabytes}", flush=True)  # fmt: skip
-    worst = max(results, key=lambda found: abs(found["ratio"] - 1))
+    for number in numbers:
+        result = measure(SPECS[number])
+        results.append(result)
+        megabytes = {name: round(value / 1e6) for name, value in result["parts"].items()}
+        print(f"{number:2} measured {result['measured'] / 1e6:7.0f} MB, expected {result['expected'] / 1e6:7.0f} MB, "
+              f"ratio {result['ratio']:.3f}  {megabytes}", flush=True)  # fmt: skip
+    worst = max(results, key=lambda result: abs(result["ratio"] - 1))
     print(f"{len(results)} specs, worst ratio {worst['ratio']}")
     if len(results) == len(SPECS):
         RESULT.write_text(json.dumps({"machine": describe_machine(), "specs": results}, indent=1) + "\n")

@@ -1,8 +1,8 @@
 """`python -m bench.rloo FOLDER TARGET STRENGTH SEED STEPS POINTS`: TRL's RLOO for the sentiment experiment.
 
-The policy is the SFT model with a LoRA adapter like the other runs', the reward the classifier's P(positive), and
-STRENGTH the weight of the KL penalty to the SFT model. TARGET/1 to TARGET/POINTS end as the merged models on the way,
-the last one at its end.
+The policy is the SFT model with the same LoRA adapter as the other runs. The reward is the classifier's P(positive).
+STRENGTH is the weight of the KL penalty to the SFT model. TARGET/1 to TARGET/POINTS are merged models at equal
+distances, the last one after all STEPS.
 """
 
 import json
@@ -12,7 +12,6 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 warnings.filterwarnings("ignore")
@@ -33,7 +32,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder / "sft", padding_side="left")
     prompts = [json.loads(line)["prompt"] for line in (folder / "prompts.jsonl").read_text().rstrip("\n").split("\n")]
 
-    def reward(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    def reward(prompts: list[str], completions: list[str], **_: object) -> list[float]:
+        """P(positive) of each prompt with its completion."""
         texts = (prompt + answer for prompt, answer in zip(prompts, completions, strict=True))
         return [1 / (1 + math.exp(-classifier.score(text))) for text in texts]
 

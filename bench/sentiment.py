@@ -1,13 +1,15 @@
 """`python -m bench.sentiment`: the controlled sentiment experiment of the DPO paper (Rafailov et al. 2023, Sec. 6.1).
 
-The true reward is known: a classifier of reviews. A small language model of IMDb reviews is fine-tuned on reviews
-(SFT), four completions of each prefix are drawn from it and make six pairs, and each method is trained on those from
-the SFT model: DPO, IPO, unlikelihood, Preferred-FT, Plackett–Luce; best of N needs no training. TRL's RLOO is the
-reinforcement learning from outside, with the true reward itself; TRL ships no PPO any more. All but RLOO runs through
-this service's own API, and everything is measured by its evaluations: the mean true reward of completions of held-out
-prefixes, and the sequence KL to the SFT model.
+The true reward is known: a classifier of reviews.
 
-What is done is in `--folder`: the same command goes on where it was stopped.
+1. A small language model of IMDb reviews is fine-tuned on reviews (SFT).
+2. It writes four completions of each prefix, which make six pairs.
+3. Each method is trained on the pairs from the SFT model: DPO, IPO, unlikelihood, Preferred-FT and Plackett–Luce. Best
+   of N needs no training. TRL's RLOO trains on the true reward itself. (TRL ships no PPO any more.)
+4. Each model is measured on held-out prefixes: the mean true reward, and the sequence KL to the SFT model.
+
+All but RLOO runs through this service's own API, and its evaluations measure everything. Finished steps are kept in
+`--folder`, so the same command resumes where it was stopped.
 """
 
 import argparse
@@ -29,7 +31,6 @@ from dataclasses import dataclass
 from hashlib import sha256
 from itertools import combinations, pairwise
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import httpx2
@@ -37,6 +38,7 @@ from rich.console import Console
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
+from app.spec.json_types import JsonObject
 from app.sweeps.frontier import ParetoPoint, as_csv, pareto, svg
 from bench.machine import describe_machine
 from tests.helpers.servers import free_port, wait_until
@@ -46,45 +48,53 @@ RESULT = Path(__file__).parent / "results" / "sentiment.json"
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "sentiment.svg"
 BASE = "imdb-llama-2.5m"
 BETAS, ALPHAS, STRENGTHS = (0.05, 0.1, 1.0, 5.0), (0.05, 0.1, 0.5, 1.0), (0.01, 0.03, 0.1, 0.3)
+"""The settings: β of DPO and Plackett–Luce, α of unlikelihood, and the weight of RLOO's KL penalty."""
 SAMPLES, MAX_TOKENS, BEST_OF = 4, 48, 64
+"""Completions of each prefix, their maximum length in tokens, and the largest N of best of N."""
 REVIEW_WORDS = 30
-"""Of each review so many words are learned, so that most completions end by themselves within `MAX_TOKENS`: of those
-that are cut, the methods learn ends that nobody wrote."""
+"""SFT learns this many words of each review, so that most completions end within `MAX_TOKENS`. A completion that is cut
+would teach the methods an end that nobody wrote."""
 MAX_DRAWN_KL = 20.0
-"""Nats that the picture shows; what is beyond is in the tables."""
+"""The largest KL in the picture, in nats. The tables have the points beyond it."""
 console = Console()
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything: the experiment, or a few minutes of it to see that it runs."""
+    """The size of the experiment."""
 
     reviews: int = 6000
+    """Reviews for SFT."""
     prompts: int = 600
+    """Prefixes for training."""
     held_out: int = 150
+    """Prefixes for measuring."""
     batch_size: int = 32
+    """Pairs of an optimizer step."""
     rloo_steps: int = 40
-    """As many completions, about, as the preferences are made of: 64 a step."""
+    """Steps of 64 completions: together about as many as the preferences are made of."""
     points: int = 2
-    """Places at which a run is evaluated, its end among them."""
+    """How often a run is evaluated, the last time at its end."""
 
 
 QUICK = Scale(reviews=200, prompts=24, held_out=12, batch_size=16, rloo_steps=2, points=1)
 KLS = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Nats at which frontiers are compared."""
 THRICE = ", 3 epochs"
+"""The end of the names of methods that train for three epochs."""
 START = "No preferences"
-"""What the base and the SFT model are called among the methods."""
+"""The name of the base model and the SFT model among the methods."""
 
 
 class State:
-    """What is done, by name, in a file."""
+    """The results of finished steps by name, in a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.done: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        self.done: JsonObject = json.loads(path.read_text()) if path.exists() else {}
 
-    def keep(self, name: str, value: Any) -> None:
+    def keep(self, name: str, value: object) -> None:
+        """Write the result of a step."""
         self.done[name] = value
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps(self.done))
@@ -92,7 +102,7 @@ class State:
 
 
 class Api:
-    """The service over HTTP. What was asked for under a name is not asked for again."""
+    """The service over HTTP. An upload or a create under a name happens once."""
 
     def __init__(self, url: str, key: str, state: State) -> None:
         self.state = state
@@ -105,25 +115,25 @@ class Api:
             self.state.keep(name, _ok(answer)["id"])
         return str(self.state.done[name])
 
-    def start(self, name: str, path: str, body: dict[str, Any]) -> str:
-        """The id of the job or evaluation `name`, which waits or runs from now on."""
+    def start(self, name: str, path: str, body: JsonObject) -> str:
+        """Create the job or evaluation `name`, unless an earlier run did. Returns its id."""
         if name not in self.state.done:
             key = sha256(f"{name} {json.dumps(body, sort_keys=True)}".encode()).hexdigest()
             self.state.keep(name, _ok(self.http.post(path, json=body, headers={"Idempotency-Key": key}))["id"])
         return str(self.state.done[name])
 
-    def ended(self, path: str, job_id: str) -> dict[str, Any]:
-        """A job or evaluation, when it has succeeded."""
+    def ended(self, path: str, job_id: str) -> JsonObject:
+        """Wait until a job or evaluation has succeeded. Returns it. Raises `RuntimeError` if it fails."""
         while True:
-            found = _ok(self.http.get(f"{path}/{job_id}"))
-            if found["status"] in ("failed", "cancelled"):
-                raise RuntimeError(f"{job_id} {found['status']}: {found['error']}")
-            if found["status"] == "succeeded":
-                return found
+            job = _ok(self.http.get(f"{path}/{job_id}"))
+            if job["status"] in ("failed", "cancelled"):
+                raise RuntimeError(f"{job_id} {job['status']}: {job['error']}")
+            if job["status"] == "succeeded":
+                return job
             time.sleep(0.5)
 
-    def items(self, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-        """What an evaluation was made of: a completion a line."""
+    def items(self, evaluation: JsonObject) -> list[JsonObject]:
+        """The items of an evaluation: one for each completion."""
         content = self.http.get(f"/files/{evaluation['result_files'][1]}/content").raise_for_status().text
         return [json.loads(line) for line in content.rstrip("\n").split("\n")]
 
@@ -137,11 +147,12 @@ class Api:
         (folder / "model.tar").unlink()
 
 
-def _ok(answer: httpx2.Response) -> dict[str, Any]:
+def _ok(answer: httpx2.Response) -> JsonObject:
+    """The body of an answer. Raises `RuntimeError` for an error."""
     if answer.status_code >= 400:
         raise RuntimeError(f"{answer.request.url}: {answer.text}")
-    found: dict[str, Any] = answer.json()
-    return found
+    body: JsonObject = answer.json()
+    return body
 
 
 JOBS, EVALUATIONS = "/fine_tuning/jobs", "/evaluations"
@@ -149,7 +160,7 @@ JOBS, EVALUATIONS = "/fine_tuning/jobs", "/evaluations"
 
 @contextmanager
 def service(home: Path, state: State) -> Iterator[Api]:
-    """This repository's service on its embedded default, with `home`/models as its base models."""
+    """Run this repository's service with its embedded default. Its base models are in `home`/models."""
     port = free_port()
     environment = os.environ | {"DPO_HOME": str(home), "DPO_PORT": str(port), "DPO_RATE_LIMIT": "0"}
     with (home / "serve.log").open("ab") as log:
@@ -169,38 +180,38 @@ def service(home: Path, state: State) -> Iterator[Api]:
 # -- data --------------------------------------------------------------------------------------------------------------
 
 
-def reviews(path: Path) -> Iterator[dict[str, Any]]:
-    """Reviews with their line breaks, each once."""
+def reviews(path: Path) -> Iterator[JsonObject]:
+    """The distinct reviews of a file, with line breaks in place of `<br />`."""
     seen = set[str]()
     with gzip.open(path, "rt") as file:
         for line in file:
-            found = json.loads(line)
-            text = found["text"].replace("<br /><br />", "\n\n").replace("<br />", "\n")
+            review = json.loads(line)
+            text = review["text"].replace("<br /><br />", "\n\n").replace("<br />", "\n")
             if text not in seen:
                 seen.add(text)
-                yield {"text": text, "label": found.get("label")}
+                yield {"text": text, "label": review.get("label")}
 
 
 def make_classifier(shared: Path, folder: Path) -> dict[str, float]:
-    """The true reward: TF-IDF of words and pairs of words, then logistic regression, as the service reads it.
+    """Make the true reward: TF-IDF of words and pairs of words, then logistic regression, as a file for the service.
 
-    Trained on half of the labelled reviews, tested on the other half.
+    It is trained on half of the labelled reviews and tested on the other half. Returns both numbers and its accuracy.
     """
     labelled = list(reviews(shared / "imdb-train.jsonl.gz"))
     random.Random(0).shuffle(labelled)
     half = len(labelled) // 2
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), min_df=5, max_features=100_000, sublinear_tf=True)
     train, test = labelled[:half], labelled[half:]
-    features = vectorizer.fit_transform([one["text"] for one in train])
-    model = LogisticRegression(C=10, max_iter=1000).fit(features, [one["label"] == "pos" for one in train])
-    said = model.predict(vectorizer.transform([one["text"] for one in test]))
-    right = said == [one["label"] == "pos" for one in test]
+    features = vectorizer.fit_transform([review["text"] for review in train])
+    model = LogisticRegression(C=10, max_iter=1000).fit(features, [review["label"] == "pos" for review in train])
+    predicted = model.predict(vectorizer.transform([review["text"] for review in test]))
+    correct = predicted == [review["label"] == "pos" for review in test]
     export(folder / "classifier.json", vectorizer, model)
-    return {"trained_on": half, "tested_on": len(test), "accuracy": float(right.mean())}
+    return {"trained_on": half, "tested_on": len(test), "accuracy": float(correct.mean())}
 
 
 def make_files(shared: Path, folder: Path, scale: Scale) -> None:
-    """Reviews for SFT, as prefixes of 4 to 8 words and what follows; prefixes of other reviews, some held out."""
+    """Write prefixes of 4 to 8 words with their continuations for SFT, and prefixes of other reviews, some held out."""
     generator, rows = random.Random(1), []
     for number, review in enumerate(reviews(shared / "imdb-unsup.jsonl.gz")):
         words = review["text"].split()
@@ -214,23 +225,26 @@ def make_files(shared: Path, folder: Path, scale: Scale) -> None:
     prompts = [{"prompt": row["prompt"]} for row in rest[: scale.prompts + scale.held_out]]
     _write(folder / "sft.jsonl", sft)
     _write(folder / "prompts.jsonl", prompts[: scale.prompts])
-    _write(folder / "held_out.jsonl", prompts[scale.prompts :])  # the last one: it says that all are there
+    _write(folder / "held_out.jsonl", prompts[scale.prompts :])  # written last: if it exists, all exist
 
 
-def _write(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+def _write(path: Path, rows: Sequence[JsonObject]) -> Path:
     partial = path.with_suffix(".partial")
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return partial.rename(path)
 
 
-def make_preferences(items: Sequence[dict[str, Any]], folder: Path, seed: int) -> dict[str, Path]:
-    """Of each prefix' four completions six pairs, the ranked list, and the best one, by the true reward."""
-    by_row: dict[int, list[dict[str, Any]]] = {}
+def make_preferences(items: Sequence[JsonObject], folder: Path, seed: int) -> dict[str, Path]:
+    """Write preferences by the true reward. The four completions of a prefix give six pairs and one ranked list.
+
+    `preferred` has the better answer of each pair. Returns the file of each form.
+    """
+    by_row: dict[int, list[JsonObject]] = {}
     for item in items:
         by_row.setdefault(item["row"], []).append(item)
     pairs, ranked, best = [], [], []
-    for found in by_row.values():
-        order = sorted(found, key=lambda item: -item["reward"])
+    for completions in by_row.values():
+        order = sorted(completions, key=lambda item: -item["reward"])
         for better, worse in combinations(order, 2):
             if better["reward"] > worse["reward"] and better["text"] != worse["text"]:
                 sides = {"chosen": better["text"], "rejected": worse["text"]}
@@ -238,8 +252,8 @@ def make_preferences(items: Sequence[dict[str, Any]], folder: Path, seed: int) -
                 best.append({"prompt": better["prompt"], "completion": better["text"]})
         if len({item["text"] for item in order}) == len(order):
             ranked.append({"prompt": order[0]["prompt"], "responses": [item["text"] for item in order]})
-    rows = {"ranked": ranked, "preferred": best, "pairs": pairs}  # the last one says that all are there
-    return {name: _write(folder / f"{name}-{seed}.jsonl", found) for name, found in rows.items()}
+    rows = {"ranked": ranked, "preferred": best, "pairs": pairs}  # pairs last: if they exist, all exist
+    return {name: _write(folder / f"{name}-{seed}.jsonl", form_rows) for name, form_rows in rows.items()}
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------
@@ -247,16 +261,16 @@ def make_preferences(items: Sequence[dict[str, Any]], folder: Path, seed: int) -
 
 @dataclass(frozen=True)
 class Run:
-    """A training from the SFT model: its method, what is varied, its data and hyperparameters."""
+    """A training from the SFT model: its method, the varied setting, its data and hyperparameters."""
 
     method: str
     setting: str
     data: str
-    hyperparameters: dict[str, Any]
+    hyperparameters: JsonObject
     epochs: int = 1
     share: float = 1.0
-    """Of the batch size that pairs have in one epoch. The engine keeps pairs of one prompt together and computes each
-    text once: six pairs cost what a list of four does, and a sixth of the rows makes steps of as many texts."""
+    """Its batch size, as a share of the batch size of pairs over one epoch. The engine computes each text once, so six
+    pairs cost as much as a list of four. A sixth of the rows then gives steps with equally many texts."""
 
     @property
     def name(self) -> str:
@@ -284,7 +298,7 @@ def runs() -> list[Run]:
 
 
 class Experiment:
-    """All phases, each of which can be broken off."""
+    """All phases. Each can be stopped and resumed."""
 
     def __init__(self, folder: Path, shared: Path, scale: Scale, seeds: Sequence[int], rloo_seeds: int) -> None:
         self.folder, self.shared, self.scale, self.seeds = folder, shared, scale, seeds
@@ -292,8 +306,8 @@ class Experiment:
         self.home = folder / "home"
         self.state = State(folder / "state.json")
 
-    def run(self) -> Iterator[dict[str, Any]]:
-        """What came out so far, after each seed."""
+    def run(self) -> Iterator[JsonObject]:
+        """Run all phases. Yields the results so far after each seed."""
         self._prepare()
         with service(self.home, self.state) as api:
             sft = self._sft(api)
@@ -321,6 +335,7 @@ class Experiment:
             make_files(self.shared / "data" / "sentiment", self.folder, self.scale)
 
     def _sft(self, api: Api) -> str:
+        """Train the SFT model. Returns its name."""
         settings = {"n_epochs": 1, "batch_size": 32, "learning_rate": 2e-4}
         body = {
             "model": BASE, "training_file": api.upload("file|sft", self.folder / "sft.jsonl"), "adapter": "none",
@@ -329,7 +344,7 @@ class Experiment:
         return str(api.ended(JOBS, api.start("job|sft", JOBS, body))["fine_tuned_model"])
 
     def _sampled(self, api: Api, name: str, candidate: str, baseline: str, file: str, samples: int, seed: int) -> str:
-        """The id of an evaluation of completions: their true rewards, and their KL to the baseline."""
+        """Start an evaluation of completions: their true rewards, and their KL to the baseline. Returns its id."""
         body = {
             "type": "reward_kl", "candidate": {"model": candidate}, "baseline": {"model": baseline}, "seed": seed,
             "data": api.upload(f"file|{file}", self.folder / f"{file}.jsonl", "evals"), "quantization": "none",
@@ -340,11 +355,12 @@ class Experiment:
         return api.start(f"evaluation|{name}", EVALUATIONS, body)
 
     def _train_and_measure(self, api: Api, sft: str, seed: int) -> None:
-        drawn = api.ended(
+        """Train all runs of a seed and measure them, the base model, the SFT model and RLOO's models."""
+        completions = api.ended(
             EVALUATIONS, self._sampled(api, f"draw|{seed}", sft, sft, "prompts", SAMPLES, seed=1000 + seed)
         )  # fmt: skip
         if not (self.folder / f"pairs-{seed}.jsonl").exists():
-            make_preferences(api.items(drawn), self.folder, seed)
+            make_preferences(api.items(completions), self.folder, seed)
         self._measure(api, f"{START}|base model|{seed}|final", BASE, sft, seed)
         self._measure(api, f"{START}|SFT|{seed}|final", sft, sft, seed)
         for strength in self.strengths[seed]:
@@ -358,16 +374,19 @@ class Experiment:
             job = api.ended(JOBS, api.start(f"job|{name}", JOBS, self._body(api, run, sft, seed)))
             kept = {key: job[key] for key in ("metrics", "trained_tokens", "running_seconds")}
             self.state.keep(f"job-object|{name}", kept)
-            listed = _ok(api.http.get(f"{JOBS}/{job['id']}/checkpoints", params={"limit": 100}))["data"]
-            steps = sorted((int(one["step_number"]), one["fine_tuned_model_checkpoint"]) for one in listed)
-            for place, (_, model) in enumerate(steps[: self.scale.points - 1], 1):
+            checkpoints = _ok(api.http.get(f"{JOBS}/{job['id']}/checkpoints", params={"limit": 100}))["data"]
+            checkpoints.sort(key=lambda checkpoint: int(checkpoint["step_number"]))
+            for place, checkpoint in enumerate(checkpoints[: self.scale.points - 1], 1):
+                model = checkpoint["fine_tuned_model_checkpoint"]
                 self._measure(api, f"{name}|{self._place(place)}", model, sft, seed)
             self._measure(api, f"{name}|final", job["fine_tuned_model"], sft, seed)
 
     def _place(self, place: int) -> str:
+        """The name of a place at which a run is evaluated, such as `1/2` or `final`."""
         return "final" if place == self.scale.points else f"{place}/{self.scale.points}"
 
-    def _body(self, api: Api, run: Run, sft: str, seed: int) -> dict[str, Any]:
+    def _body(self, api: Api, run: Run, sft: str, seed: int) -> JsonObject:
+        """The body of the job of a run."""
         file = self.folder / f"{run.data}-{seed}.jsonl"
         rows = sum(1 for _ in file.open())
         batch = round(self.scale.batch_size * run.share)
@@ -384,13 +403,13 @@ class Experiment:
         }  # fmt: skip
 
     def _measure(self, api: Api, name: str, model: str, sft: str, seed: int) -> None:
-        """Reward and KL of a model on the held-out prefixes, with errors over prefixes."""
+        """Measure the reward and the KL of a model on the held-out prefixes, with errors over prefixes."""
         if f"measured|{name}" in self.state.done:
             return
-        found = api.ended(EVALUATIONS, self._sampled(api, name, model, sft, "held_out", SAMPLES, seed=2000 + seed))
-        items = api.items(found)
+        evaluation = api.ended(EVALUATIONS, self._sampled(api, name, model, sft, "held_out", SAMPLES, seed=2000 + seed))
+        items = api.items(evaluation)
         reward = _mean_over_prompts([(item["prompt_number"], _positive(item["reward"])) for item in items])
-        metrics, samples = found["metrics"], sorted(items, key=lambda item: (item["row"], item["sample"]))[:3]
+        metrics, samples = evaluation["metrics"], sorted(items, key=lambda item: (item["row"], item["sample"]))[:3]
         measured = {
             "reward": reward[0], "reward_error": reward[1], "kl": metrics["kl"], "kl_error": metrics.get("kl/error"),
             "tokens": metrics["tokens"], "ended": metrics["ended"],
@@ -400,12 +419,12 @@ class Experiment:
         console.print(f"{name.replace('|', ' ')}: reward {reward[0]:.3f}, KL {metrics['kl']:.2f}", highlight=False)
 
     def _best_of(self, api: Api, sft: str) -> None:
-        """Best of N of the SFT model: its KL is log N − (N − 1)/N at most (Beirami et al. 2024)."""
+        """Measure best of N of the SFT model. Its KL is at most log N − (N − 1)/N (Beirami et al. 2024)."""
         if "best-of" in self.state.done:
             return
-        found = api.ended(EVALUATIONS, self._sampled(api, "best-of", sft, sft, "held_out", BEST_OF, seed=7))
+        evaluation = api.ended(EVALUATIONS, self._sampled(api, "best-of", sft, sft, "held_out", BEST_OF, seed=7))
         by_prompt: dict[int, list[float]] = {}
-        for item in api.items(found):
+        for item in api.items(evaluation):
             by_prompt.setdefault(item["row"], []).append(_positive(item["reward"]))
         points = []
         for n in (2, 4, 8, 16, 32, 64):
@@ -422,7 +441,7 @@ class Experiment:
         return f"rloo-{strength:g}-{seed}/{place}"
 
     def _rloo(self, strength: float, seed: int) -> None:
-        """TRL's RLOO from the SFT model, with the true reward itself, in a process of its own."""
+        """Train TRL's RLOO from the SFT model with the true reward itself, in a process of its own."""
         target = (self.home / "models" / self._rloo_model(strength, seed, 1)).parent
         if target.exists():
             return
@@ -436,40 +455,41 @@ class Experiment:
         partial.rename(target)
         self.state.keep(f"rloo-seconds|{strength:g}|{seed}", time.monotonic() - began)
 
-    # -- what came out ---------------------------------------------------------------------------------------------
+    # -- results ---------------------------------------------------------------------------------------------------
 
-    def _results(self) -> dict[str, Any]:
-        done, grouped = self.state.done, dict[tuple[str, str, str], list[dict[str, Any]]]()
+    def _results(self) -> JsonObject:
+        done, grouped = self.state.done, dict[tuple[str, str, str], list[JsonObject]]()
         for name, measured in done.items():
             if name.startswith("measured|"):
-                _, method, setting, _seed, at = name.split("|")
-                grouped.setdefault((method, setting, at), []).append(measured)
+                _, method, setting, _seed, place = name.split("|")
+                grouped.setdefault((method, setting, place), []).append(measured)
         points = []
-        for (method, setting, at), found in grouped.items():
-            point: dict[str, Any] = {"method": method, "setting": setting, "at": at, "seeds": len(found)}
+        for (method, setting, place), measurements in grouped.items():
+            point: JsonObject = {"method": method, "setting": setting, "at": place, "seeds": len(measurements)}
             for axis in ("reward", "kl"):
-                values = [one[axis] for one in found]
-                # Prompts are the same for all seeds: their error is not divided by the number of seeds. With one seed
-                # nothing is known of the others.
-                within = statistics.mean(one[f"{axis}_error"] or 0.0 for one in found)
+                values = [measured[axis] for measured in measurements]
+                # All seeds have the same prompts, so the error over prompts is not divided by the number of seeds. One
+                # seed alone shows no error between seeds.
+                within = statistics.mean(measured[f"{axis}_error"] or 0.0 for measured in measurements)
                 between = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
                 point |= {axis: statistics.mean(values), f"{axis}_error": math.hypot(within, between)}
-            point |= {name: statistics.mean(one[name] for one in found) for name in ("tokens", "ended")}
-            point["samples"] = found[0]["samples"]
+            for name in ("tokens", "ended"):
+                point[name] = statistics.mean(measured[name] for measured in measurements)
+            point["samples"] = measurements[0]["samples"]
             points.append(point)
-        for one in done["best-of"]:
-            points.append({"method": "Best of N", "setting": f"N={one['n']}", "at": "final", "seeds": 1, **one})
-        best = set(pareto([(point["kl"], point["reward"]) for point in points]))
+        for best_of in done["best-of"]:
+            points.append({"method": "Best of N", "setting": f"N={best_of['n']}", "at": "final", "seeds": 1, **best_of})
+        undominated = set(pareto([(point["kl"], point["reward"]) for point in points]))
         for number, point in enumerate(points):
-            point["pareto"] = number in best
+            point["pareto"] = number in undominated
         cost = {name.removeprefix("job-object|"): value for name, value in done.items() if "job-object|" in name}
         seconds = {name.removeprefix("rloo-seconds|"): value for name, value in done.items() if "rloo-seconds" in name}
         return {
             "machine": describe_machine(), "scale": vars(self.scale), "classifier": done["classifier"],
             "points": points,
             "lists_less_pairs": [
-                row | {"epochs": 3 if more else 1} for more in ("", THRICE)
-                for row in paired(done, f"Plackett–Luce{more}", f"DPO{more}", self.seeds)
+                row | {"epochs": 3 if suffix else 1} for suffix in ("", THRICE)
+                for row in paired(done, f"Plackett–Luce{suffix}", f"DPO{suffix}", self.seeds)
             ],
             "trainings": cost, "rloo_seconds": seconds,
         }  # fmt: skip
@@ -481,7 +501,7 @@ def _positive(logit: float) -> float:
 
 
 def _mean_over_prompts(values: Sequence[tuple[int, float]]) -> tuple[float, float]:
-    """(mean, standard error) where values of one prompt are not independent."""
+    """(mean, standard error) of (prompt, value) pairs. Values of one prompt are not independent."""
     groups: dict[int, list[float]] = {}
     for prompt, value in values:
         groups.setdefault(prompt, []).append(value)
@@ -489,46 +509,48 @@ def _mean_over_prompts(values: Sequence[tuple[int, float]]) -> tuple[float, floa
     return statistics.mean(value for _, value in values), statistics.stdev(means) / math.sqrt(len(means))
 
 
-def frontier(points: Sequence[dict[str, Any]], method: str) -> list[dict[str, Any]]:
+def frontier(points: Sequence[JsonObject], method: str) -> list[JsonObject]:
     """The Pareto set of a method's points, checkpoints among them, from the SFT model on."""
-    own = [one for one in points if one["method"] == method or (one["method"], one["setting"]) == (START, "SFT")]
-    return [own[k] for k in pareto([(one["kl"], one["reward"]) for one in own])]
+    own = [
+        point for point in points if point["method"] == method or (point["method"], point["setting"]) == (START, "SFT")
+    ]
+    return [own[k] for k in pareto([(point["kl"], point["reward"]) for point in own])]
 
 
-def reward_at(line: Sequence[dict[str, Any]], kl: float) -> tuple[float, float] | None:
+def reward_at(line: Sequence[JsonObject], kl: float) -> tuple[float, float] | None:
     """(reward, its error) at `kl` on the straight lines through a frontier; None beyond its end, or in a wide gap.
 
-    The error is the larger one of the two ends, that of their KL in it by the line's slope.
+    The error is the larger one of the line's two ends. An end's KL error counts through the slope of the line.
     """
     for left, right in pairwise(line):
         if left["kl"] <= kl <= right["kl"] <= left["kl"] + MAX_DRAWN_KL:
             slope = (right["reward"] - left["reward"]) / (right["kl"] - left["kl"])
-            errors = [math.hypot(one["reward_error"], slope * (one.get("kl_error") or 0.0)) for one in (left, right)]
+            errors = [math.hypot(end["reward_error"], slope * (end.get("kl_error") or 0.0)) for end in (left, right)]
             return left["reward"] + slope * (kl - left["kl"]), max(errors)
     return None
 
 
-def paired(done: dict[str, Any], one: str, other: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """How much more reward and KL the method `one` comes to than `other` at its end: same β, same seed, same prompts.
+def paired(done: JsonObject, first: str, second: str, seeds: Sequence[int]) -> list[JsonObject]:
+    """Reward and KL of the method `first` minus those of `second`, at the end of their runs.
 
-    Errors are over seeds.
+    Compared are runs with the same β, seed and prompts. Errors are over seeds.
     """
-    found = []
+    rows = []
     for setting in (f"β={beta:g}" for beta in BETAS):
-        names = [[f"measured|{method}|{setting}|{seed}|final" for method in (one, other)] for seed in seeds]
+        names = [[f"measured|{method}|{setting}|{seed}|final" for method in (first, second)] for seed in seeds]
         ends = [(done[a], done[b]) for a, b in names if a in done and b in done]
         if not ends:
             continue
-        row: dict[str, Any] = {"setting": setting, "seeds": len(ends)}
+        row: JsonObject = {"setting": setting, "seeds": len(ends)}
         for axis in ("reward", "kl"):
-            apart = [a[axis] - b[axis] for a, b in ends]
-            error = statistics.stdev(apart) / math.sqrt(len(apart)) if len(apart) > 1 else None
-            row |= {axis: statistics.mean(apart), f"{axis}_error": error}
-        found.append(row)
-    return found
+            differences = [a[axis] - b[axis] for a, b in ends]
+            error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else None
+            row |= {axis: statistics.mean(differences), f"{axis}_error": error}
+        rows.append(row)
+    return rows
 
 
-def table(results: dict[str, Any]) -> str:
+def table(results: JsonObject) -> str:
     """The runs at their end, as Markdown."""
     lines = ["| run | seeds | reward | KL to SFT, nats | tokens | in the Pareto set |", "|---|---:|---:|---:|---:|---|"]
     for point in results["points"]:
@@ -543,7 +565,7 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def frontiers(results: dict[str, Any]) -> str:
+def frontiers(results: JsonObject) -> str:
     """The reward of each method's frontier at the same KLs, as Markdown."""
     points = results["points"]
     lines = [
@@ -551,70 +573,71 @@ def frontiers(results: dict[str, Any]) -> str:
         "|---|" + "---:|" * (len(KLS) + 3),
     ]
     for method in dict.fromkeys(point["method"] for point in points if point["method"] != START):
-        line, own = frontier(points, method), [one for one in points if one["method"] == method]
-        found = [reward_at(line, kl) for kl in KLS]
-        cells = ["" if one is None else f"{one[0]:.3f} ± {one[1]:.3f}" for one in found]
-        seeds, end = min(one["seeds"] for one in own), line[-1]
+        line, own = frontier(points, method), [point for point in points if point["method"] == method]
+        rewards = [reward_at(line, kl) for kl in KLS]
+        cells = ["" if reward is None else f"{reward[0]:.3f} ± {reward[1]:.3f}" for reward in rewards]
+        seeds, end = min(point["seeds"] for point in own), line[-1]
         row = [method, seeds, len(own), *cells, f"{end['reward']:.3f} at {end['kl']:.2f}"]
         lines.append(f"| {' | '.join(map(str, row))} |")
     return "\n".join(lines)
 
 
-def lists_beside_pairs(results: dict[str, Any]) -> str:
-    """Plackett–Luce less DPO on all pairs, at equal compute, as Markdown."""
-    lines = ["| Plackett–Luce less DPO | epochs | seeds | reward | KL, nats |", "|---|---:|---:|---:|---:|"]
-    for one in results["lists_less_pairs"]:
+def lists_beside_pairs(results: JsonObject) -> str:
+    """Plackett–Luce minus DPO on all pairs, at equal compute, as Markdown."""
+    lines = ["| Plackett–Luce minus DPO | epochs | seeds | reward | KL, nats |", "|---|---:|---:|---:|---:|"]
+    for row in results["lists_less_pairs"]:
         cells = [
-            f"{one[axis]:+.3f}" + (f" ± {error:.3f}" if (error := one[f"{axis}_error"]) is not None else "")
+            f"{row[axis]:+.3f}" + (f" ± {error:.3f}" if (error := row[f"{axis}_error"]) is not None else "")
             for axis in ("reward", "kl")
         ]
-        lines.append(f"| {one['setting']} | {one['epochs']} | {one['seeds']} | {' | '.join(cells)} |")
+        lines.append(f"| {row['setting']} | {row['epochs']} | {row['seeds']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def drawn(results: dict[str, Any]) -> list[ParetoPoint]:
-    """All points, those of checkpoints too, as the frontier's picture has them."""
+def plot_points(results: JsonObject) -> list[ParetoPoint]:
+    """All points for the picture, those of checkpoints included."""
     return [
         ParetoPoint(
-            f"{one['setting']} {one['at']}".strip(), one["method"].removesuffix(THRICE), one["kl"], one["reward"],
-            one.get("kl_error"), one["reward_error"],
+            f"{point['setting']} {point['at']}".strip(), point["method"].removesuffix(THRICE), point["kl"],
+            point["reward"], point.get("kl_error"), point["reward_error"],
         )
-        for one in results["points"]
+        for point in results["points"]
     ]  # fmt: skip
 
 
-def report(results: dict[str, Any], folder: Path | None) -> None:
-    """Print what came out and write it, to `folder` or to where the repository keeps it."""
+def report(results: JsonObject, folder: Path | None) -> None:
+    """Print the results and write them to `folder`, or to their places in the repository."""
     print(table(results), frontiers(results), lists_beside_pairs(results), sep="\n\n")
     accuracy, minutes = results["classifier"]["accuracy"], results["seconds"] / 60
     print(f"\n{minutes:.0f} minutes; the classifier is right in {accuracy:.1%} of reviews it has not seen\n")
     place, picture = (RESULT, PICTURE) if folder is None else (folder / RESULT.name, folder / PICTURE.name)
     place.write_text(json.dumps(results, indent=1, ensure_ascii=False))
-    place.with_suffix(".csv").write_text(as_csv(drawn(results)))
+    place.with_suffix(".csv").write_text(as_csv(plot_points(results)))
     labels = "KL(π ‖ SFT), nats a completion", "P(positive)", "Reward against KL, held-out prefixes"
-    picture.write_text(svg([point for point in drawn(results) if point.x <= MAX_DRAWN_KL], *labels))
+    picture.write_text(svg([point for point in plot_points(results) if point.x <= MAX_DRAWN_KL], *labels))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("bench/.sentiment"), help="what is done is there")
+    parser.add_argument("--folder", type=Path, default=Path("bench/.sentiment"), help="where finished steps are kept")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rloo-seeds", type=int, default=1, help="of these so many with RLOO, a third of the time")
-    parser.add_argument("--quick", action="store_true", help="a little of it, to see that it runs")
-    given = parser.parse_args()
+    parser.add_argument("--rloo-seeds", type=int, default=1, help="the number of seeds that RLOO runs too")
+    parser.add_argument("--quick", action="store_true", help="a few minutes of it, as a test")
+    arguments = parser.parse_args()
     shared = Path(os.environ.get("DPO_SHARED", "../shared"))
     if not (shared / "data" / "sentiment").exists():
         parser.exit(2, f"The reviews are not at {shared}/data/sentiment: set DPO_SHARED.\n")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the service ends with us
-    folder = given.folder.resolve()
+    folder = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    experiment = Experiment(folder, shared, QUICK if given.quick else Scale(), range(given.seeds), given.rloo_seeds)
+    scale = QUICK if arguments.quick else Scale()
+    experiment = Experiment(folder, shared, scale, range(arguments.seeds), arguments.rloo_seeds)
     before = float(experiment.state.done.get("seconds", 0.0))
     try:
         for results in experiment.run():
             results["seconds"] = before + time.monotonic() - began
-            report(results, folder if given.quick else None)
+            report(results, folder if arguments.quick else None)
     finally:
         experiment.state.keep("seconds", before + time.monotonic() - began)
 

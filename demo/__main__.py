@@ -19,7 +19,6 @@ import warnings
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -27,6 +26,7 @@ from rich.table import Table
 from app.cli.client import Client, ClientError
 from app.cli.watch import watch
 from app.settings import Settings
+from app.spec.json_types import JsonObject
 from demo import base_model, sampling, world
 
 PAIRS, HELD_OUT, DEMONSTRATIONS, SAMPLES = 800, 150, 500, 400
@@ -81,7 +81,7 @@ def main() -> int:
         console.print(f"[red]Not better:[/] {problem}")
     console.print(f"\nThe adapter is in {adapters['dpo']}\n{time.monotonic() - began:.0f} s in all.", highlight=False)
     if not problems:
-        console.print("Next: [bold]make serve[/], and the README's 'The same job by hand'.")
+        console.print("Next: [bold]make serve[/], and the README's 'A job by hand'.")
     return 1 if problems else 0
 
 
@@ -143,7 +143,7 @@ def upload(client: Client, folder: Path, swap: bool) -> dict[str, str]:
     return ids
 
 
-def run_job(client: Client, files: dict[str, str]) -> dict[str, Any]:
+def run_job(client: Client, files: dict[str, str]) -> JsonObject:
     """Run QLoRA SFT and then DPO, in one job; returns the ended job."""
     body = {
         "model": base_model.NAME,
@@ -167,7 +167,7 @@ def run_job(client: Client, files: dict[str, str]) -> dict[str, Any]:
     return watch(client, f"/fine_tuning/jobs/{job['id']}", console)
 
 
-def download(client: Client, job: dict[str, Any], folder: Path) -> dict[str, Path]:
+def download(client: Client, job: JsonObject, folder: Path) -> dict[str, Path]:
     """The adapters after SFT and after DPO."""
     checkpoints = client.pages(f"/fine_tuning/jobs/{job['id']}/checkpoints", limit=100)
     sft = next(checkpoint["fine_tuned_model_checkpoint"] for checkpoint in checkpoints if checkpoint["stage"] == "sft")
@@ -177,7 +177,7 @@ def download(client: Client, job: dict[str, Any], folder: Path) -> dict[str, Pat
     return folders
 
 
-def held_out_metrics(client: Client, job: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+def held_out_metrics(client: Client, job: JsonObject) -> tuple[dict[str, float], dict[str, float]]:
     """The DPO stage's metrics on held-out pairs: (at its start, at its end)."""
     events = client.pages(f"/fine_tuning/jobs/{job['id']}/events", limit=1000)
     validations = [  # newest first

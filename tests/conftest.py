@@ -1,4 +1,4 @@
-"""What all tests share: nothing may reach a hub, and the environment of the person who runs them stays out."""
+"""Environment of all tests: no hub can be reached, and the settings of the user who runs them do not apply."""
 
 import os
 
@@ -8,7 +8,7 @@ pytest.register_assert_rewrite("tests.helpers")
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# The models here are tiny: threads that wait for each other cost more than they compute.
+# The models of the tests are tiny. More threads would cost more time than they save.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 for name in [name for name in os.environ if name.startswith(("DPO_", "AWS_")) and name != "DPO_SHARED"]:
     del os.environ[name]

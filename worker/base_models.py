@@ -11,12 +11,12 @@ from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import structlog
 
 from app.models.repository import HUB_NAME
 from app.settings import Settings
+from app.spec.json_types import JsonObject
 from worker.model_files import (
     INDEX,
     SINGLE_FILE,
@@ -50,7 +50,7 @@ class LocalModel:
     folder: Path
     revision: str
     """A fingerprint of its files."""
-    details: dict[str, Any]
+    details: JsonObject
     """The properties that the API needs, as `describe` writes them."""
 
 
@@ -149,7 +149,7 @@ LAYER = re.compile(r"\.\d+\.")
 """The number of a layer inside the name of a tensor."""
 
 
-def _shape(config: dict[str, Any], weights: list[Path]) -> dict[str, Any] | None:
+def _shape(config: JsonObject, weights: list[Path]) -> JsonObject | None:
     """The sizes that memory use depends on, from the headers of the weight files; None if some are unknown.
 
     `linears` lists [name, rows, columns, count] of the linear layers. `others` counts all other parameters.

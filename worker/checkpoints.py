@@ -74,9 +74,9 @@ class Checkpoints:
         def write(session: Session) -> list[Checkpoint]:
             self._guard(session)
             saved = job_checkpoints.page(session, self.job.id, after=None, limit=MAX_CHECKPOINTS) or []
-            sft_result = job_checkpoints.left_by(session, self.job.id, "sft")
+            sft_result = job_checkpoints.last_of_ended_stage(session, self.job.id, "sft")
             old = [row for row in saved[self.keep :] if sft_result is None or row.id != sft_result.id]
-            job_checkpoints.hold(session, [row.id for row in old])
+            job_checkpoints.lock(session, [row.id for row in old])
             old = [row for row in old if not models.users_of(session, row.model_name)]
             job_checkpoints.forget(session, [row.id for row in old])
             surplus[:] = [row.prefix for row in old]

@@ -14,9 +14,13 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import orjson
+
+if TYPE_CHECKING:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
 
 WORD = re.compile(r"\b\w\w+\b")
 MAX_BYTES = 32 * 1024 * 1024
@@ -97,7 +101,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
-def export(path: Path, vectorizer: Any, model: Any) -> None:
+def export(path: Path, vectorizer: "TfidfVectorizer", model: "LogisticRegression") -> None:
     """Write a fitted `TfidfVectorizer` and a binary `LogisticRegression` of scikit-learn to a file at `path`.
 
     Raises `ValueError` if the vectorizer has a setting that the file format cannot express.

@@ -13,6 +13,7 @@ from typing import Any
 
 from app.models import repository as models
 from app.services import Services
+from app.spec.json_types import JsonObject
 from worker.base_models import BaseModels
 from worker.lease import Lease, LeaseLost
 from worker.processes import kill_group, trainer_environment
@@ -23,14 +24,14 @@ class CountRequest:
     """One file to count."""
 
     dataset: Path
-    recipe: dict[str, Any]
+    recipe: JsonObject
     """How to read the file. `worker/trainer/counting.py` says which fields it has."""
     rows: int
     """Number of rows that the check of the file kept."""
     sample: int | None = None
     """Maximum number of rows to count; None leaves it to the program."""
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         fields = {"dataset": str(self.dataset), "recipe": self.recipe, "rows": self.rows}
         return fields if self.sample is None else fields | {"sample": self.sample}
 
@@ -45,13 +46,13 @@ def place_tokenizer(services: Services, base_models: BaseModels, model: models.R
             services.storage.get_file(key, folder / key.removeprefix(f"{model.prefix}/"))
 
 
-def count(folder: Path, requests: Sequence[CountRequest], lease: Lease) -> list[dict[str, Any]]:
+def count(folder: Path, requests: Sequence[CountRequest], lease: Lease) -> list[JsonObject]:
     """The token statistics of each file by the tokenizer in `folder`/model, or its `error` {code, message, param}.
 
     Raises `LeaseLost`.
     """
     (folder / "tokens.json").write_text(json.dumps([request.as_json() for request in requests]))
-    results: list[dict[str, Any]] = run_program("worker.trainer.tokens", folder, lease)
+    results: list[JsonObject] = run_program("worker.trainer.tokens", folder, lease)
     return results
 
 

@@ -5,7 +5,6 @@ import shutil
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import structlog
 
@@ -16,6 +15,7 @@ from app.models import repository as models
 from app.services import Services
 from app.spec.datasets.check import survey
 from app.spec.datasets.mapping import Mapping
+from app.spec.json_types import JsonObject
 from worker.base_models import BaseModels, ModelUnavailable
 from worker.counting import CountRequest, count, place_tokenizer, run_program
 from worker.lease import Lease, LeaseLost
@@ -59,7 +59,7 @@ def make_artifact(services: Services, base_models: BaseModels, artifact: Derived
                 lease.write(lambda session: repository.recover(session, artifact, reason))
 
 
-def _finish(lease: Lease, artifact: DerivedArtifact, **outcome: dict[str, Any]) -> bool:
+def _finish(lease: Lease, artifact: DerivedArtifact, **outcome: JsonObject) -> bool:
     return lease.write(lambda session: repository.finish(session, artifact.id, artifact.attempt, **outcome))
 
 
@@ -79,7 +79,7 @@ class _ArtifactAttempt:
         if self.prefix is not None:
             self.services.storage.delete_folder(self.prefix)
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> JsonObject:
         """Make a dataset report. A report in tokens extends the report of the file that was made before it."""
         arguments = self.artifact.arguments
         with self.services.database.read() as session:
@@ -124,14 +124,14 @@ class _ArtifactAttempt:
         settings = {name: arguments[name] for name in ("model", "max_length", "method")}
         return report | {"tokens": settings | counted}
 
-    def merge(self) -> dict[str, Any]:
+    def merge(self) -> JsonObject:
         """Merge an adapter into its base model. Returns the `prefix` of the result in the object store."""
         name, dtype = self.artifact.arguments["model"], self.artifact.arguments["dtype"]
         storage = self.services.storage
         try:
             with self.services.database.read() as session:
-                model = find_model(session, self.artifact.project, name)
-            fetch_model(storage, self.base_models, model, self.folder)
+                stack = find_model(session, self.artifact.project, name)
+            fetch_model(storage, self.base_models, stack, self.folder)
         except ModelGone as error:
             raise ArtifactFailed("model_not_found", str(error), "model") from error
         except ModelUnavailable as error:
@@ -144,7 +144,7 @@ class _ArtifactAttempt:
         return {"prefix": self.prefix}
 
 
-def _require(result: dict[str, Any]) -> None:
+def _require(result: JsonObject) -> None:
     """Raise `ArtifactFailed` if a program of the trainer has returned an error."""
     if "error" in result:
         raise ArtifactFailed(result["error"]["code"], result["error"]["message"], result["error"]["param"])

@@ -5,17 +5,18 @@ import platform
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
+
+from app.spec.json_types import JsonObject
 
 MEMINFO, CGROUP_LIMIT = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
 
 
-def device() -> dict[str, Any]:
+def device() -> JsonObject:
     """`kind` (cuda or cpu), `name` and `memory_bytes` of the first visible GPU, or of this machine without one."""
     return _gpu() or {"kind": "cpu", "name": f"{os.cpu_count()} × {platform.machine()}", "memory_bytes": host_memory()}
 
 
-def _gpu() -> dict[str, Any] | None:
+def _gpu() -> JsonObject | None:
     program = shutil.which("nvidia-smi")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if program is None or visible in ("", "-1"):

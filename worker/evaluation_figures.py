@@ -7,18 +7,18 @@ and dashboards.
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 import numpy
 
 from app.spec.evaluation import EvaluationSpec, Price
+from app.spec.json_types import JsonObject
 from app.spec.metrics import EVALUATION
 from worker import confidence
 from worker.confidence import Floats, IntervalEstimate
 
-Item = dict[str, Any]
+Item = JsonObject
 """One pair, completion or comparison: a line of `items.jsonl` without its texts."""
-Figures = dict[str, Any]
+Figures = JsonObject
 """A part of a report, as JSON."""
 LENGTH_GROUPS = 5
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from sqlalchemy.orm import Session
 
@@ -19,8 +18,9 @@ from app.jobs.tables import Job
 from app.models import repository as models
 from app.spec import quality_gates
 from app.spec.datasets.rendering import RenderingSettings
-from app.spec.evaluation import EvaluationSpec
+from app.spec.evaluation import EvaluationSpec, Judge
 from app.spec.job import JobSpec
+from app.spec.json_types import JsonObject
 from worker.judges.endpoint import Answer, JudgeClient, JudgeFailed, key_of
 from worker.judges.questions import questions, verdicts
 from worker.lease import LeaseLost
@@ -78,15 +78,15 @@ class Evaluation(JobAttempt[EvaluationSpec]):
                 raise CannotRun("model_not_found", message, "baseline")
             baseline = spec.baseline.model_copy(update={"model": reference, "reference": None})
             spec = self.spec = spec.model_copy(update={"baseline": baseline})
-        sides, precision = dict[str, dict[str, Any]](), self.lease.read(self._precision)
+        sides, precision = dict[str, JsonObject](), self.lease.read(self._precision)
         for field, name in spec.models():
             side = field.removesuffix(".model")
             sides[side] = {"rendering": self.lease.read(partial(rendering_of, spec, self.job.project, side, name))}
-            model, _ = self.fetch_model(name, self.folder / "sides" / side, field)
+            stack, _ = self.fetch_model(name, self.folder / "sides" / side, field)
             sides[side] |= {
                 "model": name,
-                "base_model": model.model.foundation or model.model.base_model,
-                "version": model.version,
+                "base_model": stack.model.foundation or stack.model.base_model,
+                "version": stack.version,
                 "quantization": spec.quantization,
                 **precision,
             }
@@ -105,10 +105,10 @@ class Evaluation(JobAttempt[EvaluationSpec]):
         assert self.spec.candidate is not None
         assert self.spec.candidate.model is not None
         training = models.job_of(session, self.job.project, self.spec.candidate.model)
-        checkpoint = training and job_checkpoints.left_by(session, training.id, "sft")
+        checkpoint = training and job_checkpoints.last_of_ended_stage(session, training.id, "sft")
         return checkpoint.model_name if checkpoint else None
 
-    def _precision(self, session: Session) -> dict[str, Any]:
+    def _precision(self, session: Session) -> JsonObject:
         """The precision of the candidate's training; empty if the evaluation quantises in another way."""
         candidate = self.spec.candidate and self.spec.candidate.model
         training = models.job_of(session, self.job.project, candidate) if candidate else None
@@ -127,8 +127,8 @@ class Evaluation(JobAttempt[EvaluationSpec]):
             self.services.storage.put_file(f"{self.parts_prefix}/{path.name}", path)
             self.completions[_by_judge(path)] += event.completions
 
-    def columns(self, batch: list[Event]) -> dict[str, Any]:
-        columns: dict[str, Any] = {"lost_attempts": Job.lost_attempts}
+    def columns(self, batch: list[Event]) -> dict[str, object]:
+        columns: dict[str, object] = {"lost_attempts": Job.lost_attempts}
         for event in batch:
             if isinstance(event, CompletionsWritten):
                 progress = {"completions": self.completions[_by_judge(Path(event.path))], "total": event.total}
@@ -156,14 +156,7 @@ class Evaluation(JobAttempt[EvaluationSpec]):
 
         keys = {key_of(question) for question in all_questions()}
         total, new_parts = len(keys), 0
-        try:
-            services.storage.get_folder(self.answers_prefix, self.folder / "shelf")
-            for key, answer in _answers((self.folder / "shelf").glob("*.jsonl")):
-                self.cached_keys.add(key)
-                if key in keys:
-                    self.answers.setdefault(key, answer)
-        except Exception as error:  # the answers only save money
-            self.log.warning("earlier answers not read", reason=str(error))
+        self._read_earlier_answers(keys)
 
         def keep(fresh: dict[str, Answer]) -> None:
             nonlocal new_parts
@@ -176,31 +169,48 @@ class Evaluation(JobAttempt[EvaluationSpec]):
             progress = {"completions": sampled, "total": sampled, "answers": len(self.answers), "questions": total}
             self._write(lost_attempts=0, progress=progress)
 
-        def check_stop() -> None:
-            if self.lease.lost:
-                raise LeaseLost
-            if self.asked_to_stop:
-                raise _StopAsking
-
         (self.folder / "parts").mkdir(exist_ok=True)
         try:
             client = JudgeClient(judge.endpoint, api_key, services.settings.private_judges)
-            self.answers = client.ask_all(all_questions(), self.answers, keep, check_stop)
+            self.answers = client.ask_all(all_questions(), self.answers, keep, self._check_stop)
         except JudgeFailed as failed:
             return self.fail(failed.code, str(failed), "judge.endpoint")
         except _StopAsking:
             self.stop_early()
             return False
-        judged_path = path.with_name("judged.jsonl")
+        self._add_verdicts(path, judge)
+        return True
+
+    def _read_earlier_answers(self, keys: set[str]) -> None:
+        """Add the answers that failed evaluations have paid for. `keys` are those of this evaluation's questions."""
+        folder = self.folder / "earlier-answers"
+        try:
+            self.services.storage.get_folder(self.answers_prefix, folder)
+            for key, answer in _answers(folder.glob("*.jsonl")):
+                self.cached_keys.add(key)
+                if key in keys:
+                    self.answers.setdefault(key, answer)
+        except Exception as error:  # the answers only save money
+            self.log.warning("earlier answers not read", reason=str(error))
+
+    def _check_stop(self) -> None:
+        """Raise `LeaseLost` or `_StopAsking` if the attempt must not go on."""
+        if self.lease.lost:
+            raise LeaseLost
+        if self.asked_to_stop:
+            raise _StopAsking
+
+    def _add_verdicts(self, path: Path, judge: Judge) -> None:
+        """Write the judge's answers and verdicts into the items in `path`."""
+        sides, judged_path = self.spec.answer_names, path.with_name("judged.jsonl")
         with judged_path.open("w") as file:
             for item in _items(path):
                 texts = [self.answers[key_of(question)].text for question in questions(judge, item, sides)]
                 item |= {"asked": bool(texts), "verdicts": verdicts(texts, sides), "judgements": texts}
                 file.write(json.dumps(item, ensure_ascii=False) + "\n")
         judged_path.replace(path)
-        return True
 
-    def _write(self, **columns: Any) -> None:
+    def _write(self, **columns: object) -> None:
         def write(session: Session) -> None:
             if not JOBS.write(session, self.job.id, self.job.attempt, **columns):
                 raise LeaseLost
@@ -264,7 +274,7 @@ class Evaluation(JobAttempt[EvaluationSpec]):
         self.lease.write(write)
 
 
-def rendering_of(spec: EvaluationSpec, project: str, side: str, name: str, session: Session) -> dict[str, Any]:
+def rendering_of(spec: EvaluationSpec, project: str, side: str, name: str, session: Session) -> JsonObject:
     """How the model `name` of a side renders conversations.
 
     The candidate follows the evaluation's settings. So does the baseline, if it is a base model or if the evaluation
@@ -284,7 +294,7 @@ def _by_judge(part: Path) -> bool:
     return part.name.startswith("judge-")
 
 
-def _items(path: Path) -> Iterator[dict[str, Any]]:
+def _items(path: Path) -> Iterator[JsonObject]:
     with path.open() as file:
         yield from map(json.loads, file)
 
@@ -302,6 +312,6 @@ def _answers(paths: Iterable[Path]) -> Iterator[tuple[str, Answer]]:
             yield fields.pop("key"), Answer(**fields)
 
 
-def _without_texts(item: dict[str, Any]) -> dict[str, Any]:
+def _without_texts(item: JsonObject) -> JsonObject:
     """An item without its texts. They take most of its memory, and no figure needs them."""
     return {name: value for name, value in item.items() if not isinstance(value, str) and name != "judgements"}

@@ -31,8 +31,8 @@ class LeaseLost(Exception):
 class Lease:
     """A context manager that renews the lease of one attempt. `lost` becomes true when the lease is lost.
 
-    While the database is unreachable, the work goes on for `OUTAGE_SECONDS` after the end of the lease: the database
-    may be unreachable for all workers. If another attempt takes the row meanwhile, the guard on the attempt number
+    While the database is unreachable, the work goes on for `OUTAGE_SECONDS` after the end of the lease. Other
+    workers may not reach it either. If another attempt takes the row meanwhile, the guard on the attempt number
     rejects every write of this one.
     """
 
@@ -105,11 +105,11 @@ class Lease:
             sent_at = time.monotonic()
             try:
                 with self.database.write() as session:
-                    held = self.heartbeat(session)
+                    renewed = self.heartbeat(session)
             except Exception as error:  # the database may be unreachable for a while
                 self.log.warning("heartbeat failed", reason=str(error))
                 continue
-            if not held:
+            if not renewed:
                 self._lost.set()
                 return
             self._valid_until = sent_at + self._validity()
@@ -143,7 +143,7 @@ class JobLease(Lease):
         return self._paused.is_set()
 
     def heartbeat(self, session: Session) -> bool:
-        held = job_queue.heartbeat(session, self.row_id, self.attempt)
-        if held is not None and held.paused:
+        row = job_queue.heartbeat(session, self.row_id, self.attempt)
+        if row is not None and row.paused:
             self._paused.set()
-        return held is not None
+        return row is not None

@@ -2,7 +2,8 @@
 
 import json
 from pathlib import Path
-from typing import Any
+
+from app.spec.json_types import JsonObject
 
 INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 """A folder has all weights in one file, or an index of several files."""
@@ -41,24 +42,24 @@ def why_no_weights(folder: Path) -> str:
     return f"its weights are in {other_weights[0]}: convert them to safetensors"
 
 
-def config_of(folder: Path) -> dict[str, Any]:
+def config_of(folder: Path) -> JsonObject:
     """The contents of `config.json`."""
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    config: JsonObject = json.loads((folder / "config.json").read_text())
     return config
 
 
-def text_config(config: dict[str, Any]) -> dict[str, Any]:
+def text_config(config: JsonObject) -> JsonObject:
     """The text model's configuration: a part of a multimodal configuration, else the whole."""
     return next((config[name] for name in _TEXT_PARTS if isinstance(config.get(name), dict)), config)
 
 
-def context_length(config: dict[str, Any]) -> int | None:
+def context_length(config: JsonObject) -> int | None:
     """The maximum number of tokens of a text; None if the configuration does not give one."""
     text = text_config(config)
     return next((text[name] for name in _LENGTH_FIELDS if isinstance(text.get(name), int) and text[name] > 0), None)
 
 
-def prequantized(config: dict[str, Any]) -> str | None:
+def prequantized(config: JsonObject) -> str | None:
     """The quantisation method of the stored weights (`bnb-4bit`, `gptq`, `mxfp4`); None if they are not quantised."""
     settings = config.get("quantization_config") or text_config(config).get("quantization_config")
     if not isinstance(settings, dict):

@@ -18,17 +18,17 @@ class ModelGone(Exception):
 
 
 @dataclass(frozen=True)
-class FoundModel:
-    """A model and the models below it."""
+class ModelStack:
+    """A model, the fully trained model below it, and the version of its base model."""
 
     model: models.ResolvedModel
     foundation: models.ResolvedModel | None
-    """The fully trained model below it; None if it sits on the base model directly."""
+    """None if the model sits on its base model directly."""
     version: str | None
-    """The version of its base model; None if no worker has registered one."""
+    """None if no worker has registered the base model."""
 
 
-def find_model(session: Session, project: str, name: str) -> FoundModel:
+def find_model(session: Session, project: str, name: str) -> ModelStack:
     """Find a model and its foundation by name. Raises `ModelGone`."""
     model = models.find(session, project, name)
     if model is None:
@@ -38,17 +38,17 @@ def find_model(session: Session, project: str, name: str) -> FoundModel:
         foundation = models.find(session, project, model.foundation)
         if foundation is None:
             raise ModelGone(model.foundation)
-    return FoundModel(model, foundation, models.version(session, model.base_model))
+    return ModelStack(model, foundation, models.version(session, model.base_model))
 
 
-def fetch_model(storage: Storage, base_models: BaseModels, found: FoundModel, folder: Path) -> str | None:
+def fetch_model(storage: Storage, base_models: BaseModels, stack: ModelStack, folder: Path) -> str | None:
     """Put the weights into `folder`: full weights as `base`, an adapter as `start`.
 
     Returns the hub revision of the base model, if it has one. Raises `ModelUnavailable` if this worker cannot serve
     the base model.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    model, foundation = found.model, found.foundation
+    model, foundation = stack.model, stack.foundation
     if model.kind == "reward" and model.prefix is not None:  # its weights include the base model's
         storage.get_folder(model.prefix, folder / "base")
         return None

@@ -33,7 +33,11 @@ ALLOWED_PREFIXES = (
 
 def trainer_environment() -> dict[str, str]:
     """The environment variables that a trainer needs. The allow-list keeps the service's secrets out."""
-    return {k: v for k, v in os.environ.items() if k in ALLOWED_VARIABLES or k.startswith(ALLOWED_PREFIXES)}
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in ALLOWED_VARIABLES or name.startswith(ALLOWED_PREFIXES)
+    }
 
 
 def answer_cache(stdin: IO[bytes], key: str) -> None:

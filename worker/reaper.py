@@ -69,8 +69,8 @@ class Reaper:
             database_time = now(session)
             leases = [lease for queue, _ in QUEUES for lease in queue.leases(session)]
             orphans = bool(queries.orphans(session))
-        own_time, held = time.monotonic(), {(row_id, attempt, end) for row_id, attempt, end in leases}
-        in_touch, unrenewed = self.in_touch(own_time, database_time), self.unrenewed(own_time, held)
+        own_time, held_leases = time.monotonic(), {(row_id, attempt, end) for row_id, attempt, end in leases}
+        in_touch, unrenewed = self.in_touch(own_time, database_time), self.unrenewed(own_time, held_leases)
         if in_touch >= work_queue.LEASE_SECONDS and unrenewed:
             for lane in reap(self.services.database, Inspection(own_time, database_time, unrenewed)):
                 self.services.broker.wake(lane)
@@ -89,9 +89,9 @@ class Reaper:
             self._in_touch_since = own_time
         return own_time - self._in_touch_since
 
-    def unrenewed(self, own_time: float, held: set[HeldLease]) -> frozenset[HeldLease]:
-        """Those of the leases `held` now that have not changed for `UNRENEWED_SECONDS`."""
-        self._first_seen = {lease: self._first_seen.get(lease, own_time) for lease in held}
+    def unrenewed(self, own_time: float, held_leases: set[HeldLease]) -> frozenset[HeldLease]:
+        """Those of `held_leases`, the leases that are held now, that have not changed for `UNRENEWED_SECONDS`."""
+        self._first_seen = {lease: self._first_seen.get(lease, own_time) for lease in held_leases}
         return frozenset(lease for lease, first in self._first_seen.items() if own_time - first >= UNRENEWED_SECONDS)
 
 

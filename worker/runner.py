@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import structlog
 from sqlalchemy.orm import Session
@@ -36,7 +36,7 @@ from app.spec.evaluation import EvaluationSpec
 from app.spec.job import JobSpec
 from worker.base_models import BaseModels, ModelUnavailable
 from worker.lease import JobLease, LeaseLost
-from worker.model_folder import FoundModel, ModelGone, fetch_model, find_model
+from worker.model_folder import ModelGone, ModelStack, fetch_model, find_model
 from worker.processes import ForkServer, Trainer, answer_cache
 from worker.trainer.events import (
     Broken,
@@ -133,7 +133,7 @@ class JobAttempt(ABC, Generic[Spec]):
         """Upload the files that `event` reports. Called before the event is written to the database."""
 
     @abstractmethod
-    def columns(self, batch: list[Event]) -> dict[str, Any]:
+    def columns(self, batch: list[Event]) -> dict[str, object]:
         """The columns of the job's row that `batch` changes."""
 
     @abstractmethod
@@ -152,14 +152,14 @@ class JobAttempt(ABC, Generic[Spec]):
 
     # -- before ------------------------------------------------------------------------------------------------
 
-    def fetch_model(self, name: str, folder: Path, field: str) -> tuple[FoundModel, str | None]:
-        """Put the weights of the model `name` into `folder`. Returns (model, hub revision of its base model).
+    def fetch_model(self, name: str, folder: Path, field: str) -> tuple[ModelStack, str | None]:
+        """Put the weights of the model `name` into `folder`. Returns (model stack, hub revision of its base model).
 
         Raises `CannotRun`, which names `field` of the spec.
         """
         try:
-            model = self.lease.read(lambda session: find_model(session, self.job.project, name))
-            return model, fetch_model(self.services.storage, self.base_models, model, folder)
+            stack = self.lease.read(lambda session: find_model(session, self.job.project, name))
+            return stack, fetch_model(self.services.storage, self.base_models, stack, folder)
         except ModelGone as error:
             raise CannotRun("model_not_found", str(error), field) from error
         except ModelUnavailable as error:
@@ -314,7 +314,7 @@ class JobAttempt(ABC, Generic[Spec]):
         self.lease.write(lambda session: self.end(session, Status.FAILED, message, level="error", error=error))
         return False
 
-    def end(self, session: Session, target: Status, message: str, **values: Any) -> None:
+    def end(self, session: Session, target: Status, message: str, *, level: str = "info", **values: object) -> None:
         """Take the running job to the status `target` and write the columns `values`. Raises `LeaseLost`."""
         is_done = transitions.transition(
             session,
@@ -324,6 +324,7 @@ class JobAttempt(ABC, Generic[Spec]):
             actor=Actor.RUNNER,
             attempt=self.job.attempt,
             message=message,
+            level=level,
             **values,
         )
         if not is_done:

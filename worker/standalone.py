@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 from rich.console import Console
@@ -20,6 +19,7 @@ from app.settings import Settings
 from app.spec.datasets.check import check
 from app.spec.datasets.errors import DatasetError
 from app.spec.job import JobSpec
+from app.spec.json_types import JsonObject
 from app.spec.metrics import SUMMARY
 from worker.base_models import BaseModels, ModelUnavailable
 from worker.processes import answer_cache, kill_group, trainer_environment
@@ -65,7 +65,7 @@ def train(spec_path: Path, output: Path, settings: Settings, console: Console) -
         return status
 
 
-def _read_spec(path: Path) -> tuple[JobSpec, dict[str, Any]]:
+def _read_spec(path: Path) -> tuple[JobSpec, JsonObject]:
     """(the spec with absolute file paths, the spec with the paths of SPEC.json). Both have the defaults filled in.
 
     Raises `UsageError`.
@@ -76,9 +76,9 @@ def _read_spec(path: Path) -> tuple[JobSpec, dict[str, Any]]:
     except (OSError, json.JSONDecodeError) as error:
         raise UsageError(f"{path}: {error}") from error
     except ValidationError as error:
-        first: dict[str, Any] = dict(error.errors()[0])
-        first["loc"] = ("body", *first["loc"])
-        raise UsageError(f"{path}: {describe_validation_error(first)[0]}") from error
+        first = error.errors()[0]
+        message, _, _ = describe_validation_error({**first, "loc": ("body", *first["loc"])})
+        raise UsageError(f"{path}: {message}") from error
     if spec.evaluations:
         raise UsageError(f"{path}: 'evaluations' are jobs of the service. Leave them out.")
     located = {}

@@ -1,7 +1,6 @@
 """One attempt at a training: its input, its checkpoints, its metrics and the resulting model."""
 
 import json
-from typing import Any
 
 from sqlalchemy.orm import Session
 
@@ -45,7 +44,7 @@ class Training(JobAttempt[JobSpec]):
         places = {field: f"data/{file_id}" for field, file_id in files.items()}
         for field, file_id in files.items():
             self.fetch_file(file_id, self.folder / places[field], field)
-        model, revision = self.fetch_model(spec.model, self.folder, "model")
+        stack, revision = self.fetch_model(spec.model, self.folder, "model")
         if spec.reference_model is not None:
             field = "method.dpo.hyperparameters.reference_model"
             self.fetch_model(spec.reference_model, self.folder / "reference", field)
@@ -54,7 +53,7 @@ class Training(JobAttempt[JobSpec]):
         run = {
             "base_model": self.job.foundation or self.job.base_model,
             "revision": revision,
-            "version": model.version,
+            "version": stack.version,
             "spec": self.job.spec,
             "log": {"job": self.job.id, "attempt": self.job.attempt, "request": self.job.request_id},
         }
@@ -67,8 +66,8 @@ class Training(JobAttempt[JobSpec]):
             case Metrics() if self.reporter is not None:
                 self.reporter.metrics(event.step, event.metrics)
 
-    def columns(self, batch: list[Event]) -> dict[str, Any]:
-        columns: dict[str, Any] = {}
+    def columns(self, batch: list[Event]) -> dict[str, object]:
+        columns, metrics = dict[str, object](), dict[str, float]()
         for event in batch:
             match event:
                 case StageBegan():
@@ -80,7 +79,8 @@ class Training(JobAttempt[JobSpec]):
                         "seconds_remaining": event.seconds_remaining,
                         "tokens_per_second": event.metrics.get("tokens_per_second"),
                     }
-                    columns["metrics"] = (columns.get("metrics") or {}) | event.metrics
+                    metrics |= event.metrics
+                    columns["metrics"] = metrics
                     columns["stage"] = event.stage
                 case CheckpointWritten():
                     columns["lost_attempts"] = 0
@@ -134,7 +134,6 @@ class Training(JobAttempt[JobSpec]):
         storage, result = self.services.storage, self.folder / "result.csv"
         storage.put_folder(f"{self.prefix}/model", self.folder / "output")
         storage.put_file(f"files/{result_id}", result)
-        adapter = self.job.spec["adapter"]
         size = sum(path.stat().st_size for path in (self.folder / "output").rglob("*") if path.is_file())
 
         def write(session: Session) -> None:
@@ -158,27 +157,26 @@ class Training(JobAttempt[JobSpec]):
                 result_files=[result_id],
                 metrics=outcome.metrics,
             )
-            session.add(
-                Model(
-                    name=name,
-                    kind="reward" if self.spec.trains_rewards else "full" if adapter == "none" else "adapter",
-                    project=self.job.project,
-                    created_at=database_now(),
-                    base_model=self.job.base_model,
-                    job_id=self.job.id,
-                    prefix=f"{self.prefix}/model",
-                    bytes=size,
-                    revision=None,
-                    details={
-                        "adapter": adapter,
-                        "quantization": self.job.spec["quantization"],
-                        "foundation": self.job.foundation,
-                    },
-                )
-            )
+            session.add(self._model(size))
             session.add(self.result_file(result_id, result, "step_metrics.csv"))
 
         self.lease.write(write)
+
+    def _model(self, size: int) -> Model:
+        """The row of the resulting model, whose files have `size` bytes."""
+        job, adapter = self.job, self.job.spec["adapter"]
+        return Model(
+            name=job.makes,
+            kind="reward" if self.spec.trains_rewards else "full" if adapter == "none" else "adapter",
+            project=job.project,
+            created_at=database_now(),
+            base_model=job.base_model,
+            job_id=job.id,
+            prefix=f"{self.prefix}/model",
+            bytes=size,
+            revision=None,
+            details={"adapter": adapter, "quantization": job.spec["quantization"], "foundation": job.foundation},
+        )
 
 
 def _checkpoint_metrics(step: int, metrics: dict[str, float]) -> dict[str, float]:

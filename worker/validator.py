@@ -4,7 +4,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import structlog
 from sqlalchemy.orm import Session
@@ -25,6 +24,7 @@ from app.spec.datasets.report import Report
 from app.spec.evaluation import EvaluationSpec
 from app.spec.hyperparameters import DEFAULT_MAX_LENGTH
 from app.spec.job import JobSpec
+from app.spec.json_types import JsonObject
 from worker.base_models import BaseModels, has_chat_template
 from worker.classifier import BadClassifier, LinearClassifier
 from worker.counting import CountRequest, count, place_tokenizer
@@ -199,7 +199,7 @@ class _Check:
         yield spec.model, requests
 
     @staticmethod
-    def _recipe(spec: JobSpec | EvaluationSpec, field: str, need: Kind) -> dict[str, Any]:
+    def _recipe(spec: JobSpec | EvaluationSpec, field: str, need: Kind) -> JsonObject:
         mapping = spec.reads(field)
         return {
             "need": need.value,

@@ -15,7 +15,7 @@ from app import __version__
 from app.outbound_http import HostRefused, new_client, resolve
 from app.services import Services
 from app.webhooks import repository
-from app.webhooks.service import PRIVATE
+from app.webhooks.service import PRIVATE_WEBHOOKS_SETTING
 from app.webhooks.tables import WebhookDelivery, WebhookEndpoint
 
 log = structlog.get_logger(__name__)
@@ -78,7 +78,7 @@ class Sender:
         """(status of the answer, problem). The status is None without an answer, the problem None after a success."""
         body = orjson.dumps(delivery.body)
         try:
-            target = resolve(endpoint.url, self.services.settings.private_webhooks, PRIVATE)
+            target = resolve(endpoint.url, self.services.settings.private_webhooks, PRIVATE_WEBHOOKS_SETTING)
             signed_at = datetime.now(UTC)
             secret = Webhook(self.services.vault.open(endpoint.sealed_secret))
             headers = {

@@ -13,7 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from app.broker import Lane
 from app.derived_artifacts import repository as artifacts
 from app.jobs import queue as job_queue
-from app.jobs.kinds import EVALUATION, TRAINING
+from app.jobs.kinds import EVALUATION_JOB, TRAINING_JOB
 from app.jobs.states import Status
 from app.models import repository as models
 from app.services import Services
@@ -32,7 +32,7 @@ from worker.webhooks import Sender
 
 log = structlog.get_logger(__name__)
 
-ATTEMPTS: dict[str, type[Training | Evaluation]] = {TRAINING.name: Training, EVALUATION.name: Evaluation}
+ATTEMPTS: dict[str, type[Training | Evaluation]] = {TRAINING_JOB.name: Training, EVALUATION_JOB.name: Evaluation}
 """The class that runs a job, by the job's kind."""
 POLL_SECONDS = 2.0
 """Interval at which an idle worker looks for work, in case a wake-up was lost. Housekeeping and reaper use it too."""

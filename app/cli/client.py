@@ -4,10 +4,10 @@ import io
 import os
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO, TypedDict, Unpack
 from urllib.parse import quote
 
 import httpx2
@@ -20,6 +20,16 @@ from app.spec.json_types import JsonObject
 
 class ClientError(Exception):
     """The server refused a request, or cannot be reached."""
+
+
+class RequestOptions(TypedDict, total=False):
+    """The options of a request that the commands use, as httpx takes them."""
+
+    json: object
+    params: Mapping[str, str | int | bool] | None
+    data: dict[str, str]
+    files: dict[str, tuple[str, BinaryIO]]
+    timeout: float | None
 
 
 class Client:
@@ -38,14 +48,13 @@ class Client:
             return key_file.read_text().strip()
         raise ClientError("No API key: set DPO_API_KEY, or run this where the service keeps its DPO_HOME.")
 
-    def request(self, method: str, path: str, **options: Any) -> Any:
+    def request(self, method: str, path: str, **options: Unpack[RequestOptions]) -> JsonObject:
         """The JSON answer. Raises `ClientError` with the server's message."""
         with self.stream(method, path, **options) as response:
-            response.read()
-            return response.json()
+            return _json(response)
 
     @contextmanager
-    def stream(self, method: str, path: str, **options: Any) -> Iterator[httpx2.Response]:
+    def stream(self, method: str, path: str, **options: Unpack[RequestOptions]) -> Iterator[httpx2.Response]:
         """An answer whose body is read piece by piece."""
         try:
             with self._http.stream(method, path, **options) as response:
@@ -57,7 +66,9 @@ class Client:
             raise ClientError(f"{self._http.base_url} cannot be reached: {error}") from error
 
     @contextmanager
-    def _stream_when_ready(self, method: str, path: str, **options: Any) -> Iterator[httpx2.Response]:
+    def _stream_when_ready(
+        self, method: str, path: str, **options: Unpack[RequestOptions]
+    ) -> Iterator[httpx2.Response]:
         """The final answer of a route that answers 202 until a worker has made the result."""
         while True:
             with self.stream(method, path, **options) as response:
@@ -71,7 +82,9 @@ class Client:
         """Up to `limit` objects of a list, newest first, page by page."""
         after: str | None = None
         while limit > 0:
-            params: dict[str, Any] = {"limit": min(limit, 100)} | ({"after": after} if after else {})
+            params: dict[str, str | int] = {"limit": min(limit, 100)}
+            if after is not None:
+                params["after"] = after
             answer = self.request("GET", path, params=params)
             yield from answer["data"]
             limit -= len(answer["data"])
@@ -79,13 +92,12 @@ class Client:
                 return
             after = answer["data"][-1]["id"]
 
-    def when_ready(self, method: str, path: str, **options: Any) -> Any:
+    def when_ready(self, method: str, path: str, **options: Unpack[RequestOptions]) -> JsonObject:
         """The final JSON answer of a route that answers 202 until a worker has made the result."""
         with self._stream_when_ready(method, path, **options) as response:
-            response.read()
-            return response.json()
+            return _json(response)
 
-    def upload(self, path: Path, form: dict[str, Any] | None = None) -> Any:
+    def upload(self, path: Path, form: dict[str, str] | None = None) -> JsonObject:
         """Upload a dataset, with a progress bar on a terminal."""
         with _progress() as progress, progress.open(path, "rb", description=path.name) as file:
             return self.request(
@@ -140,6 +152,13 @@ class _Reader(io.RawIOBase):
         size = len(self._rest) if size < 0 else size
         data, self._rest = self._rest[:size], self._rest[size:]
         return data
+
+
+def _json(response: httpx2.Response) -> JsonObject:
+    """The JSON object in the body of an answer that has not been read yet."""
+    response.read()
+    answer: JsonObject = response.json()
+    return answer
 
 
 def _refusal(response: httpx2.Response) -> str:

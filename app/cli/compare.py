@@ -12,7 +12,14 @@ import typer
 from rich.console import Console
 
 from app.cli.client import Client
-from app.cli.evaluations import judge_from_options
+from app.cli.evaluations import (
+    ClassifierOption,
+    JudgeModelOption,
+    JudgeUrlOption,
+    QuestionOption,
+    RewardModelOption,
+    judge_from_options,
+)
 from app.cli.output import Json, emit
 from app.cli.watch import EXIT_STATUS, watch
 from app.spec.json_types import JsonObject
@@ -34,15 +41,11 @@ def compare(
     max_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 256,
     max_rows: Annotated[int, typer.Option(min=1, help="The largest number of prompts to use.")] = 100,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    reward_model: Annotated[str, typer.Option(help="A judge: a reward model of this service.")] = "",
-    classifier: Annotated[str, typer.Option(help="A judge: a classifier, as a file id or a path.")] = "",
-    judge_url: Annotated[
-        str, typer.Option(help="A judge: a server of chat completions. Its key is read from DPO_JUDGE_API_KEY.")
-    ] = "",
-    judge_model: Annotated[
-        str, typer.Option(help="The judge's model there; without --judge-url, a model of this service.")
-    ] = "",
-    question: Annotated[str, typer.Option(help="Its question: dialogue, plain_summary or concise_summary.")] = "",
+    reward_model: RewardModelOption = "",
+    classifier: ClassifierOption = "",
+    judge_url: JudgeUrlOption = "",
+    judge_model: JudgeModelOption = "",
+    question: QuestionOption = "",
     as_json: Json = False,
 ) -> None:
     """Write a page with the answers of two models side by side.
@@ -110,7 +113,9 @@ def _kl(
         if evaluation["status"] != "succeeded":
             console.print(f"No KL: {(evaluation['error'] or {}).get('message', '')}", style="yellow", highlight=False)
             return None
-        kl[name] = {part: evaluation["metrics"].get(f"kl{end}") for part, end in (("value", ""), ("error", "/error"))}
+        kl[name] = {
+            figure: evaluation["metrics"].get(f"kl{suffix}") for figure, suffix in (("value", ""), ("error", "/error"))
+        }
     return kl
 
 

@@ -14,18 +14,13 @@ def describe_report(report: JsonObject, file: str = "FILE") -> str:
         line_numbers = [str(issue["line"]) for issue in report["issues"] if issue["reason"] == reason]
         more = ", …" if len(line_numbers) > SHOWN_ISSUES else ""
         lines.append(f"left out: {count} {reason} (line {', '.join(line_numbers[:SHOWN_ISSUES])}{more})")
-    if report["duplicates"]["rows"]:
-        first = report["duplicates"]["lines"][0]
-        lines.append(
-            f"{report['duplicates']['rows']} rows repeat an earlier one "
-            f"(line {first['line']} repeats line {first['first_line']})"
-        )
-    if report["contradictions"]["rows"]:
-        first = report["contradictions"]["lines"][0]
-        lines.append(
-            f"{report['contradictions']['rows']} rows contradict an earlier one "
-            f"(line {first['line']} contradicts line {first['first_line']})"
-        )
+    for field, verb, verbs in (("duplicates", "repeat", "repeats"), ("contradictions", "contradict", "contradicts")):
+        if report[field]["rows"]:
+            first = report[field]["lines"][0]
+            lines.append(
+                f"{report[field]['rows']} rows {verb} an earlier one "
+                f"(line {first['line']} {verbs} line {first['first_line']})"
+            )
     if report["unread"]:
         lines.append("unused fields: " + ", ".join(f"{name} ({rows} rows)" for name, rows in report["unread"].items()))
     if report["values"]:
@@ -37,29 +32,38 @@ def describe_report(report: JsonObject, file: str = "FILE") -> str:
     if report["labels"]:
         lines.append(f"{report['labels']['desirable']} good answers, {report['labels']['undesirable']} bad")
     tokens = report.get("tokens")
-    for name, lengths in (tokens["lengths"] if tokens else report["characters"]).items():
-        unit = "tokens" if tokens else "characters"
-        percentiles = "".join(
-            f", {value} at {percentile[1:]} %" for percentile, value in lengths.get("percentiles", {}).items()
-        )
-        lines.append(f"{name}: mean {lengths['mean']:.0f}{percentiles}, at most {lengths['max']} {unit}")
     if tokens:
-        lines.append(f"{tokens['truncated_share']:.1%} of rows are cut to {tokens['max_length']} tokens")
-        lines += [
-            f"max_length {cut['max_length']}: {cut['longer']} rows are longer, {cut['prompts_cut']} prompts and "
-            f"{cut['answers_cut']} answers would be cut"
-            for cut in tokens["cut_by"]
-        ]
-        for sample in tokens["samples"]:
-            lines.append(
-                f"line {sample['line']} as the model sees it:\n{sample['prompt']}\u2502{sample['responses'][0]}"
-            )
+        lines += _describe_tokens(tokens)
     else:
+        lines += [_describe_lengths(name, lengths, "characters") for name, lengths in report["characters"].items()]
         for sample in report["samples"]:
             answers = [f"  {answer['counts_for']}: {_short(answer['text'])}" for answer in sample["answers"]]
             lines.append("\n".join([f"line {sample['line']}: {_short(sample['prompt'])}", *answers]))
     lines += [f"warning: {warning}" for warning in [*report["warnings"], *(tokens or {}).get("warnings", [])]]
     return "\n".join(lines)
+
+
+def _describe_tokens(tokens: JsonObject) -> list[str]:
+    """The lengths in tokens, and rows as the model sees them."""
+    lines = [_describe_lengths(name, lengths, "tokens") for name, lengths in tokens["lengths"].items()]
+    lines.append(f"{tokens['truncated_share']:.1%} of rows are cut to {tokens['max_length']} tokens")
+    lines += [
+        f"max_length {cut['max_length']}: {cut['longer']} rows are longer, {cut['prompts_cut']} prompts and "
+        f"{cut['answers_cut']} answers would be cut"
+        for cut in tokens["cut_by"]
+    ]
+    lines += [
+        f"line {sample['line']} as the model sees it:\n{sample['prompt']}\u2502{sample['responses'][0]}"
+        for sample in tokens["samples"]
+    ]
+    return lines
+
+
+def _describe_lengths(name: str, lengths: JsonObject, unit: str) -> str:
+    percentiles = "".join(
+        f", {value} at {percentile[1:]} %" for percentile, value in lengths.get("percentiles", {}).items()
+    )
+    return f"{name}: mean {lengths['mean']:.0f}{percentiles}, at most {lengths['max']} {unit}"
 
 
 def _short(text: str) -> str:
@@ -77,10 +81,10 @@ def describe_estimate(estimate: JsonObject) -> str:
             f"{stage['tokens']} tokens"
         )
     if estimate["memory"]:
-        parts = ", ".join(
+        purposes = ", ".join(
             f"{name} {estimate['memory'][name] / 1e9:.2f}" for name in ("model", "adapter", "optimizer", "activations")
         )
-        lines.append(f"memory: {estimate['memory']['total'] / 1e9:.2f} GB ({parts})")
+        lines.append(f"memory: {estimate['memory']['total'] / 1e9:.2f} GB ({purposes})")
     if estimate["device"]:
         fits = "fits" if estimate["fits"] else "does not fit"
         lines.append(f"{fits} on {estimate['device']['name']}, {estimate['device']['memory_bytes'] / 1e9:.1f} GB")

@@ -19,6 +19,16 @@ from app.spec.json_types import JsonObject
 evaluations = typer.Typer(help="Evaluations of models.", no_args_is_help=True)
 PATH = "/evaluations"
 
+RewardModelOption = Annotated[str, typer.Option(help="The judge: a reward model of this service.")]
+ClassifierOption = Annotated[str, typer.Option(help="The judge: a classifier, as a file id or a path.")]
+JudgeUrlOption = Annotated[
+    str, typer.Option(help="The judge: a server of chat completions. Its key is read from DPO_JUDGE_API_KEY.")
+]
+JudgeModelOption = Annotated[
+    str, typer.Option(help="The judge's model there; without --judge-url, a model of this service.")
+]
+QuestionOption = Annotated[str, typer.Option(help="Its question: dialogue, plain_summary or concise_summary.")]
+
 
 def _path(evaluation_id: str) -> str:
     return f"{PATH}/{quote(evaluation_id, safe='')}"
@@ -34,15 +44,11 @@ def evaluate(
     baseline_file: Annotated[str, typer.Option(help="Ready answers instead: a file id, or a path to upload.")] = "",
     baseline_answers: Annotated[str, typer.Option(help="The data's own answers instead: chosen or rejected.")] = "",
     data: Annotated[str, typer.Option(help="Held-out rows: a file id, or a path to upload first.")] = "",
-    reward_model: Annotated[str, typer.Option(help="The judge: a reward model of this service.")] = "",
-    classifier: Annotated[str, typer.Option(help="The judge: a classifier, as a file id or a path.")] = "",
-    judge_url: Annotated[
-        str, typer.Option(help="The judge: a server of chat completions. Its key is read from DPO_JUDGE_API_KEY.")
-    ] = "",
-    judge_model: Annotated[
-        str, typer.Option(help="The judge's model there; without --judge-url, a model of this service.")
-    ] = "",
-    question: Annotated[str, typer.Option(help="Its question: dialogue, plain_summary or concise_summary.")] = "",
+    reward_model: RewardModelOption = "",
+    classifier: ClassifierOption = "",
+    judge_url: JudgeUrlOption = "",
+    judge_model: JudgeModelOption = "",
+    question: QuestionOption = "",
     temperature: Annotated[list[float] | None, typer.Option(help="A temperature of sampling. Repeatable.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Completions of each prompt.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="The longest completion, in tokens.")] = None,
@@ -61,29 +67,38 @@ def evaluate(
     body = read_body(spec)
     if type:
         body["type"] = type
-    sides = {"candidate": (candidate, candidate_file, ""), "baseline": (baseline, baseline_file, baseline_answers)}
-    for name, (model, file, answers) in sides.items():
-        side = {"model": model, "file": file and _file(client, file), "answers": answers}
-        if any(side.values()):
-            body[name] = {key: value for key, value in side.items() if value}
+    if candidate or candidate_file:
+        body["candidate"] = _side_from_options(client, candidate, candidate_file)
     if baseline == "reference":
         body["baseline"] = baseline
+    elif baseline or baseline_file or baseline_answers:
+        body["baseline"] = _side_from_options(client, baseline, baseline_file, baseline_answers)
     if data:
         body["data"] = _file(client, data)
     judge = judge_from_options(client, reward_model, classifier, judge_url, judge_model, question)
     if judge:
         body["judge"] = {**(body.get("judge") or {}), **judge}
-    sampling = {"temperatures": temperature, "samples": samples, "max_tokens": max_tokens}
-    if any(value is not None for value in sampling.values()):
-        set_options = {name: value for name, value in sampling.items() if value is not None}
-        body["sampling"] = {**(body.get("sampling") or {}), **set_options}
-    body |= {name: value for name, value in {"max_rows": max_rows, "seed": seed}.items() if value is not None}
+    sampling = _set_options(temperatures=temperature, samples=samples, max_tokens=max_tokens)
+    if sampling:
+        body["sampling"] = {**(body.get("sampling") or {}), **sampling}
+    body |= _set_options(max_rows=max_rows, seed=seed)
     if gate:
         body["gates"] = [*body.get("gates", []), *read_gates(gate)]
     started = client.request("POST", PATH, json=body)
     if follow:
         _follow(client, started["id"], as_json)
     emit(started, as_json, f"{started['id']}: {started['status']}\nfollow it: dpo evaluations watch {started['id']}")
+
+
+def _set_options(**options: object) -> JsonObject:
+    """The options that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _side_from_options(client: Client, model: str, file: str, answers: str = "") -> JsonObject:
+    """The side of an evaluation that the options name. A file at a path is uploaded first."""
+    side = {"model": model, "file": file and _file(client, file), "answers": answers}
+    return {name: value for name, value in side.items() if value}
 
 
 def judge_from_options(

@@ -2,7 +2,7 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 from urllib.parse import quote
 
 import typer
@@ -107,7 +107,7 @@ def files_upload(
 ) -> None:
     """Upload a dataset and print its id."""
     columns = _mapping(mapping)
-    form: dict[str, Any] = {} if columns is None else {"mapping": columns.model_dump_json(exclude_none=True)}
+    form: dict[str, str] = {} if columns is None else {"mapping": columns.model_dump_json(exclude_none=True)}
     if expires_in is not None:
         form |= {"expires_after[anchor]": "created_at", "expires_after[seconds]": str(expires_in)}
     file = Client().upload(path, form)

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import orjson
 import typer
@@ -28,7 +28,7 @@ def _empty(folder: Path) -> Path:
 Output = Annotated[Path, typer.Option(help="Folder to unpack into; it must be empty or new.", callback=_empty)]
 
 
-def emit(value: Any, as_json: bool, text: str) -> None:
+def emit(value: object, as_json: bool, text: str) -> None:
     """Print `value` as JSON, or `text`."""
     print(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode() if as_json else text)
 
@@ -75,7 +75,7 @@ def _gate(text: str) -> JsonObject:
 def upload_files(client: Client, job: JsonObject) -> None:
     """Upload the files that a job's body names by path, and replace each path by the file's id."""
 
-    def uploaded(name: Any) -> Any:
+    def uploaded(name: object) -> object:
         return client.upload(Path(name))["id"] if isinstance(name, str) and Path(name).is_file() else name
 
     for field in ("training_file", "validation_file"):

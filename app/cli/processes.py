@@ -7,7 +7,7 @@ import sys
 import threading
 from types import FrameType
 
-GRACE_SECONDS = 110
+STOP_TIMEOUT_SECONDS = 110
 """Time to write and upload a checkpoint. It is a little less than docker-compose.yml gives the container."""
 PARENT_PIPE = "DPO_PARENT_PIPE"
 
@@ -56,7 +56,7 @@ def supervise(commands: dict[str, list[str]]) -> int:
             child.terminate()
     for child in children.values():
         try:
-            child.wait(GRACE_SECONDS)
+            child.wait(STOP_TIMEOUT_SECONDS)
         except subprocess.TimeoutExpired:
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()

@@ -22,7 +22,7 @@ def prune(
     """
     from app.prune import prune
 
-    needed, spare = prune(local(), delete=delete)
+    needed, unneeded = prune(local(), delete=delete)
     outcome = "removed" if delete else "not needed; 'dpo storage prune --delete' removes them"
-    text = f"{needed} objects needed, {spare} {outcome}"
-    emit({"needed": needed, "not_needed": spare, "deleted": delete}, as_json, text)
+    text = f"{needed} objects needed, {unneeded} {outcome}"
+    emit({"needed": needed, "not_needed": unneeded, "deleted": delete}, as_json, text)

@@ -3,7 +3,7 @@
 import json
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 from urllib.parse import quote
 
 import typer
@@ -17,7 +17,7 @@ from app.spec.metrics import EVALUATION, SUMMARY, VALIDATION
 
 sweeps = typer.Typer(help="Sweeps: a job for each point of a grid.", no_args_is_help=True)
 PATH = "/sweeps"
-INTERVAL_SECONDS = 2.0
+SWEEP_POLL_SECONDS = 2.0
 MEASURED = tuple(name for name in SUMMARY if name in VALIDATION)
 """The training metrics in a sweep's table. They come from the last validation."""
 
@@ -52,25 +52,26 @@ def sweeps_create(
     emit(sweep, as_json, f"{sweep['id']}: {len(sweep['jobs'])} jobs\nfollow it: dpo sweeps watch {sweep['id']}")
 
 
-def _values(text: str) -> tuple[str, list[Any]]:
+def _values(text: str) -> tuple[str, list[object]]:
     """A field of the grid and its values: numbers and words with commas, or a JSON list in brackets."""
     field, sign, values = text.partition("=")
     if not sign or not values:
         raise typer.BadParameter(f"'{text}' is not FIELD=VALUE,VALUE,…", param_hint="--grid")
     if values.startswith("["):
         try:
-            json_values: list[Any] = json.loads(values)
+            json_values: list[object] = json.loads(values)
             return field, json_values
         except json.JSONDecodeError as error:
             raise typer.BadParameter(f"'{values}': {error}", param_hint="--grid") from None
     return field, [_value(value) for value in values.split(",")]
 
 
-def _value(text: str) -> Any:
+def _value(text: str) -> object:
     try:
-        return json.loads(text)
+        value: object = json.loads(text)
     except json.JSONDecodeError:
         return text
+    return value
 
 
 @sweeps.command("list")
@@ -105,7 +106,7 @@ def _follow(client: Client, sweep_id: str, as_json: bool) -> None:
             previous_counts = counts
         if sweep["status"] != "running":
             break
-        time.sleep(INTERVAL_SECONDS)
+        time.sleep(SWEEP_POLL_SECONDS)
     _show(sweep, as_json)
     missed = any(gate["met"] is False for job in sweep["jobs"] for gate in job["gates"])
     raise typer.Exit(GATE_NOT_MET if missed and sweep["status"] == "succeeded" else EXIT_STATUS[sweep["status"]])
@@ -125,8 +126,8 @@ def _show(sweep: JsonObject, as_json: bool) -> None:
                     metrics[f"{name}/{metric}"] = value
         measured |= dict.fromkeys(metrics)
         cells = {name: f"{value:.4g}" for name, value in metrics.items()}
-        mark = "yes" if job["id"] in best else ""
-        rows.append({**job["settings"], "status": job["status"], **cells, "pareto": mark, "job": job["id"]})
+        in_pareto_set = "yes" if job["id"] in best else ""
+        rows.append({**job["settings"], "status": job["status"], **cells, "pareto": in_pareto_set, "job": job["id"]})
     columns = [*sweep["grid"], "status", *(name for name in measured if any(name in row for row in rows))]
     if best:
         columns.append("pareto")

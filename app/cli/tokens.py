@@ -37,18 +37,18 @@ def count_tokens(
         (folder / "model").symlink_to(model.resolve(), target_is_directory=True)
         request = {"dataset": str(path.resolve()), "recipe": recipe, "rows": report["kept"]}
         (folder / "tokens.json").write_text(json.dumps([request]))
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-m", "worker.trainer.tokens", str(folder)],
             capture_output=True,
             text=True,
             env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
         )
-    if done.returncode != 0:
+    if process.returncode != 0:
         raise ClientError(
             "Tokens cannot be counted (is the worker installed? pip install 'dpo-service[worker]'): "
-            + done.stderr[-500:]
+            + process.stderr[-500:]
         )
-    tokens: JsonObject = json.loads(done.stdout.splitlines()[-1])[0]
+    tokens: JsonObject = json.loads(process.stdout.splitlines()[-1])[0]
     if "error" in tokens:
         raise ClientError(tokens["error"]["message"])
     method = "supervised" if report["kind"] == "supervised" else "dpo"

@@ -1,10 +1,9 @@
 """A progress bar and live metrics until a job or an evaluation ends."""
 
 import time
-from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from app.cli.client import Client
 from app.spec.json_types import JsonObject
@@ -12,7 +11,7 @@ from app.spec.metrics import SUMMARY
 
 EXIT_STATUS = {"succeeded": 0, "failed": 1, "cancelled": 3}
 GATE_NOT_MET = 4
-INTERVAL_SECONDS = 1.0
+JOB_POLL_SECONDS = 1.0
 
 
 def watch(client: Client, path: str, console: Console) -> JsonObject:
@@ -28,12 +27,12 @@ def watch(client: Client, path: str, console: Console) -> JsonObject:
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("job", total=None, state="", metrics="")
         while True:
-            job: JsonObject = client.request("GET", path)
+            job = client.request("GET", path)
             last_event = _print_new_events(client, path, last_event, console)
             _show(progress, task, job)
             if job["status"] in EXIT_STATUS and not _waits_for_evaluations(job):
                 return job
-            time.sleep(INTERVAL_SECONDS)
+            time.sleep(JOB_POLL_SECONDS)
 
 
 def _waits_for_evaluations(job: JsonObject) -> bool:
@@ -47,7 +46,7 @@ def exit_status(job: JsonObject) -> int:
     return GATE_NOT_MET if missed else EXIT_STATUS[job["status"]]
 
 
-def _show(progress: Progress, task: Any, job: JsonObject) -> None:
+def _show(progress: Progress, task: TaskID, job: JsonObject) -> None:
     state = job["status"]
     if job["paused"]:
         state += ", paused"
@@ -60,10 +59,10 @@ def _show(progress: Progress, task: Any, job: JsonObject) -> None:
     metrics = job["metrics"] or {}
     text = "  ".join(f"{name} {metrics[name]:.3f}" for name in SUMMARY if name in metrics)
     steps = job["progress"] or {}
-    done, total = ("completions", "total") if "completions" in steps else ("step", "total_steps")
+    completed, total = ("completions", "total") if "completions" in steps else ("step", "total_steps")
     if steps.get("questions"):
-        done, total = "answers", "questions"
-    progress.update(task, completed=steps.get(done, 0), total=steps.get(total), state=state, metrics=text)
+        completed, total = "answers", "questions"
+    progress.update(task, completed=steps.get(completed, 0), total=steps.get(total), state=state, metrics=text)
 
 
 def _print_new_events(client: Client, path: str, last_event: str | None, console: Console) -> str | None:

@@ -2,7 +2,7 @@
 
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Form, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
@@ -58,7 +58,7 @@ templates.env.filters |= {"time": _time, "duration": _duration, "side": _side, "
 templates.env.globals |= {"charts": CHARTS}
 
 
-def _page(request: Request, name: str, status: int = 200, **context: Any) -> HTMLResponse:
+def _page(request: Request, name: str, status: int = 200, **context: object) -> HTMLResponse:
     headers = {"Content-Security-Policy": POLICY, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
     return templates.TemplateResponse(request, name, context, status_code=status, headers=headers)
 
@@ -80,8 +80,9 @@ def _followed(
         events = lifecycle.events(project, job_id, after=None, limit=EVENTS)[:EVENTS]
     except ServiceError as error:
         return _missing(request, error)
-    context: dict[str, Any] = {name: job, "events": [event for event in events if event.type == "message"]}
-    return _page(request, f"{name}_live.html" if "hx-request" in request.headers else f"{name}.html", **context)
+    context: dict[str, object] = {name: job, "events": [event for event in events if event.type == "message"]}
+    template = f"{name}_live.html" if "hx-request" in request.headers else f"{name}.html"
+    return _page(request, template, 200, **context)
 
 
 @router.get("/login")

@@ -11,7 +11,7 @@ from app.keys.service import Caller
 from app.services import Services
 
 COOKIE = "dpo_session"
-LIFETIME_SECONDS = 12 * 3600
+SESSION_SECONDS = 12 * 3600
 
 
 class NotSignedIn(Exception):
@@ -26,7 +26,7 @@ def sign_in(services: Services, request: Request, response: Response, key: str) 
     response.set_cookie(
         COOKIE,
         services.vault.seal(key),
-        max_age=LIFETIME_SECONDS,
+        max_age=SESSION_SECONDS,
         path="/dashboard",
         httponly=True,
         samesite="strict",

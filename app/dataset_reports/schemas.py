@@ -39,7 +39,7 @@ class TokenLengths(Histogram):
 
 
 class Cut(BaseModel):
-    """What a `max_length` would cut of the counted rows."""
+    """The counted rows that a `max_length` would cut."""
 
     max_length: int
     longer: int
@@ -130,7 +130,7 @@ class Tokens(BaseModel):
     truncated_share: float
     """The share of rows that `max_length` cuts or leaves out."""
     cut_by: list[Cut] = []
-    """What other values of `max_length` would cut."""
+    """The rows that other values of `max_length` would cut."""
     refused: list[RefusedRows] = []
     control_text: int = 0
     """Rows with text that looks like a control token of the model. It is trained as text."""

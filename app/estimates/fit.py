@@ -15,7 +15,7 @@ from app.workers import repository as workers
 CODE = "does_not_fit"
 TOLERANCE = 1.15
 """Allowed error of the estimate: a job is refused only if it needs more than this multiple of the memory."""
-SHORTEST = 16
+SHORTEST_ROW = 16
 """The assumed row length in tokens if the rows have not been counted: the minimum of `max_length`."""
 
 
@@ -40,9 +40,9 @@ def refusal(spec: JobSpec, shape: Shape, device: Device, longest_row: int | None
     """
     for stage in reversed(spec.stages()):
         # The packing adapts to the memory, but a pack holds at least the longest row.
-        settings = MemorySettings.of(spec, stage.settings, 0.0, longest_row or SHORTEST)
+        settings = MemorySettings.of(spec, stage.settings, 0.0, longest_row or SHORTEST_ROW)
         settings = replace(settings, recompute=True if settings.recompute is None else settings.recompute)
-        needed = _needed(shape, settings, device)
+        needed = _needed_bytes(shape, settings, device)
         if needed > TOLERANCE * device.memory_bytes:
             param, hint = _remedy(shape, settings, device)
             available = f"the largest worker ({device.name}) has {device.memory_bytes / 1e9:.1f} GB"
@@ -50,8 +50,8 @@ def refusal(spec: JobSpec, shape: Shape, device: Device, longest_row: int | None
     return None
 
 
-def _needed(shape: Shape, settings: MemorySettings, device: Device) -> int:
-    """Bytes at the peak."""
+def _needed_bytes(shape: Shape, settings: MemorySettings, device: Device) -> int:
+    """Bytes of memory at the peak."""
     return estimate(shape, settings, device.kind, device.memory_bytes).total
 
 
@@ -71,6 +71,6 @@ def _remedy(shape: Shape, settings: MemorySettings, device: Device) -> tuple[str
         lora = replace(settings, rank=16, quantization="nf4")
         changes.append(("adapter", "A LoRA adapter on an 'nf4' base would fit: leave 'adapter' out.", lora))
     for param, hint, changed in changes:
-        if _needed(shape, changed, device) <= device.memory_bytes:
+        if _needed_bytes(shape, changed, device) <= device.memory_bytes:
             return param, hint
     return "model", "No setting would make it fit. It needs a larger device."

@@ -86,8 +86,8 @@ class Shape:
         if not isinstance(shape, dict):
             return None
         linears = tuple(Linear(*entry) for entry in shape["linears"])
-        others = {"context": details.get("context_length") or 2048, "tied": bool(details.get("tied"))}
-        return cls(**shape | {"linears": linears} | others)
+        sizes = {"context": details.get("context_length") or 2048, "tied": bool(details.get("tied"))}
+        return cls(**shape | {"linears": linears} | sizes)
 
     @property
     def parameters(self) -> int:

@@ -3,6 +3,7 @@
 import math
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from sqlalchemy.orm import Session
 
 from app.broker import Broker, Lane
@@ -18,7 +19,7 @@ from app.jobs import queries
 from app.jobs import queue as job_queue
 from app.jobs.service import Jobs
 from app.models import repository as models
-from app.spec.datasets.check import NEEDS
+from app.spec.datasets.check import NEEDED_DATA
 from app.spec.datasets.example import Kind
 from app.spec.datasets.report import Report
 from app.spec.hyperparameters import DEFAULT_MAX_LENGTH, Hyperparameters
@@ -46,9 +47,10 @@ class Estimates:
         try:
             spec = JobSpec.model_validate(body)
         except ValidationError as error:
-            errors = [{**entry, "loc": ("body", *entry["loc"])} for entry in error.errors()]
+            errors: list[ErrorDetails] = [{**entry, "loc": ("body", *entry["loc"])} for entry in error.errors()]
             reasons = [describe_validation_error(entry) for entry in errors]
-            return Estimate(ok=False, refused=[Refusal(message=m, param=p, code=c) for m, p, c in reasons])
+            refusals = [Refusal(message=message, param=param, code=code) for message, param, code in reasons]
+            return Estimate(ok=False, refused=refusals)
         try:
             with self.database.write() as session:
                 return self._estimate(session, project, spec)
@@ -68,7 +70,7 @@ class Estimates:
         for stage_spec in spec.stages():
             fields, settings = spec.training_fields(stage_spec.file_field), stage_spec.settings
             counted = _merge_counts(
-                [self._counted(session, project, spec, model, field, settings, context) for field in fields]
+                [self._count_tokens(session, project, spec, model, field, settings, context) for field in fields]
             )
             stage = _stage(stage_spec, counted, pace)
             stages.append(stage)
@@ -98,7 +100,7 @@ class Estimates:
                 estimated.ok, estimated.refused = False, [Refusal(message=reason[1], param=reason[0], code=fit.CODE)]
         return estimated
 
-    def _counted(
+    def _count_tokens(
         self,
         session: Session,
         project: str,
@@ -152,7 +154,7 @@ def _require(report: JsonObject, need: Kind, field: str) -> None:
     if not report.get("valid"):
         raise ServiceError("No row of the file is left to train on. Its report says why.", param=field, code=code)
     if not Kind(report["kind"]).serves(need):
-        message = f"The method needs {NEEDS[need]}. This file is {report['format']} ({report['kind']})."
+        message = f"The method needs {NEEDED_DATA[need]}. This file is {report['format']} ({report['kind']})."
         raise ServiceError(message, param=field, code=code)
 
 
@@ -229,8 +231,8 @@ def expected_seconds(session: Session, spec: JobSpec, base_model: str, file_repo
 
 def _memory_fields(memory: Memory) -> JsonObject:
     """The fields of `MemoryEstimate`."""
-    parts = {name: value for name, value in vars(memory).items() if name != "recompute"}
-    return parts | {"total": memory.total, "recompute_activations": memory.recompute}
+    by_purpose = {name: value for name, value in vars(memory).items() if name != "recompute"}
+    return by_purpose | {"total": memory.total, "recompute_activations": memory.recompute}
 
 
 def _warnings(spec: JobSpec, estimated: Estimate, shape: Shape | None) -> list[str]:

@@ -93,7 +93,7 @@ def create_evaluation_stream_token(
     return services.evaluations.stream_token(caller.project, evaluation_id)
 
 
-def _seen(
+def _last_sequence(
     evaluation_id: str,
     caller: CallerDependency,
     services: ServicesDependency,
@@ -102,7 +102,7 @@ def _seen(
     ] = None,
 ) -> int:
     """The event number after which a stream begins. A bad request fails here, before the stream starts."""
-    return services.evaluations.seen(caller.project, evaluation_id, last_event_id)
+    return services.evaluations.last_sequence(caller.project, evaluation_id, last_event_id)
 
 
 @router.get("/{evaluation_id}/stream", response_class=EventSourceResponse)
@@ -111,11 +111,11 @@ async def stream_evaluation(
     evaluation_id: str,
     caller: CallerDependency,
     services: ServicesDependency,
-    seen: Annotated[int, Depends(_seen)],
+    last_sequence: Annotated[int, Depends(_last_sequence)],
     token: Annotated[str | None, Query(description="Replaces the API key: see stream_token.")] = None,
 ) -> AsyncIterator[ServerSentEvent]:
     """Server-sent events until the evaluation ends: `message` (its events) and `evaluation` (its state)."""
-    async for event in services.evaluations.stream(caller.project, evaluation_id, seen):
+    async for event in services.evaluations.stream(caller.project, evaluation_id, last_sequence):
         yield event
 
 

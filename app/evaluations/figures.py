@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-PARTS = ("error", "low", "high")
+from app.spec.metrics import INTERVAL
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ def figures(metrics: Mapping[str, float]) -> list[Figure]:
     joined = []
     for name, value in metrics.items():
         metric, at, temperature = name.partition("@")
-        parent, _, part = metric.rpartition("/")
-        if part not in PARTS or f"{parent}{at}{temperature}" not in metrics:
+        parent, _, suffix = metric.rpartition("/")
+        if suffix not in INTERVAL or f"{parent}{at}{temperature}" not in metrics:
             low, high = (metrics.get(f"{metric}/{bound}{at}{temperature}") for bound in ("low", "high"))
             joined.append(Figure(name, value, low, high))
     return joined

@@ -128,17 +128,17 @@ class EvaluationObject(BaseModel):
         )
 
 
-def _without_nulls(part: JsonObject | None) -> JsonObject | None:
-    return part and {
+def _without_nulls(fields: JsonObject | None) -> JsonObject | None:
+    return fields and {
         name: _without_nulls(value) if isinstance(value, dict) else value
-        for name, value in part.items()
+        for name, value in fields.items()
         if value is not None
     }
 
 
-def _shown_judge(part: JsonObject | None) -> JsonObject | None:
+def _shown_judge(stored_judge: JsonObject | None) -> JsonObject | None:
     """The judge without the API key of its endpoint, which the API never shows."""
-    judge = _without_nulls(part)
+    judge = _without_nulls(stored_judge)
     if judge is not None and "endpoint" in judge:
         judge["endpoint"] = _without_nulls({**judge["endpoint"], "api_key": None})
     return judge

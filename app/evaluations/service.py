@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from typing import Any
 
 import structlog
 from sqlalchemy.orm import Session
@@ -19,7 +18,7 @@ from app.idempotency.service import RequestIdentity
 from app.jobs import checkpoints as job_checkpoints
 from app.jobs import queries
 from app.jobs.event_feed import Feed
-from app.jobs.kinds import EVALUATION
+from app.jobs.kinds import EVALUATION_JOB
 from app.jobs.lifecycle import Lifecycle
 from app.jobs.queue_forecast import QueuePlace
 from app.jobs.states import ACTIVE
@@ -28,21 +27,23 @@ from app.keys.service import Keys
 from app.models import repository as models
 from app.outbound_http import HostRefused, resolve
 from app.spec.datasets.mapping import Mapping
-from app.spec.evaluation import TAKES, EvaluationSpec, JobEvaluation, Side
+from app.spec.evaluation import ALLOWED_FIELDS, EvaluationSpec, JobEvaluation, Side
 from app.spec.json_types import JsonObject
 from app.storage import Storage
 
 log = structlog.get_logger(__name__)
 
 PURPOSES = ("evals", "fine-tune")
-BETA = 0.1
-PRIVATE = "DPO_PRIVATE_JUDGES"
+DEFAULT_BETA = 0.1
+"""The beta of implicit rewards, if no training gives one."""
+PRIVATE_JUDGES_SETTING = "DPO_PRIVATE_JUDGES"
+"""The setting that allows judges in the operator's network, for error messages."""
 
 
 class Evaluations(Lifecycle[EvaluationObject]):
     """Create, find, follow and cancel evaluations, and read their results."""
 
-    KIND = EVALUATION
+    KIND = EVALUATION_JOB
 
     def __init__(
         self,
@@ -63,18 +64,18 @@ class Evaluations(Lifecycle[EvaluationObject]):
     def create(self, project: str, spec: EvaluationSpec, identity: RequestIdentity) -> EvaluationObject:
         """Check the models and files of the spec, store the evaluation, and wake a CPU worker to check the files."""
         content = spec.to_store()
-        self.reachable([spec])
+        self.require_reachable([spec])
         with self.database.write() as session:
             earlier_id = identity.earlier(session, "evaluations.create", content)
-            job = None if earlier_id is None else queries.get(session, project, earlier_id, EVALUATION)
+            job = None if earlier_id is None else queries.get(session, project, earlier_id, EVALUATION_JOB)
             if job is None:
                 job = self._insert(session, project, spec, identity.request_id)
-                identity.made(session, "evaluations.create", content, job.id)
+                identity.record(session, "evaluations.create", content, job.id)
         log.info("evaluation accepted", job=job.id, project=project, request=identity.request_id)
         self.broker.wake(Lane.CPU)
         return self.show(job) if earlier_id is None else self.get(project, job.id)
 
-    def reachable(self, specs: Iterable[EvaluationSpec], param: str = "") -> None:
+    def require_reachable(self, specs: Iterable[EvaluationSpec], param: str = "") -> None:
         """Raise `ServiceError` for a judge that no request may be sent to.
 
         It looks up host names, so call it outside a transaction.
@@ -82,15 +83,15 @@ class Evaluations(Lifecycle[EvaluationObject]):
         endpoints = [spec.judge.endpoint for spec in specs if spec.judge is not None]
         for url in dict.fromkeys(endpoint.base_url for endpoint in endpoints if endpoint is not None):
             try:
-                resolve(url, self.private_hosts, PRIVATE)
+                resolve(url, self.private_hosts, PRIVATE_JUDGES_SETTING)
             except HostRefused as refused:
                 message = f"The judge at {url} cannot be asked: {refused}."
                 raise ServiceError(message, param=f"{param}judge.endpoint.base_url", code="invalid_url") from None
 
-    def attach(self, session: Session, job: Job, number: int, asked: JobEvaluation) -> Job:
+    def attach(self, session: Session, job: Job, number: int, evaluation: JobEvaluation) -> Job:
         """Store an evaluation of the model that the training `job` makes. It waits until that model exists."""
         try:
-            return self._insert(session, job.project, asked.of(job.makes), job.request_id, training=job)
+            return self._insert(session, job.project, evaluation.of(job.makes), job.request_id, training=job)
         except ServiceError as error:
             error.param = f"evaluations.{number}.{error.param}"
             raise
@@ -106,7 +107,7 @@ class Evaluations(Lifecycle[EvaluationObject]):
     ) -> Job:
         """Store an evaluation. `training` is the job that will make its candidate, if that does not exist yet."""
         scores = spec.judge is not None and not spec.judge.asked
-        found_models = {
+        models_by_field = {
             field: self._require_model(session, project, field, name, scores=scores)
             for field, name in spec.models() if training is None or field != "candidate.model"
         }  # fmt: skip
@@ -116,30 +117,27 @@ class Evaluations(Lifecycle[EvaluationObject]):
                 spec = spec.reading(field, Mapping.model_validate(file.mapping))
         resolved = self._resolved(session, project, spec, training)
         if resolved.baseline != spec.baseline:
-            found_models |= {
+            models_by_field |= {
                 field: self._require_model(session, project, field, name, scores=scores)
                 for field, name in resolved.models() if field == "baseline.model"
             }  # fmt: skip
-        first = next(iter(found_models.values()), None)
+        main_model = next(iter(models_by_field.values()), None)
         if training is not None:
-            first = models.ResolvedModel(
+            main_model = models.ResolvedModel(
                 training.makes, "adapter", training.base_model, None, None, None, training.foundation
             )
         # A reward model has whole weights: it needs no base model.
-        bases = [
-            model.base_model
-            for model in (first, *found_models.values())
-            if model is not None and model.kind != "reward"
-        ]
+        used = (main_model, *models_by_field.values())
+        bases = [model.base_model for model in used if model is not None and model.kind != "reward"]
         return self._add(
             session,
             project,
             spec,
             request_id,
             bases,
-            model=first.name if first else "",
+            model=main_model.name if main_model else "",
             base_model=bases[0] if bases else "",
-            foundation=first.foundation if first else None,
+            foundation=main_model.foundation if main_model else None,
             training_file=spec.data,
             validation_file=None,
             spec=resolved.sealed(self.vault.seal).to_store(),
@@ -166,11 +164,11 @@ class Evaluations(Lifecycle[EvaluationObject]):
             training = models.job_of(session, project, name)
         training_spec: JsonObject = training.spec if training is not None else {}
         dpo_settings = ((training_spec.get("method") or {}).get("dpo") or {}).get("hyperparameters") or {}
-        changes: dict[str, Any] = {"quantization": spec.quantization or training_spec.get("quantization", "none")}
+        changes: dict[str, object] = {"quantization": spec.quantization or training_spec.get("quantization", "none")}
         # Best-of-N has a bound on its KL to the model that it samples. It takes no other baseline.
         bounded = spec.type == "reward_kl" and spec.candidate is not None and spec.candidate.best_of is not None
         missing = spec.baseline is None and not bounded
-        if "baseline" in TAKES[spec.type] and (missing or (spec.baseline and spec.baseline.reference)):
+        if "baseline" in ALLOWED_FIELDS[spec.type] and (missing or (spec.baseline and spec.baseline.reference)):
             if training is None:
                 message = f"'{name}' was not trained here: name a baseline to compare it with."
                 raise ServiceError(message, param="baseline", code="missing_required_parameter")
@@ -181,14 +179,14 @@ class Evaluations(Lifecycle[EvaluationObject]):
                 reference = dpo_settings.get("reference_model") or training.model
                 changes["baseline"] = _reference_side(spec.baseline, reference)
             else:  # the reference is the last checkpoint of the SFT stage, which has a name once it exists
-                checkpoint = job_checkpoints.left_by(session, training.id, "sft")
+                checkpoint = job_checkpoints.last_of_ended_stage(session, training.id, "sft")
                 reference = checkpoint.model_name if checkpoint is not None else None
                 changes["baseline"] = _reference_side(spec.baseline, reference)
                 if checkpoint is None and training.status not in ACTIVE:
                     message = f"The SFT checkpoint of '{name}' was not kept: name a baseline to compare it with."
                     raise ServiceError(message, param="baseline", code="missing_required_parameter")
         if spec.type == "preference" and spec.beta is None:
-            changes["beta"] = dpo_settings.get("beta") or BETA
+            changes["beta"] = dpo_settings.get("beta") or DEFAULT_BETA
         return spec.model_copy(update=changes).inheriting(training_spec).resolved()
 
     def report(self, project: str, evaluation_id: str) -> Iterator[bytes]:

@@ -10,7 +10,7 @@ from starlette.concurrency import run_in_threadpool
 from app.dependencies import ServicesDependency
 from app.files.multipart import UploadForm, form_schema
 from app.files.schemas import FileDeleted, FileObject, Purpose, UploadPurpose
-from app.files.service import MAX_BYTES
+from app.files.service import MAX_FILE_BYTES
 from app.idempotency.service import RequestIdentityDependency
 from app.keys.access import access
 from app.keys.middleware import CallerDependency
@@ -36,7 +36,7 @@ async def create_file(
     request: Request, caller: CallerDependency, services: ServicesDependency, identity: RequestIdentityDependency
 ) -> FileObject:
     """Upload a dataset. It streams to the object store; the service never holds the whole file."""
-    file = await services.files.upload(caller.project, UploadForm(request, MAX_BYTES), identity)
+    file = await services.files.upload(caller.project, UploadForm(request, MAX_FILE_BYTES), identity)
     file_object = FileObject.of(file)
     await run_in_threadpool(services.reports.begin, caller.project, file_object)
     return file_object

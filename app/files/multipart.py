@@ -51,8 +51,8 @@ class UploadForm:
     _pending: list[bytes] = field(default_factory=list)
     _ended: bool = False
 
-    async def file_chunks(self, see: Callable[[bytes], object]) -> AsyncIterator[bytes]:
-        """The bytes of the part named `name`; `see` is called with each piece.
+    async def file_chunks(self, on_chunk: Callable[[bytes], object]) -> AsyncIterator[bytes]:
+        """The bytes of the part named `name`; `on_chunk` is called with each piece.
 
         Raises `ServiceError` if the body is malformed or incomplete, and `TooLarge` if the file is over `max_bytes`.
         """
@@ -84,7 +84,7 @@ class UploadForm:
                             param=self.name,
                             code="file_too_large",
                         )
-                    see(piece)
+                    on_chunk(piece)
                     yield piece
                 self._pending.clear()
         except FormParserError as error:

@@ -21,7 +21,7 @@ from app.spec.datasets.mapping import Mapping
 from app.spec.json_types import JsonObject
 from app.storage import Storage
 
-MAX_BYTES = 8 * 1024**3
+MAX_FILE_BYTES = 8 * 1024**3
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Files:
             session.add(file)
             session.flush()
             session.refresh(file)
-            identity.made(session, "files.create", content, file.id)
+            identity.record(session, "files.create", content, file.id)
         return file
 
     def get(self, project: str, file_id: str) -> File:

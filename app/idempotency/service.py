@@ -9,7 +9,7 @@ official client stops resending within that time. Sendings that overlap wait for
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import Depends, Header, Request
 from sqlalchemy import delete, select
@@ -33,7 +33,7 @@ class RequestIdentity:
     resent: bool = False
     request_id: str | None = None
 
-    def earlier(self, session: Session, operation: str, content: Any) -> str | None:
+    def earlier(self, session: Session, operation: str, content: object) -> str | None:
         """The id of the object that an earlier sending made; None if this is the first.
 
         Call it in a write transaction. `content` is what the request asks for, as JSON. Raises `ServiceError` if the
@@ -59,7 +59,7 @@ class RequestIdentity:
         sent = session.scalar(recent.order_by(SentRequest.sequence.desc()).limit(1))
         return None if sent is None else sent.resource_id
 
-    def made(self, session: Session, operation: str, content: Any, resource_id: str) -> None:
+    def record(self, session: Session, operation: str, content: object, resource_id: str) -> None:
         """Record the object that this request makes, in the transaction that makes it."""
         if self.idempotency_key is not None:  # its earlier object, if any, no longer exists
             session.execute(
@@ -80,7 +80,7 @@ class RequestIdentity:
             )
         )
 
-    def _fingerprint(self, operation: str, content: Any) -> str:
+    def _fingerprint(self, operation: str, content: object) -> str:
         body = json.dumps([self.key_id, operation, content], sort_keys=True)
         return hashlib.sha256(body.encode()).hexdigest()
 

@@ -21,7 +21,7 @@ def page(session: Session, job_id: str, *, after: str | None, limit: int) -> lis
     return list(session.scalars(keyset(statement, (Checkpoint.step_number,), after_checkpoint, limit)))
 
 
-def left_by(session: Session, job_id: str, stage: str) -> Checkpoint | None:
+def last_of_ended_stage(session: Session, job_id: str, stage: str) -> Checkpoint | None:
     """The last checkpoint of `stage`; None if it has none, or if the stage may still be running.
 
     A checkpoint of a later stage shows that the stage has ended.
@@ -44,7 +44,7 @@ def move(session: Session, job_id: str, step: int, prefix: str) -> bool:
     return session.scalar(update(Checkpoint).where(*of_step).values(prefix=prefix).returning(Checkpoint.id)) is not None
 
 
-def hold(session: Session, checkpoint_ids: Sequence[str]) -> None:
+def lock(session: Session, checkpoint_ids: Sequence[str]) -> None:
     """Lock these checkpoints: nobody can begin to use them until this transaction ends."""
     selected = Checkpoint.id.in_(checkpoint_ids)
     session.execute(select(Checkpoint.id).where(selected).order_by(Checkpoint.id).with_for_update())

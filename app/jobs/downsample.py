@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
-Point = tuple[int, float]
+StepValue = tuple[int, float]
+"""A step of the training, and the value of a metric there."""
 
 
-def downsample(points: Sequence[Point], limit: int) -> list[Point]:
+def downsample(points: Sequence[StepValue], limit: int) -> list[StepValue]:
     """Reduce `points` to at most `limit` (≥ 3) with Largest-Triangle-Three-Buckets (Steinarsson 2013, Sec. 4.2).
 
     `points` are (step, value) pairs in order of step. The first and the last point stay. The points between them are
@@ -23,7 +24,7 @@ def downsample(points: Sequence[Point], limit: int) -> list[Point]:
         mean_value = sum(value for _, value in next_bucket) / len(next_bucket)
         last_step, last_value = kept[-1]
 
-        def doubled_area(point: Point) -> float:
+        def doubled_area(point: StepValue) -> float:
             step, value = point
             return abs((last_step - mean_step) * (value - last_value) - (last_step - step) * (mean_value - last_value))  # noqa: B023
 

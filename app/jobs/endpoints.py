@@ -110,7 +110,7 @@ def create_stream_token(job_id: str, caller: CallerDependency, services: Service
     return services.jobs.stream_token(caller.project, job_id)
 
 
-def _seen(
+def _last_sequence(
     job_id: str,
     caller: CallerDependency,
     services: ServicesDependency,
@@ -119,7 +119,7 @@ def _seen(
     ] = None,
 ) -> int:
     """The event number after which a stream begins. A bad request fails here, before the stream starts."""
-    return services.jobs.seen(caller.project, job_id, last_event_id)
+    return services.jobs.last_sequence(caller.project, job_id, last_event_id)
 
 
 @router.get("/{job_id}/stream", response_class=EventSourceResponse)
@@ -128,11 +128,11 @@ async def stream_job(
     job_id: str,
     caller: CallerDependency,
     services: ServicesDependency,
-    seen: Annotated[int, Depends(_seen)],
+    last_sequence: Annotated[int, Depends(_last_sequence)],
     token: Annotated[str | None, Query(description="Replaces the API key: see stream_token.")] = None,
 ) -> AsyncIterator[ServerSentEvent]:
     """Server-sent events until the job ends: `message` and `metrics` (its events) and `job` (its state)."""
-    async for event in services.jobs.stream(caller.project, job_id, seen):
+    async for event in services.jobs.stream(caller.project, job_id, last_sequence):
         yield event
 
 

@@ -20,7 +20,7 @@ from app.jobs.tables import JobEvent
 
 log = structlog.get_logger(__name__)
 
-TICK_SECONDS = 0.5
+POLL_SECONDS = 0.5
 
 
 @dataclass(eq=False)
@@ -28,7 +28,7 @@ class Follower:
     """A stream that waits for new events of a job."""
 
     job_id: str
-    seen: int
+    last_sequence: int
     """The number of the last event that the stream has sent."""
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -43,9 +43,9 @@ class Feed:
         self.closed = False
 
     @asynccontextmanager
-    async def follow(self, job_id: str, seen: int) -> AsyncIterator[Follower]:
-        """A follower whose `news` is set whenever the job has events after its `seen`."""
-        follower = Follower(job_id, seen)
+    async def follow(self, job_id: str, last_sequence: int) -> AsyncIterator[Follower]:
+        """A follower whose `news` is set whenever the job has events after its `last_sequence`."""
+        follower = Follower(job_id, last_sequence)
         self._followers.add(follower)
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._watch())
@@ -70,9 +70,9 @@ class Feed:
                 log.warning("event streams wait", reason=type(error).__name__)
             else:
                 for follower in self._followers:
-                    if newest.get(follower.job_id, 0) > follower.seen:
+                    if newest.get(follower.job_id, 0) > follower.last_sequence:
                         follower.news.set()
-            await asyncio.sleep(TICK_SECONDS)
+            await asyncio.sleep(POLL_SECONDS)
 
     def _newest(self, jobs: set[str]) -> dict[str, int]:
         """The number of the newest event, by job id."""
@@ -80,7 +80,7 @@ class Feed:
         with self.database.read() as session:
             return {row[0]: row[1] for row in session.execute(statement.group_by(JobEvent.job_id))}
 
-    def after(self, job_id: str, seen: int, limit: int = 500) -> list[JobEvent]:
-        """Up to `limit` events of a job after number `seen`, in order."""
+    def after(self, job_id: str, last_sequence: int, limit: int = 500) -> list[JobEvent]:
+        """Up to `limit` events of a job after number `last_sequence`, in order."""
         with self.database.read() as session:
-            return job_events.after(session, job_id, seen, limit)
+            return job_events.after(session, job_id, last_sequence, limit)

@@ -46,9 +46,9 @@ def page(session: Session, job_id: str, *, after: str | None, limit: int) -> lis
     return list(session.scalars(keyset(statement, (JobEvent.sequence,), after_event, limit)))
 
 
-def after(session: Session, job_id: str, seen: int, limit: int) -> list[JobEvent]:
-    """Up to `limit` events after number `seen`, in order."""
-    statement = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.sequence > seen)
+def after(session: Session, job_id: str, sequence: int, limit: int) -> list[JobEvent]:
+    """Up to `limit` events after number `sequence`, in order."""
+    statement = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.sequence > sequence)
     return list(session.scalars(statement.order_by(JobEvent.sequence).limit(limit)))
 
 

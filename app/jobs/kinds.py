@@ -60,7 +60,7 @@ def _training_file_code(field: str) -> str:
     return f"invalid_{'training_file' if name.startswith(MORE) else name}"
 
 
-TRAINING = JobKind(
+TRAINING_JOB = JobKind(
     name="training",
     noun="job",
     title="fine-tuning job",
@@ -75,7 +75,7 @@ TRAINING = JobKind(
     files=_training_files,
     models=_training_models,
 )
-EVALUATION = JobKind(
+EVALUATION_JOB = JobKind(
     name="evaluation",
     noun="evaluation",
     title="evaluation",
@@ -90,4 +90,4 @@ EVALUATION = JobKind(
     files=lambda spec: [file_id for _, file_id in EvaluationSpec.stored(spec).files()],
     models=lambda spec: [name for _, name in EvaluationSpec.stored(spec).models()],
 )
-KINDS = {kind.name: kind for kind in (TRAINING, EVALUATION)}
+KINDS = {kind.name: kind for kind in (TRAINING_JOB, EVALUATION_JOB)}

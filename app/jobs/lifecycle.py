@@ -4,7 +4,7 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import suppress
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 from urllib.parse import quote
 
 from fastapi.sse import ServerSentEvent
@@ -21,7 +21,7 @@ from app.jobs import queries, transitions
 from app.jobs import queue as job_queue
 from app.jobs.event_feed import Feed
 from app.jobs.kinds import JobKind
-from app.jobs.queue_forecast import QueuePlace, outlook
+from app.jobs.queue_forecast import QueuePlace, forecast
 from app.jobs.schemas import EventObject, StreamToken
 from app.jobs.states import ACTIVE, Actor, Status
 from app.jobs.tables import Job, OtherBase
@@ -61,7 +61,7 @@ class Lifecycle(ABC, Generic[Shown]):
         submitted: JobSpec | EvaluationSpec,
         request_id: str | None,
         bases: Iterable[str],
-        **columns: Any,
+        **columns: object,
     ) -> Job:
         """Store a job that waits for the check of its files.
 
@@ -101,7 +101,7 @@ class Lifecycle(ABC, Generic[Shown]):
     def get(self, project: str, job_id: str) -> Shown:
         with self.database.read() as session:
             job = self._require_job(session, project, job_id)
-            places = outlook(session, [job])
+            places = forecast(session, [job])
             return self.show(job, places.get(job.id))
 
     def page(self, project: str, *, after: str | None, limit: int, metadata: dict[str, str]) -> list[Shown]:
@@ -109,7 +109,7 @@ class Lifecycle(ABC, Generic[Shown]):
         with self.database.read() as session:
             after_job = None if after is None else self._require_job(session, project, after, "after")
             jobs = queries.page(session, project, after=after_job, limit=limit, metadata=metadata, kind=self.KIND)
-            places = outlook(session, jobs)
+            places = forecast(session, jobs)
             return [self.show(job, places.get(job.id)) for job in jobs]
 
     def cancel(self, project: str, job_id: str, identity: RequestIdentity) -> Shown:
@@ -173,20 +173,20 @@ class Lifecycle(ABC, Generic[Shown]):
         token, expires_at = self.keys.stream_token(project, path)
         return StreamToken(token=token, expires_at=expires_at, url=f"{path}?token={quote(token, safe='')}")
 
-    async def stream(self, project: str, job_id: str, seen: int) -> AsyncIterator[ServerSentEvent]:
-        """Yield the job's events after number `seen` and its state, then each change of both, until the job ends.
+    async def stream(self, project: str, job_id: str, last_sequence: int) -> AsyncIterator[ServerSentEvent]:
+        """Yield the job's events after number `last_sequence` and its state, then each change of both, until it ends.
 
         An event carries its id. A state carries no id and follows the events that changed it.
         """
         last_state: JsonObject | None = None
-        async with self.feed.follow(job_id, seen) as follower:
+        async with self.feed.follow(job_id, last_sequence) as follower:
             while True:
                 follower.news.clear()
                 # Read the state before the events. If the job has ended by then, no event can be missing.
                 job = await run_in_threadpool(self.get, project, job_id)
-                events = await run_in_threadpool(self.feed.after, job_id, follower.seen)
+                events = await run_in_threadpool(self.feed.after, job_id, follower.last_sequence)
                 for event in events:
-                    follower.seen = event.sequence
+                    follower.last_sequence = event.sequence
                     yield ServerSentEvent(event=event.type, id=event.id, data=EventObject.of(event))
                 if len(events) >= STREAM_BATCH:
                     continue  # there may be more
@@ -204,7 +204,7 @@ class Lifecycle(ABC, Generic[Shown]):
                 if self.feed.closed:
                     return
 
-    def seen(self, project: str, job_id: str, last_event_id: str | None) -> int:
+    def last_sequence(self, project: str, job_id: str, last_event_id: str | None) -> int:
         """The number of the event `last_event_id`; 0, which is before the first event, if that is None."""
         with self.database.read() as session:
             self._require_job(session, project, job_id)

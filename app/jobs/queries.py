@@ -5,23 +5,29 @@ from collections.abc import Sequence
 from sqlalchemy import Select, select
 from sqlalchemy.orm import Session, aliased
 
-from app.jobs.kinds import KINDS, TRAINING, JobKind
+from app.jobs.kinds import KINDS, TRAINING_JOB, JobKind
 from app.jobs.states import ACTIVE, Status
 from app.jobs.tables import Job
 from app.pagination import keyset
 
 
-def readable(project: str, kind: JobKind = TRAINING) -> Select[Job]:
+def readable(project: str, kind: JobKind = TRAINING_JOB) -> Select[Job]:
     """The jobs of a kind that `project` may see."""
     return select(Job).where(Job.project == project, Job.kind == kind.name)
 
 
-def get(session: Session, project: str, job_id: str, kind: JobKind = TRAINING) -> Job | None:
+def get(session: Session, project: str, job_id: str, kind: JobKind = TRAINING_JOB) -> Job | None:
     return session.scalar(readable(project, kind).where(Job.id == job_id))
 
 
 def page(
-    session: Session, project: str, *, after: Job | None, limit: int, metadata: dict[str, str], kind: JobKind = TRAINING
+    session: Session,
+    project: str,
+    *,
+    after: Job | None,
+    limit: int,
+    metadata: dict[str, str],
+    kind: JobKind = TRAINING_JOB,
 ) -> list[Job]:
     """Up to `limit` + 1 jobs, newest first: those older than `after` whose metadata has all pairs of `metadata`."""
     statement = readable(project, kind)

@@ -1,4 +1,4 @@
-"""The queue of jobs: which one is next, who may start it, and who has it."""
+"""The queue of jobs: which one is next, who may start it, and who holds its lease."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,14 +92,14 @@ def _within_limit() -> ColumnElement[bool]:
 
 
 @dataclass(frozen=True)
-class Held:
+class LeaseState:
     """The state of a job after a heartbeat has renewed its lease."""
 
     paused: bool
     ran_seconds: float
 
 
-def heartbeat(session: Session, job_id: str, attempt: int) -> Held | None:
+def heartbeat(session: Session, job_id: str, attempt: int) -> LeaseState | None:
     """Extend the lease; None if this attempt no longer holds it.
 
     The `ran_seconds` of a running job grow by the time since the last heartbeat.
@@ -109,4 +109,4 @@ def heartbeat(session: Session, job_id: str, attempt: int) -> Held | None:
     plausible = case((passed.between(0.0, JOBS.lease_seconds + OUTAGE_SECONDS), passed), else_=0.0)
     ran_seconds = Job.ran_seconds + case((Job.status == Status.RUNNING, plausible), else_=0.0)
     row = JOBS.heartbeat(session, job_id, attempt, Job.paused, Job.ran_seconds, ran_seconds=ran_seconds)
-    return None if row is None else Held(*row)
+    return None if row is None else LeaseState(*row)

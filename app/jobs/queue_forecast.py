@@ -31,7 +31,7 @@ class QueuePlace:
     finish: float | None = None
 
 
-def outlook(session: Session, jobs: list[Job]) -> dict[str, QueuePlace]:
+def forecast(session: Session, jobs: list[Job]) -> dict[str, QueuePlace]:
     """The place of each job of `jobs` that is running or waits in the queue, by job id."""
     if not any(job.status in (Status.RUNNING, Status.QUEUED) for job in jobs):
         return {}

@@ -18,7 +18,7 @@ from app.jobs import events as job_events
 from app.jobs import queries
 from app.jobs.downsample import downsample
 from app.jobs.event_feed import Feed
-from app.jobs.kinds import TRAINING
+from app.jobs.kinds import TRAINING_JOB
 from app.jobs.lifecycle import Lifecycle
 from app.jobs.queue_forecast import QueuePlace
 from app.jobs.schemas import CheckpointObject, JobObject, MetricSeries, Point
@@ -37,7 +37,7 @@ log = structlog.get_logger(__name__)
 class Jobs(Lifecycle[JobObject]):
     """Create, find, follow and cancel trainings."""
 
-    KIND = TRAINING
+    KIND = TRAINING_JOB
 
     def __init__(
         self,
@@ -57,13 +57,13 @@ class Jobs(Lifecycle[JobObject]):
     def create(self, project: str, spec: JobSpec, identity: RequestIdentity) -> JobObject:
         """Check the models and files that the spec names, store the job, and wake a CPU worker to check its files."""
         content = spec.to_store()
-        self.evaluations.reachable(spec.evaluations or [], "evaluations.")
+        self.evaluations.require_reachable(spec.evaluations or [], "evaluations.")
         with self.database.write() as session:
             earlier_id = identity.earlier(session, "jobs.create", content)
             job = None if earlier_id is None else queries.get(session, project, earlier_id)
             if job is None:
                 job = self.add(session, project, spec, identity.request_id)
-                identity.made(session, "jobs.create", content, job.id)
+                identity.record(session, "jobs.create", content, job.id)
         log.info("job accepted", job=job.id, project=project, request=identity.request_id)
         self.broker.wake(Lane.CPU)
         return JobObject.of(job) if earlier_id is None else self.get(project, job.id)
@@ -171,19 +171,19 @@ class Jobs(Lifecycle[JobObject]):
     @staticmethod
     def _with_mappings(spec: JobSpec, files_by_field: dict[str, File]) -> JobSpec:
         """The spec with the mappings that its files were uploaded with. A mapping in the spec itself wins."""
-        for prefix, part in (("", spec), ("sft.", spec.sft)):
+        for prefix, stage in (("", spec), ("sft.", spec.sft)):
             mappings = {
                 field: file.mapping
                 for field, file in files_by_field.items()
                 if field.startswith("sft.") == bool(prefix)
             }
-            if part is None or part.mapping is not None or not any(mappings.values()):
+            if stage is None or stage.mapping is not None or not any(mappings.values()):
                 continue
             training, *others = mappings.values()
             if any(mapping != training for mapping in others):
                 message = "The files were uploaded with different mappings; give the one that reads both as 'mapping'."
                 raise ServiceError(message, param=f"{prefix}mapping", code="invalid_value")
-            mapped = part.model_copy(update={"mapping": Mapping.model_validate(training)})
+            mapped = stage.model_copy(update={"mapping": Mapping.model_validate(training)})
             spec = spec.model_copy(update={"sft": mapped}) if prefix else cast(JobSpec, mapped)
         return spec
 

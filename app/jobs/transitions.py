@@ -1,13 +1,11 @@
 """Take an edge of the state machine. The event, the webhook and the gates of a training follow from it."""
 
-from typing import Any
-
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from app.database import database_now
 from app.jobs import events as job_events
-from app.jobs.kinds import KINDS, TRAINING
+from app.jobs.kinds import KINDS, TRAINING_JOB
 from app.jobs.queue import JOBS
 from app.jobs.states import ACTIVE, TRANSITIONS, Actor, Status
 from app.jobs.tables import Job
@@ -29,7 +27,7 @@ def transition(
     message: str,
     attempt: int | None = None,
     level: str = "info",
-    **values: Any,
+    **values: object,
 ) -> bool:
     """Take one edge of the state machine and write its event; False if the job has left `source`.
 
@@ -44,7 +42,7 @@ def transition(
         raise ValueError(f"{source} to {target} needs the attempt that holds the lease")
     if unknown := set(values) - edge.writes:
         raise ValueError(f"{source} to {target} does not write {sorted(unknown)}")
-    written: dict[str, Any] = dict(values)
+    written: dict[str, object] = dict(values)
     if "lease_owner" in edge.writes and "lease_owner" not in values:
         written |= {"lease_owner": None, "lease_expires_at": None}
     if "finished_at" in edge.writes:
@@ -94,7 +92,7 @@ def _judge_again(session: Session, job_id: str) -> None:
     before, job.gates = job.gates, judge_gates(session, job, job.metrics or {})
     if any(gate["met"] is None for gate in before) and all(gate["met"] is not None for gate in job.gates):
         job_events.add(session, job_id, quality_gates.summary(job.gates), level=quality_gates.level(job.gates))
-        webhooks.enqueue(session, job.project, f"{TRAINING.webhook}.judged", {"id": job_id, "gates": job.gates})
+        webhooks.enqueue(session, job.project, f"{TRAINING_JOB.webhook}.judged", {"id": job_id, "gates": job.gates})
 
 
 def recover(session: Session, job: Job, actor: Actor, reason: str) -> None:

@@ -12,7 +12,7 @@ from starlette.routing import BaseRoute, Mount, Route, compile_path
 
 from app.keys.schemas import Scope
 
-Endpoint = TypeVar("Endpoint")
+Handler = TypeVar("Handler")
 READING = ("GET", "HEAD")
 
 
@@ -36,12 +36,12 @@ class Access:
         return self.scope or (Scope.READ if method in READING else Scope.WRITE)
 
 
-def access(**declared: Any) -> Callable[[Endpoint], Endpoint]:
+def access(**declared: Any) -> Callable[[Handler], Handler]:
     """Declare the fields of `Access` on an endpoint or on a mounted app."""
 
-    def declare(endpoint: Endpoint) -> Endpoint:
-        endpoint.__access__ = Access(**declared)  # type: ignore[attr-defined]
-        return endpoint
+    def declare(handler: Handler) -> Handler:
+        handler.__access__ = Access(**declared)  # type: ignore[attr-defined]
+        return handler
 
     return declare
 

@@ -3,7 +3,6 @@
 import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
 from sqlalchemy import Select, or_, select
 from sqlalchemy.orm import Session
@@ -115,7 +114,7 @@ def require(session: Session, project: str, name: str, param: str, *, lock: bool
     return model
 
 
-def _adapter(stored: Any) -> Adapter | None:
+def _adapter(stored: object) -> Adapter | None:
     """Read an adapter from a database row. The next version may have written it. None if there is no adapter."""
     return Adapter.model_validate(stored, context=STORED) if isinstance(stored, dict) else None
 

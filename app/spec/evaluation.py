@@ -1,13 +1,12 @@
 """The evaluation spec: the body of `POST /v1/evaluations`. This module is pure pydantic; the engine imports it too.
 
-An evaluation compares two sides on the rows of a file. `TAKES` lists the fields of each type, `NEEDS` the
-required ones.
+An evaluation compares two sides on the rows of a file.
 """
 
 import math
 import secrets
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, StringConstraints, ValidationInfo, model_validator
 
@@ -105,7 +104,7 @@ class Side(Strict):
         return self.model is not None or self.reference is not None
 
 
-def _side(value: Any) -> Any:
+def _side(value: object) -> object:
     return {"reference": True} if value == "reference" else value
 
 
@@ -129,7 +128,7 @@ class SamplingSpec(Strict):
         return self
 
 
-MAX_KEY = 2048
+MAX_KEY_CHARACTERS = 2048
 
 
 class Price(Strict):
@@ -145,7 +144,9 @@ class Endpoint(Strict):
     base_url: Annotated[str, StringConstraints(min_length=8, max_length=2048, pattern=r"^https?://[!-~]+$")]
     """The URL without `/chat/completions` at its end."""
     model: ModelName
-    api_key: Annotated[str, StringConstraints(min_length=1, max_length=2 * MAX_KEY, pattern=r"^[!-~]+$")] | None = None
+    api_key: (
+        Annotated[str, StringConstraints(min_length=1, max_length=2 * MAX_KEY_CHARACTERS, pattern=r"^[!-~]+$")] | None
+    ) = None
     """The server's key. It is stored encrypted, sent to this server only, and never shown again."""
     concurrency: Annotated[int, Field(ge=1, le=64)] = 8
     """Maximum number of requests at the same time."""
@@ -163,8 +164,8 @@ class Endpoint(Strict):
         for name in ("model", "messages", "stream", "n"):
             if name in self.parameters:
                 raise inconsistent(f"parameters.{name}", f"'{name}' is not for 'parameters'")
-        if len(self.api_key or "") > MAX_KEY:
-            raise inconsistent("api_key", f"'api_key' has more than {MAX_KEY} characters")
+        if len(self.api_key or "") > MAX_KEY_CHARACTERS:
+            raise inconsistent("api_key", f"'api_key' has more than {MAX_KEY_CHARACTERS} characters")
         return self
 
 
@@ -209,18 +210,20 @@ class Judge(Strict):
         return self.model_copy(update={"endpoint": self.endpoint.model_copy(update={"api_key": key})})
 
 
-TAKES = {
+ALLOWED_FIELDS = {
     "preference": {"candidate", "baseline", "beta"},
     "win_rate": {"candidate", "baseline", "sampling", "judge"},
     "reward_kl": {"candidate", "baseline", "sampling", "judge"},
     "agreement": {"judge"},
 }
-NEEDS = {
+"""The fields of the spec that an evaluation of each type may have, beside those that all types have."""
+REQUIRED_FIELDS = {
     "preference": {"candidate"},
     "win_rate": {"candidate", "baseline"},
     "reward_kl": {"candidate"},
     "agreement": set[str](),
 }
+"""Those of `ALLOWED_FIELDS` that it must have."""
 
 
 class EvaluationSpec(RenderingSettings):
@@ -271,9 +274,9 @@ class EvaluationSpec(RenderingSettings):
     def _consistent(self) -> Self:
         for name in ("candidate", "baseline", "beta", "sampling", "judge"):
             is_set = getattr(self, name) is not None
-            if is_set and name not in TAKES[self.type]:
+            if is_set and name not in ALLOWED_FIELDS[self.type]:
                 raise inconsistent(name, f"'{name}' does not go with the type '{self.type}'")
-            if not is_set and name in NEEDS[self.type] and name not in self.IMPLIED_SIDES:
+            if not is_set and name in REQUIRED_FIELDS[self.type] and name not in self.IMPLIED_SIDES:
                 raise inconsistent(name, f"The type '{self.type}' needs '{name}'")
         if self.type in ("preference", "reward_kl"):
             for name in ("candidate", "baseline"):
@@ -343,7 +346,7 @@ class EvaluationSpec(RenderingSettings):
 
     def resolved(self) -> Self:
         """The spec as it will be run: with a seed, a date and the sampling settings written out."""
-        samples_answers = "sampling" in TAKES[self.type] and any(side.is_model for side in self.sides())
+        samples_answers = "sampling" in ALLOWED_FIELDS[self.type] and any(side.is_model for side in self.sides())
         return self.model_copy(
             update={
                 "sampling": self.sampling or (SamplingSpec() if samples_answers else None),
@@ -442,7 +445,7 @@ class JobEvaluation(EvaluationSpec):
         for field in ("candidate", "gates", "metadata", "timeout_seconds"):
             if getattr(self, field) is not None:
                 raise inconsistent(field, f"'{field}' does not go with an evaluation of the model that a job makes")
-        if "candidate" not in TAKES[self.type]:
+        if "candidate" not in ALLOWED_FIELDS[self.type]:
             raise inconsistent("type", f"The type '{self.type}' has no candidate: it does not evaluate a model")
         return self
 

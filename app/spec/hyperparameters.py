@@ -195,13 +195,13 @@ class DPOHyperparameters(Hyperparameters):
         return [WeightedLoss(name=self.loss)] if isinstance(self.loss, str) else self.loss
 
     @property
-    def kinds(self) -> list[Loss]:
+    def loss_records(self) -> list[Loss]:
         """The record of each term's loss."""
         return [LOSSES[term.name] for term in self.losses]
 
     @property
     def data(self) -> Kind:
-        return self.kinds[0].data
+        return self.loss_records[0].data
 
     @property
     def rewards(self) -> bool:
@@ -210,11 +210,11 @@ class DPOHyperparameters(Hyperparameters):
 
     @property
     def needs_reference(self) -> bool:
-        return any(kind.reference for kind in self.kinds)
+        return any(loss.reference for loss in self.loss_records)
 
     @property
     def couples(self) -> bool:
-        return any(kind.couples for kind in self.kinds)
+        return any(loss.couples for loss in self.loss_records)
 
     @model_validator(mode="after")
     def _options_fit_the_loss(self) -> Self:
@@ -245,7 +245,7 @@ class DPOHyperparameters(Hyperparameters):
         metric = self.early_stopping and self.early_stopping.metric
         if metric == "eval/mean_token_accuracy" or (metric == "eval/rewards/margins" and self.data == Kind.LABELLED):
             raise inconsistent("early_stopping.metric", f"The loss '{names[0]}' has no metric '{metric}'")
-        defaults = {kind.beta for kind in self.kinds if kind.beta is not None}
+        defaults = {loss.beta for loss in self.loss_records if loss.beta is not None}
         if self.beta is None and len(defaults) > 1:
             raise inconsistent("beta", f"Give 'beta': the losses {', '.join(names)} have different defaults")
         if self.beta is not None and not defaults:
@@ -254,5 +254,5 @@ class DPOHyperparameters(Hyperparameters):
 
     def resolved(self, full: bool) -> Self:
         """A copy with the default batch size, epochs, learning rate and β. `full`: the job trains all parameters."""
-        default = next((kind.beta for kind in self.kinds if kind.beta is not None), None)
+        default = next((loss.beta for loss in self.loss_records if loss.beta is not None), None)
         return super().resolved(full).model_copy(update={"beta": self.beta or default})

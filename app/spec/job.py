@@ -7,7 +7,7 @@ contract that are not supported yet are refused too. Numbers that are left out o
 
 import secrets
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
@@ -222,10 +222,12 @@ class JobSpec(RenderingSettings):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_nulls(cls, data: Any) -> Any:
+    def _drop_nulls(cls, data: object) -> object:
         # The official client sends null for an argument that is None.
         if isinstance(data, dict):
-            return {k: v for k, v in data.items() if v is not None or k not in ("method", "priority")}
+            return {
+                name: value for name, value in data.items() if value is not None or name not in ("method", "priority")
+            }
         return data
 
     @model_validator(mode="after")

@@ -80,7 +80,7 @@ class Loss:
         """Whether a job with this loss may set the hyperparameter `option`."""
         return {"use_weighting": self.weighting, "ld_alpha": self.tails}.get(option, option in self.options)
 
-    def options_of(self, settings: Any) -> LossOptions:
+    def options_of(self, settings: object) -> LossOptions:
         """The options for the loss function: the values in the hyperparameters `settings`, else the loss's defaults."""
         job_values = {name: getattr(settings, name) for name in self.options}
         values: dict[str, Any] = {

@@ -113,6 +113,7 @@ class EvaluationMetric(Metric):
 
 
 INTERVAL = ("error", "low", "high")
+"""The names that a metric's standard error and the bounds of its interval add to its own."""
 
 
 def _count(meaning: str, *types: str, judged: bool = False, asked: bool = False) -> EvaluationMetric:
@@ -254,4 +255,4 @@ def figures_of(kind: str, *, judged: bool, asked: bool) -> list[str]:
 
 
 def _intervals(names: Iterable[str]) -> list[str]:
-    return [f"{name}/{part}" for name in names for part in INTERVAL]
+    return [f"{name}/{suffix}" for name in names for suffix in INTERVAL]

@@ -3,7 +3,7 @@
 import difflib
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, StringConstraints, ValidationInfo, model_validator
@@ -53,7 +53,7 @@ class Strict(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_unknown_fields(cls, data: Any, info: ValidationInfo) -> Any:
+    def _refuse_unknown_fields(cls, data: object, info: ValidationInfo) -> object:
         if not isinstance(data, dict):
             return data
         if info.context == STORED:
@@ -90,7 +90,7 @@ Auto = BeforeValidator(_auto)
 MAX_DEPTH = 32
 
 
-def plain_json(value: Any, field: str, max_bytes: int) -> None:
+def plain_json(value: object, field: str, max_bytes: int) -> None:
     """Refuse free-form JSON that cannot be stored or returned: nested too deep, too large, or not valid JSON."""
     if _depth(value) > MAX_DEPTH:
         raise inconsistent(field, f"'{field}' is nested more than {MAX_DEPTH} deep")
@@ -106,7 +106,7 @@ def plain_json(value: Any, field: str, max_bytes: int) -> None:
         raise inconsistent(field, f"'{field}' has {size} bytes; at most {max_bytes} are taken")
 
 
-def _depth(value: Any) -> int:
+def _depth(value: object) -> int:
     """The nesting depth of `value`. Counting stops at `MAX_DEPTH` + 1."""
     depth, level = 0, [value]
     while level and depth <= MAX_DEPTH:

@@ -15,18 +15,18 @@ from app.spec.quality_gates import require_metric
 from app.spec.schema_base import NO_NUL, Metadata, Strict, inconsistent, plain_json
 
 MAX_JOBS = 64
-MAX_BYTES = 1 << 20
+MAX_SWEEP_BYTES = 1 << 20
 NOT_SWEPT = ("evaluations", "gates", "integrations", "metadata")
 """Fields that cannot be swept: they do not affect the trained model. Evaluations also hold API keys of judges."""
-Path = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[A-Za-z_]\w*(\.\w+)*$")]
-Metric = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=NO_NUL)]
+FieldPath = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[A-Za-z_]\w*(\.\w+)*$")]
+MetricName = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=NO_NUL)]
 
 
 class Axes(Strict):
     """The two metrics of the frontier. Lower is better for `x`, higher for `y`."""
 
-    x: Metric
-    y: Metric
+    x: MetricName
+    y: MetricName
 
 
 class SweepSpec(Strict):
@@ -49,7 +49,8 @@ class SweepSpec(Strict):
     job: JsonObject
     """The body of a job, as `POST /v1/fine_tuning/jobs` takes it."""
     grid: Annotated[
-        dict[Path, Annotated[list[Any], Field(min_length=1, max_length=MAX_JOBS)]], Field(min_length=1, max_length=16)
+        dict[FieldPath, Annotated[list[Any], Field(min_length=1, max_length=MAX_JOBS)]],
+        Field(min_length=1, max_length=16),
     ]
     """The values to try for each field; there is a job for each combination. A name is a field of the job (with dots
     for nested fields: `adapter.r`), or a hyperparameter of its method (`beta`)."""
@@ -61,8 +62,8 @@ class SweepSpec(Strict):
     @model_validator(mode="after")
     def _grid_is_valid(self) -> Self:
         """Check that each name of the grid is a field of the job, and that no two names overlap."""
-        plain_json(self.job, "job", MAX_BYTES)
-        plain_json(self.grid, "grid", MAX_BYTES)
+        plain_json(self.job, "job", MAX_SWEEP_BYTES)
+        plain_json(self.grid, "grid", MAX_SWEEP_BYTES)
         count = 1
         for name, values in self.grid.items():
             count *= len(values)
@@ -130,7 +131,7 @@ class SweepSpec(Strict):
         return self.frontier
 
 
-def _set(body: JsonObject, place: str, value: Any, field: str) -> None:
+def _set(body: JsonObject, place: str, value: object, field: str) -> None:
     """Set the value at the dotted path `place`. `field` names the grid's entry in an error."""
     *parents, last = place.split(".")
     target = body

@@ -126,8 +126,8 @@ class SweepObject(BaseModel):
         for point in self.frontier.points if self.frontier else []:
             settings = jobs[point.job_id].settings
             words = [f"{name}={value}" for name, value in settings.items() if not isinstance(value, int | float)]
-            mark = "" if point.temperature is None else f" at temperature {point.temperature:g}"
-            label = ", ".join(f"{name}={value}" for name, value in settings.items()) + mark
+            suffix = "" if point.temperature is None else f" at temperature {point.temperature:g}"
+            label = ", ".join(f"{name}={value}" for name, value in settings.items()) + suffix
             series = ", ".join(words) or "jobs"
             points.append(ParetoPoint(label, series, point.x, point.y, point.x_error, point.y_error))
         return points
@@ -135,8 +135,8 @@ class SweepObject(BaseModel):
 
 def _error(metric: str) -> str:
     """The name of a metric's standard error."""
-    name, mark, temperature = metric.partition("@")
-    return f"{name}/error{mark}{temperature}"
+    name, at, temperature = metric.partition("@")
+    return f"{name}/error{at}{temperature}"
 
 
 def _frontier(axes: dict[str, str] | None, jobs: Sequence[SweepJob]) -> Frontier | None:
@@ -148,12 +148,12 @@ def _frontier(axes: dict[str, str] | None, jobs: Sequence[SweepJob]) -> Frontier
         metrics = dict(job.metrics or {})
         for name, evaluation in job.evaluations.items():
             metrics |= {f"evaluations/{name}/{metric}": value for metric, value in (evaluation.metrics or {}).items()}
-        marks = ["", *(name.removeprefix(axes["x"]) for name in metrics if name.startswith(axes["x"] + "@"))]
-        for mark in marks:
-            x, y = (metrics.get(axes[axis] + mark) for axis in ("x", "y"))
+        suffixes = ["", *(name.removeprefix(axes["x"]) for name in metrics if name.startswith(axes["x"] + "@"))]
+        for suffix in suffixes:
+            x, y = (metrics.get(axes[axis] + suffix) for axis in ("x", "y"))
             if x is not None and y is not None:
-                x_error, y_error = (metrics.get(_error(axes[axis] + mark)) for axis in ("x", "y"))
-                measured.append((job.id, float(mark[1:]) if mark else None, x, y, x_error, y_error))
+                x_error, y_error = (metrics.get(_error(axes[axis] + suffix)) for axis in ("x", "y"))
+                measured.append((job.id, float(suffix[1:]) if suffix else None, x, y, x_error, y_error))
     best = pareto([(x, y) for _, _, x, y, _, _ in measured])
     points = [
         FrontierPoint(

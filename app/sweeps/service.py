@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
 
 import structlog
 from pydantic import ValidationError
@@ -13,7 +12,7 @@ from app.broker import Broker, Lane
 from app.database import Database, new_id
 from app.errors import Conflict, NotFound, ServiceError, describe_validation_error, no_such
 from app.idempotency.service import RequestIdentity
-from app.jobs.kinds import EVALUATION
+from app.jobs.kinds import EVALUATION_JOB
 from app.jobs.service import Jobs
 from app.jobs.states import ACTIVE
 from app.jobs.tables import Job
@@ -40,13 +39,13 @@ class Sweeps:
         job_specs = [(values, _job_spec(values, body)) for values, body in spec.bodies()]
         axes = _axes(spec, job_specs[0][1])
         evaluations = (evaluation for _, job in job_specs for evaluation in job.evaluations or [])
-        self.jobs.evaluations.reachable(evaluations, "job.evaluations.")
+        self.jobs.evaluations.require_reachable(evaluations, "job.evaluations.")
         with self.database.write() as session:
             earlier = identity.earlier(session, "sweeps.create", content)
             sweep = None if earlier is None else repository.get(session, project, earlier)
             if sweep is None:
                 sweep = self._insert(session, project, spec, job_specs, axes, identity.request_id)
-                identity.made(session, "sweeps.create", content, sweep.id)
+                identity.record(session, "sweeps.create", content, sweep.id)
             shown = self._shown(session, [sweep])[0]
         log.info("sweep accepted", sweep=shown.id, jobs=len(shown.jobs), project=project, request=identity.request_id)
         self.broker.wake(Lane.CPU)
@@ -88,7 +87,7 @@ class Sweeps:
         jobs: dict[str, tuple[list[Job], list[Job]]] = {sweep_id: ([], []) for sweep_id in ids}
         """(trainings, evaluations) of each sweep."""
         for job in repository.jobs(session, ids):
-            jobs[str(job.sweep_id)][job.kind == EVALUATION.name].append(job)
+            jobs[str(job.sweep_id)][job.kind == EVALUATION_JOB.name].append(job)
         return [SweepObject.of(sweep, *jobs[sweep.id]) for sweep in sweeps]
 
     def get(self, project: str, sweep_id: str) -> SweepObject:
@@ -98,8 +97,8 @@ class Sweeps:
     def page(self, project: str, *, after: str | None, limit: int) -> list[SweepObject]:
         """Up to `limit` + 1 sweeps, newest first."""
         with self.database.read() as session:
-            mark = None if after is None else self._require(session, project, after, "after")
-            return self._shown(session, repository.page(session, project, after=mark, limit=limit))
+            last_sweep = None if after is None else self._require(session, project, after, "after")
+            return self._shown(session, repository.page(session, project, after=last_sweep, limit=limit))
 
     def cancel(self, project: str, sweep_id: str, identity: RequestIdentity) -> SweepObject:
         """Cancel the jobs and evaluations of a sweep that have not ended."""
@@ -149,8 +148,7 @@ def _job_spec(values: JsonObject, body: JsonObject) -> JobSpec:
     try:
         return JobSpec.model_validate(body)
     except ValidationError as error:
-        first: dict[str, Any] = dict(error.errors()[0])
-        first["loc"] = ("body", "job", *first["loc"])
-        message, param = describe_validation_error(first)[:2]
+        first = error.errors()[0]
+        message, param, _ = describe_validation_error({**first, "loc": ("body", "job", *first["loc"])})
         settings = ", ".join(f"{name}={str(value)[:60]}" for name, value in values.items())
         raise ServiceError(f"{message} (with {settings})", param=param, code="invalid_value") from None

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from app.files.schemas import EXAMPLE as FILE
 from app.files.schemas import ExpiresAfter, FileObject, UploadPurpose
-from app.files.service import MAX_BYTES
+from app.files.service import MAX_FILE_BYTES
 from app.spec.datasets.mapping import Mapping
 from app.spec.schema_base import Strict
 from app.uploads.tables import Upload, UploadPart
@@ -28,7 +28,7 @@ class UploadSpec(Strict):
 
     filename: Annotated[str, StringConstraints(min_length=1, max_length=512)]
     purpose: UploadPurpose
-    bytes: Annotated[int, Field(ge=1, le=MAX_BYTES)]
+    bytes: Annotated[int, Field(ge=1, le=MAX_FILE_BYTES)]
     """Total size of all parts, in bytes."""
     mime_type: Annotated[str, StringConstraints(max_length=255)]
     expires_after: ExpiresAfter | None = None

@@ -19,7 +19,8 @@ from app.uploads import repository
 from app.uploads.schemas import PartObject, UploadCompletion, UploadObject, UploadSpec
 from app.uploads.tables import Upload, UploadPart
 
-LIFETIME_SECONDS = 3600
+UPLOAD_SECONDS = 3600
+"""Time to send all parts and complete an upload."""
 MAX_PART_BYTES = 64 * 1024**2
 
 
@@ -40,7 +41,7 @@ class Uploads:
                     id=new_id("upload"),
                     project=project,
                     created_at=database_now(),
-                    expires_at=database_now() + LIFETIME_SECONDS,
+                    expires_at=database_now() + UPLOAD_SECONDS,
                     filename=spec.filename,
                     purpose=spec.purpose,
                     bytes=spec.bytes,
@@ -51,7 +52,7 @@ class Uploads:
                 session.add(upload)
                 session.flush()
                 session.refresh(upload)
-                identity.made(session, "uploads.create", content, upload.id)
+                identity.record(session, "uploads.create", content, upload.id)
         return UploadObject.of(upload)
 
     async def add_part(self, project: str, upload_id: str, form: UploadForm, identity: RequestIdentity) -> PartObject:
@@ -95,7 +96,7 @@ class Uploads:
             session.add(part)
             session.flush()
             session.refresh(part)
-            identity.made(session, "uploads.parts.create", content, part_id)
+            identity.record(session, "uploads.parts.create", content, part_id)
         return part
 
     def _pending(self, project: str, upload_id: str) -> Upload:

@@ -1,7 +1,6 @@
 """All SQL about webhooks. A query for a caller starts from `readable`, so it sees only the caller's project."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from sqlalchemy import Select, delete, select, update
 from sqlalchemy.orm import Session
@@ -110,7 +109,7 @@ def record(session: Session, delivery: WebhookDelivery, entry: JsonObject, *, de
     if endpoint is None:
         return  # the endpoint was deleted together with its deliveries
     began = int(now(session) - entry["seconds"])
-    values: dict[str, Any] = {"log": [*delivery.log, entry | {"at": began}]}
+    values: dict[str, object] = {"log": [*delivery.log, entry | {"at": began}]}
     if delivered:
         values |= {"delivered_at": database_now()}
     ended = delivered or gone or delivery.attempt >= len(SCHEDULE) or endpoint.disabled_at is not None

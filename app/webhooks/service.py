@@ -12,7 +12,7 @@ from app.webhooks import repository
 from app.webhooks.schemas import DeliveryObject, EndpointChange, EndpointObject, EndpointSpec, NewEndpointObject
 from app.webhooks.tables import WebhookEndpoint
 
-PRIVATE = "DPO_PRIVATE_WEBHOOKS"
+PRIVATE_WEBHOOKS_SETTING = "DPO_PRIVATE_WEBHOOKS"
 """The setting that allows endpoints in the operator's network, for error messages."""
 
 
@@ -25,7 +25,7 @@ class Webhooks:
     def create(self, project: str, spec: EndpointSpec) -> NewEndpointObject:
         """Make an endpoint and the secret that signs its events. Raises `ServiceError` for a bad URL."""
         try:
-            resolve(spec.url, self.private_hosts, PRIVATE)
+            resolve(spec.url, self.private_hosts, PRIVATE_WEBHOOKS_SETTING)
         except HostRefused as refused:
             raise ServiceError(f"This URL is not accepted: {refused}.", param="url", code="invalid_url") from None
         secret = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()

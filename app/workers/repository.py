@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Any, cast
 
-from sqlalchemy import ColumnElement, delete, false, or_, select
+from sqlalchemy import ColumnElement, SQLColumnExpression, delete, false, or_, select
 from sqlalchemy.orm import Session
 
 from app.database import database_now
@@ -41,15 +40,15 @@ def serves(worker: Worker, *base_models: str) -> bool:
     return all(any(fnmatchcase(name, pattern) for pattern in worker.serves) for name in base_models)
 
 
-def served_by(column: Any, patterns: Sequence[str]) -> ColumnElement[bool]:
+def served_by(column: SQLColumnExpression[str | None], patterns: Sequence[str]) -> ColumnElement[bool]:
     """The condition that a worker with `patterns` serves the base model in `column`."""
     return or_(false(), *(_matches(column, pattern) for pattern in patterns))
 
 
-def _matches(column: Any, pattern: str) -> ColumnElement[bool]:
+def _matches(column: SQLColumnExpression[str | None], pattern: str) -> ColumnElement[bool]:
     """`fnmatch` in SQL, for patterns whose only wildcard is `*`."""
     if "*" not in pattern:
-        return cast(ColumnElement[bool], column == pattern)
+        return column == pattern
     for special in ("\\", "%", "_"):
         pattern = pattern.replace(special, "\\" + special)
-    return cast(ColumnElement[bool], column.like(pattern.replace("*", "%"), escape="\\"))
+    return column.like(pattern.replace("*", "%"), escape="\\")

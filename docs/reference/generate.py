@@ -1,12 +1,12 @@
-"""`python docs/reference/generate.py`: write api.md from the OpenAPI document. A test holds it up to date."""
+"""`python docs/reference/generate.py`: write api.md from the OpenAPI document. A test checks that it is up to date."""
 
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from app.main import create_app
 from app.settings import Settings
+from app.spec.json_types import JsonObject
 
 PLACE = Path(__file__).with_name("api.md")
 
@@ -14,26 +14,40 @@ INTRODUCTION = """# The HTTP API
 
 Generated from the service's own OpenAPI document (`/openapi.json`, browsable at `/docs`).
 
-Every route under `/v1` needs `Authorization: Bearer KEY`: reading a key with the scope `read`, changing `write`,
-`/v1/projects` and `/v1/keys` `admin`. Errors are `{"error": {message, type, param, code}}`: 400 what was sent, 401 the
-key, 403 its scope or a limit, 404 not there or not yours, 409 not in this state (never worth a retry), 413 too large,
-429 too fast (`Retry-After`), 5xx ours. Creates take `Idempotency-Key`. Lists are pages: `limit`, `after` the last id.
+Every route under `/v1` needs `Authorization: Bearer KEY`. GET needs a key with the scope `read`, and other methods need
+`write`. `/v1/projects` and `/v1/keys` need `admin`.
 
-OpenAI's checkpoint permissions are the one group of its contract that is not here.
+Errors are `{"error": {message, type, param, code}}`:
+
+| status | meaning |
+|---|---|
+| 400 | The request is not valid |
+| 401 | The key is missing or not valid |
+| 403 | The key lacks the scope, or a limit is reached |
+| 404 | The object does not exist, or belongs to another project |
+| 409 | The object's state does not allow it. A retry does not help |
+| 413 | The body is too large |
+| 429 | Too many requests. Wait for `Retry-After` seconds |
+| 5xx | A fault of the service |
+
+Creates take `Idempotency-Key`. Lists are pages: `limit` is their size, and `after` is the last id of the page before.
+
+OpenAI's checkpoint permissions are the only group of its contract that is not available here.
 
 ## Routes
 
-| route | | takes | answers |
+| route | purpose | takes | answers |
 |---|---|---|---|"""
 
 
-def document() -> dict[str, Any]:
+def document() -> JsonObject:
+    """The OpenAPI document of the service."""
     with tempfile.TemporaryDirectory() as home:
-        found: dict[str, Any] = create_app(Settings(home=Path(home))).openapi()
-    return found
+        openapi: JsonObject = create_app(Settings(home=Path(home))).openapi()
+    return openapi
 
 
-def kind(schema: dict[str, Any]) -> str:
+def kind(schema: JsonObject) -> str:
     """A schema in a few words."""
     if "$ref" in schema:
         name = schema["$ref"].split("/")[-1]
@@ -56,32 +70,35 @@ def kind(schema: dict[str, Any]) -> str:
     return " ".join([schema.get("type", "anything"), ", ".join(bounds)]).strip()
 
 
-def text(found: dict[str, Any]) -> str:
-    """The document as Markdown."""
+def text(openapi: JsonObject) -> str:
+    """The OpenAPI document as Markdown."""
     lines = [INTRODUCTION]
-    for path, methods in found["paths"].items():
+    for path, methods in openapi["paths"].items():
         for method, operation in methods.items():
             body = next(iter((operation.get("requestBody") or {}).get("content", {}).items()), None)
-            takes = [f"`{one['name']}`" for one in operation.get("parameters", []) if one["in"] == "query"]
+            takes = [
+                f"`{parameter['name']}`" for parameter in operation.get("parameters", []) if parameter["in"] == "query"
+            ]
             if body is not None:
                 takes.append(kind(body[1]["schema"]) if body[0] == "application/json" else "a form")
             answer = next(iter(operation["responses"].get("200", {}).get("content", {}).items()), ("", {}))
             schema = answer[1].get("schema")
-            given = kind(schema) if schema and answer[0] == "application/json" else f"`{answer[0]}`"
-            said = " ".join((operation.get("description") or "").split())
-            lines.append(f"| `{method.upper()} {path}` | {said} | {', '.join(takes)} | {given} |")
+            answers = kind(schema) if schema and answer[0] == "application/json" else f"`{answer[0]}`"
+            description = " ".join((operation.get("description") or "").split())
+            lines.append(f"| `{method.upper()} {path}` | {description} | {', '.join(takes)} | {answers} |")
     lines += ["", "## Objects", ""]
-    for name, schema in sorted(found["components"]["schemas"].items()):
+    for name, schema in sorted(openapi["components"]["schemas"].items()):
         lines += [f"### {name}", ""]
         if schema.get("description"):
             lines += [" ".join(schema["description"].split()), ""]
         required = set(schema.get("required", []))
-        for field, part in schema.get("properties", {}).items():
-            default = part.get("default")
+        for field, property_schema in schema.get("properties", {}).items():
+            default = property_schema.get("default")
             shown = field not in required and default not in (None, [], {})
             note = f", default `{json.dumps(default)}`" if shown else ""
-            said = " ".join(part.get("description", "").split())
-            lines.append(f"- `{field}`: {kind(part)}{note}" + (f". {said}" if said else ""))
+            description = " ".join(property_schema.get("description", "").split())
+            line = f"- `{field}`: {kind(property_schema)}{note}"
+            lines.append(f"{line}. {description}" if description else line)
         if "enum" in schema:
             lines.append(kind(schema))
         if "example" in schema:

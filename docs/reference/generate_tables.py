@@ -1,4 +1,7 @@
-"""`python docs/reference/generate_tables.py`: write losses.md and metrics.md from the registries. A test holds them."""
+"""`python docs/reference/generate_tables.py`: write losses.md and metrics.md from the registries.
+
+A test checks that both pages are up to date.
+"""
 
 from pathlib import Path
 
@@ -14,16 +17,16 @@ def losses() -> str:
         "# Losses",
         "",
         "Generated from `app/spec/losses.py`. `method.dpo.hyperparameters.loss` takes a name, or a weighted sum.",
-        "A job may set the options of its loss; what a loss does not read is refused. `coupled`: the loss of a row",
-        "depends on the other rows of its batch.",
+        "A job may set the options of its loss. Any other option is refused. `coupled`: the loss of a row depends on",
+        "the other rows of its batch. `alone`: the loss cannot be a term of a sum.",
         "",
-        "| loss | called | paper | data | reference | options and their defaults | also | |",
+        "| loss | name | paper | data | reference | options and their defaults | also takes | notes |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, loss in LOSSES.items():
         options = ", ".join(f"`{option}` {_value(default)}" for option, default in loss.options.items()) or "none"
         cells = (f"`{name}`", loss.title, loss.paper, loss.data.value, "yes" if loss.reference else "no", options)
-        lines.append(f"| {' | '.join(cells)} | {_shaping(loss)} | {_notes(loss)} |")
+        lines.append(f"| {' | '.join(cells)} | {_shared_options(loss)} | {_notes(loss)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -33,7 +36,7 @@ def _value(default: float | str | bool) -> str:
     return str(default) if isinstance(default, str) else f"{default:g}"
 
 
-def _shaping(loss: Loss) -> str:
+def _shared_options(loss: Loss) -> str:
     return ", ".join(f"`{option}`" for option in ("ld_alpha", "use_weighting") if loss.reads(option))
 
 
@@ -51,7 +54,7 @@ def metrics() -> str:
         "",
         "## Trainings",
         "",
-        "A validation reports the validated ones as `eval/NAME`. Early stopping watches one of the last column.",
+        "A validation reports the validated metrics as `eval/NAME`. Early stopping can watch those of the last column.",
         "",
         "| metric | meaning | better | unit | validated | stops early |",
         "|---|---|---|---|---|---|",
@@ -63,8 +66,8 @@ def metrics() -> str:
         "",
         "## Evaluations",
         "",
-        "A figure with an interval has `NAME/error`, `NAME/low` and `NAME/high` (95 %) beside it. Several temperatures",
-        "make `NAME@0.7` of it. The gate of a training calls it `evaluations/EVALUATION/NAME`.",
+        "A metric with an interval also has `NAME/error`, `NAME/low` and `NAME/high` (95 %). With several",
+        "temperatures, a name is `NAME@0.7`. A gate of a training names it `evaluations/EVALUATION/NAME`.",
         "",
         "| metric | meaning | better | unit | types | interval | needs |",
         "|---|---|---|---|---|---|---|",

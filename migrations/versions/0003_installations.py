@@ -1,4 +1,4 @@
-"""The name of an installation, which its object store bears too; the request that made a job"""
+"""The name of the installation, which its object store holds too; the request that created a job"""
 
 import secrets
 

@@ -1,11 +1,12 @@
 """Models and data of the acceptance tests, made here."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.service import Running, running
+from tests.helpers.service import Running, running, stack
 from tests.helpers.tiny_model import make_tiny_model
 
 
@@ -16,14 +17,34 @@ def home(tmp_path: Path) -> Path:
     return tmp_path / "home"
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """One service on the embedded default for those tests of a module that leave it running."""
-    home = tmp_path_factory.mktemp("shared") / "home"
+SETTINGS = {
+    "DPO_RATE_LIMIT": "0", "DPO_PRIVATE_WEBHOOKS": "localhost", "DPO_PRIVATE_JUDGES": "localhost", "WANDB_MODE": "offline",
+}  # fmt: skip
+
+
+@contextmanager
+def shared(home: Path, environment: dict[str, str]) -> Iterator[Running]:
     make_tiny_model(home / "models" / "tiny")
-    more = {
-        "DPO_RATE_LIMIT": "0", "DPO_PRIVATE_WEBHOOKS": "localhost", "DPO_PRIVATE_JUDGES": "localhost",
-        "WANDB_MODE": "offline", "WANDB_DIR": str(home),
-    }  # fmt: skip
-    with running(home, more) as service:
+    with running(home, {**SETTINGS, "WANDB_DIR": str(home), **environment}) as service:
         yield service
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """One service on the embedded default for all tests of a test process that leave it running."""
+    with shared(tmp_path_factory.mktemp("embedded") / "home", {}) as service:
+        yield service
+
+
+@pytest.fixture(scope="session")
+def service_on_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The same on PostgreSQL, Redis and S3."""
+    with stack("servers") as environment, shared(tmp_path_factory.mktemp("servers") / "home", environment) as service:
+        yield service
+
+
+@pytest.fixture(params=["embedded", "servers"])
+def service_on_each_stack(request: pytest.FixtureRequest) -> Running:
+    name = "service" if request.param == "embedded" else "service_on_servers"
+    service: Running = request.getfixturevalue(name)
+    return service

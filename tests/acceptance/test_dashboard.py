@@ -99,7 +99,7 @@ def test_people_follow_a_job_and_read_a_report_in_the_browser(page: Page, servic
         expect(page.locator("#charts canvas")).to_have_count(len(CHARTS))
         picture(page, "dashboard-job")
         page.goto(root)
-        expect(page.locator(".state.succeeded")).to_be_visible()
+        expect(page.locator(".state.succeeded").first).to_be_visible()
 
         page.goto(f"{root}/files/{file.id}?model=tiny")
         expect(page.get_by_role("heading", name="As tiny sees it")).to_be_visible()

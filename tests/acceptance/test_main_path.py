@@ -14,18 +14,16 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
 
 from tests.helpers.preferences import pairs, write
-from tests.helpers.service import Running, running, stack
+from tests.helpers.service import Running
 
 
-@pytest.mark.parametrize("name", ["embedded", "servers"])
 def test_upload_train_and_load_the_adapter(
-    name: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    service_on_each_stack: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with stack(name) as environment, running(home, environment) as service:
-        validation = pairs(12, seed=2)
-        adapter = train_with_the_official_client(service, tmp_path, validation)
-    # The adapter names its base by the model's name; where that is a folder is the user's affair.
-    monkeypatch.chdir(home / "models")
+    validation = pairs(12, seed=2)
+    adapter = train_with_the_official_client(service_on_each_stack, tmp_path, validation)
+    # The adapter names its base by the model's name, which is here also the name of its folder.
+    monkeypatch.chdir(service_on_each_stack.home / "models")
     log_probs_are_as_reported(adapter, validation)
 
 

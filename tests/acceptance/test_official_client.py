@@ -11,7 +11,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from tests.helpers.preferences import pairs, write
-from tests.helpers.service import Running, running, stack
+from tests.helpers.service import Running
 
 SHORT: dict[str, Any] = {
     "method": {"type": "dpo", "dpo": {"hyperparameters": {"batch_size": 8, "max_steps": 2}}},
@@ -19,13 +19,12 @@ SHORT: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", ["embedded", "servers"])
-def test_every_resource_and_error(name: str, home: Path, tmp_path: Path) -> None:
-    with stack(name) as environment, running(home, environment) as service:
-        with service.openai() as client:
-            sync(service, client, tmp_path)
-            errors(service, client)
-        asyncio.run(concurrently(service, tmp_path))
+def test_every_resource_and_error(service_on_each_stack: Running, tmp_path: Path) -> None:
+    service = service_on_each_stack.in_project("official-client")
+    with service.openai() as client:
+        sync(service, client, tmp_path)
+        errors(service_on_each_stack, client)
+    asyncio.run(concurrently(service, tmp_path))
 
 
 def sync(service: Running, client: OpenAI, folder: Path) -> None:
@@ -67,8 +66,8 @@ def sync(service: Running, client: OpenAI, folder: Path) -> None:
     service.wait_for(job.id, lambda seen: seen["status"] == "succeeded")
     assert client.fine_tuning.jobs.resume(held.id).id == held.id
     service.wait_for(held.id, lambda seen: seen["status"] == "succeeded")
-    assert [one.id for one in client.fine_tuning.jobs.list(metadata={"run": "first"})] == [job.id]
-    assert {one.id for one in client.fine_tuning.jobs.list(limit=1)} == {job.id, held.id}
+    assert [job.id for job in client.fine_tuning.jobs.list(metadata={"run": "first"})] == [job.id]
+    assert {job.id for job in client.fine_tuning.jobs.list(limit=1)} == {job.id, held.id}
     assert len(list(client.fine_tuning.jobs.list_events(job.id, limit=3))) >= 6
     (checkpoint, *_) = client.fine_tuning.jobs.checkpoints.list(job.id)
     assert checkpoint.fine_tuning_job_id == job.id
@@ -80,8 +79,8 @@ def sync(service: Running, client: OpenAI, folder: Path) -> None:
 
 def errors(service: Running, client: OpenAI) -> None:
     """Each class of the client's exceptions, with its code."""
-    keys = service.dpo("keys", "create", "--name", "reader", "--scope", "read")
-    reader = OpenAI(base_url=service.url, api_key=keys.stdout.strip(), max_retries=0)
+    created = service.dpo("keys", "create", "--name", "reader", "--scope", "read")
+    reader = OpenAI(base_url=service.url, api_key=created.stdout.strip(), max_retries=0)
     wrong = OpenAI(base_url=service.url, api_key="dpo_wrong", max_retries=0)
     ended = next(iter(client.fine_tuning.jobs.list(limit=1)))
     cases: list[tuple[type[openai.APIStatusError], str, Callable[[], object]]] = [

@@ -17,8 +17,6 @@ from tests.helpers.service import (
     body,
     create,
     held_until_asked_to_stop,
-    running,
-    stack,
     trainer_at_work,
     trainers,
 )
@@ -41,9 +39,9 @@ def ready(client: httpx2.Client, method: str, path: str, **options: Any) -> http
     return found[-1]
 
 
-@pytest.mark.parametrize("name", ["servers"])
-def test_a_pause_frees_the_gpu_and_changes_no_bit(name: str, home: Path, tmp_path: Path) -> None:
-    with stack(name) as environment, running(home, environment) as service, service.http() as http:
+def test_a_pause_frees_the_gpu_and_changes_no_bit(service_on_servers: Running, tmp_path: Path) -> None:
+    service = service_on_servers
+    with service.http() as http:
         official = service.openai()
         file = official.files.create(file=write(tmp_path / "train.jsonl", pairs(64, seed=1)), purpose="fine-tune")
         long = body(file.id, hyperparameters={"max_steps": 200, "eval_every": 200})
@@ -62,10 +60,10 @@ def test_a_pause_frees_the_gpu_and_changes_no_bit(name: str, home: Path, tmp_pat
 
         paused = create(http, **long)
         service.wait_for(paused, lambda seen: bool(seen["progress"]) and seen["progress"]["step"] >= 8)
-        with held_until_asked_to_stop(trainer_at_work(home)):
+        with held_until_asked_to_stop(trainer_at_work(service.home)):
             assert official.fine_tuning.jobs.pause(paused).id == paused
         held = service.wait_for(paused, lambda seen: seen["status"] == "queued" and seen["paused"])
-        assert not trainers(home) and held["queue_position"] is None
+        assert not trainers(service.home) and held["queue_position"] is None
         assert official.fine_tuning.jobs.checkpoints.list(paused).data, "it has where to go on from"
 
         # The GPU is free for others meanwhile.

@@ -1,7 +1,7 @@
-"""A whole service of throwaway processes, with a proxy before every server: what faults are injected into.
+"""The cluster that faults are injected into: a whole service of throwaway processes, with a proxy before every server.
 
-PostgreSQL, Redis and an S3 server; two APIs, two GPU-lane workers and one of the CPU lane, on hosts whose clocks
-differ by ten minutes where libfaketime is there to say so.
+It has PostgreSQL, Redis and an S3 server, two APIs, two GPU-lane workers and one CPU-lane worker. If libfaketime is
+installed, the clocks of its hosts differ by ten minutes.
 """
 
 import json
@@ -40,7 +40,7 @@ Line = dict[str, Any]
 
 @dataclass
 class Program:
-    """A process of the service, which the harness starts again when it has ended."""
+    """A process of the service. The harness starts it again when it has ended."""
 
     name: str
     arguments: list[str]
@@ -73,12 +73,12 @@ class Program:
 
 
 class Logs:
-    """What all programs have logged, each line with the time when it was seen here: their own clocks are off."""
+    """The log lines of all programs, each with the time of its arrival here. The programs' own clocks are wrong."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.lines: list[Line] = []
-        self._places: dict[Path, int] = {}
+        self._offsets: dict[Path, int] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._thread.start()
@@ -91,38 +91,38 @@ class Logs:
         while not self._stop.wait(0.05):
             for path in self.folder.glob("*.log"):
                 with path.open("rb") as file:
-                    file.seek(self._places.get(path, 0))
+                    file.seek(self._offsets.get(path, 0))
                     for raw in file:
                         if not raw.endswith(b"\n"):
                             break
-                        self._places[path] = self._places.get(path, 0) + len(raw)
-                        self.lines.append({"seen": time.monotonic(), "program": path.stem} | _parsed(raw))
+                        self._offsets[path] = self._offsets.get(path, 0) + len(raw)
+                        self.lines.append({"seen_at": time.monotonic(), "program": path.stem} | _parsed(raw))
 
-    def find(self, wanted: Callable[[Line], bool], since: float = 0.0) -> Line | None:
-        """The first line since a time that is wanted."""
+    def find(self, matches: Callable[[Line], bool], since: float = 0.0) -> Line | None:
+        """The first matching line since a time."""
         lines = self.lines
-        first = bisect_left(lines, since, hi=len(lines), key=itemgetter("seen"))
-        return next((line for line in islice(lines, first, len(lines)) if wanted(line)), None)
+        first = bisect_left(lines, since, hi=len(lines), key=itemgetter("seen_at"))
+        return next((line for line in islice(lines, first, len(lines)) if matches(line)), None)
 
-    def wait(self, wanted: Callable[[Line], bool], since: float = 0.0, seconds: float = 60.0) -> Line | None:
-        """The same, waited for; None where it does not come."""
+    def wait(self, matches: Callable[[Line], bool], since: float = 0.0, seconds: float = 60.0) -> Line | None:
+        """Wait for the first matching line since a time. None if it does not come within `seconds`."""
         deadline = time.monotonic() + seconds
-        while (found := self.find(wanted, since)) is None and time.monotonic() < deadline:
+        while (line := self.find(matches, since)) is None and time.monotonic() < deadline:
             time.sleep(0.05)
-        return found
+        return line
 
 
 def _parsed(raw: bytes) -> Line:
     try:
-        found = json.loads(raw)
+        parsed = json.loads(raw)
     except ValueError:
-        found = raw.decode(errors="replace").strip()
-    return found if isinstance(found, dict) else {"event": str(found)}
+        parsed = raw.decode(errors="replace").strip()
+    return parsed if isinstance(parsed, dict) else {"event": str(parsed)}
 
 
 @dataclass
 class Cluster:
-    """The running parts. `home` is the folder of everything that they write to this machine's disk."""
+    """The running parts. They write everything into the folder `home`."""
 
     home: Path
     postgres: Server
@@ -136,7 +136,7 @@ class Cluster:
     """Between the clients and the first API."""
     logs: Logs
     services: Services
-    """On the servers themselves, past the proxies: what is true."""
+    """Connected to the servers directly, past the proxies: the ground truth."""
     programs: dict[str, Program]
     fakes_time: bool
     small_disks: bool
@@ -160,13 +160,13 @@ class Cluster:
                 wait_until(partial(_answers, port), name)
 
     def set_clock(self, seconds: float) -> None:
-        """Let the database's clock be wrong by so much."""
+        """Make the database's clock wrong by `seconds`."""
         with self.sql() as connection:
             connection.execute("UPDATE clock_error SET seconds = %s", [seconds])
 
     @contextmanager
     def embedded(self) -> Iterator[Running]:
-        """Another service, on the embedded default, with a small disk for all that it has."""
+        """Another service, on the embedded stack, with all its data on one small disk."""
         with _small_disk(self.home / "embedded"):
             shutil.copytree(self.home / "models", self.home / "embedded" / "models")
             with running(self.home / "embedded", {"DPO_RATE_LIMIT": "0"}) as service:
@@ -187,7 +187,7 @@ def _answers(port: int) -> bool:
 
 @contextmanager
 def cluster(home: Path, gpus: int = 2) -> Iterator[Cluster]:
-    """Start everything; end everything."""
+    """Start all parts, and end them after the block."""
     models, logs = make_tiny_model(home / "models" / "tiny").parent, home / "logs"
     logs.mkdir()
     with ExitStack() as stack:
@@ -199,7 +199,7 @@ def cluster(home: Path, gpus: int = 2) -> Iterator[Cluster]:
         targets = {"database": postgres.port, "api_database": postgres.port, "broker": redis.port, "objects": s3_port}
         proxies = {name: stack.enter_context(Proxy(name, target)) for name, target in targets.items()}
         front = stack.enter_context(Proxy("front", api_port))
-        # What obstore reads in this process, which looks past the proxies.
+        # obstore reads these in this process, which connects past the proxies.
         os.environ.update({name: value for name, value in storage.items() if name.startswith("AWS_")})
         shared = os.environ | {
             "DPO_ADMIN_KEY": ADMIN_KEY,
@@ -226,10 +226,14 @@ def cluster(home: Path, gpus: int = 2) -> Iterator[Cluster]:
 
         def add(name: str, arguments: list[str], skew: int = 0, **more: str) -> None:
             database = proxies["api_database" if name.startswith("api") else "database"]
-            own = {"DPO_HOME": str(home / name), "DPO_DATABASE_URL": postgres_url(database.port), **more}
+            variables = {"DPO_HOME": str(home / name), "DPO_DATABASE_URL": postgres_url(database.port), **more}
             if skew and FAKETIME is not None:
-                own |= {"LD_PRELOAD": str(FAKETIME), "FAKETIME": f"{skew:+d}s", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
-            programs[name] = Program(name, arguments, shared | own, logs / f"{name}.log")
+                variables |= {
+                    "LD_PRELOAD": str(FAKETIME),
+                    "FAKETIME": f"{skew:+d}s",
+                    "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+                }
+            programs[name] = Program(name, arguments, shared | variables, logs / f"{name}.log")
 
         add("api-1", ["-m", "app.cli.main", "api"], DPO_PORT=str(api_port))
         add("api-2", ["-m", "app.cli.main", "api"], 300, DPO_PORT=str(other_port))
@@ -237,17 +241,17 @@ def cluster(home: Path, gpus: int = 2) -> Iterator[Cluster]:
             add(f"gpu-{number}", ["-m", "worker", "gpu"], (-1) ** number * 300)
         disks = [stack.enter_context(_small_disk(home / name / "work")) for name in programs if name.startswith("gpu")]
         add("cpu-1", ["-m", "worker", "cpu"])
-        found = Cluster(
+        running_cluster = Cluster(
             home=home, postgres=postgres, redis=redis, front=front, logs=Logs(logs), services=services,
             programs=programs, fakes_time=FAKETIME is not None, small_disks=all(disks), **proxies,
         )  # fmt: skip
-        stack.callback(found.logs.close)
-        _make_clock(found)
+        stack.callback(running_cluster.logs.close)
+        _make_clock(running_cluster)
         try:
-            found.revive()
-            yield found
+            running_cluster.revive()
+            yield running_cluster
         finally:
-            for proxy in found.proxies:
+            for proxy in running_cluster.proxies:
                 proxy.heal()
             for program in programs.values():
                 program.signal(signal.SIGCONT)
@@ -261,7 +265,7 @@ def cluster(home: Path, gpus: int = 2) -> Iterator[Cluster]:
 
 @contextmanager
 def _small_disk(folder: Path) -> Iterator[bool]:
-    """Mount a file system of 64 MB on `folder`; yields whether this process may."""
+    """Mount a file system of 64 MB on `folder`; yields whether this process may mount."""
     folder.mkdir(parents=True, exist_ok=True)
     command = ["mount", "-t", "tmpfs", "-o", "size=64m", "dpo-faults", str(folder)]
     mounted = subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
@@ -272,9 +276,9 @@ def _small_disk(folder: Path) -> Iterator[bool]:
             subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-def _make_clock(found: Cluster) -> None:
-    """Put a clock that can be set before PostgreSQL's own: a function of the same name, found first."""
-    with found.sql() as connection:
+def _make_clock(running_cluster: Cluster) -> None:
+    """Put a clock that can be set before PostgreSQL's own: a function of the same name in an earlier schema."""
+    with running_cluster.sql() as connection:
         connection.execute("CREATE TABLE clock_error (seconds double precision NOT NULL)")
         connection.execute("INSERT INTO clock_error VALUES (0)")
         connection.execute(
@@ -285,17 +289,17 @@ def _make_clock(found: Cluster) -> None:
 
 
 def processes(home: Path) -> list[int]:
-    """Processes of the service that work for `home`, by what their environment or their folder says."""
-    found = []
+    """Pids of the service's processes that belong to `home`, by their environment or working folder."""
+    pids = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
                 environment = (entry / "environ").read_bytes()
-                place = str((entry / "cwd").readlink())
+                folder = str((entry / "cwd").readlink())
                 command = (entry / "cmdline").read_bytes()
             except OSError:
                 continue
-            ours = f"DPO_HOME={home}".encode() in environment or place.startswith(str(home))
-            if ours and (b"worker" in command or b"app.cli" in command):
-                found.append(int(entry.name))
-    return found
+            belongs_to_service = f"DPO_HOME={home}".encode() in environment or folder.startswith(str(home))
+            if belongs_to_service and (b"worker" in command or b"app.cli" in command):
+                pids.append(int(entry.name))
+    return pids

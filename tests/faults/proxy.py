@@ -1,4 +1,4 @@
-"""A TCP proxy that can misbehave: it stands between a service and a server it needs, and cuts, holds or spoils."""
+"""A TCP proxy between a service and one of its servers. It can cut, hold, slow down or spoil connections."""
 
 import asyncio
 import re
@@ -13,7 +13,7 @@ BUSY = b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\
 
 @dataclass(eq=False)
 class Connection:
-    """A client's connection, and the last HTTP request on it, if it speaks HTTP."""
+    """A client's connection, and its last HTTP request if it speaks HTTP."""
 
     client: asyncio.StreamWriter
     server: asyncio.StreamWriter
@@ -30,12 +30,12 @@ class Connection:
 
 
 Spoil = Callable[[Connection, bool, bytes], bool]
-"""(connection, whether from the client, what came) → whether to cut the connection instead of passing it on."""
+"""(connection, whether from the client, bytes) → whether to cut the connection instead of passing the bytes on."""
 
 
 @dataclass
 class Proxy:
-    """Listens on `port` of 127.0.0.1 for a server on `target`. Its knobs may be turned from any thread."""
+    """Listens on `port` of 127.0.0.1 for a server on `target`. Its settings may be changed from any thread."""
 
     name: str
     target: int
@@ -48,7 +48,7 @@ class Proxy:
     """Bytes a second for each connection and direction."""
     spoil: Spoil | None = None
     struck: list[tuple[float, str]] = field(default_factory=list)
-    """(monotonic time, request or name) of what was cut, held or spoiled: the proxy's log."""
+    """The proxy's log: (monotonic time, request or name) of each disturbance."""
     _connections: set[Connection] = field(default_factory=set)
     _held: bool = False
 
@@ -68,24 +68,24 @@ class Proxy:
 
     def cut(self) -> int:
         """Reset all open connections; returns how many there were."""
-        found = list(self._connections)
-        for connection in found:
-            self._tell(connection)
+        connections = list(self._connections)
+        for connection in connections:
+            self._record(connection)
             self._call(connection.cut)
-        return len(found)
+        return len(connections)
 
     def hold(self, held: bool) -> None:
-        """Pass nothing on until told otherwise: packets that are lost, without a word."""
+        """Pass nothing on until released, as if all packets were lost."""
         self._held = held
         self._call(self._gate.clear if held else self._gate.set)
 
     def heal(self) -> None:
-        """Behave again."""
+        """End all disturbances."""
         self.refuse = self.busy = False
         self.rate = self.spoil = None
         self.hold(False)
 
-    def _tell(self, connection: Connection) -> None:
+    def _record(self, connection: Connection) -> None:
         self.struck.append((time.monotonic(), connection.request or self.name))
 
     def _call(self, work: Callable[[], object]) -> None:
@@ -136,24 +136,24 @@ class Proxy:
     ) -> None:
         while chunk := await reader.read(65536):
             if upstream:
-                if found := REQUEST.match(chunk):
-                    connection.request, connection.passed = b" ".join(found.groups()).decode(), 0
+                if match := REQUEST.match(chunk):
+                    connection.request, connection.passed = b" ".join(match.groups()).decode(), 0
                 connection.passed += len(chunk)
             if self._held:
-                self._tell(connection)
+                self._record(connection)
                 await self._gate.wait()
             if self.busy and upstream:
-                self._tell(connection)
+                self._record(connection)
                 connection.client.write(BUSY)
                 await connection.client.drain()
                 break
             if self.spoil is not None and self.spoil(connection, upstream, chunk):
-                self._tell(connection)
+                self._record(connection)
                 connection.cut()
             if connection.broken:
                 break
             if self.rate is not None:
-                self._tell(connection)
+                self._record(connection)
                 await asyncio.sleep(len(chunk) / self.rate)
             writer.write(chunk)
             await writer.drain()

@@ -8,24 +8,28 @@ from typing import Any
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """Markdown: a row for each fault with how often it struck, what was wrong after it, and how long recovery took."""
-    parts, minutes = [part for run in runs for part in run["parts"]], sum(run["seconds"] for run in runs) / 60
-    strikes = [strike for part in parts for strike in part["strikes"]]
-    misses = Counter(name for part in parts for name in part["misses"])
-    problems = [problem for part in parts for problem in part["problems"]]
+    """Markdown: a row for each fault with its number of strikes, the problems after it, and the times of recovery."""
+    outcomes, minutes = [outcome for run in runs for outcome in run["parts"]], sum(run["seconds"] for run in runs) / 60
+    strikes = [strike for outcome in outcomes for strike in outcome["strikes"]]
+    misses = Counter(name for outcome in outcomes for name in outcome["misses"])
+    problems = [problem for outcome in outcomes for problem in outcome["problems"]]
     counted = Counter[str]()
-    for part in parts:
-        counted.update(part["counted"])
+    for outcome in outcomes:
+        counted.update(outcome["counted"])
     lines = [
         "| fault | times | lost, twice or wrong | recovery p50 | p99 | a line that shows a strike |",
         "|---|---:|---:|---:|---:|---|",
     ]
     for fault in sorted({strike["fault"] for strike in strikes}):
-        of = [strike for strike in strikes if strike["fault"] == fault]
-        wrong = sum(bool(strike["wrong"]) for strike in of)
-        times = [strike["recovery"] for strike in of if strike["recovery"] is not None]
-        middle, worst = (f"{statistics.median(times):.1f} s", f"{quantile(times):.1f} s") if times else ("", "")
-        lines.append(f"| {fault} | {len(of)} | {wrong} | {middle} | {worst} | {of[0]['evidence'][:120]} |")
+        strikes_of_fault = [strike for strike in strikes if strike["fault"] == fault]
+        wrong_count = sum(bool(strike["wrong"]) for strike in strikes_of_fault)
+        recoveries = [strike["recovery"] for strike in strikes_of_fault if strike["recovery"] is not None]
+        median, percentile_99 = (
+            (f"{statistics.median(recoveries):.1f} s", f"{quantile(recoveries):.1f} s") if recoveries else ("", "")
+        )
+        lines.append(
+            f"| {fault} | {len(strikes_of_fault)} | {wrong_count} | {median} | {percentile_99} | {strikes_of_fault[0]['evidence'][:120]} |"
+        )
     lines += [
         "",
         f"{len(strikes)} strikes in {minutes:.0f} minutes on {os.cpu_count()} cores ({platform.machine()}), "
@@ -34,15 +38,15 @@ def table(runs: list[dict[str, Any]]) -> str:
         "",
         "At the end: " + ", ".join(f"{name} {number}" for name, number in sorted(counted.items())) + ".",
         "",
-        "Hosts' clocks ten minutes apart: " + ("yes." if all(part["fakes_time"] for part in parts) else "no."),
+        "Hosts' clocks ten minutes apart: " + ("yes." if all(outcome["fakes_time"] for outcome in outcomes) else "no."),
     ]
-    for part in parts:
-        lines += [f"Not run here, for want of {lack}: {fault}." for fault, lack in part["lacking"].items()]
+    for outcome in outcomes:
+        lines += [f"Not run here: {fault}. It needs {lack}." for fault, lack in outcome["lacking"].items()]
     lines += ["", *(f"- WRONG: {problem}" for problem in problems)] if problems else ["", "Nothing was wrong."]
     return "\n".join(lines)
 
 
 def quantile(values: list[float]) -> float:
-    """The 99th percentile; of few values the greatest."""
+    """The 99th percentile; the maximum if there are few values."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]

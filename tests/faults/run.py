@@ -1,4 +1,4 @@
-"""One cluster's share of a fault run: fault after fault into trainings that go on, and everything checked at the end."""
+"""One cluster's share of a fault run: faults are injected into trainings one by one, and everything is checked."""
 
 import json
 import math
@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -27,14 +26,14 @@ from tests.helpers.servers import wait_until
 
 PRUNE_SECONDS, GRACE_SECONDS = 30.0, 120.0
 TRIES = 5
-"""For a fault that struck too late or changed nothing: that does not count, and it is tried again."""
+"""Tries of a fault. A try that comes too late or changes nothing does not count as a strike."""
 
 
 @dataclass
-class Found:
-    """What one cluster saw: strikes by fault, what was wrong, and what was counted at the end."""
+class ClusterOutcome:
+    """The outcome of one cluster: its strikes, its problems, and the counts at the end."""
 
-    strikes: list[dict[str, Any]] = field(default_factory=list)
+    strikes: list[dict[str, object]] = field(default_factory=list)
     misses: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     lacking: dict[str, str] = field(default_factory=dict)
@@ -42,80 +41,80 @@ class Found:
     fakes_time: bool = False
 
 
-def inject(plan: list[str], seed: int, minutes: float = math.inf) -> Found:
-    """Inject the faults of `plan` one after the other into a cluster of its own, those that it comes to in `minutes`."""
-    found, deadline = Found(), time.monotonic() + 60 * minutes
+def inject(plan: list[str], seed: int, minutes: float = math.inf) -> ClusterOutcome:
+    """Inject the faults of `plan` one by one into a new cluster, as many as `minutes` allow."""
+    outcome, deadline = ClusterOutcome(), time.monotonic() + 60 * minutes
     with tempfile.TemporaryDirectory(prefix="dpo-faults-", ignore_cleanup_errors=True) as name:
         home = Path(name)
-        with _kept(home / "logs", found), cluster(home) as parts:
-            found.fakes_time = parts.fakes_time
-            found.lacking = {fault: lack for fault in set(plan) if (lack := missing(fault, parts))}
-            workload = Workload(parts, random.Random(seed))
+        with _keep_logs(home / "logs", outcome), cluster(home) as running_cluster:
+            outcome.fakes_time = running_cluster.fakes_time
+            outcome.lacking = {fault: lack for fault in set(plan) if (lack := missing(fault, running_cluster))}
+            workload = Workload(running_cluster, random.Random(seed))
             workload.prepare()
-            left = [fault for fault in plan if fault not in found.lacking]
+            remaining = [fault for fault in plan if fault not in outcome.lacking]
             stop = threading.Event()
             pruner = threading.Thread(target=_prune, args=(workload, stop))
             pruner.start()
-            while left and time.monotonic() < deadline:
-                _one_training(left, parts, workload, found)
-                print(f"cluster {seed}: {len(left)} of {len(plan)} faults left", file=sys.stderr, flush=True)
+            while remaining and time.monotonic() < deadline:
+                _one_training(remaining, running_cluster, workload, outcome)
+                print(f"cluster {seed}: {len(remaining)} of {len(plan)} faults left", file=sys.stderr, flush=True)
             stop.set()
             pruner.join()
-            found.counted = workload.check_all()
+            outcome.counted = workload.check_all()
             workload.close()
-            found.problems += workload.problems
-        if outlived := orphans(parts):
-            found.problems.append(f"processes that outlived the service: {outlived}")
-    return found
+            outcome.problems += workload.problems
+        if outlived := orphans(running_cluster):
+            outcome.problems.append(f"processes that outlived the service: {outlived}")
+    return outcome
 
 
 def _prune(workload: Workload, stop: threading.Event) -> None:
-    """Sweep beside all that goes wrong, as workers do every hour; PostgreSQL may be away."""
+    """Prune again and again beside the faults, as workers do every hour. PostgreSQL may be unavailable."""
     while not stop.wait(PRUNE_SECONDS):
         with suppress(SQLAlchemyError):
             prune(workload.cluster.services, delete=True, grace=GRACE_SECONDS)
 
 
 @contextmanager
-def _kept(logs: Path, found: Found) -> Iterator[None]:
-    """Copy the logs of a run in which something was wrong, and say so where the run itself breaks off."""
+def _keep_logs(logs: Path, outcome: ClusterOutcome) -> Iterator[None]:
+    """Copy the logs of a run that had problems. A run that breaks off is itself a problem."""
     try:
         yield
     except Exception as error:
-        found.problems.append(f"the run broke off: {type(error).__name__}: {error}")
-    if found.problems:
-        kept = Path(tempfile.mkdtemp(prefix="dpo-faults-logs-"))
-        shutil.copytree(logs, kept, dirs_exist_ok=True)
-        found.problems.append(f"logs kept in {kept}")
+        outcome.problems.append(f"the run broke off: {type(error).__name__}: {error}")
+    if outcome.problems:
+        copy = Path(tempfile.mkdtemp(prefix="dpo-faults-logs-"))
+        shutil.copytree(logs, copy, dirs_exist_ok=True)
+        outcome.problems.append(f"logs kept in {copy}")
 
 
-def _one_training(left: list[str], parts: Cluster, workload: Workload, found: Found) -> None:
-    """Disturb one training until it has ended or there are no faults `left`, and check what it made."""
-    job, strikes = workload.submit(), list[dict[str, Any]]()
-    before = len(workload.problems)
-    while left and (attempt := _at_work(job, workload)) is not None:
+def _one_training(remaining: list[str], running_cluster: Cluster, workload: Workload, outcome: ClusterOutcome) -> None:
+    """Disturb one training until it has ended or no faults remain, and check its result."""
+    job, strikes = workload.submit(), list[dict[str, object]]()
+    problems_before = len(workload.problems)
+    while remaining and (attempt := _at_work(job, workload)) is not None:
         time.sleep(workload.random.uniform(0.0, 1.5))
-        strike = _strike(left[0], Scene(parts, workload, workload.random, attempt))
+        strike = _strike(remaining[0], Scene(running_cluster, workload, workload.random, attempt))
         if strike is None:
-            found.misses.append(left[0])
-            if Counter(found.misses)[left[0]] % TRIES == 0:
-                print(f"{left[0]}: does not strike", file=sys.stderr, flush=True)
-                left.pop(0)
+            outcome.misses.append(remaining[0])
+            if Counter(outcome.misses)[remaining[0]] % TRIES == 0:
+                print(f"{remaining[0]}: does not strike", file=sys.stderr, flush=True)
+                remaining.pop(0)
         else:
             strikes.append(strike)
-            left.pop(0)
+            remaining.pop(0)
     workload.check(job)
-    wrong = workload.problems[before:]
+    new_problems = workload.problems[problems_before:]
     for strike in strikes:
-        strike["wrong"] = wrong
-    if wrong:
-        print(json.dumps([[strike["fault"] for strike in strikes], wrong]), file=sys.stderr, flush=True)
-    found.strikes += strikes
+        strike["wrong"] = new_problems
+    if new_problems:
+        print(json.dumps([[strike["fault"] for strike in strikes], new_problems]), file=sys.stderr, flush=True)
+    outcome.strikes += strikes
 
 
 def _at_work(job: str, workload: Workload) -> Attempt | None:
-    """The attempt that trains now and has got further than the one before it; None where the job has ended."""
-    seen: list[Attempt] = []
+    """The attempt that trains now and has made progress. None if the job has ended."""
+    attempts: list[Attempt] = []
 
     def progress() -> bool:
         row = workload.row(job)
@@ -123,15 +122,15 @@ def _at_work(job: str, workload: Workload) -> Attempt | None:
             return True
         if row.status == "running" and row.lost_attempts == 0 and row.progress:
             attempt = workload.started(job, row.attempt, seconds=0)
-            seen.extend([attempt] if attempt else [])
-        return bool(seen)
+            attempts.extend([attempt] if attempt else [])
+        return bool(attempts)
 
     wait_until(progress, f"progress of {job}")
-    return seen[-1] if seen else None
+    return attempts[-1] if attempts else None
 
 
-def _strike(fault: str, scene: Scene) -> dict[str, Any] | None:
-    """Inject one fault, make everything whole again, and see that the training goes on as it should."""
+def _strike(fault: str, scene: Scene) -> dict[str, object] | None:
+    """Inject one fault, undo all disturbances, and check that the training goes on."""
     workload, job = scene.workload, scene.attempt.job
     try:
         strike = FAULTS[fault](scene)
@@ -145,15 +144,15 @@ def _strike(fault: str, scene: Scene) -> dict[str, Any] | None:
     scene.cluster.revive()
     if strike is None:
         return None
-    for other in strike.more:
-        workload.check(other)
+    for other_job in strike.other_jobs:
+        workload.check(other_job)
     if strike.same_attempt:
-        after = time.monotonic()
+        healed_at = time.monotonic()
         step = (workload.row(job).progress or {}).get("step", 0)
 
         def went_on() -> bool:
             row = workload.row(job)
-            moved = (row.progress or {}).get("step", 0) > step and time.monotonic() > after
+            moved = (row.progress or {}).get("step", 0) > step and time.monotonic() > healed_at
             return row.status not in ACTIVE or row.attempt != scene.attempt.number or moved
 
         wait_until(went_on, f"{job} to go on after {fault}")

@@ -1,4 +1,4 @@
-"""What a fault sees of the training that it strikes, and what it says of its strike."""
+"""The training that a fault strikes, and the strike that the fault reports."""
 
 import time
 from collections.abc import Callable
@@ -14,14 +14,14 @@ HANDED_BACK = "The worker stops; the job will resume."
 
 @dataclass
 class Strike:
-    """That a fault has struck: the line that shows it, and seconds from a kill to the next attempt's process."""
+    """A fault that has struck: the log line that proves it, and seconds from a kill to the next attempt's process."""
 
     evidence: str
     recovery: float | None = None
     same_attempt: bool = False
-    """The training must have gone on as if nothing had been."""
-    more: list[str] = field(default_factory=list)
-    """Other jobs that it made, which must succeed."""
+    """The training must go on in the same attempt."""
+    other_jobs: list[str] = field(default_factory=list)
+    """Other jobs that the fault created. They must succeed."""
 
 
 @dataclass
@@ -42,30 +42,30 @@ class Scene:
         return self.workload.row(self.attempt.job).status in ACTIVE
 
     def line(self, *events: str, seconds: float = 60.0, job: bool = True) -> Line | None:
-        """The next line of one of `events`, about this job unless said otherwise."""
+        """The next log line of one of `events`; a line about this job, unless `job` is false."""
 
-        def wanted(line: Line) -> bool:
+        def matches(line: Line) -> bool:
             return str(line.get("event", "")).startswith(events) and (not job or line.get("job") == self.attempt.job)
 
-        return self.cluster.logs.wait(wanted, self.began, seconds)
+        return self.cluster.logs.wait(matches, self.began, seconds)
 
     def next_attempt(self, seconds: float = 90.0) -> float | None:
         """Seconds from the strike to the next attempt's process."""
-        found = self.workload.started(self.attempt.job, self.attempt.number + 1, seconds)
-        return None if found is None else found.seen - self.began
+        attempt = self.workload.started(self.attempt.job, self.attempt.number + 1, seconds)
+        return None if attempt is None else attempt.seen_at - self.began
 
     def after_next_attempt(self, line: Line | None, recovery: bool = True) -> Strike | None:
-        """The strike that `line` shows, once another attempt runs."""
+        """The strike that `line` proves, once another attempt runs."""
         if line is None:
             return None
         seconds = self.next_attempt()
         if seconds is None:
             self.workload.problems.append(f"{self.attempt.job}: no new attempt after {line['event']}")
-        return Strike(shown(line), seconds if recovery else None)
+        return Strike(evidence_of(line), seconds if recovery else None)
 
 
-def shown(line: Line) -> str:
-    """A line as evidence."""
+def evidence_of(line: Line) -> str:
+    """A log line as evidence in the report."""
     return f"{line['program']}: {line.get('event')} ({line.get('job', 'no job named')})"
 
 

@@ -1,8 +1,8 @@
-"""`python -m tests.faults.soak --minutes 30`: a service that works on and on must not grow.
+"""`python -m tests.faults.soak --minutes 30`: a service that works steadily must not grow.
 
-`dpo serve` on the embedded default; a client uploads, trains, follows, downloads and deletes, again and again. Every few
-seconds the memory, file handles and threads of each process are read, and the rows and objects that are there for each job
-that was made. Exit status: 0 where the last quarter is as the second was.
+`dpo serve` runs on the embedded stack. A client uploads, trains, streams, downloads and deletes, again and again. After
+each job the memory, file handles and threads of each process are read. So are the rows and objects for each job. Exit
+status: 0 if nothing has grown from the second quarter to the last.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from tests.helpers.service import Running, lanes, running
 from tests.helpers.tiny_model import make_tiny_model
 
 GROWTH = 1.05
-"""Of a process's memory from the second quarter to the last: what an allocator's fragments may do."""
+"""Permitted growth from the second quarter to the last. An allocator's fragments cause some."""
 Sample = dict[str, float]
 
 
@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def soak(service: Running, minutes: float) -> tuple[list[Sample], int]:
-    """Work for so long; returns what was sampled, and how many jobs were made."""
+    """Work for `minutes`; returns the samples and the number of jobs."""
     deadline, samples, jobs = time.monotonic() + 60 * minutes, list[Sample](), 0
     client = service.openai()
     content = "\n".join(json.dumps(row) for row in pairs(24, seed=4)).encode()
@@ -71,7 +71,7 @@ def soak(service: Running, minutes: float) -> tuple[list[Sample], int]:
             with http.stream("GET", f"/fine_tuning/jobs/{job.id}/stream") as stream:
                 for _ in stream.iter_bytes():
                     pass
-            ended = service.wait_for(job.id, lambda seen: seen["status"] == "succeeded")
+            ended = service.wait_for(job.id, lambda state: state["status"] == "succeeded")
             http.get(f"/models/{ended['fine_tuned_model']}/download").raise_for_status()
             http.get("/fine_tuning/jobs").raise_for_status()
             http.get("/dashboard")
@@ -89,34 +89,34 @@ def _gone(path: Path) -> bool:
 
 
 def _sample(service: Running, jobs: int) -> Sample:
-    parts = {
+    pids = {
         "supervisor": service.process.pid,
         "GPU lane": lanes(service, "gpu")[0],
         "CPU lane": lanes(service, "cpu")[0],
     }
     children = Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children").read_text().split()
-    parts["API"] = next(int(pid) for pid in children if int(pid) not in parts.values())
-    found: Sample = {}
-    for name, pid in parts.items():
+    pids["API"] = next(int(pid) for pid in children if int(pid) not in pids.values())
+    sample: Sample = {}
+    for name, pid in pids.items():
         status = dict(
             line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line
         )
-        found[f"{name}: MB of memory"] = int(status["VmRSS"].split()[0]) / 1024
-        found[f"{name}: file handles"] = len(list(Path(f"/proc/{pid}/fd").iterdir()))
-        found[f"{name}: threads"] = int(status["Threads"])
+        sample[f"{name}: MB of memory"] = int(status["VmRSS"].split()[0]) / 1024
+        sample[f"{name}: file handles"] = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+        sample[f"{name}: threads"] = int(status["Threads"])
     database = sqlite3.connect(service.home / "dpo.sqlite3")
     for (table,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
         if not table.startswith("sqlite_"):
             (rows,) = database.execute(f'SELECT count(*) FROM "{table}"').fetchone()
-            found[f"rows of {table} for each job"] = rows / jobs
+            sample[f"rows of {table} for each job"] = rows / jobs
     database.close()
     storage = Services.of(Settings(home=service.home)).storage
-    found["objects for each job"] = (
-        sum(len(storage.list(part)) for part in ("files", "jobs", "uploads", "merged")) / jobs
+    sample["objects for each job"] = (
+        sum(len(storage.list(prefix)) for prefix in ("files", "jobs", "uploads", "merged")) / jobs
     )
-    found["objects of the cache"] = len(storage.list("cache"))
-    found["folders of work"] = len(list((service.home / "work").iterdir()))
-    return found
+    sample["objects of the cache"] = len(storage.list("cache"))
+    sample["folders of work"] = len(list((service.home / "work").iterdir()))
+    return sample
 
 
 if __name__ == "__main__":

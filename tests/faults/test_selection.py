@@ -1,4 +1,4 @@
-"""A fault of each kind, always the same ones, into one training: `make faults` does all of them many times."""
+"""One fault of each kind, always the same ones. `make faults` injects all faults many times."""
 
 import subprocess
 import sys
@@ -12,16 +12,16 @@ SELECTION = [
 
 
 def test_faults_cost_time_and_nothing_else() -> None:
-    """As a program of its own, whose proxies and object store are not this process's."""
+    """Run as a separate program, which has its own proxies and object store."""
     arguments = ["--only", *SELECTION, "--times", "1", "--parallel", "1", "--seed", "3"]
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "tests.faults", *arguments],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         timeout=600,
     )
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert "Nothing was wrong." in done.stdout
+    assert completed.returncode == 0, completed.stdout + completed.stderr[-3000:]
+    assert "Nothing was wrong." in completed.stdout
     for fault in SELECTION:
-        assert f"| {fault} | 1 | 0 |" in done.stdout, done.stdout
+        assert f"| {fault} | 1 | 0 |" in completed.stdout, completed.stdout

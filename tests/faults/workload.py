@@ -1,4 +1,4 @@
-"""Jobs that are submitted until the service says yes, and what has to be true of them afterwards."""
+"""Jobs that are submitted until the service accepts them, and the checks of their outcome."""
 
 import csv
 import hashlib
@@ -50,7 +50,7 @@ SHORT = LONG | {
 
 @dataclass(frozen=True)
 class Result:
-    """What a training made: its adapter's bytes by hash, and what it measured, without what time decides."""
+    """Hashes of a training's adapter, and of its metrics that do not depend on time."""
 
     adapter: str
     metrics: str
@@ -58,28 +58,28 @@ class Result:
 
 @dataclass
 class Attempt:
-    """A trainer that runs: whose it is, and its process."""
+    """A running trainer: its job, attempt, worker and process."""
 
     job: str
     number: int
     program: str
     pid: int
-    seen: float
+    seen_at: float
 
 
 @dataclass
 class Workload:
-    """A client that does not give up: what it was promised is in `accepted`."""
+    """A client that does not give up. `accepted` holds the jobs that the service has accepted."""
 
     cluster: Cluster
     random: random.Random
     accepted: list[str] = field(default_factory=list)
-    asked: dict[str, float] = field(default_factory=dict)
-    """When each of the accepted jobs was first asked for."""
+    requested_at: dict[str, float] = field(default_factory=dict)
+    """The time of the first request for each accepted job."""
     short: set[str] = field(default_factory=set)
-    """Those of the accepted jobs that are `SHORT`."""
+    """The accepted jobs that are `SHORT`."""
     expected: dict[bool, Result] = field(default_factory=dict)
-    """Of an undisturbed training, by whether it is short."""
+    """The result of an undisturbed training, by whether it is short."""
     problems: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -92,7 +92,7 @@ class Workload:
         self.http.close()
 
     def prepare(self) -> None:
-        """Upload the pairs, and see what an undisturbed training makes of them."""
+        """Upload the pairs, and record the results of undisturbed trainings."""
         content = "\n".join(json.dumps(row) for row in pairs(40, seed=5)).encode()
         wait_until(lambda: self.http.get("/models").json()["data"], "the base model")
         answer = self.http.post(
@@ -105,8 +105,8 @@ class Workload:
             self.expected[short] = self.result(job)
 
     def submit(self, *, short: bool = False, priority: int = 0) -> str:
-        """Create a job, whatever it takes: the same idempotency key until the service answers."""
-        headers, asked = {"Idempotency-Key": new_id("key")}, time.monotonic()
+        """Create a job. The request is repeated with the same idempotency key until the service answers."""
+        headers, requested_at = {"Idempotency-Key": new_id("key")}, time.monotonic()
         body = (SHORT if short else LONG) | {"training_file": self.file, "priority": priority}
 
         def created() -> bool:
@@ -118,7 +118,7 @@ class Workload:
             return True
 
         wait_until(created, "a new job")
-        self.asked[self.accepted[-1]] = asked
+        self.requested_at[self.accepted[-1]] = requested_at
         if short:
             self.short.add(self.accepted[-1])
         return self.accepted[-1]
@@ -126,10 +126,10 @@ class Workload:
     def cancel(self, job: str) -> None:
         wait_until(lambda: self.http.post(f"/fine_tuning/jobs/{job}/cancel").status_code in (200, 409), "cancelling")
 
-    # -- what is seen of a job ---------------------------------------------------------------------------------
+    # -- observations of a job ---------------------------------------------------------------------------------
 
     def row(self, job: str) -> Job:
-        """As the database has it, asked past all proxies."""
+        """The job's row, read past all proxies."""
         with self.cluster.services.database.read() as session:
             return session.get_one(Job, job)
 
@@ -140,81 +140,81 @@ class Workload:
     def started(self, job: str, number: int | None = None, seconds: float = 90) -> Attempt | None:
         """The attempt `number` of a job, or any, once its trainer runs."""
 
-        def ours(line: Line) -> bool:
+        def matches(line: Line) -> bool:
             return line.get("event") == "trainer started" and line["job"] == job and number in (None, line["attempt"])
 
-        line = self.cluster.logs.wait(ours, self.asked[job], seconds)
-        return None if line is None else Attempt(job, line["attempt"], line["program"], line["pid"], line["seen"])
+        line = self.cluster.logs.wait(matches, self.requested_at[job], seconds)
+        return None if line is None else Attempt(job, line["attempt"], line["program"], line["pid"], line["seen_at"])
 
     def messages(self, job: str) -> list[str]:
         with self.cluster.services.database.read() as session:
-            found = select(JobEvent.message).where(JobEvent.job_id == job).order_by(JobEvent.sequence)
-            return list(session.scalars(found))
+            statement = select(JobEvent.message).where(JobEvent.job_id == job).order_by(JobEvent.sequence)
+            return list(session.scalars(statement))
 
     def result(self, job: str) -> Result:
-        """Hashes of what a job that has succeeded left in the store."""
+        """Hashes of the artifacts of a job that has succeeded."""
         row, storage = self.row(job), self.cluster.services.storage
         with self.cluster.services.database.read() as session:
             model = session.scalars(select(Model).where(Model.job_id == job)).one()
             file = session.get_one(File, row.result_files[0])
         adapter = hashlib.sha256(storage.read(f"{model.prefix}/adapter_model.safetensors")).hexdigest()
         table = csv.DictReader(io.StringIO(storage.read(file.key).decode()))
-        kept = [{name: value for name, value in line.items() if name not in TIME_DEPENDENT} for line in table]
-        return Result(adapter, hashlib.sha256(json.dumps(kept).encode()).hexdigest())
+        stable_rows = [{name: value for name, value in line.items() if name not in TIME_DEPENDENT} for line in table]
+        return Result(adapter, hashlib.sha256(json.dumps(stable_rows).encode()).hexdigest())
 
-    # -- what has to be true -----------------------------------------------------------------------------------
+    # -- checks ------------------------------------------------------------------------------------------------
 
     def check(self, job: str, status: str = "succeeded") -> None:
-        """A job has ended once, as it should, with the bytes of an undisturbed run."""
+        """Check that a job has ended once, with `status` and with the bytes of an undisturbed run."""
         row = self.wait_end(job)
         if row.status != status:
             self.problems.append(f"{job} ended as {row.status}, not {status}: {row.error}")
-        ends = [told for told in self.messages(job) if told.startswith("The job has succeeded")]
+        endings = [message for message in self.messages(job) if message.startswith("The job has succeeded")]
         with self.cluster.services.database.read() as session:
             models = session.scalar(select(func.count()).select_from(Model).where(Model.job_id == job))
-        once = int(status == "succeeded")
-        if len(ends) != once or models != once:
-            self.problems.append(f"{job} succeeded {len(ends)} times and made {models} models")
+        expected_count = int(status == "succeeded")
+        if len(endings) != expected_count or models != expected_count:
+            self.problems.append(f"{job} succeeded {len(endings)} times and made {models} models")
         if row.status == "succeeded" and self.result(job) != self.expected[job in self.short]:
             self.problems.append(f"{job} made other bytes than an undisturbed run")
 
     def check_all(self) -> dict[str, int]:
-        """The total-queue invariant, and that no object is missing, half there or left over; returns what was counted.
+        """Check the total-queue invariant, and that no object is missing, incomplete or left over. Returns the counts.
 
-        Call it when nothing is disturbed any more.
+        Call it after all disturbances.
         """
         services = self.cluster.services
         for job in self.accepted:
             self.wait_end(job)
         with services.database.read() as session:
             states = Counter(session.scalars(select(Job.status)))
-            found = set(session.scalars(select(Job.id)))
+            job_ids = set(session.scalars(select(Job.id)))
             folders = [model.prefix for model in session.scalars(select(Model)) if model.prefix]
             folders += [f"{checkpoint.prefix}/model" for checkpoint in session.scalars(select(Checkpoint))]
             keys = [file.key for file in session.scalars(select(File).where(File.deleted_at.is_(None)))]
-        lost, extra = set(self.accepted) - found, found - set(self.accepted)
+        lost, extra = set(self.accepted) - job_ids, job_ids - set(self.accepted)
         if len(self.accepted) != len(set(self.accepted)) or extra:
             self.problems.append(f"made twice: {sorted(extra)}")
         if lost:
             self.problems.append(f"lost: {sorted(lost)}")
         if sum(states[end] for end in ("succeeded", "failed", "cancelled")) != len(self.accepted):
             self.problems.append(f"{len(self.accepted)} accepted, but {dict(states)}")
-        _, left = prune(services, delete=True, grace=0.0)
-        _, after = prune(services, delete=False, grace=0.0)
-        if after:
-            self.problems.append(f"{after} objects that pruning does not remove")
+        _, pruned = prune(services, delete=True, grace=0.0)
+        _, left_over = prune(services, delete=False, grace=0.0)
+        if left_over:
+            self.problems.append(f"{left_over} objects that pruning does not remove")
         for folder in folders:
             names = {key.rpartition("/")[2] for key, _size in services.storage.list(folder)}
             if not {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= names:
                 self.problems.append(f"half an artifact: {folder} holds {sorted(names)}")
         for key in keys:
             services.storage.read(key)
-        return {"accepted": len(self.accepted), "left_over_objects": left} | dict(states)
+        return {"accepted": len(self.accepted), "left_over_objects": pruned} | dict(states)
 
 
 def orphans(cluster: Cluster) -> list[int]:
     """Processes that outlived a cluster that has ended."""
     deadline = time.monotonic() + 10
-    while (found := processes(cluster.home)) and time.monotonic() < deadline:
+    while (pids := processes(cluster.home)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    return found
+    return pids

@@ -1,9 +1,9 @@
 """`python -m tests.fuzz --minutes 60`: coverage-guided fuzzing of the dataset reader (atheris, libFuzzer).
 
-Any bytes must give a report or a `DatasetError`: no other exception, no hang (two minutes for one input, on a machine that is busy), no more memory than
-1.5 GB. It starts from rows of every format, of its own and of DPO_SHARED, and what it finds is left in `--corpus`,
-from which the next run goes on. An input that breaks the reader is written beside it and becomes a test in
-`tests/unit/test_datasets.py`. Exit status: 0 nothing was found.
+Any bytes must give a report or a `DatasetError`. No other exception is allowed, no input may take two minutes, and the
+memory stays below 1.5 GB. The fuzzer starts from its own rows of every format and from the files of DPO_SHARED. It
+leaves its inputs in `--corpus`, and the next run continues from there. An input that breaks the reader is written beside
+that folder, and becomes a test in `tests/unit/test_datasets.py`. Exit status: 0 if nothing was found.
 
 atheris is in the extra `fuzz`: pip install --editable '.[worker,test,fuzz]'
 """
@@ -112,7 +112,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--corpus", type=Path, default=Path(".fuzz/reader"))
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("libfuzzer", nargs="*", help="after --: what libFuzzer is told; for the child")
+    parser.add_argument("libfuzzer", nargs="*", help="after --: libFuzzer's options, for the child")
     return parser.parse_args()
 
 

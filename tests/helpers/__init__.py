@@ -1,1 +1,1 @@
-"""What several test modules use: servers, services, tiny models, rows. No test module imports another."""
+"""Helpers that several test modules share: servers, services, tiny models, rows. No test module imports another."""

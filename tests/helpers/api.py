@@ -1,4 +1,4 @@
-"""Requests to the API in this process, and what the tables hold."""
+"""Requests to the API in this process, and counts of rows and objects."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def upload(client: TestClient, content: bytes = ROW, **form: str) -> str:
 
 
 def error_of(answer: Response, status: int) -> dict[str, Any]:
-    """The error of `answer`, which has the contract's shape and nothing else."""
+    """The error of `answer`. Checks the status, and that the answer has exactly the contract's shape."""
     assert answer.status_code == status, answer.text
     assert list(answer.json()) == ["error"]
     error: dict[str, Any] = answer.json()["error"]
@@ -33,17 +33,19 @@ def error_of(answer: Response, status: int) -> dict[str, Any]:
 
 
 def key_of(services: Services, project: str, *scopes: Scope) -> str:
-    """A key of `project`, which is made where it is not there."""
-    if all(found.id != project for found in services.projects.list()):
+    """A new key of `project`, which is created if it is missing."""
+    if all(existing.id != project for existing in services.projects.list()):
         services.projects.create(ProjectSpec(id=project))
     return services.keys.create(KeySpec(name="test", project=project, scopes=list(scopes or Scope))).key
 
 
 def rows(services: Services) -> tuple[int, int]:
+    """The number of files and of jobs in the database."""
     with services.database.read() as session:
         counts = [session.scalars(select(func.count()).select_from(table)).one() for table in (File, Job)]
     return counts[0], counts[1]
 
 
 def objects(services: Services) -> int:
+    """The number of stored files."""
     return len(services.storage.list("files"))

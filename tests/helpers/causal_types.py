@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -29,8 +29,8 @@ LIMITS = (
         32,
     ),
 )
-"""By its name, how large a number of a configuration may be."""
-FIXED: dict[str, Any] = {"initializer_range": 0.2, "init_std": 0.2, "use_cache": False}
+"""Patterns of a configuration's names, each with the largest number that is allowed."""
+FIXED: dict[str, float] = {"initializer_range": 0.2, "init_std": 0.2, "use_cache": False}
 
 
 TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
@@ -39,48 +39,50 @@ UNSAID = {"head_dim": 8, "num_key_value_heads": 2, "num_experts_per_tok": 2}
 
 
 def small(values: dict[str, Any]) -> dict[str, Any]:
-    """The values of a configuration that are to be others, nested configurations included."""
-    found: dict[str, Any] = {}
+    """The changes that make a configuration small, nested configurations included."""
+    changes: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict) and name.endswith("config") and name != "per_layer_config":
-            found[name] = {k: v for k, v in value.items() if v is not None} | small(value)
+            changes[name] = {k: nested for k, nested in value.items() if nested is not None} | small(value)
         elif name.endswith("token_id"):
-            found[name] = TOKENS.get(name, 3) if isinstance(value, int) else value
+            changes[name] = TOKENS.get(name, 3) if isinstance(value, int) else value
         elif name.endswith("token_ids"):
-            found[name] = None
+            changes[name] = None
         elif name == "is_decoder":
-            found[name] = True
+            changes[name] = True
         elif type(value) is int:
-            for pattern, most in LIMITS:
+            for pattern, limit in LIMITS:
                 if re.search(pattern, name):
-                    found[name] = min(value, most)
+                    changes[name] = min(value, limit)
                     break
         elif value is None and name in UNSAID:
-            found[name] = UNSAID[name]
+            changes[name] = UNSAID[name]
         elif name in FIXED:
-            found[name] = FIXED[name]
+            changes[name] = FIXED[name]
         elif name in ("layer_types", "mlp_layer_types", "layers_block_type") and isinstance(value, list):
-            found[name] = value[:1] + value[-1:]
+            changes[name] = value[:1] + value[-1:]
         elif name == "per_layer_config":
-            found[name] = {}
-    if "kv_lora_rank" in found:  # latent attention has a key for each query
-        found |= {"num_key_value_heads": found["num_attention_heads"], "qk_head_dim": 16}
-    return found
+            changes[name] = {}
+    if "kv_lora_rank" in changes:  # latent attention has one key head for each query head
+        changes |= {"num_key_value_heads": changes["num_attention_heads"], "qk_head_dim": 16}
+    return changes
 
 
-def tiny_config(kind: str, **changes: Any) -> Any:
-    """A configuration of the causal type `kind` with a model of some ten thousand parameters."""
+def tiny_config(kind: str, **changes: Any) -> PretrainedConfig:
+    """A configuration of the causal type `kind`, for a model of some ten thousand parameters."""
     cls = CONFIG_MAPPING[kind]
-    wanted = {} if kind in NO_DEFAULT else small(cls().to_dict())
+    settings = {} if kind in NO_DEFAULT else small(cls().to_dict())
     for name, value in OVERRIDES.get(kind, {}).items():
-        wanted[name] = wanted.get(name, {}) | value if isinstance(value, dict) and name.endswith("config") else value
-    return cls(**{name: value for name, value in (wanted | changes).items() if value is not DELETE})
+        settings[name] = (
+            settings.get(name, {}) | value if isinstance(value, dict) and name.endswith("config") else value
+        )
+    return cls(**{name: value for name, value in (settings | changes).items() if value is not DELETE})
 
 
 NO_DEFAULT = {"gemma4_assistant"}
-"""Types whose own default is not valid."""
+"""Types whose default configuration is not valid."""
 DELETE = object()
-"""In the place of a value that is to be the configuration's own."""
+"""Marks a value that keeps the default of the configuration."""
 _ROPE = {"rope_theta": 1e4, "rope_type": "default"}
 _GEMMA = {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": 320, "hidden_size_per_layer_input": 8}
 _ASSISTANT = {
@@ -138,14 +140,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "xlm": {"emb_dim": 32, "causal": True},
     "xmod": {"default_language": "en_XX"},
 }  # fmt: skip
-"""Values that the rules above do not find, by type."""
+"""Values that the rules above cannot find, by type."""
 
 
-def tiny_model(kind: str, **changes: Any) -> Any:
-    """A random model of the type, the same bits each time, biases too; `changes` are made to its configuration."""
+def tiny_model(kind: str, **changes: Any) -> PreTrainedModel:
+    """A random model of the type with random biases, the same bits each time. `changes` override its configuration."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config(kind, **changes))
     for name, parameter in model.named_parameters():
-        if name.endswith(".bias") and not parameter.any():  # as they are drawn: as if there were none
+        if name.endswith(".bias") and not parameter.any():  # zero at initialisation, as if the model had no bias
             torch.nn.init.normal_(parameter, std=0.1)
     return model

@@ -7,13 +7,13 @@ from worker.derived_artifacts import make_artifact
 
 
 def work(services: Services) -> int:
-    """Do all that is waiting, as the CPU lane does; returns how much it was."""
-    found = BaseModels(services.settings)
-    done = 0
+    """Make all waiting artifacts, as the CPU lane does. Returns their number."""
+    base_models = BaseModels(services.settings)
+    count = 0
     while True:
         with services.database.write() as session:
-            task = artifacts.claim(session, "test", list(found.folders()))
+            task = artifacts.claim(session, "test", list(base_models.folders()))
         if task is None:
-            return done
-        make_artifact(services, found, task)
-        done += 1
+            return count
+        make_artifact(services, base_models, task)
+        count += 1

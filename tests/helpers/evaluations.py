@@ -1,4 +1,4 @@
-"""Bodies of evaluations."""
+"""Request bodies of evaluations."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ CANDIDATE, BASELINE = {"model": "tiny"}, {"model": "tiny"}
 
 
 def at(url: str) -> dict[str, Any]:
-    """A judge that is asked over HTTP."""
+    """A judge behind an HTTP endpoint."""
     return {"type": "endpoint", "endpoint": {"base_url": url, "model": "m", "api_key": "sk-of-the-judge"}}
 
 
@@ -18,5 +18,6 @@ ASKED = at("https://1.1.1.1/v1")
 
 
 def body(client: TestClient, **fields: Any) -> dict[str, Any]:
-    given = {"type": "preference", "candidate": CANDIDATE, "baseline": BASELINE, "data": upload(client), **fields}
-    return {name: value for name, value in given.items() if value is not None}
+    """A preference evaluation, changed by `fields`. A field that is None is left out."""
+    values = {"type": "preference", "candidate": CANDIDATE, "baseline": BASELINE, "data": upload(client), **fields}
+    return {name: value for name, value in values.items() if value is not None}

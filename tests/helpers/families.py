@@ -16,7 +16,7 @@ from worker.trainer.loading import wrap
 from worker.trainer.model import Base, Policy
 
 WINDOW = 6
-"""Shorter than prompt and answer of every row below."""
+"""Shorter than prompt plus response of every row below."""
 
 
 FIRST, SECOND = make_row(1, 12, 5, 9), make_row(2, 9, 7, 2)
@@ -76,7 +76,7 @@ SPEC = {"model": "tiny", "training_file": "x", "adapter": {"r": 4}, "quantizatio
 
 
 def make_policy(family: str, settings: dict[str, Any], stream: io.StringIO, **spec: Any) -> Policy:
-    """A tiny random model of `family` in float64, off its starting point."""
+    """A tiny random model of `family` in float64, with disturbed trainable weights."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family.split(" ")[0], **{**SMALL, **settings}))
     if hasattr(model, "set_experts_implementation"):

@@ -1,4 +1,4 @@
-"""A judge for tests: a real HTTP server that speaks chat completions, with faults where they are asked for."""
+"""A judge for tests: a real HTTP server that speaks chat completions, with faults on request."""
 
 import json
 import re
@@ -13,23 +13,25 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Prefers = Callable[[str, str, str], str]
-"""(question, answer A, answer B) to what is said."""
+"""(question, answer A, answer B) → the judge's reply."""
 _SHOWN = re.compile(r"(?:Response|Summary) A:\n(.*)\n\n(?:Response|Summary) B:\n(.*)\n\nFIRST", re.DOTALL)
 
 
-def longer(_question: str, a: str, b: str) -> str:
-    """A judge that likes length, whatever is said."""
-    return f"Comparison: one is longer.\nMore helpful: {'A' if len(a) > len(b) else 'B'}"
+def longer(_question: str, answer_a: str, answer_b: str) -> str:
+    """A judge that prefers the longer answer."""
+    return f"Comparison: one is longer.\nMore helpful: {'A' if len(answer_a) > len(answer_b) else 'B'}"
 
 
-def first(_question: str, _a: str, _b: str) -> str:
-    """A judge that likes what it is shown first."""
+def first(_question: str, _answer_a: str, _answer_b: str) -> str:
+    """A judge that prefers the first answer."""
     return "Preferred: A"
 
 
 class JudgeServer(ThreadingHTTPServer):
-    """Answers as `prefers` says, but the first requests for a question, for one in `every` or `only` one, as `faults`
-    say."""
+    """Answers by `prefers`. The first requests for a question get the `faults` instead.
+
+    They do so for one question in `every`, or for the question `only`.
+    """
 
     daemon_threads = True
 
@@ -45,7 +47,7 @@ class JudgeServer(ThreadingHTTPServer):
         self.prefers, self.faults, self.key, self.every = prefers, faults, key, every
         self.only = only
         self.credit: int | None = None
-        """So many answers are paid for; then 402."""
+        """The number of answers that are paid for. After them the server answers 402."""
         self.asked: Counter[str] = Counter()
         self.answered: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []
@@ -55,8 +57,8 @@ class JudgeServer(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://localhost:{self.server_address[1]}/v1"
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that are killed are part of the tests."""
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Print nothing: tests kill clients on purpose."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -81,8 +83,8 @@ class _Handler(BaseHTTPRequestHandler):
             hit = tried < len(server.faults) and zlib.crc32(question.encode()) % server.every == 0
             fault = server.faults[tried] if hit and server.only in (None, question) else None
             if server.key is not None and self.headers.get("Authorization") != f"Bearer {server.key}":
-                said = self.headers.get("Authorization")
-                self._answer(401, {"error": {"message": f"wrong key: {said}"}})
+                authorization = self.headers.get("Authorization")
+                self._answer(401, {"error": {"message": f"wrong key: {authorization}"}})
             elif server.credit is not None and sum(server.answered.values()) >= server.credit:
                 self._answer(402, {"error": {"message": "pay first"}})
             elif fault == "rate limit":
@@ -109,9 +111,9 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 with server.lock:
                     server.answered[question] += 1
-                shown = _SHOWN.search(question)
+                match = _SHOWN.search(question)
                 text = (
-                    "no words" if fault == "babble" else server.prefers(question, *(shown.groups() if shown else "ab"))
+                    "no words" if fault == "babble" else server.prefers(question, *(match.groups() if match else "ab"))
                 )
                 usage = {"prompt_tokens": len(question.split()), "completion_tokens": len(text.split())}
                 message = {"role": "assistant", "content": text}
@@ -129,14 +131,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    def log_message(self, *_: Any) -> None:
+    def log_message(self, *_: object) -> None:
         pass
 
 
 @contextmanager
-def judging(*given: Any, **named: Any) -> Iterator[JudgeServer]:
-    """A `JudgeServer` that answers."""
-    with JudgeServer(*given, **named) as server:
+def judging(*arguments: Any, **options: Any) -> Iterator[JudgeServer]:
+    """A running `JudgeServer`."""
+    with JudgeServer(*arguments, **options) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
         thread.start()
         try:

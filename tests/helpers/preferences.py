@@ -12,8 +12,8 @@ def pairs(count: int, seed: int) -> list[dict[str, str]]:
     generator = random.Random(seed)
     rows = []
     for _ in range(count):
-        asked, other = generator.sample(WORDS, 2)
-        rows.append({"prompt": f"say {asked}: ", "chosen": f"{asked} it is", "rejected": f"no {other} at all"})
+        word, other = generator.sample(WORDS, 2)
+        rows.append({"prompt": f"say {word}: ", "chosen": f"{word} it is", "rejected": f"no {other} at all"})
     return rows
 
 

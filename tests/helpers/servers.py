@@ -46,19 +46,19 @@ def wait_until(ready: Callable[[], object], what: str, process: "subprocess.Pope
         if ended:
             assert process is not None
             raise TimeoutError(f"{what} will not come, {process.args!r} ended with {process.returncode}: {last}")
-        time.sleep(0.05)
+        time.sleep(0.1)
     raise TimeoutError(f"{what} did not come in {CEILING:.0f} s: {last}")
 
 
 def postgres_program(name: str) -> str:
-    # Debian's own first: what it puts into PATH is a wrapper that goes by its name.
-    found = next(map(str, sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"))), None) or shutil.which(name)
-    assert found is not None, f"{name} is missing: run 'make test', which installs it"
-    return str(Path(found).resolve())
+    # Debian's own program first: PATH holds a wrapper that depends on the name it is called by.
+    path = next(map(str, sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"))), None) or shutil.which(name)
+    assert path is not None, f"{name} is missing: run 'make test', which installs it"
+    return str(Path(path).resolve())
 
 
 class Server:
-    """A server process on a port of its own. It can be ended, and started again as it was."""
+    """A server process on its own port. It can be ended, and started again with the same command."""
 
     def __init__(self, command: list[str], port: int, ready: Callable[[], object], **options: Any) -> None:
         self.command, self.port, self.ready, self.options = command, port, ready, options
@@ -82,7 +82,7 @@ class Server:
 @contextmanager
 def postgres_server() -> Iterator[Server]:
     """A PostgreSQL cluster of its own: superuser `dpo`, database `postgres`."""
-    # PostgreSQL refuses to run as root: there the package's own user runs it.
+    # PostgreSQL refuses to run as root. Then the package's own user runs it.
     user = "postgres" if os.geteuid() == 0 else None
     folder = Path(tempfile.mkdtemp(prefix="dpo-postgres-"))
     try:
@@ -123,7 +123,7 @@ def postgres_url(port: int) -> str:
 
 
 def admin(url: str, statement: str) -> None:
-    """Run a statement that no transaction may hold."""
+    """Run a statement outside of any transaction."""
     engine = create_engine(url, isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
         connection.execute(text(statement))

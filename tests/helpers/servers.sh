@@ -1,12 +1,12 @@
 #!/bin/sh
-# The tests start throwaway PostgreSQL and Redis servers: this makes sure that the programs are there.
+# Install the PostgreSQL and Redis programs for the throwaway servers of the tests, if they are missing.
 set -eu
 missing=""
 command -v redis-server >/dev/null 2>&1 || missing="redis-server"
 if ! command -v initdb >/dev/null 2>&1 && ! ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1; then
     missing="$missing postgresql"
 fi
-# Without a browser the dashboard's test is skipped, by name; where it can be installed, it is.
+# Without a browser the dashboard's test is skipped. Install one where that is possible.
 if ! command -v chromium >/dev/null 2>&1 && [ -f /etc/debian_version ] && [ "$(id -u)" = 0 ]; then
     missing="$missing chromium"
 fi

@@ -2,23 +2,27 @@
 
 import os
 import signal
+import ssl
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import httpx2
-from openai import OpenAI
+from openai import DefaultHttpxClient, OpenAI
 
 from tests.helpers.servers import CEILING, free_port, postgres, redis_server, s3, wait_until
+
+CERTIFICATES = ssl.create_default_context()
+"""Shared by all clients: to load the certificates for each one costs more than the request that it makes."""
 
 
 @dataclass(frozen=True)
 class Running:
-    """A service that answers."""
+    """A running service, and what a client needs to reach it."""
 
     url: str
     key: str
@@ -28,31 +32,41 @@ class Running:
 
     def openai(self) -> OpenAI:
         """The official client; a response that is not the contract's raises."""
-        return OpenAI(base_url=self.url, api_key=self.key, _strict_response_validation=True, max_retries=0)
+        return OpenAI(
+            base_url=self.url, api_key=self.key, _strict_response_validation=True, max_retries=0,
+            http_client=DefaultHttpxClient(verify=CERTIFICATES),
+        )  # fmt: skip
 
     def http(self) -> httpx2.Client:
-        return httpx2.Client(base_url=self.url, headers={"Authorization": f"Bearer {self.key}"}, timeout=CEILING)
+        headers = {"Authorization": f"Bearer {self.key}"}
+        return httpx2.Client(base_url=self.url, headers=headers, timeout=CEILING, verify=CERTIFICATES)
+
+    def in_project(self, project: str) -> "Running":
+        """The same service to a client whose key belongs to `project`: it sees only what it made itself."""
+        with self.http() as client:
+            created = client.post("/keys", json={"name": project, "project": project}).raise_for_status().json()
+        return replace(self, key=created["key"])
 
     def job(self, job_id: str) -> dict[str, Any]:
         with self.http() as client:
-            found: dict[str, Any] = client.get(f"/fine_tuning/jobs/{job_id}").raise_for_status().json()
-        return found
+            public_job: dict[str, Any] = client.get(f"/fine_tuning/jobs/{job_id}").raise_for_status().json()
+        return public_job
 
     def until(self, ready: Callable[[], object], what: str) -> None:
-        """Wait for what the running service brings about. Fail once the service has ended."""
+        """Wait until `ready` returns something true. Fail once the service has ended."""
         wait_until(ready, what, self.process)
 
     def wait_for(self, job_id: str, reached: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """The job, once `reached` holds for it."""
-        seen: dict[str, Any] = {}
+        state: dict[str, Any] = {}
 
         def look() -> bool:
-            seen.update(self.job(job_id))
-            return reached(seen) or seen["status"] in ("failed", "cancelled", "succeeded")
+            state.update(self.job(job_id))
+            return reached(state) or state["status"] in ("failed", "cancelled", "succeeded")
 
         self.until(look, f"job {job_id}")
-        assert reached(seen), f"the job ended as {seen['status']}: {seen['error']}"
-        return seen
+        assert reached(state), f"the job ended as {state['status']}: {state['error']}"
+        return state
 
     def dpo(self, *arguments: str, **options: Any) -> "subprocess.CompletedProcess[str]":
         """Run the command-line client."""
@@ -65,9 +79,9 @@ class Running:
 def running(home: Path, extra: dict[str, str] | None = None) -> Iterator[Running]:
     """Start `dpo serve` with `home`/models as its base models; stop it with SIGTERM at the end."""
     port = free_port()
-    # One thread: a tiny model gains nothing from two, and two that wait for each other on a busy machine crawl.
-    own = {"DPO_HOME": str(home), "DPO_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    environment = os.environ | own | (extra or {})
+    # One thread: a tiny model gains nothing from two, and on a busy machine two slow each other down.
+    variables = {"DPO_HOME": str(home), "DPO_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | variables | (extra or {})
     log = home / "serve.log"
     home.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
@@ -78,7 +92,9 @@ def running(home: Path, extra: dict[str, str] | None = None) -> Iterator[Running
     try:
 
         def ready() -> bool:
-            return httpx2.get(f"{url}/readyz").status_code == 200 and bool(service.openai().models.list().data)
+            return httpx2.get(f"{url}/readyz", verify=CERTIFICATES).is_success and bool(
+                service.openai().models.list().data
+            )
 
         service = Running(f"{url}/v1", "", home, environment, process)
         service.until(lambda: (home / "admin.key").exists(), f"the admin key ({log})")
@@ -113,28 +129,28 @@ TRAINERS = {"worker.trainer", "worker.trainer.fork_server"}
 
 def trainers(home: Path) -> list[int]:
     """Pids of the trainer processes that work under `home`."""
-    found = []
+    pids = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 command = (entry / "cmdline").read_bytes().decode().split("\0")
             except (FileNotFoundError, ProcessLookupError):
                 continue
-            # The fork server is where its worker is; a trainer at work is in the job's folder.
+            # The fork server runs in the folder of its worker, a busy trainer in the folder of its job.
             if TRAINERS.intersection(command) and str((entry / "cwd").readlink()).startswith(str(home)):
-                found.append(int(entry.name))
-    return found
+                pids.append(int(entry.name))
+    return pids
 
 
 def trainer_at_work(home: Path) -> int:
-    """The pid of the trainer that has a job: one that waits for one is where its worker is."""
-    (found,) = [pid for pid in trainers(home) if Path(f"/proc/{pid}/cwd").readlink().parent.name == "work"]
-    return found
+    """The pid of the trainer that has a job. An idle trainer is in the folder of its worker."""
+    (busy_pid,) = [pid for pid in trainers(home) if Path(f"/proc/{pid}/cwd").readlink().parent.name == "work"]
+    return busy_pid
 
 
 @contextmanager
 def held_until_asked_to_stop(pid: int) -> Iterator[None]:
-    """Stop a process while the block runs, and go on once SIGTERM waits for it: it cannot have ended before."""
+    """Stop a process while the block runs. It goes on once SIGTERM is pending, so it cannot end before."""
     os.kill(pid, signal.SIGSTOP)
     try:
         yield
@@ -157,7 +173,7 @@ def lanes(service: Running, lane: str) -> list[int]:
 
 
 def half_upload(key: str, size: int) -> bytes:
-    """The first half of a request that uploads a file, as it goes over a socket: `size` bytes of the file."""
+    """The first half of an upload request as raw bytes. It holds `size` bytes of the file."""
     body = (
         b'--xx\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n'
         b'--xx\r\nContent-Disposition: form-data; name="file"; filename="p.jsonl"\r\n\r\n'
@@ -182,7 +198,7 @@ def body(file_id: str, **changes: Any) -> dict[str, Any]:
     }
 
 
-def create(client: httpx2.Client, **fields: Any) -> str:
+def create(client: httpx2.Client, **fields: object) -> str:
     answer = client.post("/fine_tuning/jobs", json=fields)
     assert answer.status_code == 200, answer.text
     job_id: str = answer.json()["id"]
@@ -199,13 +215,14 @@ def upload(service: Running, path: Path, purpose: str) -> str:
 
 
 def ended(service: Running, evaluation: str, status: str = "succeeded") -> dict[str, Any]:
-    seen: dict[str, Any] = {}
+    """The evaluation, once it has ended with `status`."""
+    state: dict[str, Any] = {}
 
     def look() -> bool:
         with service.http() as http:
-            seen.update(http.get(f"/evaluations/{evaluation}").raise_for_status().json())
-        return seen["status"] in ("succeeded", "failed", "cancelled")
+            state.update(http.get(f"/evaluations/{evaluation}").raise_for_status().json())
+        return state["status"] in ("succeeded", "failed", "cancelled")
 
     service.until(look, evaluation)
-    assert seen["status"] == status, seen["error"]
-    return seen
+    assert state["status"] == status, state["error"]
+    return state

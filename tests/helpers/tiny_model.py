@@ -1,7 +1,6 @@
-"""A tiny random language model with a tokenizer of its own, written to disk as a real one would be."""
+"""A tiny random language model with its own tokenizer, written to disk like a real one."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -22,7 +21,7 @@ CORPUS = [
     "there is another house; the mother of the cat lives in it with the father of the dog.",
     "what is the answer? the answer is that the weather is better than the other day.",
 ]
-"""What the tokenizer is trained on; "the" is one token of it, with and without a space before it."""
+"""The training text of the tokenizer. "the" becomes one token, with and without a space before it."""
 
 CHATML = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
@@ -38,7 +37,7 @@ def make_tiny_model(folder: Path, *, architecture: str = "llama", chat_template:
     puts <s> before every text by itself.
     """
     tokenizer = make_tokenizer(chat_template)
-    sizes: dict[str, Any] = {
+    sizes: dict[str, object] = {
         "vocab_size": len(tokenizer),
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -49,12 +48,11 @@ def make_tiny_model(folder: Path, *, architecture: str = "llama", chat_template:
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": None,
-        # Ten times the usual, so that what a position attends to shows in its logits.
+        # Ten times the usual value, so that attention shows in the logits.
         "initializer_range": 0.2,
     }
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model: Any
         if architecture == "llama":
             model = LlamaForCausalLM(LlamaConfig(**sizes))
         elif architecture == "qwen3":
@@ -68,7 +66,7 @@ def make_tiny_model(folder: Path, *, architecture: str = "llama", chat_template:
     return folder
 
 
-def make_tokenizer(chat_template: str | None = None) -> Any:
+def make_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer, trained on `CORPUS`, which knows every byte and a few words."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

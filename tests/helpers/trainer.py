@@ -61,10 +61,10 @@ def make_row(line: int, prompt: int, *responses: int) -> Row:
     def ids(length: int) -> tuple[int, ...]:
         return tuple(torch.randint(2, 300, (length,), generator=generator).tolist())
 
-    made = tuple(
+    sampled = tuple(
         Response(ids(length), tuple(k > 0 or j > 0 for j in range(length))) for k, length in enumerate(responses)
     )
-    return Row(line, ids(prompt), made)
+    return Row(line, ids(prompt), sampled)
 
 
 ROWS = [make_row(1, 12, 5, 9), make_row(2, 3, 7, 2), make_row(3, 20, 4, 6)]
@@ -88,11 +88,11 @@ def make_work_folder(folder: Path, model: Path, spec: dict[str, Any], **files: S
     return folder
 
 
-def sft_method(**hyperparameters: Any) -> dict[str, Any]:
+def sft_method(**hyperparameters: object) -> dict[str, Any]:
     return {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
 
 
-def dpo_method(**hyperparameters: Any) -> dict[str, Any]:
+def dpo_method(**hyperparameters: object) -> dict[str, Any]:
     return {"type": "dpo", "dpo": {"hyperparameters": hyperparameters}}
 
 
@@ -102,7 +102,7 @@ def make_run(folder: Path, stream: io.StringIO | None = None, cache: Path | None
 
 
 def run_in_process(folder: Path) -> list[Event]:
-    """Run the trainer over `folder` here; what it raises comes through."""
+    """Run the trainer over `folder` in this process. Its errors come through."""
     stream = io.StringIO()
     train(make_run(folder, stream))
     return parse(stream)
@@ -134,7 +134,7 @@ class TrainerProcess:
         self._trainer.kill()
 
     def events(self) -> Iterator[Event]:
-        """The events as they come, until the process closes its end. Nobody has what it wants from the cache."""
+        """The events as they come, until the process closes its end. Every cache request is answered with a miss."""
         for line in self._trainer.stdout:
             event = json.loads(line)
             if event["kind"] == "wanted" and not self._trainer.stdin.closed:
@@ -167,8 +167,8 @@ def of_kind(events: Sequence[Event], kind: str) -> list[Event]:
 
 def training_metrics(events: Sequence[Event], name: str, stage: str = "sft") -> list[float]:
     """The values of the metric `name` over the steps of `stage`."""
-    found = [event["metrics"] for event in of_kind(events, "metrics") if event["stage"] == stage]
-    return [metrics[name] for metrics in found if name in metrics]
+    rows = [event["metrics"] for event in of_kind(events, "metrics") if event["stage"] == stage]
+    return [metrics[name] for metrics in rows if name in metrics]
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -178,13 +178,13 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 def load(model: Path, *, stream: io.StringIO | None = None, **fields: Any) -> Policy:
     """The policy of a job on `model`: by default a LoRA adapter of rank 4 on an unquantised base."""
-    given = {"adapter": {"r": 4}, "quantization": "none", "seed": 1, **fields}
-    spec = JobSpec.model_validate({"model": BASE_NAME, "training_file": "train.jsonl", **given}).resolved()
+    values = {"adapter": {"r": 4}, "quantization": "none", "seed": 1, **fields}
+    spec = JobSpec.model_validate({"model": BASE_NAME, "training_file": "train.jsonl", **values}).resolved()
     return load_policy(spec, Base(BASE_NAME, None, None, model), None, Events(stream or io.StringIO()))
 
 
 def disturb(policy: Policy, scale: float = 0.1, seed: int = 3) -> Policy:
-    """Move what trains away from where it starts: the gradient of a fresh adapter's A is zero."""
+    """Add noise to the trainable parameters. Without it the gradient of a fresh adapter's A is zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in policy.trainable().values():
@@ -194,16 +194,17 @@ def disturb(policy: Policy, scale: float = 0.1, seed: int = 3) -> Policy:
 
 
 def plain_logps(policy: Policy, row: Row) -> Tensor:
-    """Summed log-probs of each response of `row`, from the model's own forward passes over one whole text each."""
-    sums = []
-    for response in row.responses:
-        ids = torch.tensor([row.prompt + response.ids])
-        with policy.own_attention_in_use():
-            logps = policy.causal(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
-        first = len(row.prompt)
-        positions = [first + j for j, scored in enumerate(response.scored) if scored and first + j > 0]
-        sums.append(sum((logps[t - 1, ids[0, t]] for t in positions), torch.zeros((), dtype=logps.dtype)))
-    return torch.stack(sums)
+    """Summed log-probs of each response of `row`, from the model's own forward pass over each whole text."""
+    with policy.own_attention_in_use():
+        return torch.stack([_plain_logp(policy, row, response) for response in row.responses])
+
+
+def _plain_logp(policy: Policy, row: Row, response: Response) -> Tensor:
+    ids = torch.tensor([row.prompt + response.ids])
+    logps = policy.causal(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+    first = len(row.prompt)
+    positions = [first + j for j, scored in enumerate(response.scored) if scored and first + j > 0]
+    return sum((logps[t - 1, ids[0, t]] for t in positions), torch.zeros((), dtype=logps.dtype))
 
 
 def pack_of(policy: Policy, rows: Sequence[Row], numbers: Sequence[int], *, merge: bool = True) -> Pack:
@@ -214,7 +215,7 @@ def pack_of(policy: Policy, rows: Sequence[Row], numbers: Sequence[int], *, merg
 
 
 def gradients(policy: Policy, loss: Tensor) -> dict[str, Tensor]:
-    """∂ loss for everything that trains, zero for what the loss does not depend on."""
+    """∂ loss for every trainable parameter; zero if the loss does not depend on it."""
     parameters = policy.trainable()
-    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
-    return dict(zip(parameters, found, strict=True))
+    values = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(parameters, values, strict=True))

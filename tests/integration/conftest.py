@@ -49,7 +49,7 @@ def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def postgres_template(postgres_url: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The name of such a database on PostgreSQL."""
+    """The name of a PostgreSQL database with the schema and nothing in it."""
     admin(postgres_url, "CREATE DATABASE migrated")
     url = postgres_url.rpartition("/")[0] + "/migrated"
     services = Services.of(Settings(home=tmp_path_factory.mktemp("migrated"), database_url=url))
@@ -60,7 +60,7 @@ def postgres_template(postgres_url: str, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture
 def services(settings: Settings, request: pytest.FixtureRequest) -> Iterator[Services]:
-    """Migrated, with a base model registered as a worker would."""
+    """Services on a migrated database, with one base model registered as a worker would do it."""
     url = settings.database_url
     if url.startswith("sqlite:///"):
         shutil.copyfile(request.getfixturevalue("sqlite_template"), url.removeprefix("sqlite:///"))
@@ -68,11 +68,11 @@ def services(settings: Settings, request: pytest.FixtureRequest) -> Iterator[Ser
         template, name = request.getfixturevalue("postgres_template"), url.rpartition("/")[2]
         admin(request.getfixturevalue("postgres_url"), f"DROP DATABASE {name}")
         admin(request.getfixturevalue("postgres_url"), f"CREATE DATABASE {name} TEMPLATE {template}")
-    found = Services.of(settings)
-    with found.database.write() as session:
+    opened = Services.of(settings)
+    with opened.database.write() as session:
         models.register(session, "tiny", "r1", {"architecture": "LlamaForCausalLM"})
-    yield found
-    found.database.close()
+    yield opened
+    opened.database.close()
 
 
 @pytest.fixture
@@ -81,5 +81,5 @@ def client(settings: Settings, services: Services) -> Iterator[TestClient]:
     headers = {"Authorization": f"Bearer {settings.admin_key}"}
     with TestClient(
         create_app(settings), base_url="http://localhost", headers=headers, raise_server_exceptions=False
-    ) as found:
-        yield found
+    ) as test_client:
+        yield test_client

@@ -1,5 +1,8 @@
-"""Every route of the OpenAPI document: who may not ask is refused before a byte of the body is read, and who may ask
-sees nothing of other projects. A new route is in here by itself; a new kind of object has to be added to `THINGS`."""
+"""Access to every route of the OpenAPI document.
+
+A caller without access is refused before a byte of the body is read. A caller with access sees nothing of other
+projects. A new route is tested automatically. A new kind of object needs an entry in `UNKNOWN_IDS`.
+"""
 
 import asyncio
 from collections.abc import Iterator
@@ -8,6 +11,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import select, update
+from starlette.types import Message
 
 from app.database import database_now
 from app.jobs.tables import Checkpoint, Job
@@ -23,9 +27,9 @@ from tests.helpers.api import ROW, error_of, key_of, upload
 from tests.helpers.derived_artifacts import work
 
 OPEN = {"/healthz", "/readyz"}
-OF_ALL = ("/v1/keys", "/v1/projects")
-"""The installation's own, for the scope admin."""
-THINGS = {
+INSTALLATION_ROUTES = ("/v1/keys", "/v1/projects")
+"""Routes of the whole installation, for the scope admin."""
+UNKNOWN_IDS = {
     "file_id": "file-none",
     "upload_id": "upload-none",
     "job_id": "ftjob-none",
@@ -37,7 +41,7 @@ THINGS = {
     "project_id": "none",
     "key_id": "key-none",
 }
-"""The parameters of paths, each with an id that nothing has."""
+"""Every path parameter with an id that does not exist."""
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/uploads/{upload_id}/complete": {"json": {"part_ids": ["part-x"]}},
     "/v1/uploads/{upload_id}/parts": {"files": {"data": b"x"}},
@@ -49,8 +53,8 @@ CHECKPOINT = f"{MODEL}:ckpt-step-1"
 
 
 @pytest.fixture
-def things(client: TestClient, services: Services) -> dict[str, str]:
-    """One of everything, of the project `default`."""
+def known_ids(client: TestClient, services: Services) -> dict[str, str]:
+    """Path parameters with the ids of one object of every kind, in the project `default`."""
     file_id = upload(client)
     body = {"filename": "p.jsonl", "purpose": "fine-tune", "bytes": 3, "mime_type": "text/jsonl"}
     job_id = client.post("/v1/fine_tuning/jobs", json={"model": "tiny", "training_file": file_id}).json()["id"]
@@ -101,7 +105,7 @@ def things(client: TestClient, services: Services) -> dict[str, str]:
 
 
 def operations(client: TestClient) -> Iterator[tuple[str, str]]:
-    """(method, path with its parameters) of every route that wants a key."""
+    """(method, path with its parameters) of every route that needs a key."""
     app: Any = client.app
     for path, methods in app.openapi()["paths"].items():
         if path not in OPEN:
@@ -109,52 +113,52 @@ def operations(client: TestClient) -> Iterator[tuple[str, str]]:
                 yield method.upper(), path
 
 
-def test_no_route_reads_a_byte_of_who_may_not_ask(
-    client: TestClient, services: Services, things: dict[str, str]
+def test_no_route_reads_the_body_of_an_unauthorised_request(
+    client: TestClient, services: Services, known_ids: dict[str, str]
 ) -> None:
-    expired, revoked, other = (key_of(services, "default") for _ in range(3))
+    expired, revoked, valid = (key_of(services, "default") for _ in range(3))
     digests = {name: services.keys._digest(key) for name, key in (("expired", expired), ("revoked", revoked))}
     with services.database.write() as session:
-        ended = update(ApiKey).values(expires_at=database_now() - 1)
-        session.execute(ended.where(ApiKey.digest == digests["expired"]))
+        expire = update(ApiKey).values(expires_at=database_now() - 1)
+        session.execute(expire.where(ApiKey.digest == digests["expired"]))
         session.execute(update(ApiKey).values(revoked_at=database_now()).where(ApiKey.digest == digests["revoked"]))
     token, _ = services.keys.stream_token("default", "/v1/fine_tuning/jobs/another/stream")
     credentials = {
         "no key": [],
         "an empty key": [("authorization", "Bearer ")],
-        "another scheme": [("authorization", f"Basic {other}")],
+        "another scheme": [("authorization", f"Basic {valid}")],
         "an unknown key": [("authorization", f"Bearer {generate()}")],
-        "a mistyped key": [("authorization", f"Bearer {other[:-1]}{'0' if other[-1] != '0' else '1'}")],
+        "a mistyped key": [("authorization", f"Bearer {valid[:-1]}{'0' if valid[-1] != '0' else '1'}")],
         "an expired key": [("authorization", f"Bearer {expired}")],
         "a revoked key": [("authorization", f"Bearer {revoked}")],
     }
     length = ("content-length", str(10**12))
     for method, path in operations(client):
-        for what, headers in credentials.items():
-            status = asyncio.run(ask(client, method, path.format(**things), [*headers, length]))
-            assert status == 401, (what, method, path)
+        for credential, headers in credentials.items():
+            status = asyncio.run(ask(client, method, path.format(**known_ids), [*headers, length]))
+            assert status == 401, (credential, method, path)
         query = f"token={token}".encode()
-        assert asyncio.run(ask(client, method, path.format(**things), [length], query)) == 401, (method, path)
+        assert asyncio.run(ask(client, method, path.format(**known_ids), [length], query)) == 401, (method, path)
     assert asyncio.run(ask(client, "POST", "/v1/files", [("host", "evil.example")], host=False)) == 400
 
 
 async def ask(
     client: TestClient, method: str, path: str, headers: list[tuple[str, str]], query: bytes = b"", host: bool = True
 ) -> int:
-    """The status of an answer that is given without a look at the body."""
+    """The status of the answer. Raises if the route reads the body."""
     statuses: list[int] = []
 
-    async def receive() -> Any:
+    async def receive() -> Message:
         raise AssertionError(f"{method} {path} read the body")
 
-    async def send(message: Any) -> None:
+    async def send(message: Message) -> None:
         if message["type"] == "http.response.start":
             statuses.append(message["status"])
 
-    named = [*headers, ("host", "localhost")] if host else headers
+    all_headers = [*headers, ("host", "localhost")] if host else headers
     scope = {
         "type": "http", "http_version": "1.1", "method": method, "path": path, "raw_path": path.encode(),
-        "query_string": query, "headers": [(k.encode(), v.encode()) for k, v in named], "scheme": "http",
+        "query_string": query, "headers": [(name.encode(), value.encode()) for name, value in all_headers], "scheme": "http",
         "server": ("localhost", 80), "client": ("127.0.0.1", 1), "root_path": "",
     }  # fmt: skip
     await client.app(scope, receive, send)
@@ -162,72 +166,72 @@ async def ask(
     return status
 
 
-def test_no_route_shows_or_touches_what_is_anothers(
-    client: TestClient, services: Services, things: dict[str, str]
+def test_no_route_shows_or_changes_an_object_of_another_project(
+    client: TestClient, services: Services, known_ids: dict[str, str]
 ) -> None:
-    """For the key of another project what is there and what is not are the same, to the byte."""
+    """A key of another project gets the same bytes for an existing id as for a missing one."""
     stranger = {"Authorization": f"Bearer {key_of(services, 'other', Scope.WRITE)}"}
-    before = seen(client, things)
+    view_before = owner_view(client, known_ids)
     for method, path in operations(client):
         options = BODIES.get(path, {"json": {}} if method == "POST" else {})
-        if path.startswith(OF_ALL):
-            error_of(client.request(method, path.format(**things), headers=stranger, **options), 403)
+        if path.startswith(INSTALLATION_ROUTES):
+            error_of(client.request(method, path.format(**known_ids), headers=stranger, **options), 403)
         elif "{" in path:
-            there = client.request(method, path.format(**things), headers=stranger, **options)
-            absent = client.request(method, path.format(**THINGS), headers=stranger, **options)
-            error_of(there, 404)
-            text = there.text
-            for name, value in things.items():
-                text = text.replace(value, THINGS[name])
-            assert text == absent.text, (method, path)
+            existing = client.request(method, path.format(**known_ids), headers=stranger, **options)
+            missing = client.request(method, path.format(**UNKNOWN_IDS), headers=stranger, **options)
+            error_of(existing, 404)
+            text = existing.text
+            for name, value in known_ids.items():
+                text = text.replace(value, UNKNOWN_IDS[name])
+            assert text == missing.text, (method, path)
         elif method == "GET" and path.startswith("/v1"):
-            found = client.get(path, headers=stranger).json()["data"]
-            assert [one["id"] for one in found] == (["tiny"] if path == "/v1/models" else []), path
-    assert seen(client, things) == before
+            items = client.get(path, headers=stranger).json()["data"]
+            assert [item["id"] for item in items] == (["tiny"] if path == "/v1/models" else []), path
+    assert owner_view(client, known_ids) == view_before
     assert services.storage.list("files") and services.storage.list("jobs/x")
 
 
-def seen(client: TestClient, things: dict[str, str]) -> list[Any]:
-    """All that its owner can read, but for what the clock moves."""
+def owner_view(client: TestClient, known_ids: dict[str, str]) -> list[bytes]:
+    """Every answer that the owner can read, except those that change with time."""
     answers = []
     for method, path in operations(client):
-        own = path.startswith("/v1") and not path.startswith(OF_ALL)
-        if method == "GET" and own and not path.endswith(("/stream", "/report", "{evaluation_id}/download")):
-            answer = client.get(path.format(**things))
+        project_route = path.startswith("/v1") and not path.startswith(INSTALLATION_ROUTES)
+        if method == "GET" and project_route and not path.endswith(("/stream", "/report", "{evaluation_id}/download")):
+            answer = client.get(path.format(**known_ids))
             assert answer.status_code == 200, (path, answer.text)
             answers.append(answer.content)
     return answers
 
 
-def test_what_is_anothers_cannot_be_named_in_a_body(
-    client: TestClient, services: Services, things: dict[str, str]
+def test_a_body_cannot_name_an_object_of_another_project(
+    client: TestClient, services: Services, known_ids: dict[str, str]
 ) -> None:
     stranger = {"Authorization": f"Bearer {key_of(services, 'other', Scope.WRITE)}"}
-    own = client.post(
+    own_file = client.post(
         "/v1/files", files={"file": ("p.jsonl", ROW)}, data={"purpose": "fine-tune"}, headers=stranger
     ).json()["id"]
-    evaluated = {"evaluations": [{"name": "e", "type": "preference", "data": things["file_id"]}]}
-    job = {"model": "tiny", "training_file": own, **evaluated}
+    evaluations = {"evaluations": [{"name": "e", "type": "preference", "data": known_ids["file_id"]}]}
+    job = {"model": "tiny", "training_file": own_file, **evaluations}
     error = error_of(client.post("/v1/fine_tuning/jobs", json=job, headers=stranger), 400)
     assert (error["param"], error["code"]) == ("evaluations.0.data", "file_not_found")
-    held = {"type": "dpo", "dpo": {"hyperparameters": {"reference_model": MODEL}}}
+    method = {"type": "dpo", "dpo": {"hyperparameters": {"reference_model": MODEL}}}
     for changes, param in (
-        ({"training_file": things["file_id"]}, "training_file"),
-        ({"validation_file": things["file_id"]}, "validation_file"),
-        ({"sft": {"training_file": things["file_id"]}}, "sft.training_file"),
+        ({"training_file": known_ids["file_id"]}, "training_file"),
+        ({"validation_file": known_ids["file_id"]}, "validation_file"),
+        ({"sft": {"training_file": known_ids["file_id"]}}, "sft.training_file"),
         ({"model": MODEL}, "model"),
         ({"model": CHECKPOINT}, "model"),
-        ({"method": held}, "method.dpo.hyperparameters.reference_model"),
+        ({"method": method}, "method.dpo.hyperparameters.reference_model"),
     ):
-        body = {"model": "tiny", "training_file": own, "method": {"type": "dpo"}} | changes
+        body = {"model": "tiny", "training_file": own_file, "method": {"type": "dpo"}} | changes
         error = error_of(client.post("/v1/fine_tuning/jobs", json=body, headers=stranger), 400)
         assert error["param"] == param
         assert error["code"] in ("file_not_found", "model_not_found")
         estimate = client.post("/v1/fine_tuning/estimate", json=body, headers=stranger).json()
         assert [refused["param"] for refused in estimate["refused"]] == [param]
-    for place, name in (("after", "file_id"), ("after", "job_id")):
+    for parameter, name in (("after", "file_id"), ("after", "job_id")):
         listing = "/v1/files" if name == "file_id" else "/v1/fine_tuning/jobs"
-        error_of(client.get(listing, params={place: things[name]}, headers=stranger), 404)
+        error_of(client.get(listing, params={parameter: known_ids[name]}, headers=stranger), 404)
     work(services)
-    report = client.get(f"/v1/files/{own}/report", params={"model": MODEL}, headers=stranger)
+    report = client.get(f"/v1/files/{own_file}/report", params={"model": MODEL}, headers=stranger)
     assert error_of(report, 400)["param"] == "model"

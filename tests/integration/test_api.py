@@ -1,5 +1,6 @@
 """The HTTP contract: wire shapes, errors, and that a refused request leaves nothing behind."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +35,20 @@ PRIVATE = [
 
 
 @pytest.mark.parametrize(("method", "path"), PRIVATE)
-def test_every_route_needs_a_good_key(client: TestClient, method: str, path: str) -> None:
+def test_every_route_needs_a_valid_key(client: TestClient, method: str, path: str) -> None:
     for header in ("", "Bearer ", "Bearer dpo_wrong", f"Bearer {generate()}", "Basic abc"):
         error = error_of(client.request(method, path, headers={"Authorization": header}), 401)
         assert error["code"] in ("missing_api_key", "invalid_api_key")
 
 
-def test_made_keys_are_good_until_they_expire(client: TestClient, services: Services) -> None:
+def test_a_new_key_is_valid_until_it_expires(client: TestClient, services: Services) -> None:
     key = services.keys.create(KeySpec(name="ci")).key
     assert well_formed(key)
     assert client.get("/v1/files", headers={"Authorization": f"Bearer {key}"}).status_code == 200
-    made = services.keys.create(KeySpec(name="old", expires_in=1000))
-    expired = made.key
+    old = services.keys.create(KeySpec(name="old", expires_in=1000))
+    expired = old.key
     with services.database.write() as session:
-        session.execute(update(ApiKey).where(ApiKey.id == made.id).values(expires_at=database_now() - 1))
+        session.execute(update(ApiKey).where(ApiKey.id == old.id).values(expires_at=database_now() - 1))
     error_of(client.get("/v1/files", headers={"Authorization": f"Bearer {expired}"}), 401)
     mistyped = key[:-1] + ("0" if key[-1] != "0" else "1")
     assert not well_formed(mistyped)
@@ -55,23 +56,23 @@ def test_made_keys_are_good_until_they_expire(client: TestClient, services: Serv
 
 def test_a_key_of_another_project_sees_nothing(client: TestClient, services: Services) -> None:
     file_id = upload(client)
-    other = {"Authorization": f"Bearer {key_of(services, 'other')}"}
-    error_of(client.get(f"/v1/files/{file_id}", headers=other), 404)
-    error_of(client.get(f"/v1/files/{file_id}/content", headers=other), 404)
-    error_of(client.delete(f"/v1/files/{file_id}", headers=other), 404)
-    assert client.get("/v1/files", headers=other).json()["data"] == []
+    stranger = {"Authorization": f"Bearer {key_of(services, 'other')}"}
+    error_of(client.get(f"/v1/files/{file_id}", headers=stranger), 404)
+    error_of(client.get(f"/v1/files/{file_id}/content", headers=stranger), 404)
+    error_of(client.delete(f"/v1/files/{file_id}", headers=stranger), 404)
+    assert client.get("/v1/files", headers=stranger).json()["data"] == []
     body = {"model": "tiny", "training_file": file_id}
-    assert error_of(client.post("/v1/fine_tuning/jobs", json=body, headers=other), 400)["param"] == "training_file"
+    assert error_of(client.post("/v1/fine_tuning/jobs", json=body, headers=stranger), 400)["param"] == "training_file"
 
 
 def test_public_paths_need_no_key_but_a_known_host(client: TestClient) -> None:
     for path in ("/healthz", "/readyz", "/openapi.json", "/docs"):
         assert client.get(path, headers={"Authorization": ""}).status_code == 200
-        other = client.get(path, headers={"Host": "evil.example"})
+        answer = client.get(path, headers={"Host": "evil.example"})
         if path in ("/healthz", "/readyz"):
-            assert other.status_code == 200, "probes come by whatever address the service has"
+            assert answer.status_code == 200, "probes may use any address of the service"
         else:
-            assert error_of(other, 400)["code"] == "invalid_host"
+            assert error_of(answer, 400)["code"] == "invalid_host"
     assert error_of(client.get("/v1/files", headers={"Host": "evil.example"}), 400)["code"] == "invalid_host"
 
 
@@ -90,16 +91,16 @@ def test_a_file_comes_back_byte_for_byte(client: TestClient, services: Services)
     error_of(client.delete(f"/v1/files/{file_id}"), 404)
 
 
-def test_pages_of_files(client: TestClient) -> None:
-    made = [upload(client) for _ in range(5)]
+def test_files_are_listed_in_pages(client: TestClient) -> None:
+    ids = [upload(client) for _ in range(5)]
     first = client.get("/v1/files", params={"limit": 2, "order": "asc"}).json()
-    assert [item["id"] for item in first["data"]] == made[:2]
-    assert first["has_more"] and first["first_id"] == made[0] and first["last_id"] == made[1]
-    rest = client.get("/v1/files", params={"limit": 3, "order": "asc", "after": made[1]}).json()
-    assert [item["id"] for item in rest["data"]] == made[2:]
-    assert not rest["has_more"]
+    assert [item["id"] for item in first["data"]] == ids[:2]
+    assert first["has_more"] and first["first_id"] == ids[0] and first["last_id"] == ids[1]
+    second = client.get("/v1/files", params={"limit": 3, "order": "asc", "after": ids[1]}).json()
+    assert [item["id"] for item in second["data"]] == ids[2:]
+    assert not second["has_more"]
     newest = client.get("/v1/files").json()
-    assert [item["id"] for item in newest["data"]] == made[::-1]
+    assert [item["id"] for item in newest["data"]] == ids[::-1]
     assert error_of(client.get("/v1/files", params={"after": "file-none"}), 404)["param"] == "after"
     assert error_of(client.get("/v1/files", params={"limit": 0}), 400)["param"] == "limit"
 
@@ -131,7 +132,7 @@ FILE = PART.format("file", '; filename="p.jsonl"', "abc")
         (PURPOSE + FILE + PART.format("mapping", "", '{"colour": "red"}') + "--xx--", "unknown_parameter", "mapping.colour"),
     ],
 )  # fmt: skip
-def test_a_bad_upload_leaves_nothing(
+def test_a_bad_upload_is_refused_and_leaves_nothing(
     client: TestClient, services: Services, body: str, code: str, param: str | None
 ) -> None:
     error = error_of(client.post("/v1/files", content=body, headers=HEADERS), 400)
@@ -140,7 +141,7 @@ def test_a_bad_upload_leaves_nothing(
     assert objects(services) == 0
 
 
-def test_an_upload_that_is_not_multipart(client: TestClient, services: Services) -> None:
+def test_an_upload_that_is_not_multipart_is_refused(client: TestClient, services: Services) -> None:
     assert error_of(client.post("/v1/files", json={}), 400)["code"] == "invalid_content_type"
     long = {"content-type": "multipart/form-data; boundary=" + "x" * 5000}
     assert error_of(client.post("/v1/files", content=b"", headers=long), 400)["code"] == "invalid_multipart"
@@ -150,7 +151,7 @@ def test_an_upload_that_is_not_multipart(client: TestClient, services: Services)
 # -- jobs -----------------------------------------------------------------------------------------------------
 
 
-def test_a_job_is_stored_with_everything_written_out(client: TestClient) -> None:
+def test_a_job_is_stored_with_its_defaults_written_out(client: TestClient) -> None:
     file_id = upload(client)
     body = {
         "model": "tiny",
@@ -171,8 +172,8 @@ def test_a_job_is_stored_with_everything_written_out(client: TestClient) -> None
     assert client.get(f"/v1/fine_tuning/jobs/{job['id']}").json() == job
     events = client.get(f"/v1/fine_tuning/jobs/{job['id']}/events").json()["data"]
     assert [event["message"] for event in events] == [f"Created fine-tuning job: {job['id']}"]
-    listed = client.get("/v1/fine_tuning/jobs", params={"metadata[team]": "search"}).json()["data"]
-    assert [item["id"] for item in listed] == [job["id"]]
+    listing = client.get("/v1/fine_tuning/jobs", params={"metadata[team]": "search"}).json()["data"]
+    assert [item["id"] for item in listing] == [job["id"]]
     assert client.get("/v1/fine_tuning/jobs", params={"metadata[team]": "ads"}).json()["data"] == []
 
 
@@ -180,13 +181,13 @@ def test_a_job_that_ended_cannot_be_cancelled_again(client: TestClient) -> None:
     job = client.post("/v1/fine_tuning/jobs", json={"model": "tiny", "training_file": upload(client)}).json()
     cancelled = client.post(f"/v1/fine_tuning/jobs/{job['id']}/cancel").json()
     assert cancelled["status"] == "cancelled" and cancelled["finished_at"]
-    again = client.post(f"/v1/fine_tuning/jobs/{job['id']}/cancel")
-    assert error_of(again, 409)["code"] == "job_already_ended"
-    assert again.headers["x-should-retry"] == "false"
+    second = client.post(f"/v1/fine_tuning/jobs/{job['id']}/cancel")
+    assert error_of(second, 409)["code"] == "job_already_ended"
+    assert second.headers["x-should-retry"] == "false"
 
 
 DPO = {"type": "dpo"}
-BAD_JOBS: list[tuple[dict[str, Any], str, str]] = [
+BAD_JOBS: list[tuple[dict[str, object], str, str]] = [
     ({"model": "gpt-4o-mini"}, "model_not_found", "model"),
     ({"model": "../tiny"}, "model_not_found", "model"),
     ({"model": "/etc"}, "model_not_found", "model"),
@@ -238,8 +239,8 @@ BAD_JOBS: list[tuple[dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("change", "code", "param"), BAD_JOBS, ids=[str(case[0])[:60] for case in BAD_JOBS])
-def test_a_bad_job_is_refused_by_name_and_leaves_nothing(
-    client: TestClient, services: Services, change: dict[str, Any], code: str, param: str
+def test_a_bad_job_is_refused_with_the_parameter_and_leaves_nothing(
+    client: TestClient, services: Services, change: dict[str, object], code: str, param: str
 ) -> None:
     body = {"model": "tiny", "training_file": upload(client)} | change
     error = error_of(client.post("/v1/fine_tuning/jobs", json=body), 400)
@@ -247,9 +248,7 @@ def test_a_bad_job_is_refused_by_name_and_leaves_nothing(
     assert rows(services) == (1, 0)
 
 
-def test_several_files_are_all_checked_and_all_kept_while_the_job_needs_them(
-    client: TestClient, services: Services
-) -> None:
+def test_every_training_file_is_checked_and_kept_while_the_job_needs_it(client: TestClient, services: Services) -> None:
     first, second = upload(client), upload(client, ROW + b"\n")
     body = {"model": "tiny", "training_file": first, "more_training_files": [second], "method": {"type": "dpo"}}
     job = client.post("/v1/fine_tuning/jobs", json=body).json()
@@ -274,8 +273,8 @@ def test_several_files_are_all_checked_and_all_kept_while_the_job_needs_them(
         ("bnb-8bit", {"double_quantization": False}, "double_quantization"),
     ],
 )
-def test_a_base_that_is_quantised_already_is_refused_at_once_where_it_cannot_train(
-    client: TestClient, services: Services, method: str, fields: dict[str, Any], param: str
+def test_a_quantised_base_is_refused_for_options_that_it_does_not_support(
+    client: TestClient, services: Services, method: str, fields: dict[str, object], param: str
 ) -> None:
     with services.database.write() as session:
         models.register(session, "small", "r1", {"prequantized": method})
@@ -286,7 +285,7 @@ def test_a_base_that_is_quantised_already_is_refused_at_once_where_it_cannot_tra
 
 
 @pytest.mark.parametrize(("method", "quantization"), [("bnb-4bit", "nf4"), ("bnb-8bit", "int8")])
-def test_a_base_that_is_quantised_already_stays_as_it_is(
+def test_a_quantised_base_keeps_its_quantization(
     client: TestClient, services: Services, method: str, quantization: str
 ) -> None:
     with services.database.write() as session:
@@ -322,27 +321,29 @@ def test_a_deleted_file_cannot_be_trained_on(client: TestClient, services: Servi
         b'{"model": "a", "training_file": "b", "method": {"\\ud800": 1}}',
     ],
 )
-def test_a_body_that_is_not_a_json_object(client: TestClient, services: Services, content: bytes) -> None:
+def test_a_body_that_is_not_a_valid_json_object_is_refused(
+    client: TestClient, services: Services, content: bytes
+) -> None:
     headers = {"content-type": "application/json"}
     error_of(client.post("/v1/fine_tuning/jobs", content=content, headers=headers), 400)
     assert rows(services) == (0, 0)
 
 
-def test_a_zero_byte_is_the_users_mistake_on_every_database(client: TestClient) -> None:
+def test_a_zero_byte_is_a_client_error_on_every_database(client: TestClient) -> None:
     assert client.get("/v1/files/%00").status_code in (400, 404)
     assert client.get("/v1/files", params={"after": "\x00"}).status_code in (400, 404)
     error_of(client.post("/v1/fine_tuning/jobs", json={"model": "\x00", "training_file": "x"}), 400)
     assert upload(client) and client.get("/v1/files").status_code == 200
 
 
-def test_statuses_that_no_route_makes(client: TestClient) -> None:
+def test_errors_outside_of_routes_have_the_contracts_shape(client: TestClient) -> None:
     assert error_of(client.get("/v1/nothing"), 404)["code"] == "unknown_url"
     assert error_of(client.get("/"), 404)["code"] == "unknown_url"
     assert error_of(client.put("/v1/files"), 405)["code"] == "method_not_allowed"
     huge = b'{"model": "' + b"x" * 2_000_000 + b'"}'
     assert error_of(client.post("/v1/fine_tuning/jobs", content=huge), 413)["code"] == "body_too_large"
 
-    def stream() -> Any:
+    def stream() -> Iterator[bytes]:
         yield from (b"x" * 100_000 for _ in range(30))
 
     headers = {"content-type": "application/json"}
@@ -358,15 +359,14 @@ def test_statuses_that_no_route_makes(client: TestClient) -> None:
      "/v1/fine_tuning/jobs/ftjob-x/logs", "/v1/files/file-x", "/v1/files/file-x/content", "/v1/models/none",
      "/v1/models/org%2Fnone", "/v1/models/none/download"],
 )  # fmt: skip
-def test_what_is_not_there_is_404(client: TestClient, path: str) -> None:
+def test_a_missing_object_is_404(client: TestClient, path: str) -> None:
     assert error_of(client.get(path), 404)["code"].endswith("_not_found")
 
 
 # -- models ---------------------------------------------------------------------------------------------------
 
 
-def test_models_with_slashes_in_their_names(client: TestClient, services: Services) -> None:
-
+def test_a_models_name_may_have_slashes(client: TestClient, services: Services) -> None:
     with services.database.write() as session:
         models.register(session, "org/tiny", "r1", {})
         models.register_hub(session, "meta-llama/*")
@@ -388,15 +388,15 @@ def test_readiness_says_what_is_wrong(client: TestClient, services: Services, tm
     assert "dpo migrate" in answer.json()["problems"]["database"]
 
 
-@pytest.mark.parametrize("place", [(), ("method", "dpo"), ("method", "dpo", "hyperparameters"), ("sft",), ("mapping",)])
-def test_a_chat_template_is_not_taken_from_a_caller(client: TestClient, place: tuple[str, ...]) -> None:
-    """A template is a program: only the operator's base models bring one."""
+@pytest.mark.parametrize("path", [(), ("method", "dpo"), ("method", "dpo", "hyperparameters"), ("sft",), ("mapping",)])
+def test_a_request_cannot_bring_a_chat_template(client: TestClient, path: tuple[str, ...]) -> None:
+    """A template is a program, so only the operator's base models may bring one."""
     body: dict[str, Any] = {"model": "tiny", "training_file": upload(client), "method": {"type": "dpo", "dpo": {}}}
     inner = body
-    for name in place:
+    for name in path:
         inner = inner.setdefault(name, {})
     inner["chat_template"] = "{{ messages }}"
     error = error_of(client.post("/v1/fine_tuning/jobs", json=body), 400)
-    # On the job itself the name is a switch, which only says whether the base model's template is used.
-    expected = "unknown_parameter" if place else "invalid_value"
-    assert (error["code"], error["param"]) == (expected, ".".join([*place, "chat_template"]))
+    # On the job itself `chat_template` is a switch: whether the base model's template is used.
+    expected = "unknown_parameter" if path else "invalid_value"
+    assert (error["code"], error["param"]) == (expected, ".".join([*path, "chat_template"]))

@@ -1,4 +1,4 @@
-"""What docs/deployment.md says of backups: a dump and a copy of the objects are the same service again."""
+"""The backup of docs/deployment.md: a dump and a copy of the objects restore the service."""
 
 import shutil
 import sqlite3
@@ -6,7 +6,6 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from fastapi.testclient import TestClient
 
@@ -33,7 +32,7 @@ PATHS = (
 )
 
 
-def test_a_dump_and_the_objects_are_the_same_service_again(
+def test_a_dump_and_a_copy_of_the_objects_restore_the_service(
     client: TestClient, services: Services, settings: Settings, tmp_path: Path
 ) -> None:
     file_id = upload(client)
@@ -49,33 +48,36 @@ def test_a_dump_and_the_objects_are_the_same_service_again(
                 base_model="tiny", job_id=job_id, prefix=prefix, details={},
             )
         )  # fmt: skip
-    before = everything(client, file_id, job_id)
+    state_before = api_state(client, file_id, job_id)
     dump = tmp_path / "backup"
     dump.mkdir()
     back_up(settings, dump)
-    lost = upload(client)  # made after the dump: of it only the object comes back, and the sweep takes it
+    late_file = upload(client)  # made after the dump: only its object is restored, and pruning deletes it
     shutil.copytree(settings.home / "objects", dump / "objects")
     for name in ("admin.key", "secret.key"):
         shutil.copy(settings.home / name, dump)
 
-    with restored(settings, dump, tmp_path / "again") as found, open_client(found) as again:
-        assert everything(again, file_id, job_id) == before
-        assert again.get(f"/v1/files/{lost}").status_code == 404
-        assert again.get("/v1/files", headers={"Authorization": f"Bearer {key}"}).status_code == 200
-        with found.database.write() as session:
+    with (
+        restored(settings, dump, tmp_path / "again") as restored_services,
+        open_client(restored_services) as restored_client,
+    ):
+        assert api_state(restored_client, file_id, job_id) == state_before
+        assert restored_client.get(f"/v1/files/{late_file}").status_code == 404
+        assert restored_client.get("/v1/files", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+        with restored_services.database.write() as session:
             claimed = job_queue.claim(session, Status.VALIDATING, "a worker")
-        assert claimed is not None and claimed.id == job_id, "what was not done is done there"
-        assert prune(found, delete=True, grace=0.0)[1] == 1
+        assert claimed is not None and claimed.id == job_id, "unfinished jobs go on in the restored service"
+        assert prune(restored_services, delete=True, grace=0.0)[1] == 1
 
 
-def everything(client: TestClient, file_id: str, job_id: str) -> list[Any]:
-    """What the API tells, and what it lets be downloaded."""
-    told = [client.get(f"/v1/{path}").json() for path in PATHS]
-    told += [
+def api_state(client: TestClient, file_id: str, job_id: str) -> list[object]:
+    """All that the API shows, and its downloads."""
+    answers: list[object] = [client.get(f"/v1/{path}").json() for path in PATHS]
+    answers += [
         client.get(f"/v1/fine_tuning/jobs/{job_id}/events").json(),
         client.get(f"/v1/files/{file_id}/content").content,
     ]
-    return [*told, client.get("/v1/models/ft:tiny:default::x/download").content]
+    return [*answers, client.get("/v1/models/ft:tiny:default::x/download").content]
 
 
 def back_up(settings: Settings, dump: Path) -> None:
@@ -92,13 +94,13 @@ def back_up(settings: Settings, dump: Path) -> None:
 
 @contextmanager
 def restored(settings: Settings, dump: Path, home: Path) -> Iterator[Services]:
-    """The service on another machine, made of nothing but the backup."""
+    """The service on another machine, restored from the backup alone."""
     shutil.copytree(dump, home)
     url = f"sqlite:///{home}/dpo.sqlite3"
     if not settings.database_url.startswith("sqlite"):
         url = settings.database_url + "_again"
         admin(settings.database_url, f"CREATE DATABASE {url.rpartition('/')[2]}")
-        plain = url.replace("+psycopg", "")
+        libpq_url = url.replace("+psycopg", "")
         command = [
             postgres_program("psql"),
             "--quiet",
@@ -106,7 +108,7 @@ def restored(settings: Settings, dump: Path, home: Path) -> Iterator[Services]:
             "ON_ERROR_STOP=1",
             "--file",
             str(dump / "dpo.sql"),
-            plain,
+            libpq_url,
         ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     services = Services.of(Settings(home=home, database_url=url))

@@ -22,13 +22,13 @@ NAME = "ft:tiny:default::12345678:ckpt-step-{}"
 
 @pytest.fixture
 def job(services: Services, tmp_path: Path) -> Job:
-    """One that runs and has checkpoints of the steps 1 to 5, of which it wants two."""
+    """A running job with checkpoints of the steps 1 to 5. It asks to keep two."""
     job_id = make_job(services, spec={**_spec(services), "keep_checkpoints": 2})
     assert claim(services) is not None
     folder = tmp_path / "checkpoint"
-    for part in ("model", "state"):
-        (folder / part).mkdir(parents=True)
-        (folder / part / "weights").write_text("x")
+    for subfolder in ("model", "state"):
+        (folder / subfolder).mkdir(parents=True)
+        (folder / subfolder / "weights").write_text("x")
     with services.database.write() as session:
         for step in range(1, 6):
             prefix = f"jobs/{job_id}/attempt-1/checkpoints/{step}"
@@ -43,40 +43,44 @@ def job(services: Services, tmp_path: Path) -> Job:
 
 
 def _spec(services: Services) -> dict[str, object]:
-    found = get(services, make_job(services, name="other", status=Status.SUCCEEDED))
-    return dict(found.spec)
+    other = get(services, make_job(services, name="other", status=Status.SUCCEEDED))
+    return dict(other.spec)
 
 
-def steps(services: Services) -> list[int]:
+def listed_steps(services: Services) -> list[int]:
     with services.database.read() as session:
         return sorted(session.scalars(select(Checkpoint.step_number)))
 
 
-def kept(services: Services, job: Job, part: str) -> list[int]:
-    return sorted(int(key.split("/")[4]) for key, _ in services.storage.list(f"jobs/{job.id}") if f"/{part}/" in key)
+def stored_steps(services: Services, job: Job, kind: str) -> list[int]:
+    return sorted(int(key.split("/")[4]) for key, _ in services.storage.list(f"jobs/{job.id}") if f"/{kind}/" in key)
 
 
 def trim(services: Services, job: Job) -> None:
     Checkpoints(services.storage, JobLease(services.database, job.id, job.attempt), job).trim()
 
 
-def test_as_many_are_kept_as_the_job_wants(services: Services, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_keeps_as_many_checkpoints_as_it_asks_for(
+    services: Services, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trim(services, job)
-    assert steps(services) == [4, 5]
-    assert kept(services, job, "state") == [4, 5], "and two can be resumed from"
-    assert kept(services, job, "model") == [1, 2, 3, 4, 5], "someone may be downloading one"
+    assert listed_steps(services) == [4, 5]
+    assert stored_steps(services, job, "state") == [4, 5], "two can be resumed from"
+    assert stored_steps(services, job, "model") == [1, 2, 3, 4, 5], "someone may be downloading one"
     with services.database.write() as session:
         session.execute(update(Checkpoint).where(Checkpoint.step_number == 4).values(step_number=3))
     monkeypatch.setattr(checkpoints, "DELETE_DELAY_SECONDS", 0.0)
-    lasting = Checkpoints(services.storage, JobLease(services.database, job.id, job.attempt), job)
-    lasting.keep = 1
-    lasting.trim()
-    assert steps(services) == [5]
-    assert kept(services, job, "model") == [1, 2, 3, 5], "the one that went now; others when the job ends"
+    retention = Checkpoints(services.storage, JobLease(services.database, job.id, job.attempt), job)
+    retention.keep = 1
+    retention.trim()
+    assert listed_steps(services) == [5]
+    assert stored_steps(services, job, "model") == [1, 2, 3, 5], (
+        "the newly deleted one is gone; the others go when the job ends"
+    )
 
 
-def test_one_that_a_new_job_starts_from_stays(services: Services, job: Job) -> None:
-    """Looked up before it would go, and used after: whoever comes second waits."""
+def test_a_checkpoint_that_a_new_job_starts_from_stays(services: Services, job: Job) -> None:
+    """The new job looks the checkpoint up before the trim and uses it after. The trim waits for the row's lock."""
     name = NAME.format(2)
     trimming = threading.Thread(target=trim, args=(services, job))
     with services.database.write() as session:
@@ -88,11 +92,11 @@ def test_one_that_a_new_job_starts_from_stays(services: Services, job: Job) -> N
             )
 
             def blocked() -> bool:
-                with services.database.read() as other:
-                    return bool(other.scalar(waiting))
+                with services.database.read() as observer:
+                    return bool(observer.scalar(waiting))
 
-            wait_until(blocked, "the one that trims to wait")
+            wait_until(blocked, "the trimming thread to wait")
         values = {column.name: getattr(job, column.name) for column in Job.__table__.columns}
         session.add(Job(**values | {"id": "ftjob-second", "model": name, "status": Status.VALIDATING, "attempt": 0}))
     trimming.join()
-    assert steps(services) == [2, 4, 5]
+    assert listed_steps(services) == [2, 4, 5]

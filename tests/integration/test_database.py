@@ -1,4 +1,4 @@
-"""The schema and the session style, on SQLite and PostgreSQL."""
+"""The schema and transactions, on SQLite and PostgreSQL."""
 
 import threading
 import time
@@ -49,10 +49,10 @@ def test_the_database_clock_has_fractions_of_a_second_and_moves_inside_a_transac
     assert abs(first - time.time()) < 5
 
 
-def test_writers_that_read_first_wait_for_each_other(services: Services) -> None:
+def test_transactions_that_read_and_then_write_wait_for_each_other(services: Services) -> None:
     """On SQLite a deferred transaction would fail at once with 'database is locked'."""
     keys, failures = 8, list[BaseException]()
-    # One row that all of them write: of several, PostgreSQL may lock each in another order, which is a deadlock.
+    # All threads write one row. PostgreSQL could lock several rows in different orders, which is a deadlock.
     services.keys.create(KeySpec(name="shared"))
     table = Table.metadata.tables["api_keys"]
     shared = table.update().where(table.c.name == "shared").values(last_used_at=database_now())
@@ -76,8 +76,8 @@ def test_writers_that_read_first_wait_for_each_other(services: Services) -> None
         assert len(session.execute(select(table)).all()) == keys + 1
 
 
-def test_a_database_that_is_one_version_ahead_serves_this_version(services: Services) -> None:
-    """The schema is migrated first, then the processes are replaced one by one: meanwhile the old ones go on."""
+def test_a_database_one_version_ahead_serves_this_version(services: Services) -> None:
+    """The schema is migrated first. The old processes go on until each is replaced."""
     with services.database.write() as session:
         session.execute(text("UPDATE alembic_version SET version_num = 'next'"))
         session.execute(text("ALTER TABLE jobs ADD COLUMN what_the_next_version_adds VARCHAR"))
@@ -90,51 +90,47 @@ def test_a_database_that_is_one_version_ahead_serves_this_version(services: Serv
 
 
 def test_the_last_migration_only_adds(settings: Settings) -> None:
-    """What the version before writes must still fit: no table or column is gone, and a new column needs no value."""
+    """Rows of the previous version still fit: no table or column is gone, and a new column needs no value."""
     services = Services.of(settings)
     migrate(services.database, "head")
     migrate(services.database, "-1")
-    before = columns(services)
+    old_columns = optional_columns(services)
     migrate(services.database, "head")
-    after = columns(services)
+    new_columns = optional_columns(services)
     services.database.close()
-    for table, names in before.items():
-        assert names.keys() <= after[table].keys()
-        for name in after[table].keys() - names.keys():
-            assert after[table][name], f"{table}.{name} must be nullable or have a default"
-        assert all(after[table][name] or not names[name] for name in names), (
-            "a column that could be left out no longer can"
-        )
+    for table, names in old_columns.items():
+        assert names.keys() <= new_columns[table].keys()
+        for name in new_columns[table].keys() - names.keys():
+            assert new_columns[table][name], f"{table}.{name} must be nullable or have a default"
+        assert all(new_columns[table][name] or not names[name] for name in names), "an optional column became required"
 
 
-def columns(services: Services) -> dict[str, dict[str, bool]]:
-    """By table and column: whether a row can be written without it."""
-    found = inspect(services.database.engine)
+def optional_columns(services: Services) -> dict[str, dict[str, bool]]:
+    """By table and column: whether a row can be written without a value."""
+    inspector = inspect(services.database.engine)
     return {
         table: {
             column["name"]: bool(column["nullable"] or column["default"] is not None)
-            for column in found.get_columns(table)
+            for column in inspector.get_columns(table)
         }
-        for table in found.get_table_names()
+        for table in inspector.get_table_names()
     }
 
 
-def test_a_process_that_stands_still_in_a_transaction_keeps_no_lock(
-    services: Services, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A stopped or frozen worker has its connection open, and the row of its job locked: nobody could take the lease."""
+def test_a_process_frozen_in_a_transaction_loses_its_lock(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frozen worker holds its connection and the lock on its job's row. Nobody else could take the lease."""
     url = services.settings.database_url
     if url.startswith("sqlite"):
-        return  # one machine: what stands still there stands still for all
+        return  # SQLite serves one machine, which freezes as a whole
     monkeypatch.setattr(database, "IDLE_SECONDS", 1)
     frozen, job_id = Database(url), make_job(services)
     with pytest.raises(OperationalError, match="idle-in-transaction timeout"), frozen.write() as session:
         session.execute(update(Job).where(Job.id == job_id).values(priority=7))
 
         def free() -> bool:
-            with services.database.write() as other:
-                taken = select(Job.id).where(Job.id == job_id).with_for_update(skip_locked=True)
-                return other.scalar(taken) is not None
+            with services.database.write() as other_session:
+                unlocked = select(Job.id).where(Job.id == job_id).with_for_update(skip_locked=True)
+                return other_session.scalar(unlocked) is not None
 
         assert not free()
         wait_until(free, "the lock")

@@ -1,4 +1,4 @@
-"""Reports and merged models over HTTP, made by a worker's own code; and what happens to a task whose worker is lost."""
+"""Reports and merged models over HTTP, made by a worker's own code. Tasks whose worker is lost."""
 
 import io
 import json
@@ -44,12 +44,12 @@ def test_a_report_is_made_at_upload(client: TestClient, services: Services) -> N
     waiting = client.get(f"/v1/files/{file_id}/report")
     assert (waiting.status_code, waiting.headers["Retry-After"]) == (202, "1")
     assert work(services) == 1
-    found = client.get(f"/v1/files/{file_id}/report").json()
-    assert (found["format"], found["rows"], found["kept"]) == ("preference", 31, 30)
-    assert found["dropped"] == {"identical_responses": 1}
-    assert found["issues"] == [{"line": 31, "field": None, "reason": "identical_responses"}]
-    assert found["tokens"] is None
-    assert work(services) == 0, "it is kept"
+    report = client.get(f"/v1/files/{file_id}/report").json()
+    assert (report["format"], report["rows"], report["kept"]) == ("preference", 31, 30)
+    assert report["dropped"] == {"identical_responses": 1}
+    assert report["issues"] == [{"line": 31, "field": None, "reason": "identical_responses"}]
+    assert report["tokens"] is None
+    assert work(services) == 0, "the report is stored"
     error_of(client.get("/v1/files/file-none/report"), 404)
 
 
@@ -58,13 +58,13 @@ def test_a_report_in_tokens_shows_what_the_model_will_see(client: TestClient, se
 
     file_id = upload(client, PAIRS)
     work(services)
-    asked: dict[str, Any] = {"model": "tiny", "max_length": 4096}
-    assert client.get(f"/v1/files/{file_id}/report", params=asked).status_code == 202
+    params: dict[str, str | int] = {"model": "tiny", "max_length": 4096}
+    assert client.get(f"/v1/files/{file_id}/report", params=params).status_code == 202
     assert work(services) == 1
-    found = client.get(f"/v1/files/{file_id}/report", params=asked).json()["tokens"]
+    report = client.get(f"/v1/files/{file_id}/report", params=params).json()["tokens"]
     tokenizer: Any = AutoTokenizer.from_pretrained(services.settings.models_dir / "tiny")
     rows = [json.loads(line) for line in PAIRS.splitlines()]
-    texts, others = (
+    chosen_texts, rejected_texts = (
         [
             tokenizer.apply_chat_template(
                 [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[side]}],
@@ -74,22 +74,26 @@ def test_a_report_in_tokens_shows_what_the_model_will_see(client: TestClient, se
         ]
         for side in ("chosen", "rejected")
     )
-    lengths, other_lengths = (
-        [len(tokenizer(text, add_special_tokens=False).input_ids) for text in found] for found in (texts, others)
+    chosen_lengths, rejected_lengths = (
+        [len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+        for texts in (chosen_texts, rejected_texts)
     )
-    first = found["samples"][0]
-    assert first["prompt"] + first["responses"][0] == texts[0]
+    first = report["samples"][0]
+    assert first["prompt"] + first["responses"][0] == chosen_texts[0]
     assert first["scored"][0].startswith("yes")
-    prompts, chosen = found["lengths"]["prompt"], found["lengths"]["chosen"]
-    assert prompts["mean"] + chosen["mean"] == pytest.approx(sum(lengths) / len(lengths), abs=0.11)
-    assert (found["rows"], found["sampled_rows"], found["truncated_share"]) == (30, 30, 0.0)
-    limit = int(sum(lengths) / len(lengths))
-    cut = sum(max(pair) > limit for pair in zip(lengths, other_lengths, strict=True)) / len(rows)
-    assert 0.0 < cut < 1.0
-    short: dict[str, Any] = {"model": "tiny", "max_length": limit}
-    client.get(f"/v1/files/{file_id}/report", params=short)
+    prompts, chosen = report["lengths"]["prompt"], report["lengths"]["chosen"]
+    assert prompts["mean"] + chosen["mean"] == pytest.approx(sum(chosen_lengths) / len(chosen_lengths), abs=0.11)
+    assert (report["rows"], report["sampled_rows"], report["truncated_share"]) == (30, 30, 0.0)
+    limit = int(sum(chosen_lengths) / len(chosen_lengths))
+    truncated_share = sum(max(pair) > limit for pair in zip(chosen_lengths, rejected_lengths, strict=True)) / len(rows)
+    assert 0.0 < truncated_share < 1.0
+    short_params: dict[str, str | int] = {"model": "tiny", "max_length": limit}
+    client.get(f"/v1/files/{file_id}/report", params=short_params)
     work(services)
-    assert client.get(f"/v1/files/{file_id}/report", params=short).json()["tokens"]["truncated_share"] == cut
+    assert (
+        client.get(f"/v1/files/{file_id}/report", params=short_params).json()["tokens"]["truncated_share"]
+        == truncated_share
+    )
     assert error_of(client.get(f"/v1/files/{file_id}/report", params={"model": "none"}), 400)["param"] == "model"
 
 
@@ -97,29 +101,29 @@ def test_a_mapping_given_at_upload_is_used(client: TestClient, services: Service
     content = b"question,good,bad\nq1,a,b\nq2,c,d\n"
     mapping = {"prompt": "Q: {question}\n", "chosen": "good", "rejected": "bad"}
     file_id = upload(client, content, mapping=json.dumps(mapping))
-    plain = upload(client, content)
+    unmapped = upload(client, content)
     work(services)
     assert client.get(f"/v1/files/{file_id}/report").json()["kept"] == 2
-    bad = client.get(f"/v1/files/{plain}/report").json()
-    assert not bad["valid"] and "mapping" in bad["error"]["message"]
+    report = client.get(f"/v1/files/{unmapped}/report").json()
+    assert not report["valid"] and "mapping" in report["error"]["message"]
     job = client.post("/v1/fine_tuning/jobs", json={"model": "tiny", "training_file": file_id}).json()
     assert job["mapping"]["prompt"] == "Q: {question}\n"
-    both = {"model": "tiny", "training_file": file_id, "validation_file": plain}
-    assert error_of(client.post("/v1/fine_tuning/jobs", json=both), 400)["param"] == "mapping"
+    body = {"model": "tiny", "training_file": file_id, "validation_file": unmapped}
+    assert error_of(client.post("/v1/fine_tuning/jobs", json=body), 400)["param"] == "mapping"
 
 
-def test_a_file_is_not_counted_in_too_many_ways_at_once(client: TestClient, services: Services) -> None:
-    """Each is minutes of a worker, and a key that may only read can ask for them."""
+def test_the_reports_that_wait_are_limited_for_each_project(client: TestClient, services: Services) -> None:
+    """Each report takes minutes of a worker, and a read-only key can request it."""
     file_id = upload(client, PAIRS)
     work(services)
     url = f"/v1/files/{file_id}/report?model=tiny&max_length="
     answers = [client.get(f"{url}{length}") for length in range(100, 100 + MAX_PENDING + 1)]
     assert [answer.status_code for answer in answers] == [202] * MAX_PENDING + [429]
     assert error_of(answers[-1], 429)["code"] == "too_many_reports" and int(answers[-1].headers["Retry-After"]) > 0
-    assert client.get(f"{url}100").status_code == 202, "what is being made can be asked for"
+    assert client.get(f"{url}100").status_code == 202, "a pending report can be requested again"
 
 
-def test_a_deleted_files_report_goes_with_it(client: TestClient, services: Services) -> None:
+def test_the_report_of_a_deleted_file_is_deleted(client: TestClient, services: Services) -> None:
     file_id = upload(client, PAIRS)
     client.delete(f"/v1/files/{file_id}")
     work(services)
@@ -129,13 +133,15 @@ def test_a_deleted_files_report_goes_with_it(client: TestClient, services: Servi
     assert objects(services) == 0
 
 
-def test_a_lost_worker_costs_an_attempt_and_a_stale_one_writes_nothing(client: TestClient, services: Services) -> None:
+def test_a_lost_worker_costs_an_attempt_and_a_stale_worker_writes_nothing(
+    client: TestClient, services: Services
+) -> None:
     upload(client, PAIRS)
-    for lost in range(MAX_LOST_ATTEMPTS):
+    for lost_attempts in range(MAX_LOST_ATTEMPTS):
         with services.database.write() as session:
             session.execute(update(DerivedArtifact).values(eligible_at=0.0))
-            task = artifacts.claim(session, f"worker {lost}", [])
-        assert task is not None and task.attempt == lost + 1
+            task = artifacts.claim(session, f"worker {lost_attempts}", [])
+        assert task is not None and task.attempt == lost_attempts + 1
         with services.database.write() as session:
             assert artifacts.claim(session, "another", []) is None
             session.execute(update(DerivedArtifact).values(lease_expires_at=database_now() - 1))
@@ -144,18 +150,18 @@ def test_a_lost_worker_costs_an_attempt_and_a_stale_one_writes_nothing(client: T
             assert not artifacts.ARTIFACTS.heartbeat(session, task.id, task.attempt)
             assert not artifacts.finish(session, task.id, task.attempt, result={})
     with services.database.read() as session:
-        (found,) = session.scalars(select(DerivedArtifact))
-    assert (found.status, found.error and found.error["code"]) == ("failed", "worker_lost")
+        (artifact,) = session.scalars(select(DerivedArtifact))
+    assert (artifact.status, artifact.error and artifact.error["code"]) == ("failed", "worker_lost")
 
 
-# -- made models ----------------------------------------------------------------------------------------------
+# -- models of jobs -------------------------------------------------------------------------------------------
 
 NAME = "ft:tiny:default::abc"
 
 
 @pytest.fixture
-def made(services: Services, tmp_path: Path) -> str:
-    """An adapter on `tiny`, as a job leaves it."""
+def finished_job(services: Services, tmp_path: Path) -> str:
+    """The id of a job that left an adapter on `tiny`."""
     make_adapter(services.settings.models_dir / "tiny", tmp_path / "adapter")
     services.storage.put_folder("jobs/ftjob-1/attempt-2/model", tmp_path / "adapter")
     job_id = make_job(
@@ -172,7 +178,7 @@ def made(services: Services, tmp_path: Path) -> str:
 
 
 def test_a_merged_model_is_made_once_and_streamed(
-    client: TestClient, services: Services, made: str, tmp_path: Path
+    client: TestClient, services: Services, finished_job: str, tmp_path: Path
 ) -> None:
     url = f"/v1/models/{NAME}/download?format=merged&dtype=fp16"
     assert client.get(url).status_code == 202
@@ -185,14 +191,14 @@ def test_a_merged_model_is_made_once_and_streamed(
     with services.database.write() as session:
         session.execute(update(DerivedArtifact).values(finished_at=database_now() - 2 * 24 * 3600))
     keep_house(services)
-    assert services.storage.list("merged") == [], "made again when asked for again"
+    assert services.storage.list("merged") == [], "an old merged model is deleted, and made again on request"
     assert client.get(url).status_code == 202
     work(services)
     assert client.delete(f"/v1/models/{NAME}").status_code == 200
     assert services.storage.list("merged") == services.storage.list("jobs") == []
 
 
-def test_a_model_in_use_is_not_deleted(client: TestClient, services: Services, made: str) -> None:
+def test_a_model_in_use_is_not_deleted(client: TestClient, services: Services, finished_job: str) -> None:
     with services.database.write() as session:
         models.register(session, "tiny", "r1", {})
     job = client.post("/v1/fine_tuning/jobs", json={"model": NAME, "training_file": upload(client, PAIRS)}).json()
@@ -202,11 +208,11 @@ def test_a_model_in_use_is_not_deleted(client: TestClient, services: Services, m
     assert client.delete(f"/v1/models/{NAME}").json()["deleted"]
 
 
-def test_the_lineage_of_a_model(client: TestClient, made: str) -> None:
-    found = client.get(f"/v1/models/{NAME}/lineage").json()
-    assert (found["base_model"], found["base_revision"]) == ("tiny", "r1")
-    (step,) = found["steps"]
-    assert (step["job"], step["started_from"], step["metrics"]) == (made, "tiny", {"loss": 0.5})
+def test_the_lineage_of_a_model_names_its_base_steps_and_files(client: TestClient, finished_job: str) -> None:
+    lineage = client.get(f"/v1/models/{NAME}/lineage").json()
+    assert (lineage["base_model"], lineage["base_revision"]) == ("tiny", "r1")
+    (step,) = lineage["steps"]
+    assert (step["job"], step["started_from"], step["metrics"]) == (finished_job, "tiny", {"loss": 0.5})
     assert step["files"] == {"file-1": None}
     assert client.get("/v1/models/tiny/lineage").json()["steps"] == []
     error_of(client.get("/v1/models/none/lineage"), 404)

@@ -1,4 +1,4 @@
-"""Evaluations over HTTP, without a worker: what is refused, by which field, and how what is made is told apart."""
+"""Evaluations over HTTP, without a worker: refused fields, defaults, listings and claims."""
 
 import json
 from typing import Any
@@ -10,7 +10,7 @@ from sqlalchemy import text, update
 from app.broker import Lane
 from app.database import database_now
 from app.jobs import queue as job_queue
-from app.jobs.kinds import EVALUATION, TRAINING
+from app.jobs.kinds import EVALUATION_JOB, TRAINING_JOB
 from app.jobs.states import Status
 from app.jobs.tables import Checkpoint, Job
 from app.migrate import migrate
@@ -31,19 +31,19 @@ from worker.validator import validate
 SCORED = {"type": "reward_model", "model": "ft:tiny:default::reward"}
 
 
-def asking(**fields: Any) -> dict[str, Any]:
+def judge_with(**fields: object) -> dict[str, Any]:
     return {"type": "endpoint", "endpoint": ASKED["endpoint"] | fields}
 
 
-def deep(levels: int) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def nested(levels: int) -> dict[str, object]:
+    value: dict[str, object] = {}
     for _ in range(levels):
-        found = {"a": found}
-    return found
+        value = {"a": value}
+    return value
 
 
 @pytest.fixture
-def made(services: Services) -> str:
+def trained_model(services: Services) -> str:
     """A model that was trained here from `tiny`, and a reward model."""
     job_id = make_job(services, status=Status.SUCCEEDED)
     with services.database.write() as session:
@@ -83,12 +83,12 @@ def made(services: Services) -> str:
         ({"type": "win_rate", "judge": SCORED | {"question": "dialogue"}}, "judge.question"),
         ({"type": "win_rate", "judge": {"type": "model", "model": "none"}}, "judge.model"),
         ({"type": "win_rate", "judge": {"type": "model", "model": SCORED["model"]}}, "judge.model"),
-        ({"type": "win_rate", "judge": asking(parameters={"stop": "\ud800"})}, "judge.endpoint.parameters"),
-        ({"type": "win_rate", "judge": asking(parameters={"seed": 2**70})}, "judge.endpoint.parameters"),
+        ({"type": "win_rate", "judge": judge_with(parameters={"stop": "\ud800"})}, "judge.endpoint.parameters"),
+        ({"type": "win_rate", "judge": judge_with(parameters={"seed": 2**70})}, "judge.endpoint.parameters"),
         ({"type": "win_rate", "judge": at("https://1.1.1.1/v1?version=1")}, "judge.endpoint.base_url"),
-        ({"type": "win_rate", "judge": asking(parameters={"stream": True})}, "judge.endpoint.parameters.stream"),
-        ({"type": "win_rate", "judge": asking(parameters=deep(300))}, "judge.endpoint.parameters"),
-        ({"type": "win_rate", "judge": asking(api_key="k" * 2049)}, "judge.endpoint.api_key"),
+        ({"type": "win_rate", "judge": judge_with(parameters={"stream": True})}, "judge.endpoint.parameters.stream"),
+        ({"type": "win_rate", "judge": judge_with(parameters=nested(300))}, "judge.endpoint.parameters"),
+        ({"type": "win_rate", "judge": judge_with(api_key="k" * 2049)}, "judge.endpoint.api_key"),
         ({"type": "win_rate", "judge": ASKED, "gates": [{"metric": "judge/cost", "max": 1}]}, "gates.0.metric"),
         ({"type": "win_rate", "gates": [{"metric": "win_rate", "min": 1}]}, "gates.0.metric"),
         ({"type": "reward_kl", "sampling": {"temperatures": [0.7, 0.70000001]}}, "sampling.temperatures"),
@@ -116,8 +116,8 @@ def made(services: Services) -> str:
         ),
     ],
 )  # fmt: skip
-def test_what_cannot_be_evaluated_is_refused_by_field(
-    fields: dict[str, Any], param: str, client: TestClient, made: str
+def test_a_bad_evaluation_is_refused_with_the_parameter(
+    fields: dict[str, object], param: str, client: TestClient, trained_model: str
 ) -> None:
     content = json.dumps(body(client, **fields))  # escaped: half a surrogate pair has no UTF-8
     answer = client.post("/v1/evaluations", content=content, headers={"Content-Type": "application/json"})
@@ -125,21 +125,31 @@ def test_what_cannot_be_evaluated_is_refused_by_field(
     assert error["param"] == param and error["message"]
 
 
-def test_the_candidates_training_says_what_is_not_said(client: TestClient, services: Services, made: str) -> None:
-    found = client.post("/v1/evaluations", json=body(client, candidate={"model": made}, baseline=None)).json()
-    assert found["baseline"] == {"model": "tiny"} and found["quantization"] == "nf4" and found["beta"] == 0.1
-    assert found["object"] == "evaluation" and found["status"] == "validating_files" and found["seed"] >= 0
-    own = body(client, candidate={"model": made}, beta=0.5, quantization="none", seed=4)
-    found = client.post("/v1/evaluations", json=own).json()
-    assert (found["beta"], found["quantization"], found["seed"]) == (0.5, "none", 4)
+def test_omitted_fields_come_from_the_candidates_training(
+    client: TestClient, services: Services, trained_model: str
+) -> None:
+    evaluation = client.post(
+        "/v1/evaluations", json=body(client, candidate={"model": trained_model}, baseline=None)
+    ).json()
+    assert (
+        evaluation["baseline"] == {"model": "tiny"}
+        and evaluation["quantization"] == "nf4"
+        and evaluation["beta"] == 0.1
+    )
+    assert (
+        evaluation["object"] == "evaluation" and evaluation["status"] == "validating_files" and evaluation["seed"] >= 0
+    )
+    explicit = body(client, candidate={"model": trained_model}, beta=0.5, quantization="none", seed=4)
+    evaluation = client.post("/v1/evaluations", json=explicit).json()
+    assert (evaluation["beta"], evaluation["quantization"], evaluation["seed"]) == (0.5, "none", 4)
 
 
-def test_evaluations_and_trainings_are_lists_of_their_own_and_one_queue(client: TestClient, services: Services) -> None:
+def test_evaluations_and_trainings_have_separate_lists_and_one_queue(client: TestClient, services: Services) -> None:
     file = upload(client)
     training = client.post("/v1/fine_tuning/jobs", json={"model": "tiny", "training_file": file}).json()["id"]
     evaluation = client.post("/v1/evaluations", json=body(client, priority=1, metadata={"team": "a"})).json()["id"]
-    assert [one["id"] for one in client.get("/v1/fine_tuning/jobs").json()["data"]] == [training]
-    assert [one["id"] for one in client.get("/v1/evaluations").json()["data"]] == [evaluation]
+    assert [item["id"] for item in client.get("/v1/fine_tuning/jobs").json()["data"]] == [training]
+    assert [item["id"] for item in client.get("/v1/evaluations").json()["data"]] == [evaluation]
     assert client.get("/v1/evaluations", params={"metadata[team]": "b"}).json()["data"] == []
     error_of(client.get(f"/v1/evaluations/{training}"), 404)
     error_of(client.get(f"/v1/fine_tuning/jobs/{evaluation}"), 404)
@@ -154,44 +164,47 @@ def test_evaluations_and_trainings_are_lists_of_their_own_and_one_queue(client: 
         first = job_queue.claim(session, Status.QUEUED, "test", ["tiny"])
         second = job_queue.claim(session, Status.QUEUED, "test", ["tiny"])
     assert first is not None and second is not None
-    assert (first.kind, second.kind) == (EVALUATION.name, TRAINING.name), "by priority"
+    assert (first.kind, second.kind) == (EVALUATION_JOB.name, TRAINING_JOB.name), "by priority"
     assert client.get(f"/v1/evaluations/{evaluation}/events").json()["data"][0]["message"] == "Evaluation started."
 
 
 def test_a_judges_key_is_sealed_and_not_shown(client: TestClient, services: Services) -> None:
-    made = client.post("/v1/evaluations", json=body(client, type="win_rate", judge=ASKED)).json()
-    assert made["judge"]["endpoint"]["base_url"] == "https://1.1.1.1/v1" and "api_key" not in made["judge"]["endpoint"]
+    evaluation = client.post("/v1/evaluations", json=body(client, type="win_rate", judge=ASKED)).json()
+    assert (
+        evaluation["judge"]["endpoint"]["base_url"] == "https://1.1.1.1/v1"
+        and "api_key" not in evaluation["judge"]["endpoint"]
+    )
     with services.database.read() as session:
-        stored = session.get_one(Job, made["id"]).spec["judge"]["endpoint"]["api_key"]
-        told = session.execute(text("select message, data from job_events")).all()
-    assert "sk-of-the-judge" not in stored + str(told) + client.get("/v1/evaluations").text
+        stored = session.get_one(Job, evaluation["id"]).spec["judge"]["endpoint"]["api_key"]
+        events = session.execute(text("select message, data from job_events")).all()
+    assert "sk-of-the-judge" not in stored + str(events) + client.get("/v1/evaluations").text
     assert services.vault.open(stored) == "sk-of-the-judge"
-    longest = asking(api_key="k" * 2048)
-    made = client.post("/v1/evaluations", json=body(client, type="win_rate", judge=longest)).json()
+    longest = judge_with(api_key="k" * 2048)
+    evaluation = client.post("/v1/evaluations", json=body(client, type="win_rate", judge=longest)).json()
     with services.database.read() as session:
-        EvaluationSpec.stored(session.get_one(Job, made["id"]).spec)  # sealed it is longer
+        EvaluationSpec.stored(session.get_one(Job, evaluation["id"]).spec)  # the sealed key is longer
 
 
-def test_a_resent_evaluation_is_one(client: TestClient) -> None:
-    headers, asked = {"Idempotency-Key": "once"}, body(client)
-    ids = {client.post("/v1/evaluations", json=asked, headers=headers).json()["id"] for _ in range(2)}
+def test_a_resent_evaluation_is_created_once(client: TestClient) -> None:
+    headers, request = {"Idempotency-Key": "once"}, body(client)
+    ids = {client.post("/v1/evaluations", json=request, headers=headers).json()["id"] for _ in range(2)}
     assert len(ids) == 1
 
 
-def test_one_without_models_is_for_any_worker(client: TestClient, services: Services) -> None:
+def test_any_worker_claims_an_evaluation_without_models(client: TestClient, services: Services) -> None:
     classifier = upload(client, b'{"terms": {"good": [1, 1]}, "intercept": 0}')
-    asked = body(
+    request = body(
         client, type="win_rate", candidate={"answers": "chosen"}, baseline={"answers": "rejected"},
         judge={"type": "classifier", "classifier": {"file": classifier}},
     )  # fmt: skip
-    evaluation = client.post("/v1/evaluations", json=asked).json()["id"]
+    evaluation = client.post("/v1/evaluations", json=request).json()["id"]
     with services.database.write() as session:
         session.execute(update(Job).where(Job.id == evaluation).values(status=Status.QUEUED))
         claimed = job_queue.claim(session, Status.QUEUED, "test", ["another"])
     assert claimed is not None and claimed.id == evaluation
 
 
-def test_one_is_claimed_only_where_all_its_base_models_are(client: TestClient, services: Services) -> None:
+def test_only_a_worker_with_all_its_base_models_claims_an_evaluation(client: TestClient, services: Services) -> None:
     with services.database.write() as session:
         models.register(session, "other", "r1", {"architecture": "LlamaForCausalLM"})
     evaluation = client.post("/v1/evaluations", json=body(client, baseline={"model": "other"})).json()["id"]
@@ -199,7 +212,7 @@ def test_one_is_claimed_only_where_all_its_base_models_are(client: TestClient, s
         session.execute(update(Job).where(Job.id == evaluation).values(status=Status.QUEUED))
         workers.report(session, "one", Lane.GPU, ["tiny"], {})
         workers.report(session, "two", Lane.GPU, ["other"], {})
-    assert client.get(f"/v1/evaluations/{evaluation}").json()["estimated_start"] is None, "nobody can do it"
+    assert client.get(f"/v1/evaluations/{evaluation}").json()["estimated_start"] is None, "no worker can run it"
     with services.database.write() as session:
         workers.report(session, "two", Lane.GPU, ["other", "tiny"], {})
     assert client.get(f"/v1/evaluations/{evaluation}").json()["estimated_start"] is not None
@@ -210,12 +223,12 @@ def test_one_is_claimed_only_where_all_its_base_models_are(client: TestClient, s
     assert claimed is not None and claimed.id == evaluation
 
 
-def test_a_training_is_claimed_only_where_its_reference_is_too(client: TestClient, services: Services) -> None:
+def test_only_a_worker_with_its_reference_claims_a_training(client: TestClient, services: Services) -> None:
     with services.database.write() as session:
         models.register(session, "other", "r1", {"architecture": "LlamaForCausalLM"})
     method = {"type": "dpo", "dpo": {"hyperparameters": {"reference_model": "other"}}}
-    asked = {"model": "tiny", "training_file": upload(client), "method": method}
-    job = client.post("/v1/fine_tuning/jobs", json=asked).json()["id"]
+    request = {"model": "tiny", "training_file": upload(client), "method": method}
+    job = client.post("/v1/fine_tuning/jobs", json=request).json()["id"]
     with services.database.write() as session:
         session.execute(update(Job).where(Job.id == job).values(status=Status.QUEUED))
         assert job_queue.claim(session, Status.QUEUED, "test", ["tiny"]) is None
@@ -223,27 +236,27 @@ def test_a_training_is_claimed_only_where_its_reference_is_too(client: TestClien
     assert claimed is not None and claimed.id == job
 
 
-def test_what_the_candidate_was_held_to_is_the_default_baseline(
-    client: TestClient, services: Services, made: str
+def test_the_candidates_reference_is_the_default_baseline(
+    client: TestClient, services: Services, trained_model: str
 ) -> None:
-    """After SFT in the same job there is no such model: what it began from would flatter it."""
+    """After SFT in the same job no such model is stored. The job's start model would flatter the candidate."""
     with services.database.write() as session:
-        model = session.get_one(Model, made)
+        model = session.get_one(Model, trained_model)
         job = session.get_one(Job, model.job_id)
         dpo = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "reference_model": None}}}
         job.spec = job.spec | {"method": dpo, "sft": {}}
-    asked = body(client, candidate={"model": made}, baseline=None)
-    error = error_of(client.post("/v1/evaluations", json=asked), 400)
+    request = body(client, candidate={"model": trained_model}, baseline=None)
+    error = error_of(client.post("/v1/evaluations", json=request), 400)
     assert error["param"] == "baseline" and "SFT" in error["message"]
     with services.database.write() as session:
         job = session.get_one(Job, model.job_id)
         dpo["dpo"]["hyperparameters"]["reference_model"] = "tiny"  # type: ignore[index]
         job.spec = job.spec | {"method": dpo}
-    found = client.post("/v1/evaluations", json=asked).json()
-    assert found["baseline"] == {"model": "tiny"} and found["beta"] == 0.2
+    evaluation = client.post("/v1/evaluations", json=request).json()
+    assert evaluation["baseline"] == {"model": "tiny"} and evaluation["beta"] == 0.2
 
 
-def test_a_file_is_read_as_it_was_uploaded(client: TestClient) -> None:
+def test_a_file_is_read_with_the_mapping_of_its_upload(client: TestClient) -> None:
     mapping = {"prompt": "q", "chosen": "good", "rejected": "bad"}
     content = b'{"q": "a", "good": "b", "bad": "c"}\n'
     answer = client.post(
@@ -251,22 +264,22 @@ def test_a_file_is_read_as_it_was_uploaded(client: TestClient) -> None:
         files={"file": ("p.jsonl", content)},
         data={"purpose": "evals", "mapping": json.dumps(mapping)},
     )
-    found = client.post("/v1/evaluations", json=body(client, data=answer.json()["id"])).json()
-    assert {name: value for name, value in found["mapping"].items() if value} == mapping
+    evaluation = client.post("/v1/evaluations", json=body(client, data=answer.json()["id"])).json()
+    assert {name: value for name, value in evaluation["mapping"].items() if value} == mapping
 
 
-def test_a_report_that_was_deleted_is_not_found(client: TestClient, services: Services) -> None:
+def test_a_deleted_report_is_not_found(client: TestClient, services: Services) -> None:
     evaluation = client.post("/v1/evaluations", json=body(client)).json()["id"]
     with services.database.write() as session:
-        ended = update(Job).where(Job.id == evaluation)
-        session.execute(ended.values(status=Status.SUCCEEDED, result_files=["file-gone", "file-too"]))
+        finish = update(Job).where(Job.id == evaluation)
+        session.execute(finish.values(status=Status.SUCCEEDED, result_files=["file-gone", "file-too"]))
     for route in ("report", "download"):
         error = error_of(client.get(f"/v1/evaluations/{evaluation}/{route}"), 404)
         assert error["code"] == "report_not_found" and "deleted" in error["message"]
 
 
-def test_going_back_takes_evaluations_with_it(client: TestClient, services: Services) -> None:
-    """The version before cannot read them, nor who listens to them."""
+def test_a_downgrade_deletes_evaluations_and_their_subscriptions(client: TestClient, services: Services) -> None:
+    """The previous version cannot read evaluations, nor webhooks that subscribe to them."""
     training = make_job(services, name="kept")
     client.post("/v1/evaluations", json=body(client))
     with services.database.write() as session:
@@ -280,19 +293,21 @@ def test_going_back_takes_evaluations_with_it(client: TestClient, services: Serv
     migrate(services.database, "0003")
     with services.database.engine.connect() as connection:
         assert list(connection.execute(text("SELECT id FROM jobs")).scalars()) == [training]
-        told = [str(events) for events in connection.execute(text("SELECT events FROM webhook_endpoints")).scalars()]
-    assert len(told) == 2 and not any("evaluation" in events for events in told)
+        subscriptions = [
+            str(events) for events in connection.execute(text("SELECT events FROM webhook_endpoints")).scalars()
+        ]
+    assert len(subscriptions) == 2 and not any("evaluation" in events for events in subscriptions)
     migrate(services.database, "head")
     assert client.get("/v1/evaluations").json()["data"] == []
 
 
 @pytest.mark.parametrize("baseline", [None, "reference"])
-def test_the_reference_of_one_job_of_two_stages_is_what_its_sft_left(
+def test_the_reference_of_a_job_with_sft_is_its_last_sft_checkpoint(
     client: TestClient, services: Services, baseline: str | None
 ) -> None:
-    """Nobody has to know the step at which SFT ended: a wrong guess would measure something else, in silence."""
-    two = {"sft": {}, "method": {"type": "dpo", "dpo": {}}}
-    spec = JobSpec.model_validate({"model": "tiny", "training_file": "file-1", **two}).resolved()
+    """The caller need not know the step at which SFT ended. A wrong guess would silently measure something else."""
+    stages = {"sft": {}, "method": {"type": "dpo", "dpo": {}}}
+    spec = JobSpec.model_validate({"model": "tiny", "training_file": "file-1", **stages}).resolved()
     job_id = make_job(services, status=Status.SUCCEEDED, spec=spec.model_dump(mode="json"))
     name = "ft:tiny:default::both"
     with services.database.write() as session:
@@ -309,43 +324,55 @@ def test_the_reference_of_one_job_of_two_stages_is_what_its_sft_left(
                     metrics={}, model_name=f"{name}:ckpt-step-{step}", prefix="x",
                 )
             )  # fmt: skip
-    left = f"{name}:ckpt-step-6"
-    for candidate, expected in ((name, left), (f"{name}:ckpt-step-9", left), (left, "tiny")):
+    sft_checkpoint = f"{name}:ckpt-step-6"
+    for candidate, expected in (
+        (name, sft_checkpoint),
+        (f"{name}:ckpt-step-9", sft_checkpoint),
+        (sft_checkpoint, "tiny"),
+    ):
         fields = body(client, type="reward_kl", candidate={"model": candidate}, baseline=baseline)
-        made = client.post("/v1/evaluations", json=fields)
-        assert made.status_code == 200, made.text
-        assert made.json()["baseline"] == {"model": expected}, "what SFT leaves is compared with what it began from"
+        answer = client.post("/v1/evaluations", json=fields)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["baseline"] == {"model": expected}, "an SFT checkpoint is compared with its start model"
 
 
-def test_the_reference_is_of_a_model_that_was_trained_here(client: TestClient, made: str) -> None:
-    answer = client.post("/v1/evaluations", json=body(client, candidate={"model": made}, baseline="reference"))
+def test_only_a_model_that_was_trained_here_has_a_reference(client: TestClient, trained_model: str) -> None:
+    answer = client.post("/v1/evaluations", json=body(client, candidate={"model": trained_model}, baseline="reference"))
     assert answer.json()["baseline"] == {"model": "tiny"}
     assert error_of(client.post("/v1/evaluations", json=body(client, baseline="reference")), 400)["param"] == "baseline"
     answers = {"type": "win_rate", "judge": ASKED, "candidate": {"answers": "chosen"}, "baseline": "reference"}
     assert error_of(client.post("/v1/evaluations", json=body(client, **answers)), 400)["param"] == "baseline"
-    itself = body(client, candidate={"reference": True})
-    assert error_of(client.post("/v1/evaluations", json=itself), 400)["param"] == "candidate.reference"
+    reference_itself = body(client, candidate={"reference": True})
+    assert error_of(client.post("/v1/evaluations", json=reference_itself), 400)["param"] == "candidate.reference"
 
 
-def test_each_side_is_read_as_it_was_trained_and_pairs_are_the_same_texts(services: Services, made: str) -> None:
+def test_each_side_is_rendered_as_it_was_trained_and_pairs_are_rendered_alike(
+    services: Services, trained_model: str
+) -> None:
     with services.database.write() as session:
-        job = session.get_one(Job, session.get_one(Model, made).job_id)
+        job = session.get_one(Job, session.get_one(Model, trained_model).job_id)
         job.spec = job.spec | {"chat_template": False, "date": "2026-02-03"}
     spec = EvaluationSpec.model_validate(
-        {"type": "win_rate", "candidate": CANDIDATE, "baseline": {"model": made}, "data": "f", "date": "2026-05-06"}
+        {
+            "type": "win_rate",
+            "candidate": CANDIDATE,
+            "baseline": {"model": trained_model},
+            "data": "f",
+            "date": "2026-05-06",
+        }
     )
     with services.database.read() as session:
-        baseline = rendering_of(spec, "default", "baseline", made, session)
+        baseline = rendering_of(spec, "default", "baseline", trained_model, session)
         assert (baseline["chat_template"], baseline["date"]) == (False, "2026-02-03")
         assert rendering_of(spec, "default", "candidate", "tiny", session)["date"] == "2026-05-06"
         pairs = spec.model_copy(update={"type": "preference"})
-        assert rendering_of(pairs, "default", "baseline", made, session) == vars(spec.rendering)
-        plain = spec.model_copy(update={"chat_template": False})
-        judge = rendering_of(plain, "default", "judge", "tiny", session)
-        assert (judge["chat_template"], judge["date"]) == (None, "2026-05-06"), "a judge has its own habits"
+        assert rendering_of(pairs, "default", "baseline", trained_model, session) == vars(spec.rendering)
+        without_template = spec.model_copy(update={"chat_template": False})
+        judge = rendering_of(without_template, "default", "judge", "tiny", session)
+        assert (judge["chat_template"], judge["date"]) == (None, "2026-05-06"), "a judge uses its own default"
 
 
-def test_rows_of_the_version_before_have_no_fields_that_it_does_not_know(
+def test_a_stored_spec_has_no_fields_that_the_previous_version_does_not_know(
     client: TestClient, services: Services
 ) -> None:
     evaluation = client.post("/v1/evaluations", json=body(client)).json()["id"]

@@ -1,6 +1,7 @@
-"""The check of a job's files, before any GPU: it has the model's tokenizer, and writes rows as the training would."""
+"""The check of a job's files, before any GPU. It renders rows with the model's tokenizer, as the training would."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ ROWS = [
 ]  # fmt: skip
 
 
-def lines(records: list[dict[str, Any]]) -> bytes:
+def lines(records: Sequence[Mapping[str, object]]) -> bytes:
     return "".join(json.dumps(record) + "\n" for record in records).encode()
 
 
@@ -49,21 +50,21 @@ def base(services: Services) -> str:
     return "strict"
 
 
-def checked(client: TestClient, services: Services, **body: Any) -> dict[str, Any]:
-    """The job of `body` behind its file check."""
-    made = client.post("/v1/fine_tuning/jobs", json=body)
-    assert made.status_code == 200, made.text
-    job_id = made.json()["id"]
+def checked(client: TestClient, services: Services, **body: object) -> dict[str, Any]:
+    """The job of `body` after its file check."""
+    answer = client.post("/v1/fine_tuning/jobs", json=body)
+    assert answer.status_code == 200, answer.text
+    job_id = answer.json()["id"]
     with services.database.write() as session:
         session.execute(update(Job).where(Job.id != job_id).values(status=Status.CANCELLED))
         job = job_queue.claim(session, Status.VALIDATING, "test", None)
     assert job is not None and job.id == job_id
     validate(services, BaseModels(services.settings), job)
-    found: dict[str, Any] = client.get(f"/v1/fine_tuning/jobs/{job_id}").json()
-    return found
+    public_job: dict[str, Any] = client.get(f"/v1/fine_tuning/jobs/{job_id}").json()
+    return public_job
 
 
-def test_a_template_that_refuses_a_role_is_told_at_once_with_the_option_that_mends_it(
+def test_the_check_fails_a_role_that_the_template_refuses_and_names_the_option(
     client: TestClient, services: Services, base: str
 ) -> None:
     file = upload(client, lines(ROWS))
@@ -74,7 +75,7 @@ def test_a_template_that_refuses_a_role_is_told_at_once_with_the_option_that_men
     assert folded["status"] == "queued" and folded["fold_system"] is True
 
 
-def test_rows_that_the_template_refuses_are_told_before_the_queue(
+def test_rows_with_and_without_a_system_message_pass_with_fold_system(
     client: TestClient, services: Services, base: str
 ) -> None:
     mixed = [*ROWS[:3], *({"messages": row["messages"][1:]} for row in ROWS[3:])]
@@ -82,7 +83,9 @@ def test_rows_that_the_template_refuses_are_told_before_the_queue(
     assert job["status"] == "queued"
 
 
-def test_the_day_of_the_job_stays_with_all_that_comes_of_it(client: TestClient, services: Services, base: str) -> None:
+def test_later_jobs_and_evaluations_inherit_the_date_of_a_training(
+    client: TestClient, services: Services, base: str
+) -> None:
     file = upload(client, lines(ROWS))
     first = client.post("/v1/fine_tuning/jobs", json={"model": base, "training_file": file, "date": "2026-02-03",
                                                       "fold_system": True}).json()  # fmt: skip

@@ -1,4 +1,4 @@
-"""Events as a stream, metrics as series."""
+"""Events as a stream, and metrics as series."""
 
 import json
 import random
@@ -16,8 +16,8 @@ from tests.helpers.jobs import make_job
 
 
 def events_of(text: str) -> list[dict[str, Any]]:
-    """A text/event-stream, read by the rules of the standard."""
-    found = []
+    """Parse a text/event-stream by the rules of the standard."""
+    events = []
     for block in text.split("\n\n"):
         fields: dict[str, Any] = {}
         for line in block.splitlines():
@@ -25,8 +25,8 @@ def events_of(text: str) -> list[dict[str, Any]]:
             if name:
                 fields[name] = value
         if "data" in fields:
-            found.append(fields | {"data": json.loads(fields["data"])})
-    return found
+            events.append(fields | {"data": json.loads(fields["data"])})
+    return events
 
 
 @pytest.fixture
@@ -50,17 +50,17 @@ def job_id(services: Services) -> str:
 def test_a_stream_has_every_event_and_the_state_and_ends_with_the_job(client: TestClient, job_id: str) -> None:
     answer = client.get(f"/v1/fine_tuning/jobs/{job_id}/stream")
     assert answer.headers["content-type"].startswith("text/event-stream")
-    found = events_of(answer.text)
-    assert [e["event"] for e in found] == ["metrics"] * 40 + ["message", "job"]
-    assert found[-1]["data"]["status"] == "succeeded" and "id" not in found[-1]
-    listed = client.get(f"/v1/fine_tuning/jobs/{job_id}/events", params={"limit": 100}).json()["data"]
-    assert [e["data"] for e in found[:-1]] == listed[::-1]
+    events = events_of(answer.text)
+    assert [event["event"] for event in events] == ["metrics"] * 40 + ["message", "job"]
+    assert events[-1]["data"]["status"] == "succeeded" and "id" not in events[-1]
+    listing = client.get(f"/v1/fine_tuning/jobs/{job_id}/events", params={"limit": 100}).json()["data"]
+    assert [event["data"] for event in events[:-1]] == listing[::-1]
 
 
-def test_a_stream_goes_on_where_it_was_cut(client: TestClient, job_id: str) -> None:
+def test_a_stream_resumes_after_the_last_event_id(client: TestClient, job_id: str) -> None:
     whole = events_of(client.get(f"/v1/fine_tuning/jobs/{job_id}/stream").text)
-    rest = client.get(f"/v1/fine_tuning/jobs/{job_id}/stream", headers={"Last-Event-ID": whole[24]["id"]})
-    assert events_of(rest.text) == whole[25:]
+    resumed = client.get(f"/v1/fine_tuning/jobs/{job_id}/stream", headers={"Last-Event-ID": whole[24]["id"]})
+    assert events_of(resumed.text) == whole[25:]
     unknown = client.get(f"/v1/fine_tuning/jobs/{job_id}/stream", headers={"Last-Event-ID": "ftevent-none"})
     assert error_of(unknown, 404)["param"] == "Last-Event-ID"
     error_of(client.get("/v1/fine_tuning/jobs/ftjob-none/stream"), 404)
@@ -68,28 +68,26 @@ def test_a_stream_goes_on_where_it_was_cut(client: TestClient, job_id: str) -> N
 
 def test_a_browser_opens_a_stream_with_a_token(client: TestClient, services: Services, job_id: str) -> None:
     url = f"/v1/fine_tuning/jobs/{job_id}"
-    made = client.post(f"{url}/stream_token").json()
-    bare = {"Authorization": ""}
-    del bare["Authorization"]
+    grant = client.post(f"{url}/stream_token").json()
     client.headers.pop("Authorization")
-    assert len(events_of(client.get(made["url"]).text)) == 42
+    assert len(events_of(client.get(grant["url"]).text)) == 42
     assert (
-        error_of(client.get(f"{url}/stream", params={"token": made["token"] + "0"}), 401)["code"]
+        error_of(client.get(f"{url}/stream", params={"token": grant["token"] + "0"}), 401)["code"]
         == "invalid_stream_token"
     )
-    error_of(client.get(f"{url}?token={made['token']}"), 401)
+    error_of(client.get(f"{url}?token={grant['token']}"), 401)
     error_of(client.get(f"{url}/stream"), 401)
-    other = {"Authorization": f"Bearer {key_of(services, 'other')}"}
-    error_of(client.post(f"{url}/stream_token", headers=other), 404)
+    stranger = {"Authorization": f"Bearer {key_of(services, 'other')}"}
+    error_of(client.post(f"{url}/stream_token", headers=stranger), 404)
 
 
-def test_series_count_a_step_once(client: TestClient, job_id: str) -> None:
-    found = client.get(f"/v1/fine_tuning/jobs/{job_id}/metrics").json()
-    assert found["stages"] == {"sft": 1, "dpo": 11}
-    assert list(found["series"]) == ["loss"]
-    assert found["series"]["loss"] == [{"step": step, "value": float(step)} for step in range(1, 31)]
-    few = client.get(f"/v1/fine_tuning/jobs/{job_id}/metrics", params={"points": 5, "names": ["loss"]}).json()
-    assert len(few["series"]["loss"]) == 5
+def test_a_metric_series_has_each_step_once(client: TestClient, job_id: str) -> None:
+    metrics = client.get(f"/v1/fine_tuning/jobs/{job_id}/metrics").json()
+    assert metrics["stages"] == {"sft": 1, "dpo": 11}
+    assert list(metrics["series"]) == ["loss"]
+    assert metrics["series"]["loss"] == [{"step": step, "value": float(step)} for step in range(1, 31)]
+    thinned = client.get(f"/v1/fine_tuning/jobs/{job_id}/metrics", params={"points": 5, "names": ["loss"]}).json()
+    assert len(thinned["series"]["loss"]) == 5
     assert client.get(f"/v1/fine_tuning/jobs/{job_id}/metrics", params={"names": ["kl"]}).json()["series"] == {}
 
 

@@ -13,7 +13,7 @@ def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-def test_a_key_does_what_its_scopes_say(client: TestClient, services: Services) -> None:
+def test_a_key_may_do_only_what_its_scopes_allow(client: TestClient, services: Services) -> None:
     reads, writes = (bearer(key_of(services, "default", scope)) for scope in (Scope.READ, Scope.WRITE))
     file_id = upload(client)
     for headers in (reads, writes):
@@ -28,19 +28,19 @@ def test_a_key_does_what_its_scopes_say(client: TestClient, services: Services) 
     assert client.delete(f"/v1/files/{file_id}", headers=writes).status_code == 200
 
 
-def test_keys_are_made_listed_used_and_revoked(client: TestClient) -> None:
+def test_keys_are_created_listed_used_and_revoked(client: TestClient) -> None:
     assert client.post("/v1/projects", json={"id": "search", "max_running_jobs": 2}).json()["max_running_jobs"] == 2
     error_of(client.post("/v1/projects", json={"id": "search"}), 409)
     error_of(client.post("/v1/keys", json={"name": "ci", "project": "nobody"}), 404)
     spec = {"name": "ci", "project": "search", "scopes": ["read"], "expires_in": 60}
-    made = client.post("/v1/keys", json=spec).json()
-    assert made["expires_at"] - made["created_at"] in (60, 61)
-    assert client.get("/v1/files", headers=bearer(made["key"])).status_code == 200
+    created = client.post("/v1/keys", json=spec).json()
+    assert created["expires_at"] - created["created_at"] in (60, 61)
+    assert client.get("/v1/files", headers=bearer(created["key"])).status_code == 200
     (listed,) = client.get("/v1/keys", params={"project": "search"}).json()["data"]
-    assert listed["id"] == made["id"] and "key" not in listed
-    assert listed["last_used_at"] is not None and made["last_used_at"] is None
-    assert client.delete(f"/v1/keys/{made['id']}").json()["revoked_at"] is not None
-    error_of(client.get("/v1/files", headers=bearer(made["key"])), 401)
+    assert listed["id"] == created["id"] and "key" not in listed
+    assert listed["last_used_at"] is not None and created["last_used_at"] is None
+    assert client.delete(f"/v1/keys/{created['id']}").json()["revoked_at"] is not None
+    error_of(client.get("/v1/files", headers=bearer(created["key"])), 401)
     error_of(client.delete("/v1/keys/key-none"), 404)
     changed = client.post("/v1/projects/search", json={"max_storage_bytes": 5}).json()
     assert (changed["max_storage_bytes"], changed["max_running_jobs"]) == (5, 2)
@@ -48,18 +48,18 @@ def test_keys_are_made_listed_used_and_revoked(client: TestClient) -> None:
     assert error_of(client.post("/v1/projects", json={"id": "Not A Slug"}), 400)["param"] == "id"
 
 
-def test_a_key_that_sends_too_fast_waits(services: Services, tmp_path: object) -> None:
+def test_a_key_over_its_rate_limit_gets_429_with_retry_after(services: Services, tmp_path: object) -> None:
     settings = services.settings.model_copy(update={"rate_limit": 5})
     with TestClient(create_app(settings), base_url="http://localhost", headers=bearer(settings.admin_key)) as client:
         answers = [client.get("/v1/files") for _ in range(6)]
         assert [answer.status_code for answer in answers] == [200] * 5 + [429]
         assert error_of(answers[5], 429)["code"] == "rate_limit_exceeded"
         assert 1 <= int(answers[5].headers["Retry-After"]) <= 60
-        other = key_of(services, "default")
-        assert client.get("/v1/files", headers=bearer(other)).status_code == 200
+        other_key = key_of(services, "default")
+        assert client.get("/v1/files", headers=bearer(other_key)).status_code == 200
 
 
-def test_a_stream_token_opens_one_path_for_a_while(services: Services) -> None:
+def test_a_stream_token_opens_one_path_for_a_limited_time(services: Services) -> None:
     path = "/v1/fine_tuning/jobs/ftjob-x/stream"
     token, _ = services.keys.stream_token("search", path)
     caller = services.keys.identify_stream(token, path)
@@ -72,12 +72,12 @@ def test_a_stream_token_opens_one_path_for_a_while(services: Services) -> None:
         assert services.keys.identify_stream(nonsense, path) is None
 
 
-def test_settings_of_a_service_are_not_shared(settings: Settings) -> None:
+def test_the_default_rate_limit_is_6000(settings: Settings) -> None:
     assert settings.rate_limit == 6000
 
 
-def test_a_line_break_opens_nothing(client: TestClient, services: Services) -> None:
-    """A router's pattern may end before a line break, where a guard's does not."""
+def test_a_control_character_in_a_path_does_not_bypass_the_scope_check(client: TestClient, services: Services) -> None:
+    """A router's pattern may match up to a line break where the guard's pattern does not."""
     writes = bearer(key_of(services, "default", Scope.WRITE))
     for path in ("/v1/keys%0A", "/v1/projects%0A", "/v1/keys/x%0A", "/v1/keys%0D", "/v1/keys%00", "/v1/keys/"):
         for method in ("GET", "POST", "DELETE"):

@@ -1,4 +1,4 @@
-"""/metrics, read with Prometheus's own parser."""
+"""`/metrics`, read with Prometheus's own parser."""
 
 import re
 from pathlib import Path
@@ -25,7 +25,7 @@ RULES = Path(__file__).parents[2] / "docs" / "alerts.yml"
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
-def read(client: TestClient) -> Samples:
+def scrape(client: TestClient) -> Samples:
     answer = client.get("/metrics")
     assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/plain")
     return {
@@ -35,13 +35,17 @@ def read(client: TestClient) -> Samples:
     }
 
 
-def one(samples: Samples, name: str, **labels: str) -> float:
+def value_of(samples: Samples, name: str, **labels: str) -> float:
     return samples[name, tuple(sorted(labels.items()))]
 
 
-def test_the_state_of_the_installation(client: TestClient, services: Services) -> None:
-    empty = read(client)
-    assert one(empty, "dpo_jobs", status="queued") == one(empty, "dpo_queue_oldest_seconds") == 0
+def test_metrics_show_the_state_of_the_installation(client: TestClient, services: Services) -> None:
+    samples_before = scrape(client)
+    assert (
+        value_of(samples_before, "dpo_jobs", status="queued")
+        == value_of(samples_before, "dpo_queue_oldest_seconds")
+        == 0
+    )
     old = make_job(services, name="old")
     make_job(services, name="new")
     make_job(services, name="paused", paused=True)
@@ -64,17 +68,17 @@ def test_the_state_of_the_installation(client: TestClient, services: Services) -
         webhooks.enqueue(session, "default", "fine_tuning.job.failed", {})
         session.flush()
         session.execute(update(WebhookDelivery).values(eligible_at=database_now() - 30))
-    found = read(client)
-    by_status = {labels[0][1]: value for (name, labels), value in found.items() if name == "dpo_jobs"}
+    samples = scrape(client)
+    by_status = {labels[0][1]: value for (name, labels), value in samples.items() if name == "dpo_jobs"}
     assert by_status == {
         "validating_files": 0, "queued": 2, "paused": 1, "running": 2, "succeeded": 1, "failed": 0, "cancelled": 0,
     }  # fmt: skip
-    assert 100 <= one(found, "dpo_queue_oldest_seconds") < 160
-    assert (one(found, "dpo_leases", state="held"), one(found, "dpo_leases", state="expired")) == (1, 1)
-    assert one(found, "dpo_job_attempts_total") == 6
-    assert one(found, "dpo_training_tokens_per_second") == 42.5
-    assert one(found, "dpo_training_peak_memory_bytes") == 7e9
-    assert one(found, "dpo_webhooks_due") == 1 and 30 <= one(found, "dpo_webhook_lag_seconds") < 90
+    assert 100 <= value_of(samples, "dpo_queue_oldest_seconds") < 160
+    assert (value_of(samples, "dpo_leases", state="held"), value_of(samples, "dpo_leases", state="expired")) == (1, 1)
+    assert value_of(samples, "dpo_job_attempts_total") == 6
+    assert value_of(samples, "dpo_training_tokens_per_second") == 42.5
+    assert value_of(samples, "dpo_training_peak_memory_bytes") == 7e9
+    assert value_of(samples, "dpo_webhooks_due") == 1 and 30 <= value_of(samples, "dpo_webhook_lag_seconds") < 90
 
 
 def test_requests_are_counted_by_route(client: TestClient, services: Services) -> None:
@@ -85,36 +89,38 @@ def test_requests_are_counted_by_route(client: TestClient, services: Services) -
     client.get("/v1/files", headers={"Authorization": "Bearer wrong"})
     for method in ("BREW", "STEEP"):
         client.request(method, "/v1/files")
-    found = read(client)
+    samples = scrape(client)
     route = "/v1/files/{file_id}"
     count = "dpo_http_request_seconds_count"
-    assert one(found, count, method="GET", route=route, status="200") == 3
-    assert one(found, count, method="GET", route=route, status="404") == 1
-    assert one(found, count, method="GET", route="none", status="401") == 1
-    assert one(found, count, method="POST", route="/v1/files", status="200") == 1
-    assert {dict(labels)["method"] for name, labels in found if name == count} == {"GET", "POST", "other"}
+    assert value_of(samples, count, method="GET", route=route, status="200") == 3
+    assert value_of(samples, count, method="GET", route=route, status="404") == 1
+    assert value_of(samples, count, method="GET", route="none", status="401") == 1
+    assert value_of(samples, count, method="POST", route="/v1/files", status="200") == 1
+    assert {dict(labels)["method"] for name, labels in samples if name == count} == {"GET", "POST", "other"}
     error_of(client.get("/metrics", headers={"Authorization": "Bearer wrong"}), 401)
     stranger = {"Authorization": f"Bearer {key_of(services, 'a-project-of-its-own')}"}
     text = client.get("/metrics", headers=stranger).text
     assert file_id not in text and "default" not in text and "a-project-of-its-own" not in text
 
 
-def test_the_alert_rules_name_what_is_there(client: TestClient) -> None:
+def test_the_alert_rules_name_existing_metrics(client: TestClient) -> None:
     client.get("/v1/files")
     rules = yaml.safe_load(RULES.read_text())["groups"][0]["rules"]
-    told = {(name, *labels) for name, labels in read(client)}
+    exported = {(name, *labels) for name, labels in scrape(client)}
     for rule in rules:
-        asked = re.findall(r"(dpo_\w+)(?:\{(\w+)=\"(\w+)\"\})?", rule["expr"])
-        assert asked, rule
-        for name, label, value in asked:
-            assert any(name == found[0] and (not label or (label, value) in found[1:]) for found in told), rule["expr"]
+        references = re.findall(r"(dpo_\w+)(?:\{(\w+)=\"(\w+)\"\})?", rule["expr"])
+        assert references, rule
+        for name, label, value in references:
+            assert any(name == metric[0] and (not label or (label, value) in metric[1:]) for metric in exported), rule[
+                "expr"
+            ]
 
 
 def test_a_failure_is_counted_and_found_in_the_log_by_its_id(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = [client.get(path).headers["x-request-id"] for path in ("/v1/files", "/v1/files", "/v1/nothing", "/healthz")]
-    assert len(set(ids)) == 4 and all(found.startswith("req_") for found in ids)
+    assert len(set(ids)) == 4 and all(identifier.startswith("req_") for identifier in ids)
 
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("a bug")
@@ -128,4 +134,6 @@ def test_a_failure_is_counted_and_found_in_the_log_by_its_id(
     assert request_id in error["message"] and "a bug" not in answer.text
     (call,) = log.calls
     assert call.kwargs["request"] == request_id and str(call.kwargs["exc_info"]) == "a bug"
-    assert one(read(client), "dpo_http_request_seconds_count", method="GET", route="/v1/files", status="500") == 1
+    assert (
+        value_of(scrape(client), "dpo_http_request_seconds_count", method="GET", route="/v1/files", status="500") == 1
+    )

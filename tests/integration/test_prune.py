@@ -1,4 +1,4 @@
-"""Objects that no row needs go; all others stay."""
+"""Pruning deletes the objects that no row needs, and no others."""
 
 import pytest
 from fastapi.testclient import TestClient
@@ -21,12 +21,14 @@ from tests.helpers.jobs import make_job
 from worker.housekeeping import forget_old_events, prune_objects
 
 
-def test_only_what_a_row_needs_stays(client: TestClient, services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pruning_keeps_only_the_objects_that_a_row_needs(
+    client: TestClient, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file_id = upload(client)
     ended = make_job(services, name="ended", status=Status.SUCCEEDED)
     running = make_job(services, name="running", status=Status.RUNNING)
-    kept = {f"files/{file_id}"}
-    gone = {"files/file-none", "uploads/upload-none/part-none", f"uploads/upload-1/{new_id('part')}"}
+    needed = {f"files/{file_id}"}
+    unneeded = {"files/file-none", "uploads/upload-none/part-none", f"uploads/upload-1/{new_id('part')}"}
     with services.database.write() as session:
         session.add(
             Model(
@@ -59,7 +61,7 @@ def test_only_what_a_row_needs_stays(client: TestClient, services: Services, mon
                     lost_attempts=0,
                 )
             )  # fmt: skip
-    kept |= {
+    needed |= {
         f"jobs/{ended}/attempt-2/model/adapter_model.safetensors",
         f"jobs/{ended}/attempt-1/checkpoints/5/model/adapter_model.safetensors",
         f"jobs/{ended}/attempt-1/trainer.log",
@@ -69,7 +71,7 @@ def test_only_what_a_row_needs_stays(client: TestClient, services: Services, mon
         "merged/task-making/attempt-1/model.safetensors",
         "cache/tokens/x/y",
     }
-    gone |= {
+    unneeded |= {
         f"jobs/{ended}/attempt-1/checkpoints/5/optimizer.safetensors",
         f"jobs/{ended}/attempt-1/checkpoints/6/model/adapter_model.safetensors",
         f"jobs/{ended}/attempt-2/model-of-another/x",
@@ -79,22 +81,24 @@ def test_only_what_a_row_needs_stays(client: TestClient, services: Services, mon
     }
     with services.database.write() as session:
         job_events.add(session, ended, "told")
-    for key in (kept | gone) - {f"files/{file_id}"}:
+    for key in (needed | unneeded) - {f"files/{file_id}"}:
         services.storage.put_bytes(key, b"x")
-    assert prune(services, delete=True) == (len(kept | gone), 0), "their rows may be on their way"
-    assert prune(services, delete=False, grace=0.0) == (len(kept), len(gone))
-    assert prune(services, delete=True, grace=0.0) == (len(kept), len(gone))
-    left = {
+    assert prune(services, delete=True) == (len(needed | unneeded), 0), (
+        "young objects stay: their rows may not be committed yet"
+    )
+    assert prune(services, delete=False, grace=0.0) == (len(needed), len(unneeded))
+    assert prune(services, delete=True, grace=0.0) == (len(needed), len(unneeded))
+    remaining = {
         key for prefix in ("files", "uploads", "jobs", "merged", "cache") for key, _ in services.storage.list(prefix)
     }
-    assert left == kept
+    assert remaining == needed
     monkeypatch.setattr("app.prune.CACHE_SECONDS", 0.0)
-    assert prune(services, delete=True, grace=0.0) == (len(kept) - 1, 1)
+    assert prune(services, delete=True, grace=0.0) == (len(needed) - 1, 1)
     assert services.storage.list("cache") == []
 
 
 def test_a_deleted_file_keeps_its_bytes_until_housekeeping(client: TestClient, services: Services) -> None:
-    """An unfinished job may read it still: that is purge_deleted_files' to decide."""
+    """An unfinished job may still read it. `purge_deleted_files` decides."""
     file_id = upload(client)
     client.delete(f"/v1/files/{file_id}")
     with services.database.read() as session:
@@ -102,8 +106,8 @@ def test_a_deleted_file_keeps_its_bytes_until_housekeeping(client: TestClient, s
     assert prune(services, delete=True, grace=0.0) == (1, 0)
 
 
-def test_nothing_is_swept_beside_another_database(client: TestClient, services: Services) -> None:
-    """An empty database knows of no object: beside the store of another it would remove everything."""
+def test_pruning_refuses_the_store_of_another_installation(client: TestClient, services: Services) -> None:
+    """An empty database needs no object. It would delete everything in the store of another installation."""
     upload(client)
     assert prune(services, delete=True, grace=0.0) == (1, 0)
     with services.database.write() as session:
@@ -117,17 +121,17 @@ def test_nothing_is_swept_beside_another_database(client: TestClient, services: 
     assert (ready.status_code, list(ready.json()["problems"])) == (503, ["storage"])
 
 
-def test_a_store_that_belongs_to_nobody_is_not_taken_by_a_database_that_knows_nothing_in_it(services: Services) -> None:
+def test_a_database_does_not_claim_a_store_whose_objects_it_does_not_know(services: Services) -> None:
     services.storage.put_bytes("files/file-of-another", b"x")
     with pytest.raises(Conflict, match="another installation"):
         prune_objects(services)
     assert services.storage.list("files") and store_installation(services.storage) is None
     services.storage.delete("files/file-of-another")
     prune_objects(services)
-    assert store_installation(services.storage) == database_installation(services.database), "an empty one is"
+    assert store_installation(services.storage) == database_installation(services.database), "an empty store is claimed"
 
 
-def test_what_is_told_of_old_jobs_is_forgotten_and_their_results_stay(services: Services) -> None:
+def test_events_of_old_jobs_are_deleted_and_their_results_stay(services: Services) -> None:
     old = make_job(services, name="old", status=Status.SUCCEEDED, metrics={"loss": 0.5})
     new, running = make_job(services, name="new", status=Status.FAILED), make_job(services, name="running")
     with services.database.write() as session:

@@ -1,4 +1,4 @@
-"""Leases and the state machine, on SQLite and PostgreSQL: what is guarded, and what a stale worker can do."""
+"""Leases and the state machine, on SQLite and PostgreSQL: guarded transitions, stale workers and clock changes."""
 
 import threading
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ from worker.trainer.events import Notice
 from worker.training_run import Training
 
 
-def test_ended_states_have_no_way_out() -> None:
+def test_no_transition_leaves_a_final_state() -> None:
     assert {edge.source for edge in TRANSITIONS.values()} == set(ACTIVE)
     assert all(
         edge.fenced == (Actor.API not in edge.actors) or edge.target == Status.RUNNING for edge in TRANSITIONS.values()
@@ -42,15 +42,15 @@ def test_priority_comes_before_age(services: Services) -> None:
     urgent = make_job(services, name="urgent", priority=5)
     new = make_job(services, name="new")
     with services.database.read() as session:
-        found = job_queue.positions(session, [urgent, old, new])
-        places = [found[job] for job in (urgent, old, new)]
-    assert places == [1, 2, 3]
+        position_of = job_queue.positions(session, [urgent, old, new])
+        positions = [position_of[job] for job in (urgent, old, new)]
+    assert positions == [1, 2, 3]
     order = [job.id for job in (claim(services), claim(services), claim(services)) if job]
     assert order == [urgent, old, new]
     assert claim(services) is None
 
 
-def test_a_worker_takes_only_what_it_can_serve(services: Services) -> None:
+def test_a_worker_claims_only_jobs_whose_base_model_it_serves(services: Services) -> None:
     job_id = make_job(services, base_model="org/big_model")
     for pattern in ("tiny", "org/bigXmodel", "big_model", "%", "other/*"):
         assert claim(services, [pattern]) is None
@@ -59,7 +59,7 @@ def test_a_worker_takes_only_what_it_can_serve(services: Services) -> None:
     assert claimed is not None and claimed.id == job_id
 
 
-def test_one_of_many_workers_gets_a_job(services: Services) -> None:
+def test_only_one_of_many_workers_claims_a_job(services: Services) -> None:
     make_job(services)
     claimed: list[Job | None] = []
     start = threading.Barrier(8)
@@ -82,7 +82,7 @@ def test_an_expired_lease_is_taken_away_and_the_stale_attempt_writes_nothing(ser
     first = claim(services)
     assert first is not None
     reap(services.database)
-    assert get(services, job_id).status == Status.RUNNING, "a good lease stays"
+    assert get(services, job_id).status == Status.RUNNING, "a valid lease stays"
     expire(services, job_id)
     reap(services.database)
     assert get(services, job_id).status == Status.QUEUED
@@ -99,7 +99,7 @@ def test_an_expired_lease_is_taken_away_and_the_stale_attempt_writes_nothing(ser
     assert end(services, job_id, second.attempt)
 
 
-def test_a_lost_attempt_waits_a_little_before_the_next(services: Services) -> None:
+def test_a_job_waits_after_a_lost_attempt(services: Services) -> None:
     job_id = make_job(services)
     job = claim(services)
     assert job is not None
@@ -112,24 +112,24 @@ def test_a_lost_attempt_waits_a_little_before_the_next(services: Services) -> No
     assert claim(services) is None
 
 
-def test_after_an_outage_every_lease_has_one_lease_of_grace(services: Services) -> None:
-    """All have expired while the database was away; those who held them have had no time to renew them."""
+def test_after_an_outage_every_lease_gets_its_full_time_again(services: Services) -> None:
+    """All leases expired while the database was away. Their holders had no time to renew them."""
     reaper = Reaper(services)
-    second = 1000.0
-    assert reaper.in_touch(second, 5000.0) == 0.0, "one that has just started cannot know what was before"
+    monotonic = 1000.0
+    assert reaper.in_touch(monotonic, 5000.0) == 0.0, "a new reaper cannot know about an earlier outage"
     for _ in range(10):
-        second += 2.0
-        in_touch = reaper.in_touch(second, second + 4000.0)
+        monotonic += 2.0
+        in_touch = reaper.in_touch(monotonic, monotonic + 4000.0)
     assert in_touch == 20.0
-    second += 30.0
-    assert reaper.in_touch(second, second + 4000.0) == 0.0, "no look for 30 s: the database was away"
-    second += 2.0
-    assert reaper.in_touch(second, second + 4000.0) == 2.0
+    monotonic += 30.0
+    assert reaper.in_touch(monotonic, monotonic + 4000.0) == 0.0, "no look for 30 s: the database was away"
+    monotonic += 2.0
+    assert reaper.in_touch(monotonic, monotonic + 4000.0) == 2.0
     for jump in (300.0, -300.0):
-        second += 2.0
-        assert reaper.in_touch(second, second + 4000.0 + jump) == 0.0, "the database's clock was set"
-        second += 2.0
-        assert reaper.in_touch(second, second + 4000.0) == 0.0, "and set right again"
+        monotonic += 2.0
+        assert reaper.in_touch(monotonic, monotonic + 4000.0 + jump) == 0.0, "the database's clock was set"
+        monotonic += 2.0
+        assert reaper.in_touch(monotonic, monotonic + 4000.0) == 0.0, "and set right again"
 
 
 def test_a_fresh_reaper_takes_no_lease(services: Services) -> None:
@@ -141,24 +141,24 @@ def test_a_fresh_reaper_takes_no_lease(services: Services) -> None:
     assert get(services, job_id).status == Status.RUNNING
     reaper._in_touch_since -= work_queue.LEASE_SECONDS
     reaper.inspect()
-    assert get(services, job_id).status == Status.RUNNING, "it has seen the lease once only"
+    assert get(services, job_id).status == Status.RUNNING, "it has seen the lease only once"
     reaper._first_seen = {lease: first - 60.0 for lease, first in reaper._first_seen.items()}
     reaper.inspect()
     assert get(services, job_id).status == Status.QUEUED
 
 
-def test_a_lease_that_is_renewed_is_not_taken_whatever_the_clock_was(services: Services) -> None:
-    """The clock was wrong for a moment between two looks, and a heartbeat was written then."""
+def test_a_renewed_lease_is_not_taken_after_a_clock_error(services: Services) -> None:
+    """The clock was wrong between two inspections, and a heartbeat was written at that moment."""
     job_id = make_job(services)
     job = claim(services)
     assert job is not None
     reaper = Reaper(services)
     reaper.inspect()
     reaper._in_touch_since -= work_queue.LEASE_SECONDS
-    for wrong in (-300.0, 300.0):
+    for clock_error in (-300.0, 300.0):
         reaper._first_seen = {lease: first - 60.0 for lease, first in reaper._first_seen.items()}
         with services.database.write() as session:
-            lease = database_now() + wrong
+            lease = database_now() + clock_error
             session.execute(update(Job).where(Job.id == job_id).values(lease_expires_at=lease))
         reaper.inspect()
         assert get(services, job_id).status == Status.RUNNING
@@ -168,31 +168,31 @@ def test_a_lease_that_is_renewed_is_not_taken_whatever_the_clock_was(services: S
 
 
 @pytest.mark.parametrize("jump", [-300.0, 300.0])
-def test_a_clock_that_was_set_holds_up_no_job(services: Services, jump: float) -> None:
-    """The database's clock moves: what its old time left in the rows must neither wait nor count as trained."""
+def test_a_clock_change_delays_no_job(services: Services, jump: float) -> None:
+    """After the database's clock moves, old times in the rows neither delay a job nor count as training time."""
     job_id = make_job(services)
     job = claim(services)
     assert job is not None
 
-    def move(**columns: Any) -> None:
+    def set_columns(**columns: object) -> None:
         with services.database.write() as session:
             session.execute(update(Job).values(**columns))
 
-    move(lease_expires_at=Job.lease_expires_at - jump)
+    set_columns(lease_expires_at=Job.lease_expires_at - jump)
     with services.database.write() as session:
-        held = job_queue.heartbeat(session, job_id, job.attempt)
-    assert held is not None and held.ran_seconds < 5.0
+        renewed = job_queue.heartbeat(session, job_id, job.attempt)
+    assert renewed is not None and renewed.ran_seconds < 5.0
     reap(services.database)
     assert get(services, job_id).status == Status.RUNNING, "renewed by the new time"
-    move(lease_expires_at=Job.lease_expires_at - jump)
+    set_columns(lease_expires_at=Job.lease_expires_at - jump)
     reap(services.database)
     assert get(services, job_id).status == Status.QUEUED, "nobody renewed it"
-    move(eligible_at=database_now() + 1.0 - jump)
+    set_columns(eligible_at=database_now() + 1.0 - jump)
     assert claim(services) is not None
 
 
 def test_a_lease_that_cannot_be_renewed_is_lost_in_time(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A heartbeat that hangs must not keep a trainer alive whose job another worker may have."""
+    """A hanging heartbeat must not keep a trainer alive whose job another worker may have claimed."""
     monkeypatch.setattr(JOBS, "lease_seconds", 0.5)
     monkeypatch.setattr(work_queue, "OUTAGE_SECONDS", 0.5)
     monkeypatch.setattr(work_queue, "HEARTBEAT_SECONDS", 0.1)
@@ -222,10 +222,10 @@ def test_a_cancelled_jobs_lease_is_lost_at_the_next_heartbeat(
 
 def test_attempts_without_progress_are_bounded_and_progress_resets_them(services: Services) -> None:
     job_id = make_job(services)
-    for round_ in range(work_queue.MAX_LOST_ATTEMPTS):
+    for number in range(work_queue.MAX_LOST_ATTEMPTS):
         job = claim(services)
         assert job is not None
-        if round_ == 0:  # a checkpoint was written, then another two attempts died before theirs
+        if number == 0:  # a checkpoint was written, and two later attempts died before theirs
             with services.database.write() as session:
                 JOBS.write(session, job_id, job.attempt, lost_attempts=0)
         expire(services, job_id)
@@ -243,7 +243,7 @@ def test_a_cancelled_job_stays_cancelled(services: Services) -> None:
     assert job is not None
     assert services.jobs.cancel("default", job_id, RequestIdentity("test")).status == Status.CANCELLED
     with services.database.write() as session:
-        assert not job_queue.heartbeat(session, job_id, job.attempt), "this is how its worker hears of it"
+        assert not job_queue.heartbeat(session, job_id, job.attempt), "its worker learns it from the heartbeat"
     assert not end(services, job_id, job.attempt)
     assert get(services, job_id).status == Status.CANCELLED
 
@@ -255,8 +255,8 @@ def test_every_transition_writes_its_event_or_nothing(services: Services) -> Non
     assert not end(services, job_id, job.attempt + 1)
     assert end(services, job_id, job.attempt)
     with services.database.read() as session:
-        told = list(session.scalars(select(JobEvent.message).where(JobEvent.job_id == job_id)))
-        assert told == ["Fine-tuning job started.", "done"]
+        messages = list(session.scalars(select(JobEvent.message).where(JobEvent.job_id == job_id)))
+        assert messages == ["Fine-tuning job started.", "done"]
         assert JobObject.of(session.get_one(Job, job_id)).status == Status.SUCCEEDED
 
 
@@ -269,7 +269,7 @@ def test_every_transition_writes_its_event_or_nothing(services: Services) -> Non
         (Status.SUCCEEDED, Status.RUNNING, Actor.RUNNER, {}),
     ],
 )
-def test_what_the_table_does_not_allow_raises(
+def test_a_transition_outside_of_the_table_raises(
     services: Services, source: Status, target: Status, actor: Actor, values: dict[str, Any]
 ) -> None:
     with services.database.write() as session, pytest.raises(ValueError, match=r"may not|does not write"):
@@ -295,10 +295,10 @@ def test_a_deleted_file_keeps_its_bytes_while_a_job_needs_them(services: Service
     purge_deleted_files(services)
 
 
-def test_what_a_lost_answer_to_a_commit_hides_is_not_written_twice(
+def test_events_are_not_written_twice_after_a_lost_answer_to_a_commit(
     services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The connection breaks after the commit: the runner tries again, and finds its events there."""
+    """The connection breaks after the commit. The runner tries again and finds its events."""
     job_id = make_job(services)
     job = claim(services)
     assert job is not None
@@ -317,5 +317,5 @@ def test_what_a_lost_answer_to_a_commit_hides_is_not_written_twice(
         monkeypatch.setattr(services.database, "write", breaks_once)
         run._relay([Notice("once")])
     with services.database.read() as session:
-        told = list(session.scalars(select(JobEvent.message).where(JobEvent.job_id == job_id)))
-    assert broken and told == ["Fine-tuning job started.", "once"]
+        messages = list(session.scalars(select(JobEvent.message).where(JobEvent.job_id == job_id)))
+    assert broken and messages == ["Fine-tuning job started.", "once"]

@@ -1,4 +1,4 @@
-"""The storage module means the same on a folder and on S3."""
+"""The storage module behaves the same on a folder and on S3."""
 
 import io
 import tarfile
@@ -39,7 +39,7 @@ def test_objects_come_back_and_deletes_are_idempotent(storage: Storage, tmp_path
     assert storage.list("a") == [("a/b/small", 1), ("a/file", len(content))]
     written = dict(pair for batch in storage.batches("a") for pair in batch)
     assert set(written) == {"a/b/small", "a/file"}
-    assert all(abs(at - time.time()) < 60 for at in written.values())
+    assert all(abs(written_at - time.time()) < 60 for written_at in written.values())
     storage.get_file("a/file", tmp_path / "deep" / "copy")
     assert (tmp_path / "deep" / "copy").read_bytes() == content
     storage.get_folder("a", tmp_path / "folder")
@@ -78,5 +78,5 @@ def test_a_folder_streams_as_a_tar_file(storage: Storage) -> None:
         storage.put_bytes(f"model/{name}", content)
     stream = io.BytesIO(b"".join(tar(folder(storage, "model"))))
     with tarfile.open(fileobj=stream) as archive:
-        found = {name: archive.extractfile(name) for name in archive.getnames()}
-        assert {name: file.read() for name, file in found.items() if file is not None} == files
+        members = {name: archive.extractfile(name) for name in archive.getnames()}
+        assert {name: file.read() for name, file in members.items() if file is not None} == files

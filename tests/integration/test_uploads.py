@@ -1,4 +1,4 @@
-"""Uploads in parts: order, sizes, sums and ends."""
+"""Uploads in parts: order, sizes, checksums and ends."""
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
@@ -32,21 +32,21 @@ def add(client: TestClient, upload_id: str, content: bytes) -> str:
     return part_id
 
 
-def test_parts_that_came_at_once_are_joined_in_the_order_asked_for(client: TestClient, services: Services) -> None:
+def test_parallel_parts_are_joined_in_the_requested_order(client: TestClient, services: Services) -> None:
     pieces = [bytes([65 + number]) * 300_000 for number in range(8)]
     whole = b"".join(pieces)
     upload_id = begin(client, len(whole))
     with ThreadPoolExecutor(8) as pool:
         parts = list(pool.map(lambda piece: add(client, upload_id, piece), pieces))
     body = {"part_ids": parts, "md5": hashlib.md5(whole).hexdigest()}
-    done = client.post(f"/v1/uploads/{upload_id}/complete", json=body).json()
-    assert done["status"] == "completed"
-    assert client.get(f"/v1/files/{done['file']['id']}/content").content == whole
+    completed = client.post(f"/v1/uploads/{upload_id}/complete", json=body).json()
+    assert completed["status"] == "completed"
+    assert client.get(f"/v1/files/{completed['file']['id']}/content").content == whole
     with services.database.read() as session:
         from app.files.tables import File
 
-        assert session.get_one(File, done["file"]["id"]).sha256 == hashlib.sha256(whole).hexdigest()
-    assert client.post(f"/v1/uploads/{upload_id}/complete", json=body).json() == done, "sent again"
+        assert session.get_one(File, completed["file"]["id"]).sha256 == hashlib.sha256(whole).hexdigest()
+    assert client.post(f"/v1/uploads/{upload_id}/complete", json=body).json() == completed, "sent again"
     assert services.storage.list("uploads") == []
     assert objects(services) == 1
     assert error_of(client.post(f"/v1/uploads/{upload_id}/cancel"), 409)["code"] == "upload_ended"
@@ -61,7 +61,7 @@ def test_parts_that_came_at_once_are_joined_in_the_order_asked_for(client: TestC
         ({"part_ids": []}, "invalid_value", "part_ids"),
     ],
 )
-def test_a_completion_that_does_not_agree_is_refused_and_the_upload_stays(
+def test_a_completion_that_does_not_match_is_refused_and_the_upload_stays(
     client: TestClient, services: Services, change: dict[str, object], code: str, param: str
 ) -> None:
     upload_id = begin(client, 6)
@@ -77,20 +77,20 @@ def test_a_completion_that_does_not_agree_is_refused_and_the_upload_stays(
     assert client.post(f"/v1/uploads/{upload_id}/complete", json={"part_ids": parts}).json()["status"] == "completed"
 
 
-def test_what_is_too_much_or_nothing_is_refused(client: TestClient, services: Services) -> None:
+def test_an_empty_or_oversized_part_is_refused(client: TestClient, services: Services) -> None:
     upload_id = begin(client, 4)
     add(client, upload_id, b"abc")
     for content, code in ((b"defgh", "upload_too_large"), (b"", "empty_part")):
         answer = client.post(f"/v1/uploads/{upload_id}/parts", files={"data": content})
         assert error_of(answer, 400)["code"] == code
-    assert len(services.storage.list("uploads")) == 1, "nothing of a refused part stays"
+    assert len(services.storage.list("uploads")) == 1, "a refused part leaves nothing"
     huge = {"data": b"x" * (64 * 1024**2 + 1)}
     assert error_of(client.post(f"/v1/uploads/{upload_id}/parts", files=huge), 413)["param"] == "data"
     too_large = {"filename": "f", "purpose": "fine-tune", "bytes": 8 * 1024**3 + 1, "mime_type": "text/jsonl"}
     assert error_of(client.post("/v1/uploads", json=too_large), 400)["param"] == "bytes"
 
 
-def test_cancelled_and_expired_uploads_take_nothing_and_leave_nothing(client: TestClient, services: Services) -> None:
+def test_cancelled_and_expired_uploads_accept_nothing_and_leave_nothing(client: TestClient, services: Services) -> None:
     cancelled, expired = begin(client, 3), begin(client, 3)
     for upload_id in (cancelled, expired):
         add(client, upload_id, b"abc")
@@ -108,7 +108,7 @@ def test_cancelled_and_expired_uploads_take_nothing_and_leave_nothing(client: Te
     error_of(client.post("/v1/uploads/upload-none/parts", files={"data": b"abc"}), 404)
 
 
-def test_files_expire_when_they_said(client: TestClient, services: Services) -> None:
+def test_a_file_is_gone_after_its_expiry_time(client: TestClient, services: Services) -> None:
     from app.files.tables import File
 
     form = {"purpose": "fine-tune", "expires_after[anchor]": "created_at", "expires_after[seconds]": "3600"}
@@ -124,7 +124,7 @@ def test_files_expire_when_they_said(client: TestClient, services: Services) -> 
     assert objects(services) == 0
 
 
-def test_a_project_stores_no_more_than_it_may(client: TestClient, services: Services) -> None:
+def test_a_project_stores_no_more_than_its_limit(client: TestClient, services: Services) -> None:
     services.projects.limit("default", Limits(max_storage_bytes=10))
     form = {"purpose": "fine-tune"}
     assert client.post("/v1/files", files={"file": ("p", b"x" * 8)}, data=form).status_code == 200
@@ -133,5 +133,5 @@ def test_a_project_stores_no_more_than_it_may(client: TestClient, services: Serv
     body = {"filename": "p", "purpose": "fine-tune", "bytes": 3, "mime_type": "text/jsonl"}
     assert error_of(client.post("/v1/uploads", json=body), 403)["code"] == "storage_limit_reached"
     assert client.post("/v1/uploads", json=body | {"bytes": 2}).status_code == 200
-    assert error_of(client.post("/v1/uploads", json=body | {"bytes": 1}), 403), "what is promised is taken"
+    assert error_of(client.post("/v1/uploads", json=body | {"bytes": 1}), 403), "a pending upload counts"
     assert objects(services) == 1

@@ -1,4 +1,4 @@
-"""The queue kernel, over every queue that stands on it, on SQLite and PostgreSQL."""
+"""The work queue's kernel with each of its queues, on SQLite and PostgreSQL."""
 
 import threading
 from collections.abc import Callable
@@ -59,7 +59,7 @@ ALL = [pytest.param(JOBS, add_job, id="jobs"), pytest.param(ARTIFACTS, add_artif
        pytest.param(DELIVERIES, add_delivery, id="deliveries")]  # fmt: skip
 
 
-def change(services: Services, queue: Queue, **columns: Any) -> None:
+def change(services: Services, queue: Queue, **columns: object) -> None:
     with services.database.write() as session:
         session.execute(update(queue.table).values(**columns))
 
@@ -69,12 +69,12 @@ def claim(services: Services, queue: Queue) -> Any:
         return queue.claim(session, "test", queue.active)
 
 
-def test_every_queue_is_tried_here() -> None:
+def test_every_queue_is_covered_here() -> None:
     assert {queue for queue, _ in QUEUES} == {JOBS, ARTIFACTS, DELIVERIES}
 
 
 @pytest.mark.parametrize(("queue", "add"), ALL)
-def test_one_of_many_workers_gets_a_row(services: Services, queue: Queue, add: Add) -> None:
+def test_only_one_of_many_workers_claims_a_row(services: Services, queue: Queue, add: Add) -> None:
     add(services)
     claimed, start = list[Any](), threading.Barrier(6)
 
@@ -95,10 +95,10 @@ def test_one_of_many_workers_gets_a_row(services: Services, queue: Queue, add: A
 def test_a_lapsed_lease_is_released_and_its_attempt_writes_nothing(services: Services, queue: Queue, add: Add) -> None:
     add(services)
     first = claim(services, queue)
-    assert claim(services, queue) is None, "it is leased"
+    assert claim(services, queue) is None, "the row is leased"
     reap(services.database)
     with services.database.write() as session:
-        assert queue.heartbeat(session, first.id, first.attempt) is not None, "a good lease stays"
+        assert queue.heartbeat(session, first.id, first.attempt) is not None, "a valid lease stays"
     change(services, queue, lease_expires_at=database_now() - 1)
     reap(services.database)
     change(services, queue, eligible_at=database_now())
@@ -106,26 +106,26 @@ def test_a_lapsed_lease_is_released_and_its_attempt_writes_nothing(services: Ser
     assert (second.attempt, second.lost_attempts) == (2, 1)
 
     def guarded(session: Session, attempt: int) -> list[bool]:
-        held = queue.heartbeat(session, first.id, attempt) is not None
-        return [held, queue.write(session, first.id, attempt, lost_attempts=0)]
+        renewed = queue.heartbeat(session, first.id, attempt) is not None
+        return [renewed, queue.write(session, first.id, attempt, lost_attempts=0)]
 
     with services.database.write() as session:
         assert guarded(session, first.attempt) == [False, False]
         assert not queue.release(session, first.id, first.attempt, pause=0.0)
         assert guarded(session, second.attempt) == [True, True]
         assert queue.release(session, first.id, second.attempt, pause=0.0)
-        assert guarded(session, second.attempt) == [False, False], "it has given the lease back"
+        assert guarded(session, second.attempt) == [False, False], "the attempt has given its lease back"
 
 
 @pytest.mark.parametrize(("queue", "add"), ALL)
-def test_a_row_waits_for_its_time_and_not_for_a_clock_that_was_set_back(
+def test_a_row_waits_for_its_time_but_not_for_a_clock_that_was_set_back(
     services: Services, queue: Queue, add: Add
 ) -> None:
     add(services)
     change(services, queue, eligible_at=database_now() + queue.longest_pause)
     assert claim(services, queue) is None
     change(services, queue, eligible_at=database_now() + queue.longest_pause + 2 * HEARTBEAT_SECONDS)
-    assert claim(services, queue) is not None, "no pause is so long"
+    assert claim(services, queue) is not None, "no pause is that long"
     change(services, queue, lease_expires_at=database_now() + queue.lease_seconds + 2 * HEARTBEAT_SECONDS)
     with services.database.write() as session:
-        assert len(queue.lapsed(session)) == 1, "no lease is so long"
+        assert len(queue.lapsed(session)) == 1, "no lease is that long"

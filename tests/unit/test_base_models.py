@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from app.settings import Settings
+from app.spec.json_types import JsonObject
 from tests.helpers.tiny_model import make_tiny_model
 from worker.base_models import BaseModels, ModelUnavailable
 from worker.model_files import context_length
@@ -28,17 +28,17 @@ def root(tmp_path: Path) -> Path:
     return root
 
 
-def base_models(root: Path, hub: tuple[str, ...] = ()) -> BaseModels:
-    return BaseModels(Settings(home=root.parent, hub_models=hub))
+def base_models(root: Path, hub_models: tuple[str, ...] = ()) -> BaseModels:
+    return BaseModels(Settings(home=root.parent, hub_models=hub_models))
 
 
-def test_models_are_named_by_their_path(root: Path) -> None:
+def test_local_models_are_named_by_their_path(root: Path) -> None:
     models = base_models(root, ("meta-llama/*",))
-    found = {model.name: model for model in models.local()}
-    assert set(found) == {"tiny", "org/tiny-chat"}
-    assert found["tiny"].details["architecture"] == "LlamaForCausalLM"
-    assert found["tiny"].details["context_length"] == 512
-    assert [found[name].details["chat_template"] for name in ("tiny", "org/tiny-chat")] == [False, True]
+    models_by_name = {model.name: model for model in models.local()}
+    assert set(models_by_name) == {"tiny", "org/tiny-chat"}
+    assert models_by_name["tiny"].details["architecture"] == "LlamaForCausalLM"
+    assert models_by_name["tiny"].details["context_length"] == 512
+    assert [models_by_name[name].details["chat_template"] for name in ("tiny", "org/tiny-chat")] == [False, True]
     assert models.served() == ["tiny", "org/tiny-chat", "meta-llama/*"]
     assert models.locate("tiny") == (root / "tiny", None)
 
@@ -46,7 +46,7 @@ def test_models_are_named_by_their_path(root: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["../outside/secret", "link", "/etc", ".", "", "tiny/../../outside/secret", "no-weights", "org", "a/b"]
 )
-def test_other_names_lead_nowhere(root: Path, name: str) -> None:
+def test_a_name_outside_the_folder_or_of_no_model_is_refused(root: Path, name: str) -> None:
     with pytest.raises(ModelUnavailable):
         base_models(root, ("meta-llama/*",)).locate(name)
 
@@ -59,12 +59,12 @@ def test_a_broken_folder_does_not_hide_the_others(root: Path) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["*", "org", "a/b/c", "or*/x", "org/?", "../x"])
-def test_patterns_that_say_too_much_are_refused(pattern: str) -> None:
+def test_a_pattern_that_allows_too_many_hub_models_is_refused(pattern: str) -> None:
     with pytest.raises(ValueError, match="hub id"):
         Settings(hub_models=(pattern,))
 
 
-def test_the_revision_follows_the_contents(root: Path) -> None:
+def test_the_revision_changes_with_the_contents(root: Path) -> None:
     (before,) = (model.revision for model in base_models(root).local() if model.name == "tiny")
     config = root / "tiny" / "config.json"
     config.write_text(config.read_text().replace('"vocab_size"', '"vocab_size" '))
@@ -72,37 +72,37 @@ def test_the_revision_follows_the_contents(root: Path) -> None:
     assert before != after
 
 
-def described(root: Path, name: str) -> dict[str, Any]:
-    (found,) = (model.details for model in base_models(root).local() if model.name == name)
-    return found
+def details_of(root: Path, name: str) -> JsonObject:
+    (details,) = (model.details for model in base_models(root).local() if model.name == name)
+    return details
 
 
-def test_copies_of_the_weights_beside_them_are_not_counted(root: Path) -> None:
-    """Some repositories have the same weights once more, in their makers' own layout."""
-    before = described(root, "tiny")
+def test_a_second_copy_of_the_weights_is_not_counted(root: Path) -> None:
+    """Some repositories hold the same weights again, in the layout of their makers."""
+    before = details_of(root, "tiny")
     shutil.copyfile(root / "tiny" / "model.safetensors", root / "tiny" / "consolidated.safetensors")
-    assert described(root, "tiny") == before
+    assert details_of(root, "tiny") == before
 
 
-def test_an_index_names_the_files_that_count_and_all_must_be_there(root: Path) -> None:
+def test_an_index_names_the_weight_files_and_all_must_exist(root: Path) -> None:
     tiny = root / "tiny"
-    before = described(root, "tiny")["bytes"]
+    before = details_of(root, "tiny")["bytes"]
     (tiny / "model.safetensors").rename(tiny / "part-1.safetensors")
     shutil.copyfile(tiny / "part-1.safetensors", tiny / "consolidated.safetensors")
     (tiny / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "part-1.safetensors"}}))
-    assert described(root, "tiny")["bytes"] == before
+    assert details_of(root, "tiny")["bytes"] == before
     index = {"weight_map": {"x": "part-1.safetensors", "y": "part-2.safetensors"}}
     (tiny / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "tiny" not in {model.name for model in base_models(root).local()}
 
 
-def test_weights_in_other_files_are_named_as_the_reason(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: dict[str, str] = {}
-    monkeypatch.setattr(BaseModels, "_ignore", lambda _, folder, reason: told.update({folder.name: reason}))
+def test_weights_in_an_unsupported_file_are_given_as_the_reason(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons: dict[str, str] = {}
+    monkeypatch.setattr(BaseModels, "_ignore", lambda _, folder, reason: reasons.update({folder.name: reason}))
     (root / "tiny" / "model.safetensors").rename(root / "tiny" / "pytorch_model.bin")
     assert "tiny" not in base_models(root).folders()
-    assert told["tiny"] == "its weights are in pytorch_model.bin: convert them to safetensors"
-    assert told["no-weights"] == "it has no model.safetensors and no model.safetensors.index.json"
+    assert reasons["tiny"] == "its weights are in pytorch_model.bin: convert them to safetensors"
+    assert reasons["no-weights"] == "it has no model.safetensors and no model.safetensors.index.json"
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_weights_in_other_files_are_named_as_the_reason(root: Path, monkeypatch:
         ({}, None),
     ],
 )
-def test_the_context_is_read_whatever_the_configuration_calls_it(config: dict[str, Any], expected: int | None) -> None:
+def test_the_context_length_is_read_under_each_known_name(config: JsonObject, expected: int | None) -> None:
     assert context_length(config) == expected
 
 
@@ -132,29 +132,29 @@ def test_the_context_is_read_whatever_the_configuration_calls_it(config: dict[st
         (None, None),
     ],
 )
-def test_how_weights_are_quantised_already_is_registered(
-    root: Path, config: dict[str, Any] | None, expected: str | None
+def test_existing_quantization_of_the_weights_is_recorded(
+    root: Path, config: JsonObject | None, expected: str | None
 ) -> None:
     path = root / "tiny" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": config}))
-    assert described(root, "tiny")["prequantized"] == expected
+    assert details_of(root, "tiny")["prequantized"] == expected
 
 
-def test_experts_are_counted_as_what_is_not_quantised(root: Path) -> None:
-    """Those of a checkpoint that has each expert's matrices by themselves, as most have."""
+def test_experts_are_counted_among_the_parameters_that_are_not_quantised(root: Path) -> None:
+    """Most checkpoints store the matrices of each expert separately."""
     tiny = root / "tiny"
-    before = described(root, "tiny")["shape"]
+    before = details_of(root, "tiny")["shape"]
     tensors = load_file(tiny / "model.safetensors")
     save_file(tensors | {"model.layers.0.mlp.experts.3.up_proj.weight": torch.zeros(8, 4)}, tiny / "model.safetensors")
-    after = described(root, "tiny")["shape"]
+    after = details_of(root, "tiny")["shape"]
     assert after["linears"] == before["linears"]
     assert after["others"] == before["others"] + 32
 
 
-def test_gpt_2_has_a_shape_though_it_names_its_sizes_otherwise(root: Path) -> None:
+def test_the_shape_of_gpt_2_is_read_from_its_own_names_of_sizes(root: Path) -> None:
     model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64))
     model.save_pretrained(root / "tiny")
-    found = described(root, "tiny")
-    assert found["context_length"] == 64
-    assert (found["shape"]["hidden"], found["shape"]["layers"]) == (32, 2)
-    assert ["c_attn", 32, 96, 2] in found["shape"]["linears"]
+    details = details_of(root, "tiny")
+    assert details["context_length"] == 64
+    assert (details["shape"]["hidden"], details["shape"]["layers"]) == (32, 2)
+    assert ["c_attn", 32, 96, 2] in details["shape"]["linears"]

@@ -1,4 +1,4 @@
-"""Small files that stand for much: they are refused, or read, in little memory; and never by a crash."""
+"""Small files that expand to huge data are refused, or read in little memory, without a crash."""
 
 import bz2
 import gzip
@@ -21,15 +21,15 @@ from pyarrow import parquet
 from app.spec.datasets import unpack
 from app.spec.datasets.check import survey
 
-PEAK = 350 * 1024 * 1024
-"""Of a process that reads the file: Python, pyarrow, a few records at their limit."""
+MAX_PEAK_BYTES = 350 * 1024 * 1024
+"""The most that the reading process may use: Python, pyarrow and a few records of the maximum size."""
 
 
 ROW = b'{"prompt": "' + b"q" * 4000 + b'", "chosen": "a", "rejected": "b"}\n'
 
 
 class _Endless(io.RawIOBase):
-    """`head`, then `size` bytes of `filler`; nothing of it is in memory."""
+    """A file of `size` bytes: `head`, then repeated `filler`. It is never in memory as a whole."""
 
     def __init__(self, head: bytes, filler: bytes, size: int) -> None:
         self.head, self.filler, self.size, self.place = head, filler * 65536, size, 0
@@ -66,14 +66,14 @@ PACKERS: dict[str, Callable[[], Any]] = {
 }
 
 
-def packed(kind: str, head: bytes, filler: bytes, megabytes: int) -> bytes:
-    """`head`, then megabytes of `filler`, compressed; they are never in memory together."""
-    packer, piece = PACKERS[kind](), filler * (1024 * 1024 // len(filler))
+def packed(packer_name: str, head: bytes, filler: bytes, megabytes: int) -> bytes:
+    """`head` and megabytes of `filler`, compressed. They are never in memory as a whole."""
+    packer, piece = PACKERS[packer_name](), filler * (1024 * 1024 // len(filler))
     return b"".join([packer.compress(head), *(packer.compress(piece) for _ in range(megabytes)), packer.flush()])
 
 
 def zipped(head: bytes, filler: bytes, megabytes: int) -> bytes:
-    """The same as the one file of a ZIP."""
+    """The same as the only file of a ZIP archive."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("rows.jsonl", "w") as file:
         file.write(head)
@@ -83,7 +83,7 @@ def zipped(head: bytes, filler: bytes, megabytes: int) -> bytes:
 
 
 def rows_of_one_value() -> bytes:
-    """A Parquet file in which a text of a megabyte is written once and stands in 2,000 rows: 6 GB with three columns."""
+    """A Parquet file that stores a megabyte of text once and uses it in 2,000 rows: 6 GB in three columns."""
     buffer = io.BytesIO()
     indices = pyarrow.array([0] * 2_000, pyarrow.int32())
     column = pyarrow.DictionaryArray.from_arrays(indices, ["x" * 1024 * 1024])
@@ -94,7 +94,7 @@ def rows_of_one_value() -> bytes:
 
 
 def bombs() -> Iterator[tuple[str, IO[bytes], str]]:
-    """(name, file, what its refusal says)."""
+    """(name, file, phrase in the refusal)."""
     ten_gigabytes = 10 * 1024**3
     large, ratio = "larger than", "times its size"
     yield "one line of 10 GB", endless(b'{"prompt": "', b"x", ten_gigabytes), large
@@ -102,10 +102,10 @@ def bombs() -> Iterator[tuple[str, IO[bytes], str]]:
     yield "an array of one 10 GB element", endless(b'[{"prompt": "', b"x", ten_gigabytes), large
     yield "brackets that never close", endless(b"", b"[", ten_gigabytes), "nested too deep"
     yield "objects that never close", endless(b"", b'{"a":', ten_gigabytes), large
-    for kind in PACKERS:
-        yield f"one line of 40 MB in {kind}", io.BytesIO(packed(kind, b'{"prompt": "', b"x", 40)), large
-        yield f"blanks only in {kind}", io.BytesIO(packed(kind, b"", b" ", 80)), ratio
-        yield f"the same row again and again in {kind}", io.BytesIO(packed(kind, b"", ROW, 80)), ratio
+    for packer_name in PACKERS:
+        yield f"one line of 40 MB in {packer_name}", io.BytesIO(packed(packer_name, b'{"prompt": "', b"x", 40)), large
+        yield f"blanks only in {packer_name}", io.BytesIO(packed(packer_name, b"", b" ", 80)), ratio
+        yield f"the same row again and again in {packer_name}", io.BytesIO(packed(packer_name, b"", ROW, 80)), ratio
     yield "one line of 40 MB in a ZIP", io.BytesIO(zipped(b'{"prompt": "', b"x", 40)), large
     yield "the same row again and again in a ZIP", io.BytesIO(zipped(b"", ROW, 80)), ratio
     yield "one value in many rows of Parquet", io.BytesIO(rows_of_one_value()), ratio
@@ -127,23 +127,23 @@ def bombs() -> Iterator[tuple[str, IO[bytes], str]]:
 
 
 def test_bombs_are_refused_in_little_memory() -> None:
-    """In a process of its own, whose greatest size the kernel remembers."""
-    done = subprocess.run(
+    """A process of its own reads them, since the kernel records its peak memory."""
+    process = subprocess.run(
         [sys.executable, "-m", "tests.unit.test_bombs"],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout)
-    assert [name for name, refused, _ in told if not refused] == []
-    assert max(peak for _, _, peak in told) < PEAK, told
+    assert process.returncode == 0, process.stderr[-3000:]
+    results = json.loads(process.stdout)
+    assert [name for name, refused, _ in results if not refused] == []
+    assert max(peak for _, _, peak in results) < MAX_PEAK_BYTES, results
 
 
 @pytest.mark.parametrize("rows", [1, 1000, 60_000])
-def test_what_is_only_repetitive_is_read(rows: int) -> None:
-    """A long system prompt that all rows have: 90 MB from 500 kB, and no bomb."""
+def test_a_repetitive_file_that_is_no_bomb_is_read(rows: int) -> None:
+    """A long system prompt in every row expands 500 kB to 90 MB."""
     row = {"prompt": "q", "system": "s" * 1500, "chosen": "a", "rejected": "b"}
     lines = b"\n".join([json.dumps(row).encode()] * rows)
     packed = gzip.compress(lines)
@@ -152,23 +152,23 @@ def test_what_is_only_repetitive_is_read(rows: int) -> None:
 
 
 def _peak() -> int:
-    """Bytes; the kernel's own count since the program began (that of `getrusage` goes back to the process before)."""
+    """Peak memory in bytes since the program began. The peak of `getrusage` includes the parent process."""
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024
 
 
 def main() -> None:
-    """Read every bomb; tell whether it was refused for the right reason, and the process's greatest size by then."""
-    unpack.UNPACKED_BYTES = 64 * 1024**2  # gigabytes of rows would only take longer
-    told = []
-    for name, file, reason in bombs():
+    """Read every bomb. Print whether it was refused for the right reason, and the peak memory so far."""
+    unpack.UNPACKED_BYTES = 64 * 1024**2  # the usual limit of gigabytes would only take longer
+    results = []
+    for name, file, phrase in bombs():
         report = survey(file).as_json()
-        refused = reason in str(report["error"]) if reason else not report["valid"] or report["kept"] == 0
+        refused = phrase in str(report["error"]) if phrase else not report["valid"] or report["kept"] == 0
         json.dumps(report, allow_nan=False).encode()
-        told.append((name, refused, _peak()))
+        results.append((name, refused, _peak()))
         if not refused:
             print(name, json.dumps(report)[:300], file=sys.stderr)
-    print(json.dumps(told))
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

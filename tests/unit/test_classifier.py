@@ -1,4 +1,4 @@
-"""A linear classifier from a file scores as the scikit-learn pipeline that it was written from."""
+"""A linear classifier from a file gives the scores of the scikit-learn pipeline that was exported to it."""
 
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,18 @@ TEXTS = [*CORPUS, "Not good, NOT good at all: it's a the a", "Écoute — c'est 
 
 @pytest.mark.parametrize("sublinear", [False, True])
 @pytest.mark.parametrize("norm", ["l2", None])
-def test_scores_are_those_of_scikit_learn(sublinear: bool, norm: str | None, tmp_path: Path) -> None:
+def test_scores_agree_with_scikit_learn(sublinear: bool, norm: str | None, tmp_path: Path) -> None:
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=sublinear, norm=norm)
     model = LogisticRegression().fit(vectorizer.fit_transform(TEXTS), [k % 2 for k in range(len(TEXTS))])
     export(tmp_path / "classifier.json", vectorizer, model)
-    found = LinearClassifier.load(tmp_path / "classifier.json")
-    others = ["good not good at all, words that nobody has seen", *TEXTS, " ".join(TEXTS)]
-    expected = model.decision_function(vectorizer.transform(others))
-    assert [found.score(text) for text in others] == pytest.approx(expected.tolist(), abs=1e-9)
+    classifier = LinearClassifier.load(tmp_path / "classifier.json")
+    texts = ["good not good at all, words that nobody has seen", *TEXTS, " ".join(TEXTS)]
+    expected = model.decision_function(vectorizer.transform(texts))
+    assert [classifier.score(text) for text in texts] == pytest.approx(expected.tolist(), abs=1e-9)
 
 
 @pytest.mark.parametrize(
-    ("content", "named"),
+    ("content", "place"),
     [
         ("[1]", "the file"),
         ('{"terms": {}, "intercept": 0}', "terms"),
@@ -41,16 +41,16 @@ def test_scores_are_those_of_scikit_learn(sublinear: bool, norm: str | None, tmp
         ("\x80\x04", "the file"),
     ],
 )
-def test_what_is_no_classifier_is_refused_by_name(content: str, named: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_classifier_is_refused_with_the_reason(content: str, place: str, tmp_path: Path) -> None:
     (tmp_path / "x").write_text(content)
-    with pytest.raises(BadClassifier, match=named):
+    with pytest.raises(BadClassifier, match=place):
         LinearClassifier.load(tmp_path / "x")
 
 
 @pytest.mark.parametrize(
     "setting", [{"stop_words": "english"}, {"norm": "l1"}, {"analyzer": "char"}, {"ngram_range": (2, 2)}]
 )
-def test_a_vectorizer_that_the_file_cannot_express_is_refused_by_setting(
+def test_a_vectorizer_that_the_file_cannot_express_is_refused_with_the_setting(
     setting: dict[str, Any], tmp_path: Path
 ) -> None:
     vectorizer = TfidfVectorizer(**setting)

@@ -1,4 +1,4 @@
-"""The command line's own refusals: one sentence, exit status 2, no traceback."""
+"""Refusals of the command line itself: one sentence, exit status 2, no traceback."""
 
 import os
 import subprocess
@@ -11,13 +11,15 @@ from tests.helpers.servers import free_port
 
 
 def dpo(*arguments: str, home: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
-    given = os.environ | {"DPO_HOME": str(home), "DPO_BASE_URL": f"http://127.0.0.1:{free_port()}/v1"} | environment
+    full_environment = (
+        os.environ | {"DPO_HOME": str(home), "DPO_BASE_URL": f"http://127.0.0.1:{free_port()}/v1"} | environment
+    )
     command = [sys.executable, "-m", "app.cli.main", *arguments]
-    return subprocess.run(command, env=given, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, env=full_environment, capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "environment", "says"),
+    ("arguments", "environment", "phrase"),
     [
         (["models", "list"], {}, "No API key"),
         (["models", "list"], {"DPO_API_KEY": "x" * 20}, "cannot be reached"),
@@ -33,24 +35,24 @@ def dpo(*arguments: str, home: Path, **environment: str) -> "subprocess.Complete
         (["nonsense"], {}, "No such command"),
     ],
 )
-def test_refusals(
+def test_a_refusal_is_one_sentence_without_a_traceback(
     arguments: list[str],
     environment: dict[str, str],
-    says: str,
+    phrase: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "sft.json").write_text('{"method": {"type": "supervised"}}')
-    done = dpo(*arguments, home=tmp_path / "home", **environment)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert says in done.stderr.replace("\n", " ")
-    assert "Traceback" not in done.stderr
+    process = dpo(*arguments, home=tmp_path / "home", **environment)
+    assert process.returncode == 2, process.stdout + process.stderr
+    assert phrase in process.stderr.replace("\n", " ")
+    assert "Traceback" not in process.stderr
 
 
-def test_a_key_is_printed_once_and_not_kept(tmp_path: Path) -> None:
-    done = dpo("keys", "create", "--name", "ci", home=tmp_path)
-    assert done.returncode == 0 and done.stdout.startswith("dpo_")
-    key = done.stdout.strip().encode()
+def test_a_new_key_is_printed_and_not_stored(tmp_path: Path) -> None:
+    process = dpo("keys", "create", "--name", "ci", home=tmp_path)
+    assert process.returncode == 0 and process.stdout.startswith("dpo_")
+    key = process.stdout.strip().encode()
     assert all(key not in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())

@@ -1,4 +1,4 @@
-"""Our OpenAPI document beside OpenAI's, field by field, for every path and schema of the fine-tuning contract.
+"""Our OpenAPI document against OpenAI's: every path and field of the fine-tuning contract.
 
 `tests/data/openai-fine-tuning.openapi.json` is an excerpt of openai/openai-openapi of 2026-08-21 (MIT licence).
 """
@@ -7,119 +7,126 @@ import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 
 from app.main import create_app
 from app.settings import Settings
+from app.spec.json_types import JsonObject
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference"
 EXCERPT = Path(__file__).parents[1] / "data" / "openai-fine-tuning.openapi.json"
 
 
 @pytest.fixture(scope="module")
-def ours(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    document: dict[str, Any] = create_app(Settings(home=tmp_path_factory.mktemp("home"))).openapi()
+def ours(tmp_path_factory: pytest.TempPathFactory) -> JsonObject:
+    document: JsonObject = create_app(Settings(home=tmp_path_factory.mktemp("home"))).openapi()
     return document
 
 
 @pytest.fixture(scope="module")
-def theirs() -> dict[str, Any]:
-    document: dict[str, Any] = json.loads(EXCERPT.read_text())
+def theirs() -> JsonObject:
+    document: JsonObject = json.loads(EXCERPT.read_text())
     return document
 
 
-NAMES = {"fine_tuning_job_id": "job_id", "model": "name"}
-"""What path parameters are called here."""
-OBJECTS = {
+PARAMETER_NAMES = {"fine_tuning_job_id": "job_id", "model": "name"}
+"""OpenAI's path parameters that have another name here."""
+RESPONSE_SCHEMAS = {
     "OpenAIFile": "FileObject", "Upload": "UploadObject", "UploadPart": "PartObject", "FineTuningJob": "JobObject",
     "FineTuningJobEvent": "EventObject", "FineTuningJobCheckpoint": "CheckpointObject", "Model": "ModelObject",
     "DeleteFileResponse": "FileDeleted", "DeleteModelResponse": "ModelDeleted", "FineTuningIntegration": "Integration",
 }  # fmt: skip
-BODIES = {
+REQUEST_SCHEMAS = {
     "CreateFineTuningJobRequest": "JobSpec", "CreateUploadRequest": "UploadSpec", "CompleteUploadRequest": "UploadCompletion",
     "FineTuneDPOHyperparameters": "DPOHyperparameters", "FineTuneSupervisedHyperparameters": "SupervisedHyperparameters",
     "FileExpirationAfter": "ExpiresAfter",
 }  # fmt: skip
 
 
-def place(path: str) -> str:
-    for name, own in NAMES.items():
-        path = path.replace("{" + name + "}", "{" + own + "}")
+def our_path(path: str) -> str:
+    for name, our_name in PARAMETER_NAMES.items():
+        path = path.replace("{" + name + "}", "{" + our_name + "}")
     return f"/v1{path}"
 
 
-def test_every_path_of_the_contract_is_here_but_checkpoint_permissions(
-    ours: dict[str, Any], theirs: dict[str, Any]
-) -> None:
-    """Checkpoint permissions share checkpoints between OpenAI organisations: the one group that has no meaning here."""
+def test_every_path_of_the_contract_exists_except_checkpoint_permissions(ours: JsonObject, theirs: JsonObject) -> None:
+    """Permissions share checkpoints between OpenAI organisations. They have no meaning here."""
     for path, methods in theirs["paths"].items():
         if "/permissions" in path:
-            assert place(path) not in ours["paths"]
+            assert our_path(path) not in ours["paths"]
             continue
         for method, operation in methods.items():
-            own = ours["paths"][place(path)][method]
-            asked = {parameter["name"] for parameter in operation.get("parameters", []) if parameter["in"] == "query"}
-            have = {parameter["name"] for parameter in own.get("parameters", []) if parameter["in"] == "query"}
-            assert asked - have <= {"metadata"}, (path, method)  # metadata[key]=value: no parameter has such a name
+            our_operation = ours["paths"][our_path(path)][method]
+            their_parameters = {
+                parameter["name"] for parameter in operation.get("parameters", []) if parameter["in"] == "query"
+            }
+            our_parameters = {
+                parameter["name"] for parameter in our_operation.get("parameters", []) if parameter["in"] == "query"
+            }
+            assert their_parameters - our_parameters <= {"metadata"}, (
+                path,
+                method,
+            )  # metadata[key]=value: no single parameter has this name
 
 
-def types(schema: dict[str, Any], document: dict[str, Any]) -> set[str]:
+def types(schema: JsonObject, document: JsonObject) -> set[str]:
     """The JSON types that a schema allows."""
     if "$ref" in schema:
         return types(document["components"]["schemas"][schema["$ref"].split("/")[-1]], document)
-    found: set[str] = set()
+    allowed: set[str] = set()
     for key in ("anyOf", "oneOf", "allOf"):
-        for part in schema.get(key, []):
-            found |= types(part, document)
+        for option in schema.get(key, []):
+            allowed |= types(option, document)
     if "type" in schema:
-        given = schema["type"]
-        found |= set(given) if isinstance(given, list) else {given}
+        declared = schema["type"]
+        allowed |= set(declared) if isinstance(declared, list) else {declared}
     for value in [*schema.get("enum", []), *([schema["const"]] if "const" in schema else [])]:
-        found.add({str: "string", int: "integer", bool: "boolean", float: "number"}.get(type(value), "null"))
+        allowed.add({str: "string", int: "integer", bool: "boolean", float: "number"}.get(type(value), "null"))
     if "properties" in schema:
-        found.add("object")
+        allowed.add("object")
     if schema.get("nullable"):
-        found.add("null")
-    return found
+        allowed.add("null")
+    return allowed
 
 
-@pytest.mark.parametrize(("name", "own"), OBJECTS.items())
-def test_every_field_of_an_answer_is_here_with_its_type(
-    name: str, own: str, ours: dict[str, Any], theirs: dict[str, Any]
+@pytest.mark.parametrize(("name", "our_name"), RESPONSE_SCHEMAS.items())
+def test_every_response_field_of_the_contract_exists_with_its_type(
+    name: str, our_name: str, ours: JsonObject, theirs: JsonObject
 ) -> None:
-    expected = theirs["components"]["schemas"][name]
-    found = ours["components"]["schemas"][own]["properties"]
-    for field, schema in expected["properties"].items():
-        assert field in found, f"{name}.{field}"
-        allowed, given = types(schema, theirs), types(found[field], ours)
-        if "number" in allowed:
-            allowed |= {"integer"}
-        # Null stands for a field that an answer of theirs leaves out.
-        assert given - {"null"} <= allowed or not allowed, (field, given, allowed)
-        if "enum" in schema and "enum" in found[field]:
-            assert set(found[field]["enum"]) <= set(schema["enum"]) | {"evals"}, field
-    for field in expected.get("required", []):
-        assert field in found
+    their_schema = theirs["components"]["schemas"][name]
+    our_properties = ours["components"]["schemas"][our_name]["properties"]
+    for field, schema in their_schema["properties"].items():
+        assert field in our_properties, f"{name}.{field}"
+        their_types, our_types = types(schema, theirs), types(our_properties[field], ours)
+        if "number" in their_types:
+            their_types |= {"integer"}
+        # Our null stands for a field that OpenAI's response leaves out.
+        assert our_types - {"null"} <= their_types or not their_types, (field, our_types, their_types)
+        if "enum" in schema and "enum" in our_properties[field]:
+            assert set(our_properties[field]["enum"]) <= set(schema["enum"]) | {"evals"}, field
+    for field in their_schema.get("required", []):
+        assert field in our_properties
 
 
-@pytest.mark.parametrize(("name", "own"), BODIES.items())
-def test_every_field_of_a_request_is_taken(name: str, own: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    expected = theirs["components"]["schemas"][name]
-    found = ours["components"]["schemas"][own]
-    assert set(expected["properties"]) <= set(found["properties"])
-    assert set(found.get("required", [])) <= set(expected.get("required", [])), "we ask for no more"
-    for field, schema in expected["properties"].items():
-        allowed, taken = types(schema, theirs), types(found["properties"][field], ours)
-        wanted = {kind for kind in allowed if kind != "null"}
-        if "number" in taken:
-            taken |= {"integer"}
-        # "auto" is taken for every number and means the default; JSON Schema cannot say that of a validator.
-        assert wanted - {"string"} <= taken, (field, wanted, taken)
+@pytest.mark.parametrize(("name", "our_name"), REQUEST_SCHEMAS.items())
+def test_every_request_field_of_the_contract_is_accepted(
+    name: str, our_name: str, ours: JsonObject, theirs: JsonObject
+) -> None:
+    their_schema = theirs["components"]["schemas"][name]
+    our_schema = ours["components"]["schemas"][our_name]
+    assert set(their_schema["properties"]) <= set(our_schema["properties"])
+    assert set(our_schema.get("required", [])) <= set(their_schema.get("required", [])), "we require no more"
+    for field, schema in their_schema["properties"].items():
+        their_types, our_types = types(schema, theirs), types(our_schema["properties"][field], ours)
+        needed_types = {kind for kind in their_types if kind != "null"}
+        if "number" in our_types:
+            our_types |= {"integer"}
+        # Every number also accepts "auto" for its default. A validator does that, so that our schema does not say so.
+        assert needed_types - {"string"} <= our_types, (field, needed_types, our_types)
 
 
-def test_every_operation_says_what_it_does_and_how_it_fails(ours: dict[str, Any]) -> None:
+def test_every_operation_documents_its_purpose_and_its_errors(ours: JsonObject) -> None:
     operations = [
         (path, method, operation) for path, methods in ours["paths"].items() for method, operation in methods.items()
     ]
@@ -134,12 +141,12 @@ def test_every_operation_says_what_it_does_and_how_it_fails(ours: dict[str, Any]
                 assert schema == {"$ref": "#/components/schemas/ErrorResponse"}
 
 
-def test_every_body_has_an_example_that_is_one(ours: dict[str, Any]) -> None:
+def test_the_example_of_every_body_fits_its_schema(ours: JsonObject) -> None:
     from jsonschema import Draft202012Validator
 
     for name in (
-        *OBJECTS.values(),
-        *BODIES.values(),
+        *RESPONSE_SCHEMAS.values(),
+        *REQUEST_SCHEMAS.values(),
         "DatasetReport",
         "Estimate",
         "MetricSeries",
@@ -155,17 +162,17 @@ def test_every_body_has_an_example_that_is_one(ours: dict[str, Any]) -> None:
             "ProjectSpec",
             "Estimate",
         ):
-            whole = schema | {
+            full_schema = schema | {
                 "components": ours["components"],
                 "$schema": "https://json-schema.org/draft/2020-12/schema",
             }
-            Draft202012Validator(whole).validate(schema["example"])
+            Draft202012Validator(full_schema).validate(schema["example"])
     with_examples = [name for name, schema in ours["components"]["schemas"].items() if "example" in schema]
     assert len(with_examples) >= 15
 
 
 def generator(name: str) -> ModuleType:
-    """A program of docs/reference, which is no package."""
+    """A script of docs/reference, loaded by path, since that folder is no package."""
     spec = importlib.util.spec_from_file_location(name, REFERENCE / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -173,12 +180,12 @@ def generator(name: str) -> ModuleType:
     return module
 
 
-def test_the_api_reference_is_what_the_service_says(ours: dict[str, Any]) -> None:
+def test_the_api_reference_is_up_to_date(ours: JsonObject) -> None:
     """`python docs/reference/generate.py` writes it."""
     assert (REFERENCE / "api.md").read_text() == generator("generate").text(ours)
 
 
 @pytest.mark.parametrize("page", ["losses.md", "metrics.md"])
-def test_the_tables_of_losses_and_metrics_are_what_the_registries_say(page: str) -> None:
+def test_the_tables_of_losses_and_metrics_are_up_to_date(page: str) -> None:
     """`python docs/reference/generate_tables.py` writes them."""
     assert (REFERENCE / page).read_text() == generator("generate_tables").TABLES[page]()

@@ -1,9 +1,8 @@
-"""Datasets: every format, every defect with its line and field, on text made here."""
+"""Datasets: every format, and every defect with its line and field."""
 
 import gzip
 import io
 import json
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -14,6 +13,7 @@ from app.spec.datasets.errors import DatasetError
 from app.spec.datasets.example import Example, Kind
 from app.spec.datasets.reader import records
 from app.spec.datasets.report import Report
+from app.spec.json_types import JsonObject
 
 
 def read(content: bytes) -> tuple[list[Example], Report]:
@@ -21,9 +21,9 @@ def read(content: bytes) -> tuple[list[Example], Report]:
     return list(examples(io.BytesIO(content), None, report)), report
 
 
-def one(record: dict[str, Any]) -> Example:
-    found, _ = read(json.dumps(record).encode())
-    (example,) = found
+def read_one(record: JsonObject) -> Example:
+    parsed, _ = read(json.dumps(record).encode())
+    (example,) = parsed
     return example
 
 
@@ -35,7 +35,7 @@ def assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-HH = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: {}\n\nAssistant:{}"
+HH_TRANSCRIPT = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: {}\n\nAssistant:{}"
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ HH = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: {}\n\nAssistant:{}"
         ({"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]}, [user("q")], ("a", "b")),
         ({"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]}, [user("q")], ("a", "b")),
         (
-            {"chosen": HH.format("why", " because"), "rejected": HH.format("why", " no")},
+            {"chosen": HH_TRANSCRIPT.format("why", " because"), "rejected": HH_TRANSCRIPT.format("why", " no")},
             [user("hi"), assistant("hello"), user("why")], ("because", "no"),
         ),
         (
@@ -66,13 +66,13 @@ HH = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: {}\n\nAssistant:{}"
     ],
 )  # fmt: skip
 def test_every_format_becomes_a_prompt_and_its_responses(
-    record: dict[str, Any], prompt: Any, responses: tuple[str, ...]
+    record: JsonObject, prompt: object, responses: tuple[str, ...]
 ) -> None:
-    example = one(record)
+    example = read_one(record)
     assert (example.prompt, example.responses) == (prompt, responses)
 
 
-def test_the_containers_all_read_the_same() -> None:
+def test_every_container_gives_the_same_rows() -> None:
     rows = [{"text": f'row {i} "quoted" [brackets] {{braces}} \\ ü'} for i in range(5)]
     lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
     array = json.dumps(rows, indent=2).encode()
@@ -88,8 +88,8 @@ def test_the_containers_all_read_the_same() -> None:
         gzip.compress(lines),
         gzip.compress(array),
     ):
-        found, report = read(content)
-        assert [example.responses for example in found] == expected
+        parsed, report = read(content)
+        assert [example.responses for example in parsed] == expected
         assert (report.rows, report.kept) == (5, 5)
 
 
@@ -103,7 +103,7 @@ def test_lines_are_counted_from_one_in_every_container() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "line", "field", "says"),
+    ("content", "line", "field", "phrase"),
     [
         (b'{"text": "a"}\n{"text": "b"', 2, None, "not valid JSON"),
         (b'{"text": "a"}\n[1]', 2, None, "must be a JSON object, not an array"),
@@ -134,11 +134,13 @@ def test_lines_are_counted_from_one_in_every_container() -> None:
         (b"\x1f\x8bnot gzip", 1, None, "damaged or cut off"),
     ],
 )  # fmt: skip
-def test_a_defect_is_told_with_line_and_field(content: bytes, line: int, field: str | None, says: str) -> None:
+def test_a_defect_is_reported_with_its_line_and_field(
+    content: bytes, line: int, field: str | None, phrase: str
+) -> None:
     with pytest.raises(DatasetError) as caught:
         read(content)
     assert (caught.value.line, caught.value.field) == (line, field)
-    assert says in str(caught.value)
+    assert phrase in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +149,7 @@ def test_a_defect_is_told_with_line_and_field(content: bytes, line: int, field: 
         ({"prompt": "q", "chosen": "a", "rejected": "a"}, "identical_responses"),
         ({"prompt": "q", "chosen": " ", "rejected": "a"}, "empty_chosen"),
         ({"prompt": "q", "chosen": "a", "rejected": ""}, "empty_rejected"),
-        ({"chosen": HH.format("x", " a"), "rejected": HH.format("y", " b")}, "histories_differ"),
+        ({"chosen": HH_TRANSCRIPT.format("x", " a"), "rejected": HH_TRANSCRIPT.format("y", " b")}, "histories_differ"),
         ({"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: a"}, "ends_without_an_answer"),
         ({"messages": [user("q")]}, "ends_without_an_answer"),
         ({"messages": [user("q"), assistant("a") | {"weight": 0}]}, "no_answer_to_train_on"),
@@ -159,9 +161,9 @@ def test_a_defect_is_told_with_line_and_field(content: bytes, line: int, field: 
         ({"prompt": "q", "chosen": [user("other"), assistant("a")], "rejected": "b"}, "answers_another_prompt"),
     ],
 )  # fmt: skip
-def test_a_useless_row_is_dropped_and_counted(record: dict[str, Any], reason: str) -> None:
-    found, report = read(json.dumps(record).encode())
-    assert found == []
+def test_a_useless_row_is_dropped_and_counted(record: JsonObject, reason: str) -> None:
+    parsed, report = read(json.dumps(record).encode())
+    assert parsed == []
     assert (report.rows, report.kept, report.dropped) == (1, 0, {reason: 1})
     assert report.issues[0]["line"] == 1 and report.issues[0]["reason"] == reason
 
@@ -196,15 +198,15 @@ json_values = st.recursive(
     indent=st.sampled_from([None, 1]),
     chunk=st.integers(1, 40),
 )
-def test_an_array_is_cut_where_json_says(rows: list[dict[str, Any]], indent: int | None, chunk: int) -> None:
-    """Whatever is inside the elements, and wherever a read of the file ends."""
+def test_an_array_is_split_into_its_elements(rows: list[JsonObject], indent: int | None, chunk: int) -> None:
+    """This holds for any elements, and for any chunk size of the reader."""
     content = json.dumps(rows, indent=indent).encode()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("app.spec.datasets.limits.CHUNK", chunk)
         assert [record for _, record in records(io.BytesIO(content))] == rows
 
 
-@settings(deadline=None)  # Parquet's reader is loaded by the first file that says it is one
+@settings(deadline=None)  # the first file with the mark of Parquet takes long, since it loads the reader
 @given(st.binary(max_size=300))
 def test_any_bytes_give_examples_or_a_dataset_error(content: bytes) -> None:
     try:
@@ -214,15 +216,15 @@ def test_any_bytes_give_examples_or_a_dataset_error(content: bytes) -> None:
 
 
 def test_labelled_answers_say_whether_they_are_desirable() -> None:
-    assert one({"prompt": "q", "completion": " a", "label": False}) == Example(1, "q", (" a",), desirable=False)
+    assert read_one({"prompt": "q", "completion": " a", "label": False}) == Example(1, "q", (" a",), desirable=False)
     chat = {"messages": [user("q"), {"role": "assistant", "content": "a"}]}
-    assert one({**chat, "label": True}) == Example(1, [user("q")], ("a",), desirable=True)  # type: ignore[list-item]
-    assert one({**chat, "kto_tag": False}) == Example(1, [user("q")], ("a",), desirable=False)  # type: ignore[list-item]
+    assert read_one({**chat, "label": True}) == Example(1, [user("q")], ("a",), desirable=True)  # type: ignore[list-item]
+    assert read_one({**chat, "kto_tag": False}) == Example(1, [user("q")], ("a",), desirable=False)  # type: ignore[list-item]
 
 
-def test_a_label_that_nobody_can_read_is_asked_about_and_never_left_aside() -> None:
+def test_an_unknown_label_is_refused_and_never_ignored() -> None:
     with pytest.raises(DatasetError, match=r"'label': has the values \"spam\": which mean a good answer"):
-        one({"prompt": "q", "completion": " a", "label": "spam"})
+        read_one({"prompt": "q", "completion": " a", "label": "spam"})
 
 
 @pytest.mark.parametrize(
@@ -233,8 +235,8 @@ def test_a_label_that_nobody_can_read_is_asked_about_and_never_left_aside() -> N
         ({"scores": [0.5, -1, 7]}, ("c", "a", "b")),
     ],
 )
-def test_ranked_answers_come_best_first(order: dict[str, list[float]], expected: tuple[str, ...]) -> None:
-    assert one({"prompt": "q", "responses": ["a", "b", "c"], **order}) == Example(1, "q", expected)
+def test_ranked_answers_are_sorted_best_first(order: dict[str, list[float]], expected: tuple[str, ...]) -> None:
+    assert read_one({"prompt": "q", "responses": ["a", "b", "c"], **order}) == Example(1, "q", expected)
 
 
 @pytest.mark.parametrize(
@@ -245,12 +247,12 @@ def test_ranked_answers_come_best_first(order: dict[str, list[float]], expected:
         ({"responses": ["a", " "]}, "empty_response"),
     ],
 )
-def test_a_ranking_that_says_nothing_is_dropped(record: dict[str, Any], reason: str) -> None:
+def test_a_ranking_without_information_is_dropped_and_counted(record: JsonObject, reason: str) -> None:
     _, report = read(json.dumps({"prompt": "q", **record}).encode())
     assert report.dropped == {reason: 1}
 
 
-SERVED = {
+KINDS_SERVED = {
     Kind.SUPERVISED: {Kind.SUPERVISED, Kind.PROMPTS},
     Kind.PREFERENCE: {Kind.SUPERVISED, Kind.PREFERENCE, Kind.RANKED, Kind.LABELLED, Kind.PROMPTS},
     Kind.RANKED: {Kind.SUPERVISED, Kind.PREFERENCE, Kind.RANKED, Kind.PROMPTS},
@@ -269,10 +271,10 @@ SERVED = {
         (Kind.PROMPTS, {"prompt": "q"}),
     ],
 )
-def test_what_a_file_holds_decides_what_it_can_train(kind: Kind, record: dict[str, Any]) -> None:
+def test_the_kind_of_a_file_decides_which_methods_it_can_train(kind: Kind, record: JsonObject) -> None:
     content = json.dumps(record).encode()
     for need in Kind:
-        if need in SERVED[kind]:
+        if need in KINDS_SERVED[kind]:
             assert check(io.BytesIO(content), need).kind == kind
         else:
             with pytest.raises(DatasetError, match="the method needs"):

@@ -1,9 +1,8 @@
-"""The memory model, held against the peaks that whole runs measured; and what is advised where a job cannot fit."""
+"""The memory model against the measured peaks of whole runs, and the advice for a job that cannot fit."""
 
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -11,33 +10,38 @@ from app.estimates.fit import refusal
 from app.estimates.memory import Linear, MemorySettings, Shape, estimate
 from app.estimates.schemas import Device
 from app.spec.job import JobSpec
+from app.spec.json_types import JsonObject
 
-MEASURED: list[dict[str, Any]] = json.loads(
-    (Path(__file__).parents[2] / "bench" / "results" / "memory.json").read_text()
-)["specs"]
+MEASURED: list[JsonObject] = json.loads((Path(__file__).parents[2] / "bench" / "results" / "memory.json").read_text())[
+    "specs"
+]
 
 
-def shape_of(found: dict[str, Any]) -> Shape:
-    return Shape(**found | {"linears": tuple(Linear(**linear) for linear in found["linears"])})
+def shape_of(fields: JsonObject) -> Shape:
+    return Shape(**fields | {"linears": tuple(Linear(**linear) for linear in fields["linears"])})
 
 
 def test_there_are_enough_measurements() -> None:
     assert len(MEASURED) >= 20
     assert (
-        len({json.dumps([m["sizes"], m["adapter"], m["quantization"], m["hyperparameters"]]) for m in MEASURED}) >= 18
+        len(
+            {
+                json.dumps([run["sizes"], run["adapter"], run["quantization"], run["hyperparameters"]])
+                for run in MEASURED
+            }
+        )
+        >= 18
     )
 
 
 @pytest.mark.parametrize("number", range(len(MEASURED)))
 def test_the_memory_model_is_within_15_percent_of_measured_peaks(number: int) -> None:
-    found = MEASURED[number]
-    job = JobSpec.model_validate(found["job"])
-    tokens = found["batch_tokens"]
-    settings = MemorySettings.of(
-        job, job.method.hyperparameters, tokens / found["batch"], round(tokens / found["batch"])
-    )
-    expected = estimate(shape_of(found["shape"]), settings, "cpu", None).total
-    assert expected == pytest.approx(found["measured"], rel=0.15)
+    run = MEASURED[number]
+    spec = JobSpec.model_validate(run["job"])
+    tokens = run["batch_tokens"]
+    settings = MemorySettings.of(spec, spec.method.hyperparameters, tokens / run["batch"], round(tokens / run["batch"]))
+    estimated = estimate(shape_of(run["shape"]), settings, "cpu", None).total
+    assert estimated == pytest.approx(run["measured"], rel=0.15)
 
 
 LLAMA_8B = Shape(
@@ -50,7 +54,7 @@ LLAMA_8B = Shape(
 )  # fmt: skip
 
 
-def job(**fields: Any) -> JobSpec:
+def job(**fields: object) -> JobSpec:
     return JobSpec.model_validate({"model": "m", "training_file": "f", "method": {"type": "dpo"}} | fields).resolved()
 
 
@@ -58,7 +62,7 @@ def gpu(gigabytes: float) -> Device:
     return Device(kind="cuda", name="a GPU", memory_bytes=int(gigabytes * 1e9))
 
 
-def test_parameters_are_counted_as_the_papers_do() -> None:
+def test_parameter_counts_agree_with_the_papers() -> None:
     assert LLAMA_8B.parameters == pytest.approx(8.03e9, rel=0.01)
     settings = MemorySettings.of(job(), job().method.hyperparameters, 500, 1000)
     memory = estimate(LLAMA_8B, settings, "cuda", int(80e9))
@@ -77,21 +81,23 @@ def test_parameters_are_counted_as_the_papers_do() -> None:
         ({"adapter": "none"}, 160, None),
     ],
 )
-def test_a_job_that_cannot_fit_is_told_what_would(fields: dict[str, Any], gigabytes: float, param: str | None) -> None:
-    found = refusal(job(**fields), LLAMA_8B, gpu(gigabytes), 512)
-    assert (found and found[0]) == param
-    if found is not None and param == "quantization":
-        assert "'nf4' would fit" in found[1]
+def test_a_job_that_cannot_fit_is_refused_with_the_change_that_would_help(
+    fields: JsonObject, gigabytes: float, param: str | None
+) -> None:
+    field_and_message = refusal(job(**fields), LLAMA_8B, gpu(gigabytes), 512)
+    assert (field_and_message and field_and_message[0]) == param
+    if field_and_message is not None and param == "quantization":
+        assert "'nf4' would fit" in field_and_message[1]
 
 
-def test_long_rows_are_what_is_too_much() -> None:
-    small = replace(LLAMA_8B, context=1_000_000)
-    found = refusal(job(), small, gpu(16), 200_000)
-    assert found is not None and "max_length" in found[1]
-    assert refusal(job(), small, gpu(16), None) is None, "unknown rows are given the benefit of the doubt"
+def test_rows_that_are_too_long_are_given_as_the_reason() -> None:
+    long_context = replace(LLAMA_8B, context=1_000_000)
+    field_and_message = refusal(job(), long_context, gpu(16), 200_000)
+    assert field_and_message is not None and "max_length" in field_and_message[1]
+    assert refusal(job(), long_context, gpu(16), None) is None, "a job whose longest row is unknown is accepted"
 
 
-def test_activations_are_recomputed_where_they_would_not_fit() -> None:
+def test_activations_are_recomputed_if_they_would_not_fit() -> None:
     settings = MemorySettings.of(job(), job().method.hyperparameters, 600, 1000)
     assert estimate(LLAMA_8B, settings, "cuda", int(24e9)).recompute
     assert not estimate(LLAMA_8B, settings, "cuda", int(141e9)).recompute

@@ -1,9 +1,9 @@
-"""Figures as people read them."""
+"""Figures of an evaluation, as people read them."""
 
 from app.evaluations.figures import Figure, figures
 
 
-def test_a_value_has_its_interval_beside_it() -> None:
+def test_a_figure_shows_its_value_with_its_interval() -> None:
     metrics = {
         "accuracy": 0.7, "accuracy/error": 0.1, "accuracy/low": 0.5, "accuracy/high": 0.9, "pairs": 30.0,
         "calibration/error": 0.2, "win_rate@0.7": 0.6, "win_rate/low@0.7": 0.55, "win_rate/high@0.7": 0.65,

@@ -1,4 +1,4 @@
-"""The forms people have their data in: conversations, tools, tables, mappings; and what the report says of them."""
+"""Formats of training data (conversations, tools, tables, mappings) and the report on a file."""
 
 import csv
 import gzip
@@ -6,7 +6,6 @@ import io
 import json
 import tracemalloc
 from pathlib import Path
-from typing import Any
 
 import pyarrow
 import pytest
@@ -19,9 +18,10 @@ from app.spec.datasets.example import Example, Kind
 from app.spec.datasets.mapping import Label, Mapping
 from app.spec.datasets.reader import records
 from app.spec.datasets.report import Report
+from app.spec.json_types import JsonObject
 
 
-def one(record: dict[str, Any], mapping: Mapping | None = None) -> Example:
+def read_one(record: JsonObject, mapping: Mapping | None = None) -> Example:
     (example,) = examples(io.BytesIO(json.dumps(record).encode()), mapping)
     return example
 
@@ -77,12 +77,12 @@ TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
         ({"prompt": "你好", "chosen": "很高兴见到你", "rejected": "不"}, "你好", ("很高兴见到你", "不")),
     ],
 )  # fmt: skip
-def test_what_people_have_becomes_a_prompt_and_its_responses(
-    record: dict[str, Any], prompt: Any, responses: tuple[Any, ...]
+def test_a_row_of_each_format_becomes_a_prompt_and_its_responses(
+    record: JsonObject, prompt: object, responses: tuple[object, ...]
 ) -> None:
-    example = one(record)
-    asked = (example.system, example.prompt) if example.system else example.prompt
-    assert (asked, example.responses) == (prompt, responses)
+    example = read_one(record)
+    system_and_prompt = (example.system, example.prompt) if example.system else example.prompt
+    assert (system_and_prompt, example.responses) == (prompt, responses)
 
 
 @pytest.mark.parametrize(
@@ -93,28 +93,30 @@ def test_what_people_have_becomes_a_prompt_and_its_responses(
         ({"prompt": "q", "completion": "a", "label": "False"}, False),
     ],
 )
-def test_labels(record: dict[str, Any], desirable: bool) -> None:
-    assert one(record).desirable is desirable
+def test_a_label_says_whether_a_response_is_desirable(record: JsonObject, desirable: bool) -> None:
+    assert read_one(record).desirable is desirable
 
 
-def test_weights_choose_the_turns_that_are_learned() -> None:
-    def weighted(*weights: int | None) -> dict[str, Any]:
-        turns: list[dict[str, Any]] = []
+def test_weights_select_the_turns_to_train_on() -> None:
+    def weighted(*weights: int | None) -> JsonObject:
+        turns: list[JsonObject] = []
         for number, weight in enumerate(weights):
             turns += [user(f"q{number}"), assistant(f"a{number}") | ({} if weight is None else {"weight": weight})]
         return {"messages": turns}
 
-    assert one(weighted(None, None)).turns == ()
-    assert (one(weighted(0, 1)).turns, one(weighted(0, 1)).responses) == ((), ("a1",))
-    assert (one(weighted(1, 0, 1)).turns, one(weighted(1, 0, 1)).responses) == ((1,), ("a2",))
-    early = one(weighted(1, 0))
-    assert (early.turns, early.responses, len(early.prompt)) == ((), ("a0",), 1), "what follows is not needed"
+    assert read_one(weighted(None, None)).turns == ()
+    assert (read_one(weighted(0, 1)).turns, read_one(weighted(0, 1)).responses) == ((), ("a1",))
+    assert (read_one(weighted(1, 0, 1)).turns, read_one(weighted(1, 0, 1)).responses) == ((1,), ("a2",))
+    first_turn_only = read_one(weighted(1, 0))
+    assert (first_turn_only.turns, first_turn_only.responses, len(first_turn_only.prompt)) == ((), ("a0",), 1), (
+        "turns after the last trained one are dropped"
+    )
     report = survey(io.BytesIO(json.dumps(weighted(0, 0)).encode()))
     assert report.dropped == {"no_answer_to_train_on": 1}
 
 
 @pytest.mark.parametrize(
-    ("record", "field", "says"),
+    ("record", "field", "phrase"),
     [
         ({"messages": [user("q"), {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
          "messages[1].tool_calls[0].function.arguments", "not valid JSON"),
@@ -127,11 +129,11 @@ def test_weights_choose_the_turns_that_are_learned() -> None:
         ({"messages": [user("q"), assistant("a")], "tools": "["}, "tools", "JSON"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_told_with_its_place(record: dict[str, Any], field: str, says: str) -> None:
+def test_an_invalid_field_is_refused_with_its_place(record: JsonObject, field: str, phrase: str) -> None:
     with pytest.raises(DatasetError) as caught:
-        one(record)
+        read_one(record)
     assert caught.value.field == field
-    assert says in caught.value.reason
+    assert phrase in caught.value.reason
 
 
 # -- tables ---------------------------------------------------------------------------------------------------
@@ -155,12 +157,12 @@ def table(delimiter: str, newline: str = "\r\n") -> bytes:
     table(","), table("\t"), table(";"), table(",", "\n"), b"\xef\xbb\xbf" + table(","), gzip.compress(table(",")),
     table(",")[:-2],
 ], ids=range(7))  # fmt: skip
-def test_tables_read_like_json_with_the_line_a_row_begins_on(content: bytes) -> None:
+def test_a_table_gives_the_rows_of_json_with_the_line_each_begins_on(content: bytes) -> None:
     assert [record for _, record in records(io.BytesIO(content))] == ROWS
     assert [line for line, _ in records(io.BytesIO(content))] == [2, 3, 5]
 
 
-def test_an_answer_that_is_json_stays_text() -> None:
+def test_an_answer_in_a_table_that_is_json_stays_text() -> None:
     text = io.StringIO()
     csv.writer(text).writerows([["prompt", "chosen", "rejected"], ["q", '{"a": 1}', '[{"b": 2}]']])
     (example,) = examples(io.BytesIO(text.getvalue().encode()))
@@ -171,11 +173,11 @@ def test_a_table_may_hold_lists_as_json() -> None:
     turns = [user("q"), assistant("a")]
     text = io.StringIO()
     csv.writer(text).writerows([["messages", "note"], [json.dumps(turns), "x"]])
-    assert [e.responses for e in examples(io.BytesIO(text.getvalue().encode()))] == [("a",)]
+    assert [example.responses for example in examples(io.BytesIO(text.getvalue().encode()))] == [("a",)]
 
 
 @pytest.mark.parametrize(
-    ("content", "line", "says"),
+    ("content", "line", "phrase"),
     [
         (b'prompt,completion\na,b\n"open,c\n', 3, "CSV"),
         (b"prompt,completion\na,b\nc\n", 3, "has 1 columns, the header 2"),
@@ -185,29 +187,31 @@ def test_a_table_may_hold_lists_as_json() -> None:
         (b"PAR1 and nothing else", 1, "Parquet"),
     ],
 )
-def test_a_damaged_table_is_told_with_its_line(content: bytes, line: int, says: str) -> None:
+def test_a_damaged_table_is_refused_with_its_line(content: bytes, line: int, phrase: str) -> None:
     with pytest.raises(DatasetError) as caught:
         list(records(io.BytesIO(content)))
     assert caught.value.line == line
-    assert says in str(caught.value)
+    assert phrase in str(caught.value)
 
 
-def test_parquet_rows_are_json_rows(tmp_path: Path) -> None:
-    rows: list[dict[str, Any]] = [
+def test_parquet_rows_are_read_like_json_rows(tmp_path: Path) -> None:
+    rows: list[JsonObject] = [
         {"messages": [user(f"q{k}"), assistant(f"a{k}") | {"tool_calls": None}], "tools": None} for k in range(1000)
     ]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
     with (tmp_path / "rows.parquet").open("rb") as file:
-        found = list(examples(file))
-    assert [e.responses[0] for e in found] == [f"a{k}" for k in range(1000)]
-    assert [e.line for e in found] == list(range(1, 1001))
+        read_back = list(examples(file))
+    assert [example.responses[0] for example in read_back] == [f"a{k}" for k in range(1000)]
+    assert [example.line for example in read_back] == list(range(1, 1001))
 
 
-def test_parquet_that_python_cannot_hold_is_the_users_error(tmp_path: Path) -> None:
-    late = pyarrow.array([2**31 - 1], pyarrow.date32())
-    parquet.write_table(pyarrow.table({"prompt": ["q"], "completion": ["a"], "day": late}), tmp_path / "rows.parquet")
-    huge = pyarrow.table({"text": pyarrow.array(["x" * 20_000_000] * 32).dictionary_encode()})
-    parquet.write_table(huge, tmp_path / "bomb.parquet")
+def test_parquet_values_that_python_cannot_hold_are_an_error_of_the_file(tmp_path: Path) -> None:
+    last_day = pyarrow.array([2**31 - 1], pyarrow.date32())
+    parquet.write_table(
+        pyarrow.table({"prompt": ["q"], "completion": ["a"], "day": last_day}), tmp_path / "rows.parquet"
+    )
+    bomb = pyarrow.table({"text": pyarrow.array(["x" * 20_000_000] * 32).dictionary_encode()})
+    parquet.write_table(bomb, tmp_path / "bomb.parquet")
     for name in ("rows.parquet", "bomb.parquet"):
         with (tmp_path / name).open("rb") as file:
             error = survey(file).error
@@ -233,67 +237,67 @@ def test_parquet_that_python_cannot_hold_is_the_users_error(tmp_path: Path) -> N
          {"q": "p", "x": "1", "y": "2", "w": "1.0"}, "p", ("2", "1"), True),
     ],
 )  # fmt: skip
-def test_a_mapping_says_what_columns_cannot(
-    mapping: dict[str, Any], record: dict[str, Any], prompt: Any, responses: tuple[str, ...], desirable: bool
+def test_a_mapping_reads_columns_with_other_names(
+    mapping: JsonObject, record: JsonObject, prompt: object, responses: tuple[str, ...], desirable: bool
 ) -> None:
-    found = one(record, Mapping.model_validate(mapping))
-    asked = (found.system, found.prompt) if found.system else found.prompt
-    assert (asked, found.responses, found.desirable) == (prompt, responses, desirable)
+    example = read_one(record, Mapping.model_validate(mapping))
+    system_and_prompt = (example.system, example.prompt) if example.system else example.prompt
+    assert (system_and_prompt, example.responses, example.desirable) == (prompt, responses, desirable)
 
 
-def test_a_mapping_names_the_column_that_is_not_there() -> None:
+def test_a_missing_column_is_named_and_an_invalid_mapping_is_refused() -> None:
     with pytest.raises(
         DatasetError, match="field 'titel': is named by the mapping, but not in the row; the row has: title"
     ):
-        one({"title": "x"}, Mapping(prompt="{titel}", completion="title"))
-    for wrong in ({}, {"prompt": ""}, {"label": {"column": "x", "desirable": []}}, {"nothing": "x"}):
+        read_one({"title": "x"}, Mapping(prompt="{titel}", completion="title"))
+    for invalid in ({}, {"prompt": ""}, {"label": {"column": "x", "desirable": []}}, {"nothing": "x"}):
         with pytest.raises(ValidationError):
-            Mapping.model_validate(wrong)
+            Mapping.model_validate(invalid)
     assert Label(column="x", desirable=["pos"]).desirable == ["pos"]
 
 
 # -- the report -----------------------------------------------------------------------------------------------
 
 
-def report_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def report_of(rows: list[JsonObject]) -> JsonObject:
     return survey(io.BytesIO("\n".join(map(json.dumps, rows)).encode())).as_json()
 
 
-def test_the_report_counts_what_a_reader_would_count() -> None:
+def test_the_report_counts_rows_duplicates_and_lengths() -> None:
     rows = [{"prompt": "p" * k, "chosen": "c" * (k + 5), "rejected": "r" * k} for k in range(1, 41)]
     rows += [rows[3], {"prompt": "x", "chosen": "same", "rejected": "same"}]
-    found = report_of(rows)
-    assert (found["rows"], found["kept"], found["valid"]) == (42, 41, True)
-    assert found["dropped"] == {"identical_responses": 1}
-    assert found["issues"] == [{"line": 42, "field": None, "reason": "identical_responses"}]
-    assert found["duplicates"] == {"rows": 1, "lines": [{"line": 41, "first_line": 4}]}
-    assert found["chosen_longer_rate"] == 1.0
-    assert any("longer one in 100%" in warning for warning in found["warnings"])
-    prompts = found["characters"]["prompt"]
+    report = report_of(rows)
+    assert (report["rows"], report["kept"], report["valid"]) == (42, 41, True)
+    assert report["dropped"] == {"identical_responses": 1}
+    assert report["issues"] == [{"line": 42, "field": None, "reason": "identical_responses"}]
+    assert report["duplicates"] == {"rows": 1, "lines": [{"line": 41, "first_line": 4}]}
+    assert report["chosen_longer_rate"] == 1.0
+    assert any("longer one in 100%" in warning for warning in report["warnings"])
+    prompts = report["characters"]["prompt"]
     assert prompts["max"] == 40
-    for part in prompts["histogram"]:
-        expected = sum(part["from"] <= len(row["prompt"]) < part["to"] for row in rows[:41])
-        assert part["count"] == expected
-    assert sum(part["count"] for part in prompts["histogram"]) == 41
+    for bucket in prompts["histogram"]:
+        expected = sum(bucket["from"] <= len(row["prompt"]) < bucket["to"] for row in rows[:41])
+        assert bucket["count"] == expected
+    assert sum(bucket["count"] for bucket in prompts["histogram"]) == 41
 
 
-def test_the_report_of_labels_warns_of_their_balance() -> None:
+def test_the_report_warns_of_unbalanced_labels() -> None:
     rows = [{"prompt": f"p{k}", "completion": "a", "label": k > 0} for k in range(20)]
-    found = report_of(rows)
-    assert found["labels"] == {"desirable": 19, "undesirable": 1}
-    assert any("desirable_weight" in warning for warning in found["warnings"])
+    report = report_of(rows)
+    assert report["labels"] == {"desirable": 19, "undesirable": 1}
+    assert any("desirable_weight" in warning for warning in report["warnings"])
 
 
-def test_the_report_of_a_bad_file_has_its_place() -> None:
-    found = report_of([{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "p", "chosen": "a"}])
-    assert not found["valid"]
-    assert found["error"]["line"] == 2 and found["error"]["field"] == "rejected"
-    assert found["rows"] == 1
+def test_the_report_of_a_bad_file_names_the_line_and_the_field() -> None:
+    report = report_of([{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "p", "chosen": "a"}])
+    assert not report["valid"]
+    assert report["error"]["line"] == 2 and report["error"]["field"] == "rejected"
+    assert report["rows"] == 1
     assert report_of([])["error"]["reason"] == "the file has no rows"
 
 
 def test_the_reports_memory_does_not_grow_with_the_rows() -> None:
-    """But for eight bytes and a line number a row, in which duplicates are found."""
+    """Only a hash of eight bytes and a line number are kept per row, to find duplicates."""
 
     def peak(rows: int) -> int:
         content = b"".join(
@@ -311,8 +315,7 @@ def test_the_reports_memory_does_not_grow_with_the_rows() -> None:
     assert large - small < 8_000 * 250, "less than a tenth of what the rows hold"
 
 
-def test_pairs_of_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Duplicates are looked for in a bounded number of rows."""
+def test_duplicates_are_looked_for_in_a_bounded_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("app.spec.datasets.report.MAX_REMEMBERED", 2)
     row = {"prompt": "p", "completion": "c"}
     report = Report()

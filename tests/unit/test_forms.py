@@ -1,12 +1,12 @@
-"""Forms in which people publish preferences, answers and verdicts: each is understood, or refused with a mapping that
-reads it once a person has looked at it. One row or a few of each, written from its public description.
+"""Published formats of preferences, answers and verdicts, each with a few rows from its public description.
+
+A known format is read. An unknown format is refused, with a proposed mapping that the user confirms.
 """
 
 import io
 import itertools
 import json
 import re
-from typing import Any
 
 import pytest
 
@@ -14,15 +14,16 @@ from app.spec.datasets.check import examples, survey
 from app.spec.datasets.errors import DatasetError
 from app.spec.datasets.example import Example, Message
 from app.spec.datasets.mapping import Mapping
+from app.spec.json_types import JsonObject
 
-Rows = list[dict[str, Any]]
+Rows = list[JsonObject]
 
 
 def user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
-def assistant(text: str, **more: Any) -> dict[str, Any]:
+def assistant(text: str, **more: object) -> JsonObject:
     return {"role": "assistant", "content": text, **more}
 
 
@@ -34,64 +35,66 @@ def gpt(text: str) -> dict[str, str]:
     return {"from": "gpt", "value": text}
 
 
-def read(rows: Rows, mapping: dict[str, Any] | None = None) -> list[Example]:
+def read(rows: Rows, mapping: JsonObject | None = None) -> list[Example]:
     content = "".join(json.dumps(row) + "\n" for row in rows).encode()
     return list(examples(io.BytesIO(content), None if mapping is None else Mapping.model_validate(mapping)))
 
 
-def said(turns: str | list[Message]) -> str:
-    """Text, or who says what: u:…, a:…"""
+def turns_in_short(turns: str | list[Message]) -> str:
+    """The text itself, or the first letter of each role with its content: u:…|a:…"""
     if isinstance(turns, str):
         return turns
     return "|".join(f"{turn['role'][0]}:{turn['content']}" for turn in turns)
 
 
-def told(found: list[Example]) -> list[str]:
-    """Each example in a line: prompt → answers, the best first; a bad answer behind a minus."""
-    return [
-        f"{said(e.conversation if e.system else e.prompt)} → {' > '.join(('' if e.desirable else '-') + said(r) for r in e.responses)}"
-        for e in found
-    ]
+def in_short(parsed: list[Example]) -> list[str]:
+    """One line per example: prompt → answers, best first. A minus marks an undesirable answer."""
+    lines = []
+    for example in parsed:
+        prompt = turns_in_short(example.conversation if example.system else example.prompt)
+        sign = "" if example.desirable else "-"
+        lines.append(f"{prompt} → {' > '.join(sign + turns_in_short(response) for response in example.responses)}")
+    return lines
 
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": "{}"}}
-SIDES = {"chosen": "good", "rejected": "bad"}
-WHOLE = {"chosen": [user("q"), assistant("good")], "rejected": [user("q"), assistant("bad")]}
-UNDERSTOOD: dict[str, tuple[Rows, list[str]]] = {
+ANSWERS = {"chosen": "good", "rejected": "bad"}
+WHOLE_CONVERSATIONS = {"chosen": [user("q"), assistant("good")], "rejected": [user("q"), assistant("bad")]}
+KNOWN_FORMATS: dict[str, tuple[Rows, list[str]]] = {
     "HH transcripts": ([{"chosen": "\n\nHuman: q\n\nAssistant: good", "rejected": "\n\nHuman: q\n\nAssistant: bad"}], ["u:q → good > bad"]),
-    "prompt, chosen, rejected": ([{"id": 1, "source": "x", "prompt": "q", **SIDES}], ["q → good > bad"]),
-    "with a reference answer": ([{"prompt": "q", "response": "good", **SIDES}], ["q → good > bad"]),
-    "with models and scores": ([{"prompt": "q", **SIDES, "chosen_model": "m", "score_chosen": 8.0, "score_rejected": 2.0}], ["q → good > bad"]),
-    "system and question": ([{"system": "s", "question": "q", **SIDES}], ["s:s|u:q → good > bad"]),
-    "system and input": ([{"system": "", "input": "q", **SIDES}], ["q → good > bad"]),
-    "system and query": ([{"system_prompt": "s", "query": "q", **SIDES}], ["s:s|u:q → good > bad"]),
-    "system as messages": ([{"system": [{"role": "system", "content": "s"}], "prompt": "q", **SIDES}], ["s:s|u:q → good > bad"]),
-    "prompt text, whole conversations": ([{"prompt": "q", "prompt_id": "x", "messages": WHOLE["chosen"], **WHOLE}], ["q → good > bad"]),
-    "prompt that differs in white space": ([{"prompt": " q\n", **WHOLE}], [" q\n → good > bad"]),
-    "whole conversations": ([{"source": "x", **WHOLE}], ["u:q → good > bad"]),
+    "prompt, chosen, rejected": ([{"id": 1, "source": "x", "prompt": "q", **ANSWERS}], ["q → good > bad"]),
+    "with a reference answer": ([{"prompt": "q", "response": "good", **ANSWERS}], ["q → good > bad"]),
+    "with models and scores": ([{"prompt": "q", **ANSWERS, "chosen_model": "m", "score_chosen": 8.0, "score_rejected": 2.0}], ["q → good > bad"]),
+    "system and question": ([{"system": "s", "question": "q", **ANSWERS}], ["s:s|u:q → good > bad"]),
+    "system and input": ([{"system": "", "input": "q", **ANSWERS}], ["q → good > bad"]),
+    "system and query": ([{"system_prompt": "s", "query": "q", **ANSWERS}], ["s:s|u:q → good > bad"]),
+    "system as messages": ([{"system": [{"role": "system", "content": "s"}], "prompt": "q", **ANSWERS}], ["s:s|u:q → good > bad"]),
+    "prompt text, whole conversations": ([{"prompt": "q", "prompt_id": "x", "messages": WHOLE_CONVERSATIONS["chosen"], **WHOLE_CONVERSATIONS}], ["q → good > bad"]),
+    "prompt that differs in white space": ([{"prompt": " q\n", **WHOLE_CONVERSATIONS}], [" q\n → good > bad"]),
+    "whole conversations": ([{"source": "x", **WHOLE_CONVERSATIONS}], ["u:q → good > bad"]),
     "whole conversations of several turns": (
-        [{side: [user("q"), assistant("a"), user("r"), assistant(said)] for side, said in SIDES.items()}],
+        [{side: [user("q"), assistant("a"), user("r"), assistant(text)] for side, text in ANSWERS.items()}],
         ["u:q|a:a|u:r → good > bad"],
     ),
     "prompt text that begins whole conversations of several turns": (
-        [{"prompt": "q", **{side: [user("q"), assistant("a"), user("r"), assistant(said)] for side, said in SIDES.items()}}],
+        [{"prompt": "q", **{side: [user("q"), assistant("a"), user("r"), assistant(text)] for side, text in ANSWERS.items()}}],
         ["q → a:a|u:r|a:good > a:a|u:r|a:bad"],
     ),
     "prompt text that is the last question": (
-        [{"prompt": "r", **{side: [user("q"), assistant("a"), user("r"), assistant(said)] for side, said in SIDES.items()}}],
+        [{"prompt": "r", **{side: [user("q"), assistant("a"), user("r"), assistant(text)] for side, text in ANSWERS.items()}}],
         ["u:q|a:a|u:r → good > bad"],
     ),
     "messages in all three": ([{"prompt": [user("q")], "chosen": [assistant("good")], "rejected": [assistant("bad")]}], ["u:q → good > bad"]),
     "a message in each side": ([{"prompt": [user("q")], "chosen": assistant("good"), "rejected": assistant("bad")}], ["u:q → good > bad"]),
     "a system message in the sides": (
-        [{"prompt": "q", **{side: [{"role": "system", "content": "s"}, user("q"), assistant(said)] for side, said in SIDES.items()}}],
+        [{"prompt": "q", **{side: [{"role": "system", "content": "s"}, user("q"), assistant(text)] for side, text in ANSWERS.items()}}],
         ["s:s|u:q → good > bad"],
     ),
     "a call, its result and an answer": (
         [{"prompt": [user("q")], "chosen": [assistant("", tool_calls=[CALL]), {"role": "tool", "content": "2"}, assistant("good")], "rejected": [assistant("bad")]}],
         ["u:q → a:|t:2|a:good > bad"],
     ),
-    "the same without a prompt": (
+    "a call, its result and an answer, without a prompt": (
         [{"chosen": [user("q"), assistant("", tool_calls=[CALL]), {"role": "tool", "content": "2"}, assistant("good")], "rejected": [user("q"), assistant("bad")]}],
         ["u:q → a:|t:2|a:good > bad"],
     ),
@@ -104,7 +107,7 @@ UNDERSTOOD: dict[str, tuple[Rows, list[str]]] = {
         ["u:q → good > bad"],
     ),
     "ShareGPT preference": ([{"conversations": [human("q")], "chosen": gpt("good"), "rejected": gpt("bad")}], ["u:q → good > bad"]),
-    "Alpaca preference": ([{"instruction": "do", "input": "this", **SIDES}], ["do\nthis → good > bad"]),
+    "Alpaca preference": ([{"instruction": "do", "input": "this", **ANSWERS}], ["do\nthis → good > bad"]),
     "stack-exchange-paired": ([{"qid": 1, "question": "q", "response_j": "good", "response_k": "bad"}], ["Question: q\n\nAnswer:  → good > bad"]),
     "safety pairs with ids": (
         [{"prompt": "q", "response_0": "bad", "response_1": "good", "is_response_0_safe": False, "better_response_id": 1, "safer_response_id": 0}],
@@ -116,8 +119,8 @@ UNDERSTOOD: dict[str, tuple[Rows, list[str]]] = {
         ["q → good > bad", "r → good > bad"],
     ),
     "arena battles": (
-        [{"model_a": "x", "model_b": "y", "winner": w, "conversation_a": [user("q"), assistant("one")], "conversation_b": [user("q"), assistant("two")], "turn": 1}
-         for w in ("model_a", "model_b", "tie", "tie (bothbad)")],
+        [{"model_a": "x", "model_b": "y", "winner": winner, "conversation_a": [user("q"), assistant("one")], "conversation_b": [user("q"), assistant("two")], "turn": 1}
+         for winner in ("model_a", "model_b", "tie", "tie (bothbad)")],
         ["u:q → one > two", "u:q → two > one"],
     ),
     "arena battles of several turns": (
@@ -167,13 +170,13 @@ UNDERSTOOD: dict[str, tuple[Rows, list[str]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", UNDERSTOOD)
-def test_a_form_is_understood(name: str) -> None:
-    rows, expected = UNDERSTOOD[name]
-    assert told(read(rows)) == expected
+@pytest.mark.parametrize("name", KNOWN_FORMATS)
+def test_a_known_format_is_read(name: str) -> None:
+    rows, expected = KNOWN_FORMATS[name]
+    assert in_short(read(rows)) == expected
 
 
-ASKED: dict[str, tuple[Rows, list[str]]] = {
+UNKNOWN_FORMATS: dict[str, tuple[Rows, list[str]]] = {
     "accepted and rejected": ([{"input": "q", "accepted": "good", "rejected": "bad", "ID": 1}], ["q → good > bad"]),
     "other names of the sides": ([{"question": "q", "preferred_response": "good", "dispreferred_response": "bad"}], ["q → good > bad"]),
     "question and answer": ([{"question": "q", "answer": "a", "id": 4}], ["q → a"]),
@@ -185,21 +188,21 @@ ASKED: dict[str, tuple[Rows, list[str]]] = {
     "query and candidates": ([{"query": "q", "candidates": ["a", "b"]}], ["q → a > b"]),
     "content": ([{"url": "x", "content": "once upon"}], [" → once upon"]),
 }  # fmt: skip
-"""Forms that are not recognised, for which the mapping that is proposed is the right one."""
+"""Formats that are not recognised. The proposed mapping reads each one."""
 
 
-@pytest.mark.parametrize("name", ASKED)
-def test_a_form_that_is_not_known_is_refused_with_the_mapping_that_reads_it(name: str) -> None:
-    rows, expected = ASKED[name]
+@pytest.mark.parametrize("name", UNKNOWN_FORMATS)
+def test_an_unknown_format_is_refused_with_the_mapping_that_reads_it(name: str) -> None:
+    rows, expected = UNKNOWN_FORMATS[name]
     with pytest.raises(DatasetError, match="no known format has these fields") as caught:
         read(rows)
     command = re.search(r"dpo files check FILE --mapping '(.+)'$", caught.value.reason)
     assert command is not None
     assert json.loads(command[1]) == caught.value.mapping
-    assert told(read(rows, caught.value.mapping)) == expected
+    assert in_short(read(rows, caught.value.mapping)) == expected
 
 
-MAPPED: dict[str, tuple[Rows, dict[str, Any], list[str]]] = {
+MAPPED_FORMATS: dict[str, tuple[Rows, JsonObject, list[str]]] = {
     "summaries in a list, and a choice": (
         [{"info": {"post": "q"}, "summaries": [{"text": "bad"}, {"text": "good"}], "choice": 1}],
         {"input": "info.post", "output_1": "summaries.0.text", "output_2": "summaries.1.text", "label": {"column": "choice", "first": [0], "second": [1]}},
@@ -218,32 +221,34 @@ MAPPED: dict[str, tuple[Rows, dict[str, Any], list[str]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MAPPED)
-def test_a_form_that_needs_a_mapping_is_read_by_one(name: str) -> None:
-    rows, mapping, expected = MAPPED[name]
+@pytest.mark.parametrize("name", MAPPED_FORMATS)
+def test_a_format_that_needs_a_mapping_is_read_with_one(name: str) -> None:
+    rows, mapping, expected = MAPPED_FORMATS[name]
     with pytest.raises(DatasetError):
         read(rows)
-    assert told(read(rows, mapping)) == expected
+    assert in_short(read(rows, mapping)) == expected
 
 
-def test_a_role_that_is_not_known_says_where_to_name_it() -> None:
+def test_an_unknown_role_is_refused_with_advice_to_map_it() -> None:
     with pytest.raises(DatasetError, match="a mapping's 'roles' says what other names mean") as caught:
         read([{"messages": [{"role": "customer", "content": "q"}, assistant("a")]}])
     assert caught.value.field == "messages[0].role"
 
 
-def test_a_prompt_that_is_an_object_says_how_its_text_is_named() -> None:
+def test_a_prompt_that_is_an_object_is_refused_with_advice_to_map_it() -> None:
     row = {"question": {"id": "x", "full_text": "q"}, "answer_0": "a", "answer_1": "b", "score_0": 1.0, "score_1": -1.0}
     with pytest.raises(DatasetError, match="a mapping can name the text in it") as caught:
         read([row])
     assert caught.value.field == "question"
 
 
-def test_system_prompts_that_differ_in_white_space_give_the_same_one_in_every_process() -> None:
-    system = [{"role": "system", "content": content} for content in ("be brief", "be  brief", "be brief ", " be brief")]
-    for one, two in itertools.permutations(system, 2):
-        (example,) = read([{"prompt": "q", "chosen": [one, assistant("a")], "rejected": [two, assistant("b")]}])
-        assert example.system == min(str(one["content"]), str(two["content"]))
+def test_system_prompts_that_differ_in_white_space_always_give_the_same_one() -> None:
+    system_turns = [
+        {"role": "system", "content": content} for content in ("be brief", "be  brief", "be brief ", " be brief")
+    ]
+    for first, second in itertools.permutations(system_turns, 2):
+        (example,) = read([{"prompt": "q", "chosen": [first, assistant("a")], "rejected": [second, assistant("b")]}])
+        assert example.system == min(str(first["content"]), str(second["content"]))
 
 
 @pytest.mark.parametrize(
@@ -259,13 +264,13 @@ def test_system_prompts_that_differ_in_white_space_give_the_same_one_in_every_pr
         ({"messages": None, "tools": []}, "empty_messages"),
     ],
 )  # fmt: skip
-def test_what_a_row_says_does_not_vanish_without_being_counted(record: dict[str, Any], reason: str) -> None:
+def test_a_row_that_would_lose_content_is_dropped_and_counted(record: JsonObject, reason: str) -> None:
     good = (
-        {"prompt": "q", **SIDES}
+        {"prompt": "q", **ANSWERS}
         if "prompt" in record
         else {"messages": [user("q"), assistant("a")]}
         if "messages" in record
-        else WHOLE
+        else WHOLE_CONVERSATIONS
     )
     content = "".join(json.dumps(row) + "\n" for row in (good, record)).encode()
     report = survey(io.BytesIO(content))
@@ -273,7 +278,7 @@ def test_what_a_row_says_does_not_vanish_without_being_counted(record: dict[str,
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
-def test_reasoning_is_read_under_every_name(name: str) -> None:
+def test_reasoning_is_read_from_a_field_of_any_known_name(name: str) -> None:
     answer = {"role": "assistant", "content": "a", name: "hm"}
     expected: list[Message] = [{"role": "assistant", "content": "a", "reasoning": "hm"}]
     (chat,) = read([{"messages": [user("q"), answer]}])
@@ -283,11 +288,11 @@ def test_reasoning_is_read_under_every_name(name: str) -> None:
 
 def test_reasoning_in_parts_is_read() -> None:
     parts = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "a"}]
-    (found,) = read([{"messages": [user("q"), {"role": "assistant", "content": parts}]}])
-    assert found.responses == ([{"role": "assistant", "content": "a", "reasoning": "hm"}],)
+    (example,) = read([{"messages": [user("q"), {"role": "assistant", "content": parts}]}])
+    assert example.responses == ([{"role": "assistant", "content": "a", "reasoning": "hm"}],)
 
 
-def test_an_implicit_prompt_ends_where_trls_does() -> None:
+def test_an_implicit_prompt_ends_where_trl_ends_it() -> None:
     from trl.data_utils import maybe_extract_prompt
 
     pairs = [

@@ -1,6 +1,6 @@
-"""The hyperparameters of a job: what is accepted, what is refused and why, and the defaults that are filled in."""
+"""The hyperparameters of a job: accepted and refused combinations, ranges, and resolved defaults."""
 
-from typing import Any
+from collections.abc import Mapping
 
 import pytest
 from pydantic import ValidationError
@@ -10,8 +10,8 @@ from app.spec.hyperparameters import DPOHyperparameters, Hyperparameters, Superv
 from app.spec.job import JobSpec, MethodSpec
 from app.spec.losses import LOSSES, OPTIONS
 
-NAMES = sorted(LOSSES)
-VALUES: dict[str, Any] = {
+LOSS_NAMES = sorted(LOSSES)
+OPTION_VALUES: dict[str, object] = {
     "label_smoothing": 0.1,
     "f_divergence": "forward_kl",
     "f_alpha": 0.3,
@@ -25,7 +25,7 @@ VALUES: dict[str, Any] = {
     "desirable_weight": 2.0,
     "undesirable_weight": 0.5,
 }
-READ_BY: dict[str, set[str]] = {
+LOSSES_BY_OPTION: dict[str, set[str]] = {
     "ipo_length_average": {"ipo"},
     "discopop_tau": {"discopop"},
     "simpo_gamma": {"simpo"},
@@ -36,37 +36,37 @@ READ_BY: dict[str, set[str]] = {
     "label_smoothing": {"sigmoid", "robust", "exo_pair", "aot", "aot_unpaired", "cpo"},
     "f_divergence": {"sigmoid", "hinge", "ipo", "robust", "exo_pair", "discopop", "sigmoid_norm"},
     "f_alpha": {"sigmoid", "hinge", "ipo", "robust", "exo_pair", "discopop", "sigmoid_norm"},
-    "ld_alpha": set(NAMES) - {"sft", "orpo", "cpo", "unlikelihood", "kto", "plackett_luce", "reward_model"},
-    "use_weighting": set(NAMES) - {"aot", "aot_unpaired", "kto", "plackett_luce", "reward_model"},
+    "ld_alpha": set(LOSS_NAMES) - {"sft", "orpo", "cpo", "unlikelihood", "kto", "plackett_luce", "reward_model"},
+    "use_weighting": set(LOSS_NAMES) - {"aot", "aot_unpaired", "kto", "plackett_luce", "reward_model"},
 }
-"""Which losses an option is for, written out by hand."""
-DIVERGENT = {"f_divergence": "alpha_divergence"}
+"""The losses that read each option, written out by hand."""
+ALPHA_DIVERGENCE = {"f_divergence": "alpha_divergence"}
 
 
-def refusal(values: dict[str, Any], of: type[Hyperparameters] = DPOHyperparameters) -> tuple[str, str]:
-    """(field, message) of the one reason why `values` are refused."""
+def refusal(values: Mapping[str, object], model: type[Hyperparameters] = DPOHyperparameters) -> tuple[str, str]:
+    """The field and the message of the only error that `values` cause."""
     with pytest.raises(ValidationError) as caught:
-        of.model_validate(values)
+        model.model_validate(values)
     (error,) = caught.value.errors()
     assert error["type"] == "inconsistent"
     return error["ctx"]["field"], error["msg"]
 
 
-def terms(*names: str) -> list[dict[str, Any]]:
+def terms(*names: str) -> list[dict[str, object]]:
     return [{"name": name} for name in names]
 
 
-def test_the_options_are_known() -> None:
-    assert set(VALUES) == set(READ_BY) == set(OPTIONS)
+def test_the_tables_here_cover_every_option() -> None:
+    assert set(OPTION_VALUES) == set(LOSSES_BY_OPTION) == set(OPTIONS)
 
 
-@pytest.mark.parametrize("option", sorted(VALUES))
-@pytest.mark.parametrize("name", NAMES)
-def test_an_option_goes_with_the_losses_that_read_it(name: str, option: str) -> None:
-    values = {"loss": name, option: VALUES[option]}
-    if name in READ_BY[option]:
-        divergence = DIVERGENT if option == "f_alpha" else {}
-        assert getattr(DPOHyperparameters.model_validate(values | divergence), option) == VALUES[option]
+@pytest.mark.parametrize("option", sorted(OPTION_VALUES))
+@pytest.mark.parametrize("name", LOSS_NAMES)
+def test_an_option_is_accepted_only_with_the_losses_that_read_it(name: str, option: str) -> None:
+    values = {"loss": name, option: OPTION_VALUES[option]}
+    if name in LOSSES_BY_OPTION[option]:
+        divergence = ALPHA_DIVERGENCE if option == "f_alpha" else {}
+        assert getattr(DPOHyperparameters.model_validate(values | divergence), option) == OPTION_VALUES[option]
     else:
         field, message = refusal(values)
         assert field == option
@@ -86,36 +86,36 @@ def test_an_option_goes_with_the_losses_that_read_it(name: str, option: str) -> 
         ("sigmoid", "ipo_length_average", False),
     ],
 )
-def test_an_option_that_is_not_read_is_refused_at_zero_too(name: str, option: str, value: object) -> None:
+def test_an_option_that_the_loss_does_not_read_is_refused_even_at_zero(name: str, option: str, value: object) -> None:
     field, message = refusal({"loss": name, option: value})
     assert field == option
     assert f"'{option}' has no meaning with the loss '{name}'" in message
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_what_is_off_is_accepted_with_every_loss(name: str) -> None:
-    values: dict[str, Any] = {"loss": name, "use_weighting": False} | dict.fromkeys(set(OPTIONS) - {"use_weighting"})
+@pytest.mark.parametrize("name", LOSS_NAMES)
+def test_an_option_that_is_off_is_accepted_with_every_loss(name: str) -> None:
+    values: dict[str, object] = {"loss": name, "use_weighting": False} | dict.fromkeys(set(OPTIONS) - {"use_weighting"})
     assert DPOHyperparameters.model_validate(values).losses[0].name == name
 
 
 @pytest.mark.parametrize("option", ["label_smoothing", "f_divergence", "ld_alpha", "use_weighting"])
 def test_an_option_that_shapes_pairs_must_suit_every_term(option: str) -> None:
     other = {"use_weighting": "aot", "ld_alpha": "unlikelihood"}.get(option, "apo_zero")
-    field, message = refusal({"loss": terms("sigmoid", other), option: VALUES[option]})
+    field, message = refusal({"loss": terms("sigmoid", other), option: OPTION_VALUES[option]})
     assert field == option
     assert f"'{other}'" in message
 
 
 @pytest.mark.parametrize("option", ["label_smoothing", "f_divergence", "use_weighting"])
 def test_sft_beside_another_loss_takes_its_options(option: str) -> None:
-    values = {"loss": terms("sft", "sigmoid"), option: VALUES[option]}
-    assert getattr(DPOHyperparameters.model_validate(values), option) == VALUES[option]
+    values = {"loss": terms("sft", "sigmoid"), option: OPTION_VALUES[option]}
+    assert getattr(DPOHyperparameters.model_validate(values), option) == OPTION_VALUES[option]
 
 
 @pytest.mark.parametrize("other", ["sigmoid", "sft"])
 @pytest.mark.parametrize("name", ["kto", "plackett_luce", "reward_model"])
 @pytest.mark.parametrize("first", [True, False])
-def test_losses_on_other_data_are_not_mixed(name: str, other: str, first: bool) -> None:
+def test_losses_that_need_their_own_kind_of_data_cannot_be_mixed(name: str, other: str, first: bool) -> None:
     field, message = refusal({"loss": terms(*((name, other) if first else (other, name)))})
     assert field == "loss"
     assert message == f"The loss '{name}' cannot be mixed with others."
@@ -127,7 +127,7 @@ def test_a_loss_named_twice_is_refused() -> None:
     assert "names a loss twice" in message and "sum of the weights" in message
 
 
-REFUSED: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
+INCONSISTENT: list[tuple[Mapping[str, object], str, tuple[str, ...]]] = [
     (
         {"sync_reference": {}, "reference_model": "other"},
         "sync_reference",
@@ -169,15 +169,17 @@ REFUSED: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
 ]
 
 
-@pytest.mark.parametrize(("values", "field", "reasons"), REFUSED, ids=lambda case: str(case)[:80])
-def test_a_combination_without_sense_is_refused(values: dict[str, Any], field: str, reasons: tuple[str, ...]) -> None:
-    found, message = refusal(values)
-    assert found == field
-    for reason in reasons:
-        assert reason in message
+@pytest.mark.parametrize(("values", "field", "phrases"), INCONSISTENT, ids=lambda case: str(case)[:80])
+def test_an_inconsistent_combination_is_refused_at_its_field(
+    values: Mapping[str, object], field: str, phrases: tuple[str, ...]
+) -> None:
+    refused_field, message = refusal(values)
+    assert refused_field == field
+    for phrase in phrases:
+        assert phrase in message
 
 
-ACCEPTED: list[dict[str, Any]] = [
+CONSISTENT: list[dict[str, object]] = [
     {},
     {"beta": "auto", "batch_size": "auto", "learning_rate": "auto"},
     {"sync_reference": {"alpha": 1.0, "steps": 1}},
@@ -197,13 +199,13 @@ ACCEPTED: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("values", ACCEPTED, ids=lambda values: str(values)[:80])
-def test_a_combination_with_sense_is_accepted_and_resolved(values: dict[str, Any]) -> None:
-    given = DPOHyperparameters.model_validate(values)
+@pytest.mark.parametrize("values", CONSISTENT, ids=lambda values: str(values)[:80])
+def test_a_consistent_combination_is_accepted_and_resolved(values: dict[str, object]) -> None:
+    hyperparameters = DPOHyperparameters.model_validate(values)
     for field, value in values.items():
         if value == "auto":
-            assert getattr(given, field) is None
-    resolved = given.resolved(full=False)
+            assert getattr(hyperparameters, field) is None
+    resolved = hyperparameters.resolved(full=False)
     assert DPOHyperparameters.model_validate(resolved.model_dump(mode="json")) == resolved
     assert resolved.resolved(full=False) == resolved
 
@@ -211,7 +213,7 @@ def test_a_combination_with_sense_is_accepted_and_resolved(values: dict[str, Any
 @pytest.mark.parametrize(
     ("field", "values"),
     [
-        ("loss", ["dpo", "SIGMOID", [], terms("dpo"), terms(*NAMES[:9]), [{"name": "sft", "weight": 0.0}], None]),
+        ("loss", ["dpo", "SIGMOID", [], terms("dpo"), terms(*LOSS_NAMES[:9]), [{"name": "sft", "weight": 0.0}], None]),
         ("beta", [0.0, -0.1, 101.0, "0.1", float("nan"), float("inf")]),
         ("label_smoothing", [-0.1, 0.5]),
         ("f_divergence", ["kl", "chi"]),
@@ -229,7 +231,7 @@ def test_a_combination_with_sense_is_accepted_and_resolved(values: dict[str, Any
         ("early_stopping", [{"metric": "loss"}, {"patience": 0}, {"min_delta": -1.0}]),
     ],
 )
-def test_a_value_out_of_range_is_refused_at_its_field(field: str, values: list[Any]) -> None:
+def test_a_value_out_of_range_is_refused_at_its_field(field: str, values: list[object]) -> None:
     for value in values:
         with pytest.raises(ValidationError) as caught:
             DPOHyperparameters.model_validate({field: value})
@@ -238,21 +240,21 @@ def test_a_value_out_of_range_is_refused_at_its_field(field: str, values: list[A
 
 
 @pytest.mark.parametrize("metric", ["eval/rewards/accuracies", "eval/rewards/margins"])
-def test_sft_has_no_metrics_of_rewards(metric: str) -> None:
-    field, message = refusal({"early_stopping": {"metric": metric}}, of=SupervisedHyperparameters)
+def test_sft_cannot_stop_early_by_reward_metrics(metric: str) -> None:
+    field, message = refusal({"early_stopping": {"metric": metric}}, model=SupervisedHyperparameters)
     assert field == "early_stopping.metric"
     assert message == f"SFT has no metric '{metric}'."
 
 
 @pytest.mark.parametrize("metric", ["eval/loss", "eval/mean_token_accuracy"])
-def test_sft_stops_early_by_its_own_metrics(metric: str) -> None:
-    settings = SupervisedHyperparameters.model_validate({"early_stopping": {"metric": metric}})
-    assert settings.early_stopping is not None and settings.early_stopping.metric == metric
+def test_sft_can_stop_early_by_its_own_metrics(metric: str) -> None:
+    hyperparameters = SupervisedHyperparameters.model_validate({"early_stopping": {"metric": metric}})
+    assert hyperparameters.early_stopping is not None and hyperparameters.early_stopping.metric == metric
 
 
 @pytest.mark.parametrize("full", [True, False])
-@pytest.mark.parametrize("name", NAMES)
-def test_what_is_resolved_is_accepted_again(name: str, full: bool) -> None:
+@pytest.mark.parametrize("name", LOSS_NAMES)
+def test_resolved_hyperparameters_are_accepted_again_unchanged(name: str, full: bool) -> None:
     resolved = DPOHyperparameters.model_validate({"loss": name}).resolved(full)
     again = DPOHyperparameters.model_validate(resolved.model_dump(mode="json"))
     assert again == resolved
@@ -260,7 +262,7 @@ def test_what_is_resolved_is_accepted_again(name: str, full: bool) -> None:
     assert DPOHyperparameters.model_validate_json(resolved.model_dump_json()) == resolved
 
 
-BETAS = {
+DEFAULT_BETAS = {
     "discopop": 0.05,
     "sigmoid_norm": 5.0,
     "simpo": 2.0,
@@ -268,17 +270,17 @@ BETAS = {
     "unlikelihood": None,
     "reward_model": None,
 }
-"""Where the default is not 0.1."""
+"""The losses whose default beta is not 0.1."""
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_each_loss_has_its_own_beta(name: str) -> None:
-    settings = DPOHyperparameters.model_validate({"loss": name})
-    assert settings.beta is None
-    assert settings.resolved(full=True).beta == BETAS.get(name, 0.1)
+@pytest.mark.parametrize("name", LOSS_NAMES)
+def test_each_loss_has_its_own_default_beta(name: str) -> None:
+    hyperparameters = DPOHyperparameters.model_validate({"loss": name})
+    assert hyperparameters.beta is None
+    assert hyperparameters.resolved(full=True).beta == DEFAULT_BETAS.get(name, 0.1)
 
 
-def test_the_beta_of_a_sum_is_given_where_its_terms_differ() -> None:
+def test_a_sum_of_losses_with_different_default_betas_needs_a_beta() -> None:
     field, message = refusal({"loss": terms("sft", "simpo", "sigmoid")})
     assert field == "beta" and "different defaults" in message
     both = {"loss": terms("sft", "simpo", "sigmoid"), "beta": 1.5}
@@ -292,7 +294,7 @@ def test_a_given_beta_is_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    ("of", "full", "rate"),
+    ("model", "full", "rate"),
     [
         (DPOHyperparameters, True, 1e-6),
         (DPOHyperparameters, False, 5e-5),
@@ -300,44 +302,53 @@ def test_a_given_beta_is_kept() -> None:
         (SupervisedHyperparameters, False, 2e-4),
     ],
 )
-def test_defaults_are_written_out(
-    of: type[DPOHyperparameters | SupervisedHyperparameters], full: bool, rate: float
+def test_resolving_fills_in_defaults_and_keeps_given_values(
+    model: type[DPOHyperparameters | SupervisedHyperparameters], full: bool, rate: float
 ) -> None:
-    resolved = of().resolved(full)
-    found = (resolved.batch_size, resolved.n_epochs, resolved.learning_rate, resolved.learning_rate_multiplier)
-    assert found == (16, 1, rate, 1.0)
-    given = of.model_validate({"batch_size": 3, "n_epochs": 2, "learning_rate": 0.5, "learning_rate_multiplier": 2.0})
-    kept = given.resolved(full)
-    assert (kept.batch_size, kept.n_epochs, kept.learning_rate, kept.learning_rate_multiplier) == (3, 2, 0.5, 2.0)
+    resolved = model().resolved(full)
+    defaults = (resolved.batch_size, resolved.n_epochs, resolved.learning_rate, resolved.learning_rate_multiplier)
+    assert defaults == (16, 1, rate, 1.0)
+    custom = model.model_validate(
+        {"batch_size": 3, "n_epochs": 2, "learning_rate": 0.5, "learning_rate_multiplier": 2.0}
+    )
+    resolved_custom = custom.resolved(full)
+    assert (
+        resolved_custom.batch_size,
+        resolved_custom.n_epochs,
+        resolved_custom.learning_rate,
+        resolved_custom.learning_rate_multiplier,
+    ) == (3, 2, 0.5, 2.0)
 
 
-DATA = {"kto": Kind.LABELLED, "plackett_luce": Kind.RANKED}
+DATA_KINDS = {"kto": Kind.LABELLED, "plackett_luce": Kind.RANKED}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_loss_says_what_it_compares(name: str) -> None:
-    settings = DPOHyperparameters.model_validate({"loss": name})
-    assert settings.data == DATA.get(name, Kind.PREFERENCE)
-    assert settings.rewards == (name == "reward_model")
-    free = {"sft", "simpo", "orpo", "cpo", "unlikelihood", "reward_model"}
-    assert settings.needs_reference == (name not in free)
+@pytest.mark.parametrize("name", LOSS_NAMES)
+def test_a_loss_says_which_data_and_reference_it_needs(name: str) -> None:
+    hyperparameters = DPOHyperparameters.model_validate({"loss": name})
+    assert hyperparameters.data == DATA_KINDS.get(name, Kind.PREFERENCE)
+    assert hyperparameters.rewards == (name == "reward_model")
+    reference_free = {"sft", "simpo", "orpo", "cpo", "unlikelihood", "reward_model"}
+    assert hyperparameters.needs_reference == (name not in reference_free)
 
 
-def test_one_term_with_a_reference_asks_for_it() -> None:
+def test_a_sum_needs_a_reference_if_one_term_does() -> None:
     assert DPOHyperparameters.model_validate({"loss": terms("sft", "sigmoid")}).needs_reference
     assert not DPOHyperparameters.model_validate({"loss": terms("sft", "simpo")}).needs_reference
 
 
-def test_one_term_that_couples_couples_the_sum() -> None:
+def test_a_sum_couples_its_rows_if_one_term_does() -> None:
     assert DPOHyperparameters.model_validate({"loss": terms("sigmoid", "aot")}).couples
     assert not DPOHyperparameters.model_validate({"loss": terms("sigmoid", "hinge")}).couples
 
 
-def test_a_stored_spec_is_read_by_the_version_before_and_by_the_one_after() -> None:
-    """Both work beside each other while one replaces the other."""
+def test_a_stored_spec_is_read_by_the_previous_and_by_the_next_version() -> None:
+    """Both versions run side by side during an upgrade."""
     spec = JobSpec(model="m", training_file="f", method=MethodSpec(type="dpo"), seed=1).resolved()
     stored = spec.to_store()
-    assert "keep_checkpoints" not in stored, "what the version before does not know is there only where it was set"
+    assert "keep_checkpoints" not in stored, (
+        "a field that the previous version does not know is stored only if it was set"
+    )
     assert spec.model_copy(update={"keep_checkpoints": 3}).to_store()["keep_checkpoints"] == 3
     assert JobSpec.stored(stored) == spec
     stored["of_the_next_version"] = stored["method"]["dpo"]["hyperparameters"]["of_the_next_version"] = 1

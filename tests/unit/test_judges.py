@@ -1,4 +1,4 @@
-"""Judges that are asked: the paper's words, what their answers say, and a server that does not always answer."""
+"""Judges behind an endpoint: their questions, the parsing of their answers, and a server that fails."""
 
 import time
 
@@ -14,23 +14,27 @@ SIDES = ("candidate", "baseline")
 ITEM = {"prompt": "\n\nHuman: why {a}?\n\nAssistant:", "candidate": "Because {b}. ", "baseline": "No."}
 
 
-def asked_by(**fields: str) -> Judge:
+def judge_with(**fields: str) -> Judge:
     return Judge.model_validate({"type": "model", "model": "judge", **fields})
 
 
-def test_both_orders_are_asked_in_the_papers_words() -> None:
-    first, second = questions(asked_by(), ITEM, SIDES)
+def test_both_orders_are_asked_with_the_papers_prompt() -> None:
+    first, second = questions(judge_with(), ITEM, SIDES)
     assert first.startswith(
         "For the following query to a chatbot, which response is more helpful?\n\nQuery: Human: why"
     )
-    assert "Response A:\nBecause {b}.\n\nResponse B:\nNo.\n\nFIRST provide" in first, "braces of an answer stay"
+    assert "Response A:\nBecause {b}.\n\nResponse B:\nNo.\n\nFIRST provide" in first, "braces in an answer are kept"
     assert second == first.replace("Because {b}.", "x").replace("No.", "Because {b}.").replace("x\n", "No.\n", 1)
-    plain, concise = (questions(asked_by(question=f"{k}_summary"), ITEM, SIDES)[0] for k in ("plain", "concise"))
+    plain, concise = (
+        questions(judge_with(question=f"{variant}_summary"), ITEM, SIDES)[0] for variant in ("plain", "concise")
+    )
     assert "in the given forum post?\n" in plain and "precise and concise" in concise
     assert len({plain, concise, first}) == 3
-    own = asked_by(template="{b} or {a} to {prompt}? Preferred:")
-    assert questions(own, ITEM, SIDES)[0] == "No. or Because {b}. to Human: why {a}?\n\nAssistant:? Preferred:"
-    assert questions(asked_by(), ITEM | {"baseline": "Because {b}."}, SIDES) == [], "they say the same"
+    custom = judge_with(template="{b} or {a} to {prompt}? Preferred:")
+    assert questions(custom, ITEM, SIDES)[0] == "No. or Because {b}. to Human: why {a}?\n\nAssistant:? Preferred:"
+    assert questions(judge_with(), ITEM | {"baseline": "Because {b}."}, SIDES) == [], (
+        "identical answers are not compared"
+    )
 
 
 @pytest.mark.parametrize(
@@ -63,44 +67,44 @@ def test_both_orders_are_asked_in_the_papers_words() -> None:
         ("", None),
     ],
 )
-def test_an_answer_says_which(answer: str, expected: str | None) -> None:
+def test_the_preferred_letter_is_parsed_from_an_answer(answer: str, expected: str | None) -> None:
     assert choice(answer) == expected
 
 
-def test_verdicts_are_about_sides_not_letters() -> None:
+def test_verdicts_name_sides_and_not_letters() -> None:
     assert verdicts(["Preferred: A", "Preferred: A"], SIDES) == ["candidate", "baseline"]
     assert verdicts(["Preferred: B", None], SIDES) == ["baseline", None]
     assert verdicts(["Preferred: tie", "?"], SIDES) == ["tie", None]
     assert verdicts([], SIDES) == ["tie", "tie"]
 
 
-QUESTIONS = [questions(asked_by(), ITEM | {"candidate": "word " * (k + 1)}, SIDES)[k % 2] for k in range(40)]
+QUESTIONS = [questions(judge_with(), ITEM | {"candidate": "word " * (k + 1)}, SIDES)[k % 2] for k in range(40)]
 
 
-class Asked:
-    """What an asking kept, part by part."""
+class AnswerStore:
+    """The answers that the client handed over, and in how many batches."""
 
     def __init__(self) -> None:
-        self.kept: dict[str, Answer] = {}
-        self.parts = 0
+        self.answers: dict[str, Answer] = {}
+        self.batches = 0
 
     def keep(self, fresh: dict[str, Answer]) -> None:
-        assert not self.kept.keys() & fresh.keys()
-        self.kept |= fresh
-        self.parts += 1
+        assert not self.answers.keys() & fresh.keys()
+        self.answers |= fresh
+        self.batches += 1
 
 
 @pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint, "MAX_WAIT_SECONDS", 0.05)
 
 
-def ask(url: str, known: dict[str, Answer] | None = None, key: str | None = None, **fields: object) -> Asked:
-    asked = Asked()
-    given = Endpoint.model_validate({"base_url": url, "model": "judge", **fields})
-    found = JudgeClient(given, key, ("localhost",)).ask_all(iter(QUESTIONS), known or {}, asked.keep, lambda: None)
-    assert found == (known or {}) | asked.kept and found.keys() == {key_of(question) for question in QUESTIONS}
-    return asked
+def ask(url: str, known: dict[str, Answer] | None = None, key: str | None = None, **fields: object) -> AnswerStore:
+    store = AnswerStore()
+    spec = Endpoint.model_validate({"base_url": url, "model": "judge", **fields})
+    answers = JudgeClient(spec, key, ("localhost",)).ask_all(iter(QUESTIONS), known or {}, store.keep, lambda: None)
+    assert answers == (known or {}) | store.answers and answers.keys() == {key_of(question) for question in QUESTIONS}
+    return store
 
 
 @pytest.mark.parametrize(
@@ -112,69 +116,73 @@ def ask(url: str, known: dict[str, Answer] | None = None, key: str | None = None
         ("error",) * 5,
     ],
 )
-def test_each_question_is_answered_once_whatever_happens_before(faults: tuple[str, ...]) -> None:
+def test_each_question_is_answered_once_despite_faults(faults: tuple[str, ...]) -> None:
     with judging(faults=faults) as server:
-        found = ask(server.url, concurrency=4)
-        assert {question: server.prefers(question, "", "") for question in QUESTIONS} and found.parts >= 1
+        store = ask(server.url, concurrency=4)
+        assert {question: server.prefers(question, "", "") for question in QUESTIONS} and store.batches >= 1
         assert set(server.answered.values()) == {1} and set(server.asked.values()) == {len(faults) + 1}
         assert server.most_at_once <= 4
         assert server.bodies[0]["model"] == "judge" and server.bodies[0]["temperature"] == 0
-    for place, question in enumerate(QUESTIONS):
-        answer = found.kept[key_of(question)]
-        assert choice(answer.text or "") == ("B" if place % 2 else "A") and answer.input_tokens == len(question.split())
+    for number, question in enumerate(QUESTIONS):
+        answer = store.answers[key_of(question)]
+        assert choice(answer.text or "") == ("B" if number % 2 else "A") and answer.input_tokens == len(
+            question.split()
+        )
 
 
-def test_a_question_that_fails_while_others_are_answered_stays_without_an_answer() -> None:
-    """One that the server cannot bear must not throw away what the others cost."""
-    cursed = QUESTIONS[3]
-    with judging(faults=("error",) * 1000, only=cursed) as server:
-        server.delay = 0.05  # of an answer; a question that failed waits as long at the most
-        found = ask(server.url, concurrency=2)
-        assert server.asked[cursed] >= endpoint.MAX_FAILED and cursed not in server.answered
-    assert [question for question in QUESTIONS if found.kept[key_of(question)].text is None] == [cursed]
+def test_a_question_that_always_fails_stays_unanswered_while_others_are_answered() -> None:
+    """One failing question must not waste the answers to the others, which were paid for."""
+    failing = QUESTIONS[3]
+    with judging(faults=("error",) * 1000, only=failing) as server:
+        server.delay = 0.05  # per answer; a failed question waits at most as long for its retry
+        store = ask(server.url, concurrency=2)
+        assert server.asked[failing] >= endpoint.MAX_FAILED and failing not in server.answered
+    assert [question for question in QUESTIONS if store.answers[key_of(question)].text is None] == [failing]
 
 
-def test_a_question_that_is_left_alone_and_fails_is_given_up_but_a_dead_judge_is_none(
+def test_the_last_failing_question_is_given_up_but_a_dead_judge_is_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(endpoint, "PATIENCE_SECONDS", 0.3)
     with judging(faults=("error",) * 1000, only=QUESTIONS[3]) as server:
-        found = ask(server.url, concurrency=1)
-        assert [k for k, one in enumerate(QUESTIONS) if found.kept[key_of(one)].text is None] == [3]
+        store = ask(server.url, concurrency=1)
+        assert [
+            number for number, question in enumerate(QUESTIONS) if store.answers[key_of(question)].text is None
+        ] == [3]
     with judging(faults=("error",) * 1000) as server, pytest.raises(JudgeFailed, match="no answer for"):
         ask(server.url, ONE_KNOWN, concurrency=1)
 
 
-def test_answers_that_come_with_a_refusal_are_kept() -> None:
+def test_answers_that_arrive_along_with_a_refusal_are_kept() -> None:
     with judging() as server:
-        server.delay, server.credit, asked = 0.02, 20, Asked()
-        given = Endpoint.model_validate({"base_url": server.url, "model": "judge", "concurrency": 8})
+        server.delay, server.credit, store = 0.02, 20, AnswerStore()
+        spec = Endpoint.model_validate({"base_url": server.url, "model": "judge", "concurrency": 8})
         with pytest.raises(JudgeFailed, match="402"):
-            JudgeClient(given, None, ("localhost",)).ask_all(iter(QUESTIONS), {}, asked.keep, lambda: None)
-        assert asked.kept.keys() == {key_of(question) for question in server.answered}
+            JudgeClient(spec, None, ("localhost",)).ask_all(iter(QUESTIONS), {}, store.keep, lambda: None)
+        assert store.answers.keys() == {key_of(question) for question in server.answered}
 
 
-def test_refusals_that_are_known_answer_nothing() -> None:
+def test_known_refusals_do_not_count_as_answers() -> None:
     known = {key_of(question): Answer(None) for question in QUESTIONS[:9]}
     with judging(faults=("refuse",)) as server, pytest.raises(JudgeFailed, match="answered 400"):
         ask(server.url, known)
 
 
 @pytest.mark.parametrize("text", ["-" * 200_000, "Preferred" + ":" * 200_000, "Preferred: " + "response " * 50_000])
-def test_no_answer_keeps_the_worker_matching(text: str) -> None:
-    """Patterns that backtrack would take days here."""
+def test_a_pathological_answer_is_parsed_at_once(text: str) -> None:
+    """A pattern that backtracks would take days here."""
     assert choice(text) is None
     assert choice(f"{text}\nPreferred: B") == "B"
 
 
-def test_of_a_long_answer_the_end_is_kept() -> None:
+def test_the_end_of_a_long_answer_is_kept() -> None:
     with judging(lambda *_: "thinking " * 100_000 + "\nPreferred: A") as server:
-        found = ask(server.url)
-    assert {choice(answer.text or "") for answer in found.kept.values()} == {"A"}
-    assert all(len(answer.text or "") <= endpoint.MAX_ANSWER_CHARACTERS for answer in found.kept.values())
+        store = ask(server.url)
+    assert {choice(answer.text or "") for answer in store.answers.values()} == {"A"}
+    assert all(len(answer.text or "") <= endpoint.MAX_ANSWER_CHARACTERS for answer in store.answers.values())
 
 
-def test_what_is_known_is_not_asked_again() -> None:
+def test_a_known_answer_is_not_asked_for_again() -> None:
     known = {key_of(question): Answer("Preferred: A", 3, 4) for question in QUESTIONS[:15]}
     with judging() as server:
         ask(server.url, known)
@@ -184,30 +192,32 @@ def test_what_is_known_is_not_asked_again() -> None:
 ONE_KNOWN = {key_of(QUESTIONS[0]): Answer("Preferred: A")}
 
 
-def test_garbage_without_end_is_no_answer_and_babble_is_one() -> None:
+def test_invalid_responses_are_no_answer_but_an_unparseable_text_is_one() -> None:
     with judging(faults=("not json",) * 5) as server:
-        assert {answer.text for answer in ask(server.url, ONE_KNOWN).kept.values()} == {None}
+        assert {answer.text for answer in ask(server.url, ONE_KNOWN).answers.values()} == {None}
         with pytest.raises(JudgeFailed, match="answered nothing"):
             server.asked.clear()
-            ask(server.url)  # nobody who would ever answer
+            ask(server.url)  # no question was ever answered
     with judging(faults=("babble",)) as server:
-        assert {answer.text for answer in ask(server.url).kept.values()} == {"no words"}
-        assert set(server.asked.values()) == {1}, "it was paid for"
+        assert {answer.text for answer in ask(server.url).answers.values()} == {"no words"}
+        assert set(server.asked.values()) == {1}, "a paid answer is not asked for again"
 
 
-def test_a_refusal_of_one_question_is_its_own() -> None:
+def test_a_refusal_fails_only_its_question_if_another_was_answered() -> None:
     with judging(faults=("refuse",)) as server:
-        assert {answer.text for answer in ask(server.url, ONE_KNOWN).kept.values()} == {None}, "as before the restart"
+        assert {answer.text for answer in ask(server.url, ONE_KNOWN).answers.values()} == {None}, (
+            "the known answer shows that the judge works"
+        )
         server.asked.clear()
         with pytest.raises(JudgeFailed, match="answered 400: I will not talk about this"):
-            ask(server.url)  # nothing but refusals: it is how we ask
+            ask(server.url)  # only refusals: the request itself is at fault
         server.asked.clear()
         server.faults = ("no credit",)
         with pytest.raises(JudgeFailed, match="402"):
             ask(server.url, ONE_KNOWN)
 
 
-def test_a_wrong_key_fails_at_once_and_is_not_repeated() -> None:
+def test_a_wrong_key_fails_at_once_and_is_not_shown() -> None:
     with judging(key="right-key") as server:
         ask(server.url, key="right-key")
         with pytest.raises(JudgeFailed, match="401") as raised:
@@ -215,7 +225,7 @@ def test_a_wrong_key_fails_at_once_and_is_not_repeated() -> None:
     assert raised.value.code == "judge_refused" and "wrong-key" not in str(raised.value)
 
 
-def test_a_judge_that_is_not_there_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_judge_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint, "PATIENCE_SECONDS", 0.3)
     with judging() as server:
         url = server.url
@@ -224,28 +234,28 @@ def test_a_judge_that_is_not_there_is_given_up(monkeypatch: pytest.MonkeyPatch) 
     assert raised.value.code == "judge_unavailable"
 
 
-def test_what_is_inside_is_not_asked_unless_the_operator_says_so() -> None:
-    given = Endpoint(base_url="http://localhost:1/v1", model="judge")
+def test_a_judge_on_a_private_host_is_refused_unless_the_operator_allows_it() -> None:
+    spec = Endpoint(base_url="http://localhost:1/v1", model="judge")
     with pytest.raises(JudgeFailed, match="https"):
-        JudgeClient(given, None, ()).ask_all(iter(QUESTIONS), {}, Asked().keep, lambda: None)
+        JudgeClient(spec, None, ()).ask_all(iter(QUESTIONS), {}, AnswerStore().keep, lambda: None)
 
 
-def test_what_was_under_way_when_it_is_broken_off_is_kept() -> None:
-    class Stop(Exception):
+def test_answers_in_flight_are_kept_when_the_run_is_cancelled() -> None:
+    class Cancelled(Exception):
         pass
 
     with judging() as server:
-        server.delay, asked = 0.3, Asked()
+        server.delay, store = 0.3, AnswerStore()
 
-        def tick() -> None:
+        def stop_after_an_answer() -> None:
             if server.answered:
-                raise Stop
+                raise Cancelled
 
-        given = Endpoint(base_url=server.url, model="judge", concurrency=4)
-        with pytest.raises(Stop):
-            JudgeClient(given, None, ("localhost",)).ask_all(iter(QUESTIONS), {}, asked.keep, tick)
+        spec = Endpoint(base_url=server.url, model="judge", concurrency=4)
+        with pytest.raises(Cancelled):
+            JudgeClient(spec, None, ("localhost",)).ask_all(iter(QUESTIONS), {}, store.keep, stop_after_an_answer)
         began = time.monotonic()
-        assert asked.kept.keys() == {key_of(question) for question in server.answered} and len(asked.kept) <= 8
+        assert store.answers.keys() == {key_of(question) for question in server.answered} and len(store.answers) <= 8
         server.delay = 0.0
-        ask(server.url, asked.kept)
+        ask(server.url, store.answers)
         assert set(server.answered.values()) == {1} and time.monotonic() - began < 60

@@ -1,4 +1,4 @@
-"""What can be checked of the container files without a container engine."""
+"""The container files, checked without a container engine, and the paths that documents name."""
 
 import re
 import shlex
@@ -23,7 +23,7 @@ def dockerfile() -> list[tuple[str, list[str]]]:
     return [(line.split()[0], line.split()[1:]) for line in lines]
 
 
-def test_the_dockerfile_copies_what_is_there_and_all_packages() -> None:
+def test_the_dockerfile_copies_existing_paths_and_all_packages() -> None:
     copied = {source for instruction, words in dockerfile() if instruction == "COPY" for source in words[:-1]}
     assert all((ROOT / source).exists() for source in copied)
     wheel = re.search(r"packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text())
@@ -46,12 +46,12 @@ def is_a_command(words: list[str]) -> bool:
     command: Any = get_command(cli)
     assert words[0] == "dpo"
     name, *arguments = words[1:]
-    found = command.commands[name]
-    found.make_context(name, list(arguments))
+    subcommand = command.commands[name]
+    subcommand.make_context(name, list(arguments))
     return True
 
 
-def test_every_command_is_one_of_ours() -> None:
+def test_every_command_of_a_container_exists() -> None:
     commands = [service["command"] for service in SERVICES.values() if service.get("command", [""])[0] == "dpo"]
     commands += [
         shlex.split(" ".join(words).replace("[", "").replace("]", "").replace(",", " "))
@@ -66,15 +66,15 @@ def test_compose_is_complete() -> None:
     assert set(SERVICES) == {"migrate", "api", "gpu-worker", "cpu-worker", "postgres", "redis", "s3", "bucket"}
     for name, service in SERVICES.items():
         assert "image" in service, name
-        for needed in service.get("depends_on", {}):
-            assert needed in SERVICES
+        for dependency in service.get("depends_on", {}):
+            assert dependency in SERVICES
         for volume in service.get("volumes", []):
             source = volume.split(":")[0]
             assert source in COMPOSE["volumes"] or source.startswith(("$", ".", "/"))
     healthy = {
-        needed
+        dependency
         for service in SERVICES.values()
-        for needed, condition in service.get("depends_on", {}).items()
+        for dependency, condition in service.get("depends_on", {}).items()
         if condition["condition"] == "service_healthy"
     }
     assert all("healthcheck" in SERVICES[name] for name in healthy)
@@ -83,13 +83,13 @@ def test_compose_is_complete() -> None:
 
 
 @pytest.mark.parametrize("name", ["migrate", "api", "gpu-worker", "cpu-worker"])
-def test_every_part_gets_the_same_stores_and_secrets(name: str) -> None:
+def test_every_process_gets_the_same_stores_and_secrets(name: str) -> None:
     environment = SERVICES[name]["environment"]
     for variable in ("DPO_DATABASE_URL", "DPO_BROKER_URL", "DPO_STORAGE_URL", "AWS_ENDPOINT_URL", "DPO_SECRET_KEY"):
         assert variable in environment
 
 
-def test_no_secret_is_written_down_and_the_example_names_them_all() -> None:
+def test_compose_holds_no_secret_and_the_example_names_them_all() -> None:
     text = (ROOT / "docker-compose.yml").read_text()
     required = set(re.findall(r"\$\{(\w+):\?", text))
     example = dict(
@@ -102,14 +102,14 @@ def test_no_secret_is_written_down_and_the_example_names_them_all() -> None:
     assert set(re.findall(r"\$\{(\w+)", text)) == set(example)
 
 
-def test_the_tests_that_security_md_names_are_there() -> None:
+def test_the_tests_that_security_md_names_exist() -> None:
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "SECURITY.md").read_text())
     assert len(named) > 15
     for path, name in named:
         assert f"def {name}(" in (ROOT / path).read_text(), f"{path}::{name}"
 
 
-def test_the_files_that_the_architecture_names_are_there() -> None:
+def test_the_files_that_the_architecture_names_exist() -> None:
     text = (ROOT / "docs/architecture.md").read_text()
     named = set(re.findall(r"`((?:app|worker|tests|bench|migrations|docs)/[\w./]*)`", text))
     assert len(named) > 20

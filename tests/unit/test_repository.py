@@ -1,4 +1,4 @@
-"""Rules that hold over the whole repository: imports of the tests, links of the documents, the list of variables."""
+"""Rules for the whole repository: imports of the tests, links of the documents, the list of variables."""
 
 import ast
 import re
@@ -11,7 +11,7 @@ LINK = re.compile(r"(?<!`)\[[^\]\n]*\]\(([^)\s]+)\)")
 
 
 def test_no_module_imports_a_test_module() -> None:
-    """What several test modules need is in tests/helpers."""
+    """Helpers that several test modules share belong in tests/helpers."""
     offenders = []
     for path in ROOT.glob("tests/**/*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -36,12 +36,12 @@ def anchors(page: Path) -> set[str]:
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
     return {
-        re.sub(r"[^\w\- ]", "", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", h)).strip().lower().replace(" ", "-")
-        for h in headings
+        re.sub(r"[^\w\- ]", "", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)).strip().lower().replace(" ", "-")
+        for heading in headings
     }
 
 
-def test_every_link_of_the_documents_leads_somewhere() -> None:
+def test_no_link_in_the_documents_is_broken() -> None:
     broken = []
     for page in documents():
         text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
@@ -49,8 +49,8 @@ def test_every_link_of_the_documents_leads_somewhere() -> None:
             if re.match(r"[a-z]+:", target):
                 continue
             file, _, anchor = target.partition("#")
-            found = (page.parent / file).resolve() if file else page
-            if not found.exists() or (anchor and found.suffix == ".md" and anchor not in anchors(found)):
+            linked = (page.parent / file).resolve() if file else page
+            if not linked.exists() or (anchor and linked.suffix == ".md" and anchor not in anchors(linked)):
                 broken.append(f"{page.relative_to(ROOT)}: {target}")
     assert broken == []
 
@@ -65,7 +65,7 @@ def test_every_page_is_in_the_index() -> None:
     assert {page.name for page in decisions.glob("[0-9]*.md")} <= listed
 
 
-def test_every_variable_is_in_the_reference() -> None:
+def test_every_environment_variable_is_in_the_reference() -> None:
     page = (ROOT / "docs/reference/configuration.md").read_text()
     names = {field.alias or f"DPO_{name.upper()}" for name, field in Settings.model_fields.items()}
     assert sorted(name for name in names if f"`{name}`" not in page) == []

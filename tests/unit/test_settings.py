@@ -1,4 +1,4 @@
-"""Settings: defaults, the variables of the contract, and secrets that are made once."""
+"""Settings: defaults, environment variables, and secrets that are generated once."""
 
 import stat
 import threading
@@ -11,7 +11,9 @@ from app.broker import WAKE_TASK, Lane, make_celery
 from app.settings import Settings
 
 
-def test_defaults_are_embedded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_defaults_are_embedded_stores_in_the_working_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     settings = Settings()
     assert settings.home == tmp_path / ".dpo"
@@ -23,7 +25,7 @@ def test_defaults_are_embedded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert not (tmp_path / ".dpo").exists(), "reading settings writes nothing"
 
 
-def test_each_variable_swaps_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_environment_variable_replaces_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DPO_DATABASE_URL", "postgresql://u@h/d")
     monkeypatch.setenv("DPO_STORAGE_URL", "s3://bucket/prefix")
     monkeypatch.setenv("DPO_BROKER_URL", "redis://h:1/0")
@@ -39,20 +41,22 @@ def test_each_variable_swaps_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.models_dir == settings.home / "models"
 
 
-def test_secrets_are_made_once_and_kept_private(tmp_path: Path) -> None:
-    found: list[str] = []
-    threads = [threading.Thread(target=lambda: found.append(Settings(home=tmp_path).admin_key)) for _ in range(8)]
+def test_secrets_are_generated_once_and_only_their_owner_can_read_them(tmp_path: Path) -> None:
+    keys: list[str] = []
+    threads = [threading.Thread(target=lambda: keys.append(Settings(home=tmp_path).admin_key)) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 8 and len(set(found)) == 1 and len(found[0]) > 32
+    assert len(keys) == 8 and len(set(keys)) == 1 and len(keys[0]) > 32
     assert stat.S_IMODE((tmp_path / "admin.key").stat().st_mode) == 0o600
-    assert Settings(home=tmp_path).secret_key != found[0]
+    assert Settings(home=tmp_path).secret_key != keys[0]
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["admin.key", "secret.key"]
 
 
-def test_secrets_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_secret_from_the_environment_is_neither_shown_nor_stored(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("DPO_ADMIN_KEY", "any string of enough characters")
     settings = Settings(home=tmp_path)
     assert settings.admin_key == "any string of enough characters"
@@ -63,20 +67,20 @@ def test_secrets_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path:
         Settings(home=tmp_path)
 
 
-def test_each_lane_has_a_queue_of_its_own(tmp_path: Path) -> None:
+def test_each_lane_has_its_own_queue(tmp_path: Path) -> None:
     """A wake-up for one lane must not be delivered to the other."""
     queues = make_celery(Settings(home=tmp_path)).conf.task_queues
     assert {queue.name: queue.routing_key for queue in queues} == {lane.value: lane.value for lane in Lane}
 
 
-def test_a_message_that_is_half_written_is_passed_over(tmp_path: Path) -> None:
-    """kombu reads the files of its folder as soon as they are there."""
+def test_a_half_written_message_of_the_broker_is_skipped(tmp_path: Path) -> None:
+    """kombu reads the files of its folder as soon as they appear."""
     celery = make_celery(Settings(home=tmp_path))
     (tmp_path / "broker" / "messages" / "0_half.gpu.msg").touch()
     celery.send_task(WAKE_TASK, args=["gpu"], queue="gpu")
-    seen: list[object] = []
+    received: list[object] = []
     with celery.connection_for_read() as connection:
         queues = [queue for queue in celery.conf.task_queues if queue.name == Lane.GPU]
-        with connection.Consumer(queues, callbacks=[lambda body, message: seen.append(message)], no_ack=True):
+        with connection.Consumer(queues, callbacks=[lambda body, message: received.append(message)], no_ack=True):
             connection.drain_events(timeout=10)
-    assert len(seen) == 1 and list((tmp_path / "broker" / "messages").iterdir()) == []
+    assert len(received) == 1 and list((tmp_path / "broker" / "messages").iterdir()) == []

@@ -1,4 +1,4 @@
-"""Real preference data, where it is there: `DPO_SHARED` names its folder (default ../shared)."""
+"""Real preference data, if it is in the folder `DPO_SHARED` (default ../shared)."""
 
 import csv
 import gzip
@@ -27,7 +27,7 @@ def lines(report: Report, reason: str) -> list[int]:
     return [issue["line"] for issue in report.issues if issue["reason"] == reason]
 
 
-def test_hh_defects_are_found_where_they_are_known_to_be() -> None:
+def test_the_known_defects_of_hh_are_found() -> None:
     report = report_of("preference/hh-rlhf/helpful-base.test.jsonl.gz")
     assert (report.format, report.rows) == ("transcripts", 2354)
     assert lines(report, "identical_responses") == [722, 2169]
@@ -36,7 +36,7 @@ def test_hh_defects_are_found_where_they_are_known_to_be() -> None:
     assert report.kept == 2354 - 15
 
 
-def test_ultrafeedback_defects_are_found_where_they_are_known_to_be() -> None:
+def test_the_known_defects_of_ultrafeedback_are_found() -> None:
     report = report_of("preference/ultrafeedback/clean.jsonl")
     assert (report.rows, report.kept) == (1000, 994)
     assert lines(report, "identical_responses") == [307, 656, 911, 998]
@@ -44,7 +44,7 @@ def test_ultrafeedback_defects_are_found_where_they_are_known_to_be() -> None:
     assert lines(report, "empty_chosen") == [834]
 
 
-def test_labelled_answers_read_whole_and_serve_sft_too() -> None:
+def test_labelled_answers_are_read_whole_and_serve_sft_too() -> None:
     report = report_of("preference/sharegpt/kto_en_demo.json", Kind.LABELLED)
     assert (report.format, report.kind) == ("labelled_chat", Kind.LABELLED)
     assert report.kept == report_of("preference/sharegpt/kto_en_demo.json", Kind.SUPERVISED).kept > 100
@@ -52,22 +52,22 @@ def test_labelled_answers_read_whole_and_serve_sft_too() -> None:
 
 def test_stack_exchange_pairs_become_questions_and_answers() -> None:
     with (DATA / "preference/stack-exchange/stack_exchange_paired_tiny.json").open("rb") as file:
-        found = list(examples(file))
-    assert len(found) == 25
-    assert all(isinstance(e.prompt, str) and e.prompt.startswith("Question: ") for e in found)
-    assert all(isinstance(e.prompt, str) and e.prompt.endswith("\n\nAnswer: ") for e in found)
+        pairs = list(examples(file))
+    assert len(pairs) == 25
+    assert all(isinstance(example.prompt, str) and example.prompt.startswith("Question: ") for example in pairs)
+    assert all(isinstance(example.prompt, str) and example.prompt.endswith("\n\nAnswer: ") for example in pairs)
 
 
 @pytest.mark.parametrize(
     ("name", "rows"), [("openai-format/orca_dpo_pairs.validation.jsonl", 284), ("openai-format/dpo_chat.jsonl", 12)]
 )
-def test_openai_preferences_read_whole(name: str, rows: int) -> None:
+def test_openai_preferences_are_read_whole(name: str, rows: int) -> None:
     report = report_of(name)
     assert (report.format, report.kept) == ("openai_preference", rows)
 
 
-def count(name: str) -> int:
-    """Rows, counted by other means than the reader's."""
+def count_rows(name: str) -> int:
+    """Number of rows, counted without our reader."""
     path = DATA / name
     content = gzip.decompress(path.read_bytes()) if name.endswith(".gz") else path.read_bytes()
     text = content.decode()
@@ -104,56 +104,60 @@ EVERY_FILE = {
     "sft/alpaca_zh_demo.json": ("alpaca", {}),
     "sft/tldr_samples.csv": ("prompt_completion", {}),
 }  # fmt: skip
-"""Format, and what is dropped: what the collection's README names, and what a look at the rows confirmed."""
+"""Format and dropped rows of each file, as its README says and a look at the rows confirmed."""
 
 
 def test_no_file_of_the_collection_is_left_out() -> None:
-    found = {str(path.relative_to(DATA)) for path in DATA.rglob("*.*") if path.suffix not in (".md", ".txt")}
-    assert found == set(EVERY_FILE)
+    files = {str(path.relative_to(DATA)) for path in DATA.rglob("*.*") if path.suffix not in (".md", ".txt")}
+    assert files == set(EVERY_FILE)
 
 
 @pytest.mark.parametrize("name", sorted(EVERY_FILE))
-def test_every_file_reads_whole_and_no_defect_is_invented(name: str) -> None:
+def test_every_file_is_read_whole_and_no_defect_is_invented(name: str) -> None:
     format, dropped = EVERY_FILE[name]
     with (DATA / name).open("rb") as file:
         report = survey(file, TLDR if name.endswith(".csv") else None)
     assert report.error is None
-    assert (report.format, report.rows) == (format, count(name))
+    assert (report.format, report.rows) == (format, count_rows(name))
     assert report.kept + sum(report.dropped.values()) == report.rows
     assert report.dropped == dropped
-    found = report.as_json()
-    assert found["characters"]["prompt"]["count"] == report.kept
+    summary = report.as_json()
+    assert summary["characters"]["prompt"]["count"] == report.kept
 
 
 def test_duplicates_of_imdb_are_counted() -> None:
-    """Its README says 96; counted here by the text alone."""
+    """The README says 96. The test counts equal texts."""
     with (DATA / "sentiment/imdb-train.jsonl.gz").open("rb") as file:
         report = survey(file)
     with gzip.open(DATA / "sentiment/imdb-train.jsonl.gz", "rt") as file:
         texts = [json.loads(line)["text"] for line in file]
     assert report.duplicates == len(texts) - len(set(texts)) == 96
-    first = report.duplicate_lines[0]
-    assert texts[first["line"] - 1] == texts[first["first_line"] - 1]
+    duplicate = report.duplicate_lines[0]
+    assert texts[duplicate["line"] - 1] == texts[duplicate["first_line"] - 1]
 
 
-def test_verdicts_of_people_put_the_better_answer_first() -> None:
+def test_human_verdicts_put_the_better_answer_first() -> None:
     path = DATA / "preference/human-judged/mtbench_human.json"
     rows = json.loads(path.read_text())
     with path.open("rb") as file:
-        found = list(examples(file))
-    assert all(e.responses[0] == row[f"output_{row['label']}"] for e, row in zip(found, rows, strict=True))
+        judged = list(examples(file))
+    assert all(example.responses[0] == row[f"output_{row['label']}"] for example, row in zip(judged, rows, strict=True))
 
 
-def test_chinese_stays_as_it_is() -> None:
+def test_chinese_text_is_read_unchanged() -> None:
     path = DATA / "sft/alpaca_zh_demo.json"
     with path.open("rb") as file:
-        found = next(iter(examples(file)))
-    assert found.responses == (json.loads(path.read_text())[0]["output"],)
+        example = next(iter(examples(file)))
+    assert example.responses == (json.loads(path.read_text())[0]["output"],)
 
 
 def test_tool_calls_are_read() -> None:
     with (DATA / "openai-format/weather_chat_fine_tuning.jsonl").open("rb") as file:
-        found = list(examples(file))
-    called = [turn for e in found if isinstance(e.prompt, list) for turn in e.prompt if "tool_calls" in turn]
-    assert called and all(isinstance(turn["tool_calls"][0]["function"]["arguments"], dict) for turn in called)
-    assert all(e.tools for e in found)
+        chats = list(examples(file))
+    turns_with_calls = [
+        turn for example in chats if isinstance(example.prompt, list) for turn in example.prompt if "tool_calls" in turn
+    ]
+    assert turns_with_calls and all(
+        isinstance(turn["tool_calls"][0]["function"]["arguments"], dict) for turn in turns_with_calls
+    )
+    assert all(example.tools for example in chats)

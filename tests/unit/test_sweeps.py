@@ -1,9 +1,8 @@
-"""Grids and frontiers: which jobs a sweep stands for, and which of them nothing beats."""
+"""Sweeps: the jobs of a grid, and the Pareto frontier of their results."""
 
 import csv
 import io
 import xml.etree.ElementTree as ElementTree
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,6 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from app import svg
 from app.spec.job import JobSpec
+from app.spec.json_types import JsonObject
 from app.spec.sweep import MAX_JOBS, SweepSpec
 from app.sweeps import frontier
 from app.sweeps.frontier import ParetoPoint
@@ -21,36 +21,41 @@ JOB = {"model": "m", "training_file": "f", "method": {"type": "dpo"}}
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=25))
-def test_the_pareto_set_is_what_nothing_beats(points: list[tuple[int, int]]) -> None:
-    def beaten(k: int) -> bool:
+def test_the_pareto_set_holds_every_point_that_no_other_dominates(points: list[tuple[int, int]]) -> None:
+    def dominated(k: int) -> bool:
         cost, gain = points[k]
-        return any((c <= cost and g >= gain) and (c < cost or g > gain) for c, g in points)
+        return any(
+            (other_cost <= cost and other_gain >= gain) and (other_cost < cost or other_gain > gain)
+            for other_cost, other_gain in points
+        )
 
-    found = frontier.pareto([(float(c), float(g)) for c, g in points])
-    assert sorted(found) == [k for k in range(len(points)) if not beaten(k)]
-    assert [points[k][0] for k in found] == sorted(points[k][0] for k in found)
+    pareto_set = frontier.pareto([(float(cost), float(gain)) for cost, gain in points])
+    assert sorted(pareto_set) == [k for k in range(len(points)) if not dominated(k)]
+    assert [points[k][0] for k in pareto_set] == sorted(points[k][0] for k in pareto_set)
 
 
-def bodies(grid: dict[str, Any], job: dict[str, Any] | None = None) -> list[tuple[dict[str, Any], JobSpec]]:
+def jobs_of(grid: JsonObject, job: JsonObject | None = None) -> list[tuple[JsonObject, JobSpec]]:
     spec = SweepSpec.model_validate({"job": job or JOB, "grid": grid})
     return [(values, JobSpec.model_validate(body)) for values, body in spec.bodies()]
 
 
-def test_a_job_for_each_combination() -> None:
-    found = bodies({"beta": [0.1, 0.5], "adapter.r": [4, 8, 16], "method.dpo.hyperparameters.loss": ["ipo"]})
-    assert len(found) == 6 and len({str(values) for values, _ in found}) == 6
-    for values, spec in found:
+def test_a_grid_gives_one_job_per_combination() -> None:
+    jobs = jobs_of({"beta": [0.1, 0.5], "adapter.r": [4, 8, 16], "method.dpo.hyperparameters.loss": ["ipo"]})
+    assert len(jobs) == 6 and len({str(values) for values, _ in jobs}) == 6
+    for values, spec in jobs:
         assert spec.method.dpo is not None and not isinstance(spec.adapter, str | None)
-        settings = spec.method.dpo.hyperparameters
-        assert (settings.beta, spec.adapter.r, settings.loss) == tuple(values.values())
-    assert len({spec.seed for _, spec in found}) == 1 and found[0][1].seed is not None, "they share a validation split"
-    assert {spec.seed for _, spec in bodies({"seed": [3, 4]})} == {3, 4}
-    assert bodies({"beta": [1]}, JOB | {"seed": 9})[0][1].seed == 9
-    assert "beta" not in str(JOB), "what was given stays as it is"
+        hyperparameters = spec.method.dpo.hyperparameters
+        assert (hyperparameters.beta, spec.adapter.r, hyperparameters.loss) == tuple(values.values())
+    assert len({spec.seed for _, spec in jobs}) == 1 and jobs[0][1].seed is not None, (
+        "all jobs share a validation split"
+    )
+    assert {spec.seed for _, spec in jobs_of({"seed": [3, 4]})} == {3, 4}
+    assert jobs_of({"beta": [1]}, JOB | {"seed": 9})[0][1].seed == 9
+    assert "beta" not in str(JOB), "the given job is not modified"
 
 
 @pytest.mark.parametrize(
-    ("grid", "said"),
+    ("grid", "message"),
     [
         ({}, "at least 1"),
         ({"beta": []}, "at least 1"),
@@ -67,21 +72,21 @@ def test_a_job_for_each_combination() -> None:
         ({"suffix": ["\ud800"]}, "JSON cannot represent"),
     ],
 )
-def test_grids_that_are_none_are_refused(grid: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValidationError, match=said):
+def test_an_invalid_grid_is_refused_with_the_reason(grid: JsonObject, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         SweepSpec.model_validate({"job": JOB, "grid": grid})
 
 
 @pytest.mark.parametrize("evaluations", [5, True, "held-out", {"name": "held-out"}, [5]])
-def test_what_is_no_list_of_evaluations_is_left_to_the_job_to_refuse(evaluations: Any) -> None:
+def test_invalid_evaluations_are_left_for_the_job_to_refuse(evaluations: object) -> None:
     spec = SweepSpec.model_validate({"job": JOB | {"evaluations": evaluations}, "grid": {"beta": [0.1, 0.2]}})
     assert [body["evaluations"] for _, body in spec.bodies()] == [evaluations] * 2
 
 
-def test_a_grid_needs_to_know_the_method_of_its_hyperparameters() -> None:
+def test_a_job_without_a_method_or_nested_too_deep_cannot_be_swept() -> None:
     with pytest.raises(ValidationError, match="names no 'method'"):
         SweepSpec.model_validate({"job": {"model": "m", "training_file": "f"}, "grid": {"beta": [0.1]}})
-    nested: dict[str, Any] = {}
+    nested: JsonObject = {}
     for _ in range(300):
         nested = {"metadata": nested}
     with pytest.raises(ValidationError, match="nested more than"):
@@ -93,30 +98,30 @@ def test_models_of_a_sweep_are_evaluated_on_the_same_prompts() -> None:
         {"name": "a", "type": "preference", "data": "d"},
         {"name": "b", "type": "preference", "data": "d", "seed": 5},
     ]
-    found = [spec for _, spec in bodies({"beta": [0.1, 0.2]}, JOB | {"evaluations": evaluations})]
-    seeds = {tuple(one.seed for one in spec.evaluations or []) for spec in found}
-    assert seeds == {(found[0].seed, 5)}
+    specs = [spec for _, spec in jobs_of({"beta": [0.1, 0.2]}, JOB | {"evaluations": evaluations})]
+    seeds = {tuple(evaluation.seed for evaluation in spec.evaluations or []) for spec in specs}
+    assert seeds == {(specs[0].seed, 5)}
 
 
 @pytest.mark.parametrize(
-    ("axes", "said"),
+    ("axes", "message"),
     [
         ({"x": "eval/loss", "y": "evaluations/e/accuracy"}, None),
         ({"x": "eval/loss", "y": "evaluations/e/accurac"}, "Did you mean 'evaluations/e/accuracy'"),
         ({"x": "evaluations/e/kl", "y": "eval/loss"}, "There is no metric 'evaluations/e/kl'"),
     ],
 )
-def test_axes_are_metrics_that_will_be_measured(axes: dict[str, str], said: str | None) -> None:
+def test_the_axes_of_a_frontier_must_be_metrics_that_are_measured(axes: dict[str, str], message: str | None) -> None:
     job = JobSpec.model_validate(JOB | {"evaluations": [{"name": "e", "type": "preference", "data": "d"}]})
     spec = SweepSpec.model_validate({"job": JOB, "grid": {"beta": [1]}, "frontier": axes})
-    if said is None:
+    if message is None:
         assert spec.axes(job) == spec.frontier
     else:
-        with pytest.raises(PydanticCustomError, match=said):
+        with pytest.raises(PydanticCustomError, match=message):
             spec.axes(job)
 
 
-def test_the_frontier_is_reward_against_kl_where_that_is_measured() -> None:
+def test_the_default_frontier_is_reward_against_kl_if_both_are_measured() -> None:
     judge = {"type": "classifier", "classifier": {"file": "c"}}
     evaluation = {"name": "e", "type": "reward_kl", "data": "d"}
     for evaluations, expected in (
@@ -137,21 +142,21 @@ POINTS = [
 
 def test_the_picture_shows_every_point_and_marks_the_pareto_set() -> None:
     root = ElementTree.fromstring(frontier.svg(POINTS, "KL, nats", "reward", 'A "title" & <more>'))
-    name = "{http://www.w3.org/2000/svg}"
-    circles = [circle for circle in root.iter(f"{name}circle") if circle.find(f"{name}title") is not None]
-    titles = [str(circle.findtext(f"{name}title")) for circle in circles]
+    namespace = "{http://www.w3.org/2000/svg}"
+    circles = [circle for circle in root.iter(f"{namespace}circle") if circle.find(f"{namespace}title") is not None]
+    titles = [str(circle.findtext(f"{namespace}title")) for circle in circles]
     assert titles == ["beta=1: 1, 0.5", "beta=2: 2, 0.4", "beta=3: 3, 0.9"]
     assert [circle.get("stroke") is not None for circle in circles] == [True, False, True]
-    x, y = ([float(str(circle.get(at))) for circle in circles] for at in ("cx", "cy"))
-    assert x == sorted(x) and y[2] < y[0] < y[1], "up is more"
+    x, y = ([float(str(circle.get(coordinate))) for circle in circles] for coordinate in ("cx", "cy"))
+    assert x == sorted(x) and y[2] < y[0] < y[1], "a higher value is drawn further up"
     assert len({circle.get("fill") for circle in circles}) == 2
     ElementTree.fromstring(frontier.svg(POINTS, "\x00x", "y\x1b", "\x01 and \ufffe"))
     texts = "".join(root.itertext())
     assert all(text in texts for text in ("KL, nats", "reward", 'A "title" & <more>', "loss=<ipo>", "dpo & more"))
-    frontier.svg([POINTS[0]], "x", "y")  # a range of nothing
+    frontier.svg([POINTS[0]], "x", "y")  # the range of a single point is empty
 
 
-def test_the_table_has_the_same() -> None:
+def test_the_csv_table_holds_the_same_points() -> None:
     rows = list(csv.DictReader(io.StringIO(frontier.as_csv(POINTS))))
     assert [(row["label"], row["x_error"], row["pareto"]) for row in rows] == [
         ("beta=1", "0.1", "1"), ("beta=2", "", "0"), ("beta=3", "", "1")
@@ -159,7 +164,7 @@ def test_the_table_has_the_same() -> None:
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
-def test_ticks_are_few_and_inside(low: float, width: float) -> None:
-    found = svg.ticks(low, low + width)
-    assert 2 <= len(found) <= 13
-    assert all(low - width * 1e-6 <= value <= low + width * (1 + 1e-6) for value in found)
+def test_ticks_are_few_and_lie_inside_the_range(low: float, width: float) -> None:
+    ticks = svg.ticks(low, low + width)
+    assert 2 <= len(ticks) <= 13
+    assert all(low - width * 1e-6 <= value <= low + width * (1 + 1e-6) for value in ticks)

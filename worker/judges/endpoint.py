@@ -14,15 +14,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any
 
 import httpx2
 import orjson
 
 from app import __version__
-from app.evaluations.service import PRIVATE
+from app.evaluations.service import PRIVATE_JUDGES_SETTING
 from app.outbound_http import HostRefused, new_client, resolve
 from app.spec.evaluation import Endpoint
+from app.spec.json_types import JsonObject
 
 TIMEOUT_SECONDS = 300.0
 """Time limit of one answer. A model that reasons first may take minutes."""
@@ -214,7 +214,8 @@ class JudgeClient:
             "messages": [{"role": "user", "content": question}],
         }
         try:
-            target = resolve(f"{self.endpoint.base_url.rstrip('/')}/chat/completions", self.private_hosts, PRIVATE)
+            url = f"{self.endpoint.base_url.rstrip('/')}/chat/completions"
+            target = resolve(url, self.private_hosts, PRIVATE_JUDGES_SETTING)
         except HostRefused as refused:
             if "resolved" in str(refused):  # the name server may be unreachable
                 raise _Retry(str(refused)) from None
@@ -262,7 +263,7 @@ class JudgeClient:
 def _read(content: bytes) -> Answer:
     """Read a chat completion. Raises `_Retry` for any other content."""
     try:
-        completion: dict[str, Any] = orjson.loads(content)
+        completion: JsonObject = orjson.loads(content)
         text = completion["choices"][0]["message"]["content"]
         usage = completion.get("usage") or {}
         counts = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]

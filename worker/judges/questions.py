@@ -6,9 +6,10 @@ prompts are those of Rafailov et al. 2023, App. C.2.
 
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from app.spec.evaluation import Judge
+from app.spec.json_types import JsonObject
 
 Choice = Literal["A", "B", "tie"]
 Sides = tuple[str, str]
@@ -31,7 +32,7 @@ line, state only "A" or "B" to indicate your choice. Your response should use th
 Comparison: <one-sentence comparison and explanation>
 Preferred: <"A" or "B">"""
 
-TEMPLATES = {
+QUESTION_TEMPLATES = {
     "plain_summary": _SUMMARY.format(more="?"),
     "concise_summary": _SUMMARY.format(
         more=", without including unimportant or irrelevant details? A good summary is both precise and concise."
@@ -63,7 +64,7 @@ VERDICT_CHARACTERS = 8192
 """Number of characters at the end of an answer in which the verdict is looked for."""
 
 
-def questions(judge: Judge, item: dict[str, Any], sides: Sides) -> list[str]:
+def questions(judge: Judge, item: JsonObject, sides: Sides) -> list[str]:
     """The questions to `judge` about the two answers of `item`, one per order; none if the answers are equal."""
     first, second = (item[side].strip() for side in sides)
     if first == second:
@@ -74,7 +75,9 @@ def questions(judge: Judge, item: dict[str, Any], sides: Sides) -> list[str]:
 def _question(judge: Judge, prompt: str, a: str, b: str) -> str:
     values = {"prompt": prompt.strip(), "a": a, "b": b}
     # One substitution for all placeholders, so that placeholders inside an answer are left as they are.
-    return _PLACEHOLDER.sub(lambda match: values[match[1]], judge.template or TEMPLATES[judge.question or "dialogue"])
+    return _PLACEHOLDER.sub(
+        lambda match: values[match[1]], judge.template or QUESTION_TEMPLATES[judge.question or "dialogue"]
+    )
 
 
 def verdicts(answers: Sequence[str | None], sides: Sides) -> list[str | None]:

@@ -20,7 +20,9 @@ import threading
 import traceback
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO
+
+from app.spec.json_types import JsonObject
 
 STOPPED = 75
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -38,7 +40,11 @@ def run(folder: Path) -> int:
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the runner decides
     os.environ.update(ENVIRONMENT)
+    return _train_or_evaluate(folder, stream, stopping, answers)
 
+
+def _train_or_evaluate(folder: Path, stream: IO[str], stopping: threading.Event, answers: "queue.Queue[str]") -> int:
+    """Do the work in `folder` and write its events to `stream`. Returns the exit status."""
     # Imported here because torch takes seconds: the watch on standard input has to run before.
     from safetensors import SafetensorError
 
@@ -87,9 +93,9 @@ def run(folder: Path) -> int:
     return 0
 
 
-def _log_fields(folder: Path) -> dict[str, Any]:
+def _log_fields(folder: Path) -> JsonObject:
     """The log fields that identify this work: the job, the attempt and the request that created the job."""
-    fields: dict[str, Any] = json.loads((folder / "run.json").read_text()).get("log", {})
+    fields: JsonObject = json.loads((folder / "run.json").read_text()).get("log", {})
     return fields
 
 

@@ -7,8 +7,8 @@ history alone: a resumed run reads the earlier entries again and does not repeat
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
+from app.spec.json_types import JsonObject
 from worker.trainer.plan import Stage
 
 WINDOW = 10
@@ -44,10 +44,10 @@ class Advisor:
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
         self.compares = stage.hyperparameters.data.compares
-        self._window: deque[dict[str, Any]] = deque(maxlen=WINDOW)
+        self._window: deque[JsonObject] = deque(maxlen=WINDOW)
         self._first: dict[str, float] = {}
         """First measured value of each metric."""
-        self._said: set[str] = set()
+        self._codes: set[str] = set()
         """Codes of the advice that was already given."""
         self._steps = 0
 
@@ -67,7 +67,7 @@ class Advisor:
                 {"rows": float(identical), "looked_at": float(checked)},
             )
 
-    def look(self, entry: dict[str, Any]) -> Iterator[Advice]:
+    def look(self, entry: JsonObject) -> Iterator[Advice]:
         """New advice after `entry`: a step, or the validation before the first step."""
         metrics = {name: value for name, value in entry.items() if isinstance(value, float)}
         for name, value in metrics.items():
@@ -76,8 +76,8 @@ class Advisor:
             self._steps += 1
             self._window.append(metrics)
         for advice in self._matching(metrics):
-            if advice.code not in self._said:
-                self._said.add(advice.code)
+            if advice.code not in self._codes:
+                self._codes.add(advice.code)
                 yield advice
 
     def _matching(self, metrics: dict[str, float]) -> Iterable[Advice]:
@@ -164,11 +164,11 @@ class Advisor:
                 "its reference. Lower 'learning_rate' or 'n_epochs'. The losses 'ipo' and 'robust' bound the margin.",
                 {"rewards/margins": margin},
             )
-        done = self._steps / self.stage.steps
-        if accuracy is not None and accuracy >= SATURATED and done < EARLY:
+        share = self._steps / self.stage.steps
+        if accuracy is not None and accuracy >= SATURATED and share < EARLY:
             yield Advice(
                 "accuracy_saturated",
-                f"{accuracy:.1%} of the pairs are ranked right after {done:.0%} of the steps. Further steps overfit. "
+                f"{accuracy:.1%} of the pairs are ranked right after {share:.0%} of the steps. Further steps overfit. "
                 "Train for fewer steps or set 'early_stopping'. Check whether something simple, such as length, "
                 "distinguishes the two sides.",
                 {"rewards/accuracies": accuracy},

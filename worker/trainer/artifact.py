@@ -1,17 +1,16 @@
 """The artifact of a run: weights, tokenizer, model card, metrics and spec, in a folder that other programs can load."""
 
 import csv
-import gc
 import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 
 from app.spec.job import Adapter, JobSpec
+from app.spec.json_types import JsonObject
 from worker.model_files import config_of, prequantized, weight_files
 from worker.trainer import reward
 from worker.trainer.loading import load_policy
@@ -33,7 +32,7 @@ class Results:
     """A finished run. `validation` has the rows of the last stage, scored with the kept weights."""
 
     run: TrainingRun
-    history: list[dict[str, Any]]
+    history: list[JsonObject]
     stage: Stage
     validation: list[ValidatedRow]
     final: dict[str, float] = field(default_factory=dict)
@@ -44,9 +43,9 @@ class Results:
         return self.run.spec
 
     @property
-    def public_spec(self) -> dict[str, Any]:
+    def public_spec(self) -> JsonObject:
         """The job's spec as its user wrote it."""
-        spec: dict[str, Any] = self.run.about["spec"]
+        spec: JsonObject = self.run.about["spec"]
         return spec
 
     @property
@@ -56,6 +55,7 @@ class Results:
 
 def write(folder: Path, policy: Policy, results: Results) -> None:
     """Write the artifact of `policy` into `folder`. Frees the policy's model on the way."""
+    # 1. The weights and the tokenizer.
     if policy.reward_head is not None:
         reward.save(folder, policy, results.base, results.stage.train)
     else:
@@ -65,11 +65,12 @@ def write(folder: Path, policy: Policy, results: Results) -> None:
         # From a base that also takes images or sound, possibly only the text part was loaded. Its names differ then.
         if not policy.full and policy.causal.config.model_type != config_of(results.base.folder)["model_type"]:
             write_for_servers(results.base.folder, folder)
+    # 2. The metrics and the spec.
     _write_csv(folder / "metrics.csv", _columns(results.history), results.history)
     accuracies = {stage.name: stage.settings.ACCURACY for stage in results.spec.stages()}
     _write_csv(folder.parent / "result.csv", list(RESULT_COLUMNS), _result_rows(results.history, accuracies))
     (folder / "spec.json").write_text(json.dumps(results.public_spec, indent=2, sort_keys=True) + "\n")
-    # One line for each validation row: its place in the data, and the log-probs [K] (or rewards) of its responses.
+    # 3. One line for each validation row: its place in the data, and the log-probs [K] (or rewards) of its responses.
     with (folder / "validation_logps.jsonl").open("w") as file:
         validation = results.stage.validation
         places, files = list(zip(validation.files, validation.lines, strict=True)), training_files(results.public_spec)
@@ -82,12 +83,13 @@ def write(folder: Path, policy: Policy, results: Results) -> None:
             source, line = places[number]
             place = {"file": files[source]} if names_files else {}
             file.write(json.dumps(place | {"line": line} | values) + "\n")
+    # 4. The model card.
     kind = "reward" if policy.reward_head is not None else "full" if policy.full else "adapter"
     drift = _drift(folder, policy, results) + (_mean(folder) if kind == "reward" else "")
     (folder / "README.md").write_text(_card(results, kind, drift))
 
 
-def training_files(spec: dict[str, Any]) -> list[str]:
+def training_files(spec: JsonObject) -> list[str]:
     """The training files of a job, in order. `spec` is the job as its user wrote it."""
     return [spec["training_file"], *(spec.get("more_training_files") or [])]
 
@@ -105,20 +107,20 @@ def dtype_of(base: Path) -> torch.dtype:
     return next((DTYPES[name] for name, _ in counts.most_common() if name in DTYPES), torch.float32)
 
 
-def _columns(history: list[dict[str, Any]]) -> list[str]:
+def _columns(history: list[JsonObject]) -> list[str]:
     """The columns of `metrics.csv`: step, stage, then all metrics by name."""
     names = {name for entry in history for name in entry} - {"step", "stage"}
     return ["step", "stage", *sorted(names)]
 
 
-def _write_csv(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
+def _write_csv(path: Path, columns: list[str], rows: list[JsonObject]) -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
 
 
-def _result_rows(history: list[dict[str, Any]], accuracies: dict[str, str]) -> list[dict[str, Any]]:
+def _result_rows(history: list[JsonObject], accuracies: dict[str, str]) -> list[JsonObject]:
     """The rows of `result.csv`. `accuracies` maps each stage to the name of its accuracy metric."""
     rows = []
     for entry in history:
@@ -153,13 +155,10 @@ def _drift(folder: Path, policy: Policy, results: Results) -> str:
     one_by_one, own_logits = policy.one_by_one, policy.own_logits
     if device.type == "cpu" and not fits_as_float32(results.base.folder):
         return f"Not measured: the unquantised '{name}' does not fit into the worker's memory."
-    policy.model = None  # frees memory for the unquantised base
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    policy.free_model()  # makes room for the unquantised base
     plain = results.spec.model_copy(update={"quantization": "none"})
     rows = [results.stage.validation[number] for number, _, _ in chosen]
-    total, tokens = 0.0, 0
+    total, tokens = 0.0, 0  # Σ |Δ log-prob| in nats, target tokens
     try:
         unquantised = load_policy(plain, results.base, folder, results.run.events, trainable=False)
         unquantised.shared, unquantised.one_by_one, unquantised.own_logits = shared, one_by_one, own_logits
@@ -188,7 +187,7 @@ def _mean(folder: Path) -> str:
 def _card(results: Results, kind: str, drift: str) -> str:
     """The text of the model card, `README.md`."""
     spec, base = results.spec, results.base
-    last: dict[str, Any] = {}
+    last: JsonObject = {}
     for entry in results.history:
         last |= entry if entry["stage"] == results.stage.name else {}
     last |= results.final

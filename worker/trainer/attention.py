@@ -10,14 +10,17 @@ A slot is an index into a pack. A position is the index of a token in its own te
 import re
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from worker.trainer.packing import Pack
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 TREE_ATTENTION = "dpo_tree"
 SHAREABLE_LAYERS = {"full_attention", "sliding_attention"}
@@ -35,7 +38,7 @@ class TreeMask:
     def __init__(self, pack: Pack) -> None:
         self.pack = pack
         self._tree_masks: dict[int | None, list[tuple[int, int, Tensor | None]]] = {}
-        self._block_masks: dict[int | None, Any] = {}
+        self._block_masks: dict[int | None, BlockMask] = {}
 
     def prepare(self, windows: set[int | None]) -> None:
         """On a GPU, build the masks for `windows` before the layers run: the layers may be compiled."""
@@ -59,7 +62,7 @@ class TreeMask:
                 self._tree_masks[window].append((start, stop, mask))
         return self._tree_masks[window]
 
-    def block_mask(self, window: int | None = None) -> Any:
+    def block_mask(self, window: int | None = None) -> "BlockMask":
         """The same mask as a FlexAttention block mask, for a whole pack."""
         if window not in self._block_masks:
             from torch.nn.attention.flex_attention import create_block_mask
@@ -103,7 +106,7 @@ def tree_attention(
     *,
     s_aux: Tensor | None = None,
     tree: TreeMask | None = None,
-    **_: Any,
+    **_: object,
 ) -> tuple[Tensor, None]:
     """softmax(Q Kᵀ · scaling) V under the mask `tree`. `s_aux` [H] adds an attention sink to each head.
 
@@ -160,14 +163,18 @@ def _flex(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    block_mask: Any,
+    block_mask: "BlockMask",
     scaling: float | None,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
     """FlexAttention over a whole pack, [B, H, T, D]."""
-    options = {"block_mask": block_mask, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
-    options["score_mod"] = None if softcap is None else _cap(softcap)
+    options: dict[str, object] = {
+        "block_mask": block_mask,
+        "scale": scaling,
+        "enable_gqa": query.shape[1] != key.shape[1],
+        "score_mod": None if softcap is None else _cap(softcap),
+    }
     attended: Tensor
     if sinks is None:
         attended = _compiled_flex()(query, key, value, **options)
@@ -190,7 +197,7 @@ def _cap(softcap: float) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], T
 
 
 @cache
-def _compiled_flex() -> Any:
+def _compiled_flex() -> Callable[..., Any]:
     """FlexAttention's fused kernels. They are compiled once for each pack width and window."""
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -203,7 +210,7 @@ def padding_mask(pack: Pack) -> Tensor:
     return (pack.tree >= 0).long()
 
 
-def why_not_shared(model: Any) -> str | None:
+def why_not_shared(model: PreTrainedModel) -> str | None:
     """The reason why responses cannot share their prompt in `model`; None if they can.
 
     Two things are needed. The encoding of a position must depend on this position alone, because positions restart
@@ -226,7 +233,7 @@ def why_not_shared(model: Any) -> str | None:
     return why_not_batched(model)
 
 
-def why_not_batched(model: Any) -> str | None:
+def why_not_batched(model: PreTrainedModel) -> str | None:
     """The reason why the texts of a padded batch would change each other's log-probs; None if they do not."""
     config = model.config.get_text_config()
     if not rope_types(model) <= SHAREABLE_ROPE:
@@ -236,7 +243,7 @@ def why_not_batched(model: Any) -> str | None:
     return None
 
 
-def sliding_windows(model: Any) -> set[int | None]:
+def sliding_windows(model: PreTrainedModel) -> set[int | None]:
     """The sliding windows of the layers of `model`, in tokens; None for layers with full attention."""
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
@@ -244,7 +251,7 @@ def sliding_windows(model: Any) -> set[int | None]:
     return {window if layer_type == "sliding_attention" else None for layer_type in layer_types}
 
 
-def window_sizes(model: Any) -> set[int]:
+def window_sizes(model: PreTrainedModel) -> set[int]:
     """All values in the configuration of `model` that may limit how far a token looks back, in tokens."""
     config = model.config.get_text_config()
     return {
@@ -254,7 +261,7 @@ def window_sizes(model: Any) -> set[int]:
     }
 
 
-def rope_types(model: Any) -> set[str]:
+def rope_types(model: PreTrainedModel) -> set[str]:
     """The types of rotary embeddings in the layers of `model`; "default" for a model without any."""
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     by_layer = bool(rope) and all(isinstance(value, dict) for value in rope.values())  # one entry for each layer type

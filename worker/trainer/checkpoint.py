@@ -8,19 +8,19 @@ import json
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from app.spec.json_types import JsonObject
 from worker import manifest
 from worker.trainer.early_stopping import Best
 from worker.trainer.methods.method import Method
 from worker.trainer.model import Policy
 
-OURS = ("optimizer", "generators", "best")
-"""Files of a checkpoint's state that do not belong to its method."""
+COMMON_FILES = ("optimizer", "generators", "best")
+"""Files in `state/` that any checkpoint may have. All other safetensors files belong to its method."""
 
 
 @dataclass
@@ -37,7 +37,7 @@ class State:
     ended: bool = False
     skipped: int = 0
     trained_tokens: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
+    history: list[JsonObject] = field(default_factory=list)
     best: Best = field(default_factory=Best)
     pending: dict[str, float] | None = None
     """Metrics of a step whose validation is still to come."""
@@ -53,7 +53,9 @@ def save(
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "state").mkdir(parents=True)
+    # The model, to use or to train further.
     policy.save(partial / "model")
+    # The state, to resume exactly.
     tensors, numbers = _optimizer_state(policy, optimizer)
     save_file(tensors, partial / "state" / "optimizer.safetensors")
     save_file(_generators(policy), partial / "state" / "generators.safetensors")
@@ -79,12 +81,12 @@ def restore(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, meth
     The caller has already loaded the model from `folder`/model. The best weights are copied to `best`.
     """
     state = folder / "state"
-    tensors = load_file(state / "optimizer.safetensors")
+    tensors = load_file(state / "optimizer.safetensors")  # named `parameter/key`
     state_json = json.loads((state / "state.json").read_text())
     numbers = state_json["optimizer"]
     for name, parameter in policy.trainable().items():
         prefix = name + "/"
-        entries: dict[str, Any] = {
+        entries = {
             full_name.removeprefix(prefix): tensor
             for full_name, tensor in tensors.items()
             if full_name.startswith(prefix)
@@ -98,7 +100,7 @@ def restore(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, meth
     if "cuda" in generators and policy.device.type == "cuda":
         torch.cuda.set_rng_state(generators["cuda"])
     files = {path.stem: path for path in state.glob("*.safetensors")}
-    method_state = {name: load_file(path) for name, path in files.items() if name not in OURS}
+    method_state = {name: load_file(path) for name, path in files.items() if name not in COMMON_FILES}
     method.load_state_dict(method_state, state_json["stage_step"])
     if (state / "best.safetensors").exists():
         best.parent.mkdir(parents=True, exist_ok=True)
@@ -107,10 +109,10 @@ def restore(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, meth
 
 def _optimizer_state(
     policy: Policy, optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+) -> tuple[dict[str, Tensor], dict[str, JsonObject]]:
     """Tensors, named `parameter/key`, and plain numbers by parameter and key."""
     tensors: dict[str, Tensor] = {}
-    numbers: dict[str, dict[str, Any]] = {}
+    numbers: dict[str, JsonObject] = {}
     for name, parameter in policy.trainable().items():
         for key, value in optimizer.state[parameter].items():
             if isinstance(value, Tensor):

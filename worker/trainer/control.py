@@ -13,8 +13,8 @@ from typing import Any
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
-Tokenizer = Any
 Encoding = tuple[list[int], list[tuple[int, int]]]
 """Token ids [T], and the character span (begin, end) of each token [T]."""
 
@@ -39,7 +39,7 @@ class ControlTokens:
         # Longest first, so that no token hides a longer one. "(?!)" never matches.
         self._pattern = re.compile("|".join(map(re.escape, longest)) or "(?!)")
 
-    def inside(self, value: Any) -> bool:
+    def inside(self, value: object) -> bool:
         """Whether `value` contains the text of a control token. Searches the texts in lists and objects too."""
         if isinstance(value, str):
             return self._pattern.search(value) is not None

@@ -7,7 +7,8 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from app.spec.datasets.check import examples
 from app.spec.datasets.errors import DatasetError
@@ -15,8 +16,9 @@ from app.spec.datasets.example import Example, Kind
 from app.spec.datasets.mapping import Mapping
 from app.spec.datasets.rendering import Rendering, today
 from app.spec.datasets.report import Lengths
+from app.spec.json_types import JsonObject
 from worker.trainer import data
-from worker.trainer.data import Recipe, Row, Tally, Tokenizer, Whole
+from worker.trainer.data import Recipe, Row, Tally, Whole
 from worker.trainer.errors import UserError
 from worker.trainer.rendering import Renderer
 from worker.trainer.tokenizer import load_tokenizer
@@ -32,20 +34,20 @@ CANDIDATES = tuple(1 << k for k in range(8, 18))
 """Values of `max_length` for which the report says how many rows they cut."""
 
 
-def count(path: Path, tokenizer: Tokenizer, recipe: Recipe, kept: int, sample: int = SAMPLED_ROWS) -> dict[str, Any]:
-    """Token lengths before cutting, what each `max_length` would cut, and the first rows as the model sees them.
+def count(path: Path, tokenizer: Tokenizer, recipe: Recipe, kept: int, sample: int = SAMPLED_ROWS) -> JsonObject:
+    """Token lengths before cutting, the cuts of each `max_length`, and the first rows as the model sees them.
 
     `kept` is the number of examples in the file. Every k-th example is counted, so that at most `sample` are.
     Raises `UserError` for an example that the template refuses.
     """
-    every = max(1, math.ceil(kept / sample))
+    step = max(1, math.ceil(kept / sample))
     tally, renderer = Tally(), Renderer(tokenizer, recipe.rendering)
     measured: list[_Measured] = []
-    samples: list[dict[str, Any]] = []
+    samples: list[JsonObject] = []
     lines: set[int] = set()
     rows = tokens = scored = longest = merging_prompts = 0
     with path.open("rb") as file:
-        for whole in data.whole_rows(_every_nth(examples(file, recipe.mapping), every), renderer, recipe, tally):
+        for whole in data.whole_rows(_every_nth(examples(file, recipe.mapping), step), renderer, recipe, tally):
             fitted = [row for row in data.cut(whole, recipe, tally) if row.learnable]
             lines.add(whole.row.line)
             measured.append(_Measured.of(whole))
@@ -56,11 +58,12 @@ def count(path: Path, tokenizer: Tokenizer, recipe: Recipe, kept: int, sample: i
                 longest = max(longest, row.tokens)
                 if len(samples) < SHOWN:
                     samples.append(_sample(row, tokenizer))
-    looked_at = max(1, math.ceil(kept / every))
+    # The counts of the sample are scaled to the whole file.
+    counted_examples = max(1, math.ceil(kept / step))
     return {
         "sampled_rows": rows,
-        "rows": round(rows * kept / looked_at),
-        "examples": round(len(lines) * kept / looked_at),
+        "rows": round(rows * kept / counted_examples),
+        "examples": round(len(lines) * kept / counted_examples),
         "lengths": _lengths(measured, pairs=recipe.need in (Kind.PREFERENCE, Kind.RANKED)),
         "tokens_per_row": tokens / max(1, rows),
         "longest_row": longest,
@@ -94,7 +97,7 @@ class _Measured:
         return self.prompt + max(self.answers)
 
 
-def _lengths(measured: Sequence[_Measured], *, pairs: bool) -> dict[str, Any]:
+def _lengths(measured: Sequence[_Measured], *, pairs: bool) -> JsonObject:
     """Histogram and percentiles of each part of the rows."""
     sides = {"prompt": [row.prompt for row in measured]}
     if pairs:
@@ -106,7 +109,7 @@ def _lengths(measured: Sequence[_Measured], *, pairs: bool) -> dict[str, Any]:
     return {name: _distribution(lengths) for name, lengths in sides.items()}
 
 
-def _distribution(lengths: list[int]) -> dict[str, Any]:
+def _distribution(lengths: list[int]) -> JsonObject:
     """A histogram and percentiles. `p95` is the length that 95 percent of the rows do not exceed."""
     histogram, ordered = Lengths(), sorted(lengths)
     for length in ordered:
@@ -117,8 +120,8 @@ def _distribution(lengths: list[int]) -> dict[str, Any]:
     return histogram.as_json() | {"percentiles": percentiles}
 
 
-def _cut_by(measured: Sequence[_Measured]) -> list[dict[str, Any]]:
-    """What each `max_length` would cut, up to the first that cuts nothing.
+def _cut_by(measured: Sequence[_Measured]) -> list[JsonObject]:
+    """The cuts of each `max_length`, up to the first that cuts nothing.
 
     `longer`: rows that are longer, which `drop` leaves out. `prompts_cut` and `answers_cut`: rows whose prompt or
     answer `keep_end` and `keep_start` cut.
@@ -168,7 +171,7 @@ def _every_nth(all_examples: Iterator[Example], step: int) -> Iterator[Example]:
     return (example for number, example in enumerate(all_examples) if number % step == 0)
 
 
-def _sample(row: Row, tokenizer: Tokenizer) -> dict[str, Any]:
+def _sample(row: Row, tokenizer: Tokenizer) -> JsonObject:
     """A row as text, for the report's samples. `scored` holds the scored tokens of each response."""
 
     def text(ids: list[int] | tuple[int, ...]) -> str:
@@ -187,7 +190,7 @@ def _sample(row: Row, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def count_folder(folder: Path) -> list[dict[str, Any]]:
+def count_folder(folder: Path) -> list[JsonObject]:
     """The counts that `tokens.json` in `folder` requests. A dataset that cannot be counted gets an `error`."""
     requests = json.loads((folder / "tokens.json").read_text())
     try:
@@ -197,7 +200,7 @@ def count_folder(folder: Path) -> list[dict[str, Any]]:
     return [_counted(request, tokenizer) for request in requests]
 
 
-def _counted(request: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+def _counted(request: JsonObject, tokenizer: Tokenizer) -> JsonObject:
     """The count of one dataset, or its `error`."""
     settings = request["recipe"]
     mapping = None if settings["mapping"] is None else Mapping.model_validate(settings["mapping"])
@@ -214,5 +217,5 @@ def _counted(request: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
         return {"error": {"code": "invalid_file", "message": str(error), "param": None}}
 
 
-def _error_json(error: UserError) -> dict[str, Any]:
+def _error_json(error: UserError) -> JsonObject:
     return {"error": {"code": error.code, "message": error.message, "param": error.param}}

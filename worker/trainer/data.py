@@ -10,18 +10,18 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
-from app.spec.datasets.example import Example, Kind
-from app.spec.datasets.example import Response as Answer
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from app.spec.datasets.example import Example, Kind, ResponseContent
 from app.spec.datasets.mapping import Mapping
 from app.spec.datasets.rendering import Rendering
 from worker.trainer.control import Encoding
 from worker.trainer.errors import UserError
 from worker.trainer.rendering import Rendered, Renderer, RowRefused, Span
 
-Tokenizer = Any
-Item = TypeVar("Item")
+Element = TypeVar("Element")
 
 
 @dataclass(frozen=True)
@@ -156,11 +156,14 @@ class Whole:
 def whole_rows(examples: Iterable[Example], renderer: Renderer, recipe: Recipe, tally: Tally) -> Iterator[Whole]:
     """The rows of examples, before cutting."""
     for group in batched(_in_form(examples, recipe.need), 256):
+        # 1. Render all examples of the group.
         renderings = [_render(example, renderer, recipe, tally) for example in group]
+        # 2. Encode their texts in one call, which is much faster than one by one.
         plain_texts = [
             text for rendered in renderings if rendered is not None and not rendered.moved for text in rendered.texts
         ]
         encodings = iter(renderer.control.encode(plain_texts))
+        # 3. Make the rows.
         for example, rendered in zip(group, renderings, strict=True):
             if rendered is None:
                 continue
@@ -227,9 +230,9 @@ def _in_form(examples: Iterable[Example], need: Kind) -> Iterator[Example]:
             yield example
 
 
-def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+def batched(items: Iterable[Element], size: int) -> Iterator[list[Element]]:
     """`items` in lists of `size`, the last one shorter."""
-    group: list[Item] = []
+    group: list[Element] = []
     for item in items:
         group.append(item)
         if len(group) == size:
@@ -239,12 +242,12 @@ def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield group
 
 
-def said(answer: Answer) -> str:
+def answer_text(answer: ResponseContent) -> str:
     """The text of an answer. For an answer of several turns, the text of the last turn."""
     return answer if isinstance(answer, str) else answer[-1]["content"]
 
 
-def written(example: Example) -> str:
+def prompt_text(example: Example) -> str:
     """A prompt as text for people and other programs: plain text unchanged, a conversation as a transcript."""
     prompt = example.prompt
     if isinstance(prompt, str):

@@ -14,21 +14,25 @@ from functools import cached_property
 from itertools import pairwise
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, overload
 
 import numpy
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from app.spec.datasets.check import examples
 from app.spec.datasets.example import Example
 from app.spec.datasets.rendering import Rendering
 from worker.trainer import data
 from worker.trainer.cache import Cache
-from worker.trainer.data import Recipe, Response, Row, Tally, Tokenizer
+from worker.trainer.data import Recipe, Response, Row, Tally
 from worker.trainer.errors import UserError
 from worker.trainer.rendering import Renderer
+
+if TYPE_CHECKING:  # at run time it would load torch, which the tokenising processes do not need
+    from transformers import PretrainedConfig
 
 VERSION = 4
 """Version of the conversion from examples to rows. It is part of every cache key."""
@@ -71,7 +75,10 @@ class Arrays:
             desirable.append(row.desirable)
             groups.append(row.group)
             files.append(row.file)
-            for part, flags in ((row.prompt, (False,) * len(row.prompt)), *((r.ids, r.scored) for r in row.responses)):
+            for part, flags in (
+                (row.prompt, (False,) * len(row.prompt)),
+                *((response.ids, response.scored) for response in row.responses),
+            ):
                 ids.extend(part)
                 scored.extend(flags)
                 tokens.append(len(ids))
@@ -95,10 +102,11 @@ class Arrays:
         segments, tokens = [numpy.zeros(1, dtype=numpy.int64)], [numpy.zeros(1, dtype=numpy.int64)]
         first_segment = first_token = 0
         for chunk in chunks:
+            # The offsets of a chunk count from the end of the chunks before it.
             segments.append(chunk.segments[1:] + first_segment)
             tokens.append(chunk.tokens[1:] + first_token)
             first_segment, first_token = first_segment + chunk.segments[-1], first_token + chunk.tokens[-1]
-        flat = {name: numpy.concatenate([getattr(c, name) for c in chunks]) for name in cls.FLAT}
+        flat = {name: numpy.concatenate([getattr(chunk, name) for chunk in chunks]) for name in cls.FLAT}
         return cls(segments=numpy.concatenate(segments), tokens=numpy.concatenate(tokens), **flat)
 
     FLAT = ("lines", "desirable", "groups", "files", "ids", "scored")
@@ -220,6 +228,7 @@ class Rows(Sequence[Row]):
         digest = hashlib.sha256(str(len(self)).encode())
         for start in range(0, len(self), HASHED_TOGETHER):
             rows = self._numbers[start : start + HASHED_TOGETHER]
+            # The indices of all segments and tokens of these rows.
             segments = _ranges(arrays.segments[rows], arrays.segments[rows + 1])
             tokens = _ranges(arrays.tokens[arrays.segments[rows]], arrays.tokens[arrays.segments[rows + 1]])
             digest.update((arrays.segments[rows + 1] - arrays.segments[rows]).tobytes())
@@ -245,7 +254,7 @@ def _ranges(starts: Integers, stops: Integers) -> Integers:
     return numbers
 
 
-def require_embedded(rows: Rows, tokenizer: Tokenizer, config: Any, model: str) -> None:
+def require_embedded(rows: Rows, tokenizer: Tokenizer, config: "PretrainedConfig", model: str) -> None:
     """Refuse rows with a token id beyond the embedding of the model of `config`."""
     size, largest = config.get_text_config().vocab_size, max(rows.vocabulary, default=0)
     if largest >= size:
@@ -310,7 +319,7 @@ def _tokenise_chunk(group: list[Example], tokenizer: Tokenizer, recipe: Recipe) 
     return Arrays.of(data.rows(group, tokenizer, recipe, tally)), tally
 
 
-_tokenizer: Tokenizer = None
+_tokenizer: Tokenizer | None = None
 """The tokenizer, in a process that tokenises."""
 
 
@@ -318,7 +327,8 @@ def _start_process(tokenizer: Tokenizer) -> None:
     """In a new process: keep the tokenizer, and end the process as soon as the trainer ends for any reason."""
     global _tokenizer
     _tokenizer = tokenizer
-    parent: Any = multiprocessing.parent_process()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
     threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
 
 

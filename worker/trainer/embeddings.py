@@ -4,8 +4,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-
-from worker.trainer.tokenizer import Tokenizer
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 ALIKE_COSINE = 0.999
 """Two embeddings are alike above this cosine, if their norms also agree to 1 − `ALIKE_COSINE`."""
@@ -18,7 +17,8 @@ def untrained_control_tokens(tokenizer: Tokenizer, used: Iterable[int], embeddin
 
     Such embeddings still have their initial values. They are almost zero, or equal to those of other control tokens.
     """
-    special = [n for n, token in tokenizer.added_tokens_decoder.items() if token.special and n < len(embeddings)]
+    added = tokenizer.added_tokens_decoder.items()
+    special = [token_id for token_id, token in added if token.special and token_id < len(embeddings)]
     if not special:
         return []
     rows = embeddings[special].detach().float()  # (S, H)

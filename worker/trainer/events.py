@@ -7,7 +7,9 @@ benchmarks read them.
 import json
 import time
 from dataclasses import asdict, dataclass, field
-from typing import IO, Any, ClassVar
+from typing import IO, ClassVar
+
+from app.spec.json_types import JsonObject
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,7 @@ class Notice(Event):
     message: str
     level: str = "info"
     """info, warn or error."""
-    data: dict[str, Any] | None = None
+    data: JsonObject | None = None
 
 
 @dataclass(frozen=True)
@@ -126,14 +128,15 @@ class Broken(Event):
     reason: str
 
 
-KINDS: dict[str, type[Event]] = {kind.KIND: kind for kind in Event.__subclasses__()}
+EVENT_CLASSES: dict[str, type[Event]] = {event_class.KIND: event_class for event_class in Event.__subclasses__()}
+"""The class of each event, by its name in the JSON line."""
 
 
 def read(line: str | bytes) -> Event:
     """The event in a line. Raises `ValueError` for a line that is not an event of this version."""
     fields = json.loads(line)
     try:
-        return KINDS[fields.pop("kind")](**fields)
+        return EVENT_CLASSES[fields.pop("kind")](**fields)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not an event of this version: {line[:200]!r}") from error
 
@@ -149,6 +152,6 @@ class Events:
         self._stream.write(json.dumps({"kind": event.KIND, **asdict(event)}, allow_nan=False) + "\n")
         self._stream.flush()
 
-    def message(self, text: str, level: str = "info", data: dict[str, Any] | None = None) -> None:
+    def message(self, text: str, level: str = "info", data: JsonObject | None = None) -> None:
         """Write a notice: `text` for people, `data` for programs."""
         self.emit(Notice(text, level, data))

@@ -1,7 +1,13 @@
 """The check before training: the engine's log-probs against the model's own forward pass, one response at a time.
 
-The engine has four ways to compute log-probs. From fast to slow: prompts shared by their responses; padded batches;
-one text at a time; and one text at a time with the model's own logits. The check picks the fastest that is exact.
+The engine has four ways to compute log-probs. From fast to slow:
+
+1. Responses share their prompt.
+2. Each response is its own text in a padded batch.
+3. One text at a time.
+4. One text at a time, with the model's own logits.
+
+The check picks the fastest way that is exact.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,21 +28,25 @@ CANDIDATE_ROWS, CHECKED_ROWS = 256, 3
 
 
 def check(policy: Policy, rows: Sequence[Row], events: Events) -> None:
-    """Set `policy` to the fastest exact way to compute log-probs, judged by some of `rows`. Warn of each that is not.
+    """Set `policy` to the fastest exact way to compute log-probs, judged by some of `rows`. Warn of each inexact way.
 
     On a CPU, exact means within 1e-4, relative for log-probs above 1 in size. On a GPU the tolerance allows for logits
     in bfloat16. Raises `UserError` for a model without an exact way: wrong log-probs must not train anything.
     """
     numbers = _rows_to_check(policy, rows)
-    with torch.no_grad():
+    with torch.no_grad(), policy.own_attention_in_use():
+        # 1. The model's own log-probs, and how much they may differ.
         expected = torch.cat([_own_logps(policy, rows[number]) for number in numbers])  # (responses,)
         if not expected.isfinite().all():
             message = f"The log-probs of '{policy.name}' are not finite before any training."
             raise UserError("loss_not_finite", message, "model")
-        scored = torch.tensor([sum(r.scored) for number in numbers for r in rows[number].responses])
+        scored = torch.tensor([sum(response.scored) for number in numbers for response in rows[number].responses])
         tolerance = _tolerance(expected, scored.to(policy.device))
+        # 2. A model that draws at random or looks ahead cannot be computed exactly.
         for number in numbers:
             _require_deterministic_and_causal(policy, rows[number])
+    with torch.no_grad():
+        # 3. The first way whose log-probs agree.
         for consequence, settings in _ways(policy):
             for name, value in settings.items():
                 setattr(policy, name, value)
@@ -63,12 +73,17 @@ def _rows_to_check(policy: Policy, rows: Sequence[Row]) -> list[int]:
 
     If no row is that long, the longest is taken.
     """
-    numbers = sorted(range(min(len(rows), CANDIDATE_ROWS)), key=lambda n: rows[n].tokens)
+    numbers = sorted(range(min(len(rows), CANDIDATE_ROWS)), key=lambda number: rows[number].tokens)
     checked, widest = numbers[:CHECKED_ROWS], max(window_sizes(policy.causal), default=None)
     if widest is not None and numbers:
-        longer = (n for n in numbers if len(rows[n].prompt) + len(rows[n].responses[0].ids) > widest)
+        longer = (number for number in numbers if _text_length(rows[number]) > widest)
         checked.append(next(longer, numbers[-1]))
     return list(dict.fromkeys(checked))
+
+
+def _text_length(row: Row) -> int:
+    """Number of tokens of the prompt and the first response."""
+    return len(row.prompt) + len(row.responses[0].ids)
 
 
 def _tolerance(expected: Tensor, scored: Tensor) -> Tensor:
@@ -101,21 +116,21 @@ def _own_logps(policy: Policy, row: Row) -> Tensor:
     """The log-prob of each response of `row` by the model's own forward pass, one text at a time, [K]."""
     sums = []
     for response in row.responses:
-        ids = torch.tensor([*row.prompt, *response.ids], device=policy.device)
+        ids = torch.tensor([*row.prompt, *response.ids], device=policy.device)  # (T,)
         scored = torch.tensor(response.scored, device=policy.device, dtype=torch.bool)
         # The position before a scored token predicts it. Nothing predicts the first token of a text.
         predictors = torch.arange(len(row.prompt), len(ids), device=policy.device)[scored] - 1
         predictors = predictors[predictors >= 0]
+        # (scored tokens, V), then (scored tokens, 1).
         logps = _own_logits(policy, ids)[predictors].float().log_softmax(-1).gather(1, ids[predictors + 1, None])
         sums.append(logps.sum())
     return torch.stack(sums)
 
 
 def _own_logits(policy: Policy, ids: Tensor) -> Tensor:
-    """The model's own logits for one text, [T, V]."""
+    """The model's own logits for one text, [T, V], computed while its own attention is in use."""
     try:
-        with policy.own_attention_in_use():
-            return policy.logits(ids)
+        return policy.logits(ids)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -131,6 +146,7 @@ def _require_deterministic_and_causal(policy: Policy, row: Row) -> None:
         return
     # Replace the second half. The length stays, because some position encodings depend on it.
     changed = torch.cat([ids[:half], others[:1].expand(len(ids) - half)])
+    # The predictions at the end of the first half, [V] each: twice for the same text, once for the changed one.
     first, again, after = (_own_logits(policy, text)[half - 1].float().log_softmax(-1) for text in (ids, ids, changed))
     tolerance = _tolerance(first, torch.ones_like(first))
     if not _close(again, first, tolerance):

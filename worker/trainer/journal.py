@@ -1,13 +1,13 @@
 """The journal of a run: all metrics so far, for the artifact, for events and for the advisor."""
 
 from collections.abc import Iterable
-from typing import Any
 
+from app.spec.json_types import JsonObject
 from worker.trainer.advice import Advice, Advisor
 from worker.trainer.events import Events, Metrics
 from worker.trainer.plan import Stage
 
-Entry = dict[str, Any]
+Entry = JsonObject
 """`step`, `stage`, and the metrics of that step or validation, by name."""
 
 

@@ -1,4 +1,5 @@
-"""Which linear layers of a model get an adapter, and which are quantised. What a layer does decides, not its name.
+"""Which linear layers of a model get an adapter, and which are quantised. The choice depends on what a layer computes,
+not on its name.
 
 An ordinary linear layer takes one tensor and returns one, W x + b, and no other code reads W. Some layers look ordinary
 but are not. Examples are routers of mixtures of experts, which return scores and indices, and layers whose parent
@@ -9,13 +10,13 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
-from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import LoraConfig
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 ORDINARY = (nn.Linear, Conv1D, Linear4bit, Linear8bitLt)
@@ -27,7 +28,7 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exp
 """Names of the number of experts in configurations."""
 
 
-def adaptable(model: Any) -> list[str]:
+def adaptable(model: PreTrainedModel) -> list[str]:
     """Names of the layers of a causal `model` that "all-linear" selects.
 
     They are the ordinary linear layers through which text passes: attention, dense and shared feed-forward layers.
@@ -48,7 +49,7 @@ def adaptable(model: Any) -> list[str]:
     return _with_gradient(model, candidates)
 
 
-def _means_experts(model: Any, name: str) -> bool:
+def _means_experts(model: PreTrainedModel, name: str) -> bool:
     """Whether PEFT reads the layer name `name` as experts, by the names from before experts became one tensor.
 
     PEFT gives no adapter to a dense or shared layer of that name, neither here nor where the adapter is loaded.
@@ -61,7 +62,7 @@ def _means_experts(model: Any, name: str) -> bool:
     return name not in (config.target_modules or ())
 
 
-def _with_gradient(model: Any, layers: dict[str, nn.Module]) -> list[str]:
+def _with_gradient(model: PreTrainedModel, layers: dict[str, nn.Module]) -> list[str]:
     """Names of those `layers` on which the logits of a short text depend differentiably.
 
     A zero with a gradient (the probe) is added to the output of each layer. The layer counts if the gradient of the
@@ -73,7 +74,7 @@ def _with_gradient(model: Any, layers: dict[str, nn.Module]) -> list[str]:
         return lambda layer, args, output: output + probe
 
     hooks = [layer.register_forward_hook(add(probes[name])) for name, layer in layers.items()]
-    ids = torch.arange(_PROBED, device=model.device)[None] % model.config.get_text_config().vocab_size
+    ids = torch.arange(_PROBED, device=model.device)[None] % model.config.get_text_config().vocab_size  # (1, T)
     try:
         with torch.enable_grad():
             loss = model(input_ids=ids, use_cache=False).logits.float().sum()
@@ -90,7 +91,7 @@ def _with_gradient(model: Any, layers: dict[str, nn.Module]) -> list[str]:
     return [name for name, gradient in zip(probes, gradients, strict=True) if gradient is not None]
 
 
-def body(model: Any) -> Any:
+def body(model: PreTrainedModel) -> PreTrainedModel:
     """A causal model without its language-model head."""
     return model.model if model.base_model is model else model.base_model
 
@@ -107,7 +108,7 @@ def _ends(name: str) -> list[str]:
     return [".".join(parts[start:]) for start in reversed(range(len(parts)))]
 
 
-def not_quantised(model: Any) -> list[str]:
+def not_quantised(model: PreTrainedModel) -> list[str]:
     """Names of the linear layers of `model` that must not be quantised.
 
     Other code reads their weights, or they compute more than W x + b. Packed weights would change the result.
@@ -119,7 +120,7 @@ def not_quantised(model: Any) -> list[str]:
     ]
 
 
-def has_experts(model: Any) -> bool:
+def has_experts(model: PreTrainedModel) -> bool:
     """Whether `model` is a mixture of experts: its configuration counts experts, or a module has that name."""
     config = model.config.get_text_config()
     configured = any(getattr(config, name, None) for name in _EXPERTS)
@@ -154,7 +155,7 @@ def _is_expert(name: str) -> bool:
     return "experts" in name.split(".")
 
 
-def _routers(model: Any) -> set[int]:
+def _routers(model: PreTrainedModel) -> set[int]:
     """Ids (`id()`) of the layers that choose experts or weight a shared expert.
 
     They are siblings of experts, and have one output for each expert, or a single output.
@@ -179,12 +180,12 @@ def _linears(module: nn.Module) -> Iterator[nn.Module]:
             yield from _linears(child)
 
 
-def _outputs(layer: Any) -> int:
+def _outputs(layer: nn.Linear | Conv1D) -> int:
     """Number of outputs of a linear layer."""
     return int(layer.nf if isinstance(layer, Conv1D) else layer.out_features)
 
 
-def _parent_reads_weight(model: Any, name: str) -> bool:
+def _parent_reads_weight(model: PreTrainedModel, name: str) -> bool:
     """Whether the parent module of the layer `name` reads the layer's weights in its own code."""
     parent, _, child = name.rpartition(".")
     kind: type[nn.Module] = type(model.get_submodule(parent))
@@ -205,7 +206,7 @@ def _weights_read_by(kind: type[nn.Module]) -> frozenset[str]:
     return frozenset(name for function in functions for name in _READ.findall(_source_of(function)))
 
 
-def _source_of(function: Callable[..., Any]) -> str:
+def _source_of(function: Callable[..., object]) -> str:
     """The source of a function; empty for a function created at run time."""
     try:
         return inspect.getsource(function)

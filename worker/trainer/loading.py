@@ -3,27 +3,26 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from app.spec.job import Adapter, JobSpec
 from app.spec.prequantized import refusal
 from worker.model_files import config_of, prequantized, weight_files, why_no_weights
 from worker.trainer.attention import why_not_batched, why_not_shared
-from worker.trainer.data import Tokenizer
 from worker.trainer.errors import UserError, first_line
 from worker.trainer.events import Events
 from worker.trainer.linears import adaptable, has_experts, is_ordinary, not_quantised, short_names
 from worker.trainer.lora import with_fast_layers
 from worker.trainer.model import HALF_DTYPES, REWARD_HEAD, Base, Policy
-from worker.trainer.naming import without_weights
+from worker.trainer.naming import meta_model
 from worker.trainer.packing import Packing
 from worker.trainer.rendering import Renderer
 from worker.trainer.tokenizer import load_tokenizer
@@ -48,7 +47,7 @@ def load_policy(spec: JobSpec, base: Base, start: Path | None, events: Events, *
         tokenizer = load_tokenizer(start or base.folder)
         method = prequantized(config_of(folder))
         if trainable and method is not None:
-            _require_possible(spec, base, method)
+            _require_trainable(spec, base, method)
         if not weight_files(folder):
             raise ValueError(why_no_weights(folder))
         model = _load_base(folder, spec, device, method)
@@ -62,7 +61,7 @@ def load_policy(spec: JobSpec, base: Base, start: Path | None, events: Events, *
     return wrap(model, tokenizer, spec, base, start, events, trainable=trainable)
 
 
-def _require_possible(spec: JobSpec, base: Base, method: str) -> None:
+def _require_trainable(spec: JobSpec, base: Base, method: str) -> None:
     """Refuse what cannot be trained on weights that are stored quantised with `method`."""
     refused = refusal(
         base.name, method, quantization=spec.quantization or "none", full=spec.adapter == "none",
@@ -73,7 +72,7 @@ def _require_possible(spec: JobSpec, base: Base, method: str) -> None:
 
 
 def wrap(
-    model: Any,
+    model: PreTrainedModel,
     tokenizer: Tokenizer,
     spec: JobSpec,
     base: Base,
@@ -84,12 +83,14 @@ def wrap(
 ) -> Policy:
     """The policy of a transformers `model` that is already on its device, with the adapter that `spec` asks for."""
     full, own_attention, device = spec.adapter == "none", model.config._attn_implementation, model.device
+    # 1. The adapter, and no randomness.
     _make_deterministic(model)
     if not full:
         torch.manual_seed(spec.seed or 0)
         model.requires_grad_(False)
         model = _with_adapter(model, spec, start, trainable)
         _make_deterministic(model)  # PEFT changes the training mode
+    # 2. The policy and its precision.
     cuda = device.type == "cuda"
     packing = Packing(CUDA_BUDGET if cuda else CPU_BUDGET, fixed=cuda)
     ends = Renderer(tokenizer, spec.rendering).ends
@@ -104,6 +105,7 @@ def wrap(
     policy.set_dropout(False)
     if spec.method.dpo is not None and spec.method.dpo.hyperparameters.rewards:
         policy.reward_head = _reward_head(policy, spec, start)
+    # 3. The fastest way to compute log-probs that the model allows.
     not_shared, not_batched = why_not_shared(policy.causal), why_not_batched(policy.causal)
     policy.shared, policy.one_by_one = not_shared is None, not_batched is not None
     if not_shared is not None:
@@ -128,7 +130,7 @@ def _reward_head(policy: Policy, spec: JobSpec, start: Path | None) -> nn.Linear
     return head
 
 
-def _load_base(folder: Path, spec: JobSpec, device: torch.device, method: str | None) -> Any:
+def _load_base(folder: Path, spec: JobSpec, device: torch.device, method: str | None) -> PreTrainedModel:
     """The model in `folder`. `method`: how its stored weights are quantised; these stay as they are."""
     dtype = torch.float32
     if device.type == "cuda" and spec.adapter != "none":
@@ -143,22 +145,21 @@ def _load_base(folder: Path, spec: JobSpec, device: torch.device, method: str | 
         device_map={"": device},
         **({} if method is not None else quantisation(quantization, dtype, folder, double=double)),
     )
-    for module in model.modules():
-        if method is not None and isinstance(
-            module, Linear4bit
-        ):  # the file names its makers' compute precision; use ours
-            module.compute_dtype, module.compute_type_is_set = dtype, True
+    if method is not None:  # the file names its makers' compute precision; use ours
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                module.compute_dtype, module.compute_type_is_set = dtype, True
     return model
 
 
-def quantisation(name: str, dtype: torch.dtype, folder: Path, *, double: bool = True) -> dict[str, Any]:
+def quantisation(name: str, dtype: torch.dtype, folder: Path, *, double: bool = True) -> dict[str, BitsAndBytesConfig]:
     """transformers' options that load the model in `folder` as `nf4`, `int8` or `none`.
 
     `dtype` is the precision of the computation. `double`: whether the scales of `nf4` are quantised too.
     """
     if name == "none":
         return {}
-    model = without_weights(folder)
+    model = meta_model(folder)
     unquantised = not_quantised(model)
     # Our list replaces transformers' own list, which contains the head, so add that list.
     skip_modules = [*get_keys_to_not_convert(model), *unquantised] if unquantised else None
@@ -175,11 +176,11 @@ def quantisation(name: str, dtype: torch.dtype, folder: Path, *, double: bool = 
     return {"quantization_config": config}
 
 
-def _make_deterministic(model: Any) -> None:
+def _make_deterministic(model: nn.Module) -> None:
     """Put the model into evaluation mode, where nothing is random, except for modules that need training mode.
 
     Layers with gradient checkpointing recompute activations only in training mode; their dropout attributes are set to
-    0. Quantised layers stay in training mode too: on some CPUs, a layer that ran once in evaluation mode keeps other
+    0. Quantised layers stay in training mode too. On some CPUs, a layer that ran once in evaluation mode keeps other
     weights and loses its gradient.
     """
     model.eval()
@@ -191,18 +192,16 @@ def _make_deterministic(model: Any) -> None:
                 setattr(module, name, 0.0)
 
 
-def _targets(model: Any, named: str | list[str]) -> list[str]:
+def _targets(model: PreTrainedModel, requested: str | list[str]) -> list[str]:
     """Names by which PEFT finds the layers that get an adapter. Raises `UserError` for a layer that cannot have one."""
     modules = dict(model.named_modules())
-    if isinstance(named, list):
+    if isinstance(requested, list):
         for name, module in modules.items():
-            target = next(
-                (target_name for target_name in named if name == target_name or name.endswith(f".{target_name}")), None
-            )
+            target = next((ending for ending in requested if name == ending or name.endswith(f".{ending}")), None)
             if target is not None and isinstance(module, nn.Linear) and not is_ordinary(module):
                 message = f"'{target}' ({type(module).__name__}) computes more than W x + b. LoRA cannot adapt it."
                 raise UserError("invalid_value", message, "adapter.target_modules")
-        return named
+        return requested
     layers = adaptable(model)
     if not layers:
         message = (
@@ -212,7 +211,7 @@ def _targets(model: Any, named: str | list[str]) -> list[str]:
     return short_names(layers, modules)
 
 
-def _widen(model: Any) -> None:
+def _widen(model: PreTrainedModel) -> None:
     """Convert embeddings and head to float32, for training them in full.
 
     The output of the embeddings stays in the model's own precision.
@@ -223,7 +222,7 @@ def _widen(model: Any) -> None:
     embeddings.register_forward_hook(lambda module, args, output: output.to(dtype))
 
 
-def _names_to_save(model: Any, requested: Sequence[str]) -> list[str]:
+def _names_to_save(model: PreTrainedModel, requested: Sequence[str]) -> list[str]:
     """The model's own names of the `requested` modules that it has: `embed_tokens` and `lm_head`."""
     modules = {"embed_tokens": model.get_input_embeddings(), "lm_head": model.get_output_embeddings()}
     return [
@@ -233,7 +232,7 @@ def _names_to_save(model: Any, requested: Sequence[str]) -> list[str]:
     ]
 
 
-def _with_adapter(model: Any, spec: JobSpec, start: Path | None, trainable: bool) -> Any:
+def _with_adapter(model: PreTrainedModel, spec: JobSpec, start: Path | None, trainable: bool) -> PeftModel:
     """`model` with the adapter from `start`, or with a new adapter as `spec` describes it."""
     if start is not None:
         config = with_fast_layers(LoraConfig.from_pretrained(start))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
 """Logits in memory at a time, by device. In float32, 16 MB stay in a CPU's cache and 256 MB keep a GPU busy."""
@@ -32,7 +33,7 @@ class Head:
     softcap: float | None = None
 
     @classmethod
-    def of(cls, model: Any) -> "Head":
+    def of(cls, model: PreTrainedModel) -> "Head":
         """The head of a transformers model, with the scale and the cap of its configuration."""
         config, layer = model.config.get_text_config(), model.get_output_embeddings()
         scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
@@ -67,8 +68,8 @@ class Head:
 class TokenScores:
     """Scores of N tokens, each [N].
 
-    `logps`: log p(y), differentiable. `correct`: whether the token has the largest logit. On request, `entropy` of the
-    predicted distribution in nats, and `alignment`: log p(y) − log Σ_v p(v)², for the weights of WPO
+    `logps`: log p(y), differentiable. `correct`: whether the token has the largest logit. The others are on request.
+    `entropy`: of the predicted distribution, in nats. `alignment`: log p(y) − log Σ_v p(v)², for the weights of WPO
     (Zhou et al. 2024, Eq. 2).
     """
 
@@ -109,6 +110,8 @@ def score_logits(logits: Tensor, targets: Tensor, *, entropy: bool = False, alig
 
 
 class _TokenLogps(torch.autograd.Function):
+    """`score_tokens` for autograd: all fields of `TokenScores`, the last two empty unless requested."""
+
     @staticmethod
     def forward(
         ctx: Any,

@@ -1,7 +1,7 @@
 """LoRA layers that compute the same as PEFT's in fewer passes over memory.
 
 y = W x + s · B A x (Hu et al. 2021, Eq. 3). PEFT computes the second term separately, scales it and adds it. That
-takes three tensors as large as the output, in the forward and in the backward pass, and under autocast a cast of x to
+takes three tensors as large as the output, in the forward and in the backward pass. Under autocast it also casts x to
 float32 and back. Here B A x is accumulated into the output of the base layer, and the backward pass is four small
 matrix products. The modules are subclasses of PEFT's, registered in its configuration, so adapters are saved and
 loaded by PEFT.
@@ -41,7 +41,7 @@ class _AddDelta(torch.autograd.Function):
 class _AddsDelta:
     """The `forward` of the LoRA layers below. As a mixin it comes before PEFT's own."""
 
-    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self: lora.LoraLayer, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         names = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or len(names) != 1 or not self._is_plain(names[0]):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
@@ -52,7 +52,7 @@ class _AddsDelta:
         output = _AddDelta.apply(output, flat.to(output.dtype), a, b, self.scaling[names[0]])  # type: ignore[no-untyped-call]
         return output.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
 
-    def _is_plain(self: Any, name: str) -> bool:
+    def _is_plain(self: lora.LoraLayer, name: str) -> bool:
         """Whether adapter `name` is just two matrices: no DoRA, no active dropout, no bias."""
         dropout = self.lora_dropout[name]
         active = isinstance(dropout, nn.Dropout) and dropout.training

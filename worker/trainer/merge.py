@@ -17,7 +17,6 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -26,13 +25,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from app.spec.json_types import JsonObject
 from worker.model_files import INDEX, config_of, prequantized, weight_files
 from worker.trainer.errors import UserError, first_line
 from worker.trainer.memory import fits_as_float32
 from worker.trainer.model import HALF_DTYPES
 from worker.trainer.naming import DOWN, PREFIX, WeightPlace, places
 
-PARTS = (DOWN, ".lora_B.weight", ".lora_magnitude_vector")
+MERGEABLE = (DOWN, ".lora_B.weight", ".lora_magnitude_vector")
 """Endings of the tensor names of an adapter that can be merged file by file."""
 
 
@@ -59,7 +59,7 @@ def _places(base: Path, tensors: dict[str, Tensor]) -> dict[str, WeightPlace] | 
     None if the files do not hold all of them as single tensors.
     """
     modules = {name.removeprefix(PREFIX).removesuffix(DOWN) for name in tensors if name.endswith(DOWN)}
-    if any(not name.startswith(PREFIX) or not name.endswith(PARTS) for name in tensors):
+    if any(not name.startswith(PREFIX) or not name.endswith(MERGEABLE) for name in tensors):
         return None
     weight_places = places(base, modules)
     return weight_places if {place.module for place in weight_places.values()} == modules else None
@@ -69,7 +69,7 @@ def _merge_by_file(
     base: Path,
     output: Path,
     dtype: torch.dtype,
-    config: dict[str, Any],
+    config: JsonObject,
     tensors: dict[str, Tensor],
     places: dict[str, WeightPlace],
 ) -> None:
@@ -111,13 +111,13 @@ def _merge_in_memory(base: Path, adapter: Path, tensors: set[str], output: Path,
             "not fit into this worker's memory. Merge it with PEFT's merge_and_unload on a larger machine."
         )
         raise UserError("not_mergeable", message, "format")
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         base, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
     )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # missing tensors are checked below
-            adapted: Any = PeftModel.from_pretrained(model, adapter)
+            adapted = PeftModel.from_pretrained(model, adapter)
     except (ValueError, RuntimeError, KeyError) as error:
         message = f"The adapter does not fit the base: {first_line(error)}."
         raise UserError("not_mergeable", message, "format") from error
@@ -131,7 +131,7 @@ def _merge_in_memory(base: Path, adapter: Path, tensors: set[str], output: Path,
 def _describe(base: Path, adapter: Path, output: Path, dtype: torch.dtype) -> None:
     """Write all files beside the weights: the base's configuration, the adapter's tokenizer, card and metrics."""
     name = str(dtype).removeprefix("torch.")
-    config: dict[str, Any] = json.loads((base / "config.json").read_text())
+    config: JsonObject = json.loads((base / "config.json").read_text())
     config.pop("torch_dtype", None)
     config_path = output / "config.json"
     if not config_path.exists() or json.loads(config_path.read_text())["model_type"] == config["model_type"]:
@@ -152,7 +152,7 @@ def main() -> int:
     """Merge in the folder of the command line, and print `{}` or the error as JSON."""
     folder = Path(sys.argv[1])
     dtype = HALF_DTYPES[json.loads((folder / "merge.json").read_text())["dtype"]]
-    result: dict[str, Any] = {}
+    result: JsonObject = {}
     try:
         merge(folder / "base", folder / "start", folder / "output", dtype)
     except UserError as error:

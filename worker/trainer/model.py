@@ -1,23 +1,26 @@
 """The policy: a base model, quantised or not, of which a LoRA adapter or all parameters are trained.
 
-Shapes: B sequences of T tokens, hidden size H, vocabulary V; N scored tokens, L distinct responses and R responses of
-rows in a pack (see `packing.Pack`).
+Shapes: B sequences of T tokens, hidden size H, vocabulary V. A pack has N scored tokens, L distinct responses and R
+responses of rows (see `packing.Pack`).
 """
 
+import gc
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from worker.trainer.attention import TREE_ATTENTION, TreeMask, padding_mask, sliding_windows
-from worker.trainer.data import Row, Tokenizer
+from worker.trainer.data import Row
 from worker.trainer.linears import body
 from worker.trainer.logps import Head, TokenScores, score_logits, score_tokens
 from worker.trainer.packing import Pack, Packing
@@ -58,7 +61,7 @@ class Policy:
     fields from `one_by_one` to `autocast_dtype` say how log-probs are computed.
     """
 
-    model: Any
+    model: PreTrainedModel | PeftModel
     tokenizer: Tokenizer
     name: str
     revision: str | None
@@ -85,12 +88,12 @@ class Policy:
     _dropout: list[nn.Dropout] = field(default_factory=list)
 
     @property
-    def causal(self) -> Any:
+    def causal(self) -> PreTrainedModel:
         """The transformers model inside PEFT's, with its head."""
         return self.model if self.full else self.model.get_base_model()
 
     @property
-    def body(self) -> Any:
+    def body(self) -> PreTrainedModel:
         """The transformers model without its head."""
         return body(self.causal)
 
@@ -106,7 +109,8 @@ class Policy:
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name, the reward head's weight included."""
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        parameters = self.model.named_parameters()
+        trained = {name: parameter for name, parameter in parameters if parameter.requires_grad}
         return trained if self.reward_head is None else trained | {"reward_head.weight": self.reward_head.weight}
 
     @property
@@ -135,7 +139,9 @@ class Policy:
         if self.compiled:
             return
         self.compiled = True
-        lists = [m for m in self.body.modules() if isinstance(m, nn.ModuleList)]  # the longest holds the layers
+        lists = [
+            module for module in self.body.modules() if isinstance(module, nn.ModuleList)
+        ]  # the longest holds the layers
         for layer in max(lists, key=len, default=nn.ModuleList()):
             layer.compile(dynamic=self.device.type == "cpu")
 
@@ -158,6 +164,7 @@ class Policy:
             tokens = score_tokens(hidden, Head.of(self.causal), pack.targets, entropy=entropy, alignment=alignment)
         logps = tokens.logps
         if tail_weight is not None:
+            # The tokens of the tail, by their number within the response.
             logps = torch.where(pack.order < shortest_lengths(pack)[pack.leaf], logps, tail_weight * logps)
         return Scores(tokens, per_response(pack, logps))
 
@@ -177,10 +184,11 @@ class Policy:
         if not self.one_by_one:
             return self._forward(pack.ids, attention_mask=padding)
         width = pack.ids.shape[1]
-        states = [self._forward(ids[None, :n]) for ids, n in zip(pack.ids, padding.sum(1).tolist(), strict=True)]
+        lengths = padding.sum(1).tolist()  # tokens of each text, [B]
+        states = [self._forward(ids[None, :length]) for ids, length in zip(pack.ids, lengths, strict=True)]
         return torch.cat([nn.functional.pad(state, (0, 0, 0, width - state.shape[1])) for state in states])
 
-    def _forward(self, ids: Tensor, **options: Any) -> Tensor:
+    def _forward(self, ids: Tensor, **options: Tensor | TreeMask | None) -> Tensor:
         """The last hidden states of `ids` [B, T]: [B, T, H]."""
         with self.autocast():
             states: Tensor = self.body(input_ids=ids, use_cache=False, **options).last_hidden_state
@@ -244,8 +252,15 @@ class Policy:
         parameters = dict(self.model.named_parameters())
         dora = any("lora_magnitude_vector" in name for name in parameters)
         return not dora and not any(
-            p.any() for name, p in parameters.items() if "lora_B" in name or "lora_embedding_B" in name
+            weight.any() for name, weight in parameters.items() if "lora_B" in name or "lora_embedding_B" in name
         )
+
+    def free_model(self) -> None:
+        """Free the memory of the model. Only the other fields can be used afterwards."""
+        del self.model
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def save(self, folder: Path) -> None:
         """Write the adapter (PEFT) or the whole model (transformers) into `folder`, with the base's tokenizer."""
@@ -296,11 +311,13 @@ def _all_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters()
     yield from model.named_buffers()
     for name, module in model.named_modules():
-        weight: Any = getattr(module, "weight", None)
-        scales = dict(weight.quant_state.as_dict(packed=True)) if getattr(weight, "quant_state", None) else {}
+        weight = getattr(module, "weight", None)
+        quant_state = getattr(weight, "quant_state", None)  # of a 4-bit weight
+        scales = dict(quant_state.as_dict(packed=True)) if quant_state else {}
         for holder in (weight, getattr(module, "state", None)):  # int8 scales move to `state` in the first pass
-            if isinstance(getattr(holder, "SCB", None), Tensor):
-                scales["SCB"] = holder.SCB  # type: ignore[union-attr]
+            int8_scales = getattr(holder, "SCB", None)
+            if isinstance(int8_scales, Tensor):
+                scales["SCB"] = int8_scales
         yield from ((f"{name}.{key}", value) for key, value in scales.items() if isinstance(value, Tensor))
 
 

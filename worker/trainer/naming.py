@@ -5,16 +5,16 @@ import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
+from app.spec.json_types import JsonObject
 from worker.model_files import weight_files
 
 PREFIX, DOWN = "base_model.model.", ".lora_A.weight"
@@ -37,7 +37,8 @@ def places(base: Path, modules: Collection[str]) -> dict[str, WeightPlace]:
     transformers' own rules map the names. A weight that transformers converts, for example joins with others, is left
     out.
     """
-    model = without_weights(base)
+    model = meta_model(base)
+    # A renaming keeps a tensor of the file as it is. A converter joins or splits tensors.
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
@@ -63,20 +64,20 @@ def write_for_servers(base: Path, folder: Path) -> None:
     names = {place.module: name.removesuffix(".weight") for name, place in places(base, modules).items()}
     if names.keys() != modules or all(module == name for module, name in names.items()):
         return
-    renamed = {}
+    renamed = {}  # PREFIX + the layer's name in the files + `.lora_…` -> tensor
     for name, tensor in tensors.items():
         module = next(candidate for candidate in modules if name.startswith(f"{PREFIX}{candidate}.lora_"))
         renamed[f"{PREFIX}{names[module]}{name.removeprefix(PREFIX + module)}"] = tensor
-    place = folder / FOR_SERVERS
-    place.mkdir(exist_ok=True)
-    save_file(renamed, place / "adapter_model.safetensors", metadata={"format": "pt"})
-    shutil.copyfile(folder / "adapter_config.json", place / "adapter_config.json")
-    settings: dict[str, Any] = json.loads((place / "adapter_config.json").read_text())
+    servers_folder = folder / FOR_SERVERS
+    servers_folder.mkdir(exist_ok=True)
+    save_file(renamed, servers_folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    shutil.copyfile(folder / "adapter_config.json", servers_folder / "adapter_config.json")
+    settings: JsonObject = json.loads((servers_folder / "adapter_config.json").read_text())
     settings["target_modules"] = sorted({name.rpartition(".")[2] for name in names.values()})
-    (place / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    (servers_folder / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
-def without_weights(base: Path) -> Any:
+def meta_model(base: Path) -> PreTrainedModel:
     """The model in `base`, built from its configuration on the meta device, without memory for its weights."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base, local_files_only=True))

@@ -10,9 +10,11 @@ Rows with the same prompt share a tree. A response that several of them have is 
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 
 import numpy
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from worker.trainer.data import Response, Row
@@ -62,8 +64,8 @@ class Pack:
 
     def to(self, device: torch.device) -> "Pack":
         """The pack with its tensors on `device`."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("rows", "tokens", "spans")}
-        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
+        names = [field.name for field in fields(self) if field.name not in ("rows", "tokens", "spans")]
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 @dataclass(frozen=True)
@@ -202,19 +204,15 @@ def padded_pack(group: Sequence[Tree]) -> Pack:
 def _build(group: Sequence[Tree], sequences: list[list[tuple[Tree, int | None]]], width: int) -> Pack:
     """The pack of `sequences`. Each is a list of (tree, response index); None stands for all responses of the tree."""
     # Number the distinct responses of all trees: leaf 0 … L − 1.
-    first_leaf: dict[int, int] = {}
-    count = 0
-    for tree in group:
-        first_leaf[id(tree)] = count
-        count += len(tree.responses)
+    *starts, count = accumulate((len(tree.responses) for tree in group), initial=0)
+    first_leaf = {id(tree): start for tree, start in zip(group, starts, strict=True)}
     sizes = [sum(_tokens(tree, only) for tree, only in sequence) for sequence in sequences]
     width = max(width, *sizes)
     shape = (len(sequences), width)  # (B, T)
     ids, positions, branch = (numpy.zeros(shape, dtype=numpy.int64) for _ in range(3))
     tree_of = numpy.full(shape, -1, dtype=numpy.int64)
+    last, lengths = (numpy.zeros(count, dtype=numpy.int64) for _ in range(2))  # (L,)
     predictors, targets, leaf, order, spans = [], [], [], [], []
-    last = numpy.zeros(count, dtype=numpy.int64)
-    lengths = numpy.zeros(count, dtype=numpy.int64)
     for b, sequence in enumerate(sequences):
         slot = 0  # the next free slot of sequence b
         for local, (tree, only) in enumerate(sequence):
@@ -232,10 +230,7 @@ def _build(group: Sequence[Tree], sequences: list[list[tuple[Tree, int | None]]]
                 ids[b, slot : slot + size] = tokens
                 positions[b, slot : slot + size] = numpy.arange(length, length + size)
                 branch[b, slot : slot + size] = k + 1
-                # The prompt's last token predicts the first one. Without a prompt, nothing predicts it.
-                before = numpy.arange(slot - 1, slot + size - 1)
-                before[0] = start + length - 1
-                scored = numpy.asarray(response.scored, dtype=bool) & (before >= start)
+                before, scored = _predictors(response, slot, start, start + length)
                 predictors.append(b * width + before[scored])
                 targets.append(tokens[scored])
                 lengths[number] = len(targets[-1])
@@ -245,23 +240,30 @@ def _build(group: Sequence[Tree], sequences: list[list[tuple[Tree, int | None]]]
                 last[number] = b * width + slot - 1
             tree_of[b, start:slot] = local
             spans.append((start, slot))
+    # The rows, each with the numbers of its responses.
     rows = [(number, [first_leaf[id(tree)] + k for k in indices]) for tree in group for number, indices in tree.rows]
     arrays = {
-        "ids": ids,
-        "positions": positions,
-        "tree": tree_of,
-        "branch": branch,
-        "predictors": numpy.concatenate(predictors),
-        "targets": numpy.concatenate(targets),
-        "leaf": numpy.concatenate(leaf),
-        "order": numpy.concatenate(order),
-        "last": last,
-        "lengths": lengths,
+        "ids": ids, "positions": positions, "tree": tree_of, "branch": branch, "last": last, "lengths": lengths,
+        "predictors": numpy.concatenate(predictors), "targets": numpy.concatenate(targets),
+        "leaf": numpy.concatenate(leaf), "order": numpy.concatenate(order),
         "leaves": numpy.array([k for _, indices in rows for k in indices]),
         "row_of": numpy.array([index for index, (_, indices) in enumerate(rows) for _ in indices]),
-    }
+    }  # fmt: skip
     tensors = {name: torch.from_numpy(array.astype(numpy.int64, copy=False)) for name, array in arrays.items()}
     return Pack(tuple(number for number, _ in rows), sum(sizes), tuple(spans), **tensors)
+
+
+def _predictors(
+    response: Response, slot: int, prompt_start: int, prompt_end: int
+) -> tuple[NDArray[numpy.int64], NDArray[numpy.bool_]]:
+    """(the slot before each token of `response` in its text, whether the token is scored from there), [tokens] each.
+
+    The first token of `response` is at `slot`. The last token of the prompt, before `prompt_end`, predicts it. Without
+    a prompt, nothing predicts it.
+    """
+    before = numpy.arange(slot - 1, slot + len(response.ids) - 1)
+    before[0] = prompt_end - 1
+    return before, numpy.asarray(response.scored, dtype=bool) & (before >= prompt_start)
 
 
 def _tokens(tree: Tree, only: int | None) -> int:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy
 import torch
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from app.spec.datasets.rendering import Rendering
 from app.spec.hyperparameters import DEFAULT_MAX_LENGTH, DPOHyperparameters, SupervisedHyperparameters
 from app.spec.job import JobSpec, StageSpec
 from worker.trainer.cache import Cache
-from worker.trainer.data import Recipe, Tally, Tokenizer
+from worker.trainer.data import Recipe, Tally
 from worker.trainer.dataset import Integers, Rows, load
 from worker.trainer.errors import UserError
 from worker.trainer.events import Events

@@ -74,13 +74,13 @@ def compute(
     `tail_weight` is the weight of tail tokens in LD-DPO. `check_stop` is called after each pack.
     """
     counts = torch.tensor([len(row.responses) for row in rows], dtype=torch.long)
-    first = counts.cumsum(0) - counts
-    logps, seen = torch.zeros(int(counts.sum())), torch.zeros(int(counts.sum()))
+    first = counts.cumsum(0) - counts  # [rows]
+    logps, seen = torch.zeros(int(counts.sum())), torch.zeros(int(counts.sum()))  # [responses]
     with torch.no_grad():
         for pack in policy.packs(rows, range(len(rows)), merge=tail_weight is None):
             scores = policy.score(pack, tail_weight=tail_weight)
             numbers, row = torch.tensor(pack.rows), pack.row_of.cpu()
-            index = (first[numbers[row]] + columns(row),)  # ([R],)
+            index = (first[numbers[row]] + columns(row),)  # the place of each response in the result, [R]
             seen = seen.to(scores.responses.dtype).index_put(index, scores.responses.cpu())
             logps = logps.to(seen.dtype).index_put(index, per_response(pack, scores.tokens.logps).cpu())
             check_stop()

@@ -8,16 +8,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import Any
 
-from app.spec.datasets.example import Example, Message, Prompt
-from app.spec.datasets.example import Response as Answer
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from app.spec.datasets.example import Example, Message, PromptContent, ResponseContent
 from app.spec.datasets.rendering import Rendering
 from worker.trainer.control import ControlTokens
 from worker.trainer.errors import UserError
 from worker.trainer.template import Template, ends_of
 
-Tokenizer = Any
 Span = tuple[int, int]
 """The first character of a part of a text, and the character after its last."""
 
@@ -31,7 +30,7 @@ FOREIGN = (
 """Beginnings and ends of prompts that were written by a template of any model."""
 _THINK = re.compile(r"</?think>|\s+")
 """Tags of thinking, and white space."""
-_INLINE = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
+_INLINE_THOUGHTS = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
 """Thoughts at the beginning of an answer's text."""
 
 
@@ -130,7 +129,7 @@ class Renderer:
     def _without_ends(self, example: Example) -> Example:
         """`example` without its own BOS and end tokens, which the renderer adds itself."""
 
-        def unended(response: Answer) -> Answer:
+        def unended(response: ResponseContent) -> ResponseContent:
             said = response.rstrip() if isinstance(response, str) else ""
             end = next((end for end in self._end_texts if said.endswith(end)), "")
             return said.removesuffix(end) if end else response
@@ -203,10 +202,8 @@ class Renderer:
             prompt_text, space, spans = f"{example.system}\n\n{prompt}" if example.system else prompt, "", list[Span]()
         else:
             prompt_text, spans = self._transcript(prompt, example.turns, turns)
-            prompt_text, space = (
-                prompt_text + "\n\nAssistant:",
-                " ",
-            )  # as in the HH data set, which made this form common
+            # The form of the HH data set, which made it common.
+            prompt_text, space = prompt_text + "\n\nAssistant:", " "
         eos = self.tokenizer.eos_token if self._rendering.append_eos is not False else ""
         whole_texts, learned = [], []
         for response in example.responses:
@@ -245,6 +242,7 @@ class Renderer:
         answers = [_turns_of(answer) for answer in example.responses]
         if template.reads_reasoning:
             answers = [list(map(_with_reasoning, answer)) for answer in answers]
+        # 1. The template's text of the prompt, and of the conversation with each answer.
         try:
             prompt = template.write(turns, tools, generation=True)
             texts = [template.write([*turns, *answer], tools) for answer in answers]
@@ -256,7 +254,9 @@ class Renderer:
         if tools_ignored:
             raise _no_tools(example)
         _require_context(turns, prompt)
+        # 2. Where the prompt ends, in characters.
         boundary, texts = (len(prompt), texts) if extends_prompt else _boundary(prompt, base, texts, answers)
+        # 3. The learned spans of each answer, up to its end token.
         learned = []
         for answer, text in zip(answers, texts, strict=True):
             _require_answer(example, answer, text[boundary:])
@@ -266,6 +266,7 @@ class Renderer:
             learned.append(tuple(spans))
         texts = [self._with_end(text) for text in texts]
         learned = [(*spans[:-1], (spans[-1][0], len(text))) for spans, text in zip(learned, texts, strict=True)]
+        # 4. The learned spans of earlier turns.
         earlier = self._earlier_spans(example, template, answers[0], texts[0], every)
         header = len(template.header) if texts[0][:boundary].endswith(template.header) else 0
         return Rendered(boundary, tuple(texts), tuple(learned), (*earlier, *learned[0]), bos=False, header=header)
@@ -342,7 +343,7 @@ def _bos(tokenizer: Tokenizer) -> list[int]:
     return [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and alone[0] == tokenizer.bos_token_id else []
 
 
-_ALIKE = 8
+_HEADER_CHARACTERS = 8
 """Number of characters before an answer by which its header is recognised."""
 _SPEAKERS = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": ""}
 """The beginning of each turn in a transcript, by role."""
@@ -371,20 +372,20 @@ def _span_of_message(
     return min(shared, _find_answer([whole[place]], text, len(base.rstrip()))), len(text) if last else len(after)
 
 
-def _turns_of(answer: Answer) -> list[Message]:
+def _turns_of(answer: ResponseContent) -> list[Message]:
     """An answer as a list of turns."""
     return [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
 
 
 def _with_reasoning(turn: Message) -> Message:
     """A turn with the thoughts at the beginning of its text moved to `reasoning`. The template writes their tags."""
-    thought = _INLINE.match(turn["content"])
+    thought = _INLINE_THOUGHTS.match(turn["content"])
     if thought is None or "reasoning" in turn or turn["role"] != "assistant":
         return turn
     return {**turn, "reasoning": thought[1].strip("\n"), "content": turn["content"][thought.end() :].lstrip("\n")}
 
 
-def _texts_of(example: Example) -> list[Any]:
+def _texts_of(example: Example) -> list[object]:
     """All parts of an example that come from data and reach the text."""
     return [example.prompt, example.system, list(example.responses), list(example.tools)]
 
@@ -392,7 +393,7 @@ def _texts_of(example: Example) -> list[Any]:
 def _with_folded_system(example: Example) -> Example:
     """`example` with its system prompt in its first user turn."""
     if isinstance(example.prompt, str):
-        prompt: Prompt = f"{example.system}\n\n{example.prompt}" if example.system else example.prompt
+        prompt: PromptContent = f"{example.system}\n\n{example.prompt}" if example.system else example.prompt
         return replace(example, prompt=prompt, system="")
     system_texts = [turn["content"] for turn in example.prompt if turn["role"] == "system" and turn["content"]]
     first = next((place for place, turn in enumerate(example.prompt) if turn["role"] == "user"), None)
@@ -484,7 +485,7 @@ def _boundary(prompt: str, base: str, texts: list[str], answers: list[list[Messa
     for answer, text in zip(answers, texts, strict=True):
         said = answer[0]["content"].strip() if len(answer) == 1 and "tool_calls" not in answer[0] else ""
         place = len(text[: text.rfind(said)].rstrip()) if said else -1
-        ending = text[max(0, place - _ALIKE) : place] if place > 0 else ""
+        ending = text[max(0, place - _HEADER_CHARACTERS) : place] if place > 0 else ""
         if not ending or "reasoning" in answer[0] or not prompt.rstrip().endswith(ending):
             detail = "the model's chat template writes earlier turns differently when the answer follows"
             raise RowRefused("template_rewrites_history", detail)
@@ -493,11 +494,11 @@ def _boundary(prompt: str, base: str, texts: list[str], answers: list[list[Messa
     return boundary, joined
 
 
-def _common(one: str, other: str) -> int:
+def _common(first: str, second: str) -> int:
     """Length of the common beginning of two texts, in characters."""
-    if other.startswith(one):
-        return len(one)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+    if second.startswith(first):
+        return len(first)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def _find_answer(answer: list[Message], text: str, start: int) -> int:

@@ -2,24 +2,23 @@
 
 The artifact is a transformers sequence classifier with one label: base and adapter merged, and the reward head as its
 `score`. These classifiers have no bias. The mean reward of the training answers is therefore stored as `reward_mean` in
-`config.json`: r(x, y) − reward_mean has mean 0 over these answers (Rafailov et al. 2023, Sec. 3).
+`config.json`. Then r(x, y) − reward_mean has mean 0 over these answers (Rafailov et al. 2023, Sec. 3).
 """
 
-import gc
 import json
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from app.spec.datasets.example import Example, Kind
 from app.spec.datasets.rendering import Rendering
 from app.spec.hyperparameters import DEFAULT_MAX_LENGTH
+from app.spec.json_types import JsonObject
 from worker.model_files import context_length, text_config
 from worker.trainer.data import Recipe, Row, Tally, batched, rows
 from worker.trainer.errors import UserError
@@ -47,14 +46,12 @@ def save(folder: Path, policy: Policy, base: Base, rows: Sequence[Row]) -> None:
     """
     assert policy.reward_head is not None
     weight, device, dtype = policy.reward_head.weight.detach().cpu(), policy.device, policy.autocast_dtype
+    # 1. Merge the adapter into a classifier of the unquantised base.
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         policy.save(Path(name))
-        policy.model = None  # frees memory for the merged model
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        policy.free_model()  # makes room for the merged model
         source = Path(name) if policy.full else base.folder
-        model: Any = AutoModelForSequenceClassification.from_pretrained(
+        model = AutoModelForSequenceClassification.from_pretrained(
             source, num_labels=1, dtype=dtype or torch.float32, local_files_only=True, trust_remote_code=False,
             use_safetensors=True,
         )  # fmt: skip
@@ -62,11 +59,13 @@ def save(folder: Path, policy: Policy, base: Base, rows: Sequence[Row]) -> None:
             config = PeftConfig.from_pretrained(name)
             config.task_type = None  # the adapter is that of a causal model, but the layers are the same
             model = PeftModel.from_pretrained(model, name, config=config).merge_and_unload()
+    # 2. Give it the reward head and a padding token.
     model.score.weight.data.copy_(weight)
     # A classifier reads the last token that is not padding. An answer's last token ends it, so no end token may pad.
     text = model.config.get_text_config()
     padding = padding_token(policy.tokenizer, policy.ends, text.vocab_size)
     text.pad_token_id = model.config.pad_token_id = policy.tokenizer.convert_tokens_to_ids(padding)
+    # 3. Measure the mean reward.
     texts = [row.prompt + response.ids for row in rows[:MEAN_ROWS] for response in row.responses]
     try:
         rewards = _rewards(model.eval().to(device), texts, lambda: None)
@@ -74,26 +73,35 @@ def save(folder: Path, policy: Policy, base: Base, rows: Sequence[Row]) -> None:
         rewards = _rewards(model.cpu(), texts, lambda: None)
     rewards_64 = torch.tensor(rewards, dtype=torch.float64)
     model.config.reward_mean, model.config.reward_mean_answers = rewards_64.mean().item(), len(rewards_64)
+    # 4. Write the files.
     model.save_pretrained(folder)
     _keep_own_files(base.folder, folder, padding)
 
 
-OURS = ("architectures", "id2label", "label2id", "pad_token_id", "dtype", "reward_mean", "reward_mean_answers")
+CHANGED_FIELDS = (
+    "architectures",
+    "id2label",
+    "label2id",
+    "pad_token_id",
+    "dtype",
+    "reward_mean",
+    "reward_mean_answers",
+)
 """Configuration fields in which a reward model differs from its base."""
 
 
 def _keep_own_files(base: Path, folder: Path, padding: str) -> None:
-    """Write the base's configuration and tokenizer for a reward model: the fields `OURS`, and padding on the right."""
+    """Write the base's configuration and tokenizer, with `CHANGED_FIELDS` and padding on the right."""
     written_config, config = (json.loads((place / "config.json").read_text()) for place in (folder, base))
     config.pop("torch_dtype", None)
-    config |= {name: written_config[name] for name in OURS if name in written_config}
+    config |= {name: written_config[name] for name in CHANGED_FIELDS if name in written_config}
     text = text_config(config)
     if text is not config:
         text["pad_token_id"] = config["pad_token_id"]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     copy_tokenizer(base, folder)
     settings_path = folder / "tokenizer_config.json"
-    settings: dict[str, Any] = json.loads(settings_path.read_text()) if settings_path.exists() else {}
+    settings: JsonObject = json.loads(settings_path.read_text()) if settings_path.exists() else {}
     settings |= {"pad_token": padding, "padding_side": "right"}
     settings_path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
     special_path = folder / "special_tokens_map.json"
@@ -102,18 +110,19 @@ def _keep_own_files(base: Path, folder: Path, padding: str) -> None:
         special_path.write_text(json.dumps(special_tokens, indent=2, ensure_ascii=False) + "\n")
 
 
-def _rewards(model: Any, texts: Sequence[Sequence[int]], check_stop: Callable[[], None]) -> list[float]:
+def _rewards(model: PreTrainedModel, texts: Sequence[Sequence[int]], check_stop: Callable[[], None]) -> list[float]:
     """The classifier's score of each text of token ids, [texts]. Batches hold texts of similar length."""
     rewards, padding = [0.0] * len(texts), model.config.pad_token_id
     order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
     with torch.no_grad():
         for group in batched(order, SCORED_TOGETHER):
             width = len(texts[group[-1]])
+            # (n, T), padded on the right.
             ids = [[*texts[number], *[padding] * (width - len(texts[number]))] for number in group]
             mask = [[1] * len(texts[number]) + [0] * (width - len(texts[number])) for number in group]
             logits = model(
                 input_ids=torch.tensor(ids, device=model.device), attention_mask=torch.tensor(mask, device=model.device)
-            ).logits
+            ).logits  # (n, 1)
             for number, value in zip(group, logits.float().squeeze(1).tolist(), strict=True):
                 rewards[number] = value
             check_stop()
@@ -130,7 +139,7 @@ def scores(
     """The reward of each answer in `answered` by the reward model in `folder`, minus its `reward_mean`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(folder)
-    model: Any = AutoModelForSequenceClassification.from_pretrained(
+    model = AutoModelForSequenceClassification.from_pretrained(
         folder, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, local_files_only=True,
         trust_remote_code=False, use_safetensors=True, device_map={"": device},
     ).eval()  # fmt: skip

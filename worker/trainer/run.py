@@ -5,9 +5,10 @@ import threading
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from app.spec.job import JobSpec
+from app.spec.json_types import JsonObject
 from worker.trainer.cache import Cache
 from worker.trainer.errors import Stopped
 from worker.trainer.events import Events
@@ -33,9 +34,9 @@ class Run:
         return cls(folder, events, stopping, cache or Cache(folder / "cache", events))
 
     @cached_property
-    def about(self) -> dict[str, Any]:
+    def about(self) -> JsonObject:
         """The content of `run.json`: what the runner knows about the job beside its spec, such as its base model."""
-        about: dict[str, Any] = json.loads((self.folder / "run.json").read_text())
+        about: JsonObject = json.loads((self.folder / "run.json").read_text())
         return about
 
     def check_stop(self) -> None:

@@ -139,32 +139,14 @@ def _sample(
     check_stop: Callable[[], None],
 ) -> Iterator[Completion]:
     device, model = policy.device, policy.causal
-    # 1. Prefill: each distinct prompt once, padded on the left. The mask hides the padding, so its token is arbitrary.
-    prompts = list(dict.fromkeys(request.prompt for request in batch))
-    prompt_index = torch.tensor([prompts.index(request.prompt) for request in batch], device=device)  # (n,)
-    width = max(map(len, prompts))
-    ids = torch.tensor([[p[0]] * (width - len(p)) + list(p) for p in prompts], device=device)  # (P, T)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)  # (P, T)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    uniform = torch.tensor(
-        numpy.stack(
-            [random_stream(sampling.seed, request.row, request.sample, sampling.max_tokens) for request in batch]
-        ),
-        device=device,
-    )  # (n, max_tokens)
-    cache = DynamicCache(config=model.config.get_text_config())
-    with policy.autocast():
-        out = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-            logits_to_keep=1,
-        )  # fmt: skip
-    # 2. Copy each prompt's cache for all its completions.
-    cache.batch_select_indices(prompt_index)
-    logits, mask, position = out.logits[prompt_index, -1], mask[prompt_index], positions[prompt_index, -1:]
+    streams = [random_stream(sampling.seed, request.row, request.sample, sampling.max_tokens) for request in batch]
+    uniform = torch.tensor(numpy.stack(streams), device=device)  # (n, max_tokens)
+    # 1. Compute the prompts.
+    cache, logits, mask, position = _prefill(policy, [request.prompt for request in batch])
     # `active` maps a slot of the batch to the number of its request; −1 once it has finished.
     active, answers, logps = list(range(len(batch))), [list[int]() for _ in batch], [0.0] * len(batch)
     for step in range(sampling.max_tokens):
-        # 3. Draw one token for each slot.
+        # 2. Draw one token for each slot.
         check_stop()
         tokens, token_logps = draw(logits, uniform[:, step], sampling)
         unfinished = []
@@ -185,13 +167,13 @@ def _sample(
                 unfinished.append(slot)
         if not unfinished:
             return
-        # 4. Remove finished slots from the batch, once they are many.
+        # 3. Remove finished slots from the batch, once they are many.
         if len(unfinished) <= COMPACT_SHARE * len(active):
-            rows = torch.tensor(unfinished, device=device)
-            cache.batch_select_indices(rows)
-            tokens, mask, position, uniform = tokens[rows], mask[rows], position[rows], uniform[rows]
+            kept = torch.tensor(unfinished, device=device)
+            cache.batch_select_indices(kept)
+            tokens, mask, position, uniform = tokens[kept], mask[kept], position[kept], uniform[kept]
             active = [active[slot] for slot in unfinished]
-        # 5. Compute the logits of the next token.
+        # 4. Compute the logits of the next token.
         mask, position = torch.cat([mask, torch.ones_like(mask[:, :1])], -1), position + 1
         with policy.autocast():
             out = model(
@@ -199,3 +181,27 @@ def _sample(
                 use_cache=True,
             )  # fmt: skip
         logits = out.logits[:, -1]  # (n, V)
+
+
+def _prefill(policy: Policy, batch_prompts: Sequence[tuple[int, ...]]) -> tuple[DynamicCache, Tensor, Tensor, Tensor]:
+    """(KV cache, logits of the next token [n, V], mask [n, T], last position [n, 1]) of the n prompts of a batch."""
+    device, model = policy.device, policy.causal
+    # 1. Each of the P distinct prompts once, padded on the left to T tokens. The mask hides the padding, so its token
+    # is arbitrary.
+    prompts = list(dict.fromkeys(batch_prompts))
+    prompt_index = torch.tensor([prompts.index(prompt) for prompt in batch_prompts], device=device)  # (n,)
+    width = max(map(len, prompts))
+    padding = [width - len(prompt) for prompt in prompts]
+    padded = [[prompt[0]] * count + list(prompt) for prompt, count in zip(prompts, padding, strict=True)]
+    ids = torch.tensor(padded, device=device)  # (P, T)
+    mask = torch.tensor([[0] * count + [1] * (width - count) for count in padding], device=device)  # (P, T)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (P, T)
+    cache = DynamicCache(config=model.config.get_text_config())
+    with policy.autocast():
+        out = model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+            logits_to_keep=1,
+        )  # fmt: skip
+    # 2. Copy each prompt's cache for all its completions.
+    cache.batch_select_indices(prompt_index)
+    return cache, out.logits[prompt_index, -1], mask[prompt_index], positions[prompt_index, -1:]

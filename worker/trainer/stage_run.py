@@ -89,10 +89,11 @@ class StageRun:
         for scale in policy.loss_scales:  # descending
             policy.loss_scale = scale
             counts, averages = self._within_memory(lambda: self._backward(rows))
-            gradients = [p.grad for p in policy.trainable().values() if p.grad is not None]
-            if scale == policy.loss_scales[-1] or all(bool(g.isfinite().all()) for g in gradients):
+            parameters = policy.trainable().values()
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            if scale == policy.loss_scales[-1] or all(bool(gradient.isfinite().all()) for gradient in gradients):
                 break
-            for parameter in policy.trainable().values():
+            for parameter in parameters:
                 parameter.grad = None  # it overflowed: try a smaller scale
         for gradient in gradients if scale != 1 else ():  # undo the scale
             gradient.div_(scale)

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
-from typing import Any
 
+from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from app.spec.datasets.example import Message
+from app.spec.json_types import JsonObject
 
-Tokenizer = Any
-Tools = Sequence[dict[str, Any]]
+Tools = Sequence[JsonObject]
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _THINKING = re.compile(r"<think>\s*(</think>\s*)?$")
 _ASKED, _SAID, _THOUGHT = "Qzxq asked?", "Vwkv said.", "Jbtj thought."
@@ -69,9 +69,8 @@ class Template:
         environment = _compile_jinja_template(source).environment
         environment.globals["strftime_now"] = self._day.strftime
         environment.globals.pop("lipsum", None)
-        environment.filters["random"] = lambda *arguments: next(
-            iter(arguments[-1])
-        )  # the value comes after Jinja's own arguments
+        # The value comes after Jinja's own arguments.
+        environment.filters["random"] = lambda *arguments: next(iter(arguments[-1]))
 
     @cached_property
     def dated(self) -> bool:
@@ -116,7 +115,7 @@ class Template:
 
     @cached_property
     def _probe(self) -> "_Probe":
-        """What the template writes around a question and an answer.
+        """The texts that the template writes around a question and an answer.
 
         Templates of vision models may take text only in parts, so both forms are tried.
         """
@@ -131,9 +130,9 @@ class Template:
         self._text_as_parts = False
         return _Probe("", "", "", "", "")
 
-    def _message(self, message: Message) -> dict[str, Any]:
+    def _message(self, message: Message) -> JsonObject:
         """A message with the field names that templates read."""
-        fields: dict[str, Any] = {name: value for name, value in message.items() if name != "reasoning"}
+        fields: JsonObject = {name: value for name, value in message.items() if name != "reasoning"}
         if "reasoning" in message:
             fields |= {"reasoning_content": message["reasoning"], "thinking": message["reasoning"]}
         if self._text_as_parts:
@@ -160,6 +159,7 @@ class _Probe:
         """The probe of `template`; None if the template leaves texts out."""
         asked: Message = {"role": "user", "content": _ASKED}
         said: Message = {"role": "assistant", "content": _SAID}
+        # 1. Let the template write the probe conversations.
         text = template._write([asked, said])
         if _ASKED not in text or _SAID not in text:
             return None
@@ -169,7 +169,7 @@ class _Probe:
             continued = template._write([asked, said, asked])
         except Exception:  # the template takes a single turn only
             continued = base
-        # `user` is the common end of what comes before the first and the last question, without BOS and EOS tokens.
+        # 2. `user` is the common end of the texts before the first and the last question, without BOS and EOS tokens.
         first, last = (
             template.without_ends(
                 conversation.rpartition(_ASKED)[0].rpartition(_SAID)[2] or conversation.partition(_ASKED)[0]
@@ -180,6 +180,7 @@ class _Probe:
         while shared < min(len(first), len(last)) and first[-1 - shared] == last[-1 - shared]:
             shared += 1
         user = first[len(first) - shared :].lstrip("\0")
+        # 3. `ending` follows the answer. `opening` is the rest of the text before the first question.
         ending = text.rpartition(_SAID)[2]
         opening = template.without_ends(base.partition(_ASKED)[0]).lstrip("\0 \n").removesuffix(user)
         return cls(opening, user.removeprefix(ending.strip()).lstrip(), prompted.rpartition(_ASKED)[2], header, ending)

@@ -7,14 +7,14 @@ activations do not count.
 
 import time
 from functools import cache
-from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from worker.trainer.model import Policy
 
 
-def layer_weights(causal: Any) -> int:
+def layer_weights(causal: PreTrainedModel) -> int:
     """Number of weights in the linear layers that every token passes, without embeddings, head and adapter."""
     head, count = {id(module) for module in causal.get_output_embeddings().modules()}, 0
     for name, module in causal.named_modules():

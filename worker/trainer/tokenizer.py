@@ -8,14 +8,13 @@ import json
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from app.spec.json_types import JsonObject
 from worker.model_files import TEMPLATES, TOKENIZER_FILES
 from worker.trainer.errors import UserError
-
-Tokenizer = Any
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -47,13 +46,10 @@ def write_ends(base: Path, folder: Path, ends: Sequence[int]) -> None:
     config = json.loads((base / "config.json").read_text())
     token_ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}
     path = base / "generation_config.json"
-    settings: dict[str, Any] = json.loads(path.read_text()) if path.exists() else token_ids
-    base_ends = settings.get("eos_token_id")
-    all_ends = list(
-        dict.fromkeys(
-            [*ends, *(base_ends if isinstance(base_ends, list) else [base_ends] if base_ends is not None else [])]
-        )
-    )
+    settings: JsonObject = json.loads(path.read_text()) if path.exists() else token_ids
+    base_ends = settings.get("eos_token_id")  # a list, a number or None
+    base_ends = base_ends if isinstance(base_ends, list) else [base_ends]
+    all_ends = [end for end in dict.fromkeys([*ends, *base_ends]) if end is not None]
     settings["eos_token_id"] = all_ends[0] if len(all_ends) == 1 else all_ends
     (folder / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 

@@ -12,7 +12,8 @@ from worker.trainer.model import Policy
 def save(policy: Policy, path: Path) -> None:
     """Write the trained weights to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: p.detach().contiguous() for name, p in policy.trainable().items()}, path)
+    trained = policy.trainable()
+    save_file({name: parameter.detach().contiguous() for name, parameter in trained.items()}, path)
 
 
 def restore(policy: Policy, path: Path) -> None:
@@ -32,7 +33,7 @@ class LastGood:
             return
         trained = policy.trainable()
         if self._weights is None:
-            self._weights = {name: p.detach().clone() for name, p in trained.items()}
+            self._weights = {name: parameter.detach().clone() for name, parameter in trained.items()}
         for name, parameter in trained.items():
             self._weights[name].copy_(parameter.detach())
 

@@ -195,7 +195,7 @@ def _with_label(
     return {**fields, "label": label}
 
 
-NEEDS = {
+NEEDED_DATA = {
     Kind.SUPERVISED: "answers",
     Kind.PREFERENCE: "pairs of a preferred and a rejected answer",
     Kind.RANKED: "ranked lists of answers",
@@ -225,7 +225,7 @@ def require(report: Report, need: Kind) -> None:
     if report.error is not None:
         raise DatasetError(report.error["line"], report.error["field"], report.error["reason"])
     if not report.kind.serves(need):
-        raise DatasetError(1, None, f"the method needs {NEEDS[need]}; this is {report.format} ({report.kind})")
+        raise DatasetError(1, None, f"the method needs {NEEDED_DATA[need]}; this is {report.format} ({report.kind})")
     if report.kept == 0:
         raise DatasetError(1, None, f"no row is left to train on: {report.summary()}")
 

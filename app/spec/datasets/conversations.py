@@ -4,11 +4,11 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard, cast
+from typing import TypeGuard
 
 from app.spec.datasets import json_text
 from app.spec.datasets.errors import DatasetError, Dropped
-from app.spec.datasets.example import Message, Response, Role
+from app.spec.datasets.example import Message, ResponseContent, Role
 from app.spec.json_types import JsonObject
 
 TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")
@@ -198,12 +198,12 @@ def _tool_call(call: object, path: str, line: int) -> JsonObject:
     if not isinstance(arguments, dict):
         raise DatasetError(line, f"{path}.function.arguments", "must be a JSON object")
     parsed: JsonObject = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-    if isinstance(cast(JsonObject, call).get("id"), str):
-        parsed["id"] = cast(JsonObject, call)["id"]
+    if isinstance(call, dict) and isinstance(call.get("id"), str):
+        parsed["id"] = call["id"]
     return parsed
 
 
-def without_nulls(value: Any) -> Any:
+def without_nulls(value: object) -> object:
     """`value` without its null members, at all depths.
 
     In a table, and in JSON exported from one, every row has the members of all rows. The missing ones are null.
@@ -227,7 +227,7 @@ def same_turn(ours: Message, theirs: Message) -> bool:
     )
 
 
-def _tool_calls(turn: Message) -> list[tuple[str, Any]]:
+def _tool_calls(turn: Message) -> list[tuple[str, object]]:
     return [(call["function"]["name"], call["function"]["arguments"]) for call in turn.get("tool_calls", [])]
 
 
@@ -245,7 +245,7 @@ def system_prompt(turns: list[Message]) -> str:
     return "\n\n".join(turn["content"] for turn in turns if turn["role"] == "system" and turn["content"].strip())
 
 
-def as_response(turns: list[Message], field: str) -> Response:
+def as_response(turns: list[Message], field: str) -> ResponseContent:
     """The turns of an answer. A single plain message becomes text.
 
     Raises `Dropped` unless the first and the last turn are the assistant's.
@@ -259,7 +259,7 @@ def as_response(turns: list[Message], field: str) -> Response:
     return only["content"] if plain else turns
 
 
-def is_empty(response: Response) -> bool:
+def is_empty(response: ResponseContent) -> bool:
     """Whether a response has neither text nor tool calls of the assistant."""
     if isinstance(response, str):
         return not response or response.isspace()

@@ -23,9 +23,9 @@ class Message(TypedDict):
     name: NotRequired[str]
 
 
-Prompt = str | list[Message]
+PromptContent = str | list[Message]
 """Plain text, or the turns of a conversation. A model's chat template renders turns."""
-Response = str | list[Message]
+ResponseContent = str | list[Message]
 """The assistant's answer: text, or turns with tool calls, results and reasoning. The first and last are its own."""
 
 
@@ -75,15 +75,15 @@ class Example:
     """
 
     line: int
-    prompt: Prompt
-    responses: tuple[Response, ...]
+    prompt: PromptContent
+    responses: tuple[ResponseContent, ...]
     raw: bool = False
     desirable: bool = True
     tools: tuple[JsonObject, ...] = ()
     turns: tuple[int, ...] = ()
     system: str = ""
 
-    def with_responses(self, responses: tuple[Response, ...]) -> "Example":
+    def with_responses(self, responses: tuple[ResponseContent, ...]) -> "Example":
         """A copy with other responses."""
         return Example(self.line, self.prompt, responses, self.raw, self.desirable, self.tools, self.turns, self.system)
 

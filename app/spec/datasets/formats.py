@@ -7,7 +7,6 @@ a verdict or label column is decided on the whole file (see `labels`) and passed
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from app.spec.datasets import labels, limits
 from app.spec.datasets.columns import ALIASES, plain_name
@@ -25,7 +24,7 @@ from app.spec.datasets.conversations import (
     without_system,
 )
 from app.spec.datasets.errors import DatasetError, Dropped
-from app.spec.datasets.example import Example, Kind, Message, Prompt, Response
+from app.spec.datasets.example import Example, Kind, Message, PromptContent, ResponseContent
 from app.spec.datasets.labels import LabelScheme
 from app.spec.json_types import JsonObject
 
@@ -103,7 +102,7 @@ class FileRow:
             raise DatasetError(self.line, name, reason)
         return self.unanswered(self.text(name) if value is None else self.messages(name))
 
-    def unanswered(self, prompt: Prompt) -> Example:
+    def unanswered(self, prompt: PromptContent) -> Example:
         """An example of `prompt` without answers, with the row's tools.
 
         The row's system prompt is added unless `prompt` has its own.
@@ -241,14 +240,14 @@ def _preference(prompt: str) -> Callable[[FileRow], Example]:
 
 
 def _openai_preference(row: FileRow) -> Example:
-    given = row.record.get("input")
-    if not isinstance(given, dict):
+    request = row.record.get("input")
+    if not isinstance(request, dict):
         raise DatasetError(row.line, "input", "must be an object with 'messages'")
-    prompt = row.reading.messages.read(given.get("messages"), "input.messages", row.line)
+    prompt = row.reading.messages.read(request.get("messages"), "input.messages", row.line)
     if prompt[-1]["role"] == "assistant":
         raise DatasetError(row.line, "input.messages", "must end with the user's message")
     names = _OLD_SIDES if _OLD_SIDES[0] in row.record else ("preferred_output", "non_preferred_output")
-    example = Example(row.line, prompt, (), tools=parse_tools(given.get("tools"), "input.tools", row.line))
+    example = Example(row.line, prompt, (), tools=parse_tools(request.get("tools"), "input.tools", row.line))
     return _checked_pair(_with_answers(example, [row.answer(name) for name in names], names))
 
 
@@ -464,10 +463,10 @@ def _sharegpt(row: FileRow) -> Example:
 
 
 def _alpaca_unanswered(row: FileRow) -> Example:
-    instruction, given = row.text("instruction"), row.record.get("input")
-    if given is not None and not isinstance(given, str):
+    instruction, input_text = row.text("instruction"), row.record.get("input")
+    if input_text is not None and not isinstance(input_text, str):
         raise DatasetError(row.line, "input", "must be a string")
-    prompt = f"{instruction}\n{given}" if given else instruction
+    prompt = f"{instruction}\n{input_text}" if input_text else instruction
     history = row.record.get("history") or []
     if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
         raise DatasetError(row.line, "history", "must be a list of [question, answer]")
@@ -575,10 +574,10 @@ def _scores(row: FileRow, column: str, objects: list[JsonObject]) -> list[float]
 
 
 def _best_first(example: Example, column: str, scores: list[float]) -> Example:
-    """`example` with its answers sorted by score, the best first. Of answers with equal scores only the first stays."""
+    """`example` with its answers sorted by score, the best first. Answers with equal scores: only the first stays."""
     if any(map(is_empty, example.responses)):
         raise Dropped("empty_response", column)
-    first_by_score: dict[float, Response] = {}
+    first_by_score: dict[float, ResponseContent] = {}
     for response, score in zip(example.responses, scores, strict=True):
         first_by_score.setdefault(score, response)
     if len(first_by_score) < 2:
@@ -623,9 +622,15 @@ _CONTEXT = frozenset({"system", "system_prompt", "tools"})
 
 def _formats() -> Iterator[Format]:
     def format(
-        name: str, kind: Kind, needs: str, read: Callable[[FileRow], Example], *more: str, **fields: Any
+        name: str,
+        kind: Kind,
+        needs: str,
+        read: Callable[[FileRow], Example],
+        *optional: str,
+        label: str | None = None,
+        fits: Callable[[list[Record]], bool] = lambda _: True,
     ) -> Format:
-        return Format(name, kind, frozenset(needs.split()), read, _CONTEXT | frozenset(more), **fields)
+        return Format(name, kind, frozenset(needs.split()), read, _CONTEXT | frozenset(optional), label, fits)
 
     pairs, ranked, labelled, answers = Kind.PREFERENCE, Kind.RANKED, Kind.LABELLED, Kind.SUPERVISED
     alpaca = ("input", "history")
@@ -650,8 +655,8 @@ def _formats() -> Iterator[Format]:
             ("sharegpt_labelled", "conversations", _sharegpt, ()),
             ("alpaca_labelled", "instruction output", _alpaca, alpaca),
         ]
-        for name, needs, reader, more in unlabelled:
-            yield format(name, labelled, f"{needs} {label}", _labelled(reader, label), *more, label=label)
+        for name, needs, reader, optional in unlabelled:
+            yield format(name, labelled, f"{needs} {label}", _labelled(reader, label), *optional, label=label)
     yield format("openai_chat", answers, "messages", _openai_chat)
     yield format("sharegpt", answers, "conversations", _sharegpt)
     yield format("alpaca", answers, "instruction output", _alpaca, *alpaca)

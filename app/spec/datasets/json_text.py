@@ -3,7 +3,6 @@
 import json
 import re
 from itertools import islice
-from typing import Any
 
 import orjson
 
@@ -20,10 +19,10 @@ def null(_name: str) -> None:
     return
 
 
-def loads(text: str | bytes) -> Any:
+def loads(text: str | bytes) -> object:
     """The value of a JSON text. Raises `ValueError` if it is not JSON or holds a lone surrogate."""
     try:
-        value = json.loads(text, parse_constant=null)
+        value: object = json.loads(text, parse_constant=null)
         require_unicode(value)
     except RecursionError as error:
         raise ValueError("nested too deep") from error

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Hashable, Iterable
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Literal
 
 from app.spec.json_types import JsonObject
 
@@ -20,7 +20,7 @@ Meaning = Literal["first", "second", "tie", "desirable", "undesirable", "neither
 Value = float | str
 """A normalised value, see `value_of`."""
 
-MAX_VALUES = 50
+MAX_DISTINCT_VALUES = 50
 """Maximum number of distinct values of a column that are examined and counted."""
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?")
 _SEPARATORS = re.compile(r"[\s_\-()]+")
@@ -74,7 +74,7 @@ class LabelScheme:
     """Whether a number's sign is its label: above zero desirable, below zero undesirable, zero neither."""
     counts: Counter[tuple[str, Meaning | None]] = field(default_factory=Counter)
     """Number of rows by (value as written, its meaning). The meaning of an empty value is None."""
-    _cache: dict[Any, tuple[str, Meaning | None]] = field(default_factory=dict)
+    _cache: dict[Hashable, tuple[str, Meaning | None]] = field(default_factory=dict)
 
     def meaning_of(self, raw: object) -> Meaning | None:
         """Look up the meaning of a row's value, and count it. None for an empty value."""
@@ -84,9 +84,9 @@ class LabelScheme:
             value = value_of(raw)
             meaning = None if value is None else self._meaning(value)
             entry = (shown_value(raw), meaning)
-            if len(self._cache) < MAX_VALUES:
+            if len(self._cache) < MAX_DISTINCT_VALUES:
                 self._cache[key] = entry
-        if len(self.counts) < MAX_VALUES or entry in self.counts:
+        if len(self.counts) < MAX_DISTINCT_VALUES or entry in self.counts:
             self.counts[entry] += 1
         return entry[1]
 
@@ -176,7 +176,7 @@ def label_scheme(column: str, raw: Iterable[object]) -> LabelScheme:
 
 
 def _distinct(raw: Iterable[object]) -> set[Value]:
-    """The distinct values of a column; only the first ones if they are more than `MAX_VALUES`."""
+    """The distinct values of a column; only the first ones if they are more than `MAX_DISTINCT_VALUES`."""
     values: set[Value] = set()
     last: object = None
     for item in raw:
@@ -185,7 +185,7 @@ def _distinct(raw: Iterable[object]) -> set[Value]:
         last, value = item, value_of(item)
         if value is not None:
             values.add(value)
-            if len(values) > MAX_VALUES:
+            if len(values) > MAX_DISTINCT_VALUES:
                 break
     return values
 

@@ -9,7 +9,7 @@ It turns each row into a record with the fields of a known format. All later ste
 
 import json
 import re
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
@@ -17,7 +17,6 @@ from app.spec.datasets.columns import plain_name
 from app.spec.datasets.errors import DatasetError
 from app.spec.datasets.example import Role
 from app.spec.datasets.labels import LabelScheme, Meaning, scheme_from_values, value_of
-from app.spec.json_types import JsonObject
 from app.spec.schema_base import Strict, inconsistent
 
 _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
@@ -124,7 +123,7 @@ class Mapping(Strict):
         return self
 
     @property
-    def sources(self) -> JsonObject:
+    def sources(self) -> dict[str, str | Label | list[str]]:
         """The fields that have a source, with their sources."""
         fields = {name: getattr(self, name) for name in type(self).model_fields if name != "roles"}
         return {name: source for name, source in fields.items() if source is not None}
@@ -143,12 +142,12 @@ class Mapping(Strict):
         return {field: _value(record, source, line) for field, source in sources.items()} if sources else record
 
 
-def _value(record: dict[str, object], source: Any, line: int) -> object:
+def _value(record: dict[str, object], source: str | Label | list[str], line: int) -> object:
     """The value of a source: of a column, a template, several columns, or the column of a label."""
     if isinstance(source, Label):
         return _column(record, source.column, line)
     if isinstance(source, list):
-        return [_value(record, part, line) for part in source]
+        return [_value(record, column, line) for column in source]
     if "{" not in source and "}" not in source:
         return _column(record, source, line)
 
@@ -173,12 +172,12 @@ def _column(record: dict[str, object], name: str, line: int) -> object:
     if len(alike) == 1:
         return record[alike[0]]
     value: object = record
-    for part in name.split("."):
-        if isinstance(value, list) and part.isdecimal() and int(part) < len(value):
-            value = value[int(part)]
+    for key in name.split("."):
+        if isinstance(value, list) and key.isdecimal() and int(key) < len(value):
+            value = value[int(key)]
             continue
-        if not isinstance(value, dict) or part not in value:
+        if not isinstance(value, dict) or key not in value:
             columns = ", ".join(sorted(map(str, record)))[:300]
             raise DatasetError(line, name, f"is named by the mapping, but not in the row; the row has: {columns}")
-        value = value[part]
+        value = value[key]
     return value

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from typing import Any
+from types import UnionType
 
 from app.spec.datasets import labels
 from app.spec.datasets.columns import ALIASES, plain_name
@@ -37,7 +37,9 @@ def _columns(fields: tuple[str, ...], columns: dict[str, object]) -> JsonObject 
     """A column for each of `fields`; None if one has none. If no name fits, a field gets the only free text column."""
     mapping: JsonObject = {}
     for field in fields:
-        kind = list if field in ("responses", "messages") else str if field != "prompt" else str | list
+        kind: type | UnionType = (
+            list if field in ("responses", "messages") else str if field != "prompt" else str | list
+        )
         name = _best_column(field, columns, set(mapping.values()), kind)
         if name is None:
             free = [name for name, value in columns.items() if isinstance(value, str) and name not in mapping.values()]
@@ -48,7 +50,7 @@ def _columns(fields: tuple[str, ...], columns: dict[str, object]) -> JsonObject 
     return mapping
 
 
-def _best_column(field: str, columns: dict[str, object], taken: set[Any], kind: Any) -> str | None:
+def _best_column(field: str, columns: dict[str, object], taken: set[str], kind: type | UnionType) -> str | None:
     """The free column of the type `kind` whose name is an alias of `field`, or else contains one; else None."""
     free = [name for name, value in columns.items() if name not in taken and isinstance(value, kind)]
     for alias in ALIASES[field]:
@@ -68,7 +70,7 @@ def _two_answers(columns: dict[str, object]) -> JsonObject | None:
     pairs = [(first, second) for first in names for second in names if labels.answer_suffixes(first, second)]
     if len(pairs) != 1:
         return None
-    taken: set[Any] = set(pairs[0])
+    taken: set[str] = set(pairs[0])
     prompt = _best_column("prompt", columns, taken, str | list)
     if prompt is None:
         return None

@@ -76,19 +76,19 @@ def _lines(head: bytes, line: int, file: IO[bytes]) -> Iterator[tuple[int, bytes
     """(line, text) of every line that is not blank."""
     rest = head
     while chunk := file.read(limits.CHUNK):
-        parts = (rest + chunk).split(b"\n")
-        rest = parts.pop()
-        if len(parts[0] if parts else rest) > limits.MAX_RECORD_BYTES:
+        texts = (rest + chunk).split(b"\n")
+        rest = texts.pop()
+        if len(texts[0] if texts else rest) > limits.MAX_RECORD_BYTES:
             break
-        for part in parts:
-            if part and not part.isspace():
-                yield line, part
+        for text in texts:
+            if text and not text.isspace():
+                yield line, text
             line += 1
     if len(rest) > limits.MAX_RECORD_BYTES or chunk:
         raise DatasetError(line, None, f"the record is larger than {limits.MAX_RECORD_BYTES} bytes")
-    for part in rest.split(b"\n"):  # several lines if the whole file was in `head`
-        if part and not part.isspace():
-            yield line, part
+    for text in rest.split(b"\n"):  # several lines if the whole file was in `head`
+        if text and not text.isspace():
+            yield line, text
         line += 1
 
 
@@ -120,24 +120,24 @@ def _array(head: bytes, line: int, file: IO[bytes], wrapper_start: bytes = b"") 
     first = True
     while True:
         line += source.skip_blanks().count("\n")
-        mark = source.peek()
-        if mark == "":
+        character = source.peek()
+        if character == "":
             raise DatasetError(line, None, CUT_OFF)
-        if mark == "]" and first:
+        if character == "]" and first:
             break
-        if mark in ",]":
+        if character in ",]":
             raise DatasetError(line, None, "the array has a comma with nothing before it")
         start, first = line, False
         value, text = source.value(start)
         line += text.count("\n")
         yield start, _object(start, value)
         line += source.skip_blanks().count("\n")
-        mark = source.peek()
-        if mark == "":
+        character = source.peek()
+        if character == "":
             raise DatasetError(line, None, CUT_OFF)
-        if mark == "]":
+        if character == "]":
             break
-        if mark != ",":
+        if character != ",":
             raise DatasetError(line, None, "the array's elements must be separated by commas")
         source.advance()
         line += source.skip_blanks().count("\n")

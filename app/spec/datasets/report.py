@@ -2,12 +2,12 @@
 
 import math
 from collections import Counter
+from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any
 
 from app.spec.datasets.columns import LABEL_ALIASES, plain_name
 from app.spec.datasets.errors import DatasetError, Dropped
-from app.spec.datasets.example import Example, Kind, Message, Prompt, Response
+from app.spec.datasets.example import Example, Kind, Message, PromptContent, ResponseContent
 from app.spec.datasets.labels import LabelScheme
 from app.spec.json_types import JsonObject
 
@@ -96,7 +96,7 @@ class Report:
         if self.count_prompts and len(self.prompt_counts) < MAX_REMEMBERED:
             self.prompt_counts[hash(example.prompt_key)] += 1
         prompt, responses = example.prompt, example.responses
-        prompt_text: Any  # hashable: compared to find duplicates
+        prompt_text: Hashable
         if isinstance(prompt, str):
             prompt_text, size = prompt + example.system, len(prompt) + len(example.system)
             if example.system:
@@ -108,7 +108,9 @@ class Report:
         if example.tools:
             self.with_tools += 1
             prompt_text = (prompt_text, repr(example.tools))
-        texts: list[Any] = [response if isinstance(response, str) else self._turns(response) for response in responses]
+        texts: list[Hashable] = [
+            response if isinstance(response, str) else self._turns(response) for response in responses
+        ]
         if texts:
             best = _characters(responses[0])
             self.best.add(best)
@@ -130,7 +132,7 @@ class Report:
         if len(self.samples) < MAX_SAMPLES or self._one_sided(example):
             self.samples = [*self.samples[: MAX_SAMPLES - 1], example]
 
-    def _turns(self, response: list[Message]) -> Any:
+    def _turns(self, response: list[Message]) -> Hashable:
         """A hashable form of an answer that is a list of turns. Also counts answers with reasoning."""
         self.with_reasoning += any("reasoning" in turn for turn in response)
         return tuple(map(_turn_key, response))
@@ -175,7 +177,7 @@ class Report:
         """The counts of kept and dropped rows in one sentence."""
         text = f"{self.kept} of {self.rows} rows kept ({self.format})"
         if self.dropped:
-            text += ", dropped: " + ", ".join(f"{n} {reason}" for reason, n in sorted(self.dropped.items()))
+            text += ", dropped: " + ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
         return text
 
     def as_json(self) -> JsonObject:
@@ -264,12 +266,12 @@ class Report:
         return []
 
 
-def _turn_key(turn: Message) -> Any:
+def _turn_key(turn: Message) -> Hashable:
     """A hashable form of a turn."""
     return (turn["role"], turn["content"]) if len(turn) == 2 else repr(turn)
 
 
-def _characters(response: Response) -> int:
+def _characters(response: ResponseContent) -> int:
     """The length of an answer with the reasoning of its turns, in characters."""
     if isinstance(response, str):
         return len(response)
@@ -294,11 +296,11 @@ def _sample(example: Example, kind: Kind) -> JsonObject:
         elif kind == Kind.LABELLED:
             counts_for = "desirable" if example.desirable else "undesirable"
         answers.append({"counts_for": counts_for, "text": _shortened(response)})
-    prompt: Prompt = example.conversation if example.system else example.prompt
+    prompt: PromptContent = example.conversation if example.system else example.prompt
     return {"line": example.line, "prompt": _shortened(prompt), "answers": answers}
 
 
-def _shortened(turns: Prompt | Response) -> str:
+def _shortened(turns: PromptContent | ResponseContent) -> str:
     """Text, or turns with their roles, cut to `SHOWN_CHARACTERS`."""
     text = turns if isinstance(turns, str) else "\n".join(f"{turn['role']}: {_turn_text(turn)}" for turn in turns)
     return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"

@@ -3,12 +3,15 @@
 import csv
 import io
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING
 
 from app.spec.datasets import json_text, limits
 from app.spec.datasets.columns import FIELDS, plain_name
 from app.spec.datasets.errors import DatasetError
 from app.spec.datasets.unpack import refuse_bomb
+
+if TYPE_CHECKING:
+    import pyarrow
 
 PARQUET_ROWS = 16
 """Number of rows to read at a time. A row of a few bytes in Parquet can unpack to megabytes."""
@@ -29,7 +32,7 @@ def delimiter(head: bytes) -> str | None:
     header = head.split(b"\n", 1)[0]
     if b"\t" in header:
         return "\t"
-    separator = next((mark for mark in (",", ";") if mark.encode() in header), None)
+    separator = next((character for character in (",", ";") if character.encode() in header), None)
     if separator is None and plain_name(header.strip(b'\xef\xbb\xbf\r "').decode(errors="replace")) in FIELDS:
         return ","
     return separator
@@ -137,10 +140,10 @@ def parquet(file: IO[bytes]) -> Iterator[tuple[int, Record]]:
         for batch in parquet.ParquetFile(file).iter_batches(batch_size=PARQUET_ROWS):
             has_dictionary = any(pyarrow.types.is_dictionary(column.type) for column in batch.columns)
             large = has_dictionary or batch.nbytes > 2 * limits.MAX_RECORD_BYTES
-            for part in (batch.slice(k, 1) for k in range(batch.num_rows)) if large else (batch,):
+            for rows in (batch.slice(k, 1) for k in range(batch.num_rows)) if large else (batch,):
                 counted = large or batch.nbytes > limits.MAX_VALUES
-                unpacked += 0 if counted else part.nbytes
-                for record, value_count, length in _plain_rows(part, count=counted):
+                unpacked += 0 if counted else rows.nbytes
+                for record, value_count, length in _plain_rows(rows, count=counted):
                     number += 1
                     if length > limits.MAX_RECORD_BYTES:
                         raise DatasetError(number, None, f"the record is larger than {limits.MAX_RECORD_BYTES} bytes")
@@ -153,7 +156,7 @@ def parquet(file: IO[bytes]) -> Iterator[tuple[int, Record]]:
         raise DatasetError(number + 1, None, f"the Parquet file cannot be read: {error}") from error
 
 
-def _plain_rows(batch: Any, *, count: bool) -> Iterator[tuple[Record, int, int]]:
+def _plain_rows(batch: "pyarrow.RecordBatch", *, count: bool) -> Iterator[tuple[Record, int, int]]:
     """(record, number of values at all depths, length of its texts) of the rows of an Arrow batch.
 
     Without `count` the two numbers are 0.
@@ -164,14 +167,14 @@ def _plain_rows(batch: Any, *, count: bool) -> Iterator[tuple[Record, int, int]]
         yield dict(zip(batch.schema.names, values, strict=True)), value_count, length
 
 
-def _column_values(column: Any) -> list[Any]:
+def _column_values(column: "pyarrow.Array") -> list[object]:
     """The values of an Arrow column as JSON would have them. NaN becomes null, and binary values become text.
 
     Null members of structs are left out: all rows of a column have the same members, and missing ones are null.
     """
     import pyarrow
 
-    values: list[Any] = column.to_pylist(maps_as_pydicts="lossy")
+    values: list[object] = column.to_pylist(maps_as_pydicts="lossy")
     if pyarrow.types.is_nested(column.type):
         return [_cleaned(value) for value in values]
     if pyarrow.types.is_floating(column.type):
@@ -181,31 +184,30 @@ def _column_values(column: Any) -> list[Any]:
     return values
 
 
-def _cleaned(value: Any) -> Any:
+def _cleaned(value: object) -> object:
     """A nested value without null members; NaN becomes null."""
-    kind = type(value)
-    if kind is str:
+    if type(value) is str:
         return value
-    if kind is dict:
+    if type(value) is dict:
         return {name: _cleaned(item) for name, item in value.items() if item is not None}
-    if kind is list:
+    if type(value) is list:
         return [_cleaned(item) for item in value]
     return None if value != value else value
 
 
-def _decoded(value: bytes | None) -> Any:
-    """UTF-8 bytes as text; other bytes as they are."""
+def _decoded(value: object) -> object:
+    """UTF-8 bytes as text; other bytes, and null, as they are."""
     try:
-        return None if value is None else value.decode()
+        return value.decode() if isinstance(value, bytes) else value
     except UnicodeDecodeError:
         return value
 
 
-def _measure(value: Any) -> tuple[int, int]:
+def _measure(value: object) -> tuple[int, int]:
     """(number of values at all depths, length of the texts in characters or bytes)."""
     if isinstance(value, str | bytes):
         return 1, len(value)
     if isinstance(value, dict | list | tuple):
-        parts = [_measure(item) for item in (value.values() if isinstance(value, dict) else value)]
-        return 1 + sum(value_count for value_count, _ in parts), sum(length for _, length in parts)
+        measures = [_measure(item) for item in (value.values() if isinstance(value, dict) else value)]
+        return 1 + sum(value_count for value_count, _ in measures), sum(length for _, length in measures)
     return 1, 0

@@ -10,8 +10,8 @@ import io
 import lzma
 import zipfile
 import zlib
-from collections.abc import Iterator
-from typing import IO, Any
+from collections.abc import Callable, Iterator
+from typing import IO, Any, Protocol
 
 import zstandard
 
@@ -43,6 +43,13 @@ _UNSUPPORTED = {
 }
 READABLE = "JSON Lines, a JSON array, CSV, TSV, Parquet; plain or in gzip, bzip2, xz, Zstandard, or a ZIP of one file"
 _OFFICE_MEMBER = "[Content_Types].xml"
+
+
+class _Decompressed(Protocol):
+    """A stream of decompressed bytes."""
+
+    def read1(self, size: int, /) -> bytes:
+        """At least one byte and at most `size`; empty at the end."""
 
 
 def refuse_bomb(unpacked: int, packed: int) -> None:
@@ -79,7 +86,7 @@ def _refuse_unsupported(head: bytes) -> None:
         raise DatasetError(1, None, f"this is a tar archive. Supported files: {READABLE}")
 
 
-def _packing(head: bytes) -> tuple[str, Any] | None:
+def _packing(head: bytes) -> tuple[str, Callable[[IO[bytes]], _Decompressed]] | None:
     """(name, decompressor) for a file that begins with `head`; None if it is not compressed."""
     if head.startswith(b"\x1f\x8b"):
         return "gzip", lambda file: gzip.GzipFile(fileobj=file)
@@ -94,7 +101,7 @@ def _packing(head: bytes) -> tuple[str, Any] | None:
     return None
 
 
-def _only_member(file: IO[bytes]) -> IO[bytes]:
+def _only_member(file: IO[bytes]) -> zipfile.ZipExtFile:
     """The only file in a ZIP, not counting the extra files that macOS adds."""
     try:
         archive = zipfile.ZipFile(file)
@@ -109,7 +116,9 @@ def _only_member(file: IO[bytes]) -> IO[bytes]:
             raise DatasetError(1, None, f"a ZIP must hold exactly one file; this one holds {len(members)}")
         if members[0].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2):
             raise DatasetError(1, None, "the ZIP uses an unsupported compression method; pack it again with deflate")
-        return archive.open(members[0])
+        content = archive.open(members[0])
+        assert isinstance(content, zipfile.ZipExtFile)
+        return content
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:  # damaged, an unknown method, a password
         raise DatasetError(1, None, f"the ZIP cannot be read: {error}") from error
 
@@ -146,7 +155,7 @@ class _Zstandard:
 
     def __init__(self, packed: IO[bytes]) -> None:
         self._packed, self._decompressor = packed, zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
-        self._parts = self._unpack()
+        self._pieces = self._unpack()
         self._rest = b""
 
     def _unpack(self) -> Iterator[bytes]:
@@ -161,10 +170,10 @@ class _Zstandard:
 
     def read1(self, size: int) -> bytes:
         while not self._rest:
-            part = next(self._parts, None)
-            if part is None:
+            piece = next(self._pieces, None)
+            if piece is None:
                 return b""
-            self._rest = part
+            self._rest = piece
         chunk, self._rest = self._rest[:size], self._rest[size:]
         return chunk
 
@@ -172,7 +181,7 @@ class _Zstandard:
 class _Unpacked(io.RawIOBase):
     """The content of a compressed file. Raises `DatasetError` for damaged data and for a bomb."""
 
-    def __init__(self, packed: IO[bytes], stream: Any, kind: str) -> None:
+    def __init__(self, packed: IO[bytes], stream: _Decompressed, kind: str) -> None:
         self._packed, self._stream, self._kind, self._unpacked_bytes = packed, stream, kind, 0
 
     def readable(self) -> bool:

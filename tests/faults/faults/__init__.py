@@ -1,6 +1,6 @@
-"""What goes wrong: each fault strikes a training at a random moment, says which line shows that it did, and undoes itself.
+"""The faults. Each strikes a training at a random moment, returns the log line that proves it, and undoes itself.
 
-A fault returns a `Strike`, or None where it came too late or changed nothing; then it does not count.
+A fault returns a `Strike`. It returns None if it came too late or changed nothing, and then it does not count.
 """
 
 import os
@@ -11,9 +11,9 @@ from tests.faults.scene import Fault
 
 
 def missing(fault: str, cluster: Cluster) -> str | None:
-    """What this machine lacks for a fault, by name."""
+    """What a fault needs and this machine lacks, in words. None if nothing is missing."""
     if fault == "run_out_of_memory" and not os.access(processes.CGROUP, os.W_OK):
-        return f"a memory controller that may be written to ({processes.CGROUP})"
+        return f"a writable memory controller ({processes.CGROUP})"
     if fault.startswith("fill_the") and not cluster.small_disks:
         return "the right to mount a small file system"
     return None

@@ -1,4 +1,4 @@
-"""PostgreSQL: away, slow, cut off, or with a clock that jumps."""
+"""PostgreSQL: dead, paused, cut off, or with a clock that jumps."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from tests.faults.proxy import Connection
-from tests.faults.scene import Scene, Strike, shown
+from tests.faults.scene import Scene, Strike, evidence_of
 from tests.helpers.servers import wait_until
 
 
@@ -15,15 +15,15 @@ def restart_postgres(scene: Scene) -> Strike | None:
     """PostgreSQL dies with all its connections, and comes back."""
     family = _family(scene.cluster.postgres.process.pid)
     scene.cluster.postgres.end(signal.SIGQUIT)
-    # One that still ends keeps the shared memory, without which the next does not start.
+    # A dying process still holds the shared memory, and then the next server does not start.
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in family), "the end of PostgreSQL")
     scene.cluster.postgres.start()
     line = scene.line("heartbeat failed", "database out of reach", seconds=8)
-    return Strike(shown(line)) if line else None
+    return Strike(evidence_of(line)) if line else None
 
 
 def cut_postgres(scene: Scene) -> Strike | None:
-    """Every worker's connection breaks once, in the middle of a transaction: on the way there or on the way back."""
+    """Connections of the workers break in the middle of a transaction, on the way there or on the way back."""
     upstream, cut, deadline = scene.random.random() < 0.5, set[Connection](), time.monotonic() + 4
 
     def spoil(connection: Connection, from_client: bool, chunk: bytes) -> bool:
@@ -39,26 +39,26 @@ def cut_postgres(scene: Scene) -> Strike | None:
         line = scene.line("heartbeat failed", "database out of reach", seconds=5)
     finally:
         scene.cluster.database.spoil = None
-    return Strike(shown(line)) if line else None
+    return Strike(evidence_of(line)) if line else None
 
 
 def pause_postgres(scene: Scene) -> Strike | None:
-    """PostgreSQL does nothing for 30 s, longer than a lease: the training goes on, and no attempt is lost."""
-    found = _family(scene.cluster.postgres.process.pid)
-    for pid in found:
+    """PostgreSQL does nothing for 30 s, longer than a lease. The training goes on, and no attempt is lost."""
+    pids = _family(scene.cluster.postgres.process.pid)
+    for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     try:
         time.sleep(30)
     finally:
-        for pid in found:
+        for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
     line = scene.line("lease not renewed in time", seconds=5)
-    return Strike(shown(line), same_attempt=True) if line else None
+    return Strike(evidence_of(line), same_attempt=True) if line else None
 
 
 def set_the_clock(scene: Scene) -> Strike | None:
-    """PostgreSQL's clock jumps by five minutes, forth or back, and later back again."""
+    """PostgreSQL's clock jumps by five minutes, forward or back. Later it is set right."""
     jump = scene.random.choice([-300.0, 300.0])
     scene.cluster.set_clock(jump)
     try:
@@ -67,7 +67,7 @@ def set_the_clock(scene: Scene) -> Strike | None:
         struck = scene.running()
     finally:
         scene.cluster.set_clock(0.0)
-    return Strike(f"{jump:+.0f} s; {shown(line)}", same_attempt=True) if line and struck else None
+    return Strike(f"{jump:+.0f} s; {evidence_of(line)}", same_attempt=True) if line and struck else None
 
 
 def _family(pid: int) -> list[int]:

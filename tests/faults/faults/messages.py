@@ -5,20 +5,20 @@ import time
 
 from app.broker import WAKE_TASK, Lane, make_celery
 from tests.faults.proxy import Connection
-from tests.faults.scene import Scene, Strike, shown
+from tests.faults.scene import Scene, Strike, evidence_of
 
 
 def restart_redis(scene: Scene) -> Strike | None:
     """Redis is killed and comes back empty."""
     scene.cluster.redis.end(signal.SIGKILL)
     struck = scene.line("WARNING celery.worker.consumer", seconds=10, job=False)
-    still = scene.running()
+    still_running = scene.running()
     scene.cluster.redis.start()
-    return Strike(shown(struck), same_attempt=True) if struck and still else None
+    return Strike(evidence_of(struck), same_attempt=True) if struck and still_running else None
 
 
 def restart_redis_with_a_queue(scene: Scene) -> Strike | None:
-    """Redis comes back empty while 100 jobs are in the queue: they are in the database."""
+    """Redis comes back empty while 100 jobs are queued. The database still has them."""
     queued = [scene.workload.submit(short=True, priority=-1) for _ in range(100)]
     strike = restart_redis(scene)
     for job in queued[1:]:
@@ -27,45 +27,49 @@ def restart_redis_with_a_queue(scene: Scene) -> Strike | None:
 
 
 def hold_redis(scene: Scene) -> Strike | None:
-    """Nothing comes through to Redis or from it for eight seconds."""
+    """No message passes to or from Redis for eight seconds."""
     broker = scene.cluster.broker
-    before = len(broker.struck)
+    struck_before = len(broker.struck)
     broker.hold(True)
     try:
-        made = scene.workload.submit(short=True)
+        job = scene.workload.submit(short=True)
         time.sleep(8)
     finally:
         broker.hold(False)
-    held = broker.struck[before:]
-    return Strike(f"{len(held)} messages to Redis held", same_attempt=True, more=[made]) if held else None
+    held_messages = broker.struck[struck_before:]
+    return (
+        Strike(f"{len(held_messages)} messages to Redis held", same_attempt=True, other_jobs=[job])
+        if held_messages
+        else None
+    )
 
 
 def deliver_three_times(scene: Scene) -> Strike | None:
-    """Every wake-up comes three times, to workers that have enough to do."""
+    """Every wake-up comes three times, to busy workers."""
     celery = make_celery(scene.cluster.services.settings)
     for lane in Lane:
         for _ in range(3):
             celery.send_task(WAKE_TASK, args=[lane.value], queue=lane.value)
     celery.close()
     woken = scene.line("woken", seconds=10, job=False)
-    return Strike(shown(woken), same_attempt=True) if woken and scene.running() else None
+    return Strike(evidence_of(woken), same_attempt=True) if woken and scene.running() else None
 
 
 def commit_without_publish(scene: Scene) -> Strike | None:
-    """A job is committed while Redis takes no message: a worker finds it all the same."""
+    """A job is committed while Redis accepts no message. A worker still finds it."""
     broker = scene.cluster.broker
     broker.refuse = True
     broker.cut()
     try:
-        made = scene.workload.submit(short=True)
+        job = scene.workload.submit(short=True)
         line = scene.line("wake-up not sent", seconds=30, job=False)
     finally:
         broker.refuse = False
-    return Strike(shown(line), same_attempt=True, more=[made]) if line else None
+    return Strike(evidence_of(line), same_attempt=True, other_jobs=[job]) if line else None
 
 
 def publish_without_commit(scene: Scene) -> Strike | None:
-    """A wake-up for a job whose commit is lost on the way, or whose answer is: one job in the end, not none, not two."""
+    """A wake-up is sent for a job whose commit is lost, or the answer to it. In the end there is exactly one job."""
     celery, database = make_celery(scene.cluster.services.settings), scene.cluster.api_database
     broken: list[Connection] = []
     upstream = scene.random.random() < 0.5
@@ -79,9 +83,9 @@ def publish_without_commit(scene: Scene) -> Strike | None:
     database.spoil = spoil
     try:
         celery.send_task(WAKE_TASK, args=[Lane.CPU.value], queue=Lane.CPU.value)
-        made = scene.workload.submit(short=True)
+        job = scene.workload.submit(short=True)
         line = scene.line("database out of reach", seconds=5, job=False)
     finally:
         database.spoil = None
         celery.close()
-    return Strike(shown(line), same_attempt=True, more=[made]) if line and broken else None
+    return Strike(evidence_of(line), same_attempt=True, other_jobs=[job]) if line and broken else None

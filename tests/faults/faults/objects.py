@@ -1,4 +1,4 @@
-"""The object store, and uploads on their way to it."""
+"""The object store, and uploads to it."""
 
 import socket
 import time
@@ -15,15 +15,15 @@ from tests.helpers.service import half_upload
 
 
 def _objects(scene: Scene, disturb: Callable[[Proxy], None], seconds: float) -> Strike | None:
-    """Disturb the object store for a while; the strike is a request about this job that was hit."""
+    """Disturb the object store for a while. The strike needs a disturbed request about this job."""
     proxy = scene.cluster.objects
-    before = len(proxy.struck)
+    struck_before = len(proxy.struck)
     disturb(proxy)
     try:
         time.sleep(seconds)
     finally:
         proxy.heal()
-    hit = [request for _at, request in proxy.struck[before:] if scene.attempt.job in request]
+    hit = [request for _at, request in proxy.struck[struck_before:] if scene.attempt.job in request]
     return Strike(f"S3: {hit[0]} ({len(hit)} requests)", recovery=None) if hit else None
 
 
@@ -38,35 +38,35 @@ def s3_timeouts(scene: Scene) -> Strike | None:
 
 
 def s3_half_uploads(scene: Scene) -> Strike | None:
-    """Connections break in the middle of what is uploaded, or of what is answered."""
-    most = scene.random.randint(1, 60_000)
+    """Connections break in the middle of an upload or of an answer."""
+    limit = scene.random.randint(1, 60_000)
 
     def spoil(connection: Connection, from_client: bool, _chunk: bytes) -> bool:
-        return (from_client and connection.passed > most) or scene.random.random() < 0.1
+        return (from_client and connection.passed > limit) or scene.random.random() < 0.1
 
     return _objects(scene, lambda proxy: setattr(proxy, "spoil", spoil), scene.random.uniform(2, 5))
 
 
 def s3_slow_bodies(scene: Scene) -> Strike | None:
-    """Everything from and to the object store creeps."""
+    """All traffic of the object store is slow."""
     return _objects(scene, lambda proxy: setattr(proxy, "rate", 50_000.0), scene.random.uniform(2, 5))
 
 
 def cut_uploads(scene: Scene) -> Strike | None:
-    """Uploads break off at a random byte; nothing of them stays."""
+    """An upload breaks off at a random byte and leaves nothing."""
     size = scene.random.randint(1, 3_000_000)
-    with socket.create_connection(("127.0.0.1", scene.cluster.front.port)) as connection:
-        connection.sendall(half_upload(ADMIN_KEY, size))
+    with socket.create_connection(("127.0.0.1", scene.cluster.front.port)) as client:
+        client.sendall(half_upload(ADMIN_KEY, size))
         front = scene.cluster.front
-        wait_until(lambda: any(c.passed >= size for c in front._connections), "the upload at the API")
+        wait_until(lambda: any(connection.passed >= size for connection in front._connections), "the upload at the API")
         front.cut()
-    wait_until(lambda: not _without_a_row(scene), "the end of what came of the upload")
+    wait_until(lambda: not _without_a_row(scene), "the removal of the upload's objects")
     return Strike(f"POST /v1/files cut after {size} bytes while {scene.attempt.job} ran", same_attempt=True)
 
 
 def _without_a_row(scene: Scene) -> set[str]:
-    """Objects that are nobody's file."""
+    """Keys of stored files that have no row."""
     services = scene.cluster.services
-    there = {key for key, _size in services.storage.list("files")}
+    stored_keys = {key for key, _size in services.storage.list("files")}
     with services.database.read() as session:
-        return there - {file.key for file in session.scalars(select(File))}
+        return stored_keys - {file.key for file in session.scalars(select(File))}

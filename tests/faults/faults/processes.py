@@ -13,18 +13,18 @@ from pathlib import Path
 import httpx2
 
 from tests.faults.cluster import REPOSITORY
-from tests.faults.scene import HANDED_BACK, Scene, Strike, shown
+from tests.faults.scene import HANDED_BACK, Scene, Strike, evidence_of
 from tests.helpers.servers import wait_until
 
 CGROUP = Path("/sys/fs/cgroup/memory")
-NEXT_FIELD = "    what_the_next_version_knows_{number}: int = {number}\n    priority: "
-NEXT_MIGRATION = '''"""What the next version adds"""
+NEXT_FIELD = "    next_version_field_{number}: int = {number}\n    priority: "
+NEXT_MIGRATION = '''"""A column of the next version"""
 
 import sqlalchemy as sa
 from alembic import op
 
 revision = "{revision}"
-down_revision = "{before}"
+down_revision = "{last_revision}"
 branch_labels = None
 depends_on = None
 
@@ -39,7 +39,7 @@ def downgrade() -> None:
 
 
 def kill_runner(scene: Scene) -> Strike | None:
-    """kill -9 of the worker that runs the job; its trainer ends by itself."""
+    """kill -9 of the worker that runs the job. Its trainer ends by itself."""
     scene.runner.kill()
     scene.runner.start()
     return scene.after_next_attempt(scene.line("lease expired"))
@@ -60,7 +60,7 @@ def kill_runner_and_trainer(scene: Scene) -> Strike | None:
 
 
 def kill_api(scene: Scene) -> Strike | None:
-    """kill -9 of an API while it streams the job's events and takes another job."""
+    """kill -9 of an API while it streams the job's events and accepts another job."""
     job, api, broken = scene.attempt.job, scene.cluster.programs["api-1"], threading.Event()
     opened = threading.Event()
 
@@ -73,8 +73,8 @@ def kill_api(scene: Scene) -> Strike | None:
     threading.Thread(target=follow, daemon=True).start()
     if not opened.wait(10):
         return None
-    made: list[str] = []
-    creating = threading.Thread(target=lambda: made.append(scene.workload.submit(short=True)))
+    jobs: list[str] = []
+    creating = threading.Thread(target=lambda: jobs.append(scene.workload.submit(short=True)))
     creating.start()
     time.sleep(scene.random.uniform(0.0, 0.03))
     api.kill()
@@ -82,11 +82,11 @@ def kill_api(scene: Scene) -> Strike | None:
     broken.wait(10)
     api.start()
     creating.join()
-    return Strike(f"the stream of {job} broke", same_attempt=True, more=made) if struck else None
+    return Strike(f"the stream of {job} broke", same_attempt=True, other_jobs=jobs) if struck else None
 
 
 def stop_runner(scene: Scene) -> Strike | None:
-    """SIGSTOP of the worker until another has the job, then SIGCONT: what it still writes must touch no row."""
+    """SIGSTOP of the worker until another has the job, then SIGCONT. Its late writes must change no row."""
     scene.runner.signal(signal.SIGSTOP)
     try:
         strike = scene.after_next_attempt(scene.line("lease expired"))
@@ -99,11 +99,11 @@ def stop_runner(scene: Scene) -> Strike | None:
 
 
 def drain_worker(scene: Scene) -> Strike | None:
-    """SIGTERM: a checkpoint, back to the queue, no attempt counted as lost."""
-    before = scene.workload.messages(scene.attempt.job).count(HANDED_BACK)
+    """SIGTERM: the worker writes a checkpoint and hands the job back. No attempt counts as lost."""
+    handed_back_before = scene.workload.messages(scene.attempt.job).count(HANDED_BACK)
     scene.runner.signal(signal.SIGTERM)
     scene.runner.wait(60)
-    if scene.workload.messages(scene.attempt.job).count(HANDED_BACK) == before:
+    if scene.workload.messages(scene.attempt.job).count(HANDED_BACK) == handed_back_before:
         return None
     if scene.workload.row(scene.attempt.job).lost_attempts:
         scene.workload.problems.append(f"{scene.attempt.job}: draining cost an attempt")
@@ -129,26 +129,26 @@ def run_out_of_memory(scene: Scene) -> Strike | None:
 
 
 def two_reapers(scene: Scene) -> Strike | None:
-    """kill -9 of the worker; all others are stopped until its lease is over, and look at the same moment."""
-    others = [program for program in scene.cluster.workers() if program is not scene.runner]
-    lost, job = "The worker of this job was lost. The job will resume.", scene.attempt.job
-    before = scene.workload.messages(job).count(lost)
-    for program in others:
+    """kill -9 of the worker. All others are stopped until its lease has expired, and then inspect at once."""
+    other_workers = [program for program in scene.cluster.workers() if program is not scene.runner]
+    message, job = "The worker of this job was lost. The job will resume.", scene.attempt.job
+    count_before = scene.workload.messages(job).count(message)
+    for program in other_workers:
         program.signal(signal.SIGSTOP)
     scene.runner.kill()
     time.sleep(16)
-    for program in others:
+    for program in other_workers:
         program.signal(signal.SIGCONT)
     scene.runner.start()
     strike = scene.after_next_attempt(scene.line("lease expired"), recovery=False)
-    told = scene.workload.messages(job).count(lost) - before
-    if strike is not None and told != 1:
-        scene.workload.problems.append(f"{job}: recovered {told} times")
+    recoveries = scene.workload.messages(job).count(message) - count_before
+    if strike is not None and recoveries != 1:
+        scene.workload.problems.append(f"{job}: recovered {recoveries} times")
     return strike
 
 
 def poison(scene: Scene) -> Strike | None:
-    """A job whose trainer dies at once, each time: it is given up, and the error says whose fault that is."""
+    """A job whose trainer dies at once in each attempt. It is given up with the error `worker_lost`."""
     job = scene.workload.submit(short=True)
     line = None
     for number in range(2, 5):  # the first attempt is the check of its files
@@ -159,44 +159,48 @@ def poison(scene: Scene) -> Strike | None:
         with suppress(ProcessLookupError):
             os.kill(attempt.pid, signal.SIGKILL)
         line = scene.cluster.logs.wait(
-            lambda line: line.get("event") == "attempt lost" and line["job"] == job, attempt.seen, 10
+            lambda line: line.get("event") == "attempt lost" and line["job"] == job, attempt.seen_at, 10
         )
     row = scene.workload.wait_end(job)
     if row.status != "failed" or (row.error or {}).get("code") != "worker_lost":
         scene.workload.problems.append(f"{job}: ended as {row.status}, {row.error}")
-    return None if line is None else Strike(shown(line), same_attempt=True)
+    return None if line is None else Strike(evidence_of(line), same_attempt=True)
 
 
 def deploy(scene: Scene) -> Strike | None:
-    """A version with a new migration: the schema first, then one process after the other, while the job runs."""
+    """A version with a new migration is deployed while the job runs: first the schema, then process by process."""
     cluster = scene.cluster
     number = len(list(cluster.home.glob("version-*"))) + 1
     folder = cluster.home / f"version-{number}"
     for name in ("app", "worker", "migrations"):
         shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     versions = folder / "migrations" / "versions"
-    before = sorted(path.name[:4] for path in versions.glob("0*.py"))[-1]
+    last_revision = sorted(path.name[:4] for path in versions.glob("0*.py"))[-1]
     for step in range(1, number + 1):
-        revision = f"{int(before) + 1:04d}"
-        text = NEXT_MIGRATION.format(revision=revision, before=before)
+        revision = f"{int(last_revision) + 1:04d}"
+        text = NEXT_MIGRATION.format(revision=revision, last_revision=last_revision)
         (versions / f"{revision}_next_{step}.py").write_text(text)
-        before = revision
-    spec = folder / "app" / "jobs" / "spec.py"
-    spec.write_text(spec.read_text().replace("    priority: ", NEXT_FIELD.format(number=number), 1))
+        last_revision = revision
+    spec = folder / "app" / "spec" / "job.py"
+    before, priority, after = spec.read_text().partition("    priority: ")
+    assert priority, f"{spec} has no field 'priority', before which the next version's field goes"
+    spec.write_text(before + NEXT_FIELD.format(number=number) + after)
     environment = cluster.programs["cpu-1"].environment | {"PYTHONPATH": str(folder)}
-    # As a process of its own: the new version's migrations are another package of the same name.
+    # A separate process: the new version's migrations are another package of the same name.
     migrate = [sys.executable, "-m", "app.cli.main", "migrate"]
     subprocess.run(migrate, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
     ready = httpx2.get(f"http://127.0.0.1:{cluster.front.port}/readyz").json()
     if ready["status"] != "ok":
         scene.workload.problems.append(f"the old version is not ready beside the new schema: {ready}")
-    told_before, struck = scene.workload.messages(scene.attempt.job).count(HANDED_BACK), scene.running()
-    # Workers before APIs, as a deployment should; the one that trains first, before its training ends by itself.
-    order = sorted(cluster.programs.values(), key=lambda one: (one is not scene.runner, one.name.startswith("api")))
+    handed_back_before, struck = scene.workload.messages(scene.attempt.job).count(HANDED_BACK), scene.running()
+    # Workers before APIs, as in a real deployment. The busy worker is first, before its training ends by itself.
+    order = sorted(
+        cluster.programs.values(), key=lambda program: (program is not scene.runner, program.name.startswith("api"))
+    )
     for program in order:
         program.folder, program.environment = folder, program.environment | {"PYTHONPATH": str(folder)}
         program.signal(signal.SIGTERM)
         program.wait(60)
         program.start()
-    resumed = scene.workload.messages(scene.attempt.job).count(HANDED_BACK) > told_before
+    resumed = scene.workload.messages(scene.attempt.job).count(HANDED_BACK) > handed_back_before
     return Strike(f"{scene.attempt.job}: {HANDED_BACK}") if struck and resumed else None

@@ -1,4 +1,4 @@
-"""Tiny models, once for the whole session."""
+"""Tiny models, made once for the whole session."""
 
 import os
 

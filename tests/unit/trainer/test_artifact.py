@@ -1,4 +1,4 @@
-"""What a job leaves, as others will read it."""
+"""The output of a job, as others read it."""
 
 import json
 import re
@@ -68,12 +68,12 @@ def full(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 @pytest.fixture(params=["quantised", "plain", "full"])
 def artifact(request: pytest.FixtureRequest) -> Artifact:
-    made = request.getfixturevalue(request.param)
-    assert isinstance(made, Artifact)
-    return made
+    finished_job = request.getfixturevalue(request.param)
+    assert isinstance(finished_job, Artifact)
+    return finished_job
 
 
-def test_everything_is_there(artifact: Artifact) -> None:
+def test_the_output_has_every_file_and_no_pickle(artifact: Artifact) -> None:
     names = {path.name for path in artifact.output.iterdir()}
     always = {"README.md", "metrics.csv", "spec.json", "validation_logps.jsonl", "tokenizer.json"}
     assert always | {"tokenizer_config.json"} <= names
@@ -83,7 +83,7 @@ def test_everything_is_there(artifact: Artifact) -> None:
     assert (artifact.folder / "result.csv").exists()
 
 
-def test_the_base_is_named_and_its_path_is_nowhere(quantised: Artifact, plain: Artifact, full: Artifact) -> None:
+def test_the_output_names_the_base_and_never_its_path(quantised: Artifact, plain: Artifact, full: Artifact) -> None:
     for artifact in (quantised, plain):
         assert artifact.json("adapter_config.json")["base_model_name_or_path"] == BASE_NAME
     for artifact in (quantised, plain, full):
@@ -93,7 +93,7 @@ def test_the_base_is_named_and_its_path_is_nowhere(quantised: Artifact, plain: A
             assert not [path for path in paths if path.encode() in content], file
 
 
-def test_checkpoints_name_the_base_and_not_its_path_either(quantised: Artifact) -> None:
+def test_checkpoints_name_the_base_and_not_its_path(quantised: Artifact) -> None:
     configs = list((quantised.folder / "checkpoints").rglob("adapter_config.json"))
     assert configs
     for config in configs:
@@ -101,37 +101,37 @@ def test_checkpoints_name_the_base_and_not_its_path_either(quantised: Artifact) 
         assert str(quantised.folder) not in config.read_text()
 
 
-def test_the_result_file_has_the_columns_of_the_contract(artifact: Artifact) -> None:
+def test_the_result_file_has_the_columns_of_openais(artifact: Artifact) -> None:
     header = (artifact.folder / "result.csv").read_text().splitlines()[0]
     assert header == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy"
 
 
-def number(text: str) -> float | None:
+def optional_float(text: str) -> float | None:
     return float(text) if text else None
 
 
-def test_the_result_file_says_what_the_events_said(quantised: Artifact) -> None:
+def test_the_result_file_has_the_metrics_of_the_events(quantised: Artifact) -> None:
     rows = read_csv(quantised.folder / "result.csv")
-    told = of_kind(quantised.events, "metrics")
-    assert len(rows) == len(told) == 8
-    for row, event in zip(rows, told, strict=True):
+    metric_events = of_kind(quantised.events, "metrics")
+    assert len(rows) == len(metric_events) == 8
+    for row, event in zip(rows, metric_events, strict=True):
         accuracy = "mean_token_accuracy" if event["stage"] == "sft" else "rewards/accuracies"
         metrics = event["metrics"]
         assert int(row["step"]) == event["step"]
-        assert number(row["train_loss"]) == metrics.get("loss")
-        assert number(row["train_accuracy"]) == metrics.get(accuracy)
-        assert number(row["valid_loss"]) == metrics.get("eval/loss")
-        assert number(row["valid_mean_token_accuracy"]) == metrics.get(f"eval/{accuracy}")
+        assert optional_float(row["train_loss"]) == metrics.get("loss")
+        assert optional_float(row["train_accuracy"]) == metrics.get(accuracy)
+        assert optional_float(row["valid_loss"]) == metrics.get("eval/loss")
+        assert optional_float(row["valid_mean_token_accuracy"]) == metrics.get(f"eval/{accuracy}")
 
 
-def test_the_metrics_file_says_what_the_events_said(artifact: Artifact) -> None:
+def test_the_metrics_file_has_the_metrics_of_the_events(artifact: Artifact) -> None:
     rows = read_csv(artifact.output / "metrics.csv")
-    told = of_kind(artifact.events, "metrics")
-    assert len(rows) == len(told)
-    for row, event in zip(rows, told, strict=True):
-        found = {name: float(value) for name, value in row.items() if name not in ("step", "stage") and value}
+    metric_events = of_kind(artifact.events, "metrics")
+    assert len(rows) == len(metric_events)
+    for row, event in zip(rows, metric_events, strict=True):
+        metrics = {name: float(value) for name, value in row.items() if name not in ("step", "stage") and value}
         assert (int(row["step"]), row["stage"]) == (event["step"], event["stage"])
-        assert found == event["metrics"]
+        assert metrics == event["metrics"]
 
 
 def test_the_spec_is_the_job_with_every_default_written_out(quantised: Artifact) -> None:
@@ -166,25 +166,27 @@ def test_the_adapter_loads_on_the_base_and_scores_as_it_did_at_the_end(plain: Ar
 
 
 def test_the_validation_log_probs_give_the_last_validation_loss(artifact: Artifact) -> None:
-    told = [e for e in of_kind(artifact.events, "metrics") if "eval/loss" in e["metrics"]][-1]
+    last_validation = [event for event in of_kind(artifact.events, "metrics") if "eval/loss" in event["metrics"]][-1]
     entries = artifact.validation()
     assert [entry["line"] for entry in entries] == sorted(entry["line"] for entry in entries)
-    if told["stage"] == "dpo":
+    if last_validation["stage"] == "dpo":
         logps = torch.tensor([entry["logps"] for entry in entries])
         ratios = logps - torch.tensor([entry["reference_logps"] for entry in entries])
         margins = 0.1 * (ratios[:, 0] - ratios[:, 1])
-        assert told["metrics"]["eval/loss"] == pytest.approx(torch.log1p(torch.exp(-margins)).mean().item(), rel=1e-5)
-        assert told["metrics"]["eval/rewards/margins"] == pytest.approx(margins.mean().item(), rel=1e-5)
+        assert last_validation["metrics"]["eval/loss"] == pytest.approx(
+            torch.log1p(torch.exp(-margins)).mean().item(), rel=1e-5
+        )
+        assert last_validation["metrics"]["eval/rewards/margins"] == pytest.approx(margins.mean().item(), rel=1e-5)
     else:
         tokenizer = AutoTokenizer.from_pretrained(artifact.output)
         chosen = [PAIRS[entry["line"] - 1]["chosen"] + "</s>" for entry in entries]
         tokens = sum(len(tokenizer(text, add_special_tokens=False).input_ids) for text in chosen)
         total = -sum(entry["logps"][0] for entry in entries)
-        assert told["metrics"]["eval/loss"] == pytest.approx(total / tokens, rel=1e-5)
+        assert last_validation["metrics"]["eval/loss"] == pytest.approx(total / tokens, rel=1e-5)
         assert all(entry["reference_logps"] is None for entry in entries)
 
 
-def test_the_model_card_says_what_it_is_and_how_far_it_drifts(quantised: Artifact, plain: Artifact) -> None:
+def test_the_model_card_describes_the_job_and_its_drift(quantised: Artifact, plain: Artifact) -> None:
     card = (quantised.output / "README.md").read_text()
     front, _, body = card.removeprefix("---\n").partition("\n---\n")
     assert f"base_model: {BASE_NAME}" in front.splitlines()
@@ -209,14 +211,14 @@ def test_the_drift_is_that_of_the_adapter_on_the_unquantised_base(quantised: Art
             ids = torch.tensor([tokenizer(pair["prompt"] + pair[side] + "</s>").input_ids])
             with torch.no_grad():
                 logps = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
-            found = logps.gather(1, ids[0, 1:, None]).squeeze(1)[prompt - 1 :]
-            difference += abs(found.sum().item() - logp)
-            tokens += len(found)
+            answer_logps = logps.gather(1, ids[0, 1:, None]).squeeze(1)[prompt - 1 :]
+            difference += abs(answer_logps.sum().item() - logp)
+            tokens += len(answer_logps)
     assert f"{difference / tokens:.4f} nats a token" in (quantised.output / "README.md").read_text()
     assert f"{tokens} tokens" in (quantised.output / "README.md").read_text()
 
 
-def test_the_tokenizer_is_the_bases(artifact: Artifact, llama: Path) -> None:
+def test_the_tokenizer_equals_the_bases(artifact: Artifact, llama: Path) -> None:
     ours, theirs = (AutoTokenizer.from_pretrained(folder) for folder in (artifact.output, llama))
     for text in ("the cat and the dog.", "naïve 日本 🙂 </s>", ""):
         assert ours(text).input_ids == theirs(text).input_ids

@@ -1,4 +1,4 @@
-"""Base models as they come: quantised already, with learned positions, with a tokenizer that outgrew them."""
+"""Base models as they are published: quantised, with learned positions, or with a tokenizer larger than the model."""
 
 import io
 import json
@@ -78,7 +78,7 @@ def test_a_base_in_four_bits_is_trained_on_as_it_is(four_bits: Path, tmp_path: P
         ({"quantization": "nf4", "method": dpo_method(loss="reward_model")}, "model", "the original"),
     ],
 )
-def test_what_a_base_in_four_bits_cannot_become_is_refused(
+def test_a_spec_that_a_base_in_four_bits_cannot_serve_is_refused(
     four_bits: Path, fields: dict[str, Any], param: str, words: str
 ) -> None:
     with pytest.raises(UserError, match=words) as caught:
@@ -87,7 +87,7 @@ def test_what_a_base_in_four_bits_cannot_become_is_refused(
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "mxfp4", "compressed-tensors"])
-def test_other_quantised_bases_are_refused_with_what_to_do(llama: Path, tmp_path: Path, method: str) -> None:
+def test_other_quantised_bases_are_refused_with_advice(llama: Path, tmp_path: Path, method: str) -> None:
     base = copy_of(llama, tmp_path / "base", quantization_config={"quant_method": method, "bits": 4})
     with pytest.raises(UserError, match="Train on the original model") as caught:
         load(base, quantization="nf4")
@@ -102,7 +102,7 @@ def copy_of(base: Path, folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def test_a_folder_without_safetensors_says_what_it_has(llama: Path, tmp_path: Path) -> None:
+def test_a_folder_without_safetensors_is_refused_and_its_weights_are_named(llama: Path, tmp_path: Path) -> None:
     base = copy_of(llama, tmp_path / "base")
     (base / "model.safetensors").rename(base / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"pytorch_model\.bin: convert them to safetensors") as caught:
@@ -111,7 +111,7 @@ def test_a_folder_without_safetensors_says_what_it_has(llama: Path, tmp_path: Pa
 
 
 def test_no_row_is_longer_than_the_positions_that_a_model_learned(tmp_path: Path) -> None:
-    """GPT-2 calls them `n_positions`; what lies behind them is an index error, or noise."""
+    """GPT-2 calls them `n_positions`. A position beyond them is an index error or noise."""
     base = make_tiny_model(tmp_path / "base")
     config = GPT2Config(
         vocab_size=len(AutoTokenizer.from_pretrained(base)), n_embd=32, n_layer=2, n_head=4, n_positions=16
@@ -124,7 +124,7 @@ def test_no_row_is_longer_than_the_positions_that_a_model_learned(tmp_path: Path
     assert max(lengths) == 16
 
 
-def test_a_token_that_the_model_has_no_place_for_is_named(llama: Path, tmp_path: Path) -> None:
+def test_a_token_that_the_model_has_no_embedding_for_is_refused_and_named(llama: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(llama, base)
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -140,7 +140,7 @@ def test_a_token_that_the_model_has_no_place_for_is_named(llama: Path, tmp_path:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_a_fully_trained_model_is_written_as_its_base_is(llama: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_a_fully_trained_model_has_the_dtype_of_its_base(llama: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     base = tmp_path / "base"
     shutil.copytree(llama, base)
     AutoModelForCausalLM.from_pretrained(llama, dtype=dtype).save_pretrained(base)
@@ -153,7 +153,7 @@ def test_a_fully_trained_model_is_written_as_its_base_is(llama: Path, tmp_path: 
     assert AutoModelForCausalLM.from_pretrained(output / "output").dtype == dtype
 
 
-DRAWS: dict[str, dict[str, Any]] = {
+RANDOM_OPTIONS: dict[str, dict[str, Any]] = {
     "gpt2": {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5},
     "gpt_bigcode": {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5},
     "seed_oss": {"residual_dropout": 0.5, "attention_dropout": 0.5},
@@ -163,13 +163,13 @@ DRAWS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", DRAWS)
+@pytest.mark.parametrize("kind", RANDOM_OPTIONS)
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-def test_nothing_is_drawn_at_random_whatever_a_model_calls_its_dropout(
+def test_scores_are_deterministic_whatever_a_model_calls_its_dropout(
     tmp_path: Path, kind: str, recompute: bool
 ) -> None:
     config = tiny_config(kind)
-    for name, value in DRAWS[kind].items():
+    for name, value in RANDOM_OPTIONS[kind].items():
         setattr(config, name, value)
     base = make_tiny_model(tmp_path / "base")
     torch.manual_seed(0)
@@ -178,8 +178,8 @@ def test_nothing_is_drawn_at_random_whatever_a_model_calls_its_dropout(
     policy.recompute_activations(recompute)
     model: Any = AutoModelForCausalLM.from_pretrained(base).eval()
     for row in ROWS:
-        found, again = (policy.score(pack_of(policy, [row], [0])).responses for _ in range(2))
-        assert torch.equal(found, again)
+        responses, repeated = (policy.score(pack_of(policy, [row], [0])).responses for _ in range(2))
+        assert torch.equal(responses, repeated)
         ids = torch.tensor([row.prompt + row.responses[1].ids])
         logps = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[len(row.prompt) - 1 :]
-        torch.testing.assert_close(found[1], logps.sum(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(responses[1], logps.sum(), rtol=1e-4, atol=1e-4)

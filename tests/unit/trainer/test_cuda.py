@@ -1,4 +1,4 @@
-"""What only a GPU can show, and the part of it that a CPU can."""
+"""Tests that need a GPU, and the part of them that runs on a CPU."""
 
 import io
 from dataclasses import replace
@@ -35,8 +35,8 @@ PLAIN = {"adapter": {"r": 4}, "quantization": "none", "seed": 0, "validation_spl
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3_text", "gpt2"])
-def test_flex_attention_computes_what_the_cpus_kernels_do(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uncompiled, forward only: FlexAttention has no backward pass on a CPU. Padding is in it, as on a GPU."""
+def test_flex_attention_equals_the_cpus_kernels(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uncompiled, and forward only: FlexAttention has no backward pass on a CPU. The pack is padded, as on a GPU."""
     policy = make_policy(family, FAMILIES[family], io.StringIO())
     with torch.no_grad():
         expected = policy.score(pack_of(policy, ROWS, [0, 1, 2, 3])).responses
@@ -46,35 +46,37 @@ def test_flex_attention_computes_what_the_cpus_kernels_do(family: str, monkeypat
         monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention)
         AttentionInterface.register(attention.TREE_ATTENTION, flex)
         try:
-            found = policy.score(pack).responses
+            flex_responses = policy.score(pack).responses
         finally:
             AttentionInterface.register(attention.TREE_ATTENTION, attention.tree_attention)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(flex_responses, expected, rtol=1e-6, atol=0)
 
 
-def flex(_module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, **given: Any) -> tuple[Tensor, None]:
-    """The GPU's path, here."""
-    blocks = given["tree"].block_mask(given.get("sliding_window"))
+def flex(_module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, **options: Any) -> tuple[Tensor, None]:
+    """The GPU's attention, on the CPU."""
+    blocks = options["tree"].block_mask(options.get("sliding_window"))
     attended = attention._flex(
-        query, key, value, blocks, given.get("scaling"), given.get("softcap"), given.get("s_aux")
+        query, key, value, blocks, options.get("scaling"), options.get("softcap"), options.get("s_aux")
     )
     return attended.transpose(1, 2).contiguous(), None
 
 
 @needs_gpu
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral"])
-def test_shared_log_probs_and_gradients_on_a_gpu(request: pytest.FixtureRequest, architecture: str) -> None:
+def test_shared_log_probs_and_gradients_on_a_gpu_are_those_of_the_models_own_attention(
+    request: pytest.FixtureRequest, architecture: str
+) -> None:
     """In bfloat16, against the model's own attention."""
     policy = disturb(load(request.getfixturevalue(architecture)), 0.02)
     assert policy.shared and policy.packing.fixed
     pack = pack_of(policy, ROWS, [0, 1, 2]).to(policy.device)
-    found = policy.score(pack).responses
+    shared = policy.score(pack).responses
     rows = [ROWS[number] for number in pack.rows]
     with torch.autocast("cuda", torch.bfloat16):
         expected = torch.cat([plain_logps(policy, row).float() for row in rows])
-    torch.testing.assert_close(found, expected, rtol=2e-2, atol=0.2)
+    torch.testing.assert_close(shared, expected, rtol=2e-2, atol=0.2)
     theirs = gradients(policy, expected.sum())
-    for name, gradient in gradients(policy, found.sum()).items():
+    for name, gradient in gradients(policy, shared.sum()).items():
         cosine = torch.nn.functional.cosine_similarity(gradient.flatten(), theirs[name].flatten(), dim=0)
         assert cosine > 0.98, name
 
@@ -93,17 +95,17 @@ def test_8_bit_optimizers_train_on_a_gpu(llama: Path, tmp_path: Path, optimizer:
 
 
 @needs_gpu
-def test_recomputed_activations_train_alike_on_a_gpu(llama: Path, tmp_path: Path) -> None:
-    found = []
+def test_recomputed_activations_give_the_same_losses_on_a_gpu(llama: Path, tmp_path: Path) -> None:
+    losses = []
     for recompute in (True, False):
         method = sft_method(max_steps=3, batch_size=8, activation_checkpointing=recompute)
         folder = make_work_folder(tmp_path / str(recompute), llama, {**PLAIN, "method": method}, train=make_pairs(8))
-        found.append(training_metrics(run_in_process(folder), "loss"))
-    assert found[0] == pytest.approx(found[1], rel=1e-2)
+        losses.append(training_metrics(run_in_process(folder), "loss"))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
 @needs_gpu
-def test_a_kernel_that_cannot_be_compiled_ends_sharing_and_not_the_job(
+def test_a_kernel_that_cannot_be_compiled_ends_sharing_but_not_the_job(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_compiler() -> None:

@@ -1,4 +1,4 @@
-"""From text to token rows, held against what the tokenizer itself says about the whole text."""
+"""From text to token rows, compared with the tokenizer's own tokens of the whole text."""
 
 from itertools import chain
 from typing import Any
@@ -25,7 +25,7 @@ CONVERSATION: list[Message] = [
 
 
 def recipe(max_length: int = LONG, loss_on: Any = "answers") -> Recipe:
-    """Examples as they are: RANKED takes any number of responses."""
+    """Examples stay as they are, since RANKED takes any number of responses."""
     return Recipe(Kind.RANKED, max_length, loss_on)
 
 
@@ -38,7 +38,7 @@ def tokenise_one(example: Example, tokenizer: Any = PLAIN) -> Row:
     return row
 
 
-def whole(row: Row, k: int = 0) -> list[int]:
+def full_ids(row: Row, k: int = 0) -> list[int]:
     return list(row.prompt + row.responses[k].ids)
 
 
@@ -53,16 +53,16 @@ def ids_of(text: str, tokenizer: Any = PLAIN) -> list[int]:
     return list(tokenizer(text).input_ids)
 
 
-def test_a_pair_is_what_the_tokenizer_makes_of_the_whole_texts() -> None:
+def test_a_pair_has_the_tokens_of_its_whole_texts() -> None:
     row = tokenise_one(Example(7, "What is it?", (" the cat.", " a dog, then.")))
     assert row.line == 7
-    assert whole(row, 0) == ids_of("What is it? the cat.</s>")
-    assert whole(row, 1) == ids_of("What is it? a dog, then.</s>")
+    assert full_ids(row, 0) == ids_of("What is it? the cat.</s>")
+    assert full_ids(row, 1) == ids_of("What is it? a dog, then.</s>")
     assert list(row.prompt) == ids_of("What is it?")
     assert all(all(response.scored) for response in row.responses)
 
 
-def test_a_prompt_of_many_bytes_a_character_ends_where_it_ends() -> None:
+def test_a_prompt_of_multibyte_characters_ends_after_its_last_character() -> None:
     row = tokenise_one(Example(1, "naïve 日本 🙂", ("🙃 été", "🙂")))
     assert decode(row.prompt) == "<s>naïve 日本 🙂"
     assert [decode(response.ids) for response in row.responses] == ["🙃 été</s>", "🙂</s>"]
@@ -71,14 +71,14 @@ def test_a_prompt_of_many_bytes_a_character_ends_where_it_ends() -> None:
 
 def test_a_token_over_the_boundary_is_scored_and_belongs_to_the_answer() -> None:
     row = tokenise_one(Example(1, "see t", ("he cat",)))
-    assert whole(row) == ids_of("see the cat</s>")
+    assert full_ids(row) == ids_of("see the cat</s>")
     assert decode(row.prompt) == "<s>see"
     assert decode(row.responses[0].ids) == " the cat</s>"
     assert row.responses[0].ids[0] == PLAIN.convert_tokens_to_ids("Ġthe")
     assert all(row.responses[0].scored)
 
 
-def test_the_end_of_a_prompt_behind_the_common_prefix_is_context_that_is_not_scored() -> None:
+def test_the_end_of_a_prompt_after_the_common_prefix_is_context_that_is_not_scored() -> None:
     row = tokenise_one(Example(1, "see t", ("he cat", "!")))
     merged, unmerged = row.responses
     assert decode(row.prompt) == "<s>see"
@@ -88,10 +88,10 @@ def test_the_end_of_a_prompt_behind_the_common_prefix_is_context_that_is_not_sco
     assert decode(unmerged.ids) == " t!</s>"
     remainder = [decode([token]) for token, scored in zip(unmerged.ids, unmerged.scored, strict=True) if not scored]
     assert "".join(remainder) == " t"
-    assert whole(row, 1) == ids_of("see t!</s>")
+    assert full_ids(row, 1) == ids_of("see t!</s>")
 
 
-def test_the_prompt_never_passes_its_last_character_though_the_answers_begin_alike() -> None:
+def test_the_prompt_ends_at_its_last_character_even_if_the_answers_begin_alike() -> None:
     row = tokenise_one(Example(1, "see", (" the cat", " the dog")))
     assert decode(row.prompt) == "<s>see"
     assert [decode(response.ids) for response in row.responses] == [" the cat</s>", " the dog</s>"]
@@ -114,30 +114,32 @@ def test_every_answer_is_whole_and_scored_exactly_where_it_has_a_character(promp
     row = tokenise_one(Example(1, prompt, tuple(answers)))
     assert f"<s>{prompt}".startswith(decode(row.prompt))
     for k, answer in enumerate(answers):
-        ids, scored = whole(row, k), [False] * len(row.prompt) + list(row.responses[k].scored)
+        ids, scored = full_ids(row, k), [False] * len(row.prompt) + list(row.responses[k].scored)
         assert ids == ids_of(f"{prompt}{answer}</s>")
         assert decode(ids) == f"<s>{prompt}{answer}</s>"
         assert (ids.count(BOS), ids[0], ids[-1]) == (1, BOS, EOS)
         ends = [len(decode(ids[: i + 1])) for i in range(len(ids))]
         assert scored == [end > len(f"<s>{prompt}") for end in ends]
-    longest_common = [len(set(column)) for column in zip(*(whole(row, k) for k in range(len(answers))), strict=False)]
-    ends_inside = sum(len(decode(whole(row)[: i + 1])) <= len(f"<s>{prompt}") for i in range(len(whole(row))))
-    common = next((i for i, kinds in enumerate(longest_common) if kinds > 1), len(longest_common))
+    distinct_counts = [
+        len(set(column)) for column in zip(*(full_ids(row, k) for k in range(len(answers))), strict=False)
+    ]
+    ends_inside = sum(len(decode(full_ids(row)[: i + 1])) <= len(f"<s>{prompt}") for i in range(len(full_ids(row))))
+    common = next((i for i, distinct in enumerate(distinct_counts) if distinct > 1), len(distinct_counts))
     assert len(row.prompt) == min(common, ends_inside)
 
 
 def test_a_text_that_brings_its_own_bos_gets_no_second_one() -> None:
     row = tokenise_one(Example(1, "<s>see", (" the cat",)))
-    assert whole(row).count(BOS) == 1
-    assert decode(whole(row)) == "<s>see the cat</s>"
+    assert full_ids(row).count(BOS) == 1
+    assert decode(full_ids(row)) == "<s>see the cat</s>"
 
 
-def test_a_tokenizer_that_adds_no_bos_gets_none() -> None:
+def test_a_row_has_no_bos_if_the_tokenizer_adds_none() -> None:
     tokenizer = make_tokenizer()
     tokenizer.backend_tokenizer.post_processor = None
     assert BOS not in tokenizer("see").input_ids
     row = tokenise_one(Example(1, "see", (" the cat",)), tokenizer)
-    assert decode(whole(row)) == "see the cat</s>"
+    assert decode(full_ids(row)) == "see the cat</s>"
 
 
 def test_a_conversation_without_a_template_is_a_transcript() -> None:
@@ -156,22 +158,22 @@ def test_a_chat_template_is_used_as_transformers_uses_it(template: str, prompt: 
     row = tokenise_one(Example(1, prompt, ("the cat", "a dog")), tokenizer)
     for k, answer in enumerate(("the cat", "a dog")):
         conversation = [*turns, {"role": "assistant", "content": answer}]
-        assert whole(row, k) == tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=False)
-        assert whole(row, k).count(BOS) == (1 if template == CHATML_WITH_BOS else 0)
+        assert full_ids(row, k) == tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=False)
+        assert full_ids(row, k).count(BOS) == (1 if template == CHATML_WITH_BOS else 0)
         assert decode(row.responses[k].ids) == f"{answer}</s>\n"
         assert all(row.responses[k].scored)
     generating = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False, add_generation_prompt=True)
     assert list(row.prompt) == generating
 
 
-def test_a_template_that_opens_a_block_for_thoughts_is_left_before_it_where_there_are_none() -> None:
+def test_without_thoughts_the_block_that_the_template_opens_for_them_is_left_out() -> None:
     thinking = CHATML + "{% if add_generation_prompt %}<think>\n{% endif %}"
     row = tokenise_one(Example(1, "what?", ("the cat",)), make_tokenizer(thinking))
     assert decode(row.prompt) == "<|user|>\nwhat?</s>\n<|assistant|>\n"
     assert decode(row.responses[0].ids) == "the cat</s>\n"
 
 
-def test_a_template_that_refuses_a_conversation_is_the_users_error_with_its_line() -> None:
+def test_a_conversation_that_the_template_refuses_is_a_user_error_with_its_line() -> None:
     template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + CHATML
     with pytest.raises(UserError, match=r"Line 4: .*no system here") as caught:
         tokenise(Example(4, CONVERSATION, ("the cat",)), make_tokenizer(template))
@@ -187,54 +189,54 @@ def test_a_template_that_refuses_a_conversation_is_the_users_error_with_its_line
     ],
 )
 def test_a_models_template_runs_in_a_sandbox(attack: str) -> None:
-    """Templates come with base models; what one reaches for beside its text fails the job."""
+    """Templates come with base models. One that reaches beyond its messages fails the job."""
     with pytest.raises(UserError, match=r"unsafe|undefined|immutable|SecurityError") as caught:
         tokenise(Example(1, CONVERSATION, ("the cat",)), make_tokenizer(attack + CHATML))
     assert caught.value.code == "chat_template_error"
 
 
-def test_loss_on_text_scores_all_that_something_predicts() -> None:
+def test_loss_on_text_scores_every_token_but_the_first() -> None:
     (row,) = tokenise(Example(1, "see", (" the cat",)), loss_on="text")
     pack = tree_pack(trees([row], [0], LONG))
-    assert whole(row) == ids_of("see the cat</s>")
+    assert full_ids(row) == ids_of("see the cat</s>")
     assert pack.targets.tolist() == ids_of("see the cat</s>")[1:]
-    assert pack.predictors.tolist() == list(range(len(whole(row)) - 1))
+    assert pack.predictors.tolist() == list(range(len(full_ids(row)) - 1))
 
 
-def test_raw_text_is_cut_in_pieces_and_loses_nothing() -> None:
+def test_raw_text_is_cut_into_pieces_and_loses_nothing() -> None:
     text = " ".join(CORPUS)
     pieces = tokenise(Example(1, "", (text,), raw=True), max_length=16)
     assert len(pieces) > 3
-    assert all(0 < len(whole(piece)) <= 16 for piece in pieces)
-    assert list(chain.from_iterable(map(whole, pieces))) == ids_of(f"{text}</s>")
+    assert all(0 < len(full_ids(piece)) <= 16 for piece in pieces)
+    assert list(chain.from_iterable(map(full_ids, pieces))) == ids_of(f"{text}</s>")
 
 
-def test_raw_text_is_learned_as_it_is_though_there_is_a_template() -> None:
+def test_raw_text_is_not_wrapped_by_a_chat_template() -> None:
     tokenizer = make_tokenizer(CHATML)
     (row,) = tokenise(Example(1, "", ("the cat",), raw=True), tokenizer)
-    assert decode(whole(row)) == "<s>the cat</s>"
+    assert decode(full_ids(row)) == "<s>the cat</s>"
     assert row.responses[0].scored == (False, True, True, True)  # nothing predicts BOS
 
 
 def test_truncation_cuts_the_prompt_from_the_left_and_keeps_the_answers() -> None:
-    cut = Tally()
+    tally = Tally()
     prompt, answers = CORPUS[0] + "?", (" the cat.", " then the other dog!")
     full = tokenise_one(Example(1, prompt, answers))
-    (row,) = rows([Example(1, prompt, answers)], PLAIN, recipe(16), cut)
+    (row,) = rows([Example(1, prompt, answers)], PLAIN, recipe(16), tally)
     assert row.responses == full.responses
     room = 16 - max(len(response.ids) for response in full.responses)
     assert row.prompt == (BOS, *full.prompt[-(room - 1) :])
-    assert (cut.prompts, cut.answers) == (1, 0)
+    assert (tally.prompts, tally.answers) == (1, 0)
 
 
 def test_a_prompt_that_needs_less_than_half_of_the_room_is_not_cut_for_a_long_answer() -> None:
-    cut = Tally()
+    tally = Tally()
     full = tokenise_one(Example(1, "see the dog?", (" " + CORPUS[0], " the cat.")))
-    (row,) = rows([Example(1, "see the dog?", (" " + CORPUS[0], " the cat."))], PLAIN, recipe(16), cut)
+    (row,) = rows([Example(1, "see the dog?", (" " + CORPUS[0], " the cat."))], PLAIN, recipe(16), tally)
     assert row.prompt == full.prompt and len(row.prompt) < 8
     assert row.responses[0].ids == full.responses[0].ids[: 16 - len(full.prompt)]
     assert row.responses[1] == full.responses[1]
-    assert (cut.prompts, cut.answers, cut.rows) == (0, 1, 1)
+    assert (tally.prompts, tally.answers, tally.rows) == (0, 1, 1)
 
 
 @given(st.lists(st.sampled_from(CORPUS[0].split()), max_size=30), st.lists(st.sampled_from(CORPUS[1].split())))
@@ -242,17 +244,17 @@ def test_a_prompt_that_needs_less_than_half_of_the_room_is_not_cut_for_a_long_an
 def test_no_row_is_longer_than_max_length(prompt: list[str], answer: list[str]) -> None:
     example = Example(1, " ".join(prompt), (" ".join(answer) + "!", " no"))
     full = tokenise_one(example)
-    cut = Tally()
-    (row,) = rows([example], PLAIN, recipe(16), cut)
-    assert all(len(whole(row, k)) <= 16 for k in range(2))
-    assert (row == full) == (cut == Tally()) == all(len(whole(full, k)) <= 16 for k in range(2))
+    tally = Tally()
+    (row,) = rows([example], PLAIN, recipe(16), tally)
+    assert all(len(full_ids(row, k)) <= 16 for k in range(2))
+    assert (row == full) == (tally == Tally()) == all(len(full_ids(full, k)) <= 16 for k in range(2))
 
 
 def test_many_examples_keep_their_order() -> None:
     examples = [Example(line, f"{line}?", (f" {line}.",)) for line in range(1, 601)]
-    made = list(rows(examples, PLAIN, recipe(), Tally()))
-    assert [row.line for row in made] == list(range(1, 601))
-    assert [decode(whole(row)) for row in made] == [f"<s>{n}? {n}.</s>" for n in range(1, 601)]
+    token_rows = list(rows(examples, PLAIN, recipe(), Tally()))
+    assert [row.line for row in token_rows] == list(range(1, 601))
+    assert [decode(full_ids(row)) for row in token_rows] == [f"<s>{number}? {number}.</s>" for number in range(1, 601)]
 
 
 TOOLS = (
@@ -271,7 +273,7 @@ LOOK = ({"type": "function", "function": {"name": "look", "parameters": {}}},)
 
 def scored_text(row: Row, tokenizer: Any) -> str:
     (response,) = row.responses
-    return decode([i for i, flag in zip(response.ids, response.scored, strict=True) if flag], tokenizer)
+    return decode([token for token, flag in zip(response.ids, response.scored, strict=True) if flag], tokenizer)
 
 
 def test_a_tool_call_is_learned_as_the_template_writes_it() -> None:
@@ -279,11 +281,11 @@ def test_a_tool_call_is_learned_as_the_template_writes_it() -> None:
     row = tokenise_one(Example(1, CONVERSATION, ([CALL],), tools=LOOK), tokenizer)
     assert scored_text(row, tokenizer).startswith('CALL look {"at": "cat"}')
     expected = tokenizer.apply_chat_template([*CONVERSATION, CALL], tools=list(LOOK), tokenize=False)
-    assert decode(whole(row), tokenizer) == expected
+    assert decode(full_ids(row), tokenizer) == expected
 
 
 @pytest.mark.parametrize("tokenizer", [PLAIN, make_tokenizer(CHATML)])
-def test_a_model_that_was_not_made_for_tools_refuses_them(tokenizer: Any) -> None:
+def test_tools_are_refused_if_the_template_does_not_write_them(tokenizer: Any) -> None:
     for example in (Example(5, "q", ("a",), tools=LOOK), Example(5, [CONVERSATION[1]], ([CALL],))):
         with pytest.raises(UserError, match=r"Line 5: .*tools") as caught:
             tokenise_one(example, tokenizer)

@@ -1,4 +1,4 @@
-"""Token rows of a file: flat arrays give back what was put in, however they were made."""
+"""Token rows of a file: flat arrays give back the rows that were put in."""
 
 import io
 import json
@@ -30,7 +30,7 @@ responses = st.lists(st.tuples(tokens, st.booleans()), min_size=1, max_size=4)
 any_rows = st.lists(st.tuples(st.integers(1, 10**9), tokens, responses, st.booleans()), max_size=6)
 
 
-def made(drawn: Sequence[tuple[int, list[int], list[tuple[list[int], bool]], bool]]) -> list[Row]:
+def make_rows(drawn: Sequence[tuple[int, list[int], list[tuple[list[int], bool]], bool]]) -> list[Row]:
     return [
         Row(line, tuple(prompt), tuple(Response(tuple(ids), (flag,) * len(ids)) for ids, flag in answers), desirable)
         for line, prompt, answers, desirable in drawn
@@ -40,19 +40,19 @@ def made(drawn: Sequence[tuple[int, list[int], list[tuple[list[int], bool]], boo
 @given(any_rows, st.lists(st.integers(0, 6), max_size=3), st.data())
 @settings(deadline=None, max_examples=100)
 def test_rows_come_back_as_they_went_in(drawn: Any, cuts: list[int], data: st.DataObject) -> None:
-    expected = made(drawn)
+    expected = make_rows(drawn)
     bounds = [0, *sorted(min(cut, len(expected)) for cut in cuts), len(expected)]
-    chunks = [Arrays.of(expected[a:b]) for a, b in pairwise(bounds)]
-    found = Rows(Arrays.joined(chunks))
-    assert list(found) == expected
-    assert found.lines == [row.line for row in expected]
+    chunks = [Arrays.of(expected[start:stop]) for start, stop in pairwise(bounds)]
+    stored = Rows(Arrays.joined(chunks))
+    assert list(stored) == expected
+    assert stored.lines == [row.line for row in expected]
     keep = data.draw(st.lists(st.booleans(), min_size=len(expected), max_size=len(expected)))
-    assert list(found.where(keep)) == [row for row, kept in zip(expected, keep, strict=True) if kept]
-    assert list(found[1:3]) == expected[1:3]
-    assert found.digest() == Rows.of(expected).digest()
+    assert list(stored.where(keep)) == [row for row, flag in zip(expected, keep, strict=True) if flag]
+    assert list(stored[1:3]) == expected[1:3]
+    assert stored.digest() == Rows.of(expected).digest()
 
 
-def test_the_digest_sees_every_token_and_which_are_scored() -> None:
+def test_the_digest_covers_every_token_and_which_are_scored() -> None:
     row = make_row(1, 4, 3, 5)
     first = row.responses[0]
     others = [
@@ -65,7 +65,8 @@ def test_the_digest_sees_every_token_and_which_are_scored() -> None:
     ]
     digests = {Rows.of([other]).digest() for other in [row, *others]} | {Rows.of([row, row]).digest()}
     assert len(digests) == len(others) + 2
-    assert Rows.of([Row(2, row.prompt, row.responses)]).digest() == Rows.of([row]).digest()  # a line is no content
+    # The line number is not content.
+    assert Rows.of([Row(2, row.prompt, row.responses)]).digest() == Rows.of([row]).digest()
 
 
 def test_rows_of_one_prompt_have_one_key_and_rows_without_a_prompt_their_own() -> None:
@@ -75,18 +76,18 @@ def test_rows_of_one_prompt_have_one_key_and_rows_without_a_prompt_their_own() -
     assert len(set(keys)) == 4
 
 
-def test_several_processes_make_the_rows_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_make_the_same_rows_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_records(tmp_path / "data.jsonl", make_pairs(50))
-    one = dataset._tokenise(tmp_path / "data.jsonl", TOKENIZER, Recipe(Kind.PREFERENCE, 16))
+    single = dataset._tokenise(tmp_path / "data.jsonl", TOKENIZER, Recipe(Kind.PREFERENCE, 16))
     monkeypatch.setattr(dataset, "PARALLEL_BYTES", 0)
     monkeypatch.setattr(dataset, "CHUNK", 7)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
     several = dataset._tokenise(tmp_path / "data.jsonl", TOKENIZER, Recipe(Kind.PREFERENCE, 16))
-    assert list(Rows(several[0])) == list(Rows(one[0]))
-    assert several[1] == one[1] != Tally()
+    assert list(Rows(several[0])) == list(Rows(single[0]))
+    assert several[1] == single[1] != Tally()
 
 
-def test_what_a_process_finds_wrong_reaches_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_a_tokenising_process_reaches_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     template = "{% if messages[0]['content'] == 'bad' %}{{ raise_exception('never this') }}{% endif %}" + CHATML
     pairs = [{**pair, "prompt": "bad" if k == 30 else pair["prompt"]} for k, pair in enumerate(make_pairs(40))]
     write_records(tmp_path / "data.jsonl", pairs)
@@ -105,31 +106,31 @@ def cache(tmp_path: Path) -> Cache:
 
 def test_a_file_is_tokenised_once(tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     write_records(tmp_path / "data.jsonl", make_pairs(9))
-    first, cut = load(tmp_path / "data.jsonl", TOKENIZER, Recipe(Kind.PREFERENCE, 16), cache)
-    assert cut.prompts > 0
+    first, tally = load(tmp_path / "data.jsonl", TOKENIZER, Recipe(Kind.PREFERENCE, 16), cache)
+    assert tally.prompts > 0
 
     def never(*_: Any) -> Any:
         raise AssertionError("tokenised again")
 
     monkeypatch.setattr(dataset, "_tokenise", never)
-    again, cut_again = load(tmp_path / "data.jsonl", TOKENIZER, Recipe(Kind.PREFERENCE, 16), cache)
-    assert list(again) == list(first)
-    assert cut_again == cut
+    cached, cached_tally = load(tmp_path / "data.jsonl", TOKENIZER, Recipe(Kind.PREFERENCE, 16), cache)
+    assert list(cached) == list(first)
+    assert cached_tally == tally
     assert len(cache.hits) == 1
 
 
-def test_a_damaged_entry_is_made_again(tmp_path: Path, cache: Cache) -> None:
+def test_a_damaged_cache_entry_is_made_again(tmp_path: Path, cache: Cache) -> None:
     write_records(tmp_path / "data.jsonl", make_pairs(9))
     first, _ = load(tmp_path / "data.jsonl", TOKENIZER, PAIRS, cache)
     (entry,) = (path for path in (tmp_path / "cache").rglob("*") if path.is_file())
     entry.write_bytes(entry.read_bytes()[:-7])
-    again, _ = load(tmp_path / "data.jsonl", TOKENIZER, PAIRS, cache)
-    assert list(again) == list(first)
+    reloaded, _ = load(tmp_path / "data.jsonl", TOKENIZER, PAIRS, cache)
+    assert list(reloaded) == list(first)
     assert cache.hits == []
 
 
 @pytest.mark.parametrize(
-    "other",
+    "changes",
     [
         {"recipe": Recipe(Kind.SUPERVISED, 64)},
         {"recipe": Recipe(Kind.PREFERENCE, 32)},
@@ -139,11 +140,11 @@ def test_a_damaged_entry_is_made_again(tmp_path: Path, cache: Cache) -> None:
     ],
     ids=["what is compared", "length", "what is scored", "template", "content"],
 )
-def test_other_settings_are_another_entry(tmp_path: Path, cache: Cache, other: dict[str, Any]) -> None:
-    for number, given_ in enumerate(({}, other)):
+def test_other_settings_use_another_cache_entry(tmp_path: Path, cache: Cache, changes: dict[str, Any]) -> None:
+    for number, inputs in enumerate(({}, changes)):
         path = tmp_path / f"{number}.jsonl"
-        write_records(path, given_.get("records", make_pairs(3)))
-        load(path, given_.get("tokenizer", TOKENIZER), given_.get("recipe", PAIRS), cache)
+        write_records(path, inputs.get("records", make_pairs(3)))
+        load(path, inputs.get("tokenizer", TOKENIZER), inputs.get("recipe", PAIRS), cache)
     assert cache.hits == []
     assert len(list((tmp_path / "cache").rglob("*"))) >= 3
 
@@ -159,9 +160,10 @@ def test_a_file_that_cannot_be_read_leaves_nothing_in_the_cache(tmp_path: Path, 
 
 
 def responses_of(example: Example, need: Kind) -> list[tuple[list[str], bool]]:
-    found = rows([example], TOKENIZER, Recipe(need, 512), Tally())
+    token_rows = rows([example], TOKENIZER, Recipe(need, 512), Tally())
     return [
-        ([TOKENIZER.decode(r.ids).removesuffix("</s>").strip() for r in row.responses], row.desirable) for row in found
+        ([TOKENIZER.decode(response.ids).removesuffix("</s>").strip() for response in row.responses], row.desirable)
+        for row in token_rows
     ]
 
 
@@ -181,7 +183,7 @@ PAIR = Example(1, "see", (" a", " b"))
         (Example(1, "see", (" a",), desirable=False), Kind.SUPERVISED, []),
     ],
 )
-def test_an_example_serves_other_methods_in_their_form(example: Example, need: Kind, expected: Any) -> None:
+def test_an_example_is_converted_to_the_form_that_a_method_needs(example: Example, need: Kind, expected: Any) -> None:
     assert responses_of(example, need) == expected
 
 
@@ -232,18 +234,18 @@ def test_loss_on_turns_is_refused_where_the_template_rewrites_earlier_turns() ->
 
 
 def test_a_long_conversation_loses_its_beginning_and_keeps_its_last_answer() -> None:
-    cut = Tally()
-    (row,) = rows([Example(1, CONVERSATION, ("the cat",))], TOKENIZER, Recipe(Kind.SUPERVISED, 16, "turns"), cut)
+    tally = Tally()
+    (row,) = rows([Example(1, CONVERSATION, ("the cat",))], TOKENIZER, Recipe(Kind.SUPERVISED, 16, "turns"), tally)
     assert len(row.responses[0].ids) == 16
     assert row.responses[0].ids[0] == TOKENIZER.bos_token_id
     assert scored_text(row, TOKENIZER)[-1] == " the cat</s>"
-    assert (cut.prompts, cut.answers, cut.lost) == (1, 0, 0)
+    assert (tally.prompts, tally.answers, tally.lost) == (1, 0, 0)
 
 
 def test_a_row_whose_answer_vanishes_is_left_out_and_counted() -> None:
-    """The merged boundary token belongs to the answer, and nothing is left of it."""
-    cut = Tally()
+    """The first answer is a single space, which may have no token of its own."""
+    tally = Tally()
     example = Example(1, "see", (" ", " the cat"))
-    found = list(rows([example, Example(2, "see", (" a", " b"))], TOKENIZER, PAIRS, cut))
-    assert [row.line for row in found][-1] == 2
-    assert len(found) + cut.lost == 2
+    kept = list(rows([example, Example(2, "see", (" a", " b"))], TOKENIZER, PAIRS, tally))
+    assert [row.line for row in kept][-1] == 2
+    assert len(kept) + tally.lost == 2

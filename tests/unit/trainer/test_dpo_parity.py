@@ -1,4 +1,4 @@
-"""DPO, held against TRL's DPOTrainer on the same texts and against the closed form of the paper."""
+"""DPO, compared with TRL's DPOTrainer on the same texts."""
 
 import math
 from dataclasses import dataclass
@@ -49,8 +49,8 @@ CURVE: dict[str, Any] = {
 
 
 def trl_config(folder: Path, **settings: Any) -> DPOConfig:
-    """TRL as it is, on the CPU, in single precision."""
-    given: dict[str, Any] = {
+    """TRL's own settings, on the CPU and in single precision."""
+    defaults: dict[str, Any] = {
         "output_dir": str(folder),
         "beta": BETA,
         "use_cpu": True,
@@ -61,7 +61,7 @@ def trl_config(folder: Path, **settings: Any) -> DPOConfig:
         "per_device_train_batch_size": len(PAIRS),
         "dataloader_pin_memory": False,
     }
-    return DPOConfig(**given | settings)
+    return DPOConfig(**defaults | settings)
 
 
 def make_trl_trainer(policy: Path, reference: Path, folder: Path, **settings: Any) -> Any:
@@ -88,31 +88,33 @@ class Parity:
 @pytest.fixture(scope="module")
 def parity(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Parity:
     policy = load(llama, adapter="none")
-    examples = [Example(i, p["prompt"], (p["chosen"], p["rejected"])) for i, p in enumerate(PAIRS, 1)]
-    made = Rows.of(rows(examples, policy.tokenizer, Recipe(Kind.PREFERENCE, 512), Tally()))
-    at_start = reference.compute(policy, made)
+    examples = [Example(line, pair["prompt"], (pair["chosen"], pair["rejected"])) for line, pair in enumerate(PAIRS, 1)]
+    token_rows = Rows.of(rows(examples, policy.tokenizer, Recipe(Kind.PREFERENCE, 512), Tally()))
+    reference_at_start = reference.compute(policy, token_rows)
     disturb(policy, scale=0.02)
-    moved = tmp_path_factory.mktemp("moved")
-    policy.save(moved)
-    trl = make_trl_trainer(moved, llama, tmp_path_factory.mktemp("trl"))
+    policy_folder = tmp_path_factory.mktemp("moved")
+    policy.save(policy_folder)
+    trl = make_trl_trainer(policy_folder, llama, tmp_path_factory.mktemp("trl"))
     batch = trl.data_collator([trl.train_dataset[i] for i in range(len(PAIRS))])
-    return Parity(policy, made, at_start, trl, batch)
+    return Parity(policy, token_rows, reference_at_start, trl, batch)
 
 
 def our_gradients(parity: Parity, averages: Averages) -> dict[str, Tensor]:
-    """One step's gradient over all pairs; the metrics, the loss among them, go to `averages`."""
+    """The gradient of a step over all pairs. Its metrics, including the loss, are added to `averages`."""
     settings = DPOHyperparameters(beta=BETA).resolved(full=True)
     empty = Reference(torch.zeros(0), torch.zeros(0, dtype=torch.long), torch.zeros(0))
     references = References(parity.reference, empty)
     method = Preference(parity.policy, settings, parity.rows, Rows.of([]))
     method.references, numbers = references, list(range(len(parity.rows)))
     method.backward(numbers, method.totals(numbers, averages), averages)
-    found = {name: p.grad for name, p in parity.policy.trainable().items() if p.grad is not None}
+    gradients = {
+        name: parameter.grad for name, parameter in parity.policy.trainable().items() if parameter.grad is not None
+    }
     parity.policy.model.zero_grad(set_to_none=True)
-    return found
+    return gradients
 
 
-def test_the_tokens_are_trls(parity: Parity) -> None:
+def test_the_tokens_equal_trls(parity: Parity) -> None:
     count = len(PAIRS)
     for number, row in enumerate(parity.rows):
         for k, response in enumerate(row.responses):
@@ -123,16 +125,16 @@ def test_the_tokens_are_trls(parity: Parity) -> None:
             assert answer == [0] * len(row.prompt) + [1] * len(response.ids)
 
 
-def test_the_log_probs_of_reference_and_policy_are_trls(parity: Parity) -> None:
-    theirs = torch.stack(parity.trl.compute_ref_log_probs(parity.trl.ref_model, parity.batch), dim=1)
-    torch.testing.assert_close(parity.reference.logps.view(-1, 2), theirs, rtol=1e-5, atol=0)
-    moved = torch.stack(parity.trl.compute_ref_log_probs(parity.trl.model, parity.batch), dim=1)
+def test_the_log_probs_of_reference_and_policy_equal_trls(parity: Parity) -> None:
+    their_reference = torch.stack(parity.trl.compute_ref_log_probs(parity.trl.ref_model, parity.batch), dim=1)
+    torch.testing.assert_close(parity.reference.logps.view(-1, 2), their_reference, rtol=1e-5, atol=0)
+    their_policy = torch.stack(parity.trl.compute_ref_log_probs(parity.trl.model, parity.batch), dim=1)
     ours = reference.compute(parity.policy, parity.rows)
-    torch.testing.assert_close(ours.logps.view(-1, 2), moved, rtol=1e-5, atol=0)
-    assert not torch.allclose(theirs, moved, rtol=1e-2)
+    torch.testing.assert_close(ours.logps.view(-1, 2), their_policy, rtol=1e-5, atol=0)
+    assert not torch.allclose(their_reference, their_policy, rtol=1e-2)
 
 
-def test_the_loss_its_gradient_and_its_metrics_are_trls(parity: Parity) -> None:
+def test_the_loss_its_gradient_and_its_metrics_equal_trls(parity: Parity) -> None:
     averages = Averages()
     ours = our_gradients(parity, averages)
     loss = averages.means()["loss"]
@@ -142,7 +144,7 @@ def test_the_loss_its_gradient_and_its_metrics_are_trls(parity: Parity) -> None:
     assert abs(loss - math.log(2)) > 0.01  # the policy has left its reference
 
     their_loss.backward()
-    theirs = {name: p.grad for name, p in parity.trl.model.named_parameters()}
+    theirs = {name: parameter.grad for name, parameter in parity.trl.model.named_parameters()}
     assert ours.keys() == theirs.keys()
     for name, gradient in ours.items():
         torch.testing.assert_close(gradient, theirs[name], rtol=0, atol=1e-5 * gradient.abs().max().item(), msg=name)
@@ -154,8 +156,8 @@ def test_the_loss_its_gradient_and_its_metrics_are_trls(parity: Parity) -> None:
         assert means[name] == pytest.approx(parity.trl._metrics["train"][name][-1], rel=1e-5), name
 
 
-def test_the_loss_curve_is_trls(llama: Path, tmp_path: Path) -> None:
-    """Each step is over all pairs at once, so that their order says nothing."""
+def test_the_loss_curve_equals_trls(llama: Path, tmp_path: Path) -> None:
+    """Each step uses all pairs at once, so their order does not matter."""
     steps, rate = 50, 1e-5
     trl = make_trl_trainer(
         llama,
@@ -185,8 +187,8 @@ def test_the_loss_curve_is_trls(llama: Path, tmp_path: Path) -> None:
     assert ours[-1] < 0.5 * ours[0]
 
 
-def test_the_loss_curve_of_an_adapter_is_trls_batch_by_batch(llama: Path, tmp_path: Path) -> None:
-    """Fifty steps of LoRA in single precision, in our order, both from the same fresh adapter."""
+def test_the_loss_curve_of_an_adapter_equals_trls_batch_by_batch(llama: Path, tmp_path: Path) -> None:
+    """Fifty steps of LoRA in single precision. Both start from the same adapter and take the rows in our order."""
     steps, size, rate = 50, 2, 2e-3
     start = tmp_path / "start"
     load(llama).save(start)
@@ -222,15 +224,15 @@ def test_the_loss_curve_of_an_adapter_is_trls_batch_by_batch(llama: Path, tmp_pa
 
 
 def test_swapping_the_answers_changes_the_sign_of_the_margins(parity: Parity) -> None:
-    averages, swapped = Averages(), Averages()
+    averages, swapped_averages = Averages(), Averages()
     our_gradients(parity, averages)
-    turned = Rows.of(Row(row.line, row.prompt, row.responses[::-1]) for row in parity.rows)
+    swapped_rows = Rows.of(Row(row.line, row.prompt, row.responses[::-1]) for row in parity.rows)
     swapped_logps = parity.reference.logps.view(-1, 2).flip(1).flatten()
-    flipped = Reference(swapped_logps, parity.reference.first, swapped_logps)
-    our_gradients(Parity(parity.policy, turned, flipped, parity.trl, parity.batch), swapped)
-    one, two = averages.means(), swapped.means()
-    assert one["rewards/margins"] == pytest.approx(-two["rewards/margins"], rel=1e-4)
-    assert abs(one["rewards/margins"]) > 0.01
-    assert one["rewards/chosen"] == pytest.approx(two["rewards/rejected"], rel=1e-4)
-    assert one["rewards/accuracies"] == pytest.approx(1 - two["rewards/accuracies"])
-    assert one["gradient_weight"] == pytest.approx(1 - two["gradient_weight"], rel=1e-4)
+    swapped_reference = Reference(swapped_logps, parity.reference.first, swapped_logps)
+    our_gradients(Parity(parity.policy, swapped_rows, swapped_reference, parity.trl, parity.batch), swapped_averages)
+    means, swapped_means = averages.means(), swapped_averages.means()
+    assert means["rewards/margins"] == pytest.approx(-swapped_means["rewards/margins"], rel=1e-4)
+    assert abs(means["rewards/margins"]) > 0.01
+    assert means["rewards/chosen"] == pytest.approx(swapped_means["rewards/rejected"], rel=1e-4)
+    assert means["rewards/accuracies"] == pytest.approx(1 - swapped_means["rewards/accuracies"])
+    assert means["gradient_weight"] == pytest.approx(1 - swapped_means["gradient_weight"], rel=1e-4)

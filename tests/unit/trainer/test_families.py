@@ -1,4 +1,4 @@
-"""Every family of models that shares prompts: log-probs and gradients of packs are those of one text at a time."""
+"""Every family of models that shares prompts: log-probs and gradients of packs equal those of one text at a time."""
 
 import io
 from typing import Any
@@ -14,7 +14,7 @@ from worker.trainer.exactness import check
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_shared_log_probs_and_gradients_are_those_of_one_text_at_a_time(family: str) -> None:
+def test_shared_log_probs_and_gradients_equal_those_of_one_text_at_a_time(family: str) -> None:
     stream = io.StringIO()
     policy = make_policy(family, FAMILIES[family], stream)
     assert policy.shared, stream.getvalue()
@@ -22,13 +22,13 @@ def test_shared_log_probs_and_gradients_are_those_of_one_text_at_a_time(family: 
 
     pack = pack_of(policy, ROWS, [0, 1, 2, 3])
     assert pack.tokens < sum(row.tokens for row in ROWS)  # two rows have one prompt
-    found = policy.score(pack).responses
+    shared = policy.score(pack).responses
     expected = torch.cat([plain_logps(policy, ROWS[number]) for number in pack.rows])
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(shared, expected, rtol=1e-6, atol=0)
 
-    weights = torch.arange(1, len(found) + 1, dtype=found.dtype)
+    weights = torch.arange(1, len(shared) + 1, dtype=shared.dtype)
     theirs = gradients(policy, (expected * weights).sum())
-    for name, gradient in gradients(policy, (found * weights).sum()).items():
+    for name, gradient in gradients(policy, (shared * weights).sum()).items():
         assert theirs[name].any(), name
         tolerance = 1e-6 * theirs[name].abs().max().item()
         torch.testing.assert_close(gradient, theirs[name], rtol=0, atol=tolerance, msg=name)
@@ -39,19 +39,19 @@ def test_shared_log_probs_and_gradients_are_those_of_one_text_at_a_time(family: 
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "gemma2", "gemma3_text", "phi3"])
-def test_the_window_is_shorter_than_the_rows_and_matters(family: str) -> None:
+def test_a_sliding_window_shorter_than_the_rows_changes_the_log_probs(family: str) -> None:
     policy = make_policy(family, FAMILIES[family], io.StringIO())
-    found = policy.score(pack_of(policy, ROWS, [0, 1, 2])).responses
-    wide = make_policy(family, {**FAMILIES[family], "sliding_window": 64}, io.StringIO())
-    wider = wide.score(pack_of(wide, ROWS, [0, 1, 2])).responses
-    assert bool(((found - wider).abs() > 1e-4 * found.abs()).all())
+    windowed = policy.score(pack_of(policy, ROWS, [0, 1, 2])).responses
+    wide_policy = make_policy(family, {**FAMILIES[family], "sliding_window": 64}, io.StringIO())
+    unwindowed = wide_policy.score(pack_of(wide_policy, ROWS, [0, 1, 2])).responses
+    assert bool(((windowed - unwindowed).abs() > 1e-4 * windowed.abs()).all())
 
 
 LONGROPE = {
     "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 1e4,
     "original_max_position_embeddings": 16,
 }  # fmt: skip
-ALONE: dict[str, tuple[dict[str, Any], str]] = {
+UNSHARED: dict[str, tuple[dict[str, Any], str]] = {
     "phi3": ({"rope_parameters": LONGROPE, "original_max_position_embeddings": 16}, "longrope"),
     "llama": ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic"),
     "mamba": ({"state_size": 4, "time_step_rank": 2}, "interface"),
@@ -60,9 +60,9 @@ ALONE: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("family", ALONE)
-def test_what_cannot_share_goes_one_response_a_row_and_says_why(family: str) -> None:
-    settings, reason = ALONE[family]
+@pytest.mark.parametrize("family", UNSHARED)
+def test_a_model_that_cannot_share_prompts_gets_one_response_a_row_and_reports_why(family: str) -> None:
+    settings, reason = UNSHARED[family]
     stream = io.StringIO()
     policy = make_policy(family, settings, stream, adapter="none")
     messages = of_kind(parse(stream), "message")
@@ -73,5 +73,5 @@ def test_what_cannot_share_goes_one_response_a_row_and_says_why(family: str) -> 
     for row in ROWS:
         pack = pack_of(policy, [row], [0])
         assert len(pack.ids) == 2
-        found, expected = policy.score(pack).responses, plain_logps(policy, row)
-        torch.testing.assert_close(found.double(), expected.double(), rtol=1e-5, atol=0)
+        responses, expected = policy.score(pack).responses, plain_logps(policy, row)
+        torch.testing.assert_close(responses.double(), expected.double(), rtol=1e-5, atol=0)

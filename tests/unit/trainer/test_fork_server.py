@@ -1,4 +1,4 @@
-"""The fork server: its trainers are as those that are started alone, and what dies costs one of them at most."""
+"""The fork server: its trainers equal those that are started alone, and a crash costs one of them at most."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def follow(trainer: Trainer) -> Iterator[Event]:
         yield event
 
 
-def to_the_end(trainer: Trainer) -> int:
+def run_to_the_end(trainer: Trainer) -> int:
     for _ in follow(trainer):
         pass
     status = trainer.wait()
@@ -45,8 +45,8 @@ def to_the_end(trainer: Trainer) -> int:
     return status
 
 
-def at_work(trainer: Trainer) -> None:
-    """Wait until it trains."""
+def wait_for_first_step(trainer: Trainer) -> None:
+    """Wait for the metrics of its first step."""
     next(event for event in follow(trainer) if event["kind"] == "metrics")
 
 
@@ -54,7 +54,7 @@ def weights(folder: Path) -> bytes:
     return (folder / "output" / "adapter_model.safetensors").read_bytes()
 
 
-def test_every_trainer_makes_the_bytes_of_one_that_is_started_alone(
+def test_a_forked_trainer_makes_the_same_bytes_as_one_that_is_started_alone(
     server: ForkServer, llama: Path, tmp_path: Path
 ) -> None:
     alone = lay_out(tmp_path / "alone", llama)
@@ -62,14 +62,14 @@ def test_every_trainer_makes_the_bytes_of_one_that_is_started_alone(
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None
         assert process.stdout is not None
-        assert to_the_end_of(process) == 0
+        assert run_process_to_the_end(process) == 0
     for number in range(2):
         folder = lay_out(tmp_path / f"forked-{number}", llama)
-        assert to_the_end(server.start(folder)) == 0
+        assert run_to_the_end(server.start(folder)) == 0
         assert weights(folder) == weights(alone)
 
 
-def to_the_end_of(process: "subprocess.Popen[bytes]") -> int:
+def run_process_to_the_end(process: "subprocess.Popen[bytes]") -> int:
     assert process.stdin is not None
     assert process.stdout is not None
     for line in process.stdout:
@@ -79,39 +79,39 @@ def to_the_end_of(process: "subprocess.Popen[bytes]") -> int:
     return process.wait()
 
 
-def test_a_trainer_that_is_killed_says_by_what_and_the_next_one_starts(
+def test_a_killed_trainer_reports_its_signal_and_the_next_one_starts(
     server: ForkServer, llama: Path, tmp_path: Path
 ) -> None:
     trainer = server.start(lay_out(tmp_path / "killed", llama, steps=10_000))
-    at_work(trainer)
+    wait_for_first_step(trainer)
     os.kill(trainer.pid, signal.SIGKILL)
-    assert to_the_end(trainer) == -signal.SIGKILL
+    assert run_to_the_end(trainer) == -signal.SIGKILL
     stopped = server.start(lay_out(tmp_path / "stopped", llama, steps=10_000))
-    at_work(stopped)
+    wait_for_first_step(stopped)
     stopped.send_signal(signal.SIGTERM)
-    assert to_the_end(stopped) == 75
-    assert to_the_end(server.start(lay_out(tmp_path / "next", llama))) == 0
+    assert run_to_the_end(stopped) == 75
+    assert run_to_the_end(server.start(lay_out(tmp_path / "next", llama))) == 0
 
 
-def test_a_trainer_ends_with_its_input_whatever_becomes_of_its_server(
+def test_a_trainer_ends_with_its_input_even_if_its_server_is_gone(
     server: ForkServer, llama: Path, tmp_path: Path
 ) -> None:
     trainer = server.start(lay_out(tmp_path / "orphan", llama, steps=10_000))
-    at_work(trainer)
+    wait_for_first_step(trainer)
     server.close()
     assert next(follow(trainer))["kind"], "it goes on without its server"
     trainer.stdin.close()
     for _ in trainer.stdout:
         pass
-    assert trainer.wait() == -signal.SIGKILL, "nobody knows how it ended"
+    assert trainer.wait() == -signal.SIGKILL, "without its server, its status is unknown"
     trainer.kill()
-    assert to_the_end(server.start(lay_out(tmp_path / "next", llama))) == 0, "by another server"
+    assert run_to_the_end(server.start(lay_out(tmp_path / "next", llama))) == 0, "another server starts it"
 
 
-def test_where_the_driver_of_a_gpu_is_loaded_a_fork_starts_afresh(
+def test_a_fork_starts_a_new_interpreter_where_a_gpu_driver_is_loaded(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Any library stands in for the driver: its file has the name."""
+    """Any library can stand in for the driver, since only its file name counts."""
     loaded = Path("/proc/self/maps").read_text().splitlines()
     library = next(line.split()[-1] for line in loaded if "/libm.so" in line)
     shutil.copy(library, tmp_path / "libcuda.so.1")
@@ -121,7 +121,7 @@ def test_where_the_driver_of_a_gpu_is_loaded_a_fork_starts_afresh(
     server = ForkServer()
     try:
         trainer = server.start(lay_out(tmp_path / "work", llama, steps=10_000))
-        at_work(trainer)
+        wait_for_first_step(trainer)
         command = Path(f"/proc/{trainer.pid}/cmdline").read_bytes().split(b"\0")
         assert b"worker.trainer" in command
         trainer.kill()

@@ -1,3 +1,5 @@
+"""Log-probs of tokens, computed in chunks, compared with log_softmax over all logits."""
+
 from typing import Any
 
 import pytest
@@ -38,20 +40,20 @@ def expected_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets:
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_values_and_gradients_are_those_of_log_softmax(with_bias: bool) -> None:
+def test_values_and_gradients_equal_those_of_log_softmax(with_bias: bool) -> None:
     hidden, weight, bias, targets = make_inputs()
     inputs = [hidden, weight, bias] if with_bias else [hidden, weight]
     for tensor in inputs:
         tensor.requires_grad_()
-    given = bias if with_bias else None
+    head_bias = bias if with_bias else None
     coefficients = torch.linspace(-1, 2, POSITIONS, dtype=torch.float64)
 
-    found, _ = token_logps(hidden, weight, given, targets)
-    expected = expected_logps(hidden, weight, given, targets)
+    actual, _ = token_logps(hidden, weight, head_bias, targets)
+    expected = expected_logps(hidden, weight, head_bias, targets)
 
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(
-        torch.autograd.grad((found * coefficients).sum(), inputs),
+        torch.autograd.grad((actual * coefficients).sum(), inputs),
         torch.autograd.grad((expected * coefficients).sum(), inputs),
         rtol=1e-12,
         atol=1e-12,
@@ -59,24 +61,24 @@ def test_values_and_gradients_are_those_of_log_softmax(with_bias: bool) -> None:
 
 
 @pytest.mark.parametrize(("scale", "softcap"), [(0.0625, None), (1.0, 2.0), (3.0, 5.0)])
-def test_a_head_that_scales_and_caps_its_logits(scale: float, softcap: float | None) -> None:
+def test_a_head_can_scale_and_cap_its_logits(scale: float, softcap: float | None) -> None:
     hidden, weight, bias, targets = make_inputs()
     inputs = [tensor.requires_grad_() for tensor in (hidden, weight, bias)]
     coefficients = torch.linspace(-1, 2, POSITIONS, dtype=torch.float64)
-    found = score_tokens(hidden, Head(weight, bias, scale, softcap), targets).logps
+    actual = score_tokens(hidden, Head(weight, bias, scale, softcap), targets).logps
     logits = scale * (hidden @ weight.T + bias)
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     expected = logits.log_softmax(-1)[torch.arange(POSITIONS), targets]
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(
-        torch.autograd.grad((found * coefficients).sum(), inputs),
+        torch.autograd.grad((actual * coefficients).sum(), inputs),
         torch.autograd.grad((expected * coefficients).sum(), inputs),
         rtol=1e-11,
         atol=1e-12,
     )
 
 
-def test_entropy_and_alignment_are_those_of_the_distribution() -> None:
+def test_entropy_and_alignment_equal_those_of_the_distribution() -> None:
     hidden, weight, bias, targets = make_inputs()
     scores = score_tokens(hidden.requires_grad_(), Head(weight, bias), targets, entropy=True, alignment=True)
     logps = (hidden @ weight.T + bias).log_softmax(-1)
@@ -85,18 +87,18 @@ def test_entropy_and_alignment_are_those_of_the_distribution() -> None:
     torch.testing.assert_close(scores.alignment, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_what_is_not_asked_for_is_not_there() -> None:
+def test_entropy_and_alignment_are_absent_unless_requested() -> None:
     hidden, weight, bias, targets = make_inputs()
     scores = score_tokens(hidden, Head(weight, bias), targets)
     assert scores.entropy is None
     assert scores.alignment is None
 
 
-def test_gradients_are_those_of_finite_differences() -> None:
+def test_gradients_equal_finite_differences() -> None:
     hidden, weight, bias, targets = make_inputs()
 
-    def score(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        return token_logps(h, w, b, targets)[0]
+    def score(states: Tensor, head_weight: Tensor, head_bias: Tensor) -> Tensor:
+        return token_logps(states, head_weight, head_bias, targets)[0]
 
     inputs = (hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_())
     assert torch.autograd.gradcheck(score, inputs)
@@ -112,33 +114,33 @@ def test_a_frozen_head_gets_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
-def test_single_precision_is_close_to_the_truth(scale: float) -> None:
+def test_single_precision_is_close_to_double_precision(scale: float) -> None:
     hidden, weight, bias, targets = make_inputs(torch.float32, scale)
-    truth = expected_logps(hidden.double(), weight.double(), bias.double(), targets)
-    found, _ = token_logps(hidden, weight, bias, targets)
-    assert found.dtype == torch.float32
-    assert bool(((found.double() - truth).abs() <= 1e-5 * truth.abs().clamp(min=1)).all())
+    expected = expected_logps(hidden.double(), weight.double(), bias.double(), targets)
+    actual, _ = token_logps(hidden, weight, bias, targets)
+    assert actual.dtype == torch.float32
+    assert bool(((actual.double() - expected).abs() <= 1e-5 * expected.abs().clamp(min=1)).all())
 
 
-def test_logits_beyond_the_range_of_exp_stay_finite() -> None:
+def test_log_probs_stay_finite_for_logits_beyond_the_range_of_exp() -> None:
     hidden = torch.tensor([[1000.0], [1000.0]], requires_grad=True)
     weight = torch.tensor([[1.0], [0.0], [-1.0]])
-    found, _ = token_logps(hidden, weight, None, torch.tensor([0, 2]))
-    found.sum().backward()  # type: ignore[no-untyped-call]
-    assert found.tolist() == [0.0, -2000.0]
+    actual, _ = token_logps(hidden, weight, None, torch.tensor([0, 2]))
+    actual.sum().backward()  # type: ignore[no-untyped-call]
+    assert actual.tolist() == [0.0, -2000.0]
     assert hidden.grad is not None
     assert hidden.grad.flatten().tolist() == [0.0, -2.0]
 
 
-def test_half_precision_sums_in_single() -> None:
+def test_half_precision_is_summed_in_single_precision() -> None:
     hidden, weight, bias, targets = make_inputs(torch.bfloat16)
-    found, _ = token_logps(hidden, weight, bias, targets)
+    actual, _ = token_logps(hidden, weight, bias, targets)
     expected = torch.nn.functional.linear(hidden, weight, bias).float().log_softmax(-1)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, expected[torch.arange(POSITIONS), targets], rtol=1e-6, atol=1e-6)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, expected[torch.arange(POSITIONS), targets], rtol=1e-6, atol=1e-6)
 
 
-def test_says_whether_the_target_is_the_most_likely_token() -> None:
+def test_correct_says_whether_the_target_is_the_most_likely_token() -> None:
     hidden, weight, bias, _ = make_inputs()
     best = (hidden @ weight.T + bias).argmax(-1)
     mixed = torch.where(torch.arange(POSITIONS) % 2 == 0, best, (best + 1) % VOCABULARY)
@@ -146,18 +148,18 @@ def test_says_whether_the_target_is_the_most_likely_token() -> None:
     assert correct.tolist() == [True, False, True, False, True, False, True]
 
 
-def test_nothing_to_score_is_an_empty_result() -> None:
+def test_an_empty_input_gives_an_empty_result_and_a_zero_gradient() -> None:
     hidden, weight, bias, _ = make_inputs()
     hidden.requires_grad_()
-    found, correct = token_logps(hidden[:0], weight, bias, torch.zeros(0, dtype=torch.long))
-    found.sum().backward()  # type: ignore[no-untyped-call]
-    assert found.shape == correct.shape == (0,)
+    actual, correct = token_logps(hidden[:0], weight, bias, torch.zeros(0, dtype=torch.long))
+    actual.sum().backward()  # type: ignore[no-untyped-call]
+    assert actual.shape == correct.shape == (0,)
     assert hidden.grad is not None
     assert not hidden.grad.any()
 
 
 class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Remembers how large the largest tensor was that any operation made."""
+    """Records the size of the largest tensor that any operation returns."""
 
     elements = 0
 
@@ -178,5 +180,5 @@ def test_no_more_than_a_chunk_of_logits_ever_exists() -> None:
     targets = torch.zeros(positions, dtype=torch.long)
     with LargestTensor() as largest:  # type: ignore[no-untyped-call]
         token_logps(hidden, weight, None, targets)[0].sum().backward()  # type: ignore[no-untyped-call]
-    # The states themselves, and nothing of the size of all logits.
+    # The hidden states are the largest. Nothing has the size of all logits.
     assert largest.elements == hidden.numel() < positions * VOCABULARY

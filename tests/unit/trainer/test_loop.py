@@ -1,4 +1,4 @@
-"""Whole runs: what is told, what is left, and how they fail."""
+"""Whole runs: their events, their outputs and their failures."""
 
 import io
 import math
@@ -50,7 +50,7 @@ def weights_of(folder: Path) -> bytes:
 def test_dpo_starts_at_ln_2_since_the_reference_is_the_policy_at_step_0(
     llama: Path, tmp_path: Path, quantization: str
 ) -> None:
-    """After an SFT stage too, when the policy is no longer the base."""
+    """This also holds after an SFT stage, when the policy is no longer the base."""
     spec = {
         **PLAIN,
         "quantization": quantization,
@@ -69,7 +69,7 @@ def test_dpo_starts_at_ln_2_since_the_reference_is_the_policy_at_step_0(
     assert training_metrics(events, "loss", "dpo")[1] < math.log(2) - 1e-3
 
 
-def test_training_on_swapped_pairs_turns_the_preference_round(llama: Path, tmp_path: Path) -> None:
+def test_training_on_swapped_pairs_reverses_the_preference(llama: Path, tmp_path: Path) -> None:
     swapped = [{**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in PAIRS]
     margins = []
     for name, pairs in (("as they are", PAIRS), ("swapped", swapped)):
@@ -81,7 +81,7 @@ def test_training_on_swapped_pairs_turns_the_preference_round(llama: Path, tmp_p
     assert margins[1] < -0.1
 
 
-def test_one_job_of_two_stages_is_two_jobs_of_one_stage(llama: Path, tmp_path: Path) -> None:
+def test_a_job_of_two_stages_equals_two_jobs_of_one_stage(llama: Path, tmp_path: Path) -> None:
     sft_settings = {"max_steps": 3, "learning_rate": 0.01}
     dpo = dpo_method(max_steps=3, batch_size=4, learning_rate=0.01)
     common = {**PLAIN, "adapter": {"r": 4, "dropout": 0.1}}
@@ -97,16 +97,16 @@ def test_one_job_of_two_stages_is_two_jobs_of_one_stage(llama: Path, tmp_path: P
     assert weights_of(second) == weights_of(together) != weights_of(first)
 
 
-def test_the_seed_decides_everything(llama: Path, tmp_path: Path) -> None:
-    def train(name: str, seed: int) -> bytes:
+def test_the_seed_determines_the_weights(llama: Path, tmp_path: Path) -> None:
+    def trained_weights(name: str, seed: int) -> bytes:
         spec = {**PLAIN, "seed": seed, "adapter": {"r": 4, "dropout": 0.2}}
         spec["method"] = sft_method(max_steps=3, batch_size=3)
         folder = make_work_folder(tmp_path / name, llama, spec, train=PAIRS)
         run_in_process(folder)
         return weights_of(folder)
 
-    assert train("one", 1) == train("again", 1)
-    assert train("other", 2) != train("one more", 1)
+    assert trained_weights("one", 1) == trained_weights("again", 1)
+    assert trained_weights("other", 2) != trained_weights("one more", 1)
 
 
 def test_full_parameter_training_leaves_a_transformers_model(llama: Path, tmp_path: Path) -> None:
@@ -117,8 +117,10 @@ def test_full_parameter_training_leaves_a_transformers_model(llama: Path, tmp_pa
     base = AutoModelForCausalLM.from_pretrained(llama)
     trained = AutoModelForCausalLM.from_pretrained(folder / "output")
     tokenizer = AutoTokenizer.from_pretrained(folder / "output")
-    moved = [not torch.equal(a, b) for a, b in zip(base.parameters(), trained.parameters(), strict=True)]
-    assert all(moved)
+    changed = [
+        not torch.equal(before, after) for before, after in zip(base.parameters(), trained.parameters(), strict=True)
+    ]
+    assert all(changed)
     assert not (folder / "output" / "adapter_config.json").exists()
     text = PAIRS[0]["prompt"] + PAIRS[0]["chosen"] + "</s>"
     ids = torch.tensor([tokenizer(text).input_ids])
@@ -126,7 +128,7 @@ def test_full_parameter_training_leaves_a_transformers_model(llama: Path, tmp_pa
         assert trained(input_ids=ids, labels=ids).loss < base(input_ids=ids, labels=ids).loss
 
 
-def test_the_events_tell_the_run(llama: Path, tmp_path: Path) -> None:
+def test_the_events_describe_the_whole_run(llama: Path, tmp_path: Path) -> None:
     spec = {
         **PLAIN,
         "validation_split": 0.25,
@@ -136,25 +138,30 @@ def test_the_events_tell_the_run(llama: Path, tmp_path: Path) -> None:
     folder = make_work_folder(tmp_path, llama, spec, train=PAIRS)
     events = run_in_process(folder)
 
-    assert [(e["stage"], e["rows"], e["validation_rows"]) for e in of_kind(events, "stage")] == [
+    assert [(event["stage"], event["rows"], event["validation_rows"]) for event in of_kind(events, "stage")] == [
         ("sft", 6, 2),
         ("dpo", 6, 2),
     ]
     metrics = of_kind(events, "metrics")
     # Step 0 of a stage is its validation before the first update.
-    assert [(e["stage"], e["step"]) for e in metrics] == [
+    assert [(event["stage"], event["step"]) for event in metrics] == [
         *[("sft", step) for step in (0, 1, 2, 3, 4)],
         *[("dpo", step) for step in (4, 5, 6, 7)],
     ]
-    assert {e["total_steps"] for e in metrics} == {7}
-    validated = [(e["stage"], e["step"]) for e in metrics if "eval/loss" in e["metrics"]]
+    assert {event["total_steps"] for event in metrics} == {7}
+    validated = [(event["stage"], event["step"]) for event in metrics if "eval/loss" in event["metrics"]]
     assert validated == [("sft", 0), ("sft", 2), ("sft", 4), ("dpo", 4), ("dpo", 7)]
     assert metrics[0]["seconds_remaining"] is None
-    assert all(e["seconds_remaining"] >= 0 for e in metrics if "loss" in e["metrics"])
+    assert all(event["seconds_remaining"] >= 0 for event in metrics if "loss" in event["metrics"])
     assert metrics[-1]["seconds_remaining"] == 0
 
     checkpoints = of_kind(events, "checkpoint")
-    assert [(e["stage"], e["step"]) for e in checkpoints] == [("sft", 2), ("sft", 4), ("dpo", 6), ("dpo", 7)]
+    assert [(event["stage"], event["step"]) for event in checkpoints] == [
+        ("sft", 2),
+        ("sft", 4),
+        ("dpo", 6),
+        ("dpo", 7),
+    ]
     last = folder / checkpoints[-1]["path"]
     assert (last / "model" / "adapter_model.safetensors").read_bytes() == weights_of(folder)
 
@@ -174,8 +181,10 @@ def test_trained_tokens_count_a_shared_prompt_once(llama: Path, tmp_path: Path) 
     def count(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False).input_ids)
 
-    an_epoch = sum(1 + count(p["prompt"]) + count(p["chosen"]) + 1 + count(p["rejected"]) + 1 for p in PAIRS)
-    assert done["trained_tokens"] == 2 * an_epoch
+    tokens_of_an_epoch = sum(
+        1 + count(pair["prompt"]) + count(pair["chosen"]) + 1 + count(pair["rejected"]) + 1 for pair in PAIRS
+    )
+    assert done["trained_tokens"] == 2 * tokens_of_an_epoch
 
 
 def test_a_run_told_to_stop_before_its_first_step_stops_without_a_checkpoint(llama: Path, tmp_path: Path) -> None:
@@ -193,7 +202,7 @@ def test_a_run_told_to_stop_before_its_first_step_stops_without_a_checkpoint(lla
 
 def make_stage(row_count: int, seed: int = 0, **hyperparameters: Any) -> Stage:
     resolved = SupervisedHyperparameters(**hyperparameters).resolved(full=False)
-    return Stage("sft", resolved, Rows.of(make_row(i, 1, 1) for i in range(row_count)), Rows.of([]), seed)
+    return Stage("sft", resolved, Rows.of(make_row(line, 1, 1) for line in range(row_count)), Rows.of([]), seed)
 
 
 @given(st.integers(1, 60), st.integers(1, 40), st.integers(1, 4), st.integers(0, 2**31 - 1))
@@ -211,13 +220,13 @@ def test_batches_are_full_and_every_row_is_seen_in_every_epoch(
     assert batches == [make_stage(row_count, seed, batch_size=batch_size).batch(step) for step in range(stage.steps)]
 
 
-def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+def test_each_epoch_and_each_seed_has_an_order_of_its_own() -> None:
     first, second = make_stage(30, batch_size=30).batch(0), make_stage(30, batch_size=30).batch(1)
     other = make_stage(30, seed=1, batch_size=30).batch(0)
     assert len({tuple(order) for order in (first, second, other, range(30))}) == 4
 
 
-def test_max_steps_goes_round_again() -> None:
+def test_max_steps_continues_into_further_epochs() -> None:
     stage = make_stage(3, batch_size=2, max_steps=6)
     assert stage.steps == 6
     assert Counter(number for step in range(6) for number in stage.batch(step)) == {0: 4, 1: 4, 2: 4}
@@ -240,7 +249,7 @@ def test_the_learning_rate_warms_up_and_decays(scheduler: str, halfway: float, e
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
-def test_the_learning_rate_of_the_schedule_is_the_one_of_the_steps(llama: Path, tmp_path: Path) -> None:
+def test_each_step_uses_the_learning_rate_of_the_schedule(llama: Path, tmp_path: Path) -> None:
     method = sft_method(max_steps=5, batch_size=2, learning_rate=0.1, warmup_ratio=0.4)
     events = run_in_process(make_work_folder(tmp_path, llama, {**PLAIN, "method": method}, train=PAIRS))
     expected = [0.1 / 3, 0.2 / 3, 0.1, 0.1 * 0.75, 0.1 * 0.25]  # two steps of warm-up, then (1 + cos) / 2
@@ -254,7 +263,7 @@ def explosive(method: Method, eval_every: int = 4) -> dict[str, Any]:
     return method(max_steps=4, batch_size=8, eval_every=eval_every, learning_rate=1.0, learning_rate_multiplier=1e30)
 
 
-def test_a_loss_that_is_not_finite_fails_the_job_with_that_code(llama: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_fails_the_job_with_its_code(llama: Path, tmp_path: Path) -> None:
     folder = make_work_folder(tmp_path, llama, {**PLAIN, "method": explosive(dpo_method)}, train=PAIRS)
     status, events = run_process(folder)
     assert status == 1
@@ -266,7 +275,7 @@ def test_a_loss_that_is_not_finite_fails_the_job_with_that_code(llama: Path, tmp
 
 
 @pytest.mark.parametrize("method", [sft_method, dpo_method], ids=["sft", "dpo"])
-def test_a_validation_loss_that_is_not_finite_fails_the_job_with_that_code(
+def test_a_validation_loss_that_is_not_finite_fails_the_job_with_its_code(
     llama: Path, tmp_path: Path, method: Method
 ) -> None:
     spec = {**PLAIN, "validation_split": 0.25, "method": explosive(method, eval_every=1)}
@@ -275,7 +284,7 @@ def test_a_validation_loss_that_is_not_finite_fails_the_job_with_that_code(
     assert caught.value.code == "loss_not_finite"
 
 
-def test_a_base_model_with_a_weight_that_is_not_a_number_is_not_blamed_for_its_head(tmp_path: Path) -> None:
+def test_a_base_model_with_a_nan_weight_fails_the_job_with_loss_not_finite(tmp_path: Path) -> None:
     model = make_tiny_model(tmp_path / "broken")
     weights = load_file(model / "model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"][0, 0] = torch.nan
@@ -286,7 +295,7 @@ def test_a_base_model_with_a_weight_that_is_not_a_number_is_not_blamed_for_its_h
     assert caught.value.code == "loss_not_finite"
 
 
-def test_target_modules_that_match_nothing_fail_the_job_by_name(llama: Path, tmp_path: Path) -> None:
+def test_target_modules_that_match_nothing_fail_the_job_and_are_named(llama: Path, tmp_path: Path) -> None:
     spec = {**PLAIN, "adapter": {"target_modules": ["no_such_layer"]}, "method": sft_method()}
     status, events = run_process(make_work_folder(tmp_path, llama, spec, train=PAIRS))
     assert status == 1
@@ -318,7 +327,7 @@ def test_a_folder_that_holds_no_model_fails_the_job(tmp_path: Path) -> None:
     assert (caught.value.code, caught.value.param) == ("model_not_loadable", "model")
 
 
-def test_a_prompt_cut_short_is_said(llama: Path, tmp_path: Path) -> None:
+def test_truncated_prompts_are_reported(llama: Path, tmp_path: Path) -> None:
     long = [{"prompt": "the cat and the dog " * 20, "completion": " slept."}]
     spec = {**PLAIN, "method": sft_method(max_length=16, batch_size=1)}
     events = run_in_process(make_work_folder(tmp_path, llama, spec, train=long))

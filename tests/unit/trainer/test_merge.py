@@ -1,4 +1,4 @@
-"""Merged models, held against PEFT's own merge."""
+"""Merged models, compared with PEFT's own merge."""
 
 import json
 import subprocess
@@ -19,29 +19,29 @@ from worker.trainer.merge import merge
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["lora", "rslora", "dora"])
-def test_a_merge_is_pefts_own(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_a_merge_equals_pefts_own(tmp_path: Path, options: dict[str, Any]) -> None:
     base = make_tiny_model(tmp_path / "base")
     make_adapter(base, tmp_path / "start", **options)
     merge(base, tmp_path / "start", tmp_path / "output", torch.float32)
     adapted = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "start", dtype=torch.float32)
     expected = adapted.merge_and_unload().state_dict()
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "output", dtype=torch.float32).state_dict()
-    assert found.keys() == expected.keys()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "output", dtype=torch.float32).state_dict()
+    assert merged.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(merged[name], value, rtol=1e-6, atol=1e-7)
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
-    assert any(not torch.equal(plain[name], value) for name, value in found.items())
+    assert any(not torch.equal(plain[name], value) for name, value in merged.items())
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
-def test_the_program_writes_a_model_in_the_precision_asked_for(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+def test_the_program_writes_a_model_in_the_requested_precision(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     base = make_tiny_model(tmp_path / "base")
     make_adapter(base, tmp_path / "start")
     (tmp_path / "merge.json").write_text(json.dumps({"dtype": name}))
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "worker.trainer.merge", str(tmp_path)], capture_output=True, text=True, check=True
     )
-    assert json.loads(done.stdout) == {}
+    assert json.loads(process.stdout) == {}
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "output")
     assert {parameter.dtype for parameter in merged.parameters()} == {dtype}
     assert AutoTokenizer.from_pretrained(tmp_path / "output").eos_token is not None

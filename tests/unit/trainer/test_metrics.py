@@ -1,4 +1,4 @@
-"""The registry of metrics: whatever a job reports is in it."""
+"""The registry of metrics has every metric that a job reports."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,9 @@ from app.spec.metrics import METRICS, VALIDATION
 from tests.helpers.trainer import dpo_method, make_pairs, make_work_folder, of_kind, run_in_process, sft_method
 
 PAIRS = make_pairs(12)
-LABELLED = [{"prompt": p["prompt"], "completion": p["chosen"], "label": k % 2 == 0} for k, p in enumerate(PAIRS)]
+LABELLED = [
+    {"prompt": pair["prompt"], "completion": pair["chosen"], "label": k % 2 == 0} for k, pair in enumerate(PAIRS)
+]
 STEPS = {"max_steps": 1, "batch_size": 4}
 CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "sft": (sft_method(**STEPS), PAIRS),

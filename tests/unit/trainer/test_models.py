@@ -3,20 +3,20 @@
 import pytest
 
 from tests.helpers.causal_types import TYPES
-from tests.helpers.model_table import BEGIN, END, PLACE, QUANTISATIONS, outcome, row, table
+from tests.helpers.model_table import BEGIN, END, PLACE, QUANTISATIONS, outcome, row, table, written
 
-WRITTEN = PLACE.read_text().partition(BEGIN)[2].partition(END)[0].splitlines()
+DOCS = PLACE.read_text().partition(BEGIN)[2].partition(END)[0].splitlines()
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_what_becomes_of_a_model_of_the_type_is_what_the_docs_say(kind: str) -> None:
-    (written,) = [line for line in WRITTEN if line.startswith(f"| `{kind}` |")]
-    assert row(kind) == written
+def test_the_docs_give_the_outcome_of_each_model_type(kind: str) -> None:
+    (line,) = [line for line in DOCS if line.startswith(f"| `{kind}` |")]
+    assert row(kind) == line
 
 
 def test_the_docs_list_every_type_and_count_the_outcomes() -> None:
-    rows = [line for line in WRITTEN if line.startswith("| `")]
-    assert "\n".join([BEGIN, *WRITTEN[1:], END]) == table(rows)
+    rows = [line for line in DOCS if line.startswith("| `")]
+    assert "\n".join([BEGIN, *DOCS[1:], END]) == table(rows)
     assert [line.split("`")[1] for line in rows] == TYPES
 
 
@@ -30,10 +30,11 @@ BIASED = {
     "starcoder2": {"use_bias": True},
     "stablelm": {"use_qkv_bias": True},
 }
-"""Types whose linear layers may have a bias; those of Qwen2, GPT-NeoX, GPT-2, OPT and gpt-oss always do."""
+"""Types whose linear layers can have a bias. Those of Qwen2, GPT-NeoX, GPT-2, OPT and gpt-oss always have one."""
 
 
 @pytest.mark.parametrize("quantization", QUANTISATIONS)
 @pytest.mark.parametrize("kind", BIASED)
 def test_linear_layers_may_have_a_bias_however_the_base_is_quantised(kind: str, quantization: str) -> None:
-    assert outcome(kind, quantization, **BIASED[kind])[0] != "refused"
+    with written(kind, **BIASED[kind]) as model:
+        assert outcome(model, quantization)[0] != "refused"

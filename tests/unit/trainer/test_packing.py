@@ -1,4 +1,4 @@
-"""Sharing prompts and packing rows must change nothing but the time it takes."""
+"""Sharing prompts and packing rows change only the time that a step takes."""
 
 import io
 from collections import Counter
@@ -30,7 +30,7 @@ COMMON = [
     ROWS[2],
     replace(ROWS[0], responses=ROWS[0].responses[::-1]),
 ]
-"""Three pairs of one prompt, which have three different answers among them."""
+"""Three pairs of one prompt, with three different answers among them, and a pair of another prompt."""
 
 
 @pytest.fixture(params=["llama", "qwen3", "mistral"])
@@ -42,98 +42,103 @@ def policy(request: pytest.FixtureRequest) -> Policy:
     "rows", [ROWS, RAW, RANKED, COMMON], ids=["pairs", "without prompts", "ranked lists", "one prompt"]
 )
 @pytest.mark.parametrize("shared", [True, False], ids=["tree", "padded"])
-def test_packed_log_probs_and_gradients_are_those_of_one_text_at_a_time(
+def test_packed_log_probs_and_gradients_equal_those_of_one_text_at_a_time(
     policy: Policy, rows: list[Row], shared: bool
 ) -> None:
     policy.model.double()
     assert policy.shared
     policy.shared = shared
     pack = pack_of(policy, rows, [2, 0, 1, 3][: len(rows)])
-    found = policy.score(pack).responses
+    packed = policy.score(pack).responses
     expected = torch.cat([plain_logps(policy, rows[number]) for number in pack.rows])
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(packed, expected, rtol=1e-6, atol=0)
 
     # Each response counts differently, so that none can stand in for another.
-    weights = torch.arange(1, len(found) + 1, dtype=found.dtype)
-    found_gradients = gradients(policy, (found * weights).sum())
+    weights = torch.arange(1, len(packed) + 1, dtype=packed.dtype)
+    packed_gradients = gradients(policy, (packed * weights).sum())
     expected_gradients = gradients(policy, (expected * weights).sum())
-    assert len(found_gradients) == 28  # A and B of seven projections in two layers
+    assert len(packed_gradients) == 28  # A and B of seven projections in two layers
     for name, gradient in expected_gradients.items():
         assert gradient.any()
         tolerance = 1e-5 * gradient.abs().max().item()
-        torch.testing.assert_close(found_gradients[name], gradient, rtol=0, atol=tolerance, msg=name)
+        torch.testing.assert_close(packed_gradients[name], gradient, rtol=0, atol=tolerance, msg=name)
 
 
-def test_single_precision_stays_within_the_tolerance_of_the_contract(policy: Policy) -> None:
+def test_packed_log_probs_in_single_precision_are_within_1e_5(policy: Policy) -> None:
     pack = pack_of(policy, ROWS, [0, 1, 2])
-    found = policy.score(pack).responses
+    packed = policy.score(pack).responses
     expected = torch.cat([plain_logps(policy, ROWS[number]) for number in pack.rows])
-    assert bool(((found - expected).abs() <= 1e-5 * expected.abs().clamp(min=1)).all())
+    assert bool(((packed - expected).abs() <= 1e-5 * expected.abs().clamp(min=1)).all())
 
 
-def test_a_row_scores_the_same_whatever_it_is_packed_with(policy: Policy) -> None:
+def test_a_row_scores_the_same_in_any_pack(policy: Policy) -> None:
     policy.model.double()
     alone = policy.score(pack_of(policy, ROWS, [1])).responses
     together = pack_of(policy, ROWS, [0, 2, 1])
-    place = together.row_of == together.rows.index(1)
-    torch.testing.assert_close(policy.score(together).responses[place], alone, rtol=1e-6, atol=0)
+    in_row = together.row_of == together.rows.index(1)
+    torch.testing.assert_close(policy.score(together).responses[in_row], alone, rtol=1e-6, atol=0)
 
 
 def test_rows_of_one_prompt_share_it_and_the_responses_that_they_have_in_common(policy: Policy) -> None:
     pack, apart = pack_of(policy, COMMON, [0, 1, 2, 3]), pack_of(policy, COMMON, [0, 1, 2, 3], merge=False)
     distinct = (ROWS[0].responses[0], ROWS[0].responses[1], ROWS[1].responses[0])
-    assert pack.tokens == len(ROWS[0].prompt) + sum(len(r.ids) for r in distinct) + ROWS[2].tokens
+    assert pack.tokens == len(ROWS[0].prompt) + sum(len(response.ids) for response in distinct) + ROWS[2].tokens
     assert len(pack.lengths) == 3 + 2
     assert apart.tokens == sum(row.tokens for row in COMMON)
-    found, expected = policy.score(pack).responses, policy.score(apart).responses
-    by_row = {number: found[pack.row_of == at] for at, number in enumerate(pack.rows)}
-    by_row_apart = {number: expected[apart.row_of == at] for at, number in enumerate(apart.rows)}
+    merged, unmerged = policy.score(pack).responses, policy.score(apart).responses
+    by_row = {number: merged[pack.row_of == index] for index, number in enumerate(pack.rows)}
+    by_row_apart = {number: unmerged[apart.row_of == index] for index, number in enumerate(apart.rows)}
     for number in range(4):
         torch.testing.assert_close(by_row[number], by_row_apart[number], rtol=1e-5, atol=0)
     assert torch.equal(by_row[0], by_row[3].flip(0))
 
 
 @pytest.mark.parametrize("tail_weight", [0.0, 0.3, 1.0])
-def test_tokens_beyond_the_shorter_response_count_as_much_as_ld_dpo_says(policy: Policy, tail_weight: float) -> None:
+def test_tokens_beyond_the_shorter_response_are_weighted_as_in_ld_dpo(policy: Policy, tail_weight: float) -> None:
     """LD-DPO, arXiv:2409.06411: log π of the common length, and α times log π of the rest."""
     policy.model.double()
     pack = pack_of(policy, ROWS, [0, 1, 2], merge=False)
-    found = policy.score(pack, tail_weight=tail_weight).responses
+    actual = policy.score(pack, tail_weight=tail_weight).responses
     expected = []
     for number in pack.rows:
         row = ROWS[number]
-        least = min(sum(response.scored) for response in row.responses)
+        common_length = min(sum(response.scored) for response in row.responses)
         whole = plain_logps(policy, row)
-        cut = [first_scored(response, least) for response in row.responses]
-        head = plain_logps(policy, replace(row, responses=tuple(cut)))
+        shortened = [first_scored(response, common_length) for response in row.responses]
+        head = plain_logps(policy, replace(row, responses=tuple(shortened)))
         expected.append(head + tail_weight * (whole - head))
-    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-6, atol=0)
+    torch.testing.assert_close(actual, torch.cat(expected), rtol=1e-6, atol=0)
 
 
 def first_scored(response: Response, count: int) -> Response:
     """The same tokens, of which only the first `count` scored ones are scored."""
-    seen = [sum(response.scored[: j + 1]) for j in range(len(response.ids))]
-    return replace(response, scored=tuple(s and n <= count for s, n in zip(response.scored, seen, strict=True)))
+    counts = [sum(response.scored[: j + 1]) for j in range(len(response.ids))]
+    return replace(
+        response,
+        scored=tuple(scored and number <= count for scored, number in zip(response.scored, counts, strict=True)),
+    )
 
 
-def test_a_sliding_window_is_measured_by_position_and_matters_here(mistral: Path) -> None:
-    """The tree's mask has the window; without it the log-probs would be others."""
+def test_a_sliding_window_is_measured_by_position_and_changes_the_log_probs(mistral: Path) -> None:
+    """The tree's mask has the window. Without it, the log-probs are others."""
     policy = disturb(load(mistral))
     window = policy.causal.config.sliding_window
-    assert window < min(len(row.prompt) + max(len(r.ids) for r in row.responses) for row in (ROWS[0], ROWS[2]))
-    found = policy.score(pack_of(policy, ROWS, [0, 1, 2])).responses
+    assert window < min(
+        len(row.prompt) + max(len(response.ids) for response in row.responses) for row in (ROWS[0], ROWS[2])
+    )
+    windowed = policy.score(pack_of(policy, ROWS, [0, 1, 2])).responses
     policy.causal.config.sliding_window = None
     windowless = policy.score(pack_of(policy, ROWS, [0, 1, 2])).responses
-    assert bool(((windowless - found).abs() > 1e-3 * found.abs()).any())
+    assert bool(((windowless - windowed).abs() > 1e-3 * windowed.abs()).any())
 
 
-def test_the_check_before_training_falls_back_where_a_tree_is_off(
+def test_the_check_before_training_falls_back_if_the_tree_mask_is_wrong(
     policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def everything(mask: TreeMask, window: int | None = None) -> list[tuple[int, int, None]]:
+    def one_causal_mask(mask: TreeMask, window: int | None = None) -> list[tuple[int, int, None]]:
         return [(0, mask.pack.ids.shape[1], None)]
 
-    monkeypatch.setattr(TreeMask, "tree_masks", everything)
+    monkeypatch.setattr(TreeMask, "tree_masks", one_causal_mask)
     stream = io.StringIO()
     check(policy, ROWS, Events(stream))
     assert not policy.shared
@@ -144,20 +149,20 @@ def test_the_check_before_training_falls_back_where_a_tree_is_off(
     torch.testing.assert_close(policy.score(pack).responses, expected, rtol=1e-5, atol=0)
 
 
-def test_the_check_before_training_keeps_a_tree_that_is_right(policy: Policy) -> None:
+def test_the_check_before_training_keeps_a_tree_mask_that_is_right(policy: Policy) -> None:
     stream = io.StringIO()
     check(policy, ROWS, Events(stream))
     assert policy.shared
     assert parse(stream) == []
 
 
-def test_a_head_that_is_not_linear_makes_its_logits_itself(llama: Path) -> None:
+def test_a_model_whose_head_is_not_linear_computes_its_own_logits(llama: Path) -> None:
     policy, stream = disturb(load(llama)), io.StringIO()
     policy.causal.lm_head.register_forward_hook(lambda module, args, logits: logits.tanh())
     check(policy, ROWS, Events(stream))
     assert policy.own_logits
-    said = [event["message"] for event in parse(stream)]
-    assert any("needs more memory" in message for message in said)
+    warnings = [event["message"] for event in parse(stream)]
+    assert any("needs more memory" in message for message in warnings)
     pack = pack_of(policy, ROWS, [0, 1, 2])
     expected = torch.cat([plain_logps(policy, ROWS[number]) for number in pack.rows])
     scores = policy.score(pack, entropy=True, alignment=True)
@@ -167,14 +172,14 @@ def test_a_head_that_is_not_linear_makes_its_logits_itself(llama: Path) -> None:
         torch.testing.assert_close(gradient, theirs[name], rtol=1e-4, atol=1e-6)
 
 
-def test_logits_of_the_model_give_the_scores_of_its_hidden_states() -> None:
-    """The two ways to the same figures: from the hidden states a chunk at a time, and from all logits."""
+def test_logits_give_the_same_scores_as_hidden_states() -> None:
+    """There are two ways to the same scores: from the hidden states a chunk at a time, and from all logits."""
     torch.manual_seed(0)
     hidden, weight, targets = torch.randn(7, 4), torch.randn(11, 4), torch.randint(11, (7,))
-    found = score_logits(hidden @ weight.T, targets, entropy=True, alignment=True)
-    expected = score_tokens(hidden, Head(weight), targets, entropy=True, alignment=True)
-    for name, value in vars(expected).items():
-        torch.testing.assert_close(getattr(found, name), value)
+    from_logits = score_logits(hidden @ weight.T, targets, entropy=True, alignment=True)
+    from_states = score_tokens(hidden, Head(weight), targets, entropy=True, alignment=True)
+    for name, value in vars(from_states).items():
+        torch.testing.assert_close(getattr(from_logits, name), value)
 
 
 def test_the_check_before_training_refuses_a_model_that_draws_at_random(llama: Path) -> None:
@@ -198,12 +203,12 @@ sizes = st.tuples(st.integers(0, 8), st.lists(st.integers(1, 8), min_size=1, max
 
 def rows_of(sizes: list[tuple[int, list[int]]]) -> list[Row]:
     """Rows of these lengths. Prompts of equal length are one prompt, and so are the responses of equal length."""
-    made = []
+    rows = []
     for line, (prompt, responses) in enumerate(sizes, 1):
         row = make_row(prompt, prompt, *responses)
-        same = [make_row(length, 0, length).responses[0] for length in responses]
-        made.append(replace(row, line=line, responses=tuple(same)))
-    return made
+        equal_responses = [make_row(length, 0, length).responses[0] for length in responses]
+        rows.append(replace(row, line=line, responses=tuple(equal_responses)))
+    return rows
 
 
 @given(st.lists(sizes, max_size=12), st.integers(1, 40), st.booleans(), st.data())
@@ -213,27 +218,27 @@ def test_every_row_is_in_one_pack_and_packs_keep_to_the_budget(
 ) -> None:
     rows = rows_of(sizes)
     numbers = data.draw(st.lists(st.sampled_from(range(len(rows))), unique=True) if rows else st.just([]))
-    made = trees(rows, numbers, budget, merge=merge)
-    for tree in made:
+    planned = trees(rows, numbers, budget, merge=merge)
+    for tree in planned:
         assert tree.tokens <= budget or len(tree.rows) == 1
         for number, leaves in tree.rows:
             assert rows[number].prompt == tree.prompt
             assert rows[number].responses == tuple(tree.responses[leaf] for leaf in leaves)
-    packs = plan(made, budget)
+    packs = plan(planned, budget)
     assert sorted(number for pack in packs for tree in pack for number, _ in tree.rows) == sorted(numbers)
     for pack in packs:
         assert sum(tree.tokens for tree in pack) <= budget or len(pack) == 1
-    assert packs == plan(made[::-1], budget)
+    assert packs == plan(planned[::-1], budget)
 
 
 def dense(mask: TreeMask, window: int | None = None) -> Tensor:
     """[T, T], true where a query (dim 0) sees a key (dim 1): the masks of the trees, put together."""
     length = mask.pack.ids.shape[1]
-    seen = torch.zeros(length, length, dtype=torch.bool)
-    for start, stop, inside in mask.tree_masks(window):
+    visible = torch.zeros(length, length, dtype=torch.bool)
+    for start, stop, tree_mask in mask.tree_masks(window):
         causal = torch.ones(stop - start, stop - start, dtype=torch.bool).tril()
-        seen[start:stop, start:stop] = causal if inside is None else inside[0, 0]
-    return seen
+        visible[start:stop, start:stop] = causal if tree_mask is None else tree_mask[0, 0]
+    return visible
 
 
 @given(st.lists(sizes, max_size=12), st.integers(1, 60))
@@ -248,43 +253,41 @@ def test_unshared_packs_keep_to_the_budget_with_their_padding(sizes: list[tuple[
 
 @given(st.lists(sizes, min_size=1, max_size=4), st.none() | st.integers(1, 12), st.integers(0, 20))
 @settings(deadline=None, max_examples=60)
-def test_the_mask_of_the_gpu_is_the_one_of_the_cpu(
-    sizes: list[tuple[int, list[int]]], window: int | None, padding: int
-) -> None:
+def test_the_gpu_mask_equals_the_cpu_mask(sizes: list[tuple[int, list[int]]], window: int | None, padding: int) -> None:
     rows = rows_of(sizes)
     group = trees(rows, range(len(rows)), 1000)
     pack = tree_pack(group)
     padded = tree_pack(group, pack.slots + padding)
     slots = torch.arange(padded.slots)
-    visible = visibility(padded.tree, padded.branch, padded.positions, window)
+    sees = visibility(padded.tree, padded.branch, padded.positions, window)
     zero = torch.zeros((), dtype=torch.long)
-    seen = visible(zero, zero, slots[:, None], slots[None, :])
+    gpu_mask = sees(zero, zero, slots[:, None], slots[None, :])
     expected = torch.eye(padded.slots, dtype=torch.bool)
     expected[: pack.slots, : pack.slots] = dense(TreeMask(pack), window)
-    assert torch.equal(seen, expected)
+    assert torch.equal(gpu_mask, expected)
 
 
 @given(st.lists(sizes, min_size=1, max_size=4))
 @settings(deadline=None, max_examples=60)
-def test_what_predicts_a_token_sees_the_text_before_it_and_nothing_else(sizes: list[tuple[int, list[int]]]) -> None:
+def test_a_token_is_predicted_from_the_text_before_it_and_nothing_else(sizes: list[tuple[int, list[int]]]) -> None:
     rows = rows_of(sizes)
     pack = tree_pack(trees(rows, range(len(rows)), 1000))
-    seen = dense(TreeMask(pack))
-    found: dict[int, list[tuple[list[int], int]]] = {leaf: [] for leaf in range(len(pack.lengths))}
+    mask = dense(TreeMask(pack))
+    predictions: dict[int, list[tuple[list[int], int]]] = {leaf: [] for leaf in range(len(pack.lengths))}
     scored = zip(pack.predictors.tolist(), pack.targets.tolist(), pack.leaf.tolist(), strict=True)
     for predictor, target, leaf in scored:
-        visible = seen[predictor].nonzero().flatten()
+        visible = mask[predictor].nonzero().flatten()
         assert pack.positions[0, visible].tolist() == list(range(len(visible)))
-        found[leaf].append((pack.ids[0, visible].tolist(), target))
-    for response, row in zip(pack.leaves.tolist(), pack.row_of.tolist(), strict=True):
-        expected = [texts_of(rows[pack.rows[row]], r) for r in rows[pack.rows[row]].responses]
-        assert found[response] in expected
-    flat = [found[leaf] for leaf in pack.leaves.tolist()]
-    assert flat == [texts_of(rows[number], r) for number in pack.rows for r in rows[number].responses]
+        predictions[leaf].append((pack.ids[0, visible].tolist(), target))
+    for leaf, row in zip(pack.leaves.tolist(), pack.row_of.tolist(), strict=True):
+        expected = [texts_of(rows[pack.rows[row]], response) for response in rows[pack.rows[row]].responses]
+        assert predictions[leaf] in expected
+    flat = [predictions[leaf] for leaf in pack.leaves.tolist()]
+    assert flat == [texts_of(rows[number], response) for number in pack.rows for response in rows[number].responses]
 
 
 def texts_of(row: Row, response: Response) -> list[tuple[list[int], int]]:
-    """(text before, token) of what is scored; nothing comes before the first token of all."""
+    """(text before, token) of each scored token. The very first token has no text before it and is left out."""
     return [
         (list(row.prompt + response.ids[:j]), response.ids[j])
         for j, scored in enumerate(response.scored)
@@ -294,28 +297,28 @@ def texts_of(row: Row, response: Response) -> list[tuple[list[int], int]]:
 
 @given(st.lists(sizes, min_size=1, max_size=6), st.integers(8, 40), st.integers(1, 20))
 @settings(deadline=None, max_examples=25)
-def test_random_rows_in_random_packs_score_what_they_score_alone(
+def test_random_rows_in_random_packs_score_as_they_do_alone(
     tiny: Policy, sizes: list[tuple[int, list[int]]], budget: int, seed: int
 ) -> None:
     rows = [row for row in rows_of(sizes) if row.learnable] or ROWS
     tiny.packing = Packing(budget)
     weights = torch.rand(sum(len(row.responses) for row in rows), generator=torch.Generator().manual_seed(seed))
-    first = [sum(len(row.responses) for row in rows[:number]) for number in range(len(rows))]
+    offsets = [sum(len(row.responses) for row in rows[:number]) for number in range(len(rows))]
 
     def of_row(number: int) -> Tensor:
-        return weights[first[number] : first[number] + len(rows[number].responses)].double()
+        return weights[offsets[number] : offsets[number] + len(rows[number].responses)].double()
 
-    found, total, seen = {}, torch.zeros((), dtype=torch.float64), Counter[int]()
+    scores_by_row, total, packs_by_row = {}, torch.zeros((), dtype=torch.float64), Counter[int]()
     for pack in tiny.packs(rows, range(len(rows))):
         scores = tiny.score(pack).responses
-        for at, number in enumerate(pack.rows):
-            found[number] = scores[pack.row_of == at]
-            seen[number] += 1
-            total = total + (found[number] * of_row(number)).sum()
-    assert seen == Counter(range(len(rows)))
+        for index, number in enumerate(pack.rows):
+            scores_by_row[number] = scores[pack.row_of == index]
+            packs_by_row[number] += 1
+            total = total + (scores_by_row[number] * of_row(number)).sum()
+    assert packs_by_row == Counter(range(len(rows)))
     expected = [plain_logps(tiny, row) for row in rows]
     for number, logps in enumerate(expected):
-        torch.testing.assert_close(found[number], logps, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(scores_by_row[number], logps, rtol=1e-6, atol=1e-9)
     weighted = torch.stack([(logps * of_row(number)).sum() for number, logps in enumerate(expected)]).sum()
     theirs = gradients(tiny, weighted)
     for name, gradient in gradients(tiny, total).items():
@@ -330,7 +333,7 @@ def tiny(llama: Path) -> Policy:
     return policy
 
 
-def test_packs_of_a_fixed_width_are_padded_to_an_eighth_of_the_budget() -> None:
+def test_packs_of_a_fixed_width_are_padded_to_multiples_of_an_eighth_of_the_budget() -> None:
     rows: Sequence[Row] = [make_row(line, 200, 100, 150) for line in range(5)]
     packs = list(Packing(2048, fixed=True).packs(rows, range(5)))
     assert [(pack.tokens, pack.slots) for pack in packs] == [(1800, 2048), (450, 512)]

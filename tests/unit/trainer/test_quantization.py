@@ -1,4 +1,4 @@
-"""A base in four bits: it really is one, and looking at it does not change it."""
+"""A base in four bits: it really is quantised, and a validation does not change it."""
 
 from pathlib import Path
 
@@ -28,35 +28,37 @@ PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 def quantised_projections(model: torch.nn.Module) -> set[str]:
-    modules = [(name, m) for name, m in model.named_modules() if isinstance(m, Linear4bit)]
+    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, Linear4bit)]
     return {f"{name.split('.layers.')[1].split('.')[0]}.{name.split('.')[-2]}" for name, _ in modules}
 
 
 def test_every_projection_is_in_nf4_and_the_adapter_is_not(llama: Path) -> None:
     policy = load(llama, quantization="nf4")
-    layers = [m for m in policy.model.modules() if isinstance(m, Linear4bit)]
-    assert quantised_projections(policy.model) == {f"{i}.{name}" for i in range(2) for name in PROJECTIONS}
+    layers = [module for module in policy.model.modules() if isinstance(module, Linear4bit)]
+    assert quantised_projections(policy.model) == {
+        f"{layer_index}.{name}" for layer_index in range(2) for name in PROJECTIONS
+    }
     for layer in layers:
         assert layer.weight.dtype == torch.uint8
         assert layer.weight.quant_state.quant_type == "nf4"
         assert layer.weight.quant_state.nested  # the scales are quantised too
         assert not layer.weight.requires_grad
     assert len(policy.trainable()) == 28
-    assert all(p.dtype == torch.float32 and "lora" in name for name, p in policy.trainable().items())
+    assert all(parameter.dtype == torch.float32 and "lora" in name for name, parameter in policy.trainable().items())
 
 
-def test_four_bits_move_the_log_probs_but_not_far(llama: Path) -> None:
+def test_four_bits_change_the_log_probs_a_little(llama: Path) -> None:
     exact, quantised = load(llama), load(llama, quantization="nf4")
     with torch.no_grad():
         for row in ROWS:
             tokens = torch.tensor([len(response.ids) for response in row.responses])
-            moved = (plain_logps(quantised, row) - plain_logps(exact, row)).abs() / tokens
-            assert bool((moved > 1e-4).all())
-            assert bool((moved < 1.0).all())
+            change_per_token = (plain_logps(quantised, row) - plain_logps(exact, row)).abs() / tokens
+            assert bool((change_per_token > 1e-4).all())
+            assert bool((change_per_token < 1.0).all())
 
 
 @pytest.fixture(params=["llama", "qwen3"])
-def begun(request: pytest.FixtureRequest, tmp_path: Path) -> StageRun:
+def stage_run(request: pytest.FixtureRequest, tmp_path: Path) -> StageRun:
     """A stage before its first step, with a policy that has left its start."""
     spec = {
         "method": sft_method(),
@@ -72,17 +74,17 @@ def begun(request: pytest.FixtureRequest, tmp_path: Path) -> StageRun:
     return begin(run, stage, policy, State(stage.name), stage.steps)
 
 
-def scores_and_gradients(begun: StageRun) -> tuple[Tensor, dict[str, Tensor]]:
-    rows = begun.stage.train
-    (pack,) = begun.policy.packs(rows, list(range(len(rows))))
-    responses = begun.policy.score(pack).responses
-    return responses.detach(), gradients(begun.policy, responses.sum())
+def scores_and_gradients(stage_run: StageRun) -> tuple[Tensor, dict[str, Tensor]]:
+    rows = stage_run.stage.train
+    (pack,) = stage_run.policy.packs(rows, list(range(len(rows))))
+    responses = stage_run.policy.score(pack).responses
+    return responses.detach(), gradients(stage_run.policy, responses.sum())
 
 
-def test_a_validation_changes_no_bit_of_log_probs_or_gradients(begun: StageRun) -> None:
-    before, gradients_before = scores_and_gradients(begun)
-    metrics = begun.validate()
-    after, gradients_after = scores_and_gradients(begun)
+def test_a_validation_changes_no_bit_of_log_probs_or_gradients(stage_run: StageRun) -> None:
+    before, gradients_before = scores_and_gradients(stage_run)
+    metrics = stage_run.validate()
+    after, gradients_after = scores_and_gradients(stage_run)
 
     assert metrics["eval/loss"] > 0
     assert torch.equal(before, after)
@@ -92,19 +94,19 @@ def test_a_validation_changes_no_bit_of_log_probs_or_gradients(begun: StageRun) 
         assert torch.equal(gradient, gradients_after[name]), name
 
 
-def test_the_gradients_of_a_quantised_base_are_those_of_its_dequantised_weights(begun: StageRun) -> None:
-    """What a 4-bit layer computes, computed with an ordinary one; after a validation, when it goes wrong first."""
-    begun.validate()
-    scores, found = scores_and_gradients(begun)
-    for module in begun.policy.model.modules():
+def test_the_gradients_of_a_quantised_base_equal_those_of_its_dequantised_weights(stage_run: StageRun) -> None:
+    """The 4-bit layers are replaced by ordinary ones. A validation comes before, since that is where errors begin."""
+    stage_run.validate()
+    scores, quantised = scores_and_gradients(stage_run)
+    for module in stage_run.policy.model.modules():
         for name, child in list(module.named_children()):
             if isinstance(child, Linear4bit):
                 setattr(module, name, dequantised(child))
-    expected_scores, expected = scores_and_gradients(begun)
+    expected_scores, expected = scores_and_gradients(stage_run)
     torch.testing.assert_close(scores, expected_scores, rtol=1e-5, atol=0)
     for name, gradient in expected.items():
         tolerance = 1e-4 * gradient.abs().max().item()
-        torch.testing.assert_close(found[name], gradient, rtol=0, atol=tolerance, msg=name)
+        torch.testing.assert_close(quantised[name], gradient, rtol=0, atol=tolerance, msg=name)
 
 
 def dequantised(layer: Linear4bit) -> torch.nn.Linear:
@@ -113,25 +115,25 @@ def dequantised(layer: Linear4bit) -> torch.nn.Linear:
     return plain
 
 
-def test_quantised_layers_stay_in_training_mode(begun: StageRun) -> None:
-    """In evaluation mode some CPUs keep other weights for a 4-bit layer, which have no gradient."""
-    begun.validate()
-    quantised = [m for m in begun.policy.model.modules() if isinstance(m, Linear4bit)]
+def test_quantised_layers_stay_in_training_mode(stage_run: StageRun) -> None:
+    """In evaluation mode, a 4-bit layer keeps other weights on some CPUs, and these have no gradient."""
+    stage_run.validate()
+    quantised = [module for module in stage_run.policy.model.modules() if isinstance(module, Linear4bit)]
     assert quantised and all(module.training for module in quantised)
 
 
-def test_dropout_is_the_adapters_and_is_switched_by_hand(llama: Path) -> None:
+def test_dropout_is_in_the_adapter_only_and_set_dropout_switches_it(llama: Path) -> None:
     policy = disturb(load(llama, adapter={"r": 4, "dropout": 0.5}))
     (pack,) = policy.packs(ROWS, [0, 1, 2])
 
-    def two_scores(on: bool) -> tuple[Tensor, Tensor]:
-        policy.set_dropout(on)
+    def two_scores(enabled: bool) -> tuple[Tensor, Tensor]:
+        policy.set_dropout(enabled)
         with torch.no_grad():
             return policy.score(pack).responses, policy.score(pack).responses
 
     first, second = two_scores(True)
     assert not torch.allclose(first, second)
-    still, again = two_scores(False)
-    assert torch.equal(still, again)
+    deterministic, repeated = two_scores(False)
+    assert torch.equal(deterministic, repeated)
     expected = torch.cat([plain_logps(policy, ROWS[number]) for number in pack.rows])
-    torch.testing.assert_close(still, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(deterministic, expected, rtol=1e-5, atol=0)

@@ -1,4 +1,4 @@
-"""A run that was stopped and resumed is, to the bit, the run that was not."""
+"""A run that is stopped and resumed equals, to the bit, a run that is not."""
 
 import io
 import random
@@ -30,7 +30,7 @@ from worker.trainer.methods.preference import Preference
 
 STOPPED = 75
 STEPS = 6
-"""Of each stage."""
+"""Steps of each stage."""
 SETTINGS = {"max_steps": STEPS, "batch_size": 3, "checkpoint_every": 2, "eval_every": 3, "learning_rate": 0.005}
 SPEC: dict[str, Any] = {
     "sft": {"hyperparameters": SETTINGS},
@@ -54,7 +54,7 @@ def uninterrupted(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 
 def run_until(folder: Path, step: int) -> list[Event]:
-    """Run, ask the process to stop when it has told of step `step`, and return all events up to its end."""
+    """Run, stop the process at the metrics of step `step`, and return all its events."""
     events: list[Event] = []
     with TrainerProcess(folder) as process:
         for event in process.events():
@@ -75,7 +75,7 @@ def timeless_rows(path: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize(("stage", "stop_at"), [("sft", 1), ("dpo", STEPS + 3)])
-def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
+def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(
     uninterrupted: tuple[Path, list[Event]], llama: Path, tmp_path: Path, stage: str, stop_at: int
 ) -> None:
     expected_folder, expected_events = uninterrupted
@@ -90,9 +90,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
 
     status, after = run_process(folder)
     assert status == 0, after[-1]
-    told = [comparable(e) for e in of_kind(before, "metrics") if e["step"] <= last["step"]]
-    told += [comparable(e) for e in of_kind(after, "metrics")]
-    assert told == [comparable(e) for e in of_kind(expected_events, "metrics")]
+    metrics = [comparable(event) for event in of_kind(before, "metrics") if event["step"] <= last["step"]]
+    metrics += [comparable(event) for event in of_kind(after, "metrics")]
+    assert metrics == [comparable(event) for event in of_kind(expected_events, "metrics")]
     assert after[-1]["kind"] == "done"
     assert after[-1]["trained_tokens"] == expected_events[-1]["trained_tokens"]
 
@@ -103,11 +103,11 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
     assert (folder / "result.csv").read_bytes() == (expected_folder / "result.csv").read_bytes()
 
 
-@pytest.mark.parametrize(("finished", "told"), [("sft", [6, 7, 8, 9, 10, 11, 12]), ("dpo", [])])
+@pytest.mark.parametrize(("finished", "remaining_steps"), [("sft", [6, 7, 8, 9, 10, 11, 12]), ("dpo", [])])
 def test_a_run_stopped_between_two_stages_or_after_the_last_resumes(
-    llama: Path, tmp_path: Path, finished: str, told: list[int]
+    llama: Path, tmp_path: Path, finished: str, remaining_steps: list[int]
 ) -> None:
-    """From the last checkpoint of a stage nothing of it is left to do. All parameters train here."""
+    """After the last checkpoint of a stage, nothing of it is left to do. All parameters train here."""
     hyperparameters = {**SETTINGS, "learning_rate": 1e-4, "checkpoint_every": STEPS}
     spec = {
         **SPEC,
@@ -117,18 +117,18 @@ def test_a_run_stopped_between_two_stages_or_after_the_last_resumes(
         "quantization": "none",
     }
     first = make_work_folder(tmp_path / "first", llama, spec, train=PAIRS)
-    checkpoints = {e["stage"]: e["path"] for e in of_kind(run_in_process(first), "checkpoint")}
+    checkpoints = {event["stage"]: event["path"] for event in of_kind(run_in_process(first), "checkpoint")}
 
     second = make_work_folder(tmp_path / "second", llama, spec, train=PAIRS)
     shutil.copytree(first / checkpoints[finished], second / "resume")
     resumed = run_in_process(second)
-    assert [e["step"] for e in of_kind(resumed, "metrics")] == told
+    assert [event["step"] for event in of_kind(resumed, "metrics")] == remaining_steps
     for name in ("model.safetensors", "validation_logps.jsonl"):
         assert (second / "output" / name).read_bytes() == (first / "output" / name).read_bytes(), name
     assert timeless_rows(second / "output" / "metrics.csv") == timeless_rows(first / "output" / "metrics.csv")
 
 
-def test_the_process_ends_by_itself_when_its_standard_input_does(llama: Path, tmp_path: Path) -> None:
+def test_the_process_ends_by_itself_when_its_standard_input_is_closed(llama: Path, tmp_path: Path) -> None:
     spec = {**SPEC, "sft": None, "method": sft_method(max_steps=3000, batch_size=3)}
     with TrainerProcess(make_work_folder(tmp_path, llama, spec, train=PAIRS)) as process:
         closed = False
@@ -141,7 +141,7 @@ def test_the_process_ends_by_itself_when_its_standard_input_does(llama: Path, tm
     assert not (tmp_path / "output").exists()
 
 
-# -- anywhere ---------------------------------------------------------------------------------------------------
+# -- at any step ------------------------------------------------------------------------------------------------
 
 POINTS = 20
 LONG = {**SETTINGS, "max_steps": 12, "checkpoint_every": 1, "eval_every": 5}
@@ -159,7 +159,7 @@ def whole(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     """(work folder of a run with a checkpoint at every step, its events, the checkpoints by step)"""
     folder = make_work_folder(tmp_path_factory.mktemp("whole"), llama, EVERYTHING, train=PAIRS)
     events = run_in_process(folder)
-    checkpoints = {e["step"]: folder / e["path"] for e in of_kind(events, "checkpoint")}
+    checkpoints = {event["step"]: folder / event["path"] for event in of_kind(events, "checkpoint")}
     assert len(checkpoints) >= POINTS
     return folder, events, checkpoints
 
@@ -168,8 +168,10 @@ def whole(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 def test_a_run_resumed_at_any_step_has_the_same_bytes(
     whole: tuple[Path, list[Event], dict[int, Path]], llama: Path, tmp_path: Path, point: int
 ) -> None:
-    """With dropout, early stopping, a reference that moves, and a loss that couples the batch. Half of them find
-    tokens and reference in the cache."""
+    """With dropout, early stopping, a moving reference, and a loss that couples the batch.
+
+    Half of the runs find the tokens and the reference in the cache.
+    """
     expected, events, checkpoints = whole
     step = sorted(checkpoints)[point % len(checkpoints)]
     folder = make_work_folder(tmp_path / "work", llama, EVERYTHING, train=PAIRS)
@@ -177,9 +179,9 @@ def test_a_run_resumed_at_any_step_has_the_same_bytes(
     if point % 2:
         shutil.copytree(expected / "cache", folder / "cache")
     resumed = run_in_process(folder)
-    told = [comparable(e) for e in of_kind(resumed, "metrics")]
-    at = next(k for k, e in enumerate(events) if e["kind"] == "checkpoint" and e["step"] == step)
-    assert told == [comparable(e) for e in of_kind(events[at:], "metrics")]
+    metrics = [comparable(event) for event in of_kind(resumed, "metrics")]
+    position = next(k for k, event in enumerate(events) if event["kind"] == "checkpoint" and event["step"] == step)
+    assert metrics == [comparable(event) for event in of_kind(events[position:], "metrics")]
     for name in ("adapter_model.safetensors", "validation_logps.jsonl"):
         assert (folder / "output" / name).read_bytes() == (expected / "output" / name).read_bytes(), name
     assert timeless_rows(folder / "output" / "metrics.csv") == timeless_rows(expected / "output" / "metrics.csv")
@@ -194,11 +196,11 @@ def test_a_stop_in_the_middle_of_a_validation_loses_no_step(
     folder, stream = make_work_folder(tmp_path / "stopped", llama, spec, train=PAIRS), io.StringIO()
     run, validate, calls = make_run(folder, stream), Preference.validate, Counter[str]()
 
-    def stopping(method: Preference, *given: Any) -> Any:
+    def stopping(method: Preference, *arguments: Any) -> Any:
         calls["validations"] += 1
         if calls["validations"] == 2:  # the first is before the first step; this one is after the third
             run.stopping.set()
-        return validate(method, *given)
+        return validate(method, *arguments)
 
     monkeypatch.setattr(Preference, "validate", stopping)
     with pytest.raises(Stopped):
@@ -207,8 +209,8 @@ def test_a_stop_in_the_middle_of_a_validation_loses_no_step(
     assert last["step"] == 3
     monkeypatch.undo()
     shutil.move(folder / last["path"], folder / "resume")
-    told = of_kind(run_in_process(folder), "metrics")
-    assert told[0]["step"] == 3 and "eval/loss" in told[0]["metrics"] and "loss" in told[0]["metrics"]
+    metrics = of_kind(run_in_process(folder), "metrics")
+    assert metrics[0]["step"] == 3 and "eval/loss" in metrics[0]["metrics"] and "loss" in metrics[0]["metrics"]
     for name in ("adapter_model.safetensors", "validation_logps.jsonl"):
         assert (folder / "output" / name).read_bytes() == (whole / "output" / name).read_bytes(), name
     assert timeless_rows(folder / "output" / "metrics.csv") == timeless_rows(whole / "output" / "metrics.csv")

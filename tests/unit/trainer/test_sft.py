@@ -1,4 +1,4 @@
-"""SFT: its loss is transformers' own, however its rows are packed, and only it has dropout."""
+"""SFT: its loss equals that of transformers in any packing, and only SFT has dropout."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -43,7 +43,9 @@ def cross_entropy(model: Path, records: list[Record], *, on_text: bool = False) 
         ends = [end for _, end in encoded.offset_mapping]
         ids.append(torch.tensor(encoded.input_ids))
         scored = [on_text or end > len(record["prompt"]) for end in ends]
-        labels.append(torch.tensor([i if s else -100 for i, s in zip(encoded.input_ids, scored, strict=True)]))
+        labels.append(
+            torch.tensor([token if flag else -100 for token, flag in zip(encoded.input_ids, scored, strict=True)])
+        )
 
     def padded(rows: list[Tensor], value: int) -> Tensor:
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
@@ -63,7 +65,9 @@ def first_validation(folder: Path) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("loss_on", ["answers", "text"])
-def test_a_fresh_jobs_validation_loss_is_transformers_cross_entropy(llama: Path, tmp_path: Path, loss_on: str) -> None:
+def test_a_fresh_jobs_validation_loss_equals_transformers_cross_entropy(
+    llama: Path, tmp_path: Path, loss_on: str
+) -> None:
     spec = {**PLAIN, "validation_file": "validation.jsonl", "method": sft_method(max_steps=1, loss_on=loss_on)}
     del spec["validation_split"]
     folder = make_work_folder(tmp_path, llama, spec, train=ANSWERS[:4], validation=ANSWERS)
@@ -80,7 +84,7 @@ def test_sft_on_pairs_learns_the_preferred_answers(llama: Path, tmp_path: Path, 
     assert first_validation(folder)["eval/loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_batch_of_raw_text_with_nothing_to_predict_stops_no_job(llama: Path, tmp_path: Path) -> None:
+def test_a_batch_of_raw_text_with_nothing_to_predict_does_not_stop_the_job(llama: Path, tmp_path: Path) -> None:
     """17 tokens in pieces of 16: the last piece is one token, which nothing predicts."""
     tokenizer = AutoTokenizer.from_pretrained(llama)
     text = "cat" + " cat" * 14
@@ -101,18 +105,20 @@ def test_packed_rows_have_the_loss_and_the_gradient_of_rows_one_by_one(llama: Pa
         policy.packing = replace(policy.packing, budget=budget)
         (stage,) = stages_of(run)
         assert len(list(policy.packs(stage.train, list(range(len(ANSWERS)))))) == packs
-        before = {name: p.detach().clone() for name, p in policy.trainable().items()}
-        begun = begin(run, stage, policy, State(stage.name), stage.steps)
-        begun.optimizer = torch.optim.SGD(policy.trainable().values())
-        metrics = begun.step()
+        before = {name: parameter.detach().clone() for name, parameter in policy.trainable().items()}
+        stage_run = begin(run, stage, policy, State(stage.name), stage.steps)
+        stage_run.optimizer = torch.optim.SGD(policy.trainable().values())
+        metrics = stage_run.step()
         rate = metrics["learning_rate"]
-        moved = {name: (before[name] - p.detach()) / rate for name, p in policy.trainable().items()}
-        outcomes.append((metrics, moved))
+        gradient_of_step = {
+            name: (before[name] - parameter.detach()) / rate for name, parameter in policy.trainable().items()
+        }
+        outcomes.append((metrics, gradient_of_step))
     (packed, packed_gradient), (single, single_gradient) = outcomes
     assert packed["loss"] == pytest.approx(single["loss"], rel=1e-6)
     assert packed["mean_token_accuracy"] == single["mean_token_accuracy"]
     assert packed["grad_norm"] == pytest.approx(single["grad_norm"], rel=1e-5)
-    norm = torch.cat([g.flatten() for g in single_gradient.values()]).norm().item()
+    norm = torch.cat([gradient.flatten() for gradient in single_gradient.values()]).norm().item()
     assert norm == pytest.approx(single["grad_norm"], rel=1e-2)
     for name, gradient in single_gradient.items():
         torch.testing.assert_close(packed_gradient[name], gradient, rtol=0, atol=1e-3 * norm, msg=name)
@@ -148,8 +154,8 @@ def test_dropout_acts_in_sft_only(
     for dropout in (0.0, 0.5):
         spec = {**PLAIN, "adapter": {"r": 4, "dropout": dropout}, "method": method(max_steps=3, learning_rate=0.01)}
         results.append(adapter_after(make_work_folder(tmp_path / str(dropout), llama, spec, train=PAIRS)))
-    without, with_dropout = results
-    same = [torch.equal(without[name], with_dropout[name]) for name in without]
+    without_dropout, with_dropout = results
+    same = [torch.equal(without_dropout[name], with_dropout[name]) for name in without_dropout]
     assert not any(same) if acts else all(same)
 
 

@@ -1,6 +1,6 @@
 """The evaluation type `agreement`: does the judge prefer the answers that people prefer?"""
 
-from worker.trainer.data import said
+from worker.trainer.data import answer_text
 from worker.trainer.evaluation.judging import judge
 from worker.trainer.evaluation.rows import Item, examples_of, prompt_numbers, row_fields
 from worker.trainer.evaluation.run import EvaluationRun
@@ -16,7 +16,7 @@ def items(run: EvaluationRun) -> list[Item]:
     numbers = prompt_numbers(rows)
     items: dict[tuple[int, str, str], Item] = {}
     for row, example in rows.items():
-        chosen, rejected = said(example.responses[0]), said(example.responses[-1])
+        chosen, rejected = answer_text(example.responses[0]), answer_text(example.responses[-1])
         first, second = sorted((chosen, rejected))
         fields = {"first": first, "second": second, "votes": [0, 0]}
         key = numbers[row], first, second

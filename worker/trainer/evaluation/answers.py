@@ -5,7 +5,7 @@ import gc
 from app.spec.datasets.check import numbered_examples
 from app.spec.datasets.example import Example
 from app.spec.evaluation import BestOf, Side
-from worker.trainer.data import said, written
+from worker.trainer.data import answer_text, prompt_text
 from worker.trainer.errors import UserError
 from worker.trainer.evaluation.completions import CompletionKey, complete, prompts_of, text_of
 from worker.trainer.evaluation.run import EvaluationRun
@@ -19,7 +19,9 @@ def answers_of(run: EvaluationRun, name: str, side: Side, rows: dict[int, Exampl
     """The answers of the side `name`, by temperature, row and number."""
     if side.answers is not None:
         index = 0 if side.answers == "chosen" else -1
-        return {(FIXED, row, 0): said(example.responses[index]) for row, example in rows.items() if example.desirable}
+        return {
+            (FIXED, row, 0): answer_text(example.responses[index]) for row, example in rows.items() if example.desirable
+        }
     if side.file is not None:
         return _answers_of_file(run, name, side, rows)
     assert run.spec.sampling is not None
@@ -60,10 +62,10 @@ def _answers_of_file(run: EvaluationRun, name: str, side: Side, rows: dict[int, 
     with (run.folder / side.file).open("rb") as file:
         answers = {row: example for row, example in numbered_examples(file, side.mapping) if row in rows}
     for row, example in answers.items():
-        if written(example) != written(rows[row]):
+        if prompt_text(example) != prompt_text(rows[row]):
             message = f"Line {example.line}: the answer is to another prompt than the one in the data."
             raise UserError("invalid_file", message, f"{name}.file")
     if len(answers) < len(rows):
         text = f"{name}: {len(rows) - len(answers)} of {len(rows)} rows have no answer and are left out."
         run.events.message(text, level="warn")
-    return {(FIXED, row, 0): said(example.responses[0]) for row, example in answers.items()}
+    return {(FIXED, row, 0): answer_text(example.responses[0]) for row, example in answers.items()}

@@ -101,7 +101,7 @@ def complete(
     for temperature in spec.temperatures:
         sampling = Sampling(temperature, spec.top_p, spec.max_tokens, seed)
         numbers = range(samples_of(run, side) if temperature else 1)  # greedy decoding has one answer
-        requests = [CompletionRequest(row, n, prompt.ids) for row, prompt in prompts.items() for n in numbers]
+        requests = [CompletionRequest(row, k, prompt.ids) for row, prompt in prompts.items() for k in numbers]
         # Every attempt forms the same batches and samples whole batches. Its results are therefore bit-identical.
         for batch in batches(requests, BATCH_TOKENS[device], spec.max_tokens, largest_batch):
             keys = [(temperature, request.row, request.sample) for request in batch]

@@ -61,14 +61,14 @@ def score_pairs(run: EvaluationRun, side: str) -> dict[PairKey, ScoredPair]:
         keys.append((line, pairs_of_line[line]))  # a ranked list of a line becomes several pairs
         pairs_of_line[line] += 1
     dataset.require_embedded(rows, policy.tokenizer, policy.causal.config, policy.name)
-    drawn = draw_rows(run, keys)
+    drawn = draw_rows(run, keys)  # at most `max_rows` pairs
     rows, keys = rows.where([key in drawn for key in keys]), [key for key in keys if key in drawn]
     exactness.check(policy, rows, run.events)
     references = reference.find_or_compute(policy, policy.digest(), rows, None, run.cache, run.check_stop)
     prompt_numbers: dict[bytes, int] = {}
     pairs = {}
     for number, (key, row, prompt) in enumerate(zip(keys, rows, rows.prompts(), strict=True)):
-        chosen, rejected = references.logps[references.first[number] :][:2].tolist()
+        chosen, rejected = references.logps[references.first[number] :][:2].tolist()  # nats
         tokens = sum(row.responses[0].scored), sum(row.responses[1].scored)
         prompt_number = prompt_numbers.setdefault(prompt, len(prompt_numbers))
         pairs[key] = ScoredPair((chosen, rejected), tokens, prompt_number)

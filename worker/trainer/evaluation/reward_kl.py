@@ -7,7 +7,7 @@ import gc
 
 from app.spec.datasets.example import Example
 from worker.trainer import dataset, exactness, reference
-from worker.trainer.data import Response, Row, written
+from worker.trainer.data import Response, Row, prompt_text
 from worker.trainer.errors import UserError
 from worker.trainer.evaluation.answers import choose_best
 from worker.trainer.evaluation.completions import CompletionKey, complete, prompts_of, text_of
@@ -25,6 +25,7 @@ def items(run: EvaluationRun) -> list[Item]:
     side, sampling, rows = run.spec.candidate, run.spec.sampling, examples_of(run)
     assert side is not None
     assert sampling is not None
+    # 1. Sample the completions.
     policy = run.load("candidate")
     prompts = prompts_of(run, policy, "candidate", rows)
     completions, texts = dict[CompletionKey, Completion](), dict[CompletionKey, str]()
@@ -33,6 +34,7 @@ def items(run: EvaluationRun) -> list[Item]:
         texts[completion.key] = text_of(policy, completion, prompts[completion.row], rows[completion.row])
     vocabulary = policy.tokenizer.get_vocab()
     del policy
+    # 2. Choose those that count.
     best = choose_best(run, "candidate", side.best_of, texts, rows)
     groups, numbers = sorted(best), prompt_numbers(rows)
     items = [
@@ -40,6 +42,7 @@ def items(run: EvaluationRun) -> list[Item]:
         | {"sample": group[2], "prompt_number": numbers[group[1]], "logp": completions[best[group]].logp}
         for group in groups
     ]
+    # 3. Score them with the baseline.
     if side.best_of is not None:
         for item in items:
             item["kl_bound"] = side.best_of.kl_bound
@@ -49,6 +52,7 @@ def items(run: EvaluationRun) -> list[Item]:
         )
         for item, logp in zip(items, _reference_logps(run, answers, vocabulary), strict=True):
             item["reference_logp"] = logp
+    # 4. Score them with the judge.
     if run.spec.judge is not None:
         answered = [(rows[group[1]], texts[best[group]]) for group in groups]
         for item, reward in zip(items, scores(run, run.spec.judge, JUDGE, answered), strict=True):
@@ -79,6 +83,6 @@ def _reference_logps(run: EvaluationRun, answers: dataset.Rows, vocabulary: dict
 def _completion_fields(completion: Completion, example: Example, text: str) -> Item:
     return {
         "line": example.line, "row": completion.row, "temperature": completion.temperature,
-        "sample": completion.sample, "prompt": written(example), "text": text, "tokens": len(completion.ids),
+        "sample": completion.sample, "prompt": prompt_text(example), "text": text, "tokens": len(completion.ids),
         "ended": completion.ended,
     }  # fmt: skip

@@ -2,14 +2,15 @@
 
 from collections.abc import Collection
 from hashlib import sha256
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from app.spec.datasets.check import numbered_examples
 from app.spec.datasets.example import Example
-from worker.trainer.data import written
+from app.spec.json_types import JsonObject
+from worker.trainer.data import prompt_text
 from worker.trainer.evaluation.run import EvaluationRun
 
-Item = dict[str, Any]
+Item = JsonObject
 """A line of `items.jsonl`. `line` is the line of the data. Items of the same prompt share a `prompt_number`."""
 Key = TypeVar("Key", int, tuple[int, int])
 
@@ -33,9 +34,9 @@ def draw_rows(run: EvaluationRun, keys: Collection[Key]) -> set[Key]:
 def prompt_numbers(rows: dict[int, Example]) -> dict[int, int]:
     """The number of each row's prompt. Rows with the same prompt share a number."""
     numbers: dict[str, int] = {}
-    return {row: numbers.setdefault(written(example), len(numbers)) for row, example in rows.items()}
+    return {row: numbers.setdefault(prompt_text(example), len(numbers)) for row, example in rows.items()}
 
 
 def row_fields(example: Example, row: int, prompt_number: int) -> Item:
     """The fields of an item that identify its row."""
-    return {"line": example.line, "row": row, "prompt_number": prompt_number, "prompt": written(example)}
+    return {"line": example.line, "row": row, "prompt_number": prompt_number, "prompt": prompt_text(example)}

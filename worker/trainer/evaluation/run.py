@@ -2,12 +2,12 @@
 
 import gc
 from functools import cached_property
-from typing import Any
 
 from app.spec.datasets.rendering import Rendering
 from app.spec.evaluation import EvaluationSpec
 from app.spec.hyperparameters import DEFAULT_MAX_LENGTH
 from app.spec.job import JobSpec
+from app.spec.json_types import JsonObject
 from worker.model_files import context_length
 from worker.trainer.loading import load_policy
 from worker.trainer.model import Base, Policy
@@ -47,7 +47,7 @@ class EvaluationRun(Run):
 
     def rendering(self, side: str) -> Rendering:
         """How conversations are rendered for the model of `side`: as in its training."""
-        settings: dict[str, Any] = self.about["sides"].get(side, {})
+        settings: JsonObject = self.about["sides"].get(side, {})
         return Rendering(**settings.get("rendering", vars(self.spec.rendering)))
 
     def max_length(self, policy: Policy) -> int:

@@ -6,7 +6,7 @@ from app.spec.datasets.example import Example
 from app.spec.evaluation import Judge, Scorer
 from worker.classifier import BadClassifier, LinearClassifier
 from worker.trainer import reward
-from worker.trainer.data import written
+from worker.trainer.data import prompt_text
 from worker.trainer.errors import UserError
 from worker.trainer.evaluation.run import EvaluationRun
 
@@ -30,4 +30,4 @@ def scores(run: EvaluationRun, scorer: Scorer | Judge, name: str, answers: list[
 
 def _as_text(example: Example, answer: str) -> str:
     """Prompt and answer as one text, as for a model without a chat template."""
-    return written(example) + ("" if isinstance(example.prompt, str) else " ") + answer
+    return prompt_text(example) + ("" if isinstance(example.prompt, str) else " ") + answer

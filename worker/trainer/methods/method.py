@@ -1,8 +1,8 @@
 """A training method: rows in, a gradient or validation metrics out, and its own state.
 
 A method takes rows by number, packs them, and gets scores from the policy. The loss of a step is the mean over its
-rows; for SFT, over its scored tokens. It depends neither on how the rows are packed nor on the parts in which the batch
-is computed: each part divides by the `Totals` of the whole batch.
+rows; for SFT, over its scored tokens. It does not depend on the packs, nor on the parts in which the batch is
+computed. Each part divides by the `Totals` of the whole batch.
 """
 
 from abc import ABC, abstractmethod

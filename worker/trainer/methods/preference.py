@@ -31,7 +31,7 @@ class Responses(NamedTuple):
     lengths: Tensor
     """Number of scored tokens."""
     values: Tensor
-    """What the loss compares: log π(y|x), with LD-DPO's weights if any; or the reward of a reward model."""
+    """The values that the loss compares: log π(y|x), with LD-DPO's weights if any; or the reward of a reward model."""
     logps: Tensor
     """log π(y|x) without LD-DPO's weights, or the reward. Without gradient."""
     alignment: Tensor | None
@@ -57,7 +57,8 @@ class Preference(Method):
         self.anchor: dict[str, Tensor] | None = None
         self.moved = False
         if settings.sync_reference is not None:
-            self.anchor = {name: p.detach().clone() for name, p in policy.trainable().items()}
+            trained = policy.trainable()
+            self.anchor = {name: parameter.detach().clone() for name, parameter in trained.items()}
 
     @staticmethod
     def prepare_rows(rows: Rows, settings: Hyperparameters, max_length: int) -> Rows:
@@ -99,7 +100,7 @@ class Preference(Method):
         batch = self._batch(leaf_parts, counts.chosen_length, self.train)
         losses = losses_of(batch, self.settings)
         report(batch, losses, self.settings, averages)
-        gradients = torch.autograd.grad(losses.sum() / counts.rows, [part.values for part in leaf_parts])
+        gradients = torch.autograd.grad(losses.sum() / counts.rows, [part.values for part in leaf_parts])  # [R] each
         return Totals(counts.rows, counts.scored_tokens, counts.chosen_tokens, _by_row(parts, gradients))
 
     def backward(self, numbers: Sequence[int], totals: Totals, averages: Averages) -> TokenCounts:
@@ -184,7 +185,7 @@ class Preference(Method):
         """The scores of the responses of a pack's rows. `references`: the precomputed reference log-probs."""
         reference, reference_logps = self._reference(pack, references)
         values, logps, alignment = self._values(pack)
-        lengths = pack.lengths[pack.leaves]
+        lengths = pack.lengths[pack.leaves]  # [R]
         return Responses(pack.rows, pack.row_of, lengths, values, logps, alignment, reference, reference_logps)
 
     def _values(self, pack: Pack) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -227,9 +228,10 @@ class Preference(Method):
     def _batch(self, parts: Sequence[Responses], chosen_length: float, rows: Rows) -> Batch:
         """Arrange the flat scores [R] of `parts` as tables [B, K]: each row's responses in order, then zeros."""
         ends = torch.tensor([len(part.rows) for part in parts]).cumsum(0).tolist()  # end of each part in the B rows
+        # The row of each response, [R], counted over all parts.
         row_of = torch.cat([part.row_of + (end - len(part.rows)) for part, end in zip(parts, ends, strict=True)])
-        column = columns(row_of)
-        shape = (ends[-1], max(rows.responses(number) for part in parts for number in part.rows))
+        column = columns(row_of)  # [R]
+        shape = (ends[-1], max(rows.responses(number) for part in parts for number in part.rows))  # (B, K)
 
         def table(flat: Sequence[Tensor]) -> Tensor:
             joined = torch.cat(list(flat))  # [R] of all parts

@@ -9,7 +9,7 @@ from worker.trainer.averages import Averages
 from worker.trainer.dataset import Rows
 from worker.trainer.methods.method import Method, TokenCounts, Totals, ValidatedRow, split_by_row
 from worker.trainer.model import Policy
-from worker.trainer.objectives.supervised import LOSSES
+from worker.trainer.objectives.supervised import TOKEN_LOSSES
 
 
 class Supervised(Method):
@@ -19,7 +19,7 @@ class Supervised(Method):
 
     def __init__(self, policy: Policy, settings: SupervisedHyperparameters, train: Rows, validation: Rows) -> None:
         super().__init__(policy, settings, train, validation)
-        self.loss = LOSSES[settings.loss]
+        self.loss = TOKEN_LOSSES[settings.loss]
 
     def backward(self, numbers: Sequence[int], totals: Totals, averages: Averages) -> TokenCounts:
         # Rows are not merged: two identical rows count twice.

@@ -1,7 +1,7 @@
 """Objectives: pure functions from log-probabilities to losses, each with its paper and equation.
 
 A loss function has the name of its record in `app/spec/losses.py`. Notation, as in the DPO paper: π is the policy,
-π_ref the reference, x the prompt, y_w the chosen answer, y_l the rejected one, σ the logistic function.
+π_ref the reference and x the prompt. y_w is the chosen answer, y_l the rejected one. σ is the logistic function.
 """
 
 from types import ModuleType

@@ -30,8 +30,8 @@ def aot_unpaired(batch: Batch, options: LossOptions) -> Tensor:
 def kto(batch: Batch, options: LossOptions) -> Tensor:
     """KTO (Ethayarajh et al. 2024, arXiv:2402.01306, Eq. 8): λ_D (1 − σ(r̂ − z₀)) or λ_U (1 − σ(z₀ − r̂)).
 
-    Column 0 holds the answer of each row. Column 1 holds an answer to another prompt. z₀ = β KL(π‖π_ref), where the KL
-    is estimated by the mean of column 1's log-ratios over the batch, at least 0 and without gradient.
+    Column 0 holds the answer of each row. Column 1 holds an answer to another prompt. z₀ = β KL(π‖π_ref). The
+    KL estimate is the mean of column 1's log-ratios over the batch, at least 0 and without gradient.
     """
     beta = options.beta
     divergence = batch.rejected.detach().mean().clamp(min=0)  # KL estimate, in nats

@@ -37,8 +37,8 @@ def orpo(batch: Batch, options: LossOptions) -> Tensor:
 def _log1mexp(logps: Tensor) -> Tensor:
     """log(1 − exp(x)) for x ≤ 0, accurate near 0 and far from it. x is clamped to −eps, since log 0 is infinite."""
     logps = logps.clamp(max=-torch.finfo(logps.dtype).eps)
-    # Near 0: log(−expm1(x)); else log1p(−exp(x)). Each branch gets a harmless x where the other one is used, because
-    # `where` passes a NaN gradient on even from the branch that it does not take.
+    # Near 0: log(−expm1(x)); else log1p(−exp(x)). Each branch gets a harmless x where the other one is used.
+    # `where` would pass on a NaN gradient even from the branch that it does not take.
     near = logps > -0.693  # −log 2
     small = torch.log(-torch.expm1(torch.where(near, logps, -0.5)))
     return torch.where(near, small, torch.log1p(-torch.exp(torch.where(near, -1.0, logps))))

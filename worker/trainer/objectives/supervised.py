@@ -16,5 +16,5 @@ def dynamic(token_logps: Tensor) -> Tensor:
     return -token_logps.detach().exp() * token_logps
 
 
-LOSSES = {"nll": negative_log_likelihood, "dft": dynamic}
+TOKEN_LOSSES = {"nll": negative_log_likelihood, "dft": dynamic}
 """The function of each supervised loss, by its name in the job spec."""
