@@ -1,6 +1,6 @@
 """/v1/files/{id}/report"""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse
@@ -10,6 +10,7 @@ from app.dependencies import ServicesDependency
 from app.keys.middleware import CallerDependency
 from app.pending import NOT_READY, Pending, not_ready
 from app.spec.datasets.rendering import RenderingSettings
+from app.spec.job import MethodType
 
 router = APIRouter(prefix="/files", tags=["files"])
 
@@ -21,7 +22,7 @@ def get_file_report(
     services: ServicesDependency,
     model: Annotated[str | None, Query(max_length=512, description="Count tokens with this model's tokenizer.")] = None,
     max_length: Annotated[int | None, Query(ge=16, le=10**7, description="Token limit of prompt and answer.")] = None,
-    method: Annotated[Literal["supervised", "dpo"] | None, Query(description="The method to train.")] = None,
+    method: Annotated[MethodType | None, Query(description="The method to train.")] = None,
     chat_template: Annotated[bool | None, Query(description="As in the job: whether to use the chat template.")] = None,
     fold_system: Annotated[
         bool | None, Query(description="As in the job: put the system prompt into the first turn.")

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from app.spec.job import MethodType
 from app.spec.json_types import JsonObject
 
 
@@ -115,7 +116,7 @@ class Tokens(BaseModel):
 
     model: str
     max_length: int
-    method: Literal["supervised", "dpo"]
+    method: MethodType
     sampled_rows: int
     rows: int
     """Rows of the whole file as the method sees them. A ranked list counts as its pairs."""

@@ -15,7 +15,7 @@ from app.spec.datasets.example import Kind
 from app.spec.datasets.mapping import Mapping
 from app.spec.datasets.rendering import RenderingSettings, today
 from app.spec.evaluation import JobEvaluation
-from app.spec.hyperparameters import DPOHyperparameters, SupervisedHyperparameters
+from app.spec.hyperparameters import DPOHyperparameters, Hyperparameters, SupervisedHyperparameters
 from app.spec.json_types import JsonObject
 from app.spec.metrics import METRICS
 from app.spec.quality_gates import Gates, require_metric
@@ -62,7 +62,7 @@ class MethodSpec(Strict):
         return self
 
     @property
-    def hyperparameters(self) -> SupervisedHyperparameters | DPOHyperparameters:
+    def hyperparameters(self) -> Hyperparameters:
         """The hyperparameters of the chosen method; the defaults if the job gives none."""
         return self._chosen.hyperparameters
 
@@ -92,7 +92,7 @@ class SftStage(Strict):
 class StageSpec:
     """A stage that a job asks for: its data and its settings."""
 
-    settings: SupervisedHyperparameters | DPOHyperparameters
+    settings: Hyperparameters
     field: str
     """The path of its hyperparameters in the job spec."""
     file_field: str

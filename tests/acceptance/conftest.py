@@ -1,4 +1,4 @@
-"""Models and data of the acceptance tests, made here."""
+"""The services of the acceptance tests, each with one tiny base model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.service import Running, running, stack
+from tests.helpers.service import Running, running, server_stack
 from tests.helpers.tiny_model import make_tiny_model
 
 
@@ -23,7 +23,8 @@ SETTINGS = {
 
 
 @contextmanager
-def shared(home: Path, environment: dict[str, str]) -> Iterator[Running]:
+def shared_service(home: Path, environment: dict[str, str]) -> Iterator[Running]:
+    """A service with the base model `tiny`. It may call webhooks and judges on this machine."""
     make_tiny_model(home / "models" / "tiny")
     with running(home, {**SETTINGS, "WANDB_DIR": str(home), **environment}) as service:
         yield service
@@ -31,15 +32,18 @@ def shared(home: Path, environment: dict[str, str]) -> Iterator[Running]:
 
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """One service on the embedded default for all tests of a test process that leave it running."""
-    with shared(tmp_path_factory.mktemp("embedded") / "home", {}) as service:
+    """One service on the embedded stack, for all tests of a test process that leave it running."""
+    with shared_service(tmp_path_factory.mktemp("embedded") / "home", {}) as service:
         yield service
 
 
 @pytest.fixture(scope="session")
 def service_on_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """The same on PostgreSQL, Redis and S3."""
-    with stack("servers") as environment, shared(tmp_path_factory.mktemp("servers") / "home", environment) as service:
+    """The same on PostgreSQL, Redis and S3 servers."""
+    with (
+        server_stack() as environment,
+        shared_service(tmp_path_factory.mktemp("servers") / "home", environment) as service,
+    ):
         yield service
 
 

@@ -1,6 +1,6 @@
-"""The dashboard in a real headless Chromium: sign in, follow a job, read a report.
+"""The dashboard in a real headless Chromium: sign in, follow a job and read a report.
 
-`make pictures` runs it to take the pictures of docs/.
+`make pictures` runs these tests to take the pictures of docs/.
 """
 
 import io
@@ -15,12 +15,12 @@ from playwright.sync_api import Page, expect, sync_playwright
 
 from app.spec.metrics import CHARTS
 from tests.helpers.preferences import pairs, write
-from tests.helpers.service import Running, body, create
+from tests.helpers.service import Running, create_job, job_body
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 PICTURES = os.environ.get("DASHBOARD_PICTURES")
-"""The folder that gets the pictures of docs/. Without it, none is taken."""
-expect.set_options(timeout=60_000)  # milliseconds; a busy machine draws a page late
+"""The folder for the pictures of docs/. Without it, no pictures are taken."""
+expect.set_options(timeout=60_000)  # milliseconds: a busy machine draws a page late
 ARGUMENTS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
@@ -30,7 +30,7 @@ ARGUMENTS = [
 @pytest.fixture
 def page() -> Iterator[Page]:
     if CHROMIUM is None:
-        pytest.skip("there is no Chromium on this machine: the dashboard was not looked at")
+        pytest.skip("there is no Chromium on this machine: the dashboard was not tested")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         page = browser.new_page(viewport={"width": 1200, "height": 900})
@@ -43,13 +43,13 @@ def page() -> Iterator[Page]:
 
 
 def picture(page: Page, name: str) -> None:
-    """Take a picture of the page, if pictures are wanted."""
+    """Take a picture of the page if `PICTURES` is set."""
     if PICTURES:
         page.screenshot(path=Path(PICTURES) / f"{name}.png", full_page=False)
 
 
 def moving_picture(page: Page, name: str, status: str) -> None:
-    """Record the page of a job as an animated PNG until the job has `status`, if pictures are wanted."""
+    """Record the page of a job as an animated PNG until the job has `status`, if `PICTURES` is set."""
     if not PICTURES:
         return
     from PIL import Image
@@ -71,12 +71,12 @@ def test_people_follow_a_job_and_read_a_report_in_the_browser(page: Page, servic
             rows = [*pairs(60, seed=1), {"prompt": "x", "chosen": "same", "rejected": "same"}]
             file = client.files.create(file=write(tmp_path / "train.jsonl", rows), purpose="fine-tune")
         steps = {"max_steps": 900, "learning_rate": 6e-5} if PICTURES else {"max_steps": 150}
-        long = body(
+        body = job_body(
             file.id,
             hyperparameters={**steps, "eval_every": 15},
             gates=[{"metric": "eval/rewards/accuracies", "min": 0.6}],
         )
-        job_id = create(http, **long)
+        job_id = create_job(http, **body)
 
         page.goto(root)
         expect(page.get_by_role("heading", name="Sign in")).to_be_visible()

@@ -1,4 +1,4 @@
-"""Trainings that are evaluated, gates on what the evaluations say, and grids of them: as CI and people use them."""
+"""Trainings with evaluations, gates on their metrics, and sweeps, through the command line and the API."""
 
 import json
 from pathlib import Path
@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.judge_server import judging
+from tests.helpers.judge_server import running_judge
 from tests.helpers.preferences import pairs, write
-from tests.helpers.service import CLASSIFIER, Running, ended, upload
+from tests.helpers.service import YES_NO_CLASSIFIER, Running, ended_evaluation, upload
 
 HYPERPARAMETERS = {"max_steps": 30, "batch_size": 8, "learning_rate": 5e-3, "beta": 0.3}
 
@@ -16,7 +16,7 @@ HYPERPARAMETERS = {"max_steps": 30, "batch_size": 8, "learning_rate": 5e-3, "bet
 @pytest.fixture(scope="module")
 def files(service: Running, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("files")
-    (folder / "classifier.json").write_text(json.dumps(CLASSIFIER))
+    (folder / "classifier.json").write_text(json.dumps(YES_NO_CLASSIFIER))
     return {
         "train": upload(service, write(folder / "train.jsonl", pairs(40, seed=1)), "fine-tune"),
         "held": upload(service, write(folder / "held.jsonl", pairs(30, seed=2)), "evals"),
@@ -24,69 +24,73 @@ def files(service: Running, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     }
 
 
-def job(files: dict[str, str], **fields: Any) -> dict[str, Any]:
+def job_body(files: dict[str, str], **fields: Any) -> dict[str, Any]:
+    """The body of a short DPO job, changed by `fields`."""
     return {
         "model": "tiny", "training_file": files["train"], "seed": 3, "quantization": "none",
         "method": {"type": "dpo", "dpo": {"hyperparameters": HYPERPARAMETERS}}, **fields,
     }  # fmt: skip
 
 
-def create(service: Running, tmp_path: Path, body: dict[str, Any], *options: str) -> tuple[int, dict[str, Any]]:
-    """(exit status, what is printed) of `dpo jobs create --watch`, as CI runs it."""
+def create_and_watch(
+    service: Running, tmp_path: Path, body: dict[str, Any], *options: str
+) -> tuple[int, dict[str, Any]]:
+    """(exit status, printed job) of `dpo jobs create --watch`, as CI runs it."""
     (tmp_path / "job.json").write_text(json.dumps(body))
-    done = service.dpo("jobs", "create", "--spec", str(tmp_path / "job.json"), "--watch", "--json", *options)
-    assert done.stdout, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return done.returncode, found
+    command = service.dpo("jobs", "create", "--spec", str(tmp_path / "job.json"), "--watch", "--json", *options)
+    assert command.stdout, command.stderr
+    job: dict[str, Any] = json.loads(command.stdout)
+    return command.returncode, job
 
 
-def test_gates_on_evaluations_are_the_exit_status(service: Running, files: dict[str, str], tmp_path: Path) -> None:
-    held = {"name": "held-out", "type": "preference", "data": files["held"]}
-    met = "evaluations/held-out/accuracy/low>=0.5"
-    status, found = create(service, tmp_path, job(files, evaluations=[held]), "--gate", met, "--gate", "loss<=9")
-    assert status == 0 and [gate["met"] for gate in found["gates"]] == [True, True]
-    evaluation = ended(service, found["evaluations"][0]["id"])
-    assert evaluation["candidate"] == {"model": found["fine_tuned_model"]} and evaluation["baseline"] == {
-        "model": "tiny"
-    }
-    assert evaluation["fine_tuning_job_id"] == found["id"] and evaluation["beta"] == 0.3
-    assert found["gates"][0]["value"] == evaluation["metrics"]["accuracy/low"]
-    events = service.openai().fine_tuning.jobs.list_events(found["id"]).data
+def test_gates_on_evaluations_set_the_exit_status(service: Running, files: dict[str, str], tmp_path: Path) -> None:
+    held_out = {"name": "held-out", "type": "preference", "data": files["held"]}
+    gate = "evaluations/held-out/accuracy/low>=0.5"
+    body = job_body(files, evaluations=[held_out])
+    status, job = create_and_watch(service, tmp_path, body, "--gate", gate, "--gate", "loss<=9")
+    assert status == 0 and [judged["met"] for judged in job["gates"]] == [True, True]
+    evaluation = ended_evaluation(service, job["evaluations"][0]["id"])
+    assert evaluation["candidate"] == {"model": job["fine_tuned_model"]} and evaluation["baseline"] == {"model": "tiny"}
+    assert evaluation["fine_tuning_job_id"] == job["id"] and evaluation["beta"] == 0.3
+    assert job["gates"][0]["value"] == evaluation["metrics"]["accuracy/low"]
+    events = service.openai().fine_tuning.jobs.list_events(job["id"]).data
     assert events[0].message == "2 of 2 gates are met."
 
 
-def test_an_evaluation_of_a_job_of_two_stages_is_held_to_what_its_sft_left(
+def test_the_reference_baseline_of_a_two_stage_job_is_its_sft_checkpoint(
     service: Running, files: dict[str, str], tmp_path: Path
 ) -> None:
-    """`reference` in the job's own list, before anybody can know the name of a checkpoint; measured anew beside it."""
-    held = {"name": "held-out", "type": "preference", "data": files["held"], "baseline": "reference"}
-    stage = {"hyperparameters": {"max_steps": 6, "batch_size": 8, "learning_rate": 5e-3}}
-    status, found = create(service, tmp_path, job(files, sft=stage, evaluations=[held], keep_checkpoints=2))
+    """A second evaluation names the checkpoint. The job could not, because the checkpoint did not exist yet."""
+    held_out = {"name": "held-out", "type": "preference", "data": files["held"], "baseline": "reference"}
+    sft_stage = {"hyperparameters": {"max_steps": 6, "batch_size": 8, "learning_rate": 5e-3}}
+    body = job_body(files, sft=sft_stage, evaluations=[held_out], keep_checkpoints=2)
+    status, job = create_and_watch(service, tmp_path, body)
     assert status == 0
-    evaluation = ended(service, found["evaluations"][0]["id"])
+    evaluation = ended_evaluation(service, job["evaluations"][0]["id"])
     with service.http() as http:
-        saved = http.get(f"/fine_tuning/jobs/{found['id']}/checkpoints").json()["data"]
-        (left,) = (one["fine_tuned_model_checkpoint"] for one in saved if one["step_number"] == 6)
+        checkpoints = http.get(f"/fine_tuning/jobs/{job['id']}/checkpoints").json()["data"]
+        (sft,) = (checkpoint for checkpoint in checkpoints if checkpoint["step_number"] == 6)
         body = {
-            "type": "preference", "data": files["held"], "candidate": {"model": found["fine_tuned_model"]},
-            "baseline": {"model": left},
+            "type": "preference", "data": files["held"], "candidate": {"model": job["fine_tuned_model"]},
+            "baseline": {"model": sft["fine_tuned_model_checkpoint"]},
         }  # fmt: skip
-        named = ended(service, http.post("/evaluations", json=body).raise_for_status().json()["id"])
-    assert evaluation["metrics"]["margin"] == named["metrics"]["margin"] != 0
+        second_id = http.post("/evaluations", json=body).raise_for_status().json()["id"]
+    second = ended_evaluation(service, second_id)
+    assert evaluation["metrics"]["margin"] == second["metrics"]["margin"] != 0
 
 
-def test_a_win_rate_is_gated_by_its_lower_bound_and_told_by_webhook(
+def test_a_win_rate_is_gated_by_its_lower_bound_and_webhooks_report_it(
     service: Running, files: dict[str, str], tmp_path: Path
 ) -> None:
-    """A judge that is asked; its key is in no row of the training."""
-    with judging(key="sk-of-ci") as judge:
-        asked = {"type": "endpoint", "endpoint": {"base_url": judge.url, "model": "m", "api_key": "sk-of-ci"}}
-        body = job(
+    """The judge is an endpoint. The job does not show its key."""
+    with running_judge(key="sk-of-ci") as judge:
+        endpoint_judge = {"type": "endpoint", "endpoint": {"base_url": judge.url, "model": "m", "api_key": "sk-of-ci"}}
+        body = job_body(
             files,
             evaluations=[
                 {
                     "name": "wins", "type": "win_rate", "data": files["held"], "baseline": {"answers": "chosen"},
-                    "sampling": {"max_tokens": 4, "temperatures": [0.0]}, "judge": asked,
+                    "sampling": {"max_tokens": 4, "temperatures": [0.0]}, "judge": endpoint_judge,
                 },
                 {
                     "name": "drift", "type": "reward_kl", "data": files["held"], "sampling": {"max_tokens": 4},
@@ -100,110 +104,112 @@ def test_a_win_rate_is_gated_by_its_lower_bound_and_told_by_webhook(
             ],
         )  # fmt: skip
         with service.http() as http:
-            hook = {"url": f"{judge.url}/hooks", "events": ["fine_tuning.job.judged", "fine_tuning.job.succeeded"]}
-            webhook = http.post("/webhooks", json=hook).raise_for_status().json()["id"]
-        status, found = create(service, tmp_path, body)
+            events = ["fine_tuning.job.judged", "fine_tuning.job.succeeded"]
+            webhook = {"url": f"{judge.url}/hooks", "events": events}
+            webhook_id = http.post("/webhooks", json=webhook).raise_for_status().json()["id"]
+        status, job = create_and_watch(service, tmp_path, body)
         with service.http() as http:
-            service.until(
-                lambda: len(http.get(f"/webhooks/{webhook}/deliveries").json()["data"]) == 2, "both deliveries"
-            )
-            sent = {one["type"]: one["body"]["data"] for one in
-                    http.get(f"/webhooks/{webhook}/deliveries").json()["data"]}  # fmt: skip
-            http.delete(f"/webhooks/{webhook}").raise_for_status()
-    assert status == 4 and [gate["met"] for gate in found["gates"]] == [False, True, True]
-    assert found["status"] == "succeeded" and found["fine_tuned_model"]
-    event = service.openai().fine_tuning.jobs.list_events(found["id"]).data[0]
+            path = f"/webhooks/{webhook_id}/deliveries"
+            service.until(lambda: len(http.get(path).json()["data"]) == 2, "both deliveries")
+            delivered = {delivery["type"]: delivery["body"]["data"] for delivery in http.get(path).json()["data"]}
+            http.delete(f"/webhooks/{webhook_id}").raise_for_status()
+    assert status == 4 and [gate["met"] for gate in job["gates"]] == [False, True, True]
+    assert job["status"] == "succeeded" and job["fine_tuned_model"]
+    event = service.openai().fine_tuning.jobs.list_events(job["id"]).data[0]
     assert event.level == "warn" and event.message.startswith("1 of 3 gates not met: evaluations/wins/win_rate/low is")
-    assert sent["fine_tuning.job.judged"] == {"id": found["id"], "gates": found["gates"]}
-    assert [gate["met"] for gate in sent["fine_tuning.job.succeeded"]["gates"]][2] is True
-    assert "sk-of-ci" not in json.dumps(found)
+    assert delivered["fine_tuning.job.judged"] == {"id": job["id"], "gates": job["gates"]}
+    assert [gate["met"] for gate in delivered["fine_tuning.job.succeeded"]["gates"]][2] is True
+    assert "sk-of-ci" not in json.dumps(job)
 
 
-def test_what_waits_for_a_model_that_is_never_made_is_cancelled(service: Running, files: dict[str, str]) -> None:
-    held = {"name": "held", "type": "preference", "data": files["held"]}
-    body = job(files, evaluations=[held], gates=[{"metric": "evaluations/held/accuracy", "min": 0.5}])
+def test_the_evaluation_of_a_cancelled_training_is_cancelled(service: Running, files: dict[str, str]) -> None:
+    held_out = {"name": "held", "type": "preference", "data": files["held"]}
+    body = job_body(files, evaluations=[held_out], gates=[{"metric": "evaluations/held/accuracy", "min": 0.5}])
     body["method"] = {"type": "dpo", "dpo": {"hyperparameters": HYPERPARAMETERS | {"max_steps": 100_000}}}
     with service.http() as http:
-        made = http.post("/fine_tuning/jobs", json=body).raise_for_status().json()
-        (evaluation,) = made["evaluations"]
+        job = http.post("/fine_tuning/jobs", json=body).raise_for_status().json()
+        (evaluation,) = job["evaluations"]
         service.until(lambda: http.get(f"/evaluations/{evaluation['id']}").json()["status"] == "queued", "the check")
-        service.wait_for(made["id"], lambda seen: seen["status"] == "running")
+        service.wait_for(job["id"], lambda state: state["status"] == "running")
         assert http.get(f"/evaluations/{evaluation['id']}").json()["queue_position"] is None
-        http.post(f"/fine_tuning/jobs/{made['id']}/cancel").raise_for_status()
-    found = ended(service, evaluation["id"], "cancelled")
-    assert found["fine_tuning_job_id"] == made["id"]
+        http.post(f"/fine_tuning/jobs/{job['id']}/cancel").raise_for_status()
+    cancelled = ended_evaluation(service, evaluation["id"], "cancelled")
+    assert cancelled["fine_tuning_job_id"] == job["id"]
 
 
-def test_an_evaluation_alone_is_gated_too(service: Running, files: dict[str, str]) -> None:
-    given = ("evaluate", "preference", "--candidate", "tiny", "--baseline", "tiny", "--data", files["held"], "--watch")
-    done = service.dpo(*given, "--gate", "accuracy>=0.5", "--gate", "accuracy>=0.6")
-    assert done.returncode == 4 and "gate accuracy at least 0.6: 0.5, NOT MET" in done.stdout
-    assert "gate accuracy at least 0.5: 0.5, met" in done.stdout
+def test_an_evaluation_without_a_training_can_have_gates(service: Running, files: dict[str, str]) -> None:
+    models = ("--candidate", "tiny", "--baseline", "tiny")
+    gates = ("--gate", "accuracy>=0.5", "--gate", "accuracy>=0.6")
+    command = service.dpo("evaluate", "preference", *models, "--data", files["held"], "--watch", *gates)
+    assert command.returncode == 4 and "gate accuracy at least 0.6: 0.5, NOT MET" in command.stdout
+    assert "gate accuracy at least 0.5: 0.5, met" in command.stdout
 
 
-def test_a_sweep_computes_once_what_its_jobs_share_and_compares_them(
+def test_jobs_of_a_sweep_share_reference_logps_and_are_compared(
     service: Running, files: dict[str, str], tmp_path: Path
 ) -> None:
     judge = {"type": "classifier", "classifier": {"file": files["classifier"]}}
     sampling = {"max_tokens": 4, "temperatures": [0.5, 1.0], "samples": 2}
-    body = job(
+    body = job_body(
         files,
         evaluations=[{"name": "e", "type": "reward_kl", "data": files["held"], "sampling": sampling, "judge": judge}],
     )
-    # Rows of its own: by the same ones and a seed that draws the same split, an earlier test had computed them.
+    # New rows and a random seed: an earlier test may have cached the reference log-probs of the same split.
     body["training_file"] = upload(service, write(tmp_path / "own.jsonl", pairs(40, seed=7)), "fine-tune")
     del body["seed"]
     (tmp_path / "job.json").write_text(json.dumps(body))
-    given = ("--spec", str(tmp_path / "job.json"), "--grid", "beta=0.1", "--grid", 'loss=["sigmoid", "ipo"]')
-    done = service.dpo("sweeps", "create", *given, "--name", "grid", "--watch", "--json")
-    assert done.returncode == 0, done.stderr + done.stdout
-    found = json.loads(done.stdout)
-    assert found["status"] == "succeeded" and found["counts"] == {"succeeded": 2}
-    assert [one["settings"] for one in found["jobs"]] == [
+    arguments = ("--spec", str(tmp_path / "job.json"), "--grid", "beta=0.1", "--grid", 'loss=["sigmoid", "ipo"]')
+    command = service.dpo("sweeps", "create", *arguments, "--name", "grid", "--watch", "--json")
+    assert command.returncode == 0, command.stderr + command.stdout
+    sweep = json.loads(command.stdout)
+    assert sweep["status"] == "succeeded" and sweep["counts"] == {"succeeded": 2}
+    assert [job["settings"] for job in sweep["jobs"]] == [
         {"beta": 0.1, "loss": "sigmoid"},
         {"beta": 0.1, "loss": "ipo"},
     ]
     client = service.openai()
-    told = [[event.message for event in client.fine_tuning.jobs.list_events(one["id"], limit=100).data]
-            for one in found["jobs"]]  # fmt: skip
-    cached = [any("Reference log-probs found in the cache" in message for message in of) for of in told]
+    cached = []
+    for job in sweep["jobs"]:
+        events = client.fine_tuning.jobs.list_events(job["id"], limit=100).data
+        cached.append(any("Reference log-probs found in the cache" in event.message for event in events))
     assert cached == [False, True]
-    assert len({one["metrics"]["eval/rewards/margins"] for one in found["jobs"]}) == 2
-    points = found["frontier"]["points"]
+    assert len({job["metrics"]["eval/rewards/margins"] for job in sweep["jobs"]}) == 2
+    points = sweep["frontier"]["points"]
     assert len(points) == 4 and {point["temperature"] for point in points} == {0.5, 1.0}
-    evaluated = {one["id"]: one["evaluations"]["e"]["metrics"] for one in found["jobs"]}
+    evaluated = {job["id"]: job["evaluations"]["e"]["metrics"] for job in sweep["jobs"]}
     for point in points:
-        metrics, mark = evaluated[point["job_id"]], f"@{point['temperature']:g}"
-        assert (point["x"], point["y"]) == (metrics[f"kl{mark}"], metrics[f"reward{mark}"])
-        beaten = any(
+        metrics, suffix = evaluated[point["job_id"]], f"@{point['temperature']:g}"
+        assert (point["x"], point["y"]) == (metrics[f"kl{suffix}"], metrics[f"reward{suffix}"])
+        dominated = any(
             other["x"] <= point["x"]
             and other["y"] >= point["y"]
             and (other["x"], other["y"]) != (point["x"], point["y"])
             for other in points
         )
-        assert point["pareto"] is not beaten
-    shown = service.dpo("sweeps", "show", found["id"])
-    assert "Pareto set of evaluations/e/reward against evaluations/e/kl" in shown.stdout and "sigmoid" in shown.stdout
-    for name, begins in (("frontier.svg", "<svg"), ("frontier.csv", "label,series,x")):
-        assert service.dpo("sweeps", "frontier", found["id"], "--output", str(tmp_path / name)).returncode == 0
-        assert (tmp_path / name).read_text().startswith(begins)
+        assert point["pareto"] is not dominated
+    printed = service.dpo("sweeps", "show", sweep["id"])
+    assert "Pareto set of evaluations/e/reward against evaluations/e/kl" in printed.stdout
+    assert "sigmoid" in printed.stdout
+    for name, beginning in (("frontier.svg", "<svg"), ("frontier.csv", "label,series,x")):
+        assert service.dpo("sweeps", "frontier", sweep["id"], "--output", str(tmp_path / name)).returncode == 0
+        assert (tmp_path / name).read_text().startswith(beginning)
     with service.http() as http:
-        assert http.get("/sweeps").json()["data"][0]["id"] == found["id"]
-        assert http.post(f"/sweeps/{found['id']}/cancel").status_code == 409
+        assert http.get("/sweeps").json()["data"][0]["id"] == sweep["id"]
+        assert http.post(f"/sweeps/{sweep['id']}/cancel").status_code == 409
 
 
-def test_a_sweep_is_made_whole_or_not_at_all(service: Running, files: dict[str, str]) -> None:
+def test_a_sweep_is_created_completely_or_not_at_all(service: Running, files: dict[str, str]) -> None:
     with service.http() as http:
-        before = [one["id"] for one in http.get("/fine_tuning/jobs").json()["data"]]
+        jobs_before = [job["id"] for job in http.get("/fine_tuning/jobs").json()["data"]]
         for grid, param in (
             ({"beta": [0.1, -1]}, "job.method.dpo.hyperparameters.beta"),
             ({"model": ["tiny", "no"]}, "job.model"),
         ):
-            refused = http.post("/sweeps", json={"job": job(files), "grid": grid})
+            refused = http.post("/sweeps", json={"job": job_body(files), "grid": grid})
             assert refused.status_code == 400 and refused.json()["error"]["param"] == param, refused.text
-        assert [one["id"] for one in http.get("/fine_tuning/jobs").json()["data"]] == before
-        long = job(files) | {"method": {"type": "dpo", "dpo": {"hyperparameters": {"max_steps": 100_000}}}}
-        made = http.post("/sweeps", json={"job": long, "grid": {"beta": [0.1, 0.2]}}).raise_for_status().json()
-        assert http.get(f"/sweeps/{made['id']}/frontier").status_code == 404
-        cancelled = http.post(f"/sweeps/{made['id']}/cancel").raise_for_status().json()
+        assert [job["id"] for job in http.get("/fine_tuning/jobs").json()["data"]] == jobs_before
+        long_job = job_body(files) | {"method": {"type": "dpo", "dpo": {"hyperparameters": {"max_steps": 100_000}}}}
+        sweep = http.post("/sweeps", json={"job": long_job, "grid": {"beta": [0.1, 0.2]}}).raise_for_status().json()
+        assert http.get(f"/sweeps/{sweep['id']}/frontier").status_code == 404
+        cancelled = http.post(f"/sweeps/{sweep['id']}/cancel").raise_for_status().json()
         assert cancelled["status"] == "cancelled" and cancelled["counts"] == {"cancelled": 2}

@@ -1,4 +1,4 @@
-"""What happens to a running job when it is cancelled, when its worker dies, and when the service stops."""
+"""Running jobs when they are cancelled, when a process dies, and when the service stops."""
 
 import json
 import os
@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import httpx2
 
@@ -16,11 +15,11 @@ from app.services import Services
 from app.settings import Settings
 from tests.helpers.preferences import pairs, write
 from tests.helpers.servers import wait_until
-from tests.helpers.service import Running, half_upload, lanes, running, stack, trainers
+from tests.helpers.service import Running, half_upload, running, server_stack, trainer_pids, worker_pids
 
 
-def start_long_job(service: Running, folder: Path, **extensions: Any) -> str:
-    """A job that is in its training loop, with hundreds of steps to go and a checkpoint every few."""
+def start_long_job(service: Running, folder: Path, **extensions: object) -> str:
+    """A job in its training loop, with hundreds of steps to go and a checkpoint every five."""
     client = service.openai()
     file = client.files.create(file=write(folder / "train.jsonl", pairs(40, seed=1)), purpose="fine-tune")
     job = client.fine_tuning.jobs.create(
@@ -36,77 +35,79 @@ def start_long_job(service: Running, folder: Path, **extensions: Any) -> str:
             **extensions,
         },
     )
-    service.wait_for(job.id, lambda seen: bool(seen["progress"]) and seen["progress"]["step"] >= 7)
+    service.wait_for(job.id, lambda state: bool(state["progress"]) and state["progress"]["step"] >= 7)
     return job.id
 
 
 def test_cancel_stops_the_trainer_and_keeps_the_checkpoints(service: Running, tmp_path: Path) -> None:
     job_id = start_long_job(service, tmp_path)
-    assert len(trainers(service.home)) == 1
+    assert len(trainer_pids(service.home)) == 1
     assert service.openai().fine_tuning.jobs.cancel(job_id).status == "cancelled"
-    service.until(lambda: not trainers(service.home), "the trainer's end")
+    service.until(lambda: not trainer_pids(service.home), "the trainer's end")
     assert service.openai().fine_tuning.jobs.checkpoints.list(job_id).data
     assert service.job(job_id)["status"] == "cancelled"
     service.until(lambda: not list((service.home / "work").iterdir()), "an empty work folder")
 
 
-def test_a_damaged_checkpoint_is_gone_back_behind(service: Running, tmp_path: Path) -> None:
-    """Two can be resumed from; older ones hold only a model, and there are no more of them than the job wants."""
+def test_a_resume_skips_a_damaged_checkpoint(service: Running, tmp_path: Path) -> None:
+    """The last two checkpoints can be resumed from. An older one holds only a model."""
     job_id = start_long_job(service, tmp_path, keep_checkpoints=3)
     checkpoints = service.openai().fine_tuning.jobs.checkpoints
-    service.until(lambda: "Checkpoint created at step 25" in str(told(service, job_id)), "the fifth checkpoint")
+    service.until(lambda: "Checkpoint created at step 25" in str(messages(service, job_id)), "the fifth checkpoint")
     with service.http() as client:
         client.post(f"/fine_tuning/jobs/{job_id}/pause").raise_for_status()
-        service.wait_for(job_id, lambda seen: seen["status"] == "queued")
-        saved = service.home / "objects" / "jobs" / job_id
-        kept = [found.step_number for found in checkpoints.list(job_id)]
-        assert len(kept) == 3
-        states = sorted(int(path.parent.name.rpartition("-")[2]) for path in saved.glob("*/*/*/state"))
-        assert states == sorted(kept)[-2:]
-        (latest,) = saved.glob(f"*/*/*{kept[0]}/state/optimizer.safetensors")
-        content = bytearray(latest.read_bytes())
+        service.wait_for(job_id, lambda state: state["status"] == "queued")
+        job_folder = service.home / "objects" / "jobs" / job_id
+        steps = [checkpoint.step_number for checkpoint in checkpoints.list(job_id)]
+        assert len(steps) == 3
+        resumable_steps = sorted(int(path.parent.name.rpartition("-")[2]) for path in job_folder.glob("*/*/*/state"))
+        assert resumable_steps == sorted(steps)[-2:]
+        (optimizer_state,) = job_folder.glob(f"*/*/*{steps[0]}/state/optimizer.safetensors")
+        content = bytearray(optimizer_state.read_bytes())
         content[-1] ^= 1
-        latest.write_bytes(content)
+        optimizer_state.write_bytes(content)
         client.post(f"/fine_tuning/jobs/{job_id}/resume").raise_for_status()
-    damaged = f"The checkpoint at step {kept[0]} is skipped: state/optimizer.safetensors is damaged."
+    damaged = f"The checkpoint at step {steps[0]} is skipped: state/optimizer.safetensors is damaged."
     service.until(
-        lambda: f"Resumed stage dpo after step {kept[1]}" in str(told(service, job_id)), "the resumed training"
+        lambda: f"Resumed stage dpo after step {steps[1]}" in str(messages(service, job_id)), "the resumed training"
     )
-    assert damaged in str(told(service, job_id))
+    assert damaged in str(messages(service, job_id))
     service.openai().fine_tuning.jobs.cancel(job_id)
-    service.until(lambda: not list(saved.glob("*/*/*/state")), "the end of what only a resume would have read")
+    service.until(lambda: not list(job_folder.glob("*/*/*/state")), "the removal of the optimizer states")
     assert checkpoints.list(job_id).data
 
 
-def test_the_log_of_a_training_names_the_request_that_made_its_job(service: Running, tmp_path: Path) -> None:
+def test_the_log_of_a_training_names_the_request_that_created_its_job(service: Running, tmp_path: Path) -> None:
     file = service.openai().files.create(file=write(tmp_path / "train.jsonl", pairs(8, seed=1)), purpose="fine-tune")
     with service.http() as client:
         body = {"model": "tiny", "training_file": file.id, "hyperparameters": {"max_steps": 1}}
-        made = client.post("/fine_tuning/jobs", json=body).raise_for_status()
-        job_id, request = made.json()["id"], made.headers["x-request-id"]
-        service.wait_for(job_id, lambda seen: seen["status"] == "succeeded")
-        began = json.loads(client.get(f"/fine_tuning/jobs/{job_id}/logs").text.splitlines()[0])
-    assert (began["job"], began["attempt"], began["request"]) == (job_id, 2, request)
+        created = client.post("/fine_tuning/jobs", json=body).raise_for_status()
+        job_id, request_id = created.json()["id"], created.headers["x-request-id"]
+        service.wait_for(job_id, lambda state: state["status"] == "succeeded")
+        first_line = json.loads(client.get(f"/fine_tuning/jobs/{job_id}/logs").text.splitlines()[0])
+    assert (first_line["job"], first_line["attempt"], first_line["request"]) == (job_id, 2, request_id)
     lines = [json.loads(line) for line in (service.home / "serve.log").read_text().splitlines() if job_id in line]
-    accepted, started = (next(x for x in lines if x["event"] == e) for e in ("job accepted", "trainer started"))
-    assert accepted["request"] == started["request"] == request
+    accepted = next(line for line in lines if line["event"] == "job accepted")
+    started = next(line for line in lines if line["event"] == "trainer started")
+    assert accepted["request"] == started["request"] == request_id
 
 
 def test_no_secret_is_written_down(service: Running, tmp_path: Path) -> None:
-    """Not in the log, the database, messages, objects or work folders; the two key files are where secrets are."""
+    """No secret is in the log, the database, messages, objects or work folders. Only the two key files hold secrets."""
     with service.http() as client:
         key = client.post("/keys", json={"name": "secret"}).raise_for_status().json()["key"]
-        hook = {"url": "http://localhost:9/hook"}
-        webhook = client.post("/webhooks", json=hook).raise_for_status().json()
-        with httpx2.Client(base_url=service.url, headers={"Authorization": f"Bearer {key}"}, timeout=60) as other:
-            file = write(tmp_path / "train.jsonl", pairs(8, seed=2)).read_bytes()
-            uploaded = other.post("/files", files={"file": ("p", file)}, data={"purpose": "fine-tune"})
+        webhook_body = {"url": "http://localhost:9/hook"}
+        webhook = client.post("/webhooks", json=webhook_body).raise_for_status().json()
+        headers = {"Authorization": f"Bearer {key}"}
+        with httpx2.Client(base_url=service.url, headers=headers, timeout=60) as key_client:
+            content = write(tmp_path / "train.jsonl", pairs(8, seed=2)).read_bytes()
+            uploaded = key_client.post("/files", files={"file": ("p", content)}, data={"purpose": "fine-tune"})
             body = {"model": "tiny", "training_file": uploaded.json()["id"], "hyperparameters": {"max_steps": 1}}
-            job_id = other.post("/fine_tuning/jobs", json=body).raise_for_status().json()["id"]
-            token = other.post(f"/fine_tuning/jobs/{job_id}/stream_token").raise_for_status().json()["token"]
-            other.get(f"/fine_tuning/jobs/{job_id}/stream?token={token}")
-            other.get("/files", headers={"Authorization": "Bearer " + "sk-wrong-" + key[-8:] * 3})
-            service.wait_for(job_id, lambda seen: seen["status"] == "succeeded")
+            job_id = key_client.post("/fine_tuning/jobs", json=body).raise_for_status().json()["id"]
+            token = key_client.post(f"/fine_tuning/jobs/{job_id}/stream_token").raise_for_status().json()["token"]
+            key_client.get(f"/fine_tuning/jobs/{job_id}/stream?token={token}")
+            key_client.get("/files", headers={"Authorization": "Bearer " + "sk-wrong-" + key[-8:] * 3})
+            service.wait_for(job_id, lambda state: state["status"] == "succeeded")
         secrets = {"admin": service.key, "key": key, "webhook": webhook["secret"], "token": token}
         secrets |= {"hash key": (service.home / "secret.key").read_text().strip(), "wrong": "sk-wrong-" + key[-8:]}
         client.delete(f"/webhooks/{webhook['id']}").raise_for_status()
@@ -116,33 +117,43 @@ def test_no_secret_is_written_down(service: Running, tmp_path: Path) -> None:
             assert [name for name, secret in secrets.items() if secret.encode() in content] == [], path
 
 
-def told(service: Running, job_id: str) -> list[str]:
-    return [event.message for event in service.openai().fine_tuning.jobs.list_events(job_id, limit=100).data]
+def messages(service: Running, job_id: str) -> list[str]:
+    """The messages of the job's newest 100 events, newest first."""
+    with service.http() as client:
+        events = client.get(f"/fine_tuning/jobs/{job_id}/events?limit=100").raise_for_status().json()["data"]
+    return [event["message"] for event in events]
 
 
-def test_a_killed_trainer_costs_an_attempt_and_no_more(service: Running, tmp_path: Path) -> None:
+def test_a_killed_trainer_costs_only_one_attempt(service: Running, tmp_path: Path) -> None:
     job_id = start_long_job(service, tmp_path)
     attempt = service.job(job_id)["attempt"]
-    os.kill(trainers(service.home)[0], signal.SIGKILL)
-    resumes(service, job_id, attempt)
+    os.kill(trainer_pids(service.home)[0], signal.SIGKILL)
+    check_that_the_job_resumes(service, job_id, attempt)
     service.openai().fine_tuning.jobs.cancel(job_id)
 
 
-def test_a_killed_worker_costs_an_attempt_and_no_more(home: Path, tmp_path: Path) -> None:
-    """kill -9: the trainer does not outlive its runner, and the job resumes from its checkpoint."""
+def test_a_killed_worker_costs_one_attempt_and_a_killed_service_leaves_no_process(home: Path, tmp_path: Path) -> None:
+    """After kill -9 of a worker its trainer ends, and the job resumes from its checkpoint.
+
+    After kill -9 of `dpo serve` no process keeps the port or the GPU.
+    """
     with running(home) as service:
         job_id = start_long_job(service, tmp_path)
         attempt = service.job(job_id)["attempt"]
-        (gpu,) = lanes(service, "gpu")
-        os.kill(gpu, signal.SIGKILL)
-        wait_until(lambda: not trainers(home), "the orphan's end")
+        (gpu_worker,) = worker_pids(service, "gpu")
+        os.kill(gpu_worker, signal.SIGKILL)
+        wait_until(lambda: not trainer_pids(home), "the orphan's end")
         wait_until(lambda: service.process.poll() is not None, "the service's end")
-    with running(home) as service:  # `dpo serve` ends where a part of it died; whoever runs it starts it again
-        resumes(service, job_id, attempt)
-        service.openai().fine_tuning.jobs.cancel(job_id)
+    # `dpo serve` ended because one of its processes died. A supervisor would start it again.
+    with running(home) as service:
+        check_that_the_job_resumes(service, job_id, attempt)
+        pids = [*worker_pids(service, "gpu"), *worker_pids(service, "cpu"), *trainer_pids(home)]
+        assert len(pids) == 3
+        service.process.kill()
+        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), "the end of all processes")
 
 
-BROKEN = """
+WORKER_WITH_BROKEN_TRANSPORT = """
 from app.broker import FolderChannel, Lane
 from worker.celery_app import run
 
@@ -155,57 +166,48 @@ run(Lane.CPU)
 
 
 def test_a_worker_does_not_outlive_its_celery(home: Path) -> None:
-    """Celery ends at an error of its transport: a lane that went on without it would be deaf to SIGTERM."""
+    """Celery ends at an error of its transport. A worker without Celery would not react to SIGTERM."""
     environment = os.environ | {"DPO_HOME": str(home)}
     migrate(Services.of(Settings(home=home)).database)
-    done = subprocess.run([sys.executable, "-c", BROKEN], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "an error that nobody foresaw" in done.stderr
+    command = [sys.executable, "-c", WORKER_WITH_BROKEN_TRANSPORT]
+    worker = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert worker.returncode == 1 and "an error that nobody foresaw" in worker.stderr
 
 
-def resumes(service: Running, job_id: str, attempt: int) -> None:
-    """The next attempt goes on from a checkpoint, and makes steps of its own."""
-    listed = service.openai().fine_tuning.jobs.list_events
+def check_that_the_job_resumes(service: Running, job_id: str, attempt: int) -> None:
+    """The attempt after `attempt` resumes from a checkpoint and makes a step."""
+    list_events = service.openai().fine_tuning.jobs.list_events
 
     def resumed() -> bool:
-        newest = listed(job_id, limit=100).data
-        at = [n for n, event in enumerate(newest) if event.message.startswith("Resumed stage dpo after step")]
-        return bool(at) and any(event.type == "metrics" for event in newest[: at[0]])
+        newest_first = list_events(job_id, limit=100).data
+        texts = [event.message for event in newest_first]
+        resumes = [i for i, text in enumerate(texts) if text.startswith("Resumed stage dpo after step")]
+        return bool(resumes) and any(event.type == "metrics" for event in newest_first[: resumes[0]])
 
     service.until(resumed, "the resumed training")
     assert service.job(job_id)["attempt"] == attempt + 1
 
 
-def test_a_stopped_service_hands_its_job_back(home: Path, tmp_path: Path) -> None:
-    """SIGTERM: checkpoint, back to the queue, no attempt counted as lost; the next service resumes."""
-    with stack("servers") as environment:
+def test_a_stopped_service_returns_its_job_to_the_queue(home: Path, tmp_path: Path) -> None:
+    """SIGTERM saves a checkpoint and queues the job again. No attempt counts as lost, and the next service resumes."""
+    with server_stack() as environment:
         with running(home, environment) as service:
             job_id = start_long_job(service, tmp_path)
             attempt = service.job(job_id)["attempt"]
-        assert not trainers(home)
+        assert not trainer_pids(home)
         with running(home, environment) as service:
-            resumes(service, job_id, attempt)
-            messages = [e.message for e in service.openai().fine_tuning.jobs.list_events(job_id, limit=100).data]
-            assert "The worker stops; the job will resume." in messages
+            check_that_the_job_resumes(service, job_id, attempt)
+            assert "The worker stops; the job will resume." in messages(service, job_id)
             service.openai().fine_tuning.jobs.cancel(job_id)
 
 
-def test_the_parts_end_when_their_supervisor_is_killed(home: Path, tmp_path: Path) -> None:
-    """kill -9 of `dpo serve` itself: nothing stays behind that keeps the port or the GPU."""
-    with running(home) as service:
-        start_long_job(service, tmp_path)
-        parts = [*lanes(service, "gpu"), *lanes(service, "cpu"), *trainers(home)]
-        assert len(parts) == 3
-        service.process.kill()
-        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in parts), "the end of all parts")
-
-
 def test_an_upload_whose_connection_is_cut_leaves_nothing(service: Running) -> None:
-    """Over a real socket: half of the promised bytes, then nothing more."""
+    """The client sends half of the promised bytes over a real socket, and closes it."""
     url = httpx2.URL(service.url)
     objects = service.home / "objects" / "files"
-    before, listed = set(objects.glob("*")), service.openai().files.list().data
+    objects_before, files_before = set(objects.glob("*")), service.openai().files.list().data
     with socket.create_connection((url.host, url.port or 80)) as connection:
         connection.sendall(half_upload(service.key, 20_000_000))
-        service.until(lambda: set(objects.glob("*")) > before, "the upload's first bytes in the object store")
-    service.until(lambda: set(objects.glob("*")) == before, "the end of what came")
-    assert service.openai().files.list().data == listed
+        service.until(lambda: set(objects.glob("*")) > objects_before, "the upload's first bytes in the object store")
+    service.until(lambda: set(objects.glob("*")) == objects_before, "the removal of these bytes")
+    assert service.openai().files.list().data == files_before

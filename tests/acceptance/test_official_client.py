@@ -1,4 +1,4 @@
-"""Every resource and every error through the official client, sync and async, with strict response validation."""
+"""Every resource and error through the official client, sync and async, with strict response validation."""
 
 import asyncio
 import hashlib
@@ -19,15 +19,16 @@ SHORT: dict[str, Any] = {
 }
 
 
-def test_every_resource_and_error(service_on_each_stack: Running, tmp_path: Path) -> None:
+def test_the_official_client_handles_every_resource_and_error(service_on_each_stack: Running, tmp_path: Path) -> None:
     service = service_on_each_stack.in_project("official-client")
     with service.openai() as client:
-        sync(service, client, tmp_path)
-        errors(service_on_each_stack, client)
-    asyncio.run(concurrently(service, tmp_path))
+        check_resources(service, client, tmp_path)
+        check_errors(service_on_each_stack, client)
+    asyncio.run(check_concurrent_requests(service, tmp_path))
 
 
-def sync(service: Running, client: OpenAI, folder: Path) -> None:
+def check_resources(service: Running, client: OpenAI, folder: Path) -> None:
+    """The sync client: files, uploads, jobs, events, checkpoints and models."""
     path = write(folder / "train.jsonl", pairs(32, seed=1))
     files = [
         client.files.create(file=path, purpose="fine-tune", expires_after={"anchor": "created_at", "seconds": 3600})
@@ -45,66 +46,66 @@ def sync(service: Running, client: OpenAI, folder: Path) -> None:
     )
     half = len(content) // 2
     parts = [client.uploads.parts.create(upload.id, data=piece) for piece in (content[:half], content[half:])]
-    done = client.uploads.complete(
+    completed = client.uploads.complete(
         upload.id, part_ids=[part.id for part in parts], md5=hashlib.md5(content).hexdigest()
     )
-    assert done.status == "completed" and done.file is not None
-    whole = client.uploads.upload_file_chunked(
+    assert completed.status == "completed" and completed.file is not None
+    chunked = client.uploads.upload_file_chunked(
         file=path, mime_type="text/jsonl", purpose="fine-tune", part_size=max(1, len(content) // 3)
     )
-    assert whole.file is not None and client.files.content(whole.file.id).read() == content
-    given_up = client.uploads.create(filename="x", purpose="fine-tune", bytes=1, mime_type="text/jsonl")
-    assert client.uploads.cancel(given_up.id).status == "cancelled"
+    assert chunked.file is not None and client.files.content(chunked.file.id).read() == content
+    cancelled = client.uploads.create(filename="x", purpose="fine-tune", bytes=1, mime_type="text/jsonl")
+    assert client.uploads.cancel(cancelled.id).status == "cancelled"
 
-    held = client.fine_tuning.jobs.create(
-        model="tiny", training_file=done.file.id, metadata={"run": "held"}, extra_body=SHORT
+    paused = client.fine_tuning.jobs.create(
+        model="tiny", training_file=completed.file.id, metadata={"run": "held"}, extra_body=SHORT
     )
-    assert client.fine_tuning.jobs.pause(held.id).id == held.id
+    assert client.fine_tuning.jobs.pause(paused.id).id == paused.id
     job = client.fine_tuning.jobs.create(
-        model="tiny", training_file=done.file.id, metadata={"run": "first"}, extra_body=SHORT, suffix="s", seed=1
+        model="tiny", training_file=completed.file.id, metadata={"run": "first"}, extra_body=SHORT, suffix="s", seed=1
     )
-    service.wait_for(job.id, lambda seen: seen["status"] == "succeeded")
-    assert client.fine_tuning.jobs.resume(held.id).id == held.id
-    service.wait_for(held.id, lambda seen: seen["status"] == "succeeded")
-    assert [job.id for job in client.fine_tuning.jobs.list(metadata={"run": "first"})] == [job.id]
-    assert {job.id for job in client.fine_tuning.jobs.list(limit=1)} == {job.id, held.id}
+    service.wait_for(job.id, lambda state: state["status"] == "succeeded")
+    assert client.fine_tuning.jobs.resume(paused.id).id == paused.id
+    service.wait_for(paused.id, lambda state: state["status"] == "succeeded")
+    assert [listed.id for listed in client.fine_tuning.jobs.list(metadata={"run": "first"})] == [job.id]
+    assert {listed.id for listed in client.fine_tuning.jobs.list(limit=1)} == {job.id, paused.id}
     assert len(list(client.fine_tuning.jobs.list_events(job.id, limit=3))) >= 6
     (checkpoint, *_) = client.fine_tuning.jobs.checkpoints.list(job.id)
     assert checkpoint.fine_tuning_job_id == job.id
-    made = client.fine_tuning.jobs.retrieve(job.id).fine_tuned_model
-    assert made is not None and client.models.retrieve(made).id == made
-    assert made in {model.id for model in client.models.list()}
-    assert client.models.delete(made).deleted
+    model = client.fine_tuning.jobs.retrieve(job.id).fine_tuned_model
+    assert model is not None and client.models.retrieve(model).id == model
+    assert model in {listed.id for listed in client.models.list()}
+    assert client.models.delete(model).deleted
 
 
-def errors(service: Running, client: OpenAI) -> None:
-    """Each class of the client's exceptions, with its code."""
+def check_errors(service: Running, client: OpenAI) -> None:
+    """Each error raises the right exception class with its code."""
     created = service.dpo("keys", "create", "--name", "reader", "--scope", "read")
     reader = OpenAI(base_url=service.url, api_key=created.stdout.strip(), max_retries=0)
-    wrong = OpenAI(base_url=service.url, api_key="dpo_wrong", max_retries=0)
-    ended = next(iter(client.fine_tuning.jobs.list(limit=1)))
+    unauthenticated = OpenAI(base_url=service.url, api_key="dpo_wrong", max_retries=0)
+    ended_job = next(iter(client.fine_tuning.jobs.list(limit=1)))
     cases: list[tuple[type[openai.APIStatusError], str, Callable[[], object]]] = [
         (openai.BadRequestError, "model_not_found", lambda: client.fine_tuning.jobs.create(model="none", training_file="x")),
         (openai.BadRequestError, "invalid_value", lambda: client.files.create(file=b"x", purpose="none")),  # type: ignore[arg-type]
-        (openai.AuthenticationError, "invalid_api_key", lambda: wrong.files.list()),
+        (openai.AuthenticationError, "invalid_api_key", lambda: unauthenticated.files.list()),
         (openai.PermissionDeniedError, "insufficient_scope", lambda: reader.files.create(file=b"x", purpose="fine-tune")),
         (openai.NotFoundError, "file_not_found", lambda: client.files.retrieve("file-none")),
         (openai.NotFoundError, "fine_tuning_job_not_found", lambda: client.fine_tuning.jobs.retrieve("ftjob-none")),
         (openai.NotFoundError, "upload_not_found", lambda: client.uploads.cancel("upload-none")),
         (openai.NotFoundError, "model_not_found", lambda: client.models.retrieve("org/none")),
-        (openai.ConflictError, "job_already_ended", lambda: client.fine_tuning.jobs.cancel(ended.id)),
-        (openai.ConflictError, "job_already_ended", lambda: client.fine_tuning.jobs.pause(ended.id)),
+        (openai.ConflictError, "job_already_ended", lambda: client.fine_tuning.jobs.cancel(ended_job.id)),
+        (openai.ConflictError, "job_already_ended", lambda: client.fine_tuning.jobs.pause(ended_job.id)),
     ]  # fmt: skip
-    for expected, code, call in cases:
-        with pytest.raises(expected) as caught:
+    for exception, code, call in cases:
+        with pytest.raises(exception) as raised:
             call()
-        assert caught.value.code == code
+        assert raised.value.code == code
     reader.close()
-    wrong.close()
+    unauthenticated.close()
 
 
-async def concurrently(service: Running, folder: Path) -> None:
-    """The async client: parts at once, two jobs at once, and an iteration over pages."""
+async def check_concurrent_requests(service: Running, folder: Path) -> None:
+    """The async client: concurrent parts, two concurrent jobs, and an iteration over pages."""
     async with AsyncOpenAI(
         base_url=service.url, api_key=service.key, _strict_response_validation=True, max_retries=0
     ) as client:
@@ -115,9 +116,9 @@ async def concurrently(service: Running, folder: Path) -> None:
         size = len(content) // 4 + 1
         pieces = [content[start : start + size] for start in range(0, len(content), size)]
         parts = await asyncio.gather(*(client.uploads.parts.create(upload.id, data=piece) for piece in pieces))
-        done = await client.uploads.complete(upload.id, part_ids=[part.id for part in parts])
-        assert done.file is not None
-        file_id = done.file.id
+        completed = await client.uploads.complete(upload.id, part_ids=[part.id for part in parts])
+        assert completed.file is not None
+        file_id = completed.file.id
         jobs = await asyncio.gather(
             *(client.fine_tuning.jobs.create(model="tiny", training_file=file_id, extra_body=SHORT) for _ in range(2))
         )

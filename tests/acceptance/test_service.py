@@ -1,4 +1,4 @@
-"""What the service adds, through real processes: pauses, deadlines, gates, estimates, reports, streams, merges, wandb."""
+"""Extensions of the API on a real service: pauses, timeouts, gates, estimates, reports, streams, merges and wandb."""
 
 import hashlib
 import json
@@ -14,11 +14,11 @@ from tests.helpers.preferences import pairs, write
 from tests.helpers.servers import wait_until
 from tests.helpers.service import (
     Running,
-    body,
-    create,
-    held_until_asked_to_stop,
-    trainer_at_work,
-    trainers,
+    busy_trainer_pid,
+    create_job,
+    frozen_until_sigterm,
+    job_body,
+    trainer_pids,
 )
 
 
@@ -26,59 +26,59 @@ def adapter_hash(folder: Path) -> str:
     return hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
-def ready(client: httpx2.Client, method: str, path: str, **options: Any) -> httpx2.Response:
-    """The answer, once it is not 202."""
-    found: list[httpx2.Response] = []
+def get_when_ready(client: httpx2.Client, method: str, path: str, **options: Any) -> httpx2.Response:
+    """Repeat the request until the answer is not 202. Returns the answer, which has to be 200."""
+    responses: list[httpx2.Response] = []
 
-    def look() -> bool:
-        found.append(client.request(method, path, **options))
-        return found[-1].status_code != 202
+    def is_ready() -> bool:
+        responses.append(client.request(method, path, **options))
+        return responses[-1].status_code != 202
 
-    wait_until(look, path)
-    assert found[-1].status_code == 200, found[-1].text
-    return found[-1]
+    wait_until(is_ready, path)
+    assert responses[-1].status_code == 200, responses[-1].text
+    return responses[-1]
 
 
 def test_a_pause_frees_the_gpu_and_changes_no_bit(service_on_servers: Running, tmp_path: Path) -> None:
     service = service_on_servers
     with service.http() as http:
-        official = service.openai()
-        file = official.files.create(file=write(tmp_path / "train.jsonl", pairs(64, seed=1)), purpose="fine-tune")
-        long = body(file.id, hyperparameters={"max_steps": 200, "eval_every": 200})
-        estimate = ready(http, "POST", "/fine_tuning/estimate", json=long).json()
+        client = service.openai()
+        file = client.files.create(file=write(tmp_path / "train.jsonl", pairs(64, seed=1)), purpose="fine-tune")
+        body = job_body(file.id, hyperparameters={"max_steps": 200, "eval_every": 200})
+        estimate = get_when_ready(http, "POST", "/fine_tuning/estimate", json=body).json()
         assert estimate["ok"] and estimate["fits"] and estimate["device"]["kind"] == "cpu"
         assert [stage["steps"] for stage in estimate["stages"]] == [5, 200]
 
-        plain = create(http, **long)
-        done = service.wait_for(plain, lambda seen: seen["status"] == "succeeded")
-        expected = sum(stage["tokens"] for stage in estimate["stages"])
-        assert done["trained_tokens"] == pytest.approx(expected, rel=0.02)
+        plain_id = create_job(http, **body)
+        plain = service.wait_for(plain_id, lambda state: state["status"] == "succeeded")
+        estimated_tokens = sum(stage["tokens"] for stage in estimate["stages"])
+        assert plain["trained_tokens"] == pytest.approx(estimated_tokens, rel=0.02)
         assert (
-            service.dpo("models", "download", done["fine_tuned_model"], "--output", str(tmp_path / "plain")).returncode
+            service.dpo("models", "download", plain["fine_tuned_model"], "--output", str(tmp_path / "plain")).returncode
             == 0
         )
 
-        paused = create(http, **long)
-        service.wait_for(paused, lambda seen: bool(seen["progress"]) and seen["progress"]["step"] >= 8)
-        with held_until_asked_to_stop(trainer_at_work(service.home)):
-            assert official.fine_tuning.jobs.pause(paused).id == paused
-        held = service.wait_for(paused, lambda seen: seen["status"] == "queued" and seen["paused"])
-        assert not trainers(service.home) and held["queue_position"] is None
-        assert official.fine_tuning.jobs.checkpoints.list(paused).data, "it has where to go on from"
+        paused_id = create_job(http, **body)
+        service.wait_for(paused_id, lambda state: bool(state["progress"]) and state["progress"]["step"] >= 8)
+        with frozen_until_sigterm(busy_trainer_pid(service.home)):
+            assert client.fine_tuning.jobs.pause(paused_id).id == paused_id
+        paused = service.wait_for(paused_id, lambda state: state["status"] == "queued" and state["paused"])
+        assert not trainer_pids(service.home) and paused["queue_position"] is None
+        assert client.fine_tuning.jobs.checkpoints.list(paused_id).data, "a checkpoint for the resume"
 
-        # The GPU is free for others meanwhile.
-        other = create(
-            http, **body(file.id, hyperparameters={"max_steps": 2}, gates=[{"metric": "loss", "max": 0.0001}])
+        # Meanwhile the GPU is free for other jobs.
+        other_id = create_job(
+            http, **job_body(file.id, hyperparameters={"max_steps": 2}, gates=[{"metric": "loss", "max": 0.0001}])
         )
-        watched = service.dpo("jobs", "watch", other, "--json")
+        watched = service.dpo("jobs", "watch", other_id, "--json")
         assert watched.returncode == 4, watched.stderr
-        (verdict,) = json.loads(watched.stdout)["gates"]
-        assert verdict["met"] is False and verdict["value"] > 0.0001
-        assert service.job(other)["fine_tuned_model"], "a gate that is not met keeps the model"
+        (gate,) = json.loads(watched.stdout)["gates"]
+        assert gate["met"] is False and gate["value"] > 0.0001
+        assert service.job(other_id)["fine_tuned_model"], "the model is kept although a gate is not met"
 
-        assert official.fine_tuning.jobs.resume(paused).id == paused
-        resumed = service.wait_for(paused, lambda seen: seen["status"] == "succeeded")
-        assert resumed["attempt"] == done["attempt"] + 1
+        assert client.fine_tuning.jobs.resume(paused_id).id == paused_id
+        resumed = service.wait_for(paused_id, lambda state: state["status"] == "succeeded")
+        assert resumed["attempt"] == plain["attempt"] + 1
         assert (
             service.dpo(
                 "models", "download", resumed["fine_tuned_model"], "--output", str(tmp_path / "resumed")
@@ -88,89 +88,90 @@ def test_a_pause_frees_the_gpu_and_changes_no_bit(service_on_servers: Running, t
         assert adapter_hash(tmp_path / "resumed") == adapter_hash(tmp_path / "plain")
 
         merged = service.dpo(
-            "models", "download", done["fine_tuned_model"], "--merged", "--output", str(tmp_path / "merged")
+            "models", "download", plain["fine_tuned_model"], "--merged", "--output", str(tmp_path / "merged")
         )
         assert merged.returncode == 0, merged.stderr
         assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config.dtype is not None
         report = json.loads(service.dpo("files", "report", file.id, "--model", "tiny", "--json").stdout)
         assert report["kept"] == 64 and report["tokens"]["samples"][0]["prompt"].endswith(": ")
-        later = ready(http, "POST", "/fine_tuning/estimate", json=body(file.id)).json()
-        assert later["pace"]["jobs"] >= 2 and later["seconds"] > 0
+        second_estimate = get_when_ready(http, "POST", "/fine_tuning/estimate", json=job_body(file.id)).json()
+        assert second_estimate["pace"]["jobs"] >= 2 and second_estimate["seconds"] > 0
 
 
-def test_a_job_past_its_time_fails_and_keeps_its_checkpoint(service: Running, tmp_path: Path) -> None:
-    official = service.openai()
+def test_a_job_past_its_timeout_fails_and_keeps_its_checkpoint(service: Running, tmp_path: Path) -> None:
+    client = service.openai()
     with service.http() as http:
-        file = official.files.create(file=write(tmp_path / "train.jsonl", pairs(40, seed=1)), purpose="fine-tune")
-        for seconds in (3, 10, 30, 90):  # it would train for hours; how long its start takes is the machine's
+        file = client.files.create(file=write(tmp_path / "train.jsonl", pairs(40, seed=1)), purpose="fine-tune")
+        for seconds in (3, 10, 30, 90):  # a slow machine needs longer until the first checkpoint
             endless = {"max_steps": 100_000, "eval_every": 100_000}
-            job_id = create(http, **body(file.id, hyperparameters=endless, timeout_seconds=seconds))
-            service.until(lambda: service.job(job_id)["status"] == "failed", "the end of its time")  # noqa: B023
+            job_id = create_job(http, **job_body(file.id, hyperparameters=endless, timeout_seconds=seconds))
+            service.until(lambda: service.job(job_id)["status"] == "failed", "the timeout")  # noqa: B023
             failed = service.job(job_id)
             assert failed["error"]["code"] == "timeout_exceeded" and failed["error"]["param"] == "timeout_seconds"
-            assert not trainers(service.home)
-            checkpoints = official.fine_tuning.jobs.checkpoints.list(job_id).data
+            assert not trainer_pids(service.home)
+            checkpoints = client.fine_tuning.jobs.checkpoints.list(job_id).data
             if checkpoints:
                 break
         assert checkpoints
-        again = create(
+        next_id = create_job(
             http,
-            **body(file.id, hyperparameters={"max_steps": 1}) | {"model": checkpoints[0].fine_tuned_model_checkpoint},
+            **job_body(file.id, hyperparameters={"max_steps": 1})
+            | {"model": checkpoints[0].fine_tuned_model_checkpoint},
         )
-        service.wait_for(again, lambda seen: seen["status"] == "succeeded")
+        service.wait_for(next_id, lambda state: state["status"] == "succeeded")
 
 
 def test_a_stream_follows_a_job_from_its_beginning_to_its_end(service: Running, tmp_path: Path) -> None:
-    """Cut in the middle, gone on with by another; an event comes once, in its order."""
+    """The first stream is cut in the middle, and a second continues it. Each event comes once, in order."""
     with service.http() as http:
         file = service.openai().files.create(
             file=write(tmp_path / "train.jsonl", pairs(40, seed=1)), purpose="fine-tune"
         )
-        job_id = create(http, **body(file.id))
+        job_id = create_job(http, **job_body(file.id))
         url = http.post(f"/fine_tuning/jobs/{job_id}/stream_token").json()["url"]
-        seen: list[str] = []
-        states: list[str] = []
+        event_ids: list[str] = []
+        statuses: list[str] = []
 
         def follow(client: httpx2.Client, target: str, headers: dict[str, str], limit: int) -> None:
             with client.stream("GET", target, headers=headers, timeout=120) as answer:
-                kind, event_id = "", None
+                event_type, event_id = "", None
                 for line in answer.iter_lines():
                     field, _, value = line.partition(": ")
                     if field == "event":
-                        kind = value
+                        event_type = value
                     elif field == "id":
                         event_id = value
-                    elif field == "data" and kind == "job":
-                        states.append(json.loads(value)["status"])
+                    elif field == "data" and event_type == "job":
+                        statuses.append(json.loads(value)["status"])
                     elif not line and event_id:
-                        seen.append(event_id)
+                        event_ids.append(event_id)
                         event_id = None
-                        if len(seen) == limit:
+                        if len(event_ids) == limit:
                             return
 
         with httpx2.Client() as browser:
             follow(browser, str(httpx2.URL(service.url).join(url)), {}, 6)
-        assert len(seen) == 6
-        follow(http, f"/fine_tuning/jobs/{job_id}/stream", {"Last-Event-ID": seen[-1]}, -1)
-        listed = [event.id for event in service.openai().fine_tuning.jobs.list_events(job_id, limit=200)][::-1]
-        assert seen == listed
-        assert states[-1] == "succeeded" and "running" in states
+        assert len(event_ids) == 6
+        follow(http, f"/fine_tuning/jobs/{job_id}/stream", {"Last-Event-ID": event_ids[-1]}, -1)
+        listed_ids = [event.id for event in service.openai().fine_tuning.jobs.list_events(job_id, limit=200)][::-1]
+        assert event_ids == listed_ids
+        assert statuses[-1] == "succeeded" and "running" in statuses
         series = http.get(f"/fine_tuning/jobs/{job_id}/metrics").json()
         assert [point["step"] for point in series["series"]["loss"]] == list(range(1, 46))
 
 
-def test_two_hundred_streams_on_one_api_process(service: Running, tmp_path: Path) -> None:
+def test_one_api_process_serves_two_hundred_streams(service: Running, tmp_path: Path) -> None:
     with service.http() as http:
         file = service.openai().files.create(
             file=write(tmp_path / "train.jsonl", pairs(40, seed=1)), purpose="fine-tune"
         )
-        job_id = create(http, **body(file.id))
+        job_id = create_job(http, **job_body(file.id))
         http.post(f"/fine_tuning/jobs/{job_id}/pause")
-        ended: list[str] = []
+        last_events: list[str] = []
         opened = threading.Semaphore(0)
 
         def follow() -> None:
-            last = ""
+            last_event = ""
             with (
                 service.http() as client,
                 client.stream("GET", f"/fine_tuning/jobs/{job_id}/stream", timeout=180) as answer,
@@ -178,8 +179,8 @@ def test_two_hundred_streams_on_one_api_process(service: Running, tmp_path: Path
                 opened.release()
                 for line in answer.iter_lines():
                     if line.startswith("event: "):
-                        last = line
-            ended.append(last)
+                        last_event = line
+            last_events.append(last_event)
 
         threads = [threading.Thread(target=follow, daemon=True) for _ in range(200)]
         for thread in threads:
@@ -190,32 +191,32 @@ def test_two_hundred_streams_on_one_api_process(service: Running, tmp_path: Path
         http.post(f"/fine_tuning/jobs/{job_id}/cancel")
         for thread in threads:
             thread.join(60)
-        assert ended == ["event: job"] * 200
+        assert last_events == ["event: job"] * 200
 
 
 def test_wandb_gets_the_metrics(service: Running, tmp_path: Path) -> None:
-    """Offline: what would be sent is written, by wandb itself."""
+    """wandb runs offline, so it writes its data to a file."""
     with service.http() as http:
         file = service.openai().files.create(
             file=write(tmp_path / "train.jsonl", pairs(40, seed=1)), purpose="fine-tune"
         )
         wandb = [{"type": "wandb", "wandb": {"project": "tests", "tags": ["ci"]}}]
-        job_id = create(http, **body(file.id, integrations=wandb, hyperparameters={"max_steps": 3}))
-        done = service.wait_for(job_id, lambda seen: seen["status"] == "succeeded")
-        assert done["integrations"][0]["wandb"]["project"] == "tests"
-    (written,) = service.home.rglob(f"*{job_id}*.wandb")
-    assert written.stat().st_size > 0
+        job_id = create_job(http, **job_body(file.id, integrations=wandb, hyperparameters={"max_steps": 3}))
+        job = service.wait_for(job_id, lambda state: state["status"] == "succeeded")
+        assert job["integrations"][0]["wandb"]["project"] == "tests"
+    (run_file,) = service.home.rglob(f"*{job_id}*.wandb")
+    assert run_file.stat().st_size > 0
 
 
 def test_the_dataset_check_needs_no_service(service: Running, tmp_path: Path) -> None:
-    rows = write(tmp_path / "pairs.jsonl", [*pairs(12, seed=1), {"prompt": "x", "chosen": "a", "rejected": "a"}])
-    done = service.dpo("files", "check", str(rows), "--model", "tiny", "--json")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["dropped"] == {"identical_responses": 1} and found["tokens"]["sampled_rows"] == 12
+    path = write(tmp_path / "pairs.jsonl", [*pairs(12, seed=1), {"prompt": "x", "chosen": "a", "rejected": "a"}])
+    check = service.dpo("files", "check", str(path), "--model", "tiny", "--json")
+    assert check.returncode == 0, check.stderr
+    report = json.loads(check.stdout)
+    assert report["dropped"] == {"identical_responses": 1} and report["tokens"]["sampled_rows"] == 12
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": 1}\n')
-    bad = service.dpo("files", "check", str(tmp_path / "bad.jsonl"))
-    assert bad.returncode == 1 and "Line 2" in bad.stdout
+    bad_check = service.dpo("files", "check", str(tmp_path / "bad.jsonl"))
+    assert bad_check.returncode == 1 and "Line 2" in bad_check.stdout
     table = tmp_path / "t.csv"
     table.write_text("q,good,bad\none,a,b\n")
     mapping = json.dumps({"prompt": "{q}?", "chosen": "good", "rejected": "bad"})
@@ -225,10 +226,10 @@ def test_the_dataset_check_needs_no_service(service: Running, tmp_path: Path) ->
     assert json.loads(uploaded.stdout)["expires_at"] is not None
 
 
-def test_a_sweep_finds_nothing_that_is_young(service: Running, tmp_path: Path) -> None:
+def test_a_prune_deletes_no_recent_object(service: Running, tmp_path: Path) -> None:
     with service.openai() as client:
         client.files.create(file=write(tmp_path / "train.jsonl", pairs(4, seed=1)), purpose="fine-tune")
-    done = service.dpo("storage", "prune", "--delete", "--json")
-    found = json.loads(done.stdout)
-    assert found["needed"] >= 1 and (found["not_needed"], found["deleted"]) == (0, True)
+    prune = service.dpo("storage", "prune", "--delete", "--json")
+    report = json.loads(prune.stdout)
+    assert report["needed"] >= 1 and (report["not_needed"], report["deleted"]) == (0, True)
     assert "objects needed, 0 not needed" in service.dpo("storage", "prune").stdout

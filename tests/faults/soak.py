@@ -19,7 +19,7 @@ from app.services import Services
 from app.settings import Settings
 from tests.helpers.preferences import pairs
 from tests.helpers.servers import wait_until
-from tests.helpers.service import Running, lanes, running
+from tests.helpers.service import Running, running, worker_pids
 from tests.helpers.tiny_model import make_tiny_model
 
 GROWTH = 1.05
@@ -91,8 +91,8 @@ def _gone(path: Path) -> bool:
 def _sample(service: Running, jobs: int) -> Sample:
     pids = {
         "supervisor": service.process.pid,
-        "GPU lane": lanes(service, "gpu")[0],
-        "CPU lane": lanes(service, "cpu")[0],
+        "GPU lane": worker_pids(service, "gpu")[0],
+        "CPU lane": worker_pids(service, "cpu")[0],
     }
     children = Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children").read_text().split()
     pids["API"] = next(int(pid) for pid in children if int(pid) not in pids.values())

@@ -12,46 +12,51 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Prefers = Callable[[str, str, str], str]
+Reply = Callable[[str, str, str], str]
 """(question, answer A, answer B) → the judge's reply."""
-_SHOWN = re.compile(r"(?:Response|Summary) A:\n(.*)\n\n(?:Response|Summary) B:\n(.*)\n\nFIRST", re.DOTALL)
+_ANSWERS = re.compile(r"(?:Response|Summary) A:\n(.*)\n\n(?:Response|Summary) B:\n(.*)\n\nFIRST", re.DOTALL)
 
 
-def longer(_question: str, answer_a: str, answer_b: str) -> str:
-    """A judge that prefers the longer answer."""
+def prefer_longer(_question: str, answer_a: str, answer_b: str) -> str:
+    """The reply of a judge that prefers the longer answer."""
     return f"Comparison: one is longer.\nMore helpful: {'A' if len(answer_a) > len(answer_b) else 'B'}"
 
 
-def first(_question: str, _answer_a: str, _answer_b: str) -> str:
-    """A judge that prefers the first answer."""
+def prefer_first(_question: str, _answer_a: str, _answer_b: str) -> str:
+    """The reply of a judge that prefers the answer it reads first."""
     return "Preferred: A"
 
 
 class JudgeServer(ThreadingHTTPServer):
-    """Answers by `prefers`. The first requests for a question get the `faults` instead.
+    """Answers with `reply`. The first requests for a question get the `faults` instead, one after another.
 
-    They do so for one question in `every`, or for the question `only`.
+    About one question in `every` gets the faults. With `only`, no other question gets them.
     """
 
     daemon_threads = True
 
     def __init__(
         self,
-        prefers: Prefers = longer,
+        reply: Reply = prefer_longer,
         faults: tuple[str, ...] = (),
         key: str | None = None,
         every: int = 1,
         only: str | None = None,
     ) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.prefers, self.faults, self.key, self.every = prefers, faults, key, every
+        self.reply, self.faults, self.key, self.every = reply, faults, key, every
         self.only = only
         self.credit: int | None = None
-        """The number of answers that are paid for. After them the server answers 402."""
-        self.asked: Counter[str] = Counter()
+        """The number of answers that the account pays for. After them the server answers 402. None: no limit."""
+        self.requests: Counter[str] = Counter()
+        """Requests by question."""
         self.answered: Counter[str] = Counter()
+        """Paid answers by question."""
         self.bodies: list[dict[str, Any]] = []
-        self.lock, self.delay, self.at_once, self.most_at_once = threading.Lock(), 0.0, 0, 0
+        """The bodies of all requests, in order."""
+        self.delay = 0.0
+        """Seconds that each request takes."""
+        self.lock, self.in_flight, self.max_in_flight = threading.Lock(), 0, 0
 
     @property
     def url(self) -> str:
@@ -73,15 +78,15 @@ class _Handler(BaseHTTPRequestHandler):
             return
         question = body["messages"][0]["content"]
         with server.lock:
-            tried = server.asked[question]
-            server.asked[question] += 1
+            earlier_requests = server.requests[question]
+            server.requests[question] += 1
             server.bodies.append(body)
-            server.at_once += 1
-            server.most_at_once = max(server.at_once, server.most_at_once)
+            server.in_flight += 1
+            server.max_in_flight = max(server.in_flight, server.max_in_flight)
         try:
             time.sleep(server.delay)
-            hit = tried < len(server.faults) and zlib.crc32(question.encode()) % server.every == 0
-            fault = server.faults[tried] if hit and server.only in (None, question) else None
+            faulty = earlier_requests < len(server.faults) and zlib.crc32(question.encode()) % server.every == 0
+            fault = server.faults[earlier_requests] if faulty and server.only in (None, question) else None
             if server.key is not None and self.headers.get("Authorization") != f"Bearer {server.key}":
                 authorization = self.headers.get("Authorization")
                 self._answer(401, {"error": {"message": f"wrong key: {authorization}"}})
@@ -111,16 +116,14 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 with server.lock:
                     server.answered[question] += 1
-                match = _SHOWN.search(question)
-                text = (
-                    "no words" if fault == "babble" else server.prefers(question, *(match.groups() if match else "ab"))
-                )
+                match = _ANSWERS.search(question)
+                text = "no words" if fault == "babble" else server.reply(question, *(match.groups() if match else "ab"))
                 usage = {"prompt_tokens": len(question.split()), "completion_tokens": len(text.split())}
                 message = {"role": "assistant", "content": text}
                 self._answer(200, {"choices": [{"index": 0, "message": message}], "usage": usage})
         finally:
             with server.lock:
-                server.at_once -= 1
+                server.in_flight -= 1
 
     def _answer(self, status: int, body: dict[str, Any] | bytes, headers: dict[str, str] | None = None) -> None:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -136,7 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def judging(*arguments: Any, **options: Any) -> Iterator[JudgeServer]:
+def running_judge(*arguments: Any, **options: Any) -> Iterator[JudgeServer]:
     """A running `JudgeServer`."""
     with JudgeServer(*arguments, **options) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)

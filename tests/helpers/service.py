@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from openai import DefaultHttpxClient, OpenAI
+from openai import OpenAI
 
 from tests.helpers.servers import CEILING, free_port, postgres, redis_server, s3, wait_until
 
 CERTIFICATES = ssl.create_default_context()
-"""Shared by all clients: to load the certificates for each one costs more than the request that it makes."""
+"""Shared by the `httpx2` clients: loading the certificates takes longer than a request."""
 
 
 @dataclass(frozen=True)
@@ -31,55 +31,53 @@ class Running:
     process: subprocess.Popen[bytes]
 
     def openai(self) -> OpenAI:
-        """The official client; a response that is not the contract's raises."""
-        return OpenAI(
-            base_url=self.url, api_key=self.key, _strict_response_validation=True, max_retries=0,
-            http_client=DefaultHttpxClient(verify=CERTIFICATES),
-        )  # fmt: skip
+        """The official client. It raises if a response breaks the contract."""
+        return OpenAI(base_url=self.url, api_key=self.key, _strict_response_validation=True, max_retries=0)
 
     def http(self) -> httpx2.Client:
         headers = {"Authorization": f"Bearer {self.key}"}
         return httpx2.Client(base_url=self.url, headers=headers, timeout=CEILING, verify=CERTIFICATES)
 
     def in_project(self, project: str) -> "Running":
-        """The same service to a client whose key belongs to `project`: it sees only what it made itself."""
+        """The same service with a key of the project `project`, which sees nothing of other projects."""
         with self.http() as client:
+            client.post("/projects", json={"id": project}).raise_for_status()
             created = client.post("/keys", json={"name": project, "project": project}).raise_for_status().json()
         return replace(self, key=created["key"])
 
     def job(self, job_id: str) -> dict[str, Any]:
         with self.http() as client:
-            public_job: dict[str, Any] = client.get(f"/fine_tuning/jobs/{job_id}").raise_for_status().json()
-        return public_job
+            job: dict[str, Any] = client.get(f"/fine_tuning/jobs/{job_id}").raise_for_status().json()
+        return job
 
-    def until(self, ready: Callable[[], object], what: str) -> None:
-        """Wait until `ready` returns something true. Fail once the service has ended."""
-        wait_until(ready, what, self.process)
+    def until(self, condition: Callable[[], object], description: str) -> None:
+        """Wait until `condition` returns something true. Fail once the service has ended."""
+        wait_until(condition, description, self.process)
 
-    def wait_for(self, job_id: str, reached: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-        """The job, once `reached` holds for it."""
-        state: dict[str, Any] = {}
+    def wait_for(self, job_id: str, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """Wait until `condition` holds for the job. Returns the job. Fails if the job ends before."""
+        job: dict[str, Any] = {}
 
-        def look() -> bool:
-            state.update(self.job(job_id))
-            return reached(state) or state["status"] in ("failed", "cancelled", "succeeded")
+        def holds_or_has_ended() -> bool:
+            job.update(self.job(job_id))
+            return condition(job) or job["status"] in ("failed", "cancelled", "succeeded")
 
-        self.until(look, f"job {job_id}")
-        assert reached(state), f"the job ended as {state['status']}: {state['error']}"
-        return state
+        self.until(holds_or_has_ended, f"job {job_id}")
+        assert condition(job), f"the job ended as {job['status']}: {job['error']}"
+        return job
 
-    def dpo(self, *arguments: str, **options: Any) -> "subprocess.CompletedProcess[str]":
+    def dpo(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         """Run the command-line client."""
         environment = self.environment | {"DPO_BASE_URL": self.url, "DPO_API_KEY": self.key}
         command = [sys.executable, "-m", "app.cli.main", *arguments]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=CEILING, **options)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=CEILING)
 
 
 @contextmanager
 def running(home: Path, extra: dict[str, str] | None = None) -> Iterator[Running]:
-    """Start `dpo serve` with `home`/models as its base models; stop it with SIGTERM at the end."""
+    """Start `dpo serve` with the base models of `home`/models. Stop it with SIGTERM at the end."""
     port = free_port()
-    # One thread: a tiny model gains nothing from two, and on a busy machine two slow each other down.
+    # One thread: a tiny model gains nothing from two, and on a busy machine they slow each other down.
     variables = {"DPO_HOME": str(home), "DPO_PORT": str(port), "OMP_NUM_THREADS": "1"}
     environment = os.environ | variables | (extra or {})
     log = home / "serve.log"
@@ -92,9 +90,8 @@ def running(home: Path, extra: dict[str, str] | None = None) -> Iterator[Running
     try:
 
         def ready() -> bool:
-            return httpx2.get(f"{url}/readyz", verify=CERTIFICATES).is_success and bool(
-                service.openai().models.list().data
-            )
+            with service.http() as client:
+                return client.get(f"{url}/readyz").is_success and bool(client.get("/models").json()["data"])
 
         service = Running(f"{url}/v1", "", home, environment, process)
         service.until(lambda: (home / "admin.key").exists(), f"the admin key ({log})")
@@ -111,11 +108,8 @@ def running(home: Path, extra: dict[str, str] | None = None) -> Iterator[Running
 
 
 @contextmanager
-def stack(name: str) -> Iterator[dict[str, str]]:
-    """The environment of the stack `embedded`, or of `servers`: PostgreSQL, Redis and S3, each throwaway."""
-    if name == "embedded":
-        yield {}
-        return
+def server_stack() -> Iterator[dict[str, str]]:
+    """The environment of a service on throwaway PostgreSQL, Redis and S3 servers."""
     with ExitStack() as servers:
         yield {
             "DPO_DATABASE_URL": servers.enter_context(postgres()),
@@ -124,10 +118,10 @@ def stack(name: str) -> Iterator[dict[str, str]]:
         }
 
 
-TRAINERS = {"worker.trainer", "worker.trainer.fork_server"}
+TRAINER_MODULES = {"worker.trainer", "worker.trainer.fork_server"}
 
 
-def trainers(home: Path) -> list[int]:
+def trainer_pids(home: Path) -> list[int]:
     """Pids of the trainer processes that work under `home`."""
     pids = []
     for entry in Path("/proc").iterdir():
@@ -136,35 +130,36 @@ def trainers(home: Path) -> list[int]:
                 command = (entry / "cmdline").read_bytes().decode().split("\0")
             except (FileNotFoundError, ProcessLookupError):
                 continue
-            # The fork server runs in the folder of its worker, a busy trainer in the folder of its job.
-            if TRAINERS.intersection(command) and str((entry / "cwd").readlink()).startswith(str(home)):
+            # The fork server runs in the folder of its worker. A busy trainer runs in the folder of its job.
+            if TRAINER_MODULES.intersection(command) and str((entry / "cwd").readlink()).startswith(str(home)):
                 pids.append(int(entry.name))
     return pids
 
 
-def trainer_at_work(home: Path) -> int:
-    """The pid of the trainer that has a job. An idle trainer is in the folder of its worker."""
-    (busy_pid,) = [pid for pid in trainers(home) if Path(f"/proc/{pid}/cwd").readlink().parent.name == "work"]
+def busy_trainer_pid(home: Path) -> int:
+    """The pid of the only trainer that has a job. An idle trainer runs in the folder of its worker."""
+    (busy_pid,) = [pid for pid in trainer_pids(home) if Path(f"/proc/{pid}/cwd").readlink().parent.name == "work"]
     return busy_pid
 
 
 @contextmanager
-def held_until_asked_to_stop(pid: int) -> Iterator[None]:
-    """Stop a process while the block runs. It goes on once SIGTERM is pending, so it cannot end before."""
+def frozen_until_sigterm(pid: int) -> Iterator[None]:
+    """Freeze a process while the block runs, and until SIGTERM is pending. It cannot finish before the signal."""
     os.kill(pid, signal.SIGSTOP)
     try:
         yield
-        wait_until(lambda: _waiting_signals(pid) & 1 << (signal.SIGTERM - 1), "SIGTERM")
+        wait_until(lambda: _pending_signals(pid) & 1 << (signal.SIGTERM - 1), "SIGTERM")
     finally:
         os.kill(pid, signal.SIGCONT)
 
 
-def _waiting_signals(pid: int) -> int:
+def _pending_signals(pid: int) -> int:
+    """The bit mask of the signals that wait for the process."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return sum(int(line.split()[1], 16) for line in lines if line.startswith("ShdPnd:"))
 
 
-def lanes(service: Running, lane: str) -> list[int]:
+def worker_pids(service: Running, lane: str) -> list[int]:
     """Pids of the worker processes of `lane` that this service started."""
     children = Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children").read_text().split()
     return [
@@ -173,7 +168,7 @@ def lanes(service: Running, lane: str) -> list[int]:
 
 
 def half_upload(key: str, size: int) -> bytes:
-    """The first half of an upload request as raw bytes. It holds `size` bytes of the file."""
+    """The first half of a raw upload request, with the first `size` bytes of the file."""
     body = (
         b'--xx\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n'
         b'--xx\r\nContent-Disposition: form-data; name="file"; filename="p.jsonl"\r\n\r\n'
@@ -185,8 +180,8 @@ def half_upload(key: str, size: int) -> bytes:
     return head.encode() + body
 
 
-def body(file_id: str, **changes: Any) -> dict[str, Any]:
-    """A job of 45 short steps, the same bits each time."""
+def job_body(file_id: str, **changes: Any) -> dict[str, Any]:
+    """The body of a job with 45 short steps, changed by `changes`. Its seed is fixed."""
     hyperparameters = {"batch_size": 8, "max_steps": 40, "checkpoint_every": 100, "learning_rate": 1e-3}
     return {
         "model": "tiny",
@@ -198,31 +193,34 @@ def body(file_id: str, **changes: Any) -> dict[str, Any]:
     }
 
 
-def create(client: httpx2.Client, **fields: object) -> str:
+def create_job(client: httpx2.Client, **fields: object) -> str:
+    """The id of a new job."""
     answer = client.post("/fine_tuning/jobs", json=fields)
     assert answer.status_code == 200, answer.text
     job_id: str = answer.json()["id"]
     return job_id
 
 
-CLASSIFIER = {"terms": {"yes": [1.0, 1.0], "no": [1.0, -1.0]}, "intercept": 0.0, "normalise": False}
+YES_NO_CLASSIFIER = {"terms": {"yes": [1.0, 1.0], "no": [1.0, -1.0]}, "intercept": 0.0, "normalise": False}
+"""A classifier file. The score of a text is its count of `yes` minus its count of `no`."""
 
 
 def upload(service: Running, path: Path, purpose: str) -> str:
+    """The id of a new file."""
     with service.http() as http, path.open("rb") as file:
         answer = http.post("/files", files={"file": file}, data={"purpose": purpose}).raise_for_status()
     return str(answer.json()["id"])
 
 
-def ended(service: Running, evaluation: str, status: str = "succeeded") -> dict[str, Any]:
-    """The evaluation, once it has ended with `status`."""
-    state: dict[str, Any] = {}
+def ended_evaluation(service: Running, evaluation_id: str, status: str = "succeeded") -> dict[str, Any]:
+    """Wait until the evaluation has ended. Returns it. Fails if it has not ended with `status`."""
+    evaluation: dict[str, Any] = {}
 
-    def look() -> bool:
+    def has_ended() -> bool:
         with service.http() as http:
-            state.update(http.get(f"/evaluations/{evaluation}").raise_for_status().json())
-        return state["status"] in ("succeeded", "failed", "cancelled")
+            evaluation.update(http.get(f"/evaluations/{evaluation_id}").raise_for_status().json())
+        return evaluation["status"] in ("succeeded", "failed", "cancelled")
 
-    service.until(look, evaluation)
-    assert state["status"] == status, state["error"]
-    return state
+    service.until(has_ended, evaluation_id)
+    assert evaluation["status"] == status, evaluation["error"]
+    return evaluation

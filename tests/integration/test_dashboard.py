@@ -9,7 +9,7 @@ from app.jobs.tables import Job
 from app.services import Services
 from app.settings import Settings
 from tests.helpers.api import upload
-from tests.helpers.evaluations import ASKED, body
+from tests.helpers.evaluations import ENDPOINT_JUDGE, evaluation_body
 
 METRICS = {"win_rate": 0.625, "win_rate/error": 0.05, "win_rate/low": 0.52, "win_rate/high": 0.71, "comparisons": 80.0}
 
@@ -29,7 +29,9 @@ def end(services: Services, job_id: str, **columns: object) -> None:
 
 def test_an_evaluation_is_shown_with_its_intervals(viewer: TestClient, services: Services) -> None:
     assert "No evaluations yet" in viewer.get("/dashboard/evaluations").text
-    request = body(viewer, type="win_rate", judge=ASKED, name="<b>wins</b>", baseline={"answers": "chosen"})
+    request = evaluation_body(
+        viewer, type="win_rate", judge=ENDPOINT_JUDGE, name="<b>wins</b>", baseline={"answers": "chosen"}
+    )
     evaluation = viewer.post("/v1/evaluations", json=request).json()["id"]
     verdict = {"metric": "win_rate/low", "min": 0.6, "max": None, "value": 0.52, "met": False}
     end(services, evaluation, metrics=METRICS, gates=[verdict])
@@ -71,7 +73,7 @@ def test_a_sweep_is_shown_with_its_frontier(viewer: TestClient, services: Servic
 def test_evaluations_of_another_project_are_not_shown(
     client: TestClient, settings: Settings, services: Services
 ) -> None:
-    evaluation = client.post("/v1/evaluations", json=body(client)).json()["id"]
+    evaluation = client.post("/v1/evaluations", json=evaluation_body(client)).json()["id"]
     client.post("/v1/projects", json={"id": "other"}).raise_for_status()
     key = client.post("/v1/keys", json={"name": "k", "project": "other"}).json()["key"]
     client.post("/dashboard/login", data={"key": key}, follow_redirects=False)

@@ -22,7 +22,7 @@ from app.spec.job import JobSpec
 from app.webhooks.tables import WebhookEndpoint
 from app.workers import repository as workers
 from tests.helpers.api import error_of, upload
-from tests.helpers.evaluations import ASKED, CANDIDATE, at, body
+from tests.helpers.evaluations import CANDIDATE, ENDPOINT_JUDGE, endpoint_judge, evaluation_body
 from tests.helpers.jobs import make_job
 from worker.base_models import BaseModels
 from worker.evaluation_run import rendering_of
@@ -32,7 +32,7 @@ SCORED = {"type": "reward_model", "model": "ft:tiny:default::reward"}
 
 
 def judge_with(**fields: object) -> dict[str, Any]:
-    return {"type": "endpoint", "endpoint": ASKED["endpoint"] | fields}
+    return {"type": "endpoint", "endpoint": ENDPOINT_JUDGE["endpoint"] | fields}
 
 
 def nested(levels: int) -> dict[str, object]:
@@ -75,27 +75,27 @@ def trained_model(services: Services) -> str:
         ({"max_rows": 0}, "max_rows"),
         ({"temperature": 1}, "temperature"),
         ({"type": "agreement"}, "candidate"),
-        ({"type": "reward_kl", "judge": ASKED}, "judge.type"),
+        ({"type": "reward_kl", "judge": ENDPOINT_JUDGE}, "judge.type"),
         ({"type": "win_rate", "judge": {"type": "endpoint"}}, "judge.endpoint"),
-        ({"type": "win_rate", "judge": ASKED | {"model": "tiny"}}, "judge.model"),
-        ({"type": "win_rate", "judge": ASKED | {"question": "rude"}}, "judge.question"),
-        ({"type": "win_rate", "judge": ASKED | {"template": "{prompt} {a}"}}, "judge.template"),
+        ({"type": "win_rate", "judge": ENDPOINT_JUDGE | {"model": "tiny"}}, "judge.model"),
+        ({"type": "win_rate", "judge": ENDPOINT_JUDGE | {"question": "rude"}}, "judge.question"),
+        ({"type": "win_rate", "judge": ENDPOINT_JUDGE | {"template": "{prompt} {a}"}}, "judge.template"),
         ({"type": "win_rate", "judge": SCORED | {"question": "dialogue"}}, "judge.question"),
         ({"type": "win_rate", "judge": {"type": "model", "model": "none"}}, "judge.model"),
         ({"type": "win_rate", "judge": {"type": "model", "model": SCORED["model"]}}, "judge.model"),
         ({"type": "win_rate", "judge": judge_with(parameters={"stop": "\ud800"})}, "judge.endpoint.parameters"),
         ({"type": "win_rate", "judge": judge_with(parameters={"seed": 2**70})}, "judge.endpoint.parameters"),
-        ({"type": "win_rate", "judge": at("https://1.1.1.1/v1?version=1")}, "judge.endpoint.base_url"),
+        ({"type": "win_rate", "judge": endpoint_judge("https://1.1.1.1/v1?version=1")}, "judge.endpoint.base_url"),
         ({"type": "win_rate", "judge": judge_with(parameters={"stream": True})}, "judge.endpoint.parameters.stream"),
         ({"type": "win_rate", "judge": judge_with(parameters=nested(300))}, "judge.endpoint.parameters"),
         ({"type": "win_rate", "judge": judge_with(api_key="k" * 2049)}, "judge.endpoint.api_key"),
-        ({"type": "win_rate", "judge": ASKED, "gates": [{"metric": "judge/cost", "max": 1}]}, "gates.0.metric"),
+        ({"type": "win_rate", "judge": ENDPOINT_JUDGE, "gates": [{"metric": "judge/cost", "max": 1}]}, "gates.0.metric"),
         ({"type": "win_rate", "gates": [{"metric": "win_rate", "min": 1}]}, "gates.0.metric"),
         ({"type": "reward_kl", "sampling": {"temperatures": [0.7, 0.70000001]}}, "sampling.temperatures"),
-        ({"type": "win_rate", "judge": at("http://judge.example/v1")}, "judge.endpoint.base_url"),
-        ({"type": "win_rate", "judge": at("https://127.0.0.1/v1")}, "judge.endpoint.base_url"),
-        ({"type": "win_rate", "judge": at("https://169.254.169.254/v1")}, "judge.endpoint.base_url"),
-        ({"type": "win_rate", "judge": at("file:///etc/passwd")}, "judge.endpoint.base_url"),
+        ({"type": "win_rate", "judge": endpoint_judge("http://judge.example/v1")}, "judge.endpoint.base_url"),
+        ({"type": "win_rate", "judge": endpoint_judge("https://127.0.0.1/v1")}, "judge.endpoint.base_url"),
+        ({"type": "win_rate", "judge": endpoint_judge("https://169.254.169.254/v1")}, "judge.endpoint.base_url"),
+        ({"type": "win_rate", "judge": endpoint_judge("file:///etc/passwd")}, "judge.endpoint.base_url"),
         ({"type": "reward_kl", "judge": SCORED, "sampling": {"temperatures": [1, 1]}}, "sampling.temperatures"),
         ({"type": "reward_kl", "judge": SCORED, "sampling": {"temperatures": [-1]}}, "sampling.temperatures.0"),
         ({"type": "reward_kl", "judge": SCORED, "sampling": {"top_p": 0}}, "sampling.top_p"),
@@ -119,7 +119,7 @@ def trained_model(services: Services) -> str:
 def test_a_bad_evaluation_is_refused_with_the_parameter(
     fields: dict[str, object], param: str, client: TestClient, trained_model: str
 ) -> None:
-    content = json.dumps(body(client, **fields))  # escaped: half a surrogate pair has no UTF-8
+    content = json.dumps(evaluation_body(client, **fields))  # escaped: half a surrogate pair has no UTF-8
     answer = client.post("/v1/evaluations", content=content, headers={"Content-Type": "application/json"})
     error = error_of(answer, 400)
     assert error["param"] == param and error["message"]
@@ -129,7 +129,7 @@ def test_omitted_fields_come_from_the_candidates_training(
     client: TestClient, services: Services, trained_model: str
 ) -> None:
     evaluation = client.post(
-        "/v1/evaluations", json=body(client, candidate={"model": trained_model}, baseline=None)
+        "/v1/evaluations", json=evaluation_body(client, candidate={"model": trained_model}, baseline=None)
     ).json()
     assert (
         evaluation["baseline"] == {"model": "tiny"}
@@ -139,7 +139,7 @@ def test_omitted_fields_come_from_the_candidates_training(
     assert (
         evaluation["object"] == "evaluation" and evaluation["status"] == "validating_files" and evaluation["seed"] >= 0
     )
-    explicit = body(client, candidate={"model": trained_model}, beta=0.5, quantization="none", seed=4)
+    explicit = evaluation_body(client, candidate={"model": trained_model}, beta=0.5, quantization="none", seed=4)
     evaluation = client.post("/v1/evaluations", json=explicit).json()
     assert (evaluation["beta"], evaluation["quantization"], evaluation["seed"]) == (0.5, "none", 4)
 
@@ -147,7 +147,9 @@ def test_omitted_fields_come_from_the_candidates_training(
 def test_evaluations_and_trainings_have_separate_lists_and_one_queue(client: TestClient, services: Services) -> None:
     file = upload(client)
     training = client.post("/v1/fine_tuning/jobs", json={"model": "tiny", "training_file": file}).json()["id"]
-    evaluation = client.post("/v1/evaluations", json=body(client, priority=1, metadata={"team": "a"})).json()["id"]
+    evaluation = client.post(
+        "/v1/evaluations", json=evaluation_body(client, priority=1, metadata={"team": "a"})
+    ).json()["id"]
     assert [item["id"] for item in client.get("/v1/fine_tuning/jobs").json()["data"]] == [training]
     assert [item["id"] for item in client.get("/v1/evaluations").json()["data"]] == [evaluation]
     assert client.get("/v1/evaluations", params={"metadata[team]": "b"}).json()["data"] == []
@@ -169,7 +171,9 @@ def test_evaluations_and_trainings_have_separate_lists_and_one_queue(client: Tes
 
 
 def test_a_judges_key_is_sealed_and_not_shown(client: TestClient, services: Services) -> None:
-    evaluation = client.post("/v1/evaluations", json=body(client, type="win_rate", judge=ASKED)).json()
+    evaluation = client.post(
+        "/v1/evaluations", json=evaluation_body(client, type="win_rate", judge=ENDPOINT_JUDGE)
+    ).json()
     assert (
         evaluation["judge"]["endpoint"]["base_url"] == "https://1.1.1.1/v1"
         and "api_key" not in evaluation["judge"]["endpoint"]
@@ -180,20 +184,20 @@ def test_a_judges_key_is_sealed_and_not_shown(client: TestClient, services: Serv
     assert "sk-of-the-judge" not in stored + str(events) + client.get("/v1/evaluations").text
     assert services.vault.open(stored) == "sk-of-the-judge"
     longest = judge_with(api_key="k" * 2048)
-    evaluation = client.post("/v1/evaluations", json=body(client, type="win_rate", judge=longest)).json()
+    evaluation = client.post("/v1/evaluations", json=evaluation_body(client, type="win_rate", judge=longest)).json()
     with services.database.read() as session:
         EvaluationSpec.stored(session.get_one(Job, evaluation["id"]).spec)  # the sealed key is longer
 
 
 def test_a_resent_evaluation_is_created_once(client: TestClient) -> None:
-    headers, request = {"Idempotency-Key": "once"}, body(client)
+    headers, request = {"Idempotency-Key": "once"}, evaluation_body(client)
     ids = {client.post("/v1/evaluations", json=request, headers=headers).json()["id"] for _ in range(2)}
     assert len(ids) == 1
 
 
 def test_any_worker_claims_an_evaluation_without_models(client: TestClient, services: Services) -> None:
     classifier = upload(client, b'{"terms": {"good": [1, 1]}, "intercept": 0}')
-    request = body(
+    request = evaluation_body(
         client, type="win_rate", candidate={"answers": "chosen"}, baseline={"answers": "rejected"},
         judge={"type": "classifier", "classifier": {"file": classifier}},
     )  # fmt: skip
@@ -207,7 +211,7 @@ def test_any_worker_claims_an_evaluation_without_models(client: TestClient, serv
 def test_only_a_worker_with_all_its_base_models_claims_an_evaluation(client: TestClient, services: Services) -> None:
     with services.database.write() as session:
         models.register(session, "other", "r1", {"architecture": "LlamaForCausalLM"})
-    evaluation = client.post("/v1/evaluations", json=body(client, baseline={"model": "other"})).json()["id"]
+    evaluation = client.post("/v1/evaluations", json=evaluation_body(client, baseline={"model": "other"})).json()["id"]
     with services.database.write() as session:
         session.execute(update(Job).where(Job.id == evaluation).values(status=Status.QUEUED))
         workers.report(session, "one", Lane.GPU, ["tiny"], {})
@@ -245,7 +249,7 @@ def test_the_candidates_reference_is_the_default_baseline(
         job = session.get_one(Job, model.job_id)
         dpo = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "reference_model": None}}}
         job.spec = job.spec | {"method": dpo, "sft": {}}
-    request = body(client, candidate={"model": trained_model}, baseline=None)
+    request = evaluation_body(client, candidate={"model": trained_model}, baseline=None)
     error = error_of(client.post("/v1/evaluations", json=request), 400)
     assert error["param"] == "baseline" and "SFT" in error["message"]
     with services.database.write() as session:
@@ -264,12 +268,12 @@ def test_a_file_is_read_with_the_mapping_of_its_upload(client: TestClient) -> No
         files={"file": ("p.jsonl", content)},
         data={"purpose": "evals", "mapping": json.dumps(mapping)},
     )
-    evaluation = client.post("/v1/evaluations", json=body(client, data=answer.json()["id"])).json()
+    evaluation = client.post("/v1/evaluations", json=evaluation_body(client, data=answer.json()["id"])).json()
     assert {name: value for name, value in evaluation["mapping"].items() if value} == mapping
 
 
 def test_a_deleted_report_is_not_found(client: TestClient, services: Services) -> None:
-    evaluation = client.post("/v1/evaluations", json=body(client)).json()["id"]
+    evaluation = client.post("/v1/evaluations", json=evaluation_body(client)).json()["id"]
     with services.database.write() as session:
         finish = update(Job).where(Job.id == evaluation)
         session.execute(finish.values(status=Status.SUCCEEDED, result_files=["file-gone", "file-too"]))
@@ -281,7 +285,7 @@ def test_a_deleted_report_is_not_found(client: TestClient, services: Services) -
 def test_a_downgrade_deletes_evaluations_and_their_subscriptions(client: TestClient, services: Services) -> None:
     """The previous version cannot read evaluations, nor webhooks that subscribe to them."""
     training = make_job(services, name="kept")
-    client.post("/v1/evaluations", json=body(client))
+    client.post("/v1/evaluations", json=evaluation_body(client))
     with services.database.write() as session:
         for number, events in enumerate((["evaluation.failed"], ["evaluation.failed", "fine_tuning.job.succeeded"])):
             session.add(
@@ -330,19 +334,24 @@ def test_the_reference_of_a_job_with_sft_is_its_last_sft_checkpoint(
         (f"{name}:ckpt-step-9", sft_checkpoint),
         (sft_checkpoint, "tiny"),
     ):
-        fields = body(client, type="reward_kl", candidate={"model": candidate}, baseline=baseline)
+        fields = evaluation_body(client, type="reward_kl", candidate={"model": candidate}, baseline=baseline)
         answer = client.post("/v1/evaluations", json=fields)
         assert answer.status_code == 200, answer.text
         assert answer.json()["baseline"] == {"model": expected}, "an SFT checkpoint is compared with its start model"
 
 
 def test_only_a_model_that_was_trained_here_has_a_reference(client: TestClient, trained_model: str) -> None:
-    answer = client.post("/v1/evaluations", json=body(client, candidate={"model": trained_model}, baseline="reference"))
+    answer = client.post(
+        "/v1/evaluations", json=evaluation_body(client, candidate={"model": trained_model}, baseline="reference")
+    )
     assert answer.json()["baseline"] == {"model": "tiny"}
-    assert error_of(client.post("/v1/evaluations", json=body(client, baseline="reference")), 400)["param"] == "baseline"
-    answers = {"type": "win_rate", "judge": ASKED, "candidate": {"answers": "chosen"}, "baseline": "reference"}
-    assert error_of(client.post("/v1/evaluations", json=body(client, **answers)), 400)["param"] == "baseline"
-    reference_itself = body(client, candidate={"reference": True})
+    assert (
+        error_of(client.post("/v1/evaluations", json=evaluation_body(client, baseline="reference")), 400)["param"]
+        == "baseline"
+    )
+    answers = {"type": "win_rate", "judge": ENDPOINT_JUDGE, "candidate": {"answers": "chosen"}, "baseline": "reference"}
+    assert error_of(client.post("/v1/evaluations", json=evaluation_body(client, **answers)), 400)["param"] == "baseline"
+    reference_itself = evaluation_body(client, candidate={"reference": True})
     assert error_of(client.post("/v1/evaluations", json=reference_itself), 400)["param"] == "candidate.reference"
 
 
@@ -375,7 +384,7 @@ def test_each_side_is_rendered_as_it_was_trained_and_pairs_are_rendered_alike(
 def test_a_stored_spec_has_no_fields_that_the_previous_version_does_not_know(
     client: TestClient, services: Services
 ) -> None:
-    evaluation = client.post("/v1/evaluations", json=body(client)).json()["id"]
+    evaluation = client.post("/v1/evaluations", json=evaluation_body(client)).json()["id"]
     job = client.post("/v1/fine_tuning/jobs", json={"model": "tiny", "training_file": upload(client)}).json()["id"]
     with services.database.read() as session:
         assert set(session.get_one(Job, evaluation).spec["candidate"]) == {"model", "file", "mapping", "answers"}

@@ -1,6 +1,7 @@
 """The memory model against the measured peaks of whole runs, and the advice for a job that cannot fit."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,28 +73,31 @@ def test_parameter_counts_agree_with_the_papers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "gigabytes", "param"),
+    ("fields", "gigabytes", "param", "advice"),
     [
-        ({}, 24, None),
-        ({"quantization": "none"}, 12, "quantization"),
-        ({"adapter": "none"}, 80, "adapter"),
-        ({}, 4, "model"),
-        ({"adapter": "none"}, 160, None),
+        ({}, 24, None, None),
+        ({"quantization": "none"}, 12, "quantization", "'quantization': 'nf4' would fit."),
+        ({"adapter": "none"}, 80, "adapter", "A LoRA adapter on an 'nf4' base would fit: leave 'adapter' out."),
+        ({}, 4, "model", "No setting would make it fit. It needs a larger device."),
+        ({"adapter": "none"}, 160, None, None),
     ],
 )
 def test_a_job_that_cannot_fit_is_refused_with_the_change_that_would_help(
-    fields: JsonObject, gigabytes: float, param: str | None
+    fields: JsonObject, gigabytes: float, param: str | None, advice: str | None
 ) -> None:
     field_and_message = refusal(job(**fields), LLAMA_8B, gpu(gigabytes), 512)
-    assert (field_and_message and field_and_message[0]) == param
-    if field_and_message is not None and param == "quantization":
-        assert "'nf4' would fit" in field_and_message[1]
+    if param is None or advice is None:
+        assert field_and_message is None
+    else:
+        assert field_and_message is not None
+        assert field_and_message[0] == param and field_and_message[1].endswith(f" GB. {advice}")
 
 
 def test_rows_that_are_too_long_are_given_as_the_reason() -> None:
     long_context = replace(LLAMA_8B, context=1_000_000)
     field_and_message = refusal(job(), long_context, gpu(16), 200_000)
-    assert field_and_message is not None and "max_length" in field_and_message[1]
+    assert field_and_message is not None and field_and_message[0] == "method"
+    assert re.search(r"A 'max_length' that keeps rows under \d+ tokens would fit\.$", field_and_message[1])
     assert refusal(job(), long_context, gpu(16), None) is None, "a job whose longest row is unknown is accepted"
 
 

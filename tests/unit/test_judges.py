@@ -5,7 +5,7 @@ import time
 import pytest
 
 from app.spec.evaluation import Endpoint, Judge
-from tests.helpers.judge_server import judging
+from tests.helpers.judge_server import running_judge
 from worker.judges import endpoint
 from worker.judges.endpoint import Answer, JudgeClient, JudgeFailed, key_of
 from worker.judges.questions import choice, questions, verdicts
@@ -117,11 +117,11 @@ def ask(url: str, known: dict[str, Answer] | None = None, key: str | None = None
     ],
 )
 def test_each_question_is_answered_once_despite_faults(faults: tuple[str, ...]) -> None:
-    with judging(faults=faults) as server:
+    with running_judge(faults=faults) as server:
         store = ask(server.url, concurrency=4)
-        assert {question: server.prefers(question, "", "") for question in QUESTIONS} and store.batches >= 1
-        assert set(server.answered.values()) == {1} and set(server.asked.values()) == {len(faults) + 1}
-        assert server.most_at_once <= 4
+        assert server.answered == dict.fromkeys(QUESTIONS, 1) and store.batches >= 1
+        assert set(server.requests.values()) == {len(faults) + 1}
+        assert server.max_in_flight <= 4
         assert server.bodies[0]["model"] == "judge" and server.bodies[0]["temperature"] == 0
     for number, question in enumerate(QUESTIONS):
         answer = store.answers[key_of(question)]
@@ -133,10 +133,10 @@ def test_each_question_is_answered_once_despite_faults(faults: tuple[str, ...]) 
 def test_a_question_that_always_fails_stays_unanswered_while_others_are_answered() -> None:
     """One failing question must not waste the answers to the others, which were paid for."""
     failing = QUESTIONS[3]
-    with judging(faults=("error",) * 1000, only=failing) as server:
+    with running_judge(faults=("error",) * 1000, only=failing) as server:
         server.delay = 0.05  # per answer; a failed question waits at most as long for its retry
         store = ask(server.url, concurrency=2)
-        assert server.asked[failing] >= endpoint.MAX_FAILED and failing not in server.answered
+        assert server.requests[failing] >= endpoint.MAX_FAILED and failing not in server.answered
     assert [question for question in QUESTIONS if store.answers[key_of(question)].text is None] == [failing]
 
 
@@ -144,17 +144,17 @@ def test_the_last_failing_question_is_given_up_but_a_dead_judge_is_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(endpoint, "PATIENCE_SECONDS", 0.3)
-    with judging(faults=("error",) * 1000, only=QUESTIONS[3]) as server:
+    with running_judge(faults=("error",) * 1000, only=QUESTIONS[3]) as server:
         store = ask(server.url, concurrency=1)
         assert [
             number for number, question in enumerate(QUESTIONS) if store.answers[key_of(question)].text is None
         ] == [3]
-    with judging(faults=("error",) * 1000) as server, pytest.raises(JudgeFailed, match="no answer for"):
+    with running_judge(faults=("error",) * 1000) as server, pytest.raises(JudgeFailed, match="no answer for"):
         ask(server.url, ONE_KNOWN, concurrency=1)
 
 
 def test_answers_that_arrive_along_with_a_refusal_are_kept() -> None:
-    with judging() as server:
+    with running_judge() as server:
         server.delay, server.credit, store = 0.02, 20, AnswerStore()
         spec = Endpoint.model_validate({"base_url": server.url, "model": "judge", "concurrency": 8})
         with pytest.raises(JudgeFailed, match="402"):
@@ -164,7 +164,7 @@ def test_answers_that_arrive_along_with_a_refusal_are_kept() -> None:
 
 def test_known_refusals_do_not_count_as_answers() -> None:
     known = {key_of(question): Answer(None) for question in QUESTIONS[:9]}
-    with judging(faults=("refuse",)) as server, pytest.raises(JudgeFailed, match="answered 400"):
+    with running_judge(faults=("refuse",)) as server, pytest.raises(JudgeFailed, match="answered 400"):
         ask(server.url, known)
 
 
@@ -176,7 +176,7 @@ def test_a_pathological_answer_is_parsed_at_once(text: str) -> None:
 
 
 def test_the_end_of_a_long_answer_is_kept() -> None:
-    with judging(lambda *_: "thinking " * 100_000 + "\nPreferred: A") as server:
+    with running_judge(lambda *_: "thinking " * 100_000 + "\nPreferred: A") as server:
         store = ask(server.url)
     assert {choice(answer.text or "") for answer in store.answers.values()} == {"A"}
     assert all(len(answer.text or "") <= endpoint.MAX_ANSWER_CHARACTERS for answer in store.answers.values())
@@ -184,41 +184,41 @@ def test_the_end_of_a_long_answer_is_kept() -> None:
 
 def test_a_known_answer_is_not_asked_for_again() -> None:
     known = {key_of(question): Answer("Preferred: A", 3, 4) for question in QUESTIONS[:15]}
-    with judging() as server:
+    with running_judge() as server:
         ask(server.url, known)
-        assert not server.asked.keys() & set(QUESTIONS[:15]) and len(server.asked) == 25
+        assert not server.requests.keys() & set(QUESTIONS[:15]) and len(server.requests) == 25
 
 
 ONE_KNOWN = {key_of(QUESTIONS[0]): Answer("Preferred: A")}
 
 
 def test_invalid_responses_are_no_answer_but_an_unparseable_text_is_one() -> None:
-    with judging(faults=("not json",) * 5) as server:
+    with running_judge(faults=("not json",) * 5) as server:
         assert {answer.text for answer in ask(server.url, ONE_KNOWN).answers.values()} == {None}
         with pytest.raises(JudgeFailed, match="answered nothing"):
-            server.asked.clear()
+            server.requests.clear()
             ask(server.url)  # no question was ever answered
-    with judging(faults=("babble",)) as server:
+    with running_judge(faults=("babble",)) as server:
         assert {answer.text for answer in ask(server.url).answers.values()} == {"no words"}
-        assert set(server.asked.values()) == {1}, "a paid answer is not asked for again"
+        assert set(server.requests.values()) == {1}, "a paid answer is not asked for again"
 
 
 def test_a_refusal_fails_only_its_question_if_another_was_answered() -> None:
-    with judging(faults=("refuse",)) as server:
+    with running_judge(faults=("refuse",)) as server:
         assert {answer.text for answer in ask(server.url, ONE_KNOWN).answers.values()} == {None}, (
             "the known answer shows that the judge works"
         )
-        server.asked.clear()
+        server.requests.clear()
         with pytest.raises(JudgeFailed, match="answered 400: I will not talk about this"):
             ask(server.url)  # only refusals: the request itself is at fault
-        server.asked.clear()
+        server.requests.clear()
         server.faults = ("no credit",)
         with pytest.raises(JudgeFailed, match="402"):
             ask(server.url, ONE_KNOWN)
 
 
 def test_a_wrong_key_fails_at_once_and_is_not_shown() -> None:
-    with judging(key="right-key") as server:
+    with running_judge(key="right-key") as server:
         ask(server.url, key="right-key")
         with pytest.raises(JudgeFailed, match="401") as raised:
             ask(server.url, key="wrong-key")
@@ -227,7 +227,7 @@ def test_a_wrong_key_fails_at_once_and_is_not_shown() -> None:
 
 def test_an_unreachable_judge_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint, "PATIENCE_SECONDS", 0.3)
-    with judging() as server:
+    with running_judge() as server:
         url = server.url
     with pytest.raises(JudgeFailed, match="no answer for") as raised:
         ask(url)
@@ -244,7 +244,7 @@ def test_answers_in_flight_are_kept_when_the_run_is_cancelled() -> None:
     class Cancelled(Exception):
         pass
 
-    with judging() as server:
+    with running_judge() as server:
         server.delay, store = 0.3, AnswerStore()
 
         def stop_after_an_answer() -> None:

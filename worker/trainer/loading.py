@@ -83,7 +83,7 @@ def wrap(
 ) -> Policy:
     """The policy of a transformers `model` that is already on its device, with the adapter that `spec` asks for."""
     full, own_attention, device = spec.adapter == "none", model.config._attn_implementation, model.device
-    # 1. The adapter, and no randomness.
+    # 1. Switch off all randomness, and add the adapter.
     _make_deterministic(model)
     if not full:
         torch.manual_seed(spec.seed or 0)

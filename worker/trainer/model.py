@@ -139,10 +139,8 @@ class Policy:
         if self.compiled:
             return
         self.compiled = True
-        lists = [
-            module for module in self.body.modules() if isinstance(module, nn.ModuleList)
-        ]  # the longest holds the layers
-        for layer in max(lists, key=len, default=nn.ModuleList()):
+        lists = [module for module in self.body.modules() if isinstance(module, nn.ModuleList)]
+        for layer in max(lists, key=len, default=nn.ModuleList()):  # the longest list holds the layers
             layer.compile(dynamic=self.device.type == "cpu")
 
     def packs(self, rows: Sequence[Row], numbers: Sequence[int], *, merge: bool = True) -> Iterator[Pack]:

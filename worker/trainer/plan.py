@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from app.spec.datasets.rendering import Rendering
-from app.spec.hyperparameters import DEFAULT_MAX_LENGTH, DPOHyperparameters, SupervisedHyperparameters
+from app.spec.hyperparameters import DEFAULT_MAX_LENGTH, Hyperparameters
 from app.spec.job import JobSpec, StageSpec
 from worker.trainer.cache import Cache
 from worker.trainer.data import Recipe, Tally
@@ -31,7 +31,7 @@ class Stage:
     """A stage, `sft` or `dpo`: its settings, its training rows and its validation rows."""
 
     name: str
-    hyperparameters: SupervisedHyperparameters | DPOHyperparameters
+    hyperparameters: Hyperparameters
     train: Rows
     validation: Rows
     seed: int
