@@ -1,7 +1,7 @@
 """Means, rates and agreement with standard errors and confidence intervals. Takes NumPy arrays, returns floats."""
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy
@@ -11,6 +11,8 @@ Floats = NDArray[numpy.float64]
 
 RESAMPLES = 2000
 """Number of bootstrap resamples."""
+BLOCK = 1 << 20
+"""Number of draws that are in memory at once."""
 LEVEL = 0.95
 """Coverage of the confidence intervals."""
 
@@ -95,12 +97,18 @@ def share(sums: Floats, counts: Floats, seed: int = 0) -> IntervalEstimate:
         return IntervalEstimate(value, math.nan, math.nan, math.nan)
     if numpy.ptp(sums / counts) == 0:
         return _wilson(value, len(sums))
-    generator, resampled = numpy.random.default_rng(seed), []
-    for _ in range(RESAMPLES):
-        drawn = generator.integers(len(sums), size=len(sums))
-        resampled.append(sums[drawn].sum() / counts[drawn].sum())
+    resampled = numpy.concatenate([(drawn @ sums) / (drawn @ counts) for drawn in _resamples(len(sums), seed)])
     low, high = numpy.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return IntervalEstimate(value, float(numpy.std(resampled, ddof=1)), float(low), float(high))
+
+
+def _resamples(count: int, seed: int) -> Iterator[Floats]:
+    """Bootstrap resamples of `count` prompts: how often each is drawn, in blocks of shape (resamples, `count`)."""
+    generator, rows = numpy.random.default_rng(seed), max(1, BLOCK // count)
+    for begin in range(0, RESAMPLES, rows):
+        size = min(rows, RESAMPLES - begin)
+        drawn = generator.integers(count, size=(size, count)) + count * numpy.arange(size)[:, None]
+        yield numpy.bincount(drawn.ravel(), minlength=size * count).reshape(size, count).astype(numpy.float64)
 
 
 @dataclass(frozen=True)
@@ -152,11 +160,9 @@ def kappa(tables: Floats) -> IntervalEstimate:
     value = float(_kappa(tables.sum(0)))
     if len(tables) < 2:
         return IntervalEstimate(value, math.nan, math.nan, math.nan)
-    generator, resampled = numpy.random.default_rng(0), []
-    for _ in range(RESAMPLES):
-        drawn = numpy.bincount(generator.integers(len(tables), size=len(tables)), minlength=len(tables))
-        resampled.append(float(_kappa(numpy.tensordot(drawn.astype(numpy.float64), tables, 1))))
-    known = numpy.array(resampled)[~numpy.isnan(resampled)]
+    blocks = _resamples(len(tables), seed=0)
+    resampled = numpy.concatenate([_kappa(numpy.tensordot(drawn, tables, 1)) for drawn in blocks])
+    known = resampled[~numpy.isnan(resampled)]
     if len(known) < 2:
         return IntervalEstimate(value, math.nan, math.nan, math.nan)
     low, high = numpy.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])

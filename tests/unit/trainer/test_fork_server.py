@@ -17,8 +17,9 @@ from worker.processes import ForkServer, Trainer, answer_cache
 PAIRS = make_pairs(12)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server() -> Iterator[ForkServer]:
+    """One server for all tests. It starts again by itself after a test that closes it."""
     server = ForkServer()
     yield server
     server.close()

@@ -1,8 +1,6 @@
 """Merged models, compared with PEFT's own merge."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.helpers.adapters import make_adapter
 from tests.helpers.tiny_model import make_tiny_model
 from worker.trainer.errors import UserError
-from worker.trainer.merge import merge
+from worker.trainer.merge import main, merge
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["lora", "rslora", "dora"])
@@ -34,14 +32,16 @@ def test_a_merge_equals_pefts_own(tmp_path: Path, options: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
-def test_the_program_writes_a_model_in_the_requested_precision(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+def test_the_program_writes_a_model_in_the_requested_precision(
+    tmp_path: Path, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Run in this process; the merges of tests/integration run as processes."""
     base = make_tiny_model(tmp_path / "base")
     make_adapter(base, tmp_path / "start")
     (tmp_path / "merge.json").write_text(json.dumps({"dtype": name}))
-    process = subprocess.run(
-        [sys.executable, "-m", "worker.trainer.merge", str(tmp_path)], capture_output=True, text=True, check=True
-    )
-    assert json.loads(process.stdout) == {}
+    monkeypatch.setattr("sys.argv", ["merge", str(tmp_path)])
+    assert main() == 0
+    assert json.loads(capsys.readouterr().out) == {}
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "output")
     assert {parameter.dtype for parameter in merged.parameters()} == {dtype}
     assert AutoTokenizer.from_pretrained(tmp_path / "output").eos_token is not None
