@@ -30,14 +30,14 @@ def shared_service(home: Path, environment: dict[str, str]) -> Iterator[Running]
         yield service
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """One service on the embedded stack, for all tests of a test process that leave it running."""
     with shared_service(tmp_path_factory.mktemp("embedded") / "home", {}) as service:
         yield service
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def service_on_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """The same on PostgreSQL, Redis and S3 servers."""
     with (
