@@ -1,5 +1,6 @@
 """Environment of all tests: no hub can be reached, and the settings of the user who runs them do not apply."""
 
+import gc
 import os
 
 import pytest
@@ -12,3 +13,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 for name in [name for name in os.environ if name.startswith(("DPO_", "AWS_")) and name != "DPO_SHARED"]:
     del os.environ[name]
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector out of the libraries: with torch and its peers loaded, a collection takes 0.4 s."""
+    gc.collect()
+    gc.freeze()
