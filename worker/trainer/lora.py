@@ -70,6 +70,14 @@ class LoraLinear4bit(_AddsDelta, lora.Linear4bit):  # type: ignore[misc]
 class LoraLinear8bit(_AddsDelta, lora.Linear8bitLt):  # type: ignore[misc]
     """LoRA on an 8-bit linear layer."""
 
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        # On a CPU, PEFT's DoRA moves the base weight to the device where it is. bitsandbytes then takes it for a new
+        # weight, and its next forward pass would replace the scales by those of the new weight, which has none.
+        weight = self.base_layer.weight
+        if weight.CB is not None and weight.SCB is None:
+            weight.CB = None
+        return super().forward(x, *args, **kwargs)
+
 
 def with_fast_layers(config: LoraConfig) -> LoraConfig:
     """`config` with the LoRA layers of this module. PEFT's own layers serve every other kind of base layer."""

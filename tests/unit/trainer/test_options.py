@@ -238,11 +238,12 @@ def test_a_reward_model_loads_with_transformers_and_gives_the_rewards_of_trainin
     assert batch.tolist() == pytest.approx([reward(text.removesuffix("</s>")) for text in texts], rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"use_rslora": True}], ids=["dora", "rslora"])
 def test_dora_and_rslora_train_and_start_at_the_reference(
-    llama: Path, tmp_path: Path, options: dict[str, bool]
+    llama: Path, tmp_path: Path, options: dict[str, bool], quantization: str
 ) -> None:
-    spec = {**PLAIN, "adapter": {"r": 4, **options}, "method": dpo_method(**SETTINGS)}
+    spec = {**PLAIN, "quantization": quantization, "adapter": {"r": 4, **options}, "method": dpo_method(**SETTINGS)}
     folder = make_work_folder(tmp_path, llama, spec, train=PAIRS)
     losses = training_metrics(run_in_process(folder), "loss", "dpo")
     assert losses[0] == pytest.approx(0.6931472, abs=1e-5)
