@@ -12,7 +12,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 
 class Settings(BaseSettings):
-    """The operator's settings, which the README lists. Building this object writes nothing to the disk."""
+    """The operator's settings, as in docs/reference/configuration.md. Building this object writes nothing to disk."""
 
     model_config = SettingsConfigDict(env_prefix="DPO_", env_ignore_empty=True, extra="ignore", frozen=True)
 

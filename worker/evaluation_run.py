@@ -239,7 +239,7 @@ class Evaluation(JobAttempt[EvaluationSpec]):
         if not items:
             self.fail("invalid_file", "No row of the data is left to evaluate.", "data")
             return
-        # Imported here because the API's image, in which the CPU lane runs, has no NumPy.
+        # Imported here, so that a worker starts without NumPy.
         from worker import evaluation_figures
 
         report = evaluation_figures.report(self.spec, items)
