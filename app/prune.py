@@ -30,8 +30,8 @@ CACHE_SECONDS = 30 * 24 * 3600.0
 """Maximum age of a cached object. It is computed again if it is missing."""
 
 
-def prune(services: Services, *, delete: bool, grace: float = MIN_AGE_SECONDS) -> tuple[int, int]:
-    """Check every object that was last written more than `grace` seconds ago. Younger objects count as needed.
+def prune(services: Services, *, delete: bool, min_age: float = MIN_AGE_SECONDS) -> tuple[int, int]:
+    """Check every object that was last written more than `min_age` seconds ago. Younger objects count as needed.
 
     Returns (number of needed objects, number of others); `delete` removes the others. Raises `Conflict` if the store
     belongs to another installation than the database.
@@ -44,7 +44,7 @@ def prune(services: Services, *, delete: bool, grace: float = MIN_AGE_SECONDS) -
         )
     needed, unneeded = 0, 0
     for prefix, find in NEEDED.items():
-        age = CACHE_SECONDS if prefix == "cache" else grace
+        age = CACHE_SECONDS if prefix == "cache" else min_age
         for batch in services.storage.batches(prefix):
             old = [key for key, written_at in batch if written_at <= time.time() - age]
             with services.database.read() as session:

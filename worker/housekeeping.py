@@ -40,7 +40,7 @@ def prune_objects(services: Services) -> None:
     """Remove objects that no row needs and that are older than DPO_PRUNE_AFTER_HOURS. Raises what `prune` raises."""
     hours = services.settings.prune_after_hours
     if hours:
-        needed, removed = prune(services, delete=True, grace=hours * 3600)
+        needed, removed = prune(services, delete=True, min_age=hours * 3600)
         log.info("objects swept", needed=needed, removed=removed)
 
 

@@ -24,7 +24,7 @@ from tests.faults.scene import Scene
 from tests.faults.workload import Attempt, Workload, orphans
 from tests.helpers.servers import wait_until
 
-PRUNE_SECONDS, GRACE_SECONDS = 30.0, 120.0
+PRUNE_SECONDS, MIN_AGE_SECONDS = 30.0, 120.0
 TRIES = 5
 """Tries of a fault. A try that comes too late or changes nothing does not count as a strike."""
 
@@ -72,7 +72,7 @@ def _prune(workload: Workload, stop: threading.Event) -> None:
     """Prune again and again beside the faults, as workers do every hour. PostgreSQL may be unavailable."""
     while not stop.wait(PRUNE_SECONDS):
         with suppress(SQLAlchemyError):
-            prune(workload.cluster.services, delete=True, grace=GRACE_SECONDS)
+            prune(workload.cluster.services, delete=True, min_age=MIN_AGE_SECONDS)
 
 
 @contextmanager

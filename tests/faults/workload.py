@@ -199,8 +199,8 @@ class Workload:
             self.problems.append(f"lost: {sorted(lost)}")
         if sum(states[end] for end in ("succeeded", "failed", "cancelled")) != len(self.accepted):
             self.problems.append(f"{len(self.accepted)} accepted, but {dict(states)}")
-        _, pruned = prune(services, delete=True, grace=0.0)
-        _, left_over = prune(services, delete=False, grace=0.0)
+        _, pruned = prune(services, delete=True, min_age=0.0)
+        _, left_over = prune(services, delete=False, min_age=0.0)
         if left_over:
             self.problems.append(f"{left_over} objects that pruning does not remove")
         for folder in folders:

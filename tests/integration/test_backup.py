@@ -67,7 +67,7 @@ def test_a_dump_and_a_copy_of_the_objects_restore_the_service(
         with restored_services.database.write() as session:
             claimed = job_queue.claim(session, Status.VALIDATING, "a worker")
         assert claimed is not None and claimed.id == job_id, "unfinished jobs go on in the restored service"
-        assert prune(restored_services, delete=True, grace=0.0)[1] == 1
+        assert prune(restored_services, delete=True, min_age=0.0)[1] == 1
 
 
 def api_state(client: TestClient, file_id: str, job_id: str) -> list[object]:

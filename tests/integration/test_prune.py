@@ -86,14 +86,14 @@ def test_pruning_keeps_only_the_objects_that_a_row_needs(
     assert prune(services, delete=True) == (len(needed | unneeded), 0), (
         "young objects stay: their rows may not be committed yet"
     )
-    assert prune(services, delete=False, grace=0.0) == (len(needed), len(unneeded))
-    assert prune(services, delete=True, grace=0.0) == (len(needed), len(unneeded))
+    assert prune(services, delete=False, min_age=0.0) == (len(needed), len(unneeded))
+    assert prune(services, delete=True, min_age=0.0) == (len(needed), len(unneeded))
     remaining = {
         key for prefix in ("files", "uploads", "jobs", "merged", "cache") for key, _ in services.storage.list(prefix)
     }
     assert remaining == needed
     monkeypatch.setattr("app.prune.CACHE_SECONDS", 0.0)
-    assert prune(services, delete=True, grace=0.0) == (len(needed) - 1, 1)
+    assert prune(services, delete=True, min_age=0.0) == (len(needed) - 1, 1)
     assert services.storage.list("cache") == []
 
 
@@ -103,17 +103,17 @@ def test_a_deleted_file_keeps_its_bytes_until_housekeeping(client: TestClient, s
     client.delete(f"/v1/files/{file_id}")
     with services.database.read() as session:
         assert session.get_one(File, file_id).deleted_at is not None
-    assert prune(services, delete=True, grace=0.0) == (1, 0)
+    assert prune(services, delete=True, min_age=0.0) == (1, 0)
 
 
 def test_pruning_refuses_the_store_of_another_installation(client: TestClient, services: Services) -> None:
     """An empty database needs no object. It would delete everything in the store of another installation."""
     upload(client)
-    assert prune(services, delete=True, grace=0.0) == (1, 0)
+    assert prune(services, delete=True, min_age=0.0) == (1, 0)
     with services.database.write() as session:
         session.execute(update(Installation).values(id="another"))
     with pytest.raises(Conflict, match="another installation"):
-        prune(services, delete=True, grace=0.0)
+        prune(services, delete=True, min_age=0.0)
     with pytest.raises(Conflict, match="another installation"):
         prune_objects(services)
     assert len(services.storage.list("files")) == 1
@@ -148,4 +148,4 @@ def test_events_of_old_jobs_are_deleted_and_their_results_stay(services: Service
     with services.database.read() as session:
         assert set(session.scalars(select(JobEvent.job_id))) == {new, running}
         assert session.get_one(Job, old).metrics == {"loss": 0.5}
-    assert prune(services, delete=True, grace=0.0) == (0, 1)
+    assert prune(services, delete=True, min_age=0.0) == (0, 1)

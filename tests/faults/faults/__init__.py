@@ -11,7 +11,7 @@ from tests.faults.scene import Fault
 
 
 def missing(fault: str, cluster: Cluster) -> str | None:
-    """What a fault needs and this machine lacks, in words. None if nothing is missing."""
+    """Name the first thing that this machine lacks for the fault; None if it lacks nothing."""
     if fault == "run_out_of_memory" and not os.access(processes.CGROUP, os.W_OK):
         return f"a writable memory controller ({processes.CGROUP})"
     if fault.startswith("fill_the") and not cluster.small_disks:

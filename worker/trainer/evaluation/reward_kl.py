@@ -3,8 +3,6 @@
 This is the frontier of Rafailov et al. 2023, arXiv:2305.18290, Fig. 2 (left).
 """
 
-import gc
-
 from app.spec.datasets.example import Example
 from worker.trainer import dataset, exactness, reference
 from worker.trainer.data import Response, Row, prompt_text
@@ -70,7 +68,6 @@ def _reference_logps(run: EvaluationRun, answers: dataset.Rows, vocabulary: dict
 
     Raises `UserError` if its vocabulary is not that of the candidate, `vocabulary`.
     """
-    gc.collect()
     policy = run.load("baseline")
     if policy.tokenizer.get_vocab() != vocabulary:
         message = "Candidate and baseline have different tokenizers, so the KL between them is not defined."
