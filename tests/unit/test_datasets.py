@@ -14,6 +14,7 @@ from app.spec.datasets.example import Example, Kind
 from app.spec.datasets.reader import records
 from app.spec.datasets.report import Report
 from app.spec.json_types import JsonObject
+from tests.helpers.dataset_files import assistant, user
 
 
 def read(content: bytes) -> tuple[list[Example], Report]:
@@ -25,14 +26,6 @@ def read_one(record: JsonObject) -> Example:
     parsed, _ = read(json.dumps(record).encode())
     (example,) = parsed
     return example
-
-
-def user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
 
 
 HH_TRANSCRIPT = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: {}\n\nAssistant:{}"
@@ -218,8 +211,8 @@ def test_any_bytes_give_examples_or_a_dataset_error(content: bytes) -> None:
 def test_labelled_answers_say_whether_they_are_desirable() -> None:
     assert read_one({"prompt": "q", "completion": " a", "label": False}) == Example(1, "q", (" a",), desirable=False)
     chat = {"messages": [user("q"), {"role": "assistant", "content": "a"}]}
-    assert read_one({**chat, "label": True}) == Example(1, [user("q")], ("a",), desirable=True)  # type: ignore[list-item]
-    assert read_one({**chat, "kto_tag": False}) == Example(1, [user("q")], ("a",), desirable=False)  # type: ignore[list-item]
+    assert read_one({**chat, "label": True}) == Example(1, [user("q")], ("a",), desirable=True)
+    assert read_one({**chat, "kto_tag": False}) == Example(1, [user("q")], ("a",), desirable=False)
 
 
 def test_an_unknown_label_is_refused_and_never_ignored() -> None:

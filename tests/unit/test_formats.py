@@ -19,19 +19,12 @@ from app.spec.datasets.mapping import Label, Mapping
 from app.spec.datasets.reader import records
 from app.spec.datasets.report import Report
 from app.spec.json_types import JsonObject
+from tests.helpers.dataset_files import assistant, user
 
 
 def read_one(record: JsonObject, mapping: Mapping | None = None) -> Example:
     (example,) = examples(io.BytesIO(json.dumps(record).encode()), mapping)
     return example
-
-
-def user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
 
 
 SYSTEM = {"role": "system", "content": "s"}
@@ -99,9 +92,10 @@ def test_a_label_says_whether_a_response_is_desirable(record: JsonObject, desira
 
 def test_weights_select_the_turns_to_train_on() -> None:
     def weighted(*weights: int | None) -> JsonObject:
-        turns: list[JsonObject] = []
+        turns = []
         for number, weight in enumerate(weights):
-            turns += [user(f"q{number}"), assistant(f"a{number}") | ({} if weight is None else {"weight": weight})]
+            marked = {} if weight is None else {"weight": weight}
+            turns += [user(f"q{number}"), assistant(f"a{number}", **marked)]
         return {"messages": turns}
 
     assert read_one(weighted(None, None)).turns == ()

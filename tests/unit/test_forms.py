@@ -15,16 +15,9 @@ from app.spec.datasets.errors import DatasetError
 from app.spec.datasets.example import Example, Message
 from app.spec.datasets.mapping import Mapping
 from app.spec.json_types import JsonObject
+from tests.helpers.dataset_files import assistant, user
 
 Rows = list[JsonObject]
-
-
-def user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str, **more: object) -> JsonObject:
-    return {"role": "assistant", "content": text, **more}
 
 
 def human(text: str) -> dict[str, str]:

@@ -1,12 +1,9 @@
 """Verdicts and labels: values are read in every spelling, and an ambiguous value is refused, never guessed."""
 
-import csv
 import io
 import json
 
-import pyarrow
 import pytest
-from pyarrow import parquet
 from pydantic import ValidationError
 
 from app.spec.datasets.check import examples, survey
@@ -14,28 +11,9 @@ from app.spec.datasets.errors import DatasetError
 from app.spec.datasets.example import Example
 from app.spec.datasets.mapping import Mapping
 from app.spec.json_types import JsonObject
+from tests.helpers.dataset_files import as_csv, as_lines, as_parquet
 
 Rows = list[JsonObject]
-
-
-def as_lines(rows: Rows) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
-def as_csv(rows: Rows) -> bytes:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
-
-
-def as_parquet(rows: Rows) -> bytes:
-    file = io.BytesIO()
-    parquet.write_table(pyarrow.Table.from_pylist(rows), file)
-    return file.getvalue()
-
-
 WRITERS = {"JSON Lines": as_lines, "CSV": as_csv, "Parquet": as_parquet}
 
 

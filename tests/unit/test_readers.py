@@ -1,7 +1,6 @@
 """The same rows are read from every kind of file: JSON Lines, arrays, CSV, Parquet, compressed, recoded or wrapped."""
 
 import bz2
-import csv
 import gzip
 import io
 import json
@@ -14,7 +13,6 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pyarrow import parquet
 
 from app.spec.datasets import limits
 from app.spec.datasets.check import examples, survey
@@ -23,37 +21,14 @@ from app.spec.datasets.example import Example
 from app.spec.datasets.mapping import Mapping
 from app.spec.datasets.reader import records
 from app.spec.json_types import JsonObject
+from tests.helpers.dataset_files import as_csv, as_lines, as_parquet
 
 Rows = list[JsonObject]
 Write = Callable[[Rows], bytes]
 
 
-def as_lines(rows: Rows) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
 def as_array(rows: Rows) -> bytes:
     return json.dumps(rows, indent=1, ensure_ascii=False).encode()
-
-
-def as_csv(rows: Rows) -> bytes:
-    """CSV, with lists and objects as JSON in a cell, and null as an empty cell."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]))
-    writer.writeheader()
-    for row in rows:
-        cells = {
-            name: json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
-            for name, value in row.items()
-        }
-        writer.writerow(cells)
-    return text.getvalue().encode()
-
-
-def as_parquet(rows: Rows) -> bytes:
-    file = io.BytesIO()
-    parquet.write_table(pyarrow.Table.from_pylist(rows), file)
-    return file.getvalue()
 
 
 def as_lines_of_a_table(rows: Rows) -> bytes:

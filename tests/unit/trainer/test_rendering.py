@@ -17,6 +17,7 @@ from trl.data_utils import apply_chat_template
 
 from app.spec.datasets.example import Example, Kind, Message
 from app.spec.datasets.rendering import Rendering
+from tests.helpers.dataset_files import assistant, user
 from tests.helpers.tiny_model import CHATML, make_tokenizer
 from worker.trainer.control import ControlTokens
 from worker.trainer.data import Recipe, Row, Tally, prompt_ids, rows
@@ -39,14 +40,6 @@ def tokenizer_of(name: str) -> Tokenizer:
     tokenizer = make_tokenizer(source)
     tokenizer.add_special_tokens({"additional_special_tokens": sorted(set(CONTROL.findall(source)))})
     return tokenizer
-
-
-def user(text: str) -> Message:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str, **more: Any) -> Message:
-    return {"role": "assistant", "content": text, **more}  # type: ignore[typeddict-item]
 
 
 ASKED = user("what is it?")
