@@ -4,7 +4,10 @@ A wake-up names a lane, not a job. It may be lost, late or delivered twice. The 
 also polls the database every few seconds.
 """
 
+import fcntl
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from queue import Empty
@@ -30,11 +33,35 @@ class Lane(StrEnum):
 
 
 class FolderChannel(filesystem.Channel):  # type: ignore[misc]
-    """kombu's folder channel, made safe against half-written messages.
+    """kombu's folder channel, made safe against files that another process has not finished.
 
-    A message that is read while it is being written is dropped, as any wake-up may be. Plain kombu raises an error
-    there. Celery takes that for a lost broker, and the worker ends.
+    Plain kombu raises an error there. Celery takes that for a lost broker, and the worker ends. A message that is read
+    while it is being written is dropped, as any wake-up may be. The bindings of an exchange have a lock. Bindings whose
+    writer was killed are no bindings: whoever needs one writes it anew.
     """
+
+    @contextmanager
+    def _bindings_locked(self) -> Iterator[None]:
+        """Hold the lock of all bindings. Kombu's own lock comes too late: it first looks for the file, or makes it."""
+        with (self.control_folder / "bindings.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def get_table(self, exchange: str) -> list[filesystem.exchange_queue_t]:
+        with self._bindings_locked():
+            try:
+                bindings: list[filesystem.exchange_queue_t] = super().get_table(exchange)
+            except ValueError:
+                return []
+            return bindings
+
+    def _queue_bind(self, exchange: str, routing_key: str, pattern: str, queue: str) -> None:
+        with self._bindings_locked():
+            try:
+                super()._queue_bind(exchange, routing_key, pattern, queue)
+            except ValueError:
+                self._exchange_file(exchange).unlink()
+                super()._queue_bind(exchange, routing_key, pattern, queue)
 
     def _get(self, queue: str) -> JsonObject:
         try:
