@@ -5,6 +5,8 @@ import os
 
 import pytest
 
+LONG = {"acceptance", "faults", "trainer"}
+
 pytest.register_assert_rewrite("tests.helpers")
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,6 +15,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 for name in [name for name in os.environ if name.startswith(("DPO_", "AWS_")) and name != "DPO_SHARED"]:
     del os.environ[name]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin the long modules first. At the end only short ones are left, which keep all processes busy."""
+    items.sort(key=lambda item: item.path.parent.name not in LONG)
 
 
 def pytest_collection_finish() -> None:
