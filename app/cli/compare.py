@@ -20,7 +20,7 @@ from app.cli.evaluations import (
     RewardModelOption,
     judge_from_options,
 )
-from app.cli.output import Json, emit
+from app.cli.output import Json, emit, upload_files
 from app.cli.watch import EXIT_STATUS, watch
 from app.spec.json_types import JsonObject
 from app.spec.metrics import CHARTS
@@ -61,7 +61,7 @@ def compare(
         "sampling": {"temperatures": [temperature], "max_tokens": max_tokens},
     }  # fmt: skip
     sides = {"candidate": {"model": model_a}, "baseline": {"model": model_b}}
-    judge = judge_from_options(client, reward_model, classifier, judge_url, judge_model, question)
+    judge = judge_from_options(reward_model, classifier, judge_url, judge_model, question)
     evaluation = _evaluated(
         client, {"type": "win_rate", **sides, **shared} | ({"judge": judge} if judge else {}), console
     )
@@ -90,7 +90,8 @@ def _upload(client: Client, path: Path) -> str:
 
 
 def _evaluated(client: Client, body: JsonObject, console: Console) -> JsonObject:
-    """Run an evaluation to its end."""
+    """Run an evaluation to its end. A file that it names by path is uploaded first."""
+    upload_files(client.upload, body)
     evaluation = client.request("POST", "/evaluations", json=body)
     return watch(client, f"/evaluations/{quote(evaluation['id'], safe='')}", console)
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from app.cli.client import Client
 from app.cli.describe import describe_gate
-from app.cli.output import Json, Limit, Output, emit, emit_table, read_body, read_gates
+from app.cli.output import Json, Limit, Output, emit, emit_table, read_body, read_gates, upload_files
 from app.cli.watch import exit_status, watch
 from app.evaluations.figures import figures
 from app.spec.json_types import JsonObject
@@ -55,7 +55,9 @@ def evaluate(
     max_rows: Annotated[int | None, typer.Option(min=1, help="The largest number of rows to use.")] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     gate: Annotated[list[str] | None, typer.Option(help="METRIC>=NUMBER or METRIC<=NUMBER: win_rate/low>=0.5.")] = None,
-    spec: Annotated[Path | None, typer.Option(help="A JSON file with the whole body; '-' for stdin.")] = None,
+    spec: Annotated[
+        Path | None, typer.Option(help="The body as a JSON file; it may name files by path. '-' for stdin.")
+    ] = None,
     follow: Annotated[bool, typer.Option("--watch", help="Follow it to its end.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -68,14 +70,14 @@ def evaluate(
     if type:
         body["type"] = type
     if candidate or candidate_file:
-        body["candidate"] = _side_from_options(client, candidate, candidate_file)
+        body["candidate"] = _side_from_options(candidate, candidate_file)
     if baseline == "reference":
         body["baseline"] = baseline
     elif baseline or baseline_file or baseline_answers:
-        body["baseline"] = _side_from_options(client, baseline, baseline_file, baseline_answers)
+        body["baseline"] = _side_from_options(baseline, baseline_file, baseline_answers)
     if data:
-        body["data"] = _file(client, data)
-    judge = judge_from_options(client, reward_model, classifier, judge_url, judge_model, question)
+        body["data"] = data
+    judge = judge_from_options(reward_model, classifier, judge_url, judge_model, question)
     if judge:
         body["judge"] = {**(body.get("judge") or {}), **judge}
     sampling = _set_options(temperatures=temperature, samples=samples, max_tokens=max_tokens)
@@ -84,6 +86,7 @@ def evaluate(
     body |= _set_options(max_rows=max_rows, seed=seed)
     if gate:
         body["gates"] = [*body.get("gates", []), *read_gates(gate)]
+    upload_files(client.upload, body)
     started = client.request("POST", PATH, json=body)
     if follow:
         _follow(client, started["id"], as_json)
@@ -95,14 +98,14 @@ def _set_options(**options: object) -> JsonObject:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _side_from_options(client: Client, model: str, file: str, answers: str = "") -> JsonObject:
-    """The side of an evaluation that the options name. A file at a path is uploaded first."""
-    side = {"model": model, "file": file and _file(client, file), "answers": answers}
+def _side_from_options(model: str, file: str, answers: str = "") -> JsonObject:
+    """The side of an evaluation that the options name."""
+    side = {"model": model, "file": file, "answers": answers}
     return {name: value for name, value in side.items() if value}
 
 
 def judge_from_options(
-    client: Client, reward_model: str, classifier: str, judge_url: str, judge_model: str, question: str
+    reward_model: str, classifier: str, judge_url: str, judge_model: str, question: str
 ) -> JsonObject:
     """The judge that the options name; empty if they name none."""
     judge: JsonObject = {}
@@ -115,13 +118,8 @@ def judge_from_options(
     elif reward_model:
         judge = {"type": "reward_model", "model": reward_model}
     elif classifier:
-        judge = {"type": "classifier", "classifier": {"file": _file(client, classifier)}}
+        judge = {"type": "classifier", "classifier": {"file": classifier}}
     return judge | ({"question": question} if question else {})
-
-
-def _file(client: Client, name: str) -> str:
-    """The id of the file `name`, an id or a path. A file at a path is uploaded first."""
-    return str(client.upload(Path(name), {"purpose": "evals"})["id"]) if Path(name).is_file() else name
 
 
 @evaluations.command("list")

@@ -49,7 +49,9 @@ def jobs_create(
     epochs: Annotated[int | None, typer.Option(help="Passes over the method's data.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="The learning rate of the method's stage.")] = None,
     suffix: Annotated[str, typer.Option(help="Part of the new model's name.")] = "",
-    spec: Annotated[Path | None, typer.Option(help="A JSON file with the whole job body; '-' for stdin.")] = None,
+    spec: Annotated[
+        Path | None, typer.Option(help="The job body as a JSON file; it may name files by path. '-' for stdin.")
+    ] = None,
     gate: Annotated[
         list[str] | None,
         typer.Option(help="A condition at the end, e.g. 'eval/rewards/accuracies>=0.6'. Repeatable."),
@@ -73,7 +75,7 @@ def jobs_create(
     body |= {key: value for key, value in fields.items() if value}
     if gate:
         body["gates"] = [*body.get("gates", []), *read_gates(gate)]
-    upload_files(client, body)
+    upload_files(client.upload, body)
     if dry_run:
         estimate = client.when_ready("POST", "/fine_tuning/estimate", json=body)
         emit(estimate, as_json, describe_estimate(estimate))

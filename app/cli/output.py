@@ -1,6 +1,7 @@
 """Input and output of commands: request bodies from files, and results as text or, with `--json`, as JSON."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from app.cli.client import Client
 from app.spec.json_types import JsonObject
 
 console = Console(width=None if sys.stdout.isatty() else 240)
@@ -72,17 +72,33 @@ def _gate(text: str) -> JsonObject:
         raise typer.BadParameter(f"'{text}' is not METRIC>=NUMBER or METRIC<=NUMBER", param_hint="--gate") from None
 
 
-def upload_files(client: Client, job: JsonObject) -> None:
-    """Upload the files that a job's body names by path, and replace each path by the file's id."""
+PURPOSES = {
+    "training_file": "fine-tune",
+    "more_training_files": "fine-tune",
+    "validation_file": "fine-tune",
+    "data": "evals",
+    "file": "evals",
+}
+"""The fields of jobs and evaluations that name a file, and the purpose with which it is uploaded."""
 
-    def uploaded(name: object) -> object:
-        return client.upload(Path(name))["id"] if isinstance(name, str) and Path(name).is_file() else name
 
-    for field in ("training_file", "validation_file"):
-        if field in job:
-            job[field] = uploaded(job[field])
-    if isinstance(job.get("more_training_files"), list):
-        job["more_training_files"] = [uploaded(name) for name in job["more_training_files"]]
-    for evaluation in job.get("evaluations") or []:
-        if isinstance(evaluation.get("data"), str) and Path(evaluation["data"]).is_file():
-            evaluation["data"] = client.upload(Path(evaluation["data"]), {"purpose": "evals"})["id"]
+def upload_files(upload: Callable[[Path, JsonObject], JsonObject], body: JsonObject) -> None:
+    """Upload the files that a job or an evaluation names by path, and replace each path by the id of the upload.
+
+    `upload` takes a path and the form fields that go with it.
+    """
+    for field, value in body.items():
+        if field == "metadata":
+            continue
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, dict):
+                upload_files(upload, part)
+        if field in PURPOSES:
+            body[field] = _uploaded(upload, value, {"purpose": PURPOSES[field]})
+
+
+def _uploaded(upload: Callable[[Path, JsonObject], JsonObject], name: object, form: JsonObject) -> object:
+    """The id of the file `name`, an id or a path; for a list, those of its files."""
+    if isinstance(name, list):
+        return [_uploaded(upload, each, form) for each in name]
+    return upload(Path(name), form)["id"] if isinstance(name, str) and Path(name).is_file() else name

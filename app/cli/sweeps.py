@@ -28,7 +28,7 @@ def _path(sweep_id: str) -> str:
 
 @sweeps.command("create")
 def sweeps_create(
-    spec: Annotated[Path, typer.Option(help="A JSON file with the body of the job; '-' for stdin.")],
+    spec: Annotated[Path, typer.Option(help="The job body as a JSON file; it may name files by path. '-' for stdin.")],
     grid: Annotated[
         list[str], typer.Option(help="FIELD=VALUE,VALUE,…, e.g. beta=0.05,0.1 or adapter.r=8,16. Repeatable.")
     ],
@@ -41,7 +41,7 @@ def sweeps_create(
     With --watch, the exit status is that of `dpo sweeps watch`.
     """
     client, job = Client(), read_body(spec)
-    upload_files(client, job)
+    upload_files(client.upload, job)
     fields = dict(map(_values, grid))
     if len(fields) < len(grid):
         raise typer.BadParameter("names a field twice", param_hint="--grid")

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from app.cli.output import upload_files
+from app.spec.job import JobSpec
+from app.spec.json_types import JsonObject
 from tests.helpers.servers import free_port
 
 
@@ -49,6 +52,45 @@ def test_a_refusal_is_one_sentence_without_a_traceback(
     assert process.returncode == 2, process.stdout + process.stderr
     assert phrase in process.stderr.replace("\n", " ")
     assert "Traceback" not in process.stderr
+
+
+def test_every_file_that_a_job_names_by_path_is_uploaded(tmp_path: Path) -> None:
+    """The spec says which files a job and its evaluations read. Metadata names no file, whatever its keys are."""
+
+    def path(name: str) -> str:
+        (tmp_path / name).touch()
+        return str(tmp_path / name)
+
+    def upload(path: Path, form: JsonObject) -> JsonObject:
+        return {"id": f"{path.name} as {form['purpose']}"}
+
+    def files(body: JsonObject) -> list[str]:
+        job = JobSpec.model_validate(body)
+        evaluations = [file for evaluation in job.evaluations or [] for file in evaluation.files()]
+        return [name for _, name in [*job.files(), *evaluations]]
+
+    judge = {"type": "classifier", "classifier": {"file": path("words")}}
+    evaluation = {"type": "win_rate", "data": path("held-out"), "judge": judge}
+    best_of = {"model": "tiny", "best_of": {"n": 2, "by": judge}}
+    body = {
+        "model": "tiny",
+        "method": {"type": "dpo"},
+        "training_file": path("pairs"),
+        "more_training_files": [path("more-pairs"), "file-1"],
+        "validation_file": path("held-out-pairs"),
+        "sft": {"training_file": path("chats"), "validation_file": path("held-out-chats")},
+        "evaluations": [
+            evaluation | {"name": "ready", "baseline": {"file": path("answers")}},
+            evaluation | {"name": "best", "baseline": best_of},
+        ],
+        "metadata": {"data": path("notes")},
+    }
+    upload_files(upload, body)
+    training = ["pairs as fine-tune", "more-pairs as fine-tune", "file-1", "held-out-pairs as fine-tune"]
+    sft = ["chats as fine-tune", "held-out-chats as fine-tune"]
+    ready, best = ("held-out", "answers", "words"), ("held-out", "words", "words")
+    assert files(body) == [*training, *sft, *(f"{name} as evals" for name in ready + best)]
+    assert body["metadata"] == {"data": str(tmp_path / "notes")}
 
 
 def test_a_new_key_is_printed_and_not_stored(tmp_path: Path) -> None:
