@@ -168,7 +168,35 @@ def poison(scene: Scene) -> Strike | None:
 
 
 def deploy(scene: Scene) -> Strike | None:
-    """A version with a new migration is deployed while the job runs: first the schema, then process by process."""
+    """A version with a new migration is deployed while the job runs: first the schema, then process by process.
+
+    The training stands still while the version is made. Otherwise it would end before its worker's turn.
+    """
+    os.kill(scene.attempt.pid, signal.SIGSTOP)
+    try:
+        folder = _next_version(scene)
+    finally:
+        os.kill(scene.attempt.pid, signal.SIGCONT)
+    ready = httpx2.get(f"http://127.0.0.1:{scene.cluster.front.port}/readyz").json()
+    if ready["status"] != "ok":
+        scene.workload.problems.append(f"the old version is not ready beside the new schema: {ready}")
+    handed_back_before, struck = scene.workload.messages(scene.attempt.job).count(HANDED_BACK), scene.running()
+    # Workers before APIs, as in a real deployment. The busy worker is first, before its training ends by itself.
+    order = sorted(
+        scene.cluster.programs.values(),
+        key=lambda program: (program is not scene.runner, program.name.startswith("api")),
+    )
+    for program in order:
+        program.folder, program.environment = folder, program.environment | {"PYTHONPATH": str(folder)}
+        program.signal(signal.SIGTERM)
+        program.wait(60)
+        program.start()
+    resumed = scene.workload.messages(scene.attempt.job).count(HANDED_BACK) > handed_back_before
+    return Strike(f"{scene.attempt.job}: {HANDED_BACK}") if struck and resumed else None
+
+
+def _next_version(scene: Scene) -> Path:
+    """Write the code of a version with one more field and one more migration, and migrate. Returns its folder."""
     cluster = scene.cluster
     number = len(list(cluster.home.glob("version-*"))) + 1
     folder = cluster.home / f"version-{number}"
@@ -189,18 +217,4 @@ def deploy(scene: Scene) -> Strike | None:
     # A separate process: the new version's migrations are another package of the same name.
     migrate = [sys.executable, "-m", "app.cli.main", "migrate"]
     subprocess.run(migrate, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
-    ready = httpx2.get(f"http://127.0.0.1:{cluster.front.port}/readyz").json()
-    if ready["status"] != "ok":
-        scene.workload.problems.append(f"the old version is not ready beside the new schema: {ready}")
-    handed_back_before, struck = scene.workload.messages(scene.attempt.job).count(HANDED_BACK), scene.running()
-    # Workers before APIs, as in a real deployment. The busy worker is first, before its training ends by itself.
-    order = sorted(
-        cluster.programs.values(), key=lambda program: (program is not scene.runner, program.name.startswith("api"))
-    )
-    for program in order:
-        program.folder, program.environment = folder, program.environment | {"PYTHONPATH": str(folder)}
-        program.signal(signal.SIGTERM)
-        program.wait(60)
-        program.start()
-    resumed = scene.workload.messages(scene.attempt.job).count(HANDED_BACK) > handed_back_before
-    return Strike(f"{scene.attempt.job}: {HANDED_BACK}") if struck and resumed else None
+    return folder
