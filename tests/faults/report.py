@@ -33,8 +33,11 @@ def table(runs: list[dict[str, Any]]) -> str:
     lines += [
         "",
         f"{len(strikes)} strikes in {minutes:.0f} minutes on {os.cpu_count()} cores ({platform.machine()}), "
-        f"{max(len(run['parts']) for run in runs)} clusters at once, {len(runs)} runs. Not counted, because they came too late or changed nothing: "
-        f"{sum(misses.values())} ({dict(misses)}).",
+        f"{max(len(run['parts']) for run in runs)} clusters at once, {len(runs)} runs.",
+        "",
+        "Not counted, because they came too late or changed nothing: "
+        + (", ".join(f"{fault} {times}" for fault, times in misses.items()) or "none")
+        + ".",
         "",
         "At the end: " + ", ".join(f"{name} {number}" for name, number in sorted(counted.items())) + ".",
         "",
