@@ -45,6 +45,8 @@ def run(folder: Path) -> int:
 
 def _train_or_evaluate(folder: Path, stream: IO[str], stopping: threading.Event, answers: "queue.Queue[str]") -> int:
     """Do the work in `folder` and write its events to `stream`. Returns the exit status."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on some CPUs it advises to install a kernel of a hub
     # Imported here because torch takes seconds: the watch on standard input has to run before.
     from safetensors import SafetensorError
 
@@ -57,7 +59,6 @@ def _train_or_evaluate(folder: Path, stream: IO[str], stopping: threading.Event,
     from worker.trainer.loop import train
     from worker.trainer.run import TrainingRun
 
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")
     entry = {
         "event": "trainer began",
         "level": "info",
