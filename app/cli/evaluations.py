@@ -14,6 +14,7 @@ from app.cli.describe import describe_gate
 from app.cli.output import Json, Limit, Output, emit, emit_table, read_body, read_gates, upload_files
 from app.cli.watch import exit_status, watch
 from app.evaluations.figures import figures
+from app.spec.evaluation import side_name
 from app.spec.json_types import JsonObject
 
 evaluations = typer.Typer(help="Evaluations of models.", no_args_is_help=True)
@@ -126,12 +127,8 @@ def judge_from_options(
 def evaluations_list(limit: Limit = 20, as_json: Json = False) -> None:
     """Evaluations, newest first."""
     rows = list(Client().pages(PATH, limit))
-    cells = [row | {"candidate": _side(row["candidate"]), "baseline": _side(row["baseline"])} for row in rows]
+    cells = [row | {name: side_name(row[name]) for name in ("candidate", "baseline")} for row in rows]
     emit_table(rows if as_json else cells, ["id", "status", "type", "candidate", "baseline"], as_json)
-
-
-def _side(side: JsonObject | None) -> str:
-    return "" if not side else "reference" if "reference" in side else str(next(iter(side.values())))
 
 
 @evaluations.command("show")

@@ -16,7 +16,7 @@ from app.evaluations.schemas import EvaluationObject
 from app.jobs.lifecycle import Lifecycle
 from app.jobs.schemas import JobObject, MetricSeries
 from app.keys.access import access
-from app.spec.json_types import JsonObject
+from app.spec.evaluation import side_name
 from app.spec.metrics import CHARTS
 
 FOLDER = Path(__file__).parent
@@ -45,16 +45,7 @@ def _duration(seconds: float | None) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
-def _side(side: JsonObject | None) -> str:
-    """The name of a side of an evaluation: a model, a file, or the data's own answers."""
-    if side is None:
-        return ""
-    if "reference" in side:
-        return "reference"
-    return f"{side['answers']} answers" if "answers" in side else str(next(iter(side.values())))
-
-
-templates.env.filters |= {"time": _time, "duration": _duration, "side": _side, "figures": figures}
+templates.env.filters |= {"time": _time, "duration": _duration, "side": side_name, "figures": figures}
 templates.env.globals |= {"charts": CHARTS}
 
 

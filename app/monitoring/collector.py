@@ -24,7 +24,7 @@ class ServiceCollector(Collector):
             state = snapshot(session)
         yield _by("dpo_jobs", "Jobs by status; 'paused' counts queued jobs on hold.", "status", state.jobs)
         yield _by("dpo_leases", "Leases of jobs, held and expired.", "state", state.leases)
-        yield _by("dpo_tasks", "Reports and merges that are not ready.", "kind", state.tasks)
+        yield _by("dpo_derived_artifacts", "Reports and merges that are not ready.", "kind", state.derived_artifacts)
         yield _by("dpo_workers", "Workers that reported in the last 90 seconds.", "lane", state.workers)
         attempts = CounterMetricFamily("dpo_job_attempts", "Leases taken on jobs so far, file checks included.")
         attempts.add_metric([], state.attempts)

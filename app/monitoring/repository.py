@@ -30,7 +30,7 @@ class Snapshot:
     """Sum over all running trainings."""
     peak_memory_bytes: int
     """Largest peak of a running training."""
-    tasks: dict[str, int]
+    derived_artifacts: dict[str, int]
     """Number of reports and merges that are not ready, by kind."""
     webhooks_due: int
     webhook_lag: float
@@ -64,7 +64,7 @@ def snapshot(session: Session) -> Snapshot:
         leases={"held": len(leased) - expired, "expired": expired},
         tokens_per_second=sum((job.progress or {}).get("tokens_per_second") or 0.0 for job in training),
         peak_memory_bytes=int(max(((job.metrics or {}).get("peak_memory_bytes") or 0 for job in training), default=0)),
-        tasks=dict(pending.all()),
+        derived_artifacts=dict(pending.all()),
         webhooks_due=due_count,
         webhook_lag=0.0 if first_due is None else current - first_due,
         workers={lane: len(workers.present(session, lane)) for lane in ("gpu", "cpu")},

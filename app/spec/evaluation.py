@@ -104,6 +104,15 @@ class Side(Strict):
         return self.model is not None or self.reference is not None
 
 
+def side_name(side: JsonObject | None) -> str:
+    """A side as a person reads it: a model, a file, the reference, or the data's own answers. Empty for no side."""
+    if side is None:
+        return ""
+    if "reference" in side:
+        return "reference"
+    return f"{side['answers']} answers" if "answers" in side else str(next(iter(side.values())))
+
+
 def _side(value: object) -> object:
     return {"reference": True} if value == "reference" else value
 

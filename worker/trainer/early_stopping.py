@@ -13,8 +13,8 @@ class Best:
     value: float | None = None
     """Its value of the watched metric; None before the first validation."""
     step: int = 0
-    without: int = 0
-    """Validations without an improvement since then."""
+    validations_since: int = 0
+    """Number of validations since then, none of which improved it."""
 
     def improves(self, settings: EarlyStopping, metrics: dict[str, float], step: int) -> bool:
         """Record the validation after `step`. Returns whether it is the best so far, by more than `min_delta`."""
@@ -23,7 +23,7 @@ class Best:
         if VALIDATION[settings.metric].better == "lower":
             gain = -gain  # positive: better
         if self.value is None or gain > settings.min_delta:
-            self.value, self.step, self.without = value, step, 0
+            self.value, self.step, self.validations_since = value, step, 0
             return True
-        self.without += 1
+        self.validations_since += 1
         return False

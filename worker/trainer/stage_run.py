@@ -163,11 +163,11 @@ class StageRun:
             return
         if state.best.improves(settings, metrics, state.step):
             weights.save(self.policy, self.run.best_weights)
-        elif state.best.without >= settings.patience and state.stage_step < stage.steps:
+        elif state.best.validations_since >= settings.patience and state.stage_step < stage.steps:
             state.ended, state.skipped = True, state.skipped + stage.steps - state.stage_step
             self.run.events.message(
                 f"Stage {stage.name} stops early, after step {state.stage_step} of {stage.steps}: {settings.metric} "
-                f"has not improved in {state.best.without} validations."
+                f"has not improved in {state.best.validations_since} validations."
             )
 
     def _require_finite(self, metrics: dict[str, float], *names: str) -> None:
