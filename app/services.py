@@ -41,7 +41,7 @@ class Services:
     evaluations: Evaluations
     sweeps: Sweeps
     models: Models
-    vault: SecretBox
+    secret_box: SecretBox
     webhooks: Webhooks
 
     @classmethod
@@ -52,9 +52,9 @@ class Services:
             Broker(settings),
         )
         keys = Keys(database, settings.secret_key, settings.admin_key)
-        vault = SecretBox(settings.secret_key)
+        secret_box = SecretBox(settings.secret_key)
         feed = Feed(database)
-        evaluations = Evaluations(database, storage, broker, keys, feed, vault, settings.private_judges)
+        evaluations = Evaluations(database, storage, broker, keys, feed, secret_box, settings.private_judges)
         jobs = Jobs(database, storage, broker, keys, feed, evaluations)
         return cls(
             settings=settings,
@@ -72,6 +72,6 @@ class Services:
             evaluations=evaluations,
             sweeps=Sweeps(database, broker, jobs),
             models=Models(database, storage, broker),
-            vault=vault,
-            webhooks=Webhooks(database, broker, vault, settings.private_webhooks),
+            secret_box=secret_box,
+            webhooks=Webhooks(database, broker, secret_box, settings.private_webhooks),
         )

@@ -95,7 +95,7 @@ class Settings(BaseSettings):
 
     @cached_property
     def secret_key(self) -> str:
-        """The key of HMACs and of the vault. It comes from the environment, else from `DPO_HOME/secret.key`."""
+        """The key of signatures and stored secrets. It comes from the environment, else from `DPO_HOME/secret.key`."""
         return self.secret_key_value.get_secret_value() or _kept_secret(self.home / "secret.key")
 
 

@@ -146,7 +146,7 @@ class Evaluation(JobAttempt[EvaluationSpec]):
         sides, services = self.spec.answer_names, self.services
         try:
             sealed = judge.endpoint.api_key
-            api_key = None if sealed is None else services.vault.open(sealed)
+            api_key = None if sealed is None else services.secret_box.open(sealed)
         except ValueError as error:
             return self.fail("judge_refused", f"The judge's key cannot be read: {error}.", "judge.endpoint.api_key")
 

@@ -41,7 +41,7 @@ def prune_objects(services: Services) -> None:
     hours = services.settings.prune_after_hours
     if hours:
         needed, removed = prune(services, delete=True, min_age=hours * 3600)
-        log.info("objects swept", needed=needed, removed=removed)
+        log.info("objects pruned", needed=needed, removed=removed)
 
 
 def forget_old_events(database: Database, seconds: float) -> int:

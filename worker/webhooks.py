@@ -80,7 +80,7 @@ class Sender:
         try:
             target = resolve(endpoint.url, self.services.settings.private_webhooks, PRIVATE_WEBHOOKS_SETTING)
             signed_at = datetime.now(UTC)
-            secret = Webhook(self.services.vault.open(endpoint.sealed_secret))
+            secret = Webhook(self.services.secret_box.open(endpoint.sealed_secret))
             headers = {
                 "Content-Type": "application/json",
                 "User-Agent": f"dpo-service/{__version__}",

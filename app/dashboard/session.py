@@ -25,7 +25,7 @@ def sign_in(services: Services, request: Request, response: Response, key: str) 
         return False
     response.set_cookie(
         COOKIE,
-        services.vault.seal(key),
+        services.secret_box.seal(key),
         max_age=SESSION_SECONDS,
         path="/dashboard",
         httponly=True,
@@ -37,7 +37,7 @@ def sign_in(services: Services, request: Request, response: Response, key: str) 
 
 def _viewer(request: Request, services: ServicesDependency) -> Caller:
     try:
-        caller = services.keys.identify(services.vault.open(request.cookies.get(COOKIE, "")))
+        caller = services.keys.identify(services.secret_box.open(request.cookies.get(COOKIE, "")))
     except ValueError:
         caller = None
     if caller is None:

@@ -52,11 +52,11 @@ class Evaluations(Lifecycle[EvaluationObject]):
         broker: Broker,
         keys: Keys,
         feed: Feed,
-        vault: SecretBox,
+        secret_box: SecretBox,
         private_hosts: tuple[str, ...],
     ) -> None:
         super().__init__(database, storage, broker, keys, feed)
-        self.vault, self.private_hosts = vault, private_hosts
+        self.secret_box, self.private_hosts = secret_box, private_hosts
 
     def show(self, job: Job, place: QueuePlace | None = None) -> EvaluationObject:
         return EvaluationObject.of(job, place)
@@ -140,7 +140,7 @@ class Evaluations(Lifecycle[EvaluationObject]):
             foundation=main_model.foundation if main_model else None,
             training_file=spec.data,
             validation_file=None,
-            spec=resolved.sealed(self.vault.seal).to_store(),
+            spec=resolved.sealed(self.secret_box.seal).to_store(),
             parent_id=training.id if training else None,
             sweep_id=training.sweep_id if training else None,
         )

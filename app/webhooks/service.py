@@ -19,8 +19,10 @@ PRIVATE_WEBHOOKS_SETTING = "DPO_PRIVATE_WEBHOOKS"
 class Webhooks:
     """Create, change and delete endpoints, list their deliveries, and resend one."""
 
-    def __init__(self, database: Database, broker: Broker, vault: SecretBox, private_hosts: tuple[str, ...]) -> None:
-        self.database, self.broker, self.vault, self.private_hosts = database, broker, vault, private_hosts
+    def __init__(
+        self, database: Database, broker: Broker, secret_box: SecretBox, private_hosts: tuple[str, ...]
+    ) -> None:
+        self.database, self.broker, self.secret_box, self.private_hosts = database, broker, secret_box, private_hosts
 
     def create(self, project: str, spec: EndpointSpec) -> NewEndpointObject:
         """Make an endpoint and the secret that signs its events. Raises `ServiceError` for a bad URL."""
@@ -35,7 +37,7 @@ class Webhooks:
                 project=project,
                 url=spec.url,
                 events=sorted(set(spec.events)),
-                sealed_secret=self.vault.seal(secret),
+                sealed_secret=self.secret_box.seal(secret),
                 created_at=database_now(),
             )
             session.add(endpoint)

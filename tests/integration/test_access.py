@@ -77,7 +77,7 @@ def known_ids(client: TestClient, services: Services) -> dict[str, str]:
         )  # fmt: skip
         endpoint = WebhookEndpoint(
             id="whe-1", project="default", url="https://example.com/", events=["fine_tuning.job.succeeded"],
-            sealed_secret=services.vault.seal("whsec_x"), created_at=database_now(),
+            sealed_secret=services.secret_box.seal("whsec_x"), created_at=database_now(),
         )  # fmt: skip
         session.add(endpoint)
         job = session.get_one(Job, job_id)

@@ -182,7 +182,7 @@ def test_a_judges_key_is_sealed_and_not_shown(client: TestClient, services: Serv
         stored = session.get_one(Job, evaluation["id"]).spec["judge"]["endpoint"]["api_key"]
         events = session.execute(text("select message, data from job_events")).all()
     assert "sk-of-the-judge" not in stored + str(events) + client.get("/v1/evaluations").text
-    assert services.vault.open(stored) == "sk-of-the-judge"
+    assert services.secret_box.open(stored) == "sk-of-the-judge"
     longest = judge_with(api_key="k" * 2048)
     evaluation = client.post("/v1/evaluations", json=evaluation_body(client, type="win_rate", judge=longest)).json()
     with services.database.read() as session:

@@ -236,6 +236,6 @@ def test_webhook_secrets_are_stored_sealed(client: TestClient, services: Service
     with services.database.read() as session:
         sealed = session.scalars(select(WebhookEndpoint.sealed_secret)).one()
     assert secret not in sealed
-    assert services.vault.open(sealed) == secret
+    assert services.secret_box.open(sealed) == secret
     with pytest.raises(ValueError, match="another DPO_SECRET_KEY"):
         SecretBox("another secret key").open(sealed)
