@@ -4,16 +4,14 @@ import os
 import platform
 import shutil
 import subprocess
-from pathlib import Path
 
 from app.spec.json_types import JsonObject
-
-MEMINFO, CGROUP_LIMIT = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
+from worker.machine import total_memory, usable_cpus
 
 
 def device() -> JsonObject:
     """`kind` (cuda or cpu), `name` and `memory_bytes` of the first visible GPU, or of this machine without one."""
-    return _gpu() or {"kind": "cpu", "name": f"{os.cpu_count()} × {platform.machine()}", "memory_bytes": host_memory()}
+    return _gpu() or {"kind": "cpu", "name": f"{usable_cpus()} × {platform.machine()}", "memory_bytes": total_memory()}
 
 
 def _gpu() -> JsonObject | None:
@@ -30,11 +28,3 @@ def _gpu() -> JsonObject | None:
         return {"kind": "cuda", "name": name.strip(), "memory_bytes": int(mebibytes) * 1024**2}
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None
-
-
-def host_memory() -> int:
-    """The memory of this machine in bytes, or the limit of its container if that is lower."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if CGROUP_LIMIT.exists() and (limit := CGROUP_LIMIT.read_text().strip()).isdigit():
-        total = min(total, int(limit))
-    return total

@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from worker.machine import usable_cpus
+
 START_SECONDS = 120.0
 """A fork server that does not answer within this time counts as hung."""
 UNKNOWN_STATUS = -signal.SIGKILL
@@ -32,12 +34,17 @@ ALLOWED_PREFIXES = (
 
 
 def trainer_environment() -> dict[str, str]:
-    """The environment variables that a trainer needs. The allow-list keeps the service's secrets out."""
-    return {
+    """The environment variables that a trainer needs. The allow-list keeps the service's secrets out.
+
+    Libraries take the host's cores for the number of their threads. Where fewer are usable, the environment says so.
+    """
+    variables = {
         name: value
         for name, value in os.environ.items()
         if name in ALLOWED_VARIABLES or name.startswith(ALLOWED_PREFIXES)
     }
+    cpus = usable_cpus()
+    return variables if cpus == os.cpu_count() else {"OMP_NUM_THREADS": str(cpus)} | variables
 
 
 def answer_cache(stdin: IO[bytes], key: str) -> None:

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from app.spec.datasets.check import examples
 from app.spec.datasets.example import Example
 from app.spec.datasets.rendering import Rendering
+from worker.machine import usable_processes
 from worker.trainer import data
 from worker.trainer.cache import Cache
 from worker.trainer.data import Recipe, Response, Row, Tally
@@ -302,7 +303,7 @@ def _tokenise(path: Path, tokenizer: Tokenizer, recipe: Recipe) -> tuple[Arrays,
     tally, chunks = Tally(), []
     with path.open("rb") as file:
         groups = data.batched(examples(file, recipe.mapping), CHUNK)
-        processes = len(os.sched_getaffinity(0)) if path.stat().st_size > PARALLEL_BYTES else 1
+        processes = usable_processes() if path.stat().st_size > PARALLEL_BYTES else 1
         results = (
             (_tokenise_chunk(group, tokenizer, recipe) for group in groups)
             if processes == 1

@@ -1,7 +1,6 @@
 """The memory that a step needs, by measurement, and the memory that is free. All sizes are in bytes."""
 
 import gc
-import os
 import resource
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from worker.machine import free_memory
 from worker.model_files import weight_files
 from worker.trainer.errors import UserError
 from worker.trainer.events import Events
@@ -21,14 +21,13 @@ from worker.trainer.plan import Stage
 Result = TypeVar("Result")
 USABLE_SHARE = 0.8
 """The share of the free memory that activations and optimizer state may fill."""
-MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 OPTIMIZER_BYTES = 12
 """Bytes for each trained parameter in float32: its gradient and two moments."""
 
 
 def fits_as_float32(folder: Path) -> bool:
     """Whether the weights in `folder` fit into the free memory as float32: at most twice their size on disk."""
-    return 2 * sum(path.stat().st_size for path in weight_files(folder)) < free_host_bytes()
+    return 2 * sum(path.stat().st_size for path in weight_files(folder)) < free_memory()
 
 
 def activation_bytes(policy: Policy, pack: Pack) -> int:
@@ -66,19 +65,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return free_host_bytes()
-
-
-def free_host_bytes() -> int:
-    """Host memory that this process can still allocate: free or reclaimable, within the container's limit."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if MEMINFO.exists():
-        fields = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
-        free = int(fields["MemAvailable"].split()[0]) * 1024  # KiB
-    limit, used = (CGROUP / name for name in ("memory.max", "memory.current"))
-    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return free
+    return free_memory()
 
 
 def retry_with_smaller_packs(policy: Policy, stage: Stage, events: Events, work: Callable[[], Result]) -> Result:
