@@ -21,6 +21,8 @@ class Settings(BaseSettings):
     storage_url: str = ""
     broker_url: str = ""
     models_dir: Path = Path()
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """The device of GPU workers and `dpo train`. With `auto`, it is a GPU if the machine shows one, else the CPU."""
     hub_models: Annotated[tuple[str, ...], NoDecode] = ()
     admin_key_value: SecretStr = Field(SecretStr(""), alias="DPO_ADMIN_KEY")
     secret_key_value: SecretStr = Field(SecretStr(""), alias="DPO_SECRET_KEY")

@@ -97,7 +97,7 @@ class Evaluation(JobAttempt[EvaluationSpec]):
         located = spec.sealed(lambda _: None).with_files(places)  # without the key, as the trainer asks no endpoint
         (self.folder / "evaluation.json").write_text(located.model_dump_json())
         log = {"job": self.job.id, "attempt": self.job.attempt, "request": self.job.request_id}
-        run = {"sides": sides, "beta": spec.beta, "attempt": self.job.attempt, "log": log}
+        run = {"sides": sides, "beta": spec.beta, "attempt": self.job.attempt, "log": log, "device": self.device_kind}
         (self.folder / "run.json").write_text(json.dumps(run))
 
     def _reference(self, session: Session) -> str | None:

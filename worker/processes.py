@@ -89,6 +89,10 @@ class Trainer:
                 pipe.close()
 
 
+class CannotStart(Exception):
+    """No trainer can be started on this machine. The log has what the fork server said, such as a failed import."""
+
+
 class ForkServer:
     """A process that has loaded torch and forks one trainer at a time, so that no job waits for the imports."""
 
@@ -106,23 +110,22 @@ class ForkServer:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "worker.trainer.fork_server"],
                 stdin=theirs.fileno(),  # the server ends when this socket closes
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,  # its errors go to the worker's log
                 start_new_session=True,
                 env=trainer_environment(),
             )
         self._socket = ours
 
     def start(self, folder: Path) -> Trainer:
-        """Start a trainer in `folder`. Raises `OSError` if the server hangs or ends, twice in a row."""
+        """Start a trainer in `folder`. Raises `CannotStart` if the server hangs or ends, twice in a row."""
         for is_last_try in (False, True):
             self.prepare()
             try:
                 return self._start(folder)
-            except OSError:  # the server was killed or hangs: start another
+            except OSError as error:  # the server was killed or hangs: start another
                 self.close()
                 if is_last_try:
-                    raise
+                    raise CannotStart(f"no trainer can be started: {error}") from error
         raise AssertionError
 
     def _start(self, folder: Path) -> Trainer:

@@ -35,13 +35,15 @@ from app.services import Services
 from app.spec.evaluation import EvaluationSpec
 from app.spec.job import JobSpec
 from worker.base_models import BaseModels, ModelUnavailable
+from worker.device_health import DeviceHealth
 from worker.lease import JobLease, LeaseLost
 from worker.model_folder import ModelGone, ModelStack, fetch_model, find_model
-from worker.processes import ForkServer, Trainer, answer_cache
+from worker.processes import CannotStart, ForkServer, Trainer, answer_cache
 from worker.trainer.events import (
     Broken,
     CacheMade,
     CacheWanted,
+    DeviceFailed,
     EvaluationDone,
     Event,
     Failed,
@@ -53,7 +55,7 @@ from worker.work import work_folder
 
 log = structlog.get_logger(__name__)
 Spec = TypeVar("Spec", JobSpec, EvaluationSpec)
-Outcome = TrainingDone | EvaluationDone | Failed | Broken
+Outcome = TrainingDone | EvaluationDone | Failed | Broken | DeviceFailed
 """The events that end a run."""
 
 STOPPED = 75
@@ -80,10 +82,16 @@ class JobAttempt(ABC, Generic[Spec]):
     """Advice for the user, at the end of the error message of a timeout."""
 
     def __init__(
-        self, services: Services, base_models: BaseModels, job: Job, stopping: threading.Event, server: ForkServer
+        self,
+        services: Services,
+        base_models: BaseModels,
+        job: Job,
+        stopping: threading.Event,
+        server: ForkServer,
+        health: DeviceHealth,
     ) -> None:
         self.services, self.base_models, self.job, self.stopping = services, base_models, job, stopping
-        self.server = server
+        self.server, self.health = server, health
         self.prefix = f"jobs/{job.id}/attempt-{job.attempt}"
         self.spec: Spec = self.read_spec(job)
         self.outcome: Outcome | None = None
@@ -101,6 +109,9 @@ class JobAttempt(ABC, Generic[Spec]):
             except CannotRun as error:
                 with suppress(LeaseLost):
                     self.fail(error.code, str(error), error.param)
+            except CannotStart as error:
+                with suppress(LeaseLost):
+                    self._leave_device(str(error))
             except LeaseLost:
                 self.log.warning("lease lost; the trainer was stopped")
             except Exception as error:  # storage or disk: without recovery the job would hang until its lease expires
@@ -116,6 +127,12 @@ class JobAttempt(ABC, Generic[Spec]):
         """Whether the job has reached its timeout, all attempts together."""
         limit = self.job.timeout_seconds
         return limit is not None and self.job.ran_seconds + time.monotonic() - self.began > limit
+
+    @property
+    def device_kind(self) -> str:
+        """The kind of device on which the trainer must run."""
+        assert self.health.device is not None
+        return self.health.device.kind
 
     # -- implemented by trainings and evaluations -------------------------------------------------------------------
 
@@ -270,6 +287,7 @@ class JobAttempt(ABC, Generic[Spec]):
     def _finish(self, status: int) -> None:
         match self.outcome:
             case TrainingDone() | EvaluationDone() if status == 0:
+                self.health.worked()
                 self.succeed(self.outcome)
             case Failed(code, message, param):
                 self.fail(code, message, param)
@@ -277,9 +295,22 @@ class JobAttempt(ABC, Generic[Spec]):
                 self.stop_early()
             case Broken(reason):
                 self._recover(f"The trainer could not go on ({reason}).")
+            case DeviceFailed(reason):
+                self._leave_device(reason)
             case _:
                 cause = f"signal {-status}" if status < 0 else f"exit status {status}"
-                self._recover(f"The trainer died ({cause}).")
+                if status == -signal.SIGKILL:
+                    self._recover(f"The trainer died ({cause}).")
+                else:  # a GPU that breaks also ends its process
+                    self._leave_device(f"the trainer died, {cause}")
+
+    def _leave_device(self, reason: str) -> None:
+        """Let another worker continue the job if the device is at fault. The attempt then does not count as lost."""
+        if not self.health.failed(reason):
+            self._recover(f"The trainer could not go on ({reason}).")
+            return
+        message = f"The device of this worker is out of service ({self.health.problem}). The job will resume elsewhere."
+        self.lease.write(lambda session: self.end(session, Status.QUEUED, message, level="warn"))
 
     @property
     def asked_to_stop(self) -> bool:

@@ -22,8 +22,9 @@ from app.spec.job import JobSpec
 from app.spec.json_types import JsonObject
 from app.spec.metrics import SUMMARY
 from worker.base_models import BaseModels, ModelUnavailable
+from worker.device import DeviceUnusable, find_device
 from worker.processes import answer_cache, kill_group, trainer_environment
-from worker.trainer.events import CacheWanted, CheckpointWritten, Failed, Metrics, Notice, read
+from worker.trainer.events import Broken, CacheWanted, CheckpointWritten, DeviceFailed, Failed, Metrics, Notice, read
 
 USAGE = 2
 """The exit status for a spec or a file that is wrong."""
@@ -39,9 +40,10 @@ def train(spec_path: Path, output: Path, settings: Settings, console: Console) -
         spec, original = _read_spec(spec_path)
         if output.exists() and any(output.iterdir()):
             raise UsageError(f"{output} exists and is not empty.")
+        device = find_device(settings.device)
         base, revision = BaseModels(settings).locate(spec.model)
         reference = spec.reference_model and BaseModels(settings).locate(spec.reference_model)[0]
-    except (UsageError, ModelUnavailable) as error:
+    except (UsageError, ModelUnavailable, DeviceUnusable) as error:
         console.print(f"[red]{error}[/]", highlight=False)
         return USAGE
     with tempfile.TemporaryDirectory(prefix="dpo-train-") as name:
@@ -56,6 +58,7 @@ def train(spec_path: Path, output: Path, settings: Settings, console: Console) -
             "revision": revision,
             "version": None,
             "spec": original,
+            "device": device.kind,
         }
         (folder / "run.json").write_text(json.dumps(run))
         status = _run(folder, console)
@@ -121,7 +124,7 @@ def _run(folder: Path, console: Console) -> int:
                     answer_cache(process.stdin, key)  # there is no shared cache
                 case Notice(message):
                     console.print(message, highlight=False)
-                case Failed(message=message):
+                case Failed(message=message) | Broken(reason=message) | DeviceFailed(reason=message):
                     failed = True
                     console.print(message, highlight=False)
         status = process.wait()

@@ -55,6 +55,7 @@ class Training(JobAttempt[JobSpec]):
             "revision": revision,
             "version": stack.version,
             "spec": self.job.spec,
+            "device": self.device_kind,
             "log": {"job": self.job.id, "attempt": self.job.attempt, "request": self.job.request_id},
         }
         (self.folder / "run.json").write_text(json.dumps(run))

@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from contextlib import suppress
+from dataclasses import asdict
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
@@ -17,11 +18,12 @@ from app.jobs.kinds import EVALUATION_JOB, TRAINING_JOB
 from app.jobs.states import Status
 from app.models import repository as models
 from app.services import Services
+from app.spec.json_types import JsonObject
 from app.workers import repository as workers
 from worker import integrations
 from worker.base_models import BaseModels
 from worker.derived_artifacts import make_artifact
-from worker.device import device
+from worker.device_health import DeviceHealth
 from worker.evaluation_run import Evaluation
 from worker.housekeeping import apply_retention, keep_house, prune_objects
 from worker.processes import ForkServer
@@ -49,9 +51,10 @@ class WorkerPool:
         self.services, self.lane = services, lane
         self.base_models = BaseModels(services.settings)
         self.owner = f"{lane.value}@{socket.gethostname()}:{os.getpid()}"
-        self.device = device() if lane == Lane.GPU else None
+        self.health = DeviceHealth(services.settings.device if lane == Lane.GPU else "cpu")
         self.stopping = threading.Event()
         self.fork_server = ForkServer()
+        self._shown_usable = True
         self._woken = threading.Event()
         self._threads = [
             threading.Thread(target=self._work, name=f"{lane.value}-lane"),
@@ -113,14 +116,25 @@ class WorkerPool:
             if artifact is not None:
                 make_artifact(self.services, self.base_models, artifact)
             return artifact is not None
+        if not self._device_usable():
+            return False
         served = self.base_models.served()
         with self.services.database.write() as session:
             job = job_queue.claim(session, Status.QUEUED, self.owner, served)
         if job is not None:
-            ATTEMPTS[job.kind](self.services, self.base_models, job, self.stopping, self.fork_server).run()
+            ATTEMPTS[job.kind](self.services, self.base_models, job, self.stopping, self.fork_server, self.health).run()
+            self._device_usable()
         if not self.stopping.is_set():
             self.fork_server.prepare()
         return job is not None
+
+    def _device_usable(self) -> bool:
+        """Whether the device can be trusted. If that has changed, all others are told at once."""
+        usable = self.health.usable()
+        if usable != self._shown_usable:
+            self._register()
+            self._shown_usable = usable
+        return usable
 
     def _keep_house(self) -> None:
         registered_at = -REGISTER_SECONDS
@@ -159,7 +173,11 @@ class WorkerPool:
         gpu = self.lane == Lane.GPU
         local = self.base_models.local() if gpu else []
         serves = [*(model.name for model in local), *self.base_models.patterns] if gpu else []
-        details = {"device": self.device, "integrations": integrations.configured()} if gpu else {}
+        details: JsonObject = {}
+        if gpu:
+            device, problem = self.health.device, self.health.problem
+            details = {"device": device and asdict(device), "integrations": integrations.configured()}
+            details |= {"problem": problem} if problem else {}
         with self.services.database.write() as session:
             workers.report(session, self.owner, self.lane, serves, details)
             for model in local:

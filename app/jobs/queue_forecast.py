@@ -63,7 +63,7 @@ def _finish(job: Job, current: float) -> float | None:
 def _simulate(session: Session, current: float) -> dict[str, QueuePlace]:
     """The places of the first `HORIZON` jobs of the queue, by job id."""
     finish_by_worker = {job.lease_owner: _finish(job, current) for job in queries.running(session)}
-    present = workers.present(session, Lane.GPU)
+    present = [worker for worker in workers.present(session, Lane.GPU) if workers.in_service(worker)]
     # (when the worker is free, its index). A worker whose job has no known end is never free.
     free = [(finish_by_worker.get(worker.name, current), index) for index, worker in enumerate(present)]
     heap = [(math.inf if free_at is None else free_at, index) for free_at, index in free]

@@ -33,6 +33,11 @@ class ServiceCollector(Collector):
             ("dpo_queue_oldest_seconds", "Waiting time of the oldest job in the queue.", state.oldest_waiting),
             ("dpo_training_tokens_per_second", "Sum over all running trainings.", state.tokens_per_second),
             ("dpo_training_peak_memory_bytes", "Largest peak of a running training.", state.peak_memory_bytes),
+            (
+                "dpo_workers_out_of_service",
+                "GPU workers that claim no jobs, because their device fails.",
+                state.workers_out_of_service,
+            ),
             ("dpo_webhooks_due", "Webhook deliveries that are due.", state.webhooks_due),
             ("dpo_webhook_lag_seconds", "How long the oldest due delivery has been due.", state.webhook_lag),
         ):

@@ -8,6 +8,7 @@ from app.dependencies import ServicesDependency
 from app.installation import database_installation, store_installation
 from app.keys.access import access
 from app.migrate import is_current
+from app.monitoring.repository import out_of_service
 from app.services import Services
 
 router = APIRouter(tags=["operations"])
@@ -23,10 +24,21 @@ def healthz() -> dict[str, str]:
 @router.get("/readyz")
 @access(public=True, any_host=True)
 def readyz(services: ServicesDependency) -> JSONResponse:
-    """The database has this version's schema, and the object store answers."""
+    """The database has this version's schema, and the object store answers.
+
+    `warnings` tells what does not keep the API from serving: GPU workers whose device fails.
+    """
     problems = _problems(services)
-    status = "ok" if not problems else "unavailable"
-    return JSONResponse({"status": status, "problems": problems}, status_code=503 if problems else 200)
+    warnings = {} if "database" in problems else _warnings(services)
+    answer = {"status": "ok" if not problems else "unavailable", "problems": problems, "warnings": warnings}
+    return JSONResponse(answer, status_code=503 if problems else 200)
+
+
+def _warnings(services: Services) -> dict[str, str]:
+    """What an operator should look at, by part."""
+    with services.database.read() as session:
+        out, total = out_of_service(session)
+    return {"workers": f"{out} of {total} GPU workers are out of service; their logs say why"} if out else {}
 
 
 def _problems(services: Services) -> dict[str, str]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from app.broker import Lane
 from app.database import now
 from app.derived_artifacts.tables import DerivedArtifact
 from app.jobs import queue as job_queue
@@ -37,6 +38,8 @@ class Snapshot:
     """How long the oldest due delivery has been due."""
     workers: dict[str, int]
     """Number of workers by lane."""
+    workers_out_of_service: int
+    """Number of GPU workers that claim no jobs, because their device fails."""
 
 
 def snapshot(session: Session) -> Snapshot:
@@ -68,4 +71,11 @@ def snapshot(session: Session) -> Snapshot:
         webhooks_due=due_count,
         webhook_lag=0.0 if first_due is None else current - first_due,
         workers={lane: len(workers.present(session, lane)) for lane in ("gpu", "cpu")},
+        workers_out_of_service=out_of_service(session)[0],
     )
+
+
+def out_of_service(session: Session) -> tuple[int, int]:
+    """(number of GPU workers that are out of service, number of all)."""
+    present = workers.present(session, Lane.GPU)
+    return sum(not workers.in_service(worker) for worker in present), len(present)

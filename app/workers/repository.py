@@ -35,6 +35,11 @@ def present(session: Session, lane: str) -> Sequence[Worker]:
     return session.scalars(select(Worker).where(Worker.lane == lane, alive).order_by(Worker.name)).all()
 
 
+def in_service(worker: Worker) -> bool:
+    """Whether a worker claims jobs. It does not while its device fails."""
+    return "problem" not in worker.details
+
+
 def serves(worker: Worker, *base_models: str) -> bool:
     """Whether a worker serves all of `base_models`."""
     return all(any(fnmatchcase(name, pattern) for pattern in worker.serves) for name in base_models)

@@ -17,4 +17,7 @@ class Worker(Table):
     serves: Mapped[list[str]]
     """Names of base models, or patterns of hub ids."""
     details: Mapped[JsonObject]
-    """`device` has `kind`, `name` and `memory_bytes`. `integrations` lists those for which the worker has a key."""
+    """`device` has `kind`, `name` and `memory_bytes`. `integrations` lists those for which the worker has a key.
+
+    `problem` says why a worker is out of service, that is, claims no jobs; it is absent while the worker may.
+    """

@@ -381,7 +381,7 @@ def test_a_models_name_may_have_slashes(client: TestClient, services: Services) 
 
 
 def test_readiness_says_what_is_wrong(client: TestClient, services: Services, tmp_path: Path) -> None:
-    assert client.get("/readyz").json() == {"status": "ok", "problems": {}}
+    assert client.get("/readyz").json() == {"status": "ok", "problems": {}, "warnings": {}}
     migrate(services.database, "base")
     answer = client.get("/readyz")
     assert answer.status_code == 503

@@ -22,6 +22,7 @@ from app.jobs.tables import Job, JobEvent
 from app.services import Services
 from tests.helpers.jobs import claim, end, expire, get, make_job
 from worker.base_models import BaseModels
+from worker.device_health import DeviceHealth
 from worker.housekeeping import purge_deleted_files
 from worker.lease import JobLease
 from worker.processes import ForkServer
@@ -302,7 +303,7 @@ def test_events_are_not_written_twice_after_a_lost_answer_to_a_commit(
     job_id = make_job(services)
     job = claim(services)
     assert job is not None
-    run = Training(services, BaseModels(services.settings), job, threading.Event(), ForkServer())
+    run = Training(services, BaseModels(services.settings), job, threading.Event(), ForkServer(), DeviceHealth("cpu"))
     write, broken = services.database.write, list[bool]()
 
     @contextmanager

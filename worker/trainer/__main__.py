@@ -3,7 +3,7 @@
 Exit status:
 
 - 0: done.
-- 1: failed. An event says why: `failed`, or `broken` if the machine is at fault and not the job.
+- 1: failed. An event says why: `failed`, or `broken` or `device_failed` if the machine is at fault and not the job.
 - 75: stopped after SIGTERM. The run can resume from its last checkpoint.
 
 The runner answers the trainer's requests on standard input, one line of JSON each. The process ends at once when
@@ -40,11 +40,19 @@ def run(folder: Path) -> int:
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the runner decides
     os.environ.update(ENVIRONMENT)
-    return _train_or_evaluate(folder, stream, stopping, answers)
+    about: JsonObject = json.loads((folder / "run.json").read_text())
+    if about.get("device") == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that the worker does not use stays unused
+    return _train_or_evaluate(folder, about, stream, stopping, answers)
 
 
-def _train_or_evaluate(folder: Path, stream: IO[str], stopping: threading.Event, answers: "queue.Queue[str]") -> int:
-    """Do the work in `folder` and write its events to `stream`. Returns the exit status."""
+def _train_or_evaluate(
+    folder: Path, about: JsonObject, stream: IO[str], stopping: threading.Event, answers: "queue.Queue[str]"
+) -> int:
+    """Do the work in `folder` and write its events to `stream`. Returns the exit status.
+
+    `about` is the content of `run.json`.
+    """
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on some CPUs it advises to install a kernel of a hub
     # Imported here because torch takes seconds: the watch on standard input has to run before.
@@ -52,10 +60,11 @@ def _train_or_evaluate(folder: Path, stream: IO[str], stopping: threading.Event,
 
     from app.spec.datasets.errors import DatasetError
     from worker.trainer.cache import Cache
+    from worker.trainer.device_check import is_device_fault, why_unusable
     from worker.trainer.errors import Stopped, UserError
     from worker.trainer.evaluation import evaluate
     from worker.trainer.evaluation.run import EvaluationRun
-    from worker.trainer.events import Broken, Events, Failed
+    from worker.trainer.events import Broken, DeviceFailed, Events, Failed
     from worker.trainer.loop import train
     from worker.trainer.run import TrainingRun
 
@@ -63,10 +72,14 @@ def _train_or_evaluate(folder: Path, stream: IO[str], stopping: threading.Event,
         "event": "trainer began",
         "level": "info",
         "timestamp": datetime.now(UTC).isoformat(),
-        **_log_fields(folder),
+        **about.get("log", {}),
     }
     print(json.dumps(entry), file=sys.stderr, flush=True)
     events = Events(stream)
+    # Without this check, a machine that has lost its GPU would train on the CPU.
+    if (reason := why_unusable(about.get("device", "cpu"))) is not None:
+        events.emit(DeviceFailed(reason))
+        return 1
     is_evaluation = (folder / "evaluation.json").exists()
     cache = Cache(folder / "cache", events, answers)
     try:
@@ -88,16 +101,13 @@ def _train_or_evaluate(folder: Path, stream: IO[str], stopping: threading.Event,
         return 1
     except Exception as error:
         traceback.print_exc()
+        if is_device_fault(error):
+            events.emit(DeviceFailed(f"{type(error).__name__}: {error}".splitlines()[0][:500]))
+            return 1
         message = f"The trainer failed: {type(error).__name__}: {error}. The job's log has the details."
         events.emit(Failed("trainer_error", message[:2000], None))
         return 1
     return 0
-
-
-def _log_fields(folder: Path) -> JsonObject:
-    """The log fields that identify this work: the job, the attempt and the request that created the job."""
-    fields: JsonObject = json.loads((folder / "run.json").read_text()).get("log", {})
-    return fields
 
 
 def _listen(answers: "queue.Queue[str]") -> None:

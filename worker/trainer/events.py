@@ -128,6 +128,14 @@ class Broken(Event):
     reason: str
 
 
+@dataclass(frozen=True)
+class DeviceFailed(Event):
+    """The run ends because of an error that looks like the device's fault. The worker checks its device."""
+
+    KIND = "device_failed"
+    reason: str
+
+
 EVENT_CLASSES: dict[str, type[Event]] = {event_class.KIND: event_class for event_class in Event.__subclasses__()}
 """The class of each event, by its name in the JSON line."""
 

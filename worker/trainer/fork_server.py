@@ -9,6 +9,7 @@ driver anyway, the fork starts a fresh interpreter.
 """
 
 import gc
+import logging
 import os
 import signal
 import socket
@@ -27,6 +28,7 @@ def main() -> None:
     os.environ.update(ENVIRONMENT)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     requests = socket.socket(fileno=os.dup(0))
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as in the trainer
     # Imported before the first request, so that no job waits for it.
     import worker.trainer.evaluation
     import worker.trainer.loop  # noqa: F401

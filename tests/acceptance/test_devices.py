@@ -1,0 +1,146 @@
+"""A worker that doubts its device: a GPU that is lost, one that fails in the backward pass, one that does not answer.
+
+No GPU is needed. The worker is told of one that torch cannot find, or each backward pass raises a GPU's error.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.preferences import pairs, write
+from tests.helpers.service import Running, create_job, job_body, running, upload
+
+BROKEN_BACKWARD = """
+import os, sys
+
+if any(argument.startswith("worker.trainer") for argument in sys.orig_argv):
+    import torch
+
+    def broken(compute):
+        def run(*arguments, **options):
+            if os.path.exists({switch!r}):
+                raise torch.AcceleratorError({error!r})
+            return compute(*arguments, **options)
+        return run
+
+    torch.autograd.backward, torch.autograd.grad = map(broken, (torch.autograd.backward, torch.autograd.grad))
+"""
+"""A `sitecustomize` module: while the file `switch` exists, each backward pass fails as on a broken GPU."""
+
+
+BROKEN_LIBRARY = """
+import os, sys
+
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "torch" and os.path.exists({switch!r}):
+            raise ImportError({error!r})
+
+sys.meta_path.insert(0, Finder())
+"""
+"""The same for a library of the driver that is missing: torch cannot be imported."""
+
+
+def fake_driver(folder: Path, answer: str) -> dict[str, str]:
+    """The environment of a worker that wants a GPU, whose `nvidia-smi` prints `answer`."""
+    program = folder / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\necho '{answer}'\n")
+    program.chmod(0o755)
+    return {"DPO_DEVICE": "cuda", "PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+@contextmanager
+def another_worker(service: Running) -> Iterator[None]:
+    """A second GPU worker of the same service, on another machine: it trains on its CPU."""
+    command = [sys.executable, "-m", "app.cli.main", "worker", "--lane", "gpu"]
+    environment = service.environment | {"DPO_DEVICE": "cpu", "PATH": os.environ["PATH"]}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def out_of_service(service: Running) -> bool:
+    """Whether the service says that its worker is out of service: in /readyz, which stays ok, and in its metrics."""
+    with service.http() as client:
+        ready = client.get(service.url.replace("/v1", "/readyz"))
+        metrics = client.get(service.url.replace("/v1", "/metrics")).text
+    assert ready.status_code == 200 and ready.json()["status"] == "ok"
+    warned = "1 of 1 GPU workers are out of service" in ready.json()["warnings"].get("workers", "")
+    assert not warned or "dpo_workers_out_of_service 1.0" in metrics
+    return warned
+
+
+def events(service: Running, job_id: str) -> str:
+    """The messages of a job, newest first."""
+    listed = service.openai().fine_tuning.jobs.list_events(job_id, limit=100).data
+    return "\n".join(event.message for event in listed)
+
+
+def start(service: Running, folder: Path, **changes: Any) -> str:
+    """A short job on uploaded pairs."""
+    file = upload(service, write(folder / "pairs.jsonl", pairs(24, seed=1)), "fine-tune")
+    with service.http() as client:
+        return create_job(client, **job_body(file, hyperparameters={"max_steps": 5}, **changes))
+
+
+def test_a_worker_that_has_lost_its_gpu_trains_nothing_and_another_takes_its_job(home: Path, tmp_path: Path) -> None:
+    """The driver shows an H100 and torch does not find it, as in a container that has lost its card."""
+    with running(home, fake_driver(tmp_path, "NVIDIA H100 80GB HBM3, 81559")) as service:
+        job_id = start(service, tmp_path)
+        service.until(lambda: out_of_service(service), "the worker's end of service")
+        job = service.job(job_id)
+        assert job["status"] == "queued"
+        assert "out of service (torch finds no usable GPU" in events(service, job_id)
+        with another_worker(service):
+            service.wait_for(job_id, lambda job: job["status"] == "succeeded")
+        assert "ready after" in events(service, job_id) and "on cpu" in events(service, job_id)
+
+
+def test_a_worker_whose_driver_does_not_answer_claims_nothing(home: Path, tmp_path: Path) -> None:
+    driver = fake_driver(tmp_path, "Failed to initialize NVML: Unknown Error")
+    with running(home, driver) as service:
+        job_id = start(service, tmp_path)
+        service.until(lambda: out_of_service(service), "the worker's end of service")
+        service.until(lambda: service.job(job_id)["status"] == "queued", "the check of the files")
+        with another_worker(service):
+            service.wait_for(job_id, lambda job: job["status"] == "succeeded")
+        assert service.job(job_id)["attempt"] == 2, "one attempt checked the files, and one trained"
+        assert "Failed to initialize NVML" in (home / "serve.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("site", "error"),
+    [
+        (BROKEN_BACKWARD, "CUDA error: uncorrectable ECC error encountered"),
+        (BROKEN_LIBRARY, "libcudart.so.13: not found"),
+    ],
+    ids=["a broken GPU", "a missing library"],
+)
+def test_a_machine_that_cannot_train_fails_no_job_and_trains_again_once_it_works(
+    site: str, error: str, home: Path, tmp_path: Path
+) -> None:
+    """Four jobs wait for a broken machine. It takes one, and is out of service until a check passes."""
+    switch = tmp_path / "broken"
+    switch.touch()
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(site.format(switch=str(switch), error=error))
+    with running(home, {"PYTHONPATH": str(tmp_path / "site")}) as service:
+        jobs = [start(service, tmp_path) for _ in range(4)]
+        service.until(lambda: out_of_service(service), "the worker's end of service")
+        service.until(lambda: {service.job(job)["status"] for job in jobs} == {"queued"}, "the check of all files")
+        started = [job for job in jobs if "Fine-tuning job started" in events(service, job)]
+        assert len(started) == 1 and error in events(service, started[0])
+        switch.unlink()
+        for job_id in jobs:
+            service.wait_for(job_id, lambda job: job["status"] == "succeeded")
+        assert not out_of_service(service)

@@ -1,0 +1,90 @@
+"""Whether the device of this worker can be trusted. A worker that doubts it claims no jobs.
+
+A GPU can be lost or break while the worker lives. Then each job that it starts fails at once, and it would drain the
+queue within seconds. So after a failure that looks like the device's, a small computation is checked against the CPU.
+"""
+
+import subprocess
+import sys
+import time
+from typing import Literal
+
+import structlog
+
+from worker.device import Device, DeviceUnusable, find_device
+from worker.processes import trainer_environment
+
+log = structlog.get_logger(__name__)
+
+CHECK_SECONDS = 120.0
+"""A check that takes longer counts as failed: a broken GPU often hangs."""
+FIRST_PAUSE, LONGEST_PAUSE = 10.0, 600.0
+"""Seconds out of service before the next check. They double each time, until a job succeeds."""
+
+
+class DeviceHealth:
+    """The device of a worker, and `problem`: why the worker claims no jobs; None while it may.
+
+    Both are None only in a worker whose device has not been found yet.
+    """
+
+    def __init__(self, wanted: Literal["auto", "cuda", "cpu"]) -> None:
+        self.wanted = wanted
+        self.device: Device | None = None
+        self.problem: str | None = None
+        self._failures, self._pause, self._next_check = 0, FIRST_PAUSE, 0.0
+        try:
+            self.device = find_device(wanted)
+        except DeviceUnusable as error:
+            self._take_out(str(error))
+
+    def usable(self) -> bool:
+        """Whether the worker may claim a job now. Checks a device again that is out of service, once that is due."""
+        if self.problem is not None and time.monotonic() >= self._next_check:
+            problem = self._check()
+            if problem is not None:
+                self._take_out(problem)
+            else:
+                log.info("device back in service", was=self.problem)
+                self.problem = None
+        return self.problem is None
+
+    def worked(self) -> None:
+        """Record that a job has succeeded on the device."""
+        self._failures, self._pause = 0, FIRST_PAUSE
+
+    def failed(self, reason: str) -> bool:
+        """Record a failure that looks like the device's, and check the device. Returns whether the device is at fault.
+
+        If the check passes, the job may be at fault. After several such failures in a row, with no success between
+        them, the device has to rest all the same: it may fail only under load.
+        """
+        self._failures += 1
+        problem = self._check()
+        if problem is not None:
+            self._take_out(f"{reason}; {problem}")
+        elif self._failures > 1:
+            self._take_out(f"{self._failures} attempts in a row failed on it, the last with: {reason}")
+        return problem is not None
+
+    def _take_out(self, problem: str) -> None:
+        log.error("device out of service", reason=problem, seconds=self._pause)
+        self.problem, self._next_check = problem, time.monotonic() + self._pause
+        self._pause = min(2 * self._pause, LONGEST_PAUSE)
+
+    def _check(self) -> str | None:
+        """Find the device and compute on it. Returns what is wrong with it; None if nothing is."""
+        try:
+            self.device = find_device(self.wanted)
+            command = [sys.executable, "-m", "worker.trainer.device_check", self.device.kind]
+            check = subprocess.run(
+                command, capture_output=True, text=True, timeout=CHECK_SECONDS, env=trainer_environment()
+            )
+        except (DeviceUnusable, OSError) as error:
+            return str(error)
+        except subprocess.TimeoutExpired:
+            return f"a small computation on it did not end within {CHECK_SECONDS:.0f} s"
+        if check.returncode == 0:
+            return None
+        said = (check.stdout or check.stderr).strip().splitlines()
+        return said[-1][:500] if said else f"the program that checks it ended with status {check.returncode}"
