@@ -53,19 +53,25 @@ class DeviceHealth:
         """Record that a job has succeeded on the device."""
         self._failures, self._pause = 0, FIRST_PAUSE
 
-    def failed(self, reason: str) -> bool:
-        """Record a failure that looks like the device's, and check the device. Returns whether the device is at fault.
-
-        If the check passes, the job may be at fault. After several such failures in a row, with no success between
-        them, the device has to rest all the same: it may fail only under load.
-        """
-        self._failures += 1
+    def at_fault(self, reason: str) -> bool:
+        """Check the device, because of `reason`. Takes it out of service and returns True if the check fails."""
         problem = self._check()
         if problem is not None:
             self._take_out(f"{reason}; {problem}")
-        elif self._failures > 1:
-            self._take_out(f"{self._failures} attempts in a row failed on it, the last with: {reason}")
         return problem is not None
+
+    def failed(self, reason: str) -> bool:
+        """Record a failure that looks like the device's. Returns whether the device is at fault.
+
+        If a check passes, the job may be at fault. After several such failures in a row, with no success between
+        them, the device has to rest all the same: it may fail only under load.
+        """
+        self._failures += 1
+        if self.at_fault(reason):
+            return True
+        if self._failures > 1:
+            self._take_out(f"{self._failures} attempts in a row failed on it, the last with: {reason}")
+        return False
 
     def _take_out(self, problem: str) -> None:
         log.error("device out of service", reason=problem, seconds=self._pause)

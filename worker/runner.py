@@ -63,6 +63,8 @@ STOPPED = 75
 CACHE_KEY = re.compile(r"(tokens|reference)(/[0-9a-f]{64}){1,2}")
 LOG_SECONDS = 3.0
 """Interval at which the trainer's log is uploaded."""
+WRONG_NUMBERS = {"loss_not_finite", "not_finite", "unsupported_model", "trainer_error"}
+"""Codes of errors that a device which computes wrongly causes too. It is checked before a job fails with one."""
 TIMEOUT_GRACE_SECONDS = 30.0
 """Time for a last checkpoint after a job has reached its timeout."""
 
@@ -289,6 +291,8 @@ class JobAttempt(ABC, Generic[Spec]):
             case TrainingDone() | EvaluationDone() if status == 0:
                 self.health.worked()
                 self.succeed(self.outcome)
+            case Failed(code, message, _) if code in WRONG_NUMBERS and self.health.at_fault(message):
+                self._hand_back()
             case Failed(code, message, param):
                 self.fail(code, message, param)
             case _ if (self.overdue or status == STOPPED) and self.asked_to_stop:
@@ -306,9 +310,13 @@ class JobAttempt(ABC, Generic[Spec]):
 
     def _leave_device(self, reason: str) -> None:
         """Let another worker continue the job if the device is at fault. The attempt then does not count as lost."""
-        if not self.health.failed(reason):
+        if self.health.failed(reason):
+            self._hand_back()
+        else:
             self._recover(f"The trainer could not go on ({reason}).")
-            return
+
+    def _hand_back(self) -> None:
+        """Give the job back because the device is out of service."""
         message = f"The device of this worker is out of service ({self.health.problem}). The job will resume elsewhere."
         self.lease.write(lambda session: self.end(session, Status.QUEUED, message, level="warn"))
 

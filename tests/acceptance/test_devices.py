@@ -47,6 +47,23 @@ sys.meta_path.insert(0, Finder())
 """The same for a library of the driver that is missing: torch cannot be imported."""
 
 
+WRONG_NUMBERS = """
+import os, sys
+
+if any(argument.startswith("worker.trainer") for argument in sys.orig_argv):
+    import torch
+
+    def wrong(compute):
+        def run(*arguments, **options):
+            result = compute(*arguments, **options)
+            return result * float({error!r}) if os.path.exists({switch!r}) else result
+        return run
+
+    torch.nn.functional.linear, torch.Tensor.__matmul__ = map(wrong, (torch.nn.functional.linear, torch.Tensor.__matmul__))
+"""
+"""The same for a GPU that computes wrong numbers: each product is multiplied by `error`."""
+
+
 def fake_driver(folder: Path, answer: str) -> dict[str, str]:
     """The environment of a worker that wants a GPU, whose `nvidia-smi` prints `answer`."""
     program = folder / "bin" / "nvidia-smi"
@@ -123,8 +140,9 @@ def test_a_worker_whose_driver_does_not_answer_claims_nothing(home: Path, tmp_pa
     [
         (BROKEN_BACKWARD, "CUDA error: uncorrectable ECC error encountered"),
         (BROKEN_LIBRARY, "libcudart.so.13: not found"),
+        (WRONG_NUMBERS, "nan"),
     ],
-    ids=["a broken GPU", "a missing library"],
+    ids=["a broken GPU", "a missing library", "wrong numbers"],
 )
 def test_a_machine_that_cannot_train_fails_no_job_and_trains_again_once_it_works(
     site: str, error: str, home: Path, tmp_path: Path
