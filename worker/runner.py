@@ -23,6 +23,7 @@ import structlog
 from sqlalchemy.orm import Session
 
 from app.database import database_now, new_id
+from app.estimates import fit
 from app.files.tables import File
 from app.jobs import events as job_events
 from app.jobs import transitions
@@ -293,6 +294,8 @@ class JobAttempt(ABC, Generic[Spec]):
                 self.succeed(self.outcome)
             case Failed(code, message, _) if code in WRONG_NUMBERS and self.health.at_fault(message):
                 self._hand_back()
+            case Failed("out_of_memory", message, _) if self.has_larger_device():
+                self._wait_for_larger_device(message)
             case Failed(code, message, param):
                 self.fail(code, message, param)
             case _ if (self.overdue or status == STOPPED) and self.asked_to_stop:
@@ -307,6 +310,22 @@ class JobAttempt(ABC, Generic[Spec]):
                     self._recover(f"The trainer died ({cause}).")
                 else:  # a GPU that breaks also ends its process
                     self._leave_device(f"the trainer died, {cause}")
+
+    def has_larger_device(self) -> bool:
+        """Whether another worker that serves the job's base model has a device with more memory than this one."""
+        mine = self.health.device
+        assert mine is not None
+        largest = self.lease.read(lambda session: fit.device_of(session, self.job.base_model))
+        return largest is not None and largest.memory_bytes > mine.memory_bytes
+
+    def _wait_for_larger_device(self, reason: str) -> None:
+        """Give back a job that was started by a device too small for it. From now on it waits for a larger one."""
+        assert self.health.device is not None
+        message = f"{reason} The job waits for a device with more memory than the {self.health.device.name} has."
+        memory_bytes = self.health.device.memory_bytes + 1
+        self.lease.write(
+            lambda session: self.end(session, Status.QUEUED, message, level="warn", memory_bytes=memory_bytes)
+        )
 
     def _leave_device(self, reason: str) -> None:
         """Let another worker continue the job if the device is at fault. The attempt then does not count as lost."""

@@ -4,12 +4,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import structlog
 from sqlalchemy.orm import Session
 
 from app.broker import Lane
-from app.estimates.service import expected_seconds
+from app.estimates.service import expected_seconds, least_memory
 from app.jobs import events as job_events
 from app.jobs import transitions
 from app.jobs.kinds import KINDS
@@ -89,7 +90,7 @@ class _Check:
         return self.lease.write(self._queue)
 
     def _queue(self, session: Session) -> bool:
-        spec, job = self.spec, self.job
+        job = self.job
         queued = transitions.transition(
             session,
             job.id,
@@ -98,15 +99,20 @@ class _Check:
             actor=Actor.VALIDATOR,
             attempt=job.attempt,
             lost_attempts=0,  # the training counts its own
-            estimated_seconds=expected_seconds(session, spec, job.base_model, self.reports)
-            if isinstance(spec, JobSpec)
-            else None,
+            **self._needs(session),
             message="Files validated, job queued: "
             + "; ".join(f"{field}: {report.summary()}" for field, report in self.reports.items()),
         )
         for text in self.warnings if queued else ():
             job_events.add(session, job.id, text, level="warn")
         return queued
+
+    def _needs(self, session: Session) -> dict[str, Any]:
+        """The columns of a training that say what it needs: seconds and memory. Empty for other jobs."""
+        if not isinstance(self.spec, JobSpec):
+            return {}
+        arguments = (session, self.spec, self.job.base_model, self.reports)
+        return {"estimated_seconds": expected_seconds(*arguments), "memory_bytes": least_memory(*arguments)}
 
     def _path(self, file_id: str) -> Path:
         return self.folder / file_id

@@ -118,9 +118,11 @@ class WorkerPool:
             return artifact is not None
         if not self._device_usable():
             return False
+        assert self.health.device is not None
+        memory = self.health.device.memory_bytes
         served = self.base_models.served()
         with self.services.database.write() as session:
-            job = job_queue.claim(session, Status.QUEUED, self.owner, served)
+            job = job_queue.claim(session, Status.QUEUED, self.owner, served, memory)
         if job is not None:
             ATTEMPTS[job.kind](self.services, self.base_models, job, self.stopping, self.fork_server, self.health).run()
             self._device_usable()

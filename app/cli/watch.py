@@ -56,6 +56,8 @@ def _show(progress: Progress, task: TaskID, job: JsonObject) -> None:
         state = "evaluated"
     elif state == "queued" and job["queue_position"]:
         state = f"queued, place {job['queue_position']}"
+    if job["waiting_for"]:
+        state += f", waits for {job['waiting_for']}"
     metrics = job["metrics"] or {}
     text = "  ".join(f"{name} {metrics[name]:.3f}" for name in SUMMARY if name in metrics)
     steps = job["progress"] or {}

@@ -7,7 +7,6 @@ from sqlalchemy.orm import Session
 from app.broker import Lane
 from app.estimates.memory import MemorySettings, Shape, estimate
 from app.estimates.schemas import Device
-from app.models import repository as models
 from app.models.tables import Model
 from app.spec.job import JobSpec
 from app.workers import repository as workers
@@ -19,17 +18,33 @@ SHORTEST_ROW = 16
 """The assumed row length in tokens if the rows have not been counted: the minimum of `max_length`."""
 
 
-def shape_of(session: Session, model: models.ResolvedModel) -> Shape | None:
-    """The shape of a model's base; None if no worker has registered it."""
-    base = session.get(Model, model.base_model)
+def shape_of(session: Session, base_model: str) -> Shape | None:
+    """The shape of a base model; None if no worker has registered it."""
+    base = session.get(Model, base_model)
     return None if base is None else Shape.of(base.details)
 
 
-def device_of(session: Session, model: models.ResolvedModel) -> Device | None:
-    """The device with the most memory among the workers that serve the model; None if there is none."""
-    serving = [worker for worker in workers.present(session, Lane.GPU) if workers.serves(worker, model.base_model)]
+def device_of(session: Session, base_model: str) -> Device | None:
+    """The device with the most memory among the workers that serve a base model; None if there is none."""
+    serving = [worker for worker in workers.present(session, Lane.GPU) if workers.serves(worker, base_model)]
     devices = [Device(**worker.details["device"]) for worker in serving if worker.details.get("device")]
     return max(devices, key=lambda device: device.memory_bytes, default=None)
+
+
+def least_memory(session: Session, spec: JobSpec, base_model: str, longest_rows: dict[str, int]) -> int | None:
+    """Bytes of memory without which the resolved job cannot run; None if the sizes of its base are not known.
+
+    `longest_rows` has the tokens of the longest row by stage. The packing adapts to a device, so this counts one row.
+    """
+    shape, device = shape_of(session, base_model), device_of(session, base_model)
+    if shape is None:
+        return None
+    needed = []
+    for stage in spec.stages():
+        settings = MemorySettings.of(spec, stage.settings, 0.0, max(SHORTEST_ROW, longest_rows[stage.name]))
+        settings = replace(settings, recompute=True if settings.recompute is None else settings.recompute)
+        needed.append(estimate(shape, settings, "cuda" if device is None else device.kind, None).total)
+    return int(max(needed) / TOLERANCE)
 
 
 def refusal(spec: JobSpec, shape: Shape, device: Device, longest_row: int | None) -> tuple[str, str] | None:

@@ -63,7 +63,7 @@ class Estimates:
 
     def _estimate(self, session: Session, project: str, spec: JobSpec) -> Estimate:
         model, _, spec = self.jobs.prepare(session, project, spec)
-        shape, device = fit.shape_of(session, model), fit.device_of(session, model)
+        shape, device = fit.shape_of(session, model.base_model), fit.device_of(session, model.base_model)
         context = shape.context if shape is not None else DEFAULT_MAX_LENGTH
         pace = _pace(session, model.base_model)
         stages, memories = [], []
@@ -227,6 +227,20 @@ def expected_seconds(session: Session, spec: JobSpec, base_model: str, file_repo
         counted = {"rows": rows, "examples": rows, "tokens_per_row": characters / CHARACTERS_PER_TOKEN / max(1, rows)}
         seconds += _stage(stage, counted | {"longest_row": 0, "truncated_share": 0.0}, pace).seconds or 0.0
     return seconds
+
+
+def least_memory(session: Session, spec: JobSpec, base_model: str, file_reports: dict[str, Report]) -> int | None:
+    """Roughly the memory without which a resolved job cannot run, from the characters of its files.
+
+    None if the sizes of its base model are not known. A worker whose device has less does not claim the job.
+    """
+    longest_rows = {}
+    for stage in spec.stages():
+        reports = [file_reports[field] for field in spec.training_fields(stage.file_field)]
+        longest = max(max(report.prompts.longest, report.best.longest) for report in reports)
+        allowed = stage.settings.max_length or DEFAULT_MAX_LENGTH
+        longest_rows[stage.name] = min(allowed, longest // CHARACTERS_PER_TOKEN)
+    return fit.least_memory(session, spec, base_model, longest_rows)
 
 
 def _memory_fields(memory: Memory) -> JsonObject:

@@ -72,6 +72,8 @@ class EvaluationObject(BaseModel):
     running_seconds: float
     progress: EvaluationProgress | None
     queue_position: int | None
+    waiting_for: str | None
+    """What a queued job waits for, if not only for the jobs before it."""
     attempt: int
     metrics: dict[str, float] | None
     gates: list[GateVerdict]
@@ -117,6 +119,7 @@ class EvaluationObject(BaseModel):
             running_seconds=job.ran_seconds,
             progress=EvaluationProgress(**job.progress) if job.progress else None,
             queue_position=place.position,
+            waiting_for=place.waiting_for,
             attempt=job.attempt,
             metrics=job.metrics,
             gates=shown_gates(job),

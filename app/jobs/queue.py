@@ -1,6 +1,6 @@
 """The queue of jobs: which one is next, who may start it, and who holds its lease."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, case, func, not_, or_, select, update
@@ -31,15 +31,43 @@ def _ready() -> ColumnElement[bool]:
 WAITING = (Job.status == Status.QUEUED, Job.paused.is_(False), _ready())
 
 
-def waiting(session: Session, limit: int) -> list[tuple[str, list[str], float | None]]:
-    """The first `limit` waiting jobs, next one first, as (id, base models, expected seconds of training)."""
-    statement = select(Job.id, Job.base_model, Job.estimated_seconds).where(*WAITING)
+@dataclass(frozen=True)
+class WaitingJob:
+    """A job in the queue, and what a worker needs for it."""
+
+    id: str
+    project: str
+    bases: list[str]
+    """The base models that the worker must serve."""
+    memory_bytes: int | None
+    """The memory that its device must have; None if that is not known."""
+    seconds: float | None
+    """Expected seconds of training; None if that is not known."""
+
+
+def waiting(session: Session, limit: int) -> list[WaitingJob]:
+    """The first `limit` waiting jobs, next one first."""
+    statement = select(Job.id, Job.project, Job.base_model, Job.memory_bytes, Job.estimated_seconds).where(*WAITING)
     rows = session.execute(statement.order_by(*QUEUE_ORDER).limit(limit)).all()
-    bases = {job_id: [base] if base else [] for job_id, base, _ in rows}
-    others = select(OtherBase.job_id, OtherBase.base_model).where(OtherBase.job_id.in_(bases))
+    jobs = {
+        job_id: WaitingJob(job_id, project, [base] if base else [], memory, seconds)
+        for job_id, project, base, memory, seconds in rows
+    }
+    others = select(OtherBase.job_id, OtherBase.base_model).where(OtherBase.job_id.in_(jobs))
     for job_id, base in session.execute(others):
-        bases[job_id].append(base)
-    return [(job_id, bases[job_id], seconds) for job_id, _, seconds in rows]
+        jobs[job_id].bases.append(base)
+    return list(jobs.values())
+
+
+def projects_at_limit(session: Session, projects: Collection[str]) -> dict[str, int]:
+    """The largest number of running jobs of each of `projects` that has reached it."""
+    running = (
+        select(func.count()).where(Job.project == Project.id, Job.status == Status.RUNNING).correlate(Project)
+    ).scalar_subquery()
+    statement = select(Project.id, Project.max_running_jobs).where(
+        Project.id.in_(projects), Project.max_running_jobs.is_not(None), running >= Project.max_running_jobs
+    )
+    return {project: limit for project, limit in session.execute(statement) if limit is not None}
 
 
 def positions(session: Session, job_ids: Sequence[str]) -> dict[str, int]:
@@ -56,11 +84,18 @@ def set_paused(session: Session, job_id: str, paused: bool) -> bool:
     return session.scalar(statement) is not None
 
 
-def claim(session: Session, status: Status, owner: str, served: Sequence[str] | None = None) -> Job | None:
+def claim(
+    session: Session,
+    status: Status,
+    owner: str,
+    served: Sequence[str] | None = None,
+    memory_bytes: int | None = None,
+) -> Job | None:
     """Take the lease of the best eligible job with `status`; None if there is none.
 
     The highest priority comes first, then the oldest job. A queued job becomes running. `served` limits the claim of
-    a queued job to base models that match these patterns (`*` matches anything); None allows any base model.
+    a queued job to base models that match these patterns (`*` matches anything), and `memory_bytes` to jobs that need
+    no more memory. None allows any.
     """
     if status != Status.QUEUED:
         return JOBS.claim(session, owner, Job.status == status)
@@ -71,6 +106,8 @@ def claim(session: Session, status: Status, owner: str, served: Sequence[str] | 
             OtherBase.job_id == Job.id, not_(served_by(OtherBase.base_model, served))
         )
         conditions += [or_(Job.base_model == "", served_by(Job.base_model, served)), ~unserved.correlate(Job).exists()]
+    if memory_bytes is not None:
+        conditions.append(or_(Job.memory_bytes.is_(None), Job.memory_bytes <= memory_bytes))
     started = func.coalesce(Job.started_at, database_now())
     job = JOBS.claim(session, owner, *conditions, status=Status.RUNNING, started_at=started)
     if job is not None:

@@ -6,7 +6,8 @@ unknown duration occupies its worker for good. Jobs that only such workers could
 
 import heapq
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from sqlalchemy.orm import Session
 
@@ -14,9 +15,11 @@ from app.broker import Lane
 from app.database import now
 from app.jobs import queries
 from app.jobs import queue as job_queue
+from app.jobs.queue import WaitingJob
 from app.jobs.states import Status
 from app.jobs.tables import Job
 from app.workers import repository as workers
+from app.workers.tables import Worker
 
 HORIZON = 200
 """Number of jobs that are simulated. Jobs behind them get a position and no times."""
@@ -29,6 +32,8 @@ class QueuePlace:
     position: int | None = None
     start: float | None = None
     finish: float | None = None
+    waiting_for: str | None = None
+    """What the job waits for, if not only for the jobs before it."""
 
 
 def forecast(session: Session, jobs: list[Job]) -> dict[str, QueuePlace]:
@@ -47,6 +52,16 @@ def forecast(session: Session, jobs: list[Job]) -> dict[str, QueuePlace]:
         if behind:
             positions = job_queue.positions(session, behind)
             places |= {job_id: QueuePlace(position) for job_id, position in positions.items()}
+        places |= {
+            job.id: QueuePlace(waiting_for="the success of its training")
+            for job in waiting
+            if job.id not in places and job.parent_id is not None
+        }
+        limits = job_queue.projects_at_limit(session, {job.project for job in waiting})
+        for job in waiting:
+            if job.project in limits and job.id in places and places[job.id].waiting_for is None:
+                text = f"the end of a running job: the project may run {limits[job.project]} at a time"
+                places[job.id] = replace(places[job.id], waiting_for=text)
     return places
 
 
@@ -63,25 +78,50 @@ def _finish(job: Job, current: float) -> float | None:
 def _simulate(session: Session, current: float) -> dict[str, QueuePlace]:
     """The places of the first `HORIZON` jobs of the queue, by job id."""
     finish_by_worker = {job.lease_owner: _finish(job, current) for job in queries.running(session)}
-    present = [worker for worker in workers.present(session, Lane.GPU) if workers.in_service(worker)]
+    present = workers.present(session, Lane.GPU)
     # (when the worker is free, its index). A worker whose job has no known end is never free.
-    free = [(finish_by_worker.get(worker.name, current), index) for index, worker in enumerate(present)]
+    free = [
+        (finish_by_worker.get(worker.name, current), index)
+        for index, worker in enumerate(present)
+        if workers.in_service(worker)
+    ]
     heap = [(math.inf if free_at is None else free_at, index) for free_at, index in free]
     heapq.heapify(heap)
     places = {}
-    for position, (job_id, bases, seconds) in enumerate(job_queue.waiting(session, HORIZON), start=1):
+    for position, job in enumerate(job_queue.waiting(session, HORIZON), start=1):
         unsuitable = []
         start = math.inf
         while heap:
             free_at, index = heapq.heappop(heap)
-            if workers.serves(present[index], *bases):
+            if _can_run(present[index], job):
                 start = free_at
-                heapq.heappush(heap, (free_at + (math.inf if seconds is None else seconds), index))
+                heapq.heappush(heap, (free_at + (math.inf if job.seconds is None else job.seconds), index))
                 break
             unsuitable.append((free_at, index))
         for entry in unsuitable:
             heapq.heappush(heap, entry)
         start_known = math.isfinite(start)
-        finish = start + seconds if start_known and seconds is not None else None
-        places[job_id] = QueuePlace(position, start if start_known else None, finish)
+        finish = start + job.seconds if start_known and job.seconds is not None else None
+        places[job.id] = QueuePlace(position, start if start_known else None, finish, _obstacle(present, job))
     return places
+
+
+def _can_run(worker: Worker, job: WaitingJob) -> bool:
+    """Whether a worker serves the models of a job and has the memory that it needs."""
+    memory = workers.memory_of(worker)
+    fits = job.memory_bytes is None or memory is None or job.memory_bytes <= memory
+    return fits and workers.serves(worker, *job.bases)
+
+
+def _obstacle(present: Sequence[Worker], job: WaitingJob) -> str | None:
+    """What no worker of `present` has for a job; None if one of them can run it."""
+    serving = [worker for worker in present if workers.serves(worker, *job.bases)]
+    if not serving:
+        return f"a GPU worker that serves {' and '.join(job.bases)}" if job.bases else "a GPU worker"
+    if not any(_can_run(worker, job) for worker in serving):
+        largest = max(workers.memory_of(worker) or 0 for worker in serving)
+        assert job.memory_bytes is not None
+        return f"a device with {job.memory_bytes / 1e9:.1f} GB of memory; the largest has {largest / 1e9:.1f} GB"
+    if not any(workers.in_service(worker) and _can_run(worker, job) for worker in serving):
+        return "a GPU worker whose device works: it is out of service"
+    return None

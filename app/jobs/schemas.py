@@ -123,6 +123,8 @@ class JobObject(BaseModel):
     stage: str | None
     progress: Progress | None
     queue_position: int | None
+    waiting_for: str | None
+    """What a queued job waits for, if not only for the jobs before it."""
     attempt: int
     metrics: dict[str, float] | None
     evaluations: list[JobEvaluationReference]
@@ -177,6 +179,7 @@ class JobObject(BaseModel):
             stage=job.stage,
             progress=Progress(**job.progress) if job.progress else None,
             queue_position=place.position,
+            waiting_for=place.waiting_for,
             attempt=job.attempt,
             metrics=job.metrics,
             evaluations=[

@@ -95,7 +95,7 @@ class Jobs(Lifecycle[JobObject]):
         `sweep_id` is the sweep that the job belongs to, if any.
         """
         model, reference, resolved = self.prepare(session, project, spec)
-        shape, device = fit.shape_of(session, model), fit.device_of(session, model)
+        shape, device = fit.shape_of(session, model.base_model), fit.device_of(session, model.base_model)
         if shape is not None and device is not None:
             refused = fit.refusal(resolved, shape, device, None)
             if refused is not None:

@@ -61,6 +61,8 @@ class Job(Queued, Table):
     """Seconds that workers ran it, over all attempts, up to the last heartbeat."""
     estimated_seconds: Mapped[float | None]
     """Expected seconds of training, estimated when the files were checked."""
+    memory_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    """Memory that a device needs at least for the job. None if it is not known: any device may try."""
     pace: Mapped[JsonObject | None]
     """Measured by the last attempt: `tokens`, `seconds`, and `overhead_seconds` before the first step."""
     finished_at: Mapped[float | None]

@@ -45,6 +45,12 @@ def serves(worker: Worker, *base_models: str) -> bool:
     return all(any(fnmatchcase(name, pattern) for pattern in worker.serves) for name in base_models)
 
 
+def memory_of(worker: Worker) -> int | None:
+    """The memory of a worker's device in bytes; None if its device has not been found."""
+    device = worker.details.get("device")
+    return device and int(device["memory_bytes"])
+
+
 def served_by(column: SQLColumnExpression[str | None], patterns: Sequence[str]) -> ColumnElement[bool]:
     """The condition that a worker with `patterns` serves the base model in `column`."""
     return or_(false(), *(_matches(column, pattern) for pattern in patterns))

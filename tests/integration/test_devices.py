@@ -1,0 +1,118 @@
+"""The queue knows devices: a job waits for one that has the memory it needs, and says what it waits for."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from app.broker import Lane
+from app.jobs import queue as job_queue
+from app.jobs.states import Status
+from app.jobs.tables import Job
+from app.models import repository as models
+from app.projects.tables import Project
+from app.services import Services
+from app.workers import repository as workers
+from tests.helpers.api import upload
+from tests.helpers.jobs import get, make_job
+from tests.helpers.tiny_model import make_tiny_model
+from worker.base_models import BaseModels, describe
+from worker.device_health import DeviceHealth
+from worker.lease import JobLease
+from worker.processes import ForkServer
+from worker.trainer.events import Failed
+from worker.training_run import Training
+from worker.validator import validate
+
+GIGABYTE = 10**9
+SMALL, LARGE = 24 * GIGABYTE, 80 * GIGABYTE
+
+
+def report(services: Services, name: str, memory_bytes: int, **details: Any) -> None:
+    """A GPU worker that serves the base model `tiny` on a device with this memory."""
+    device = {"kind": "cuda", "name": "GPU", "memory_bytes": memory_bytes}
+    with services.database.write() as session:
+        workers.report(session, name, Lane.GPU, ["tiny"], {"device": device, **details})
+
+
+def claim_with(services: Services, memory_bytes: int) -> Job | None:
+    with services.database.write() as session:
+        return job_queue.claim(session, Status.QUEUED, "test", ["tiny"], memory_bytes)
+
+
+def test_a_device_claims_only_jobs_that_fit_it(services: Services) -> None:
+    """A job behind one that is too large for a device is claimed by it. A job of unknown size may go anywhere."""
+    large = make_job(services, name="large", memory_bytes=40 * GIGABYTE)
+    unknown = make_job(services, name="unknown")
+    small = make_job(services, name="small", memory_bytes=SMALL)
+    assert [job.id for job in (claim_with(services, SMALL), claim_with(services, SMALL)) if job] == [unknown, small]
+    assert claim_with(services, SMALL) is None
+    claimed = claim_with(services, LARGE)
+    assert claimed is not None and claimed.id == large
+
+
+def waits_for(client: TestClient, job_id: str) -> str | None:
+    text: str | None = client.get(f"/v1/fine_tuning/jobs/{job_id}").json()["waiting_for"]
+    return text
+
+
+def test_a_queued_job_says_what_it_waits_for(client: TestClient, services: Services) -> None:
+    job_id = make_job(services, memory_bytes=40 * GIGABYTE)
+    assert waits_for(client, job_id) == "a GPU worker that serves tiny"
+    report(services, "small", SMALL)
+    assert waits_for(client, job_id) == "a device with 40.0 GB of memory; the largest has 24.0 GB"
+    report(services, "large", LARGE, problem="lost")
+    assert waits_for(client, job_id) == "a GPU worker whose device works: it is out of service"
+    report(services, "large", LARGE)
+    assert waits_for(client, job_id) is None
+    with services.database.write() as session:
+        session.get_one(Project, "default").max_running_jobs = 0
+    assert waits_for(client, job_id) == "the end of a running job: the project may run 0 at a time"
+    job = client.get(f"/v1/fine_tuning/jobs/{job_id}").json()
+    assert job["queue_position"] == 1
+
+
+def test_the_check_of_a_jobs_files_says_what_memory_it_needs(client: TestClient, services: Services) -> None:
+    """A longer row needs more. A job of an unknown base model needs nothing known."""
+    folder: Path = services.settings.models_dir / "small"
+    make_tiny_model(folder)
+    needs = []
+    for length in (10, 8000):
+        with services.database.write() as session:
+            models.register(session, "small", "r1", describe("small", folder).details)
+        row = b'{"prompt": "%s", "chosen": "yes", "rejected": "no"}\n' % (b"w " * length)
+        body = {"model": "small", "training_file": upload(client, row)}
+        job_id = client.post("/v1/fine_tuning/jobs", json=body).raise_for_status().json()["id"]
+        with services.database.write() as session:
+            job = job_queue.claim(session, Status.VALIDATING, "test")
+        assert job is not None
+        validate(services, BaseModels(services.settings), job)
+        needs.append(get(services, job_id).memory_bytes)
+    assert needs[0] is not None and needs[1] is not None and 0 < needs[0] < needs[1]
+
+
+@pytest.mark.parametrize("another", [None, SMALL, LARGE])
+def test_a_job_that_runs_out_of_memory_waits_for_a_larger_device_if_there_is_one(
+    services: Services, another: int | None
+) -> None:
+    job_id = make_job(services)
+    report(services, "mine", SMALL)
+    if another is not None:
+        report(services, "another", another)
+    job = claim_with(services, SMALL)
+    assert job is not None
+    health = DeviceHealth("cpu")
+    assert health.device is not None
+    health.device = type(health.device)("cuda", "GPU of 24 GB", SMALL)
+    attempt = Training(services, BaseModels(services.settings), job, threading.Event(), ForkServer(), health)
+    attempt.outcome = Failed("out_of_memory", "The model does not fit.", "model")
+    with JobLease(services.database, job_id, job.attempt) as attempt.lease:
+        attempt._finish(1)
+    row = get(services, job_id)
+    if another == LARGE:
+        assert (row.status, row.lost_attempts, row.memory_bytes) == (Status.QUEUED, 0, SMALL + 1)
+        assert claim_with(services, SMALL) is None and claim_with(services, LARGE) is not None
+    else:
+        assert row.status == Status.FAILED and row.error is not None and row.error["code"] == "out_of_memory"
