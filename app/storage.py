@@ -106,11 +106,16 @@ class Storage:
         return b"".join(self.chunks(key))
 
     def get_file(self, key: str, path: Path) -> None:
-        """Copy an object to the file `path`."""
+        """Copy an object to the file `path`. Raises `FileNotFoundError` if either vanishes meanwhile.
+
+        A work folder is removed when nobody waits for its files any more, and then nothing is read for it.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         chunks = self.chunks(key)
         with path.open("wb") as file:
             for chunk in chunks:
+                if not path.exists():
+                    raise FileNotFoundError(path)
                 file.write(chunk)
 
     def get_folder(self, prefix: str, folder: Path) -> None:

@@ -17,6 +17,8 @@ import structlog
 from app.models.repository import HUB_NAME
 from app.settings import Settings
 from app.spec.json_types import JsonObject
+from worker import hub
+from worker.hub import ModelUnavailable
 from worker.model_files import (
     INDEX,
     SINGLE_FILE,
@@ -27,19 +29,12 @@ from worker.model_files import (
     weight_files,
     why_no_weights,
 )
+from worker.waiting import Check, always_wanted
 
 log = structlog.get_logger(__name__)
 
 MAX_DEPTH = 3
 """Maximum number of folder levels below the models folder at which a model may lie."""
-HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-"""Patterns of the files that are downloaded."""
-HUB_IGNORED = ["consolidated*", "original/*"]
-"""Second copies of all weights, which some repositories hold."""
-
-
-class ModelUnavailable(Exception):
-    """This worker cannot serve a base model. The message says why."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +53,7 @@ class BaseModels:
     """Finds base models by name. No name can refer to a folder outside the models folder."""
 
     def __init__(self, settings: Settings) -> None:
-        self.root = settings.models_dir
+        self.root, self.home = settings.models_dir, settings.home
         self.patterns = settings.hub_models
         self._ignored: set[Path] = set()
 
@@ -98,16 +93,18 @@ class BaseModels:
         """The names and patterns of all base models whose jobs this worker can claim."""
         return [*self.folders(), *self.patterns]
 
-    def locate(self, name: str) -> tuple[Path, str | None]:
+    def locate(self, name: str, check: Check = always_wanted) -> tuple[Path, str | None]:
         """(folder, hub revision) of a base model. An allowed hub id is downloaded first.
 
-        The revision is None for a model of the models folder. Raises `ModelUnavailable`.
+        The revision is None for a model of the models folder. Raises `ModelUnavailable`, and what `check` raises while
+        the model is downloaded.
         """
         folder = self.folders().get(name)
         if folder is not None:
             return folder, None
         if HUB_NAME.fullmatch(name) and any(fnmatchcase(name, pattern) for pattern in self.patterns):
-            return _download(name)
+            folder = hub.download(name, self.home, check)
+            return folder, folder.name
         raise ModelUnavailable(f"The base model '{name}' is not in the models folder {self.root}.")
 
 
@@ -179,14 +176,3 @@ def _shape(config: JsonObject, weights: list[Path]) -> JsonObject | None:
         "linears": [[*key, count] for key, count in sorted(linears.items())],
         "others": others,
     }
-
-
-def _download(name: str) -> tuple[Path, str | None]:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED))
-    except RepositoryNotFoundError as error:  # missing or gated; other errors may pass, and the queue retries
-        raise ModelUnavailable(f"The model '{name}' cannot be downloaded: {error}") from error
-    return folder, folder.name

@@ -1,10 +1,9 @@
 """Count the tokens of files and render their rows as a model reads them. A program of the trainer does this.
 
-The program is a process of its own and does not load torch. It is killed when the lease of the work is lost.
+The program is a process of its own and does not load torch. It is killed when the work is no longer wanted.
 """
 
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ from app.models import repository as models
 from app.services import Services
 from app.spec.json_types import JsonObject
 from worker.base_models import BaseModels
-from worker.lease import Lease, LeaseLost
-from worker.processes import kill_group, trainer_environment
+from worker.processes import trainer_environment
+from worker.waiting import Check, run_process
 
 
 @dataclass(frozen=True)
@@ -36,44 +35,40 @@ class CountRequest:
         return fields if self.sample is None else fields | {"sample": self.sample}
 
 
-def place_tokenizer(services: Services, base_models: BaseModels, model: models.ResolvedModel, folder: Path) -> None:
-    """Put the tokenizer files of `model` into `folder`, which must not exist. Raises `ModelUnavailable`."""
+def place_tokenizer(
+    services: Services, base_models: BaseModels, model: models.ResolvedModel, folder: Path, check: Check
+) -> None:
+    """Put the tokenizer files of `model` into `folder`, which must not exist.
+
+    Raises `ModelUnavailable`, or what `check` raises.
+    """
     if model.prefix is None:
-        folder.symlink_to(base_models.locate(model.base_model)[0].resolve(), target_is_directory=True)
+        folder.symlink_to(base_models.locate(model.base_model, check)[0].resolve(), target_is_directory=True)
         return
     for key, _size in services.storage.list(model.prefix):
         if not key.endswith(".safetensors"):
             services.storage.get_file(key, folder / key.removeprefix(f"{model.prefix}/"))
 
 
-def count(folder: Path, requests: Sequence[CountRequest], lease: Lease) -> list[JsonObject]:
+def count(folder: Path, requests: Sequence[CountRequest], check: Check) -> list[JsonObject]:
     """The token statistics of each file by the tokenizer in `folder`/model, or its `error` {code, message, param}.
 
-    Raises `LeaseLost`.
+    Raises what `check` raises.
     """
     (folder / "tokens.json").write_text(json.dumps([request.as_json() for request in requests]))
-    results: list[JsonObject] = run_program("worker.trainer.tokens", folder, lease)
+    results: list[JsonObject] = run_program("worker.trainer.tokens", folder, check)
     return results
 
 
-def run_program(module: str, folder: Path, lease: Lease) -> Any:
+def run_program(module: str, folder: Path, check: Check) -> Any:
     """Run a module of the trainer on `folder`. Returns the JSON of the last line that it prints.
 
-    Raises `LeaseLost`, or `RuntimeError` with the end of its log if it fails.
+    Raises what `check` raises, or `RuntimeError` with the end of its log if it fails.
     """
-    with (folder / "log").open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", module, str(folder)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=output,
-            start_new_session=True,
-            env=trainer_environment() | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
-        )
-    lease.on_lost(lambda: kill_group(process))
-    printed, _ = process.communicate()
-    if lease.lost:
-        raise LeaseLost
-    if process.returncode != 0:
+    environment = trainer_environment() | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with (folder / "log").open("wb") as log:
+        command = [sys.executable, "-m", module, str(folder)]
+        status, printed = run_process(command, check, env=environment, stderr=log)
+    if status != 0:
         raise RuntimeError((folder / "log").read_text(errors="replace")[-2000:])
     return json.loads(printed.splitlines()[-1])

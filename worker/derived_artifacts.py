@@ -3,12 +3,14 @@
 import json
 import shutil
 import tempfile
+import threading
 from contextlib import suppress
 from pathlib import Path
 
 import structlog
 
 from app.derived_artifacts import repository
+from app.derived_artifacts.repository import ARTIFACTS
 from app.derived_artifacts.tables import DerivedArtifact
 from app.files.tables import File
 from app.models import repository as models
@@ -16,10 +18,12 @@ from app.services import Services
 from app.spec.datasets.check import survey
 from app.spec.datasets.mapping import Mapping
 from app.spec.json_types import JsonObject
-from worker.base_models import BaseModels, ModelUnavailable
+from worker.base_models import BaseModels
 from worker.counting import CountRequest, count, place_tokenizer, run_program
-from worker.lease import Lease, LeaseLost
+from worker.hub import ModelUnavailable
+from worker.lease import AskedToStop, Lease, LeaseLost
 from worker.model_folder import ModelGone, fetch_model, find_model
+from worker.waiting import in_thread
 from worker.work import work_folder
 
 log = structlog.get_logger(__name__)
@@ -33,16 +37,21 @@ class ArtifactFailed(Exception):
         self.error = {"code": code, "message": message, "param": param}
 
 
-def make_artifact(services: Services, base_models: BaseModels, artifact: DerivedArtifact) -> None:
-    """Make an artifact whose lease this worker holds, and write its result or its error."""
+def make_artifact(
+    services: Services, base_models: BaseModels, artifact: DerivedArtifact, stopping: threading.Event
+) -> None:
+    """Make an artifact whose lease this worker holds, and write its result or its error.
+
+    Once `stopping` is set, the artifact is given back.
+    """
     with (
         tempfile.TemporaryDirectory(dir=work_folder(services), ignore_cleanup_errors=True) as name,
-        Lease(services.database, repository.ARTIFACTS, artifact.id, artifact.attempt) as lease,
+        Lease(services.database, ARTIFACTS, artifact.id, artifact.attempt, stopping.is_set) as lease,
     ):
         artifact_attempt = _ArtifactAttempt(services, base_models, artifact, Path(name), lease)
         try:
             is_report = artifact.kind == repository.REPORT
-            result = artifact_attempt.report() if is_report else artifact_attempt.merge()
+            result = in_thread(artifact_attempt.report if is_report else artifact_attempt.merge, lease.check)
             if not _finish(lease, artifact, result=result):
                 raise LeaseLost
         except ArtifactFailed as failed:
@@ -50,6 +59,8 @@ def make_artifact(services: Services, base_models: BaseModels, artifact: Derived
         except LeaseLost:
             artifact_attempt.undo()
             log.warning("artifact lost", artifact=artifact.id)
+        except AskedToStop:  # pruning removes what it has uploaded
+            lease.write(lambda session: ARTIFACTS.release(session, artifact.id, artifact.attempt, pause=0.0))
         except Exception as error:  # storage or disk: another attempt may succeed, and attempts are limited
             with suppress(Exception):
                 artifact_attempt.undo()
@@ -102,7 +113,7 @@ class _ArtifactAttempt:
         if model is None:
             raise ArtifactFailed("model_not_found", f"The model '{arguments['model']}' was deleted.", "model")
         try:
-            place_tokenizer(self.services, self.base_models, model, self.folder / "model")
+            place_tokenizer(self.services, self.base_models, model, self.folder / "model", self.lease.check)
         except ModelUnavailable as error:
             raise ArtifactFailed("model_unavailable", str(error), "model") from error
         mapping = arguments.get("mapping", file.mapping)
@@ -119,7 +130,7 @@ class _ArtifactAttempt:
             "rendering": arguments.get("rendering", {}),
             "truncation": arguments.get("truncation", "keep_end"),
         }
-        (counted,) = count(self.folder, [CountRequest(dataset, recipe, report["kept"])], self.lease)
+        (counted,) = count(self.folder, [CountRequest(dataset, recipe, report["kept"])], self.lease.check)
         _require(counted)
         settings = {name: arguments[name] for name in ("model", "max_length", "method")}
         return report | {"tokens": settings | counted}
@@ -131,13 +142,13 @@ class _ArtifactAttempt:
         try:
             with self.services.database.read() as session:
                 stack = find_model(session, self.artifact.project, name)
-            fetch_model(storage, self.base_models, stack, self.folder)
+            fetch_model(storage, self.base_models, stack, self.folder, self.lease.check)
         except ModelGone as error:
             raise ArtifactFailed("model_not_found", str(error), "model") from error
         except ModelUnavailable as error:
             raise ArtifactFailed("model_unavailable", str(error), "model") from error
         (self.folder / "merge.json").write_text(json.dumps({"dtype": dtype}))
-        _require(run_program("worker.trainer.merge", self.folder, self.lease))
+        _require(run_program("worker.trainer.merge", self.folder, self.lease.check))
         self.prefix = f"merged/{self.artifact.id}/attempt-{self.artifact.attempt}"
         storage.put_folder(self.prefix, self.folder / "output")
         shutil.rmtree(self.folder / "output")

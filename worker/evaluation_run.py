@@ -26,11 +26,7 @@ from worker.judges.questions import questions, verdicts
 from worker.lease import LeaseLost
 from worker.runner import CannotRun, JobAttempt
 from worker.trainer.events import CompletionsWritten, EvaluationDone, Event, TrainingDone
-
-
-class _StopAsking(Exception):
-    """The attempt was asked to stop, so the judge is asked nothing more."""
-
+from worker.waiting import in_thread
 
 ANSWERS = "answers"
 """The first word in the names of parts that hold a judge's answers. All other parts hold completions."""
@@ -172,12 +168,9 @@ class Evaluation(JobAttempt[EvaluationSpec]):
         (self.folder / "parts").mkdir(exist_ok=True)
         try:
             client = JudgeClient(judge.endpoint, api_key, services.settings.private_judges)
-            self.answers = client.ask_all(all_questions(), self.answers, keep, self._check_stop)
+            self.answers = client.ask_all(all_questions(), self.answers, keep, self.lease.check)
         except JudgeFailed as failed:
             return self.fail(failed.code, str(failed), "judge.endpoint")
-        except _StopAsking:
-            self.stop_early()
-            return False
         self._add_verdicts(path, judge)
         return True
 
@@ -192,13 +185,6 @@ class Evaluation(JobAttempt[EvaluationSpec]):
                     self.answers.setdefault(key, answer)
         except Exception as error:  # the answers only save money
             self.log.warning("earlier answers not read", reason=str(error))
-
-    def _check_stop(self) -> None:
-        """Raise `LeaseLost` or `_StopAsking` if the attempt must not go on."""
-        if self.lease.lost:
-            raise LeaseLost
-        if self.asked_to_stop:
-            raise _StopAsking
 
     def _add_verdicts(self, path: Path, judge: Judge) -> None:
         """Write the judge's answers and verdicts into the items in `path`."""
@@ -251,7 +237,7 @@ class Evaluation(JobAttempt[EvaluationSpec]):
         report_path.write_text(json.dumps(report, indent=1, allow_nan=False))
         results = {new_id("file"): ("report.json", report_path), new_id("file"): ("items.jsonl", items_path)}
         for file_id, (_, path) in results.items():
-            self.services.storage.put_file(f"files/{file_id}", path)
+            in_thread(partial(self.services.storage.put_file, f"files/{file_id}", path), self.lease.check)
 
         def write(session: Session) -> None:
             if verdicts:

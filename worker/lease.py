@@ -28,16 +28,30 @@ class LeaseLost(Exception):
     """This attempt does not hold the lease of its row any more. It must stop and write nothing."""
 
 
+class AskedToStop(Exception):
+    """The attempt should end now and give its row back: its worker drains, or its job is paused or overdue."""
+
+
 class Lease:
     """A context manager that renews the lease of one attempt. `lost` becomes true when the lease is lost.
+
+    `asked_to_stop` says whether the attempt should end for another reason.
 
     While the database is unreachable, the work goes on for `OUTAGE_SECONDS` after the end of the lease. Other
     workers may not reach it either. If another attempt takes the row meanwhile, the guard on the attempt number
     rejects every write of this one.
     """
 
-    def __init__(self, database: Database, queue: WorkQueue[Any], row_id: str, attempt: int) -> None:
+    def __init__(
+        self,
+        database: Database,
+        queue: WorkQueue[Any],
+        row_id: str,
+        attempt: int,
+        asked_to_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.database, self.queue, self.row_id, self.attempt = database, queue, row_id, attempt
+        self.asked_to_stop = asked_to_stop
         self.log = log.bind(**{queue.noun: row_id}, attempt=attempt)
         self._lost = threading.Event()
         self._released = threading.Event()
@@ -59,6 +73,13 @@ class Lease:
     @property
     def lost(self) -> bool:
         return self._lost.is_set()
+
+    def check(self) -> None:
+        """Raise `LeaseLost` or `AskedToStop` if the attempt must not go on."""
+        if self.lost:
+            raise LeaseLost
+        if self.asked_to_stop():
+            raise AskedToStop
 
     def wait_lost(self, seconds: float) -> bool:
         """Wait at most `seconds` for the loss of the lease; returns whether it is lost."""
@@ -133,8 +154,10 @@ class Lease:
 class JobLease(Lease):
     """The lease of a job. Its heartbeats add up the job's running time and notice that the job was paused."""
 
-    def __init__(self, database: Database, job_id: str, attempt: int) -> None:
-        super().__init__(database, JOBS, job_id, attempt)
+    def __init__(
+        self, database: Database, job_id: str, attempt: int, asked_to_stop: Callable[[], bool] = lambda: False
+    ) -> None:
+        super().__init__(database, JOBS, job_id, attempt, asked_to_stop)
         self._paused = threading.Event()
 
     @property

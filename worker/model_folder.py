@@ -8,6 +8,7 @@ from sqlalchemy.orm import Session
 from app.models import repository as models
 from app.storage import Storage
 from worker.base_models import BaseModels
+from worker.waiting import Check
 
 
 class ModelGone(Exception):
@@ -41,18 +42,18 @@ def find_model(session: Session, project: str, name: str) -> ModelStack:
     return ModelStack(model, foundation, models.version(session, model.base_model))
 
 
-def fetch_model(storage: Storage, base_models: BaseModels, stack: ModelStack, folder: Path) -> str | None:
+def fetch_model(storage: Storage, base_models: BaseModels, stack: ModelStack, folder: Path, check: Check) -> str | None:
     """Put the weights into `folder`: full weights as `base`, an adapter as `start`.
 
     Returns the hub revision of the base model, if it has one. Raises `ModelUnavailable` if this worker cannot serve
-    the base model.
+    the base model, and what `check` raises while it is downloaded.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model, foundation = stack.model, stack.foundation
     if model.kind == "reward" and model.prefix is not None:  # its weights include the base model's
         storage.get_folder(model.prefix, folder / "base")
         return None
-    base, revision = base_models.locate(model.base_model)
+    base, revision = base_models.locate(model.base_model, check)
     if foundation is not None and foundation.prefix is not None:
         storage.get_folder(foundation.prefix, folder / "base")
     else:

@@ -16,6 +16,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
 
@@ -35,9 +36,10 @@ from app.prune import tidy_job
 from app.services import Services
 from app.spec.evaluation import EvaluationSpec
 from app.spec.job import JobSpec
-from worker.base_models import BaseModels, ModelUnavailable
+from worker.base_models import BaseModels
 from worker.device_health import DeviceHealth
-from worker.lease import JobLease, LeaseLost
+from worker.hub import ModelUnavailable
+from worker.lease import AskedToStop, JobLease, LeaseLost
 from worker.model_folder import ModelGone, ModelStack, fetch_model, find_model
 from worker.processes import CannotStart, ForkServer, Trainer, answer_cache
 from worker.trainer.events import (
@@ -52,6 +54,7 @@ from worker.trainer.events import (
     TrainingDone,
     read,
 )
+from worker.waiting import in_thread
 from worker.work import work_folder
 
 log = structlog.get_logger(__name__)
@@ -104,11 +107,15 @@ class JobAttempt(ABC, Generic[Spec]):
     def run(self) -> None:
         """Run the attempt to its end and write its result, error or pause."""
         folder = tempfile.TemporaryDirectory(dir=work_folder(self.services), ignore_cleanup_errors=True)
-        with folder as name, JobLease(self.services.database, self.job.id, self.job.attempt) as self.lease:
+        job, database = self.job, self.services.database
+        with folder as name, JobLease(database, job.id, job.attempt, lambda: self.asked_to_stop) as self.lease:
             self.folder = Path(name)
             try:
-                self.prepare()
+                in_thread(self.prepare, self.lease.check)
                 self._finish(self._train())
+            except AskedToStop:
+                with suppress(LeaseLost):
+                    self.stop_early()
             except CannotRun as error:
                 with suppress(LeaseLost):
                     self.fail(error.code, str(error), error.param)
@@ -179,7 +186,7 @@ class JobAttempt(ABC, Generic[Spec]):
         """
         try:
             stack = self.lease.read(lambda session: find_model(session, self.job.project, name))
-            return stack, fetch_model(self.services.storage, self.base_models, stack, folder)
+            return stack, fetch_model(self.services.storage, self.base_models, stack, folder, self.lease.check)
         except ModelGone as error:
             raise CannotRun("model_not_found", str(error), field) from error
         except ModelUnavailable as error:
@@ -215,8 +222,9 @@ class JobAttempt(ABC, Generic[Spec]):
     def _relay_until_end(self, process: Trainer, lines: "queue.Queue[bytes | None]") -> None:
         """Relay the trainer's events until it closes its output. Stop it when the attempt should end."""
         stop_sent_at, uploaded_at = math.inf, time.monotonic()
-        while True:
-            batch, ended = _drain(lines)
+
+        def pass_on_requests() -> None:
+            nonlocal stop_sent_at
             if self.lease.lost:
                 raise LeaseLost
             if stop_sent_at == math.inf and self.asked_to_stop:
@@ -224,9 +232,13 @@ class JobAttempt(ABC, Generic[Spec]):
                 stop_sent_at = time.monotonic()
             if self.overdue and time.monotonic() - stop_sent_at > TIMEOUT_GRACE_SECONDS:
                 process.kill()
-            if batch:
-                self._serve_cache(process, batch)
-                self._relay(batch)
+
+        while True:
+            batch, ended = _drain(lines)
+            pass_on_requests()
+            if batch:  # it may upload a checkpoint of many gigabytes
+                in_thread(partial(self._serve_cache, process, batch), pass_on_requests)
+                in_thread(partial(self._relay, batch), pass_on_requests)
             if ended:
                 return
             if time.monotonic() - uploaded_at > LOG_SECONDS:

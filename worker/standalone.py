@@ -21,8 +21,9 @@ from app.spec.datasets.errors import DatasetError
 from app.spec.job import JobSpec
 from app.spec.json_types import JsonObject
 from app.spec.metrics import SUMMARY
-from worker.base_models import BaseModels, ModelUnavailable
+from worker.base_models import BaseModels
 from worker.device import DeviceUnusable, find_device
+from worker.hub import ModelUnavailable
 from worker.processes import answer_cache, kill_group, trainer_environment
 from worker.trainer.events import Broken, CacheWanted, CheckpointWritten, DeviceFailed, Failed, Metrics, Notice, read
 

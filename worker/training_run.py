@@ -1,6 +1,7 @@
 """One attempt at a training: its input, its checkpoints, its metrics and the resulting model."""
 
 import json
+from functools import partial
 
 from sqlalchemy.orm import Session
 
@@ -20,6 +21,7 @@ from worker.integrations import Reporter
 from worker.lease import LeaseLost
 from worker.runner import JobAttempt
 from worker.trainer.events import CheckpointWritten, EvaluationDone, Event, Metrics, StageBegan, TrainingDone
+from worker.waiting import in_thread
 
 
 class Training(JobAttempt[JobSpec]):
@@ -133,7 +135,7 @@ class Training(JobAttempt[JobSpec]):
         assert isinstance(outcome, TrainingDone)
         name, result_id = self.job.makes, new_id("file")
         storage, result = self.services.storage, self.folder / "result.csv"
-        storage.put_folder(f"{self.prefix}/model", self.folder / "output")
+        in_thread(partial(storage.put_folder, f"{self.prefix}/model", self.folder / "output"), self.lease.check)
         storage.put_file(f"files/{result_id}", result)
         size = sum(path.stat().st_size for path in (self.folder / "output").rglob("*") if path.is_file())
 

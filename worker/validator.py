@@ -1,6 +1,7 @@
 """CPU lane: check the files of a new job, then queue the job or fail it. The error names the line and the field."""
 
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ from app.estimates.service import expected_seconds, least_memory
 from app.jobs import events as job_events
 from app.jobs import transitions
 from app.jobs.kinds import KINDS
+from app.jobs.queue import JOBS
 from app.jobs.states import Actor, Status
 from app.jobs.tables import Job
 from app.models import repository as models
@@ -30,7 +32,8 @@ from worker.base_models import BaseModels, has_chat_template
 from worker.classifier import BadClassifier, LinearClassifier
 from worker.counting import CountRequest, count, place_tokenizer
 from worker.evaluation_run import rendering_of
-from worker.lease import JobLease, Lease, LeaseLost
+from worker.lease import AskedToStop, JobLease, Lease, LeaseLost
+from worker.waiting import in_thread
 from worker.work import work_folder
 
 log = structlog.get_logger(__name__)
@@ -39,15 +42,22 @@ SAMPLE = 200
 """Maximum number of rows of a file that are rendered for the model before the job waits for a GPU."""
 
 
-def validate(services: Services, base_models: BaseModels, job: Job) -> None:
-    """Check the files of `job`, whose lease this worker holds. Queue the job, or fail it."""
+def validate(services: Services, base_models: BaseModels, job: Job, stopping: threading.Event) -> None:
+    """Check the files of `job`, whose lease this worker holds. Queue the job, or fail it.
+
+    Once `stopping` is set, the check is given back.
+    """
     queued = False
     with (
-        JobLease(services.database, job.id, job.attempt) as lease,
+        JobLease(services.database, job.id, job.attempt, stopping.is_set) as lease,
         suppress(LeaseLost),
-        tempfile.TemporaryDirectory(dir=work_folder(services)) as folder,
+        tempfile.TemporaryDirectory(dir=work_folder(services), ignore_cleanup_errors=True) as folder,
     ):
-        queued = _Check(services, base_models, job, lease, Path(folder)).run()
+        attempt = _Check(services, base_models, job, lease, Path(folder))
+        try:
+            queued = in_thread(attempt.run, lease.check)
+        except AskedToStop:
+            lease.write(lambda session: JOBS.release(session, job.id, job.attempt, pause=0.0))
     if queued:
         services.broker.wake(Lane.GPU)
 
@@ -80,7 +90,7 @@ class _Check:
         except _Invalid as invalid:
             self._fail(invalid)
             return False
-        except LeaseLost:
+        except (LeaseLost, AskedToStop):
             raise
         except Exception as error:  # storage or disk: another attempt may succeed, and attempts are limited
             log.error("files could not be checked", job=self.job.id, exc_info=error)
@@ -161,10 +171,10 @@ class _Check:
                 continue
             folder = self.folder / f"rendered-{len(list(self.folder.iterdir()))}"
             folder.mkdir()
-            place_tokenizer(self.services, self.base_models, model, folder / "model")
+            place_tokenizer(self.services, self.base_models, model, folder / "model", self.lease.check)
             if not has_chat_template(folder / "model"):
                 continue
-            counted = count(folder, [request for _, request in requests], self.lease)
+            counted = count(folder, [request for _, request in requests], self.lease.check)
             for (field, _), result in zip(requests, counted, strict=True):
                 if error := result.get("error"):
                     param = error["param"] if error["param"] in ("model", "loss_on") else field

@@ -40,6 +40,8 @@ POLL_SECONDS = 2.0
 """Interval at which an idle worker looks for work, in case a wake-up was lost. Housekeeping and reaper use it too."""
 REGISTER_SECONDS = 30.0
 """Interval at which the worker registers itself and its base models."""
+JOIN_SECONDS = 3.0
+"""How long the end of the process waits for a thread other than that of the work."""
 PRUNE_SECONDS = 3600.0
 """Interval at which old events and unneeded objects are removed."""
 
@@ -58,8 +60,8 @@ class WorkerPool:
         self._woken = threading.Event()
         self._threads = [
             threading.Thread(target=self._work, name=f"{lane.value}-lane"),
-            threading.Thread(target=self._keep_house, name="housekeeping"),
-            threading.Thread(target=self._reap, name="reaper"),
+            threading.Thread(target=self._keep_house, name="housekeeping", daemon=True),
+            threading.Thread(target=self._reap, name="reaper", daemon=True),
         ]
         if lane == Lane.CPU:
             self._threads.append(
@@ -84,10 +86,10 @@ class WorkerPool:
         self._woken.set()
 
     def join(self) -> None:
-        """Wait for the threads to end."""
+        """Wait for the end of the work, and a moment for the other threads: an object store that hangs holds them."""
         for thread in self._threads:
             if thread.is_alive():
-                thread.join()
+                thread.join(None if thread is self._threads[0] else JOIN_SECONDS)
 
     def _work(self) -> None:
         while not self.stopping.is_set():
@@ -109,12 +111,12 @@ class WorkerPool:
             with self.services.database.write() as session:
                 job = job_queue.claim(session, Status.VALIDATING, self.owner)
             if job is not None:
-                validate(self.services, self.base_models, job)
+                validate(self.services, self.base_models, job, self.stopping)
                 return True
             with self.services.database.write() as session:
                 artifact = artifacts.claim(session, self.owner, self.base_models.served())
             if artifact is not None:
-                make_artifact(self.services, self.base_models, artifact)
+                make_artifact(self.services, self.base_models, artifact, self.stopping)
             return artifact is not None
         if not self._device_usable():
             return False

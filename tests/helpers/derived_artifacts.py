@@ -1,5 +1,7 @@
 """The CPU lane in this process."""
 
+import threading
+
 from app.derived_artifacts import repository as artifacts
 from app.services import Services
 from worker.base_models import BaseModels
@@ -15,5 +17,5 @@ def work(services: Services) -> int:
             task = artifacts.claim(session, "test", list(base_models.folders()))
         if task is None:
             return count
-        make_artifact(services, base_models, task)
+        make_artifact(services, base_models, task, threading.Event())
         count += 1

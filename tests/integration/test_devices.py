@@ -88,7 +88,7 @@ def test_the_check_of_a_jobs_files_says_what_memory_it_needs(client: TestClient,
         with services.database.write() as session:
             job = job_queue.claim(session, Status.VALIDATING, "test")
         assert job is not None
-        validate(services, BaseModels(services.settings), job)
+        validate(services, BaseModels(services.settings), job, threading.Event())
         needs.append(get(services, job_id).memory_bytes)
     assert needs[0] is not None and needs[1] is not None and 0 < needs[0] < needs[1]
 

@@ -1,6 +1,7 @@
 """Evaluations over HTTP, without a worker: refused fields, defaults, listings and claims."""
 
 import json
+import threading
 from typing import Any
 
 import pytest
@@ -161,7 +162,7 @@ def test_evaluations_and_trainings_have_separate_lists_and_one_queue(client: Tes
         with services.database.write() as session:
             job = job_queue.claim(session, Status.VALIDATING, "test")
         assert job is not None
-        validate(services, BaseModels(services.settings), job)
+        validate(services, BaseModels(services.settings), job, threading.Event())
     with services.database.write() as session:
         first = job_queue.claim(session, Status.QUEUED, "test", ["tiny"])
         second = job_queue.claim(session, Status.QUEUED, "test", ["tiny"])

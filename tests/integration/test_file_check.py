@@ -1,6 +1,7 @@
 """The check of a job's files, before any GPU. It renders rows with the model's tokenizer, as the training would."""
 
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def checked(client: TestClient, services: Services, **body: object) -> dict[str,
         session.execute(update(Job).where(Job.id != job_id).values(status=Status.CANCELLED))
         job = job_queue.claim(session, Status.VALIDATING, "test", None)
     assert job is not None and job.id == job_id
-    validate(services, BaseModels(services.settings), job)
+    validate(services, BaseModels(services.settings), job, threading.Event())
     public_job: dict[str, Any] = client.get(f"/v1/fine_tuning/jobs/{job_id}").json()
     return public_job
 

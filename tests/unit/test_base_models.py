@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from app.settings import Settings
 from app.spec.json_types import JsonObject
 from tests.helpers.tiny_model import make_tiny_model
-from worker.base_models import BaseModels, ModelUnavailable
+from worker.base_models import BaseModels
+from worker.hub import ModelUnavailable
 from worker.model_files import context_length
 
 
