@@ -25,6 +25,7 @@ from rich.table import Table
 
 from app.cli.client import Client, ClientError
 from app.cli.watch import watch
+from app.programs import command
 from app.settings import Settings
 from app.spec.json_types import JsonObject
 from demo import base_model, sampling, world
@@ -99,8 +100,8 @@ class Service:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         environment = os.environ | {"DPO_PORT": str(port), "DPO_HOST": "127.0.0.1"}
         with self.log.open("wb") as output:
-            command = [sys.executable, "-m", "app.cli.main", "serve"]
-            self.process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+            serve = command("app.cli.main", "serve")
+            self.process = subprocess.Popen(serve, env=environment, stdout=output, stderr=output)
         url = f"http://127.0.0.1:{port}/v1"
         console.print(f"2. The service starts on {url}: API, GPU lane, CPU lane (its log: {self.log})", highlight=False)
         os.environ |= {"DPO_BASE_URL": url, "DPO_API_KEY": self.settings.admin_key}

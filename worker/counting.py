@@ -4,13 +4,13 @@ The program is a process of its own and does not load torch. It is killed when t
 """
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from app.models import repository as models
+from app.programs import command
 from app.services import Services
 from app.spec.json_types import JsonObject
 from worker.base_models import BaseModels
@@ -67,8 +67,7 @@ def run_program(module: str, folder: Path, check: Check) -> Any:
     """
     environment = trainer_environment() | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with (folder / "log").open("wb") as log:
-        command = [sys.executable, "-m", module, str(folder)]
-        status, printed = run_process(command, check, env=environment, stderr=log)
+        status, printed = run_process(command(module, str(folder)), check, env=environment, stderr=log)
     if status != 0:
         raise RuntimeError((folder / "log").read_text(errors="replace")[-2000:])
     return json.loads(printed.splitlines()[-1])

@@ -5,12 +5,12 @@ queue within seconds. So after a failure that looks like the device's, a small c
 """
 
 import subprocess
-import sys
 import time
 from typing import Literal
 
 import structlog
 
+from app.programs import command
 from worker.device import Device, DeviceUnusable, find_device
 from worker.processes import trainer_environment
 
@@ -82,9 +82,9 @@ class DeviceHealth:
         """Find the device and compute on it. Returns what is wrong with it; None if nothing is."""
         try:
             self.device = find_device(self.wanted)
-            command = [sys.executable, "-m", "worker.trainer.device_check", self.device.kind]
+            program = command("worker.trainer.device_check", self.device.kind)
             check = subprocess.run(
-                command, capture_output=True, text=True, timeout=CHECK_SECONDS, env=trainer_environment()
+                program, capture_output=True, text=True, timeout=CHECK_SECONDS, env=trainer_environment()
             )
         except (DeviceUnusable, OSError) as error:
             return str(error)

@@ -11,6 +11,7 @@ import tempfile
 import threading
 from pathlib import Path
 
+from app.programs import command
 from worker.waiting import Check, run_process
 
 FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
@@ -32,8 +33,7 @@ def download(name: str, home: Path, check: Check) -> Path:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("DPO_", "AWS_"))}
     environment = {"HF_HOME": str(home / "hub")} | environment
     with tempfile.TemporaryFile() as log:
-        command = [sys.executable, "-m", "worker.hub", name]
-        status, printed = run_process(command, check, env=environment, stderr=log)
+        status, printed = run_process(command("worker.hub", name), check, env=environment, stderr=log)
         log.seek(0)
         said = log.read().decode(errors="replace").strip().splitlines()
     if status != 0:

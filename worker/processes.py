@@ -5,12 +5,12 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from app.programs import command
 from worker.machine import usable_cpus
 
 START_SECONDS = 120.0
@@ -108,7 +108,7 @@ class ForkServer:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "worker.trainer.fork_server"],
+                command("worker.trainer.fork_server"),
                 stdin=theirs.fileno(),  # the server ends when this socket closes
                 stdout=subprocess.DEVNULL,  # its errors go to the worker's log
                 start_new_session=True,

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from app.errors import describe_validation_error
+from app.programs import command
 from app.settings import Settings
 from app.spec.datasets.check import check
 from app.spec.datasets.errors import DatasetError
@@ -103,7 +104,7 @@ def _run(folder: Path, console: Console) -> int:
     """Run the trainer in `folder` and print its events. Returns the exit status of `train`."""
     with (folder / "trainer.log").open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "worker.trainer", str(folder)],
+            command("worker.trainer", str(folder)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,

@@ -26,7 +26,7 @@ def _wait_for_end(pipe: int) -> None:
 
 
 def supervise(commands: dict[str, list[str]]) -> int:
-    """Run `commands` (name → arguments after the interpreter) until one ends, or until SIGINT or SIGTERM comes.
+    """Run `commands` (name → program and arguments) until one ends, or until SIGINT or SIGTERM comes.
 
     Then send SIGTERM to all, which drains them, and wait for them. Returns 0 after a signal, else 1.
     """
@@ -44,7 +44,7 @@ def supervise(commands: dict[str, list[str]]) -> int:
     reading, _writing = os.pipe()
     environment = os.environ | {PARENT_PIPE: str(reading)}
     children = {
-        name: subprocess.Popen([sys.executable, *arguments], process_group=0, pass_fds=[reading], env=environment)
+        name: subprocess.Popen(arguments, process_group=0, pass_fds=[reading], env=environment)
         for name, arguments in commands.items()
     }
     os.close(reading)

@@ -10,6 +10,7 @@ import typer
 from app.cli.local import migrate_database
 from app.cli.output import console
 from app.cli.processes import supervise
+from app.programs import command
 from app.settings import Settings
 
 
@@ -30,9 +31,9 @@ def serve() -> None:
         flush=True,
     )
     parts = {
-        "API": ["-m", "app.cli.main", "api"],
-        "GPU lane": ["-m", "worker", "gpu"],
-        "CPU lane": ["-m", "worker", "cpu"],
+        "API": command("app.cli.main", "api"),
+        "GPU lane": command("worker", "gpu"),
+        "CPU lane": command("worker", "cpu"),
     }
     raise typer.Exit(supervise(parts))
 
@@ -52,7 +53,7 @@ def worker(
     if lane not in (None, "gpu", "cpu"):
         raise typer.BadParameter("must be gpu or cpu", param_hint="--lane")
     lanes = [lane] if lane else ["gpu", "cpu"]
-    raise typer.Exit(supervise({f"{name} lane": ["-m", "worker", name] for name in lanes}))
+    raise typer.Exit(supervise({f"{name} lane": command("worker", name) for name in lanes}))
 
 
 def migrate(
@@ -70,4 +71,4 @@ def train(
     """Run the engine alone, without a service."""
     # The worker package needs torch. The CLI and the API do not import it, but start it as a program.
     # It replaces this process, so that Ctrl-C and the exit status are its own.
-    os.execv(sys.executable, [sys.executable, "-m", "worker.standalone", str(spec), str(output)])  # noqa: S606
+    os.execv(sys.executable, command("worker.standalone", str(spec), str(output)))  # noqa: S606

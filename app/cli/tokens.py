@@ -3,11 +3,11 @@
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from app.cli.client import ClientError
+from app.programs import command
 from app.spec.datasets.mapping import Mapping
 from app.spec.datasets.rendering import RenderingSettings
 from app.spec.json_types import JsonObject
@@ -38,7 +38,7 @@ def count_tokens(
         request = {"dataset": str(path.resolve()), "recipe": recipe, "rows": report["kept"]}
         (folder / "tokens.json").write_text(json.dumps([request]))
         process = subprocess.run(
-            [sys.executable, "-m", "worker.trainer.tokens", str(folder)],
+            command("worker.trainer.tokens", str(folder)),
             capture_output=True,
             text=True,
             env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},

@@ -16,6 +16,8 @@ from openai import OpenAI
 
 from tests.helpers.servers import CEILING, free_port, postgres, redis_server, s3, wait_until
 
+DPO = str(Path(sys.executable).with_name("dpo"))
+"""The command that users type."""
 CERTIFICATES = ssl.create_default_context()
 """Shared by the `httpx2` clients: loading the certificates takes longer than a request."""
 
@@ -69,13 +71,13 @@ class Running:
     def dpo(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         """Run the command-line client."""
         environment = self.environment | {"DPO_BASE_URL": self.url, "DPO_API_KEY": self.key}
-        command = [sys.executable, "-m", "app.cli.main", *arguments]
+        command = [DPO, *arguments]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=CEILING)
 
 
 @contextmanager
-def running(home: Path, extra: dict[str, str] | None = None) -> Iterator[Running]:
-    """Start `dpo serve` with the base models of `home`/models. Stop it with SIGTERM at the end."""
+def running(home: Path, extra: dict[str, str] | None = None, folder: Path | None = None) -> Iterator[Running]:
+    """Start `dpo serve` in `folder`, with the base models of `home`/models. Stop it with SIGTERM at the end."""
     port = free_port()
     # One thread: a tiny model gains nothing from two, and on a busy machine they slow each other down.
     variables = {"DPO_HOME": str(home), "DPO_PORT": str(port), "OMP_NUM_THREADS": "1"}
@@ -83,9 +85,7 @@ def running(home: Path, extra: dict[str, str] | None = None) -> Iterator[Running
     log = home / "serve.log"
     home.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "app.cli.main", "serve"], env=environment, stdout=output, stderr=output
-        )
+        process = subprocess.Popen([DPO, "serve"], env=environment, stdout=output, stderr=output, cwd=folder)
     url = f"http://127.0.0.1:{port}"
     try:
 

@@ -71,7 +71,7 @@ def _become_trainer(folder: str, stdin: int, stdout: int) -> None:
             os.close(source)
         os.chdir(folder)
         if DRIVER in Path("/proc/self/maps").read_text():
-            os.execv(sys.executable, [sys.executable, "-m", "worker.trainer", folder])  # noqa: S606 - no shell
+            os.execv(sys.executable, [sys.executable, "-P", "-m", "worker.trainer", folder])  # noqa: S606 - no shell
         status = run(Path(folder))
     except BaseException:
         traceback.print_exc()
