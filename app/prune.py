@@ -5,13 +5,13 @@ The database must belong to the object store: another database would need none o
 hour; an operator prunes with `dpo storage prune`.
 """
 
-import time
 from collections.abc import Callable
 
 import structlog
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from app.database import now
 from app.derived_artifacts.tables import DerivedArtifact
 from app.errors import Conflict
 from app.files.tables import File
@@ -46,8 +46,9 @@ def prune(services: Services, *, delete: bool, min_age: float = MIN_AGE_SECONDS)
     for prefix, find in NEEDED.items():
         age = CACHE_SECONDS if prefix == "cache" else min_age
         for batch in services.storage.batches(prefix):
-            old = [key for key, written_at in batch if written_at <= time.time() - age]
             with services.database.read() as session:
+                limit = now(session) - age
+                old = [key for key, written_at in batch if written_at <= limit]
                 kept = find(session, old)
             needed += len(batch) - len(old) + len(kept)
             unneeded += len(old) - len(kept)

@@ -12,6 +12,7 @@ import structlog
 from standardwebhooks import Webhook
 
 from app import __version__
+from app.database import now
 from app.outbound_http import HostRefused, new_client, resolve
 from app.services import Services
 from app.webhooks import repository
@@ -50,9 +51,11 @@ class Sender:
                 else:
                     busy[pool.submit(self._send, *due)] = due[1].id
 
-    def _claim(self, busy: Sequence[str] = ()) -> tuple[WebhookDelivery, WebhookEndpoint] | None:
+    def _claim(self, busy: Sequence[str] = ()) -> tuple[WebhookDelivery, WebhookEndpoint, datetime] | None:
+        """(delivery, its endpoint, the time by the database's clock) of a due delivery; None if there is none."""
         with self.services.database.write() as session:
-            return repository.claim(session, self.owner, busy)
+            claimed = repository.claim(session, self.owner, busy)
+            return claimed and (*claimed, datetime.fromtimestamp(now(session), UTC))
 
     def send_due(self) -> int:
         """Send all due deliveries, one after the other; returns their number."""
@@ -62,9 +65,9 @@ class Sender:
             sent += 1
         return sent
 
-    def _send(self, delivery: WebhookDelivery, endpoint: WebhookEndpoint) -> None:
+    def _send(self, delivery: WebhookDelivery, endpoint: WebhookEndpoint, claimed_at: datetime) -> None:
         began = time.monotonic()
-        status, problem = self._post(delivery, endpoint)
+        status, problem = self._post(delivery, endpoint, claimed_at)
         entry = {"status": status, "error": problem, "seconds": round(time.monotonic() - began, 3)}
         delivered = status is not None and 200 <= status < 300
         log.info("webhook sent", endpoint=endpoint.id, delivery=delivery.id, event_type=delivery.type, **entry)
@@ -74,12 +77,16 @@ class Sender:
         except Exception as error:  # the delivery is sent again; receivers recognise the event by its id
             log.warning("webhook not recorded", delivery=delivery.id, reason=type(error).__name__)
 
-    def _post(self, delivery: WebhookDelivery, endpoint: WebhookEndpoint) -> tuple[int | None, str | None]:
-        """(status of the answer, problem). The status is None without an answer, the problem None after a success."""
+    def _post(
+        self, delivery: WebhookDelivery, endpoint: WebhookEndpoint, signed_at: datetime
+    ) -> tuple[int | None, str | None]:
+        """(status of the answer, problem). The status is None without an answer, the problem None after a success.
+
+        Receivers refuse a signature that is minutes old or young. So it has the database's time, not this host's.
+        """
         body = orjson.dumps(delivery.body)
         try:
             target = resolve(endpoint.url, self.services.settings.private_webhooks, PRIVATE_WEBHOOKS_SETTING)
-            signed_at = datetime.now(UTC)
             secret = Webhook(self.services.secret_box.open(endpoint.sealed_secret))
             headers = {
                 "Content-Type": "application/json",

@@ -7,13 +7,12 @@ key without a look at the database.
 import hashlib
 import hmac
 import secrets
-import time
 import zlib
 from dataclasses import dataclass
 
 from sqlalchemy import or_, select, update
 
-from app.database import ALPHABET, Database, database_now, new_id
+from app.database import ALPHABET, Database, database_now, new_id, now
 from app.errors import no_such
 from app.keys.schemas import KeyObject, KeySpec, NewKeyObject, Scope
 from app.keys.tables import ApiKey
@@ -127,7 +126,8 @@ class Keys:
 
     def stream_token(self, project: str, path: str) -> tuple[str, int]:
         """(token, its end in unix seconds). Its holder may begin to read `path` within a minute, without a key."""
-        expires_at = int(time.time()) + STREAM_TOKEN_SECONDS
+        with self.database.read() as session:
+            expires_at = int(now(session)) + STREAM_TOKEN_SECONDS
         return f"{project}.{expires_at}.{self._digest(f'stream {project} {expires_at} {path}')}", expires_at
 
     def identify_stream(self, token: str, path: str) -> Caller | None:
@@ -135,6 +135,9 @@ class Keys:
         project, _, rest = token.partition(".")
         expires_at, _, signature = rest.partition(".")
         expected = self._digest(f"stream {project} {expires_at} {path}")
-        if not hmac.compare_digest(signature.encode(), expected.encode()) or int(expires_at) < time.time():
+        if not hmac.compare_digest(signature.encode(), expected.encode()):
             return None
+        with self.database.read() as session:
+            if int(expires_at) < now(session):
+                return None
         return Caller("stream", project, frozenset({Scope.READ}))

@@ -6,9 +6,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from openai import OpenAI
 
 from tests.helpers.preferences import pairs, write
-from tests.helpers.service import DPO, create_job, job_body, running, upload
+from tests.helpers.service import DPO, create_job, job_body, running, server_stack, upload
+from tests.helpers.webhook_receiver import webhook_receiver
 
 OWN_MODULES = ("app", "worker", "migrations", "torch", "transformers", "celery", "structlog", "json")
 
@@ -26,7 +28,7 @@ def repository(tmp_path: Path) -> Path:
 def test_no_code_of_the_folder_where_it_is_started_is_run(home: Path, repository: Path, tmp_path: Path) -> None:
     """`dpo serve` checks files, trains and merges there, and `dpo train` trains there too."""
     with running(home, folder=repository) as service:
-        file = upload(service, write(tmp_path / "pairs.jsonl", pairs(24, seed=1)), "fine-tune")
+        file = upload(service, _pairs(tmp_path), "fine-tune")
         with service.http() as client:
             job_id = create_job(client, **job_body(file, hyperparameters={"max_steps": 5}))
         job = service.wait_for(job_id, lambda job: job["status"] == "succeeded")
@@ -41,3 +43,30 @@ def test_no_code_of_the_folder_where_it_is_started_is_run(home: Path, repository
     )  # fmt: skip
     assert trained.returncode == 0, trained.stdout + trained.stderr
     assert not (repository / "ran").exists()
+
+
+FAKETIME = next(iter(Path("/usr/lib").glob("*/faketime/libfaketime.so.1")), None)
+
+
+@pytest.mark.skipif(FAKETIME is None, reason="no libfaketime on this machine")
+@pytest.mark.parametrize("skew", [600, -600])
+def test_a_host_whose_clock_is_wrong_signs_what_others_accept(skew: int, home: Path, tmp_path: Path) -> None:
+    """The hosts of the service are ten minutes off, and the database is not. Webhooks and stream tokens are good."""
+    clock = {"LD_PRELOAD": str(FAKETIME), "FAKETIME": f"{skew:+d}s", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+    with server_stack() as environment, webhook_receiver() as receiver:
+        settings = {**environment, **clock, "DPO_PRIVATE_WEBHOOKS": "localhost"}
+        with running(home, settings) as service, service.http() as client:
+            webhook = client.post("/webhooks", json={"url": receiver.url}).raise_for_status().json()
+            job_id = create_job(client, **job_body(upload(service, _pairs(tmp_path), "fine-tune")))
+            token = client.post(f"/fine_tuning/jobs/{job_id}/stream_token").raise_for_status().json()
+            with client.stream("GET", service.url.removesuffix("/v1") + token["url"]) as stream:
+                assert stream.status_code == 200
+            client.post(f"/fine_tuning/jobs/{job_id}/cancel").raise_for_status()
+            service.until(lambda: receiver.got, "the webhook")
+    headers, body = receiver.got[0]
+    event = OpenAI(api_key="x", webhook_secret=webhook["secret"]).webhooks.unwrap(body, headers)
+    assert event.type == "fine_tuning.job.cancelled" and event.data.id == job_id
+
+
+def _pairs(folder: Path) -> Path:
+    return write(folder / "pairs.jsonl", pairs(24, seed=1))
