@@ -27,6 +27,8 @@ from app.spec.json_types import JsonObject
 
 IDLE_SECONDS = 10
 """How long a transaction may stand idle before PostgreSQL ends it and frees its locks. Shorter than a lease."""
+WRITES = "writes"
+"""The execution option of a connection whose transactions write."""
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 
 
@@ -94,14 +96,15 @@ class Database:
             event.listen(self.engine, "connect", _sqlite_on_connect)
             event.listen(self.engine, "begin", _sqlite_on_begin)
         else:
-            self.engine = create_engine(
-                url, pool_pre_ping=True, connect_args={"connect_timeout": 5, "tcp_user_timeout": 10_000}
-            )
-            event.listen(self.engine, "connect", _postgresql_on_connect)
+            # A pooler between (PgBouncer) may give each transaction another session of the server. So nothing may stay
+            # in a session: no prepared statement, no setting.
+            arguments = {"connect_timeout": 5, "tcp_user_timeout": 10_000, "prepare_threshold": None}
+            self.engine = create_engine(url, pool_pre_ping=True, connect_args=arguments)
+            event.listen(self.engine, "begin", _postgresql_on_begin)
             event.listen(self.engine, "handle_error", _postgresql_on_error, retval=True)
         # SQLite fails at once, whatever its timeout, if a transaction reads first and writes later while another one
         # writes. A writer therefore takes the write lock when it begins.
-        self._writer: Engine = self.engine.execution_options(begin="BEGIN IMMEDIATE")
+        self._writer: Engine = self.engine.execution_options(**{WRITES: True})
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -115,18 +118,41 @@ class Database:
         with Session(self._writer, expire_on_commit=False) as session, session.begin():
             yield session
 
+    @contextmanager
+    def locked(self, lock: int) -> Iterator[Connection]:
+        """A transaction that waits until no other process is in one with the same `lock`, however long it takes."""
+        with self._writer.connect() as connection:
+            if connection.dialect.name == "sqlite":  # one writer at a time: the wait is for the beginning
+                driver = connection.connection.driver_connection
+                assert driver is not None
+                driver.execute("PRAGMA busy_timeout = 3600000")
+            try:
+                with connection.begin():
+                    if connection.dialect.name == "postgresql":
+                        connection.execute(select(func.pg_advisory_xact_lock(lock)))
+                    yield connection
+            finally:
+                connection.invalidate()  # the timeout ends with the connection
+
     def close(self) -> None:
         self.engine.dispose()
 
 
-def _postgresql_on_connect(connection: psycopg.Connection, _record: ConnectionPoolEntry) -> None:
-    connection.execute(f"SET idle_in_transaction_session_timeout = '{IDLE_SECONDS}s'")
-    connection.commit()
+def _postgresql_on_begin(connection: Connection) -> None:
+    if WRITES in connection.get_execution_options():  # others hold no locks
+        connection.exec_driver_sql(f"SET LOCAL idle_in_transaction_session_timeout = '{IDLE_SECONDS}s'")
+
+
+LOST_SESSIONS = (
+    psycopg.errors.IdleInTransactionSessionTimeout,
+    psycopg.errors.InvalidSqlStatementName,  # a pooler went on in another session
+    psycopg.errors.DuplicatePreparedStatement,
+)
 
 
 def _postgresql_on_error(context: ExceptionContext) -> BaseException | None:
-    """Report a connection that the server ended as idle like any other broken connection."""
-    if not isinstance(context.original_exception, psycopg.errors.IdleInTransactionSessionTimeout):
+    """Report a session that the server ended or that a pooler exchanged like any other broken connection."""
+    if not isinstance(context.original_exception, LOST_SESSIONS):
         return None
     return OperationalError(context.statement, None, context.original_exception, connection_invalidated=True)
 
@@ -138,4 +164,4 @@ def _sqlite_on_connect(connection: sqlite3.Connection, _record: ConnectionPoolEn
 
 
 def _sqlite_on_begin(connection: Connection) -> None:
-    connection.exec_driver_sql(connection.get_execution_options().get("begin", "BEGIN"))
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if WRITES in connection.get_execution_options() else "BEGIN")

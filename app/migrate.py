@@ -11,12 +11,20 @@ from sqlalchemy import Connection
 import migrations
 from app.database import Database
 
+LOCK = 0x64706F6D
+"""Key of the advisory lock that a migration takes: an arbitrary number that nothing else uses."""
+
 
 def migrate(database: Database, revision: str = "head") -> None:
-    """Migrate the database up or down to `revision`. With `head`, a later schema than this version's stays."""
+    """Migrate the database up or down to `revision`. With `head`, a later schema than this version's stays.
+
+    Several processes may call it at the same time. One migrates, and the others wait for it.
+    """
     if revision == "head" and is_current(database):
         return
-    with database.engine.begin() as connection:
+    with database.locked(LOCK) as connection:
+        if revision == "head" and _is_current(connection):
+            return
         config = alembic_config()
         config.attributes["connection"] = connection
         if revision in ("base", "-1") or revision in _behind(connection, config):
@@ -28,7 +36,11 @@ def migrate(database: Database, revision: str = "head") -> None:
 def is_current(database: Database) -> bool:
     """Whether the database has this version's schema or a later one. A later schema only adds to this one."""
     with database.engine.connect() as connection:
-        current = MigrationContext.configure(connection).get_current_revision()
+        return _is_current(connection)
+
+
+def _is_current(connection: Connection) -> bool:
+    current = MigrationContext.configure(connection).get_current_revision()
     scripts = ScriptDirectory.from_config(alembic_config())
     older = {script.revision for script in scripts.walk_revisions()} - {scripts.get_current_head()}
     return current is not None and current not in older

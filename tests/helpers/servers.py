@@ -118,6 +118,41 @@ def postgres() -> Iterator[str]:
         yield postgres_url(server.port)
 
 
+@contextmanager
+def pgbouncer(server: Server) -> Iterator[str]:
+    """A PgBouncer before a PostgreSQL server, with two sessions for all clients, each for one transaction.
+
+    Yields the SQLAlchemy URL.
+    """
+    program = shutil.which("pgbouncer", path="/usr/sbin:/usr/bin:/usr/local/bin")
+    assert program is not None, "pgbouncer is missing: run 'make test', which installs it"
+    port, folder = free_port(), Path(tempfile.mkdtemp(prefix="dpo-pgbouncer-"))
+    user = "postgres" if os.geteuid() == 0 else None  # it refuses to run as root
+    try:
+        (folder / "pgbouncer.ini").write_text(
+            f"[databases]\n* = host=127.0.0.1 port={server.port} user=dpo\n"
+            f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nauth_type = any\nunix_socket_dir =\n"
+            "pool_mode = transaction\ndefault_pool_size = 2\nmax_client_conn = 500\n"
+        )
+        if user is not None:
+            shutil.chown(folder, user)
+            folder.chmod(0o755)
+        connect = f"host=127.0.0.1 port={port} user=dpo dbname=postgres"
+
+        def connects() -> bool:
+            with psycopg.connect(connect) as connection:
+                return not connection.closed
+
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        pooler = Server([program, str(folder / "pgbouncer.ini")], port, connects, user=user, **quiet)
+        try:
+            yield postgres_url(port)
+        finally:
+            pooler.end()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def postgres_url(port: int) -> str:
     return f"postgresql+psycopg://dpo@127.0.0.1:{port}/postgres"
 

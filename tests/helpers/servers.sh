@@ -1,11 +1,12 @@
 #!/bin/sh
-# Install the PostgreSQL and Redis programs for the throwaway servers of the tests, if they are missing.
+# Install the PostgreSQL, PgBouncer and Redis programs for the throwaway servers of the tests, if they are missing.
 set -eu
 missing=""
 command -v redis-server >/dev/null 2>&1 || missing="redis-server"
 if ! command -v initdb >/dev/null 2>&1 && ! ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1; then
     missing="$missing postgresql"
 fi
+command -v pgbouncer >/dev/null 2>&1 || [ -x /usr/sbin/pgbouncer ] || missing="$missing pgbouncer"
 # Without a browser the dashboard's test is skipped. Install one where that is possible.
 if ! command -v chromium >/dev/null 2>&1 && [ -f /etc/debian_version ] && [ "$(id -u)" = 0 ]; then
     missing="$missing chromium"

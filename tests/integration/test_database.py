@@ -1,5 +1,8 @@
 """The schema and transactions, on SQLite and PostgreSQL."""
 
+import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -138,3 +141,19 @@ def test_a_process_frozen_in_a_transaction_loses_its_lock(services: Services, mo
     frozen.close()
     with services.database.read() as session:
         assert session.get_one(Job, job_id).priority == 0
+
+
+def test_many_processes_that_migrate_at_once_all_succeed(settings: Settings) -> None:
+    """Every part of a deployment may migrate when it starts. One migrates, and the others wait for it."""
+    environment = os.environ | {"DPO_HOME": str(settings.home), "DPO_DATABASE_URL": settings.database_url}
+    command = [sys.executable, "-m", "app.cli.main", "migrate"]
+    processes = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(6)
+    ]
+    for process in processes:
+        output, _ = process.communicate()
+        assert process.returncode == 0, output
+    migrated = Database(settings.database_url)
+    assert is_current(migrated)
+    migrated.close()
