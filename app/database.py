@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
-from sqlalchemy import JSON, Connection, Dialect, Double, Engine, create_engine, event, func, select
+from sqlalchemy import JSON, URL, Connection, Dialect, Double, Engine, create_engine, event, func, select
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.compiler import compiles
@@ -91,8 +91,12 @@ class Database:
 
     def __init__(self, url: str) -> None:
         if url.startswith("sqlite:///"):
-            Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-            self.engine = create_engine(url, connect_args={"timeout": 10, "check_same_thread": False})
+            path = Path(url.removeprefix("sqlite:///"))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # As a URL's text, a path with a question mark would end there.
+            self.engine = create_engine(
+                URL.create("sqlite", database=str(path)), connect_args={"timeout": 10, "check_same_thread": False}
+            )
             event.listen(self.engine, "connect", _sqlite_on_connect)
             event.listen(self.engine, "begin", _sqlite_on_begin)
         else:

@@ -7,14 +7,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 
 class Settings(BaseSettings):
     """The operator's settings, as in docs/reference/configuration.md. Building this object writes nothing to disk."""
 
-    model_config = SettingsConfigDict(env_prefix="DPO_", env_ignore_empty=True, extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="DPO_", env_ignore_empty=True, extra="ignore", frozen=True, hide_input_in_errors=True
+    )
 
     home: Path = Path(".dpo")
     database_url: str = ""
@@ -42,6 +44,29 @@ class Settings(BaseSettings):
     """Hosts inside the operator's own network that webhooks may be sent to."""
     private_judges: Annotated[tuple[str, ...], NoDecode] = ()
     """Hosts inside the operator's own network that evaluations may ask as judges."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_platforms_give_them(cls, values: dict[str, object]) -> dict[str, object]:
+        """Values without the white space around them, which files of secrets often end with.
+
+        For a Service with the name `dpo`, Kubernetes sets `DPO_PORT` of every container to `tcp://ADDRESS:PORT`. That
+        is not this setting.
+        """
+        stripped = {name: value.strip() if isinstance(value, str) else value for name, value in values.items()}
+        if str(stripped.get("port", "")).startswith("tcp://"):
+            del stripped["port"]
+        return {name: value for name, value in stripped.items() if value != ""}
+
+    @field_validator("database_url")
+    @classmethod
+    def _known_database(cls, value: str) -> str:
+        scheme, sign, rest = value.partition("://")
+        if scheme in ("postgres", "postgresql"):
+            return f"postgresql+psycopg{sign}{rest}"
+        if value and scheme not in ("postgresql+psycopg", "sqlite"):
+            raise ValueError("is no database of this service; give a postgresql:// or sqlite:/// URL")
+        return value
 
     @field_validator("hub_models", "allowed_hosts", "cors_origins", "private_webhooks", "private_judges", mode="before")
     @classmethod
@@ -87,8 +112,6 @@ class Settings(BaseSettings):
         for name, default in defaults.items():
             if name not in self.model_fields_set:
                 object.__setattr__(self, name, default)
-        if self.database_url.startswith("postgresql://"):
-            object.__setattr__(self, "database_url", "postgresql+psycopg" + self.database_url[10:])
 
     @cached_property
     def admin_key(self) -> str:

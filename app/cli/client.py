@@ -36,12 +36,12 @@ class Client:
     """Calls the service that `DPO_BASE_URL` and `DPO_API_KEY` name, else this machine's with its admin key."""
 
     def __init__(self) -> None:
-        url = os.environ.get("DPO_BASE_URL") or "http://127.0.0.1:8000/v1"
+        url = os.environ.get("DPO_BASE_URL", "").strip() or "http://127.0.0.1:8000/v1"
         self._http = httpx2.Client(base_url=url, headers={"Authorization": f"Bearer {self._key()}"}, timeout=60)
 
     @staticmethod
     def _key() -> str:
-        if key := os.environ.get("DPO_API_KEY") or os.environ.get("DPO_ADMIN_KEY"):
+        if key := os.environ.get("DPO_API_KEY", "").strip() or os.environ.get("DPO_ADMIN_KEY", "").strip():
             return key
         key_file = Settings().home / "admin.key"
         if key_file.exists():

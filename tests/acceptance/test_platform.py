@@ -10,6 +10,7 @@ from openai import OpenAI
 
 from tests.helpers.preferences import pairs, write
 from tests.helpers.service import DPO, create_job, job_body, running, server_stack, upload
+from tests.helpers.tiny_model import make_tiny_model
 from tests.helpers.webhook_receiver import webhook_receiver
 
 OWN_MODULES = ("app", "worker", "migrations", "torch", "transformers", "celery", "structlog", "json")
@@ -70,3 +71,17 @@ def test_a_host_whose_clock_is_wrong_signs_what_others_accept(skew: int, home: P
 
 def _pairs(folder: Path) -> Path:
     return write(folder / "pairs.jsonl", pairs(24, seed=1))
+
+
+def test_the_home_may_have_any_name(tmp_path: Path) -> None:
+    """Spaces and signs with a meaning in URLs are part of the folder's name, for the database, objects and models."""
+    home = tmp_path / "a b?c#d%20e&f"
+    make_tiny_model(home / "models" / "tiny")
+    with running(home) as service:
+        file = upload(service, _pairs(tmp_path), "fine-tune")
+        with service.http() as client:
+            job_id = create_job(client, **job_body(file, hyperparameters={"max_steps": 5}))
+        job = service.wait_for(job_id, lambda job: job["status"] == "succeeded")
+        adapter = str(tmp_path / "adapter")
+        assert service.dpo("models", "download", job["fine_tuned_model"], "--output", adapter).returncode == 0
+    assert {path.name for path in tmp_path.iterdir()} == {home.name, "pairs.jsonl", "adapter"}

@@ -41,6 +41,37 @@ def test_each_environment_variable_replaces_its_default(monkeypatch: pytest.Monk
     assert settings.models_dir == settings.home / "models"
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "field", "expected"),
+    [
+        ("DPO_PORT", "tcp://10.96.12.7:8000", "port", 8000),  # a Kubernetes Service with the name dpo
+        ("DPO_PORT", " 9000\n", "port", 9000),
+        ("DPO_ADMIN_KEY", "a key of a mounted file\n", "admin_key", "a key of a mounted file"),
+        ("DPO_SECRET_KEY", "\ta key of a mounted file\r\n", "secret_key", "a key of a mounted file"),
+        ("DPO_DATABASE_URL", "postgres://u@h/d\n", "database_url", "postgresql+psycopg://u@h/d"),
+        ("DPO_BROKER_URL", "redis://h:1/0\n", "broker_url", "redis://h:1/0"),
+        ("DPO_HUB_MODELS", "\n", "hub_models", ()),
+        ("DPO_DEVICE", "cuda\n", "device", "cuda"),
+    ],
+)
+def test_values_are_read_as_platforms_give_them(
+    variable: str, value: str, field: str, expected: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DPO_HOME", f" {tmp_path}\n")
+    monkeypatch.setenv(variable, value)
+    settings = Settings()
+    assert getattr(settings, field) == expected and settings.home == tmp_path
+
+
+@pytest.mark.parametrize("url", ["mysql://u@h/d", "oracle://h", "http://h/d", "h:5432/d"])
+def test_a_database_that_the_service_does_not_know_is_refused_at_start(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DPO_DATABASE_URL", url)
+    with pytest.raises(ValidationError, match=r"give a postgresql:// or sqlite:/// URL"):
+        Settings()
+
+
 def test_secrets_are_generated_once_and_only_their_owner_can_read_them(tmp_path: Path) -> None:
     keys: list[str] = []
     threads = [threading.Thread(target=lambda: keys.append(Settings(home=tmp_path).admin_key)) for _ in range(8)]
