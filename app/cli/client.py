@@ -4,10 +4,10 @@ import io
 import os
 import tarfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import BinaryIO, TypedDict, Unpack
+from typing import BinaryIO, TypedDict, TypeVar, Unpack
 from urllib.parse import quote
 
 import httpx2
@@ -22,6 +22,18 @@ class ClientError(Exception):
     """The server refused a request, or cannot be reached."""
 
 
+Result = TypeVar("Result")
+
+
+class Unavailable(ClientError):
+    """The service does not answer now: it restarts, or a proxy before it has lost it."""
+
+
+UNAVAILABLE = {502, 503, 504}
+PATIENCE_SECONDS, RETRY_SECONDS = 300.0, 2.0
+"""How long a command that waits tries to reach the service again, and how often."""
+
+
 class RequestOptions(TypedDict, total=False):
     """The options of a request that the commands use, as httpx takes them."""
 
@@ -34,6 +46,9 @@ class RequestOptions(TypedDict, total=False):
 
 class Client:
     """Calls the service that `DPO_BASE_URL` and `DPO_API_KEY` name, else this machine's with its admin key."""
+
+    waits = False
+    """Whether the command waits for something. Its reads then outlast a restart of the service."""
 
     def __init__(self) -> None:
         url = os.environ.get("DPO_BASE_URL", "").strip() or "http://127.0.0.1:8000/v1"
@@ -50,8 +65,27 @@ class Client:
 
     def request(self, method: str, path: str, **options: Unpack[RequestOptions]) -> JsonObject:
         """The JSON answer. Raises `ClientError` with the server's message."""
-        with self.stream(method, path, **options) as response:
-            return _json(response)
+
+        def read() -> JsonObject:
+            with self.stream(method, path, **options) as response:
+                return _json(response)
+
+        return self._patiently(read) if method == "GET" else read()
+
+    def _patiently(self, read: Callable[[], Result]) -> Result:
+        """The result of `read`. In a command that waits, it is tried again while the service is unavailable."""
+        deadline, told = time.monotonic() + PATIENCE_SECONDS, False
+        while True:
+            try:
+                return read()
+            except Unavailable as error:
+                if not self.waits or time.monotonic() > deadline:
+                    raise
+                if not told:
+                    text = f"{str(error).rstrip('.')}. Trying again for 5 minutes."
+                    Console(stderr=True).print(text, highlight=False, markup=False)
+                    told = True
+            time.sleep(RETRY_SECONDS)
 
     @contextmanager
     def stream(self, method: str, path: str, **options: Unpack[RequestOptions]) -> Iterator[httpx2.Response]:
@@ -60,18 +94,20 @@ class Client:
             with self._http.stream(method, path, **options) as response:
                 if response.status_code >= 400:
                     response.read()
-                    raise ClientError(_refusal(response))
+                    raise (Unavailable if response.status_code in UNAVAILABLE else ClientError)(_refusal(response))
                 yield response
         except httpx2.HTTPError as error:
-            raise ClientError(f"{self._http.base_url} cannot be reached: {error}") from error
+            raise Unavailable(f"{self._http.base_url} cannot be reached: {error}") from error
 
     @contextmanager
     def _stream_when_ready(
         self, method: str, path: str, **options: Unpack[RequestOptions]
     ) -> Iterator[httpx2.Response]:
         """The final answer of a route that answers 202 until a worker has made the result."""
+        self.waits = True
         while True:
-            with self.stream(method, path, **options) as response:
+            with ExitStack() as stack:
+                response = self._patiently(lambda: stack.enter_context(self.stream(method, path, **options)))
                 if response.status_code != 202:
                     yield response
                     return

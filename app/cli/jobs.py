@@ -115,12 +115,16 @@ def _follow(client: Client, job_id: str, as_json: bool) -> None:
     for gate in job["gates"]:
         text += f"\n{describe_gate(gate)}"
     if job["status"] == "succeeded":
-        text += _next_steps(job)
+        text += next_steps(job)
     emit(job, as_json, text)
     raise typer.Exit(exit_status(job))
 
 
-def _next_steps(job: JsonObject) -> str:
+VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)
+"""The values of vLLM's `--max-lora-rank`, its default first (vLLM 0.11, `LoRAConfig`)."""
+
+
+def next_steps(job: JsonObject) -> str:
     """How to download, load and serve the job's model."""
     name = job["fine_tuned_model"]
     base = job["model"] if not job["model"].startswith("ft:") else name.split(":")[1]
@@ -134,12 +138,16 @@ def _next_steps(job: JsonObject) -> str:
         package, loader, serve = (
             "transformers",
             "AutoModelForSequenceClassification",
-            "vllm serve ./model --task classify",
+            "vllm serve ./model --runner pooling --convert classify",
         )
     elif job["adapter"] == "none":
         package, loader, serve = "transformers", "AutoModelForCausalLM", "vllm serve ./model"
     elif job["adapter"]["use_dora"]:
         serve = "merge it first: vLLM takes no DoRA adapters"
+    elif job["adapter"]["r"] > VLLM_RANKS[-1]:
+        serve = f"merge it first: vLLM takes adapters up to rank {VLLM_RANKS[-1]}"
+    elif job["adapter"]["r"] > VLLM_RANKS[0]:
+        serve += f" --max-lora-rank {next(rank for rank in VLLM_RANKS if rank >= job['adapter']['r'])}"
     return f"""
 model: {name}
 

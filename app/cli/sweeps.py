@@ -96,6 +96,7 @@ def sweeps_watch(sweep_id: str, as_json: Json = False) -> None:
 
 def _follow(client: Client, sweep_id: str, as_json: bool) -> None:
     console, previous_counts = Console(stderr=as_json), ""
+    client.waits = True
     while True:
         sweep = client.request("GET", _path(sweep_id))
         states = [job["status"] for job in sweep["jobs"]]

@@ -24,6 +24,7 @@ def watch(client: Client, path: str, console: Console) -> JsonObject:
         TextColumn("{task.fields[metrics]}"),
     )
     last_event: str | None = None
+    client.waits = True
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("job", total=None, state="", metrics="")
         while True:

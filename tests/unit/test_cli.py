@@ -1,12 +1,16 @@
 """Refusals of the command line itself: one sentence, exit status 2, no traceback."""
 
+import json
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from app.cli.jobs import next_steps
 from app.cli.output import upload_files
 from app.spec.job import JobSpec
 from app.spec.json_types import JsonObject
@@ -91,6 +95,58 @@ def test_every_file_that_a_job_names_by_path_is_uploaded(tmp_path: Path) -> None
     ready, best = ("held-out", "answers", "words"), ("held-out", "words", "words")
     assert files(body) == [*training, *sft, *(f"{name} as evals" for name in ready + best)]
     assert body["metadata"] == {"data": str(tmp_path / "notes")}
+
+
+def test_a_command_that_waits_outlasts_a_restart_and_the_errors_of_a_proxy(tmp_path: Path) -> None:
+    """One that does not wait ends with the first error."""
+    job = {"id": "ftjob-1", "status": "running", "paused": False, "stage": "dpo", "queue_position": None}
+    job |= {"waiting_for": None, "metrics": {}, "progress": None, "gates": [], "fine_tuned_model": "m", "model": "tiny"}
+    done = job | {"status": "succeeded", "error": None, "method": {"type": "dpo"}, "adapter": "none"}
+    answers: list[object] = [502, job, "hangs up", 503, "cut", 504, done]
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            answer = {"data": [], "has_more": False} if "/events" in self.path else answers.pop(0)
+            content = json.dumps(answer).encode()
+            if answer != "hangs up":
+                self.send_response(answer if isinstance(answer, int) else 200)
+                self.send_header("Content-Length", str(len(content) + 9 * (answer == "cut")))
+                self.end_headers()
+                self.wfile.write(content)
+            self.close_connection = True
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environment = {"DPO_BASE_URL": f"http://127.0.0.1:{server.server_port}/v1", "DPO_API_KEY": "x" * 20}
+        watched = dpo("jobs", "watch", "ftjob-1", "--json", home=tmp_path, **environment)
+        assert watched.returncode == 0 and not answers, watched.stderr
+        assert json.loads(watched.stdout)["status"] == "succeeded"
+        assert watched.stderr.count("Trying again") == 2, "it is said once for each outage"
+        answers[:] = [502]
+        shown = dpo("jobs", "show", "ftjob-1", home=tmp_path, **environment)
+        assert shown.returncode == 2 and "502" in shown.stderr
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("adapter", "loss", "serve"),
+    [
+        ({"r": 16, "use_dora": False}, "sigmoid", "vllm serve tiny --enable-lora --lora-modules tuned=model\n"),
+        ({"r": 17, "use_dora": False}, "sigmoid", "--lora-modules tuned=model --max-lora-rank 32\n"),
+        ({"r": 512, "use_dora": False}, "sigmoid", "--lora-modules tuned=model --max-lora-rank 512\n"),
+        ({"r": 1024, "use_dora": False}, "sigmoid", "merge it first"),
+        ({"r": 16, "use_dora": True}, "sigmoid", "merge it first"),
+        ({"r": 16, "use_dora": False}, "reward_model", "vllm serve ./model --runner pooling --convert classify\n"),
+        ("none", "sigmoid", "vllm serve ./model\n"),
+    ],
+)
+def test_the_command_that_serves_a_model_fits_its_adapter(adapter: object, loss: str, serve: str) -> None:
+    method = {"type": "dpo", "dpo": {"hyperparameters": {"loss": loss}}}
+    job = {"model": "tiny", "fine_tuned_model": "ft:tiny:default::1", "method": method, "adapter": adapter}
+    assert serve in f"{next_steps(job)}\n"
 
 
 def test_a_new_key_is_printed_and_not_stored(tmp_path: Path) -> None:
