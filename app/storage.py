@@ -8,14 +8,22 @@ import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import obstore
-from obstore.exceptions import NotFoundError
+from obstore.exceptions import NotFoundError, PreconditionError
 from obstore.store import LocalStore, ObjectStore, from_url
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 
+if TYPE_CHECKING:  # types that exist for the type checker only
+    from obstore import GetOptions, ObjectMeta
+
 WRITE_CHUNK_BYTES = 8 * 1024 * 1024
+REQUEST_TIMEOUT = "60s"
+"""The longest time of one request. A large object takes several, so it does not bound the time of a copy."""
+READ_BYTES = 4 * 1024 * 1024
+"""Size of the pieces in which a large object is read."""
 
 
 class Storage:
@@ -26,11 +34,9 @@ class Storage:
             folder = Path(url.removeprefix("file://"))
             folder.mkdir(parents=True, exist_ok=True)
             self.store: ObjectStore = LocalStore(folder, mkdir=True, automatic_cleanup=True)
-        elif url.startswith("s3://"):
-            plain = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
-            self.store = from_url(url, client_options={"allow_http": plain})
         else:
-            self.store = from_url(url)
+            plain = url.startswith("s3://") and os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
+            self.store = from_url(url, client_options={"timeout": REQUEST_TIMEOUT, "allow_http": plain})
 
     async def put_stream(self, key: str, chunks: AsyncIterator[bytes]) -> None:
         """Write an object from a stream. If the stream raises, no object is left, and the same error is raised here."""
@@ -82,12 +88,25 @@ class Storage:
             self.put_file(f"{prefix}/{path.relative_to(folder).as_posix()}", path)
 
     def chunks(self, key: str) -> Iterator[bytes]:
-        """The object's bytes, piece by piece. Raises `FileNotFoundError` at once if it does not exist."""
+        """The object's bytes, piece by piece. Raises `FileNotFoundError` at once if it does not exist.
+
+        Each piece is a request of its own, made when the reader wants it. So a reader may take any time, and a request
+        that stalls still ends. Raises `OSError` if the object is replaced meanwhile.
+        """
         try:
             result = obstore.get(self.store, key)
+            if result.meta["size"] <= READ_BYTES:
+                content = bytes(result.bytes())
+                return iter([content] if content else [])
         except NotFoundError as error:
             raise FileNotFoundError(key) from error
-        return (bytes(chunk) for chunk in result.stream(min_chunk_size=1024 * 1024))
+        return (self._piece(key, options) for options in _pieces(result.meta))
+
+    def _piece(self, key: str, options: "GetOptions") -> bytes:
+        try:
+            return bytes(obstore.get(self.store, key, options=options).bytes())
+        except PreconditionError as error:
+            raise OSError(f"{key} was replaced while it was read") from error
 
     async def stream(self, key: str) -> AsyncIterator[bytes]:
         """The object's bytes, piece by piece, as a source for `put_stream`.
@@ -96,10 +115,14 @@ class Storage:
         """
         try:
             result = await obstore.get_async(self.store, key)
+            if result.meta["size"] <= READ_BYTES:
+                yield bytes(await result.bytes_async())
+                return
         except NotFoundError as error:
             raise FileNotFoundError(key) from error
-        async for chunk in result.stream(min_chunk_size=1024 * 1024):
-            yield bytes(chunk)
+        for options in _pieces(result.meta):
+            piece = await obstore.get_async(self.store, key, options=options)
+            yield bytes(await piece.bytes_async())
 
     def read(self, key: str) -> bytes:
         """All bytes of a small object."""
@@ -147,3 +170,10 @@ class Storage:
         """Raise an error if the store cannot be reached."""
         for _batch in obstore.list(self.store, "readiness"):
             break
+
+
+def _pieces(meta: "ObjectMeta") -> "Iterator[GetOptions]":
+    """The requests for all pieces of an object, and for no other object under its key."""
+    for start in range(0, meta["size"], READ_BYTES):
+        options: GetOptions = {"range": (start, min(start + READ_BYTES, meta["size"]))}
+        yield options | {"if_match": meta["e_tag"]} if meta["e_tag"] else options

@@ -14,6 +14,7 @@ from worker.processes import kill_group
 Check = Callable[[], None]
 Result = TypeVar("Result")
 POLL_SECONDS = 0.25
+THREAD_NAME = "waited for"
 
 
 def always_wanted() -> None:
@@ -34,7 +35,7 @@ def in_thread(work: Callable[[], Result], check: Check) -> Result:
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()
+    threading.Thread(target=run, name=THREAD_NAME, daemon=True).start()
     while not wait([future], POLL_SECONDS).done:
         check()
     return future.result()

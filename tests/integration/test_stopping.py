@@ -20,6 +20,7 @@ from worker.device_health import DeviceHealth
 from worker.processes import ForkServer
 from worker.training_run import Training
 from worker.validator import validate
+from worker.waiting import THREAD_NAME
 
 Work = Callable[[threading.Event], None]
 
@@ -32,7 +33,12 @@ def hanging_file(client: TestClient, services: Services) -> Iterator[str]:
     path.unlink()
     os.mkfifo(path)
     yield file_id
-    os.close(os.open(path, os.O_RDWR))  # lets the left-behind threads go on
+    writer = os.open(path, os.O_RDWR)  # lets the threads that were left alone go on
+    for thread in threading.enumerate():
+        if thread.name == THREAD_NAME:
+            os.write(writer, b"x")
+            thread.join()
+    os.close(writer)
 
 
 def drains(work: Work) -> None:

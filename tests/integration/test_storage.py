@@ -8,6 +8,7 @@ from pathlib import Path
 
 import anyio
 import pytest
+from obstore.store import S3Store
 
 from app.archive import folder, tar
 from app.storage import Storage
@@ -80,3 +81,33 @@ def test_a_folder_streams_as_a_tar_file(storage: Storage) -> None:
     with tarfile.open(fileobj=stream) as archive:
         members = {name: archive.extractfile(name) for name in archive.getnames()}
         assert {name: file.read() for name, file in members.items() if file is not None} == files
+
+
+def test_a_reader_may_take_longer_than_a_request(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client downloads at its own pace. The store's deadline is for each piece, not for the whole."""
+    monkeypatch.setattr("app.storage.REQUEST_TIMEOUT", "500ms")
+    if isinstance(storage.store, S3Store):
+        storage = Storage(f"s3://dpo/{storage.store.prefix}")
+    content = bytes(range(256)) * 80_000  # 20 MB: five pieces
+    storage.put_bytes("slow", content)
+    read = []
+    for chunk in storage.chunks("slow"):
+        read.append(chunk)
+        time.sleep(0.6)
+    assert b"".join(read) == content
+
+
+def test_an_object_that_is_replaced_while_it_is_read_is_an_error_and_no_mixture(storage: Storage) -> None:
+    storage.put_bytes("replaced", b"1" * 9_000_000)
+    chunks = storage.chunks("replaced")
+    assert set(next(chunks)) == {ord("1")}
+    storage.put_bytes("replaced", b"2" * 9_000_000)
+    with pytest.raises(OSError, match="was replaced while it was read"):
+        list(chunks)
+
+
+def test_an_empty_object_has_no_bytes(storage: Storage, tmp_path: Path) -> None:
+    storage.put_bytes("empty", b"")
+    assert list(storage.chunks("empty")) == [] and storage.read("empty") == b""
+    storage.get_file("empty", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == b""
