@@ -35,8 +35,6 @@ ANSWERS = "answers"
 class Evaluation(JobAttempt[EvaluationSpec]):
     """One attempt at an evaluation."""
 
-    TIMEOUT_HINT = "Its completions are lost. Ask for fewer, or set a longer timeout."
-
     @staticmethod
     def read_spec(job: Job) -> EvaluationSpec:
         return EvaluationSpec.stored(job.spec)
@@ -58,6 +56,9 @@ class Evaluation(JobAttempt[EvaluationSpec]):
         identity = judge.endpoint.model_dump(mode="json", include={"base_url", "model", "parameters"})
         digest = sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         return f"cache/judgements/{self.job.project}/{digest}"
+
+    def timeout_hint(self) -> str:
+        return "Its completions are lost. Ask for fewer, or set a longer timeout."
 
     def prepare(self) -> None:
         spec = self.spec

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import structlog
 from sqlalchemy.orm import Session
@@ -84,9 +84,6 @@ class CannotRun(Exception):
 class JobAttempt(ABC, Generic[Spec]):
     """One attempt at one job."""
 
-    TIMEOUT_HINT: ClassVar[str]
-    """Advice for the user, at the end of the error message of a timeout."""
-
     def __init__(
         self,
         services: Services,
@@ -150,6 +147,10 @@ class JobAttempt(ABC, Generic[Spec]):
     @abstractmethod
     def read_spec(job: Job) -> Spec:
         """The spec of the job."""
+
+    @abstractmethod
+    def timeout_hint(self) -> str:
+        """Advice for the user, at the end of the error message of a timeout."""
 
     @abstractmethod
     def prepare(self) -> None:
@@ -359,7 +360,7 @@ class JobAttempt(ABC, Generic[Spec]):
     def stop_early(self) -> None:
         """End an attempt that was asked to stop. The job fails after a timeout, else it goes back to the queue."""
         if self.overdue:
-            message = f"The job reached its 'timeout_seconds' of {self.job.timeout_seconds} s. {self.TIMEOUT_HINT}"
+            message = f"The job reached its 'timeout_seconds' of {self.job.timeout_seconds} s. {self.timeout_hint()}"
             self.fail("timeout_exceeded", message, "timeout_seconds")
             return
         paused, drained = "The job is paused. Its GPU is free.", "The worker stops; the job will resume."

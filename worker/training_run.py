@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from typing import Any
 
 from sqlalchemy.orm import Session
 
@@ -27,8 +28,18 @@ from worker.waiting import in_thread
 class Training(JobAttempt[JobSpec]):
     """One attempt at a training."""
 
-    TIMEOUT_HINT = "Its checkpoints are kept. A new job can start from one."
     reporter: Reporter | None = None
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.stage, self.metrics = self.job.stage, dict(self.job.metrics or {})
+        """The stage, and the last value of each of its metrics. Validations are rare, so their values stay."""
+
+    def timeout_hint(self) -> str:
+        last = self.lease.read(lambda session: job_checkpoints.page(session, self.job.id, after=None, limit=1))
+        if not last:
+            return "It has made no checkpoint. Set a longer timeout, or a smaller 'checkpoint_every'."
+        return f"Its checkpoints are kept. A new job can start from the last: {last[0].model_name}"
 
     @staticmethod
     def read_spec(job: Job) -> JobSpec:
@@ -70,10 +81,12 @@ class Training(JobAttempt[JobSpec]):
                 self.reporter.metrics(event.step, event.metrics)
 
     def columns(self, batch: list[Event]) -> dict[str, object]:
-        columns, metrics = dict[str, object](), dict[str, float]()
+        columns = dict[str, object]()
         for event in batch:
             match event:
                 case StageBegan():
+                    if event.stage != self.stage:
+                        self.stage, self.metrics = event.stage, {}
                     columns["stage"] = event.stage
                 case Metrics():
                     columns["progress"] = {
@@ -82,8 +95,8 @@ class Training(JobAttempt[JobSpec]):
                         "seconds_remaining": event.seconds_remaining,
                         "tokens_per_second": event.metrics.get("tokens_per_second"),
                     }
-                    metrics |= event.metrics
-                    columns["metrics"] = metrics
+                    self.metrics |= event.metrics
+                    columns["metrics"] = dict(self.metrics)
                     columns["stage"] = event.stage
                 case CheckpointWritten():
                     columns["lost_attempts"] = 0

@@ -18,7 +18,7 @@ from app.jobs import transitions
 from app.jobs.queue import JOBS
 from app.jobs.schemas import JobObject
 from app.jobs.states import ACTIVE, TRANSITIONS, Actor, Status
-from app.jobs.tables import Job, JobEvent
+from app.jobs.tables import Checkpoint, Job, JobEvent
 from app.services import Services
 from tests.helpers.jobs import claim, end, expire, get, make_job
 from worker.base_models import BaseModels
@@ -27,7 +27,7 @@ from worker.housekeeping import purge_deleted_files
 from worker.lease import JobLease
 from worker.processes import ForkServer
 from worker.reaper import Reaper, reap
-from worker.trainer.events import Notice
+from worker.trainer.events import Metrics, Notice, StageBegan
 from worker.training_run import Training
 
 
@@ -303,7 +303,7 @@ def test_events_are_not_written_twice_after_a_lost_answer_to_a_commit(
     job_id = make_job(services)
     job = claim(services)
     assert job is not None
-    run = Training(services, BaseModels(services.settings), job, threading.Event(), ForkServer(), DeviceHealth("cpu"))
+    run = training(services, job)
     write, broken = services.database.write, list[bool]()
 
     @contextmanager
@@ -320,3 +320,50 @@ def test_events_are_not_written_twice_after_a_lost_answer_to_a_commit(
     with services.database.read() as session:
         messages = list(session.scalars(select(JobEvent.message).where(JobEvent.job_id == job_id)))
     assert broken and messages == ["Fine-tuning job started.", "once"]
+
+
+def training(services: Services, job: Job) -> Training:
+    """An attempt at a claimed job, without its trainer."""
+    return Training(services, BaseModels(services.settings), job, threading.Event(), ForkServer(), DeviceHealth("cpu"))
+
+
+def test_a_job_shows_the_last_value_of_every_metric_of_its_stage(services: Services) -> None:
+    """A validation is rare: its values stay until the next, also over a resume, and end with their stage."""
+    make_job(services)
+    job = claim(services)
+    assert job is not None
+
+    def step(number: int, **metrics: float) -> Metrics:
+        return Metrics("dpo", number, 10, None, {"loss": number / 10} | metrics)
+
+    attempt = training(services, job)
+    attempt.columns([StageBegan("dpo", 8, 2), step(1, **{"eval/loss": 0.5})])
+    assert attempt.columns([step(2)])["metrics"] == {"loss": 0.2, "eval/loss": 0.5}
+    job.stage, job.metrics = "dpo", {"loss": 0.2, "eval/loss": 0.5}
+    resumed = training(services, job)
+    resumed.columns([StageBegan("dpo", 8, 2)])
+    assert resumed.columns([step(3)])["metrics"] == {"loss": 0.3, "eval/loss": 0.5}
+    job.stage = "sft"
+    assert training(services, job).columns([StageBegan("dpo", 8, 2), step(1)])["metrics"] == {"loss": 0.1}
+
+
+@pytest.mark.parametrize("has_checkpoint", [False, True])
+def test_a_timeout_says_whether_there_are_checkpoints(services: Services, has_checkpoint: bool) -> None:
+    job_id = make_job(services, timeout_seconds=60, ran_seconds=61.0)
+    job = claim(services)
+    assert job is not None
+    if has_checkpoint:
+        with services.database.write() as session:
+            session.add(
+                Checkpoint(
+                    id="c", job_id=job_id, created_at=0.0, stage="dpo", step_number=5, model_name="ft:x:ckpt-step-5",
+                    metrics={}, prefix="p",
+                )
+            )  # fmt: skip
+    attempt = training(services, job)
+    with JobLease(services.database, job_id, job.attempt) as attempt.lease:
+        attempt.stop_early()
+    error = get(services, job_id).error
+    assert error is not None and error["code"] == "timeout_exceeded"
+    assert ("from the last: ft:x:ckpt-step-5" in error["message"]) == has_checkpoint
+    assert ("has made no checkpoint" in error["message"]) != has_checkpoint
