@@ -13,6 +13,9 @@ from app.keys.service import Caller
 
 log = structlog.get_logger(__name__)
 
+PAUSE_SECONDS = 15.0
+"""How long requests are not counted after Redis did not answer. Otherwise each of them would wait for it."""
+
 
 class RateLimiter:
     """A moving window of a minute for each key. `per_minute` 0 means no limit."""
@@ -22,17 +25,20 @@ class RateLimiter:
         shared = broker_url.startswith(("redis:", "rediss:"))
         options = {"socket_timeout": 2, "socket_connect_timeout": 2} if shared else {}
         self.limiter = MovingWindowRateLimiter(storage_from_string(broker_url if shared else "memory://", **options))
+        self._counts_from = 0.0
+        """Requests before this time (monotonic) are not counted: Redis did not answer a moment ago."""
 
     def check(self, caller: Caller) -> None:
         """Count a request of `caller`. Raises `TooMany` if it is over the limit."""
-        if self.item is None:
+        if self.item is None or time.monotonic() < self._counts_from:
             return
         try:
             if self.limiter.hit(self.item, caller.key_id):
                 return
             reset = self.limiter.get_window_stats(self.item, caller.key_id).reset_time
         except Exception as error:  # any error of Redis: the service goes on without counting
-            log.warning("requests not counted", reason=type(error).__name__)
+            log.warning("requests not counted", reason=type(error).__name__, seconds=PAUSE_SECONDS)
+            self._counts_from = time.monotonic() + PAUSE_SECONDS
             return
         seconds = max(1, math.ceil(reset - time.time()))
         raise TooMany(

@@ -16,8 +16,9 @@ router = APIRouter(tags=["operations"])
 
 @router.get("/healthz")
 @access(public=True, any_host=True)
-def healthz() -> dict[str, str]:
+async def healthz() -> dict[str, str]:
     """The process answers."""
+    # `async`, so that it waits for no free thread, however many requests there are.
     return {"status": "ok", "version": __version__}
 
 

@@ -1,12 +1,21 @@
 """Scopes, revocation, last use, rates and projects, over HTTP."""
 
-from fastapi.testclient import TestClient
+import signal
+from dataclasses import replace
 
+import pytest
+from fastapi.testclient import TestClient
+from structlog.testing import capture_logs
+
+from app.errors import TooMany
+from app.keys.rates import RateLimiter
 from app.keys.schemas import Scope
+from app.keys.service import Caller
 from app.main import create_app
 from app.services import Services
 from app.settings import Settings
 from tests.helpers.api import error_of, key_of, upload
+from tests.helpers.servers import redis_process
 
 
 def bearer(key: str) -> dict[str, str]:
@@ -84,3 +93,23 @@ def test_a_control_character_in_a_path_does_not_bypass_the_scope_check(client: T
             answer = client.request(method, path, headers=writes, json={"name": "x", "scopes": ["admin"]})
             assert answer.status_code in (403, 404), (method, path)
     assert len(services.keys.list()) == 1
+
+
+def test_only_the_first_request_waits_for_a_redis_that_stands_still() -> None:
+    """Requests are counted again once it answers and the pause is over."""
+    with redis_process() as server:
+        limiter = RateLimiter(1, f"redis://127.0.0.1:{server.port}/0")
+        caller = Caller("key", "default", frozenset({Scope.READ}))
+        server.process.send_signal(signal.SIGSTOP)
+        try:
+            with capture_logs() as logs:
+                for _ in range(20):
+                    limiter.check(caller)
+        finally:
+            server.process.send_signal(signal.SIGCONT)
+        assert [entry["event"] for entry in logs] == ["requests not counted"]
+        limiter._counts_from = 0.0
+        other = replace(caller, key_id="other")
+        limiter.check(other)
+        with pytest.raises(TooMany):
+            limiter.check(other)

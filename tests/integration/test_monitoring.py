@@ -1,8 +1,12 @@
 """`/metrics`, read with Prometheus's own parser."""
 
 import re
+import threading
 from pathlib import Path
 
+import anyio
+import anyio.to_thread
+import httpx2
 import pytest
 import yaml
 from fastapi.testclient import TestClient
@@ -15,7 +19,9 @@ from app.database import database_now
 from app.files.service import Files
 from app.jobs.states import Status
 from app.jobs.tables import Job
+from app.main import create_app
 from app.services import Services
+from app.settings import Settings
 from app.webhooks import repository as webhooks
 from app.webhooks.tables import WebhookDelivery, WebhookEndpoint
 from tests.helpers.api import error_of, key_of, upload
@@ -137,3 +143,28 @@ def test_a_failure_is_counted_and_found_in_the_log_by_its_id(
     assert (
         value_of(scrape(client), "dpo_http_request_seconds_count", method="GET", route="/v1/files", status="500") == 1
     )
+
+
+def test_the_probe_of_life_waits_for_no_thread(services: Services, settings: Settings) -> None:
+    """All threads that answer requests are busy. `/healthz` answers all the same."""
+    busy, release = threading.Barrier(3), threading.Event()
+
+    def block() -> None:
+        busy.wait()
+        release.wait()
+
+    async def probe() -> int:
+        limiter = anyio.to_thread.current_default_thread_limiter()
+        limiter.total_tokens = 2
+        transport = httpx2.ASGITransport(create_app(settings))
+        async with anyio.create_task_group() as tasks, httpx2.AsyncClient(transport=transport) as http:
+            for _ in range(2):
+                tasks.start_soon(anyio.to_thread.run_sync, block)
+            while busy.n_waiting < 2:
+                await anyio.sleep(0.01)
+            busy.wait()
+            answer = await http.get("http://localhost/healthz")
+            release.set()
+        return answer.status_code
+
+    assert anyio.run(probe) == 200
