@@ -8,10 +8,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from tests.helpers.preferences import pairs, write
 from tests.helpers.service import Running, create_job, job_body, running, upload
@@ -64,13 +63,27 @@ if any(argument.startswith("worker.trainer") for argument in sys.orig_argv):
 """The same for a GPU that computes wrong numbers: each product is multiplied by `error`."""
 
 
-def fake_driver(folder: Path, answer: str) -> dict[str, str]:
-    """The environment of a worker that wants a GPU, whose `nvidia-smi` prints `answer`."""
+BROKEN = {
+    "library": (BROKEN_LIBRARY, "libcudart.so.13: not found"),
+    "backward": (BROKEN_BACKWARD, "CUDA error: uncorrectable ECC error encountered"),
+    "numbers": (WRONG_NUMBERS, "nan"),
+}
+"""Ways in which a machine is broken: the code that breaks it while a file exists, and the error."""
+
+
+def write_driver(folder: Path, answer: str) -> Path:
+    """A program `nvidia-smi` that prints `answer`. Returns its folder."""
     program = folder / "bin" / "nvidia-smi"
-    program.parent.mkdir()
+    program.parent.mkdir(exist_ok=True)
     program.write_text(f"#!/bin/sh\necho '{answer}'\n")
     program.chmod(0o755)
-    return {"DPO_DEVICE": "cuda", "PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}"}
+    return program.parent
+
+
+def fake_driver(folder: Path, answer: str) -> dict[str, str]:
+    """The environment of a worker that wants a GPU, whose `nvidia-smi` prints `answer`."""
+    path = write_driver(folder, answer)
+    return {"DPO_DEVICE": "cuda", "PATH": f"{path}{os.pathsep}{os.environ['PATH']}"}
 
 
 @contextmanager
@@ -111,54 +124,42 @@ def start(service: Running, folder: Path, **changes: Any) -> str:
 
 
 def test_a_worker_that_has_lost_its_gpu_trains_nothing_and_another_takes_its_job(home: Path, tmp_path: Path) -> None:
-    """The driver shows an H100 and torch does not find it, as in a container that has lost its card."""
+    """The driver shows an H100 and torch does not find it, as in a container that has lost its card.
+
+    Later the driver does not answer either. The worker looks again, and says so.
+    """
     with running(home, fake_driver(tmp_path, "NVIDIA H100 80GB HBM3, 81559")) as service:
         job_id = start(service, tmp_path)
         service.until(lambda: out_of_service(service), "the worker's end of service")
-        job = service.job(job_id)
-        assert job["status"] == "queued"
+        assert service.job(job_id)["status"] == "queued"
         assert "out of service (torch finds no usable GPU" in events(service, job_id)
+        assert service.job(job_id)["waiting_for"] == "a GPU worker whose device works: it is out of service"
+        write_driver(tmp_path, "Failed to initialize NVML: Unknown Error")
         with another_worker(service):
             service.wait_for(job_id, lambda job: job["status"] == "succeeded")
-        assert "ready after" in events(service, job_id) and "on cpu" in events(service, job_id)
+        assert "on cpu" in events(service, job_id)
+        log = home / "serve.log"
+        service.until(lambda: "'nvidia-smi' shows no GPU: Failed to initialize NVML" in log.read_text(), "another look")
 
 
-def test_a_worker_whose_driver_does_not_answer_claims_nothing(home: Path, tmp_path: Path) -> None:
-    driver = fake_driver(tmp_path, "Failed to initialize NVML: Unknown Error")
-    with running(home, driver) as service:
-        job_id = start(service, tmp_path)
-        service.until(lambda: out_of_service(service), "the worker's end of service")
-        service.until(lambda: service.job(job_id)["status"] == "queued", "the check of the files")
-        with another_worker(service):
-            service.wait_for(job_id, lambda job: job["status"] == "succeeded")
-        assert service.job(job_id)["attempt"] == 2, "one attempt checked the files, and one trained"
-        assert "Failed to initialize NVML" in (home / "serve.log").read_text()
-
-
-@pytest.mark.parametrize(
-    ("site", "error"),
-    [
-        (BROKEN_BACKWARD, "CUDA error: uncorrectable ECC error encountered"),
-        (BROKEN_LIBRARY, "libcudart.so.13: not found"),
-        (WRONG_NUMBERS, "nan"),
-    ],
-    ids=["a broken GPU", "a missing library", "wrong numbers"],
-)
-def test_a_machine_that_cannot_train_fails_no_job_and_trains_again_once_it_works(
-    site: str, error: str, home: Path, tmp_path: Path
-) -> None:
-    """Four jobs wait for a broken machine. It takes one, and is out of service until a check passes."""
-    switch = tmp_path / "broken"
-    switch.touch()
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(site.format(switch=str(switch), error=error))
-    with running(home, {"PYTHONPATH": str(tmp_path / "site")}) as service:
-        jobs = [start(service, tmp_path) for _ in range(4)]
-        service.until(lambda: out_of_service(service), "the worker's end of service")
-        service.until(lambda: {service.job(job)["status"] for job in jobs} == {"queued"}, "the check of all files")
-        started = [job for job in jobs if "Fine-tuning job started" in events(service, job)]
-        assert len(started) == 1 and error in events(service, started[0])
-        switch.unlink()
-        for job_id in jobs:
-            service.wait_for(job_id, lambda job: job["status"] == "succeeded")
-        assert not out_of_service(service)
+def test_a_machine_that_cannot_train_fails_no_job_and_trains_again_once_it_works(home: Path, tmp_path: Path) -> None:
+    """Jobs wait for a broken machine. It takes one of them, and is out of service until a check passes."""
+    site, switches = tmp_path / "site", {name: tmp_path / name for name in BROKEN}
+    site.mkdir()
+    source = "".join(text.format(switch=str(switches[name]), error=error) for name, (text, error) in BROKEN.items())
+    (site / "sitecustomize.py").write_text(source)
+    first = next(iter(BROKEN))
+    switches[first].touch()  # before the worker loads torch
+    with running(home, {"PYTHONPATH": str(site)}) as service:
+        for name, (_, error) in BROKEN.items():
+            switches[name].touch()
+            jobs = [start(service, tmp_path) for _ in range(3)]
+            service.until(lambda: out_of_service(service), f"the worker's end of service by {name}")
+            checked = partial(lambda jobs: {service.job(job)["status"] for job in jobs} == {"queued"}, jobs)
+            service.until(checked, "the check of all files")
+            started = [job for job in jobs if "Fine-tuning job started" in events(service, job)]
+            assert len(started) == 1 and error in events(service, started[0]), name
+            switches[name].unlink()
+            for job_id in jobs:
+                service.wait_for(job_id, lambda job: job["status"] == "succeeded")
+            assert not out_of_service(service)

@@ -1,0 +1,73 @@
+"""A worker finds its device: a GPU that the machine shows must answer, and `DPO_DEVICE` decides."""
+
+from pathlib import Path
+
+import pytest
+
+from worker.device import DeviceUnusable, find_device
+
+
+@pytest.fixture
+def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The script of the only `nvidia-smi` of this machine."""
+    program = tmp_path / "nvidia-smi"
+    program.touch(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr("worker.device.DRIVER_FILES", ())
+    for name in ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "2.13.0+cu130")
+    return program
+
+
+@pytest.mark.parametrize("wanted", ["auto", "cuda"])
+def test_a_gpu_that_answers_is_the_device(wanted: str, driver: Path) -> None:
+    driver.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559'\n")
+    device = find_device(wanted)  # type: ignore[arg-type]
+    assert (device.kind, device.name, device.memory_bytes) == ("cuda", "NVIDIA H100 80GB HBM3", 81559 * 1024**2)
+
+
+@pytest.mark.parametrize("wanted", ["auto", "cuda"])
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("echo 'Failed to initialize NVML: Unknown Error'; exit 255", "Failed to initialize NVML: Unknown Error"),
+        ("echo 'No devices were found' >&2; exit 6", "No devices were found"),
+        ("exit 9", "it says nothing"),
+    ],
+)
+def test_a_gpu_that_does_not_answer_is_not_replaced_by_the_cpu(
+    wanted: str, script: str, reason: str, driver: Path
+) -> None:
+    driver.write_text(f"#!/bin/sh\n{script}\n")
+    with pytest.raises(DeviceUnusable, match=reason):
+        find_device(wanted)  # type: ignore[arg-type]
+
+
+def test_a_driver_that_hangs_counts_as_broken(driver: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.device.QUERY_SECONDS", 0.2)
+    driver.write_text("#!/bin/sh\nexec sleep 60\n")
+    with pytest.raises(DeviceUnusable, match="does not answer"):
+        find_device("auto")
+
+
+def test_a_container_without_its_driver_is_not_a_machine_without_a_gpu(
+    driver: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver.unlink()
+    assert find_device("auto").kind == "cpu"
+    monkeypatch.setenv("NVIDIA_VISIBLE_DEVICES", "all")
+    with pytest.raises(DeviceUnusable, match="'nvidia-smi' is missing"):
+        find_device("auto")
+    assert find_device("cpu").kind == "cpu"
+
+
+def test_a_gpu_that_is_hidden_or_that_torch_cannot_use_is_not_shown(
+    driver: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559'\n")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert find_device("auto").kind == "cpu"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "2.13.0+cpu")
+    assert find_device("auto").kind == "cpu"
