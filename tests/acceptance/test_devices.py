@@ -153,7 +153,7 @@ def test_a_machine_that_cannot_train_fails_no_job_and_trains_again_once_it_works
     with running(home, {"PYTHONPATH": str(site)}) as service:
         for name, (_, error) in BROKEN.items():
             switches[name].touch()
-            jobs = [start(service, tmp_path) for _ in range(3)]
+            jobs = [start(service, tmp_path) for _ in range(2)]
             service.until(lambda: out_of_service(service), f"the worker's end of service by {name}")
             checked = partial(lambda jobs: {service.job(job)["status"] for job in jobs} == {"queued"}, jobs)
             service.until(checked, "the check of all files")

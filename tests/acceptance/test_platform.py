@@ -1,15 +1,12 @@
 """What users and platforms put around the service: the folder where it is started, and its environment."""
 
-import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 from openai import OpenAI
 
 from tests.helpers.preferences import pairs, write
-from tests.helpers.service import DPO, create_job, job_body, running, server_stack, upload
+from tests.helpers.service import create_job, job_body, running, server_stack, upload
 from tests.helpers.tiny_model import make_tiny_model
 from tests.helpers.webhook_receiver import webhook_receiver
 
@@ -35,25 +32,16 @@ def repository(tmp_path: Path) -> Path:
 
 
 def test_no_code_of_the_folder_where_it_is_started_is_run(home: Path, repository: Path, tmp_path: Path) -> None:
-    """`dpo serve` checks files, trains and merges there, and `dpo train` trains there too. `DPO_HOME` has any name."""
+    """`dpo serve` checks files and trains there. Its `DPO_HOME` may have any name."""
     with running(home, folder=repository) as service:
         file = upload(service, _pairs(tmp_path), "fine-tune")
         with service.http() as client:
             job_id = create_job(client, **job_body(file, hyperparameters={"max_steps": 5}))
         job = service.wait_for(job_id, lambda job: job["status"] == "succeeded")
-        model, merged = job["fine_tuned_model"], str(tmp_path / "merged")
-        done = service.dpo("models", "download", model, "--merged", "--output", merged)
-        assert done.returncode == 0, done.stderr
-    spec = job_body(str(tmp_path / "pairs.jsonl"), hyperparameters={"max_steps": 5})
-    (tmp_path / "spec.json").write_text(json.dumps(spec))
-    trained = subprocess.run(
-        [DPO, "train", str(tmp_path / "spec.json"), "--output", str(tmp_path / "adapter")],
-        cwd=repository, env=os.environ | {"DPO_HOME": str(home)}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert trained.returncode == 0, trained.stdout + trained.stderr
+        adapter = str(tmp_path / "adapter")
+        assert service.dpo("models", "download", job["fine_tuned_model"], "--output", adapter).returncode == 0
     assert not (repository / "ran").exists()
-    written = {path.name for path in tmp_path.iterdir()}
-    assert written == {home.name, "repository", "pairs.jsonl", "spec.json", "merged", "adapter"}
+    assert {path.name for path in tmp_path.iterdir()} == {home.name, "repository", "pairs.jsonl", "adapter"}
 
 
 FAKETIME = next(iter(Path("/usr/lib").glob("*/faketime/libfaketime.so.1")), None)

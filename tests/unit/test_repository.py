@@ -69,3 +69,14 @@ def test_every_environment_variable_is_in_the_reference() -> None:
     page = (ROOT / "docs/reference/configuration.md").read_text()
     names = {field.alias or f"DPO_{name.upper()}" for name, field in Settings.model_fields.items()}
     assert sorted(name for name in names if f"`{name}`" not in page) == []
+
+
+def test_every_program_is_started_without_the_callers_folder_on_its_path() -> None:
+    """`app/programs.py` makes the commands. The fork server, which knows nothing of it, says `-P` itself."""
+    starting = [
+        path.relative_to(ROOT).as_posix()
+        for folder in ("app", "worker")
+        for path in (ROOT / folder).rglob("*.py")
+        if '"-m"' in path.read_text().replace('"-P", "-m"', "")
+    ]
+    assert starting == []
