@@ -10,20 +10,20 @@ from typing import Annotated, Literal
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+DeviceSetting = Literal["auto", "cuda", "cpu"]
+
 
 class Settings(BaseSettings):
     """The operator's settings, as in docs/reference/configuration.md. Building this object writes nothing to disk."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="DPO_", env_ignore_empty=True, extra="ignore", frozen=True, hide_input_in_errors=True
-    )
+    model_config = SettingsConfigDict(env_prefix="DPO_", extra="ignore", frozen=True, hide_input_in_errors=True)
 
     home: Path = Path(".dpo")
     database_url: str = ""
     storage_url: str = ""
     broker_url: str = ""
     models_dir: Path = Path()
-    device: Literal["auto", "cuda", "cpu"] = "auto"
+    device: DeviceSetting = "auto"
     """The device of GPU workers and `dpo train`. With `auto`, it is a GPU if the machine shows one, else the CPU."""
     hub_models: Annotated[tuple[str, ...], NoDecode] = ()
     admin_key_value: SecretStr = Field(SecretStr(""), alias="DPO_ADMIN_KEY")
@@ -48,7 +48,7 @@ class Settings(BaseSettings):
     @model_validator(mode="before")
     @classmethod
     def _as_platforms_give_them(cls, values: dict[str, object]) -> dict[str, object]:
-        """Values without the white space around them, which files of secrets often end with.
+        """Values without the white space around them, which files of secrets often end with. An empty one is not set.
 
         For a Service with the name `dpo`, Kubernetes sets `DPO_PORT` of every container to `tcp://ADDRESS:PORT`. That
         is not this setting.

@@ -6,7 +6,7 @@ This program makes the keys from ids, never from what a user typed.
 import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,10 +103,8 @@ class Storage:
         return (self._piece(key, options) for options in _pieces(result.meta))
 
     def _piece(self, key: str, options: "GetOptions") -> bytes:
-        try:
+        with _error_if_replaced(key):
             return bytes(obstore.get(self.store, key, options=options).bytes())
-        except PreconditionError as error:
-            raise OSError(f"{key} was replaced while it was read") from error
 
     async def stream(self, key: str) -> AsyncIterator[bytes]:
         """The object's bytes, piece by piece, as a source for `put_stream`.
@@ -121,8 +119,9 @@ class Storage:
         except NotFoundError as error:
             raise FileNotFoundError(key) from error
         for options in _pieces(result.meta):
-            piece = await obstore.get_async(self.store, key, options=options)
-            yield bytes(await piece.bytes_async())
+            with _error_if_replaced(key):
+                piece = bytes(await (await obstore.get_async(self.store, key, options=options)).bytes_async())
+            yield piece
 
     def read(self, key: str) -> bytes:
         """All bytes of a small object."""
@@ -177,3 +176,12 @@ def _pieces(meta: "ObjectMeta") -> "Iterator[GetOptions]":
     for start in range(0, meta["size"], READ_BYTES):
         options: GetOptions = {"range": (start, min(start + READ_BYTES, meta["size"]))}
         yield options | {"if_match": meta["e_tag"]} if meta["e_tag"] else options
+
+
+@contextmanager
+def _error_if_replaced(key: str) -> Iterator[None]:
+    """Raise `OSError` if a piece is asked for that is of another object than the pieces before it."""
+    try:
+        yield
+    except PreconditionError as error:
+        raise OSError(f"{key} was replaced while it was read") from error

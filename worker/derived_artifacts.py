@@ -60,7 +60,8 @@ def make_artifact(
             artifact_attempt.undo()
             log.warning("artifact lost", artifact=artifact.id)
         except AskedToStop:  # pruning removes what it has uploaded
-            lease.write(lambda session: ARTIFACTS.release(session, artifact.id, artifact.attempt, pause=0.0))
+            with suppress(LeaseLost):
+                lease.write(lambda session: ARTIFACTS.release(session, artifact.id, artifact.attempt, pause=0.0))
         except Exception as error:  # storage or disk: another attempt may succeed, and attempts are limited
             with suppress(Exception):
                 artifact_attempt.undo()

@@ -11,6 +11,7 @@ from typing import Literal
 
 import structlog
 
+from app.settings import DeviceSetting
 from worker.machine import total_memory, usable_cpus
 
 log = structlog.get_logger(__name__)
@@ -34,7 +35,7 @@ class Device:
     memory_bytes: int
 
 
-def find_device(wanted: Literal["auto", "cuda", "cpu"]) -> Device:
+def find_device(wanted: DeviceSetting) -> Device:
     """The first visible GPU, or the CPU of a machine that shows none. `wanted` is the setting `DPO_DEVICE`.
 
     Raises `DeviceUnusable` if a GPU is wanted, or the machine shows one, and it does not answer. A worker that then
@@ -51,10 +52,9 @@ def _shows_gpu() -> bool:
         return False
     passed_in = os.environ.get("NVIDIA_VISIBLE_DEVICES", "") not in ("", "void", "none")
     shows = passed_in or shutil.which("nvidia-smi") is not None or any(path.exists() for path in DRIVER_FILES)
-    if shows and importlib.metadata.version("torch").endswith("+cpu"):
-        log.warning(
-            "the GPU is not used: this torch was built for CPUs only", torch=importlib.metadata.version("torch")
-        )
+    build = importlib.metadata.version("torch")
+    if shows and build.endswith("+cpu"):
+        log.warning("the GPU is not used: this torch was built for CPUs only", torch=build)
         return False
     return shows
 

@@ -6,11 +6,11 @@ queue within seconds. So after a failure that looks like the device's, a small c
 
 import subprocess
 import time
-from typing import Literal
 
 import structlog
 
 from app.programs import command
+from app.settings import DeviceSetting
 from worker.device import Device, DeviceUnusable, find_device
 from worker.processes import trainer_environment
 
@@ -25,10 +25,10 @@ FIRST_PAUSE, LONGEST_PAUSE = 10.0, 600.0
 class DeviceHealth:
     """The device of a worker, and `problem`: why the worker claims no jobs; None while it may.
 
-    Both are None only in a worker whose device has not been found yet.
+    `device` is None until one is found. A worker without a device has a problem.
     """
 
-    def __init__(self, wanted: Literal["auto", "cuda", "cpu"]) -> None:
+    def __init__(self, wanted: DeviceSetting) -> None:
         self.wanted = wanted
         self.device: Device | None = None
         self.problem: str | None = None

@@ -1,7 +1,7 @@
 """Download base models from the hub: `python -m worker.hub MODEL` fills the cache and prints the model's folder.
 
-The download is a process of its own, so that a cancel or a drain can end it at any point. What it has fetched stays in
-the cache, and the next download goes on from there.
+The download is a process of its own, so that a cancel or a drain can end it at any point. The cache keeps the part
+that has come, and the next download goes on from there.
 """
 
 import json

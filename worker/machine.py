@@ -1,4 +1,4 @@
-"""What this process may use of its machine: the CPUs and the memory that its container and all limits leave to it."""
+"""The share of its machine that this process may use: the CPUs and the memory that all limits leave to it."""
 
 import math
 import os

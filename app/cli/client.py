@@ -82,7 +82,7 @@ class Client:
                 if not self.waits or time.monotonic() > deadline:
                     raise
                 if not told:
-                    text = f"{str(error).rstrip('.')}. Trying again for 5 minutes."
+                    text = f"{str(error).rstrip('.')}. Trying again for {PATIENCE_SECONDS / 60:.0f} minutes."
                     Console(stderr=True).print(text, highlight=False, markup=False)
                     told = True
             time.sleep(RETRY_SECONDS)

@@ -82,11 +82,12 @@ PURPOSES = {
 """The fields of jobs and evaluations that name a file, and the purpose with which it is uploaded."""
 
 
-def upload_files(upload: Callable[[Path, JsonObject], JsonObject], body: JsonObject) -> None:
-    """Upload the files that a job or an evaluation names by path, and replace each path by the id of the upload.
+Upload = Callable[[Path, JsonObject], JsonObject]
+"""Uploads the file at a path with form fields. Returns the file's object, which has its id."""
 
-    `upload` takes a path and the form fields that go with it.
-    """
+
+def upload_files(upload: Upload, body: JsonObject) -> None:
+    """Upload the files that a job or an evaluation names by path, and replace each path by the id of the upload."""
     for field, value in body.items():
         if field == "metadata":
             continue
@@ -97,7 +98,7 @@ def upload_files(upload: Callable[[Path, JsonObject], JsonObject], body: JsonObj
             body[field] = _uploaded(upload, value, {"purpose": PURPOSES[field]})
 
 
-def _uploaded(upload: Callable[[Path, JsonObject], JsonObject], name: object, form: JsonObject) -> object:
+def _uploaded(upload: Upload, name: object, form: JsonObject) -> object:
     """The id of the file `name`, an id or a path; for a list, those of its files."""
     if isinstance(name, list):
         return [_uploaded(upload, each, form) for each in name]

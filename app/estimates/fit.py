@@ -8,7 +8,7 @@ from app.broker import Lane
 from app.estimates.memory import MemorySettings, Shape, estimate
 from app.estimates.schemas import Device
 from app.models.tables import Model
-from app.spec.job import JobSpec
+from app.spec.job import JobSpec, StageSpec
 from app.workers import repository as workers
 
 CODE = "does_not_fit"
@@ -39,12 +39,9 @@ def least_memory(session: Session, spec: JobSpec, base_model: str, longest_rows:
     shape, device = shape_of(session, base_model), device_of(session, base_model)
     if shape is None:
         return None
-    needed = []
-    for stage in spec.stages():
-        settings = MemorySettings.of(spec, stage.settings, 0.0, max(SHORTEST_ROW, longest_rows[stage.name]))
-        settings = replace(settings, recompute=True if settings.recompute is None else settings.recompute)
-        needed.append(estimate(shape, settings, "cuda" if device is None else device.kind, None).total)
-    return int(max(needed) / TOLERANCE)
+    kind = "cuda" if device is None else device.kind
+    smallest = (_smallest(spec, stage, max(SHORTEST_ROW, longest_rows[stage.name])) for stage in spec.stages())
+    return int(max(estimate(shape, settings, kind, None).total for settings in smallest) / TOLERANCE)
 
 
 def refusal(spec: JobSpec, shape: Shape, device: Device, longest_row: int | None) -> tuple[str, str] | None:
@@ -54,15 +51,22 @@ def refusal(spec: JobSpec, shape: Shape, device: Device, longest_row: int | None
     so a job is refused only if it could not fit with any rows.
     """
     for stage in reversed(spec.stages()):
-        # The packing adapts to the memory, but a pack holds at least the longest row.
-        settings = MemorySettings.of(spec, stage.settings, 0.0, longest_row or SHORTEST_ROW)
-        settings = replace(settings, recompute=True if settings.recompute is None else settings.recompute)
+        settings = _smallest(spec, stage, longest_row or SHORTEST_ROW)
         needed = _needed_bytes(shape, settings, device)
         if needed > TOLERANCE * device.memory_bytes:
             param, hint = _remedy(shape, settings, device)
             available = f"the largest worker ({device.name}) has {device.memory_bytes / 1e9:.1f} GB"
             return param, f"The job needs about {needed / 1e9:.1f} GB, and {available}. {hint}"
     return None
+
+
+def _smallest(spec: JobSpec, stage: StageSpec, longest_row: int) -> MemorySettings:
+    """The settings with which a stage of the resolved job takes the least memory.
+
+    The packing adapts to the memory, but a pack holds at least the longest row.
+    """
+    settings = MemorySettings.of(spec, stage.settings, 0.0, longest_row)
+    return replace(settings, recompute=True if settings.recompute is None else settings.recompute)
 
 
 def _needed_bytes(shape: Shape, settings: MemorySettings, device: Device) -> int:

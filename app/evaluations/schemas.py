@@ -73,7 +73,7 @@ class EvaluationObject(BaseModel):
     progress: EvaluationProgress | None
     queue_position: int | None
     waiting_for: str | None
-    """What a queued job waits for, if not only for the jobs before it."""
+    """The need that keeps a queued job waiting, apart from the jobs before it."""
     attempt: int
     metrics: dict[str, float] | None
     gates: list[GateVerdict]

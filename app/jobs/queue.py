@@ -3,8 +3,8 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, case, func, not_, or_, select, update
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy import ColumnElement, ScalarSelect, case, func, not_, or_, select, update
+from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
 
 from app.database import database_now, wait_for_others
 from app.jobs import events as job_events
@@ -61,11 +61,8 @@ def waiting(session: Session, limit: int) -> list[WaitingJob]:
 
 def projects_at_limit(session: Session, projects: Collection[str]) -> dict[str, int]:
     """The largest number of running jobs of each of `projects` that has reached it."""
-    running = (
-        select(func.count()).where(Job.project == Project.id, Job.status == Status.RUNNING).correlate(Project)
-    ).scalar_subquery()
     statement = select(Project.id, Project.max_running_jobs).where(
-        Project.id.in_(projects), Project.max_running_jobs.is_not(None), running >= Project.max_running_jobs
+        Project.id.in_(projects), _running_jobs(Project.id) >= Project.max_running_jobs
     )
     return {project: limit for project, limit in session.execute(statement) if limit is not None}
 
@@ -117,15 +114,15 @@ def claim(
 
 def _within_limit() -> ColumnElement[bool]:
     """The condition that the job's project may run one more job."""
-    other = aliased(Job)
     limit = select(Project.max_running_jobs).where(Project.id == Job.project).correlate(Job).scalar_subquery()
-    count = (
-        select(func.count())
-        .where(other.project == Job.project, other.status == Status.RUNNING)
-        .correlate(Job)
-        .scalar_subquery()
-    )
-    return or_(limit.is_(None), count < limit)
+    return or_(limit.is_(None), _running_jobs(Job.project) < limit)
+
+
+def _running_jobs(project: InstrumentedAttribute[str]) -> ScalarSelect[int]:
+    """The number of running jobs of the project that a column names, in each row of the column's table."""
+    other = aliased(Job)
+    count = select(func.count()).where(other.project == project, other.status == Status.RUNNING)
+    return count.correlate(project.class_).scalar_subquery()
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class QueuePlace:
     start: float | None = None
     finish: float | None = None
     waiting_for: str | None = None
-    """What the job waits for, if not only for the jobs before it."""
+    """The need that keeps the job waiting, apart from the jobs before it."""
 
 
 def forecast(session: Session, jobs: list[Job]) -> dict[str, QueuePlace]:
@@ -89,20 +89,22 @@ def _simulate(session: Session, current: float) -> dict[str, QueuePlace]:
     heapq.heapify(heap)
     places = {}
     for position, job in enumerate(job_queue.waiting(session, HORIZON), start=1):
-        unsuitable = []
+        unsuitable, suits = [], False
         start = math.inf
-        while heap:
+        while heap and not suits:
             free_at, index = heapq.heappop(heap)
-            if _can_run(present[index], job):
+            suits = _can_run(present[index], job)
+            if suits:
                 start = free_at
                 heapq.heappush(heap, (free_at + (math.inf if job.seconds is None else job.seconds), index))
-                break
-            unsuitable.append((free_at, index))
+            else:
+                unsuitable.append((free_at, index))
         for entry in unsuitable:
             heapq.heappush(heap, entry)
         start_known = math.isfinite(start)
         finish = start + job.seconds if start_known and job.seconds is not None else None
-        places[job.id] = QueuePlace(position, start if start_known else None, finish, _obstacle(present, job))
+        obstacle = None if suits else _obstacle(present, job)
+        places[job.id] = QueuePlace(position, start if start_known else None, finish, obstacle)
     return places
 
 
@@ -113,8 +115,8 @@ def _can_run(worker: Worker, job: WaitingJob) -> bool:
     return fits and workers.serves(worker, *job.bases)
 
 
-def _obstacle(present: Sequence[Worker], job: WaitingJob) -> str | None:
-    """What no worker of `present` has for a job; None if one of them can run it."""
+def _obstacle(present: Sequence[Worker], job: WaitingJob) -> str:
+    """The need of a job that no worker in service meets."""
     serving = [worker for worker in present if workers.serves(worker, *job.bases)]
     if not serving:
         return f"a GPU worker that serves {' and '.join(job.bases)}" if job.bases else "a GPU worker"
@@ -122,6 +124,4 @@ def _obstacle(present: Sequence[Worker], job: WaitingJob) -> str | None:
         largest = max(workers.memory_of(worker) or 0 for worker in serving)
         assert job.memory_bytes is not None
         return f"a device with {job.memory_bytes / 1e9:.1f} GB of memory; the largest has {largest / 1e9:.1f} GB"
-    if not any(workers.in_service(worker) and _can_run(worker, job) for worker in serving):
-        return "a GPU worker whose device works: it is out of service"
-    return None
+    return "a GPU worker whose device works: it is out of service"

@@ -124,7 +124,7 @@ class JobObject(BaseModel):
     progress: Progress | None
     queue_position: int | None
     waiting_for: str | None
-    """What a queued job waits for, if not only for the jobs before it."""
+    """The need that keeps a queued job waiting, apart from the jobs before it."""
     attempt: int
     metrics: dict[str, float] | None
     evaluations: list[JobEvaluationReference]

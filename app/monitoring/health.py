@@ -4,12 +4,13 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
 from app import __version__
+from app.broker import Lane
 from app.dependencies import ServicesDependency
 from app.installation import database_installation, store_installation
 from app.keys.access import access
 from app.migrate import is_current
-from app.monitoring.repository import out_of_service
 from app.services import Services
+from app.workers import repository as workers
 
 router = APIRouter(tags=["operations"])
 
@@ -36,9 +37,10 @@ def readyz(services: ServicesDependency) -> JSONResponse:
 
 
 def _warnings(services: Services) -> dict[str, str]:
-    """What an operator should look at, by part."""
+    """The faults that an operator should look at, by part."""
     with services.database.read() as session:
-        out, total = out_of_service(session)
+        present = workers.present(session, Lane.GPU)
+    out, total = workers.out_of_service(present), len(present)
     return {"workers": f"{out} of {total} GPU workers are out of service; their logs say why"} if out else {}
 
 

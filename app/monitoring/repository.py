@@ -60,6 +60,7 @@ def snapshot(session: Session) -> Snapshot:
         .where(DerivedArtifact.status == "pending")
         .group_by(DerivedArtifact.kind)
     )
+    present = {lane: workers.present(session, lane) for lane in Lane}
     return Snapshot(
         jobs=jobs,
         attempts=session.scalar(select(func.coalesce(func.sum(Job.attempt), 0))) or 0,
@@ -70,12 +71,6 @@ def snapshot(session: Session) -> Snapshot:
         derived_artifacts=dict(pending.all()),
         webhooks_due=due_count,
         webhook_lag=0.0 if first_due is None else current - first_due,
-        workers={lane: len(workers.present(session, lane)) for lane in ("gpu", "cpu")},
-        workers_out_of_service=out_of_service(session)[0],
+        workers={lane.value: len(rows) for lane, rows in present.items()},
+        workers_out_of_service=workers.out_of_service(present[Lane.GPU]),
     )
-
-
-def out_of_service(session: Session) -> tuple[int, int]:
-    """(number of GPU workers that are out of service, number of all)."""
-    present = workers.present(session, Lane.GPU)
-    return sum(not workers.in_service(worker) for worker in present), len(present)

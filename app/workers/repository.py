@@ -40,6 +40,11 @@ def in_service(worker: Worker) -> bool:
     return "problem" not in worker.details
 
 
+def out_of_service(present: Sequence[Worker]) -> int:
+    """The number of workers that are not in service."""
+    return sum(not in_service(worker) for worker in present)
+
+
 def serves(worker: Worker, *base_models: str) -> bool:
     """Whether a worker serves all of `base_models`."""
     return all(any(fnmatchcase(name, pattern) for pattern in worker.serves) for name in base_models)

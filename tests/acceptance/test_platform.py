@@ -1,4 +1,4 @@
-"""What users and platforms put around the service: the folder where it is started, and its environment."""
+"""The surroundings that users and platforms give the service: the folder where it is started, and its environment."""
 
 from pathlib import Path
 

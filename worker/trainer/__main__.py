@@ -29,6 +29,12 @@ ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB
 """Environment variables that the libraries read when they are imported."""
 
 
+def configure_logging() -> None:
+    """Log the warnings of the libraries. To be called before they are imported."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on some CPUs it advises to install a kernel of a hub
+
+
 def run(folder: Path) -> int:
     """Train or evaluate in `folder`. Returns the exit status."""
     # Libraries print to standard output. Their output goes to the log; only events go to the real standard output.
@@ -53,8 +59,7 @@ def _train_or_evaluate(
 
     `about` is the content of `run.json`.
     """
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on some CPUs it advises to install a kernel of a hub
+    configure_logging()
     # Imported here because torch takes seconds: the watch on standard input has to run before.
     from safetensors import SafetensorError
 

@@ -12,7 +12,7 @@ SIZE, ROUNDS = 512, 4
 TOLERANCE = 1e-4
 """Largest relative difference between float32 on the device and float64 on the CPU."""
 FAULTS = re.compile(r"CUDA|CUBLAS|CUDNN|cuDNN|cuSOLVER|cuSPARSE|NCCL|NVML|HIP error|unspecified launch failure")
-"""What the errors of a GPU, of its driver and of its libraries say. All of them are plain `RuntimeError`s."""
+"""Matches the errors of a GPU, of its driver and of its libraries. All of them are plain `RuntimeError`s."""
 
 
 def is_device_fault(error: BaseException) -> bool:

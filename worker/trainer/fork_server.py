@@ -9,7 +9,6 @@ driver anyway, the fork starts a fresh interpreter.
 """
 
 import gc
-import logging
 import os
 import signal
 import socket
@@ -17,7 +16,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from worker.trainer.__main__ import ENVIRONMENT, run
+from worker.trainer.__main__ import ENVIRONMENT, configure_logging, run
 
 DRIVER = "libcuda.so"
 """The file name by which the CUDA driver shows in a process's memory map."""
@@ -28,7 +27,7 @@ def main() -> None:
     os.environ.update(ENVIRONMENT)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     requests = socket.socket(fileno=os.dup(0))
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as in the trainer
+    configure_logging()
     # Imported before the first request, so that no job waits for it.
     import worker.trainer.evaluation
     import worker.trainer.loop  # noqa: F401
