@@ -44,8 +44,8 @@ def claim_with(services: Services, memory_bytes: int) -> Job | None:
 
 def test_a_device_claims_only_jobs_that_fit_it(services: Services) -> None:
     """A job behind one that is too large for a device is claimed by it. A job of unknown size may go anywhere."""
-    large = make_job(services, name="large", memory_bytes=40 * GIGABYTE)
-    unknown = make_job(services, name="unknown")
+    large = make_job(services, name="large", memory_bytes=40 * GIGABYTE, priority=2)
+    unknown = make_job(services, name="unknown", priority=1)
     small = make_job(services, name="small", memory_bytes=SMALL)
     assert [job.id for job in (claim_with(services, SMALL), claim_with(services, SMALL)) if job] == [unknown, small]
     assert claim_with(services, SMALL) is None
