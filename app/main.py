@@ -1,8 +1,10 @@
 """`create_app()`: the HTTP service."""
 
 import gc
+import socket
+import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import cast
 
 import uvicorn
@@ -12,6 +14,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CollectorRegistry, ProcessCollector
 from starlette.routing import Route
+from uvicorn.config import STARTUP_FAILURE
 
 from app import __version__
 from app.dashboard.endpoints import FOLDER as DASHBOARD
@@ -82,7 +85,6 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         yield
-        await services.jobs.feed.close()
         services.database.close()
 
     app = FastAPI(
@@ -144,8 +146,37 @@ def _add_middleware(app: FastAPI, services: Services, registry: CollectorRegistr
     app.add_middleware(RequestMetricsMiddleware, registry=registry)
 
 
+class Server(uvicorn.Server):
+    """A server whose event streams end as soon as it stops. Other requests get `DPO_SHUTDOWN_SECONDS` to end."""
+
+    def __init__(self, app: FastAPI, settings: Settings) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=settings.host,
+                port=settings.port,
+                log_level="warning",
+                access_log=False,
+                timeout_keep_alive=settings.keep_alive_seconds,
+                timeout_graceful_shutdown=settings.shutdown_seconds,
+            )
+        )
+        self._services: Services = app.state.services
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop accepting connections, and wait for the open requests. Those that are still open then are cut."""
+        await self._services.jobs.feed.close()
+        await super().shutdown(sockets)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()  # a client that reads slowly must see that its answer is not whole
+
+
 def serve(app: FastAPI, settings: Settings) -> None:
     """Answer requests until SIGTERM or Ctrl-C."""
     gc.collect()
     gc.freeze()  # imported modules stay alive: the collector need not walk them during a request
-    uvicorn.run(app, host=settings.host, port=settings.port, log_level="warning", access_log=False)
+    server = Server(app, settings)
+    with suppress(KeyboardInterrupt):
+        server.run()
+    if not server.started:
+        sys.exit(STARTUP_FAILURE)

@@ -32,6 +32,10 @@ class Settings(BaseSettings):
     port: int = 8000
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = ("localhost", "127.0.0.1", "[::1]")
     cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
+    keep_alive_seconds: int = Field(75, ge=1)
+    """Seconds that an idle connection stays open. A proxy must close it first, else it sends into a closed one."""
+    shutdown_seconds: int = Field(25, ge=0)
+    """Seconds that open requests, such as downloads, have to end once the API is told to stop."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """The lowest level that is logged."""
     rate_limit: int = Field(6000, ge=0)

@@ -180,7 +180,7 @@ class Lifecycle(ABC, Generic[Shown]):
         """
         last_state: JsonObject | None = None
         async with self.feed.follow(job_id, last_sequence) as follower:
-            while True:
+            while not self.feed.closed:
                 follower.news.clear()
                 # Read the state before the events. If the job has ended by then, no event can be missing.
                 job = await run_in_threadpool(self.get, project, job_id)
@@ -201,8 +201,6 @@ class Lifecycle(ABC, Generic[Shown]):
                     continue  # they may have changed the state
                 with suppress(TimeoutError):
                     await asyncio.wait_for(follower.news.wait(), STATE_SECONDS)
-                if self.feed.closed:
-                    return
 
     def last_sequence(self, project: str, job_id: str, last_event_id: str | None) -> int:
         """The number of the event `last_event_id`; 0, which is before the first event, if that is None."""
