@@ -21,6 +21,7 @@ import traceback
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
+from unittest.mock import patch
 
 from app.spec.json_types import JsonObject
 
@@ -29,10 +30,20 @@ ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB
 """Environment variables that the libraries read when they are imported."""
 
 
-def configure_logging() -> None:
-    """Log the warnings of the libraries. To be called before they are imported."""
+def load_bitsandbytes() -> None:
+    """Import torch and bitsandbytes, without torch's compiler, and log the warnings of all libraries.
+
+    To be called before other modules import them. While it is imported, bitsandbytes passes some functions to
+    `torch.compile`. That loads the compiler, which takes a fifth of a trainer's start and 50 MB. If it fails,
+    bitsandbytes takes the functions as they are. No training calls them, because bitsandbytes has kernels of its own
+    for CPUs and GPUs.
+    """
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on some CPUs it advises to install a kernel of a hub
+    import torch
+
+    with patch.object(torch, "compile", side_effect=RuntimeError):
+        import bitsandbytes  # noqa: F401
 
 
 def run(folder: Path) -> int:
@@ -59,8 +70,8 @@ def _train_or_evaluate(
 
     `about` is the content of `run.json`.
     """
-    configure_logging()
     # Imported here because torch takes seconds: the watch on standard input has to run before.
+    load_bitsandbytes()
     from safetensors import SafetensorError
 
     from app.spec.datasets.errors import DatasetError

@@ -16,7 +16,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from worker.trainer.__main__ import ENVIRONMENT, configure_logging, run
+from worker.trainer.__main__ import ENVIRONMENT, load_bitsandbytes, run
 
 DRIVER = "libcuda.so"
 """The file name by which the CUDA driver shows in a process's memory map."""
@@ -27,8 +27,8 @@ def main() -> None:
     os.environ.update(ENVIRONMENT)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     requests = socket.socket(fileno=os.dup(0))
-    configure_logging()
     # Imported before the first request, so that no job waits for it.
+    load_bitsandbytes()
     import worker.trainer.evaluation
     import worker.trainer.loop  # noqa: F401
 

@@ -10,6 +10,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
+from types import CodeType
 
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
@@ -195,7 +196,8 @@ def _parent_reads_weight(model: PreTrainedModel, name: str) -> bool:
 @cache
 def _weights_read_by(kind: type[nn.Module]) -> frozenset[str]:
     """Names of the child modules whose weights the code of the class `kind` reads."""
-    # One function at a time: to find a class, `inspect` would parse its whole file.
+    # One function at a time: to find a class, `inspect` would parse its whole file. The names in the compiled code tell
+    # in no time that most functions read no weight.
     functions = (
         inspect.unwrap(member)
         for base in kind.__mro__
@@ -203,7 +205,16 @@ def _weights_read_by(kind: type[nn.Module]) -> frozenset[str]:
         for member in vars(base).values()
         if inspect.isfunction(member)
     )
-    return frozenset(name for function in functions for name in _READ.findall(_source_of(function)))
+    readers = (function for function in functions if "weight" in _names_in(function.__code__))
+    return frozenset(name for function in readers for name in _READ.findall(_source_of(function)))
+
+
+def _names_in(code: CodeType) -> Iterator[str]:
+    """The names of attributes and globals in a function's code, inner functions included."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names_in(constant)
 
 
 def _source_of(function: Callable[..., object]) -> str:
