@@ -16,7 +16,6 @@ from typing import Any
 import boto3
 import psycopg
 import redis
-from sqlalchemy import create_engine, text
 
 
 def free_port() -> int:
@@ -159,10 +158,8 @@ def postgres_url(port: int) -> str:
 
 def admin(url: str, statement: str) -> None:
     """Run a statement outside of any transaction."""
-    engine = create_engine(url, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.execute(text(statement))
-    engine.dispose()
+    with psycopg.connect(url.replace("+psycopg", ""), autocommit=True) as connection:
+        connection.execute(statement.encode())
 
 
 @contextmanager
