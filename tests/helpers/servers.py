@@ -78,12 +78,21 @@ class Server:
         self.process.wait()
 
 
+MEMORY = Path("/dev/shm")
+"""A folder whose files are in memory."""
+
+
+def _memory() -> Path | None:
+    """`MEMORY` if it has 2 GB free, where a new database takes an eighth of the time; else the default folder."""
+    return MEMORY if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 2_000_000_000 else None
+
+
 @contextmanager
 def postgres_server() -> Iterator[Server]:
     """A PostgreSQL cluster of its own: superuser `dpo`, database `postgres`."""
     # PostgreSQL refuses to run as root. Then the package's own user runs it.
     user = "postgres" if os.geteuid() == 0 else None
-    folder = Path(tempfile.mkdtemp(prefix="dpo-postgres-"))
+    folder = Path(tempfile.mkdtemp(prefix="dpo-postgres-", dir=_memory()))
     try:
         if user is not None:
             shutil.chown(folder, user)

@@ -24,19 +24,21 @@ def postgres_url() -> Iterator[str]:
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """A database of each kind. It has the schema if the test uses `services`, else it is empty."""
     migrated = "services" in request.fixturenames
     if request.param == "sqlite":
         database = tmp_path / "test.sqlite3"
         if migrated:
             shutil.copyfile(request.getfixturevalue("sqlite_template"), database)
-        return f"sqlite:///{database}"
+        yield f"sqlite:///{database}"
+        return
     url: str = request.getfixturevalue("postgres_url")
     name = f"test_{secrets.token_hex(8)}"
     template = request.getfixturevalue("postgres_template") if migrated else "template1"
     admin(url, f"CREATE DATABASE {name} TEMPLATE {template}")
-    return url.rpartition("/")[0] + f"/{name}"
+    yield url.rpartition("/")[0] + f"/{name}"
+    admin(url, f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @pytest.fixture
