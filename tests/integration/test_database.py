@@ -149,7 +149,7 @@ def test_many_processes_that_migrate_at_once_all_succeed(settings: Settings) -> 
     command = [sys.executable, "-m", "app.cli.main", "migrate"]
     processes = [
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for _ in range(6)
+        for _ in range(4)
     ]
     for process in processes:
         output, _ = process.communicate()
