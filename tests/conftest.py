@@ -2,10 +2,18 @@
 
 import gc
 import os
+from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 LONG = {"acceptance", "faults", "trainer"}
+SHARING = {
+    "one service": {"test_dashboard", "test_evaluations", "test_gates_and_sweeps", "test_life_cycle"},
+    "a service on each stack": {"test_main_path", "test_official_client", "test_service"},
+}
+"""Modules whose tests leave a service running. Each group is a process's work, so it starts the service once."""
 
 pytest.register_assert_rewrite("tests.helpers")
 
@@ -20,6 +28,18 @@ for name in [name for name in os.environ if name.startswith(("DPO_", "AWS_")) an
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin the long modules first. At the end only short ones are left, which keep all processes busy."""
     items.sort(key=lambda item: item.path.parent.name not in LONG)
+
+
+class Scheduling(LoadScopeScheduling):
+    """A module's tests run in one process, and so do those of the modules of a group."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        module = super()._split_scope(nodeid)
+        return next((group for group, modules in SHARING.items() if Path(module).stem in modules), module)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    return Scheduling(config, log)
 
 
 def pytest_collection_finish() -> None:
