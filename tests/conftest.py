@@ -2,7 +2,6 @@
 
 import gc
 import os
-from pathlib import Path
 
 import pytest
 from xdist.remote import Producer
@@ -13,7 +12,7 @@ SHARING = {
     "one service": {"test_dashboard", "test_evaluations", "test_gates_and_sweeps", "test_life_cycle"},
     "a service on each stack": {"test_main_path", "test_official_client", "test_service"},
 }
-"""Modules whose tests leave a service running. Each group is a process's work, so it starts the service once."""
+"""Acceptance tests that leave a service running. Each group is a process's work, so it starts the service once."""
 
 pytest.register_assert_rewrite("tests.helpers")
 
@@ -30,12 +29,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.parent.name not in LONG)
 
 
-class Scheduling(LoadScopeScheduling):
+class Scheduling(LoadScopeScheduling):  # type: ignore[misc]  # it has no types
     """A module's tests run in one process, and so do those of the modules of a group."""
 
     def _split_scope(self, nodeid: str) -> str:
-        module = super()._split_scope(nodeid)
-        return next((group for group, modules in SHARING.items() if Path(module).stem in modules), module)
+        module: str = super()._split_scope(nodeid)
+        folder, _, name = module.removesuffix(".py").rpartition("/")
+        groups = (group for group, names in SHARING.items() if folder == "tests/acceptance" and name in names)
+        return next(groups, module)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
