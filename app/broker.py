@@ -4,10 +4,8 @@ A wake-up names a lane, not a job. It may be lost, late or delivered twice. The 
 also polls the database every few seconds.
 """
 
-import fcntl
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from enum import StrEnum
 from pathlib import Path
 from queue import Empty
@@ -17,6 +15,7 @@ from celery import Celery
 from kombu import Exchange, Queue
 from kombu.transport import TRANSPORT_ALIASES, filesystem
 
+from app.file_lock import locked
 from app.settings import Settings
 from app.spec.json_types import JsonObject
 
@@ -40,12 +39,9 @@ class FolderChannel(filesystem.Channel):  # type: ignore[misc]
     writer was killed are no bindings: whoever needs one writes it anew.
     """
 
-    @contextmanager
-    def _bindings_locked(self) -> Iterator[None]:
+    def _bindings_locked(self) -> AbstractContextManager[None]:
         """Hold the lock of all bindings. Kombu's own lock comes too late: it first looks for the file, or makes it."""
-        with (self.control_folder / "bindings.lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+        return locked(self.control_folder / "bindings.lock")
 
     def get_table(self, exchange: str) -> list[filesystem.exchange_queue_t]:
         with self._bindings_locked():

@@ -56,9 +56,13 @@ class Target:
 
 
 def new_client(timeout: float) -> httpx2.Client:
-    """A client without redirects or the environment's proxies: it connects only to the checked address."""
+    """A client without redirects or the environment's proxies: it connects only to the checked address.
+
+    It trusts the certificates that `SSL_CERT_FILE` or `SSL_CERT_DIR` names; without them, those of the system.
+    """
     seconds = httpx2.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS))
-    return httpx2.Client(timeout=seconds, trust_env=False, follow_redirects=False)
+    trusted = httpx2.create_ssl_context(trust_env=True)
+    return httpx2.Client(timeout=seconds, verify=trusted, trust_env=False, follow_redirects=False)
 
 
 def resolve(url: str, private_hosts: tuple[str, ...], setting: str) -> Target:

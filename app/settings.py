@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from app.file_lock import locked
+
 DeviceSetting = Literal["auto", "cuda", "cpu"]
 
 
@@ -72,6 +74,16 @@ class Settings(BaseSettings):
             raise ValueError("is no database of this service; give a postgresql:// or sqlite:/// URL")
         return value
 
+    @field_validator("storage_url")
+    @classmethod
+    def _reachable_storage(cls, value: str) -> str:
+        if value.startswith("s3://") and "AWS_PROFILE" in os.environ and "AWS_ACCESS_KEY_ID" not in os.environ:
+            raise ValueError(
+                "AWS_PROFILE is set, and the service reads no profiles; set AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY, or unset AWS_PROFILE to use the role of the machine"
+            )
+        return value
+
     @field_validator("hub_models", "allowed_hosts", "cors_origins", "private_webhooks", "private_judges", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
@@ -130,16 +142,16 @@ class Settings(BaseSettings):
 
 def _kept_secret(path: Path) -> str:
     """Read the secret in `path`, or make it. Processes that start at the same moment agree on one secret."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     if not path.exists():
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write("dpo-" + secrets.token_urlsafe(32) + "\n")
-        try:
-            os.link(temporary, path)  # fails if another process was first: then its secret is used
-        except FileExistsError:
-            pass
-        finally:
-            temporary.unlink()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_name(f".{path.name}.lock")
+        with locked(lock):
+            if not path.exists():
+                temporary = path.with_name(f".{path.name}.new")
+                temporary.unlink(missing_ok=True)  # of a process that was killed
+                descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                with os.fdopen(descriptor, "w") as file:
+                    file.write("dpo-" + secrets.token_urlsafe(32) + "\n")
+                temporary.replace(path)
+            lock.unlink(missing_ok=True)  # whoever waits for it, or makes a new one, finds the secret
     return path.read_text().strip()

@@ -26,6 +26,21 @@ READ_BYTES = 4 * 1024 * 1024
 """Size of the pieces in which a large object is read."""
 
 
+@contextmanager
+def _trusting_own_certificates() -> Iterator[None]:
+    """Let a new store trust the certificates of `AWS_CA_BUNDLE`. obstore itself reads only `SSL_CERT_FILE`."""
+    bundle, before = os.environ.get("AWS_CA_BUNDLE"), os.environ.get("SSL_CERT_FILE")
+    if bundle:
+        os.environ["SSL_CERT_FILE"] = bundle
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["SSL_CERT_FILE"] = before
+        elif bundle:
+            del os.environ["SSL_CERT_FILE"]
+
+
 class Storage:
     """An object store. A put is atomic: an object is complete or absent."""
 
@@ -35,8 +50,10 @@ class Storage:
             folder.mkdir(parents=True, exist_ok=True)
             self.store: ObjectStore = LocalStore(folder, mkdir=True, automatic_cleanup=True)
         else:
-            plain = url.startswith("s3://") and os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
-            self.store = from_url(url, client_options={"timeout": REQUEST_TIMEOUT, "allow_http": plain})
+            endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
+            plain = url.startswith("s3://") and endpoint.startswith("http://")
+            with _trusting_own_certificates():
+                self.store = from_url(url, client_options={"timeout": REQUEST_TIMEOUT, "allow_http": plain})
 
     async def put_stream(self, key: str, chunks: AsyncIterator[bytes]) -> None:
         """Write an object from a stream. If the stream raises, no object is left, and the same error is raised here."""

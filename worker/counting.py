@@ -14,6 +14,7 @@ from app.programs import command
 from app.services import Services
 from app.spec.json_types import JsonObject
 from worker.base_models import BaseModels
+from worker.model_files import point_to
 from worker.processes import trainer_environment
 from worker.waiting import Check, run_process
 
@@ -38,12 +39,12 @@ class CountRequest:
 def place_tokenizer(
     services: Services, base_models: BaseModels, model: models.ResolvedModel, folder: Path, check: Check
 ) -> None:
-    """Put the tokenizer files of `model` into `folder`, which must not exist.
+    """Put the tokenizer files of `model` at `folder`, which must not exist, or a file with the path of their folder.
 
     Raises `ModelUnavailable`, or what `check` raises.
     """
     if model.prefix is None:
-        folder.symlink_to(base_models.locate(model.base_model, check)[0].resolve(), target_is_directory=True)
+        point_to(folder, base_models.locate(model.base_model, check)[0])
         return
     for key, _size in services.storage.list(model.prefix):
         if not key.endswith(".safetensors"):

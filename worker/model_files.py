@@ -19,6 +19,16 @@ _TEXT_PARTS = ("text_config", "language_config", "llm_config", "decoder")
 """Fields that hold the text model's configuration in a multimodal model."""
 
 
+def point_to(place: Path, folder: Path) -> None:
+    """Make `place` stand for a model's folder: a file with its path. Some file systems have no links."""
+    place.write_text(str(folder.resolve()))
+
+
+def folder_at(place: Path) -> Path:
+    """The model's folder that `place` is, or that it stands for."""
+    return Path(place.read_text()) if place.is_file() else place
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that transformers loads, sorted. Other copies of the weights are left out.
 

@@ -8,6 +8,7 @@ from sqlalchemy.orm import Session
 from app.models import repository as models
 from app.storage import Storage
 from worker.base_models import BaseModels
+from worker.model_files import point_to
 from worker.waiting import Check
 
 
@@ -57,7 +58,7 @@ def fetch_model(storage: Storage, base_models: BaseModels, stack: ModelStack, fo
     if foundation is not None and foundation.prefix is not None:
         storage.get_folder(foundation.prefix, folder / "base")
     else:
-        (folder / "base").symlink_to(base.resolve(), target_is_directory=True)
+        point_to(folder / "base", base)
     if model.kind == "adapter" and model.prefix is not None:
         storage.get_folder(model.prefix, folder / "start")
     return revision

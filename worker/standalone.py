@@ -25,6 +25,7 @@ from app.spec.metrics import SUMMARY
 from worker.base_models import BaseModels
 from worker.device import DeviceUnusable, find_device
 from worker.hub import ModelUnavailable
+from worker.model_files import point_to
 from worker.processes import answer_cache, kill_group, trainer_environment
 from worker.trainer.events import Broken, CacheWanted, CheckpointWritten, DeviceFailed, Failed, Metrics, Notice, read
 
@@ -50,10 +51,10 @@ def train(spec_path: Path, output: Path, settings: Settings, console: Console) -
         return USAGE
     with tempfile.TemporaryDirectory(prefix="dpo-train-") as name:
         folder = Path(name)
-        (folder / "base").symlink_to(base.resolve(), target_is_directory=True)
+        point_to(folder / "base", base)
         if reference:
             (folder / "reference").mkdir()
-            (folder / "reference" / "base").symlink_to(reference.resolve(), target_is_directory=True)
+            point_to(folder / "reference" / "base", reference)
         (folder / "spec.json").write_text(spec.model_dump_json())
         run = {
             "base_model": spec.model,

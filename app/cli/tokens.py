@@ -34,7 +34,7 @@ def count_tokens(
     }
     with tempfile.TemporaryDirectory(prefix="dpo-check-") as folder_name:
         folder = Path(folder_name)
-        (folder / "model").symlink_to(model.resolve(), target_is_directory=True)
+        (folder / "model").write_text(str(model.resolve()))
         request = {"dataset": str(path.resolve()), "recipe": recipe, "rows": report["kept"]}
         (folder / "tokens.json").write_text(json.dumps([request]))
         process = subprocess.run(

@@ -1,5 +1,7 @@
 """The surroundings that users and platforms give the service: the folder where it is started, and its environment."""
 
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -31,9 +33,19 @@ def repository(tmp_path: Path) -> Path:
     return folder
 
 
-def test_no_code_of_the_folder_where_it_is_started_is_run(home: Path, repository: Path, tmp_path: Path) -> None:
-    """`dpo serve` checks files and trains there. Its `DPO_HOME` may have any name."""
-    with running(home, folder=repository) as service:
+COMPILER = shutil.which("cc")
+NO_LINKS = Path(__file__).parents[1] / "helpers/no_links.c"
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C compiler on this machine")
+def test_a_home_may_have_any_name_and_no_links_and_no_code_of_the_callers_folder_is_run(
+    home: Path, repository: Path, tmp_path: Path
+) -> None:
+    """`dpo serve`, started in a user's folder, checks files and trains."""
+    library = tmp_path / "no_links.so"
+    subprocess.run([str(COMPILER), "-shared", "-fPIC", "-o", library, NO_LINKS, "-ldl"], check=True)
+    environment = {"LD_PRELOAD": str(library), "NO_LINKS": str(home)}
+    with running(home, environment, folder=repository) as service:
         file = upload(service, _pairs(tmp_path), "fine-tune")
         with service.http() as client:
             job_id = create_job(client, **job_body(file, hyperparameters={"max_steps": 5}))
@@ -41,7 +53,13 @@ def test_no_code_of_the_folder_where_it_is_started_is_run(home: Path, repository
         adapter = str(tmp_path / "adapter")
         assert service.dpo("models", "download", job["fine_tuned_model"], "--output", adapter).returncode == 0
     assert not (repository / "ran").exists()
-    assert {path.name for path in tmp_path.iterdir()} == {home.name, "repository", "pairs.jsonl", "adapter"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        home.name,
+        "repository",
+        "pairs.jsonl",
+        "adapter",
+        library.name,
+    }
 
 
 FAKETIME = next(iter(Path("/usr/lib").glob("*/faketime/libfaketime.so.1")), None)

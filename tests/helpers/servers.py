@@ -17,6 +17,8 @@ import boto3
 import psycopg
 import redis
 
+from tests.helpers.certificates import Certificate
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -199,19 +201,26 @@ S3_ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", 
 
 
 @contextmanager
-def s3() -> Iterator[dict[str, str]]:
-    """An S3 server (moto, as a process) with the bucket `dpo`; yields the environment that reaches it."""
+def s3(certificate: Certificate | None = None) -> Iterator[dict[str, str]]:
+    """An S3 server (moto, as a process) with the bucket `dpo`, over TLS if there is a certificate.
+
+    Yields the environment that reaches it.
+    """
     port = free_port()
+    tls: list[str | Path] = []
+    if certificate is not None:
+        tls = ["--ssl-cert", certificate.certificate, "--ssl-key", certificate.key]
     server = subprocess.Popen(
-        [Path(sys.executable).with_name("moto_server"), "-H", "127.0.0.1", "-p", str(port)],
+        [Path(sys.executable).with_name("moto_server"), "-H", "127.0.0.1", "-p", str(port), *tls],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     try:
-        url = f"http://127.0.0.1:{port}"
+        url = f"https://localhost:{port}" if certificate else f"http://127.0.0.1:{port}"
         client = boto3.client(
-            "s3", endpoint_url=url, aws_access_key_id="test", aws_secret_access_key="test", region_name="us-east-1"
-        )
+            "s3", endpoint_url=url, aws_access_key_id="test", aws_secret_access_key="test", region_name="us-east-1",
+            verify=certificate and str(certificate.authority),
+        )  # fmt: skip
         wait_until(lambda: client.create_bucket(Bucket="dpo"), "the S3 server", server)
         client.close()
         yield S3_ENVIRONMENT | {"AWS_ENDPOINT_URL": url, "DPO_STORAGE_URL": "s3://dpo/service"}

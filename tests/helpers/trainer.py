@@ -19,6 +19,7 @@ from torch import Tensor
 
 from app.spec.job import JobSpec
 from tests.helpers.tiny_model import CORPUS
+from worker.model_files import point_to
 from worker.processes import ForkServer, answer_cache
 from worker.trainer.cache import Cache
 from worker.trainer.data import Response, Row
@@ -77,7 +78,7 @@ def write_records(path: Path, records: Sequence[Record]) -> None:
 def make_work_folder(folder: Path, model: Path, spec: dict[str, Any], **files: Sequence[Record]) -> Path:
     """Lay out `folder` for the trainer. `files` become `{name}.jsonl`; `spec` names them so."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "base").symlink_to(model, target_is_directory=True)
+    point_to(folder / "base", model)
     body = {"model": BASE_NAME, "training_file": "train.jsonl", **spec}
     (folder / "spec.json").write_text(json.dumps(body))
     public = JobSpec.model_validate(body).resolved().model_dump(mode="json")

@@ -1,10 +1,13 @@
 """A server that receives webhooks."""
 
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from tests.helpers.certificates import Certificate
 
 
 @dataclass
@@ -17,8 +20,8 @@ class Receiver:
 
 
 @contextmanager
-def webhook_receiver() -> Iterator[Receiver]:
-    """A receiver on this machine."""
+def webhook_receiver(certificate: Certificate | None = None) -> Iterator[Receiver]:
+    """A receiver on this machine, over TLS if there is a certificate."""
     state = Receiver()
 
     class Handler(BaseHTTPRequestHandler):
@@ -36,7 +39,11 @@ def webhook_receiver() -> Iterator[Receiver]:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    state.url = f"http://localhost:{server.server_port}/hook?from=dpo"
+    if certificate is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate.certificate, certificate.key)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    state.url = f"http{'s' if certificate else ''}://localhost:{server.server_port}/hook?from=dpo"
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:

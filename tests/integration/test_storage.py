@@ -1,6 +1,7 @@
 """The storage module behaves the same on a folder and on S3."""
 
 import io
+import os
 import tarfile
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -12,6 +13,7 @@ from obstore.store import S3Store
 
 from app.archive import folder, tar
 from app.storage import Storage
+from tests.helpers.certificates import make_certificate
 from tests.helpers.servers import s3
 
 
@@ -111,3 +113,25 @@ def test_an_empty_object_has_no_bytes(storage: Storage, tmp_path: Path) -> None:
     assert list(storage.chunks("empty")) == [] and storage.read("empty") == b""
     storage.get_file("empty", tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == b""
+
+
+def test_a_private_certificate_is_trusted_where_aws_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The endpoint of S3 alone, and a bundle of certificates, as AWS's own tools read them from the environment."""
+    certificate = make_certificate(tmp_path)
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    with s3(certificate) as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name.replace("ENDPOINT_URL", "ENDPOINT_URL_S3"), value)
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate.authority))
+        storage = Storage("s3://dpo")
+        storage.put_bytes("key", b"value")
+        assert storage.read("key") == b"value"
+    assert "SSL_CERT_FILE" not in os.environ, "other connections trust what they did"
+
+
+def test_an_endpoint_of_s3_alone_may_be_plain_http(
+    s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3_environment.items():
+        monkeypatch.setenv(name.replace("ENDPOINT_URL", "ENDPOINT_URL_S3"), value)
+    Storage("s3://dpo/alone").check()

@@ -3,6 +3,7 @@
 import ipaddress
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -19,6 +20,7 @@ from app.webhooks import repository
 from app.webhooks.schemas import EventType
 from app.webhooks.tables import WebhookDelivery, WebhookEndpoint
 from tests.helpers.api import error_of, key_of, upload
+from tests.helpers.certificates import make_certificate
 from tests.helpers.webhook_receiver import Receiver, webhook_receiver
 from worker.reaper import reap
 from worker.webhooks import Sender
@@ -110,6 +112,21 @@ def test_a_failed_delivery_is_retried_by_the_schedule_and_then_given_up(
     assert resent["status"] == "pending"
     assert sender(services).send_due() == 1
     assert client.get(f"/v1/webhooks/{endpoint['id']}/deliveries").json()["data"][0]["status"] == "delivered"
+
+
+def test_a_receiver_with_a_certificate_of_the_operators_authority_is_reached(
+    client: TestClient, services: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate = make_certificate(tmp_path)
+    with webhook_receiver(certificate) as receiver:
+        client.post("/v1/webhooks", json={"url": receiver.url})
+        end_a_job(client)
+        sender(services).send_due()
+        assert not receiver.got, "no system knows the authority"
+        make_due(services)
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate.authority))
+        sender(services).send_due()
+        assert len(receiver.got) == 1
 
 
 def test_an_answer_410_disables_the_endpoint(client: TestClient, services: Services, receiver: Receiver) -> None:

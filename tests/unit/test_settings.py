@@ -41,6 +41,15 @@ def test_each_environment_variable_replaces_its_default(monkeypatch: pytest.Monk
     assert settings.models_dir == settings.home / "models"
 
 
+def test_a_profile_of_aws_is_refused_unless_a_key_replaces_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DPO_STORAGE_URL", "s3://bucket")
+    monkeypatch.setenv("AWS_PROFILE", "production")
+    with pytest.raises(ValidationError, match="AWS_PROFILE is set"):
+        Settings()
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    assert Settings().storage_url == "s3://bucket"
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "field", "expected"),
     [

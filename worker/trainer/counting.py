@@ -17,6 +17,7 @@ from app.spec.datasets.mapping import Mapping
 from app.spec.datasets.rendering import Rendering, today
 from app.spec.datasets.report import Lengths
 from app.spec.json_types import JsonObject
+from worker.model_files import folder_at
 from worker.trainer import data
 from worker.trainer.data import Recipe, Row, Tally, Whole
 from worker.trainer.errors import UserError
@@ -194,7 +195,7 @@ def count_folder(folder: Path) -> list[JsonObject]:
     """The counts that `tokens.json` in `folder` requests. A dataset that cannot be counted gets an `error`."""
     requests = json.loads((folder / "tokens.json").read_text())
     try:
-        tokenizer = load_tokenizer(folder / "model")
+        tokenizer = load_tokenizer(folder_at(folder / "model"))
     except UserError as error:
         return [_error_json(error)] * len(requests)
     return [_counted(request, tokenizer) for request in requests]

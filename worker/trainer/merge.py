@@ -1,8 +1,8 @@
 """`python -m worker.trainer.merge FOLDER`: merge an adapter into its base, tensor by tensor.
 
-FOLDER holds `base/` (a transformers model), `start/` (a PEFT adapter) and `merge.json` {dtype}. The merged model goes
-to `output/`. Each merged weight is computed in float32 and rounded once. Only one file of the base is in memory at a
-time, so a merge needs memory for the largest file.
+FOLDER holds `base` (a transformers model, or a file with its path), `start/` (a PEFT adapter) and `merge.json` {dtype}.
+The merged model goes to `output/`. Each merged weight is computed in float32 and rounded once. Only one file of the
+base is in memory at a time, so a merge needs memory for the largest file.
 
 - LoRA and rsLoRA: W + s BA.
 - DoRA (Liu et al. 2024, Eq. 5): m (W + s BA) / ‖W + s BA‖, with the norm over the inputs of each output.
@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from app.spec.json_types import JsonObject
-from worker.model_files import INDEX, config_of, prequantized, weight_files
+from worker.model_files import INDEX, config_of, folder_at, prequantized, weight_files
 from worker.trainer.errors import UserError, first_line
 from worker.trainer.memory import fits_as_float32
 from worker.trainer.model import HALF_DTYPES
@@ -154,7 +154,7 @@ def main() -> int:
     dtype = HALF_DTYPES[json.loads((folder / "merge.json").read_text())["dtype"]]
     result: JsonObject = {}
     try:
-        merge(folder / "base", folder / "start", folder / "output", dtype)
+        merge(folder_at(folder / "base"), folder / "start", folder / "output", dtype)
     except UserError as error:
         result = {"error": {"code": error.code, "message": error.message, "param": error.param}}
     print(json.dumps(result))

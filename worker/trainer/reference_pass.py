@@ -4,6 +4,7 @@ import gc
 import time
 
 from app.spec.hyperparameters import DPOHyperparameters
+from worker.model_files import folder_at
 from worker.trainer import exactness, memory, reference
 from worker.trainer.dataset import Rows
 from worker.trainer.errors import UserError
@@ -49,7 +50,8 @@ def other_model_references(run: TrainingRun, stage: Stage) -> References | None:
     start = folder / "start" if (folder / "start").exists() else None
     # A reference without an adapter gets a fresh one, which changes nothing: it is the bare base model.
     spec = run.spec.model_copy(update={"adapter": None, "model": name}).resolved()
-    reference_policy = load_policy(spec, Base(name, None, None, folder / "base"), start, run.events, trainable=False)
+    base = Base(name, None, None, folder_at(folder / "base"))
+    reference_policy = load_policy(spec, base, start, run.events, trainable=False)
     if reference_policy.tokenizer.get_vocab() != load_tokenizer(run.base.folder).get_vocab():
         message = f"'{name}' has a different tokenizer than '{run.spec.model}'. Choose another reference model."
         raise UserError("invalid_value", message, f"{stage.param}.reference_model")

@@ -9,6 +9,7 @@ from typing import Self
 
 from app.spec.job import JobSpec
 from app.spec.json_types import JsonObject
+from worker.model_files import folder_at
 from worker.trainer.cache import Cache
 from worker.trainer.errors import Stopped
 from worker.trainer.events import Events
@@ -46,7 +47,10 @@ class Run:
 
 
 class TrainingRun(Run):
-    """Its folder holds `spec.json`, `run.json`, `base/` and the data, and maybe `start/`, `reference/`, `resume/`."""
+    """Its folder holds `spec.json`, `run.json`, `base` and the data, and maybe `start/`, `reference/`, `resume/`.
+
+    `base` is the folder of the base model, or a file with its path.
+    """
 
     @cached_property
     def spec(self) -> JobSpec:
@@ -57,7 +61,7 @@ class TrainingRun(Run):
     def base(self) -> Base:
         """The base model to train."""
         about = self.about
-        return Base(about["base_model"], about["revision"], about["version"], self.folder / "base")
+        return Base(about["base_model"], about["revision"], about["version"], folder_at(self.folder / "base"))
 
     @property
     def start(self) -> Path | None:

@@ -1,6 +1,7 @@
 """`python -m worker.trainer.tokens FOLDER`: count datasets in a model's tokens and print the counts as a line of JSON.
 
-FOLDER holds `model/`, of which only the tokenizer is read, and `tokens.json`, a list of requests. Fields of a request:
+FOLDER holds `model` and `tokens.json`, a list of requests. `model` is a model's folder, or a file with its path. Only
+the tokenizer is read. Fields of a request:
 
 - `dataset`: the path of the file.
 - `recipe`: {need, max_length, loss_on, mapping, rendering, truncation}.

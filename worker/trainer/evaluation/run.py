@@ -8,7 +8,7 @@ from app.spec.evaluation import EvaluationSpec
 from app.spec.hyperparameters import DEFAULT_MAX_LENGTH
 from app.spec.job import JobSpec
 from app.spec.json_types import JsonObject
-from worker.model_files import context_length
+from worker.model_files import context_length, folder_at
 from worker.trainer.loading import load_policy
 from worker.trainer.model import Base, Policy
 from worker.trainer.run import Run
@@ -40,7 +40,7 @@ class EvaluationRun(Run):
                 "compute_dtype": settings.get("compute_dtype"),
             }
         )
-        base = Base(settings["base_model"], None, settings["version"], folder / "base")
+        base = Base(settings["base_model"], None, settings["version"], folder_at(folder / "base"))
         policy = load_policy(spec.resolved(), base, start, self.events, trainable=False)
         self.events.message(f"'{settings['model']}' is loaded on {policy.device.type}.")
         return policy

@@ -5,6 +5,7 @@ from dataclasses import replace
 from app.spec.datasets.example import Example
 from app.spec.evaluation import Judge, Scorer
 from worker.classifier import BadClassifier, LinearClassifier
+from worker.model_files import folder_at
 from worker.trainer import reward
 from worker.trainer.data import prompt_text
 from worker.trainer.errors import UserError
@@ -24,7 +25,7 @@ def scores(run: EvaluationRun, scorer: Scorer | Judge, name: str, answers: list[
             raise UserError("invalid_file", message, f"{name}.classifier.file") from error
         return [classifier.score(_as_text(example, text)) for example, text in answers]
     answered = [replace(example, responses=(text,), desirable=True, raw=False, turns=()) for example, text in answers]
-    folder = run.folder / "sides" / name / "base"
+    folder = folder_at(run.folder / "sides" / name / "base")
     return reward.scores(folder, answered, run.rendering(name), run.spec.max_length, run.check_stop)
 
 
