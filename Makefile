@@ -12,7 +12,7 @@ help:  ## list the verbs
 
 # pip resolves torch by itself first: a range inside another package's requirements would let it pick a newer build.
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit("dpo-service needs Python 3.11 or newer") if sys.version_info < (3, 11) else None'
+	@$(PYTHON) -c 'import sys; sys.exit("dpo-service needs Python 3.11.4 or newer") if sys.version_info < (3, 11, 4) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[worker,test]'

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import cast
 
 import uvicorn
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 from fastapi.staticfiles import StaticFiles
@@ -17,6 +17,7 @@ from starlette.routing import Route
 from uvicorn.config import STARTUP_FAILURE
 
 from app import __version__
+from app.compression import DecompressionMiddleware
 from app.dashboard.endpoints import FOLDER as DASHBOARD
 from app.dashboard.endpoints import router as dashboard_router
 from app.dashboard.session import NotSignedIn, ask_for_a_key
@@ -35,7 +36,9 @@ from app.monitoring.collector import ServiceCollector
 from app.monitoring.endpoints import router as monitoring_router
 from app.monitoring.health import router as health_router
 from app.monitoring.middleware import RequestMetricsMiddleware
+from app.paths import PathMiddleware
 from app.projects.endpoints import router as projects_router
+from app.query_parameters import refuse_unknown
 from app.services import Services
 from app.settings import Settings
 from app.spec.json_types import JsonObject
@@ -114,7 +117,7 @@ def _add_routes(app: FastAPI) -> AccessTable:
         access(public=True)(cast(Route, route).endpoint)
     routes.add(app.routes)
     for router in ROUTERS:
-        app.include_router(router, prefix="/v1", responses=ERRORS)
+        app.include_router(router, prefix="/v1", responses=ERRORS, dependencies=[Depends(refuse_unknown)])
         routes.add(router.routes, "/v1")
     app.include_router(dashboard_router)
     routes.add(dashboard_router.routes)
@@ -136,6 +139,7 @@ def _add_middleware(app: FastAPI, services: Services, registry: CollectorRegistr
         allowed_hosts=services.settings.allowed_hosts,
         routes=routes,
     )
+    app.add_middleware(DecompressionMiddleware)
     if services.settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -144,6 +148,7 @@ def _add_middleware(app: FastAPI, services: Services, registry: CollectorRegistr
             allow_headers=["*"],
         )
     app.add_middleware(RequestMetricsMiddleware, registry=registry)
+    app.add_middleware(PathMiddleware, root_path=services.settings.root_path)
 
 
 class Server(uvicorn.Server):

@@ -33,6 +33,8 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = 8000
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = ("localhost", "127.0.0.1", "[::1]")
+    root_path: str = ""
+    """The path below which a proxy serves the API, such as `/dpo`. Links of the API and the dashboard begin with it."""
     cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
     keep_alive_seconds: int = Field(75, ge=1)
     """Seconds that an idle connection stays open. A proxy must close it first, else it sends into a closed one."""
@@ -73,6 +75,14 @@ class Settings(BaseSettings):
         if value and scheme not in ("postgresql+psycopg", "sqlite"):
             raise ValueError("is no database of this service; give a postgresql:// or sqlite:/// URL")
         return value
+
+    @field_validator("root_path")
+    @classmethod
+    def _path(cls, value: str) -> str:
+        path = "/" + value.strip("/") if value.strip("/") else ""
+        if not re.fullmatch(r"(/[\w.~-]+)*", path):
+            raise ValueError("must be a path such as '/dpo'")
+        return path
 
     @field_validator("storage_url")
     @classmethod

@@ -104,8 +104,10 @@ class Storage:
         for path in files:
             self.put_file(f"{prefix}/{path.relative_to(folder).as_posix()}", path)
 
-    def chunks(self, key: str) -> Iterator[bytes]:
-        """The object's bytes, piece by piece. Raises `FileNotFoundError` at once if it does not exist.
+    def chunks(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+        """The object's bytes from `start` to before `end`, piece by piece; None means its end.
+
+        Raises `FileNotFoundError` at once if it does not exist.
 
         Each piece is a request of its own, made when the reader wants it. So a reader may take any time, and a request
         that stalls still ends. Raises `OSError` if the object is replaced meanwhile.
@@ -113,11 +115,11 @@ class Storage:
         try:
             result = obstore.get(self.store, key)
             if result.meta["size"] <= READ_BYTES:
-                content = bytes(result.bytes())
+                content = bytes(result.bytes())[start:end]
                 return iter([content] if content else [])
         except NotFoundError as error:
             raise FileNotFoundError(key) from error
-        return (self._piece(key, options) for options in _pieces(result.meta))
+        return (self._piece(key, options) for options in _pieces(result.meta, start, end))
 
     def _piece(self, key: str, options: "GetOptions") -> bytes:
         with _error_if_replaced(key):
@@ -188,10 +190,11 @@ class Storage:
             break
 
 
-def _pieces(meta: "ObjectMeta") -> "Iterator[GetOptions]":
-    """The requests for all pieces of an object, and for no other object under its key."""
-    for start in range(0, meta["size"], READ_BYTES):
-        options: GetOptions = {"range": (start, min(start + READ_BYTES, meta["size"]))}
+def _pieces(meta: "ObjectMeta", begin: int = 0, end: int | None = None) -> "Iterator[GetOptions]":
+    """The requests for the pieces of an object from `begin` to `end`, and for no other object under its key."""
+    last = meta["size"] if end is None else end
+    for start in range(begin, last, READ_BYTES):
+        options: GetOptions = {"range": (start, min(start + READ_BYTES, last))}
         yield options | {"if_match": meta["e_tag"]} if meta["e_tag"] else options
 
 

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Form, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from fastapi.templating import Jinja2Templates
 
-from app.dashboard.session import COOKIE, ViewerDependency, sign_in
+from app.dashboard.session import COOKIE, ViewerDependency, home_of, sign_in
 from app.dependencies import ServicesDependency
 from app.errors import ServiceError
 from app.evaluations.figures import figures
@@ -51,6 +51,7 @@ templates.env.globals |= {"charts": CHARTS}
 
 def _page(request: Request, name: str, status: int = 200, **context: object) -> HTMLResponse:
     headers = {"Content-Security-Policy": POLICY, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+    context |= {"root": request.scope["root_path"]}
     return templates.TemplateResponse(request, name, context, status_code=status, headers=headers)
 
 
@@ -85,7 +86,7 @@ def login_page(request: Request) -> HTMLResponse:
 @router.post("/login")
 @by_session
 def login(request: Request, services: ServicesDependency, key: Annotated[str, Form(max_length=512)] = "") -> Response:
-    response = RedirectResponse("/dashboard", status_code=303)
+    response = RedirectResponse(home_of(request), status_code=303)
     if not sign_in(services, request, response, key.strip()):
         return _page(request, "login.html", 401, wrong=True)
     return response
@@ -93,9 +94,9 @@ def login(request: Request, services: ServicesDependency, key: Annotated[str, Fo
 
 @router.post("/logout")
 @by_session
-def logout() -> Response:
-    response = RedirectResponse("/dashboard/login", status_code=303)
-    response.delete_cookie(COOKIE, path="/dashboard")
+def logout(request: Request) -> Response:
+    response = RedirectResponse(f"{home_of(request)}/login", status_code=303)
+    response.delete_cookie(COOKIE, path=home_of(request))
     return response
 
 

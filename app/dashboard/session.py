@@ -18,6 +18,11 @@ class NotSignedIn(Exception):
     """The request has no valid session. The page asks for a key."""
 
 
+def home_of(request: Request) -> str:
+    """The path of the dashboard's first page."""
+    return f"{request.scope['root_path']}/dashboard"
+
+
 def sign_in(services: Services, request: Request, response: Response, key: str) -> bool:
     """Begin a session with `key`; False if the key is not valid."""
     caller = services.keys.identify(key)
@@ -27,7 +32,7 @@ def sign_in(services: Services, request: Request, response: Response, key: str) 
         COOKIE,
         services.secret_box.seal(key),
         max_age=SESSION_SECONDS,
-        path="/dashboard",
+        path=home_of(request),
         httponly=True,
         samesite="strict",
         secure=request.url.scheme == "https",
@@ -51,5 +56,5 @@ ViewerDependency = Annotated[Caller, Depends(_viewer)]
 def ask_for_a_key(request: Request, _error: Exception) -> Response:
     """The answer to `NotSignedIn`: a redirect to the login, for htmx in its own header."""
     if "hx-request" in request.headers:
-        return Response(headers={"HX-Redirect": "/dashboard/login"})
-    return RedirectResponse("/dashboard/login", status_code=303)
+        return Response(headers={"HX-Redirect": f"{home_of(request)}/login"})
+    return RedirectResponse(f"{home_of(request)}/login", status_code=303)

@@ -11,12 +11,12 @@ from app.archive import tar_response
 from app.dependencies import ServicesDependency
 from app.evaluations.schemas import EvaluationObject
 from app.idempotency.service import RequestIdentityDependency
-from app.jobs.endpoints import asked_metadata
 from app.jobs.schemas import EventObject, StreamToken
 from app.keys.access import access
 from app.keys.middleware import CallerDependency
 from app.keys.schemas import Scope
 from app.pagination import After, Page, page
+from app.query_parameters import MetadataFilter
 from app.spec.evaluation import EvaluationSpec
 
 router = APIRouter(prefix="/evaluations", tags=["evaluations"])
@@ -32,14 +32,13 @@ def create_evaluation(
 
 @router.get("")
 def list_evaluations(
-    request: Request,
     caller: CallerDependency,
     services: ServicesDependency,
+    metadata: MetadataFilter,
     after: After = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> Page[EvaluationObject]:
-    """Evaluations, newest first. `metadata[key]=value` keeps only those whose metadata has that pair."""
-    metadata = asked_metadata(request)
+    """Evaluations, newest first."""
     return page(services.evaluations.page(caller.project, after=after, limit=limit, metadata=metadata), limit)
 
 
@@ -84,13 +83,13 @@ def list_evaluation_events(
 @router.post("/{evaluation_id}/stream_token")
 @access(scope=Scope.READ)
 def create_evaluation_stream_token(
-    evaluation_id: str, caller: CallerDependency, services: ServicesDependency
+    request: Request, evaluation_id: str, caller: CallerDependency, services: ServicesDependency
 ) -> StreamToken:
     """Create a token that opens this evaluation's stream within one minute.
 
     Browsers need it: EventSource sends no key.
     """
-    return services.evaluations.stream_token(caller.project, evaluation_id)
+    return services.evaluations.stream_token(caller.project, evaluation_id, request.scope["root_path"])
 
 
 def _last_sequence(

@@ -3,12 +3,14 @@
 from typing import Annotated, Literal, get_args
 from urllib.parse import quote
 
-from fastapi import APIRouter, Query, Request
-from fastapi.responses import StreamingResponse
+from fastapi import APIRouter, Header, Query, Request
+from fastapi.responses import Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from app.dependencies import ServicesDependency
+from app.exception_handlers import ErrorResponse
 from app.files.multipart import UploadForm, form_schema
+from app.files.ranges import requested
 from app.files.schemas import FileDeleted, FileObject, Purpose, UploadPurpose
 from app.files.service import MAX_FILE_BYTES
 from app.idempotency.service import RequestIdentityDependency
@@ -65,16 +67,38 @@ def get_file(file_id: str, caller: CallerDependency, services: ServicesDependenc
 @router.get(
     "/{file_id}/content",
     response_class=StreamingResponse,
-    responses={200: {"content": {"application/octet-stream": {}}}},
+    responses={
+        200: {"content": {"application/octet-stream": {}}},
+        206: {"content": {"application/octet-stream": {}}, "description": "The part that `Range` asks for"},
+        416: {"model": ErrorResponse, "description": "The range begins after the file's end"},
+    },
 )
-def get_file_content(file_id: str, caller: CallerDependency, services: ServicesDependency) -> StreamingResponse:
-    """The file's bytes."""
-    file, chunks = services.files.content(caller.project, file_id)
+@router.head("/{file_id}/content", include_in_schema=False)
+def get_file_content(
+    request: Request,
+    file_id: str,
+    caller: CallerDependency,
+    services: ServicesDependency,
+    range: Annotated[str | None, Header(description="The part to send, such as `bytes=1000-`.")] = None,
+    if_range: Annotated[str | None, Header(description="Send the part only if this is the file's `ETag`.")] = None,
+) -> Response:
+    """The file's bytes, or a part of them. HEAD gives the headers alone."""
+    file = services.files.get(caller.project, file_id)
+    tag = f'"{file.id}"'  # the bytes of a file never change
+    part = requested(range, file.bytes) if if_range in (None, tag) else None
     headers = {
-        "Content-Length": str(file.bytes),
+        "Accept-Ranges": "bytes",
         "Content-Disposition": f"attachment; filename*=UTF-8''{quote(file.filename, safe='')}",
+        "Content-Length": str(part.end - part.start if part else file.bytes),
+        "ETag": tag,
     }
-    return StreamingResponse(chunks, media_type="application/octet-stream", headers=headers)
+    if part is not None:
+        headers["Content-Range"] = f"bytes {part.start}-{part.end - 1}/{file.bytes}"
+    status = 200 if part is None else 206
+    if request.method == "HEAD":
+        return Response(status_code=status, media_type="application/octet-stream", headers=headers)
+    content = services.files.content(file, part)
+    return StreamingResponse(content, status_code=status, media_type="application/octet-stream", headers=headers)
 
 
 @router.delete("/{file_id}")

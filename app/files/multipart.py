@@ -3,8 +3,10 @@
 Starlette's own parser copies the whole file to the disk before a route runs. This one passes the chunks on.
 """
 
+import re
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from urllib.parse import unquote_to_bytes
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -15,6 +17,9 @@ from app.spec.json_types import JsonObject
 
 MAX_FIELD_BYTES = 64 * 1024
 MAX_FIELDS = 32
+_QUOTED = re.compile(rb'"(?:\\.|[^"\\])*"', re.DOTALL)
+_EXTENDED = re.compile(rb";\s*filename\*\s*=\s*([\w-]*)'[^';]*'([^\s;\"]*)", re.IGNORECASE)
+"""`filename*=CHARSET'LANGUAGE'NAME`, in a header whose quoted strings are empty."""
 
 
 def form_schema(properties: JsonObject, required: list[str]) -> JsonObject:
@@ -28,6 +33,20 @@ def _malformed(reason: str) -> ServiceError:
         f"The multipart body is malformed: {reason}. Nothing was stored; send it again.",
         code="invalid_multipart",
     )
+
+
+def _filename(disposition: bytes, plain: bytes) -> str:
+    """The name of a part's file. `plain` is the value of `filename`.
+
+    `filename*` (RFC 5987) goes first: urllib3 sends names outside ASCII in it. Browsers and other clients write quotes
+    and line breaks in `filename` as %22, %0D and %0A, and nothing else.
+    """
+    extended = _EXTENDED.search(_QUOTED.sub(b'""', disposition))
+    if extended is not None:
+        charset = "latin-1" if extended[1].lower() == b"iso-8859-1" else "utf-8"
+        return unquote_to_bytes(extended[2]).decode(charset, "replace").replace("\x00", "")
+    name = plain.decode("utf-8", "replace")
+    return name.replace("\x00", "").replace("%22", '"').replace("%0D", "\r").replace("%0A", "\n")
 
 
 @dataclass
@@ -119,7 +138,7 @@ class UploadForm:
         if self._name == self.name:
             if self.filename is not None:
                 raise _malformed(f"it has two parts named '{self.name}'")
-            self.filename = options.get(b"filename", b"").decode("utf-8", "replace") or "upload"
+            self.filename = _filename(disposition, options.get(b"filename", b"")) or "upload"
             self._value = None
             return
         if self._name in self.fields or len(self.fields) >= MAX_FIELDS:

@@ -13,6 +13,7 @@ from app.database import Database, database_now, new_id
 from app.errors import ServiceError, describe_validation_error, no_such
 from app.files import repository
 from app.files.multipart import UploadForm
+from app.files.ranges import Part
 from app.files.schemas import ExpiresAfter, UploadPurpose
 from app.files.tables import File
 from app.idempotency.service import RequestIdentity
@@ -89,12 +90,13 @@ class Files:
                 raise no_such("File object", after, code="file", param="after")
             return repository.page(session, project, purpose=purpose, after=last_file, limit=limit, ascending=ascending)
 
-    def content(self, project: str, file_id: str) -> tuple[File, Iterator[bytes]]:
-        file = self.get(project, file_id)
+    def content(self, file: File, part: Part | None) -> Iterator[bytes]:
+        """The bytes of a file, or of a part of it, piece by piece."""
+        part = part or Part(0, file.bytes)
         try:
-            return file, self.storage.chunks(file.key)
+            return self.storage.chunks(file.key, part.start, part.end)
         except FileNotFoundError:  # deleted a moment ago
-            raise no_such("File object", file_id, code="file") from None
+            raise no_such("File object", file.id, code="file") from None
 
     def delete(self, project: str, file_id: str) -> None:
         """Hide the file now. Housekeeping deletes its bytes once no active job needs them."""

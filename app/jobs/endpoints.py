@@ -1,6 +1,5 @@
 """/v1/fine_tuning/jobs"""
 
-import re
 from collections.abc import AsyncIterator
 from typing import Annotated
 
@@ -15,17 +14,10 @@ from app.keys.access import access
 from app.keys.middleware import CallerDependency
 from app.keys.schemas import Scope
 from app.pagination import After, Page, page
+from app.query_parameters import MetadataFilter
 from app.spec.job import JobSpec
 
 router = APIRouter(prefix="/fine_tuning/jobs", tags=["fine-tuning"])
-
-METADATA = re.compile(r"metadata\[(.{1,64})\]")
-
-
-def asked_metadata(request: Request) -> dict[str, str]:
-    """The metadata pairs that a list request filters by: `metadata[key]=value`."""
-    pairs = request.query_params.items()
-    return {match[1]: value for name, value in pairs if (match := METADATA.fullmatch(name))}
 
 
 @router.post("")
@@ -38,15 +30,14 @@ def create_job(
 
 @router.get("")
 def list_jobs(
-    request: Request,
     caller: CallerDependency,
     services: ServicesDependency,
+    metadata: MetadataFilter,
     after: After = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> Page[JobObject]:
-    """Jobs, newest first. `metadata[key]=value` keeps only jobs whose metadata has that pair."""
-    jobs = services.jobs.page(caller.project, after=after, limit=limit, metadata=asked_metadata(request))
-    return page(jobs, limit)
+    """Jobs, newest first."""
+    return page(services.jobs.page(caller.project, after=after, limit=limit, metadata=metadata), limit)
 
 
 @router.get("/{job_id}")
@@ -105,9 +96,11 @@ def get_metrics(
 
 @router.post("/{job_id}/stream_token")
 @access(scope=Scope.READ)
-def create_stream_token(job_id: str, caller: CallerDependency, services: ServicesDependency) -> StreamToken:
+def create_stream_token(
+    request: Request, job_id: str, caller: CallerDependency, services: ServicesDependency
+) -> StreamToken:
     """Create a token that opens this job's stream within one minute. Browsers need it: EventSource sends no key."""
-    return services.jobs.stream_token(caller.project, job_id)
+    return services.jobs.stream_token(caller.project, job_id, request.scope["root_path"])
 
 
 def _last_sequence(

@@ -104,8 +104,8 @@ class Lifecycle(ABC, Generic[Shown]):
             places = forecast(session, [job])
             return self.show(job, places.get(job.id))
 
-    def page(self, project: str, *, after: str | None, limit: int, metadata: dict[str, str]) -> list[Shown]:
-        """Up to `limit` + 1 jobs, newest first."""
+    def page(self, project: str, *, after: str | None, limit: int, metadata: dict[str, str] | None) -> list[Shown]:
+        """Up to `limit` + 1 jobs, newest first. `metadata` is as in `queries.page`."""
         with self.database.read() as session:
             after_job = None if after is None else self._require_job(session, project, after, "after")
             jobs = queries.page(session, project, after=after_job, limit=limit, metadata=metadata, kind=self.KIND)
@@ -165,13 +165,16 @@ class Lifecycle(ABC, Generic[Shown]):
             raise no_such(f"event of this {self.KIND.noun}", after or "", code="event", param="after")
         return [EventObject.of(event) for event in events]
 
-    def stream_token(self, project: str, job_id: str) -> StreamToken:
-        """A token that opens the job's stream in a browser, whose EventSource sends no key."""
+    def stream_token(self, project: str, job_id: str, root_path: str) -> StreamToken:
+        """A token that opens the job's stream in a browser, whose EventSource sends no key.
+
+        The service is below `root_path` of its host.
+        """
         with self.database.read() as session:
             self._require_job(session, project, job_id)
         path = f"{self.KIND.path}/{job_id}/stream"
         token, expires_at = self.keys.stream_token(project, path)
-        return StreamToken(token=token, expires_at=expires_at, url=f"{path}?token={quote(token, safe='')}")
+        return StreamToken(token=token, expires_at=expires_at, url=f"{root_path}{path}?token={quote(token, safe='')}")
 
     async def stream(self, project: str, job_id: str, last_sequence: int) -> AsyncIterator[ServerSentEvent]:
         """Yield the job's events after number `last_sequence` and its state, then each change of both, until it ends.

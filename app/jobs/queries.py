@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from sqlalchemy import Select, select
+from sqlalchemy import ColumnElement, Select, Text, cast, exists, func, select
 from sqlalchemy.orm import Session, aliased
 
 from app.jobs.kinds import KINDS, TRAINING_JOB, JobKind
@@ -26,14 +26,29 @@ def page(
     *,
     after: Job | None,
     limit: int,
-    metadata: dict[str, str],
+    metadata: dict[str, str] | None,
     kind: JobKind = TRAINING_JOB,
 ) -> list[Job]:
-    """Up to `limit` + 1 jobs, newest first: those older than `after` whose metadata has all pairs of `metadata`."""
+    """Up to `limit` + 1 jobs, newest first: those older than `after` whose metadata has all pairs of `metadata`.
+
+    None asks for the jobs without metadata.
+    """
     statement = readable(project, kind)
-    for key, value in metadata.items():
-        statement = statement.where(Job.job_metadata[key].as_string() == value)
+    if metadata is None:
+        statement = statement.where(func.coalesce(cast(Job.job_metadata, Text), "null").in_(("null", "{}")))
+    for key, value in (metadata or {}).items():
+        statement = statement.where(_has_pair(session, key, value))
     return list(session.scalars(keyset(statement, (Job.created_at, Job.id), after, limit)))
+
+
+def _has_pair(session: Session, key: str, value: str) -> ColumnElement[bool]:
+    """Whether a job's metadata has the pair."""
+    if session.get_bind().dialect.name != "sqlite":
+        has_pair: ColumnElement[bool] = Job.job_metadata[key].as_string() == value
+        return has_pair
+    # A path of SQLite's JSON functions cannot name every key.
+    pairs = func.json_each(Job.job_metadata).table_valued("key", "value")
+    return exists(select(1).select_from(pairs).where(pairs.c.key == key, pairs.c.value == value))
 
 
 def running(session: Session) -> Sequence[Job]:

@@ -19,6 +19,7 @@ from app.keys.access import Access, AccessTable
 from app.keys.rates import RateLimiter
 from app.keys.schemas import Scope
 from app.keys.service import Caller, Keys
+from app.paths import own_path
 
 MAX_BODY_BYTES = 1024 * 1024
 
@@ -54,7 +55,7 @@ class AccessMiddleware:
             await self.app(scope, receive, send)
             return
         try:
-            headers, method, path = Headers(scope=scope), scope["method"], scope["path"]
+            headers, method, path = Headers(scope=scope), scope["method"], own_path(scope)
             if not path.isprintable():  # a router may read a line break as the path's end
                 raise NotFound("Unknown request URL: it holds a control character.", code="unknown_url")
             access = self.routes.find(method, path)

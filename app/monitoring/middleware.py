@@ -8,6 +8,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.database import new_id
+from app.paths import own_path
 
 METHODS = {"GET", "HEAD", "POST", "DELETE", "OPTIONS"}
 """Other methods are counted together, so that no caller can create new series."""
@@ -62,4 +63,4 @@ def _route(scope: Scope) -> str:
     if route is None:
         return "none"
     # The path of a FastAPI route lacks the prefix under which its router is included.
-    return f"/v1{route}" if scope["path"].startswith("/v1/") else str(route)
+    return f"/v1{route}" if own_path(scope).startswith("/v1/") else str(route)

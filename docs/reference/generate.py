@@ -27,10 +27,18 @@ Errors are `{"error": {message, type, param, code}}`:
 | 404 | The object does not exist, or belongs to another project |
 | 409 | The object's state does not allow it. A retry does not help |
 | 413 | The body is too large |
+| 415 | The body is compressed, and not by gzip |
+| 416 | The file ends before the range that is asked for |
 | 429 | Too many requests. Wait for `Retry-After` seconds |
 | 5xx | A fault of the service |
 
 Creates take `Idempotency-Key`. Lists are pages: `limit` is their size, and `after` is the last id of the page before.
+
+Unknown fields and unknown query parameters are refused by name. Bodies may have `Content-Encoding: gzip`. The content of
+a file may be asked for in parts (`Range`), and its headers alone by `HEAD`.
+
+The official `AzureOpenAI` client works too: `/openai/files?api-version=…` stands for `/v1/files`, and `api-key: KEY` for
+`Authorization: Bearer KEY`. The value of `api-version` has no meaning here.
 
 OpenAI's checkpoint permissions are the only group of its contract that is not available here.
 

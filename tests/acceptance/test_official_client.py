@@ -8,7 +8,7 @@ from typing import Any
 
 import openai
 import pytest
-from openai import AsyncOpenAI, OpenAI
+from openai import AsyncOpenAI, AzureOpenAI, OpenAI
 
 from tests.helpers.preferences import pairs, write
 from tests.helpers.service import Running
@@ -24,6 +24,7 @@ def test_the_official_client_handles_every_resource_and_error(service_on_each_st
     with service.openai() as client:
         check_resources(service, client, tmp_path)
         check_errors(service_on_each_stack, client)
+    check_azures_client(service, tmp_path)
     asyncio.run(check_concurrent_requests(service, tmp_path))
 
 
@@ -76,6 +77,23 @@ def check_resources(service: Running, client: OpenAI, folder: Path) -> None:
     assert model is not None and client.models.retrieve(model).id == model
     assert model in {listed.id for listed in client.models.list()}
     assert client.models.delete(model).deleted
+
+
+def check_azures_client(service: Running, folder: Path) -> None:
+    """The official client for Azure has other paths and another header."""
+    endpoint = service.url.removesuffix("/v1")
+    with AzureOpenAI(azure_endpoint=endpoint, api_key=service.key, api_version="2024-10-21", max_retries=0) as client:
+        path = write(folder / "azure.jsonl", pairs(12, seed=1))
+        file = client.files.create(file=path, purpose="fine-tune")
+        assert client.files.content(file.id).read() == path.read_bytes()
+        job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id, extra_body=SHORT)
+        assert job.id in [listed.id for listed in client.fine_tuning.jobs.list(limit=5).data]
+        client.fine_tuning.jobs.cancel(job.id)
+        assert client.fine_tuning.jobs.retrieve(job.id).status == "cancelled"
+        assert client.fine_tuning.jobs.list_events(job.id).data
+    wrong = AzureOpenAI(azure_endpoint=endpoint, api_key="wrong", api_version="2024-10-21", max_retries=0)
+    with wrong, pytest.raises(openai.AuthenticationError):
+        wrong.files.list()
 
 
 def check_errors(service: Running, client: OpenAI) -> None:

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,17 @@ def test_the_dockerfile_copies_existing_paths_and_all_packages() -> None:
     assert all((ROOT / source).exists() for source in copied)
     wheel = re.search(r"packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text())
     assert wheel is not None and set(re.findall(r'"(\w+)"', wheel[1])) <= copied
+
+
+def test_the_lowest_python_is_the_same_everywhere() -> None:
+    """`extractall(filter=)` came with Python 3.11.4."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lowest = project["requires-python"].removeprefix(">=")
+    assert lowest == "3.11.4"
+    assert f"sys.version_info < ({lowest.replace('.', ', ')})" in (ROOT / "Makefile").read_text()
+    for document in ("README.md", "docs/tutorial.md", "docs/troubleshooting.md"):
+        text = " ".join((ROOT / document).read_text().split())
+        assert f"Python {lowest} or newer" in text, document
 
 
 def test_the_targets_of_compose_are_stages_of_the_dockerfile_and_run_as_a_user() -> None:
