@@ -34,11 +34,11 @@ Errors are `{"error": {message, type, param, code}}`:
 
 Creates take `Idempotency-Key`. Lists are pages: `limit` is their size, and `after` is the last id of the page before.
 
-Unknown fields and unknown query parameters are refused by name. Bodies may have `Content-Encoding: gzip`. The content of
-a file may be asked for in parts (`Range`), and its headers alone by `HEAD`.
+Unknown fields and unknown query parameters are refused by name. Bodies may have `Content-Encoding: gzip`. The content
+of a file may be asked for in parts (`Range`), and its headers alone by `HEAD`.
 
-The official `AzureOpenAI` client works too: `/openai/files?api-version=…` stands for `/v1/files`, and `api-key: KEY` for
-`Authorization: Bearer KEY`. The value of `api-version` has no meaning here.
+The official `AzureOpenAI` client works too. `/openai/files?api-version=…` stands for `/v1/files`, and `api-key: KEY`
+for `Authorization: Bearer KEY`. The value of `api-version` has no meaning here.
 
 OpenAI's checkpoint permissions are the only group of its contract that is not available here.
 
