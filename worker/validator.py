@@ -33,6 +33,7 @@ from worker.classifier import BadClassifier, LinearClassifier
 from worker.counting import CountRequest, count, place_tokenizer
 from worker.evaluation_run import rendering_of
 from worker.lease import AskedToStop, JobLease, Lease, LeaseLost
+from worker.model_files import folder_at
 from worker.waiting import in_thread
 from worker.work import work_folder
 
@@ -172,7 +173,7 @@ class _Check:
             folder = self.folder / f"rendered-{len(list(self.folder.iterdir()))}"
             folder.mkdir()
             place_tokenizer(self.services, self.base_models, model, folder / "model", self.lease.check)
-            if not has_chat_template(folder / "model"):
+            if not has_chat_template(folder_at(folder / "model")):
                 continue
             counted = count(folder, [request for _, request in requests], self.lease.check)
             for (field, _), result in zip(requests, counted, strict=True):

@@ -203,6 +203,7 @@ def test_a_stopped_service_returns_its_job_to_the_queue(home: Path, tmp_path: Pa
 
 def test_an_upload_whose_connection_is_cut_leaves_nothing(service: Running) -> None:
     """The client sends half of the promised bytes over a real socket, and closes it."""
+    service = service.in_project("cut")
     url = httpx2.URL(service.url)
     objects = service.home / "objects" / "files"
     objects_before, files_before = set(objects.glob("*")), service.openai().files.list().data

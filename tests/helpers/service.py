@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,14 @@ class Running:
     home: Path
     environment: dict[str, str]
     process: subprocess.Popen[bytes]
+    clients: list[OpenAI] = field(default_factory=list)
+    """The official clients of the tests. They are closed with the service."""
 
     def openai(self) -> OpenAI:
         """The official client. It raises if a response breaks the contract."""
-        return OpenAI(base_url=self.url, api_key=self.key, _strict_response_validation=True, max_retries=0)
+        client = OpenAI(base_url=self.url, api_key=self.key, _strict_response_validation=True, max_retries=0)
+        self.clients.append(client)
+        return client
 
     def http(self) -> httpx2.Client:
         headers = {"Authorization": f"Bearer {self.key}"}
@@ -98,6 +102,8 @@ def running(home: Path, extra: dict[str, str] | None = None, folder: Path | None
         service = Running(f"{url}/v1", (home / "admin.key").read_text().strip(), home, environment, process)
         service.until(ready, f"the service ({log})")
         yield service
+        for client in service.clients:
+            client.close()
     finally:
         process.send_signal(signal.SIGTERM)
         try:
