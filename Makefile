@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Programs start hundreds of times in a verb. Each would compile the modules again if the shell forbids to keep bytecode.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test serve bench faults fuzz pictures audit lint format clean
 .DEFAULT_GOAL := help

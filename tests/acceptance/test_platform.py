@@ -8,7 +8,8 @@ import pytest
 from openai import OpenAI
 
 from tests.helpers.preferences import pairs, write
-from tests.helpers.service import create_job, job_body, running, server_stack, upload
+from tests.helpers.servers import postgres
+from tests.helpers.service import create_job, job_body, running, upload
 from tests.helpers.tiny_model import make_tiny_model
 from tests.helpers.webhook_receiver import webhook_receiver
 
@@ -69,8 +70,8 @@ FAKETIME = next(iter(Path("/usr/lib").glob("*/faketime/libfaketime.so.1")), None
 def test_a_host_whose_clock_is_wrong_signs_what_others_accept(home: Path, tmp_path: Path) -> None:
     """The hosts of the service are ten minutes off, and the database is not. Webhooks and stream tokens are good."""
     clock = {"LD_PRELOAD": str(FAKETIME), "FAKETIME": "-600s", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
-    with server_stack() as environment, webhook_receiver() as receiver:
-        settings = {**environment, **clock, "DPO_PRIVATE_WEBHOOKS": "localhost"}
+    with postgres() as database, webhook_receiver() as receiver:
+        settings = {**clock, "DPO_DATABASE_URL": database, "DPO_PRIVATE_WEBHOOKS": "localhost"}
         with running(home, settings) as service, service.http() as client:
             webhook = client.post("/webhooks", json={"url": receiver.url}).raise_for_status().json()
             job_id = create_job(client, **job_body(upload(service, _pairs(tmp_path), "fine-tune")))
