@@ -4,6 +4,7 @@ from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from app.database import database_now
+from app.jobs import checkpoints as job_checkpoints
 from app.jobs import events as job_events
 from app.jobs.kinds import KINDS, TRAINING_JOB
 from app.jobs.queue import JOBS
@@ -101,11 +102,13 @@ def recover(session: Session, job: Job, actor: Actor, reason: str) -> None:
     Only the attempts that were lost since the last progress count.
     """
     lost = job.lost_attempts + 1
+    saved = job_checkpoints.page(session, job.id, after=None, limit=1) or []
+    last = f" Its last checkpoint is {saved[0].model_name}." if saved else ""
     status, pause = Status(job.status), retry_pause(lost)
     if lost >= MAX_LOST_ATTEMPTS:
         message = (
             f"{reason} This happened {lost} times without progress, so the job was given up. "
-            "This is a fault of the service or its machines, not of the job's data."
+            f"This is a fault of the service or its machines, not of the job's data.{last}"
         )
         transition(
             session,
@@ -126,7 +129,7 @@ def recover(session: Session, job: Job, actor: Actor, reason: str) -> None:
             Status.QUEUED,
             actor=actor,
             attempt=job.attempt,
-            message=f"{reason} The job will resume.",
+            message=f"{reason} The job will resume.{last}",
             level="warn",
             lost_attempts=lost,
             eligible_at=database_now() + pause,

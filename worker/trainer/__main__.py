@@ -82,6 +82,7 @@ def _train_or_evaluate(
     from worker.trainer.evaluation.run import EvaluationRun
     from worker.trainer.events import Broken, DeviceFailed, Events, Failed
     from worker.trainer.loop import train
+    from worker.trainer.room import NoRoom
     from worker.trainer.run import TrainingRun
 
     entry = {
@@ -110,6 +111,9 @@ def _train_or_evaluate(
         return 1
     except DatasetError as error:
         events.emit(Failed("invalid_file", str(error), "data" if is_evaluation else "training_file"))
+        return 1
+    except NoRoom as error:
+        events.emit(Broken(str(error)))
         return 1
     except (OSError, SafetensorError) as error:  # the disk failed, not the job: another attempt may succeed
         traceback.print_exc()

@@ -303,7 +303,7 @@ def _tokenise(path: Path, tokenizer: Tokenizer, recipe: Recipe) -> tuple[Arrays,
     tally, chunks = Tally(), []
     with path.open("rb") as file:
         groups = data.batched(examples(file, recipe.mapping), CHUNK)
-        processes = usable_processes() if path.stat().st_size > PARALLEL_BYTES else 1
+        processes = usable_processes() if path.stat().st_size > PARALLEL_BYTES and _has_semaphores() else 1
         results = (
             (_tokenise_chunk(group, tokenizer, recipe) for group in groups)
             if processes == 1
@@ -313,6 +313,15 @@ def _tokenise(path: Path, tokenizer: Tokenizer, recipe: Recipe) -> tuple[Arrays,
             chunks.append(arrays)
             tally.add(chunk_tally)
     return Arrays.joined(chunks or [Arrays.of([])]), tally
+
+
+def _has_semaphores() -> bool:
+    """Whether processes can share a queue. It needs a lock in `/dev/shm`, which some containers lack or forbid."""
+    try:
+        multiprocessing.get_context("spawn").Lock()
+    except (ImportError, OSError):
+        return False
+    return True
 
 
 def _tokenise_chunk(group: list[Example], tokenizer: Tokenizer, recipe: Recipe) -> tuple[Arrays, Tally]:

@@ -25,6 +25,7 @@ from worker.trainer.model import HALF_DTYPES, REWARD_HEAD, Base, Policy
 from worker.trainer.naming import meta_model
 from worker.trainer.packing import Packing
 from worker.trainer.rendering import Renderer
+from worker.trainer.room import require_memory
 from worker.trainer.tokenizer import load_tokenizer
 
 CPU_BUDGET, CUDA_BUDGET = 2048, 8192
@@ -38,7 +39,7 @@ def load_policy(spec: JobSpec, base: Base, start: Path | None, events: Events, *
     """Load the policy of `spec`.
 
     `start` is the folder of an adapter to continue from; for full-parameter training, the folder of a model. None
-    makes a new adapter, initialised with `spec.seed`.
+    makes a new adapter, initialised with `spec.seed`. Raises `UserError`, or `NoRoom` without memory for the weights.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     full = spec.adapter == "none"
@@ -50,6 +51,8 @@ def load_policy(spec: JobSpec, base: Base, start: Path | None, events: Events, *
             _require_trainable(spec, base, method)
         if not weight_files(folder):
             raise ValueError(why_no_weights(folder))
+        if device.type == "cpu":
+            require_memory(folder, (spec.quantization or "none") if method is None else "none")
         model = _load_base(folder, spec, device, method)
     except torch.OutOfMemoryError:
         raise

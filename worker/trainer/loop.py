@@ -29,6 +29,7 @@ from worker.trainer.model import Policy
 from worker.trainer.optimizer import NEED_GPU
 from worker.trainer.plan import Stage
 from worker.trainer.reference_pass import other_model_references
+from worker.trainer.room import require_disk
 from worker.trainer.run import TrainingRun
 from worker.trainer.stage_run import StageRun
 from worker.trainer.tokenizer import load_tokenizer
@@ -136,11 +137,15 @@ def stages_of(run: TrainingRun) -> list[Stage]:
 
 
 def check_policy(run: TrainingRun, stages: list[Stage], policy: Policy) -> None:
-    """Refuse a job that this machine or these rows cannot run, before its first step. Warn of untrained tokens."""
+    """Refuse a job that this machine or these rows cannot run, before its first step. Warn of untrained tokens.
+
+    Raises `UserError`, or `NoRoom` if the disk is too full.
+    """
     exactness.check(policy, stages[-1].train, run.events)
     _warn_of_untrained_tokens(run, stages, policy)
     for stage in stages:
         require_possible(stage, policy)
+        require_disk(run.folder, policy, stage.hyperparameters.optimizer)
     if policy.reward_head is not None:
         reward.require_classifier(policy)
 

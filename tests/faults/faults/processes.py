@@ -131,8 +131,12 @@ def run_out_of_memory(scene: Scene) -> Strike | None:
 def two_reapers(scene: Scene) -> Strike | None:
     """kill -9 of the worker. All others are stopped until its lease has expired, and then inspect at once."""
     other_workers = [program for program in scene.cluster.workers() if program is not scene.runner]
-    message, job = "The worker of this job was lost. The job will resume.", scene.attempt.job
-    count_before = scene.workload.messages(job).count(message)
+    job = scene.attempt.job
+
+    def recoveries() -> int:
+        return sum(text.startswith("The worker of this job was lost.") for text in scene.workload.messages(job))
+
+    recoveries_before = recoveries()
     for program in other_workers:
         program.signal(signal.SIGSTOP)
     scene.runner.kill()
@@ -141,9 +145,8 @@ def two_reapers(scene: Scene) -> Strike | None:
         program.signal(signal.SIGCONT)
     scene.runner.start()
     strike = scene.after_next_attempt(scene.line("lease expired"), recovery=False)
-    recoveries = scene.workload.messages(job).count(message) - count_before
-    if strike is not None and recoveries != 1:
-        scene.workload.problems.append(f"{job}: recovered {recoveries} times")
+    if strike is not None and recoveries() != recoveries_before + 1:
+        scene.workload.problems.append(f"{job}: recovered {recoveries() - recoveries_before} times")
     return strike
 
 

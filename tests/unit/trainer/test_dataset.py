@@ -87,6 +87,21 @@ def test_several_processes_make_the_same_rows_as_one(tmp_path: Path, monkeypatch
     assert several[1] == single[1] != Tally()
 
 
+def test_one_process_tokenises_where_processes_cannot_share_a_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_records(tmp_path / "data.jsonl", make_pairs(3))
+    monkeypatch.setattr(dataset, "PARALLEL_BYTES", 0)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
+
+    def no_semaphore(*_: object, **__: object) -> None:
+        raise FileNotFoundError(2, "No such file or directory: /dev/shm")
+
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", no_semaphore)
+    rows, _ = dataset._tokenise(tmp_path / "data.jsonl", TOKENIZER, Recipe(Kind.PREFERENCE, 16))
+    assert len(Rows(rows)) == 3
+
+
 def test_an_error_in_a_tokenising_process_reaches_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     template = "{% if messages[0]['content'] == 'bad' %}{{ raise_exception('never this') }}{% endif %}" + CHATML
     pairs = [{**pair, "prompt": "bad" if k == 30 else pair["prompt"]} for k, pair in enumerate(make_pairs(40))]
