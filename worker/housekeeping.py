@@ -75,13 +75,12 @@ def expire(services: Services) -> None:
 def purge_deleted_files(services: Services) -> None:
     """Remove deleted files that no unfinished job reads. The row goes after its object, so a failure is retried."""
     with services.database.read() as session:
-        deleted = list(session.scalars(select(File).where(File.deleted_at.is_not(None))))
-        used = queries.active_files(session) if deleted else set()
-    for file in deleted:
-        if file.id not in used:
-            services.storage.delete(file.key)
-            if file.sha256:  # its tokenised forms go with it
-                services.storage.delete_folder(f"cache/tokens/{file.sha256}")
-            with services.database.write() as session:
-                artifacts.forget(session, file.id)
-                session.execute(delete(File).where(File.id == file.id))
+        deleted = session.scalars(select(File).where(File.deleted_at.is_not(None))).all()
+        unused = [file for file in deleted if not queries.is_active_file(session, file.id)]
+    for file in unused:
+        services.storage.delete(file.key)
+        if file.sha256:  # its tokenised forms go with it
+            services.storage.delete_folder(f"cache/tokens/{file.sha256}")
+        with services.database.write() as session:
+            artifacts.forget(session, file.id)
+            session.execute(delete(File).where(File.id == file.id))

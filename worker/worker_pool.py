@@ -38,12 +38,20 @@ ATTEMPTS: dict[str, type[Training | Evaluation]] = {TRAINING_JOB.name: Training,
 """The class that runs a job, by the job's kind."""
 POLL_SECONDS = 2.0
 """Interval at which an idle worker looks for work, in case a wake-up was lost. Housekeeping and reaper use it too."""
+IDLE_SHARE = 0.003
+"""The share of a core that a thread may take to look for work. A long queue takes longer to look at."""
+MOST_POLL_SECONDS = 10.0
 REGISTER_SECONDS = 30.0
 """Interval at which the worker registers itself and its base models."""
 JOIN_SECONDS = 3.0
 """How long the end of the process waits for a thread other than that of the work."""
 PRUNE_SECONDS = 3600.0
 """Interval at which old events and unneeded objects are removed."""
+
+
+def _pause_after(began: float) -> float:
+    """Seconds until a thread looks for work again, which it did since `began`, by its own CPU time."""
+    return min(max(POLL_SECONDS, (time.thread_time() - began) / IDLE_SHARE), MOST_POLL_SECONDS)
 
 
 class WorkerPool:
@@ -70,6 +78,8 @@ class WorkerPool:
 
     def start(self) -> None:
         """Start all threads."""
+        gc.collect()
+        gc.freeze()  # what is imported stays alive: the collection after each job need not walk it
         for thread in self._threads:
             thread.start()
         if self.lane == Lane.CPU:  # a daemon: pruning may be interrupted at any point
@@ -93,6 +103,7 @@ class WorkerPool:
 
     def _work(self) -> None:
         while not self.stopping.is_set():
+            began = time.thread_time()
             try:
                 while not self.stopping.is_set() and self._work_once():
                     # Otherwise the reference cycles of a job would keep their memory over several further jobs.
@@ -101,7 +112,7 @@ class WorkerPool:
                 log.warning("database out of reach", reason=str(error))
             except Exception as error:  # an error in one job must not end the lane
                 log.error("unexpected error in the lane", exc_info=error)
-            self._woken.wait(POLL_SECONDS)
+            self._woken.wait(_pause_after(began))
             self._woken.clear()
         self.fork_server.close()
 
@@ -143,6 +154,7 @@ class WorkerPool:
     def _keep_house(self) -> None:
         registered_at = -REGISTER_SECONDS
         while not self.stopping.is_set():
+            began = time.thread_time()
             try:
                 keep_house(self.services)
                 if time.monotonic() - registered_at >= REGISTER_SECONDS:
@@ -150,7 +162,7 @@ class WorkerPool:
                     registered_at = time.monotonic()
             except Exception as error:  # the next round may succeed
                 log.warning("housekeeping failed", reason=str(error))
-            self.stopping.wait(POLL_SECONDS)
+            self.stopping.wait(_pause_after(began))
         with suppress(SQLAlchemyError), self.services.database.write() as session:
             workers.leave(session, self.owner)
 

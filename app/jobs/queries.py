@@ -1,8 +1,9 @@
 """Queries that read jobs. A query for a caller starts from `readable`, so it sees only the caller's project."""
 
+import json
 from collections.abc import Sequence
 
-from sqlalchemy import ColumnElement, Select, Text, cast, exists, func, select
+from sqlalchemy import ColumnElement, Select, Text, cast, exists, func, or_, select
 from sqlalchemy.orm import Session, aliased
 
 from app.jobs.kinds import KINDS, TRAINING_JOB, JobKind
@@ -67,21 +68,35 @@ def files_of(job: Job) -> list[str]:
     return KINDS[job.kind].files(job.spec)
 
 
-def active_files(session: Session) -> set[str]:
-    """Ids of the files that unfinished jobs read."""
-    unfinished = session.scalars(select(Job).where(Job.status.in_(ACTIVE)))
-    return {file_id for job in unfinished for file_id in files_of(job)}
+def is_active_file(session: Session, file_id: str) -> bool:
+    """Whether an unfinished job reads a file."""
+    readers = session.scalars(_unfinished(_spec_has(file_id)).execution_options(yield_per=20))
+    return any(file_id in files_of(job) for job in readers)
 
 
 def users_of(session: Session, model: str) -> list[str]:
     """Ids of the unfinished jobs that use a model: as start, reference or foundation, or in an evaluation."""
-    unfinished = session.scalars(select(Job).where(Job.status.in_(ACTIVE)))
-    return [job.id for job in unfinished if model in (job.model, job.foundation, *KINDS[job.kind].models(job.spec))]
+    users = session.scalars(_unfinished(or_(Job.model == model, Job.foundation == model, _spec_has(model))))
+    return [job.id for job in users if model in (job.model, job.foundation, *KINDS[job.kind].models(job.spec))]
+
+
+def _unfinished(condition: ColumnElement[bool]) -> Select[Job]:
+    return select(Job).where(Job.status.in_(ACTIVE), condition)
+
+
+def _spec_has(name: str) -> ColumnElement[bool]:
+    """Whether the text of a job's spec has the name of a file or model anywhere.
+
+    The database finds the few jobs in question. To read the specs of a long queue takes a second.
+    """
+    return cast(Job.spec, Text).contains(json.dumps(name), autoescape=True)
 
 
 def orphans(session: Session) -> Sequence[Job]:
     """Unfinished evaluations whose training failed or was cancelled: their model will never exist."""
     parent = aliased(Job)
     ended = parent.status.in_((Status.FAILED, Status.CANCELLED))
-    failed_parent = select(parent.id).where(parent.id == Job.parent_id, ended)
-    return session.scalars(select(Job).where(Job.status.in_(ACTIVE), failed_parent.exists())).all()
+    # An expression in place of the column: SQLite would go through the whole queue, of which few jobs have a parent.
+    unfinished = func.coalesce(Job.status, "").in_(ACTIVE)
+    children = select(Job).join(parent, parent.id == Job.parent_id).where(Job.parent_id > "", unfinished, ended)
+    return session.scalars(children).all()

@@ -1,13 +1,12 @@
 """The surroundings that users and platforms give the service: the folder where it is started, and its environment."""
 
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 from openai import OpenAI
 
 from tests.helpers.preferences import pairs, write
+from tests.helpers.preload import needs_compiler, preloaded, wrong_clock
 from tests.helpers.servers import postgres
 from tests.helpers.service import create_job, job_body, running, upload
 from tests.helpers.tiny_model import make_tiny_model
@@ -34,18 +33,12 @@ def repository(tmp_path: Path) -> Path:
     return folder
 
 
-COMPILER = shutil.which("cc")
-NO_LINKS = Path(__file__).parents[1] / "helpers/no_links.c"
-
-
-@pytest.mark.skipif(COMPILER is None, reason="no C compiler on this machine")
+@needs_compiler
 def test_a_home_may_have_any_name_and_no_links_and_no_code_of_the_callers_folder_is_run(
     home: Path, repository: Path, tmp_path: Path
 ) -> None:
     """`dpo serve`, started in a user's folder, checks files and trains."""
-    library = tmp_path / "no_links.so"
-    subprocess.run([str(COMPILER), "-shared", "-fPIC", "-o", library, NO_LINKS, "-ldl"], check=True)
-    environment = {"LD_PRELOAD": str(library), "NO_LINKS": str(home)}
+    environment = preloaded("no_links.c", tmp_path) | {"NO_LINKS": str(home)}
     with running(home, environment, folder=repository) as service:
         file = upload(service, _pairs(tmp_path), "fine-tune")
         with service.http() as client:
@@ -59,17 +52,14 @@ def test_a_home_may_have_any_name_and_no_links_and_no_code_of_the_callers_folder
         "repository",
         "pairs.jsonl",
         "adapter",
-        library.name,
+        "no_links.so",
     }
 
 
-FAKETIME = next(iter(Path("/usr/lib").glob("*/faketime/libfaketime.so.1")), None)
-
-
-@pytest.mark.skipif(FAKETIME is None, reason="no libfaketime on this machine")
+@needs_compiler
 def test_a_host_whose_clock_is_wrong_signs_what_others_accept(home: Path, tmp_path: Path) -> None:
     """The hosts of the service are ten minutes off, and the database is not. Webhooks and stream tokens are good."""
-    clock = {"LD_PRELOAD": str(FAKETIME), "FAKETIME": "-600s", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+    clock = wrong_clock(-600, tmp_path)
     with postgres() as database, webhook_receiver() as receiver:
         settings = {**clock, "DPO_DATABASE_URL": database, "DPO_PRIVATE_WEBHOOKS": "localhost"}
         with running(home, settings) as service, service.http() as client:

@@ -1,7 +1,7 @@
 """The cluster that faults are injected into: a whole service of throwaway processes, with a proxy before every server.
 
-It has PostgreSQL, Redis and an S3 server, two APIs, two GPU-lane workers and one CPU-lane worker. If libfaketime is
-installed, the clocks of its hosts differ by ten minutes.
+It has PostgreSQL, Redis and an S3 server, two APIs, two GPU-lane workers and one CPU-lane worker. If there is a
+C compiler, the clocks of its hosts differ by ten minutes.
 """
 
 import json
@@ -28,12 +28,12 @@ from app.migrate import migrate
 from app.services import Services
 from app.settings import Settings
 from tests.faults.proxy import Proxy
+from tests.helpers.preload import COMPILER, wrong_clock
 from tests.helpers.servers import Server, free_port, postgres_server, postgres_url, redis_process, s3, wait_until
 from tests.helpers.service import Running, running
 from tests.helpers.tiny_model import make_tiny_model
 
 REPOSITORY = Path(__file__).parents[2]
-FAKETIME = next(iter(Path("/usr/lib").glob("*/faketime/libfaketime.so.1")), None)
 ADMIN_KEY = "dpo-fault-harness-admin-key"
 Line = dict[str, Any]
 
@@ -227,12 +227,8 @@ def cluster(home: Path, gpus: int = 2) -> Iterator[Cluster]:
         def add(name: str, arguments: list[str], skew: int = 0, **more: str) -> None:
             database = proxies["api_database" if name.startswith("api") else "database"]
             variables = {"DPO_HOME": str(home / name), "DPO_DATABASE_URL": postgres_url(database.port), **more}
-            if skew and FAKETIME is not None:
-                variables |= {
-                    "LD_PRELOAD": str(FAKETIME),
-                    "FAKETIME": f"{skew:+d}s",
-                    "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-                }
+            if skew and COMPILER is not None:
+                variables |= wrong_clock(skew, home)
             programs[name] = Program(name, arguments, shared | variables, logs / f"{name}.log")
 
         add("api-1", ["-m", "app.cli.main", "api"], DPO_PORT=str(api_port))
@@ -243,7 +239,7 @@ def cluster(home: Path, gpus: int = 2) -> Iterator[Cluster]:
         add("cpu-1", ["-m", "worker", "cpu"])
         running_cluster = Cluster(
             home=home, postgres=postgres, redis=redis, front=front, logs=Logs(logs), services=services,
-            programs=programs, fakes_time=FAKETIME is not None, small_disks=all(disks), **proxies,
+            programs=programs, fakes_time=COMPILER is not None, small_disks=all(disks), **proxies,
         )  # fmt: skip
         stack.callback(running_cluster.logs.close)
         _make_clock(running_cluster)

@@ -254,7 +254,7 @@ def test_every_training_file_is_checked_and_kept_while_the_job_needs_it(client: 
     job = client.post("/v1/fine_tuning/jobs", json=body).json()
     assert job["more_training_files"] == [second]
     with services.database.read() as session:
-        assert queries.active_files(session) == {first, second}
+        assert [queries.is_active_file(session, name) for name in (first, second, "file-other")] == [True, True, False]
     missing = body | {"more_training_files": ["file-none"]}
     error = error_of(client.post("/v1/fine_tuning/jobs", json=missing), 400)
     assert (error["code"], error["param"]) == ("file_not_found", "more_training_files.0")
