@@ -24,7 +24,7 @@ log = structlog.get_logger(__name__)
 TIMEOUT_SECONDS = 20.0
 MAX_SENDING, MAX_PER_ENDPOINT = 8, 2
 """Maximum number of deliveries that are sent at the same time: in total, and to one endpoint."""
-POLL_SECONDS = 1.0
+POLL_SECONDS = 2.0
 """Interval at which due deliveries are looked for."""
 
 

@@ -38,7 +38,7 @@ ATTEMPTS: dict[str, type[Training | Evaluation]] = {TRAINING_JOB.name: Training,
 """The class that runs a job, by the job's kind."""
 POLL_SECONDS = 2.0
 """Interval at which an idle worker looks for work, in case a wake-up was lost. Housekeeping and reaper use it too."""
-IDLE_SHARE = 0.003
+IDLE_SHARE = 0.001
 """The share of a core that a thread may take to look for work. A long queue takes longer to look at."""
 MOST_POLL_SECONDS = 10.0
 REGISTER_SECONDS = 30.0
