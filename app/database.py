@@ -9,7 +9,7 @@ Times are unix seconds (float) by the database's clock, so that hosts whose cloc
 import secrets
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import psycopg
@@ -23,6 +23,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import Text, TypeDecorator
 
+from app.fair_lock import FairLock
 from app.spec.json_types import JsonObject
 
 IDLE_SECONDS = 10
@@ -90,7 +91,11 @@ class Database:
     """Opens sessions. It is safe to share between threads."""
 
     def __init__(self, url: str) -> None:
+        self._turn: AbstractContextManager[None] = nullcontext()
         if url.startswith("sqlite:///"):
+            # SQLite lets its writers wait with growing pauses, and whoever comes at the right moment is first. Some
+            # would wait for seconds. Those of a process queue up instead.
+            self._turn = FairLock()
             path = Path(url.removeprefix("sqlite:///"))
             path.parent.mkdir(parents=True, exist_ok=True)
             # As a URL's text, a path with a question mark would end there.
@@ -119,7 +124,7 @@ class Database:
     @contextmanager
     def write(self) -> Iterator[Session]:
         """A transaction. It is committed at the end of the block, and rolled back if the block raises."""
-        with Session(self._writer, expire_on_commit=False) as session, session.begin():
+        with self._turn, Session(self._writer, expire_on_commit=False) as session, session.begin():
             yield session
 
     @contextmanager
