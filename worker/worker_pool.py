@@ -50,7 +50,7 @@ PRUNE_SECONDS = 3600.0
 
 
 def _pause_after(began: float) -> float:
-    """Seconds until a thread looks for work again, which it did since `began`, by its own CPU time."""
+    """Seconds until a thread looks for work again. It has found none since `began`, a time by its own CPU clock."""
     return min(max(POLL_SECONDS, (time.thread_time() - began) / IDLE_SHARE), MOST_POLL_SECONDS)
 
 
@@ -108,6 +108,7 @@ class WorkerPool:
                 while not self.stopping.is_set() and self._work_once():
                     # Otherwise the reference cycles of a job would keep their memory over several further jobs.
                     gc.collect()
+                    began = time.thread_time()
             except SQLAlchemyError as error:
                 log.warning("database out of reach", reason=str(error))
             except Exception as error:  # an error in one job must not end the lane
