@@ -50,6 +50,18 @@ def test_a_list_can_be_asked_for_any_metadata(client: TestClient) -> None:
     error_of(client.get(JOBS, params={"metadata": "none"}), 400)
 
 
+@pytest.mark.parametrize(
+    "path", ["/openai/files?api-version=2024-10-21", "/openai/v1/files", "/openai/v1/files?limit=1"]
+)
+def test_azures_paths_and_its_header_reach_the_api(client: TestClient, settings: Settings, path: str) -> None:
+    upload(client)
+    del client.headers["authorization"]
+    assert len(client.get(path, headers={"api-key": settings.admin_key}).json()["data"]) == 1
+    error_of(client.get(path, headers={"api-key": "wrong"}), 401)
+    error_of(client.get(path), 401)
+    error_of(client.get("/v1/files", headers={"api-key": settings.admin_key}), 401)
+
+
 # -- compressed bodies ----------------------------------------------------------------------------------------
 
 
