@@ -5,18 +5,12 @@ import zlib
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.errors import ServiceError
+from app.errors import ServiceError, UnknownEncoding
 from app.exception_handlers import error_answer
 
 PIECE_BYTES = 256 * 1024
 """The most bytes that one piece of a body unpacks to. The limits of bodies count unpacked bytes, piece by piece."""
 _GZIP = 16 + zlib.MAX_WBITS
-
-
-class UnknownEncoding(ServiceError):
-    """The body is compressed in a way that the service does not read."""
-
-    status = 415
 
 
 class DecompressionMiddleware:

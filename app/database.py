@@ -6,6 +6,7 @@
 Times are unix seconds (float) by the database's clock, so that hosts whose clocks differ agree on leases.
 """
 
+import json
 import secrets
 import sqlite3
 from collections.abc import Iterator
@@ -13,11 +14,24 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import psycopg
-from sqlalchemy import JSON, URL, Connection, Dialect, Double, Engine, create_engine, event, func, select
+from sqlalchemy import (
+    JSON,
+    URL,
+    ColumnElement,
+    Connection,
+    Dialect,
+    Double,
+    Engine,
+    cast,
+    create_engine,
+    event,
+    func,
+    select,
+)
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.orm import DeclarativeBase, Session
+from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute, Session
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
@@ -67,6 +81,14 @@ def wait_for_others(session: Session, lock: int) -> None:
     """Take a transaction-scoped advisory lock (no-op on SQLite, which has one writer at a time)."""
     if session.get_bind().dialect.name == "postgresql":
         session.execute(select(func.pg_advisory_xact_lock(lock)))
+
+
+def mentions(column: InstrumentedAttribute[JsonObject], text: str) -> ColumnElement[bool]:
+    """Whether a JSON column has the string `text` anywhere, as a key or a value.
+
+    With it the database finds the few rows in question. To read the values of many rows takes seconds.
+    """
+    return cast(column, Text).contains(json.dumps(text), autoescape=True)
 
 
 class PlainText(TypeDecorator[str]):

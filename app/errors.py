@@ -6,6 +6,8 @@ ServiceError            400, and the base of all
 ├── NotFound            404
 ├── Conflict            409, never retried by the client
 ├── TooLarge            413
+├── UnknownEncoding     415
+├── OutsideOfFile       416
 ├── TooMany             429, worth a retry after a while
 └── Unavailable         503, worth a retry
 """
@@ -62,6 +64,22 @@ class TooLarge(ServiceError):
     """A body over the limit."""
 
     status = 413
+
+
+class UnknownEncoding(ServiceError):
+    """The body is compressed in a way that the service does not read."""
+
+    status = 415
+
+
+class OutsideOfFile(ServiceError):
+    """The range that is asked for begins after the end of the file, which has `size` bytes."""
+
+    status = 416
+
+    def __init__(self, size: int) -> None:
+        super().__init__(f"The file has {size} bytes. The range begins after its end.", code="range_not_satisfiable")
+        self.headers = {"Content-Range": f"bytes */{size}"}
 
 
 class TooMany(ServiceError):

@@ -18,6 +18,8 @@ EVERYWHERE = {"api-version"}
 
 async def refuse_unknown(request: Request) -> None:
     """Raise `ServiceError` for a query parameter that the route does not have."""
+    if not request.query_params:
+        return
     route: APIRoute = request.scope["route"]
     known = set(_names(route.dependant))
     for name in request.query_params:

@@ -44,6 +44,11 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+def weight_bytes(folder: Path) -> int:
+    """The size of the safetensors files that transformers loads."""
+    return sum(path.stat().st_size for path in weight_files(folder))
+
+
 def why_no_weights(folder: Path) -> str:
     """The reason why a folder without safetensors cannot be used. It names a file of another format, if any."""
     other_weights = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth", "*.gguf") for path in folder.glob(kind))

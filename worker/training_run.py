@@ -36,10 +36,10 @@ class Training(JobAttempt[JobSpec]):
         """The stage, and the last value of each of its metrics. Validations are rare, so their values stay."""
 
     def timeout_hint(self) -> str:
-        last = self.lease.read(lambda session: job_checkpoints.page(session, self.job.id, after=None, limit=1))
-        if not last:
+        last = self.lease.read(lambda session: job_checkpoints.last(session, self.job.id))
+        if last is None:
             return "It has made no checkpoint. Set a longer timeout, or a smaller 'checkpoint_every'."
-        return f"Its checkpoints are kept. A new job can start from the last: {last[0].model_name}"
+        return f"Its checkpoints are kept. A new job can start from the last: {last.model_name}"
 
     @staticmethod
     def read_spec(job: Job) -> JobSpec:

@@ -8,7 +8,7 @@ compares this model with measured peaks, and docs/engine.md reports the result.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from app.spec.hyperparameters import Hyperparameters
+from app.spec.hyperparameters import MOMENT_BYTES, Hyperparameters
 from app.spec.job import Adapter, JobSpec
 from app.spec.json_types import JsonObject
 
@@ -48,8 +48,6 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes per weight: four bits, one byte per block of 64, and one float per 256 blocks (Dettmers et al. 2023)."""
 NF4_PLAIN = 0.5 + 4 / 64
 """Bytes per weight without double quantisation: four bits, and one float per block of 64."""
-OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "rmsprop": 4}
-"""Bytes of the moments per trained parameter."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +160,7 @@ def estimate(shape: Shape, settings: MemorySettings, device: str, available: int
     trained = shape.parameters if full else in_adapter
     adapter = 0 if full else 4 * trained
     # Float32 gradient and moments. An adapter also has a copy of its weights before the last update.
-    optimizer = trained * (4 + OPTIMIZER_BYTES[settings.optimizer] + (0 if full else 4))
+    optimizer = trained * (4 + MOMENT_BYTES[settings.optimizer] + (0 if full else 4))
     tokens = max(settings.longest_row, min(BUDGET[device], settings.batch_tokens))
     if device == "cuda":  # pack widths are multiples of an eighth of the budget
         step = BUDGET[device] // 8

@@ -3,19 +3,9 @@
 import re
 from dataclasses import dataclass
 
-from app.errors import ServiceError
+from app.errors import OutsideOfFile
 
 _ONE_RANGE = re.compile(r"\s*bytes\s*=\s*(\d{0,19})\s*-\s*(\d{0,19})\s*", re.IGNORECASE)
-
-
-class OutsideOfFile(ServiceError):
-    """The range begins after the file's end."""
-
-    status = 416
-
-    def __init__(self, size: int) -> None:
-        super().__init__(f"The file has {size} bytes. The range begins after its end.", code="range_not_satisfiable")
-        self.headers = {"Content-Range": f"bytes */{size}"}
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,12 @@ def page(session: Session, job_id: str, *, after: str | None, limit: int) -> lis
     return list(session.scalars(keyset(statement, (Checkpoint.step_number,), after_checkpoint, limit)))
 
 
+def last(session: Session, job_id: str) -> Checkpoint | None:
+    """The checkpoint of a job's latest step; None if it has none."""
+    statement = select(Checkpoint).where(Checkpoint.job_id == job_id)
+    return session.scalar(statement.order_by(Checkpoint.step_number.desc()).limit(1))
+
+
 def last_of_ended_stage(session: Session, job_id: str, stage: str) -> Checkpoint | None:
     """The last checkpoint of `stage`; None if it has none, or if the stage may still be running.
 

@@ -1,11 +1,11 @@
 """Queries that read jobs. A query for a caller starts from `readable`, so it sees only the caller's project."""
 
-import json
 from collections.abc import Sequence
 
 from sqlalchemy import ColumnElement, Select, Text, cast, exists, func, or_, select
 from sqlalchemy.orm import Session, aliased
 
+from app.database import mentions
 from app.jobs.kinds import KINDS, TRAINING_JOB, JobKind
 from app.jobs.states import ACTIVE, Status
 from app.jobs.tables import Job
@@ -70,26 +70,18 @@ def files_of(job: Job) -> list[str]:
 
 def is_active_file(session: Session, file_id: str) -> bool:
     """Whether an unfinished job reads a file."""
-    readers = session.scalars(_unfinished(_spec_has(file_id)).execution_options(yield_per=20))
+    readers = session.scalars(_unfinished(mentions(Job.spec, file_id)).execution_options(yield_per=20))
     return any(file_id in files_of(job) for job in readers)
 
 
 def users_of(session: Session, model: str) -> list[str]:
     """Ids of the unfinished jobs that use a model: as start, reference or foundation, or in an evaluation."""
-    users = session.scalars(_unfinished(or_(Job.model == model, Job.foundation == model, _spec_has(model))))
+    users = session.scalars(_unfinished(or_(Job.model == model, Job.foundation == model, mentions(Job.spec, model))))
     return [job.id for job in users if model in (job.model, job.foundation, *KINDS[job.kind].models(job.spec))]
 
 
 def _unfinished(condition: ColumnElement[bool]) -> Select[Job]:
     return select(Job).where(Job.status.in_(ACTIVE), condition)
-
-
-def _spec_has(name: str) -> ColumnElement[bool]:
-    """Whether the text of a job's spec has the name of a file or model anywhere.
-
-    The database finds the few jobs in question. To read the specs of a long queue takes a second.
-    """
-    return cast(Job.spec, Text).contains(json.dumps(name), autoescape=True)
 
 
 def orphans(session: Session) -> Sequence[Job]:

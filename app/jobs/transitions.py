@@ -102,8 +102,8 @@ def recover(session: Session, job: Job, actor: Actor, reason: str) -> None:
     Only the attempts that were lost since the last progress count.
     """
     lost = job.lost_attempts + 1
-    saved = job_checkpoints.page(session, job.id, after=None, limit=1) or []
-    last = f" Its last checkpoint is {saved[0].model_name}." if saved else ""
+    checkpoint = job_checkpoints.last(session, job.id)
+    last = f" Its last checkpoint is {checkpoint.model_name}." if checkpoint else ""
     status, pause = Status(job.status), retry_pause(lost)
     if lost >= MAX_LOST_ATTEMPTS:
         message = (

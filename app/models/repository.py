@@ -1,14 +1,13 @@
 """All SQL about models."""
 
-import json
 import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from sqlalchemy import Select, Text, cast, or_, select
+from sqlalchemy import Select, or_, select
 from sqlalchemy.orm import Session
 
-from app.database import database_now
+from app.database import database_now, mentions
 from app.errors import ServiceError
 from app.jobs import queries
 from app.jobs.tables import Checkpoint, Job
@@ -133,8 +132,7 @@ def job_of(session: Session, project: str, name: str) -> Job | None:
 
 def dependents_of(session: Session, name: str) -> list[str]:
     """Names of the models and checkpoints that adapt the weights of the fully trained model `name`."""
-    names_it = cast(Model.details, Text).contains(json.dumps(name), autoescape=True)
-    trained = session.scalars(select(Model).where(Model.job_id.is_not(None), names_it))
+    trained = session.scalars(select(Model).where(Model.job_id.is_not(None), mentions(Model.details, name)))
     checkpoints = select(Checkpoint.model_name).join(Job, Job.id == Checkpoint.job_id).where(Job.foundation == name)
     return [
         *(model.name for model in trained if model.details.get("foundation") == name and model.name != name),

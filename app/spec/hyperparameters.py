@@ -21,6 +21,8 @@ else:
 
 DEFAULT_MAX_LENGTH = 2048
 """The default of `max_length` in tokens, unless the model's context is shorter."""
+MOMENT_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "rmsprop": 4}
+"""Bytes of each optimizer's moments per trained parameter. Trained parameters are in float32."""
 
 
 class EarlyStopping(Strict):

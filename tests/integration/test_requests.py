@@ -1,4 +1,4 @@
-"""What clients and proxies do with a request: compressed bodies, parts of files, names of files, query parameters."""
+"""Requests as clients and proxies send them: compressed bodies, parts and names of files, query parameters, paths."""
 
 import gzip
 import json

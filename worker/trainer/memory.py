@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from worker.machine import free_memory
-from worker.model_files import weight_files
+from worker.model_files import weight_bytes
 from worker.trainer.errors import UserError
 from worker.trainer.events import Events
 from worker.trainer.model import Policy
@@ -27,7 +27,7 @@ OPTIMIZER_BYTES = 12
 
 def fits_as_float32(folder: Path) -> bool:
     """Whether the weights in `folder` fit into the free memory as float32: at most twice their size on disk."""
-    return 2 * sum(path.stat().st_size for path in weight_files(folder)) < free_memory()
+    return 2 * weight_bytes(folder) < free_memory()
 
 
 def activation_bytes(policy: Policy, pack: Pack) -> int:

@@ -10,12 +10,6 @@ from app.spec.hyperparameters import Hyperparameters
 NEED_GPU = {"adamw_8bit", "paged_adamw_8bit"}
 
 
-def moment_bytes(parameters: Iterable[nn.Parameter], optimizer: str) -> int:
-    """Bytes of the moments that the optimizer with this name keeps for `parameters`."""
-    moments, size = (1 if optimizer == "rmsprop" else 2), (1 if optimizer in NEED_GPU else None)
-    return sum(moments * parameter.numel() * (size or parameter.element_size()) for parameter in parameters)
-
-
 def make_optimizer(settings: Hyperparameters, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """The optimizer `settings.optimizer`. The caller sets its learning rate before each step.
 

@@ -6,10 +6,10 @@ A run that would fill its machine fails after hours. It is not begun, and anothe
 import shutil
 from pathlib import Path
 
+from app.spec.hyperparameters import MOMENT_BYTES
 from worker.machine import free_memory
-from worker.model_files import weight_files
+from worker.model_files import weight_bytes
 from worker.trainer.model import Policy
-from worker.trainer.optimizer import moment_bytes
 
 LEAST_SHARE = {"none": 1.0, "int8": 0.5, "nf4": 0.25}
 """The least memory that a base takes, as a share of its files, by quantisation. They have 16 bits a weight or more."""
@@ -26,7 +26,7 @@ def require_memory(base: Path, quantization: str) -> None:
 
     For a run on the CPU. A GPU takes the weights tensor by tensor, and its host does not hold them.
     """
-    needed = LEAST_SHARE[quantization] * sum(path.stat().st_size for path in weight_files(base))
+    needed = LEAST_SHARE[quantization] * weight_bytes(base)
     free = free_memory()
     if free < needed:
         raise NoRoom(f"the machine has {_size(free)} of memory free, and the model takes {_size(needed)}")
@@ -50,7 +50,8 @@ def disk_bytes(policy: Policy, optimizer: str) -> int:
     """Bytes of the run's files: the checkpoints that are on disk at once, of weights and moments, and the result."""
     trained = list(policy.trainable().values())
     weights = sum(parameter.numel() * parameter.element_size() for parameter in trained)
-    return HELD_CHECKPOINTS * (weights + moment_bytes(trained, optimizer)) + weights
+    moments = MOMENT_BYTES[optimizer] * sum(parameter.numel() for parameter in trained)
+    return HELD_CHECKPOINTS * (weights + moments) + weights
 
 
 def _size(size: float) -> str:

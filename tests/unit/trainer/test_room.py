@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tests.helpers.trainer import dpo_method, load, make_pairs, make_work_folder, run_in_process
 from worker import manifest
-from worker.model_files import weight_files
+from worker.model_files import weight_bytes
 from worker.trainer import room
 from worker.trainer.room import NoRoom, disk_bytes
 
@@ -73,7 +73,7 @@ def test_the_space_that_a_run_takes_is_that_of_the_files_it_writes(llama: Path, 
 def test_a_model_is_not_loaded_into_less_memory_than_its_weights_take(
     llama: Path, quantization: str, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    size = sum(path.stat().st_size for path in weight_files(llama))
+    size = weight_bytes(llama)
     monkeypatch.setattr(room, "free_memory", lambda: int(share * size) - 1)
     with pytest.raises(NoRoom, match="the model takes"):
         load(llama, quantization=quantization)
