@@ -1,6 +1,7 @@
 """The hyperparameters of a stage.
 
-None and "auto" mean the default. `resolved` fills in the defaults of the batch size, epochs, learning rate and β.
+None and "auto" mean the default. `resolved` fills in every default, except those that depend on the model, the rows or
+the device: the maximum length, the intervals of validations and checkpoints, and activation checkpointing.
 """
 
 from abc import abstractmethod
@@ -9,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 from pydantic import Field, StringConstraints, model_validator
 
 from app.spec.datasets.example import Kind
-from app.spec.losses import LOSSES, OPTIONS, SHARED, Loss, LossName
-from app.spec.metrics import TRAINING
+from app.spec.losses import BETA_HALVED, LOSSES, OPTIONS, Loss, LossName, default_options, refuses
+from app.spec.metrics import METRICS, TRAINING, Trait, measured
 from app.spec.schema_base import Auto, Strict, inconsistent
 
 if TYPE_CHECKING:
@@ -104,12 +105,33 @@ class Hyperparameters(Strict):
         """The kind of examples that the stage learns from."""
 
     @property
+    @abstractmethod
+    def traits(self) -> set[Trait]:
+        """The properties that decide which metrics the stage reports."""
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """The stage in an error message, as the subject of a sentence."""
+
+    def require_metric(self, metric: str, field: str) -> None:
+        """Refuse a metric of another stage. `field` names the setting that asks for it."""
+        if metric in METRICS and metric not in measured(self.traits, validates=True):
+            raise inconsistent(field, f"{self.title} has no metric '{metric}'")
+
+    @model_validator(mode="after")
+    def _early_stopping_fits(self) -> Self:
+        if self.early_stopping is not None:
+            self.require_metric(self.early_stopping.metric, "early_stopping.metric")
+        return self
+
+    @property
     def scored(self) -> Literal["answers", "turns", "text"]:
         """The part of a row on which the loss is computed."""
         return "answers"
 
     def resolved(self, full: bool) -> Self:
-        """A copy with the default batch size, epochs and learning rate. `full`: the job trains all parameters."""
+        """A copy with its defaults written out. `full`: the job trains all parameters."""
         return self.model_copy(
             update={
                 "batch_size": self.batch_size or 16,
@@ -133,15 +155,17 @@ class SupervisedHyperparameters(Hyperparameters):
     loss_on: Literal["answers", "turns", "text"] = "answers"
     """Compute the loss on the last answer, on every assistant turn of the conversation, or on the whole text."""
 
-    @model_validator(mode="after")
-    def _validation_metric(self) -> Self:
-        if self.early_stopping and self.early_stopping.metric.startswith("eval/rewards"):
-            raise inconsistent("early_stopping.metric", f"SFT has no metric '{self.early_stopping.metric}'")
-        return self
-
     @property
     def data(self) -> Kind:
         return Kind.SUPERVISED
+
+    @property
+    def traits(self) -> set[Trait]:
+        return {"tokens"}
+
+    @property
+    def title(self) -> str:
+        return "SFT"
 
     @property
     def scored(self) -> Literal["answers", "turns", "text"]:
@@ -206,6 +230,19 @@ class DPOHyperparameters(Hyperparameters):
         return self.loss_records[0].data
 
     @property
+    def traits(self) -> set[Trait]:
+        traits: set[Trait] = {"rewards", "labels" if self.data == Kind.LABELLED else "pairs"}
+        if not self.rewards:
+            traits.add("logps")
+        if self.needs_reference:
+            traits.add("reference")
+        return traits
+
+    @property
+    def title(self) -> str:
+        return f"The loss '{self.losses[0].name}'"
+
+    @property
     def rewards(self) -> bool:
         """Whether the stage trains a reward model instead of a policy."""
         return self.losses[0].name == "reward_model"
@@ -227,12 +264,10 @@ class DPOHyperparameters(Hyperparameters):
         if alone and len(names) > 1:
             raise inconsistent("loss", f"The loss '{alone[0]}' cannot be mixed with others")
         for field in OPTIONS:
-            value, ignoring = getattr(self, field), [name for name in names if not LOSSES[name].reads(field)]
+            value, refusing = getattr(self, field), refuses(field, names)
             is_set = value is not None and not (field == "use_weighting" and value is False)
-            # A shared option changes the log-probs or labels of every term. Any other needs one term that reads it.
-            exempt = set() if field == "ld_alpha" else {"sft"}
-            if is_set and (len(ignoring) == len(names) or (field in SHARED and set(ignoring) - exempt)):
-                raise inconsistent(field, f"'{field}' has no meaning with the loss '{ignoring[0]}'")
+            if is_set and refusing is not None:
+                raise inconsistent(field, f"'{field}' has no meaning with the loss '{refusing}'")
         if self.f_alpha is not None and self.f_divergence != "alpha_divergence":
             raise inconsistent("f_alpha", "'f_alpha' goes with 'f_divergence': 'alpha_divergence'")
         if "exo_pair" in names and self.label_smoothing == 0:
@@ -244,9 +279,6 @@ class DPOHyperparameters(Hyperparameters):
             raise inconsistent("sync_reference", "Give 'sync_reference' or 'reference_model', not both")
         if self.sync_reference is not None and self.ld_alpha is not None:
             raise inconsistent("sync_reference", "'sync_reference' does not go with 'ld_alpha'")
-        metric = self.early_stopping and self.early_stopping.metric
-        if metric == "eval/mean_token_accuracy" or (metric == "eval/rewards/margins" and self.data == Kind.LABELLED):
-            raise inconsistent("early_stopping.metric", f"The loss '{names[0]}' has no metric '{metric}'")
         defaults = {loss.beta for loss in self.loss_records if loss.beta is not None}
         if self.beta is None and len(defaults) > 1:
             raise inconsistent("beta", f"Give 'beta': the losses {', '.join(names)} have different defaults")
@@ -255,6 +287,10 @@ class DPOHyperparameters(Hyperparameters):
         return self
 
     def resolved(self, full: bool) -> Self:
-        """A copy with the default batch size, epochs, learning rate and β. `full`: the job trains all parameters."""
-        default = next((loss.beta for loss in self.loss_records if loss.beta is not None), None)
-        return super().resolved(full).model_copy(update={"beta": self.beta or default})
+        options = default_options([term.name for term in self.losses])
+        options |= {name: value for name in ("beta", *OPTIONS) if (value := getattr(self, name)) is not None}
+        if options.get("simpo_gamma") == BETA_HALVED:
+            options["simpo_gamma"] = options["beta"] / 2
+        if options.get("f_divergence") != "alpha_divergence":
+            options.pop("f_alpha", None)
+        return super().resolved(full).model_copy(update=options)

@@ -2,14 +2,14 @@
 
 This module is pure pydantic; the trainer imports it too. Unknown fields are refused by name. Fields of OpenAI's
 contract that are not supported yet are refused too. Numbers that are left out or "auto" mean the default.
-`JobSpec.resolved` fills in the main defaults, so that the stored spec says what was run.
+`JobSpec.resolved` fills in the defaults, so that the stored spec says what was run.
 """
 
 import secrets
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import ConfigDict, Field, StringConstraints, model_validator
+from pydantic import ConfigDict, Field, StringConstraints, ValidationInfo, model_validator
 
 from app.spec.datasets.example import Kind
 from app.spec.datasets.mapping import Mapping
@@ -17,7 +17,7 @@ from app.spec.datasets.rendering import RenderingSettings, today
 from app.spec.evaluation import JobEvaluation
 from app.spec.hyperparameters import DPOHyperparameters, Hyperparameters, SupervisedHyperparameters
 from app.spec.json_types import JsonObject
-from app.spec.metrics import METRICS
+from app.spec.metrics import METRICS, VALIDATION
 from app.spec.quality_gates import Gates, require_metric
 from app.spec.schema_base import NO_NUL, STORED, FileName, Metadata, ModelName, Quantization, Strict, inconsistent
 
@@ -106,6 +106,11 @@ class StageSpec:
     @property
     def name(self) -> str:
         return self.settings.STAGE
+
+    @property
+    def validates(self) -> bool:
+        """Whether the stage asks for validation rows."""
+        return self.validation is not None or self.validation_split > 0
 
 
 SavedModule = Literal["embed_tokens", "lm_head"]
@@ -231,7 +236,7 @@ class JobSpec(RenderingSettings):
         return data
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _consistent(self, info: ValidationInfo) -> Self:
         if self.hyperparameters is not None:
             if self.method.type != "supervised" or self.method.supervised is not None:
                 raise inconsistent(
@@ -260,18 +265,23 @@ class JobSpec(RenderingSettings):
         if self.validation_file is not None and self.validation_split:
             raise inconsistent("validation_split", "Give 'validation_file' or 'validation_split', not both")
         self._require_validation_rows()
-        self._require_known_metrics()
+        if info.context != STORED:  # a job that was accepted is not refused later
+            self._require_known_metrics()
         return self
 
     def _require_known_metrics(self) -> None:
         """Refuse a gate on a metric that will not be measured."""
-        evaluations = {evaluation.name: evaluation for evaluation in self.evaluations or []}
+        evaluations, last = {evaluation.name: evaluation for evaluation in self.evaluations or []}, self.stages()[-1]
         if len(evaluations) < len(self.evaluations or []):
             raise inconsistent("evaluations", "Two of the 'evaluations' have the same name")
         for number, gate in enumerate(self.gates or []):
             field = f"gates.{number}.metric"
             if not gate.metric.startswith("evaluations/"):
                 require_metric(gate.metric, list(METRICS), field)
+                last.settings.require_metric(gate.metric, field)
+                if gate.metric in VALIDATION and not last.validates:
+                    message = f"'{gate.metric}' needs a 'validation_file' or a 'validation_split' above 0"
+                    raise inconsistent(field, message)
                 continue
             name, _, metric = gate.metric.removeprefix("evaluations/").partition("/")
             if name not in evaluations:
@@ -281,14 +291,13 @@ class JobSpec(RenderingSettings):
     def _require_validation_rows(self) -> None:
         """Refuse early stopping without validation rows."""
         for stage in reversed(self.stages()):
-            has_validation = stage.validation is not None or stage.validation_split > 0
-            if stage.settings.early_stopping is not None and not has_validation:
+            if stage.settings.early_stopping is not None and not stage.validates:
                 message = "'early_stopping' needs a 'validation_file' or a 'validation_split' above 0"
                 raise inconsistent(f"{stage.field}.early_stopping", message)
 
     @classmethod
     def stored(cls, data: JsonObject) -> Self:
-        """Read the spec from a job's database row. The next version may have written it."""
+        """Read the spec of a job that was accepted. The next version may have written it."""
         return cls.model_validate(data, context=STORED)
 
     def to_store(self) -> JsonObject:
@@ -309,7 +318,10 @@ class JobSpec(RenderingSettings):
         return self.model_copy(update={"evaluations": evaluations or None})
 
     def resolved(self) -> Self:
-        """The spec as it will be run: with a seed, a date, and the main defaults written out."""
+        """The spec as it will be run: with a seed, a date, and the defaults written out.
+
+        Settings that depend on the model, the rows or the device stay null.
+        """
         full = self.adapter == "none"
         sft = self.sft and self.sft.model_copy(update={"hyperparameters": self.sft.hyperparameters.resolved(full)})
         return self.model_copy(
@@ -378,7 +390,7 @@ class JobSpec(RenderingSettings):
             else:
                 target = body["sft"] if field.startswith("sft.") else body
                 target[field.removeprefix("sft.")] = place
-        return self.model_validate(body)
+        return self.stored(body)
 
     @property
     def reference_model(self) -> str | None:

@@ -4,7 +4,7 @@ The function of a loss has the loss's name and lies in `worker/trainer/objective
 depends on the loss: the hyperparameters that a job may set, their defaults, the data, the rewards, the docs' table.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -209,3 +209,26 @@ SHARED = ("label_smoothing", "f_divergence", "f_alpha", "ld_alpha", "use_weighti
 """Options that every term of a weighted sum must read. The term `sft` is exempt, except from `ld_alpha`."""
 OPTIONS = tuple(sorted({option.name for option in fields(LossOptions)} - {"beta"} | {"ld_alpha", "use_weighting"}))
 """The hyperparameters that only some losses read, without β, which has its own rule."""
+
+
+def refuses(option: str, names: Sequence[str]) -> str | None:
+    """The loss that forbids a stage with the losses `names` to set `option`; None if the stage may set it."""
+    ignoring = [name for name in names if not LOSSES[name].reads(option)]
+    # A shared option changes the log-probs or labels of every term. Any other needs one term that reads it.
+    exempt = set() if option == "ld_alpha" else {"sft"}
+    if len(ignoring) == len(names) or (option in SHARED and set(ignoring) - exempt):
+        return ignoring[0]
+    return None
+
+
+def default_options(names: Sequence[str]) -> dict[str, Any]:
+    """The default of each option that a stage with the losses `names` may set.
+
+    An option whose default differs between the losses is missing: each of them takes its own.
+    """
+    defaults: dict[str, Any] = {} if refuses("use_weighting", names) else {"use_weighting": False}
+    for option in ("beta", *OPTIONS):
+        values = {LOSSES[name].options[option] for name in names if option in LOSSES[name].options}
+        if len(values) == 1 and refuses(option, names) is None:
+            defaults[option] = values.pop()
+    return defaults

@@ -4,11 +4,13 @@ Training jobs report `TRAINING` and `VALIDATION`, evaluations report `EVALUATION
 Gates, early stopping, sweeps, progress lines and the docs read these tables. A new metric is one entry here.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 Better = Literal["lower", "higher"]
+Trait = Literal["tokens", "rewards", "pairs", "labels", "logps", "reference"]
+"""A property of a stage that decides which metrics it reports: see `Hyperparameters.traits`."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,20 @@ class Metric:
     """The title of the training chart that draws it together with `eval/NAME`; empty if no chart does."""
     stops: bool = False
     """Whether early stopping may watch it on the validation rows."""
+    needs: Trait | None = None
+    """Only stages with this trait report it; None if all stages do."""
+    trained: bool = True
+    """Whether steps report it. If not, only validations do."""
 
 
 TRAINING = {
     "loss": Metric("The loss of the stage.", "lower", validated=True, summary=True, chart="Loss", stops=True),
-    "rewards/chosen": Metric("The mean reward of the chosen answers.", "higher", validated=True, chart="Rewards"),
-    "rewards/rejected": Metric("The mean reward of the rejected answers.", "lower", validated=True, chart="Rewards"),
+    "rewards/chosen": Metric(
+        "The mean reward of the chosen answers.", "higher", validated=True, chart="Rewards", needs="rewards"
+    ),
+    "rewards/rejected": Metric(
+        "The mean reward of the rejected answers.", "lower", validated=True, chart="Rewards", needs="rewards"
+    ),
     "rewards/margins": Metric(
         "The chosen answer's reward minus the rejected one's.",
         "higher",
@@ -40,6 +50,7 @@ TRAINING = {
         summary=True,
         chart="Margins",
         stops=True,
+        needs="pairs",
     ),
     "rewards/accuracies": Metric(
         "The share of pairs in which the chosen answer has the higher reward.",
@@ -49,20 +60,33 @@ TRAINING = {
         summary=True,
         chart="Reward accuracy",
         stops=True,
+        needs="rewards",
     ),
     "rewards/longer_preferred": Metric(
-        "How often the longer answer has the higher reward.", unit="share", validated=True
+        "How often the longer answer has the higher reward.", unit="share", validated=True, needs="pairs"
     ),
-    "logps/chosen": Metric("log π of the chosen answers.", "higher", unit="nats", validated=True),
-    "logps/rejected": Metric("log π of the rejected answers.", unit="nats", validated=True),
+    "logps/chosen": Metric("log π of the chosen answers.", "higher", unit="nats", validated=True, needs="logps"),
+    "logps/rejected": Metric("log π of the rejected answers.", unit="nats", validated=True, needs="logps"),
     "logratios/chosen": Metric(
-        "log π/π_ref of the chosen answers.", "higher", unit="nats", validated=True, chart="Log ratios"
+        "log π/π_ref of the chosen answers.",
+        "higher",
+        unit="nats",
+        validated=True,
+        chart="Log ratios",
+        needs="reference",
     ),
     "logratios/rejected": Metric(
-        "log π/π_ref of the rejected answers.", "lower", unit="nats", validated=True, chart="Log ratios"
+        "log π/π_ref of the rejected answers.",
+        "lower",
+        unit="nats",
+        validated=True,
+        chart="Log ratios",
+        needs="reference",
     ),
     "gradient_weight": Metric(
-        "The weight of a pair in the gradient: σ(−margin) for DPO (Rafailov et al. 2023, Sec. 4).", validated=True
+        "The weight of a pair in the gradient: σ(−margin) for DPO (Rafailov et al. 2023, Sec. 4).",
+        validated=True,
+        needs="rewards",
     ),
     "mean_token_accuracy": Metric(
         "The share of tokens that are the model's likeliest choice.",
@@ -72,9 +96,14 @@ TRAINING = {
         summary=True,
         chart="Token accuracy",
         stops=True,
+        needs="tokens",
     ),
-    "entropy": Metric("The entropy of the next-token distribution.", unit="nats", validated=True),
-    "kl": Metric("KTO's estimate of the KL divergence from the reference.", "lower", unit="nats", validated=True),
+    "entropy": Metric(
+        "The entropy of the next-token distribution.", unit="nats", validated=True, needs="tokens", trained=False
+    ),
+    "kl": Metric(
+        "KTO's estimate of the KL divergence from the reference.", "lower", unit="nats", validated=True, needs="labels"
+    ),
     "grad_norm": Metric("The norm of the gradient before it is clipped."),
     "learning_rate": Metric("The learning rate of the step."),
     "fill_rate": Metric("The share of positions in a step's packs that hold tokens.", "higher", unit="share"),
@@ -85,7 +114,16 @@ TRAINING = {
 """The metrics of each step of a training, by name (TRL's, where it has one)."""
 VALIDATION = {f"eval/{name}": metric for name, metric in TRAINING.items() if metric.validated}
 """The metrics of each validation."""
-METRICS = TRAINING | VALIDATION
+STEPS = {name: metric for name, metric in TRAINING.items() if metric.trained}
+METRICS = STEPS | VALIDATION
+
+
+def measured(traits: Collection[Trait], *, validates: bool) -> list[str]:
+    """The names of the metrics that a stage with `traits` reports. `validates`: whether it has validation rows."""
+    registry = METRICS if validates else STEPS
+    return [name for name, metric in registry.items() if metric.needs is None or metric.needs in traits]
+
+
 SUMMARY = tuple(
     name for plain, metric in TRAINING.items() if metric.summary
     for name in (plain, f"eval/{plain}")

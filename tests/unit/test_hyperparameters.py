@@ -320,6 +320,46 @@ def test_resolving_fills_in_defaults_and_keeps_given_values(
     ) == (3, 2, 0.5, 2.0)
 
 
+SUMS = [terms("sft", "sigmoid"), terms("sigmoid", "exo_pair"), terms("sigmoid", "nca_pair"), terms("sft", "simpo")]
+
+
+@pytest.mark.parametrize("loss", [*LOSS_NAMES, *SUMS], ids=str)
+def test_resolving_changes_no_option_of_a_loss(loss: str | list[dict[str, object]]) -> None:
+    plain = DPOHyperparameters.model_validate({"loss": loss})
+    resolved = plain.resolved(full=False)
+    assert resolved == resolved.resolved(full=False)
+    assert DPOHyperparameters.model_validate(resolved.model_dump()) == resolved, "it is accepted as it is shown"
+    for record in plain.loss_records:
+        assert record.options_of(resolved) == record.options_of(plain)
+
+
+@pytest.mark.parametrize("loss", LOSS_NAMES)
+def test_resolving_leaves_no_option_of_a_loss_open(loss: str) -> None:
+    resolved = DPOHyperparameters.model_validate({"loss": loss}).resolved(full=False)
+    record = LOSSES[loss]
+    written = {name: getattr(resolved, name) for name in record.options if name != "f_alpha"}
+    assert None not in written.values()
+    assert resolved.use_weighting is (False if record.weighting else None)
+
+
+def test_resolving_keeps_the_options_of_a_job() -> None:
+    given = {"loss": "simpo", "beta": 3.0, "simpo_gamma": 0.4, "use_weighting": True}
+    resolved = DPOHyperparameters.model_validate(given).resolved(full=False).model_dump()
+    assert {name: resolved[name] for name in given} == given
+
+
+def test_resolving_writes_an_option_that_depends_on_another() -> None:
+    simpo = DPOHyperparameters.model_validate({"loss": "simpo", "beta": 3.0}).resolved(full=False)
+    assert simpo.simpo_gamma == 1.5
+    divergence = DPOHyperparameters.model_validate({"f_divergence": "alpha_divergence"}).resolved(full=False)
+    assert divergence.f_alpha == 0.5
+
+
+def test_an_option_whose_default_differs_between_the_terms_of_a_sum_stays_open() -> None:
+    mixed = DPOHyperparameters.model_validate({"loss": terms("sigmoid", "exo_pair")}).resolved(full=False)
+    assert mixed.label_smoothing is None
+
+
 DATA_KINDS = {"kto": Kind.LABELLED, "plackett_luce": Kind.RANKED}
 
 

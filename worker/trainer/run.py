@@ -55,7 +55,7 @@ class TrainingRun(Run):
     @cached_property
     def spec(self) -> JobSpec:
         """The job spec with its defaults filled in. Its files are paths relative to the folder."""
-        return JobSpec.model_validate_json((self.folder / "spec.json").read_text()).resolved()
+        return JobSpec.stored(json.loads((self.folder / "spec.json").read_text())).resolved()
 
     @property
     def base(self) -> Base:
