@@ -27,7 +27,17 @@ from worker.device import DeviceUnusable, find_device
 from worker.hub import ModelUnavailable
 from worker.model_files import point_to
 from worker.processes import answer_cache, kill_group, trainer_environment
-from worker.trainer.events import Broken, CacheWanted, CheckpointWritten, DeviceFailed, Failed, Metrics, Notice, read
+from worker.trainer.events import (
+    Broken,
+    CacheWanted,
+    CheckpointWritten,
+    DeviceFailed,
+    Failed,
+    Metrics,
+    Notice,
+    Working,
+    read,
+)
 
 USAGE = 2
 """The exit status for a spec or a file that is wrong."""
@@ -116,20 +126,26 @@ def _run(folder: Path, console: Console) -> int:
     assert process.stdout is not None
     failed = False
     try:
-        for line in process.stdout:
-            match read(line):
-                case Metrics() as event if _is_printed(event):
-                    values = "  ".join(f"{name} {value:.4g}" for name, value in _summary(event.metrics))
-                    console.print(f"{event.stage} {event.step}/{event.total_steps}  {values}", highlight=False)
-                case CheckpointWritten(path=path):
-                    shutil.rmtree(folder / path)  # only the service resumes from checkpoints
-                case CacheWanted(key):
-                    answer_cache(process.stdin, key)  # there is no shared cache
-                case Notice(message):
-                    console.print(message, highlight=False)
-                case Failed(message=message) | Broken(reason=message) | DeviceFailed(reason=message):
-                    failed = True
-                    console.print(message, highlight=False)
+        with console.status("starting") as now:  # on a terminal only
+            for line in process.stdout:
+                match read(line):
+                    case Metrics() as event:
+                        now.update("training")
+                        if _is_printed(event):
+                            values = "  ".join(f"{name} {value:.4g}" for name, value in _summary(event.metrics))
+                            console.print(f"{event.stage} {event.step}/{event.total_steps}  {values}", highlight=False)
+                    case Working(activity=activity, done=done, total=total):
+                        rows = "" if done is None else f" {done} rows" if total is None else f" {done} of {total} rows"
+                        now.update(activity + rows)
+                    case CheckpointWritten(path=path):
+                        shutil.rmtree(folder / path)  # only the service resumes from checkpoints
+                    case CacheWanted(key):
+                        answer_cache(process.stdin, key)  # there is no shared cache
+                    case Notice(message):
+                        console.print(message, highlight=False)
+                    case Failed(message=message) | Broken(reason=message) | DeviceFailed(reason=message):
+                        failed = True
+                        console.print(message, highlight=False)
         status = process.wait()
     except KeyboardInterrupt:
         kill_group(process)

@@ -16,12 +16,13 @@ from app.jobs.tables import Checkpoint, Job
 from app.models.tables import Model
 from app.spec import quality_gates
 from app.spec.job import JobSpec
+from app.spec.json_types import JsonObject
 from app.spec.metrics import SUMMARY
 from worker.checkpoints import Checkpoints
 from worker.integrations import Reporter
 from worker.lease import LeaseLost
 from worker.runner import JobAttempt
-from worker.trainer.events import CheckpointWritten, EvaluationDone, Event, Metrics, StageBegan, TrainingDone
+from worker.trainer.events import CheckpointWritten, EvaluationDone, Event, Metrics, StageBegan, TrainingDone, Working
 from worker.waiting import in_thread
 
 
@@ -32,8 +33,10 @@ class Training(JobAttempt[JobSpec]):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.stage, self.metrics = self.job.stage, dict(self.job.metrics or {})
+        self.stage, self.metrics = self.job.stage or self.spec.stages()[0].name, dict(self.job.metrics or {})
         """The stage, and the last value of each of its metrics. Validations are rare, so their values stay."""
+        before_the_first_step = {"step": 0, "total_steps": 0, "seconds_remaining": None, "tokens_per_second": None}
+        self.progress: JsonObject = self.job.progress or before_the_first_step
 
     def timeout_hint(self) -> str:
         last = self.lease.read(lambda session: job_checkpoints.last(session, self.job.id))
@@ -52,6 +55,7 @@ class Training(JobAttempt[JobSpec]):
     def prepare(self) -> None:
         self.checkpoints = Checkpoints(self.services.storage, self.lease, self.job)
         self.reporter = Reporter(self.job.id, self.spec, self.folder)
+        self._relay([Working("fetching", None, None)])
         spec = self.spec
         files = dict(spec.files())
         places = {field: f"data/{file_id}" for field, file_id in files.items()}
@@ -84,17 +88,22 @@ class Training(JobAttempt[JobSpec]):
         columns = dict[str, object]()
         for event in batch:
             match event:
+                case Working():
+                    activity = {"name": event.activity, "done": event.done, "total": event.total}
+                    columns["progress"] = self.progress | {"activity": activity}
+                    columns["stage"] = self.stage
                 case StageBegan():
                     if event.stage != self.stage:
                         self.stage, self.metrics = event.stage, {}
                     columns["stage"] = event.stage
                 case Metrics():
-                    columns["progress"] = {
+                    self.progress = {
                         "step": event.step,
                         "total_steps": event.total_steps,
                         "seconds_remaining": event.seconds_remaining,
                         "tokens_per_second": event.metrics.get("tokens_per_second"),
                     }
+                    columns["progress"] = self.progress
                     self.metrics |= event.metrics
                     columns["metrics"] = dict(self.metrics)
                     columns["stage"] = event.stage

@@ -59,13 +59,18 @@ def _show(progress: Progress, task: TaskID, job: JsonObject) -> None:
         state = f"queued, place {job['queue_position']}"
     if job["waiting_for"]:
         state += f", waits for {job['waiting_for']}"
+    steps = job["progress"] or {}
+    activity = steps.get("activity")
+    if activity:
+        state += f", {activity['name']}"
     metrics = job["metrics"] or {}
     text = "  ".join(f"{name} {metrics[name]:.3f}" for name in SUMMARY if name in metrics)
-    steps = job["progress"] or {}
     completed, total = ("completions", "total") if "completions" in steps else ("step", "total_steps")
     if steps.get("questions"):
         completed, total = "answers", "questions"
-    progress.update(task, completed=steps.get(completed, 0), total=steps.get(total), state=state, metrics=text)
+    if activity and activity["done"] is not None:
+        steps, completed, total = activity, "done", "total"
+    progress.update(task, completed=steps.get(completed, 0), total=steps.get(total) or None, state=state, metrics=text)
 
 
 def _print_new_events(client: Client, path: str, last_event: str | None, console: Console) -> str | None:

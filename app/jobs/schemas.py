@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict
 from app.jobs.queue_forecast import QueuePlace
 from app.jobs.states import Status
 from app.jobs.tables import Checkpoint, Job, JobEvent
+from app.spec.activities import Activity
 from app.spec.datasets.rendering import RenderingSettings
 from app.spec.job import KEEP_CHECKPOINTS, Integration
 from app.spec.json_types import JsonObject
@@ -29,13 +30,32 @@ class JobHyperparameters(BaseModel):
     n_epochs: int
 
 
+class ActivityProgress(BaseModel):
+    """What a running job does apart from optimizer steps."""
+
+    name: Activity
+    done: int | None
+    """Rows done so far, where rows are counted."""
+    total: int | None
+
+
 class Progress(BaseModel):
-    """How far a running job is."""
+    """How far a running job is. `total_steps` is 0 until the rows are counted."""
 
     step: int
     total_steps: int
     seconds_remaining: float | None
     tokens_per_second: float | None
+    activity: ActivityProgress | None = None
+    """Null while it makes optimizer steps."""
+
+    @classmethod
+    def of(cls, job: Job) -> "Progress | None":
+        """The progress of `job`; None before its first attempt."""
+        progress = cls(**job.progress) if job.progress else None
+        if progress is not None and job.status != Status.RUNNING:
+            progress.activity = None
+        return progress
 
 
 class JobEvaluationReference(BaseModel):
@@ -177,7 +197,7 @@ class JobObject(BaseModel):
             started_at=unix_seconds(job.started_at),
             running_seconds=job.ran_seconds,
             stage=job.stage,
-            progress=Progress(**job.progress) if job.progress else None,
+            progress=Progress.of(job),
             queue_position=place.position,
             waiting_for=place.waiting_for,
             attempt=job.attempt,

@@ -6,7 +6,7 @@ A test checks that both pages are up to date.
 from pathlib import Path
 
 from app.spec.losses import LOSSES, Loss
-from app.spec.metrics import BEST_OF, ENDPOINT, EVALUATION, TRAINING, Metric
+from app.spec.metrics import BEST_OF, ENDPOINT, EVALUATION, TRAINING, Metric, Trait
 
 FOLDER = Path(__file__).parent
 
@@ -45,23 +45,36 @@ def _notes(loss: Loss) -> str:
     return ", ".join(note for note, holds in notes.items() if holds)
 
 
+STAGES: dict[Trait | None, str] = {
+    None: "all",
+    "tokens": "SFT",
+    "rewards": "preference",
+    "pairs": "preference, not on labels",
+    "labels": "preference on labels",
+    "logps": "preference, not reward models",
+    "reference": "preference, with a reference",
+}
+"""The stages that report a metric, by the trait that it needs."""
+
+
 def metrics() -> str:
     """The tables of metrics, as Markdown."""
     lines = [
         "# Metrics",
         "",
-        "Generated from `app/spec/metrics.py`. A gate may name any of them.",
+        "Generated from `app/spec/metrics.py`. A gate may name any metric that its job reports.",
         "",
         "## Trainings",
         "",
         "A validation reports the validated metrics as `eval/NAME`. Early stopping can watch those of the last column.",
+        "The job object and its gates have the metrics of the last stage.",
         "",
-        "| metric | meaning | better | unit | validated | stops early |",
-        "|---|---|---|---|---|---|",
+        "| metric | meaning | better | unit | stages | validated | stops early |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, metric in TRAINING.items():
-        validated, stops = ("yes" if holds else "" for holds in (metric.validated, metric.stops))
-        lines.append(f"{_row(name, metric)} {validated} | {stops} |")
+        validated = "" if not metric.validated else "yes" if metric.trained else "only"
+        lines.append(f"{_row(name, metric)} {STAGES[metric.needs]} | {validated} | {'yes' if metric.stops else ''} |")
     lines += [
         "",
         "## Evaluations",

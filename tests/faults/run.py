@@ -120,7 +120,7 @@ def _at_work(job: str, workload: Workload) -> Attempt | None:
         row = workload.row(job)
         if row.status not in ACTIVE:
             return True
-        if row.status == "running" and row.lost_attempts == 0 and row.progress:
+        if row.status == "running" and row.lost_attempts == 0 and (row.progress or {}).get("step"):
             attempt = workload.started(job, row.attempt, seconds=0)
             attempts.extend([attempt] if attempt else [])
         return bool(attempts)

@@ -20,6 +20,7 @@ from app.jobs.schemas import JobObject
 from app.jobs.states import ACTIVE, TRANSITIONS, Actor, Status
 from app.jobs.tables import Checkpoint, Job, JobEvent
 from app.services import Services
+from app.spec.json_types import JsonObject
 from tests.helpers.jobs import claim, end, expire, get, make_job
 from worker.base_models import BaseModels
 from worker.device_health import DeviceHealth
@@ -27,7 +28,7 @@ from worker.housekeeping import purge_deleted_files
 from worker.lease import JobLease
 from worker.processes import ForkServer
 from worker.reaper import Reaper, reap
-from worker.trainer.events import Metrics, Notice, StageBegan
+from worker.trainer.events import Event, Metrics, Notice, StageBegan, Working
 from worker.training_run import Training
 
 
@@ -345,6 +346,33 @@ def test_a_job_shows_the_last_value_of_every_metric_of_its_stage(services: Servi
     assert resumed.columns([step(3)])["metrics"] == {"loss": 0.3, "eval/loss": 0.5}
     job.stage = "sft"
     assert training(services, job).columns([StageBegan("dpo", 8, 2), step(1)])["metrics"] == {"loss": 0.1}
+
+
+def test_a_job_shows_its_stage_and_its_progress_before_the_first_step(services: Services) -> None:
+    job_id = make_job(services)
+    job = claim(services)
+    assert job is not None
+    attempt = training(services, job)
+
+    def shown(*events: Event) -> tuple[str | None, JsonObject | None]:
+        attempt._relay(list(events))
+        current = JobObject.of(get(services, job_id))
+        return current.stage, None if current.progress is None else current.progress.model_dump()
+
+    with JobLease(services.database, job_id, job.attempt) as attempt.lease:
+        activity = {"name": "tokenizing", "done": 4096, "total": None}
+        before = {"step": 0, "total_steps": 0, "seconds_remaining": None, "tokens_per_second": None}
+        assert shown(Working("fetching", None, None), Working("tokenizing", 4096, None)) == (
+            "sft",
+            before | {"activity": activity},
+        )
+        step = {"step": 3, "total_steps": 9, "seconds_remaining": 1.5, "tokens_per_second": None}
+        assert shown(Metrics("sft", 3, 9, 1.5, {"loss": 1.0})) == ("sft", step | {"activity": None})
+        activity = {"name": "reference", "done": 5, "total": 8}
+        assert shown(Working("reference", 5, 8)) == ("sft", step | {"activity": activity})
+        attempt.stop_early()
+    queued = JobObject.of(get(services, job_id))
+    assert queued.progress is not None and queued.progress.step == 3 and queued.progress.activity is None
 
 
 @pytest.mark.parametrize("has_checkpoint", [False, True])

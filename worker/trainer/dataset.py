@@ -7,7 +7,7 @@ import os
 import threading
 from array import array
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -267,8 +267,12 @@ def require_embedded(rows: Rows, tokenizer: Tokenizer, config: "PretrainedConfig
         raise UserError("unsupported_model", message, "model")
 
 
-def load(path: Path, tokenizer: Tokenizer, recipe: Recipe, cache: Cache) -> tuple[Rows, Tally]:
+def load(
+    path: Path, tokenizer: Tokenizer, recipe: Recipe, cache: Cache, report: Callable[[int], None] = lambda rows: None
+) -> tuple[Rows, Tally]:
     """The rows of the file `path`, and the tally of its tokenisation. Uses the cache if it can.
+
+    `report` is called with the number of rows so far, a few times.
 
     Raises `DatasetError` for a file that cannot be read, `UserError` for one that the chat template refuses.
     """
@@ -276,7 +280,7 @@ def load(path: Path, tokenizer: Tokenizer, recipe: Recipe, cache: Cache) -> tupl
     cached = cache.get(key, _read)
     if cached is not None:
         return cached
-    arrays, tally = _tokenise(path, tokenizer, recipe)
+    arrays, tally = _tokenise(path, tokenizer, recipe, report)
     with cache.put(key) as cache_path:
         save_file(vars(arrays), cache_path, metadata={"tally": json.dumps(asdict(tally))})
     return Rows(arrays), tally
@@ -299,7 +303,9 @@ def _key(path: Path, tokenizer: Tokenizer, recipe: Recipe) -> str:
     return f"tokens/{content}/{hashlib.sha256(repr(parts).encode()).hexdigest()}"
 
 
-def _tokenise(path: Path, tokenizer: Tokenizer, recipe: Recipe) -> tuple[Arrays, Tally]:
+def _tokenise(
+    path: Path, tokenizer: Tokenizer, recipe: Recipe, report: Callable[[int], None] = lambda rows: None
+) -> tuple[Arrays, Tally]:
     tally, chunks = Tally(), []
     with path.open("rb") as file:
         groups = data.batched(examples(file, recipe.mapping), CHUNK)
@@ -312,6 +318,7 @@ def _tokenise(path: Path, tokenizer: Tokenizer, recipe: Recipe) -> tuple[Arrays,
         for arrays, chunk_tally in results:
             chunks.append(arrays)
             tally.add(chunk_tally)
+            report(sum(len(chunk.lines) for chunk in chunks))
     return Arrays.joined(chunks or [Arrays.of([])]), tally
 
 

@@ -9,7 +9,11 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import IO, ClassVar
 
+from app.spec.activities import Activity
 from app.spec.json_types import JsonObject
+
+WORKING_SECONDS = 1.0
+"""Seconds between two reports of the same activity."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +34,16 @@ class Notice(Event):
     level: str = "info"
     """info, warn or error."""
     data: JsonObject | None = None
+
+
+@dataclass(frozen=True)
+class Working(Event):
+    """What the run does apart from optimizer steps, and how many rows of it are `done`. None if nothing is counted."""
+
+    KIND = "working"
+    activity: Activity
+    done: int | None
+    total: int | None
 
 
 @dataclass(frozen=True)
@@ -154,11 +168,19 @@ class Events:
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
+        self._activity, self._shown_at = "", 0.0
 
     def emit(self, event: Event) -> None:
         """Write `event` and flush. Raises `ValueError` for NaN and infinity, which JSON does not have."""
         self._stream.write(json.dumps({"kind": event.KIND, **asdict(event)}, allow_nan=False) + "\n")
         self._stream.flush()
+
+    def working(self, activity: Activity, done: int | None = None, total: int | None = None) -> None:
+        """Report what the run does now: at once if it is new, else at most every `WORKING_SECONDS`."""
+        now = time.monotonic()
+        if activity != self._activity or now - self._shown_at >= WORKING_SECONDS:
+            self._activity, self._shown_at = activity, now
+            self.emit(Working(activity, done, total))
 
     def message(self, text: str, level: str = "info", data: JsonObject | None = None) -> None:
         """Write a notice: `text` for people, `data` for programs."""

@@ -53,7 +53,9 @@ def _train(run: TrainingRun) -> None:
     # A checkpoint of the last stage already holds the reference log-probs.
     has_references = run.resume is not None and first_stage == len(stages) - 1
     # Another reference model is loaded, evaluated and freed before the policy takes its memory.
+    run.events.working("loading")
     other_references = None if has_references else other_model_references(run, stages[-1])
+    run.events.working("loading")
     policy = load_policy(run.spec, run.base, run.resume / "model" if run.resume else run.start, run.events)
     run.check_stop()
     check_policy(run, stages, policy)
@@ -68,6 +70,7 @@ def _train(run: TrainingRun) -> None:
         final_metrics = run_stage(running)
         resume = None
     trained = time.monotonic()
+    run.events.working("saving")
     results = artifact.Results(run, state.history, stages[-1], running.validated_rows, final_metrics)
     artifact.write(run.folder / "output", policy, results)
     pace = {

@@ -183,9 +183,14 @@ class _Loader:
 
     def _rows(self, names: tuple[str, ...], recipe: Recipe, param: str) -> tuple[Rows, tuple[str, ...]]:
         """(the rows of the files `names`, notes about them for the user)."""
-        files, tally = [], Tally()
+        files, tally = list[Rows](), Tally()
+
+        def report(rows: int) -> None:
+            self.events.working("tokenizing", sum(map(len, files)) + rows)
+
         for name in names:
-            file_rows, file_tally = load(self.folder / name, self.tokenizer, recipe, self.cache)
+            report(0)
+            file_rows, file_tally = load(self.folder / name, self.tokenizer, recipe, self.cache, report)
             files.append(file_rows)
             tally.add(file_tally)
         rows = Rows.together(files)

@@ -48,7 +48,7 @@ class References:
 
 
 def find_or_compute(
-    policy: Policy, digest: str, rows: Rows, tail_weight: float | None, cache: Cache, check_stop: Callable[[], None]
+    policy: Policy, digest: str, rows: Rows, tail_weight: float | None, cache: Cache, report: Callable[[int], None]
 ) -> Reference:
     """The log-probs of `rows` under `policy`, from the cache or computed: on the CPU, float32 or wider.
 
@@ -60,22 +60,23 @@ def find_or_compute(
     cached = cache.get(key, lambda path: Reference(**load_file(path)))
     if cached is not None:
         return cached
-    computed = compute(policy, rows, tail_weight, check_stop)
+    computed = compute(policy, rows, tail_weight, report)
     with cache.put(key) as path:
         save_file(vars(computed), path)
     return computed
 
 
 def compute(
-    policy: Policy, rows: Rows, tail_weight: float | None = None, check_stop: Callable[[], None] = lambda: None
+    policy: Policy, rows: Rows, tail_weight: float | None = None, report: Callable[[int], None] = lambda done: None
 ) -> Reference:
     """The log-probs of `rows` under `policy` with its current weights.
 
-    `tail_weight` is the weight of tail tokens in LD-DPO. `check_stop` is called after each pack.
+    `tail_weight` is the weight of tail tokens in LD-DPO. `report` is called after each pack with the rows done so far.
     """
     counts = torch.tensor([len(row.responses) for row in rows], dtype=torch.long)
     first = counts.cumsum(0) - counts  # [rows]
     logps, seen = torch.zeros(int(counts.sum())), torch.zeros(int(counts.sum()))  # [responses]
+    done = 0  # rows
     with torch.no_grad():
         for pack in policy.packs(rows, range(len(rows)), merge=tail_weight is None):
             scores = policy.score(pack, tail_weight=tail_weight)
@@ -83,7 +84,8 @@ def compute(
             index = (first[numbers[row]] + columns(row),)  # the place of each response in the result, [R]
             seen = seen.to(scores.responses.dtype).index_put(index, scores.responses.cpu())
             logps = logps.to(seen.dtype).index_put(index, per_response(pack, scores.tokens.logps).cpu())
-            check_stop()
+            done += len(pack.rows)
+            report(done)
     return Reference(logps, first, seen)
 
 

@@ -24,11 +24,17 @@ def policy_references(policy: Policy, stage: Stage, tail_weight: float | None, r
     began, hits, digest = time.monotonic(), len(run.cache.hits), policy.digest()
 
     def find(rows: Rows) -> Reference:
+        def report(done: int) -> None:
+            run.check_stop()
+            run.events.working("reference", done, len(rows))
+
+        if len(rows):
+            report(0)
         return memory.retry_with_smaller_packs(
             policy,
             stage,
             run.events,
-            lambda: reference.find_or_compute(policy, digest, rows, tail_weight, run.cache, run.check_stop),
+            lambda: reference.find_or_compute(policy, digest, rows, tail_weight, run.cache, report),
         )
 
     references = References(find(stage.train), find(stage.validation))

@@ -129,6 +129,7 @@ class StageRun:
         self.validated_rows = []
         if not self.stage.validation:
             return {}
+        self.run.events.working("validating")
 
         def validate() -> tuple[list[ValidatedRow], Averages]:
             averages = Averages()

@@ -28,7 +28,7 @@ def fill_the_services_disk(scene: Scene) -> Strike | None:
         content = scene.cluster.services.storage.read(f"files/{scene.workload.file}")
         file = http.post("/files", files={"file": ("p.jsonl", content)}, data={"purpose": "fine-tune"}).json()["id"]
         job = http.post("/fine_tuning/jobs", json=LONG | {"training_file": file}).raise_for_status().json()["id"]
-        service.wait_for(job, lambda state: bool(state["progress"]))
+        service.wait_for(job, lambda state: bool(state["progress"]) and state["progress"]["step"] > 0)
         log = service.home / "serve.log"
         log_offset = log.stat().st_size
         time.sleep(scene.random.uniform(0.0, 2.0))

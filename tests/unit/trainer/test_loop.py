@@ -173,6 +173,42 @@ def test_the_events_describe_the_whole_run(llama: Path, tmp_path: Path) -> None:
     assert events[-1]["metrics"]["loss"] == metrics[-1]["metrics"]["loss"]
 
 
+def test_a_run_says_what_it_does_before_its_first_step(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counts the rows that it tokenises and those of the reference pass."""
+    monkeypatch.setattr("worker.trainer.events.WORKING_SECONDS", 0.0)
+    spec = {**PLAIN, "sft": {"hyperparameters": {"max_steps": 1}}, "method": dpo_method(max_steps=1)}
+    pairs = make_pairs(40)
+    folder = make_work_folder(tmp_path, llama, spec, train=pairs)
+    activities = [
+        event["stage"] if event["kind"] == "stage" else (event["activity"], event["done"], event["total"])
+        for event in run_in_process(folder)
+        if event["kind"] in ("working", "stage")
+    ]
+    rows, began = len(pairs), activities.index("sft")
+    assert activities[0] == ("tokenizing", 0, None) and ("tokenizing", rows, None) in activities[:began]
+    assert activities[began - 1] == ("loading", None, None)
+    reference = activities[began + 1 : activities.index("dpo")]
+    assert reference[0] == ("reference", 0, rows) and reference[-1] == ("reference", rows, rows)
+    assert activities[-1] == ("saving", None, None)
+
+
+def test_the_same_activity_is_reported_once_a_second_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("worker.trainer.events.time.monotonic", lambda: clock[0])
+    stream = io.StringIO()
+    events = Events(stream)
+    events.working("tokenizing", 0)
+    clock[0] += 0.9
+    events.working("tokenizing", 1)
+    events.working("reference", 0)
+    clock[0] += 1.0
+    events.working("reference", 5)
+    shown = [(event["activity"], event["done"]) for event in parse(stream)]
+    assert shown == [("tokenizing", 0), ("reference", 0), ("reference", 5)]
+
+
 def test_trained_tokens_count_a_shared_prompt_once(llama: Path, tmp_path: Path) -> None:
     spec = {**PLAIN, "method": dpo_method(n_epochs=2, batch_size=8)}
     (done,) = of_kind(run_in_process(make_work_folder(tmp_path, llama, spec, train=PAIRS)), "done")

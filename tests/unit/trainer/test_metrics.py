@@ -24,12 +24,12 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "no reference": (dpo_method(**STEPS, loss="simpo"), PAIRS),
     "a sum": (dpo_method(**STEPS, loss=[{"name": "sft"}, {"name": "sigmoid"}]), PAIRS),
 }
+FILES: dict[str, Any] = {"model": "m", "training_file": "f"}
 
 
 def accepts_a_gate(body: dict[str, Any], metric: str) -> bool:
-    files = {"model": "m", "training_file": "f"}
     try:
-        JobSpec.model_validate(files | body | {"gates": [{"metric": metric, "min": 0.0}]})
+        JobSpec.model_validate(FILES | body | {"gates": [{"metric": metric, "min": 0.0}]})
     except ValidationError as error:
         assert [problem["ctx"]["field"] for problem in error.errors()] == ["gates.0.metric"]
         return False
@@ -51,7 +51,7 @@ def test_gates_accept_exactly_the_metrics_that_a_training_reports(
 
 
 def test_a_gate_on_a_metric_that_is_not_measured_says_why() -> None:
-    cases = [
+    cases: list[tuple[dict[str, Any], str, str]] = [
         ({}, "eval/los", "There is no metric 'eval/los'. Did you mean 'eval/loss'?"),
         ({}, "kl", "SFT has no metric 'kl'."),
         ({"method": {"type": "dpo"}}, "mean_token_accuracy", "The loss 'sigmoid' has no metric 'mean_token_accuracy'."),
@@ -63,13 +63,10 @@ def test_a_gate_on_a_metric_that_is_not_measured_says_why() -> None:
     ]
     for body, metric, message in cases:
         with pytest.raises(ValidationError) as caught:
-            JobSpec.model_validate(
-                {"model": "m", "training_file": "f", "gates": [{"metric": metric, "min": 0.0}]} | body
-            )
+            JobSpec.model_validate(FILES | body | {"gates": [{"metric": metric, "min": 0.0}]})
         assert [problem["msg"] for problem in caught.value.errors()] == [message]
 
 
 def test_a_stored_job_keeps_a_gate_that_is_refused_today() -> None:
     """The version that accepted it may not have known that nothing measures it."""
-    body = {"model": "m", "training_file": "f", "gates": [{"metric": "kl", "min": 0.0}]}
-    assert JobSpec.stored(body).gates == [Gate(metric="kl", min=0.0)]
+    assert JobSpec.stored(FILES | {"gates": [{"metric": "kl", "min": 0.0}]}).gates == [Gate(metric="kl", min=0.0)]

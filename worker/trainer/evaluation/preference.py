@@ -64,7 +64,7 @@ def score_pairs(run: EvaluationRun, side: str) -> dict[PairKey, ScoredPair]:
     drawn = draw_rows(run, keys)  # at most `max_rows` pairs
     rows, keys = rows.where([key in drawn for key in keys]), [key for key in keys if key in drawn]
     exactness.check(policy, rows, run.events)
-    references = reference.find_or_compute(policy, policy.digest(), rows, None, run.cache, run.check_stop)
+    references = reference.find_or_compute(policy, policy.digest(), rows, None, run.cache, lambda _: run.check_stop())
     prompt_numbers: dict[bytes, int] = {}
     pairs = {}
     for number, (key, row, prompt) in enumerate(zip(keys, rows, rows.prompts(), strict=True)):

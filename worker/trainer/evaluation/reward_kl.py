@@ -73,7 +73,7 @@ def _reference_logps(run: EvaluationRun, answers: dataset.Rows, vocabulary: dict
         message = "Candidate and baseline have different tokenizers, so the KL between them is not defined."
         raise UserError("invalid_value", message, "baseline.model")
     exactness.check(policy, answers, run.events)
-    logps: list[float] = reference.compute(policy, answers, check_stop=run.check_stop).logps.tolist()
+    logps: list[float] = reference.compute(policy, answers, report=lambda _: run.check_stop()).logps.tolist()
     return logps
 
 

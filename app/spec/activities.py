@@ -1,0 +1,6 @@
+"""What a running training does apart from optimizer steps."""
+
+from typing import Literal
+
+Activity = Literal["fetching", "tokenizing", "loading", "reference", "validating", "saving"]
+"""Fetch the model and the files, tokenise the rows, load the model, compute the reference log-probs, validate, save."""
