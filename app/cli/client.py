@@ -41,6 +41,7 @@ class RequestOptions(TypedDict, total=False):
     params: Mapping[str, str | int | bool] | None
     data: dict[str, str]
     files: dict[str, tuple[str, BinaryIO]]
+    headers: dict[str, str]
     timeout: float | None
 
 
@@ -53,6 +54,10 @@ class Client:
     def __init__(self) -> None:
         url = os.environ.get("DPO_BASE_URL", "").strip() or "http://127.0.0.1:8000/v1"
         self._http = httpx2.Client(base_url=url, headers={"Authorization": f"Bearer {self._key()}"}, timeout=60)
+
+    def close(self) -> None:
+        """Close its connections."""
+        self._http.close()
 
     @staticmethod
     def _key() -> str:
@@ -133,7 +138,9 @@ class Client:
         with self._stream_when_ready(method, path, **options) as response:
             return _json(response)
 
-    def upload(self, path: Path, form: dict[str, str] | None = None) -> JsonObject:
+    def upload(
+        self, path: Path, form: dict[str, str] | None = None, headers: dict[str, str] | None = None
+    ) -> JsonObject:
         """Upload a dataset, with a progress bar on a terminal."""
         with _progress() as progress, progress.open(path, "rb", description=path.name) as file:
             return self.request(
@@ -141,6 +148,7 @@ class Client:
                 "/files",
                 data={"purpose": "fine-tune", **(form or {})},
                 files={"file": (path.name, file)},
+                headers=headers or {},
                 timeout=None,
             )
 

@@ -20,7 +20,8 @@ from app.cli.evaluations import (
     RewardModelOption,
     judge_from_options,
 )
-from app.cli.output import Json, emit, upload_files
+from app.cli.output import Json, emit
+from app.cli.uploads import Uploads, upload_files
 from app.cli.watch import EXIT_STATUS, watch
 from app.spec.json_types import JsonObject
 from app.spec.metrics import CHARTS
@@ -56,15 +57,15 @@ def compare(
     if output.suffix == ".json":
         raise typer.BadParameter("names the page; the JSON file is written beside it", param_hint="--output")
     client, console = Client(), Console(stderr=True)
-    shared = {
-        "data": _upload(client, prompts), "max_rows": max_rows, "seed": seed,
-        "sampling": {"temperatures": [temperature], "max_tokens": max_tokens},
-    }  # fmt: skip
+    sampling = {"temperatures": [temperature], "max_tokens": max_tokens}
     sides = {"candidate": {"model": model_a}, "baseline": {"model": model_b}}
     judge = judge_from_options(reward_model, classifier, judge_url, judge_model, question)
-    evaluation = _evaluated(
-        client, {"type": "win_rate", **sides, **shared} | ({"judge": judge} if judge else {}), console
-    )
+    with Uploads(client) as uploads:
+        shared = {"data": _upload(uploads, prompts), "max_rows": max_rows, "seed": seed, "sampling": sampling}
+        body = {"type": "win_rate", **sides, **shared} | ({"judge": judge} if judge else {})
+        upload_files(uploads.add, body)  # the judge may have a file too
+        started = client.request("POST", "/evaluations", json=body)
+    evaluation = _watch(client, started, console)
     if evaluation["status"] != "succeeded":
         console.print(f"[red]{(evaluation['error'] or {}).get('message', evaluation['status'])}[/]", highlight=False)
         raise typer.Exit(EXIT_STATUS[evaluation["status"]])
@@ -78,21 +79,19 @@ def compare(
     emit({"page": str(output), "data": str(output.with_suffix(".json"))}, as_json, f"{output}")
 
 
-def _upload(client: Client, path: Path) -> str:
+def _upload(uploads: Uploads, path: Path) -> str:
     """Upload the prompts; returns the file id. Each line of a text file becomes a row first."""
     if path.suffix != ".txt":
-        return str(client.upload(path, {"purpose": "evals"})["id"])
+        return uploads.add(path, "evals")
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / f"{path.stem}.jsonl"
         lines = [line for line in path.read_text().splitlines() if line.strip()]
         rows.write_text("".join(json.dumps({"prompt": line}) + "\n" for line in lines))
-        return str(client.upload(rows, {"purpose": "evals"})["id"])
+        return uploads.add(rows, "evals")
 
 
-def _evaluated(client: Client, body: JsonObject, console: Console) -> JsonObject:
-    """Run an evaluation to its end. A file that it names by path is uploaded first."""
-    upload_files(client.upload, body)
-    evaluation = client.request("POST", "/evaluations", json=body)
+def _watch(client: Client, evaluation: JsonObject, console: Console) -> JsonObject:
+    """Follow an evaluation to its end; returns it."""
     return watch(client, f"/evaluations/{quote(evaluation['id'], safe='')}", console)
 
 
@@ -110,7 +109,7 @@ def _kl(
     kl, sampling = {}, shared["sampling"] | {"temperatures": [1.0]}
     for name, (left, right) in {"a_to_b": ("candidate", "baseline"), "b_to_a": ("baseline", "candidate")}.items():
         body = {"type": "reward_kl", "candidate": sides[left], "baseline": sides[right], **shared, "sampling": sampling}
-        evaluation = _evaluated(client, body, console)
+        evaluation = _watch(client, client.request("POST", "/evaluations", json=body), console)
         if evaluation["status"] != "succeeded":
             console.print(f"No KL: {(evaluation['error'] or {}).get('message', '')}", style="yellow", highlight=False)
             return None

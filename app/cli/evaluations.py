@@ -11,7 +11,8 @@ from rich.console import Console
 
 from app.cli.client import Client
 from app.cli.describe import describe_gate
-from app.cli.output import Json, Limit, Output, emit, emit_table, read_body, read_gates, upload_files
+from app.cli.output import Json, Limit, Output, emit, emit_table, read_body, read_gates
+from app.cli.uploads import IdempotencyKey, Uploads, upload_files
 from app.cli.watch import exit_status, watch
 from app.evaluations.figures import figures
 from app.spec.evaluation import side_name
@@ -59,6 +60,7 @@ def evaluate(
     spec: Annotated[
         Path | None, typer.Option(help="The body as a JSON file; it may name files by path. '-' for stdin.")
     ] = None,
+    idempotency_key: IdempotencyKey = "",
     follow: Annotated[bool, typer.Option("--watch", help="Follow it to its end.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -87,8 +89,9 @@ def evaluate(
     body |= _set_options(max_rows=max_rows, seed=seed)
     if gate:
         body["gates"] = [*body.get("gates", []), *read_gates(gate)]
-    upload_files(client.upload, body)
-    started = client.request("POST", PATH, json=body)
+    with Uploads(client, idempotency_key) as uploads:
+        upload_files(uploads.add, body)
+        started = client.request("POST", PATH, json=body, headers=uploads.headers)
     if follow:
         _follow(client, started["id"], as_json)
     emit(started, as_json, f"{started['id']}: {started['status']}\nfollow it: dpo evaluations watch {started['id']}")

@@ -103,6 +103,9 @@ def files_upload(
     expires_in: Annotated[
         int | None, typer.Option(min=3600, max=2592000, help="Seconds until it is deleted automatically.")
     ] = None,
+    idempotency_key: Annotated[
+        str, typer.Option(help="Commands with the same key and file make one file, however often they run in a day.")
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Upload a dataset and print its id."""
@@ -110,7 +113,7 @@ def files_upload(
     form: dict[str, str] = {} if columns is None else {"mapping": columns.model_dump_json(exclude_none=True)}
     if expires_in is not None:
         form |= {"expires_after[anchor]": "created_at", "expires_after[seconds]": str(expires_in)}
-    file = Client().upload(path, form)
+    file = Client().upload(path, form, {"Idempotency-Key": idempotency_key} if idempotency_key else {})
     emit(file, as_json, file["id"])
 
 

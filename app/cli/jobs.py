@@ -11,7 +11,8 @@ from rich.console import Console
 
 from app.cli.client import Client
 from app.cli.describe import describe_estimate, describe_gate
-from app.cli.output import Json, Limit, emit, emit_table, read_body, read_gates, upload_files
+from app.cli.output import Json, Limit, emit, emit_table, read_body, read_gates
+from app.cli.uploads import IdempotencyKey, Uploads, upload_files
 from app.cli.watch import exit_status, watch
 from app.spec.json_types import JsonObject
 
@@ -57,10 +58,13 @@ def jobs_create(
         typer.Option(help="A condition at the end, e.g. 'eval/rewards/accuracies>=0.6'. Repeatable."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--estimate", help="Print what the job would take; start nothing.")] = False,
+    idempotency_key: IdempotencyKey = "",
     follow: Annotated[bool, typer.Option("--watch", help="Follow it to its end.")] = False,
     as_json: Json = False,
 ) -> None:
     """Start a job. Options add to or override the body of --spec.
+
+    A file that the service has already is not uploaded again. A job that is refused leaves no file behind.
 
     With --watch, the exit status is that of `dpo jobs watch`. With --estimate: 0 accepted, 1 refused.
     """
@@ -75,12 +79,15 @@ def jobs_create(
     body |= {key: value for key, value in fields.items() if value}
     if gate:
         body["gates"] = [*body.get("gates", []), *read_gates(gate)]
-    upload_files(client.upload, body)
-    if dry_run:
-        estimate = client.when_ready("POST", "/fine_tuning/estimate", json=body)
-        emit(estimate, as_json, describe_estimate(estimate))
-        raise typer.Exit(0 if estimate["ok"] else 1)
-    job = client.request("POST", "/fine_tuning/jobs", json=body)
+    with Uploads(client, idempotency_key) as uploads:
+        upload_files(uploads.add, body)
+        if dry_run:
+            estimate = client.when_ready("POST", "/fine_tuning/estimate", json=body)
+            if not estimate["ok"]:
+                uploads.discard()
+            emit(estimate, as_json, describe_estimate(estimate))
+            raise typer.Exit(0 if estimate["ok"] else 1)
+        job = client.request("POST", "/fine_tuning/jobs", json=body, headers=uploads.headers)
     if follow:
         _follow(client, job["id"], as_json)
     emit(job, as_json, job["id"])

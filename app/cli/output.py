@@ -1,7 +1,6 @@
 """Input and output of commands: request bodies from files, and results as text or, with `--json`, as JSON."""
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -70,36 +69,3 @@ def _gate(text: str) -> JsonObject:
         return {"metric": metric.strip(), "min" if sign == ">=" else "max": float(number)}
     except ValueError:
         raise typer.BadParameter(f"'{text}' is not METRIC>=NUMBER or METRIC<=NUMBER", param_hint="--gate") from None
-
-
-PURPOSES = {
-    "training_file": "fine-tune",
-    "more_training_files": "fine-tune",
-    "validation_file": "fine-tune",
-    "data": "evals",
-    "file": "evals",
-}
-"""The fields of jobs and evaluations that name a file, and the purpose with which it is uploaded."""
-
-
-Upload = Callable[[Path, JsonObject], JsonObject]
-"""Uploads the file at a path with form fields. Returns the file's object, which has its id."""
-
-
-def upload_files(upload: Upload, body: JsonObject) -> None:
-    """Upload the files that a job or an evaluation names by path, and replace each path by the id of the upload."""
-    for field, value in body.items():
-        if field == "metadata":
-            continue
-        for part in value if isinstance(value, list) else [value]:
-            if isinstance(part, dict):
-                upload_files(upload, part)
-        if field in PURPOSES:
-            body[field] = _uploaded(upload, value, {"purpose": PURPOSES[field]})
-
-
-def _uploaded(upload: Upload, name: object, form: JsonObject) -> object:
-    """The id of the file `name`, an id or a path; for a list, those of its files."""
-    if isinstance(name, list):
-        return [_uploaded(upload, each, form) for each in name]
-    return upload(Path(name), form)["id"] if isinstance(name, str) and Path(name).is_file() else name

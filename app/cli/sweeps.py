@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 
 from app.cli.client import Client
-from app.cli.output import Json, Limit, emit, emit_table, read_body, upload_files
+from app.cli.output import Json, Limit, emit, emit_table, read_body
+from app.cli.uploads import IdempotencyKey, Uploads, upload_files
 from app.cli.watch import EXIT_STATUS, GATE_NOT_MET
 from app.spec.json_types import JsonObject
 from app.spec.metrics import EVALUATION, SUMMARY, VALIDATION
@@ -33,6 +34,7 @@ def sweeps_create(
         list[str], typer.Option(help="FIELD=VALUE,VALUE,…, e.g. beta=0.05,0.1 or adapter.r=8,16. Repeatable.")
     ],
     name: Annotated[str, typer.Option(help="The name of the sweep.")] = "",
+    idempotency_key: IdempotencyKey = "",
     follow: Annotated[bool, typer.Option("--watch", help="Follow it to its end.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -41,12 +43,13 @@ def sweeps_create(
     With --watch, the exit status is that of `dpo sweeps watch`.
     """
     client, job = Client(), read_body(spec)
-    upload_files(client.upload, job)
     fields = dict(map(_values, grid))
     if len(fields) < len(grid):
         raise typer.BadParameter("names a field twice", param_hint="--grid")
     body = {"job": job, "grid": fields} | ({"name": name} if name else {})
-    sweep = client.request("POST", PATH, json=body)
+    with Uploads(client, idempotency_key) as uploads:
+        upload_files(uploads.add, job)
+        sweep = client.request("POST", PATH, json=body, headers=uploads.headers)
     if follow:
         _follow(client, sweep["id"], as_json)
     emit(sweep, as_json, f"{sweep['id']}: {len(sweep['jobs'])} jobs\nfollow it: dpo sweeps watch {sweep['id']}")

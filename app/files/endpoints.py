@@ -49,12 +49,15 @@ def list_files(
     caller: CallerDependency,
     services: ServicesDependency,
     purpose: Purpose | None = None,
+    sha256: Annotated[str | None, Query(pattern="^[0-9a-f]{64}$", description="Only files with this content.")] = None,
     after: After = None,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
     order: Literal["asc", "desc"] = "desc",
 ) -> Page[FileObject]:
     """The files of the caller's project."""
-    files = services.files.page(caller.project, purpose=purpose, after=after, limit=limit, ascending=order == "asc")
+    files = services.files.page(
+        caller.project, purpose=purpose, sha256=sha256, after=after, limit=limit, ascending=order == "asc"
+    )
     return page([FileObject.of(file) for file in files], limit)
 
 

@@ -42,12 +42,10 @@ def require(session: Session, project: str, file_id: str, param: str, purposes: 
 
 
 def page(
-    session: Session, project: str, *, purpose: str | None, after: File | None, limit: int, ascending: bool
+    session: Session, project: str, filters: dict[str, str], *, after: File | None, limit: int, ascending: bool
 ) -> list[File]:
-    """Up to `limit` + 1 files after the file `after`, in order of creation."""
-    statement = readable(project)
-    if purpose is not None:
-        statement = statement.where(File.purpose == purpose)
+    """Up to `limit` + 1 files after the file `after`, in order of creation. `filters`: values of columns, by name."""
+    statement = readable(project).filter_by(**filters)
     return list(session.scalars(keyset(statement, (File.created_at, File.id), after, limit, ascending=ascending)))
 
 

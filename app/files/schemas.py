@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from app.files.tables import File
+from app.spec.json_types import JsonObject
 from app.spec.schema_base import Strict, unix_seconds
 
 UploadPurpose = Literal["assistants", "batch", "fine-tune", "vision", "user_data", "evals"]
@@ -20,6 +21,8 @@ EXAMPLE: dict[str, JsonValue] = {
     "status": "processed",
     "status_details": None,
     "expires_at": None,
+    "sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+    "mapping": None,
 }
 
 
@@ -44,6 +47,10 @@ class FileObject(BaseModel):
     status: Literal["uploaded", "processed", "error"] = "processed"
     status_details: str | None = None
     expires_at: int | None = None
+    sha256: str | None = None
+    """The SHA-256 of an uploaded file, in hexadecimal digits."""
+    mapping: JsonObject | None = None
+    """The mapping that it was uploaded with."""
 
     @classmethod
     def of(cls, file: File) -> "FileObject":
@@ -54,6 +61,8 @@ class FileObject(BaseModel):
             filename=file.filename,
             purpose=file.purpose,
             expires_at=unix_seconds(file.expires_at),
+            sha256=file.sha256 or None,
+            mapping=file.mapping,
         )
 
 

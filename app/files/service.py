@@ -82,13 +82,23 @@ class Files:
             raise no_such("File object", file_id, code="file")
         return file
 
-    def page(self, project: str, *, purpose: str | None, after: str | None, limit: int, ascending: bool) -> list[File]:
+    def page(
+        self,
+        project: str,
+        *,
+        purpose: str | None = None,
+        sha256: str | None = None,
+        after: str | None,
+        limit: int,
+        ascending: bool,
+    ) -> list[File]:
         """Up to `limit` + 1 files after the file with the id `after`."""
         with self.database.read() as session:
             last_file = None
             if after is not None and (last_file := repository.get(session, project, after)) is None:
                 raise no_such("File object", after, code="file", param="after")
-            return repository.page(session, project, purpose=purpose, after=last_file, limit=limit, ascending=ascending)
+            filters = {name: value for name, value in (("purpose", purpose), ("sha256", sha256)) if value is not None}
+            return repository.page(session, project, filters, after=last_file, limit=limit, ascending=ascending)
 
     def content(self, file: File, part: Part | None) -> Iterator[bytes]:
         """The bytes of a file, or of a part of it, piece by piece."""

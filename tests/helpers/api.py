@@ -1,7 +1,11 @@
-"""Requests to the API in this process, and counts of rows and objects."""
+"""Requests to the API in this process or on a port, and counts of rows and objects."""
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import httpx2
 from fastapi.testclient import TestClient
 from httpx2 import Response
 from sqlalchemy import func, select
@@ -9,8 +13,11 @@ from sqlalchemy import func, select
 from app.files.tables import File
 from app.jobs.tables import Job
 from app.keys.schemas import KeySpec, Scope
+from app.main import Server, create_app
 from app.projects.schemas import ProjectSpec
 from app.services import Services
+from app.settings import Settings
+from tests.helpers.servers import CEILING, free_port, wait_until
 
 ROW = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
 
@@ -49,3 +56,20 @@ def rows(services: Services) -> tuple[int, int]:
 def objects(services: Services) -> int:
     """The number of stored files."""
     return len(services.storage.list("files"))
+
+
+@contextmanager
+def served(settings: Settings, **changes: int) -> Iterator[tuple[Server, threading.Thread, httpx2.Client]]:
+    """A server with changed settings, the thread that it runs in, and a client."""
+    settings = settings.model_copy(update={"port": free_port(), **changes})
+    server = Server(create_app(settings), settings)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    headers = {"Authorization": f"Bearer {settings.admin_key}"}
+    with httpx2.Client(base_url=f"http://127.0.0.1:{settings.port}", headers=headers, timeout=CEILING) as client:
+        try:
+            wait_until(lambda: server.started, "the server")
+            yield server, thread, client
+        finally:
+            server.should_exit = True
+            thread.join(CEILING)

@@ -1,5 +1,6 @@
 """The HTTP contract: wire shapes, errors, and that a refused request leaves nothing behind."""
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,16 @@ def test_files_are_listed_in_pages(client: TestClient) -> None:
     assert [item["id"] for item in newest["data"]] == ids[::-1]
     assert error_of(client.get("/v1/files", params={"after": "file-none"}), 404)["param"] == "after"
     assert error_of(client.get("/v1/files", params={"limit": 0}), 400)["param"] == "limit"
+
+
+def test_files_are_listed_by_their_content(client: TestClient) -> None:
+    first, second = upload(client), upload(client, ROW * 2)
+    for file_id, content in ((first, ROW), (second, ROW * 2)):
+        digest = hashlib.sha256(content).hexdigest()
+        (file,) = client.get("/v1/files", params={"sha256": digest}).json()["data"]
+        assert (file["id"], file["sha256"]) == (file_id, digest)
+    assert client.get("/v1/files", params={"sha256": "0" * 64}).json()["data"] == []
+    assert error_of(client.get("/v1/files", params={"sha256": "short"}), 400)["param"] == "sha256"
 
 
 HEADERS = {"content-type": "multipart/form-data; boundary=xx"}

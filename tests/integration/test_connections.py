@@ -1,36 +1,16 @@
 """Connections to a real server in this process: how they end when it stops, and how long an idle one stays open."""
 
 import socket
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import httpx2
 import pytest
 
 from app.jobs.states import Status
-from app.main import Server, create_app
 from app.services import Services
 from app.settings import Settings
+from tests.helpers.api import served
 from tests.helpers.jobs import make_job
-from tests.helpers.servers import CEILING, free_port, wait_until
-
-
-@contextmanager
-def served(settings: Settings, **changes: int) -> Iterator[tuple[Server, threading.Thread, httpx2.Client]]:
-    """A server with changed settings, the thread that it runs in, and a client."""
-    settings = settings.model_copy(update={"port": free_port(), **changes})
-    server = Server(create_app(settings), settings)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    headers = {"Authorization": f"Bearer {settings.admin_key}"}
-    with httpx2.Client(base_url=f"http://127.0.0.1:{settings.port}", headers=headers, timeout=CEILING) as client:
-        try:
-            wait_until(lambda: server.started, "the server")
-            yield server, thread, client
-        finally:
-            server.should_exit = True
-            thread.join(CEILING)
+from tests.helpers.servers import CEILING
 
 
 def test_a_stopped_server_ends_its_streams_at_once(settings: Settings, services: Services) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from app.cli.jobs import next_steps
-from app.cli.output import upload_files
+from app.cli.uploads import upload_files
 from app.spec.job import JobSpec
 from app.spec.json_types import JsonObject
 from tests.helpers.servers import free_port
@@ -65,8 +65,8 @@ def test_every_file_that_a_job_names_by_path_is_uploaded(tmp_path: Path) -> None
         (tmp_path / name).touch()
         return str(tmp_path / name)
 
-    def upload(path: Path, form: JsonObject) -> JsonObject:
-        return {"id": f"{path.name} as {form['purpose']}"}
+    def upload(path: Path, purpose: str) -> str:
+        return f"{path.name} as {purpose}"
 
     def files(body: JsonObject) -> list[str]:
         job = JobSpec.model_validate(body)
