@@ -1,5 +1,6 @@
 """`dpo jobs`: fine-tuning jobs of a service."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -128,18 +129,18 @@ def _follow(client: Client, job_id: str, as_json: bool) -> None:
 
 
 VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)
-"""The values of vLLM's `--max-lora-rank`, its default first (vLLM 0.11, `LoRAConfig`)."""
+"""The values of vLLM's `--max-lora-rank`, its default first (vLLM 0.33, `LoRAConfig`)."""
 
 
 def next_steps(job: JsonObject) -> str:
     """How to download, load and serve the job's model."""
-    name = job["fine_tuned_model"]
+    name, adapter = job["fine_tuned_model"], job["adapter"]
     base = job["model"] if not job["model"].startswith("ft:") else name.split(":")[1]
     loss = ((job["method"].get("dpo") or {}).get("hyperparameters") or {}).get("loss")
     package, loader, serve = (
         "peft",
         "AutoPeftModelForCausalLM",
-        f"vllm serve {base} --enable-lora --lora-modules tuned=model",
+        f"vllm serve {shlex.quote(base)} --enable-lora --lora-modules tuned=model",
     )
     if loss == "reward_model":
         package, loader, serve = (
@@ -147,18 +148,18 @@ def next_steps(job: JsonObject) -> str:
             "AutoModelForSequenceClassification",
             "vllm serve ./model --runner pooling --convert classify",
         )
-    elif job["adapter"] == "none":
+    elif adapter == "none":
         package, loader, serve = "transformers", "AutoModelForCausalLM", "vllm serve ./model"
-    elif job["adapter"]["use_dora"]:
-        serve = "merge it first: vLLM takes no DoRA adapters"
-    elif job["adapter"]["r"] > VLLM_RANKS[-1]:
+    elif adapter["use_dora"] or adapter["modules_to_save"]:
+        serve = "merge it first: vLLM takes no adapters with DoRA or 'modules_to_save'"
+    elif adapter["r"] > VLLM_RANKS[-1]:
         serve = f"merge it first: vLLM takes adapters up to rank {VLLM_RANKS[-1]}"
-    elif job["adapter"]["r"] > VLLM_RANKS[0]:
-        serve += f" --max-lora-rank {next(rank for rank in VLLM_RANKS if rank >= job['adapter']['r'])}"
+    elif adapter["r"] > VLLM_RANKS[0]:
+        serve += f" --max-lora-rank {next(rank for rank in VLLM_RANKS if rank >= adapter['r'])}"
     return f"""
 model: {name}
 
-download it:        dpo models download '{name}' --output model
+download it:        dpo models download {shlex.quote(name)} --output model
 load it in Python:  from {package} import {loader}
                     {loader}.from_pretrained("model")
 serve it:           {serve}"""

@@ -131,15 +131,19 @@ def test_a_command_that_waits_outlasts_a_restart_and_the_errors_of_a_proxy(tmp_p
         server.shutdown()
 
 
+LORA = {"r": 16, "use_dora": False, "modules_to_save": None}
+
+
 @pytest.mark.parametrize(
     ("adapter", "loss", "serve"),
     [
-        ({"r": 16, "use_dora": False}, "sigmoid", "vllm serve tiny --enable-lora --lora-modules tuned=model\n"),
-        ({"r": 17, "use_dora": False}, "sigmoid", "--lora-modules tuned=model --max-lora-rank 32\n"),
-        ({"r": 512, "use_dora": False}, "sigmoid", "--lora-modules tuned=model --max-lora-rank 512\n"),
-        ({"r": 1024, "use_dora": False}, "sigmoid", "merge it first"),
-        ({"r": 16, "use_dora": True}, "sigmoid", "merge it first"),
-        ({"r": 16, "use_dora": False}, "reward_model", "vllm serve ./model --runner pooling --convert classify\n"),
+        (LORA, "sigmoid", "vllm serve tiny --enable-lora --lora-modules tuned=model\n"),
+        (LORA | {"r": 17}, "sigmoid", "--lora-modules tuned=model --max-lora-rank 32\n"),
+        (LORA | {"r": 512}, "sigmoid", "--lora-modules tuned=model --max-lora-rank 512\n"),
+        (LORA | {"r": 1024}, "sigmoid", "merge it first"),
+        (LORA | {"use_dora": True}, "sigmoid", "merge it first"),
+        (LORA | {"modules_to_save": ["lm_head"]}, "sigmoid", "merge it first"),
+        (LORA, "reward_model", "vllm serve ./model --runner pooling --convert classify\n"),
         ("none", "sigmoid", "vllm serve ./model\n"),
     ],
 )
