@@ -12,63 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tests.helpers.broken_devices import BROKEN, breakable
 from tests.helpers.preferences import pairs, write
 from tests.helpers.service import Running, create_job, job_body, running, upload
-
-BROKEN_BACKWARD = """
-import os, sys
-
-if any(argument.startswith("worker.trainer") for argument in sys.orig_argv):
-    import torch
-
-    def broken(compute):
-        def run(*arguments, **options):
-            if os.path.exists({switch!r}):
-                raise torch.AcceleratorError({error!r})
-            return compute(*arguments, **options)
-        return run
-
-    torch.autograd.backward, torch.autograd.grad = map(broken, (torch.autograd.backward, torch.autograd.grad))
-"""
-"""A `sitecustomize` module: while the file `switch` exists, each backward pass fails as on a broken GPU."""
-
-
-BROKEN_LIBRARY = """
-import os, sys
-
-class Finder:
-    def find_spec(self, name, *_):
-        if name == "torch" and os.path.exists({switch!r}):
-            raise ImportError({error!r})
-
-sys.meta_path.insert(0, Finder())
-"""
-"""The same for a library of the driver that is missing: torch cannot be imported."""
-
-
-WRONG_NUMBERS = """
-import os, sys
-
-if any(argument.startswith("worker.trainer") for argument in sys.orig_argv):
-    import torch
-
-    def wrong(compute):
-        def run(*arguments, **options):
-            result = compute(*arguments, **options)
-            return result * float({error!r}) if os.path.exists({switch!r}) else result
-        return run
-
-    torch.nn.functional.linear, torch.Tensor.__matmul__ = map(wrong, (torch.nn.functional.linear, torch.Tensor.__matmul__))
-"""
-"""The same for a GPU that computes wrong numbers: each product is multiplied by `error`."""
-
-
-BROKEN = {
-    "library": (BROKEN_LIBRARY, "libcudart.so.13: not found"),
-    "backward": (BROKEN_BACKWARD, "CUDA error: uncorrectable ECC error encountered"),
-    "numbers": (WRONG_NUMBERS, "nan"),
-}
-"""Ways in which a machine is broken: the code that breaks it while a file exists, and the error."""
 
 
 def write_driver(folder: Path, answer: str) -> Path:
@@ -144,22 +90,18 @@ def test_a_worker_that_has_lost_its_gpu_trains_nothing_and_another_takes_its_job
 
 def test_a_machine_that_cannot_train_fails_no_job_and_trains_again_once_it_works(home: Path, tmp_path: Path) -> None:
     """Jobs wait for a broken machine. It takes one of them, and is out of service until a check passes."""
-    site, switches = tmp_path / "site", {name: tmp_path / name for name in BROKEN}
-    site.mkdir()
-    source = "".join(text.format(switch=str(switches[name]), error=error) for name, (text, error) in BROKEN.items())
-    (site / "sitecustomize.py").write_text(source)
     first = next(iter(BROKEN))
-    switches[first].touch()  # before the worker loads torch
-    with running(home, {"PYTHONPATH": str(site)}) as service:
+    (tmp_path / first).touch()  # before the worker loads torch
+    with running(home, breakable(tmp_path)) as service:
         for name, (_, error) in BROKEN.items():
-            switches[name].touch()
+            (tmp_path / name).touch()
             jobs = [start(service, tmp_path) for _ in range(2)]
             service.until(lambda: out_of_service(service), f"the worker's end of service by {name}")
             checked = partial(lambda jobs: {service.job(job)["status"] for job in jobs} == {"queued"}, jobs)
             service.until(checked, "the check of all files")
             started = [job for job in jobs if "Fine-tuning job started" in events(service, job)]
             assert len(started) == 1 and error in events(service, started[0]), name
-            switches[name].unlink()
+            (tmp_path / name).unlink()
             for job_id in jobs:
                 service.wait_for(job_id, lambda job: job["status"] == "succeeded")
             assert not out_of_service(service)

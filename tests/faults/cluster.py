@@ -1,7 +1,7 @@
 """The cluster that faults are injected into: a whole service of throwaway processes, with a proxy before every server.
 
-It has PostgreSQL, Redis and an S3 server, two APIs, two GPU-lane workers and one CPU-lane worker. If there is a
-C compiler, the clocks of its hosts differ by ten minutes.
+It has PostgreSQL behind a PgBouncer, Redis and an S3 server, two APIs, two GPU-lane workers and one CPU-lane worker. If
+there is a C compiler, the clocks of its hosts differ by ten minutes.
 """
 
 import json
@@ -28,8 +28,18 @@ from app.migrate import migrate
 from app.services import Services
 from app.settings import Settings
 from tests.faults.proxy import Proxy
+from tests.helpers.broken_devices import breakable
 from tests.helpers.preload import COMPILER, wrong_clock
-from tests.helpers.servers import Server, free_port, postgres_server, postgres_url, redis_process, s3, wait_until
+from tests.helpers.servers import (
+    Server,
+    free_port,
+    pgbouncer,
+    postgres_server,
+    postgres_url,
+    redis_process,
+    s3,
+    wait_until,
+)
 from tests.helpers.service import Running, running
 from tests.helpers.tiny_model import make_tiny_model
 
@@ -126,9 +136,10 @@ class Cluster:
 
     home: Path
     postgres: Server
+    pooler: Server
     redis: Server
     database: Proxy
-    """Between the workers and PostgreSQL."""
+    """Between the workers and PgBouncer."""
     api_database: Proxy
     broker: Proxy
     objects: Proxy
@@ -192,11 +203,12 @@ def cluster(home: Path, gpus: int = 2) -> Iterator[Cluster]:
     logs.mkdir()
     with ExitStack() as stack:
         postgres = stack.enter_context(postgres_server())
+        pooler = stack.enter_context(pgbouncer(postgres, sessions=8))
         redis = stack.enter_context(redis_process())
         storage = stack.enter_context(s3())
         api_port, other_port = free_port(), free_port()
         s3_port = int(storage["AWS_ENDPOINT_URL"].rpartition(":")[2])
-        targets = {"database": postgres.port, "api_database": postgres.port, "broker": redis.port, "objects": s3_port}
+        targets = {"database": pooler.port, "api_database": pooler.port, "broker": redis.port, "objects": s3_port}
         proxies = {name: stack.enter_context(Proxy(name, target)) for name, target in targets.items()}
         front = stack.enter_context(Proxy("front", api_port))
         # obstore reads these in this process, which connects past the proxies.
@@ -234,11 +246,12 @@ def cluster(home: Path, gpus: int = 2) -> Iterator[Cluster]:
         add("api-1", ["-m", "app.cli.main", "api"], DPO_PORT=str(api_port))
         add("api-2", ["-m", "app.cli.main", "api"], 300, DPO_PORT=str(other_port))
         for number in range(1, gpus + 1):
-            add(f"gpu-{number}", ["-m", "worker", "gpu"], (-1) ** number * 300)
+            device = breakable(home / f"gpu-{number}", ["library", "backward"])
+            add(f"gpu-{number}", ["-m", "worker", "gpu"], (-1) ** number * 300, **device)
         disks = [stack.enter_context(_small_disk(home / name / "work")) for name in programs if name.startswith("gpu")]
         add("cpu-1", ["-m", "worker", "cpu"])
         running_cluster = Cluster(
-            home=home, postgres=postgres, redis=redis, front=front, logs=Logs(logs), services=services,
+            home=home, postgres=postgres, pooler=pooler, redis=redis, front=front, logs=Logs(logs), services=services,
             programs=programs, fakes_time=COMPILER is not None, small_disks=all(disks), **proxies,
         )  # fmt: skip
         stack.callback(running_cluster.logs.close)

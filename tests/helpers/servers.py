@@ -129,11 +129,8 @@ def postgres() -> Iterator[str]:
 
 
 @contextmanager
-def pgbouncer(server: Server) -> Iterator[str]:
-    """A PgBouncer before a PostgreSQL server, with two sessions for all clients, each for one transaction.
-
-    Yields the SQLAlchemy URL.
-    """
+def pgbouncer(server: Server, sessions: int = 2) -> Iterator[Server]:
+    """A PgBouncer before a PostgreSQL server, with so many sessions for all clients, each for one transaction."""
     program = shutil.which("pgbouncer", path="/usr/sbin:/usr/bin:/usr/local/bin")
     assert program is not None, "pgbouncer is missing: run 'make test', which installs it"
     port, folder = free_port(), Path(tempfile.mkdtemp(prefix="dpo-pgbouncer-"))
@@ -142,7 +139,7 @@ def pgbouncer(server: Server) -> Iterator[str]:
         (folder / "pgbouncer.ini").write_text(
             f"[databases]\n* = host=127.0.0.1 port={server.port} user=dpo\n"
             f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nauth_type = any\nunix_socket_dir =\n"
-            "pool_mode = transaction\ndefault_pool_size = 2\nmax_client_conn = 500\n"
+            f"pool_mode = transaction\ndefault_pool_size = {sessions}\nmax_client_conn = 500\n"
         )
         if user is not None:
             shutil.chown(folder, user)
@@ -156,7 +153,7 @@ def pgbouncer(server: Server) -> Iterator[str]:
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         pooler = Server([program, str(folder / "pgbouncer.ini")], port, connects, user=user, **quiet)
         try:
-            yield postgres_url(port)
+            yield pooler
         finally:
             pooler.end()
     finally:

@@ -14,7 +14,16 @@ from typing import Any
 import httpx2
 from openai import OpenAI
 
-from tests.helpers.servers import CEILING, free_port, pgbouncer, postgres_server, redis_server, s3, wait_until
+from tests.helpers.servers import (
+    CEILING,
+    free_port,
+    pgbouncer,
+    postgres_server,
+    postgres_url,
+    redis_server,
+    s3,
+    wait_until,
+)
 
 DPO = str(Path(sys.executable).with_name("dpo"))
 """The command that users type."""
@@ -117,8 +126,9 @@ def running(home: Path, extra: dict[str, str] | None = None, folder: Path | None
 def server_stack() -> Iterator[dict[str, str]]:
     """The environment of a service on throwaway PostgreSQL (behind PgBouncer), Redis and S3 servers."""
     with ExitStack() as servers:
+        pooler = servers.enter_context(pgbouncer(servers.enter_context(postgres_server())))
         yield {
-            "DPO_DATABASE_URL": servers.enter_context(pgbouncer(servers.enter_context(postgres_server()))),
+            "DPO_DATABASE_URL": postgres_url(pooler.port),
             "DPO_BROKER_URL": servers.enter_context(redis_server()),
             **servers.enter_context(s3()),
         }

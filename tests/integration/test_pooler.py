@@ -12,15 +12,15 @@ from app import database as database_module
 from app.database import Database, now
 from app.migrate import migrate
 from app.projects.tables import Project
-from tests.helpers.servers import pgbouncer, postgres_server
+from tests.helpers.servers import pgbouncer, postgres_server, postgres_url
 
 CLIENTS, ROUNDS = 8, 40
 
 
 @pytest.fixture
 def url() -> Iterator[str]:
-    with postgres_server() as server, pgbouncer(server) as pooled_url:
-        yield pooled_url
+    with postgres_server() as server, pgbouncer(server) as pooler:
+        yield postgres_url(pooler.port)
 
 
 def test_many_clients_share_few_sessions_and_leave_nothing_in_them(url: str) -> None:

@@ -6,7 +6,7 @@ A fault returns a `Strike`. It returns None if it came too late or changed nothi
 import os
 
 from tests.faults.cluster import Cluster
-from tests.faults.faults import database, disks, messages, objects, processes
+from tests.faults.faults import database, devices, disks, messages, objects, processes
 from tests.faults.scene import Fault
 
 
@@ -35,10 +35,12 @@ FAULTS: dict[str, Fault] = {
         messages.restart_redis,
         messages.restart_redis_with_a_queue,
         messages.hold_redis,
+        messages.freeze_redis,
         messages.deliver_three_times,
         messages.commit_without_publish,
         messages.publish_without_commit,
         database.restart_postgres,
+        database.restart_pgbouncer,
         database.cut_postgres,
         database.pause_postgres,
         database.set_the_clock,
@@ -49,5 +51,7 @@ FAULTS: dict[str, Fault] = {
         objects.cut_uploads,
         disks.fill_the_disk,
         disks.fill_the_services_disk,
+        devices.lose_the_card,
+        devices.break_the_card,
     )
 }

@@ -1,4 +1,4 @@
-"""PostgreSQL: dead, paused, cut off, or with a clock that jumps."""
+"""PostgreSQL: dead, paused, cut off, or with a clock that jumps; and the PgBouncer before it."""
 
 import os
 import signal
@@ -20,6 +20,15 @@ def restart_postgres(scene: Scene) -> Strike | None:
     scene.cluster.postgres.start()
     line = scene.line("heartbeat failed", "database out of reach", seconds=8)
     return Strike(evidence_of(line)) if line else None
+
+
+def restart_pgbouncer(scene: Scene) -> Strike | None:
+    """PgBouncer is killed with all its connections, and comes back."""
+    scene.cluster.pooler.end(signal.SIGKILL)
+    time.sleep(scene.random.uniform(0, 3))
+    scene.cluster.pooler.start()
+    line = scene.line("heartbeat failed", "database out of reach", seconds=8)
+    return Strike(evidence_of(line), same_attempt=True) if line else None
 
 
 def cut_postgres(scene: Scene) -> Strike | None:

@@ -1,5 +1,6 @@
 """Redis, and messages that come too often, too early, or not at all."""
 
+import os
 import signal
 import time
 
@@ -42,6 +43,20 @@ def hold_redis(scene: Scene) -> Strike | None:
         if held_messages
         else None
     )
+
+
+def freeze_redis(scene: Scene) -> Strike | None:
+    """Redis stands still: it takes connections and answers nothing. Meanwhile a job is accepted and succeeds."""
+    pid = scene.cluster.redis.process.pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        job = scene.workload.submit(short=True)
+        scene.workload.wait_end(job)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    evidence = f"{job} ended {time.monotonic() - began:.0f} s after Redis stood still"
+    return Strike(evidence, same_attempt=True, other_jobs=[job]) if scene.running() else None
 
 
 def deliver_three_times(scene: Scene) -> Strike | None:

@@ -190,7 +190,8 @@ def deploy(scene: Scene) -> Strike | None:
         key=lambda program: (program is not scene.runner, program.name.startswith("api")),
     )
     for program in order:
-        program.folder, program.environment = folder, program.environment | {"PYTHONPATH": str(folder)}
+        path = os.pathsep.join(filter(None, (str(folder), program.environment.get("PYTHONPATH"))))
+        program.folder, program.environment = folder, program.environment | {"PYTHONPATH": path}
         program.signal(signal.SIGTERM)
         program.wait(60)
         program.start()
