@@ -7,6 +7,7 @@ from urllib.parse import quote
 from fastapi.responses import StreamingResponse
 
 from app.storage import Storage
+from app.stored_content import FolderContent
 
 Entry = tuple[str, int, Iterable[bytes]]
 """A file's path in the archive, its size in bytes, and its content."""
@@ -23,10 +24,14 @@ def tar(entries: Iterable[Entry]) -> Iterator[bytes]:
     yield b"\0" * (2 * tarfile.BLOCKSIZE)
 
 
-def folder(storage: Storage, prefix: str) -> Iterator[Entry]:
-    """The objects under `prefix/`, with paths relative to it. Each object is opened when its turn comes."""
-    for key, size in storage.list(prefix):
-        yield key.removeprefix(f"{prefix}/"), size, storage.chunks(key)
+def folder(storage: Storage, prefix: str, content: FolderContent) -> Iterator[Entry]:
+    """The objects under `prefix/`, with paths relative to it. Each object is opened when its turn comes.
+
+    Raises `ContentDamaged` at once if they are not all there.
+    """
+    listed = storage.list(prefix)
+    content.require_complete(listed)
+    return ((key.removeprefix(f"{prefix}/"), size, storage.chunks(key)) for key, size in listed)
 
 
 def tar_response(chunks: Iterable[bytes], name: str) -> StreamingResponse:

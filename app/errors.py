@@ -5,6 +5,7 @@ ServiceError            400, and the base of all
 ├── Forbidden           403
 ├── NotFound            404
 ├── Conflict            409, never retried by the client
+├── Gone                410
 ├── TooLarge            413
 ├── UnknownEncoding     415
 ├── OutsideOfFile       416
@@ -58,6 +59,12 @@ class Conflict(ServiceError):
 
     status = 409
     headers = {"x-should-retry": "false"}
+
+
+class Gone(ServiceError):
+    """The object exists, but the service has lost its content."""
+
+    status = 410
 
 
 class TooLarge(ServiceError):

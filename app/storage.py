@@ -104,16 +104,19 @@ class Storage:
         for path in files:
             self.put_file(f"{prefix}/{path.relative_to(folder).as_posix()}", path)
 
-    def chunks(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+    def chunks(self, key: str, start: int = 0, end: int | None = None, size: int | None = None) -> Iterator[bytes]:
         """The object's bytes from `start` to before `end`, piece by piece; None means its end.
 
-        Raises `FileNotFoundError` at once if it does not exist.
+        Raises `FileNotFoundError` at once if it does not exist, and `OSError` if it does not have the `size` in bytes
+        that its reader knows.
 
         Each piece is a request of its own, made when the reader wants it. So a reader may take any time, and a request
         that stalls still ends. Raises `OSError` if the object is replaced meanwhile.
         """
         try:
             result = obstore.get(self.store, key)
+            if size is not None and result.meta["size"] != size:
+                raise OSError(f"{result.meta['size']} of its {size} bytes are there")
             if result.meta["size"] <= READ_BYTES:
                 content = bytes(result.bytes())[start:end]
                 return iter([content] if content else [])

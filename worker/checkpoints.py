@@ -16,6 +16,7 @@ from app.jobs.tables import Checkpoint, Job
 from app.models import repository as models
 from app.spec.job import JobSpec
 from app.storage import Storage
+from app.stored_content import FolderContent
 from worker import manifest
 from worker.lease import Lease, LeaseLost
 
@@ -39,28 +40,34 @@ class Checkpoints:
         self._to_delete: list[tuple[float, str]] = []
         """(due time, prefix) of checkpoints whose rows were deleted but whose objects remain."""
 
-    def store(self, prefix: str, folder: Path) -> None:
-        """Move `folder` to the object store under `prefix`. The checkpoint counts only once it has a row."""
+    def store(self, prefix: str, folder: Path) -> FolderContent:
+        """Move `folder` to the object store under `prefix`. The checkpoint counts only once it has a row.
+
+        Returns the content of its model, for the row.
+        """
+        content = FolderContent.of(folder / "model")
         self.storage.put_folder(prefix, folder)
         shutil.rmtree(folder)
+        return content
 
-    def fetch(self, folder: Path) -> None:
-        """Download the latest resumable and undamaged checkpoint to `folder`. Without one, `folder` does not exist."""
+    def fetch(self, folder: Path) -> bool:
+        """Download the latest resumable and undamaged checkpoint to `folder`; False if there is none."""
         saved = self.lease.read(
             lambda session: job_checkpoints.page(session, self.job.id, after=None, limit=MAX_CHECKPOINTS)
         )
-        for checkpoint in saved or []:
-            if not self.storage.list(f"{checkpoint.prefix}/state"):
+        for number, checkpoint in enumerate(saved or []):
+            if number >= RESUMABLE and not self.storage.list(f"{checkpoint.prefix}/state"):
                 continue  # an old checkpoint, of which only the model is kept
             for _ in range(2):  # a second try, in case the download was damaged
                 shutil.rmtree(folder, ignore_errors=True)
                 self.storage.get_folder(checkpoint.prefix, folder)
                 damage = manifest.damage(folder)
                 if damage is None:
-                    return
-            shutil.rmtree(folder)
+                    return True
+            shutil.rmtree(folder, ignore_errors=True)
             self.log.error("damaged checkpoint", prefix=checkpoint.prefix, damage=damage)
             self._warn(f"The checkpoint at step {checkpoint.step_number} is skipped: {damage}.")
+        return False
 
     def trim(self) -> None:
         """Delete old checkpoints, except those that other jobs or the baseline of an evaluation need.

@@ -13,8 +13,10 @@ from app.models import repository as models
 from app.programs import command
 from app.services import Services
 from app.spec.json_types import JsonObject
+from app.stored_content import ContentDamaged
 from worker.base_models import BaseModels
 from worker.model_files import point_to
+from worker.model_folder import ModelGone
 from worker.processes import trainer_environment
 from worker.waiting import Check, run_process
 
@@ -41,12 +43,17 @@ def place_tokenizer(
 ) -> None:
     """Put the tokenizer files of `model` at `folder`, which must not exist, or a file with the path of their folder.
 
-    Raises `ModelUnavailable`, or what `check` raises.
+    Raises `ModelGone`, `ModelUnavailable`, or what `check` raises.
     """
     if model.prefix is None:
         point_to(folder, base_models.locate(model.base_model, check)[0])
         return
-    for key, _size in services.storage.list(model.prefix):
+    listed = services.storage.list(model.prefix)
+    try:
+        model.content.require_complete(listed)
+    except ContentDamaged as damage:
+        raise ModelGone.damaged(model.name, damage) from damage
+    for key, _size in listed:
         if not key.endswith(".safetensors"):
             services.storage.get_file(key, folder / key.removeprefix(f"{model.prefix}/"))
 

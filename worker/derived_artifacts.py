@@ -18,6 +18,7 @@ from app.services import Services
 from app.spec.datasets.check import survey
 from app.spec.datasets.mapping import Mapping
 from app.spec.json_types import JsonObject
+from app.stored_content import ContentDamaged, fetch_file, store_folder
 from worker.base_models import BaseModels
 from worker.counting import CountRequest, count, place_tokenizer, run_program
 from worker.hub import ModelUnavailable
@@ -101,9 +102,9 @@ class _ArtifactAttempt:
             raise ArtifactFailed("file_not_found", "The file was deleted.", "file_id")
         dataset = self.folder / "dataset"
         try:
-            self.services.storage.get_file(file.key, dataset)
-        except FileNotFoundError:
-            raise ArtifactFailed("file_not_found", "The file was deleted.", "file_id") from None
+            fetch_file(self.services.storage, file.key, file.bytes, file.sha256, dataset)
+        except ContentDamaged as damage:
+            raise ArtifactFailed("file_not_found", f"The file cannot be read: {damage}.", "file_id") from damage
         if "model" not in arguments:
             mapping = None if file.mapping is None else Mapping.model_validate(file.mapping)
             with dataset.open("rb") as stream:
@@ -115,6 +116,8 @@ class _ArtifactAttempt:
             raise ArtifactFailed("model_not_found", f"The model '{arguments['model']}' was deleted.", "model")
         try:
             place_tokenizer(self.services, self.base_models, model, self.folder / "model", self.lease.check)
+        except ModelGone as error:
+            raise ArtifactFailed("model_not_found", str(error), "model") from error
         except ModelUnavailable as error:
             raise ArtifactFailed("model_unavailable", str(error), "model") from error
         mapping = arguments.get("mapping", file.mapping)
@@ -151,9 +154,9 @@ class _ArtifactAttempt:
         (self.folder / "merge.json").write_text(json.dumps({"dtype": dtype}))
         _require(run_program("worker.trainer.merge", self.folder, self.lease.check))
         self.prefix = f"merged/{self.artifact.id}/attempt-{self.artifact.attempt}"
-        storage.put_folder(self.prefix, self.folder / "output")
+        content = store_folder(storage, self.prefix, self.folder / "output")
         shutil.rmtree(self.folder / "output")
-        return {"prefix": self.prefix}
+        return {"prefix": self.prefix, **content.as_columns()}
 
 
 def _require(result: JsonObject) -> None:

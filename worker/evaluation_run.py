@@ -76,10 +76,12 @@ class Evaluation(JobAttempt[EvaluationSpec]):
             baseline = spec.baseline.model_copy(update={"model": reference, "reference": None})
             spec = self.spec = spec.model_copy(update={"baseline": baseline})
         sides, precision = dict[str, JsonObject](), self.lease.read(self._precision)
+        placed = list(places.values())
         for field, name in spec.models():
             side = field.removesuffix(".model")
             sides[side] = {"rendering": self.lease.read(partial(rendering_of, spec, self.job.project, side, name))}
             stack, _ = self.fetch_model(name, self.folder / "sides" / side, field)
+            placed += [f"sides/{side}/{part}" for part in stack.placed]
             sides[side] |= {
                 "model": name,
                 "base_model": stack.model.foundation or stack.model.base_model,
@@ -94,7 +96,14 @@ class Evaluation(JobAttempt[EvaluationSpec]):
         located = spec.sealed(lambda _: None).with_files(places)  # without the key, as the trainer asks no endpoint
         (self.folder / "evaluation.json").write_text(located.model_dump_json())
         log = {"job": self.job.id, "attempt": self.job.attempt, "request": self.job.request_id}
-        run = {"sides": sides, "beta": spec.beta, "attempt": self.job.attempt, "log": log, "device": self.device_kind}
+        run = {
+            "sides": sides,
+            "beta": spec.beta,
+            "attempt": self.job.attempt,
+            "placed": placed,
+            "log": log,
+            "device": self.device_kind,
+        }
         (self.folder / "run.json").write_text(json.dumps(run))
 
     def _reference(self, session: Session) -> str | None:

@@ -36,6 +36,7 @@ from app.prune import tidy_job
 from app.services import Services
 from app.spec.evaluation import EvaluationSpec
 from app.spec.job import JobSpec
+from app.stored_content import ContentDamaged, fetch_file, sha256_of
 from worker.base_models import BaseModels
 from worker.device_health import DeviceHealth
 from worker.hub import ModelUnavailable
@@ -195,10 +196,13 @@ class JobAttempt(ABC, Generic[Spec]):
 
     def fetch_file(self, file_id: str, path: Path, field: str) -> None:
         """Download an input file of the job to `path`. Raises `CannotRun`, which names `field` of the spec."""
+        file = self.lease.read(lambda session: session.get(File, file_id))
+        if file is None:
+            raise CannotRun("file_not_found", f"The file {file_id} no longer exists.", field)
         try:
-            self.services.storage.get_file(f"files/{file_id}", path)
-        except FileNotFoundError as error:
-            raise CannotRun("file_not_found", f"A file of the job no longer exists: {error}", field) from error
+            fetch_file(self.services.storage, file.key, file.bytes, file.sha256, path)
+        except ContentDamaged as damage:
+            raise CannotRun("file_not_found", f"The file {file_id} cannot be read: {damage}.", field) from damage
 
     # -- during ------------------------------------------------------------------------------------------------
 
@@ -375,7 +379,7 @@ class JobAttempt(ABC, Generic[Spec]):
             filename=name,
             purpose="fine-tune-results",
             bytes=path.stat().st_size,
-            sha256="",
+            sha256=sha256_of(path),
             created_at=database_now(),
         )
 

@@ -18,6 +18,7 @@ from app.spec import quality_gates
 from app.spec.job import JobSpec
 from app.spec.json_types import JsonObject
 from app.spec.metrics import SUMMARY
+from app.stored_content import FolderContent, store_folder
 from worker.checkpoints import Checkpoints
 from worker.integrations import Reporter
 from worker.lease import LeaseLost
@@ -54,6 +55,8 @@ class Training(JobAttempt[JobSpec]):
 
     def prepare(self) -> None:
         self.checkpoints = Checkpoints(self.services.storage, self.lease, self.job)
+        self.stored = dict[str, FolderContent]()
+        """The content of the models of this attempt's checkpoints, by their path in the work folder."""
         self.reporter = Reporter(self.job.id, self.spec, self.folder)
         self._relay([Working("fetching", None, None)])
         spec = self.spec
@@ -62,10 +65,13 @@ class Training(JobAttempt[JobSpec]):
         for field, file_id in files.items():
             self.fetch_file(file_id, self.folder / places[field], field)
         stack, revision = self.fetch_model(spec.model, self.folder, "model")
+        placed = [*stack.placed, *places.values()]
         if spec.reference_model is not None:
             field = "method.dpo.hyperparameters.reference_model"
-            self.fetch_model(spec.reference_model, self.folder / "reference", field)
-        self.checkpoints.fetch(self.folder / "resume")
+            reference, _ = self.fetch_model(spec.reference_model, self.folder / "reference", field)
+            placed += [f"reference/{name}" for name in reference.placed]
+        if self.checkpoints.fetch(self.folder / "resume"):
+            placed.append("resume")
         (self.folder / "spec.json").write_text(spec.with_files(places).model_dump_json())
         run = {
             "base_model": self.job.foundation or self.job.base_model,
@@ -73,6 +79,7 @@ class Training(JobAttempt[JobSpec]):
             "version": stack.version,
             "spec": self.job.spec,
             "device": self.device_kind,
+            "placed": placed,
             "log": {"job": self.job.id, "attempt": self.job.attempt, "request": self.job.request_id},
         }
         (self.folder / "run.json").write_text(json.dumps(run))
@@ -80,7 +87,8 @@ class Training(JobAttempt[JobSpec]):
     def before_write(self, event: Event) -> None:
         match event:
             case CheckpointWritten():
-                self.checkpoints.store(f"{self.prefix}/{event.path}", self.folder / event.path)
+                stored = self.checkpoints.store(f"{self.prefix}/{event.path}", self.folder / event.path)
+                self.stored[event.path] = stored
             case Metrics() if self.reporter is not None:
                 self.reporter.metrics(event.step, event.metrics)
 
@@ -127,7 +135,8 @@ class Training(JobAttempt[JobSpec]):
 
     def _write_checkpoint(self, session: Session, event_id: str, event: CheckpointWritten) -> None:
         name, prefix = f"{self.job.makes}:ckpt-step-{event.step}", f"{self.prefix}/{event.path}"
-        if job_checkpoints.move(session, self.job.id, event.step, prefix):
+        content = self.stored[event.path]
+        if job_checkpoints.move(session, self.job.id, event.step, prefix, content):
             return  # written again after a resume; the first copy may be incomplete
         session.add(
             Checkpoint(
@@ -139,6 +148,7 @@ class Training(JobAttempt[JobSpec]):
                 model_name=name,
                 metrics=_checkpoint_metrics(event.step, event.metrics),
                 prefix=prefix,
+                **content.as_columns(),
             )
         )
         text = f"Checkpoint created at step {event.step}: {name}"
@@ -157,9 +167,9 @@ class Training(JobAttempt[JobSpec]):
         assert isinstance(outcome, TrainingDone)
         name, result_id = self.job.makes, new_id("file")
         storage, result = self.services.storage, self.folder / "result.csv"
-        in_thread(partial(storage.put_folder, f"{self.prefix}/model", self.folder / "output"), self.lease.check)
+        store = partial(store_folder, storage, f"{self.prefix}/model", self.folder / "output")
+        content = in_thread(store, self.lease.check)
         storage.put_file(f"files/{result_id}", result)
-        size = sum(path.stat().st_size for path in (self.folder / "output").rglob("*") if path.is_file())
 
         def write(session: Session) -> None:
             # The job's row comes first. Its lock makes evaluations that end now wait, and events are numbered in the
@@ -182,13 +192,13 @@ class Training(JobAttempt[JobSpec]):
                 result_files=[result_id],
                 metrics=outcome.metrics,
             )
-            session.add(self._model(size))
+            session.add(self._model(content))
             session.add(self.result_file(result_id, result, "step_metrics.csv"))
 
         self.lease.write(write)
 
-    def _model(self, size: int) -> Model:
-        """The row of the resulting model, whose files have `size` bytes."""
+    def _model(self, content: FolderContent) -> Model:
+        """The row of the resulting model, whose folder has this content."""
         job, adapter = self.job, self.job.spec["adapter"]
         return Model(
             name=job.makes,
@@ -198,7 +208,7 @@ class Training(JobAttempt[JobSpec]):
             base_model=job.base_model,
             job_id=job.id,
             prefix=f"{self.prefix}/model",
-            bytes=size,
+            **content.as_columns(),
             revision=None,
             details={"adapter": adapter, "quantization": job.spec["quantization"], "foundation": job.foundation},
         )

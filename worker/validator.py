@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 
 from app.broker import Lane
 from app.estimates.service import expected_seconds, least_memory
+from app.files.tables import File
 from app.jobs import events as job_events
 from app.jobs import transitions
 from app.jobs.kinds import KINDS
@@ -28,12 +29,14 @@ from app.spec.evaluation import EvaluationSpec
 from app.spec.hyperparameters import DEFAULT_MAX_LENGTH
 from app.spec.job import JobSpec
 from app.spec.json_types import JsonObject
+from app.stored_content import ContentDamaged, fetch_file
 from worker.base_models import BaseModels, has_chat_template
 from worker.classifier import BadClassifier, LinearClassifier
 from worker.counting import CountRequest, count, place_tokenizer
 from worker.evaluation_run import rendering_of
 from worker.lease import AskedToStop, JobLease, Lease, LeaseLost
 from worker.model_files import folder_at
+from worker.model_folder import ModelGone
 from worker.waiting import in_thread
 from worker.work import work_folder
 
@@ -132,10 +135,14 @@ class _Check:
         """Check that the rows of a file fit the job. Raises `_Invalid`."""
         need, path = self.spec.needs(field), self._path(file_id)
         if not path.exists():
+            with self.services.database.read() as session:
+                row = session.get(File, file_id)
+            if row is None:
+                raise _Invalid(field, f"The file {file_id} no longer exists.")
             try:
-                self.services.storage.get_file(f"files/{file_id}", path)
-            except FileNotFoundError:
-                raise _Invalid(field, f"The file {file_id} no longer exists.") from None
+                fetch_file(self.services.storage, row.key, row.bytes, row.sha256, path)
+            except ContentDamaged as damage:
+                raise _Invalid(field, f"The file {file_id} cannot be read: {damage}.") from damage
         try:
             if need is None:
                 LinearClassifier.load(path)
@@ -172,7 +179,10 @@ class _Check:
                 continue
             folder = self.folder / f"rendered-{len(list(self.folder.iterdir()))}"
             folder.mkdir()
-            place_tokenizer(self.services, self.base_models, model, folder / "model", self.lease.check)
+            try:
+                place_tokenizer(self.services, self.base_models, model, folder / "model", self.lease.check)
+            except ModelGone as gone:
+                raise _Invalid(requests[0][0], str(gone), "model_not_found", "model") from gone
             if not has_chat_template(folder_at(folder / "model")):
                 continue
             counted = count(folder, [request for _, request in requests], self.lease.check)

@@ -154,6 +154,11 @@ def finished_before(session: Session, kind: str, seconds: float) -> Sequence[Der
     ).all()
 
 
+def forget_one(session: Session, artifact_id: str) -> None:
+    """Delete the row of an artifact."""
+    session.execute(delete(DerivedArtifact).where(DerivedArtifact.id == artifact_id))
+
+
 def forget(session: Session, owner: str) -> None:
     """Delete the rows of all artifacts of a file or a model."""
     session.execute(delete(DerivedArtifact).where(DerivedArtifact.owner == owner))

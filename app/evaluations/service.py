@@ -30,6 +30,7 @@ from app.spec.datasets.mapping import Mapping
 from app.spec.evaluation import ALLOWED_FIELDS, EvaluationSpec, JobEvaluation, Side
 from app.spec.json_types import JsonObject
 from app.storage import Storage
+from app.stored_content import ContentDamaged, chunks_of, gone
 
 log = structlog.get_logger(__name__)
 
@@ -195,13 +196,22 @@ class Evaluations(Lifecycle[EvaluationObject]):
         if result_files[0].id != job.result_files[0]:
             message = f"The report of evaluation {evaluation_id} was deleted."
             raise NotFound(message, code="report_not_found")
-        return self.storage.chunks(result_files[0].key)
+        return self._content(evaluation_id, result_files[0])
+
+    def _content(self, evaluation_id: str, file: File) -> Iterator[bytes]:
+        """The bytes of a result file. Raises `Gone` if they are lost."""
+        try:
+            return chunks_of(self.storage, file.key, file.bytes)
+        except ContentDamaged as damage:
+            raise gone("evaluation", evaluation_id, damage, "evaluation_id") from damage
 
     def download(self, project: str, evaluation_id: str) -> Iterator[bytes]:
         """The evaluation, its report and its items, as a tar stream. Raises `NotFound` if there are none."""
         job, result_files = self._results(project, evaluation_id)
         evaluation = self.show(job).model_dump_json(indent=1).encode()
-        content: Iterator[Entry] = ((file.filename, file.bytes, self.storage.chunks(file.key)) for file in result_files)
+        content: list[Entry] = [
+            (file.filename, file.bytes, self._content(evaluation_id, file)) for file in result_files
+        ]
         return tar(chain([("evaluation.json", len(evaluation), [evaluation])], content))
 
     def _results(self, project: str, evaluation_id: str) -> tuple[Job, list[File]]:

@@ -21,6 +21,7 @@ from app.projects.service import require_room
 from app.spec.datasets.mapping import Mapping
 from app.spec.json_types import JsonObject
 from app.storage import Storage
+from app.stored_content import ContentDamaged, chunks_of, gone
 
 MAX_FILE_BYTES = 8 * 1024**3
 
@@ -101,12 +102,13 @@ class Files:
             return repository.page(session, project, filters, after=last_file, limit=limit, ascending=ascending)
 
     def content(self, file: File, part: Part | None) -> Iterator[bytes]:
-        """The bytes of a file, or of a part of it, piece by piece."""
+        """The bytes of a file, or of a part of it, piece by piece. Raises `NotFound`, or `Gone` if they are lost."""
         part = part or Part(0, file.bytes)
         try:
-            return self.storage.chunks(file.key, part.start, part.end)
-        except FileNotFoundError:  # deleted a moment ago
-            raise no_such("File object", file.id, code="file") from None
+            return chunks_of(self.storage, file.key, file.bytes, part.start, part.end)
+        except ContentDamaged as damage:
+            self.get(file.project, file.id)  # it may have been deleted a moment ago
+            raise gone("file", file.id, damage, "file_id") from damage
 
     def delete(self, project: str, file_id: str) -> None:
         """Hide the file now. Housekeeping deletes its bytes once no active job needs them."""

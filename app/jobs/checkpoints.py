@@ -7,6 +7,7 @@ from sqlalchemy.orm import Session
 
 from app.jobs.tables import Checkpoint
 from app.pagination import keyset
+from app.stored_content import FolderContent
 
 MAX_CHECKPOINTS = 1000
 
@@ -44,10 +45,14 @@ def stage_of(session: Session, model: str) -> str | None:
     return session.scalar(select(Checkpoint.stage).where(Checkpoint.model_name == model))
 
 
-def move(session: Session, job_id: str, step: int, prefix: str) -> bool:
-    """Point the job's checkpoint of `step` to the folder `prefix`; False if that step has no checkpoint."""
-    of_step = (Checkpoint.job_id == job_id, Checkpoint.step_number == step)
-    return session.scalar(update(Checkpoint).where(*of_step).values(prefix=prefix).returning(Checkpoint.id)) is not None
+def move(session: Session, job_id: str, step: int, prefix: str, content: FolderContent) -> bool:
+    """Point the job's checkpoint of `step` to the folder `prefix`; False if that step has no checkpoint.
+
+    `content` is that of its model.
+    """
+    statement = update(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.step_number == step)
+    moved = statement.values(prefix=prefix, **content.as_columns()).returning(Checkpoint.id)
+    return session.scalar(moved) is not None
 
 
 def lock(session: Session, checkpoint_ids: Sequence[str]) -> None:

@@ -117,3 +117,9 @@ class Checkpoint(Table):
     model_name: Mapped[str] = mapped_column(unique=True)
     metrics: Mapped[JsonObject]
     prefix: Mapped[str]
+    objects: Mapped[int | None]
+    """Number of objects in `model/`."""
+    bytes: Mapped[int | None] = mapped_column(BigInteger)
+    """Their size together."""
+    sha256: Mapped[str | None]
+    """Hash of their names and contents. `state/` has a manifest instead, because it is deleted earlier."""

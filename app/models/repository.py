@@ -15,6 +15,7 @@ from app.models.tables import Model
 from app.spec.job import Adapter, JobSpec
 from app.spec.json_types import JsonObject
 from app.spec.schema_base import STORED
+from app.stored_content import UNKNOWN, FolderContent
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """The form of an id on the Hugging Face Hub: OWNER/NAME."""
@@ -24,8 +25,8 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 class ResolvedModel:
     """The model that a name stands for.
 
-    `prefix` is its folder in the object store, None for a base model. `foundation` names the fully trained model whose
-    weights it has or adapts, None if these are the base model's weights.
+    `prefix` is its folder in the object store, None for a base model, and `content` is what the folder must hold.
+    `foundation` names the fully trained model whose weights it has or adapts, None if these are the base model's.
     """
 
     name: str
@@ -35,6 +36,7 @@ class ResolvedModel:
     revision: str | None
     adapter: Adapter | None
     foundation: str | None
+    content: FolderContent = UNKNOWN
 
 
 def readable(project: str) -> Select[Model]:
@@ -77,6 +79,7 @@ def find(session: Session, project: str, name: str, *, lock: bool = False) -> Re
             model.revision,
             _adapter(adapter),
             name if model.kind == "full" else model.details.get("foundation"),
+            FolderContent(model.objects, model.bytes, model.sha256),
         )
     statement = (
         select(Checkpoint, Job)
@@ -97,6 +100,7 @@ def find(session: Session, project: str, name: str, *, lock: bool = False) -> Re
             None,
             _adapter(adapter),
             name if adapter == "none" else job.foundation,
+            FolderContent(checkpoint.objects, checkpoint.bytes, checkpoint.sha256),
         )
     if HUB_NAME.fullmatch(name):
         patterns = session.scalars(select(Model.base_model).where(Model.kind == "hub"))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import structlog
 from sqlalchemy.orm import Session
 
 from app.archive import folder, tar
@@ -16,6 +17,9 @@ from app.models import repository
 from app.models.schemas import Lineage, LineageStep
 from app.models.tables import Model
 from app.storage import Storage
+from app.stored_content import ContentDamaged, FolderContent, gone
+
+log = structlog.get_logger(__name__)
 
 MERGED_KEPT_SECONDS = 24 * 3600
 """How long a merged model is kept."""
@@ -45,14 +49,22 @@ class Models:
     def download(self, project: str, name: str) -> Iterator[bytes]:
         """The folder of a trained model or a checkpoint, as a tar stream."""
         with self.database.read() as session:
-            return tar(folder(self.storage, self._trained(session, project, name)[1]))
+            model, prefix = self._trained(session, project, name)
+        return self._tar(model, prefix)
+
+    def _tar(self, model: repository.ResolvedModel, prefix: str) -> Iterator[bytes]:
+        """The folder of a trained model as a tar stream. Raises `Gone` if it is not whole."""
+        try:
+            return tar(folder(self.storage, prefix, model.content))
+        except ContentDamaged as damage:
+            raise gone("model", model.name, damage, "model") from damage
 
     def download_merged(self, project: str, name: str, dtype: str) -> Iterator[bytes] | None:
         """The model with its adapter merged into its weights, as a tar stream; None while a worker merges it."""
         with self.database.write() as session:
             model, prefix = self._trained(session, project, name)
             if model.kind != "adapter":
-                return tar(folder(self.storage, prefix))  # it has all weights already
+                return self._tar(model, prefix)  # it has all weights already
             method = repository.prequantized(session, model.base_model)
             if method is not None:
                 message = f"'{model.base_model}' is quantised ({method}). No adapter can be merged into its weights."
@@ -67,10 +79,17 @@ class Models:
                 arguments={"model": name, "dtype": dtype},
             )
         merged = result(artifact)
-        if merged is None:
-            self.broker.wake(Lane.CPU)
-            return None
-        return tar(folder(self.storage, merged["prefix"]))
+        if merged is not None:
+            content = FolderContent(**{name: merged.get(name) for name in ("objects", "bytes", "sha256")})
+            try:
+                return tar(folder(self.storage, merged["prefix"], content))
+            except ContentDamaged as damage:  # it is made again, as after a day
+                log.warning("merged model lost", artifact=artifact.id, reason=str(damage))
+                with self.database.write() as session:
+                    artifacts.forget_one(session, artifact.id)
+                return self.download_merged(project, name, dtype)
+        self.broker.wake(Lane.CPU)
+        return None
 
     @staticmethod
     def _trained(session: Session, project: str, name: str) -> tuple[repository.ResolvedModel, str]:

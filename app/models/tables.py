@@ -26,6 +26,10 @@ class Model(Table):
     """The folder of a trained model in the object store."""
     bytes: Mapped[int] = mapped_column(BigInteger)
     """Size of a trained model in the object store; 0 for a base model."""
+    objects: Mapped[int | None]
+    """Number of objects of a trained model."""
+    sha256: Mapped[str | None]
+    """Hash of the names and contents of a trained model's objects."""
     revision: Mapped[str | None]
     details: Mapped[JsonObject]
     """Base model: architecture, context_length, bytes, chat_template and more. Trained model: adapter, foundation."""

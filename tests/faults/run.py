@@ -46,7 +46,6 @@ def inject(plan: list[str], seed: int, minutes: float = math.inf) -> ClusterOutc
     outcome, deadline = ClusterOutcome(), time.monotonic() + 60 * minutes
     with tempfile.TemporaryDirectory(prefix="dpo-faults-", ignore_cleanup_errors=True) as name:
         home = Path(name)
-        running_cluster: Cluster | None = None
         with _keep_logs(home / "logs", outcome), cluster(home) as running_cluster:
             outcome.fakes_time = running_cluster.fakes_time
             outcome.lacking = {fault: lack for fault in set(plan) if (lack := missing(fault, running_cluster))}
@@ -64,7 +63,7 @@ def inject(plan: list[str], seed: int, minutes: float = math.inf) -> ClusterOutc
             outcome.counted = workload.check_all()
             workload.close()
             outcome.problems += workload.problems
-        if running_cluster is not None and (outlived := orphans(running_cluster)):
+        if outlived := orphans(home):
             outcome.problems.append(f"processes that outlived the service: {outlived}")
     return outcome
 

@@ -8,6 +8,7 @@ import random
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -212,9 +213,9 @@ class Workload:
         return {"accepted": len(self.accepted), "left_over_objects": pruned} | dict(states)
 
 
-def orphans(cluster: Cluster) -> list[int]:
-    """Processes that outlived a cluster that has ended."""
+def orphans(home: Path) -> list[int]:
+    """Processes that outlived the cluster of the folder `home`, which has ended."""
     deadline = time.monotonic() + 10
-    while (pids := processes(cluster.home)) and time.monotonic() < deadline:
+    while (pids := processes(home)) and time.monotonic() < deadline:
         time.sleep(0.1)
     return pids

@@ -13,6 +13,7 @@ from obstore.store import S3Store
 
 from app.archive import folder, tar
 from app.storage import Storage
+from app.stored_content import UNKNOWN
 from tests.helpers.certificates import make_certificate
 from tests.helpers.servers import s3
 
@@ -79,7 +80,7 @@ def test_a_folder_streams_as_a_tar_file(storage: Storage) -> None:
     files = {"config.json": b"{}", "sub/weights": b"w" * 1_000_001, "empty": b""}
     for name, content in files.items():
         storage.put_bytes(f"model/{name}", content)
-    stream = io.BytesIO(b"".join(tar(folder(storage, "model"))))
+    stream = io.BytesIO(b"".join(tar(folder(storage, "model", UNKNOWN))))
     with tarfile.open(fileobj=stream) as archive:
         members = {name: archive.extractfile(name) for name in archive.getnames()}
         assert {name: file.read() for name, file in members.items() if file is not None} == files

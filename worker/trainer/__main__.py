@@ -101,9 +101,13 @@ def _train_or_evaluate(
     cache = Cache(folder / "cache", events, answers)
     try:
         if is_evaluation:
-            evaluate(EvaluationRun.of(folder, events, stopping, cache))
+            evaluation_run = EvaluationRun.of(folder, events, stopping, cache)
+            evaluation_run.require_placed()
+            evaluate(evaluation_run)
         else:
-            train(TrainingRun.of(folder, events, stopping, cache))
+            training_run = TrainingRun.of(folder, events, stopping, cache)
+            training_run.require_placed()
+            train(training_run)
     except Stopped:
         return STOPPED
     except UserError as error:

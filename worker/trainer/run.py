@@ -40,6 +40,15 @@ class Run:
         about: JsonObject = json.loads((self.folder / "run.json").read_text())
         return about
 
+    def require_placed(self) -> None:
+        """Raise `OSError` if something is missing that the runner has put into the folder.
+
+        A missing adapter must not be taken for none, nor a missing checkpoint for a new run.
+        """
+        missing = [name for name in self.about.get("placed", []) if not (self.folder / name).exists()]
+        if missing:
+            raise FileNotFoundError(f"the work folder has lost {', '.join(missing)}")
+
     def check_stop(self) -> None:
         """Raise `Stopped` if the run was asked to stop. To be called between two pieces of work."""
         if self.stopping.is_set():

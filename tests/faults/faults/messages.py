@@ -55,8 +55,8 @@ def freeze_redis(scene: Scene) -> Strike | None:
         scene.workload.wait_end(job)
     finally:
         os.kill(pid, signal.SIGCONT)
-    evidence = f"{job} ended {time.monotonic() - began:.0f} s after Redis stood still"
-    return Strike(evidence, same_attempt=True, other_jobs=[job]) if scene.running() else None
+    seconds = time.monotonic() - began
+    return Strike(f"{job} was accepted and ended in the {seconds:.0f} s", same_attempt=True, other_jobs=[job])
 
 
 def deliver_three_times(scene: Scene) -> Strike | None:

@@ -1,6 +1,7 @@
 """Whole runs: their events, their outputs and their failures."""
 
 import io
+import json
 import math
 import threading
 from collections import Counter
@@ -207,6 +208,17 @@ def test_the_same_activity_is_reported_once_a_second_at_most(monkeypatch: pytest
     events.working("reference", 5)
     shown = [(event["activity"], event["done"]) for event in parse(stream)]
     assert shown == [("tokenizing", 0), ("reference", 0), ("reference", 5)]
+
+
+def test_a_trainer_does_not_begin_without_what_its_runner_has_placed(llama: Path, tmp_path: Path) -> None:
+    folder = make_work_folder(tmp_path, llama, {**PLAIN, "method": sft_method(max_steps=1)}, train=PAIRS)
+    run = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(run | {"placed": ["base", "start", "resume"]}))
+    status, events = run_process(folder)
+    assert status == 1
+    assert [(event["kind"], event.get("reason")) for event in events] == [
+        ("broken", "FileNotFoundError: the work folder has lost start, resume")
+    ]
 
 
 def test_trained_tokens_count_a_shared_prompt_once(llama: Path, tmp_path: Path) -> None:
