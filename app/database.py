@@ -17,11 +17,13 @@ import psycopg
 from sqlalchemy import (
     JSON,
     URL,
+    BigInteger,
     ColumnElement,
     Connection,
     Dialect,
     Double,
     Engine,
+    Integer,
     cast,
     create_engine,
     event,
@@ -99,6 +101,10 @@ class PlainText(TypeDecorator[str]):
 
     def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
         return None if value is None else value.replace("\x00", "\ufffd")
+
+
+RowNumber = BigInteger().with_variant(Integer, "sqlite")
+"""The type of a number that every new row increments. 32 bits last two years; SQLite's integers have 64."""
 
 
 def new_id(prefix: str) -> str:

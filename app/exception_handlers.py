@@ -17,6 +17,9 @@ from app.monitoring.middleware import REQUEST_ID
 
 log = structlog.get_logger(__name__)
 
+UNSTORABLE_TEXT = {"22021", "22P05"}
+"""PostgreSQL's codes (SQLSTATE) for text that it cannot store, such as U+0000. Only a request can cause these."""
+
 
 class ErrorBody(BaseModel):
     """An error: a sentence, its class, the field that it is about, and a code for programs."""
@@ -58,14 +61,16 @@ def install_handlers(app: FastAPI) -> None:
     """Make `app` answer every failure in OpenAI's shape, without a stack trace."""
     _install_request_handlers(app)
     _install_storage_handlers(app)
+    app.add_exception_handler(Exception, unexpected)
 
-    @app.exception_handler(Exception)
-    def unexpected(request: Request, error: Exception) -> JSONResponse:
-        request_id = request.state.request_id
-        log.error("unexpected error", path=request.url.path, request=request_id, exc_info=error)
-        message = f"The service failed to answer this request; its log says why, under {request_id}."
-        headers = {REQUEST_ID: request_id}
-        return error_response(500, message, "server_error", code="internal_error", headers=headers)
+
+def unexpected(request: Request, error: Exception) -> JSONResponse:
+    """Log an error that is the service's own fault, and answer 500."""
+    request_id = request.state.request_id
+    log.error("unexpected error", path=request.url.path, request=request_id, exc_info=error)
+    message = f"The service failed to answer this request; its log says why, under {request_id}."
+    headers = {REQUEST_ID: request_id}
+    return error_response(500, message, "server_error", code="internal_error", headers=headers)
 
 
 def _install_request_handlers(app: FastAPI) -> None:
@@ -110,8 +115,9 @@ def _install_storage_handlers(app: FastAPI) -> None:
         )
 
     @app.exception_handler(DataError)
-    def unstorable(_request: Request, _error: DataError) -> JSONResponse:
-        # PostgreSQL refuses U+0000 and numbers beyond its types.
+    def unstorable(request: Request, error: DataError) -> JSONResponse:
+        if getattr(error.orig, "sqlstate", None) not in UNSTORABLE_TEXT:
+            return unexpected(request, error)
         return error_response(400, "The request holds a value that cannot be stored.", code="invalid_value")
 
     @app.exception_handler(BaseError)

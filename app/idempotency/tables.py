@@ -3,7 +3,7 @@
 from sqlalchemy import Index, UniqueConstraint
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.database import Table
+from app.database import RowNumber, Table
 
 
 class SentRequest(Table):
@@ -16,7 +16,7 @@ class SentRequest(Table):
         Index("ix_sent_requests_created_at", "created_at"),
     )
 
-    sequence: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    sequence: Mapped[int] = mapped_column(RowNumber, primary_key=True, autoincrement=True)
     key_id: Mapped[str]
     operation: Mapped[str]
     idempotency_key: Mapped[str | None]

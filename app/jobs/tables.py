@@ -3,7 +3,7 @@
 from sqlalchemy import BigInteger, ForeignKey, Index
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.database import PlainText, Table, database_now
+from app.database import PlainText, RowNumber, Table, database_now
 from app.spec.json_types import JsonObject
 from app.work_queue import Queued
 
@@ -93,7 +93,7 @@ class JobEvent(Table):
     __tablename__ = "job_events"
     __table_args__ = (Index("ix_job_events_job", "job_id", "sequence"),)
 
-    sequence: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    sequence: Mapped[int] = mapped_column(RowNumber, primary_key=True, autoincrement=True)
     id: Mapped[str] = mapped_column(unique=True)
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
     created_at: Mapped[float]

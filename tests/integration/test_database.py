@@ -9,19 +9,21 @@ import time
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import inspect, select, text, update
+from fastapi.testclient import TestClient
+from sqlalchemy import func, inspect, select, text, update
 from sqlalchemy.exc import OperationalError
 
-from app import database
+from app import database, exception_handlers
 from app.database import Database, Table, database_now
 from app.jobs import queries
 from app.jobs import queue as job_queue
 from app.jobs.states import Status
-from app.jobs.tables import Job
+from app.jobs.tables import Job, JobEvent
 from app.keys.schemas import KeySpec
 from app.migrate import is_current, migrate
 from app.services import Services
 from app.settings import Settings
+from tests.helpers.api import error_of, rows, upload
 from tests.helpers.jobs import make_job
 from tests.helpers.servers import wait_until
 
@@ -157,3 +159,52 @@ def test_many_processes_that_migrate_at_once_all_succeed(settings: Settings) -> 
     migrated = Database(settings.database_url)
     assert is_current(migrated)
     migrated.close()
+
+
+LARGEST = 2**31 - 1
+"""The largest number of 32 bits."""
+
+
+def numbered_tables() -> list[str]:
+    """The tables whose rows the database numbers."""
+    return [table.name for table in Table.metadata.sorted_tables if table.autoincrement_column is not None]
+
+
+def test_rows_are_numbered_beyond_32_bits(client: TestClient, services: Services) -> None:
+    """A service with 500 jobs a day writes so many events in two years."""
+    assert sorted(numbered_tables()) == ["job_events", "sent_requests"]
+    body = {"model": "tiny", "training_file": upload(client)}
+
+    def create(key: str) -> str:
+        answer = client.post("/v1/fine_tuning/jobs", json=body, headers={"Idempotency-Key": key})
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["id"])
+
+    create("one")
+    with services.database.write() as session:
+        for table in numbered_tables():
+            session.execute(text(f"UPDATE {table} SET sequence = {LARGEST} WHERE sequence = 1"))
+            if session.get_bind().dialect.name == "postgresql":
+                session.execute(text(f"SELECT setval('{table}_sequence_seq', {LARGEST})"))
+    job_id = create("two")
+    assert create("two") == job_id
+    assert len(client.get(f"/v1/fine_tuning/jobs/{job_id}/events").json()["data"]) == 1
+    with services.database.read() as session:
+        assert session.scalars(select(func.max(JobEvent.sequence))).one() == LARGEST + 1
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_database_error_that_no_request_causes_is_a_logged_500(
+    client: TestClient, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with services.database.write() as session:
+        session.execute(text("ALTER SEQUENCE job_events_sequence_seq MAXVALUE 2"))
+    body = {"model": "tiny", "training_file": upload(client)}
+    logged = list[str]()
+    monkeypatch.setattr(exception_handlers.log, "error", lambda event, **fields: logged.append(str(fields["exc_info"])))
+    answers = [client.post("/v1/fine_tuning/jobs", json=body) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [200, 200, 500]
+    error = error_of(answers[2], 500)
+    assert error["code"] == "internal_error"
+    assert len(logged) == 1 and "reached maximum value of sequence" in logged[0]
+    assert rows(services) == (1, 2), "nothing of the refused job is stored"
