@@ -17,8 +17,11 @@ from app.monitoring.middleware import REQUEST_ID
 
 log = structlog.get_logger(__name__)
 
-UNSTORABLE_TEXT = {"22021", "22P05"}
-"""PostgreSQL's codes (SQLSTATE) for text that it cannot store, such as U+0000. Only a request can cause these."""
+UNSTORABLE_TEXT = {None, "22021", "22P05"}
+"""PostgreSQL's codes (SQLSTATE) for text that it cannot store. None: its driver has refused U+0000.
+
+Only a request can cause these.
+"""
 
 
 class ErrorBody(BaseModel):

@@ -41,6 +41,10 @@ def _trusting_own_certificates() -> Iterator[None]:
             del os.environ["SSL_CERT_FILE"]
 
 
+class WrongSize(Exception):
+    """An object does not have the size that its reader knows."""
+
+
 class Storage:
     """An object store. A put is atomic: an object is complete or absent."""
 
@@ -107,8 +111,8 @@ class Storage:
     def chunks(self, key: str, start: int = 0, end: int | None = None, size: int | None = None) -> Iterator[bytes]:
         """The object's bytes from `start` to before `end`, piece by piece; None means its end.
 
-        Raises `FileNotFoundError` at once if it does not exist, and `OSError` if it does not have the `size` in bytes
-        that its reader knows.
+        Raises `FileNotFoundError` at once if it does not exist, and `WrongSize` if it does not have the `size` in
+        bytes that its reader knows.
 
         Each piece is a request of its own, made when the reader wants it. So a reader may take any time, and a request
         that stalls still ends. Raises `OSError` if the object is replaced meanwhile.
@@ -116,7 +120,7 @@ class Storage:
         try:
             result = obstore.get(self.store, key)
             if size is not None and result.meta["size"] != size:
-                raise OSError(f"{result.meta['size']} of its {size} bytes are there")
+                raise WrongSize(f"its content has {result.meta['size']} bytes and should have {size}")
             if result.meta["size"] <= READ_BYTES:
                 content = bytes(result.bytes())[start:end]
                 return iter([content] if content else [])

@@ -82,17 +82,21 @@ def measure_jobs(home: Path) -> dict[str, Any]:
             path = f"/fine_tuning/jobs/{job_id}"
             while True:
                 job = client.get(path).json()
-                if (job["progress"] or {}).get("step") or job["status"] not in (
-                    "validating_files",
-                    "queued",
-                    "running",
-                ):
+                if (job["progress"] or {}).get("step"):
                     break
+                require_alive(job)
                 time.sleep(0.02)
             seconds.append(round(time.monotonic() - began, 2))
-            while client.get(path).json()["status"] != "succeeded":
+            while (job := client.get(path).json())["status"] != "succeeded":
+                require_alive(job)
                 time.sleep(0.02)
     return {"seconds": seconds, "tenth": seconds[-1]}
+
+
+def require_alive(job: dict[str, Any]) -> None:
+    """Raise `RuntimeError` if the job has failed or been cancelled."""
+    if job["status"] in ("failed", "cancelled"):
+        raise RuntimeError(f"{job['id']}: {job['error']}")
 
 
 @contextmanager
@@ -286,6 +290,8 @@ PARTS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=list(PARTS), help=f"{', '.join(PARTS)}; default: all")
+    for name in [name for name in os.environ if name.startswith(("DPO_", "AWS_"))]:
+        del os.environ[name]  # no database or store but the bench's own
     results: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     for part in parser.parse_args().parts:
         with tempfile.TemporaryDirectory() as name:

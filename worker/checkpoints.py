@@ -45,7 +45,7 @@ class Checkpoints:
 
         Returns the content of its model, for the row.
         """
-        content = FolderContent.of(folder / "model")
+        content = FolderContent.of(folder / "model", manifest.hashes_below(folder, "model"))
         self.storage.put_folder(prefix, folder)
         shutil.rmtree(folder)
         return content

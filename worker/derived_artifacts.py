@@ -18,7 +18,7 @@ from app.services import Services
 from app.spec.datasets.check import survey
 from app.spec.datasets.mapping import Mapping
 from app.spec.json_types import JsonObject
-from app.stored_content import ContentDamaged, fetch_file, store_folder
+from app.stored_content import GONE, ContentDamaged, fetch_file, store_folder
 from worker.base_models import BaseModels
 from worker.counting import CountRequest, count, place_tokenizer, run_program
 from worker.hub import ModelUnavailable
@@ -104,7 +104,7 @@ class _ArtifactAttempt:
         try:
             fetch_file(self.services.storage, file.key, file.bytes, file.sha256, dataset)
         except ContentDamaged as damage:
-            raise ArtifactFailed("file_not_found", f"The file cannot be read: {damage}.", "file_id") from damage
+            raise ArtifactFailed(GONE, f"The file cannot be read: {damage}.", "file_id") from damage
         if "model" not in arguments:
             mapping = None if file.mapping is None else Mapping.model_validate(file.mapping)
             with dataset.open("rb") as stream:
@@ -117,7 +117,7 @@ class _ArtifactAttempt:
         try:
             place_tokenizer(self.services, self.base_models, model, self.folder / "model", self.lease.check)
         except ModelGone as error:
-            raise ArtifactFailed("model_not_found", str(error), "model") from error
+            raise ArtifactFailed(GONE if error.is_lost else "model_not_found", str(error), "model") from error
         except ModelUnavailable as error:
             raise ArtifactFailed("model_unavailable", str(error), "model") from error
         mapping = arguments.get("mapping", file.mapping)
@@ -148,7 +148,7 @@ class _ArtifactAttempt:
                 stack = find_model(session, self.artifact.project, name)
             fetch_model(storage, self.base_models, stack, self.folder, self.lease.check)
         except ModelGone as error:
-            raise ArtifactFailed("model_not_found", str(error), "model") from error
+            raise ArtifactFailed(GONE if error.is_lost else "model_not_found", str(error), "model") from error
         except ModelUnavailable as error:
             raise ArtifactFailed("model_unavailable", str(error), "model") from error
         (self.folder / "merge.json").write_text(json.dumps({"dtype": dtype}))

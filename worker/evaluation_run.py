@@ -9,7 +9,6 @@ from pathlib import Path
 
 from sqlalchemy.orm import Session
 
-from app.database import new_id
 from app.jobs import checkpoints as job_checkpoints
 from app.jobs import events as job_events
 from app.jobs.queue import JOBS
@@ -26,7 +25,6 @@ from worker.judges.questions import questions, verdicts
 from worker.lease import LeaseLost
 from worker.runner import CannotRun, JobAttempt
 from worker.trainer.events import CompletionsWritten, EvaluationDone, Event, TrainingDone
-from worker.waiting import in_thread
 
 ANSWERS = "answers"
 """The first word in the names of parts that hold a judge's answers. All other parts hold completions."""
@@ -245,9 +243,7 @@ class Evaluation(JobAttempt[EvaluationSpec]):
         metrics = evaluation_figures.flatten(report)
         verdicts = quality_gates.judge(self.spec.gates or [], metrics)
         report_path.write_text(json.dumps(report, indent=1, allow_nan=False))
-        results = {new_id("file"): ("report.json", report_path), new_id("file"): ("items.jsonl", items_path)}
-        for file_id, (_, path) in results.items():
-            in_thread(partial(self.services.storage.put_file, f"files/{file_id}", path), self.lease.check)
+        stored = [self.store_result(report_path, "report.json"), self.store_result(items_path, "items.jsonl")]
 
         def write(session: Session) -> None:
             if verdicts:
@@ -256,16 +252,16 @@ class Evaluation(JobAttempt[EvaluationSpec]):
                 job_events.add(
                     session, self.job.id, quality_gates.summary(verdicts), level=quality_gates.level(verdicts)
                 )
+            results = [make_row() for make_row in stored]
             self.end(
                 session,
                 Status.SUCCEEDED,
                 f"The evaluation has succeeded: {evaluation_figures.summary(report)}",
-                result_files=list(results),
+                result_files=[file.id for file in results],
                 metrics=metrics,
                 gates=verdicts or None,
             )
-            for file_id, (name, path) in results.items():
-                session.add(self.result_file(file_id, path, name))
+            session.add_all(results)
 
         self.lease.write(write)
 

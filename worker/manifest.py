@@ -12,6 +12,12 @@ def write(folder: Path) -> None:
     (folder / NAME).write_text(json.dumps(_hashes(folder), indent=1))
 
 
+def hashes_below(folder: Path, name: str) -> dict[str, str]:
+    """The SHA-256 of the files below the subfolder `name`, by their path in it. The manifest of `folder` has them."""
+    expected: dict[str, str] = json.loads((folder / NAME).read_text())
+    return {path.removeprefix(f"{name}/"): value for path, value in expected.items() if path.startswith(f"{name}/")}
+
+
 def damage(folder: Path) -> str | None:
     """The first difference between `folder` and its manifest, as a message; None if there is none."""
     try:

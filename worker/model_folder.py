@@ -15,15 +15,20 @@ from worker.waiting import Check
 
 
 class ModelGone(Exception):
-    """A model was deleted after a job that uses it was created, or its files are lost."""
+    """A model was deleted after a job that uses it was created, or the object store has lost its files (`is_lost`)."""
+
+    def __init__(self, message: str, *, is_lost: bool) -> None:
+        super().__init__(message)
+        self.is_lost = is_lost
 
     @classmethod
     def deleted(cls, name: str) -> Self:
-        return cls(f"The model '{name}' was deleted.")
+        return cls(f"The model '{name}' was deleted.", is_lost=False)
 
     @classmethod
     def damaged(cls, name: str, damage: ContentDamaged) -> Self:
-        return cls(f"The files of the model '{name}' cannot be used: {damage}. The service has lost them.")
+        message = f"The files of the model '{name}' cannot be used: {damage}. The service has lost them."
+        return cls(message, is_lost=True)
 
 
 @dataclass(frozen=True)

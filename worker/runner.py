@@ -371,15 +371,17 @@ class JobAttempt(ABC, Generic[Spec]):
         text = paused if self.lease.paused else drained
         self.lease.write(lambda session: self.end(session, Status.QUEUED, text))
 
-    def result_file(self, file_id: str, path: Path, name: str) -> File:
-        """The row of a result file of the job. The caller adds it."""
-        return File(
+    def store_result(self, path: Path, name: str) -> Callable[[], File]:
+        """Upload a result file of the job. Returns what makes its row, which the caller adds in a transaction."""
+        file_id, size, sha256 = new_id("file"), path.stat().st_size, sha256_of(path)
+        in_thread(partial(self.services.storage.put_file, f"files/{file_id}", path), self.lease.check)
+        return lambda: File(
             id=file_id,
             project=self.job.project,
             filename=name,
             purpose="fine-tune-results",
-            bytes=path.stat().st_size,
-            sha256=sha256_of(path),
+            bytes=size,
+            sha256=sha256,
             created_at=database_now(),
         )
 

@@ -148,6 +148,7 @@ class Training(JobAttempt[JobSpec]):
                 model_name=name,
                 metrics=_checkpoint_metrics(event.step, event.metrics),
                 prefix=prefix,
+                content_of=prefix,
                 **content.as_columns(),
             )
         )
@@ -165,11 +166,10 @@ class Training(JobAttempt[JobSpec]):
 
     def succeed(self, outcome: TrainingDone | EvaluationDone) -> None:
         assert isinstance(outcome, TrainingDone)
-        name, result_id = self.job.makes, new_id("file")
-        storage, result = self.services.storage, self.folder / "result.csv"
-        store = partial(store_folder, storage, f"{self.prefix}/model", self.folder / "output")
+        name = self.job.makes
+        store = partial(store_folder, self.services.storage, f"{self.prefix}/model", self.folder / "output")
         content = in_thread(store, self.lease.check)
-        storage.put_file(f"files/{result_id}", result)
+        result_file = self.store_result(self.folder / "result.csv", "step_metrics.csv")
 
         def write(session: Session) -> None:
             # The job's row comes first. Its lock makes evaluations that end now wait, and events are numbered in the
@@ -181,6 +181,7 @@ class Training(JobAttempt[JobSpec]):
                 job_events.add(
                     session, self.job.id, quality_gates.summary(verdicts), level=quality_gates.level(verdicts)
                 )
+            result = result_file()
             self.end(
                 session,
                 Status.SUCCEEDED,
@@ -189,11 +190,11 @@ class Training(JobAttempt[JobSpec]):
                 pace=outcome.pace,
                 fine_tuned_model=name,
                 trained_tokens=outcome.trained_tokens,
-                result_files=[result_id],
+                result_files=[result.id],
                 metrics=outcome.metrics,
             )
             session.add(self._model(content))
-            session.add(self.result_file(result_id, result, "step_metrics.csv"))
+            session.add(result)
 
         self.lease.write(write)
 

@@ -19,7 +19,11 @@ from app.spec.json_types import JsonObject
 
 
 class ClientError(Exception):
-    """The server refused a request, or cannot be reached."""
+    """The server refused a request, or cannot be reached. `status` and `code` are those of its answer, if any."""
+
+    def __init__(self, message: str, status: int | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.code = status, code
 
 
 Result = TypeVar("Result")
@@ -99,7 +103,9 @@ class Client:
             with self._http.stream(method, path, **options) as response:
                 if response.status_code >= 400:
                     response.read()
-                    raise (Unavailable if response.status_code in UNAVAILABLE else ClientError)(_refusal(response))
+                    error_class = Unavailable if response.status_code in UNAVAILABLE else ClientError
+                    message, code = _refusal(response)
+                    raise error_class(message, response.status_code, code)
                 yield response
         except httpx2.HTTPError as error:
             raise Unavailable(f"{self._http.base_url} cannot be reached: {error}") from error
@@ -205,11 +211,11 @@ def _json(response: httpx2.Response) -> JsonObject:
     return answer
 
 
-def _refusal(response: httpx2.Response) -> str:
-    """The error message of an answer that is not 2xx."""
+def _refusal(response: httpx2.Response) -> tuple[str, str | None]:
+    """The message and the code of an answer that is not 2xx."""
     try:
         error = response.json()["error"]
         param = f" ({error['param']})" if error.get("param") else ""
-        return f"{error['message']}{param}"
-    except (ValueError, KeyError, TypeError):
-        return f"The server answered {response.status_code}: {response.text[:300]}"
+        return f"{error['message']}{param}", error.get("code")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"The server answered {response.status_code}: {response.text[:300]}", None

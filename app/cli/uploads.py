@@ -9,7 +9,7 @@ from typing import Annotated, Self
 
 import typer
 
-from app.cli.client import Client, ClientError, Unavailable
+from app.cli.client import Client, ClientError
 from app.spec.json_types import JsonObject
 
 PURPOSES = {
@@ -45,8 +45,11 @@ class Uploads:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        # If the service was lost on the way, it may have accepted the request.
-        if isinstance(error, ClientError) and not isinstance(error, Unavailable):
+        # After a failure of the service, the request may have been accepted. The same idempotency key with another body
+        # means that another command uses the files.
+        if not isinstance(error, ClientError) or error.status is None or error.status >= 500:
+            return
+        if error.code != "idempotency_key_reused":
             self.discard()
 
     @property
@@ -63,7 +66,8 @@ class Uploads:
             return known
         headers = {}
         if self._key:  # one key for each file, so that two commands at the same time make one file
-            headers = {"Idempotency-Key": hashlib.sha256(f"{self._key} {purpose} {digest}".encode()).hexdigest()}
+            identity = f"{self._key} {purpose} {digest} {path.name}"
+            headers = {"Idempotency-Key": hashlib.sha256(identity.encode()).hexdigest()}
         file_id = str(self._client.upload(path, {"purpose": purpose}, headers)["id"])
         self._new.append(file_id)
         return file_id
@@ -71,7 +75,12 @@ class Uploads:
     def _find(self, digest: str, purpose: str) -> str | None:
         """The oldest file with this content that stays and that is read without a mapping."""
         params: dict[str, str | int] = {"sha256": digest, "purpose": purpose, "order": "asc", "limit": 100}
-        files = self._client.request("GET", "/files", params=params)["data"]
+        try:
+            files = self._client.request("GET", "/files", params=params)["data"]
+        except ClientError as error:
+            if error.code == "unknown_parameter":  # a service of an earlier version cannot look
+                return None
+            raise
         return next((file["id"] for file in files if file["mapping"] is None and file["expires_at"] is None), None)
 
     def discard(self) -> None:

@@ -70,7 +70,8 @@ def _show(progress: Progress, task: TaskID, job: JsonObject) -> None:
         completed, total = "answers", "questions"
     if activity and activity["done"] is not None:
         steps, completed, total = activity, "done", "total"
-    progress.update(task, completed=steps.get(completed, 0), total=steps.get(total) or None, state=state, metrics=text)
+    progress.update(task, completed=steps.get(completed, 0), state=state, metrics=text)
+    progress.tasks[task].total = steps.get(total) or None  # `update` would keep an earlier total in place of None
 
 
 def _print_new_events(client: Client, path: str, last_event: str | None, console: Console) -> str | None:

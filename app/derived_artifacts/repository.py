@@ -19,7 +19,7 @@ ARTIFACTS = WorkQueue(
     order=(DerivedArtifact.created_at, DerivedArtifact.id),
 )
 REPORT, MERGE = "report", "merge"
-TRANSIENT = ("worker_lost", "model_unavailable")
+TRANSIENT = ("worker_lost", "model_unavailable", "content_gone")
 """Error codes of failures that the artifact's subject did not cause."""
 TRANSIENT_RETRY_SECONDS = 300.0
 """After this time, a new request tries an artifact with such a failure again."""

@@ -1,8 +1,9 @@
 """The result of a derived artifact."""
 
 from app.derived_artifacts.tables import DerivedArtifact
-from app.errors import ServiceError
+from app.errors import Gone, ServiceError
 from app.spec.json_types import JsonObject
+from app.stored_content import GONE
 
 
 def result(artifact: DerivedArtifact, param: str | None = None) -> JsonObject | None:
@@ -14,5 +15,6 @@ def result(artifact: DerivedArtifact, param: str | None = None) -> JsonObject | 
         return None
     error = artifact.error
     if error is not None:
-        raise ServiceError(error["message"], param=error.get("param") or param, code=error["code"])
+        error_class = Gone if error["code"] == GONE else ServiceError
+        raise error_class(error["message"], param=error.get("param") or param, code=error["code"])
     return artifact.result or {}

@@ -51,7 +51,7 @@ def move(session: Session, job_id: str, step: int, prefix: str, content: FolderC
     `content` is that of its model.
     """
     statement = update(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.step_number == step)
-    moved = statement.values(prefix=prefix, **content.as_columns()).returning(Checkpoint.id)
+    moved = statement.values(prefix=prefix, content_of=prefix, **content.as_columns()).returning(Checkpoint.id)
     return session.scalar(moved) is not None
 
 

@@ -7,7 +7,6 @@ from pydantic import BaseModel, ConfigDict
 from app.jobs.queue_forecast import QueuePlace
 from app.jobs.states import Status
 from app.jobs.tables import Checkpoint, Job, JobEvent
-from app.spec.activities import Activity
 from app.spec.datasets.rendering import RenderingSettings
 from app.spec.job import KEEP_CHECKPOINTS, Integration
 from app.spec.json_types import JsonObject
@@ -31,9 +30,10 @@ class JobHyperparameters(BaseModel):
 
 
 class ActivityProgress(BaseModel):
-    """What a running job does apart from optimizer steps."""
+    """The work of a running job apart from optimizer steps."""
 
-    name: Activity
+    name: str
+    """`fetching`, `tokenizing`, `loading`, `reference`, `validating` or `saving`."""
     done: int | None
     """Rows done so far, where rows are counted."""
     total: int | None

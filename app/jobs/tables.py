@@ -5,6 +5,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from app.database import PlainText, RowNumber, Table, database_now
 from app.spec.json_types import JsonObject
+from app.stored_content import UNKNOWN, FolderContent
 from app.work_queue import Queued
 
 
@@ -117,9 +118,17 @@ class Checkpoint(Table):
     model_name: Mapped[str] = mapped_column(unique=True)
     metrics: Mapped[JsonObject]
     prefix: Mapped[str]
+    content_of: Mapped[str | None]
+    """The prefix that the next three columns describe. The version before 0009 changes `prefix` alone."""
     objects: Mapped[int | None]
     """Number of objects in `model/`."""
     bytes: Mapped[int | None] = mapped_column(BigInteger)
     """Their size together."""
     sha256: Mapped[str | None]
     """Hash of their names and contents. `state/` has a manifest instead, because it is deleted earlier."""
+
+    @property
+    def content(self) -> FolderContent:
+        """The content of `model/`."""
+        known = self.content_of == self.prefix
+        return FolderContent(self.objects, self.bytes, self.sha256) if known else UNKNOWN

@@ -100,7 +100,7 @@ def find(session: Session, project: str, name: str, *, lock: bool = False) -> Re
             None,
             _adapter(adapter),
             name if adapter == "none" else job.foundation,
-            FolderContent(checkpoint.objects, checkpoint.bytes, checkpoint.sha256),
+            checkpoint.content,
         )
     if HUB_NAME.fullmatch(name):
         patterns = session.scalars(select(Model.base_model).where(Model.kind == "hub"))

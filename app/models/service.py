@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import structlog
 from sqlalchemy.orm import Session
 
-from app.archive import folder, tar
+from app.archive import Entry, folder, tar
 from app.broker import Broker, Lane
 from app.database import Database
 from app.derived_artifacts import repository as artifacts
@@ -50,21 +50,25 @@ class Models:
         """The folder of a trained model or a checkpoint, as a tar stream."""
         with self.database.read() as session:
             model, prefix = self._trained(session, project, name)
-        return self._tar(model, prefix)
+        return tar(self._files(project, model, prefix))
 
-    def _tar(self, model: repository.ResolvedModel, prefix: str) -> Iterator[bytes]:
-        """The folder of a trained model as a tar stream. Raises `Gone` if it is not whole."""
+    def _files(self, project: str, model: repository.ResolvedModel, prefix: str) -> Iterator[Entry]:
+        """The files of a trained model. Raises `Gone` at once if they are not all there."""
         try:
-            return tar(folder(self.storage, prefix, model.content))
+            return folder(self.storage, prefix, model.content)
         except ContentDamaged as damage:
+            with self.database.read() as session:
+                self._trained(session, project, model.name)  # it may have been deleted a moment ago
             raise gone("model", model.name, damage, "model") from damage
 
     def download_merged(self, project: str, name: str, dtype: str) -> Iterator[bytes] | None:
         """The model with its adapter merged into its weights, as a tar stream; None while a worker merges it."""
-        with self.database.write() as session:
+        with self.database.read() as session:
             model, prefix = self._trained(session, project, name)
-            if model.kind != "adapter":
-                return self._tar(model, prefix)  # it has all weights already
+        files = self._files(project, model, prefix)
+        if model.kind != "adapter":
+            return tar(files)  # it has all weights already
+        with self.database.write() as session:
             method = repository.prequantized(session, model.base_model)
             if method is not None:
                 message = f"'{model.base_model}' is quantised ({method}). No adapter can be merged into its weights."
@@ -87,6 +91,7 @@ class Models:
                 log.warning("merged model lost", artifact=artifact.id, reason=str(damage))
                 with self.database.write() as session:
                     artifacts.forget_one(session, artifact.id)
+                self.storage.delete_folder(merged["prefix"])
                 return self.download_merged(project, name, dtype)
         self.broker.wake(Lane.CPU)
         return None

@@ -1,4 +1,4 @@
-"""What a running training does apart from optimizer steps."""
+"""The activities of a training apart from optimizer steps."""
 
 from typing import Literal
 

@@ -1,7 +1,7 @@
 """The hyperparameters of a stage.
 
-None and "auto" mean the default. `resolved` fills in every default, except those that depend on the model, the rows or
-the device: the maximum length, the intervals of validations and checkpoints, and activation checkpointing.
+None and "auto" mean the default. `resolved` fills in the defaults. Those that depend on the model, the rows or the
+device stay None: the maximum length, the intervals, and activation checkpointing.
 """
 
 from abc import abstractmethod

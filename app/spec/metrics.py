@@ -108,7 +108,11 @@ TRAINING = {
     "learning_rate": Metric("The learning rate of the step."),
     "fill_rate": Metric("The share of positions in a step's packs that hold tokens.", "higher", unit="share"),
     "tokens_per_second": Metric("Distinct tokens trained per second.", "higher", unit="tokens/s"),
-    "mfu": Metric("The FLOP/s that a step needs, as a share of the device's measured peak.", "higher", unit="share"),
+    "mfu": Metric(
+        "The FLOP/s that a step needs, as a share of the device's measured peak. Mixtures of experts have none.",
+        "higher",
+        unit="share",
+    ),
     "peak_memory_bytes": Metric("The peak memory use so far.", "lower", unit="bytes"),
 }
 """The metrics of each step of a training, by name (TRL's, where it has one)."""

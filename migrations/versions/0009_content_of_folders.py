@@ -1,4 +1,4 @@
-"""What the folders of models and checkpoints must hold, so that nothing can be missing unnoticed"""
+"""The content of the folders of models and checkpoints, so that nothing can be missing unnoticed"""
 
 import sqlalchemy as sa
 from alembic import op
@@ -14,9 +14,11 @@ def upgrade() -> None:
         op.add_column(table, sa.Column("objects", sa.Integer(), nullable=True))
         op.add_column(table, sa.Column("sha256", sa.String(), nullable=True))
     op.add_column("checkpoints", sa.Column("bytes", sa.BigInteger(), nullable=True))
+    op.add_column("checkpoints", sa.Column("content_of", sa.String(), nullable=True))
 
 
 def downgrade() -> None:
+    op.drop_column("checkpoints", "content_of")
     op.drop_column("checkpoints", "bytes")
     for table in ("checkpoints", "models"):
         op.drop_column(table, "sha256")

@@ -33,6 +33,7 @@ NAME, CHECKPOINT = "ft:tiny:default::lost", "ft:tiny:default::lost:ckpt-step-3"
 PREFIX = "jobs/ftjob-made/attempt-2/model"
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"w" * 1000, "tokenizer.json": b"{}"}
 WEIGHTS = f"{PREFIX}/adapter_model.safetensors"
+STEP = "jobs/ftjob-made/attempt-2/step-3"
 
 
 def base_of(services: Services) -> None:
@@ -57,7 +58,7 @@ def add_model(services: Services, folder: Path, kind: str = "adapter") -> None:
         session.add(
             Checkpoint(
                 id="ftckpt-3", job_id=job_id, created_at=database_now(), stage="dpo", step_number=3, metrics={},
-                model_name=CHECKPOINT, prefix="jobs/ftjob-made/attempt-2/step-3", **content.as_columns(),
+                model_name=CHECKPOINT, prefix=STEP, content_of=STEP, **content.as_columns(),
             )
         )  # fmt: skip
 
@@ -108,6 +109,7 @@ def run_evaluation(services: Services, body: dict[str, object], file_id: str) ->
     return get(services, job_id)
 
 
+JUDGE = {"type": "reward_model", "model": NAME}
 REFERENCE: dict[str, object] = {"method": {"type": "dpo", "dpo": {"hyperparameters": {"reference_model": NAME}}}}
 READERS: dict[str, Callable[[Services, str], Job]] = {
     "a training from it": lambda services, file: run_job(services, {"model": NAME}, file),
@@ -116,7 +118,14 @@ READERS: dict[str, Callable[[Services, str], Job]] = {
     "an evaluation of it": lambda services, file: run_evaluation(services, {"candidate": {"model": NAME}}, file),
     "an evaluation against it": lambda services, file: run_evaluation(services, {"baseline": {"model": NAME}}, file),
 }
-"""What reads the whole files of a model on a worker."""
+OTHER_KINDS: dict[str, tuple[str, Callable[[Services, str], Job]]] = {
+    "a training from a full model": ("full", lambda services, file: run_job(services, {"model": NAME}, file)),
+    "an evaluation with a reward model as its judge": (
+        "reward",
+        lambda services, file: run_evaluation(services, {"type": "win_rate", "judge": JUDGE}, file),
+    ),
+}
+"""All that reads the whole files of a model on a worker."""
 
 
 @pytest.mark.parametrize("loss", [*LOSSES.values(), CHANGED], ids=[*LOSSES, "changed"])
@@ -135,6 +144,29 @@ def test_a_job_whose_model_has_lost_files_fails_and_does_not_use_its_base(
     assert job.error["code"] == "model_not_found" and reason in job.error["message"]
 
 
+@pytest.mark.parametrize(("kind", "reader"), OTHER_KINDS.values(), ids=OTHER_KINDS)
+def test_a_lost_model_with_whole_weights_fails_the_job_too(
+    client: TestClient, services: Services, tmp_path: Path, kind: str, reader: Callable[[Services, str], Job]
+) -> None:
+    base_of(services)
+    add_model(services, tmp_path / "model", kind)
+    services.storage.delete_folder(PREFIX)
+    job = reader(services, upload(client, ROW))
+    assert job.error is not None and job.error["code"] == "model_not_found"
+    assert "0 of its 3 files are there" in job.error["message"]
+
+
+def test_a_checkpoint_that_an_earlier_version_has_moved_is_not_compared_with_its_old_content(
+    client: TestClient, services: Services, tmp_path: Path
+) -> None:
+    """The earlier version changes the prefix alone."""
+    add_model(services, tmp_path / "adapter")
+    services.storage.put_bytes("jobs/ftjob-made/attempt-3/step-3/model/adapter_model.safetensors", b"other")
+    with services.database.write() as session:
+        session.execute(update(Checkpoint).values(prefix="jobs/ftjob-made/attempt-3/step-3"))
+    assert client.get(f"/v1/models/{CHECKPOINT}/download").status_code == 200
+
+
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 @pytest.mark.parametrize("kind", ["adapter", "full", "reward"])
 def test_a_download_of_a_model_that_has_lost_files_is_answered_410(
@@ -145,9 +177,8 @@ def test_a_download_of_a_model_that_has_lost_files_is_answered_410(
     lose, reason = loss
     for prefix in (PREFIX, "jobs/ftjob-made/attempt-2/step-3/model"):
         lose(services, prefix)
-    names = [NAME, CHECKPOINT, f"{NAME}/download?format=merged"][: 2 if kind == "adapter" else 3]
-    for name in names:
-        url = f"/v1/models/{name}" if "?" in name else f"/v1/models/{name}/download"
+    for path in (f"{NAME}/download", f"{CHECKPOINT}/download", f"{NAME}/download?format=merged"):
+        url = f"/v1/models/{path}"
         error = error_of(client.get(url), 410)
         assert error["code"] == "content_gone" and reason in error["message"], url
 
@@ -226,7 +257,7 @@ def test_a_report_in_tokens_needs_the_files_of_its_model(
     for _ in range(2):  # the report of the file, then its tokens
         assert client.get(url, params={"model": NAME}).status_code == 202
         work(services)
-    assert error_of(client.get(url, params={"model": NAME}), 400)["code"] == "model_not_found"
+    assert error_of(client.get(url, params={"model": NAME}), 410)["code"] == "content_gone"
 
 
 def test_the_content_of_a_folder_is_its_number_of_files_their_size_and_their_hash(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Every command that the program prints or that a document shows is parsed by its own parser.
 
-`tests/data/vllm-serve-options.json` has the options of `vllm serve` as vLLM 0.33.0's own parser lists them: their number
-of values, and the values that they take. vLLM itself needs a GPU.
+vLLM needs a GPU. So `tests/data/vllm-serve-options.json` has the options that the parser of vLLM 0.33.0 knows, with the
+number of their values and the values that they take.
 """
 
 import argparse

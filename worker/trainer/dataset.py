@@ -306,7 +306,7 @@ def _key(path: Path, tokenizer: Tokenizer, recipe: Recipe) -> str:
 def _tokenise(
     path: Path, tokenizer: Tokenizer, recipe: Recipe, report: Callable[[int], None] = lambda rows: None
 ) -> tuple[Arrays, Tally]:
-    tally, chunks = Tally(), []
+    tally, chunks, rows = Tally(), [], 0
     with path.open("rb") as file:
         groups = data.batched(examples(file, recipe.mapping), CHUNK)
         processes = usable_processes() if path.stat().st_size > PARALLEL_BYTES and _has_semaphores() else 1
@@ -318,7 +318,8 @@ def _tokenise(
         for arrays, chunk_tally in results:
             chunks.append(arrays)
             tally.add(chunk_tally)
-            report(sum(len(chunk.lines) for chunk in chunks))
+            rows += len(arrays.lines)
+            report(rows)
     return Arrays.joined(chunks or [Arrays.of([])]), tally
 
 

@@ -38,7 +38,7 @@ class Notice(Event):
 
 @dataclass(frozen=True)
 class Working(Event):
-    """What the run does apart from optimizer steps, and how many rows of it are `done`. None if nothing is counted."""
+    """The run works on something else than optimizer steps. `done` of `total` rows are ready; None if not counted."""
 
     KIND = "working"
     activity: Activity

@@ -25,7 +25,7 @@ def _break(scene: Scene, way: str, strike: Callable[[], None]) -> Strike | None:
         strike()
         line = scene.line("device out of service", seconds=60, job=False)
         outcome = scene.after_next_attempt(line)
-        attempt = scene.workload.started(scene.attempt.job, scene.attempt.number + 1, seconds=0)
+        attempt = scene.workload.started(scene.attempt.job, scene.attempt.number + 1)
         if attempt is not None and attempt.program == scene.runner.name:
             scene.workload.problems.append(f"{scene.attempt.job}: its next attempt began on the broken card")
     finally:
