@@ -150,7 +150,7 @@ def next_steps(job: JsonObject) -> str:
         )
     elif adapter == "none":
         package, loader, serve = "transformers", "AutoModelForCausalLM", "vllm serve ./model"
-    elif adapter["use_dora"] or adapter["modules_to_save"]:
+    elif adapter["use_dora"] or adapter.get("modules_to_save"):
         serve = "merge it first: vLLM takes no adapters with DoRA or 'modules_to_save'"
     elif adapter["r"] > VLLM_RANKS[-1]:
         serve = f"merge it first: vLLM takes adapters up to rank {VLLM_RANKS[-1]}"

@@ -131,7 +131,7 @@ def test_a_command_that_waits_outlasts_a_restart_and_the_errors_of_a_proxy(tmp_p
         server.shutdown()
 
 
-LORA = {"r": 16, "use_dora": False, "modules_to_save": None}
+LORA: dict[str, object] = {"r": 16, "use_dora": False}
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,7 @@ def test_every_command_that_a_sentence_names_exists() -> None:
 
 
 NAMES = ["ft:tiny:default::a1b2c3d4", "ft:org/base model:default:it's:a1b2c3d4"]
-PLAIN = {"r": 16, "use_dora": False, "modules_to_save": None}
+PLAIN: dict[str, object] = {"r": 16, "use_dora": False}
 ADAPTERS: list[object] = ["none", PLAIN | {"use_dora": True}, PLAIN | {"modules_to_save": ["lm_head"]}]
 ADAPTERS += [PLAIN | {"r": rank} for rank in (1, 17, 100, 512, 513, 1024)]
 
