@@ -4,7 +4,7 @@
 - `creates`: 16 threads create jobs at the same time, on SQLite and PostgreSQL. Milliseconds of a create.
 - `checks`: file checks per minute of a worker of the CPU lane that has one core.
 - `idle`: the CPU time of idle workers while 10,000 jobs wait for a base model that no worker serves.
-- `download`: a file of 24 MB from an S3 store, by a client that reads 100 kB a second.
+- `download`: a file of 64 MB from an S3 store, by a client that reads 200 kB a second.
 """
 
 import argparse
@@ -265,10 +265,10 @@ def throttled(port: int, bytes_per_second: int) -> Iterator[int]:
 
 def measure_download(home: Path) -> dict[str, Any]:
     """Whether a slow client gets the whole of a file that lies in S3, and how long that takes."""
-    content = os.urandom(24_000_000)
+    content = os.urandom(64_000_000)
     with s3() as store, processes(home, store) as (api, _), client_of(api) as client:
         file_id = upload(client, content, "user_data")
-        with throttled(httpx2.URL(api).port or 80, 100_000) as port, client_of(f"http://127.0.0.1:{port}/v1") as slow:
+        with throttled(httpx2.URL(api).port or 80, 200_000) as port, client_of(f"http://127.0.0.1:{port}/v1") as slow:
             began, received, error = time.monotonic(), b"", None
             try:
                 received = slow.get(f"/files/{file_id}/content").content
