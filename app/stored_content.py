@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Self
 
 from app.errors import Gone
+from app.files.tables import File
 from app.storage import Storage, WrongSize
 
 GONE = "content_gone"
@@ -78,33 +79,33 @@ def fetch_folder(storage: Storage, prefix: str, content: FolderContent, folder: 
     raise ContentDamaged("its files are not those that were stored")
 
 
-def fetch_file(storage: Storage, key: str, size: int, sha256: str, path: Path) -> None:
-    """Copy an object of `size` bytes to the file `path`. `sha256` is empty if it is not known.
+def fetch_file(storage: Storage, file: File, path: Path) -> None:
+    """Copy the content of `file` to `path`. Raises `ContentDamaged` if it is missing, or not the one of the row.
 
-    Raises `ContentDamaged` if the object is missing, or if it is not the one of the row.
+    Result files of versions before schema 0009 have no hash. Their size is compared.
     """
     for _ in range(2):  # a second try, in case the copy was damaged on its way
         try:
-            storage.get_file(key, path)
+            storage.get_file(file.key, path)
         except FileNotFoundError:
             if not path.parent.exists():
                 raise  # nobody waits for it any more
             raise ContentDamaged("its content is missing") from None
-        found = path.stat().st_size
-        if found == size and (not sha256 or sha256_of(path) == sha256):
+        size = path.stat().st_size
+        if size == file.bytes and (not file.sha256 or sha256_of(path) == file.sha256):
             return
-    if found != size:
-        raise ContentDamaged(f"its content has {found} bytes and should have {size}")
+    if size != file.bytes:
+        raise ContentDamaged(f"its content has {size} bytes and should have {file.bytes}")
     raise ContentDamaged("its content is not the one that was stored")
 
 
-def chunks_of(storage: Storage, key: str, size: int, start: int = 0, end: int | None = None) -> Iterator[bytes]:
-    """The bytes of an object of `size` bytes from `start` to before `end`, piece by piece.
+def chunks_of(storage: Storage, file: File, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+    """The bytes of `file` from `start` to before `end`, piece by piece.
 
-    Raises `ContentDamaged` at once if the object is missing or has another size.
+    Raises `ContentDamaged` at once if its content is missing or has another size.
     """
     try:
-        return storage.chunks(key, start, end, size)
+        return storage.chunks(file.key, start, end, file.bytes)
     except FileNotFoundError:
         raise ContentDamaged("its content is missing") from None
     except WrongSize as error:

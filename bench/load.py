@@ -7,7 +7,6 @@ extra endpoint in the same process only inserts one row. Its time shows the spee
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,6 +32,7 @@ from app.settings import Settings
 from app.spec.job import JobSpec
 from app.spec.json_types import JsonObject
 from bench.machine import describe_machine
+from bench.summary import summary
 from tests.helpers.servers import free_port, postgres, wait_until
 
 JOBS, EVENTS, CALLS = 10_000, 100_000, 500
@@ -160,12 +160,7 @@ def measure(environment: dict[str, str], home: Path) -> dict[str, dict[str, floa
             "list 20 files": lambda: client.get("/files", params={"limit": 20}),
         }
         for name, call in calls.items():
-            ascending = sorted(timed(call))
-            rows[name] = {
-                "p50_ms": round(statistics.median(ascending), 2),
-                "p99_ms": round(ascending[int(0.99 * len(ascending))], 2),
-                "max_ms": round(ascending[-1], 2),
-            }
+            rows[name] = {f"{figure}_ms": value for figure, value in summary(timed(call), 2).items()}
     return rows
 
 

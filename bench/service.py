@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -37,6 +36,7 @@ from app.services import Services
 from app.settings import Settings
 from app.spec.job import JobSpec
 from bench.machine import describe_machine
+from bench.summary import summary
 from tests.helpers.servers import free_port, postgres, s3, wait_until
 from tests.helpers.service import running
 from tests.helpers.tiny_model import make_tiny_model
@@ -61,13 +61,6 @@ def job_of(file_id: str, **fields: object) -> dict[str, object]:
     hyperparameters = {"max_steps": 5, "batch_size": 8}
     method = {"type": "dpo", "dpo": {"hyperparameters": hyperparameters}}
     return {"model": "tiny", "training_file": file_id, "method": method} | fields
-
-
-def summary(values: Sequence[float], digits: int) -> dict[str, float]:
-    """The median, the 99th percentile and the maximum."""
-    ascending = sorted(values)
-    figures = {"p50": statistics.median(ascending), "p99": ascending[int(0.99 * len(ascending))], "max": ascending[-1]}
-    return {name: round(value, digits) for name, value in figures.items()}
 
 
 def measure_jobs(home: Path) -> dict[str, Any]:
@@ -171,12 +164,12 @@ def measure_checks(home: Path) -> dict[str, Any]:
         jobs = [
             client.post("/fine_tuning/jobs", json=job_of(file_id)).raise_for_status().json()["id"] for file_id in files
         ]
+        newest = {"limit": 100}  # the oldest are checked first
         wait_until(
             lambda: (
-                all(client.get(f"/fine_tuning/jobs/{job_id}").json()["status"] == "queued" for job_id in jobs[-5:])
-                and not any(
+                not any(
                     job["status"] == "validating_files"
-                    for job in client.get("/fine_tuning/jobs?limit=100").json()["data"]
+                    for job in client.get("/fine_tuning/jobs", params=newest).json()["data"]
                 )
             ),
             "the checks",

@@ -102,7 +102,7 @@ class _ArtifactAttempt:
             raise ArtifactFailed("file_not_found", "The file was deleted.", "file_id")
         dataset = self.folder / "dataset"
         try:
-            fetch_file(self.services.storage, file.key, file.bytes, file.sha256, dataset)
+            fetch_file(self.services.storage, file, dataset)
         except ContentDamaged as damage:
             raise ArtifactFailed(GONE, f"The file cannot be read: {damage}.", "file_id") from damage
         if "model" not in arguments:

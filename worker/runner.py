@@ -36,10 +36,11 @@ from app.prune import tidy_job
 from app.services import Services
 from app.spec.evaluation import EvaluationSpec
 from app.spec.job import JobSpec
-from app.stored_content import ContentDamaged, fetch_file, sha256_of
+from app.stored_content import sha256_of
 from worker.base_models import BaseModels
 from worker.device_health import DeviceHealth
 from worker.hub import ModelUnavailable
+from worker.input_file import InputLost, fetch_input
 from worker.lease import AskedToStop, JobLease, LeaseLost
 from worker.model_folder import ModelGone, ModelStack, fetch_model, find_model
 from worker.processes import CannotStart, ForkServer, Trainer, answer_cache
@@ -197,12 +198,10 @@ class JobAttempt(ABC, Generic[Spec]):
     def fetch_file(self, file_id: str, path: Path, field: str) -> None:
         """Download an input file of the job to `path`. Raises `CannotRun`, which names `field` of the spec."""
         file = self.lease.read(lambda session: session.get(File, file_id))
-        if file is None:
-            raise CannotRun("file_not_found", f"The file {file_id} no longer exists.", field)
         try:
-            fetch_file(self.services.storage, file.key, file.bytes, file.sha256, path)
-        except ContentDamaged as damage:
-            raise CannotRun("file_not_found", f"The file {file_id} cannot be read: {damage}.", field) from damage
+            fetch_input(self.services.storage, file, file_id, path)
+        except InputLost as error:
+            raise CannotRun("file_not_found", str(error), field) from error
 
     # -- during ------------------------------------------------------------------------------------------------
 

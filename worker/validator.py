@@ -29,11 +29,11 @@ from app.spec.evaluation import EvaluationSpec
 from app.spec.hyperparameters import DEFAULT_MAX_LENGTH
 from app.spec.job import JobSpec
 from app.spec.json_types import JsonObject
-from app.stored_content import ContentDamaged, fetch_file
 from worker.base_models import BaseModels, has_chat_template
 from worker.classifier import BadClassifier, LinearClassifier
 from worker.counting import CountRequest, count, place_tokenizer
 from worker.evaluation_run import rendering_of
+from worker.input_file import InputLost, fetch_input
 from worker.lease import AskedToStop, JobLease, Lease, LeaseLost
 from worker.model_files import folder_at
 from worker.model_folder import ModelGone
@@ -137,12 +137,10 @@ class _Check:
         if not path.exists():
             with self.services.database.read() as session:
                 row = session.get(File, file_id)
-            if row is None:
-                raise _Invalid(field, f"The file {file_id} no longer exists.")
             try:
-                fetch_file(self.services.storage, row.key, row.bytes, row.sha256, path)
-            except ContentDamaged as damage:
-                raise _Invalid(field, f"The file {file_id} cannot be read: {damage}.") from damage
+                fetch_input(self.services.storage, row, file_id, path)
+            except InputLost as lost:
+                raise _Invalid(field, str(lost)) from lost
         try:
             if need is None:
                 LinearClassifier.load(path)

@@ -49,6 +49,11 @@ class RequestOptions(TypedDict, total=False):
     timeout: float | None
 
 
+def idempotency(key: str) -> dict[str, str]:
+    """The header of an idempotency key; none for an empty key."""
+    return {"Idempotency-Key": key} if key else {}
+
+
 class Client:
     """Calls the service that `DPO_BASE_URL` and `DPO_API_KEY` name, else this machine's with its admin key."""
 
@@ -144,9 +149,7 @@ class Client:
         with self._stream_when_ready(method, path, **options) as response:
             return _json(response)
 
-    def upload(
-        self, path: Path, form: dict[str, str] | None = None, headers: dict[str, str] | None = None
-    ) -> JsonObject:
+    def upload(self, path: Path, form: dict[str, str] | None = None, idempotency_key: str = "") -> JsonObject:
         """Upload a dataset, with a progress bar on a terminal."""
         with _progress() as progress, progress.open(path, "rb", description=path.name) as file:
             return self.request(
@@ -154,7 +157,7 @@ class Client:
                 "/files",
                 data={"purpose": "fine-tune", **(form or {})},
                 files={"file": (path.name, file)},
-                headers=headers or {},
+                headers=idempotency(idempotency_key),
                 timeout=None,
             )
 

@@ -113,7 +113,7 @@ def files_upload(
     form: dict[str, str] = {} if columns is None else {"mapping": columns.model_dump_json(exclude_none=True)}
     if expires_in is not None:
         form |= {"expires_after[anchor]": "created_at", "expires_after[seconds]": str(expires_in)}
-    file = Client().upload(path, form, {"Idempotency-Key": idempotency_key} if idempotency_key else {})
+    file = Client().upload(path, form, idempotency_key)
     emit(file, as_json, file["id"])
 
 

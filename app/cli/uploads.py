@@ -9,7 +9,7 @@ from typing import Annotated, Self
 
 import typer
 
-from app.cli.client import Client, ClientError
+from app.cli.client import Client, ClientError, idempotency
 from app.spec.json_types import JsonObject
 
 PURPOSES = {
@@ -55,7 +55,7 @@ class Uploads:
     @property
     def headers(self) -> dict[str, str]:
         """The headers of the request that uses the files."""
-        return {"Idempotency-Key": self._key} if self._key else {}
+        return idempotency(self._key)
 
     def add(self, path: Path, purpose: str) -> str:
         """The id of the file at `path`, which is uploaded for `purpose` unless the service has it."""
@@ -64,11 +64,10 @@ class Uploads:
         known = self._find(digest, purpose)
         if known is not None:
             return known
-        headers = {}
+        key = ""
         if self._key:  # one key for each file, so that two commands at the same time make one file
-            identity = f"{self._key} {purpose} {digest} {path.name}"
-            headers = {"Idempotency-Key": hashlib.sha256(identity.encode()).hexdigest()}
-        file_id = str(self._client.upload(path, {"purpose": purpose}, headers)["id"])
+            key = hashlib.sha256(f"{self._key} {purpose} {digest} {path.name}".encode()).hexdigest()
+        file_id = str(self._client.upload(path, {"purpose": purpose}, key)["id"])
         self._new.append(file_id)
         return file_id
 

@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 from app.database import database_now, new_id
 from app.derived_artifacts.tables import DerivedArtifact
 from app.spec.json_types import JsonObject
+from app.stored_content import GONE
 from app.work_queue import MAX_LOST_ATTEMPTS, WorkQueue, retry_pause
 from app.workers.repository import served_by
 
@@ -19,7 +20,7 @@ ARTIFACTS = WorkQueue(
     order=(DerivedArtifact.created_at, DerivedArtifact.id),
 )
 REPORT, MERGE = "report", "merge"
-TRANSIENT = ("worker_lost", "model_unavailable", "content_gone")
+TRANSIENT = ("worker_lost", "model_unavailable", GONE)
 """Error codes of failures that the artifact's subject did not cause."""
 TRANSIENT_RETRY_SECONDS = 300.0
 """After this time, a new request tries an artifact with such a failure again."""

@@ -201,7 +201,7 @@ class Evaluations(Lifecycle[EvaluationObject]):
     def _content(self, evaluation_id: str, file: File) -> Iterator[bytes]:
         """The bytes of a result file. Raises `Gone` if they are lost."""
         try:
-            return chunks_of(self.storage, file.key, file.bytes)
+            return chunks_of(self.storage, file)
         except ContentDamaged as damage:
             raise gone("evaluation", evaluation_id, damage, "evaluation_id") from damage
 

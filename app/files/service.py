@@ -105,7 +105,7 @@ class Files:
         """The bytes of a file, or of a part of it, piece by piece. Raises `NotFound`, or `Gone` if they are lost."""
         part = part or Part(0, file.bytes)
         try:
-            return chunks_of(self.storage, file.key, file.bytes, part.start, part.end)
+            return chunks_of(self.storage, file, part.start, part.end)
         except ContentDamaged as damage:
             self.get(file.project, file.id)  # it may have been deleted a moment ago
             raise gone("file", file.id, damage, "file_id") from damage

@@ -79,7 +79,7 @@ def find(session: Session, project: str, name: str, *, lock: bool = False) -> Re
             model.revision,
             _adapter(adapter),
             name if model.kind == "full" else model.details.get("foundation"),
-            FolderContent(model.objects, model.bytes, model.sha256),
+            model.content,
         )
     statement = (
         select(Checkpoint, Job)

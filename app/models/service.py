@@ -83,18 +83,18 @@ class Models:
                 arguments={"model": name, "dtype": dtype},
             )
         merged = result(artifact)
-        if merged is not None:
-            content = FolderContent(**{name: merged.get(name) for name in ("objects", "bytes", "sha256")})
-            try:
-                return tar(folder(self.storage, merged["prefix"], content))
-            except ContentDamaged as damage:  # it is made again, as after a day
-                log.warning("merged model lost", artifact=artifact.id, reason=str(damage))
-                with self.database.write() as session:
-                    artifacts.forget_one(session, artifact.id)
-                self.storage.delete_folder(merged["prefix"])
-                return self.download_merged(project, name, dtype)
-        self.broker.wake(Lane.CPU)
-        return None
+        if merged is None:
+            self.broker.wake(Lane.CPU)
+            return None
+        content = FolderContent(**{name: merged.get(name) for name in ("objects", "bytes", "sha256")})
+        try:
+            return tar(folder(self.storage, merged["prefix"], content))
+        except ContentDamaged as damage:  # it is made again, as after a day
+            log.warning("merged model lost", artifact=artifact.id, reason=str(damage))
+            with self.database.write() as session:
+                artifacts.forget_one(session, artifact.id)
+            self.storage.delete_folder(merged["prefix"])
+            return self.download_merged(project, name, dtype)
 
     @staticmethod
     def _trained(session: Session, project: str, name: str) -> tuple[repository.ResolvedModel, str]:

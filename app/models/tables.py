@@ -5,6 +5,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from app.database import Table
 from app.spec.json_types import JsonObject
+from app.stored_content import FolderContent
 
 
 class Model(Table):
@@ -33,3 +34,8 @@ class Model(Table):
     revision: Mapped[str | None]
     details: Mapped[JsonObject]
     """Base model: architecture, context_length, bytes, chat_template and more. Trained model: adapter, foundation."""
+
+    @property
+    def content(self) -> FolderContent:
+        """The content of a trained model's folder."""
+        return FolderContent(self.objects, self.bytes, self.sha256)

@@ -12,8 +12,9 @@ from alembic.runtime.migration import MigrationContext
 from fastapi.testclient import TestClient
 from sqlalchemy import func, inspect, select, text, update
 from sqlalchemy.exc import OperationalError
+from structlog.testing import capture_logs
 
-from app import database, exception_handlers
+from app import database
 from app.database import Database, Table, database_now
 from app.jobs import queries
 from app.jobs import queue as job_queue
@@ -204,15 +205,13 @@ def test_rows_are_numbered_beyond_32_bits(client: TestClient, services: Services
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-def test_a_database_error_that_no_request_causes_is_a_logged_500(
-    client: TestClient, services: Services, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_database_error_that_no_request_causes_is_a_logged_500(client: TestClient, services: Services) -> None:
     with services.database.write() as session:
         session.execute(text("ALTER SEQUENCE job_events_sequence_seq MAXVALUE 2"))
     body = {"model": "tiny", "training_file": upload(client)}
-    logged = list[str]()
-    monkeypatch.setattr(exception_handlers.log, "error", lambda event, **fields: logged.append(str(fields["exc_info"])))
-    answers = [client.post("/v1/fine_tuning/jobs", json=body) for _ in range(3)]
+    with capture_logs() as logs:
+        answers = [client.post("/v1/fine_tuning/jobs", json=body) for _ in range(3)]
+    logged = [str(line["exc_info"]) for line in logs if line["event"] == "unexpected error"]
     assert [answer.status_code for answer in answers] == [200, 200, 500]
     error = error_of(answers[2], 500)
     assert error["code"] == "internal_error"

@@ -83,7 +83,7 @@ def _train_or_evaluate(
     from worker.trainer.events import Broken, DeviceFailed, Events, Failed
     from worker.trainer.loop import train
     from worker.trainer.room import NoRoom
-    from worker.trainer.run import TrainingRun
+    from worker.trainer.run import TrainingRun, require_placed
 
     entry = {
         "event": "trainer began",
@@ -100,14 +100,11 @@ def _train_or_evaluate(
     is_evaluation = (folder / "evaluation.json").exists()
     cache = Cache(folder / "cache", events, answers)
     try:
+        require_placed(folder, about)
         if is_evaluation:
-            evaluation_run = EvaluationRun.of(folder, events, stopping, cache)
-            evaluation_run.require_placed()
-            evaluate(evaluation_run)
+            evaluate(EvaluationRun.of(folder, events, stopping, cache))
         else:
-            training_run = TrainingRun.of(folder, events, stopping, cache)
-            training_run.require_placed()
-            train(training_run)
+            train(TrainingRun.of(folder, events, stopping, cache))
     except Stopped:
         return STOPPED
     except UserError as error:

@@ -16,6 +16,16 @@ from worker.trainer.events import Events
 from worker.trainer.model import Base
 
 
+def require_placed(folder: Path, about: JsonObject) -> None:
+    """Raise `OSError` if `folder` lacks something that its runner has put there. `about`: the content of `run.json`.
+
+    A missing adapter must not be taken for none, nor a missing checkpoint for a new run.
+    """
+    missing = [name for name in about.get("placed", []) if not (folder / name).exists()]
+    if missing:
+        raise FileNotFoundError(f"the work folder has lost {', '.join(missing)}")
+
+
 @dataclass(frozen=True)
 class Run:
     """A run reads its work folder, writes events, and leaves its results in the folder.
@@ -39,15 +49,6 @@ class Run:
         """The content of `run.json`: what the runner knows about the job beside its spec, such as its base model."""
         about: JsonObject = json.loads((self.folder / "run.json").read_text())
         return about
-
-    def require_placed(self) -> None:
-        """Raise `OSError` if something is missing that the runner has put into the folder.
-
-        A missing adapter must not be taken for none, nor a missing checkpoint for a new run.
-        """
-        missing = [name for name in self.about.get("placed", []) if not (self.folder / name).exists()]
-        if missing:
-            raise FileNotFoundError(f"the work folder has lost {', '.join(missing)}")
 
     def check_stop(self) -> None:
         """Raise `Stopped` if the run was asked to stop. To be called between two pieces of work."""
