@@ -236,6 +236,7 @@ def throttled(port: int, bytes_per_second: int) -> Iterator[int]:
             server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
             threading.Thread(target=pump, args=(client, server, None), daemon=True).start()
             pump(server, client, bytes_per_second)
+            client.shutdown(socket.SHUT_RDWR)  # the other thread still reads from it, so closing would say nothing
 
     def pump(source: socket.socket, target: socket.socket, limit: int | None) -> None:
         while chunk := source.recv(16384):
