@@ -180,17 +180,19 @@ def _postgresql_on_begin(connection: Connection) -> None:
         connection.exec_driver_sql(f"SET LOCAL idle_in_transaction_session_timeout = '{IDLE_SECONDS}s'")
 
 
-LOST_SESSIONS = (
+OUTAGES = (
     psycopg.errors.IdleInTransactionSessionTimeout,
+    psycopg.errors.ReadOnlySqlTransaction,  # the server has become a standby: a new connection finds the primary
     psycopg.errors.InvalidSqlStatementName,  # a pooler went on in another session
     psycopg.errors.DuplicatePreparedStatement,
 )
 
 
 def _postgresql_on_error(context: ExceptionContext) -> BaseException | None:
-    """Report a session that the server ended or that a pooler exchanged like any other broken connection."""
-    if not isinstance(context.original_exception, LOST_SESSIONS):
+    """Report a session that was ended or exchanged, or that cannot write, like any other broken connection."""
+    if not isinstance(context.original_exception, OUTAGES):
         return None
+    context.is_disconnect = True  # the pool drops its connections: they may all be to the same standby
     return OperationalError(context.statement, None, context.original_exception, connection_invalidated=True)
 
 

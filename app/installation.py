@@ -3,7 +3,7 @@
 The database and the object store both hold it, so that a store is never taken for another installation's.
 """
 
-from sqlalchemy import select
+from sqlalchemy import select, update
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.database import Database, Table
@@ -26,6 +26,12 @@ def store_installation(storage: Storage) -> str | None:
         return storage.read(INSTALLATION_KEY).decode()
     except FileNotFoundError:
         return None
+
+
+def require_writes(database: Database) -> None:
+    """Write to the database. Raises an error of SQLAlchemy if that fails, as on a standby or a full disk."""
+    with database.write() as session:
+        session.execute(update(Installation).values(id=Installation.id))
 
 
 def database_installation(database: Database) -> str:

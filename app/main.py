@@ -36,6 +36,7 @@ from app.monitoring.collector import ServiceCollector
 from app.monitoring.endpoints import router as monitoring_router
 from app.monitoring.health import router as health_router
 from app.monitoring.middleware import RequestMetricsMiddleware
+from app.monitoring.readiness import Readiness
 from app.paths import PathMiddleware
 from app.projects.endpoints import router as projects_router
 from app.query_parameters import refuse_unknown
@@ -100,6 +101,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.services = services
+    app.state.readiness = Readiness(services.database, services.storage)
     app.state.registry = registry = CollectorRegistry()
     registry.register(ServiceCollector(services.database))
     ProcessCollector(registry=registry)

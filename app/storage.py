@@ -18,10 +18,13 @@ from starlette.concurrency import run_in_threadpool
 
 if TYPE_CHECKING:  # types that exist for the type checker only
     from obstore import GetOptions, ObjectMeta
+    from obstore.store import ClientConfig, RetryConfig
 
 WRITE_CHUNK_BYTES = 8 * 1024 * 1024
 REQUEST_TIMEOUT = "60s"
 """The longest time of one request. A large object takes several, so it does not bound the time of a copy."""
+PROBE_KEY, PROBE_TIMEOUT = "readiness", "5s"
+"""The object and the longest time of a request that only finds out whether the store answers."""
 READ_BYTES = 4 * 1024 * 1024
 """Size of the pieces in which a large object is read."""
 
@@ -53,11 +56,15 @@ class Storage:
             folder = Path(url.removeprefix("file://"))
             folder.mkdir(parents=True, exist_ok=True)
             self.store: ObjectStore = LocalStore(folder, mkdir=True, automatic_cleanup=True)
+            self._once: ObjectStore = self.store
         else:
             endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
             plain = url.startswith("s3://") and endpoint.startswith("http://")
             with _trusting_own_certificates():
                 self.store = from_url(url, client_options={"timeout": REQUEST_TIMEOUT, "allow_http": plain})
+                once: RetryConfig = {"max_retries": 0}
+                options: ClientConfig = {"timeout": PROBE_TIMEOUT, "connect_timeout": PROBE_TIMEOUT}
+                self._once = from_url(url, client_options=options | {"allow_http": plain}, retry_config=once)
 
     async def put_stream(self, key: str, chunks: AsyncIterator[bytes]) -> None:
         """Write an object from a stream. If the stream raises, no object is left, and the same error is raised here."""
@@ -191,10 +198,14 @@ class Storage:
         for key, _size in self.list(prefix):
             self.delete(key)
 
-    def check(self) -> None:
-        """Raise an error if the store cannot be reached."""
-        for _batch in obstore.list(self.store, "readiness"):
+    def require_reads(self) -> None:
+        """Ask the store once, and for a few seconds at most. Raises an error of obstore if that fails."""
+        for _batch in obstore.list(self._once, PROBE_KEY):
             break
+
+    def require_writes(self) -> None:
+        """Write a small object, tried once as in `require_reads`. Raises an error of obstore if that fails."""
+        obstore.put(self._once, PROBE_KEY, b"")
 
 
 def _pieces(meta: "ObjectMeta", begin: int = 0, end: int | None = None) -> "Iterator[GetOptions]":

@@ -10,7 +10,7 @@ after a pause. Jobs, derived artifacts and webhook deliveries are queues of this
 from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
-from sqlalchemy import ColumnElement, Row, SQLColumnExpression, and_, or_, select, update
+from sqlalchemy import ColumnElement, Row, SQLColumnExpression, and_, case, or_, select, update
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from app.database import database_now
@@ -25,9 +25,18 @@ RETRY_SECONDS = 20.0
 """The longest pause before another attempt at work whose worker was lost."""
 
 
+LONGEST_SETBACK_SECONDS = 300.0
+"""The longest pause before another attempt at work that the object store, a disk or the database has set back."""
+
+
 def retry_pause(lost_attempts: int) -> float:
-    """Seconds before the next attempt: 1, then 20. Most outages are short."""
+    """Seconds before the next attempt after a lost one: 1, then 20."""
     return RETRY_SECONDS ** (lost_attempts - 1)
+
+
+def setback_pause(setbacks: int) -> float:
+    """Seconds before the next attempt after so many setbacks in a row: 2, 4, 8, up to five minutes."""
+    return min(2.0**setbacks, LONGEST_SETBACK_SECONDS)
 
 
 class Queued:
@@ -42,8 +51,15 @@ class Queued:
     """No worker may claim the row before this time (unix seconds)."""
     lost_attempts: Mapped[int]
     """Attempts whose worker was lost since the last progress."""
+    setbacks: Mapped[int] = mapped_column(default=0, server_default="0")
+    """Attempts since the last progress that a fault of the object store, a disk or the database has ended.
+
+    They do not count as lost. However long the fault lasts, the work goes on after it.
+    """
 
 
+PROGRESS: dict[str, Any] = {"lost_attempts": 0, "setbacks": 0}
+"""The columns that an attempt writes when it has made progress that no later attempt has to repeat."""
 Work = TypeVar("Work", bound=Queued)
 Leased = Row[str, int, float | None]
 """(id, attempt, end) of a lease."""
@@ -137,8 +153,11 @@ class WorkQueue(Generic[Work]):
 
         A time further away than any pause was set before the clock was set back.
         """
-        eligible_at, farthest = self.table.eligible_at, database_now() + self.longest_pause + HEARTBEAT_SECONDS
-        return and_(self.table.lease_owner.is_(None), or_(eligible_at <= database_now(), eligible_at > farthest))
+        table, after_setback = self.table, max(self.longest_pause, LONGEST_SETBACK_SECONDS)
+        longest_pause = case((table.setbacks > 0, after_setback), else_=self.longest_pause)
+        farthest = database_now() + longest_pause + HEARTBEAT_SECONDS
+        due = or_(table.eligible_at <= database_now(), table.eligible_at > farthest)
+        return and_(table.lease_owner.is_(None), due)
 
     def holds(self, row_id: str, attempt: int) -> ColumnElement[bool]:
         """The condition that this attempt still holds the lease of the row."""

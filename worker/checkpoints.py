@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -46,7 +47,7 @@ class Checkpoints:
         Returns the content of its model, for the row.
         """
         content = FolderContent.of(folder / "model", manifest.hashes_below(folder, "model"))
-        self.storage.put_folder(prefix, folder)
+        self.lease.outlast(partial(self.storage.put_folder, prefix, folder))
         shutil.rmtree(folder)
         return content
 

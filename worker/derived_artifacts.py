@@ -24,10 +24,14 @@ from worker.counting import CountRequest, count, place_tokenizer, run_program
 from worker.hub import ModelUnavailable
 from worker.lease import AskedToStop, Lease, LeaseLost
 from worker.model_folder import ModelGone, fetch_model, find_model
-from worker.waiting import in_thread
+from worker.outage import fault
+from worker.waiting import briefly, in_thread
 from worker.work import work_folder
 
 log = structlog.get_logger(__name__)
+
+UNDO_SECONDS = 5.0
+"""The longest wait for the removal of what a failed attempt has uploaded. Pruning removes the rest."""
 
 
 class ArtifactFailed(Exception):
@@ -58,18 +62,20 @@ def make_artifact(
         except ArtifactFailed as failed:
             _finish(lease, artifact, error=failed.error)
         except LeaseLost:
-            artifact_attempt.undo()
+            briefly(artifact_attempt.undo, UNDO_SECONDS)
             log.warning("artifact lost", artifact=artifact.id)
         except AskedToStop:  # pruning removes what it has uploaded
             with suppress(LeaseLost):
                 lease.write(lambda session: ARTIFACTS.release(session, artifact.id, artifact.attempt, pause=0.0))
-        except Exception as error:  # storage or disk: another attempt may succeed, and attempts are limited
-            with suppress(Exception):
-                artifact_attempt.undo()
+        except Exception as error:
+            briefly(artifact_attempt.undo, UNDO_SECONDS)
             log.error("artifact failed", artifact=artifact.id, kind=artifact.kind, exc_info=error)
             reason = f"The worker failed ({type(error).__name__})."
             with suppress(LeaseLost):
-                lease.write(lambda session: repository.recover(session, artifact, reason))
+                if fault(error) is not None:
+                    lease.write(lambda session: repository.set_back(session, artifact))
+                else:
+                    lease.write(lambda session: repository.recover(session, artifact, reason))
 
 
 def _finish(lease: Lease, artifact: DerivedArtifact, **outcome: JsonObject) -> bool:

@@ -20,6 +20,7 @@ from app.spec.datasets.rendering import RenderingSettings
 from app.spec.evaluation import EvaluationSpec, Judge
 from app.spec.job import JobSpec
 from app.spec.json_types import JsonObject
+from app.work_queue import PROGRESS
 from worker.judges.endpoint import Answer, JudgeClient, JudgeFailed, key_of
 from worker.judges.questions import questions, verdicts
 from worker.lease import LeaseLost
@@ -128,7 +129,7 @@ class Evaluation(JobAttempt[EvaluationSpec]):
     def before_write(self, event: Event) -> None:
         if isinstance(event, CompletionsWritten):
             path = self.folder / event.path
-            self.services.storage.put_file(f"{self.parts_prefix}/{path.name}", path)
+            self.lease.outlast(partial(self.services.storage.put_file, f"{self.parts_prefix}/{path.name}", path))
             self.completions[_by_judge(path)] += event.completions
 
     def columns(self, batch: list[Event]) -> dict[str, object]:
@@ -136,7 +137,7 @@ class Evaluation(JobAttempt[EvaluationSpec]):
         for event in batch:
             if isinstance(event, CompletionsWritten):
                 progress = {"completions": self.completions[_by_judge(Path(event.path))], "total": event.total}
-                columns = {"lost_attempts": 0, "progress": progress}
+                columns = {**PROGRESS, "progress": progress}
         return columns
 
     def write_event(self, session: Session, event_id: str, event: Event) -> None:
@@ -166,12 +167,13 @@ class Evaluation(JobAttempt[EvaluationSpec]):
             nonlocal new_parts
             name = f"{ANSWERS}-{self.job.attempt:05d}-{new_parts:05d}.jsonl"
             _write_answers(self.folder / "parts" / name, fresh)
-            self.services.storage.put_file(f"{self.parts_prefix}/{name}", self.folder / "parts" / name)
+            part = self.folder / "parts" / name
+            self.lease.outlast(partial(self.services.storage.put_file, f"{self.parts_prefix}/{name}", part))
             new_parts += 1
             self.answers |= fresh
             sampled = self.completions[False]
             progress = {"completions": sampled, "total": sampled, "answers": len(self.answers), "questions": total}
-            self._write(lost_attempts=0, progress=progress)
+            self._write(**PROGRESS, progress=progress)
 
         (self.folder / "parts").mkdir(exist_ok=True)
         try:

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import structlog
+from obstore.exceptions import BaseError
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
@@ -19,6 +20,10 @@ from app.work_queue import WorkQueue
 
 log = structlog.get_logger(__name__)
 
+STORE_PATIENCE_SECONDS, MOST_PAUSE_SECONDS = 600.0, 15.0
+"""How long an attempt waits for an object store that does not take its results, and the longest pause between tries."""
+STOPPING_SECONDS = 5.0
+"""How long an attempt that was asked to stop waits for the database."""
 WATCH_SECONDS = 0.25
 """Interval at which the watching thread checks the lease."""
 Result = TypeVar("Result")
@@ -88,6 +93,8 @@ class Lease:
     def write(self, work: Callable[[Session], Result]) -> Result:
         """Run `work` in a transaction. Repeat it while the database is unreachable and the lease is valid.
 
+        An attempt that was asked to stop waits for a few seconds only: its row is taken back after the outage.
+
         A connection can break after a commit but before its confirmation arrives. `work` may therefore run again after
         it was committed. It must first write to the row that it guards, then detect this. Raises `LeaseLost`.
         """
@@ -100,14 +107,34 @@ class Lease:
     def _insist(
         self, begin: Callable[[], AbstractContextManager[Session]], work: Callable[[Session], Result]
     ) -> Result:
+        began = time.monotonic()
         while True:
             try:
                 with begin() as session:
                     return work(session)
             except OperationalError as error:
                 self.log.warning("database out of reach", reason=str(error.orig))
-                if self.wait_lost(1.0):
+                in_vain = self.asked_to_stop() and time.monotonic() - began > STOPPING_SECONDS
+                if in_vain or self.wait_lost(1.0):
                     raise LeaseLost from error
+
+    def outlast(self, store: Callable[[], Result]) -> Result:
+        """Do `store`, which writes to the object store. Repeat it with growing pauses while the store is away.
+
+        What it writes has cost much to compute, so it is worth a wait of `STORE_PATIENCE_SECONDS`. Raises the error of
+        the store after that time, and at once if the attempt should end. Raises `LeaseLost`.
+        """
+        deadline, pause = time.monotonic() + STORE_PATIENCE_SECONDS, 1.0
+        while True:
+            try:
+                return store()
+            except BaseError as error:
+                if self.asked_to_stop() or time.monotonic() + pause > deadline:
+                    raise
+                self.log.warning("object store out of reach", reason=str(error))
+                if self.wait_lost(pause):
+                    raise LeaseLost from error
+                pause = min(2 * pause, MOST_PAUSE_SECONDS)
 
     def on_lost(self, callback: Callable[[], None]) -> None:
         """Call `callback` from another thread when the lease is lost."""

@@ -43,6 +43,7 @@ from worker.hub import ModelUnavailable
 from worker.input_file import InputLost, fetch_input
 from worker.lease import AskedToStop, JobLease, LeaseLost
 from worker.model_folder import ModelGone, ModelStack, fetch_model, find_model
+from worker.outage import fault
 from worker.processes import CannotStart, ForkServer, Trainer, answer_cache
 from worker.trainer.events import (
     Broken,
@@ -56,7 +57,8 @@ from worker.trainer.events import (
     TrainingDone,
     read,
 )
-from worker.waiting import in_thread
+from worker.trainer_log import LogCopy
+from worker.waiting import briefly, in_thread
 from worker.work import work_folder
 
 log = structlog.get_logger(__name__)
@@ -69,8 +71,12 @@ STOPPED = 75
 CACHE_KEY = re.compile(r"(tokens|reference)(/[0-9a-f]{64}){1,2}")
 LOG_SECONDS = 3.0
 """Interval at which the trainer's log is uploaded."""
+LAST_LOG_SECONDS, TIDY_SECONDS = 2.0, 5.0
+"""The longest waits, at the end of an attempt, for the last upload of its log and for the removal of objects."""
 WRONG_NUMBERS = {"loss_not_finite", "not_finite", "unsupported_model", "trainer_error"}
 """Codes of errors that a device which computes wrongly causes too. It is checked before a job fails with one."""
+DRAIN_SECONDS = 15.0
+"""Time for a last checkpoint after the worker was told to stop. Its whole end takes less than 20 seconds."""
 TIMEOUT_GRACE_SECONDS = 30.0
 """Time for a last checkpoint after a job has reached its timeout."""
 
@@ -123,13 +129,17 @@ class JobAttempt(ABC, Generic[Spec]):
                     self._leave_device(str(error))
             except LeaseLost:
                 self.log.warning("lease lost; the trainer was stopped")
-            except Exception as error:  # storage or disk: without recovery the job would hang until its lease expires
+            except Exception as error:  # without this, the job would hang until its lease expires
                 self.log.error("the attempt failed", exc_info=error)
-                self._recover(f"The worker failed ({type(error).__name__}).")
+                reason = fault(error)
+                if reason is not None:
+                    self._set_back(reason)
+                else:
+                    self._recover(f"The worker failed ({type(error).__name__}).")
             finally:
                 self.close()
-        with suppress(Exception):  # pruning removes what is left
-            tidy_job(self.services, self.job.id)
+        if not self.stopping.is_set():
+            briefly(partial(tidy_job, self.services, self.job.id), TIDY_SECONDS)  # pruning removes what is left
 
     @property
     def overdue(self) -> bool:
@@ -216,14 +226,15 @@ class JobAttempt(ABC, Generic[Spec]):
         lines: queue.Queue[bytes | None] = queue.Queue()
         reader = threading.Thread(target=_read_lines, args=(process, lines), daemon=True)
         reader.start()
+        log_copy = LogCopy(self.services.storage, log_key(self.job.id, self.job.attempt), self.folder / "trainer.log")
         try:
-            self._relay_until_end(process, lines)
+            self._relay_until_end(process, lines, log_copy)
             return process.wait()
         finally:
             process.kill()
-            self._upload_log()
+            log_copy.finish(LAST_LOG_SECONDS)
 
-    def _relay_until_end(self, process: Trainer, lines: "queue.Queue[bytes | None]") -> None:
+    def _relay_until_end(self, process: Trainer, lines: "queue.Queue[bytes | None]", log_copy: LogCopy) -> None:
         """Relay the trainer's events until it closes its output. Stop it when the attempt should end."""
         stop_sent_at, uploaded_at = math.inf, time.monotonic()
 
@@ -236,6 +247,8 @@ class JobAttempt(ABC, Generic[Spec]):
                 stop_sent_at = time.monotonic()
             if self.overdue and time.monotonic() - stop_sent_at > TIMEOUT_GRACE_SECONDS:
                 process.kill()
+            if self.stopping.is_set() and time.monotonic() - stop_sent_at > DRAIN_SECONDS:
+                raise AskedToStop  # the object store hangs, or the last checkpoint takes too long
 
         while True:
             batch, ended = _drain(lines)
@@ -246,7 +259,7 @@ class JobAttempt(ABC, Generic[Spec]):
             if ended:
                 return
             if time.monotonic() - uploaded_at > LOG_SECONDS:
-                self._upload_log()
+                log_copy.renew()
                 uploaded_at = time.monotonic()
 
     def _serve_cache(self, process: Trainer, batch: list[Event]) -> None:
@@ -296,11 +309,6 @@ class JobAttempt(ABC, Generic[Spec]):
         self.lease.write(write)
         self.after_write(batch)
 
-    def _upload_log(self) -> None:
-        path = self.folder / "trainer.log"
-        with suppress(Exception):  # a failed upload of the log must not stop a training
-            self.services.storage.put_file(log_key(self.job.id, self.job.attempt), path)
-
     # -- after -------------------------------------------------------------------------------------------------
 
     def _finish(self, status: int) -> None:
@@ -316,8 +324,9 @@ class JobAttempt(ABC, Generic[Spec]):
                 self.fail(code, message, param)
             case _ if (self.overdue or status == STOPPED) and self.asked_to_stop:
                 self.stop_early()
-            case Broken(reason):
-                self._recover(f"The trainer could not go on ({reason}).")
+            case Broken(reason, by_disk):
+                give_back = self._set_back if by_disk else self._recover
+                give_back(f"The trainer could not go on ({reason}).")
             case DeviceFailed(reason):
                 self._leave_device(reason)
             case _:
@@ -373,7 +382,8 @@ class JobAttempt(ABC, Generic[Spec]):
     def store_result(self, path: Path, name: str) -> Callable[[], File]:
         """Upload a result file of the job. Returns what makes its row, which the caller adds in a transaction."""
         file_id, size, sha256 = new_id("file"), path.stat().st_size, sha256_of(path)
-        in_thread(partial(self.services.storage.put_file, f"files/{file_id}", path), self.lease.check)
+        store = partial(self.services.storage.put_file, f"files/{file_id}", path)
+        in_thread(partial(self.lease.outlast, store), self.lease.check)
         return lambda: File(
             id=file_id,
             project=self.job.project,
@@ -409,11 +419,18 @@ class JobAttempt(ABC, Generic[Spec]):
     def _recover(self, reason: str) -> None:
         """Count this attempt as lost and let another one continue the job."""
         self.log.warning("attempt lost", reason=reason)
+        self._give_back(transitions.recover, reason)
 
+    def _set_back(self, reason: str) -> None:
+        """Let another attempt continue the job. This one does not count as lost: the service is at fault."""
+        self.log.warning("attempt set back", reason=reason)
+        self._give_back(transitions.set_back, reason)
+
+    def _give_back(self, how: Callable[[Session, Job, Actor, str], None], reason: str) -> None:
         def write(session: Session) -> None:
             current = session.get_one(Job, self.job.id)
             if current.attempt == self.job.attempt and current.status == Status.RUNNING:
-                transitions.recover(session, current, Actor.RUNNER, reason)
+                how(session, current, Actor.RUNNER, reason)
 
         with suppress(LeaseLost):
             self.lease.write(write)

@@ -19,6 +19,7 @@ from app.spec.job import JobSpec
 from app.spec.json_types import JsonObject
 from app.spec.metrics import SUMMARY
 from app.stored_content import FolderContent, store_folder
+from app.work_queue import PROGRESS
 from worker.checkpoints import Checkpoints
 from worker.integrations import Reporter
 from worker.lease import LeaseLost
@@ -116,7 +117,7 @@ class Training(JobAttempt[JobSpec]):
                     columns["metrics"] = dict(self.metrics)
                     columns["stage"] = event.stage
                 case CheckpointWritten():
-                    columns["lost_attempts"] = 0
+                    columns |= PROGRESS
         return columns or {"lost_attempts": Job.lost_attempts}
 
     def write_event(self, session: Session, event_id: str, event: Event) -> None:
@@ -168,7 +169,7 @@ class Training(JobAttempt[JobSpec]):
         assert isinstance(outcome, TrainingDone)
         name = self.job.makes
         store = partial(store_folder, self.services.storage, f"{self.prefix}/model", self.folder / "output")
-        content = in_thread(store, self.lease.check)
+        content = in_thread(partial(self.lease.outlast, store), self.lease.check)
         result_file = self.store_result(self.folder / "result.csv", "step_metrics.csv")
 
         def write(session: Session) -> None:

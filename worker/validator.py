@@ -29,6 +29,7 @@ from app.spec.evaluation import EvaluationSpec
 from app.spec.hyperparameters import DEFAULT_MAX_LENGTH
 from app.spec.job import JobSpec
 from app.spec.json_types import JsonObject
+from app.work_queue import PROGRESS
 from worker.base_models import BaseModels, has_chat_template
 from worker.classifier import BadClassifier, LinearClassifier
 from worker.counting import CountRequest, count, place_tokenizer
@@ -37,6 +38,7 @@ from worker.input_file import InputLost, fetch_input
 from worker.lease import AskedToStop, JobLease, Lease, LeaseLost
 from worker.model_files import folder_at
 from worker.model_folder import ModelGone
+from worker.outage import fault
 from worker.waiting import in_thread
 from worker.work import work_folder
 
@@ -96,10 +98,12 @@ class _Check:
             return False
         except (LeaseLost, AskedToStop):
             raise
-        except Exception as error:  # storage or disk: another attempt may succeed, and attempts are limited
+        except Exception as error:
             log.error("files could not be checked", job=self.job.id, exc_info=error)
-            reason = "The files could not be read."
-            self.lease.write(lambda session: transitions.recover(session, self.job, Actor.VALIDATOR, reason))
+            give_back, reason = transitions.set_back, fault(error)
+            if reason is None:
+                give_back, reason = transitions.recover, "The files could not be read."
+            self.lease.write(lambda session: give_back(session, self.job, Actor.VALIDATOR, reason))
             return False
         return self.lease.write(self._queue)
 
@@ -112,7 +116,7 @@ class _Check:
             Status.QUEUED,
             actor=Actor.VALIDATOR,
             attempt=job.attempt,
-            lost_attempts=0,  # the training counts its own
+            **PROGRESS,  # the training counts its own
             **self._needs(session),
             message="Files validated, job queued: "
             + "; ".join(f"{field}: {report.summary()}" for field, report in self.reports.items()),

@@ -5,8 +5,10 @@ A `Check` is a function that raises if it is not, such as `Lease.check`. The wai
 
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from typing import IO, TypeVar
 
 from worker.processes import kill_group
@@ -39,6 +41,18 @@ def in_thread(work: Callable[[], Result], check: Check) -> Result:
     while not wait([future], POLL_SECONDS).done:
         check()
     return future.result()
+
+
+def briefly(work: Callable[[], object], seconds: float) -> None:
+    """Do `work` in a thread, and wait for at most `seconds`. Its errors count for nothing, as does its result."""
+    deadline = time.monotonic() + seconds
+
+    def check() -> None:
+        if time.monotonic() > deadline:
+            raise TimeoutError
+
+    with suppress(Exception):
+        in_thread(work, check)
 
 
 def run_process(

@@ -28,6 +28,7 @@ from worker.evaluation_run import Evaluation
 from worker.housekeeping import apply_retention, keep_house, prune_objects
 from worker.processes import ForkServer
 from worker.reaper import Reaper
+from worker.store_health import StoreHealth
 from worker.training_run import Training
 from worker.validator import validate
 from worker.webhooks import Sender
@@ -62,6 +63,7 @@ class WorkerPool:
         self.base_models = BaseModels(services.settings)
         self.owner = f"{lane.value}@{socket.gethostname()}:{os.getpid()}"
         self.health = DeviceHealth(services.settings.device if lane == Lane.GPU else "cpu")
+        self.store_health = StoreHealth(services.storage)
         self.stopping = threading.Event()
         self.fork_server = ForkServer()
         self._shown_usable = True
@@ -118,20 +120,29 @@ class WorkerPool:
         self.fork_server.close()
 
     def _work_once(self) -> bool:
-        """Claim and run one job or artifact; False if there is none."""
-        if self.lane == Lane.CPU:
-            with self.services.database.write() as session:
-                job = job_queue.claim(session, Status.VALIDATING, self.owner)
-            if job is not None:
-                validate(self.services, self.base_models, job, self.stopping)
-                return True
-            with self.services.database.write() as session:
-                artifact = artifacts.claim(session, self.owner, self.base_models.served())
-            if artifact is not None:
-                make_artifact(self.services, self.base_models, artifact, self.stopping)
-            return artifact is not None
-        if not self._device_usable():
+        """Claim and run one job or artifact; False if there is none, or if this worker cannot do any."""
+        if not self._usable():
             return False
+        done = self._check_or_make() if self.lane == Lane.CPU else self._train_or_evaluate()
+        if done:
+            self.store_health.doubt()
+        return done
+
+    def _check_or_make(self) -> bool:
+        """Check the files of one job, or make one artifact; False if there is none."""
+        with self.services.database.write() as session:
+            job = job_queue.claim(session, Status.VALIDATING, self.owner)
+        if job is not None:
+            validate(self.services, self.base_models, job, self.stopping)
+            return True
+        with self.services.database.write() as session:
+            artifact = artifacts.claim(session, self.owner, self.base_models.served())
+        if artifact is not None:
+            make_artifact(self.services, self.base_models, artifact, self.stopping)
+        return artifact is not None
+
+    def _train_or_evaluate(self) -> bool:
+        """Run one job; False if there is none that this worker can run."""
         assert self.health.device is not None
         memory = self.health.device.memory_bytes
         served = self.base_models.served()
@@ -139,14 +150,14 @@ class WorkerPool:
             job = job_queue.claim(session, Status.QUEUED, self.owner, served, memory)
         if job is not None:
             ATTEMPTS[job.kind](self.services, self.base_models, job, self.stopping, self.fork_server, self.health).run()
-            self._device_usable()
+            self._usable()
         if not self.stopping.is_set():
             self.fork_server.prepare()
         return job is not None
 
-    def _device_usable(self) -> bool:
-        """Whether the device can be trusted. If that has changed, all others are told at once."""
-        usable = self.health.usable()
+    def _usable(self) -> bool:
+        """Whether the device and the object store can be trusted. If that has changed, all others are told at once."""
+        usable = (self.lane == Lane.CPU or self.health.usable()) and self.store_health.usable()
         if usable != self._shown_usable:
             self._register()
             self._shown_usable = usable
@@ -195,6 +206,8 @@ class WorkerPool:
             device, problem = self.health.device, self.health.problem
             details = {"device": device and asdict(device), "integrations": integrations.configured()}
             details |= {"problem": problem} if problem else {}
+        if self.store_health.problem is not None:
+            details["store_problem"] = self.store_health.problem
         with self.services.database.write() as session:
             workers.report(session, self.owner, self.lane, serves, details)
             for model in local:

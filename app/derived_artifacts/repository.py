@@ -10,7 +10,7 @@ from app.database import database_now, new_id
 from app.derived_artifacts.tables import DerivedArtifact
 from app.spec.json_types import JsonObject
 from app.stored_content import GONE
-from app.work_queue import MAX_LOST_ATTEMPTS, WorkQueue, retry_pause
+from app.work_queue import MAX_LOST_ATTEMPTS, WorkQueue, retry_pause, setback_pause
 from app.workers.repository import served_by
 
 ARTIFACTS = WorkQueue(
@@ -139,6 +139,13 @@ def recover(session: Session, artifact: DerivedArtifact, reason: str) -> None:
         finish(session, artifact.id, artifact.attempt, error={"code": "worker_lost", "message": reason})
         return
     ARTIFACTS.release(session, artifact.id, artifact.attempt, pause=retry_pause(lost), lost_attempts=lost)
+
+
+def set_back(session: Session, artifact: DerivedArtifact) -> None:
+    """Release an artifact that the object store, a disk or the database has stopped. The attempt counts as no loss."""
+    setbacks = artifact.setbacks + 1
+    pause = setback_pause(setbacks)
+    ARTIFACTS.release(session, artifact.id, artifact.attempt, pause=pause, setbacks=setbacks)
 
 
 def of_owner(session: Session, owner: str) -> Sequence[DerivedArtifact]:

@@ -61,12 +61,18 @@ _API, _VALIDATOR, _RUNNER, _KEEPER = Actor.API, Actor.VALIDATOR, Actor.RUNNER, A
 TRANSITIONS: dict[tuple[Status, Status], Transition] = {
     (edge.source, edge.target): edge
     for edge in (
-        _edge(_V, _Q, {_VALIDATOR}, _LEASE | {"estimated_seconds", "memory_bytes", "lost_attempts"}, fenced=True),
+        _edge(
+            _V, _Q, {_VALIDATOR},
+            _LEASE | {"estimated_seconds", "memory_bytes", "lost_attempts", "setbacks"}, fenced=True,
+        ),
         _edge(_V, Status.FAILED, {_VALIDATOR, _KEEPER}, _END | {"error"}, fenced=True),
         _edge(_V, Status.CANCELLED, {_API, _KEEPER}, _END, fenced=False),
         _edge(_Q, _R, {_RUNNER}, _LEASE | {"attempt"}, fenced=False),  # by `queue.claim`, which takes the lease
         _edge(_Q, Status.CANCELLED, {_API, _KEEPER}, _END, fenced=False),
-        _edge(_R, _Q, {_RUNNER, _KEEPER}, _LEASE | {"lost_attempts", "eligible_at", "memory_bytes"}, fenced=True),
+        _edge(
+            _R, _Q, {_RUNNER, _KEEPER},
+            _LEASE | {"lost_attempts", "setbacks", "eligible_at", "memory_bytes"}, fenced=True,
+        ),
         _edge(
             _R, Status.SUCCEEDED, {_RUNNER},
             _END | {"fine_tuned_model", "trained_tokens", "result_files", "metrics", "gates", "pace"}, fenced=True,

@@ -15,7 +15,7 @@ from app.spec.job import JobSpec
 from app.spec.json_types import JsonObject
 from app.spec.quality_gates import Verdict
 from app.webhooks import repository as webhooks
-from app.work_queue import MAX_LOST_ATTEMPTS, retry_pause
+from app.work_queue import MAX_LOST_ATTEMPTS, retry_pause, setback_pause
 
 
 def transition(
@@ -102,26 +102,38 @@ def recover(session: Session, job: Job, actor: Actor, reason: str) -> None:
     Only the attempts that were lost since the last progress count.
     """
     lost = job.lost_attempts + 1
-    checkpoint = job_checkpoints.last(session, job.id)
-    last = f" Its last checkpoint is {checkpoint.model_name}." if checkpoint else ""
-    status, pause = Status(job.status), retry_pause(lost)
-    if lost >= MAX_LOST_ATTEMPTS:
-        message = (
-            f"{reason} This happened {lost} times without progress, so the job was given up. "
-            f"This is a fault of the service or its machines, not of the job's data.{last}"
-        )
-        transition(
-            session,
-            job.id,
-            status,
-            Status.FAILED,
-            actor=actor,
-            attempt=job.attempt,
-            message=message,
-            level="error",
-            error={"code": "worker_lost", "message": message, "param": None},
-        )
-    elif status == Status.RUNNING:
+    if lost < MAX_LOST_ATTEMPTS:
+        _try_again(session, job, actor, reason, retry_pause(lost), lost_attempts=lost)
+        return
+    message = (
+        f"{reason} This happened {lost} times without progress, so the job was given up. "
+        f"This is a fault of the service or its machines, not of the job's data.{_last_checkpoint(session, job)}"
+    )
+    transition(
+        session,
+        job.id,
+        Status(job.status),
+        Status.FAILED,
+        actor=actor,
+        attempt=job.attempt,
+        message=message,
+        level="error",
+        error={"code": "worker_lost", "message": message, "param": None},
+    )
+
+
+def set_back(session: Session, job: Job, actor: Actor, reason: str) -> None:
+    """Let another attempt continue a job that the object store, a disk or the database has stopped.
+
+    The attempt does not count as lost, because the next jobs would meet the same fault. The pauses grow instead.
+    """
+    setbacks = job.setbacks + 1
+    _try_again(session, job, actor, reason, setback_pause(setbacks), setbacks=setbacks)
+
+
+def _try_again(session: Session, job: Job, actor: Actor, reason: str, pause: float, **counts: int) -> None:
+    """Give the job's lease back, so that another attempt may begin after `pause` seconds."""
+    if job.status == Status.RUNNING:
         transition(
             session,
             job.id,
@@ -129,10 +141,16 @@ def recover(session: Session, job: Job, actor: Actor, reason: str) -> None:
             Status.QUEUED,
             actor=actor,
             attempt=job.attempt,
-            message=f"{reason} The job will resume.{last}",
+            message=f"{reason} The job will resume.{_last_checkpoint(session, job)}",
             level="warn",
-            lost_attempts=lost,
             eligible_at=database_now() + pause,
+            **counts,
         )
-    elif JOBS.release(session, job.id, job.attempt, pause=pause, lost_attempts=lost):
+    elif JOBS.release(session, job.id, job.attempt, pause=pause, **counts):
         job_events.add(session, job.id, f"{reason} The files will be checked again.", level="warn")
+
+
+def _last_checkpoint(session: Session, job: Job) -> str:
+    """A sentence that names the job's last checkpoint; empty if it has none."""
+    checkpoint = job_checkpoints.last(session, job.id)
+    return f" Its last checkpoint is {checkpoint.model_name}." if checkpoint else ""

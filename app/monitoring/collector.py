@@ -38,6 +38,16 @@ class ServiceCollector(Collector):
                 "GPU workers that claim no jobs, because their device fails.",
                 state.workers_out_of_service,
             ),
+            (
+                "dpo_workers_without_store",
+                "Workers that claim no jobs, because they cannot read and write the object store.",
+                state.workers_without_store,
+            ),
+            (
+                "dpo_jobs_set_back",
+                "Unfinished jobs that the object store, a disk or the database has stopped since their last progress.",
+                state.set_back,
+            ),
             ("dpo_webhooks_due", "Webhook deliveries that are due.", state.webhooks_due),
             ("dpo_webhook_lag_seconds", "How long the oldest due delivery has been due.", state.webhook_lag),
         ):

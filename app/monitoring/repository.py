@@ -40,6 +40,10 @@ class Snapshot:
     """Number of workers by lane."""
     workers_out_of_service: int
     """Number of GPU workers that claim no jobs, because their device fails."""
+    workers_without_store: int
+    """Number of workers that claim no jobs, because they cannot reach the object store."""
+    set_back: int
+    """Number of unfinished jobs that a fault of the object store, a disk or the database has set back."""
 
 
 def snapshot(session: Session) -> Snapshot:
@@ -72,5 +76,7 @@ def snapshot(session: Session) -> Snapshot:
         webhooks_due=due_count,
         webhook_lag=0.0 if first_due is None else current - first_due,
         workers={lane.value: len(rows) for lane, rows in present.items()},
-        workers_out_of_service=workers.out_of_service(present[Lane.GPU]),
+        workers_out_of_service=workers.device_out_of_service(present[Lane.GPU]),
+        workers_without_store=sum(map(workers.without_store, present.values())),
+        set_back=session.scalars(select(func.count()).where(Job.status.in_(ACTIVE), Job.setbacks > 0)).one(),
     )

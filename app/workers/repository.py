@@ -36,13 +36,18 @@ def present(session: Session, lane: str) -> Sequence[Worker]:
 
 
 def in_service(worker: Worker) -> bool:
-    """Whether a worker claims jobs. It does not while its device fails."""
-    return "problem" not in worker.details
+    """Whether a worker claims jobs. It does not while its device or the object store fails."""
+    return not worker.details.keys() & {"problem", "store_problem"}
 
 
-def out_of_service(present: Sequence[Worker]) -> int:
-    """The number of workers that are not in service."""
-    return sum(not in_service(worker) for worker in present)
+def device_out_of_service(present: Sequence[Worker]) -> int:
+    """The number of workers whose device fails."""
+    return sum("problem" in worker.details for worker in present)
+
+
+def without_store(present: Sequence[Worker]) -> int:
+    """The number of workers that cannot reach the object store."""
+    return sum("store_problem" in worker.details for worker in present)
 
 
 def serves(worker: Worker, *base_models: str) -> bool:

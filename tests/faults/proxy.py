@@ -97,14 +97,20 @@ class Proxy:
         self._gate.set()
 
         async def listen() -> None:
-            server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
+            self._server = server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
             self.port = server.sockets[0].getsockname()[1]
             started.set()
 
         self._loop.run_until_complete(listen())
         self._loop.run_forever()
+        tasks = asyncio.all_tasks(self._loop)
+        for task in tasks:
+            task.cancel()
+        self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        self._loop.close()
 
     def _stop(self) -> None:
+        self._server.close()
         for connection in list(self._connections):
             connection.cut()
         self._loop.stop()

@@ -55,7 +55,7 @@ def test_objects_come_back_and_deletes_are_idempotent(storage: Storage, tmp_path
     assert storage.read("ab") == b"not below a/"
     with pytest.raises(FileNotFoundError):
         storage.chunks("a/file")
-    storage.check()
+    storage.require_reads()
 
 
 def test_a_stream_that_breaks_leaves_nothing(storage: Storage) -> None:
@@ -135,4 +135,4 @@ def test_an_endpoint_of_s3_alone_may_be_plain_http(
 ) -> None:
     for name, value in s3_environment.items():
         monkeypatch.setenv(name.replace("ENDPOINT_URL", "ENDPOINT_URL_S3"), value)
-    Storage("s3://dpo/alone").check()
+    Storage("s3://dpo/alone").require_reads()

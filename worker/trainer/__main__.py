@@ -75,6 +75,7 @@ def _train_or_evaluate(
     from safetensors import SafetensorError
 
     from app.spec.datasets.errors import DatasetError
+    from worker.disk import is_disk_fault
     from worker.trainer.cache import Cache
     from worker.trainer.device_check import is_device_fault, why_unusable
     from worker.trainer.errors import Stopped, UserError
@@ -118,7 +119,7 @@ def _train_or_evaluate(
         return 1
     except (OSError, SafetensorError) as error:  # the disk failed, not the job: another attempt may succeed
         traceback.print_exc()
-        events.emit(Broken(f"{type(error).__name__}: {error}"[:500]))
+        events.emit(Broken(f"{type(error).__name__}: {error}"[:500], by_disk=is_disk_fault(error)))
         return 1
     except Exception as error:
         traceback.print_exc()

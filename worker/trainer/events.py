@@ -136,10 +136,14 @@ class Failed(Event):
 
 @dataclass(frozen=True)
 class Broken(Event):
-    """The run ends because of the machine. Another attempt may succeed."""
+    """The run ends because of the machine. Another attempt may succeed.
+
+    `by_disk`: a disk that was full or failed has ended it, and the attempt does not count as lost.
+    """
 
     KIND = "broken"
     reason: str
+    by_disk: bool = False
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,22 @@ def pause_postgres(scene: Scene) -> Strike | None:
     return Strike(evidence_of(line), same_attempt=True) if line else None
 
 
+def read_only_postgres(scene: Scene) -> Strike | None:
+    """PostgreSQL answers and takes no writes for a minute, as in a failover. No attempt is lost."""
+    with scene.cluster.sql() as connection:
+        connection.execute("SET default_transaction_read_only = off")
+        connection.execute("ALTER SYSTEM SET default_transaction_read_only = on")
+        connection.execute("SELECT pg_reload_conf()")
+        try:
+            line = scene.line("heartbeat failed", "database out of reach", seconds=30)
+            time.sleep(max(0.0, scene.began + 60 - time.monotonic()))
+        finally:
+            connection.execute("SET default_transaction_read_only = off")
+            connection.execute("ALTER SYSTEM RESET default_transaction_read_only")
+            connection.execute("SELECT pg_reload_conf()")
+    return Strike(evidence_of(line), same_attempt=True) if line else None
+
+
 def set_the_clock(scene: Scene) -> Strike | None:
     """PostgreSQL's clock jumps by five minutes, forward or back. Later it is set right."""
     jump = scene.random.choice([-300.0, 300.0])

@@ -9,7 +9,7 @@ from sqlalchemy import select
 from app.files.tables import File
 from tests.faults.cluster import ADMIN_KEY
 from tests.faults.proxy import Connection, Proxy
-from tests.faults.scene import Scene, Strike
+from tests.faults.scene import Scene, Strike, evidence_of
 from tests.helpers.servers import wait_until
 from tests.helpers.service import half_upload
 
@@ -50,6 +50,45 @@ def s3_half_uploads(scene: Scene) -> Strike | None:
 def s3_slow_bodies(scene: Scene) -> Strike | None:
     """All traffic of the object store is slow."""
     return _objects(scene, lambda proxy: setattr(proxy, "rate", 50_000.0), scene.random.uniform(2, 5))
+
+
+def _long_outage(scene: Scene, disturb: Callable[[Proxy], None], seconds: float) -> Strike | None:
+    """Disturb the object store for longer than its clients try again. Neither this job nor a queued one may fail."""
+    proxy = scene.cluster.objects
+    disturb(proxy)
+    proxy.cut()
+    try:
+        line = scene.line("object store out of reach", seconds=seconds, job=False)
+        queued = [scene.workload.submit(short=True) for _ in range(2)]
+        time.sleep(max(0.0, scene.began + seconds - time.monotonic()))
+    finally:
+        proxy.heal()
+        proxy.cut()
+    return Strike(evidence_of(line), same_attempt=True, other_jobs=queued) if line else None
+
+
+def store_away(scene: Scene) -> Strike | None:
+    """The object store refuses connections for five minutes."""
+    return _long_outage(scene, lambda proxy: setattr(proxy, "refuse", True), 300)
+
+
+def store_errors(scene: Scene) -> Strike | None:
+    """The object store answers 503 to everything for a minute and a half."""
+    return _long_outage(scene, lambda proxy: setattr(proxy, "busy", True), 90)
+
+
+def store_slow(scene: Scene) -> Strike | None:
+    """The object store takes and gives 2 kB a second for a minute and a half: a small request takes a second."""
+    proxy = scene.cluster.objects
+    struck_before = len(proxy.struck)
+    proxy.rate = 2_000.0
+    try:
+        queued = [scene.workload.submit(short=True) for _ in range(2)]
+        time.sleep(max(0.0, scene.began + 90 - time.monotonic()))
+    finally:
+        proxy.heal()
+    hit = [request for _at, request in proxy.struck[struck_before:] if scene.attempt.job in request]
+    return Strike(f"S3: {hit[0]} ({len(hit)} pieces)", same_attempt=True, other_jobs=queued) if hit else None
 
 
 def cut_uploads(scene: Scene) -> Strike | None:
