@@ -23,12 +23,14 @@ from sqlalchemy import (
     Dialect,
     Double,
     Engine,
+    Index,
     Integer,
     cast,
     create_engine,
     event,
     func,
     select,
+    text,
 )
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import OperationalError
@@ -70,8 +72,9 @@ def _now_sqlite(_element: database_now, _compiler: SQLCompiler, **_: object) -> 
 
 @compiles(database_now, "postgresql")
 def _now_postgresql(_element: database_now, _compiler: SQLCompiler, **_: object) -> str:
-    # now() stands still inside a transaction; clock_timestamp() does not.
-    return "CAST(extract(epoch FROM clock_timestamp()) AS double precision)"
+    # now() stands still inside a transaction; clock_timestamp() does not. As a subquery it is read once in a statement:
+    # no index can be searched for a value that may differ from row to row.
+    return "(SELECT CAST(extract(epoch FROM clock_timestamp()) AS double precision))"
 
 
 def now(session: Session) -> float:
@@ -101,6 +104,14 @@ class PlainText(TypeDecorator[str]):
 
     def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
         return None if value is None else value.replace("\x00", "\ufffd")
+
+
+def index_where(name: str, *columns: str, where: str, sqlite: str | None = None) -> Index:
+    """An index of only the rows that meet a condition. A query uses it if it asks for the same condition.
+
+    `sqlite` is the condition as SQLite writes it, if that differs.
+    """
+    return Index(name, *columns, sqlite_where=text(sqlite or where), postgresql_where=text(where))
 
 
 RowNumber = BigInteger().with_variant(Integer, "sqlite")

@@ -1,11 +1,12 @@
 """Find the objects that no row of the database needs, and delete them.
 
 A dead process leaves half-finished work behind. A finished job leaves objects that only a resume would have read.
-The database must belong to the object store: another database would need none of its objects. Workers prune every
-hour; an operator prunes with `dpo storage prune`.
+The database must belong to the object store: another database would need none of its objects. Workers prune one slice
+of the store after another, one worker at a time; an operator prunes all of it with `dpo storage prune`.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import structlog
 from sqlalchemy import select
@@ -26,8 +27,19 @@ log = structlog.get_logger(__name__)
 
 MIN_AGE_SECONDS = 24 * 3600.0
 """Minimum age of an object to delete. Its row follows within seconds, but some stores date it by its upload's start."""
+SLICE_OBJECTS, BATCH_OBJECTS = 5000, 500
+"""Number of objects that one slice lists, and that are looked for in the database at a time."""
 CACHE_SECONDS = 30 * 24 * 3600.0
 """Maximum age of a cached object. It is computed again if it is missing."""
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """The number of objects that a row needs, the number of others, and the cursor of the next slice; "" at the end."""
+
+    needed: int
+    unneeded: int
+    cursor: str
 
 
 def prune(services: Services, *, delete: bool, min_age: float = MIN_AGE_SECONDS) -> tuple[int, int]:
@@ -36,25 +48,44 @@ def prune(services: Services, *, delete: bool, min_age: float = MIN_AGE_SECONDS)
     Returns (number of needed objects, number of others); `delete` removes the others. Raises `Conflict` if the store
     belongs to another installation than the database.
     """
+    needed, unneeded, cursor = 0, 0, ""
+    while True:
+        pruned = prune_slice(services, cursor, delete=delete, min_age=min_age)
+        needed, unneeded, cursor = needed + pruned.needed, unneeded + pruned.unneeded, pruned.cursor
+        if not cursor:
+            return needed, unneeded
+
+
+def prune_slice(
+    services: Services, cursor: str, *, delete: bool, min_age: float = MIN_AGE_SECONDS, limit: int = SLICE_OBJECTS
+) -> Pruned:
+    """As `prune`, for the next `limit` objects after `cursor`, which is "" at the beginning. Raises `Conflict`."""
     if not _is_ours(services):
         raise Conflict(
             "The object store belongs to another installation than the database. "
             "Check DPO_DATABASE_URL and DPO_STORAGE_URL. If they do belong together, delete the object 'installation'.",
             code="another_installation",
         )
-    needed, unneeded = 0, 0
-    for prefix, find in NEEDED.items():
+    needed, unneeded, room = 0, 0, limit
+    prefixes = list(NEEDED)
+    for prefix in prefixes[prefixes.index(_segment(cursor, 0)) if cursor else 0 :]:
         age = CACHE_SECONDS if prefix == "cache" else min_age
-        for batch in services.storage.batches(prefix):
+        after = cursor if _segment(cursor, 0) == prefix else prefix
+        objects = services.storage.slice(prefix, after, room)
+        for first in range(0, len(objects), BATCH_OBJECTS):
+            batch = objects[first : first + BATCH_OBJECTS]
             with services.database.read() as session:
-                limit = now(session) - age
-                old = [key for key, written_at in batch if written_at <= limit]
-                kept = find(session, old)
+                oldest = now(session) - age
+                old = [key for key, written_at in batch if written_at <= oldest]
+                kept = NEEDED[prefix](session, old)
             needed += len(batch) - len(old) + len(kept)
             unneeded += len(old) - len(kept)
             if delete:
                 _remove(services, [key for key in old if key not in kept])
-    return needed, unneeded
+        room -= len(objects)
+        if room == 0:
+            return Pruned(needed, unneeded, objects[-1][0])
+    return Pruned(needed, unneeded, "")
 
 
 def _remove(services: Services, keys: list[str]) -> None:
@@ -78,10 +109,11 @@ def _may_adopt(services: Services) -> bool:
     """Whether the store is empty or a row needs one of its objects. A wrong or empty database needs none."""
     empty = True
     for prefix in NEEDED.keys() - {"cache"}:
-        for batch in services.storage.batches(prefix):
-            empty = False
+        after = prefix
+        while objects := services.storage.slice(prefix, after, BATCH_OBJECTS):
+            empty, after = False, objects[-1][0]
             with services.database.read() as session:
-                if NEEDED[prefix](session, [key for key, _ in batch]):
+                if NEEDED[prefix](session, [key for key, _ in objects]):
                     return True
     return empty
 

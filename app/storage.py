@@ -4,9 +4,11 @@ This program makes the keys from ids, never from what a user typed.
 """
 
 import asyncio
+import heapq
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -183,10 +185,13 @@ class Storage:
         batches = obstore.list(self.store, prefix)
         return sorted((meta["path"], meta["size"]) for batch in batches for meta in batch)
 
-    def batches(self, prefix: str) -> Iterator[Sequence[tuple[str, float]]]:
-        """(key, unix seconds of its last write) of every object under `prefix/`, at most 500 at a time."""
-        for batch in obstore.list(self.store, prefix, chunk_size=500):
-            yield [(meta["path"], meta["last_modified"].timestamp()) for meta in batch]
+    def slice(self, prefix: str, after: str, limit: int) -> Sequence[tuple[str, float]]:
+        """(key, unix seconds of its last write) of the next `limit` objects under `prefix/` after the key `after`."""
+        batches = obstore.list(self.store, prefix, offset=after, chunk_size=min(limit, 1000))
+        objects = ((meta["path"], meta["last_modified"].timestamp()) for batch in batches for meta in batch)
+        if isinstance(self.store, LocalStore):  # a folder is not listed in order
+            return heapq.nsmallest(limit, objects)
+        return list(islice(objects, limit))
 
     def delete(self, key: str) -> None:
         """Delete an object. A missing object is no error."""

@@ -1,10 +1,11 @@
-"""Housekeeping that every worker does, every few seconds or every hour. Several may do it at the same time."""
+"""Housekeeping, every few seconds or every hour. Each part is a chore: one worker at a time does it."""
 
 import time
 
 import structlog
 from sqlalchemy import delete, select
 
+from app import chores
 from app.database import Database
 from app.derived_artifacts import repository as artifacts
 from app.files import repository as files
@@ -12,7 +13,7 @@ from app.files.tables import File
 from app.idempotency import service as idempotency
 from app.jobs import events as job_events
 from app.jobs import queries
-from app.prune import prune
+from app.prune import prune_slice
 from app.services import Services
 from app.uploads import repository as uploads
 from app.webhooks import repository as webhooks
@@ -20,28 +21,40 @@ from app.webhooks import repository as webhooks
 FORGET_BATCH = 1000
 """Maximum number of rows that one transaction deletes from a table."""
 
+EXPIRY_SECONDS, RETENTION_SECONDS = 2.0, 3600.0
+"""Intervals at which things expire, and at which old events are deleted."""
+SLICE_SECONDS, PASS_SECONDS = 60.0, 3600.0
+"""Pause between two slices of the object store, and between its last slice and its first."""
+
 log = structlog.get_logger(__name__)
 
 
 def keep_house(services: Services) -> None:
-    """End what has expired, and remove deleted files that no job needs."""
-    expire(services)
-    purge_deleted_files(services)
+    """End what has expired, and remove deleted files that no job needs. One worker at a time does it."""
+    if chores.take(services.database, "expiry", EXPIRY_SECONDS) is not None:
+        expire(services)
+        purge_deleted_files(services)
 
 
 def apply_retention(services: Services) -> None:
-    """Delete events and webhook deliveries that are older than DPO_RETAIN_EVENTS_DAYS."""
+    """Delete events and webhook deliveries that are older than DPO_RETAIN_EVENTS_DAYS. One worker does it each hour."""
     days = services.settings.retain_events_days
-    if days:
+    if days and chores.take(services.database, "retention", RETENTION_SECONDS) is not None:
         log.info("old events forgotten", rows=forget_old_events(services.database, days * 86400), days=days)
 
 
 def prune_objects(services: Services) -> None:
-    """Remove objects that no row needs and that are older than DPO_PRUNE_AFTER_HOURS. Raises what `prune` raises."""
+    """Remove objects that no row needs and that are older than DPO_PRUNE_AFTER_HOURS: one slice of the store a minute.
+
+    One worker at a time does it. Raises what `prune_slice` raises.
+    """
     hours = services.settings.prune_after_hours
-    if hours:
-        needed, removed = prune(services, delete=True, min_age=hours * 3600)
-        log.info("objects pruned", needed=needed, removed=removed)
+    cursor = chores.take(services.database, "prune", SLICE_SECONDS) if hours else None
+    if cursor is not None:
+        pruned = prune_slice(services, cursor, delete=True, min_age=hours * 3600)
+        pause = SLICE_SECONDS if pruned.cursor else PASS_SECONDS
+        chores.note(services.database, "prune", pruned.cursor, pause)
+        log.info("objects pruned", needed=pruned.needed, removed=pruned.unneeded, cursor=pruned.cursor)
 
 
 def forget_old_events(database: Database, seconds: float) -> int:
@@ -52,10 +65,10 @@ def forget_old_events(database: Database, seconds: float) -> int:
     forgotten = 0
     while True:
         with database.write() as session:
-            rows = job_events.forget(session, seconds, FORGET_BATCH)
-            rows += webhooks.forget(session, seconds, FORGET_BATCH)
-        forgotten += rows
-        if rows == 0:
+            events, more = job_events.forget(session, seconds, FORGET_BATCH)
+            deliveries = webhooks.forget(session, seconds, FORGET_BATCH)
+        forgotten += events + deliveries
+        if not more and deliveries == 0:
             return forgotten
         time.sleep(0.1)  # lets other writers in
 
@@ -76,7 +89,7 @@ def purge_deleted_files(services: Services) -> None:
     """Remove deleted files that no unfinished job reads. The row goes after its object, so a failure is retried."""
     with services.database.read() as session:
         deleted = session.scalars(select(File).where(File.deleted_at.is_not(None))).all()
-        unused = [file for file in deleted if not queries.is_active_file(session, file.id)]
+        unused = [file for file in deleted if not queries.users_of(session, file.id)]
     for file in unused:
         services.storage.delete(file.key)
         if file.sha256:  # its tokenised forms go with it

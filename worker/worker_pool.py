@@ -46,8 +46,8 @@ REGISTER_SECONDS = 30.0
 """Interval at which the worker registers itself and its base models."""
 JOIN_SECONDS = 3.0
 """How long the end of the process waits for a thread other than that of the work."""
-PRUNE_SECONDS = 3600.0
-"""Interval at which old events and unneeded objects are removed."""
+CHORE_SECONDS = 30.0
+"""Interval at which a worker looks whether old events and unneeded objects are to be removed."""
 
 
 def _pause_after(began: float) -> float:
@@ -189,7 +189,7 @@ class WorkerPool:
             self.stopping.wait(POLL_SECONDS)
 
     def _prune(self) -> None:
-        while not self.stopping.wait(PRUNE_SECONDS):
+        while not self.stopping.wait(CHORE_SECONDS):
             for work in (apply_retention, prune_objects):
                 try:
                     work(self.services)

@@ -12,9 +12,12 @@ models = typer.Typer(help="Base models, and models trained here.", no_args_is_he
 
 
 @models.command("list")
-def models_list(as_json: Json = False) -> None:
+def models_list(
+    limit: Annotated[int, typer.Option(min=1, help="How many: base models first, then your own, newest first.")] = 1000,
+    as_json: Json = False,
+) -> None:
     """Base models that workers serve, and models trained here."""
-    emit_table(Client().request("GET", "/models")["data"], ["id", "kind", "base_model", "owned_by"], as_json)
+    emit_table(list(Client().pages("/models", limit)), ["id", "kind", "base_model", "owned_by"], as_json)
 
 
 @models.command("download")

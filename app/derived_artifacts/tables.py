@@ -3,7 +3,7 @@
 from sqlalchemy import Index, UniqueConstraint
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.database import Table
+from app.database import Table, index_where
 from app.spec.json_types import JsonObject
 from app.work_queue import Queued
 
@@ -16,7 +16,12 @@ class DerivedArtifact(Queued, Table):
 
     # The table keeps its old name, because workers of an older version may run during an upgrade.
     __tablename__ = "tasks"
-    __table_args__ = (UniqueConstraint("kind", "subject"), Index("ix_tasks_queue", "status", "created_at"))
+    __table_args__ = (
+        UniqueConstraint("kind", "subject"),
+        Index("ix_tasks_queue", "status", "created_at"),
+        Index("ix_tasks_finished_at", "kind", "finished_at"),
+        index_where("ix_tasks_leased", "lease_owner", where="lease_owner IS NOT NULL"),
+    )
 
     kind: Mapped[str]
     subject: Mapped[str]

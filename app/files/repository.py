@@ -70,5 +70,7 @@ def mark_deleted(session: Session, project: str, file_id: str) -> bool:
 
 def expire(session: Session) -> None:
     """Mark expired files as deleted, as their owner would."""
-    statement = update(File).where(File.deleted_at.is_(None), File.expires_at < database_now())
+    statement = update(File).where(
+        File.deleted_at.is_(None), File.expires_at.is_not(None), File.expires_at < database_now()
+    )
     session.execute(statement.values(deleted_at=database_now()))

@@ -3,7 +3,7 @@
 from sqlalchemy import BigInteger, Index
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.database import PlainText, Table
+from app.database import PlainText, Table, index_where
 from app.spec.json_types import JsonObject
 
 
@@ -11,7 +11,11 @@ class File(Table):
     """A file. A deleted file keeps its row and its object while an active job still needs it."""
 
     __tablename__ = "files"
-    __table_args__ = (Index("ix_files_project_created_at", "project", "created_at", "id"),)
+    __table_args__ = (
+        Index("ix_files_project_created_at", "project", "created_at", "id"),
+        index_where("ix_files_expires_at", "expires_at", where="deleted_at IS NULL AND expires_at IS NOT NULL"),
+        index_where("ix_files_deleted_at", "deleted_at", where="deleted_at IS NOT NULL"),
+    )
 
     id: Mapped[str] = mapped_column(primary_key=True)
     project: Mapped[str]

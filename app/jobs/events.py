@@ -2,13 +2,16 @@
 
 from collections.abc import Sequence
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
 from app.database import database_now, new_id
-from app.jobs.tables import Job, JobEvent
+from app.jobs.tables import EVENTS, FORGOTTEN, Job, JobEvent
 from app.pagination import keyset
 from app.spec.json_types import JsonObject
+
+FORGET_JOBS = 100
+"""Maximum number of jobs whose events one transaction deletes."""
 
 
 def add(
@@ -52,11 +55,23 @@ def after(session: Session, job_id: str, sequence: int, limit: int) -> list[JobE
     return list(session.scalars(statement.order_by(JobEvent.sequence).limit(limit)))
 
 
-def forget(session: Session, seconds: float, limit: int) -> int:
-    """Delete up to `limit` events of jobs that ended more than `seconds` ago; returns how many it deleted."""
-    ended = select(Job.id).where(Job.finished_at < database_now() - seconds)
-    old = select(JobEvent.sequence).where(JobEvent.job_id.in_(ended)).order_by(JobEvent.sequence).limit(limit)
-    return len(session.scalars(delete(JobEvent).where(JobEvent.sequence.in_(old)).returning(JobEvent.sequence)).all())
+def forget(session: Session, seconds: float, limit: int) -> tuple[int, bool]:
+    """Delete up to `limit` events of jobs that ended more than `seconds` ago.
+
+    It goes from job to job, oldest first, and marks each whose events are all deleted. Returns the number of events,
+    and whether there may be more.
+    """
+    ended = (Job.history == EVENTS, Job.finished_at < database_now() - seconds)
+    job_ids = session.scalars(select(Job.id).where(*ended).order_by(Job.finished_at).limit(FORGET_JOBS)).all()
+    forgotten = 0
+    for job_id in job_ids:
+        old = select(JobEvent.sequence).where(JobEvent.job_id == job_id).limit(limit - forgotten)
+        statement = delete(JobEvent).where(JobEvent.sequence.in_(old)).returning(JobEvent.sequence)
+        forgotten += len(session.scalars(statement).all())
+        if forgotten >= limit:
+            break
+        session.execute(update(Job).where(Job.id == job_id).values(history=FORGOTTEN))
+    return forgotten, bool(job_ids)
 
 
 def any_of(session: Session, event_ids: Sequence[str]) -> bool:

@@ -24,7 +24,7 @@ from app.jobs.kinds import JobKind
 from app.jobs.queue_forecast import QueuePlace, forecast
 from app.jobs.schemas import EventObject, StreamToken
 from app.jobs.states import ACTIVE, Actor, Status
-from app.jobs.tables import Job, OtherBase
+from app.jobs.tables import Job, JobInput, OtherBase
 from app.keys.service import Keys
 from app.spec.evaluation import EvaluationSpec
 from app.spec.job import JobSpec
@@ -83,11 +83,13 @@ class Lifecycle(ABC, Generic[Shown]):
             attempt=0,
             eligible_at=0.0,
             lost_attempts=0,
+            inputs_listed=True,
             **columns,
         )
         session.add(job)
         session.flush()
         session.add_all(OtherBase(job_id=job.id, base_model=name) for name in {*bases} - {job.base_model})
+        session.add_all(JobInput(job_id=job.id, name=name) for name in queries.inputs_of(job))
         job_events.add(session, job.id, f"Created {self.KIND.title}: {job.id}")
         return job
 

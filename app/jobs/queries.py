@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-from sqlalchemy import ColumnElement, Select, Text, cast, exists, func, or_, select
+from sqlalchemy import ColumnElement, Select, Text, cast, exists, false, func, or_, select
 from sqlalchemy.orm import Session, aliased
 
 from app.database import mentions
 from app.jobs.kinds import KINDS, TRAINING_JOB, JobKind
 from app.jobs.states import ACTIVE, Status
-from app.jobs.tables import Job
+from app.jobs.tables import Job, JobInput
 from app.pagination import keyset
 
 
@@ -68,20 +68,22 @@ def files_of(job: Job) -> list[str]:
     return KINDS[job.kind].files(job.spec)
 
 
-def is_active_file(session: Session, file_id: str) -> bool:
-    """Whether an unfinished job reads a file."""
-    readers = session.scalars(_unfinished(mentions(Job.spec, file_id)).execution_options(yield_per=20))
-    return any(file_id in files_of(job) for job in readers)
+def inputs_of(job: Job) -> set[str]:
+    """The ids of the files and the names of the models that a job needs."""
+    kind = KINDS[job.kind]
+    names = {job.model, job.foundation, *kind.files(job.spec), *kind.models(job.spec)}
+    return {name for name in names if name}
 
 
-def users_of(session: Session, model: str) -> list[str]:
-    """Ids of the unfinished jobs that use a model: as start, reference or foundation, or in an evaluation."""
-    users = session.scalars(_unfinished(or_(Job.model == model, Job.foundation == model, mentions(Job.spec, model))))
-    return [job.id for job in users if model in (job.model, job.foundation, *KINDS[job.kind].models(job.spec))]
-
-
-def _unfinished(condition: ColumnElement[bool]) -> Select[Job]:
-    return select(Job).where(Job.status.in_(ACTIVE), condition)
+def users_of(session: Session, name: str, limit: int = 1) -> list[str]:
+    """The ids of at most `limit` unfinished jobs that need the file or model `name`."""
+    # A worker of an earlier version leaves the rows of a job that it ends.
+    active = select(Job.id).where(Job.id == JobInput.job_id, Job.status.in_(ACTIVE)).exists()
+    users = list(session.scalars(select(JobInput.job_id).where(JobInput.name == name, active).limit(limit)))
+    # Jobs of an earlier version are few, and end.
+    named = or_(Job.model == name, Job.foundation == name, mentions(Job.spec, name))
+    unlisted = select(Job).where(Job.inputs_listed == false(), Job.status.in_(ACTIVE), named)
+    return (users + [job.id for job in session.scalars(unlisted) if name in inputs_of(job)])[:limit]
 
 
 def orphans(session: Session) -> Sequence[Job]:

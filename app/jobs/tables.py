@@ -1,12 +1,14 @@
 """The tables of jobs, their events and their checkpoints."""
 
-from sqlalchemy import BigInteger, ForeignKey, Index
+from sqlalchemy import BigInteger, ForeignKey, Index, false
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.database import PlainText, RowNumber, Table, database_now
+from app.database import PlainText, RowNumber, Table, database_now, index_where
 from app.spec.json_types import JsonObject
 from app.stored_content import UNKNOWN, FolderContent
 from app.work_queue import Queued
+
+EVENTS, FORGOTTEN = "events", "forgotten"
 
 
 class Job(Queued, Table):
@@ -17,6 +19,12 @@ class Job(Queued, Table):
         Index("ix_jobs_queue", "status", "priority", "created_at"),
         Index("ix_jobs_finished_at", "finished_at"),
         Index("ix_jobs_project_created_at", "project", "created_at", "id"),
+        Index("ix_jobs_kind", "project", "kind", "created_at", "id"),
+        Index("ix_jobs_base", "base_model", "status", "finished_at"),
+        Index("ix_jobs_history", "history", "finished_at"),
+        index_where("ix_jobs_leased", "lease_owner", where="lease_owner IS NOT NULL"),
+        index_where("ix_jobs_foundation", "foundation", where="foundation IS NOT NULL"),
+        index_where("ix_jobs_unlisted", "status", where="NOT inputs_listed", sqlite="inputs_listed = 0"),
         Index("ix_jobs_parent", "parent_id"),
         Index("ix_jobs_sweep", "sweep_id"),
     )
@@ -55,6 +63,10 @@ class Job(Queued, Table):
     """For an evaluation: the training that asked for it, if any. The evaluation waits until that has succeeded."""
     sweep_id: Mapped[str | None]
     """The sweep that the job belongs to."""
+    inputs_listed: Mapped[bool] = mapped_column(default=False, server_default=false())
+    """Whether each file and model that it needs is a `JobInput`. A version before 0012 does not list them."""
+    history: Mapped[str] = mapped_column(default=EVENTS, server_default=EVENTS)
+    """What is kept of its events: each one (`EVENTS`), or none (`FORGOTTEN`)."""
     evaluations: Mapped[JsonObject | None]
     """For a training: the ids of its evaluations, by name."""
     started_at: Mapped[float | None]
@@ -86,6 +98,16 @@ class OtherBase(Table):
 
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
     base_model: Mapped[str] = mapped_column(primary_key=True)
+
+
+class JobInput(Table):
+    """A file or a model that an unfinished job needs. The row is deleted when the job ends."""
+
+    __tablename__ = "job_inputs"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    """The id of the file or the name of the model."""
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True, index=True)
 
 
 class JobEvent(Table):

@@ -1,6 +1,6 @@
 """Take an edge of the state machine. The event, the webhook and the gates of a training follow from it."""
 
-from sqlalchemy import select, update
+from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
 from app.database import database_now
@@ -9,7 +9,7 @@ from app.jobs import events as job_events
 from app.jobs.kinds import KINDS, TRAINING_JOB
 from app.jobs.queue import JOBS
 from app.jobs.states import ACTIVE, TRANSITIONS, Actor, Status
-from app.jobs.tables import Job
+from app.jobs.tables import Job, JobInput
 from app.spec import quality_gates
 from app.spec.job import JobSpec
 from app.spec.json_types import JsonObject
@@ -60,6 +60,7 @@ def transition(
         return False
     job_events.add(session, job_id, message, level=level)
     if target not in ACTIVE:
+        session.execute(delete(JobInput).where(JobInput.job_id == job_id))
         data: JsonObject = {"id": job_id}
         if job.gates:
             data["gates"] = job.gates

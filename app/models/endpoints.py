@@ -4,28 +4,30 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel
 
 from app.archive import tar_response
 from app.dependencies import ServicesDependency
 from app.keys.middleware import CallerDependency
 from app.models.schemas import Lineage, ModelDeleted, ModelObject
+from app.pagination import After, Page, page
 from app.pending import NOT_READY, not_ready
 
 router = APIRouter(prefix="/models", tags=["models"])
 
 
-class ModelList(BaseModel):
-    """All models. OpenAI's contract has no pages here."""
-
-    object: Literal["list"] = "list"
-    data: list[ModelObject]
-
-
 @router.get("")
-def list_models(caller: CallerDependency, services: ServicesDependency) -> ModelList:
-    """Base models that workers serve, and the models that this project trained."""
-    return ModelList(data=[ModelObject.of(model) for model in services.models.list(caller.project)])
+def list_models(
+    caller: CallerDependency,
+    services: ServicesDependency,
+    after: After = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 1000,
+) -> Page[ModelObject]:
+    """Base models that workers serve, then the models that this project trained, newest first.
+
+    OpenAI's list has no pages. Here `has_more` says whether there is another one.
+    """
+    models = services.models.page(caller.project, after=after, limit=limit)
+    return page([ModelObject.of(model) for model in models], limit)
 
 
 @router.get("/{name:path}/lineage")

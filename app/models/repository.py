@@ -7,11 +7,12 @@ from fnmatch import fnmatchcase
 from sqlalchemy import Select, or_, select
 from sqlalchemy.orm import Session
 
-from app.database import database_now, mentions
+from app.database import database_now
 from app.errors import ServiceError
 from app.jobs import queries
 from app.jobs.tables import Checkpoint, Job
-from app.models.tables import Model
+from app.models.tables import Model, foundation_in_details
+from app.pagination import keyset
 from app.spec.job import Adapter, JobSpec
 from app.spec.json_types import JsonObject
 from app.spec.schema_base import STORED
@@ -59,8 +60,18 @@ def _named(project: str, name: str) -> Select[Model]:
     return readable(project).where(Model.name == name, Model.kind != "hub")
 
 
-def listed(session: Session, project: str) -> list[Model]:
-    return list(session.scalars(readable(project).where(Model.kind != "hub").order_by(Model.created_at.desc())))
+def page(session: Session, project: str, *, after: Model | None, limit: int) -> list[Model]:
+    """Up to `limit` + 1 models: first the base models, then the project's own, both newest first."""
+    order = (Model.created_at, Model.name)
+    models: list[Model] = []
+    if after is None or after.project is None:
+        bases = select(Model).where(Model.project.is_(None), Model.kind != "hub")
+        models += session.scalars(keyset(bases, order, after, limit))
+        after = None
+    if len(models) <= limit:
+        own = select(Model).where(Model.project == project)
+        models += session.scalars(keyset(own, order, after, limit - len(models)))
+    return models
 
 
 def find(session: Session, project: str, name: str, *, lock: bool = False) -> ResolvedModel | None:
@@ -134,19 +145,15 @@ def job_of(session: Session, project: str, name: str) -> Job | None:
     return session.scalar(statement.where(Checkpoint.model_name == name, Job.project == project))
 
 
-def dependents_of(session: Session, name: str) -> list[str]:
-    """Names of the models and checkpoints that adapt the weights of the fully trained model `name`."""
-    trained = session.scalars(select(Model).where(Model.job_id.is_not(None), mentions(Model.details, name)))
+def users_of(session: Session, name: str, limit: int = 1) -> list[str]:
+    """Some ids of unfinished jobs, or names of models and checkpoints, that need the model `name`; at most `limit`."""
+    trained = select(Model.name).where(foundation_in_details() == name, Model.name != name)
     checkpoints = select(Checkpoint.model_name).join(Job, Job.id == Checkpoint.job_id).where(Job.foundation == name)
-    return [
-        *(model.name for model in trained if model.details.get("foundation") == name and model.name != name),
-        *session.scalars(checkpoints),
-    ]
-
-
-def users_of(session: Session, name: str) -> list[str]:
-    """Ids of the unfinished jobs and names of the models that need the model `name`."""
-    return [*queries.users_of(session, name), *dependents_of(session, name)]
+    users = queries.users_of(session, name, limit)
+    for statement in (trained, checkpoints):
+        if len(users) < limit:
+            users += session.scalars(statement.limit(limit - len(users)))
+    return users
 
 
 def version(session: Session, base_model: str) -> str | None:

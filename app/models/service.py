@@ -35,9 +35,13 @@ class Models:
     def __init__(self, database: Database, storage: Storage, broker: Broker) -> None:
         self.database, self.storage, self.broker = database, storage, broker
 
-    def list(self, project: str) -> list[Model]:
+    def page(self, project: str, *, after: str | None, limit: int) -> list[Model]:
+        """Up to `limit` + 1 models, newest first. Raises `NotFound` if there is no model `after`."""
         with self.database.read() as session:
-            return repository.listed(session, project)
+            after_model = None if after is None else repository.get(session, project, after)
+            if after is not None and after_model is None:
+                raise _model_not_found(after)
+            return repository.page(session, project, after=after_model, limit=limit)
 
     def get(self, project: str, name: str) -> Model:
         with self.database.read() as session:
@@ -144,9 +148,9 @@ class Models:
                     param="model",
                     code="not_deletable",
                 )
-            users = repository.users_of(session, name)
+            users = repository.users_of(session, name, 5)
             if users:
-                message = f"'{name}' is needed by {', '.join(users[:5])}. End or delete these first."
+                message = f"'{name}' is needed by {', '.join(users)}. End or delete these first."
                 raise Conflict(message, param="model", code="model_in_use")
             merged = [f"merged/{artifact.id}" for artifact in artifacts.of_owner(session, name)]
             artifacts.forget(session, name)

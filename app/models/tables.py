@@ -1,11 +1,34 @@
 """The table of models."""
 
-from sqlalchemy import BigInteger
+from sqlalchemy import BigInteger, Index, String
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Mapped, mapped_column
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
 
 from app.database import Table
 from app.spec.json_types import JsonObject
 from app.stored_content import FolderContent
+
+
+class foundation_in_details(FunctionElement[str]):  # noqa: N801 - reads as the SQL expression that it is
+    """The name of the fully trained model below a trained model, from the `details` of a row of `models`.
+
+    An expression of the index `ix_models_foundation`, so databases must get the same text in each query.
+    """
+
+    type = String()
+    inherit_cache = True
+
+
+@compiles(foundation_in_details, "sqlite")
+def _on_sqlite(_element: foundation_in_details, _compiler: SQLCompiler, **_: object) -> str:
+    return "json_extract(details, '$.foundation')"
+
+
+@compiles(foundation_in_details, "postgresql")
+def _on_postgresql(_element: foundation_in_details, _compiler: SQLCompiler, **_: object) -> str:
+    return "(details ->> 'foundation')"
 
 
 class Model(Table):
@@ -15,6 +38,10 @@ class Model(Table):
     """
 
     __tablename__ = "models"
+    __table_args__ = (
+        Index("ix_models_project_created_at", "project", "created_at", "name"),
+        Index("ix_models_foundation", foundation_in_details()),
+    )
 
     name: Mapped[str] = mapped_column(primary_key=True)
     kind: Mapped[str]

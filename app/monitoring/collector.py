@@ -6,14 +6,14 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from app.database import Database
-from app.monitoring.repository import snapshot
+from app.monitoring.repository import EndedJobs, snapshot
 
 
 class ServiceCollector(Collector):
     """The state of the whole installation. Every API process reports the same numbers."""
 
     def __init__(self, database: Database) -> None:
-        self.database = database
+        self.database, self.ended = database, EndedJobs()
 
     def describe(self) -> list[Metric]:
         """Nothing. Otherwise the registry would collect at registration, and would need the database for it."""
@@ -21,7 +21,7 @@ class ServiceCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         with self.database.read() as session:
-            state = snapshot(session)
+            state = snapshot(session, self.ended)
         yield _by("dpo_jobs", "Jobs by status; 'paused' counts queued jobs on hold.", "status", state.jobs)
         yield _by("dpo_leases", "Leases of jobs, held and expired.", "state", state.leases)
         yield _by("dpo_derived_artifacts", "Reports and merges that are not ready.", "kind", state.derived_artifacts)

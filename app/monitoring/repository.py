@@ -1,8 +1,11 @@
 """The state of the whole installation, read from the database."""
 
+import math
+import threading
+from collections import Counter
 from dataclasses import dataclass
 
-from sqlalchemy import func, select
+from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
 
 from app.broker import Lane
@@ -13,6 +16,9 @@ from app.jobs.states import ACTIVE, Status
 from app.jobs.tables import Job
 from app.webhooks.tables import WebhookDelivery
 from app.workers import repository as workers
+
+SETTLED_SECONDS = 60.0
+"""No transaction that is still open can write a job's end with an older time."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +52,46 @@ class Snapshot:
     """Number of unfinished jobs that a fault of the object store, a disk or the database has set back."""
 
 
-def snapshot(session: Session) -> Snapshot:
-    """Read the state once. It takes tens of milliseconds at ten thousand jobs."""
-    counts = session.execute(select(Job.status, Job.paused, func.count()).group_by(Job.status, Job.paused)).all()
-    jobs = {status.value: 0 for status in Status} | {"paused": 0}
-    for status, paused, count in counts:
+class EndedJobs:
+    """The numbers of ended jobs and of their attempts. Each look counts only the jobs that have ended since the last.
+
+    Jobs of the last minute are counted anew each time: a transaction may write an earlier time than one before it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts, self._attempts, self._counted_until = Counter[str](), 0, -math.inf
+
+    def count(self, session: Session) -> tuple[Counter[str], int]:
+        """(the number of jobs by final status, the sum of their attempts)."""
+        with self._lock:
+            until = now(session) - SETTLED_SECONDS
+            if until > self._counted_until:
+                settled = self._read(session, Job.finished_at > self._counted_until, Job.finished_at <= until)
+                self._counts, self._attempts = self._counts + settled[0], self._attempts + settled[1]
+                self._counted_until = until
+            recent = self._read(session, Job.finished_at > self._counted_until)
+            return self._counts + recent[0], self._attempts + recent[1]
+
+    @staticmethod
+    def _read(session: Session, *conditions: ColumnElement[bool]) -> tuple[Counter[str], int]:
+        statement = select(Job.status, func.count(), func.sum(Job.attempt)).where(*conditions).group_by(Job.status)
+        rows = session.execute(statement).all()
+        return Counter({status: count for status, count, _ in rows}), sum(int(attempts) for _, _, attempts in rows)
+
+
+def snapshot(session: Session, ended: EndedJobs) -> Snapshot:
+    """Read the state once. It takes milliseconds, however long the history is, except at the first time."""
+    unfinished = select(Job.status, Job.paused, func.count(), func.sum(Job.attempt)).where(Job.status.in_(ACTIVE))
+    counts = session.execute(unfinished.group_by(Job.status, Job.paused)).all()
+    ended_counts, attempts = ended.count(session)
+    jobs = {status.value: 0 for status in Status} | {"paused": 0} | ended_counts
+    for status, paused, count, active_attempts in counts:
         jobs["paused" if paused and status == Status.QUEUED else status] += count
+        attempts += int(active_attempts)
     current = now(session)
     oldest = session.scalar(select(func.min(Job.created_at)).where(*job_queue.WAITING, Job.eligible_at <= current))
-    leased = session.scalars(select(Job).where(Job.status.in_(ACTIVE), Job.lease_owner.is_not(None))).all()
+    leased = session.scalars(select(Job).where(Job.lease_owner.is_not(None), Job.status.in_(ACTIVE))).all()
     expired = sum(job.lease_expires_at is None or job.lease_expires_at < current for job in leased)
     training = [job for job in leased if job.status == Status.RUNNING]
     due = select(func.count(), func.min(WebhookDelivery.eligible_at)).where(WebhookDelivery.eligible_at <= current)
@@ -67,7 +104,7 @@ def snapshot(session: Session) -> Snapshot:
     present = {lane: workers.present(session, lane) for lane in Lane}
     return Snapshot(
         jobs=jobs,
-        attempts=session.scalar(select(func.coalesce(func.sum(Job.attempt), 0))) or 0,
+        attempts=attempts,
         oldest_waiting=0.0 if oldest is None else current - oldest,
         leases={"held": len(leased) - expired, "expired": expired},
         tokens_per_second=sum((job.progress or {}).get("tokens_per_second") or 0.0 for job in training),

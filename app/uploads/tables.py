@@ -1,6 +1,6 @@
 """The tables of uploads and their parts. The bytes are objects under `uploads/{upload}/{part}`."""
 
-from sqlalchemy import BigInteger, ForeignKey
+from sqlalchemy import BigInteger, ForeignKey, Index
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.database import PlainText, Table
@@ -11,6 +11,7 @@ class Upload(Table):
     """A file that arrives in parts. Completing the upload makes the file."""
 
     __tablename__ = "uploads"
+    __table_args__ = (Index("ix_uploads_status", "status", "expires_at"),)
 
     id: Mapped[str] = mapped_column(primary_key=True)
     project: Mapped[str] = mapped_column(index=True)

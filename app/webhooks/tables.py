@@ -3,7 +3,7 @@
 from sqlalchemy import ForeignKey, Index
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.database import Table
+from app.database import Table, index_where
 from app.spec.json_types import JsonObject
 from app.work_queue import Queued
 
@@ -28,7 +28,12 @@ class WebhookDelivery(Queued, Table):
     """An event for one endpoint."""
 
     __tablename__ = "webhook_deliveries"
-    __table_args__ = (Index("ix_webhook_deliveries_due", "next_attempt_at"),)
+    __table_args__ = (
+        Index("ix_webhook_deliveries_due", "next_attempt_at"),
+        Index("ix_webhook_deliveries_created_at", "created_at"),
+        Index("ix_webhook_deliveries_endpoint", "endpoint_id", "created_at", "id"),
+        index_where("ix_webhook_deliveries_leased", "lease_owner", where="lease_owner IS NOT NULL"),
+    )
 
     endpoint_id: Mapped[str] = mapped_column(ForeignKey("webhook_endpoints.id", ondelete="CASCADE"), index=True)
     event_id: Mapped[str]

@@ -8,7 +8,7 @@ from sqlalchemy import update
 from app.database import database_now
 from app.jobs import queue as job_queue
 from app.jobs import transitions
-from app.jobs.states import Actor, Status
+from app.jobs.states import ACTIVE, Actor, Status
 from app.jobs.tables import Job
 from app.services import Services
 from app.spec.job import JobSpec
@@ -33,8 +33,11 @@ def make_job(services: Services, **changes: Any) -> str:
         "eligible_at": 0.0,
         "lost_attempts": 0,
     }
+    values |= changes
+    if values["status"] not in ACTIVE:
+        values.setdefault("finished_at", database_now())
     with services.database.write() as session:
-        session.add(Job(created_at=database_now(), **(values | changes)))
+        session.add(Job(created_at=database_now(), **values))
     job_id: str = values["id"]
     return job_id
 

@@ -16,6 +16,7 @@ from app.keys.service import generate, well_formed
 from app.keys.tables import ApiKey
 from app.migrate import migrate
 from app.models import repository as models
+from app.models.tables import Model
 from app.services import Services
 from tests.helpers.api import ROW, error_of, key_of, objects, rows, upload
 
@@ -265,7 +266,7 @@ def test_every_training_file_is_checked_and_kept_while_the_job_needs_it(client: 
     job = client.post("/v1/fine_tuning/jobs", json=body).json()
     assert job["more_training_files"] == [second]
     with services.database.read() as session:
-        assert [queries.is_active_file(session, name) for name in (first, second, "file-other")] == [True, True, False]
+        assert [bool(queries.users_of(session, name)) for name in (first, second, "file-other")] == [True, True, False]
     missing = body | {"more_training_files": ["file-none"]}
     error = error_of(client.post("/v1/fine_tuning/jobs", json=missing), 400)
     assert (error["code"], error["param"]) == ("file_not_found", "more_training_files.0")
@@ -389,6 +390,29 @@ def test_a_models_name_may_have_slashes(client: TestClient, services: Services) 
     assert client.post("/v1/fine_tuning/jobs", json=body).status_code == 200
     body["model"] = "meta-llama/../../etc"
     assert error_of(client.post("/v1/fine_tuning/jobs", json=body), 400)["code"] == "model_not_found"
+
+
+def test_models_come_in_pages_and_base_models_first(client: TestClient, services: Services) -> None:
+    with services.database.write() as session:
+        models.register(session, "base-2", "r1", {})
+        for number in range(7):
+            model = Model(
+                name=f"ft:tiny:default::{number}", kind="adapter", project="default", created_at=1e9 + number // 2,
+                base_model="tiny", bytes=1, details={},
+            )  # fmt: skip
+            session.add(model)
+    own = [f"ft:tiny:default::{number}" for number in (6, 5, 4, 3, 2, 1, 0)]
+    for limit in (1, 2, 3, 9, 1000):
+        names, more = list[str](), True
+        while more:
+            after = {"after": names[-1]} if names else {}
+            answer = client.get("/v1/models", params={"limit": limit, **after}).json()
+            names += [model["id"] for model in answer["data"]]
+            more = answer["has_more"]
+            assert answer["last_id"] == names[-1]
+        assert (set(names[:2]), names[2:]) == ({"tiny", "base-2"}, own)
+    assert error_of(client.get("/v1/models", params={"after": "none"}), 404)["code"] == "model_not_found"
+    error_of(client.get("/v1/models", params={"limit": 1001}), 400)
 
 
 def test_readiness_says_what_is_wrong(client: TestClient, services: Services, tmp_path: Path) -> None:

@@ -1,9 +1,13 @@
 """Pruning deletes the objects that no row needs, and no others."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import select, update
 
+from app import chores
+from app.chores import Chore
 from app.database import database_now, new_id
 from app.derived_artifacts.tables import DerivedArtifact
 from app.errors import Conflict
@@ -13,7 +17,7 @@ from app.jobs import events as job_events
 from app.jobs.states import Status
 from app.jobs.tables import Checkpoint, Job, JobEvent
 from app.models.tables import Model
-from app.prune import prune
+from app.prune import prune, prune_slice
 from app.services import Services
 from app.uploads.tables import Upload, UploadPart
 from tests.helpers.api import upload
@@ -121,12 +125,48 @@ def test_pruning_refuses_the_store_of_another_installation(client: TestClient, s
     assert (ready.status_code, list(ready.json()["problems"])) == (503, ["storage"])
 
 
+def make_due(services: Services) -> None:
+    with services.database.write() as session:
+        session.execute(update(Chore).values(due_at=0.0))
+
+
+def test_one_worker_prunes_slice_by_slice(services: Services) -> None:
+    """The store is listed in pieces, by whoever comes first. The cursor is in the database."""
+    assert prune_slice(services, "", delete=True, min_age=0.0, limit=3).cursor == "", "an empty store is claimed"
+    unneeded = [f"{prefix}/{name}" for prefix in ("files", "jobs", "merged") for name in "abcd"]
+    for key in unneeded:
+        services.storage.put_bytes(key, b"x")
+    left, cursor, slices = len(unneeded), "", 0
+    while True:
+        pruned = prune_slice(services, cursor, delete=True, min_age=0.0, limit=3)
+        left, slices, cursor = left - pruned.unneeded, slices + 1, pruned.cursor
+        assert sum(len(services.storage.list(prefix)) for prefix in ("files", "jobs", "merged")) == left
+        if not cursor:
+            break
+    assert (left, slices) == (0, 5), "four full slices, and one that finds the end"
+
+
+def test_a_chore_is_done_by_one_worker_at_a_time(services: Services) -> None:
+    assert chores.take(services.database, "sweep the floor", 60.0) == ""
+    assert chores.take(services.database, "sweep the floor", 60.0) is None, "another worker has it"
+    chores.note(services.database, "sweep the floor", "the kitchen", 60.0)
+    assert chores.take(services.database, "sweep the floor", 60.0) is None, "it is not due"
+    make_due(services)
+    with ThreadPoolExecutor(8) as pool:
+        taken = list(pool.map(lambda _: chores.take(services.database, "sweep the floor", 60.0), range(16)))
+    assert sorted(taken, key=str) == [None] * 15 + ["the kitchen"]
+    with services.database.write() as session:
+        session.execute(update(Chore).values(due_at=database_now() + 1000.0))
+    assert chores.take(services.database, "sweep the floor", 60.0) is not None, "the clock was set back"
+
+
 def test_a_database_does_not_claim_a_store_whose_objects_it_does_not_know(services: Services) -> None:
     services.storage.put_bytes("files/file-of-another", b"x")
     with pytest.raises(Conflict, match="another installation"):
         prune_objects(services)
     assert services.storage.list("files") and store_installation(services.storage) is None
     services.storage.delete("files/file-of-another")
+    make_due(services)
     prune_objects(services)
     assert store_installation(services.storage) == database_installation(services.database), "an empty store is claimed"
 

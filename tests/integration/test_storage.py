@@ -33,6 +33,19 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
     return Storage(f"s3://dpo/{tmp_path.name}")
 
 
+def test_slices_of_any_length_show_each_object_once_and_in_order(storage: Storage) -> None:
+    keys = sorted(f"a/{folder}/{name}" for folder in ("b", "b-c", "b.d", "z") for name in ("1", "10", "2"))
+    for key in [*keys, "ab/none", "b/none"]:
+        storage.put_bytes(key, b"x")
+    for length in (1, 2, 5, len(keys), 100):
+        seen, after = list[str](), "a"
+        while found := storage.slice("a", after, length):
+            assert len(found) <= length
+            seen += [key for key, _ in found]
+            after = seen[-1]
+        assert seen == keys
+
+
 def test_objects_come_back_and_deletes_are_idempotent(storage: Storage, tmp_path: Path) -> None:
     content = bytes(range(256)) * 100_000  # 25 MB: several parts
     source = tmp_path / "source"
@@ -41,7 +54,7 @@ def test_objects_come_back_and_deletes_are_idempotent(storage: Storage, tmp_path
     storage.put_bytes("a/b/small", b"x")
     storage.put_bytes("ab", b"not below a/")
     assert storage.list("a") == [("a/b/small", 1), ("a/file", len(content))]
-    written = dict(pair for batch in storage.batches("a") for pair in batch)
+    written = dict(storage.slice("a", "a", 10))
     assert set(written) == {"a/b/small", "a/file"}
     assert all(abs(written_at - time.time()) < 60 for written_at in written.values())
     storage.get_file("a/file", tmp_path / "deep" / "copy")
