@@ -15,7 +15,7 @@ from tests.faults.workload import LONG
 def fill_the_disk(scene: Scene) -> Strike | None:
     """The worker's disk is full until an attempt has failed."""
     with _full(scene.cluster.home / scene.runner.name / "work"):
-        line = scene.line("attempt set back", "the attempt failed", seconds=20)
+        line = scene.line("attempt set back", "attempt lost", "the attempt failed", seconds=20)
     return scene.after_next_attempt(line, recovery=False)
 
 
