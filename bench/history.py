@@ -25,7 +25,6 @@ import httpx2
 from rich.console import Console
 from sqlalchemy import update
 
-from app.database import Database
 from app.jobs import queue as job_queue
 from app.jobs.states import Status
 from app.jobs.tables import Job
@@ -88,7 +87,7 @@ def requests(client: httpx2.Client, history: History) -> dict[str, Call]:
     )
     body = {"model": "tiny", "training_file": uploaded.raise_for_status().json()["id"]}
 
-    def get(path: str, **params: object) -> Call:
+    def get(path: str, **params: int) -> Call:
         return lambda: client.get(path, params=params, headers=headers).raise_for_status()
 
     middle, last = f"ftjob-{history.jobs // 40 * 20 + 1:09d}", f"ftjob-{history.jobs - 2:09d}"
@@ -117,30 +116,23 @@ def steps(services: Services) -> dict[str, Call]:
 
         return step
 
-    def wait_in_vain() -> None:
-        """Look for work that this worker cannot do."""
-        rolled_back(job_queue.claim, Status.QUEUED, "worker", ["another model"], 10**12)()
+    def expire() -> None:
+        housekeeping.expire(services)
+        housekeeping.purge_deleted_files(services)
 
     def forget() -> None:
-        forget_once(database)
+        """Ask for events that are older than all."""
+        housekeeping.forget_old_events(database, 100 * 365 * 86400.0)
 
     return {
-        "look for work that is not there": wait_in_vain,
+        "look for work that is not there": rolled_back(job_queue.claim, Status.QUEUED, "worker", ["another"], 10**12),
         "inspect the leases": reaper.inspect,
         "keep house": lambda: housekeeping.keep_house(services),
         "claim a job": rolled_back(job_queue.claim, Status.QUEUED, "worker", ["tiny"], 10**12),
-        "expire, and purge deleted files": lambda: (
-            housekeeping.expire(services),
-            housekeeping.purge_deleted_files(services),
-        ),  # type: ignore[func-returns-value]
+        "expire, and purge deleted files": expire,
         "who uses a model": rolled_back(models.users_of, "ft:tiny:000000007"),
         "forget events, when none is old": forget,
     }
-
-
-def forget_once(database: Database) -> None:
-    """Ask for events that are older than all."""
-    housekeeping.forget_old_events(database, 100 * 365 * 86400.0)
 
 
 def measure(history: History, url: str | None, home: Path) -> dict[str, dict[str, float]]:
