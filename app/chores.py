@@ -28,12 +28,12 @@ def take(database: Database, name: str, seconds: float) -> str | None:
     """
     due = or_(Chore.due_at <= database_now(), Chore.due_at > database_now() + seconds)
     with database.read() as session:  # most of those who ask find it not due, and write nothing
-        known = session.scalar(select(Chore.name).where(Chore.name == name))
-        if known and session.scalar(select(Chore.name).where(Chore.name == name, due)) is None:
-            return None
+        is_due = session.scalar(select(due).where(Chore.name == name))
+    if is_due is not None and not is_due:
+        return None
     try:
         with database.write() as session:
-            if not known:
+            if is_due is None:  # nobody has done it yet
                 session.add(Chore(name=name, due_at=0.0, cursor=""))
                 session.flush()
             taken = update(Chore).where(Chore.name == name, due).values(due_at=database_now() + seconds)

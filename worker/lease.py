@@ -121,8 +121,8 @@ class Lease:
     def outlast(self, store: Callable[[], Result]) -> Result:
         """Do `store`, which writes to the object store. Repeat it with growing pauses while the store is away.
 
-        What it writes has cost much to compute, so it is worth a wait of `STORE_PATIENCE_SECONDS`. Raises the error of
-        the store after that time, and at once if the attempt should end. Raises `LeaseLost`.
+        A result has cost much to compute, and is worth a wait of `STORE_PATIENCE_SECONDS`. Raises the error of the
+        store after that time, and at once if the attempt should end. Raises `LeaseLost`.
         """
         deadline, pause = time.monotonic() + STORE_PATIENCE_SECONDS, 1.0
         while True:

@@ -62,6 +62,7 @@ from worker.waiting import briefly, in_thread
 from worker.work import work_folder
 
 log = structlog.get_logger(__name__)
+Result = TypeVar("Result")
 Spec = TypeVar("Spec", JobSpec, EvaluationSpec)
 Outcome = TrainingDone | EvaluationDone | Failed | Broken | DeviceFailed
 """The events that end a run."""
@@ -379,11 +380,17 @@ class JobAttempt(ABC, Generic[Spec]):
         text = paused if self.lease.paused else drained
         self.lease.write(lambda session: self.end(session, Status.QUEUED, text))
 
+    def store(self, work: Callable[[], Result]) -> Result:
+        """Do `work`, which writes a result to the object store. Waits for a store that is away while it is wanted.
+
+        Raises what `Lease.outlast` and `Lease.check` raise.
+        """
+        return in_thread(partial(self.lease.outlast, work), self.lease.check)
+
     def store_result(self, path: Path, name: str) -> Callable[[], File]:
         """Upload a result file of the job. Returns what makes its row, which the caller adds in a transaction."""
         file_id, size, sha256 = new_id("file"), path.stat().st_size, sha256_of(path)
-        store = partial(self.services.storage.put_file, f"files/{file_id}", path)
-        in_thread(partial(self.lease.outlast, store), self.lease.check)
+        self.store(partial(self.services.storage.put_file, f"files/{file_id}", path))
         return lambda: File(
             id=file_id,
             project=self.job.project,

@@ -25,7 +25,6 @@ from worker.integrations import Reporter
 from worker.lease import LeaseLost
 from worker.runner import JobAttempt
 from worker.trainer.events import CheckpointWritten, EvaluationDone, Event, Metrics, StageBegan, TrainingDone, Working
-from worker.waiting import in_thread
 
 
 class Training(JobAttempt[JobSpec]):
@@ -168,8 +167,8 @@ class Training(JobAttempt[JobSpec]):
     def succeed(self, outcome: TrainingDone | EvaluationDone) -> None:
         assert isinstance(outcome, TrainingDone)
         name = self.job.makes
-        store = partial(store_folder, self.services.storage, f"{self.prefix}/model", self.folder / "output")
-        content = in_thread(partial(self.lease.outlast, store), self.lease.check)
+        folder = self.folder / "output"
+        content = self.store(partial(store_folder, self.services.storage, f"{self.prefix}/model", folder))
         result_file = self.store_result(self.folder / "result.csv", "step_metrics.csv")
 
         def write(session: Session) -> None:

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import delete, select, true, update
 from sqlalchemy.orm import Session
 
 from app.database import database_now, new_id
-from app.jobs.tables import EVENTS, FORGOTTEN, Job, JobEvent
+from app.jobs.tables import Job, JobEvent
 from app.pagination import keyset
 from app.spec.json_types import JsonObject
 
@@ -61,7 +61,7 @@ def forget(session: Session, seconds: float, limit: int) -> tuple[int, bool]:
     It goes from job to job, oldest first, and marks each whose events are all deleted. Returns the number of events,
     and whether there may be more.
     """
-    ended = (Job.history == EVENTS, Job.finished_at < database_now() - seconds)
+    ended = (Job.events_kept == true(), Job.finished_at < database_now() - seconds)
     job_ids = session.scalars(select(Job.id).where(*ended).order_by(Job.finished_at).limit(FORGET_JOBS)).all()
     forgotten = 0
     for job_id in job_ids:
@@ -70,7 +70,7 @@ def forget(session: Session, seconds: float, limit: int) -> tuple[int, bool]:
         forgotten += len(session.scalars(statement).all())
         if forgotten >= limit:
             break
-        session.execute(update(Job).where(Job.id == job_id).values(history=FORGOTTEN))
+        session.execute(update(Job).where(Job.id == job_id).values(events_kept=False))
     return forgotten, bool(job_ids)
 
 

@@ -1,14 +1,12 @@
 """The tables of jobs, their events and their checkpoints."""
 
-from sqlalchemy import BigInteger, ForeignKey, Index, false
+from sqlalchemy import BigInteger, ForeignKey, Index, false, true
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.database import PlainText, RowNumber, Table, database_now, index_where
 from app.spec.json_types import JsonObject
 from app.stored_content import UNKNOWN, FolderContent
 from app.work_queue import Queued
-
-EVENTS, FORGOTTEN = "events", "forgotten"
 
 
 class Job(Queued, Table):
@@ -18,10 +16,9 @@ class Job(Queued, Table):
     __table_args__ = (
         Index("ix_jobs_queue", "status", "priority", "created_at"),
         Index("ix_jobs_finished_at", "finished_at"),
-        Index("ix_jobs_project_created_at", "project", "created_at", "id"),
         Index("ix_jobs_kind", "project", "kind", "created_at", "id"),
         Index("ix_jobs_base", "base_model", "status", "finished_at"),
-        Index("ix_jobs_history", "history", "finished_at"),
+        index_where("ix_jobs_events_kept", "finished_at", where="events_kept", sqlite="events_kept = 1"),
         index_where("ix_jobs_leased", "lease_owner", where="lease_owner IS NOT NULL"),
         index_where("ix_jobs_foundation", "foundation", where="foundation IS NOT NULL"),
         index_where("ix_jobs_unlisted", "status", where="NOT inputs_listed", sqlite="inputs_listed = 0"),
@@ -65,8 +62,8 @@ class Job(Queued, Table):
     """The sweep that the job belongs to."""
     inputs_listed: Mapped[bool] = mapped_column(default=False, server_default=false())
     """Whether each file and model that it needs is a `JobInput`. A version before 0012 does not list them."""
-    history: Mapped[str] = mapped_column(default=EVENTS, server_default=EVENTS)
-    """What is kept of its events: each one (`EVENTS`), or none (`FORGOTTEN`)."""
+    events_kept: Mapped[bool] = mapped_column(default=True, server_default=true())
+    """Whether its events are there. Those of old jobs are deleted."""
     evaluations: Mapped[JsonObject | None]
     """For a training: the ids of its evaluations, by name."""
     started_at: Mapped[float | None]

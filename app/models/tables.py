@@ -45,7 +45,7 @@ class Model(Table):
 
     name: Mapped[str] = mapped_column(primary_key=True)
     kind: Mapped[str]
-    project: Mapped[str | None] = mapped_column(index=True)
+    project: Mapped[str | None]
     """None for base models, which every project may use."""
     created_at: Mapped[float]
     base_model: Mapped[str]

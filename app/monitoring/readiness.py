@@ -1,4 +1,4 @@
-"""What the service cannot do at present: read or write its database or its object store."""
+"""Whether the service can read and write its database and its object store at present."""
 
 import threading
 import time
@@ -23,7 +23,7 @@ class Readiness:
         """When each part was last written to."""
 
     def problems(self) -> dict[str, str]:
-        """What is wrong, by part: `database` and `storage` cannot be used, `…_writes` can be read only."""
+        """The problems by part. `database` and `storage` cannot be used; `…_writes` can be read only."""
         problems = {}
         for part, find, write in (
             ("database", self._database_problem, lambda: require_writes(self.database)),

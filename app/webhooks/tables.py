@@ -35,7 +35,7 @@ class WebhookDelivery(Queued, Table):
         index_where("ix_webhook_deliveries_leased", "lease_owner", where="lease_owner IS NOT NULL"),
     )
 
-    endpoint_id: Mapped[str] = mapped_column(ForeignKey("webhook_endpoints.id", ondelete="CASCADE"), index=True)
+    endpoint_id: Mapped[str] = mapped_column(ForeignKey("webhook_endpoints.id", ondelete="CASCADE"))
     event_id: Mapped[str]
     type: Mapped[str]
     body: Mapped[JsonObject]
