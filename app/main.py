@@ -45,6 +45,7 @@ from app.settings import Settings
 from app.spec.json_types import JsonObject
 from app.sweeps.endpoints import router as sweeps_router
 from app.uploads.endpoints import router as uploads_router
+from app.usage.endpoints import router as usage_router
 from app.webhooks.endpoints import router as webhooks_router
 
 ERRORS: dict[int | str, dict[str, object]] = {
@@ -61,6 +62,7 @@ ROUTERS = (
     models_router,
     webhooks_router,
     projects_router,
+    usage_router,
     keys_router,
 )
 

@@ -19,6 +19,7 @@ from app.settings import Settings
 from app.storage import Storage
 from app.sweeps.service import Sweeps
 from app.uploads.service import Uploads
+from app.usage.service import UsageReports
 from app.webhooks.service import Webhooks
 
 
@@ -33,6 +34,7 @@ class Services:
     keys: Keys
     rate_limiter: RateLimiter
     projects: Projects
+    usage: UsageReports
     files: Files
     uploads: Uploads
     reports: Reports
@@ -64,6 +66,7 @@ class Services:
             keys=keys,
             rate_limiter=RateLimiter(settings.rate_limit, settings.broker_url),
             projects=Projects(database),
+            usage=UsageReports(database),
             files=Files(database, storage),
             uploads=Uploads(database, storage),
             reports=Reports(database, broker),

@@ -136,14 +136,14 @@ class WorkQueue(Generic[Work]):
         return session.execute(statement.where(self.active, table.lease_owner.is_not(None))).all()
 
     def lapsed(self, session: Session) -> Sequence[Work]:
-        """The rows whose worker stopped renewing its lease, locked.
+        """The rows whose worker stopped renewing its lease, locked and in the queue's order.
 
         A lease that ends later than a new one would was taken before the clock was set back.
         """
         table, ends = self.table, self.table.lease_expires_at
         farthest = database_now() + self.lease_seconds + HEARTBEAT_SECONDS
         has_lapsed = or_(ends.is_(None), ends < database_now(), ends > farthest)
-        statement = select(table).where(self.active, table.lease_owner.is_not(None), has_lapsed)
+        statement = select(table).where(self.active, table.lease_owner.is_not(None), has_lapsed).order_by(*self.order)
         return session.scalars(statement.with_for_update(skip_locked=True)).all()
 
     # -- conditions ----------------------------------------------------------------------------------------------

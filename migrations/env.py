@@ -3,7 +3,8 @@
 from alembic import context
 from sqlalchemy import Connection
 
-from app import installation as _installation  # noqa: F401 - each import registers its tables
+from app import chores as _chores  # noqa: F401 - each import registers its tables
+from app import installation as _installation  # noqa: F401
 from app.database import Table
 from app.derived_artifacts import tables as _tasks  # noqa: F401
 from app.files import tables as _files  # noqa: F401
@@ -14,6 +15,7 @@ from app.models import tables as _models  # noqa: F401
 from app.projects import tables as _projects  # noqa: F401
 from app.sweeps import tables as _sweeps  # noqa: F401
 from app.uploads import tables as _uploads  # noqa: F401
+from app.usage import tables as _usage  # noqa: F401
 from app.webhooks import tables as _webhooks  # noqa: F401
 from app.workers import tables as _workers  # noqa: F401
 

@@ -12,10 +12,11 @@ from app.files import repository as files
 from app.files.tables import File
 from app.idempotency import service as idempotency
 from app.jobs import events as job_events
-from app.jobs import queries
+from app.jobs import fair_share, queries
 from app.prune import prune_slice
 from app.services import Services
 from app.uploads import repository as uploads
+from app.usage import repository as usage
 from app.webhooks import repository as webhooks
 
 FORGET_BATCH = 1000
@@ -23,6 +24,8 @@ FORGET_BATCH = 1000
 
 EXPIRY_SECONDS, RETENTION_SECONDS = 2.0, 3600.0
 """Intervals at which things expire, and at which old events are deleted."""
+USE_SECONDS, STORAGE_SECONDS = 60.0, 3600.0
+"""Intervals at which the GPU time of running jobs is counted, and at which what projects store is measured."""
 SLICE_SECONDS, PASS_SECONDS = 60.0, 3600.0
 """Pause between two slices of the object store, and between its last slice and its first."""
 
@@ -34,6 +37,17 @@ def keep_house(services: Services) -> None:
     if chores.take(services.database, "expiry", EXPIRY_SECONDS) is not None:
         expire(services)
         purge_deleted_files(services)
+
+
+def count_usage(services: Services) -> None:
+    """Count what projects use: GPU time of running jobs, and bytes stored. One worker at a time does it."""
+    database = services.database
+    if chores.take(database, "count use", USE_SECONDS) is not None:
+        fair_share.count_running(database)
+    measured_at = chores.take(database, "measure storage", STORAGE_SECONDS)
+    if measured_at is not None:
+        measured_now = usage.measure_storage(database, float(measured_at or "nan"))
+        chores.note(database, "measure storage", str(measured_now), STORAGE_SECONDS)
 
 
 def apply_retention(services: Services) -> None:

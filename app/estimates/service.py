@@ -90,7 +90,7 @@ class Estimates:
             fits=None if memory is None or device is None else memory.total <= device.memory_bytes,
             pace=pace,
             seconds=seconds,
-            queued_jobs=len(job_queue.waiting(session, 1000)),
+            queued_jobs=job_queue.count_waiting(session, 1000),
         )
         estimated.warnings = _warnings(spec, estimated, shape)
         if shape is not None and device is not None:

@@ -66,8 +66,9 @@ class Lifecycle(ABC, Generic[Shown]):
         """Store a job that waits for the check of its files.
 
         `submitted` is the spec as the user sent it. `bases` names the base models that the job loads. `columns` holds
-        the columns that depend on the kind.
+        the columns that depend on the kind. Raises what `require_place` raises.
         """
+        job_queue.require_place(session, project, submitted.priority)
         job = Job(
             id=new_id(self.KIND.id_prefix),
             kind=self.KIND.name,

@@ -1,22 +1,32 @@
 """The queue of jobs: which one is next, who may start it, and who holds its lease."""
 
-from collections.abc import Collection, Sequence
+import heapq
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, ScalarSelect, case, func, not_, or_, select, update
 from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
 
-from app.database import database_now, wait_for_others
+from app.database import database_now, now, wait_for_others
+from app.errors import Forbidden
 from app.jobs import events as job_events
+from app.jobs import fair_share
 from app.jobs.kinds import KINDS
 from app.jobs.states import ACTIVE, Status
 from app.jobs.tables import Job, OtherBase
+from app.projects import repository as projects
 from app.projects.tables import Project
 from app.work_queue import OUTAGE_SECONDS, WorkQueue
 from app.workers.repository import served_by
 
 QUEUE_ORDER = (Job.priority.desc(), Job.created_at, Job.id)
-JOBS = WorkQueue(Job, noun="job", active=Job.status.in_([Status.VALIDATING, Status.RUNNING]), order=QUEUE_ORDER)
+"""The order of a project's jobs. `fair_share` orders the projects."""
+JOBS = WorkQueue(
+    Job,
+    noun="job",
+    active=Job.status.in_([Status.VALIDATING, Status.RUNNING]),
+    order=(Job.project, *QUEUE_ORDER),
+)
 CLAIM_LOCK = 0x64706F
 """Key of the advisory lock that claims take: an arbitrary number that nothing else uses."""
 
@@ -31,12 +41,17 @@ def _ready() -> ColumnElement[bool]:
 WAITING = (Job.status == Status.QUEUED, Job.paused.is_(False), _ready())
 
 
+READ_AT_ONCE = 200
+"""Waiting jobs of a project that are read first. The rest is read if anybody asks for it."""
+
+
 @dataclass(frozen=True)
 class WaitingJob:
     """A job in the queue, and what a worker needs for it."""
 
     id: str
     project: str
+    created_at: float
     bases: list[str]
     """The base models that the worker must serve."""
     memory_bytes: int | None
@@ -45,18 +60,76 @@ class WaitingJob:
     """Expected seconds of training; None if that is not known."""
 
 
-def waiting(session: Session, limit: int) -> list[WaitingJob]:
-    """The first `limit` waiting jobs, next one first."""
-    statement = select(Job.id, Job.project, Job.base_model, Job.memory_bytes, Job.estimated_seconds).where(*WAITING)
-    rows = session.execute(statement.order_by(*QUEUE_ORDER).limit(limit)).all()
-    jobs = {
-        job_id: WaitingJob(job_id, project, [base] if base else [], memory, seconds)
-        for job_id, project, base, memory, seconds in rows
-    }
-    others = select(OtherBase.job_id, OtherBase.base_model).where(OtherBase.job_id.in_(jobs))
-    for job_id, base in session.execute(others):
-        jobs[job_id].bases.append(base)
-    return list(jobs.values())
+def waiting(session: Session) -> Iterator[WaitingJob]:
+    """The waiting jobs, next one first. Each counts as used GPU time of its project for those after it."""
+    heap = []
+    for share in fair_share.by_use(session, QUEUE_ORDER, *WAITING):
+        line = _line(session, share.project)
+        heap.append((share.turn(), share, next(line), line))
+    while heap:
+        _, share, job, line = heap[0]
+        yield job
+        share.seconds += fair_share.expected_seconds(job.seconds)
+        following = next(line, None)
+        if following is None:
+            heapq.heappop(heap)
+        else:
+            share.first_at = following.created_at
+            heapq.heapreplace(heap, (share.turn(), share, following, line))
+
+
+def _line(session: Session, project: str) -> Iterator[WaitingJob]:
+    """The waiting jobs of a project, next one first."""
+    columns = select(Job.id, Job.created_at, Job.base_model, Job.memory_bytes, Job.estimated_seconds)
+    ordered = columns.where(Job.project == project, *WAITING).order_by(*QUEUE_ORDER)
+    for statement in (ordered.limit(READ_AT_ONCE), ordered.offset(READ_AT_ONCE)):
+        rows = session.execute(statement).all()
+        jobs = {
+            job_id: WaitingJob(job_id, project, created_at, [base] if base else [], memory, seconds)
+            for job_id, created_at, base, memory, seconds in rows
+        }
+        others = select(OtherBase.job_id, OtherBase.base_model).where(OtherBase.job_id.in_(jobs))
+        for job_id, base in session.execute(others):
+            jobs[job_id].bases.append(base)
+        yield from jobs.values()
+        if len(rows) < READ_AT_ONCE:
+            return
+
+
+def count_waiting(session: Session, limit: int) -> int:
+    """The number of waiting jobs, at most `limit`."""
+    return session.scalars(
+        select(func.count()).select_from(select(Job.id).where(*WAITING).limit(limit).subquery())
+    ).one()
+
+
+def ready(session: Session, job_ids: Collection[str]) -> set[str]:
+    """Those of `job_ids` that wait for no other job."""
+    return set(session.scalars(select(Job.id).where(Job.id.in_(job_ids), *WAITING)))
+
+
+def require_place(session: Session, project_id: str, priority: int) -> None:
+    """Raise `Forbidden` if a project may not have one more job in its queue, or none with that priority."""
+    project = projects.get(session, project_id)
+    if project is None:
+        return
+    if project.max_priority is not None and priority > project.max_priority:
+        raise Forbidden(
+            f"The project '{project_id}' may give a job a priority of at most {project.max_priority}. "
+            "Lower 'priority', or ask the operator for a higher limit.",
+            param="priority",
+            code="priority_limit_reached",
+        )
+    if project.max_queued_jobs is None:
+        return
+    limit = projects.lock(session, project_id).max_queued_jobs  # two requests at once would both find a place
+    queued = (Job.status.in_((Status.VALIDATING, Status.QUEUED)), Job.project == project_id)
+    if limit is not None and session.scalars(select(func.count()).where(*queued)).one() >= limit:
+        raise Forbidden(
+            f"{limit} jobs of the project '{project_id}' wait already, and it may have no more. "
+            "Try again when some have started, cancel some, or ask the operator for a higher limit.",
+            code="queue_limit_reached",
+        )
 
 
 def projects_at_limit(session: Session, projects: Collection[str]) -> dict[str, int]:
@@ -65,14 +138,6 @@ def projects_at_limit(session: Session, projects: Collection[str]) -> dict[str, 
         Project.id.in_(projects), _running_jobs(Project.id) >= Project.max_running_jobs
     )
     return {project: limit for project, limit in session.execute(statement) if limit is not None}
-
-
-def positions(session: Session, job_ids: Sequence[str]) -> dict[str, int]:
-    """The position in the queue of each waiting job of `job_ids`. Position 1 starts next."""
-    position = func.row_number().over(order_by=QUEUE_ORDER).label("position")
-    places = select(Job.id, position).where(*WAITING).subquery()
-    rows = session.execute(select(places.c.id, places.c.position).where(places.c.id.in_(job_ids)))
-    return dict(rows.all())
 
 
 def set_paused(session: Session, job_id: str, paused: bool) -> bool:
@@ -90,14 +155,36 @@ def claim(
 ) -> Job | None:
     """Take the lease of the best eligible job with `status`; None if there is none.
 
-    The highest priority comes first, then the oldest job. A queued job becomes running. `served` limits the claim of
-    a queued job to base models that match these patterns (`*` matches anything), and `memory_bytes` to jobs that need
-    no more memory. None allows any.
+    The project that goes next comes first: by fair share for a queued job, in turn for the check of files. Within a
+    project, the highest priority comes first, then the oldest job. A queued job becomes running. `served` limits the
+    claim of a queued job to base models that match these patterns (`*` matches anything), and `memory_bytes` to jobs
+    that need no more memory. None allows any.
     """
-    if status != Status.QUEUED:
-        return JOBS.claim(session, owner, Job.status == status)
+    conditions = [*_claimable(status, served, memory_bytes), JOBS.free()]
+    if not _in_turn(session, status, conditions):
+        return None  # most of those who look find nothing, and keep nobody waiting
     wait_for_others(session, CLAIM_LOCK)  # without it, two claims at once could exceed a project's limit
-    conditions = [*WAITING, _within_limit()]
+    for project in _in_turn(session, status, conditions):
+        job = JOBS.claim(session, owner, Job.project == project, *conditions)
+        if job is not None:
+            _begin(session, job)
+            return job
+    return None
+
+
+def _in_turn(session: Session, status: Status, conditions: Sequence[ColumnElement[bool]]) -> list[str]:
+    """The projects that have a job with `conditions` and may have one more begin, next one first."""
+    if status == Status.VALIDATING:
+        return fair_share.by_last_check(session, QUEUE_ORDER, _within_limit(status), *conditions)
+    shares = fair_share.by_use(session, QUEUE_ORDER, _within_limit(status), *conditions)
+    return [share.project for share in shares]
+
+
+def _claimable(status: Status, served: Sequence[str] | None, memory_bytes: int | None) -> list[ColumnElement[bool]]:
+    """The conditions of a job with `status` that a worker may claim, as in `claim`."""
+    if status == Status.VALIDATING:
+        return [Job.status == status]
+    conditions = [*WAITING]
     if served is not None:
         unserved = select(OtherBase.job_id).where(
             OtherBase.job_id == Job.id, not_(served_by(OtherBase.base_model, served))
@@ -105,17 +192,29 @@ def claim(
         conditions += [or_(Job.base_model == "", served_by(Job.base_model, served)), ~unserved.correlate(Job).exists()]
     if memory_bytes is not None:
         conditions.append(or_(Job.memory_bytes.is_(None), Job.memory_bytes <= memory_bytes))
-    started = func.coalesce(Job.started_at, database_now())
-    job = JOBS.claim(session, owner, *conditions, status=Status.RUNNING, started_at=started)
-    if job is not None:
-        job_events.add(session, job.id, KINDS[job.kind].started)
-    return job
+    return conditions
 
 
-def _within_limit() -> ColumnElement[bool]:
-    """The condition that the job's project may run one more job."""
-    limit = select(Project.max_running_jobs).where(Project.id == Job.project).correlate(Job).scalar_subquery()
-    return or_(limit.is_(None), _running_jobs(Job.project) < limit)
+def _begin(session: Session, job: Job) -> None:
+    """Start a job that has been claimed: a queued one runs, and the check of another's files is its project's last."""
+    if job.status == Status.VALIDATING:
+        projects.lock(session, job.project).checked_at = now(session)
+        return
+    job.status, job.started_at = Status.RUNNING, job.started_at or now(session)
+    job_events.add(session, job.id, KINDS[job.kind].started)
+
+
+def _within_limit(status: Status) -> ColumnElement[bool]:
+    """The condition that a project may have one more job taken from `status`. It may always check one job's files."""
+    limit = Project.max_running_jobs
+    if status == Status.QUEUED:
+        return or_(limit.is_(None), _running_jobs(Project.id) < limit)
+    other = aliased(Job)
+    checking = select(func.count()).where(
+        other.project == Project.id, other.status == Status.VALIDATING, other.lease_owner.is_not(None)
+    )
+    checks = checking.correlate(Project).scalar_subquery()
+    return or_(limit.is_(None), checks < limit, checks == 0)
 
 
 def _running_jobs(project: InstrumentedAttribute[str]) -> ScalarSelect[int]:

@@ -6,7 +6,7 @@ unknown duration occupies its worker for good. Jobs that only such workers could
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from sqlalchemy.orm import Session
@@ -46,16 +46,12 @@ def forecast(session: Session, jobs: list[Job]) -> dict[str, QueuePlace]:
     }
     waiting = [job for job in jobs if job.status == Status.QUEUED and not job.paused]
     if waiting:
-        queue = _simulate(session, current)
-        places |= {job.id: queue[job.id] for job in waiting if job.id in queue}
-        behind = [job.id for job in waiting if job.id not in queue]
-        if behind:
-            positions = job_queue.positions(session, behind)
-            places |= {job_id: QueuePlace(position) for job_id, position in positions.items()}
+        ready = job_queue.ready(session, [job.id for job in waiting])
+        places |= _simulate(session, current, ready)
         places |= {
             job.id: QueuePlace(waiting_for="the success of its training")
             for job in waiting
-            if job.id not in places and job.parent_id is not None
+            if job.id not in ready and job.parent_id is not None
         }
         limits = job_queue.projects_at_limit(session, {job.project for job in waiting})
         for job in waiting:
@@ -75,8 +71,8 @@ def _finish(job: Job, current: float) -> float | None:
     return current + max(0.0, job.estimated_seconds - job.ran_seconds)
 
 
-def _simulate(session: Session, current: float) -> dict[str, QueuePlace]:
-    """The places of the first `HORIZON` jobs of the queue, by job id."""
+def _simulate(session: Session, current: float, wanted: Collection[str]) -> dict[str, QueuePlace]:
+    """The places of the waiting jobs `wanted`, by id. Those of more than `HORIZON` jobs are not simulated."""
     finish_by_worker = {job.lease_owner: _finish(job, current) for job in queries.running(session)}
     present = workers.present(session, Lane.GPU)
     # (when the worker is free, its index). A worker whose job has no known end is never free.
@@ -87,25 +83,36 @@ def _simulate(session: Session, current: float) -> dict[str, QueuePlace]:
     ]
     heap = [(math.inf if free_at is None else free_at, index) for free_at, index in free]
     heapq.heapify(heap)
-    places = {}
-    for position, job in enumerate(job_queue.waiting(session, HORIZON), start=1):
-        unsuitable, suits = [], False
-        start = math.inf
-        while heap and not suits:
-            free_at, index = heapq.heappop(heap)
-            suits = _can_run(present[index], job)
-            if suits:
-                start = free_at
-                heapq.heappush(heap, (free_at + (math.inf if job.seconds is None else job.seconds), index))
-            else:
-                unsuitable.append((free_at, index))
-        for entry in unsuitable:
-            heapq.heappush(heap, entry)
-        start_known = math.isfinite(start)
-        finish = start + job.seconds if start_known and job.seconds is not None else None
-        obstacle = None if suits else _obstacle(present, job)
-        places[job.id] = QueuePlace(position, start if start_known else None, finish, obstacle)
+    places: dict[str, QueuePlace] = {}
+    for position, job in enumerate(job_queue.waiting(session), start=1):
+        if len(places) == len(wanted):
+            break
+        place = _start(job, position, present, heap) if position <= HORIZON else QueuePlace(position)
+        if job.id in wanted:
+            places[job.id] = place
     return places
+
+
+def _start(job: WaitingJob, position: int, present: Sequence[Worker], heap: list[tuple[float, int]]) -> QueuePlace:
+    """Start a job on the first worker that can run it.
+
+    `heap` holds (when it is free, its index in `present`) of each worker.
+    """
+    unsuitable, suits = [], False
+    start = math.inf
+    while heap and not suits:
+        free_at, index = heapq.heappop(heap)
+        suits = _can_run(present[index], job)
+        if suits:
+            start = free_at
+            heapq.heappush(heap, (free_at + (math.inf if job.seconds is None else job.seconds), index))
+        else:
+            unsuitable.append((free_at, index))
+    for entry in unsuitable:
+        heapq.heappush(heap, entry)
+    start_known = math.isfinite(start)
+    finish = start + job.seconds if start_known and job.seconds is not None else None
+    return QueuePlace(position, start if start_known else None, finish, None if suits else _obstacle(present, job))
 
 
 def _can_run(worker: Worker, job: WaitingJob) -> bool:

@@ -1,6 +1,6 @@
 """The tables of jobs, their events and their checkpoints."""
 
-from sqlalchemy import BigInteger, ForeignKey, Index, false, true
+from sqlalchemy import BigInteger, ForeignKey, Index, desc, false, true
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.database import PlainText, RowNumber, Table, database_now, index_where
@@ -14,7 +14,7 @@ class Job(Queued, Table):
 
     __tablename__ = "jobs"
     __table_args__ = (
-        Index("ix_jobs_queue", "status", "priority", "created_at"),
+        Index("ix_jobs_line", "status", "project", desc("priority"), "created_at", "id"),
         Index("ix_jobs_finished_at", "finished_at"),
         Index("ix_jobs_kind", "project", "kind", "created_at", "id"),
         Index("ix_jobs_base", "base_model", "status", "finished_at"),
@@ -69,6 +69,8 @@ class Job(Queued, Table):
     started_at: Mapped[float | None]
     ran_seconds: Mapped[float]
     """Seconds that workers ran it, over all attempts, up to the last heartbeat."""
+    counted_seconds: Mapped[float] = mapped_column(default=0.0, server_default="0")
+    """The part of `ran_seconds` that is in the usage of its project."""
     estimated_seconds: Mapped[float | None]
     """Expected seconds of training, estimated when the files were checked."""
     memory_bytes: Mapped[int | None] = mapped_column(BigInteger)

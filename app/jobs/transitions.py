@@ -6,6 +6,7 @@ from sqlalchemy.orm import Session
 from app.database import database_now
 from app.jobs import checkpoints as job_checkpoints
 from app.jobs import events as job_events
+from app.jobs import fair_share
 from app.jobs.kinds import KINDS, TRAINING_JOB
 from app.jobs.queue import JOBS
 from app.jobs.states import ACTIVE, TRANSITIONS, Actor, Status
@@ -59,6 +60,8 @@ def transition(
     if job is None:
         return False
     job_events.add(session, job_id, message, level=level)
+    if source == Status.RUNNING:
+        fair_share.count_use(session, job, (job.trained_tokens or 0) if target == Status.SUCCEEDED else 0)
     if target not in ACTIVE:
         session.execute(delete(JobInput).where(JobInput.job_id == job_id))
         data: JsonObject = {"id": job_id}

@@ -7,6 +7,7 @@ from prometheus_client.registry import Collector
 
 from app.database import Database
 from app.monitoring.repository import EndedJobs, snapshot
+from app.usage import repository as usage
 
 
 class ServiceCollector(Collector):
@@ -22,10 +23,27 @@ class ServiceCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         with self.database.read() as session:
             state = snapshot(session, self.ended)
+            totals = usage.totals(session)
         yield _by("dpo_jobs", "Jobs by status; 'paused' counts queued jobs on hold.", "status", state.jobs)
         yield _by("dpo_leases", "Leases of jobs, held and expired.", "state", state.leases)
         yield _by("dpo_derived_artifacts", "Reports and merges that are not ready.", "kind", state.derived_artifacts)
         yield _by("dpo_workers", "Workers that reported in the last 90 seconds.", "lane", state.workers)
+        yield _by(
+            "dpo_project_storage_bytes",
+            "Bytes that a project stores, measured each hour.",
+            "project",
+            {total.project: total.storage_bytes for total in totals},
+        )
+        seconds = CounterMetricFamily(
+            "dpo_project_gpu_seconds", "GPU time of a project's jobs, lost attempts included.", labels=["project"]
+        )
+        tokens = CounterMetricFamily(
+            "dpo_project_trained_tokens", "Tokens of a project's trainings that succeeded.", labels=["project"]
+        )
+        for total in totals:
+            seconds.add_metric([total.project], total.gpu_seconds)
+            tokens.add_metric([total.project], total.trained_tokens)
+        yield from (seconds, tokens)
         attempts = CounterMetricFamily("dpo_job_attempts", "Leases taken on jobs so far, file checks included.")
         attempts.add_metric([], state.attempts)
         yield attempts

@@ -15,9 +15,10 @@ def get(session: Session, project_id: str) -> Project | None:
     return session.get(Project, project_id)
 
 
-def lock(session: Session, project: Project) -> None:
-    """Lock a project until the transaction ends."""
-    session.refresh(project, with_for_update=True)
+def lock(session: Session, project_id: str) -> Project:
+    """A project as it is now, locked until the transaction ends. Whoever also locks one of its jobs does that first."""
+    locked = {"key_share": True}  # on PostgreSQL FOR NO KEY UPDATE
+    return session.get_one(Project, project_id, with_for_update=locked, populate_existing=True)
 
 
 def listed(session: Session) -> Sequence[Project]:

@@ -15,7 +15,7 @@ def require_room(session: Session, project_id: str, more: int) -> None:
     project = repository.get(session, project_id)
     if project is None or project.max_storage_bytes is None:
         return
-    repository.lock(session, project)  # two requests that check at the same time would both find room
+    repository.lock(session, project_id)  # two requests that check at the same time would both find room
     used = repository.storage_bytes(session, project_id)
     if used + more > project.max_storage_bytes:
         raise Forbidden(

@@ -27,6 +27,7 @@ class History:
     files: int
     deliveries: int
     endpoints: int = 1
+    projects: int = PROJECTS
 
 
 def fill(services: Services, history: History) -> None:
@@ -83,6 +84,10 @@ STATUS = (
 PROJECT = f"CASE WHEN {QUEUED} AND k % 2 = 0 THEN 'project-1' ELSE 'project-' || (k % {PROJECTS}) END"
 TIME = "CAST(:began AS double precision) + CAST(:seconds AS double precision) * k / {count}"
 STATEMENTS: list[tuple[str, str]] = [
+    (
+        "projects",
+        "INSERT INTO projects (id, created_at) SELECT 'project-' || (k - 1), :began FROM {numbers}",
+    ),
     (
         "jobs",
         f"""

@@ -39,7 +39,10 @@ def test_migrations_go_up_down_and_up_and_agree_with_the_models(settings: Settin
     migrate(services.database, "head")
     assert is_current(services.database)
     with services.database.engine.connect() as connection:
-        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        # SQLite does not tell the direction of an index's columns.
+        untold = {"ix_jobs_line"} if connection.dialect.name == "sqlite" else set[str]()
+        opts = {"compare_type": True, "include_object": lambda _object, name, *_: name not in untold}
+        context = MigrationContext.configure(connection, opts=opts)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*expression-based index", category=UserWarning)
             warnings.filterwarnings("ignore", ".*expression-based index", category=SAWarning)

@@ -314,8 +314,14 @@ class JobLifecycle(RuleBasedStateMachine):
 
     def _next_in_lane(self, lane: Status) -> str | None:
         running = sum(job.status == Status.RUNNING for job in self.jobs.values())
-        if lane == Status.QUEUED and self.limit is not None and running >= self.limit:
-            return None
+        checking = sum(
+            job.status == Status.VALIDATING and job.lease_expires_at is not None for job in self.jobs.values()
+        )
+        if self.limit is not None:
+            if lane == Status.QUEUED and running >= self.limit:
+                return None
+            if lane == Status.VALIDATING and checking >= max(1, self.limit):
+                return None
         free = [
             (-job.priority, job.created_at, job_id)
             for job_id, job in self.jobs.items()

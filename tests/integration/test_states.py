@@ -44,9 +44,7 @@ def test_priority_comes_before_age(services: Services) -> None:
     urgent = make_job(services, name="urgent", priority=5)
     new = make_job(services, name="new")
     with services.database.read() as session:
-        position_of = job_queue.positions(session, [urgent, old, new])
-        positions = [position_of[job] for job in (urgent, old, new)]
-    assert positions == [1, 2, 3]
+        assert [job.id for job in job_queue.waiting(session)] == [urgent, old, new]
     order = [job.id for job in (claim(services), claim(services), claim(services)) if job]
     assert order == [urgent, old, new]
     assert claim(services) is None

@@ -1,0 +1,1 @@
+"""Usage: what each project has used in each month."""
