@@ -48,6 +48,8 @@ class Settings(BaseSettings):
     """Age in hours at which workers remove objects that no row needs; 0 means never."""
     retain_events_days: float = Field(365.0, ge=0)
     """Days to keep events, metrics and logs of ended jobs, and ended webhook deliveries; 0 means for ever."""
+    retain_checkpoints_days: float = Field(30.0, ge=0)
+    """Days to keep the checkpoints of ended jobs. Their models stay. 0 means for ever."""
     private_webhooks: Annotated[tuple[str, ...], NoDecode] = ()
     """Hosts inside the operator's own network that webhooks may be sent to."""
     private_judges: Annotated[tuple[str, ...], NoDecode] = ()

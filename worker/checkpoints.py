@@ -41,15 +41,16 @@ class Checkpoints:
         self._to_delete: list[tuple[float, str]] = []
         """(due time, prefix) of checkpoints whose rows were deleted but whose objects remain."""
 
-    def store(self, prefix: str, folder: Path) -> FolderContent:
+    def store(self, prefix: str, folder: Path) -> tuple[FolderContent, int]:
         """Move `folder` to the object store under `prefix`. The checkpoint counts only once it has a row.
 
-        Returns the content of its model, for the row.
+        Returns the content of its model and the bytes of its training state, for the row.
         """
         content = FolderContent.of(folder / "model", manifest.hashes_below(folder, "model"))
+        state_bytes = sum(path.stat().st_size for path in (folder / "state").rglob("*") if path.is_file())
         self.lease.outlast(partial(self.storage.put_folder, prefix, folder))
         shutil.rmtree(folder)
-        return content
+        return content, state_bytes
 
     def fetch(self, folder: Path) -> bool:
         """Download the latest resumable and undamaged checkpoint to `folder`; False if there is none."""
@@ -88,6 +89,8 @@ class Checkpoints:
             old = [row for row in old if not models.users_of(session, row.model_name)]
             job_checkpoints.forget(session, [row.id for row in old])
             surplus[:] = [row.prefix for row in old]
+            stateless = [row.id for row in saved[RESUMABLE:]]
+            job_checkpoints.note_state_deleted(session, Checkpoint.id.in_(stateless))
             return saved
 
         saved = self.lease.write(write)

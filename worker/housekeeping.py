@@ -5,7 +5,7 @@ import time
 import structlog
 from sqlalchemy import delete, select
 
-from app import chores
+from app import cached_objects, chores
 from app.database import Database
 from app.derived_artifacts import repository as artifacts
 from app.files import repository as files
@@ -57,6 +57,13 @@ def apply_retention(services: Services) -> None:
         log.info("old events forgotten", rows=forget_old_events(services.database, days * 86400), days=days)
 
 
+def retain_checkpoints(services: Services) -> None:
+    """Delete the checkpoints of jobs that ended before DPO_RETAIN_CHECKPOINTS_DAYS. One worker does it each hour."""
+    days = services.settings.retain_checkpoints_days
+    if days and chores.take(services.database, "checkpoints", RETENTION_SECONDS) is not None:
+        log.info("old checkpoints deleted", checkpoints=services.models.forget_checkpoints(days * 86400), days=days)
+
+
 def prune_objects(services: Services) -> None:
     """Remove objects that no row needs and that are older than DPO_PRUNE_AFTER_HOURS: one slice of the store a minute.
 
@@ -106,8 +113,11 @@ def purge_deleted_files(services: Services) -> None:
         unused = [file for file in deleted if not queries.users_of(session, file.id)]
     for file in unused:
         services.storage.delete(file.key)
+        cached: list[str] = []
         if file.sha256:  # its tokenised forms go with it
+            cached = [key for key, _ in services.storage.list(f"cache/tokens/{file.sha256}")]
             services.storage.delete_folder(f"cache/tokens/{file.sha256}")
         with services.database.write() as session:
+            cached_objects.forget(session, cached)
             artifacts.forget(session, file.id)
             session.execute(delete(File).where(File.id == file.id))

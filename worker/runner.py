@@ -23,6 +23,7 @@ from typing import Generic, TypeVar
 import structlog
 from sqlalchemy.orm import Session
 
+from app import cached_objects
 from app.database import database_now, new_id
 from app.estimates import fit
 from app.files.tables import File
@@ -268,7 +269,8 @@ class JobAttempt(ABC, Generic[Spec]):
         for event in batch:
             match event:
                 case CacheMade(key):
-                    self._share(key, self.services.storage.put_file)
+                    put = partial(cached_objects.put, self.services.storage, self.services.database, self.job.project)
+                    self._share(key, put)
                 case CacheWanted(key):
                     if not self._share(key, self.services.storage.get_file):
                         (self.folder / "cache" / key).unlink(missing_ok=True)  # it may be incomplete

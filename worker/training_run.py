@@ -55,7 +55,7 @@ class Training(JobAttempt[JobSpec]):
 
     def prepare(self) -> None:
         self.checkpoints = Checkpoints(self.services.storage, self.lease, self.job)
-        self.stored = dict[str, FolderContent]()
+        self.stored = dict[str, tuple[FolderContent, int]]()
         """The content of the models of this attempt's checkpoints, by their path in the work folder."""
         self.reporter = Reporter(self.job.id, self.spec, self.folder)
         self._relay([Working("fetching", None, None)])
@@ -135,13 +135,14 @@ class Training(JobAttempt[JobSpec]):
 
     def _write_checkpoint(self, session: Session, event_id: str, event: CheckpointWritten) -> None:
         name, prefix = f"{self.job.makes}:ckpt-step-{event.step}", f"{self.prefix}/{event.path}"
-        content = self.stored[event.path]
-        if job_checkpoints.move(session, self.job.id, event.step, prefix, content):
+        content, state_bytes = self.stored[event.path]
+        if job_checkpoints.move(session, self.job.id, event.step, prefix, content, state_bytes):
             return  # written again after a resume; the first copy may be incomplete
         session.add(
             Checkpoint(
                 id=new_id("ftckpt"),
                 job_id=self.job.id,
+                project=self.job.project,
                 created_at=database_now(),
                 stage=event.stage,
                 step_number=event.step,
@@ -149,6 +150,7 @@ class Training(JobAttempt[JobSpec]):
                 metrics=_checkpoint_metrics(event.step, event.metrics),
                 prefix=prefix,
                 content_of=prefix,
+                state_bytes=state_bytes,
                 **content.as_columns(),
             )
         )

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import ColumnElement, delete, select, tuple_, update
 from sqlalchemy.orm import Session
 
-from app.jobs.tables import Checkpoint
+from app.database import database_now
+from app.jobs.tables import Checkpoint, Job
 from app.pagination import keyset
 from app.stored_content import FolderContent
 
@@ -45,14 +46,41 @@ def stage_of(session: Session, model: str) -> str | None:
     return session.scalar(select(Checkpoint.stage).where(Checkpoint.model_name == model))
 
 
-def move(session: Session, job_id: str, step: int, prefix: str, content: FolderContent) -> bool:
+def move(session: Session, job_id: str, step: int, prefix: str, content: FolderContent, state_bytes: int) -> bool:
     """Point the job's checkpoint of `step` to the folder `prefix`; False if that step has no checkpoint.
 
-    `content` is that of its model.
+    `content` is that of its model, and `state_bytes` the size of its training state.
     """
     statement = update(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.step_number == step)
-    moved = statement.values(prefix=prefix, content_of=prefix, **content.as_columns()).returning(Checkpoint.id)
+    columns = content.as_columns() | {"prefix": prefix, "content_of": prefix, "state_bytes": state_bytes}
+    moved = statement.values(**columns).returning(Checkpoint.id)
     return session.scalar(moved) is not None
+
+
+def named(session: Session, project: str, model: str) -> Checkpoint | None:
+    """The checkpoint `model` of a project; None if there is none."""
+    statement = select(Checkpoint).join(Job, Job.id == Checkpoint.job_id)
+    return session.scalar(statement.where(Checkpoint.model_name == model, Job.project == project))
+
+
+def of_job(session: Session, job_id: str) -> Sequence[Checkpoint]:
+    """All checkpoints of a job."""
+    return session.scalars(select(Checkpoint).where(Checkpoint.job_id == job_id)).all()
+
+
+def old(session: Session, seconds: float, after: Checkpoint | None, limit: int) -> Sequence[Checkpoint]:
+    """The next `limit` checkpoints after `after` that are older than `seconds`, and whose job ended so long ago."""
+    before = database_now() - seconds
+    statement = select(Checkpoint).join(Job, Job.id == Checkpoint.job_id)
+    statement = statement.where(Checkpoint.created_at < before, Job.finished_at < before)
+    if after is not None:
+        statement = statement.where(tuple_(Checkpoint.created_at, Checkpoint.id) > (after.created_at, after.id))
+    return session.scalars(statement.order_by(Checkpoint.created_at, Checkpoint.id).limit(limit)).all()
+
+
+def note_state_deleted(session: Session, *checkpoints: ColumnElement[bool]) -> None:
+    """Write that the training states of these checkpoints are deleted."""
+    session.execute(update(Checkpoint).where(*checkpoints, Checkpoint.state_bytes > 0).values(state_bytes=0))
 
 
 def lock(session: Session, checkpoint_ids: Sequence[str]) -> None:

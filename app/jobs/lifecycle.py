@@ -26,6 +26,7 @@ from app.jobs.schemas import EventObject, StreamToken
 from app.jobs.states import ACTIVE, Actor, Status
 from app.jobs.tables import Job, JobInput, OtherBase
 from app.keys.service import Keys
+from app.projects.service import require_room
 from app.spec.evaluation import EvaluationSpec
 from app.spec.job import JobSpec
 from app.spec.json_types import JsonObject
@@ -66,8 +67,9 @@ class Lifecycle(ABC, Generic[Shown]):
         """Store a job that waits for the check of its files.
 
         `submitted` is the spec as the user sent it. `bases` names the base models that the job loads. `columns` holds
-        the columns that depend on the kind. Raises what `require_place` raises.
+        the columns that depend on the kind. Raises `Forbidden` if the project is at a limit.
         """
+        require_room(session, project, 0)
         job_queue.require_place(session, project, submitted.priority)
         job = Job(
             id=new_id(self.KIND.id_prefix),

@@ -129,10 +129,15 @@ class Checkpoint(Table):
     """A checkpoint that is completely stored: `model/` to use, `state/` to resume from."""
 
     __tablename__ = "checkpoints"
-    __table_args__ = (Index("ix_checkpoints_job", "job_id", "step_number"),)
+    __table_args__ = (
+        Index("ix_checkpoints_job", "job_id", "step_number"),
+        Index("ix_checkpoints_created_at", "created_at", "id"),
+    )
 
     id: Mapped[str] = mapped_column(primary_key=True)
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    project: Mapped[str | None] = mapped_column(index=True)
+    """The job's project; None if a version before 0014 wrote the row."""
     created_at: Mapped[float]
     stage: Mapped[str]
     step_number: Mapped[int]
@@ -145,8 +150,10 @@ class Checkpoint(Table):
     """Number of objects in `model/`."""
     bytes: Mapped[int | None] = mapped_column(BigInteger)
     """Their size together."""
+    state_bytes: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
+    """Size of `state/`; 0 once it is deleted."""
     sha256: Mapped[str | None]
-    """Hash of their names and contents. `state/` has a manifest instead, because it is deleted earlier."""
+    """Hash of the names and contents of `model/`. `state/` has a manifest instead, because it is deleted earlier."""
 
     @property
     def content(self) -> FolderContent:

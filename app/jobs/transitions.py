@@ -10,7 +10,7 @@ from app.jobs import fair_share
 from app.jobs.kinds import KINDS, TRAINING_JOB
 from app.jobs.queue import JOBS
 from app.jobs.states import ACTIVE, TRANSITIONS, Actor, Status
-from app.jobs.tables import Job, JobInput
+from app.jobs.tables import Checkpoint, Job, JobInput
 from app.spec import quality_gates
 from app.spec.job import JobSpec
 from app.spec.json_types import JsonObject
@@ -64,6 +64,7 @@ def transition(
         fair_share.count_use(session, job, (job.trained_tokens or 0) if target == Status.SUCCEEDED else 0)
     if target not in ACTIVE:
         session.execute(delete(JobInput).where(JobInput.job_id == job_id))
+        job_checkpoints.note_state_deleted(session, Checkpoint.job_id == job_id)  # nobody will resume the job
         data: JsonObject = {"id": job_id}
         if job.gates:
             data["gates"] = job.gates

@@ -72,6 +72,9 @@ def get_model(name: str, caller: CallerDependency, services: ServicesDependency)
 
 @router.delete("/{name:path}")
 def delete_model(name: str, caller: CallerDependency, services: ServicesDependency) -> ModelDeleted:
-    """Delete a trained model, unless an unfinished job or another model needs it."""
+    """Delete a trained model and the checkpoints of its training, or one checkpoint.
+
+    It is refused while an unfinished job or another model needs it.
+    """
     services.models.delete(caller.project, name)
     return ModelDeleted(id=name)

@@ -1,6 +1,6 @@
 """The HTTP operations on models."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import structlog
 from sqlalchemy.orm import Session
@@ -12,7 +12,10 @@ from app.derived_artifacts import repository as artifacts
 from app.derived_artifacts.service import result
 from app.errors import Conflict, NotFound, ServiceError
 from app.files import repository as files
+from app.jobs import checkpoints as job_checkpoints
 from app.jobs import queries
+from app.jobs.states import ACTIVE
+from app.jobs.tables import Checkpoint, Job
 from app.models import repository
 from app.models.schemas import Lineage, LineageStep
 from app.models.tables import Model
@@ -21,6 +24,8 @@ from app.stored_content import ContentDamaged, FolderContent, gone
 
 log = structlog.get_logger(__name__)
 
+FORGET_BATCH = 100
+"""Maximum number of checkpoints that one transaction deletes."""
 MERGED_KEPT_SECONDS = 24 * 3600
 """How long a merged model is kept."""
 
@@ -134,29 +139,36 @@ class Models:
         return Lineage(model=name, base_model=root.base_model, base_revision=revision, steps=steps[::-1])
 
     def delete(self, project: str, name: str) -> None:
-        """Delete a trained model. Its row goes first, so that nobody can reach a half-deleted folder.
+        """Delete a trained model and the checkpoints of its training, or one checkpoint.
 
-        Raises `Conflict` if an unfinished job or another model needs it.
+        Rows go first, so that nobody can reach a half-deleted folder. Raises `Conflict` if an unfinished job or another
+        model needs it. Checkpoints that something needs stay when their model goes.
         """
         with self.database.write() as session:
             model = repository.get_for_deletion(session, project, name)
-            if model is None:
-                raise _model_not_found(name)
-            if model.prefix is None:
-                raise ServiceError(
-                    f"'{name}' is a base model that a worker registered. It cannot be deleted over HTTP.",
-                    param="model",
-                    code="not_deletable",
-                )
-            users = repository.users_of(session, name, 5)
-            if users:
-                message = f"'{name}' is needed by {', '.join(users)}. End or delete these first."
-                raise Conflict(message, param="model", code="model_in_use")
-            merged = [f"merged/{artifact.id}" for artifact in artifacts.of_owner(session, name)]
-            artifacts.forget(session, name)
-            session.delete(model)
-        for prefix in (model.prefix, *merged):
+            if model is not None:
+                prefixes = _delete_model(session, model)
+            else:
+                prefixes = _delete_checkpoint(session, project, name)
+        for prefix in prefixes:
             self.storage.delete_folder(prefix)
+
+    def forget_checkpoints(self, seconds: float) -> int:
+        """Delete the checkpoints of jobs that ended more than `seconds` ago, unless something needs them.
+
+        Returns the number of folders that went with them.
+        """
+        deleted, last = 0, None
+        while True:
+            with self.database.read() as session:
+                old = job_checkpoints.old(session, seconds, last, FORGET_BATCH)
+            if not old:
+                return deleted
+            with self.database.write() as session:
+                unused = _delete_unused(session, old)
+            for prefix in unused:
+                self.storage.delete_folder(prefix)
+            deleted, last = deleted + len(unused), old[-1]
 
     def forget_merged(self) -> None:
         """Delete merged models that are older than a day. The next download merges again."""
@@ -167,3 +179,58 @@ class Models:
                 session.delete(artifact)
         for prefix in prefixes:
             self.storage.delete_folder(prefix)
+
+
+def _delete_model(session: Session, model: Model) -> list[str]:
+    """Delete the rows of a model and of its training's unused checkpoints. Returns the folders of both."""
+    if model.prefix is None:
+        raise ServiceError(
+            f"'{model.name}' is a base model that a worker registered. It cannot be deleted over HTTP.",
+            param="model",
+            code="not_deletable",
+        )
+    _require_unused(session, model.name)
+    folders = [model.prefix, *_delete_merged(session, model.name)]
+    session.delete(model)
+    session.flush()
+    if model.job_id is not None:
+        folders += _delete_unused(session, job_checkpoints.of_job(session, model.job_id))
+    return folders
+
+
+def _delete_checkpoint(session: Session, project: str, name: str) -> list[str]:
+    """Delete the row of a checkpoint. Returns its folders. Raises `NotFound`, or `Conflict` if something needs it."""
+    checkpoint = job_checkpoints.named(session, project, name)
+    if checkpoint is None:
+        raise _model_not_found(name)
+    job = session.get_one(Job, checkpoint.job_id)
+    if job.status in ACTIVE:
+        message = f"'{name}' is a checkpoint of {job.id}, which has not ended and may resume from it. End it first."
+        raise Conflict(message, param="model", code="model_in_use")
+    job_checkpoints.lock(session, [checkpoint.id])
+    _require_unused(session, name)
+    return _delete_unused(session, [checkpoint])
+
+
+def _delete_unused(session: Session, checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """Delete the rows of those `checkpoints` that no unfinished job and no model needs. Returns their folders."""
+    job_checkpoints.lock(session, [checkpoint.id for checkpoint in checkpoints])
+    unused = [checkpoint for checkpoint in checkpoints if not repository.users_of(session, checkpoint.model_name)]
+    job_checkpoints.forget(session, [checkpoint.id for checkpoint in unused])
+    merged = [folder for checkpoint in unused for folder in _delete_merged(session, checkpoint.model_name)]
+    return [checkpoint.prefix for checkpoint in unused] + merged
+
+
+def _delete_merged(session: Session, name: str) -> list[str]:
+    """Delete the rows of the merged forms of a model. Returns their folders."""
+    folders = [f"merged/{artifact.id}" for artifact in artifacts.of_owner(session, name)]
+    artifacts.forget(session, name)
+    return folders
+
+
+def _require_unused(session: Session, name: str) -> None:
+    """Raise `Conflict` if an unfinished job, another model or a checkpoint needs the model."""
+    users = repository.users_of(session, name, 5)
+    if users:
+        message = f"'{name}' is needed by {', '.join(users)}. End or delete these first."
+        raise Conflict(message, param="model", code="model_in_use")

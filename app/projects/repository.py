@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 
-from sqlalchemy import func, select
+from sqlalchemy import and_, func, select
 from sqlalchemy.orm import Session
 
+from app.cached_objects import CachedObject
 from app.files.tables import File
+from app.jobs.tables import Checkpoint
 from app.models.tables import Model
 from app.projects.tables import Project
 from app.uploads.tables import Upload
@@ -26,12 +28,17 @@ def listed(session: Session) -> Sequence[Project]:
 
 
 def storage_bytes(session: Session, project_id: str) -> int:
-    """Bytes that the project uses: its files, its pending uploads at their full size, and its models.
+    """Bytes that the project uses: files, pending uploads at their full size, models, checkpoints and cached objects.
 
-    A deleted file counts until its object is removed, which waits for the jobs that read it.
+    A deleted file counts until its object is removed, which waits for the jobs that read it. Logs and merged models,
+    which are kept for a day, do not count.
     """
-    files = select(func.coalesce(func.sum(File.bytes), 0)).where(File.project == project_id)
-    pending = (Upload.project == project_id, Upload.status == "pending")
-    uploads = select(func.coalesce(func.sum(Upload.bytes), 0)).where(*pending)
-    models = select(func.coalesce(func.sum(Model.bytes), 0)).where(Model.project == project_id)
-    return sum(int(session.scalars(statement).one()) for statement in (files, uploads, models))
+    stored = (
+        (File.bytes, File.project == project_id),
+        (Upload.bytes, and_(Upload.project == project_id, Upload.status == "pending")),
+        (Model.bytes, Model.project == project_id),
+        (func.coalesce(Checkpoint.bytes, 0) + Checkpoint.state_bytes, Checkpoint.project == project_id),
+        (CachedObject.bytes, CachedObject.project == project_id),
+    )
+    sums = (select(func.coalesce(func.sum(size), 0)).where(condition) for size, condition in stored)
+    return sum(int(session.scalars(statement).one()) for statement in sums)

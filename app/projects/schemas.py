@@ -16,7 +16,7 @@ class Limits(Strict):
     """The limits of a project and its weight. Null means no limit."""
 
     max_storage_bytes: Annotated[int, Field(ge=0, lt=2**62)] | None = None
-    """Bytes of files, pending uploads (at their full size) and trained models."""
+    """Bytes of files, pending uploads (at their full size), models, checkpoints and cached objects."""
     max_running_jobs: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     """Jobs that run at a time, evaluations included. The others wait in the queue. 0 lets none start."""
     max_queued_jobs: Annotated[int, Field(ge=0, lt=2**31)] | None = 2000

@@ -17,7 +17,7 @@ class Project(Table):
     id: Mapped[str] = mapped_column(primary_key=True)
     created_at: Mapped[float]
     max_storage_bytes: Mapped[int | None] = mapped_column(BigInteger)
-    """Bytes of files, pending uploads (at their full size) and trained models."""
+    """Bytes of files, pending uploads (at their full size), models, checkpoints and cached objects."""
     max_running_jobs: Mapped[int | None]
     """Jobs that run at a time, evaluations included. The others wait in the queue."""
     max_queued_jobs: Mapped[int | None] = mapped_column(server_default="2000")

@@ -1,12 +1,13 @@
 """Pruning deletes the objects that no row needs, and no others."""
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import select, update
 
-from app import chores
+from app import cached_objects, chores
 from app.chores import Chore
 from app.database import database_now, new_id
 from app.derived_artifacts.tables import DerivedArtifact
@@ -26,7 +27,7 @@ from worker.housekeeping import forget_old_events, prune_objects
 
 
 def test_pruning_keeps_only_the_objects_that_a_row_needs(
-    client: TestClient, services: Services, monkeypatch: pytest.MonkeyPatch
+    client: TestClient, services: Services, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     file_id = upload(client)
     ended = make_job(services, name="ended", status=Status.SUCCEEDED)
@@ -87,6 +88,10 @@ def test_pruning_keeps_only_the_objects_that_a_row_needs(
         job_events.add(session, ended, "told")
     for key in (needed | unneeded) - {f"files/{file_id}"}:
         services.storage.put_bytes(key, b"x")
+    (cached := tmp_path / "cached").write_bytes(b"cached")
+    before = services.projects.get("default").storage_bytes
+    cached_objects.put(services.storage, services.database, "default", "cache/tokens/x/y", cached)
+    assert services.projects.get("default").storage_bytes == before + 6
     assert prune(services, delete=True) == (len(needed | unneeded), 0), (
         "young objects stay: their rows may not be committed yet"
     )
@@ -99,6 +104,7 @@ def test_pruning_keeps_only_the_objects_that_a_row_needs(
     monkeypatch.setattr("app.prune.CACHE_SECONDS", 0.0)
     assert prune(services, delete=True, min_age=0.0) == (len(needed) - 1, 1)
     assert services.storage.list("cache") == []
+    assert services.projects.get("default").storage_bytes == before
 
 
 def test_a_deleted_file_keeps_its_bytes_until_housekeeping(client: TestClient, services: Services) -> None:

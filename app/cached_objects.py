@@ -1,0 +1,37 @@
+"""Cached objects: computed once from content, and used by later jobs. A row says how many bytes each takes, and whose.
+
+Only the count of what a project stores reads the rows. An object without a row is found and used all the same.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sqlalchemy import BigInteger, delete
+from sqlalchemy.orm import Mapped, Session, mapped_column
+
+from app.database import Database, Table, database_now
+from app.storage import Storage
+
+
+class CachedObject(Table):
+    """An object below `cache/` of the store."""
+
+    __tablename__ = "cached_objects"
+
+    key: Mapped[str] = mapped_column(primary_key=True)
+    project: Mapped[str] = mapped_column(index=True)
+    """The project whose job stored it last."""
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    created_at: Mapped[float]
+
+
+def put(storage: Storage, database: Database, project: str, key: str, path: Path) -> None:
+    """Store the file `path` as the cached object `key` of a project."""
+    storage.put_file(key, path)
+    with database.write() as session:
+        session.merge(CachedObject(key=key, project=project, bytes=path.stat().st_size, created_at=database_now()))
+
+
+def forget(session: Session, keys: Sequence[str]) -> None:
+    """Delete the rows of objects that are not stored any more."""
+    session.execute(delete(CachedObject).where(CachedObject.key.in_(keys)))
