@@ -168,19 +168,24 @@ class Database:
 
     @contextmanager
     def locked(self, lock: int) -> Iterator[Connection]:
-        """A transaction that waits until no other process is in one with the same `lock`, however long it takes."""
+        """A transaction that waits until no other process is in one with the same `lock`, however long it takes.
+
+        It may change tables. On SQLite, foreign keys are not checked in it.
+        """
         with self._writer.connect() as connection:
             if connection.dialect.name == "sqlite":  # one writer at a time: the wait is for the beginning
                 driver = connection.connection.driver_connection
                 assert driver is not None
                 driver.execute("PRAGMA busy_timeout = 3600000")
+                # A table is changed by making it anew: rows that refer to it must not notice that it is gone.
+                driver.execute("PRAGMA foreign_keys = OFF")
             try:
                 with connection.begin():
                     if connection.dialect.name == "postgresql":
                         connection.execute(select(func.pg_advisory_xact_lock(lock)))
                     yield connection
             finally:
-                connection.invalidate()  # the timeout ends with the connection
+                connection.invalidate()  # the settings end with the connection
 
     def close(self) -> None:
         self.engine.dispose()

@@ -31,6 +31,10 @@ def migrate(database: Database, revision: str = "head") -> None:
             command.downgrade(config, revision)
         else:
             command.upgrade(config, revision)
+        if connection.dialect.name == "sqlite":  # which did not check them, see `Database.locked`
+            broken = connection.exec_driver_sql("PRAGMA foreign_key_check").all()
+            if broken:
+                raise RuntimeError(f"the migration would leave rows that refer to missing ones: {broken[:3]}")
 
 
 def is_current(database: Database) -> bool:

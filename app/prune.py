@@ -19,7 +19,7 @@ from app.errors import Conflict
 from app.files.tables import File
 from app.installation import INSTALLATION_KEY, database_installation, store_installation
 from app.jobs.states import ACTIVE
-from app.jobs.tables import Checkpoint, Job, JobEvent
+from app.jobs.tables import Checkpoint, EventBlock, Job, JobEvent
 from app.models.tables import Model
 from app.services import Services
 from app.uploads.tables import UploadPart
@@ -148,7 +148,11 @@ def _jobs(session: Session, keys: list[str]) -> set[str]:
     """All objects of an active job. An ended job needs its models, and its logs while it has events."""
     job_ids = {_segment(key, 1) for key in keys}
     active = set(session.scalars(select(Job.id).where(Job.id.in_(job_ids), Job.status.in_(ACTIVE))))
-    with_events = set(session.scalars(select(JobEvent.job_id).where(JobEvent.job_id.in_(job_ids)).distinct()))
+    with_events = {
+        job_id
+        for table in (JobEvent, EventBlock)
+        for job_id in session.scalars(select(table.job_id).where(table.job_id.in_(job_ids)).distinct())
+    }
     folders = set(session.scalars(select(Model.prefix).where(Model.job_id.in_(job_ids))))
     folders |= {
         f"{prefix}/model" for prefix in session.scalars(select(Checkpoint.prefix).where(Checkpoint.job_id.in_(job_ids)))

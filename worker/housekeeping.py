@@ -11,8 +11,8 @@ from app.derived_artifacts import repository as artifacts
 from app.files import repository as files
 from app.files.tables import File
 from app.idempotency import service as idempotency
+from app.jobs import event_blocks, fair_share, queries
 from app.jobs import events as job_events
-from app.jobs import fair_share, queries
 from app.prune import prune_slice
 from app.services import Services
 from app.uploads import repository as uploads
@@ -26,6 +26,8 @@ EXPIRY_SECONDS, RETENTION_SECONDS = 2.0, 3600.0
 """Intervals at which things expire, and at which old events are deleted."""
 USE_SECONDS, STORAGE_SECONDS = 60.0, 3600.0
 """Intervals at which the GPU time of running jobs is counted, and at which what projects store is measured."""
+PACK_SECONDS, PACK_BLOCKS = 60.0, 300
+"""Interval at which events are packed, and the most blocks that are made each time."""
 SLICE_SECONDS, PASS_SECONDS = 60.0, 3600.0
 """Pause between two slices of the object store, and between its last slice and its first."""
 
@@ -55,6 +57,17 @@ def apply_retention(services: Services) -> None:
     days = services.settings.retain_events_days
     if days and chores.take(services.database, "retention", RETENTION_SECONDS) is not None:
         log.info("old events forgotten", rows=forget_old_events(services.database, days * 86400), days=days)
+
+
+def pack_events(services: Services) -> None:
+    """Move events of ended jobs from rows to blocks, some each minute. One worker at a time does it."""
+    if chores.take(services.database, "pack events", PACK_SECONDS) is None:
+        return
+    for _ in range(PACK_BLOCKS):
+        with services.database.write() as session:
+            if not event_blocks.pack(session):
+                return
+        time.sleep(0.01)  # lets other writers in
 
 
 def retain_checkpoints(services: Services) -> None:

@@ -25,7 +25,7 @@ from worker.base_models import BaseModels
 from worker.derived_artifacts import make_artifact
 from worker.device_health import DeviceHealth
 from worker.evaluation_run import Evaluation
-from worker.housekeeping import apply_retention, count_usage, keep_house, prune_objects, retain_checkpoints
+from worker.housekeeping import apply_retention, count_usage, keep_house, pack_events, prune_objects, retain_checkpoints
 from worker.processes import ForkServer
 from worker.reaper import Reaper
 from worker.store_health import StoreHealth
@@ -190,7 +190,7 @@ class WorkerPool:
 
     def _prune(self) -> None:
         while not self.stopping.wait(CHORE_SECONDS):
-            for work in (count_usage, apply_retention, retain_checkpoints, prune_objects):
+            for work in (count_usage, pack_events, apply_retention, retain_checkpoints, prune_objects):
                 try:
                     work(self.services)
                 except Exception as error:  # the next round may succeed

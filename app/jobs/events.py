@@ -1,17 +1,21 @@
 """All SQL about job events. Events of type `metrics` hold what a job measured."""
 
 from collections.abc import Sequence
+from itertools import chain, islice, takewhile
 
 from sqlalchemy import delete, select, true, update
 from sqlalchemy.orm import Session
 
 from app.database import database_now, new_id
-from app.jobs.tables import Job, JobEvent
+from app.jobs import event_blocks
+from app.jobs.tables import EventBlock, Job, JobEvent
 from app.pagination import keyset
 from app.spec.json_types import JsonObject
 
 FORGET_JOBS = 100
 """Maximum number of jobs whose events one transaction deletes."""
+NO_EVENT = 2**63 - 1
+"""A number after that of every event."""
 
 
 def add(
@@ -41,18 +45,32 @@ def add(
 
 def page(session: Session, job_id: str, *, after: str | None, limit: int) -> list[JobEvent] | None:
     """Up to `limit` + 1 events, newest first; None if `after` is not an event of this job."""
-    statement, after_event = select(JobEvent).where(JobEvent.job_id == job_id), None
-    if after is not None:
-        after_event = session.scalar(statement.where(JobEvent.id == after))
-        if after_event is None:
-            return None
-    return list(session.scalars(keyset(statement, (JobEvent.sequence,), after_event, limit)))
+    after_event = None if after is None else _find(session, job_id, after)
+    if after is not None and after_event is None:
+        return None
+    statement = select(JobEvent).where(JobEvent.job_id == job_id)
+    events = list(session.scalars(keyset(statement, (JobEvent.sequence,), after_event, limit)))
+    if len(events) <= limit:
+        # Rows are read before blocks. So an event that is moved meanwhile is in both, and not in neither.
+        oldest = events[-1] if events else after_event
+        packed = event_blocks.before(session, job_id, NO_EVENT if oldest is None else oldest.sequence)
+        events += islice(packed, limit + 1 - len(events))
+    return events
 
 
 def after(session: Session, job_id: str, sequence: int, limit: int) -> list[JobEvent]:
     """Up to `limit` events after number `sequence`, in order."""
     statement = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.sequence > sequence)
-    return list(session.scalars(statement.order_by(JobEvent.sequence).limit(limit)))
+    rows = list(session.scalars(statement.order_by(JobEvent.sequence).limit(limit)))
+    first_row = rows[0].sequence if rows else NO_EVENT
+    packed = takewhile(lambda event: event.sequence < first_row, event_blocks.after(session, job_id, sequence))
+    return list(islice(chain(packed, rows), limit))
+
+
+def _find(session: Session, job_id: str, event_id: str) -> JobEvent | None:
+    """An event of a job, by its id; None if it has no such event."""
+    row = session.scalar(select(JobEvent).where(JobEvent.id == event_id, JobEvent.job_id == job_id))
+    return row or event_blocks.find(session, job_id, event_id)
 
 
 def forget(session: Session, seconds: float, limit: int) -> tuple[int, bool]:
@@ -70,6 +88,7 @@ def forget(session: Session, seconds: float, limit: int) -> tuple[int, bool]:
         forgotten += len(session.scalars(statement).all())
         if forgotten >= limit:
             break
+        session.execute(delete(EventBlock).where(EventBlock.job_id == job_id))
         session.execute(update(Job).where(Job.id == job_id).values(events_kept=False))
     return forgotten, bool(job_ids)
 
@@ -81,10 +100,14 @@ def any_of(session: Session, event_ids: Sequence[str]) -> bool:
 
 def sequence_of(session: Session, job_id: str, event_id: str) -> int | None:
     """The number of an event; None if the job has no such event."""
-    return session.scalar(select(JobEvent.sequence).where(JobEvent.id == event_id, JobEvent.job_id == job_id))
+    event = _find(session, job_id, event_id)
+    return None if event is None else event.sequence
 
 
 def metrics(session: Session, job_id: str) -> Sequence[JsonObject]:
     """The data of each `metrics` event of a job, in order: `step`, `stage` and the metrics."""
-    statement = select(JobEvent.data).where(JobEvent.job_id == job_id, JobEvent.type == "metrics")
-    return [data for data in session.scalars(statement.order_by(JobEvent.sequence)) if data]
+    statement = select(JobEvent.sequence, JobEvent.data).where(JobEvent.job_id == job_id, JobEvent.type == "metrics")
+    data = dict(session.execute(statement).all())
+    packed = event_blocks.after(session, job_id, 0)
+    data |= {event.sequence: event.data for event in packed if event.type == "metrics"}
+    return [values for _, values in sorted(data.items()) if values]

@@ -1,6 +1,6 @@
 """The tables of jobs, their events and their checkpoints."""
 
-from sqlalchemy import BigInteger, ForeignKey, Index, desc, false, true
+from sqlalchemy import BigInteger, ForeignKey, Index, Text, desc, false, true
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.database import PlainText, RowNumber, Table, database_now, index_where
@@ -19,6 +19,7 @@ class Job(Queued, Table):
         Index("ix_jobs_kind", "project", "kind", "created_at", "id"),
         Index("ix_jobs_base", "base_model", "status", "finished_at"),
         index_where("ix_jobs_events_kept", "finished_at", where="events_kept", sqlite="events_kept = 1"),
+        index_where("ix_jobs_unpacked", "finished_at", where="NOT events_packed", sqlite="events_packed = 0"),
         index_where("ix_jobs_leased", "lease_owner", where="lease_owner IS NOT NULL"),
         index_where("ix_jobs_foundation", "foundation", where="foundation IS NOT NULL"),
         index_where("ix_jobs_unlisted", "status", where="NOT inputs_listed", sqlite="inputs_listed = 0"),
@@ -64,6 +65,8 @@ class Job(Queued, Table):
     """Whether each file and model that it needs is a `JobInput`. A version before 0012 does not list them."""
     events_kept: Mapped[bool] = mapped_column(default=True, server_default=true())
     """Whether its events are there. Those of old jobs are deleted."""
+    events_packed: Mapped[bool] = mapped_column(default=False, server_default=false())
+    """Whether its events were moved to blocks after its end. A few that came later are rows again."""
     evaluations: Mapped[JsonObject | None]
     """For a training: the ids of its evaluations, by name."""
     started_at: Mapped[float | None]
@@ -113,7 +116,10 @@ class JobEvent(Table):
     """Something that happened to a job, in the order of `sequence`."""
 
     __tablename__ = "job_events"
-    __table_args__ = (Index("ix_job_events_job", "job_id", "sequence"),)
+    __table_args__ = (
+        Index("ix_job_events_job", "job_id", "sequence"),
+        {"sqlite_autoincrement": True},  # else SQLite would give the numbers of packed events to new ones
+    )
 
     sequence: Mapped[int] = mapped_column(RowNumber, primary_key=True, autoincrement=True)
     id: Mapped[str] = mapped_column(unique=True)
@@ -123,6 +129,19 @@ class JobEvent(Table):
     type: Mapped[str]
     message: Mapped[str] = mapped_column(PlainText)
     data: Mapped[JsonObject | None]
+
+
+class EventBlock(Table):
+    """Events of an ended job, compressed by `app.jobs.event_blocks`."""
+
+    __tablename__ = "event_blocks"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    first_sequence: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    last_sequence: Mapped[int] = mapped_column(BigInteger)
+    ids: Mapped[str] = mapped_column(Text)
+    """The ids of the events, each followed by a space."""
+    content: Mapped[bytes]
 
 
 class Checkpoint(Table):

@@ -15,6 +15,7 @@ from fastapi.testclient import TestClient
 from sqlalchemy import Connection, event
 
 from app.derived_artifacts import repository as artifacts
+from app.jobs import event_blocks, fair_share
 from app.jobs import queue as job_queue
 from app.jobs.states import Status
 from app.models import repository as models
@@ -107,6 +108,11 @@ def test_loops_of_workers_look_at_few_rows(filled: Services) -> None:
             assert models.users_of(session, "ft:tiny:000000007") == []
             session.rollback()
 
+    def pack() -> None:
+        with database.write() as session:
+            assert event_blocks.pack(session)
+            session.rollback()
+
     loops: dict[str, Callable[[], object]] = {
         "a claim of a worker that serves the queue": lambda: claim(Status.QUEUED, "worker", ["tiny"], 10**12),
         "a claim of a worker that serves nothing": lambda: claim(Status.QUEUED, "worker", [], 10**12),
@@ -114,6 +120,9 @@ def test_loops_of_workers_look_at_few_rows(filled: Services) -> None:
         "other claims": others,
         "the reaper": Reaper(filled).inspect,
         "expiry": lambda: housekeeping.keep_house(filled),
+        "packing": pack,
+        "use": lambda: fair_share.count_running(database),
+        "old checkpoints": lambda: filled.models.forget_checkpoints(100 * 365 * 86400),
         "retention": lambda: housekeeping.forget_old_events(database, 100 * 365 * 86400),
     }
     assert {name: found for name, work in loops.items() if (found := linear(filled, work))} == {}
