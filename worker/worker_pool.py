@@ -19,6 +19,7 @@ from app.jobs.states import Status
 from app.models import repository as models
 from app.services import Services
 from app.spec.json_types import JsonObject
+from app.spec.version import SPEC_VERSION
 from app.workers import repository as workers
 from worker import integrations
 from worker.base_models import BaseModels
@@ -201,7 +202,7 @@ class WorkerPool:
         gpu = self.lane == Lane.GPU
         local = self.base_models.local() if gpu else []
         serves = [*(model.name for model in local), *self.base_models.patterns] if gpu else []
-        details: JsonObject = {}
+        details: JsonObject = {"spec_version": SPEC_VERSION}
         if gpu:
             device, problem = self.health.device, self.health.problem
             details = {"device": device and asdict(device), "integrations": integrations.configured()}

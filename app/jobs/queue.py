@@ -16,6 +16,7 @@ from app.jobs.states import ACTIVE, Status
 from app.jobs.tables import Job, OtherBase
 from app.projects import repository as projects
 from app.projects.tables import Project
+from app.spec.version import SPEC_VERSION
 from app.work_queue import OUTAGE_SECONDS, WorkQueue
 from app.workers.repository import served_by
 
@@ -58,6 +59,8 @@ class WaitingJob:
     """The memory that its device must have; None if that is not known."""
     seconds: float | None
     """Expected seconds of training; None if that is not known."""
+    spec_version: int
+    """The version of the spec that the worker must know."""
 
 
 def waiting(session: Session) -> Iterator[WaitingJob]:
@@ -80,13 +83,13 @@ def waiting(session: Session) -> Iterator[WaitingJob]:
 
 def _line(session: Session, project: str) -> Iterator[WaitingJob]:
     """The waiting jobs of a project, next one first."""
-    columns = select(Job.id, Job.created_at, Job.base_model, Job.memory_bytes, Job.estimated_seconds)
+    columns = select(Job.id, Job.created_at, Job.base_model, Job.memory_bytes, Job.estimated_seconds, Job.spec_version)
     ordered = columns.where(Job.project == project, *WAITING).order_by(*QUEUE_ORDER)
     for statement in (ordered.limit(READ_AT_ONCE), ordered.offset(READ_AT_ONCE)):
         rows = session.execute(statement).all()
         jobs = {
-            job_id: WaitingJob(job_id, project, created_at, [base] if base else [], memory, seconds)
-            for job_id, created_at, base, memory, seconds in rows
+            job_id: WaitingJob(job_id, project, created_at, [base] if base else [], memory, seconds, version)
+            for job_id, created_at, base, memory, seconds, version in rows
         }
         others = select(OtherBase.job_id, OtherBase.base_model).where(OtherBase.job_id.in_(jobs))
         for job_id, base in session.execute(others):
@@ -160,7 +163,7 @@ def claim(
     claim of a queued job to base models that match these patterns (`*` matches anything), and `memory_bytes` to jobs
     that need no more memory. None allows any.
     """
-    conditions = [*_claimable(status, served, memory_bytes), JOBS.free()]
+    conditions = [*_claimable(status, served, memory_bytes), Job.spec_version <= SPEC_VERSION, JOBS.free()]
     if not _in_turn(session, status, conditions):
         return None  # most of those who look find nothing, and keep nobody waiting
     wait_for_others(session, CLAIM_LOCK)  # without it, two claims at once could exceed a project's limit

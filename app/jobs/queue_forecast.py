@@ -116,10 +116,10 @@ def _start(job: WaitingJob, position: int, present: Sequence[Worker], heap: list
 
 
 def _can_run(worker: Worker, job: WaitingJob) -> bool:
-    """Whether a worker serves the models of a job and has the memory that it needs."""
+    """Whether a worker knows the spec of a job, serves its models and has the memory that it needs."""
     memory = workers.memory_of(worker)
     fits = job.memory_bytes is None or memory is None or job.memory_bytes <= memory
-    return fits and workers.serves(worker, *job.bases)
+    return fits and workers.serves(worker, *job.bases) and workers.knows(worker, job.spec_version)
 
 
 def _obstacle(present: Sequence[Worker], job: WaitingJob) -> str:
@@ -127,6 +127,8 @@ def _obstacle(present: Sequence[Worker], job: WaitingJob) -> str:
     serving = [worker for worker in present if workers.serves(worker, *job.bases)]
     if not serving:
         return f"a GPU worker that serves {' and '.join(job.bases)}" if job.bases else "a GPU worker"
+    if not any(workers.knows(worker, job.spec_version) for worker in serving):
+        return "a GPU worker of a later version of this service"
     if not any(_can_run(worker, job) for worker in serving):
         largest = max(workers.memory_of(worker) or 0 for worker in serving)
         assert job.memory_bytes is not None

@@ -5,6 +5,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from app.database import PlainText, RowNumber, Table, database_now, index_where
 from app.spec.json_types import JsonObject
+from app.spec.version import SPEC_VERSION
 from app.stored_content import UNKNOWN, FolderContent
 from app.work_queue import Queued
 
@@ -42,6 +43,8 @@ class Job(Queued, Table):
     validation_file: Mapped[str | None]
     spec: Mapped[JsonObject]
     """The resolved `JobSpec` or `EvaluationSpec`."""
+    spec_version: Mapped[int] = mapped_column(default=SPEC_VERSION, server_default="1")
+    """The version of the spec. Workers of an earlier version leave the job to others."""
     job_metadata: Mapped[JsonObject | None]
     request_id: Mapped[str | None]
     """Id of the request that created the job. The logs name it."""

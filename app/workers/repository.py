@@ -55,6 +55,11 @@ def serves(worker: Worker, *base_models: str) -> bool:
     return all(any(fnmatchcase(name, pattern) for pattern in worker.serves) for name in base_models)
 
 
+def knows(worker: Worker, spec_version: int) -> bool:
+    """Whether a worker knows all that a spec of this version can ask for."""
+    return bool(worker.details.get("spec_version", 1) >= spec_version)
+
+
 def memory_of(worker: Worker) -> int | None:
     """The memory of a worker's device in bytes; None if its device has not been found."""
     device = worker.details.get("device")

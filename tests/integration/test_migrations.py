@@ -1,14 +1,15 @@
 """Each migration keeps the rows of its tables, up and down, on both databases."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import pytest
 from alembic.script import ScriptDirectory
-from sqlalchemy import JSON, Boolean, Column, Float, Integer, LargeBinary, MetaData, Table, func, insert, select
+from sqlalchemy import JSON, Boolean, Column, Float, Integer, LargeBinary, MetaData, Table, func, insert, select, text
 from sqlalchemy.engine import Connection
 
-from app.migrate import alembic_config, migrate
+from app.migrate import MigrationBlocked, alembic_config, is_current, migrate
 from app.services import Services
 from app.settings import Settings
 
@@ -68,4 +69,44 @@ def test_rows_of_every_version_survive_the_way_up_and_down(settings: Settings) -
         migrate(services.database, revision)
         kept = counts(services)
         assert kept == {name: written[name] for name in kept}, f"the way back to {revision} lost rows"
+    services.database.close()
+
+
+def test_a_migration_that_has_to_wait_stops_nobody_else(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dump reads a table for long. Requests that come after the migration must not wait behind it."""
+    monkeypatch.setattr("app.migrate.LOCK_SECONDS", 0.2)
+    monkeypatch.setattr("app.migrate.LOCK_PAUSE_SECONDS", 0.2)
+    services = Services.of(settings)
+    migrate(services.database, REVISIONS[-2])
+    read = text("SELECT count(*) FROM jobs")
+    with ThreadPoolExecutor(1) as pool:
+        with services.database.read() as dump:
+            dump.execute(read)
+            if dump.get_bind().dialect.name == "postgresql":
+                migration = pool.submit(migrate, services.database)
+                for _ in range(20):
+                    with services.database.read() as request:
+                        request.execute(text("SET LOCAL statement_timeout = '5s'"))
+                        request.execute(read)
+                    assert not migration.done()
+                    wait([migration], timeout=0.05)
+            else:
+                migration = pool.submit(migrate, services.database)
+        migration.result(timeout=60)
+    assert is_current(services.database)
+    services.database.close()
+
+
+def test_a_migration_says_what_blocks_it(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("LOCK_SECONDS", 0.05), ("LOCK_PAUSE_SECONDS", 0.0), ("LOCK_TRIES", 3)):
+        monkeypatch.setattr(f"app.migrate.{name}", value)
+    services = Services.of(settings)
+    migrate(services.database, REVISIONS[-2])
+    with services.database.read() as dump:
+        dump.execute(text("SELECT count(*) FROM jobs"))
+        if dump.get_bind().dialect.name == "postgresql":
+            with pytest.raises(MigrationBlocked, match="keep open"):
+                migrate(services.database)
+            assert not is_current(services.database)
+    migrate(services.database)
     services.database.close()

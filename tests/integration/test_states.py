@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from fastapi.testclient import TestClient
 from sqlalchemy import select, update
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
@@ -21,6 +22,8 @@ from app.jobs.states import ACTIVE, TRANSITIONS, Actor, Status
 from app.jobs.tables import Checkpoint, Job, JobEvent
 from app.services import Services
 from app.spec.json_types import JsonObject
+from app.spec.version import SPEC_VERSION
+from app.workers import repository as workers
 from tests.helpers.jobs import claim, end, expire, get, make_job
 from worker.base_models import BaseModels
 from worker.device_health import DeviceHealth
@@ -393,3 +396,21 @@ def test_a_timeout_says_whether_there_are_checkpoints(services: Services, has_ch
     assert error is not None and error["code"] == "timeout_exceeded"
     assert ("from the last: ft:x:ckpt-step-5" in error["message"]) == has_checkpoint
     assert ("has made no checkpoint" in error["message"]) != has_checkpoint
+
+
+@pytest.mark.parametrize("status", [Status.VALIDATING, Status.QUEUED])
+def test_a_worker_leaves_jobs_of_a_later_version_to_others(
+    client: TestClient, services: Services, status: Status
+) -> None:
+    """It would ignore settings that it does not know."""
+    later = make_job(services, name="later", status=status, spec_version=SPEC_VERSION + 1, priority=1)
+    known = make_job(services, name="known", status=status)
+    with services.database.write() as session:
+        claimed = [job_queue.claim(session, status, "test") for _ in range(2)]
+    assert [job and job.id for job in claimed] == [known, None]
+    assert (get(services, later).status, get(services, later).attempt) == (status, 0), "it did not fail"
+    if status == Status.QUEUED:
+        with services.database.write() as session:
+            workers.report(session, "gpu@1", "gpu", ["tiny"], {"spec_version": SPEC_VERSION})
+        waits_for = client.get(f"/v1/fine_tuning/jobs/{later}").json()["waiting_for"]
+        assert waits_for == "a GPU worker of a later version of this service"
