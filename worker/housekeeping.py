@@ -6,7 +6,7 @@ import structlog
 from sqlalchemy import delete, select
 
 from app import cached_objects, chores
-from app.database import Database
+from app.database import Database, now
 from app.derived_artifacts import repository as artifacts
 from app.files import repository as files
 from app.files.tables import File
@@ -28,6 +28,8 @@ USE_SECONDS, STORAGE_SECONDS = 60.0, 3600.0
 """Intervals at which the GPU time of running jobs is counted, and at which what projects store is measured."""
 PACK_SECONDS, PACK_BLOCKS = 60.0, 300
 """Interval at which events are packed, and the most blocks that are made each time."""
+ROLLOUT_SECONDS = 86400.0
+"""The longest time that processes of two versions run side by side."""
 SLICE_SECONDS, PASS_SECONDS = 60.0, 3600.0
 """Pause between two slices of the object store, and between its last slice and its first."""
 
@@ -60,8 +62,18 @@ def apply_retention(services: Services) -> None:
 
 
 def pack_events(services: Services) -> None:
-    """Move events of ended jobs from rows to blocks, some each minute. One worker at a time does it."""
-    if chores.take(services.database, "pack events", PACK_SECONDS) is None:
+    """Move events of ended jobs from rows to blocks, some each minute. One worker at a time does it.
+
+    It begins a day after the first worker that can do it: an API of the version before would not find them in blocks.
+    """
+    began_at = chores.take(services.database, "pack events", PACK_SECONDS)
+    if began_at is None:
+        return
+    with services.database.read() as session:
+        current = now(session)
+    if not began_at:
+        chores.note(services.database, "pack events", str(current), PACK_SECONDS)
+    if not began_at or current - float(began_at) < ROLLOUT_SECONDS:
         return
     for _ in range(PACK_BLOCKS):
         with services.database.write() as session:

@@ -6,7 +6,8 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import func, select, update
 
-from app.database import database_now
+from app.chores import Chore
+from app.database import database_now, now
 from app.jobs import event_blocks
 from app.jobs import events as job_events
 from app.jobs.states import Status
@@ -14,7 +15,7 @@ from app.jobs.tables import EventBlock, Job, JobEvent
 from app.prune import prune
 from app.services import Services
 from tests.helpers.jobs import make_job
-from worker.housekeeping import forget_old_events, pack_events
+from worker.housekeeping import ROLLOUT_SECONDS, forget_old_events, pack_events
 
 EVENTS = 2 * event_blocks.BLOCK_EVENTS + 345
 
@@ -118,12 +119,32 @@ def test_events_that_move_while_they_are_read_are_seen_once(
     assert numbers(services, job) == (0, 3)
 
 
+def pack_all(services: Services) -> None:
+    """Pack as a worker does it every minute, a day after the upgrade."""
+    pack_events(services)
+    with services.database.write() as session:
+        session.execute(update(Chore).values(cursor=str(now(session) - 1.1 * ROLLOUT_SECONDS), due_at=0.0))
+    pack_events(services)
+
+
+def test_packing_begins_a_day_after_the_upgrade(services: Services, job: str) -> None:
+    """An API of the version before reads rows only."""
+    for hours in (0, 23):
+        with services.database.write() as session:
+            moved = {"cursor": Chore.cursor if hours == 0 else str(now(session) - hours * 3600), "due_at": 0.0}
+            session.execute(update(Chore).values(moved))
+        pack_events(services)
+        assert numbers(services, job) == (EVENTS, 0)
+    pack_all(services)
+    assert numbers(services, job) == (0, 3)
+
+
 def test_only_events_of_jobs_that_ended_a_while_ago_are_packed(services: Services, job: str) -> None:
     running, just_ended = make_job(services, name="r"), make_job(services, name="e", status=Status.FAILED)
     with services.database.write() as session:
         for job_id in (running, just_ended):
             job_events.add(session, job_id, "told")
-    pack_events(services)
+    pack_all(services)
     assert numbers(services, job) == (0, 3)
     assert numbers(services, running) == numbers(services, just_ended) == (1, 0)
 
@@ -146,7 +167,7 @@ def test_a_block_takes_a_fifth_of_its_rows(services: Services) -> None:
 
 
 def test_blocks_are_forgotten_with_their_job_and_keep_its_log(services: Services, job: str) -> None:
-    pack_events(services)
+    pack_all(services)
     log = f"jobs/{job}/attempt-1/trainer.log"
     services.storage.put_bytes(log, b"log")
     prune(services, delete=True, min_age=0.0)
