@@ -18,6 +18,8 @@ class Installation(Table):
     __tablename__ = "installations"
 
     id: Mapped[str] = mapped_column(primary_key=True)
+    secret_fingerprint: Mapped[str | None]
+    """Of the key of `DPO_SECRET_KEY`. None until the first process of this version starts."""
 
 
 def store_installation(storage: Storage) -> str | None:

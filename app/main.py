@@ -13,6 +13,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CollectorRegistry, ProcessCollector
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.routing import Route
 from uvicorn.config import STARTUP_FAILURE
 
@@ -40,6 +41,7 @@ from app.monitoring.readiness import Readiness
 from app.paths import PathMiddleware
 from app.projects.endpoints import router as projects_router
 from app.query_parameters import refuse_unknown
+from app.secret_rotation import require_known_key
 from app.services import Services
 from app.settings import Settings
 from app.spec.json_types import JsonObject
@@ -103,7 +105,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.services = services
-    app.state.readiness = Readiness(services.database, services.storage)
+    app.state.readiness = Readiness(services.database, services.storage, services.secret_box)
     app.state.registry = registry = CollectorRegistry()
     registry.register(ServiceCollector(services.database))
     ProcessCollector(registry=registry)
@@ -184,6 +186,9 @@ def serve(app: FastAPI, settings: Settings) -> None:
     """Answer requests until SIGTERM or Ctrl-C."""
     gc.collect()
     gc.freeze()  # imported modules stay alive: the collector need not walk them during a request
+    services: Services = app.state.services
+    with suppress(SQLAlchemyError):  # out of reach, or not migrated: /readyz says so, and asks again
+        require_known_key(services.database, services.secret_box)
     server = Server(app, settings)
     with suppress(KeyboardInterrupt):
         server.run()

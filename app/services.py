@@ -53,8 +53,8 @@ class Services:
             Storage(settings.storage_url),
             Broker(settings),
         )
-        keys = Keys(database, settings.secret_key, settings.admin_key)
-        secret_box = SecretBox(settings.secret_key)
+        secret_box = SecretBox(settings.secret_keys)
+        keys = Keys(database, secret_box, settings.admin_key)
         feed = Feed(database)
         evaluations = Evaluations(database, storage, broker, keys, feed, secret_box, settings.private_judges)
         jobs = Jobs(database, storage, broker, keys, feed, evaluations)

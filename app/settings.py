@@ -118,6 +118,14 @@ class Settings(BaseSettings):
             raise ValueError("must have 16 characters or more")
         return value
 
+    @field_validator("secret_key_value")
+    @classmethod
+    def _each_long_enough(cls, value: SecretStr) -> SecretStr:
+        keys = value.get_secret_value().split(",")
+        if len(keys) > 1 and any(len(key.strip()) < 16 for key in keys):
+            raise ValueError("each of the keys, which commas separate, must have 16 characters or more")
+        return value
+
     @field_validator("prune_after_hours")
     @classmethod
     def _long_enough_to_write(cls, value: float) -> float:
@@ -147,9 +155,13 @@ class Settings(BaseSettings):
         return self.admin_key_value.get_secret_value() or _kept_secret(self.home / "admin.key")
 
     @cached_property
-    def secret_key(self) -> str:
-        """The key of signatures and stored secrets. It comes from the environment, else from `DPO_HOME/secret.key`."""
-        return self.secret_key_value.get_secret_value() or _kept_secret(self.home / "secret.key")
+    def secret_keys(self) -> tuple[str, ...]:
+        """The keys of signatures and stored secrets. The first one signs and seals, and all verify and open.
+
+        They come from the environment, separated by commas, else from `DPO_HOME/secret.key`.
+        """
+        text = self.secret_key_value.get_secret_value() or _kept_secret(self.home / "secret.key")
+        return tuple(key.strip() for key in text.split(","))
 
 
 def _kept_secret(path: Path) -> str:

@@ -17,6 +17,7 @@ from app.jobs import queue as job_queue
 from app.jobs.kinds import EVALUATION_JOB, TRAINING_JOB
 from app.jobs.states import Status
 from app.models import repository as models
+from app.secret_rotation import require_known_key
 from app.services import Services
 from app.spec.json_types import JsonObject
 from app.spec.version import SPEC_VERSION
@@ -67,7 +68,7 @@ class WorkerPool:
         self.store_health = StoreHealth(services.storage)
         self.stopping = threading.Event()
         self.fork_server = ForkServer()
-        self._shown_usable = True
+        self._shown_usable, self._key_is_known = True, False
         self._woken = threading.Event()
         self._threads = [
             threading.Thread(target=self._work, name=f"{lane.value}-lane"),
@@ -122,6 +123,9 @@ class WorkerPool:
 
     def _work_once(self) -> bool:
         """Claim and run one job or artifact; False if there is none, or if this worker cannot do any."""
+        if not self._key_is_known:
+            require_known_key(self.services.database, self.services.secret_box)
+            self._key_is_known = True
         if not self._usable():
             return False
         done = self._check_or_make() if self.lane == Lane.CPU else self._train_or_evaluate()

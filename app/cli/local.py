@@ -14,10 +14,12 @@ if TYPE_CHECKING:
 def local() -> "Services":
     """This machine's installation. Its database is migrated to this version's schema first."""
     from app.migrate import migrate
+    from app.secret_rotation import require_known_key
     from app.services import Services
 
     services = Services.of(Settings())
     migrate(services.database)
+    require_known_key(services.database, services.secret_box)
     return services
 
 

@@ -19,6 +19,7 @@ from app.cli.keys import keys
 from app.cli.models import models
 from app.cli.processes import end_with_parent
 from app.cli.projects import projects
+from app.cli.secrets import secrets
 from app.cli.storage import storage
 from app.cli.sweeps import sweeps
 from app.errors import ServiceError
@@ -28,7 +29,7 @@ for verb in (service.serve, service.api, service.worker, service.migrate, servic
     cli.command()(verb)
 GROUPS = {
     "keys": keys, "projects": projects, "storage": storage, "files": files, "jobs": jobs, "models": models,
-    "evaluations": evaluations, "sweeps": sweeps,
+    "evaluations": evaluations, "sweeps": sweeps, "secrets": secrets,
 }  # fmt: skip
 for name, group in GROUPS.items():
     cli.add_typer(group, name=name)

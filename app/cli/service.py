@@ -21,7 +21,7 @@ def serve() -> None:
     key = settings.home / "admin.key"
     source = "DPO_ADMIN_KEY" if settings.admin_key_value.get_secret_value() else str(key)
     settings.models_dir.mkdir(parents=True, exist_ok=True)
-    _ = settings.admin_key, settings.secret_key  # makes them before the processes that share them start
+    _ = settings.admin_key, settings.secret_keys  # makes them before the processes that share them start
     url = f"http://{settings.host}:{settings.port}"
     print(
         f"dpo-service on {url}/v1  (API reference: {url}/docs)\n"

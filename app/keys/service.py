@@ -4,7 +4,6 @@ The checksum lets a scanner for leaked secrets tell a real key from noise. It al
 key without a look at the database.
 """
 
-import hashlib
 import hmac
 import secrets
 import zlib
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from sqlalchemy import or_, select, update
 
 from app.database import ALPHABET, Database, database_now, new_id, now
+from app.encryption import SecretBox
 from app.errors import no_such
 from app.keys.schemas import KeyObject, KeySpec, NewKeyObject, Scope
 from app.keys.tables import ApiKey
@@ -53,13 +53,9 @@ def well_formed(key: str) -> bool:
 class Keys:
     """Creates keys, identifies the caller of a key, and signs tokens that replace a key for a minute."""
 
-    def __init__(self, database: Database, secret_key: str, admin_key: str) -> None:
-        self.database = database
-        self._secret = secret_key.encode()
+    def __init__(self, database: Database, secret_box: SecretBox, admin_key: str) -> None:
+        self.database, self.secret_box = database, secret_box
         self._admin = admin_key.encode()
-
-    def _digest(self, text: str) -> str:
-        return hmac.new(self._secret, text.encode(), hashlib.sha256).hexdigest()
 
     def create(self, spec: KeySpec) -> NewKeyObject:
         """Make a key. The secret itself is not stored and cannot be shown again."""
@@ -72,7 +68,8 @@ class Keys:
                 name=spec.name,
                 project=spec.project,
                 scopes=sorted(spec.scopes),
-                digest=self._digest(key),
+                digest=self.secret_box.signature(key),
+                signed_by=self.secret_box.fingerprints[0],
                 created_at=database_now(),
                 expires_at=None if spec.expires_in is None else database_now() + spec.expires_in,
             )
@@ -110,7 +107,7 @@ class Keys:
         if not well_formed(key):
             return None
         valid = select(ApiKey, database_now()).where(
-            ApiKey.digest == self._digest(key),
+            ApiKey.digest.in_(self.secret_box.signatures(key)),
             ApiKey.revoked_at.is_(None),
             or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > database_now()),
         )
@@ -119,23 +116,28 @@ class Keys:
         if row is None:
             return None
         api_key, now = row
-        if api_key.last_used_at is None or api_key.last_used_at < now - LAST_USED_SECONDS:
+        signed_by = self.secret_box.fingerprints[0]
+        is_current = api_key.signed_by == signed_by
+        if not is_current or api_key.last_used_at is None or api_key.last_used_at < now - LAST_USED_SECONDS:
+            values = {"last_used_at": database_now(), "digest": self.secret_box.signature(key), "signed_by": signed_by}
             with self.database.write() as session:
-                session.execute(update(ApiKey).where(ApiKey.id == api_key.id).values(last_used_at=database_now()))
+                session.execute(update(ApiKey).where(ApiKey.id == api_key.id).values(values))
         return Caller(api_key.id, api_key.project, frozenset(map(Scope, api_key.scopes)))
 
     def stream_token(self, project: str, path: str) -> tuple[str, int]:
         """(token, its end in unix seconds). Its holder may begin to read `path` within a minute, without a key."""
         with self.database.read() as session:
             expires_at = int(now(session)) + STREAM_TOKEN_SECONDS
-        return f"{project}.{expires_at}.{self._digest(f'stream {project} {expires_at} {path}')}", expires_at
+        return (
+            f"{project}.{expires_at}.{self.secret_box.signature(f'stream {project} {expires_at} {path}')}",
+            expires_at,
+        )
 
     def identify_stream(self, token: str, path: str) -> Caller | None:
         """The caller that may read `path` with `token`; None if the token is not valid or has expired."""
         project, _, rest = token.partition(".")
         expires_at, _, signature = rest.partition(".")
-        expected = self._digest(f"stream {project} {expires_at} {path}")
-        if not hmac.compare_digest(signature.encode(), expected.encode()):
+        if not self.secret_box.verify(f"stream {project} {expires_at} {path}", signature):
             return None
         with self.database.read() as session:
             if int(expires_at) < now(session):

@@ -15,6 +15,8 @@ class ApiKey(Table):
     project: Mapped[str]
     scopes: Mapped[list[str]]
     digest: Mapped[str] = mapped_column(unique=True)
+    signed_by: Mapped[str | None]
+    """The fingerprint of the key of `DPO_SECRET_KEY` under which `digest` is; None if that is not known."""
     created_at: Mapped[float]
     expires_at: Mapped[float | None]
     last_used_at: Mapped[float | None]

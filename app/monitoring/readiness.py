@@ -5,8 +5,10 @@ import time
 from collections.abc import Callable
 
 from app.database import Database
+from app.encryption import SecretBox
 from app.installation import database_installation, require_writes, store_installation
 from app.migrate import is_current
+from app.secret_rotation import WrongSecretKey, require_known_key
 from app.storage import Storage
 
 TRUST_SECONDS = 5.0
@@ -16,8 +18,8 @@ TRUST_SECONDS = 5.0
 class Readiness:
     """Finds out whether the database and the object store can be read and written."""
 
-    def __init__(self, database: Database, storage: Storage) -> None:
-        self.database, self.storage = database, storage
+    def __init__(self, database: Database, storage: Storage, secret_box: SecretBox) -> None:
+        self.database, self.storage, self.secret_box = database, storage, secret_box
         self._lock = threading.Lock()
         self._written_at: dict[str, float] = {}
         """When each part was last written to."""
@@ -52,7 +54,13 @@ class Readiness:
             return None
 
     def _database_problem(self) -> str | None:
-        return None if is_current(self.database) else "the schema is not this version's; run 'dpo migrate'"
+        if not is_current(self.database):
+            return "the schema is not this version's; run 'dpo migrate'"
+        try:
+            require_known_key(self.database, self.secret_box)
+        except WrongSecretKey as error:
+            return error.message
+        return None
 
     def _storage_problem(self, database_fails: bool) -> str | None:
         self.storage.require_reads()

@@ -117,7 +117,7 @@ def test_no_route_reads_the_body_of_an_unauthorised_request(
     client: TestClient, services: Services, known_ids: dict[str, str]
 ) -> None:
     expired, revoked, valid = (key_of(services, "default") for _ in range(3))
-    digests = {name: services.keys._digest(key) for name, key in (("expired", expired), ("revoked", revoked))}
+    digests = {name: services.secret_box.signature(key) for name, key in (("expired", expired), ("revoked", revoked))}
     with services.database.write() as session:
         expire = update(ApiKey).values(expires_at=database_now() - 1)
         session.execute(expire.where(ApiKey.digest == digests["expired"]))

@@ -8,6 +8,7 @@ import pytest
 from alembic.script import ScriptDirectory
 from sqlalchemy import JSON, Boolean, Column, Float, Integer, LargeBinary, MetaData, Table, func, insert, select, text
 from sqlalchemy.engine import Connection
+from sqlalchemy.orm import Session
 
 from app.migrate import MigrationBlocked, alembic_config, is_current, migrate
 from app.services import Services
@@ -72,22 +73,28 @@ def test_rows_of_every_version_survive_the_way_up_and_down(settings: Settings) -
     services.database.close()
 
 
+def read_all(session: Session) -> None:
+    """Read every table, as a dump does."""
+    for table in tables(session.connection()):
+        session.execute(select(func.count()).select_from(table))
+
+
+@pytest.mark.filterwarnings("ignore:Skipped unsupported reflection of expression-based index")
 def test_a_migration_that_has_to_wait_stops_nobody_else(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """A dump reads a table for long. Requests that come after the migration must not wait behind it."""
     monkeypatch.setattr("app.migrate.LOCK_SECONDS", 0.2)
     monkeypatch.setattr("app.migrate.LOCK_PAUSE_SECONDS", 0.2)
     services = Services.of(settings)
     migrate(services.database, REVISIONS[-2])
-    read = text("SELECT count(*) FROM jobs")
     with ThreadPoolExecutor(1) as pool:
         with services.database.read() as dump:
-            dump.execute(read)
+            read_all(dump)
             if dump.get_bind().dialect.name == "postgresql":
                 migration = pool.submit(migrate, services.database)
                 for _ in range(20):
                     with services.database.read() as request:
                         request.execute(text("SET LOCAL statement_timeout = '5s'"))
-                        request.execute(read)
+                        read_all(request)
                     assert not migration.done()
                     wait([migration], timeout=0.05)
             else:
@@ -97,13 +104,14 @@ def test_a_migration_that_has_to_wait_stops_nobody_else(settings: Settings, monk
     services.database.close()
 
 
+@pytest.mark.filterwarnings("ignore:Skipped unsupported reflection of expression-based index")
 def test_a_migration_says_what_blocks_it(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("LOCK_SECONDS", 0.05), ("LOCK_PAUSE_SECONDS", 0.0), ("LOCK_TRIES", 3)):
         monkeypatch.setattr(f"app.migrate.{name}", value)
     services = Services.of(settings)
     migrate(services.database, REVISIONS[-2])
     with services.database.read() as dump:
-        dump.execute(text("SELECT count(*) FROM jobs"))
+        read_all(dump)
         if dump.get_bind().dialect.name == "postgresql":
             with pytest.raises(MigrationBlocked, match="keep open"):
                 migrate(services.database)

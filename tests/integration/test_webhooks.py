@@ -223,4 +223,4 @@ def test_webhook_secrets_are_stored_sealed(client: TestClient, services: Service
     assert secret not in sealed
     assert services.secret_box.open(sealed) == secret
     with pytest.raises(ValueError, match="another DPO_SECRET_KEY"):
-        SecretBox("another secret key").open(sealed)
+        SecretBox(["another secret key"]).open(sealed)

@@ -56,7 +56,13 @@ def test_a_profile_of_aws_is_refused_unless_a_key_replaces_it(monkeypatch: pytes
         ("DPO_PORT", "tcp://10.96.12.7:8000", "port", 8000),  # a Kubernetes Service with the name dpo
         ("DPO_PORT", " 9000\n", "port", 9000),
         ("DPO_ADMIN_KEY", "a key of a mounted file\n", "admin_key", "a key of a mounted file"),
-        ("DPO_SECRET_KEY", "\ta key of a mounted file\r\n", "secret_key", "a key of a mounted file"),
+        ("DPO_SECRET_KEY", "\ta key of a mounted file\r\n", "secret_keys", ("a key of a mounted file",)),
+        (
+            "DPO_SECRET_KEY",
+            "the first of the keys, the second of the keys\n",
+            "secret_keys",
+            ("the first of the keys", "the second of the keys"),
+        ),
         ("DPO_DATABASE_URL", "postgres://u@h/d\n", "database_url", "postgresql+psycopg://u@h/d"),
         ("DPO_BROKER_URL", "redis://h:1/0\n", "broker_url", "redis://h:1/0"),
         ("DPO_HUB_MODELS", "\n", "hub_models", ()),
@@ -90,7 +96,7 @@ def test_secrets_are_generated_once_and_only_their_owner_can_read_them(tmp_path:
         thread.join()
     assert len(keys) == 8 and len(set(keys)) == 1 and len(keys[0]) > 32
     assert stat.S_IMODE((tmp_path / "admin.key").stat().st_mode) == 0o600
-    assert Settings(home=tmp_path).secret_key != keys[0]
+    assert Settings(home=tmp_path).secret_keys != (keys[0],)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["admin.key", "secret.key"]
 
 

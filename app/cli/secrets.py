@@ -1,0 +1,44 @@
+"""`dpo secrets`: replace the key of `DPO_SECRET_KEY`."""
+
+import typer
+
+from app.cli.output import Json, emit
+from app.settings import Settings
+
+secrets = typer.Typer(help="Replace the key of DPO_SECRET_KEY (on the service's machine).", no_args_is_help=True)
+
+
+@secrets.command("reseal")
+def secrets_reseal(as_json: Json = False) -> None:
+    """Seal all secrets under the first key of DPO_SECRET_KEY, once every process has both keys.
+
+    API keys are not secrets that can be read: each moves to the first key when it is used. Leave the old key out of
+    DPO_SECRET_KEY when no API key needs it any more.
+    """
+    from dataclasses import asdict
+
+    from app.cli.local import local
+    from app.secret_rotation import reseal
+
+    services = local()
+    outcome = reseal(services.database, services.secret_box)
+    text = (
+        f"{outcome.webhooks} webhooks and {outcome.evaluations} evaluations sealed anew; "
+        f"{outcome.api_keys_left} API keys have not been used since and still need the old key"
+    )
+    emit(asdict(outcome), as_json, text)
+
+
+@secrets.command("adopt")
+def secrets_adopt() -> None:
+    """Take DPO_SECRET_KEY as the key of this installation, after the former one was lost.
+
+    The API keys and webhooks of the former one fail from then on: make new ones.
+    """
+    from app.migrate import migrate
+    from app.secret_rotation import adopt
+    from app.services import Services
+
+    services = Services.of(Settings())
+    migrate(services.database)
+    adopt(services.database, services.secret_box)
