@@ -21,20 +21,25 @@ class WrongSecretKey(ServiceError):
     """`DPO_SECRET_KEY` is not the key of this installation."""
 
 
-def require_known_key(database: Database, secret_box: SecretBox) -> None:
-    """Raise `WrongSecretKey` unless one of the keys is the installation's. The first process decides which that is."""
+def check_key(database: Database, secret_box: SecretBox) -> bool:
+    """Whether one of the keys is known as the installation's. Raises `WrongSecretKey` if another key is."""
     with database.read() as session:
         known = session.scalars(select(Installation.secret_fingerprint)).one()
-    if known is None:
+    if known is not None and known not in secret_box.fingerprints:
+        raise WrongSecretKey(
+            "DPO_SECRET_KEY is not the key of this installation: all API keys and webhooks would fail. "
+            "Set the right one. If that is lost, 'dpo secrets adopt' takes this one. Make new API keys then."
+        )
+    return known is not None
+
+
+def require_known_key(database: Database, secret_box: SecretBox) -> None:
+    """Raise `WrongSecretKey` unless one of the keys is the installation's. The first process decides which that is."""
+    if not check_key(database, secret_box):
         with database.write() as session:
             unknown = Installation.secret_fingerprint.is_(None)
             session.execute(update(Installation).where(unknown).values(secret_fingerprint=secret_box.fingerprints[0]))
-        require_known_key(database, secret_box)
-    elif known not in secret_box.fingerprints:
-        raise WrongSecretKey(
-            "DPO_SECRET_KEY is not the key of this installation: all API keys and webhooks would fail. "
-            "Set the right one. If that is lost, 'dpo secrets adopt' takes this one. Then make new API keys and webhooks."
-        )
+        check_key(database, secret_box)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from app.database import Database
 from app.encryption import SecretBox
 from app.installation import database_installation, require_writes, store_installation
 from app.migrate import is_current
-from app.secret_rotation import WrongSecretKey, require_known_key
+from app.secret_rotation import WrongSecretKey, check_key
 from app.storage import Storage
 
 TRUST_SECONDS = 5.0
@@ -57,7 +57,7 @@ class Readiness:
         if not is_current(self.database):
             return "the schema is not this version's; run 'dpo migrate'"
         try:
-            require_known_key(self.database, self.secret_box)
+            check_key(self.database, self.secret_box)
         except WrongSecretKey as error:
             return error.message
         return None
