@@ -1,9 +1,19 @@
 """Structured logs: one JSON object a line on stderr, or coloured text on a terminal."""
 
 import logging
+import socket
 import sys
 
 import structlog
+from structlog.typing import EventDict, WrappedLogger
+
+HOST = socket.gethostname()
+
+
+def _add_host(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """Add the host, because the lines of all hosts usually end in one place."""
+    event["host"] = HOST
+    return event
 
 
 def configure_logging(level: str = "info") -> None:
@@ -15,6 +25,7 @@ def configure_logging(level: str = "info") -> None:
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso"),
+            _add_host,
             structlog.processors.format_exc_info,
             structlog.dev.ConsoleRenderer() if human else structlog.processors.JSONRenderer(),
         ],

@@ -61,18 +61,43 @@ def _shows_gpu() -> bool:
 
 def _gpu() -> Device:
     """The first visible GPU. Raises `DeviceUnusable`."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        raise DeviceUnusable("'nvidia-smi' is missing, so no GPU's driver is here")
-    command = [program, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        command.append(f"--id={visible.split(',')[0]}")
+    answer = _ask("name,memory.total")
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=QUERY_SECONDS)
         name, mebibytes = answer.stdout.splitlines()[0].rsplit(",", 1)
         return Device("cuda", name.strip(), int(mebibytes) * 1024**2)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise DeviceUnusable(f"'nvidia-smi' does not answer: {error}") from error
     except (ValueError, IndexError) as error:  # it says what is wrong, on either stream, with any exit status
         said = " ".join(f"{answer.stdout} {answer.stderr}".split())[:200]
         raise DeviceUnusable(f"'nvidia-smi' shows no GPU: {said or 'it says nothing'}") from error
+
+
+@dataclass(frozen=True)
+class GpuUse:
+    """How busy a GPU is: the share of the last second in which it worked, and the bytes of its memory in use."""
+
+    utilization: float
+    memory_bytes: int
+
+
+def use_of(device: Device) -> GpuUse | None:
+    """How busy a worker's device is. None for a CPU, and for a GPU that does not tell."""
+    if device.kind == "cpu":
+        return None
+    try:
+        percent, mebibytes = _ask("utilization.gpu,memory.used").stdout.splitlines()[0].split(",")
+        return GpuUse(int(percent) / 100, int(mebibytes) * 1024**2)
+    except (DeviceUnusable, ValueError, IndexError):  # the next job finds out whether the GPU is broken
+        return None
+
+
+def _ask(fields: str) -> "subprocess.CompletedProcess[str]":
+    """Ask the driver for fields of the first visible GPU. Raises `DeviceUnusable` if it does not answer."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        raise DeviceUnusable("'nvidia-smi' is missing, so no GPU's driver is here")
+    command = [program, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        command.append(f"--id={visible.split(',')[0]}")
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=QUERY_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise DeviceUnusable(f"'nvidia-smi' does not answer: {error}") from error

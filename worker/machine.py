@@ -39,6 +39,28 @@ def free_memory() -> int:
     return max(0, min([free, *(limit - use for limit, use in _memory_limits())]))
 
 
+def memory_kills() -> int:
+    """How many processes of this process's control groups the kernel has killed so far because memory ran out."""
+    counts = [0]
+    for folder in _control_groups("memory"):
+        for name in ("memory.events", "memory.oom_control"):  # version 2, version 1
+            if (folder / name).exists():
+                fields = dict(line.split() for line in (folder / name).read_text().splitlines())
+                counts.append(int(fields.get("oom_kill", 0)))
+    return max(counts)
+
+
+def peak_memory() -> tuple[int, int] | None:
+    """(the most bytes that a limited control group of this process has used, its limit); None without a limit."""
+    for folder in _control_groups("memory"):
+        for peak, limit in (("memory.peak", "memory.max"), ("memory.max_usage_in_bytes", "memory.limit_in_bytes")):
+            if (folder / peak).exists() and (text := (folder / limit).read_text().strip()).isdigit():
+                limit_bytes = int(text)
+                if limit_bytes < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+                    return int((folder / peak).read_text()), limit_bytes
+    return None
+
+
 def _control_groups(controller: str) -> Iterator[Path]:
     """The folders of this process's control group and of its ancestors, innermost first. A limit of any one holds.
 

@@ -43,6 +43,7 @@ from worker.device_health import DeviceHealth
 from worker.hub import ModelUnavailable
 from worker.input_file import InputLost, fetch_input
 from worker.lease import AskedToStop, JobLease, LeaseLost
+from worker.machine import memory_kills, peak_memory
 from worker.model_folder import ModelGone, ModelStack, fetch_model, find_model
 from worker.outage import fault
 from worker.processes import CannotStart, ForkServer, Trainer, answer_cache
@@ -108,7 +109,7 @@ class JobAttempt(ABC, Generic[Spec]):
         self.prefix = f"jobs/{job.id}/attempt-{job.attempt}"
         self.spec: Spec = self.read_spec(job)
         self.outcome: Outcome | None = None
-        self.began = time.monotonic()
+        self.began, self.memory_kills = time.monotonic(), memory_kills()
         self.log = log.bind(job=job.id, attempt=job.attempt, request=job.request_id)
 
     def run(self) -> None:
@@ -334,10 +335,20 @@ class JobAttempt(ABC, Generic[Spec]):
                 self._leave_device(reason)
             case _:
                 cause = f"signal {-status}" if status < 0 else f"exit status {status}"
-                if status == -signal.SIGKILL:
+                if status == -signal.SIGKILL and memory_kills() > self.memory_kills:
+                    self._killed_for_memory()
+                elif status == -signal.SIGKILL:
                     self._recover(f"The trainer died ({cause}).")
                 else:  # a GPU that breaks also ends its process
                     self._leave_device(f"the trainer died, {cause}")
+
+    def _killed_for_memory(self) -> None:
+        """Count this attempt as lost, because the kernel killed the trainer when the worker's memory ran out."""
+        used = peak_memory()
+        peak = "" if used is None else f" It used up to {used[0] / 1e9:.1f} of {used[1] / 1e9:.1f} GB."
+        reason = f"The trainer was killed because this worker ran out of memory.{peak}"
+        self.log.warning("attempt lost", reason=reason)
+        self._give_back(partial(transitions.recover, loss=transitions.KILLED_FOR_MEMORY), reason)
 
     def has_larger_device(self) -> bool:
         """Whether another worker that serves the job's base model has a device with more memory than this one."""

@@ -70,7 +70,9 @@ class Sender:
         status, problem = self._post(delivery, endpoint, claimed_at)
         entry = {"status": status, "error": problem, "seconds": round(time.monotonic() - began, 3)}
         delivered = status is not None and 200 <= status < 300
-        log.info("webhook sent", endpoint=endpoint.id, delivery=delivery.id, event_type=delivery.type, **entry)
+        told = log.info if delivered else log.warning
+        about = {"endpoint": endpoint.id, "delivery": delivery.id, "event_type": delivery.type}
+        told("webhook sent" if delivered else "webhook not delivered", **about, **entry)
         try:
             with self.services.database.write() as session:
                 repository.record(session, delivery, entry, delivered=delivered, gone=status == 410)

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import socket
 import threading
 import time
@@ -25,6 +26,7 @@ from app.workers import repository as workers
 from worker import integrations
 from worker.base_models import BaseModels
 from worker.derived_artifacts import make_artifact
+from worker.device import use_of
 from worker.device_health import DeviceHealth
 from worker.evaluation_run import Evaluation
 from worker.housekeeping import apply_retention, count_usage, keep_house, pack_events, prune_objects, retain_checkpoints
@@ -34,6 +36,7 @@ from worker.store_health import StoreHealth
 from worker.training_run import Training
 from worker.validator import validate
 from worker.webhooks import Sender
+from worker.work import work_folder
 
 log = structlog.get_logger(__name__)
 
@@ -206,11 +209,14 @@ class WorkerPool:
         gpu = self.lane == Lane.GPU
         local = self.base_models.local() if gpu else []
         serves = [*(model.name for model in local), *self.base_models.patterns] if gpu else []
-        details: JsonObject = {"spec_version": SPEC_VERSION}
+        work = work_folder(self.services)
+        details: JsonObject = {"spec_version": SPEC_VERSION, "disk_free_bytes": shutil.disk_usage(work).free}
         if gpu:
             device, problem = self.health.device, self.health.problem
-            details = {"device": device and asdict(device), "integrations": integrations.configured()}
+            details |= {"device": device and asdict(device), "integrations": integrations.configured()}
             details |= {"problem": problem} if problem else {}
+            use = None if device is None else use_of(device)
+            details |= {} if use is None else {"gpu_use": asdict(use)}
         if self.store_health.problem is not None:
             details["store_problem"] = self.store_health.problem
         with self.services.database.write() as session:

@@ -204,6 +204,7 @@ def _begin(session: Session, job: Job) -> None:
         projects.lock(session, job.project).checked_at = now(session)
         return
     job.status, job.started_at = Status.RUNNING, job.started_at or now(session)
+    job.worker = (job.lease_owner or "").partition(":")[0]  # without the number of its process
     job_events.add(session, job.id, KINDS[job.kind].started)
 
 

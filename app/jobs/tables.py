@@ -73,6 +73,8 @@ class Job(Queued, Table):
     evaluations: Mapped[JsonObject | None]
     """For a training: the ids of its evaluations, by name."""
     started_at: Mapped[float | None]
+    worker: Mapped[str | None]
+    """The lane and the host that ran it last, such as `gpu@host-1`."""
     ran_seconds: Mapped[float]
     """Seconds that workers ran it, over all attempts, up to the last heartbeat."""
     counted_seconds: Mapped[float] = mapped_column(default=0.0, server_default="0")

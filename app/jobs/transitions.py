@@ -1,5 +1,7 @@
 """Take an edge of the state machine. The event, the webhook and the gates of a training follow from it."""
 
+from dataclasses import dataclass
+
 from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
@@ -101,10 +103,25 @@ def _judge_again(session: Session, job_id: str) -> None:
         webhooks.enqueue(session, job.project, f"{TRAINING_JOB.webhook}.judged", {"id": job_id, "gates": job.gates})
 
 
-def recover(session: Session, job: Job, actor: Actor, reason: str) -> None:
+@dataclass(frozen=True)
+class Loss:
+    """What a job is told that was given up after lost attempts: the code of its error, and what to do."""
+
+    code: str
+    advice: str
+
+
+WORKER_LOST = Loss("worker_lost", "This is a fault of the service or its machines, not of the job's data.")
+KILLED_FOR_MEMORY = Loss(
+    "out_of_memory",
+    "Use a smaller base model, a quantised one or a lower 'max_length', or let the operator give workers more memory.",
+)
+
+
+def recover(session: Session, job: Job, actor: Actor, reason: str, loss: Loss = WORKER_LOST) -> None:
     """Let another attempt continue a job whose worker or trainer died; fail the job if that keeps happening.
 
-    Only the attempts that were lost since the last progress count.
+    Only the attempts that were lost since the last progress count. The last of them decides what the job is told.
     """
     lost = job.lost_attempts + 1
     if lost < MAX_LOST_ATTEMPTS:
@@ -112,7 +129,7 @@ def recover(session: Session, job: Job, actor: Actor, reason: str) -> None:
         return
     message = (
         f"{reason} This happened {lost} times without progress, so the job was given up. "
-        f"This is a fault of the service or its machines, not of the job's data.{_last_checkpoint(session, job)}"
+        f"{loss.advice}{_last_checkpoint(session, job)}"
     )
     transition(
         session,
@@ -123,7 +140,7 @@ def recover(session: Session, job: Job, actor: Actor, reason: str) -> None:
         attempt=job.attempt,
         message=message,
         level="error",
-        error={"code": "worker_lost", "message": message, "param": None},
+        error={"code": loss.code, "message": message, "param": None},
     )
 
 

@@ -1,13 +1,15 @@
 """Prometheus metrics from a `Snapshot`, which is taken whenever Prometheus asks."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from app.database import Database
-from app.monitoring.repository import EndedJobs, snapshot
+from app.monitoring.repository import EndedGroup, EndedJobs, snapshot
 from app.usage import repository as usage
+from app.workers.tables import Worker
 
 
 class ServiceCollector(Collector):
@@ -44,6 +46,12 @@ class ServiceCollector(Collector):
             seconds.add_metric([total.project], total.gpu_seconds)
             tokens.add_metric([total.project], total.trained_tokens)
         yield from (seconds, tokens)
+        for name, labels in (
+            ("dpo_jobs_ended", ["status", "code", "project", "base_model"]),
+            ("dpo_worker_jobs_ended", ["status", "code", "worker"]),
+        ):
+            yield _ended(name, labels, state.ended)
+        yield from _of_workers(state.present_workers)
         attempts = CounterMetricFamily("dpo_job_attempts", "Leases taken on jobs so far, file checks included.")
         attempts.add_metric([], state.attempts)
         yield attempts
@@ -66,10 +74,45 @@ class ServiceCollector(Collector):
                 "Unfinished jobs that the object store, a disk or the database has stopped since their last progress.",
                 state.set_back,
             ),
+            (
+                "dpo_webhooks_failing",
+                "Webhook deliveries that have failed and will be tried again.",
+                state.webhooks_failing,
+            ),
+            (
+                "dpo_webhook_endpoints_disabled",
+                "Webhook endpoints that are disabled: they answered 410, or somebody did it.",
+                state.webhooks_disabled,
+            ),
             ("dpo_webhooks_due", "Webhook deliveries that are due.", state.webhooks_due),
             ("dpo_webhook_lag_seconds", "How long the oldest due delivery has been due.", state.webhook_lag),
         ):
             yield GaugeMetricFamily(name, help_text, value=value)
+
+
+def _ended(name: str, labels: list[str], ended: Counter[EndedGroup]) -> Metric:
+    """A counter of ended jobs, summed over all that `labels` do not name."""
+    counts = Counter[tuple[str, ...]]()
+    for group, count in ended.items():
+        counts[tuple(getattr(group, label) for label in labels)] += count
+    family = CounterMetricFamily(name, "Ended jobs. 'code' is that of their error.", labels=labels)
+    for values, total in sorted(counts.items()):
+        family.add_metric(values, total)
+    return family
+
+
+def _of_workers(present: Sequence[Worker]) -> Iterator[Metric]:
+    """What each worker has reported of its disk and its GPU."""
+    disk = GaugeMetricFamily("dpo_worker_disk_free_bytes", "Free space for a worker's jobs.", labels=["worker"])
+    busy = GaugeMetricFamily("dpo_worker_gpu_utilization", "Share of time in which its GPU works.", labels=["worker"])
+    memory = GaugeMetricFamily("dpo_worker_gpu_memory_bytes", "Memory in use on a worker's GPU.", labels=["worker"])
+    for worker in present:
+        if "disk_free_bytes" in worker.details:
+            disk.add_metric([worker.name], worker.details["disk_free_bytes"])
+        if "gpu_use" in worker.details:
+            busy.add_metric([worker.name], worker.details["gpu_use"]["utilization"])
+            memory.add_metric([worker.name], worker.details["gpu_use"]["memory_bytes"])
+    yield from (disk, busy, memory)
 
 
 def _by(name: str, help_text: str, label: str, counts: dict[str, int]) -> Metric:

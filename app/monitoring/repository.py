@@ -3,9 +3,11 @@
 import math
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, func, select
+from sqlalchemy import ColumnElement, case, func, literal_column, select
 from sqlalchemy.orm import Session
 
 from app.broker import Lane
@@ -14,11 +16,23 @@ from app.derived_artifacts.tables import DerivedArtifact
 from app.jobs import queue as job_queue
 from app.jobs.states import ACTIVE, Status
 from app.jobs.tables import Job
-from app.webhooks.tables import WebhookDelivery
+from app.webhooks.tables import WebhookDelivery, WebhookEndpoint
 from app.workers import repository as workers
+from app.workers.tables import Worker
 
 SETTLED_SECONDS = 60.0
 """No transaction that is still open can write a job's end with an older time."""
+
+
+class EndedGroup(NamedTuple):
+    """What ended jobs have in common. `code` is that of their error, "" for none."""
+
+    status: str
+    code: str
+    project: str
+    base_model: str
+    worker: str
+    """The lane and the host that ran them last; "" if none did."""
 
 
 @dataclass(frozen=True)
@@ -50,20 +64,29 @@ class Snapshot:
     """Number of workers that claim no jobs, because they cannot reach the object store."""
     set_back: int
     """Number of unfinished jobs that a fault of the object store, a disk or the database has set back."""
+    ended: Counter[EndedGroup]
+    """Number of ended jobs in each group."""
+    webhooks_failing: int
+    """Number of webhook deliveries that have failed and will be tried again."""
+    webhooks_disabled: int
+    """Number of webhook endpoints that are disabled."""
+    present_workers: Sequence[Worker]
+    """Workers that have reported lately."""
 
 
 class EndedJobs:
-    """The numbers of ended jobs and of their attempts. Each look counts only the jobs that have ended since the last.
+    """The numbers of ended jobs by group, and of all their attempts.
 
-    Jobs of the last minute are counted anew each time: a transaction may write an earlier time than one before it.
+    Each look counts only the jobs that have ended since the last. Jobs of the last minute are counted anew each time: a
+    transaction may write an earlier time than one before it.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counts, self._attempts, self._counted_until = Counter[str](), 0, -math.inf
+        self._counts, self._attempts, self._counted_until = Counter[EndedGroup](), 0, -math.inf
 
-    def count(self, session: Session) -> tuple[Counter[str], int]:
-        """(the number of jobs by final status, the sum of their attempts)."""
+    def count(self, session: Session) -> tuple[Counter[EndedGroup], int]:
+        """(the number of jobs by group, the sum of their attempts)."""
         with self._lock:
             until = now(session) - SETTLED_SECONDS
             if until > self._counted_until:
@@ -74,10 +97,14 @@ class EndedJobs:
             return self._counts + recent[0], self._attempts + recent[1]
 
     @staticmethod
-    def _read(session: Session, *conditions: ColumnElement[bool]) -> tuple[Counter[str], int]:
-        statement = select(Job.status, func.count(), func.sum(Job.attempt)).where(*conditions).group_by(Job.status)
+    def _read(session: Session, *conditions: ColumnElement[bool]) -> tuple[Counter[EndedGroup], int]:
+        failed = case((Job.status == Status.FAILED, Job.error["code"].as_string()), else_="")
+        group = (Job.status, func.coalesce(failed, ""), Job.project, Job.base_model, func.coalesce(Job.worker, ""))
+        numbered: list[ColumnElement[Any]] = [literal_column(str(number)) for number, _ in enumerate(group, start=1)]
+        statement = select(*group, func.count(), func.sum(Job.attempt)).where(*conditions).group_by(*numbered)
         rows = session.execute(statement).all()
-        return Counter({status: count for status, count, _ in rows}), sum(int(attempts) for _, _, attempts in rows)
+        counts = Counter({EndedGroup(*names): count for *names, count, _ in rows})
+        return counts, sum(int(attempts) for *_, attempts in rows)
 
 
 def snapshot(session: Session, ended: EndedJobs) -> Snapshot:
@@ -85,7 +112,9 @@ def snapshot(session: Session, ended: EndedJobs) -> Snapshot:
     unfinished = select(Job.status, Job.paused, func.count(), func.sum(Job.attempt)).where(Job.status.in_(ACTIVE))
     counts = session.execute(unfinished.group_by(Job.status, Job.paused)).all()
     ended_counts, attempts = ended.count(session)
-    jobs = {status.value: 0 for status in Status} | {"paused": 0} | ended_counts
+    jobs = {status.value: 0 for status in Status} | {"paused": 0}
+    for group, count in ended_counts.items():
+        jobs[group.status] += count
     for status, paused, count, active_attempts in counts:
         jobs["paused" if paused and status == Status.QUEUED else status] += count
         attempts += int(active_attempts)
@@ -96,6 +125,8 @@ def snapshot(session: Session, ended: EndedJobs) -> Snapshot:
     training = [job for job in leased if job.status == Status.RUNNING]
     due = select(func.count(), func.min(WebhookDelivery.eligible_at)).where(WebhookDelivery.eligible_at <= current)
     due_count, first_due = session.execute(due).one()
+    failing = select(func.count()).where(WebhookDelivery.eligible_at >= 0.0, WebhookDelivery.attempt > 0)
+    disabled = select(func.count()).where(WebhookEndpoint.disabled_at.is_not(None))
     pending = session.execute(
         select(DerivedArtifact.kind, func.count())
         .where(DerivedArtifact.status == "pending")
@@ -115,5 +146,9 @@ def snapshot(session: Session, ended: EndedJobs) -> Snapshot:
         workers={lane.value: len(rows) for lane, rows in present.items()},
         workers_out_of_service=workers.device_out_of_service(present[Lane.GPU]),
         workers_without_store=sum(map(workers.without_store, present.values())),
+        ended=ended_counts,
+        webhooks_failing=session.scalars(failing).one(),
+        webhooks_disabled=session.scalars(disabled).one(),
+        present_workers=[worker for rows in present.values() for worker in rows],
         set_back=session.scalars(select(func.count()).where(Job.status.in_(ACTIVE), Job.setbacks > 0)).one(),
     )

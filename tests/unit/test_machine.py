@@ -92,3 +92,23 @@ def test_a_program_without_limits_sees_the_machine() -> None:
     program = "from worker.machine import *; print(total_memory(), free_memory())"
     total, free = map(int, subprocess.check_output([sys.executable, "-c", program]).split())
     assert 0 < free < total <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_process_that_the_kernel_killed_for_memory_is_counted(groups: tuple[Group, Group]) -> None:
+    """The group's limit kills a child. Its parent then tells how many there were, and what the group used."""
+    limit = 256 * MEBIBYTE
+    for group in groups[::-1]:
+        groups[0].limit(1, limit)
+        before, status, after, peak, known_limit = group.run(
+            "import os, sys, subprocess\n"
+            "print(memory_kills(), flush=True)\n"
+            f"child = subprocess.run([sys.executable, '-c', 'kept = b\"x\" * {2 * limit}'])\n"
+            "print(child.returncode, memory_kills(), *peak_memory())"
+        )
+        assert (status, after - before, known_limit) == (-9, 1, limit)
+        assert limit / 2 < peak <= limit
+
+
+def test_a_program_without_limits_has_no_peak() -> None:
+    program = "from worker.machine import *; print(memory_kills() >= 0, peak_memory())"
+    assert subprocess.check_output([sys.executable, "-c", program]).startswith(b"True ")
