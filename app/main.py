@@ -33,11 +33,12 @@ from app.keys.endpoints import router as keys_router
 from app.keys.middleware import AccessMiddleware
 from app.logging import configure_logging
 from app.models.endpoints import router as models_router
-from app.monitoring.collector import ServiceCollector
+from app.monitoring.collector import ProjectCollector, ServiceCollector
 from app.monitoring.endpoints import router as monitoring_router
 from app.monitoring.health import router as health_router
 from app.monitoring.middleware import RequestMetricsMiddleware
 from app.monitoring.readiness import Readiness
+from app.monitoring.repository import EndedJobs
 from app.paths import PathMiddleware
 from app.projects.endpoints import router as projects_router
 from app.query_parameters import refuse_unknown
@@ -107,7 +108,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.services = services
     app.state.readiness = Readiness(services.database, services.storage, services.secret_box)
     app.state.registry = registry = CollectorRegistry()
-    registry.register(ServiceCollector(services.database))
+    app.state.project_registry = project_registry = CollectorRegistry()
+    ended = EndedJobs()
+    registry.register(ServiceCollector(services.database, ended))
+    project_registry.register(ProjectCollector(services.database, ended))
     ProcessCollector(registry=registry)
     install_handlers(app)
     app.add_exception_handler(NotSignedIn, ask_for_a_key)

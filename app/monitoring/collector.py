@@ -15,8 +15,8 @@ from app.workers.tables import Worker
 class ServiceCollector(Collector):
     """The state of the whole installation. Every API process reports the same numbers."""
 
-    def __init__(self, database: Database) -> None:
-        self.database, self.ended = database, EndedJobs()
+    def __init__(self, database: Database, ended: EndedJobs) -> None:
+        self.database, self.ended = database, ended
 
     def describe(self) -> list[Metric]:
         """Nothing. Otherwise the registry would collect at registration, and would need the database for it."""
@@ -25,29 +25,12 @@ class ServiceCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         with self.database.read() as session:
             state = snapshot(session, self.ended)
-            totals = usage.totals(session)
         yield _by("dpo_jobs", "Jobs by status; 'paused' counts queued jobs on hold.", "status", state.jobs)
         yield _by("dpo_leases", "Leases of jobs, held and expired.", "state", state.leases)
         yield _by("dpo_derived_artifacts", "Reports and merges that are not ready.", "kind", state.derived_artifacts)
         yield _by("dpo_workers", "Workers that reported in the last 90 seconds.", "lane", state.workers)
-        yield _by(
-            "dpo_project_storage_bytes",
-            "Bytes that a project stores, measured each hour.",
-            "project",
-            {total.project: total.storage_bytes for total in totals},
-        )
-        seconds = CounterMetricFamily(
-            "dpo_project_gpu_seconds", "GPU time of a project's jobs, lost attempts included.", labels=["project"]
-        )
-        tokens = CounterMetricFamily(
-            "dpo_project_trained_tokens", "Tokens of a project's trainings that succeeded.", labels=["project"]
-        )
-        for total in totals:
-            seconds.add_metric([total.project], total.gpu_seconds)
-            tokens.add_metric([total.project], total.trained_tokens)
-        yield from (seconds, tokens)
         for name, labels in (
-            ("dpo_jobs_ended", ["status", "code", "project", "base_model"]),
+            ("dpo_jobs_ended", ["status", "code", "base_model"]),
             ("dpo_worker_jobs_ended", ["status", "code", "worker"]),
         ):
             yield _ended(name, labels, state.ended)
@@ -88,6 +71,35 @@ class ServiceCollector(Collector):
             ("dpo_webhook_lag_seconds", "How long the oldest due delivery has been due.", state.webhook_lag),
         ):
             yield GaugeMetricFamily(name, help_text, value=value)
+
+
+class ProjectCollector(Collector):
+    """What each project has used, and how its jobs ended. Only administrators see it."""
+
+    def __init__(self, database: Database, ended: EndedJobs) -> None:
+        self.database, self.ended = database, ended
+
+    def describe(self) -> list[Metric]:
+        """Nothing, as for `ServiceCollector`."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        with self.database.read() as session:
+            totals = usage.totals(session)
+            ended, _ = self.ended.count(session)
+        yield _ended("dpo_project_jobs_ended", ["status", "code", "project"], ended)
+        storage = {total.project: total.storage_bytes for total in totals}
+        yield _by("dpo_project_storage_bytes", "Bytes that a project stores, measured each hour.", "project", storage)
+        seconds = CounterMetricFamily(
+            "dpo_project_gpu_seconds", "GPU time of a project's jobs, lost attempts included.", labels=["project"]
+        )
+        tokens = CounterMetricFamily(
+            "dpo_project_trained_tokens", "Tokens of a project's trainings that succeeded.", labels=["project"]
+        )
+        for total in totals:
+            seconds.add_metric([total.project], total.gpu_seconds)
+            tokens.add_metric([total.project], total.trained_tokens)
+        yield from (seconds, tokens)
 
 
 def _ended(name: str, labels: list[str], ended: Counter[EndedGroup]) -> Metric:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from worker.device import DeviceUnusable, find_device
+from worker.device import Device, DeviceUnusable, GpuUse, find_device, use_of
 
 
 @pytest.fixture
@@ -71,3 +71,14 @@ def test_a_gpu_that_is_hidden_or_that_torch_cannot_use_is_not_shown(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr("importlib.metadata.version", lambda _: "2.13.0+cpu")
     assert find_device("auto").kind == "cpu"
+
+
+def test_a_worker_tells_how_busy_its_gpu_is(driver: Path) -> None:
+    gpu = Device("cuda", "NVIDIA H100", 81559 * 1024**2)
+    driver.write_text('#!/bin/sh\n[ "$1" = --query-gpu=utilization.gpu,memory.used ] && echo "97, 70123"\n')
+    assert use_of(gpu) == GpuUse(0.97, 70123 * 1024**2)
+    driver.write_text("#!/bin/sh\necho '[N/A], [N/A]'\n")  # some virtual GPUs do not tell
+    assert use_of(gpu) is None
+    driver.unlink()
+    assert use_of(gpu) is None
+    assert use_of(Device("cpu", "x86_64", 1)) is None
