@@ -3,7 +3,7 @@
 The database and the object store both hold it, so that a store is never taken for another installation's.
 """
 
-from sqlalchemy import select, update
+from sqlalchemy import false, select, update
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.database import Database, Table
@@ -20,6 +20,10 @@ class Installation(Table):
     id: Mapped[str] = mapped_column(primary_key=True)
     secret_fingerprint: Mapped[str | None]
     """Of the key of `DPO_SECRET_KEY`. None until the first process of this version starts."""
+    claims_paused: Mapped[bool] = mapped_column(default=False, server_default=false())
+    """Whether no worker may start a job."""
+    read_only: Mapped[str | None]
+    """Why nothing may be changed; None if it may."""
 
 
 def store_installation(storage: Storage) -> str | None:

@@ -39,6 +39,7 @@ from app.monitoring.health import router as health_router
 from app.monitoring.middleware import RequestMetricsMiddleware
 from app.monitoring.readiness import Readiness
 from app.monitoring.repository import EndedJobs
+from app.operations.endpoints import router as operations_router
 from app.paths import PathMiddleware
 from app.projects.endpoints import router as projects_router
 from app.query_parameters import refuse_unknown
@@ -50,6 +51,7 @@ from app.sweeps.endpoints import router as sweeps_router
 from app.uploads.endpoints import router as uploads_router
 from app.usage.endpoints import router as usage_router
 from app.webhooks.endpoints import router as webhooks_router
+from app.workers.endpoints import router as workers_router
 
 ERRORS: dict[int | str, dict[str, object]] = {
     status: {"model": ErrorResponse} for status in (400, 401, 403, 404, 409, 413, 429, 500, 503)
@@ -67,6 +69,8 @@ ROUTERS = (
     projects_router,
     usage_router,
     keys_router,
+    workers_router,
+    operations_router,
 )
 
 

@@ -14,6 +14,7 @@ from app.jobs.service import Jobs
 from app.keys.rates import RateLimiter
 from app.keys.service import Keys
 from app.models.service import Models
+from app.operations.service import OperationsControl
 from app.projects.service import Projects
 from app.settings import Settings
 from app.storage import Storage
@@ -21,6 +22,7 @@ from app.sweeps.service import Sweeps
 from app.uploads.service import Uploads
 from app.usage.service import UsageReports
 from app.webhooks.service import Webhooks
+from app.workers.service import Workers
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Services:
     models: Models
     secret_box: SecretBox
     webhooks: Webhooks
+    workers: Workers
+    operations: OperationsControl
 
     @classmethod
     def of(cls, settings: Settings) -> "Services":
@@ -77,4 +81,6 @@ class Services:
             models=Models(database, storage, broker),
             secret_box=secret_box,
             webhooks=Webhooks(database, broker, secret_box, settings.private_webhooks),
+            workers=Workers(database),
+            operations=OperationsControl(database),
         )

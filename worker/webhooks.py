@@ -13,6 +13,7 @@ from standardwebhooks import Webhook
 
 from app import __version__
 from app.database import now
+from app.operations import service as operations
 from app.outbound_http import HostRefused, new_client, resolve
 from app.services import Services
 from app.webhooks import repository
@@ -54,6 +55,8 @@ class Sender:
     def _claim(self, busy: Sequence[str] = ()) -> tuple[WebhookDelivery, WebhookEndpoint, datetime] | None:
         """(delivery, its endpoint, the time by the database's clock) of a due delivery; None if there is none."""
         with self.services.database.write() as session:
+            if operations.current(session).read_only is not None:
+                return None
             claimed = repository.claim(session, self.owner, busy)
             return claimed and (*claimed, datetime.fromtimestamp(now(session), UTC))
 

@@ -18,6 +18,7 @@ from app.jobs import queue as job_queue
 from app.jobs.kinds import EVALUATION_JOB, TRAINING_JOB
 from app.jobs.states import Status
 from app.models import repository as models
+from app.operations.service import is_read_only, may_claim
 from app.secret_rotation import require_known_key
 from app.services import Services
 from app.spec.json_types import JsonObject
@@ -129,6 +130,9 @@ class WorkerPool:
         if not self._key_is_known:
             require_known_key(self.services.database, self.services.secret_box)
             self._key_is_known = True
+        with self.services.database.read() as session:
+            if not may_claim(session, self.owner):
+                return False
         if not self._usable():
             return False
         done = self._check_or_make() if self.lane == Lane.CPU else self._train_or_evaluate()
@@ -176,7 +180,8 @@ class WorkerPool:
         while not self.stopping.is_set():
             began = time.thread_time()
             try:
-                keep_house(self.services)
+                if not is_read_only(self.services.database):
+                    keep_house(self.services)
                 if time.monotonic() - registered_at >= REGISTER_SECONDS:
                     self._register()
                     registered_at = time.monotonic()
@@ -200,7 +205,8 @@ class WorkerPool:
         while not self.stopping.wait(CHORE_SECONDS):
             for work in (count_usage, pack_events, apply_retention, retain_checkpoints, prune_objects):
                 try:
-                    work(self.services)
+                    if not is_read_only(self.services.database):
+                        work(self.services)
                 except Exception as error:  # the next round may succeed
                     log.warning("housekeeping failed", reason=str(error))
 

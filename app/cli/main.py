@@ -17,6 +17,7 @@ from app.cli.files import files
 from app.cli.jobs import jobs
 from app.cli.keys import keys
 from app.cli.models import models
+from app.cli.operations import read_only, workers
 from app.cli.processes import end_with_parent
 from app.cli.projects import projects
 from app.cli.secrets import secrets
@@ -25,11 +26,11 @@ from app.cli.sweeps import sweeps
 from app.errors import ServiceError
 
 cli = typer.Typer(name="dpo", help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
-for verb in (service.serve, service.api, service.worker, service.migrate, service.train, evaluate, compare):
+for verb in (service.serve, service.api, service.worker, service.migrate, service.train, evaluate, compare, read_only):
     cli.command()(verb)
 GROUPS = {
     "keys": keys, "projects": projects, "storage": storage, "files": files, "jobs": jobs, "models": models,
-    "evaluations": evaluations, "sweeps": sweeps, "secrets": secrets,
+    "evaluations": evaluations, "sweeps": sweeps, "secrets": secrets, "workers": workers,
 }  # fmt: skip
 for name, group in GROUPS.items():
     cli.add_typer(group, name=name)

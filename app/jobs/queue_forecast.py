@@ -18,9 +18,11 @@ from app.jobs import queue as job_queue
 from app.jobs.queue import WaitingJob
 from app.jobs.states import Status
 from app.jobs.tables import Job
+from app.operations import service as operations
 from app.workers import repository as workers
 from app.workers.tables import Worker
 
+OPERATOR = "the operator: workers start no jobs at present"
 HORIZON = 200
 """Number of jobs that are simulated. Jobs behind them get a position and no times."""
 
@@ -53,6 +55,12 @@ def forecast(session: Session, jobs: list[Job]) -> dict[str, QueuePlace]:
             for job in waiting
             if job.id not in ready and job.parent_id is not None
         }
+        stopped = operations.current(session)
+        if stopped.claims_paused or stopped.read_only is not None:
+            places |= {
+                job.id: replace(places.get(job.id, QueuePlace()), start=None, finish=None, waiting_for=OPERATOR)
+                for job in waiting
+            }
         limits = job_queue.projects_at_limit(session, {job.project for job in waiting})
         for job in waiting:
             if job.project in limits and job.id in places and places[job.id].waiting_for is None:

@@ -28,6 +28,8 @@ class Access:
     """Any Host header is accepted, because operators and probes may call any address of the service."""
     stream_token: bool = False
     """A token in the query string may replace the key."""
+    when_read_only: bool = False
+    """A write is allowed even while nothing else may be changed."""
     streams_body: bool = False
     """The body is read as a stream, with its own size limit."""
 

@@ -15,10 +15,11 @@ from starlette.types import Scope as ConnectionScope
 
 from app.errors import Forbidden, NotFound, ServiceError, TooLarge, Unauthenticated, Unavailable
 from app.exception_handlers import error_answer
-from app.keys.access import Access, AccessTable
+from app.keys.access import READING, Access, AccessTable
 from app.keys.rates import RateLimiter
 from app.keys.schemas import Scope
 from app.keys.service import Caller, Keys
+from app.operations.service import require_writable
 from app.paths import own_path
 
 MAX_BODY_BYTES = 1024 * 1024
@@ -77,6 +78,8 @@ class AccessMiddleware:
         caller = caller or self._caller(headers)
         self._check_scope(caller, access.required(method))
         self.limiter.check(caller)
+        if method not in READING and not access.when_read_only:
+            require_writable(self.keys.database)
         return caller
 
     @staticmethod

@@ -36,8 +36,8 @@ def present(session: Session, lane: str) -> Sequence[Worker]:
 
 
 def in_service(worker: Worker) -> bool:
-    """Whether a worker claims jobs. It does not while its device or the object store fails."""
-    return not worker.details.keys() & {"problem", "store_problem"}
+    """Whether a worker claims jobs. It does not while it is cordoned, or while its device or the object store fails."""
+    return not worker.cordoned and not worker.details.keys() & {"problem", "store_problem"}
 
 
 def device_out_of_service(present: Sequence[Worker]) -> int:
@@ -53,6 +53,11 @@ def without_store(present: Sequence[Worker]) -> int:
 def serves(worker: Worker, *base_models: str) -> bool:
     """Whether a worker serves all of `base_models`."""
     return all(any(fnmatchcase(name, pattern) for pattern in worker.serves) for name in base_models)
+
+
+def is_cordoned(session: Session, name: str) -> bool:
+    """Whether an operator lets this worker start no jobs."""
+    return bool(session.scalar(select(Worker.cordoned).where(Worker.name == name)))
 
 
 def knows(worker: Worker, spec_version: int) -> bool:

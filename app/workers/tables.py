@@ -1,5 +1,6 @@
 """The table of workers."""
 
+from sqlalchemy import false
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.database import Table
@@ -14,6 +15,8 @@ class Worker(Table):
     name: Mapped[str] = mapped_column(primary_key=True)
     lane: Mapped[str]
     seen_at: Mapped[float]
+    cordoned: Mapped[bool] = mapped_column(default=False, server_default=false())
+    """Whether it may start no jobs, because an operator wants it so."""
     serves: Mapped[list[str]]
     """Names of base models, or patterns of hub ids."""
     details: Mapped[JsonObject]

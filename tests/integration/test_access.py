@@ -27,7 +27,7 @@ from tests.helpers.api import ROW, error_of, key_of, upload
 from tests.helpers.derived_artifacts import work
 
 OPEN = {"/healthz", "/readyz"}
-INSTALLATION_ROUTES = ("/v1/keys", "/v1/projects")
+INSTALLATION_ROUTES = ("/v1/keys", "/v1/projects", "/v1/workers", "/v1/operations")
 """Routes of the whole installation, for the scope admin."""
 UNKNOWN_IDS = {
     "file_id": "file-none",
@@ -46,6 +46,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/uploads/{upload_id}/complete": {"json": {"part_ids": ["part-x"]}},
     "/v1/uploads/{upload_id}/parts": {"files": {"data": b"x"}},
     "/v1/webhooks/{endpoint_id}": {"json": {"enabled": False}},
+    "/v1/workers/{name}": {"json": {"cordoned": True}},
     "/v1/projects/{project_id}": {"json": {"max_running_jobs": 1}},
 }
 MODEL = "ft:tiny:default::mine"
