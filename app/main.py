@@ -18,6 +18,8 @@ from starlette.routing import Route
 from uvicorn.config import STARTUP_FAILURE
 
 from app import __version__
+from app.audit.endpoints import router as audit_router
+from app.audit.middleware import AuditMiddleware
 from app.compression import DecompressionMiddleware
 from app.dashboard.endpoints import FOLDER as DASHBOARD
 from app.dashboard.endpoints import router as dashboard_router
@@ -71,6 +73,7 @@ ROUTERS = (
     keys_router,
     workers_router,
     operations_router,
+    audit_router,
 )
 
 
@@ -146,6 +149,7 @@ def _add_routes(app: FastAPI) -> AccessTable:
 
 def _add_middleware(app: FastAPI, services: Services, registry: CollectorRegistry, routes: AccessTable) -> None:
     """Add the middleware. A request passes the last one first."""
+    app.add_middleware(AuditMiddleware, audit=services.audit, routes=routes)
     app.add_middleware(
         AccessMiddleware,
         keys=services.keys,

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from app.audit.service import AuditLog
 from app.broker import Broker
 from app.database import Database
 from app.dataset_reports.service import Reports
@@ -49,6 +50,7 @@ class Services:
     webhooks: Webhooks
     workers: Workers
     operations: OperationsControl
+    audit: AuditLog
 
     @classmethod
     def of(cls, settings: Settings) -> "Services":
@@ -83,4 +85,5 @@ class Services:
             webhooks=Webhooks(database, broker, secret_box, settings.private_webhooks),
             workers=Workers(database),
             operations=OperationsControl(database),
+            audit=AuditLog(database),
         )

@@ -6,6 +6,7 @@ from sqlalchemy import Connection
 from app import cached_objects as _cached_objects  # noqa: F401 - each import registers its tables
 from app import chores as _chores  # noqa: F401
 from app import installation as _installation  # noqa: F401
+from app.audit import tables as _audit  # noqa: F401
 from app.database import Table
 from app.derived_artifacts import tables as _tasks  # noqa: F401
 from app.files import tables as _files  # noqa: F401

@@ -6,6 +6,7 @@ import structlog
 from sqlalchemy import delete, select
 
 from app import cached_objects, chores
+from app.audit import repository as audit
 from app.database import Database, now
 from app.derived_artifacts import repository as artifacts
 from app.files import repository as files
@@ -104,7 +105,7 @@ def prune_objects(services: Services) -> None:
 
 
 def forget_old_events(database: Database, seconds: float) -> int:
-    """Delete the events of jobs that ended more than `seconds` ago, and ended webhook deliveries of that age.
+    """Delete the events of jobs that ended more than `seconds` ago, webhook deliveries and audit events of that age.
 
     Returns the number of rows. The last metrics of a job are in the job's row and stay.
     """
@@ -113,8 +114,9 @@ def forget_old_events(database: Database, seconds: float) -> int:
         with database.write() as session:
             events, more = job_events.forget(session, seconds, FORGET_BATCH)
             deliveries = webhooks.forget(session, seconds, FORGET_BATCH)
-        forgotten += events + deliveries
-        if not more and deliveries == 0:
+            changes = audit.forget(session, seconds, FORGET_BATCH)
+        forgotten += events + deliveries + changes
+        if not more and deliveries == changes == 0:
             return forgotten
         time.sleep(0.1)  # lets other writers in
 

@@ -3,6 +3,8 @@
 The database's libraries are imported only by those commands: they would double the start of all others.
 """
 
+import getpass
+import sys
 from typing import TYPE_CHECKING
 
 from app.settings import Settings
@@ -12,7 +14,10 @@ if TYPE_CHECKING:
 
 
 def local() -> "Services":
-    """This machine's installation. Its database is migrated to this version's schema first."""
+    """This machine's installation. Its database is migrated to this version's schema first.
+
+    The command goes to the audit log.
+    """
     from app.migrate import migrate
     from app.secret_rotation import require_known_key
     from app.services import Services
@@ -20,6 +25,8 @@ def local() -> "Services":
     services = Services.of(Settings())
     migrate(services.database)
     require_known_key(services.database, services.secret_box)
+    command = " ".join(["dpo", *sys.argv[1:]])
+    services.audit.record(actor=f"cli:{getpass.getuser()}", action=" ".join(command.split()[:3]), subject=command)
     return services
 
 

@@ -27,7 +27,7 @@ from tests.helpers.api import ROW, error_of, key_of, upload
 from tests.helpers.derived_artifacts import work
 
 OPEN = {"/healthz", "/readyz"}
-INSTALLATION_ROUTES = ("/v1/keys", "/v1/projects", "/v1/workers", "/v1/operations")
+INSTALLATION_ROUTES = ("/v1/keys", "/v1/projects", "/v1/workers", "/v1/operations", "/v1/audit")
 """Routes of the whole installation, for the scope admin."""
 UNKNOWN_IDS = {
     "file_id": "file-none",

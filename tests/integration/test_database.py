@@ -16,6 +16,7 @@ from sqlalchemy.exc import OperationalError, SAWarning
 from structlog.testing import capture_logs
 
 from app import database
+from app.audit.tables import AuditEvent
 from app.database import Database, Table, database_now
 from app.jobs import queries
 from app.jobs import queue as job_queue
@@ -190,7 +191,7 @@ def numbered_tables() -> list[str]:
 
 def test_rows_are_numbered_beyond_32_bits(client: TestClient, services: Services) -> None:
     """A service with 500 jobs a day writes so many events in two years."""
-    assert sorted(numbered_tables()) == ["job_events", "sent_requests"]
+    assert sorted(numbered_tables()) == ["audit_events", "job_events", "sent_requests"]
     body = {"model": "tiny", "training_file": upload(client)}
 
     def create(key: str) -> str:
@@ -209,6 +210,7 @@ def test_rows_are_numbered_beyond_32_bits(client: TestClient, services: Services
     assert len(client.get(f"/v1/fine_tuning/jobs/{job_id}/events").json()["data"]) == 1
     with services.database.read() as session:
         assert session.scalars(select(func.max(JobEvent.sequence))).one() == LARGEST + 1
+        assert session.scalars(select(func.max(AuditEvent.sequence))).one() == LARGEST + 2
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)

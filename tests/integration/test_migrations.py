@@ -15,6 +15,7 @@ from app.services import Services
 from app.settings import Settings
 
 REVISIONS = [script.revision for script in ScriptDirectory.from_config(alembic_config()).walk_revisions()][::-1]
+BEFORE_AN_ALTER_TABLE = "0015"
 PACKED = b"x\x9c\x8b\x8e\x05\x00\x01\x15\x00\xb9"
 """No events, as a block stores them: `zlib.compress(b"[]")`."""
 
@@ -85,7 +86,7 @@ def test_a_migration_that_has_to_wait_stops_nobody_else(settings: Settings, monk
     monkeypatch.setattr("app.migrate.LOCK_SECONDS", 0.2)
     monkeypatch.setattr("app.migrate.LOCK_PAUSE_SECONDS", 0.2)
     services = Services.of(settings)
-    migrate(services.database, REVISIONS[-2])
+    migrate(services.database, BEFORE_AN_ALTER_TABLE)
     with ThreadPoolExecutor(1) as pool:
         with services.database.read() as dump:
             read_all(dump)
@@ -109,7 +110,7 @@ def test_a_migration_says_what_blocks_it(settings: Settings, monkeypatch: pytest
     for name, value in (("LOCK_SECONDS", 0.05), ("LOCK_PAUSE_SECONDS", 0.0), ("LOCK_TRIES", 3)):
         monkeypatch.setattr(f"app.migrate.{name}", value)
     services = Services.of(settings)
-    migrate(services.database, REVISIONS[-2])
+    migrate(services.database, BEFORE_AN_ALTER_TABLE)
     with services.database.read() as dump:
         read_all(dump)
         if dump.get_bind().dialect.name == "postgresql":
