@@ -180,6 +180,13 @@ class Storage:
         for key, _size in self.list(prefix):
             self.get_file(key, folder / key.removeprefix(f"{prefix}/"))
 
+    def size(self, key: str) -> int | None:
+        """The size of an object in bytes; None if it does not exist."""
+        try:
+            return obstore.head(self.store, key)["size"]
+        except (NotFoundError, FileNotFoundError):
+            return None
+
     def list(self, prefix: str) -> list[tuple[str, int]]:
         """(key, size in bytes) of every object under `prefix/`, sorted."""
         batches = obstore.list(self.store, prefix)

@@ -14,6 +14,7 @@ from app.cli.client import ClientError
 from app.cli.compare import compare
 from app.cli.evaluations import evaluate, evaluations
 from app.cli.files import files
+from app.cli.fsck import fsck
 from app.cli.jobs import jobs
 from app.cli.keys import keys
 from app.cli.models import models
@@ -26,7 +27,17 @@ from app.cli.sweeps import sweeps
 from app.errors import ServiceError
 
 cli = typer.Typer(name="dpo", help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
-for verb in (service.serve, service.api, service.worker, service.migrate, service.train, evaluate, compare, read_only):
+for verb in (
+    service.serve,
+    service.api,
+    service.worker,
+    service.migrate,
+    service.train,
+    evaluate,
+    compare,
+    read_only,
+    fsck,
+):
     cli.command()(verb)
 GROUPS = {
     "keys": keys, "projects": projects, "storage": storage, "files": files, "jobs": jobs, "models": models,
