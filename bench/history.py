@@ -78,7 +78,7 @@ def api(environment: dict[str, str]) -> Iterator[httpx2.Client]:
 def requests(client: httpx2.Client, history: History) -> dict[str, Call]:
     """Requests of the project with the longest queue."""
     project = {"name": "bench", "project": "project-1"}
-    client.post("/projects", json={"id": "project-1"}).raise_for_status()
+    client.post("/projects/project-1", json={"max_queued_jobs": None})  # a version before schema 0013 has no limit
     key = client.post("/keys", json=project).raise_for_status().json()["key"]
     headers = {"Authorization": f"Bearer {key}"}
     content = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'

@@ -67,14 +67,7 @@ def pack_events(services: Services) -> None:
 
     It begins a day after the first worker that can do it: an API of the version before would not find them in blocks.
     """
-    began_at = chores.take(services.database, "pack events", PACK_SECONDS)
-    if began_at is None:
-        return
-    with services.database.read() as session:
-        current = now(session)
-    if not began_at:
-        chores.note(services.database, "pack events", str(current), PACK_SECONDS)
-    if not began_at or current - float(began_at) < ROLLOUT_SECONDS:
+    if (chore_age := _take(services.database, "pack events", PACK_SECONDS)) is None or chore_age < ROLLOUT_SECONDS:
         return
     for _ in range(PACK_BLOCKS):
         with services.database.write() as session:
@@ -84,10 +77,32 @@ def pack_events(services: Services) -> None:
 
 
 def retain_checkpoints(services: Services) -> None:
-    """Delete the checkpoints of jobs that ended before DPO_RETAIN_CHECKPOINTS_DAYS. One worker does it each hour."""
-    days = services.settings.retain_checkpoints_days
-    if days and chores.take(services.database, "checkpoints", RETENTION_SECONDS) is not None:
-        log.info("old checkpoints deleted", checkpoints=services.models.forget_checkpoints(days * 86400), days=days)
+    """Delete the checkpoints of jobs that ended before DPO_RETAIN_CHECKPOINTS_DAYS. One worker does it each hour.
+
+    It begins so many days after the first worker that can do it. Until then, an operator may decide otherwise about the
+    checkpoints of years.
+    """
+    seconds = services.settings.retain_checkpoints_days * 86400
+    if not seconds:
+        return
+    if (chore_age := _take(services.database, "checkpoints", RETENTION_SECONDS)) is None or chore_age < seconds:
+        return
+    log.info("old checkpoints deleted", folders=services.models.forget_checkpoints(seconds))
+
+
+def _take(database: Database, name: str, seconds: float) -> float | None:
+    """As `chores.take`, for a chore whose cursor is the time when it was due for the first time.
+
+    Returns the seconds since then; None if it is not due.
+    """
+    began_at = chores.take(database, name, seconds)
+    if began_at is None:
+        return None
+    with database.read() as session:
+        current = now(session)
+    if not began_at:
+        chores.note(database, name, str(current), seconds)
+    return current - float(began_at or current)
 
 
 def prune_objects(services: Services) -> None:

@@ -3,6 +3,7 @@
 import heapq
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from sqlalchemy import ColumnElement, ScalarSelect, case, func, not_, or_, select, update
 from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
@@ -43,7 +44,7 @@ WAITING = (Job.status == Status.QUEUED, Job.paused.is_(False), _ready())
 
 
 READ_AT_ONCE = 200
-"""Waiting jobs of a project that are read first. The rest is read if anybody asks for it."""
+"""Waiting jobs of a project that are read first. The rest is read if somebody asks for a place behind them."""
 
 
 @dataclass(frozen=True)
@@ -82,21 +83,17 @@ def waiting(session: Session) -> Iterator[WaitingJob]:
 
 
 def _line(session: Session, project: str) -> Iterator[WaitingJob]:
-    """The waiting jobs of a project, next one first."""
+    """The waiting jobs of a project, next one first. Only the first `READ_AT_ONCE` know their other base models."""
     columns = select(Job.id, Job.created_at, Job.base_model, Job.memory_bytes, Job.estimated_seconds, Job.spec_version)
     ordered = columns.where(Job.project == project, *WAITING).order_by(*QUEUE_ORDER)
-    for statement in (ordered.limit(READ_AT_ONCE), ordered.offset(READ_AT_ONCE)):
-        rows = session.execute(statement).all()
-        jobs = {
-            job_id: WaitingJob(job_id, project, created_at, [base] if base else [], memory, seconds, version)
-            for job_id, created_at, base, memory, seconds, version in rows
-        }
-        others = select(OtherBase.job_id, OtherBase.base_model).where(OtherBase.job_id.in_(jobs))
-        for job_id, base in session.execute(others):
-            jobs[job_id].bases.append(base)
-        yield from jobs.values()
-        if len(rows) < READ_AT_ONCE:
-            return
+    rows = session.execute(ordered.limit(READ_AT_ONCE)).all()
+    bases = {row.id: [row.base_model] if row.base_model else [] for row in rows}
+    others = select(OtherBase.job_id, OtherBase.base_model).where(OtherBase.job_id.in_(bases))
+    for job_id, base in session.execute(others):
+        bases[job_id].append(base)
+    behind = session.execute(ordered.offset(READ_AT_ONCE)) if len(rows) == READ_AT_ONCE else ()
+    for job_id, created_at, base, memory, seconds, version in chain(rows, behind):
+        yield WaitingJob(job_id, project, created_at, bases.get(job_id, [base]), memory, seconds, version)
 
 
 def count_waiting(session: Session, limit: int) -> int:

@@ -23,7 +23,7 @@ from app.workers import repository as workers
 from app.workers.tables import Worker
 
 OPERATOR = "the operator: workers start no jobs at present"
-HORIZON = 200
+HORIZON = job_queue.READ_AT_ONCE
 """Number of jobs that are simulated. Jobs behind them get a position and no times."""
 
 
