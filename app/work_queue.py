@@ -10,7 +10,7 @@ after a pause. Jobs, derived artifacts and webhook deliveries are queues of this
 from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
-from sqlalchemy import ColumnElement, Row, SQLColumnExpression, and_, case, or_, select, update
+from sqlalchemy import ColumnElement, Row, Select, SQLColumnExpression, and_, case, or_, select, update
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from app.database import database_now
@@ -61,8 +61,6 @@ class Queued:
 PROGRESS: dict[str, Any] = {"lost_attempts": 0, "setbacks": 0}
 """The columns that an attempt writes when it has made progress that no later attempt has to repeat."""
 Work = TypeVar("Work", bound=Queued)
-Leased = Row[str, int, float | None]
-"""(id, attempt, end) of a lease."""
 
 
 class WorkQueue(Generic[Work]):
@@ -129,11 +127,11 @@ class WorkQueue(Generic[Work]):
 
     # -- what a reaper sees --------------------------------------------------------------------------------------
 
-    def leases(self, session: Session) -> Sequence[Leased]:
-        """Every lease that someone holds."""
+    def leases(self) -> "Select[str, int, float | None]":
+        """Selects every lease that someone holds: (id, attempt, end)."""
         table = self.table
         statement = select(table.id, table.attempt, table.lease_expires_at)
-        return session.execute(statement.where(self.active, table.lease_owner.is_not(None))).all()
+        return statement.where(self.active, table.lease_owner.is_not(None))
 
     def lapsed(self, session: Session) -> Sequence[Work]:
         """The rows whose worker stopped renewing its lease, locked and in the queue's order.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import structlog
+from sqlalchemy import union_all
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
@@ -79,7 +80,7 @@ class Reaper:
         """Take expired leases away unless there was a break, and wake the workers that have work again."""
         with self.services.database.read() as session:
             database_time = now(session)
-            leases = [lease for queue, _ in QUEUES for lease in queue.leases(session)]
+            leases = session.execute(union_all(*(queue.leases() for queue, _ in QUEUES))).all()
             orphans = bool(queries.orphans(session))
         own_time, held_leases = time.monotonic(), {(row_id, attempt, end) for row_id, attempt, end in leases}
         in_touch, unrenewed = self.in_touch(own_time, database_time), self.unrenewed(own_time, held_leases)

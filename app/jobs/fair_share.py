@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, SQLColumnExpression, select
 from sqlalchemy.orm import Session
 
-from app.database import Database, now
+from app.database import Database, database_now, now
 from app.jobs.states import Status
 from app.jobs.tables import Job
 from app.projects import repository as projects
@@ -56,13 +56,13 @@ def by_use(session: Session, order: Order, *conditions: ColumnElement[bool]) -> 
     found = _projects(session, order, conditions)
     if not found:
         return []
-    current, running = now(session), defaultdict[str, float](float)
+    current, running = found[0][2], defaultdict[str, float](float)
     columns = select(Job.project, Job.estimated_seconds, Job.ran_seconds, Job.counted_seconds)
     for name, estimated, ran, counted in session.execute(columns.where(Job.status == Status.RUNNING)):
         running[name] += expected_seconds(estimated, ran) - counted
     shares = [
         Share(project.id, project.weight, used_lately(project, current) + running[project.id], first_at)
-        for project, first_at in found
+        for project, first_at, _ in found
     ]
     return sorted(shares, key=Share.turn)
 
@@ -71,14 +71,16 @@ def by_last_check(session: Session, order: Order, *conditions: ColumnElement[boo
     """The same projects, in turn: first the one whose last check of a job's files began first."""
     found = _projects(session, order, conditions)
     found.sort(key=lambda row: (row[0].checked_at, row[1], row[0].id))
-    return [project.id for project, _ in found]
+    return [project.id for project, _, _ in found]
 
 
-def _projects(session: Session, order: Order, conditions: Sequence[ColumnElement[bool]]) -> list[tuple[Project, float]]:
-    """The projects that have a job with `conditions`, each with the time when the first of these was created."""
+def _projects(
+    session: Session, order: Order, conditions: Sequence[ColumnElement[bool]]
+) -> list[tuple[Project, float, float]]:
+    """The projects that have a job with `conditions`: (project, when the first of these was created, the time now)."""
     first = select(Job.created_at).where(Job.project == Project.id, *conditions).order_by(*order).limit(1)
-    rows = session.execute(select(Project, first.correlate(Project).scalar_subquery()))
-    return [(project, first_at) for project, first_at in rows if first_at is not None]
+    rows = session.execute(select(Project, first.correlate(Project).scalar_subquery(), database_now()))
+    return [(project, first_at, current) for project, first_at, current in rows if first_at is not None]
 
 
 def used_lately(project: Project, current: float) -> float:

@@ -160,16 +160,40 @@ def claim(
     claim of a queued job to base models that match these patterns (`*` matches anything), and `memory_bytes` to jobs
     that need no more memory. None allows any.
     """
+    if served is not None and not _any_queued(session, served):
+        return None
     conditions = [*_claimable(status, served, memory_bytes), Job.spec_version <= SPEC_VERSION, JOBS.free()]
-    if not _in_turn(session, status, conditions):
+    turn = _in_turn(session, status, conditions)
+    if not turn:
         return None  # most of those who look find nothing, and keep nobody waiting
-    wait_for_others(session, CLAIM_LOCK)  # without it, two claims at once could exceed a project's limit
-    for project in _in_turn(session, status, conditions):
-        job = JOBS.claim(session, owner, Job.project == project, *conditions)
-        if job is not None:
-            _begin(session, job)
-            return job
+    # Without the lock, two claims at once could exceed a project's limit. They may both have seen the same turn. Then
+    # the next claims make up for it.
+    wait_for_others(session, CLAIM_LOCK)
+    values: dict[str, object] = {}
+    if status == Status.QUEUED:
+        started, worker = func.coalesce(Job.started_at, database_now()), owner.partition(":")[0]
+        values = {"status": Status.RUNNING, "started_at": started, "worker": worker}
+    for project in turn:
+        within_limit = select(Project.id).where(Project.id == project, _within_limit(status)).exists()
+        job = JOBS.claim(session, owner, Job.project == project, within_limit, *conditions, **values)
+        if job is None:
+            continue
+        if status == Status.QUEUED:
+            job_events.add(session, job.id, KINDS[job.kind].started)
+        else:
+            projects.lock(session, project).checked_at = now(session)
+        return job
     return None
+
+
+def _any_queued(session: Session, served: Sequence[str]) -> bool:
+    """Whether a job is queued whose base model `served` has. An index answers it, however long the queue is."""
+    queued = select(Job.id).where(_base_is_served(served), Job.status == Status.QUEUED)
+    return session.scalar(queued.limit(1)) is not None
+
+
+def _base_is_served(served: Sequence[str]) -> ColumnElement[bool]:
+    return or_(Job.base_model == "", served_by(Job.base_model, served))
 
 
 def _in_turn(session: Session, status: Status, conditions: Sequence[ColumnElement[bool]]) -> list[str]:
@@ -189,20 +213,10 @@ def _claimable(status: Status, served: Sequence[str] | None, memory_bytes: int |
         unserved = select(OtherBase.job_id).where(
             OtherBase.job_id == Job.id, not_(served_by(OtherBase.base_model, served))
         )
-        conditions += [or_(Job.base_model == "", served_by(Job.base_model, served)), ~unserved.correlate(Job).exists()]
+        conditions += [_base_is_served(served), ~unserved.correlate(Job).exists()]
     if memory_bytes is not None:
         conditions.append(or_(Job.memory_bytes.is_(None), Job.memory_bytes <= memory_bytes))
     return conditions
-
-
-def _begin(session: Session, job: Job) -> None:
-    """Start a job that has been claimed: a queued one runs, and the check of another's files is its project's last."""
-    if job.status == Status.VALIDATING:
-        projects.lock(session, job.project).checked_at = now(session)
-        return
-    job.status, job.started_at = Status.RUNNING, job.started_at or now(session)
-    job.worker = (job.lease_owner or "").partition(":")[0]  # without the number of its process
-    job_events.add(session, job.id, KINDS[job.kind].started)
 
 
 def _within_limit(status: Status) -> ColumnElement[bool]:
