@@ -11,6 +11,9 @@ from app.jobs.states import ACTIVE, Status
 from app.jobs.tables import Job, JobInput
 from app.pagination import keyset
 
+PARENT = aliased(Job)
+"""The training that asked for an evaluation. An alias takes a millisecond to make, hence one for all queries."""
+
 
 def readable(project: str, kind: JobKind = TRAINING_JOB) -> Select[Job]:
     """The jobs of a kind that `project` may see."""
@@ -88,9 +91,8 @@ def users_of(session: Session, name: str, limit: int = 1) -> list[str]:
 
 def orphans(session: Session) -> Sequence[Job]:
     """Unfinished evaluations whose training failed or was cancelled: their model will never exist."""
-    parent = aliased(Job)
-    ended = parent.status.in_((Status.FAILED, Status.CANCELLED))
+    ended = PARENT.status.in_((Status.FAILED, Status.CANCELLED))
     # An expression in place of the column: SQLite would go through the whole queue, of which few jobs have a parent.
     unfinished = func.coalesce(Job.status, "").in_(ACTIVE)
-    children = select(Job).join(parent, parent.id == Job.parent_id).where(Job.parent_id > "", unfinished, ended)
+    children = select(Job).join(PARENT, PARENT.id == Job.parent_id).where(Job.parent_id > "", unfinished, ended)
     return session.scalars(children).all()

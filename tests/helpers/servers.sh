@@ -7,9 +7,11 @@ if ! command -v initdb >/dev/null 2>&1 && ! ls /usr/lib/postgresql/*/bin/initdb 
     missing="$missing postgresql"
 fi
 command -v pgbouncer >/dev/null 2>&1 || [ -x /usr/sbin/pgbouncer ] || missing="$missing pgbouncer"
-# Without a browser the dashboard's test is skipped. Install one where that is possible.
-if ! command -v chromium >/dev/null 2>&1 && [ -f /etc/debian_version ] && [ "$(id -u)" = 0 ]; then
-    missing="$missing chromium"
+# Without a browser the dashboard's test is skipped, and without promtool that of the alert rules. Install both where that
+# is possible.
+if [ -f /etc/debian_version ] && [ "$(id -u)" = 0 ]; then
+    command -v chromium >/dev/null 2>&1 || missing="$missing chromium"
+    command -v promtool >/dev/null 2>&1 || missing="$missing prometheus"
 fi
 [ -z "$missing" ] && exit 0
 if [ -f /etc/debian_version ] && [ "$(id -u)" = 0 ]; then
