@@ -4,6 +4,7 @@ The database's libraries are imported only by those commands: they would double 
 """
 
 import getpass
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -26,8 +27,16 @@ def local() -> "Services":
     migrate(services.database)
     require_known_key(services.database, services.secret_box)
     command = " ".join(["dpo", *sys.argv[1:]])
-    services.audit.record(actor=f"cli:{getpass.getuser()}", action=" ".join(command.split()[:3]), subject=command)
+    services.audit.record(actor=f"cli:{_user()}", action=" ".join(command.split()[:3]), subject=command)
     return services
+
+
+def _user() -> str:
+    """The name of the user who runs the command; the number of one without a name, as in some containers."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
 
 
 def migrate_database(settings: Settings, revision: str = "head") -> None:

@@ -1,9 +1,14 @@
 """Each change is in the audit log: who, when, what."""
 
+import getpass
+import os
+
+import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import select, update
 
 from app.audit.tables import AuditEvent
+from app.cli.local import local
 from app.keys.schemas import Scope
 from app.services import Services
 from tests.helpers.api import error_of, key_of, upload
@@ -71,3 +76,23 @@ def test_old_audit_events_are_forgotten(client: TestClient, services: Services) 
     assert forget_old_events(services.database, 3600) == 1
     with services.database.read() as session:
         assert [event.details for event in session.scalars(select(AuditEvent))] == [{"id": "new"}]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_commands_on_the_services_machine_are_recorded(
+    client: TestClient, services: Services, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    """Also those of a user without a name, as in some containers."""
+    monkeypatch.setenv("DPO_HOME", str(services.settings.home))
+    monkeypatch.setenv("DPO_DATABASE_URL", services.settings.database_url)
+    monkeypatch.setattr("sys.argv", ["/usr/bin/dpo", "projects", "limit", "search", "--weight", "2"])
+
+    def no_name() -> str:
+        raise KeyError("getpwuid(): uid not found")
+
+    if not named:
+        monkeypatch.setattr("getpass.getuser", no_name)
+    local().database.close()
+    (event,) = client.get("/v1/audit").json()["data"]
+    assert event["action"] == "dpo projects limit" and event["subject"] == "dpo projects limit search --weight 2"
+    assert event["actor"] == f"cli:{getpass.getuser() if named else os.getuid()}" and event["project"] is None
