@@ -12,7 +12,7 @@ from app.derived_artifacts import repository as artifacts
 from app.files import repository as files
 from app.files.tables import File
 from app.idempotency import service as idempotency
-from app.jobs import event_blocks, fair_share, queries
+from app.jobs import event_blocks, fair_share, labels, queries
 from app.jobs import events as job_events
 from app.prune import prune_slice
 from app.services import Services
@@ -29,6 +29,8 @@ USE_SECONDS, STORAGE_SECONDS = 60.0, 3600.0
 """Intervals at which the GPU time of running jobs is counted, and at which what projects store is measured."""
 PACK_SECONDS, PACK_BLOCKS = 60.0, 300
 """Interval at which events are packed, and the most blocks that are made each time."""
+LABEL_SECONDS, LABEL_BATCHES, LABEL_JOBS = 60.0, 20, 200
+"""Interval at which jobs without labels are labelled, the most transactions each time, and the jobs of each."""
 ROLLOUT_SECONDS = 86400.0
 """The longest time that processes of two versions run side by side."""
 SLICE_SECONDS, PASS_SECONDS = 60.0, 3600.0
@@ -72,6 +74,17 @@ def pack_events(services: Services) -> None:
     for _ in range(PACK_BLOCKS):
         with services.database.write() as session:
             if not event_blocks.pack(session):
+                return
+        time.sleep(0.01)  # lets other writers in
+
+
+def label_jobs(services: Services) -> None:
+    """Label jobs of an earlier version, some each minute. One worker at a time does it."""
+    if chores.take(services.database, "label jobs", LABEL_SECONDS) is None:
+        return
+    for _ in range(LABEL_BATCHES):
+        with services.database.write() as session:
+            if labels.label_some(session, LABEL_JOBS) == 0:
                 return
         time.sleep(0.01)  # lets other writers in
 

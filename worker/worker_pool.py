@@ -30,7 +30,15 @@ from worker.derived_artifacts import make_artifact
 from worker.device import use_of
 from worker.device_health import DeviceHealth
 from worker.evaluation_run import Evaluation
-from worker.housekeeping import apply_retention, count_usage, keep_house, pack_events, prune_objects, retain_checkpoints
+from worker.housekeeping import (
+    apply_retention,
+    count_usage,
+    keep_house,
+    label_jobs,
+    pack_events,
+    prune_objects,
+    retain_checkpoints,
+)
 from worker.processes import ForkServer
 from worker.reaper import Reaper
 from worker.store_health import StoreHealth
@@ -203,7 +211,7 @@ class WorkerPool:
 
     def _prune(self) -> None:
         while not self.stopping.wait(CHORE_SECONDS):
-            for work in (count_usage, pack_events, apply_retention, retain_checkpoints, prune_objects):
+            for work in (count_usage, pack_events, label_jobs, apply_retention, retain_checkpoints, prune_objects):
                 try:
                     if not is_read_only(self.services.database):
                         work(self.services)

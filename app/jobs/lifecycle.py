@@ -17,7 +17,7 @@ from app.database import Database, new_id
 from app.errors import Conflict, no_such
 from app.idempotency.service import RequestIdentity
 from app.jobs import events as job_events
-from app.jobs import queries, transitions
+from app.jobs import labels, queries, transitions
 from app.jobs import queue as job_queue
 from app.jobs.event_feed import Feed
 from app.jobs.kinds import JobKind
@@ -92,6 +92,7 @@ class Lifecycle(ABC, Generic[Shown]):
         session.add(job)
         session.flush()
         session.add_all(OtherBase(job_id=job.id, base_model=name) for name in {*bases} - {job.base_model})
+        labels.label(session, job)
         session.add_all(JobInput(job_id=job.id, name=name) for name in queries.inputs_of(job))
         job_events.add(session, job.id, f"Created {self.KIND.title}: {job.id}")
         return job

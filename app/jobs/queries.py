@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
-from sqlalchemy import ColumnElement, Select, Text, cast, exists, false, func, or_, select
+from sqlalchemy import Select, false, func, or_, select
 from sqlalchemy.orm import Session, aliased
 
 from app.database import mentions
+from app.jobs import labels
 from app.jobs.kinds import KINDS, TRAINING_JOB, JobKind
 from app.jobs.states import ACTIVE, Status
 from app.jobs.tables import Job, JobInput
@@ -37,22 +38,9 @@ def page(
 
     None asks for the jobs without metadata.
     """
-    statement = readable(project, kind)
-    if metadata is None:
-        statement = statement.where(func.coalesce(cast(Job.job_metadata, Text), "null").in_(("null", "{}")))
-    for key, value in (metadata or {}).items():
-        statement = statement.where(_has_pair(session, key, value))
-    return list(session.scalars(keyset(statement, (Job.created_at, Job.id), after, limit)))
-
-
-def _has_pair(session: Session, key: str, value: str) -> ColumnElement[bool]:
-    """Whether a job's metadata has the pair."""
-    if session.get_bind().dialect.name != "sqlite":
-        has_pair: ColumnElement[bool] = Job.job_metadata[key].as_string() == value
-        return has_pair
-    # A path of SQLite's JSON functions cannot name every key.
-    pairs = func.json_each(Job.job_metadata).table_valued("key", "value")
-    return exists(select(1).select_from(pairs).where(pairs.c.key == key, pairs.c.value == value))
+    if metadata == {}:
+        return list(session.scalars(keyset(readable(project, kind), (Job.created_at, Job.id), after, limit)))
+    return labels.page(session, project, kind.name, metadata, after, limit)
 
 
 def running(session: Session) -> Sequence[Job]:

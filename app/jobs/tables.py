@@ -24,6 +24,9 @@ class Job(Queued, Table):
         index_where("ix_jobs_leased", "lease_owner", where="lease_owner IS NOT NULL"),
         index_where("ix_jobs_foundation", "foundation", where="foundation IS NOT NULL"),
         index_where("ix_jobs_unlisted", "status", where="NOT inputs_listed", sqlite="inputs_listed = 0"),
+        index_where(
+            "ix_jobs_unlabelled", "project", "kind", "created_at", "id", where="NOT labelled", sqlite="labelled = 0"
+        ),
         Index("ix_jobs_parent", "parent_id"),
         Index("ix_jobs_sweep", "sweep_id"),
     )
@@ -64,6 +67,8 @@ class Job(Queued, Table):
     """For an evaluation: the training that asked for it, if any. The evaluation waits until that has succeeded."""
     sweep_id: Mapped[str | None]
     """The sweep that the job belongs to."""
+    labelled: Mapped[bool] = mapped_column(default=False, server_default=false())
+    """Whether its metadata is in the table of labels. A version before 0021 does not write them."""
     inputs_listed: Mapped[bool] = mapped_column(default=False, server_default=false())
     """Whether each file and model that it needs is a `JobInput`. A version before 0012 does not list them."""
     events_kept: Mapped[bool] = mapped_column(default=True, server_default=true())
@@ -115,6 +120,19 @@ class JobInput(Table):
     name: Mapped[str] = mapped_column(primary_key=True)
     """The id of the file or the name of the model."""
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True, index=True)
+
+
+class JobLabel(Table):
+    """A pair of a job's metadata, as `app.jobs.labels` writes it. The other columns are the job's."""
+
+    __tablename__ = "job_labels"
+    __table_args__ = (Index("ix_job_labels_pair", "project", "kind", "pair", "created_at", "job_id"),)
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    pair: Mapped[str] = mapped_column(primary_key=True)
+    project: Mapped[str]
+    kind: Mapped[str]
+    created_at: Mapped[float]
 
 
 class JobEvent(Table):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import inspect, text
 
+from app.jobs.labels import pair_of
 from app.services import Services
 from app.spec.evaluation import EvaluationSpec, Side
 from app.spec.job import JobSpec
@@ -40,6 +41,7 @@ def fill(services: Services, history: History) -> None:
         "spec": json.dumps(spec.model_dump(mode="json")),
         "evaluation": json.dumps(evaluation.to_store()),
         "metadata": json.dumps({"team": "a"}),
+        "pair": pair_of("team", "a"),
         "details": json.dumps({"adapter": {"r": 16}, "quantization": "none", "foundation": None}),
         "metrics": json.dumps({"step": 10, "stage": "dpo", "loss": 0.5, "rewards/margins": 0.1, "learning_rate": 1e-5}),
         "saved": json.dumps({"step": 10.0, "loss": 0.5}),
@@ -59,6 +61,8 @@ def fill(services: Services, history: History) -> None:
             if dialect == "sqlite":  # where JSON is text, and a cast to another type makes a number of it
                 statement = statement.replace("AS json)", "AS text)")
             connection.execute(text(statement.format(numbers=numbers, id=padded)), values)
+        if "job_labels" in names:
+            connection.execute(text("UPDATE jobs SET labelled = true"))
         if "job_inputs" in names:
             connection.execute(text("UPDATE jobs SET inputs_listed = true"))
     with services.database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
@@ -103,6 +107,12 @@ STATEMENTS: list[tuple[str, str]] = [
             CASE WHEN {RUNNING} AND NOT ({QUEUED}) THEN 4000000000.0 END,
             CASE WHEN {RUNNING} THEN NULL ELSE 'ft\\:tiny\\:' || {{id}} END
         FROM {{numbers}}""",
+    ),
+    (
+        "jobs",
+        """
+        INSERT INTO job_labels (job_id, pair, project, kind, created_at)
+        SELECT id, :pair, project, kind, created_at FROM jobs, {numbers} WHERE k = 1""",
     ),
     (
         "queued",

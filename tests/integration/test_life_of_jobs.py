@@ -82,7 +82,7 @@ class JobLifecycle(RuleBasedStateMachine):
         self.believed_leases: list[tuple[str, int]] = []
         self.limit: int | None = None
         with self.world.services.database.write() as session:
-            for table in ("job_events", "sent_requests", "webhook_deliveries", "jobs"):
+            for table in ("job_labels", "job_inputs", "job_events", "sent_requests", "webhook_deliveries", "jobs"):
                 session.execute(Table.metadata.tables[table].delete())
             session.execute(update(Project).values(max_running_jobs=None))
         self.keys = 0

@@ -28,7 +28,7 @@ from worker.reaper import Reaper
 
 HISTORY = History(jobs=12_000, events=40_000, models=12_000, queued=300, running=10, files=6_000, deliveries=6_000)
 GROWING = {
-    "jobs", "job_events", "models", "checkpoints", "files", "tasks", "webhook_deliveries", "sent_requests", "uploads",
+    "jobs", "job_labels", "job_events", "models", "checkpoints", "files", "tasks", "webhook_deliveries", "sent_requests", "uploads",
 }  # fmt: skip
 MOST_ROWS = 500
 """The most rows of one table that a statement may look at. The tables have at least four times as many."""
@@ -136,7 +136,8 @@ def test_routes_look_at_few_rows(client: TestClient, filled: Services) -> None:
     app_services: Services = client.app.state.services  # type: ignore[attr-defined]
     client.get("/metrics")  # the first one counts everything
     paths = [
-        "/v1/fine_tuning/jobs", "/v1/evaluations", f"/v1/fine_tuning/jobs/{job}", f"/v1/fine_tuning/jobs/{queued}",
+        "/v1/fine_tuning/jobs", "/v1/evaluations", "/v1/fine_tuning/jobs?metadata[team]=a",
+        "/v1/fine_tuning/jobs?metadata[team]=b", "/v1/fine_tuning/jobs?metadata=null", f"/v1/fine_tuning/jobs/{job}", f"/v1/fine_tuning/jobs/{queued}",
         f"/v1/fine_tuning/jobs/{job}/events", f"/v1/fine_tuning/jobs/{job}/metrics",
         f"/v1/fine_tuning/jobs/{job}/checkpoints", "/v1/models?limit=20", "/v1/models/ft:tiny:000000001",
         "/v1/files?limit=20", "/v1/files/file-000000001", "/v1/sweeps", "/metrics", "/v1/webhooks",
