@@ -20,7 +20,7 @@ class SecretBox:
         self._keys = [key.encode() for key in secret_keys]
         self._fernet = MultiFernet([Fernet(_vault_key(key)) for key in self._keys])
         self.fingerprints = [hashlib.sha256(b"dpo-service fingerprint\0" + key).hexdigest()[:16] for key in self._keys]
-        """Of each key. A fingerprint tells keys apart and nothing about them."""
+        """The fingerprint of each key. It tells keys apart and nothing about them."""
 
     def signatures(self, text: str) -> list[str]:
         """The HMAC of a text under each key, in hex."""

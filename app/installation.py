@@ -19,7 +19,7 @@ class Installation(Table):
 
     id: Mapped[str] = mapped_column(primary_key=True)
     secret_fingerprint: Mapped[str | None]
-    """Of the key of `DPO_SECRET_KEY`. None until the first process of this version starts."""
+    """The fingerprint of the key of `DPO_SECRET_KEY`. None until the first process of this version starts."""
     claims_paused: Mapped[bool] = mapped_column(default=False, server_default=false())
     """Whether no worker may start a job."""
     read_only: Mapped[str | None]

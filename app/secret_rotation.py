@@ -44,7 +44,7 @@ def require_known_key(database: Database, secret_box: SecretBox) -> None:
 
 @dataclass(frozen=True)
 class Resealed:
-    """What was sealed anew under the first key, and what still needs another one."""
+    """The secrets that were sealed anew under the first key, and the API keys that still need another one."""
 
     webhooks: int
     evaluations: int

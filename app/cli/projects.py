@@ -78,7 +78,7 @@ def projects_usage(
     last_month: Annotated[str | None, typer.Option(help="Such as 2026-12.")] = None,
     as_json: Json = False,
 ) -> None:
-    """What projects have used, by month."""
+    """The usage of projects, by month."""
     rows = [usage.model_dump() for usage in local().usage.list(project, first_month, last_month)]
     columns = ["project", "month", "gpu_seconds", "trained_tokens", "storage_bytes", "storage_byte_hours"]
     emit_table(rows, columns, as_json)

@@ -39,7 +39,7 @@ class Share:
     """When the first of the jobs was created."""
 
     def turn(self) -> tuple[float, float, str]:
-        """The project with the smallest turn goes next. Of two with equal use, it is that of the older job."""
+        """The project with the smallest turn goes next. If two have used the same, it is that of the older job."""
         return self.seconds / self.weight, self.first_at, self.project
 
 

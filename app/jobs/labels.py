@@ -16,7 +16,7 @@ WITHOUT = ""
 
 
 def pair_of(key: str, value: str) -> str:
-    """What stands for a pair in the index, whose entries must be short: 32 hex digits of its SHA-256."""
+    """The key of a pair in the index, whose entries must be short: 32 hex digits of its SHA-256."""
     return hashlib.sha256(f"{len(key)} {key}{value}".encode()).hexdigest()[:32]
 
 

@@ -105,7 +105,7 @@ def _judge_again(session: Session, job_id: str) -> None:
 
 @dataclass(frozen=True)
 class Loss:
-    """What a job is told that was given up after lost attempts: the code of its error, and what to do."""
+    """The error of a job that was given up after lost attempts: its code, and advice for the user."""
 
     code: str
     advice: str

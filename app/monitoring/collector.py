@@ -74,7 +74,7 @@ class ServiceCollector(Collector):
 
 
 class ProjectCollector(Collector):
-    """What each project has used, and how its jobs ended. Only administrators see it."""
+    """The usage of each project, and how its jobs ended. Only administrators see it."""
 
     def __init__(self, database: Database, ended: EndedJobs) -> None:
         self.database, self.ended = database, ended
@@ -114,7 +114,7 @@ def _ended(name: str, labels: list[str], ended: Counter[EndedGroup]) -> Metric:
 
 
 def _of_workers(present: Sequence[Worker]) -> Iterator[Metric]:
-    """What each worker has reported of its disk and its GPU."""
+    """The disk and the GPU of each worker, as it has reported them."""
     disk = GaugeMetricFamily("dpo_worker_disk_free_bytes", "Free space for a worker's jobs.", labels=["worker"])
     busy = GaugeMetricFamily("dpo_worker_gpu_utilization", "Share of time in which its GPU works.", labels=["worker"])
     memory = GaugeMetricFamily("dpo_worker_gpu_memory_bytes", "Memory in use on a worker's GPU.", labels=["worker"])

@@ -25,7 +25,7 @@ SETTLED_SECONDS = 60.0
 
 
 class EndedGroup(NamedTuple):
-    """What ended jobs have in common. `code` is that of their error, "" for none."""
+    """A group of ended jobs. `code` is that of their error, "" for none."""
 
     status: str
     code: str

@@ -13,7 +13,7 @@ router = APIRouter(prefix="/operations", tags=["administration"])
 @router.get("")
 @access(scope=Scope.ADMIN)
 def get_operations(services: ServicesDependency) -> Operations:
-    """What is stopped at present."""
+    """The present stops."""
     return services.operations.get()
 
 

@@ -8,7 +8,7 @@ from app.spec.schema_base import NO_NUL, Strict
 
 
 class OperationsChange(Strict):
-    """The body of `POST /v1/operations`. What it does not name stays."""
+    """The body of `POST /v1/operations`. A field that it does not name stays."""
 
     model_config = ConfigDict(json_schema_extra={"example": {"claims_paused": True}})
 
@@ -20,7 +20,7 @@ class OperationsChange(Strict):
 
 
 class Operations(BaseModel):
-    """What is stopped at present."""
+    """The present stops."""
 
     object: Literal["operations"] = "operations"
     claims_paused: bool

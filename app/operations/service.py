@@ -1,4 +1,4 @@
-"""What an operator has stopped, in the installation's row. Every process looks there before it begins something."""
+"""The stops that an operator has made, in the installation's row. Processes look there before they begin something."""
 
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
@@ -14,7 +14,7 @@ READ_ONLY = "read_only"
 
 
 def current(session: Session) -> Operations:
-    """What is stopped at present."""
+    """The present stops."""
     claims_paused, read_only = session.execute(select(Installation.claims_paused, Installation.read_only)).one()
     return Operations(claims_paused=claims_paused, read_only=read_only)
 

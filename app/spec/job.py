@@ -212,7 +212,7 @@ class JobSpec(RenderingSettings):
     validation_split: Annotated[float, Field(ge=0, le=0.5)] | None = None
     """The share of the training rows to hold out for validation. The default is 0.05 without a `validation_file`."""
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
-    """Of the jobs of a project, those with a higher priority start first."""
+    """Within a project, jobs with a higher priority start first."""
     timeout_seconds: Annotated[int, Field(ge=1, le=10**8)] | None = None
     """Maximum training time in seconds, without waiting time. A job that exceeds it fails and keeps its checkpoints."""
     keep_checkpoints: Annotated[int, Field(ge=2, le=100)] = KEEP_CHECKPOINTS

@@ -26,7 +26,7 @@ def list_usage(
     first_month: Month = None,
     last_month: Month = None,
 ) -> Page[UsageObject]:
-    """What a project has used, by month: the caller's if no other is named."""
+    """The usage of a project by month: the caller's if no other is named."""
     name = project or caller.project
     if name != caller.project and not caller.may(Scope.ADMIN):
         raise Forbidden(

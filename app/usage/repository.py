@@ -62,7 +62,7 @@ def listed(session: Session, project: str | None, first_month: str | None, last_
 
 @dataclass(frozen=True)
 class Total:
-    """What a project has used so far, and the bytes that it stored when they were last measured."""
+    """The usage of a project so far, and the bytes that it stored when they were last measured."""
 
     project: str
     gpu_seconds: float

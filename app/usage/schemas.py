@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 class UsageObject(BaseModel):
-    """What a project has used in a month."""
+    """The usage of a project in a month."""
 
     model_config = ConfigDict(
         json_schema_extra={

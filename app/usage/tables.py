@@ -7,7 +7,7 @@ from app.database import Table
 
 
 class Usage(Table):
-    """What a project has used in a month."""
+    """The usage of a project in a month."""
 
     __tablename__ = "usage"
 

@@ -1,4 +1,4 @@
-"""What an operator has stopped: the claims of one worker or of all, or all writes"""
+"""An operator stops the claims of one worker or of all, or all writes"""
 
 import sqlalchemy as sa
 from alembic import op
