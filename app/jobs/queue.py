@@ -1,9 +1,10 @@
 """The queue of jobs: which one is next, who may start it, and who holds its lease."""
 
 import heapq
-from collections.abc import Collection, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from typing import NamedTuple
 
 from sqlalchemy import ColumnElement, ScalarSelect, case, func, not_, or_, select, update
 from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
@@ -49,8 +50,7 @@ READ_AT_ONCE = 200
 """Waiting jobs of a project that are read first. The rest is read if somebody asks for a place behind them."""
 
 
-@dataclass(frozen=True)
-class WaitingJob:
+class WaitingJob(NamedTuple):
     """A job in the queue, and what a worker needs for it."""
 
     id: str
@@ -68,9 +68,13 @@ class WaitingJob:
 
 def waiting(session: Session) -> Iterator[WaitingJob]:
     """The waiting jobs, next one first. Each counts as used GPU time of its project for those after it."""
+    others = defaultdict[str, list[str]](list)
+    waiting_for_others = select(OtherBase.job_id, OtherBase.base_model).join(Job, Job.id == OtherBase.job_id)
+    for job_id, base in session.execute(waiting_for_others.where(*WAITING)):
+        others[job_id].append(base)
     heap = []
     for share in fair_share.by_use(session, QUEUE_ORDER, *WAITING):
-        line = _line(session, share.project)
+        line = _line(session, share.project, others)
         heap.append((share.turn(), share, next(line), line))
     while heap:
         _, share, job, line = heap[0]
@@ -84,18 +88,17 @@ def waiting(session: Session) -> Iterator[WaitingJob]:
             heapq.heapreplace(heap, (share.turn(), share, following, line))
 
 
-def _line(session: Session, project: str) -> Iterator[WaitingJob]:
-    """The waiting jobs of a project, next one first. Only the first `READ_AT_ONCE` know their other base models."""
+def _line(session: Session, project: str, others: Mapping[str, list[str]]) -> Iterator[WaitingJob]:
+    """The waiting jobs of a project, next one first. `others` are the base models of each beside its own."""
     columns = select(Job.id, Job.created_at, Job.base_model, Job.memory_bytes, Job.estimated_seconds, Job.spec_version)
     ordered = columns.where(Job.project == project, *WAITING).order_by(*QUEUE_ORDER)
-    rows = session.execute(ordered.limit(READ_AT_ONCE)).all()
-    bases = {row.id: [row.base_model] if row.base_model else [] for row in rows}
-    others = select(OtherBase.job_id, OtherBase.base_model).where(OtherBase.job_id.in_(bases))
-    for job_id, base in session.execute(others):
-        bases[job_id].append(base)
-    behind = session.execute(ordered.offset(READ_AT_ONCE)) if len(rows) == READ_AT_ONCE else ()
-    for job_id, created_at, base, memory, seconds, version in chain(rows, behind):
-        yield WaitingJob(job_id, project, created_at, bases.get(job_id, [base]), memory, seconds, version)
+    for statement in (ordered.limit(READ_AT_ONCE), ordered.offset(READ_AT_ONCE)):
+        rows = session.execute(statement).all()
+        for job_id, created_at, base, memory, seconds, version in rows:
+            bases = [base] if base else []
+            yield WaitingJob(job_id, project, created_at, bases + others.get(job_id, []), memory, seconds, version)
+        if len(rows) < READ_AT_ONCE:
+            return
 
 
 def count_waiting(session: Session, limit: int) -> int:
