@@ -149,7 +149,7 @@ def _add_routes(app: FastAPI) -> AccessTable:
 
 def _add_middleware(app: FastAPI, services: Services, registry: CollectorRegistry, routes: AccessTable) -> None:
     """Add the middleware. A request passes the last one first."""
-    app.add_middleware(AuditMiddleware, audit=services.audit, routes=routes)
+    app.add_middleware(AuditMiddleware, audit=services.audit)
     app.add_middleware(
         AccessMiddleware,
         keys=services.keys,

@@ -1,9 +1,11 @@
 """Housekeeping, every few seconds or every hour. Each part is a chore: one worker at a time does it."""
 
 import time
+from collections.abc import Callable
 
 import structlog
 from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
 
 from app import cached_objects, chores
 from app.audit import repository as audit
@@ -71,20 +73,21 @@ def pack_events(services: Services) -> None:
     """
     if (chore_age := _take(services.database, "pack events", PACK_SECONDS)) is None or chore_age < ROLLOUT_SECONDS:
         return
-    for _ in range(PACK_BLOCKS):
-        with services.database.write() as session:
-            if not event_blocks.pack(session):
-                return
-        time.sleep(0.01)  # lets other writers in
+    _repeat(services.database, event_blocks.pack, PACK_BLOCKS)
 
 
 def label_jobs(services: Services) -> None:
     """Label jobs of an earlier version, some each minute. One worker at a time does it."""
     if chores.take(services.database, "label jobs", LABEL_SECONDS) is None:
         return
-    for _ in range(LABEL_BATCHES):
-        with services.database.write() as session:
-            if labels.label_some(session, LABEL_JOBS) == 0:
+    _repeat(services.database, lambda session: labels.label_some(session, LABEL_JOBS), LABEL_BATCHES)
+
+
+def _repeat(database: Database, work: Callable[[Session], object], most: int) -> None:
+    """Do `work` in a transaction each time, until it finds nothing to do, at most `most` times."""
+    for _ in range(most):
+        with database.write() as session:
+            if not work(session):
                 return
         time.sleep(0.01)  # lets other writers in
 

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from app.services import Services
 
 
-def local() -> "Services":
+def local(*, any_key: bool = False) -> "Services":
     """This machine's installation. Its database is migrated to this version's schema first.
 
-    The command goes to the audit log.
+    The command goes to the audit log. With `any_key`, `DPO_SECRET_KEY` need not be the installation's.
     """
     from app.migrate import migrate
     from app.secret_rotation import require_known_key
@@ -25,7 +25,8 @@ def local() -> "Services":
 
     services = Services.of(Settings())
     migrate(services.database)
-    require_known_key(services.database, services.secret_box)
+    if not any_key:
+        require_known_key(services.database, services.secret_box)
     command = " ".join(["dpo", *sys.argv[1:]])
     services.audit.record(actor=f"cli:{_user()}", action=" ".join(command.split()[:3]), subject=command)
     return services

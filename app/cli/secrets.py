@@ -2,8 +2,8 @@
 
 import typer
 
+from app.cli.local import local
 from app.cli.output import Json, emit
-from app.settings import Settings
 
 secrets = typer.Typer(help="Replace the key of DPO_SECRET_KEY (on the service's machine).", no_args_is_help=True)
 
@@ -17,7 +17,6 @@ def secrets_reseal(as_json: Json = False) -> None:
     """
     from dataclasses import asdict
 
-    from app.cli.local import local
     from app.secret_rotation import reseal
 
     services = local()
@@ -35,10 +34,7 @@ def secrets_adopt() -> None:
 
     The API keys and webhooks of the former one fail from then on: make new ones.
     """
-    from app.migrate import migrate
     from app.secret_rotation import adopt
-    from app.services import Services
 
-    services = Services.of(Settings())
-    migrate(services.database)
+    services = local(any_key=True)
     adopt(services.database, services.secret_box)

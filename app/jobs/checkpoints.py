@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from sqlalchemy import ColumnElement, delete, select, tuple_, update
+from sqlalchemy import ColumnElement, delete, select, update
 from sqlalchemy.orm import Session
 
 from app.database import database_now
@@ -69,13 +69,16 @@ def of_job(session: Session, job_id: str) -> Sequence[Checkpoint]:
 
 
 def old(session: Session, seconds: float, after: Checkpoint | None, limit: int) -> Sequence[Checkpoint]:
-    """The next `limit` checkpoints after `after` that are older than `seconds`, and whose job ended so long ago."""
+    """Up to `limit` + 1 checkpoints that are older than `seconds`, and whose job ended so long ago, oldest first.
+
+    None asks for the first ones, and `after` for those behind it.
+    """
     before = database_now() - seconds
     statement = select(Checkpoint).join(Job, Job.id == Checkpoint.job_id)
     statement = statement.where(Checkpoint.created_at < before, Job.finished_at < before)
-    if after is not None:
-        statement = statement.where(tuple_(Checkpoint.created_at, Checkpoint.id) > (after.created_at, after.id))
-    return session.scalars(statement.order_by(Checkpoint.created_at, Checkpoint.id).limit(limit)).all()
+    return session.scalars(
+        keyset(statement, (Checkpoint.created_at, Checkpoint.id), after, limit, ascending=True)
+    ).all()
 
 
 def note_state_deleted(session: Session, *checkpoints: ColumnElement[bool]) -> None:

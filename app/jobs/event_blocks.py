@@ -8,7 +8,7 @@ import json
 import zlib
 from collections.abc import Iterator, Sequence
 
-from sqlalchemy import delete, select, true, update
+from sqlalchemy import delete, false, select, update
 from sqlalchemy.orm import Session
 
 from app.database import database_now
@@ -23,7 +23,7 @@ FIELDS = ("id", "created_at", "level", "type", "message", "data")
 
 def pack(session: Session) -> bool:
     """Move the next events of an ended job from rows to a block. Returns whether there may be more to move."""
-    settled = (Job.events_packed != true(), Job.finished_at < database_now() - SETTLED_SECONDS)
+    settled = (Job.events_packed == false(), Job.finished_at < database_now() - SETTLED_SECONDS)
     oldest = select(Job.id).where(*settled).order_by(Job.finished_at).limit(1)
     job_id = session.scalar(oldest.with_for_update(skip_locked=True))
     if job_id is None:

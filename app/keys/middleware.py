@@ -64,7 +64,7 @@ class AccessMiddleware:
                 self._check_host(headers)
             if not access.public:
                 caller = await run_in_threadpool(self._admit, access, headers, method, path, scope["query_string"])
-                scope.setdefault("state", {})["caller"] = caller
+                scope.setdefault("state", {}).update(caller=caller, access=access)
             if not access.streams_body:
                 receive = _limited(receive, headers)
         except ServiceError as error:

@@ -128,10 +128,8 @@ class Keys:
         """(token, its end in unix seconds). Its holder may begin to read `path` within a minute, without a key."""
         with self.database.read() as session:
             expires_at = int(now(session)) + STREAM_TOKEN_SECONDS
-        return (
-            f"{project}.{expires_at}.{self.secret_box.signature(f'stream {project} {expires_at} {path}')}",
-            expires_at,
-        )
+        signature = self.secret_box.signature(f"stream {project} {expires_at} {path}")
+        return f"{project}.{expires_at}.{signature}", expires_at
 
     def identify_stream(self, token: str, path: str) -> Caller | None:
         """The caller that may read `path` with `token`; None if the token is not valid or has expired."""

@@ -12,8 +12,8 @@ from app.usage import repository as usage
 from app.workers.tables import Worker
 
 
-class ServiceCollector(Collector):
-    """The state of the whole installation. Every API process reports the same numbers."""
+class _FromDatabase(Collector):
+    """Metrics that are read from the database. Every API process reports the same numbers."""
 
     def __init__(self, database: Database, ended: EndedJobs) -> None:
         self.database, self.ended = database, ended
@@ -21,6 +21,10 @@ class ServiceCollector(Collector):
     def describe(self) -> list[Metric]:
         """Nothing. Otherwise the registry would collect at registration, and would need the database for it."""
         return []
+
+
+class ServiceCollector(_FromDatabase):
+    """The state of the whole installation."""
 
     def collect(self) -> Iterator[Metric]:
         with self.database.read() as session:
@@ -73,15 +77,8 @@ class ServiceCollector(Collector):
             yield GaugeMetricFamily(name, help_text, value=value)
 
 
-class ProjectCollector(Collector):
+class ProjectCollector(_FromDatabase):
     """The usage of each project, and how its jobs ended. Only administrators see it."""
-
-    def __init__(self, database: Database, ended: EndedJobs) -> None:
-        self.database, self.ended = database, ended
-
-    def describe(self) -> list[Metric]:
-        """Nothing, as for `ServiceCollector`."""
-        return []
 
     def collect(self) -> Iterator[Metric]:
         with self.database.read() as session:

@@ -21,8 +21,11 @@ def current(session: Session) -> Operations:
 
 def may_claim(session: Session, worker: str) -> bool:
     """Whether this worker may start jobs."""
-    stopped = current(session)
-    return not stopped.claims_paused and stopped.read_only is None and not workers.is_cordoned(session, worker)
+    is_cordoned = workers.cordoned(worker).scalar_subquery()
+    claims_paused, read_only, cordoned = session.execute(
+        select(Installation.claims_paused, Installation.read_only, is_cordoned)
+    ).one()
+    return not claims_paused and read_only is None and not cordoned
 
 
 def is_read_only(database: Database) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-from sqlalchemy import ColumnElement, SQLColumnExpression, delete, false, or_, select
+from sqlalchemy import ColumnElement, Select, SQLColumnExpression, delete, false, or_, select
 from sqlalchemy.orm import Session
 
 from app.database import database_now
@@ -55,9 +55,9 @@ def serves(worker: Worker, *base_models: str) -> bool:
     return all(any(fnmatchcase(name, pattern) for pattern in worker.serves) for name in base_models)
 
 
-def is_cordoned(session: Session, name: str) -> bool:
-    """Whether an operator lets this worker start no jobs."""
-    return bool(session.scalar(select(Worker.cordoned).where(Worker.name == name)))
+def cordoned(name: str) -> Select[bool]:
+    """Selects whether an operator lets this worker start no jobs."""
+    return select(Worker.cordoned).where(Worker.name == name)
 
 
 def knows(worker: Worker, spec_version: int) -> bool:
