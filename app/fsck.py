@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from sqlalchemy import select, update
-from sqlalchemy.orm import InstrumentedAttribute, Session
+from sqlalchemy.orm import InstrumentedAttribute
 
 from app.database import Table
 from app.derived_artifacts import repository as artifacts
@@ -27,6 +27,10 @@ from app.webhooks.tables import WebhookDelivery
 BATCH = 500
 ATTEMPT = re.compile(r"jobs/[^/]+/attempt-(\d+)/")
 Row = TypeVar("Row", bound=Table)
+NAMES: dict[str, tuple[type[Table], InstrumentedAttribute[str]]] = {
+    "file": (File, File.id), "model": (Model, Model.name), "checkpoint": (Checkpoint, Checkpoint.model_name),
+}  # fmt: skip
+"""By the kind of a finding: the table of its row, and the column with its name."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,13 @@ def repair(services: Services, finding: Finding) -> None:
     A job that needs a deleted file or model fails and says so. Pruning removes what is left of the objects.
     """
     with services.database.write() as session:
-        REPAIRS[finding.kind](services, session, finding.name)
+        if finding.kind == "job":
+            attempt = _last_attempt(services, finding.name)
+            session.execute(update(Job).where(Job.id == finding.name).values(attempt=attempt))
+            return
+        table, name = NAMES[finding.kind]
+        artifacts.forget(session, finding.name)
+        session.delete(session.scalars(select(table).where(name == finding.name)).one())
 
 
 def drop_webhooks(services: Services) -> int:
@@ -123,27 +133,3 @@ def _last_attempt(services: Services, job_id: str) -> int:
     """The number of the last attempt whose objects are in the store; 0 if there is none."""
     matches = (ATTEMPT.match(key) for key, _ in services.storage.list(f"jobs/{job_id}"))
     return max((int(match[1]) for match in matches if match), default=0)
-
-
-def _repair_file(_services: Services, session: Session, name: str) -> None:
-    artifacts.forget(session, name)
-    session.delete(session.get_one(File, name))
-
-
-def _repair_model(_services: Services, session: Session, name: str) -> None:
-    artifacts.forget(session, name)
-    session.delete(session.get_one(Model, name))
-
-
-def _repair_checkpoint(_services: Services, session: Session, name: str) -> None:
-    artifacts.forget(session, name)
-    session.delete(session.scalars(select(Checkpoint).where(Checkpoint.model_name == name)).one())
-
-
-def _repair_job(services: Services, session: Session, name: str) -> None:
-    session.execute(update(Job).where(Job.id == name).values(attempt=_last_attempt(services, name)))
-
-
-REPAIRS: dict[str, Callable[[Services, Session, str], None]] = {
-    "file": _repair_file, "model": _repair_model, "checkpoint": _repair_checkpoint, "job": _repair_job,
-}  # fmt: skip

@@ -27,17 +27,10 @@ from app.cli.sweeps import sweeps
 from app.errors import ServiceError
 
 cli = typer.Typer(name="dpo", help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
-for verb in (
-    service.serve,
-    service.api,
-    service.worker,
-    service.migrate,
-    service.train,
-    evaluate,
-    compare,
-    read_only,
-    fsck,
-):
+VERBS = (
+    service.serve, service.api, service.worker, service.migrate, service.train, evaluate, compare, read_only, fsck,
+)  # fmt: skip
+for verb in VERBS:
     cli.command()(verb)
 GROUPS = {
     "keys": keys, "projects": projects, "storage": storage, "files": files, "jobs": jobs, "models": models,
