@@ -10,8 +10,9 @@ after a pause. Jobs, derived artifacts and webhook deliveries are queues of this
 from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
-from sqlalchemy import ColumnElement, Row, Select, SQLColumnExpression, and_, case, or_, select, update
+from sqlalchemy import ColumnElement, Row, Select, SQLColumnExpression, and_, bindparam, case, or_, select, update
 from sqlalchemy.orm import Mapped, Session, mapped_column
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from app.database import database_now
 
@@ -85,26 +86,29 @@ class WorkQueue(Generic[Work]):
 
     # -- a worker's steps ----------------------------------------------------------------------------------------
 
-    def claim(self, session: Session, owner: str, *conditions: ColumnElement[bool], **values: object) -> Work | None:
-        """Take the lease of the first free row that meets `conditions`, in one statement; None if there is none.
+    def claim(self, session: Session, owner: str, *conditions: ColumnElement[bool]) -> Work | None:
+        """Take the lease of the first free row that meets `conditions`, in one statement; None if there is none."""
+        return session.scalar(self.claiming(*conditions), {"claimed_by": owner})
 
-        The claim is a new attempt. `values` are columns that it writes as well.
+    def claiming(self, *conditions: ColumnElement[bool], **values: object) -> "ReturningUpdate[Work]":
+        """The statement of a claim by the owner `claimed_by`, a parameter. It begins a new attempt.
+
+        `values` are columns that it writes as well.
         """
         table, free = self.table, and_(self.free(), *conditions)
         first = select(table.id).where(free).order_by(*self.order).limit(1)
-        statement = (
+        return (
             update(table)
             .where(table.id == first.with_for_update(skip_locked=True).scalar_subquery(), free)
             .values(
                 attempt=table.attempt + 1,
-                lease_owner=owner,
+                lease_owner=bindparam("claimed_by"),
                 lease_expires_at=database_now() + self.lease_seconds,
                 **values,
             )
             .returning(table)
             .execution_options(populate_existing=True)
         )
-        return session.scalar(statement)
 
     def heartbeat(
         self, session: Session, row_id: str, attempt: int, *returning: SQLColumnExpression[object], **values: object

@@ -13,6 +13,7 @@ from app.programs import command
 from app.settings import DeviceSetting
 from worker.device import Device, DeviceUnusable, find_device
 from worker.processes import trainer_environment
+from worker.waiting import Check, always_wanted, run_process
 
 log = structlog.get_logger(__name__)
 
@@ -25,11 +26,12 @@ FIRST_PAUSE, LONGEST_PAUSE = 10.0, 600.0
 class DeviceHealth:
     """The device of a worker, and `problem`: why the worker claims no jobs; None while it may.
 
-    `device` is None until one is found. A worker without a device has a problem.
+    `device` is None until one is found. A worker without a device has a problem. A test of the device ends at once with
+    the error that `check` raises.
     """
 
-    def __init__(self, wanted: DeviceSetting) -> None:
-        self.wanted = wanted
+    def __init__(self, wanted: DeviceSetting, check: Check = always_wanted) -> None:
+        self.wanted, self.check = wanted, check
         self.device: Device | None = None
         self.problem: str | None = None
         self._failures, self._pause, self._next_check = 0, FIRST_PAUSE, 0.0
@@ -80,17 +82,20 @@ class DeviceHealth:
 
     def _check(self) -> str | None:
         """Find the device and compute on it. Returns what is wrong with it; None if nothing is."""
+        deadline = time.monotonic() + CHECK_SECONDS
+
+        def check() -> None:
+            self.check()
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"a small computation on it did not end within {CHECK_SECONDS:.0f} s")
+
         try:
             self.device = find_device(self.wanted)
             program = command("worker.trainer.device_check", self.device.kind)
-            check = subprocess.run(
-                program, capture_output=True, text=True, timeout=CHECK_SECONDS, env=trainer_environment()
-            )
+            status, printed = run_process(program, check, env=trainer_environment(), stderr=subprocess.STDOUT)
         except (DeviceUnusable, OSError) as error:
             return str(error)
-        except subprocess.TimeoutExpired:
-            return f"a small computation on it did not end within {CHECK_SECONDS:.0f} s"
-        if check.returncode == 0:
+        if status == 0:
             return None
-        said = (check.stdout or check.stderr).strip().splitlines()
-        return said[-1][:500] if said else f"the program that checks it ended with status {check.returncode}"
+        said = printed.decode(errors="replace").strip().splitlines()
+        return said[-1][:500] if said else f"the program that checks it ended with status {status}"

@@ -3,6 +3,7 @@
 import os
 import queue
 import threading
+import time
 from pathlib import Path
 
 import structlog
@@ -11,8 +12,6 @@ from app.spec.job import Integration, JobSpec
 
 log = structlog.get_logger(__name__)
 
-FINISH_SECONDS = 30
-"""Time to send the last metrics of an attempt."""
 Entries = queue.Queue[tuple[int, dict[str, float]] | None]
 """(step, metrics), and None at the end."""
 
@@ -42,12 +41,13 @@ class Reporter:
         for entries in self._queues:
             entries.put((step, metrics))
 
-    def close(self) -> None:
-        """Send the remaining metrics, for at most `FINISH_SECONDS` per integration."""
+    def close(self, seconds: float) -> None:
+        """Send the remaining metrics, for at most `seconds`."""
+        deadline = time.monotonic() + seconds
         for entries in self._queues:
             entries.put(None)
         for thread in self._threads:
-            thread.join(FINISH_SECONDS)
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _send(self, integration: Integration, number: int, entries: Entries) -> None:
         try:

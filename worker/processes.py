@@ -2,10 +2,13 @@
 
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import threading
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -15,6 +18,8 @@ from worker.machine import usable_cpus
 
 START_SECONDS = 120.0
 """A fork server that does not answer within this time counts as hung."""
+CHECK_SECONDS = 0.25
+"""Interval at which a wait for the fork server asks whether the trainer is still wanted."""
 UNKNOWN_STATUS = -signal.SIGKILL
 """The exit status to assume for a trainer whose fork server was killed."""
 ALLOWED_VARIABLES = ("PATH", "HOME", "TMPDIR", "LANG", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
@@ -116,37 +121,46 @@ class ForkServer:
             )
         self._socket = ours
 
-    def start(self, folder: Path) -> Trainer:
-        """Start a trainer in `folder`. Raises `CannotStart` if the server hangs or ends, twice in a row."""
+    def start(self, folder: Path, check: Callable[[], None] = lambda: None) -> Trainer:
+        """Start a trainer in `folder`. Raises `CannotStart` if the server hangs or ends, twice in a row.
+
+        `check` is called while the server loads torch. If it raises, no trainer is started.
+        """
         for is_last_try in (False, True):
             self.prepare()
             try:
-                return self._start(folder)
+                return self._start(folder, check)
             except OSError as error:  # the server was killed or hangs: start another
                 self.close()
                 if is_last_try:
                     raise CannotStart(f"no trainer can be started: {error}") from error
+            except BaseException:  # the server's answer, which nobody waits for, would be taken for the next one
+                self.close()
+                raise
         raise AssertionError
 
-    def _start(self, folder: Path) -> Trainer:
+    def _start(self, folder: Path, check: Callable[[], None]) -> Trainer:
         assert self._socket is not None
         their_input, our_input = os.pipe()
         our_output, their_output = os.pipe()
         stdin, stdout = os.fdopen(our_input, "wb"), os.fdopen(our_output, "rb")
         try:
-            self._socket.settimeout(START_SECONDS)
             socket.send_fds(self._socket, [str(folder).encode()], [their_input, their_output])
+            deadline = time.monotonic() + START_SECONDS
+            while not select.select([self._socket], [], [], CHECK_SECONDS)[0]:
+                check()
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"the fork server does not answer within {START_SECONDS:.0f} s")
             packet = self._socket.recv(64)
             if not packet:
                 raise ConnectionResetError("the fork server has ended")
-        except OSError:
-            stdin.close()
+        except BaseException:
+            stdin.close()  # ends a trainer that was started all the same
             stdout.close()
             raise
         finally:
             os.close(their_input)
             os.close(their_output)
-        self._socket.settimeout(None)  # the next packet is the exit status, after a whole training
         return Trainer(self._socket, int(packet), stdin, stdout)
 
     def close(self) -> None:

@@ -78,7 +78,7 @@ LAST_LOG_SECONDS, TIDY_SECONDS = 2.0, 5.0
 """The longest waits, at the end of an attempt, for the last upload of its log and for the removal of objects."""
 WRONG_NUMBERS = {"loss_not_finite", "not_finite", "unsupported_model", "trainer_error"}
 """Codes of errors that a device which computes wrongly causes too. It is checked before a job fails with one."""
-DRAIN_SECONDS = 15.0
+DRAIN_SECONDS = 14.0
 """Time for a last checkpoint after the worker was told to stop. Its whole end takes less than 20 seconds."""
 TIMEOUT_GRACE_SECONDS = 30.0
 """Time for a last checkpoint after a job has reached its timeout."""
@@ -127,9 +127,6 @@ class JobAttempt(ABC, Generic[Spec]):
             except CannotRun as error:
                 with suppress(LeaseLost):
                     self.fail(error.code, str(error), error.param)
-            except CannotStart as error:
-                with suppress(LeaseLost):
-                    self._leave_device(str(error))
             except LeaseLost:
                 self.log.warning("lease lost; the trainer was stopped")
             except Exception as error:  # without this, the job would hang until its lease expires
@@ -222,7 +219,11 @@ class JobAttempt(ABC, Generic[Spec]):
         """Run the trainer; returns its exit status."""
         if self.lease.lost:
             raise LeaseLost
-        process = self.server.start(self.folder)
+        try:
+            process = self.server.start(self.folder, self.lease.check)
+        except CannotStart as error:
+            self.outcome = DeviceFailed(str(error))
+            return 1
         self.log.info("trainer started", pid=process.pid)
         # The callback runs in another thread: a trainer without a lease must end even if this thread is busy.
         self.lease.on_lost(process.kill)

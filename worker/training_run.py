@@ -26,6 +26,9 @@ from worker.lease import LeaseLost
 from worker.runner import JobAttempt
 from worker.trainer.events import CheckpointWritten, EvaluationDone, Event, Metrics, StageBegan, TrainingDone, Working
 
+FINISH_SECONDS = 30.0
+"""Time to send the last metrics of an attempt to its integrations. A worker that stops does not take it."""
+
 
 class Training(JobAttempt[JobSpec]):
     """One attempt at a training."""
@@ -51,7 +54,7 @@ class Training(JobAttempt[JobSpec]):
 
     def close(self) -> None:
         if self.reporter is not None:
-            self.reporter.close()
+            self.reporter.close(1.0 if self.stopping.is_set() else FINISH_SECONDS)
 
     def prepare(self) -> None:
         self.checkpoints = Checkpoints(self.services.storage, self.lease, self.job)

@@ -1,6 +1,7 @@
 """The loop of a lane: look for a job, run it, look again. A wake-up only makes it look sooner."""
 
 import gc
+import math
 import os
 import shutil
 import socket
@@ -39,6 +40,7 @@ from worker.housekeeping import (
     prune_objects,
     retain_checkpoints,
 )
+from worker.lease import AskedToStop
 from worker.processes import ForkServer
 from worker.reaper import Reaper
 from worker.store_health import StoreHealth
@@ -58,8 +60,8 @@ IDLE_SHARE = 0.001
 MOST_POLL_SECONDS = 10.0
 REGISTER_SECONDS = 30.0
 """Interval at which the worker registers itself and its base models."""
-JOIN_SECONDS = 3.0
-"""How long the end of the process waits for a thread other than that of the work."""
+WORK_SECONDS, JOIN_SECONDS = 19.0, 3.0
+"""How long after the stop the process waits for its work, which then has hung, and for its other threads."""
 CHORE_SECONDS = 30.0
 """Interval at which a worker looks whether old events and unneeded objects are to be removed."""
 
@@ -76,9 +78,9 @@ class WorkerPool:
         self.services, self.lane = services, lane
         self.base_models = BaseModels(services.settings)
         self.owner = f"{lane.value}@{socket.gethostname()}:{os.getpid()}"
-        self.health = DeviceHealth(services.settings.device if lane == Lane.GPU else "cpu")
+        self.stopping, self._stopped_at = threading.Event(), math.inf
+        self.health = DeviceHealth(services.settings.device if lane == Lane.GPU else "cpu", self._check)
         self.store_health = StoreHealth(services.storage)
-        self.stopping = threading.Event()
         self.fork_server = ForkServer()
         self._shown_usable, self._key_is_known = True, False
         self._woken = threading.Event()
@@ -108,14 +110,21 @@ class WorkerPool:
 
     def stop(self) -> None:
         """Begin to drain: a running trainer writes a checkpoint, and its job goes back to the queue."""
+        self._stopped_at = time.monotonic()
         self.stopping.set()
         self._woken.set()
 
     def join(self) -> None:
-        """Wait for the end of the work, and a moment for the other threads: an object store that hangs holds them."""
+        """Wait for the end of the threads, each for a bounded time. A server that hangs may hold them for minutes."""
         for thread in self._threads:
+            seconds = WORK_SECONDS if thread is self._threads[0] else JOIN_SECONDS
             if thread.is_alive():
-                thread.join(None if thread is self._threads[0] else JOIN_SECONDS)
+                thread.join(max(0.0, self._stopped_at + seconds - time.monotonic()))
+
+    def _check(self) -> None:
+        """Raise `AskedToStop` if the worker drains."""
+        if self.stopping.is_set():
+            raise AskedToStop
 
     def _work(self) -> None:
         while not self.stopping.is_set():
@@ -125,6 +134,8 @@ class WorkerPool:
                     # Otherwise the reference cycles of a job would keep their memory over several further jobs.
                     gc.collect()
                     began = time.thread_time()
+            except AskedToStop:
+                break
             except SQLAlchemyError as error:
                 log.warning("database out of reach", reason=str(error))
             except Exception as error:  # an error in one job must not end the lane

@@ -5,10 +5,11 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from types import FrameType
 
-STOP_TIMEOUT_SECONDS = 110
-"""Time to write and upload a checkpoint. It is a little less than docker-compose.yml gives the container."""
+WORKER_SECONDS = 30.0
+"""Time for a worker to end. It takes up to 20 seconds."""
 PARENT_PIPE = "DPO_PARENT_PIPE"
 
 
@@ -25,10 +26,11 @@ def _wait_for_end(pipe: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def supervise(commands: dict[str, list[str]]) -> int:
+def supervise(commands: dict[str, list[str]], seconds: float = WORKER_SECONDS) -> int:
     """Run `commands` (name → program and arguments) until one ends, or until SIGINT or SIGTERM comes.
 
-    Then send SIGTERM to all, which drains them, and wait for them. Returns 0 after a signal, else 1.
+    Then send SIGTERM to all, which drains them. One that has not ended after `seconds` is killed. Returns 0 after a
+    signal, else 1.
     """
     stop = threading.Event()
     signalled = threading.Event()
@@ -51,12 +53,13 @@ def supervise(commands: dict[str, list[str]]) -> int:
     for name, child in children.items():
         threading.Thread(target=_watch, args=(name, child, stop), daemon=True).start()
     stop.wait()
+    deadline = time.monotonic() + seconds
     for child in children.values():
         if child.poll() is None:
             child.terminate()
     for child in children.values():
         try:
-            child.wait(STOP_TIMEOUT_SECONDS)
+            child.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()

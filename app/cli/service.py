@@ -9,7 +9,7 @@ import typer
 
 from app.cli.local import migrate_database
 from app.cli.output import console
-from app.cli.processes import supervise
+from app.cli.processes import WORKER_SECONDS, supervise
 from app.programs import command
 from app.settings import Settings
 
@@ -35,7 +35,7 @@ def serve() -> None:
         "GPU lane": command("worker", "gpu"),
         "CPU lane": command("worker", "cpu"),
     }
-    raise typer.Exit(supervise(parts))
+    raise typer.Exit(supervise(parts, WORKER_SECONDS + settings.shutdown_seconds))
 
 
 def api() -> None:

@@ -8,9 +8,9 @@ Batch systems call this fair share with a half-life (Slurm's multifactor priorit
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, SQLColumnExpression, select
+from sqlalchemy import ColumnElement, Select, SQLColumnExpression, select
 from sqlalchemy.orm import Session
 
 from app.database import Database, database_now, now
@@ -48,45 +48,68 @@ def expected_seconds(estimated: float | None, ran: float = 0.0) -> float:
     return max(UNKNOWN_SECONDS if estimated is None else estimated, ran)
 
 
-def by_use(session: Session, order: Order, *conditions: ColumnElement[bool]) -> list[Share]:
-    """The projects that have a job with `conditions`, next one first. `order` is that of a project's jobs.
+class Candidate(NamedTuple):
+    """A project that may go next: its use and its last check, as in its row, and the time now."""
 
-    The conditions may name columns of `Project`.
+    project: str
+    weight: float
+    recent_seconds: float
+    recent_at: float
+    checked_at: float
+    first_at: float
+    """When the first of its jobs was created."""
+    current: float
+
+
+Candidates = Select[Any, Any, Any, Any, Any, Any, Any]
+
+
+def candidates(order: Order, *conditions: ColumnElement[bool]) -> Candidates:
+    """Selects the `Candidate`s: all projects, and when the first of their jobs with `conditions` was created.
+
+    `order` is that of a project's jobs. The conditions may name columns of `Project`.
     """
-    found = _projects(session, order, conditions)
+    first = select(Job.created_at).where(Job.project == Project.id, *conditions).order_by(*order).limit(1)
+    columns = (Project.id, Project.weight, Project.recent_seconds, Project.recent_at, Project.checked_at)
+    return select(*columns, first.correlate(Project).scalar_subquery(), database_now())
+
+
+def by_use(session: Session, statement: Candidates) -> list[Share]:
+    """Those of the `candidates` that have a job, next one first."""
+    found = _found(session, statement)
     if not found:
         return []
-    current, running = found[0][2], defaultdict[str, float](float)
+    running = defaultdict[str, float](float)
     columns = select(Job.project, Job.estimated_seconds, Job.ran_seconds, Job.counted_seconds)
     for name, estimated, ran, counted in session.execute(columns.where(Job.status == Status.RUNNING)):
         running[name] += expected_seconds(estimated, ran) - counted
     shares = [
-        Share(project.id, project.weight, used_lately(project, current) + running[project.id], first_at)
-        for project, first_at, _ in found
+        Share(
+            row.project,
+            row.weight,
+            used_lately(row.recent_seconds, row.recent_at, row.current) + running[row.project],
+            row.first_at,
+        )
+        for row in found
     ]
     return sorted(shares, key=Share.turn)
 
 
-def by_last_check(session: Session, order: Order, *conditions: ColumnElement[bool]) -> list[str]:
+def by_last_check(session: Session, statement: Candidates) -> list[str]:
     """The same projects, in turn: first the one whose last check of a job's files began first."""
-    found = _projects(session, order, conditions)
-    found.sort(key=lambda row: (row[0].checked_at, row[1], row[0].id))
-    return [project.id for project, _, _ in found]
+    found = _found(session, statement)
+    found.sort(key=lambda row: (row.checked_at, row.first_at, row.project))
+    return [row.project for row in found]
 
 
-def _projects(
-    session: Session, order: Order, conditions: Sequence[ColumnElement[bool]]
-) -> list[tuple[Project, float, float]]:
-    """The projects that have a job with `conditions`: (project, when the first of these was created, the time now)."""
-    first = select(Job.created_at).where(Job.project == Project.id, *conditions).order_by(*order).limit(1)
-    rows = session.execute(select(Project, first.correlate(Project).scalar_subquery(), database_now()))
-    return [(project, first_at, current) for project, first_at, current in rows if first_at is not None]
+def _found(session: Session, statement: Candidates) -> list[Candidate]:
+    return [row for row in map(Candidate._make, session.execute(statement)) if row.first_at is not None]
 
 
-def used_lately(project: Project, current: float) -> float:
-    """GPU seconds that a project has used lately, as they count at the time `current`."""
-    age = max(0.0, current - project.recent_at)  # a clock that was set back makes nothing grow
-    return float(project.recent_seconds * 0.5 ** (age / HALF_LIFE))
+def used_lately(seconds: float, counted_at: float, current: float) -> float:
+    """GPU seconds that count at the time `current` if they were `seconds` at the time `counted_at`."""
+    age = max(0.0, current - counted_at)  # a clock that was set back makes nothing grow
+    return float(seconds * 0.5 ** (age / HALF_LIFE))
 
 
 def count_use(session: Session, job: Job, trained_tokens: int = 0) -> None:
@@ -95,7 +118,7 @@ def count_use(session: Session, job: Job, trained_tokens: int = 0) -> None:
     if seconds <= 0 and trained_tokens == 0:
         return
     current, project = now(session), projects.lock(session, job.project)
-    project.recent_seconds = used_lately(project, current) + seconds
+    project.recent_seconds = used_lately(project.recent_seconds, project.recent_at, current) + seconds
     project.recent_at = current
     month = usage.of_month(session, project, current)
     month.gpu_seconds += seconds

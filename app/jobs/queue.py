@@ -4,10 +4,12 @@ import heapq
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
-from sqlalchemy import ColumnElement, ScalarSelect, case, func, not_, or_, select, update
+from sqlalchemy import ColumnElement, ScalarSelect, Select, String, bindparam, case, func, not_, or_, select, update
 from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from app.database import database_now, now, wait_for_others
 from app.errors import Forbidden
@@ -44,8 +46,7 @@ def _ready() -> ColumnElement[bool]:
 
 
 WAITING = (Job.status == Status.QUEUED, Job.paused.is_(False), _ready())
-
-
+WAITING_CANDIDATES = fair_share.candidates(QUEUE_ORDER, *WAITING)
 READ_AT_ONCE = 200
 """Waiting jobs of a project that are read first. The rest is read if somebody asks for a place behind them."""
 
@@ -73,7 +74,7 @@ def waiting(session: Session) -> Iterator[WaitingJob]:
     for job_id, base in session.execute(waiting_for_others.where(*WAITING)):
         others[job_id].append(base)
     heap = []
-    for share in fair_share.by_use(session, QUEUE_ORDER, *WAITING):
+    for share in fair_share.by_use(session, WAITING_CANDIDATES):
         line = _line(session, share.project, others)
         heap.append((share.turn(), share, next(line), line))
     while heap:
@@ -165,22 +166,21 @@ def claim(
     claim of a queued job to base models that match these patterns (`*` matches anything), and `memory_bytes` to jobs
     that need no more memory. None allows any.
     """
-    if served is not None and not _any_queued(session, served):
+    claiming = _claiming(status, None if served is None else tuple(served), memory_bytes)
+    if claiming.any_queued is not None and session.scalar(claiming.any_queued) is None:
         return None
-    conditions = [*_claimable(status, served, memory_bytes), Job.spec_version <= SPEC_VERSION, JOBS.free()]
-    turn = _in_turn(session, status, conditions)
+    if status == Status.QUEUED:
+        turn = [share.project for share in fair_share.by_use(session, claiming.candidates)]
+    else:
+        turn = fair_share.by_last_check(session, claiming.candidates)
     if not turn:
         return None  # most of those who look find nothing, and keep nobody waiting
     # Without the lock, two claims at once could exceed a project's limit. They may both have seen the same turn. Then
     # the next claims make up for it.
     wait_for_others(session, CLAIM_LOCK)
-    values: dict[str, object] = {}
-    if status == Status.QUEUED:
-        started, worker = func.coalesce(Job.started_at, database_now()), owner.partition(":")[0]
-        values = {"status": Status.RUNNING, "started_at": started, "worker": worker}
     for project in turn:
-        within_limit = select(Project.id).where(Project.id == project, _within_limit(status)).exists()
-        job = JOBS.claim(session, owner, Job.project == project, within_limit, *conditions, **values)
+        parameters = {"of_project": project, "claimed_by": owner, "on_worker": owner.partition(":")[0]}
+        job = session.scalar(claiming.take, parameters)
         if job is None:
             continue
         if status == Status.QUEUED:
@@ -191,22 +191,41 @@ def claim(
     return None
 
 
-def _any_queued(session: Session, served: Sequence[str]) -> bool:
-    """Whether a job is queued whose base model `served` has. An index answers it, however long the queue is."""
-    queued = select(Job.id).where(_base_is_served(served), Job.status == Status.QUEUED)
-    return session.scalar(queued.limit(1)) is not None
+class Claiming(NamedTuple):
+    """The statements of a claim. They are kept, because SQLAlchemy needs longer to make them than a database to answer.
+
+    - `any_queued` finds out whether a job is queued whose base model the worker serves; None if it serves all. An index
+      answers it, however long the queue is.
+    - `candidates` are the projects that have a job and may have one more begin.
+    - `take` claims the first job of the project `of_project`, with the parameters `claimed_by` and `on_worker`.
+    """
+
+    any_queued: Select[str] | None
+    candidates: fair_share.Candidates
+    take: ReturningUpdate[Job]
+
+
+@lru_cache(maxsize=16)
+def _claiming(status: Status, served: tuple[str, ...] | None, memory_bytes: int | None) -> Claiming:
+    """The statements of a claim. The arguments are those of `claim`."""
+    conditions = [*_claimable(status, served, memory_bytes), Job.spec_version <= SPEC_VERSION]
+    within_limit, of_project = _within_limit(status), bindparam("of_project", type_=String)
+    any_queued, values = None, dict[str, object]()
+    if served is not None:
+        any_queued = select(Job.id).where(_base_is_served(served), Job.status == Status.QUEUED).limit(1)
+    if status == Status.QUEUED:
+        started = func.coalesce(Job.started_at, database_now())
+        values = {"status": Status.RUNNING, "started_at": started, "worker": bindparam("on_worker")}
+    is_within = select(Project.id).where(Project.id == of_project, within_limit).exists()
+    return Claiming(
+        any_queued,
+        fair_share.candidates(QUEUE_ORDER, within_limit, *conditions, JOBS.free()),
+        JOBS.claiming(Job.project == of_project, is_within, *conditions, **values),
+    )
 
 
 def _base_is_served(served: Sequence[str]) -> ColumnElement[bool]:
     return or_(Job.base_model == "", served_by(Job.base_model, served))
-
-
-def _in_turn(session: Session, status: Status, conditions: Sequence[ColumnElement[bool]]) -> list[str]:
-    """The projects that have a job with `conditions` and may have one more begin, next one first."""
-    if status == Status.VALIDATING:
-        return fair_share.by_last_check(session, QUEUE_ORDER, _within_limit(status), *conditions)
-    shares = fair_share.by_use(session, QUEUE_ORDER, _within_limit(status), *conditions)
-    return [share.project for share in shares]
 
 
 def _claimable(status: Status, served: Sequence[str] | None, memory_bytes: int | None) -> list[ColumnElement[bool]]:

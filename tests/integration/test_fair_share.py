@@ -94,7 +94,8 @@ def test_use_counts_half_after_a_day(services: Services) -> None:
         session.execute(update(Project).values(recent_at=Project.recent_at - fair_share.HALF_LIFE))
     run(services, HOUR)
     with services.database.read() as session:
-        used = fair_share.used_lately(session.get_one(Project, "a"), now(session))
+        project = session.get_one(Project, "a")
+        used = fair_share.used_lately(project.recent_seconds, project.recent_at, now(session))
     assert used == pytest.approx(1.5 * HOUR, rel=1e-3)
 
 

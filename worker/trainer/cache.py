@@ -24,6 +24,8 @@ class Cache:
         self.folder, self._events, self._answers = folder, events, answers
         self.hits: list[str] = []
         """Keys that the cache had."""
+        self.made: list[str] = []
+        """Keys of the files that this run has made."""
 
     def get(self, key: str, load: Callable[[Path], Value]) -> Value | None:
         """The file of `key`, read by `load`. None if nobody has the file, or if it is damaged.
@@ -53,4 +55,5 @@ class Cache:
         partial = path.with_name(path.name + ".partial")
         yield partial
         partial.rename(path)
+        self.made.append(key)
         self._events.emit(CacheMade(key))

@@ -2,11 +2,16 @@
 
 The rows are packed in their own order, independently of the job's batches. The same rows and weights therefore give
 the same bits in every job. The key of the cache covers everything that the bits depend on.
+
+A pass puts its results into the cache in stretches, each a number of packs. The key of a stretch says with which pack
+it begins, so a pass that was stopped goes on where it ended.
 """
 
 import hashlib
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,11 +19,14 @@ from torch import Tensor
 
 from worker.trainer.cache import Cache
 from worker.trainer.dataset import Rows
+from worker.trainer.errors import Stopped
 from worker.trainer.model import Policy, per_response
 from worker.trainer.packing import columns
 
 ENGINE_VERSION = 2
 """Raise it with every change of the engine that changes bits: cached values of older versions are then not used."""
+STRETCH_SECONDS = 60.0
+"""The longest stretch. A pass whose process is killed loses no more than this."""
 
 
 @dataclass(frozen=True)
@@ -47,23 +55,68 @@ class References:
     validation: Reference
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """The results of consecutive packs.
+
+    `index` [n] says which responses of the pass they are; `logps` and `seen` [n] are as in `Reference`. `size` [2] is
+    the number of packs and the number of their rows.
+    """
+
+    index: Tensor
+    logps: Tensor
+    seen: Tensor
+    size: Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence["Stretch"]) -> "Stretch":
+        """The results of all `parts`, of which there is at least one."""
+        index, logps, seen = (torch.cat([getattr(part, name) for part in parts]) for name in ("index", "logps", "seen"))
+        return cls(index, logps, seen, torch.stack([part.size for part in parts]).sum(0))
+
+
 def find_or_compute(
     policy: Policy, digest: str, rows: Rows, tail_weight: float | None, cache: Cache, report: Callable[[int], None]
 ) -> Reference:
     """The log-probs of `rows` under `policy`, from the cache or computed: on the CPU, float32 or wider.
 
-    `digest` identifies the policy's weights. The other arguments are those of `compute`.
+    `digest` identifies the policy's weights. The other arguments are those of `compute`. If `report` raises `Stopped`,
+    the cache has all results so far.
     """
-    if not len(rows):
-        return compute(policy, rows)
-    key = _key(policy, digest, rows, tail_weight)
-    cached = cache.get(key, lambda path: Reference(**load_file(path)))
-    if cached is not None:
-        return cached
-    computed = compute(policy, rows, tail_weight, report)
-    with cache.put(key) as path:
-        save_file(vars(computed), path)
-    return computed
+    key, first, stretches = _key(policy, digest, rows, tail_weight), _first_responses(rows), list[Stretch]()
+    packs = done = 0  # done packs, and their rows
+    # 1. Collect what the cache has.
+    while done < len(rows):
+        stretch = cache.get(_stretch_key(key, packs), lambda path: Stretch(**load_file(path)))
+        if stretch is None:
+            break
+        stretches.append(stretch)
+        packs, done = packs + int(stretch.size[0]), done + int(stretch.size[1])
+    # 2. Compute the rest, and put it into the cache.
+    fresh, began = list[Stretch](), time.monotonic()
+
+    def keep() -> None:
+        nonlocal packs, began
+        if fresh:
+            stretches.append(Stretch.joined(fresh))
+            fresh.clear()
+            with cache.put(_stretch_key(key, packs)) as path:
+                save_file(vars(stretches[-1]), path)
+            packs, began = packs + int(stretches[-1].size[0]), time.monotonic()
+
+    try:
+        report(done)
+        for scored in _score(policy, rows, first, tail_weight, skip=packs):
+            fresh.append(scored)
+            done += int(scored.size[1])
+            report(done)
+            if time.monotonic() - began > STRETCH_SECONDS:
+                keep()
+    except Stopped:
+        keep()
+        raise
+    keep()
+    return _arranged(first, stretches)
 
 
 def compute(
@@ -73,24 +126,43 @@ def compute(
 
     `tail_weight` is the weight of tail tokens in LD-DPO. `report` is called after each pack with the rows done so far.
     """
-    counts = torch.tensor([len(row.responses) for row in rows], dtype=torch.long)
-    first = counts.cumsum(0) - counts  # [rows]
-    logps, seen = torch.zeros(int(counts.sum())), torch.zeros(int(counts.sum()))  # [responses]
-    done = 0  # rows
-    with torch.no_grad():
-        for pack in policy.packs(rows, range(len(rows)), merge=tail_weight is None):
+    first, parts, done = _first_responses(rows), list[Stretch](), 0
+    for scored in _score(policy, rows, first, tail_weight):
+        parts.append(scored)
+        done += int(scored.size[1])
+        report(done)
+    return _arranged(first, parts)
+
+
+def _score(policy: Policy, rows: Rows, first: Tensor, tail_weight: float | None, skip: int = 0) -> Iterator[Stretch]:
+    """The results of each pack of `rows`, without the first `skip` packs. `first` is that of `_first_responses`."""
+    for pack in islice(policy.packs(rows, range(len(rows)), merge=tail_weight is None), skip, None):
+        with torch.no_grad():
             scores = policy.score(pack, tail_weight=tail_weight)
-            numbers, row = torch.tensor(pack.rows), pack.row_of.cpu()
-            index = (first[numbers[row]] + columns(row),)  # the place of each response in the result, [R]
-            seen = seen.to(scores.responses.dtype).index_put(index, scores.responses.cpu())
-            logps = logps.to(seen.dtype).index_put(index, per_response(pack, scores.tokens.logps).cpu())
-            done += len(pack.rows)
-            report(done)
-    return Reference(logps, first, seen)
+            logps = per_response(pack, scores.tokens.logps)
+        numbers, row = torch.tensor(pack.rows), pack.row_of.cpu()
+        index = first[numbers[row]] + columns(row)  # the place of each response in the result, [R]
+        yield Stretch(index, logps.cpu(), scores.responses.cpu(), torch.tensor([1, len(pack.rows)]))
+
+
+def _first_responses(rows: Rows) -> Tensor:
+    """The index of each row's first response among those of all rows, and the number of them all. [rows + 1]"""
+    counts = torch.tensor([len(row.responses) for row in rows], dtype=torch.long)
+    return torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
+
+
+def _arranged(first: Tensor, parts: Sequence[Stretch]) -> Reference:
+    """The results in the order of the rows. `first` is that of `_first_responses`."""
+    logps, seen = torch.zeros(int(first[-1])), torch.zeros(int(first[-1]))  # [responses]
+    if parts:
+        scored = Stretch.joined(parts)
+        logps = torch.empty_like(scored.logps).index_put((scored.index,), scored.logps)
+        seen = torch.empty_like(scored.seen).index_put((scored.index,), scored.seen)
+    return Reference(logps, first[:-1], seen)
 
 
 def _key(policy: Policy, digest: str, rows: Rows, tail_weight: float | None) -> str:
-    """The key in the cache: everything that the bits of the log-probs depend on."""
+    """A hash of everything that the bits of the log-probs depend on."""
     device = torch.cuda.get_device_name(policy.device) if policy.device.type == "cuda" else torch.__version__
     parts = (
         ENGINE_VERSION,
@@ -107,4 +179,9 @@ def _key(policy: Policy, digest: str, rows: Rows, tail_weight: float | None) -> 
         torch.get_num_threads(),
         torch.backends.cpu.get_cpu_capability(),
     )
-    return f"reference/{hashlib.sha256(repr(parts).encode()).hexdigest()}"
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _stretch_key(key: str, packs: int) -> str:
+    """The key in the cache of the stretch after the first `packs` packs of the pass `key`."""
+    return f"reference/{key}/{hashlib.sha256(str(packs).encode()).hexdigest()}"

@@ -21,15 +21,14 @@ def policy_references(policy: Policy, stage: Stage, tail_weight: float | None, r
 
     `tail_weight` is the weight of tail tokens in LD-DPO.
     """
-    began, hits, digest = time.monotonic(), len(run.cache.hits), policy.digest()
+    began, made, digest = time.monotonic(), len(run.cache.made), policy.digest()
 
     def find(rows: Rows) -> Reference:
         def report(done: int) -> None:
             run.check_stop()
-            run.events.working("reference", done, len(rows))
+            if len(rows):
+                run.events.working("reference", done, len(rows))
 
-        if len(rows):
-            report(0)
         return memory.retry_with_smaller_packs(
             policy,
             stage,
@@ -38,8 +37,7 @@ def policy_references(policy: Policy, stage: Stage, tail_weight: float | None, r
         )
 
     references = References(find(stage.train), find(stage.validation))
-    requests = bool(stage.train) + bool(stage.validation)  # empty rows do not ask the cache
-    how = "found in the cache" if len(run.cache.hits) == hits + requests else "computed"
+    how = "found in the cache" if len(run.cache.made) == made else "computed"
     run.events.message(f"Reference log-probs {how} in {time.monotonic() - began:.1f} s.")
     return references
 

@@ -1,14 +1,21 @@
-"""PostgreSQL: dead, paused, cut off, or with a clock that jumps; and the PgBouncer before it."""
+"""PostgreSQL: dead, paused, cut off, restored, or with a clock that jumps; and the PgBouncer before it."""
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
+from app.jobs.states import ACTIVE
+from tests.faults.cluster import REPOSITORY, Line
 from tests.faults.proxy import Connection
 from tests.faults.scene import Scene, Strike, evidence_of
-from tests.helpers.servers import wait_until
+from tests.helpers.servers import postgres_program, wait_until
+
+STEPS_AFTER_DUMP = 30
+"""Steps that a training goes on after a dump: it writes two more checkpoints."""
 
 
 def restart_postgres(scene: Scene) -> Strike | None:
@@ -93,6 +100,58 @@ def set_the_clock(scene: Scene) -> Strike | None:
     finally:
         scene.cluster.set_clock(0.0)
     return Strike(f"{jump:+.0f} s; {evidence_of(line)}", same_attempt=True) if line and struck else None
+
+
+def restore(scene: Scene) -> Strike | None:
+    """All machines are lost. The database comes back from a dump, and the objects are newer than it.
+
+    Half of the times another attempt has gone on after the dump. The steps are those of docs/deployment.md.
+    """
+    cluster, job = scene.cluster, scene.attempt.job
+    dump, url = str(cluster.home / "dump.sql"), f"host=127.0.0.1 port={cluster.postgres.port} user=dpo dbname=postgres"
+    step = (scene.workload.row(job).progress or {}).get("step", 0)
+    subprocess.run([postgres_program("pg_dump"), "--no-owner", "--clean", "--file", dump, url], check=True)
+    if not scene.running():
+        return None
+    if scene.random.random() < 0.5:
+        scene.runner.signal(signal.SIGTERM)
+        scene.runner.wait(60)
+        scene.runner.start()
+
+    def went_on() -> bool:
+        row = scene.workload.row(job)
+        return row.status not in ACTIVE or (row.progress or {}).get("step", 0) >= step + STEPS_AFTER_DUMP
+
+    wait_until(went_on, f"{job} to go on after the dump")
+    for program in cluster.programs.values():
+        program.kill()
+    # In one transaction: the harness prunes beside, and must never see an empty table of files.
+    psql = [
+        postgres_program("psql"),
+        "--quiet",
+        "--set",
+        "ON_ERROR_STOP=1",
+        "--single-transaction",
+        "--file",
+        dump,
+        url,
+    ]
+    subprocess.run(psql, check=True, stdout=subprocess.DEVNULL)
+    restored_at = time.monotonic()
+    fsck = [sys.executable, "-m", "app.cli.main", "fsck", "--repair", "--drop-webhooks"]
+    program = cluster.programs["cpu-1"]
+    mended = subprocess.run(fsck, cwd=REPOSITORY, env=program.environment, capture_output=True, text=True)
+    if mended.returncode:
+        scene.workload.problems.append(f"fsck ended with status {mended.returncode}: {mended.stdout}{mended.stderr}")
+    cluster.revive()
+
+    def starts_again(line: Line) -> bool:
+        return line.get("event") == "trainer started" and line["job"] == job
+
+    if cluster.logs.wait(starts_again, restored_at, 90) is None:
+        scene.workload.problems.append(f"{job}: no attempt after the restore")
+    said = next((line for line in mended.stdout.splitlines() if job in line), f"{job} is at step {step} again")
+    return Strike(f"fsck: {said}")
 
 
 def _family(pid: int) -> list[int]:

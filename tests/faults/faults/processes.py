@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx2
 
+from app.jobs.states import ACTIVE
 from tests.faults.cluster import REPOSITORY
 from tests.faults.scene import HANDED_BACK, Scene, Strike, evidence_of
 from tests.helpers.servers import wait_until
@@ -110,6 +111,29 @@ def drain_worker(scene: Scene) -> Strike | None:
     scene.runner.start()
     seconds = scene.next_attempt()
     return None if seconds is None else Strike(f"{scene.attempt.job}: {HANDED_BACK}")
+
+
+def drain_while_the_store_hangs(scene: Scene) -> Strike | None:
+    """SIGTERM while the object store answers nothing: the worker ends within 20 s, and no attempt counts as lost."""
+    scene.cluster.objects.hold(True)
+    time.sleep(scene.random.uniform(0, 3))
+    began, running = time.monotonic(), scene.running()
+    scene.runner.signal(signal.SIGTERM)
+    try:
+        scene.runner.wait(20)
+    except subprocess.TimeoutExpired:
+        scene.workload.problems.append(f"{scene.attempt.job}: the worker did not end within 20 s")
+    seconds = time.monotonic() - began
+    scene.cluster.objects.heal()
+    row = scene.workload.row(scene.attempt.job)
+    if not running or row.status not in ACTIVE:
+        return None
+    if row.lost_attempts:
+        scene.workload.problems.append(f"{scene.attempt.job}: draining cost an attempt")
+    scene.runner.start()
+    if scene.next_attempt() is None:
+        scene.workload.problems.append(f"{scene.attempt.job}: no new attempt after the drain")
+    return Strike(f"{scene.attempt.job}: the worker ended {seconds:.1f} s after SIGTERM")
 
 
 def run_out_of_memory(scene: Scene) -> Strike | None:
