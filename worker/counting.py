@@ -1,24 +1,19 @@
-"""Count the tokens of files and render their rows as a model reads them. A program of the trainer does this.
-
-The program is a process of its own and does not load torch. It is killed when the work is no longer wanted.
-"""
+"""Count the tokens of files and render their rows as a model reads them. The reader does this."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from app.models import repository as models
-from app.programs import command
 from app.services import Services
 from app.spec.json_types import JsonObject
 from app.stored_content import ContentDamaged
 from worker.base_models import BaseModels
 from worker.model_files import point_to
 from worker.model_folder import ModelGone
-from worker.processes import trainer_environment
-from worker.waiting import Check, run_process
+from worker.reader.client import Reader
+from worker.waiting import Check
 
 
 @dataclass(frozen=True)
@@ -58,24 +53,12 @@ def place_tokenizer(
             services.storage.get_file(key, folder / key.removeprefix(f"{model.prefix}/"))
 
 
-def count(folder: Path, requests: Sequence[CountRequest], check: Check) -> list[JsonObject]:
+def count(reader: Reader, folder: Path, requests: Sequence[CountRequest], check: Check) -> list[JsonObject]:
     """The token statistics of each file by the tokenizer in `folder`/model, or its `error` {code, message, param}.
 
-    Raises what `check` raises.
+    Raises what `Reader.do` raises.
     """
     (folder / "tokens.json").write_text(json.dumps([request.as_json() for request in requests]))
-    results: list[JsonObject] = run_program("worker.trainer.tokens", folder, check)
+    size = sum(request.dataset.stat().st_size for request in requests)
+    results: list[JsonObject] = reader.do(folder, {"name": "count"}, size, check)
     return results
-
-
-def run_program(module: str, folder: Path, check: Check) -> Any:
-    """Run a module of the trainer on `folder`. Returns the JSON of the last line that it prints.
-
-    Raises what `check` raises, or `RuntimeError` with the end of its log if it fails.
-    """
-    environment = trainer_environment() | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    with (folder / "log").open("wb") as log:
-        status, printed = run_process(command(module, str(folder)), check, env=environment, stderr=log)
-    if status != 0:
-        raise RuntimeError((folder / "log").read_text(errors="replace")[-2000:])
-    return json.loads(printed.splitlines()[-1])

@@ -14,18 +14,19 @@ from app.derived_artifacts.repository import ARTIFACTS
 from app.derived_artifacts.tables import DerivedArtifact
 from app.files.tables import File
 from app.models import repository as models
+from app.programs import command
 from app.services import Services
-from app.spec.datasets.check import survey
-from app.spec.datasets.mapping import Mapping
 from app.spec.json_types import JsonObject
 from app.stored_content import GONE, ContentDamaged, fetch_file, store_folder
 from worker.base_models import BaseModels
-from worker.counting import CountRequest, count, place_tokenizer, run_program
+from worker.counting import CountRequest, count, place_tokenizer
 from worker.hub import ModelUnavailable
 from worker.lease import AskedToStop, Lease, LeaseLost
 from worker.model_folder import ModelGone, fetch_model, find_model
 from worker.outage import fault
-from worker.waiting import briefly, in_thread
+from worker.processes import trainer_environment
+from worker.reader.client import Reader, TooCostly
+from worker.waiting import briefly, in_thread, run_process
 from worker.work import work_folder
 
 log = structlog.get_logger(__name__)
@@ -43,7 +44,7 @@ class ArtifactFailed(Exception):
 
 
 def make_artifact(
-    services: Services, base_models: BaseModels, artifact: DerivedArtifact, stopping: threading.Event
+    services: Services, base_models: BaseModels, reader: Reader, artifact: DerivedArtifact, stopping: threading.Event
 ) -> None:
     """Make an artifact whose lease this worker holds, and write its result or its error.
 
@@ -53,7 +54,7 @@ def make_artifact(
         tempfile.TemporaryDirectory(dir=work_folder(services), ignore_cleanup_errors=True) as name,
         Lease(services.database, ARTIFACTS, artifact.id, artifact.attempt, stopping.is_set) as lease,
     ):
-        artifact_attempt = _ArtifactAttempt(services, base_models, artifact, Path(name), lease)
+        artifact_attempt = _ArtifactAttempt(services, base_models, reader, artifact, Path(name), lease)
         try:
             is_report = artifact.kind == repository.REPORT
             result = in_thread(artifact_attempt.report if is_report else artifact_attempt.merge, lease.check)
@@ -86,11 +87,16 @@ class _ArtifactAttempt:
     """One attempt at one artifact, in `folder`."""
 
     def __init__(
-        self, services: Services, base_models: BaseModels, artifact: DerivedArtifact, folder: Path, lease: Lease
+        self,
+        services: Services,
+        base_models: BaseModels,
+        reader: Reader,
+        artifact: DerivedArtifact,
+        folder: Path,
+        lease: Lease,
     ) -> None:
-        self.services, self.base_models, self.artifact, self.folder, self.lease = (
-            services, base_models, artifact, folder, lease,
-        )  # fmt: skip
+        self.services, self.base_models, self.reader = services, base_models, reader
+        self.artifact, self.folder, self.lease = artifact, folder, lease
         self.prefix: str | None = None
 
     def undo(self) -> None:
@@ -100,6 +106,17 @@ class _ArtifactAttempt:
 
     def report(self) -> JsonObject:
         """Make a dataset report. A report in tokens extends the report of the file that was made before it."""
+        try:
+            return self._report()
+        except TooCostly as error:
+            raise ArtifactFailed("file_too_costly", str(error), "file_id") from error
+
+    def _survey(self, dataset: Path, mapping: JsonObject | None) -> JsonObject:
+        task = {"name": "survey", "dataset": str(dataset), "mapping": mapping}
+        report: JsonObject = self.reader.do(self.folder, task, dataset.stat().st_size, self.lease.check)
+        return report
+
+    def _report(self) -> JsonObject:
         arguments = self.artifact.arguments
         with self.services.database.read() as session:
             file = session.get(File, arguments["file_id"])
@@ -112,9 +129,7 @@ class _ArtifactAttempt:
         except ContentDamaged as damage:
             raise ArtifactFailed(GONE, f"The file cannot be read: {damage}.", "file_id") from damage
         if "model" not in arguments:
-            mapping = None if file.mapping is None else Mapping.model_validate(file.mapping)
-            with dataset.open("rb") as stream:
-                return survey(stream, mapping).as_json()
+            return self._survey(dataset, file.mapping)
         report = dict((earlier.result if earlier is not None else None) or {})
         with self.services.database.read() as session:
             model = models.find(session, self.artifact.project, arguments["model"])
@@ -128,8 +143,7 @@ class _ArtifactAttempt:
             raise ArtifactFailed("model_unavailable", str(error), "model") from error
         mapping = arguments.get("mapping", file.mapping)
         if not report or mapping != file.mapping:  # there is no earlier report, or it read the file in another way
-            with dataset.open("rb") as stream:
-                report = survey(stream, mapping and Mapping.model_validate(mapping)).as_json()
+            report = self._survey(dataset, mapping)
             if not report["valid"]:
                 return report
         recipe = {
@@ -140,7 +154,7 @@ class _ArtifactAttempt:
             "rendering": arguments.get("rendering", {}),
             "truncation": arguments.get("truncation", "keep_end"),
         }
-        (counted,) = count(self.folder, [CountRequest(dataset, recipe, report["kept"])], self.lease.check)
+        (counted,) = count(self.reader, self.folder, [CountRequest(dataset, recipe, report["kept"])], self.lease.check)
         _require(counted)
         settings = {name: arguments[name] for name in ("model", "max_length", "method")}
         return report | {"tokens": settings | counted}
@@ -158,11 +172,22 @@ class _ArtifactAttempt:
         except ModelUnavailable as error:
             raise ArtifactFailed("model_unavailable", str(error), "model") from error
         (self.folder / "merge.json").write_text(json.dumps({"dtype": dtype}))
-        _require(run_program("worker.trainer.merge", self.folder, self.lease.check))
+        _require(self._run_merge())
         self.prefix = f"merged/{self.artifact.id}/attempt-{self.artifact.attempt}"
         content = store_folder(storage, self.prefix, self.folder / "output")
         shutil.rmtree(self.folder / "output")
         return {"prefix": self.prefix, **content.as_columns()}
+
+    def _run_merge(self) -> JsonObject:
+        """Run the program that merges. Returns the JSON of the last line that it prints."""
+        program, log = command("worker.trainer.merge", str(self.folder)), self.folder / "log"
+        with log.open("wb") as stderr:
+            environment = trainer_environment() | {"HF_HUB_OFFLINE": "1"}
+            status, printed = run_process(program, self.lease.check, env=environment, stderr=stderr)
+        if status != 0:
+            raise RuntimeError(log.read_text(errors="replace")[-2000:])
+        result: JsonObject = json.loads(printed.splitlines()[-1])
+        return result
 
 
 def _require(result: JsonObject) -> None:

@@ -1,4 +1,4 @@
-"""Trainer processes. They start without the service's secrets, and end together with the processes they started."""
+"""Trainers and readers, processes that start without the service's secrets. Those that they started end with them."""
 
 import json
 import os
@@ -19,9 +19,9 @@ from worker.machine import usable_cpus
 START_SECONDS = 120.0
 """A fork server that does not answer within this time counts as hung."""
 CHECK_SECONDS = 0.25
-"""Interval at which a wait for the fork server asks whether the trainer is still wanted."""
+"""Interval at which a wait for the fork server asks whether the process is still wanted."""
 UNKNOWN_STATUS = -signal.SIGKILL
-"""The exit status to assume for a trainer whose fork server was killed."""
+"""The exit status to assume for a process whose fork server was killed."""
 ALLOWED_VARIABLES = ("PATH", "HOME", "TMPDIR", "LANG", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
 ALLOWED_PREFIXES = (
     "CUDA_",
@@ -39,7 +39,7 @@ ALLOWED_PREFIXES = (
 
 
 def trainer_environment() -> dict[str, str]:
-    """The environment variables that a trainer needs. The allow-list keeps the service's secrets out.
+    """The environment variables that a trainer or a reader needs. The allow-list keeps the service's secrets out.
 
     Libraries take the host's cores for the number of their threads. Where fewer are usable, the environment says so.
     """
@@ -59,17 +59,17 @@ def answer_cache(stdin: IO[bytes], key: str) -> None:
         stdin.flush()
 
 
-class Trainer:
-    """A running trainer: a fork of the `ForkServer`, in a process group of its own."""
+class Child:
+    """A running process: a fork of the `ForkServer`, in a process group of its own."""
 
-    def __init__(self, server: socket.socket, pid: int, stdin: IO[bytes], stdout: IO[bytes]) -> None:
+    def __init__(self, control: socket.socket, pid: int, stdin: IO[bytes], stdout: IO[bytes]) -> None:
         self.pid, self.stdin, self.stdout = pid, stdin, stdout
-        """`stdin` stays open. The trainer ends when it closes, which also happens when this process dies."""
-        self._server, self._wait_lock = server, threading.Lock()
+        """`stdin` stays open. The process ends when it closes, which also happens when this process dies."""
+        self._control, self._wait_lock = control, threading.Lock()
         self._status: int | None = None
 
     def send_signal(self, number: int) -> None:
-        """Send a signal to the trainer. It does nothing if the trainer has ended."""
+        """Send a signal to the process. It does nothing if the process has ended."""
         with suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
@@ -78,98 +78,112 @@ class Trainer:
         with self._wait_lock:
             if self._status is None:
                 try:
-                    packet = self._server.recv(64)
+                    packet = self._control.recv(64)
                 except OSError:
                     packet = b""
                 self._status = int(packet) if packet else UNKNOWN_STATUS
             return self._status
 
     def kill(self) -> None:
-        """Kill the trainer and the processes that it started."""
+        """Kill the process and the processes that it started. To be called in any case, since it frees the id."""
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self.wait()
+        self._control.close()
         for pipe in (self.stdin, self.stdout):
             with suppress(OSError):
                 pipe.close()
 
 
 class CannotStart(Exception):
-    """No trainer can be started on this machine. The log has what the fork server said, such as a failed import."""
+    """No process can be started on this machine. The log has what the fork server said, such as a failed import."""
 
 
 class ForkServer:
-    """A process that has loaded torch and forks one trainer at a time, so that no job waits for the imports."""
+    """A process that has loaded a program's libraries and forks its processes, so that no work waits for the imports.
 
-    def __init__(self) -> None:
+    `log` is the file of a work folder that gets the standard error. Several threads may start processes.
+    """
+
+    def __init__(self, program: str = "worker.trainer", log: str = "trainer.log") -> None:
+        self.program, self.log = program, log
+        self._lock = threading.RLock()
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
 
     def prepare(self) -> None:
         """Start the process unless it runs."""
-        if self._process is not None and self._process.poll() is None:
-            return
-        self.close()
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            self._process = subprocess.Popen(
-                command("worker.trainer.fork_server"),
-                stdin=theirs.fileno(),  # the server ends when this socket closes
-                stdout=subprocess.DEVNULL,  # its errors go to the worker's log
-                start_new_session=True,
-                env=trainer_environment(),
-            )
-        self._socket = ours
+        with self._lock:
+            if self._process is not None and self._process.poll() is None:
+                return
+            self.close()
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with theirs:
+                self._process = subprocess.Popen(
+                    command("worker.fork_server", self.program),
+                    stdin=theirs.fileno(),  # the server ends when this socket closes
+                    stdout=subprocess.DEVNULL,  # its errors go to the worker's log
+                    start_new_session=True,
+                    env=trainer_environment(),
+                )
+            self._socket = ours
 
-    def start(self, folder: Path, check: Callable[[], None] = lambda: None) -> Trainer:
-        """Start a trainer in `folder`. Raises `CannotStart` if the server hangs or ends, twice in a row.
+    def start(
+        self, folder: Path, check: Callable[[], None] = lambda: None, *, memory_bytes: int | None = None
+    ) -> Child:
+        """Start a process in `folder`. Raises `CannotStart` if the server hangs or ends, twice in a row.
 
-        `check` is called while the server loads torch. If it raises, no trainer is started.
+        `check` is called while the server loads its libraries. If it raises, no process is started. `memory_bytes`
+        limits the memory that the process may allocate.
         """
         for is_last_try in (False, True):
             self.prepare()
             try:
-                return self._start(folder, check)
+                return self._start(folder, check, memory_bytes)
             except OSError as error:  # the server was killed or hangs: start another
                 self.close()
                 if is_last_try:
-                    raise CannotStart(f"no trainer can be started: {error}") from error
-            except BaseException:  # the server's answer, which nobody waits for, would be taken for the next one
-                self.close()
-                raise
+                    raise CannotStart(f"no process of {self.program} can be started: {error}") from error
         raise AssertionError
 
-    def _start(self, folder: Path, check: Callable[[], None]) -> Trainer:
-        assert self._socket is not None
+    def _start(self, folder: Path, check: Callable[[], None], memory_bytes: int | None) -> Child:
+        control, their_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         their_input, our_input = os.pipe()
         our_output, their_output = os.pipe()
         stdin, stdout = os.fdopen(our_input, "wb"), os.fdopen(our_output, "rb")
+        request = {"folder": str(folder), "log": self.log, "memory_bytes": memory_bytes}
         try:
-            socket.send_fds(self._socket, [str(folder).encode()], [their_input, their_output])
+            with self._lock, their_control:
+                if self._socket is None:
+                    raise ConnectionResetError("the fork server was closed")
+                descriptors = [their_input, their_output, their_control.fileno()]
+                socket.send_fds(self._socket, [json.dumps(request).encode()], descriptors)
             deadline = time.monotonic() + START_SECONDS
-            while not select.select([self._socket], [], [], CHECK_SECONDS)[0]:
+            while not select.select([control], [], [], CHECK_SECONDS)[0]:
                 check()
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"the fork server does not answer within {START_SECONDS:.0f} s")
-            packet = self._socket.recv(64)
+            packet = control.recv(64)
             if not packet:
                 raise ConnectionResetError("the fork server has ended")
         except BaseException:
-            stdin.close()  # ends a trainer that was started all the same
+            control.close()  # the server kills a process that it has started all the same
+            stdin.close()
             stdout.close()
             raise
         finally:
             os.close(their_input)
             os.close(their_output)
-        return Trainer(self._socket, int(packet), stdin, stdout)
+        return Child(control, int(packet), stdin, stdout)
 
     def close(self) -> None:
-        """End the process. A running trainer does not end with it."""
-        if self._socket is not None:
-            self._socket.close()
-        if self._process is not None:
-            kill_group(self._process)
-        self._process = self._socket = None
+        """End the server. A process that it has started does not end with it."""
+        with self._lock:
+            if self._socket is not None:
+                self._socket.close()
+            if self._process is not None:
+                kill_group(self._process)
+            self._process = self._socket = None
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:

@@ -46,7 +46,7 @@ from worker.lease import AskedToStop, JobLease, LeaseLost
 from worker.machine import memory_kills, peak_memory
 from worker.model_folder import ModelGone, ModelStack, fetch_model, find_model
 from worker.outage import fault
-from worker.processes import CannotStart, ForkServer, Trainer, answer_cache
+from worker.processes import CannotStart, Child, ForkServer, answer_cache
 from worker.trainer.events import (
     Broken,
     CacheMade,
@@ -238,7 +238,7 @@ class JobAttempt(ABC, Generic[Spec]):
             process.kill()
             log_copy.finish(LAST_LOG_SECONDS)
 
-    def _relay_until_end(self, process: Trainer, lines: "queue.Queue[bytes | None]", log_copy: LogCopy) -> None:
+    def _relay_until_end(self, process: Child, lines: "queue.Queue[bytes | None]", log_copy: LogCopy) -> None:
         """Relay the trainer's events until it closes its output. Stop it when the attempt should end."""
         stop_sent_at, uploaded_at = math.inf, time.monotonic()
 
@@ -266,7 +266,7 @@ class JobAttempt(ABC, Generic[Spec]):
                 log_copy.renew()
                 uploaded_at = time.monotonic()
 
-    def _serve_cache(self, process: Trainer, batch: list[Event]) -> None:
+    def _serve_cache(self, process: Child, batch: list[Event]) -> None:
         """Fetch and store cache files for the trainer. A failure of the cache costs only time."""
         for event in batch:
             match event:
@@ -457,7 +457,7 @@ class JobAttempt(ABC, Generic[Spec]):
             self.lease.write(write)
 
 
-def _read_lines(process: Trainer, lines: "queue.Queue[bytes | None]") -> None:
+def _read_lines(process: Child, lines: "queue.Queue[bytes | None]") -> None:
     for line in process.stdout:
         lines.put(line)
     lines.put(None)

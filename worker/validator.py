@@ -21,17 +21,14 @@ from app.jobs.states import Actor, Status
 from app.jobs.tables import Job
 from app.models import repository as models
 from app.services import Services
-from app.spec.datasets.check import check
-from app.spec.datasets.errors import DatasetError
 from app.spec.datasets.example import Kind
-from app.spec.datasets.report import Report
+from app.spec.datasets.report import Outline
 from app.spec.evaluation import EvaluationSpec
 from app.spec.hyperparameters import DEFAULT_MAX_LENGTH
 from app.spec.job import JobSpec
 from app.spec.json_types import JsonObject
 from app.work_queue import PROGRESS
 from worker.base_models import BaseModels, has_chat_template
-from worker.classifier import BadClassifier, LinearClassifier
 from worker.counting import CountRequest, count, place_tokenizer
 from worker.evaluation_run import rendering_of
 from worker.input_file import InputLost, fetch_input
@@ -39,6 +36,7 @@ from worker.lease import AskedToStop, JobLease, Lease, LeaseLost
 from worker.model_files import folder_at
 from worker.model_folder import ModelGone
 from worker.outage import fault
+from worker.reader.client import Reader, TooCostly
 from worker.waiting import in_thread
 from worker.work import work_folder
 
@@ -48,7 +46,7 @@ SAMPLE = 200
 """Maximum number of rows of a file that are rendered for the model before the job waits for a GPU."""
 
 
-def validate(services: Services, base_models: BaseModels, job: Job, stopping: threading.Event) -> None:
+def validate(services: Services, base_models: BaseModels, reader: Reader, job: Job, stopping: threading.Event) -> None:
     """Check the files of `job`, whose lease this worker holds. Queue the job, or fail it.
 
     Once `stopping` is set, the check is given back.
@@ -59,7 +57,7 @@ def validate(services: Services, base_models: BaseModels, job: Job, stopping: th
         suppress(LeaseLost),
         tempfile.TemporaryDirectory(dir=work_folder(services), ignore_cleanup_errors=True) as folder,
     ):
-        attempt = _Check(services, base_models, job, lease, Path(folder))
+        attempt = _Check(services, base_models, reader, job, lease, Path(folder))
         try:
             queued = in_thread(attempt.run, lease.check)
         except AskedToStop:
@@ -79,19 +77,22 @@ class _Invalid(Exception):
 class _Check:
     """The check of the files of one job, in `folder`."""
 
-    def __init__(self, services: Services, base_models: BaseModels, job: Job, lease: Lease, folder: Path) -> None:
-        self.services, self.base_models, self.job, self.lease, self.folder = services, base_models, job, lease, folder
+    def __init__(
+        self, services: Services, base_models: BaseModels, reader: Reader, job: Job, lease: Lease, folder: Path
+    ) -> None:
+        self.services, self.base_models, self.reader = services, base_models, reader
+        self.job, self.lease, self.folder = job, lease, folder
         self.kind = KINDS[job.kind]
         self.spec = self.kind.read(job.spec)
-        self.reports: dict[str, Report] = {}
+        self.outlines: dict[str, Outline] = {}
         self.warnings: list[str] = []
 
     def run(self) -> bool:
         """Check all files and queue the job, or fail it. Returns whether the job was queued."""
         try:
             for field, file_id in self.spec.files():
-                self._check_structure(field, file_id)
-            self._warn_of_repeated_prompts()
+                self._fetch(field, file_id)
+            self._check_structure()
             self._check_rendering()
         except _Invalid as invalid:
             self._fail(invalid)
@@ -119,7 +120,7 @@ class _Check:
             **PROGRESS,  # the training counts its own
             **self._needs(session),
             message="Files validated, job queued: "
-            + "; ".join(f"{field}: {report.summary()}" for field, report in self.reports.items()),
+            + "; ".join(f"{field}: {outline.summary}" for field, outline in self.outlines.items()),
         )
         for text in self.warnings if queued else ():
             job_events.add(session, job.id, text, level="warn")
@@ -129,44 +130,49 @@ class _Check:
         """The columns of a training that say what it needs: seconds and memory. Empty for other jobs."""
         if not isinstance(self.spec, JobSpec):
             return {}
-        arguments = (session, self.spec, self.job.base_model, self.reports)
+        arguments = (session, self.spec, self.job.base_model, self.outlines)
         return {"estimated_seconds": expected_seconds(*arguments), "memory_bytes": least_memory(*arguments)}
 
     def _path(self, file_id: str) -> Path:
         return self.folder / file_id
 
-    def _check_structure(self, field: str, file_id: str) -> None:
-        """Check that the rows of a file fit the job. Raises `_Invalid`."""
-        need, path = self.spec.needs(field), self._path(file_id)
-        if not path.exists():
-            with self.services.database.read() as session:
-                row = session.get(File, file_id)
-            try:
-                fetch_input(self.services.storage, row, file_id, path)
-            except InputLost as lost:
-                raise _Invalid(field, str(lost)) from lost
+    def _fetch(self, field: str, file_id: str) -> None:
+        """Download a file. Raises `_Invalid`."""
+        if self._path(file_id).exists():
+            return
+        with self.services.database.read() as session:
+            row = session.get(File, file_id)
         try:
-            if need is None:
-                LinearClassifier.load(path)
-                return
-            has_validation = any(name.endswith("validation_file") for name, _ in self.spec.files())
-            with path.open("rb") as file:
-                self.reports[field] = check(file, need, self.spec.reads(field), count_prompts=has_validation)
-        except (DatasetError, BadClassifier) as error:
-            raise _Invalid(field, str(error)) from error
+            fetch_input(self.services.storage, row, file_id, self._path(file_id))
+        except InputLost as lost:
+            raise _Invalid(field, str(lost)) from lost
 
-    def _warn_of_repeated_prompts(self) -> None:
-        """Warn of validation rows whose prompt is also in the training rows. They partly measure memorisation."""
-        for field, report in self.reports.items():
-            if not field.endswith("validation_file") or not isinstance(self.spec, JobSpec):
-                continue
-            fields = self.spec.training_fields(field.replace("validation_file", "training_file"))
-            trained = {prompt for name in fields if name in self.reports for prompt in self.reports[name].prompt_counts}
-            repeated = sum(rows for prompt, rows in report.prompt_counts.items() if prompt in trained)
+    def _check_structure(self) -> None:
+        """Check that the rows of all files fit the job. Raises `_Invalid`.
+
+        Warns of validation rows whose prompt is also in the training rows. They partly measure memorisation.
+        """
+        files, trained = list[JsonObject](), dict[str, list[str]]()
+        for field, file_id in self.spec.files():
+            need, mapping = self.spec.needs(field), self.spec.reads(field)
+            fields = {"field": field, "path": str(self._path(file_id)), "needs": need}
+            files.append(fields | {"mapping": None if mapping is None else mapping.model_dump(mode="json")})
+            if field.endswith("validation_file") and isinstance(self.spec, JobSpec):
+                trained[field] = self.spec.training_fields(field.replace("validation_file", "training_file"))
+        size = sum(self._path(file_id).stat().st_size for _, file_id in self.spec.files())
+        task = {"name": "check", "files": files, "trained": trained}
+        try:
+            checked = self.reader.do(self.folder, task, size, self.lease.check)
+        except TooCostly as costly:
+            raise _Invalid(files[0]["field"], str(costly)) from costly
+        if (invalid := checked.get("invalid")) is not None:
+            raise _Invalid(invalid["field"], invalid["reason"])
+        self.outlines = {field: Outline(**outline) for field, outline in checked["outlines"].items()}
+        for field, repeated in checked["repeats"].items():
             if repeated:
                 self.warnings.append(
-                    f"{field}: {repeated} of {report.kept} rows have a prompt that is also in the training file. "
-                    "Their metrics partly measure memorisation."
+                    f"{field}: {repeated} of {self.outlines[field].kept} rows have a prompt that is also in the "
+                    "training file. Their metrics partly measure memorisation."
                 )
 
     def _check_rendering(self) -> None:
@@ -187,7 +193,10 @@ class _Check:
                 raise _Invalid(requests[0][0], str(gone), "model_not_found", "model") from gone
             if not has_chat_template(folder_at(folder / "model")):
                 continue
-            counted = count(folder, [request for _, request in requests], self.lease.check)
+            try:
+                counted = count(self.reader, folder, [request for _, request in requests], self.lease.check)
+            except TooCostly as costly:
+                raise _Invalid(requests[0][0], str(costly)) from costly
             for (field, _), result in zip(requests, counted, strict=True):
                 if error := result.get("error"):
                     param = error["param"] if error["param"] in ("model", "loss_on") else field
@@ -204,14 +213,14 @@ class _Check:
         """(model name, [(field of a file, how the model reads it)]) of each model that reads a file."""
         spec = self.spec
         if isinstance(spec, EvaluationSpec):
-            report = self.reports["data"]
+            kept = self.outlines["data"].kept
             need = Kind.PREFERENCE if spec.type == "preference" else Kind.PROMPTS
             for name, side in (("candidate", spec.candidate), ("baseline", spec.baseline)):
                 if side is not None and side.model is not None:
                     with self.services.database.read() as session:
                         rendering = rendering_of(spec, self.job.project, name, side.model, session)
                     recipe = self._recipe(spec, "data", need) | {"rendering": rendering}
-                    yield side.model, [("data", CountRequest(self._path(spec.data), recipe, report.kept, SAMPLE))]
+                    yield side.model, [("data", CountRequest(self._path(spec.data), recipe, kept, SAMPLE))]
             return
         files, requests = dict(spec.files()), []
         for stage in spec.stages():
@@ -223,7 +232,7 @@ class _Check:
             }
             for name in (*spec.training_fields(field), field.replace("training", "validation")):
                 if name in files:
-                    rows = self.reports[name].kept
+                    rows = self.outlines[name].kept
                     requests.append((name, CountRequest(self._path(files[name]), recipe, rows, SAMPLE)))
         yield spec.model, requests
 

@@ -15,9 +15,11 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app.broker import Lane
 from app.derived_artifacts import repository as artifacts
+from app.derived_artifacts.tables import DerivedArtifact
 from app.jobs import queue as job_queue
 from app.jobs.kinds import EVALUATION_JOB, TRAINING_JOB
 from app.jobs.states import Status
+from app.jobs.tables import Job
 from app.models import repository as models
 from app.operations.service import is_read_only, may_claim
 from app.secret_rotation import require_known_key
@@ -42,6 +44,7 @@ from worker.housekeeping import (
 )
 from worker.lease import AskedToStop
 from worker.processes import ForkServer
+from worker.reader.client import Reader
 from worker.reaper import Reaper
 from worker.store_health import StoreHealth
 from worker.training_run import Training
@@ -62,6 +65,11 @@ REGISTER_SECONDS = 30.0
 """Interval at which the worker registers itself and its base models."""
 WORK_SECONDS, JOIN_SECONDS = 19.0, 3.0
 """How long after the stop the process waits for its work, which then has hung, and for its other threads."""
+SLOTS = 4
+"""Checks and artifacts that a worker of the CPU lane has in hand at a time. A project has one of them at most.
+
+A file that takes long to read therefore delays its own project, and no other.
+"""
 CHORE_SECONDS = 30.0
 """Interval at which a worker looks whether old events and unneeded objects are to be removed."""
 
@@ -81,9 +89,11 @@ class WorkerPool:
         self.stopping, self._stopped_at = threading.Event(), math.inf
         self.health = DeviceHealth(services.settings.device if lane == Lane.GPU else "cpu", self._check)
         self.store_health = StoreHealth(services.storage)
-        self.fork_server = ForkServer()
+        self.fork_server, self.reader = ForkServer(), Reader()
         self._shown_usable, self._key_is_known = True, False
         self._woken = threading.Event()
+        self._in_hand: dict[threading.Thread, Job | DerivedArtifact] = {}
+        """The CPU lane's work, by the thread that does it."""
         self._threads = [
             threading.Thread(target=self._work, name=f"{lane.value}-lane"),
             threading.Thread(target=self._keep_house, name="housekeeping", daemon=True),
@@ -127,6 +137,8 @@ class WorkerPool:
             raise AskedToStop
 
     def _work(self) -> None:
+        if self.lane == Lane.CPU:
+            self.reader.prepare()
         while not self.stopping.is_set():
             began = time.thread_time()
             try:
@@ -142,10 +154,15 @@ class WorkerPool:
                 log.error("unexpected error in the lane", exc_info=error)
             self._woken.wait(_pause_after(began))
             self._woken.clear()
+        for thread in list(self._in_hand):
+            thread.join()
         self.fork_server.close()
+        self.reader.close()
 
     def _work_once(self) -> bool:
-        """Claim and run one job or artifact; False if there is none, or if this worker cannot do any."""
+        """Claim one job or artifact and do it, or begin it; False if there is none, or if this worker cannot do any."""
+        if len(self._in_hand) == SLOTS:
+            return False
         if not self._key_is_known:
             require_known_key(self.services.database, self.services.secret_box)
             self._key_is_known = True
@@ -154,23 +171,44 @@ class WorkerPool:
                 return False
         if not self._usable():
             return False
-        done = self._check_or_make() if self.lane == Lane.CPU else self._train_or_evaluate()
+        done = self._begin_check_or_artifact() if self.lane == Lane.CPU else self._train_or_evaluate()
         if done:
             self.store_health.doubt()
         return done
 
-    def _check_or_make(self) -> bool:
-        """Check the files of one job, or make one artifact; False if there is none."""
+    def _begin_check_or_artifact(self) -> bool:
+        """Claim the check of a job's files or an artifact, and do it in a thread; False if there is none."""
+        in_hand = list(self._in_hand.values())
+        busy = {work.project for work in in_hand}
+        work: Job | DerivedArtifact | None
         with self.services.database.write() as session:
-            job = job_queue.claim(session, Status.VALIDATING, self.owner)
-        if job is not None:
-            validate(self.services, self.base_models, job, self.stopping)
-            return True
-        with self.services.database.write() as session:
-            artifact = artifacts.claim(session, self.owner, self.base_models.served())
-        if artifact is not None:
-            make_artifact(self.services, self.base_models, artifact, self.stopping)
-        return artifact is not None
+            work = job_queue.claim(session, Status.VALIDATING, self.owner, busy=busy)
+        if work is None:
+            merges = any(isinstance(work, DerivedArtifact) and work.kind == artifacts.MERGE for work in in_hand)
+            kinds = (artifacts.REPORT,) if merges else (artifacts.REPORT, artifacts.MERGE)
+            with self.services.database.write() as session:
+                work = artifacts.claim(session, self.owner, self.base_models.served(), kinds, busy)
+        if work is None:
+            return False
+        thread = threading.Thread(target=self._check_or_make, args=(work,), name="cpu work", daemon=True)
+        self._in_hand[thread] = work
+        thread.start()
+        return True
+
+    def _check_or_make(self, work: Job | DerivedArtifact) -> None:
+        """Check the files of a job, or make an artifact."""
+        shared = (self.services, self.base_models, self.reader)
+        try:
+            if isinstance(work, Job):
+                validate(*shared, work, self.stopping)
+            else:
+                make_artifact(*shared, work, self.stopping)
+        except Exception as error:
+            log.error("unexpected error in the lane", exc_info=error)
+        finally:
+            del self._in_hand[threading.current_thread()]
+            gc.collect()
+            self._woken.set()
 
     def _train_or_evaluate(self) -> bool:
         """Run one job; False if there is none that this worker can run."""
@@ -181,7 +219,8 @@ class WorkerPool:
             job = job_queue.claim(session, Status.QUEUED, self.owner, served, memory)
         if job is not None:
             ATTEMPTS[job.kind](self.services, self.base_models, job, self.stopping, self.fork_server, self.health).run()
-            self._usable()
+            if not self.stopping.is_set():
+                self._usable()
         if not self.stopping.is_set():
             self.fork_server.prepare()
         return job is not None

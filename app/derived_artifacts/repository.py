@@ -1,6 +1,6 @@
 """All SQL about derived artifacts: requests, leases and results."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from sqlalchemy import delete, func, or_, select
 from sqlalchemy.exc import IntegrityError
@@ -95,10 +95,20 @@ def ensure(
     return artifact
 
 
-def claim(session: Session, owner: str, served: Sequence[str]) -> DerivedArtifact | None:
-    """Take the lease of the oldest artifact that a worker with the base models `served` can make."""
+def claim(
+    session: Session,
+    owner: str,
+    served: Sequence[str],
+    kinds: Collection[str] = (REPORT, MERGE),
+    busy: Collection[str] = (),
+) -> DerivedArtifact | None:
+    """Take the lease of the oldest artifact of `kinds` that a worker with the base models `served` can make.
+
+    Those of the projects `busy` are left alone.
+    """
     can_make = or_(DerivedArtifact.base_model.is_(None), served_by(DerivedArtifact.base_model, served))
-    return ARTIFACTS.claim(session, owner, ARTIFACTS.active, can_make)
+    free = (DerivedArtifact.kind.in_(kinds), DerivedArtifact.project.not_in(busy))
+    return ARTIFACTS.claim(session, owner, ARTIFACTS.active, can_make, *free)
 
 
 def finish(

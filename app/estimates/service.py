@@ -21,7 +21,7 @@ from app.jobs.service import Jobs
 from app.models import repository as models
 from app.spec.datasets.check import NEEDED_DATA
 from app.spec.datasets.example import Kind
-from app.spec.datasets.report import Report
+from app.spec.datasets.report import Outline
 from app.spec.hyperparameters import DEFAULT_MAX_LENGTH, Hyperparameters
 from app.spec.job import JobSpec, StageSpec
 from app.spec.json_types import JsonObject
@@ -209,35 +209,32 @@ def _pace(session: Session, base_model: str) -> Pace | None:
     return Pace(tokens_per_second=tokens / seconds, overhead_seconds=overhead, jobs=len(measured))
 
 
-def expected_seconds(session: Session, spec: JobSpec, base_model: str, file_reports: dict[str, Report]) -> float | None:
+def expected_seconds(session: Session, spec: JobSpec, base_model: str, outlines: dict[str, Outline]) -> float | None:
     """Roughly how long a resolved job will train, from the characters of its files; None if no pace is known.
 
-    `file_reports` has the report of each file by field. The queue forecast uses the result until the job runs.
+    `outlines` has each file by field. The queue forecast uses the result until the job runs.
     """
     pace = _pace(session, base_model)
     if pace is None:
         return None
     seconds = pace.overhead_seconds
     for stage in spec.stages():
-        trained = [file_reports[field] for field in spec.training_fields(stage.file_field)]
-        rows, pairs = sum(report.kept for report in trained), stage.settings.data != Kind.SUPERVISED
-        characters = sum(
-            report.prompts.total + report.best.total + (report.worst.total if pairs else 0) for report in trained
-        )
+        trained = [outlines[field] for field in spec.training_fields(stage.file_field)]
+        rows, pairs = sum(file.kept for file in trained), stage.settings.data != Kind.SUPERVISED
+        characters = sum(file.prompts + file.best + (file.worst if pairs else 0) for file in trained)
         counted = {"rows": rows, "examples": rows, "tokens_per_row": characters / CHARACTERS_PER_TOKEN / max(1, rows)}
         seconds += _stage(stage, counted | {"longest_row": 0, "truncated_share": 0.0}, pace).seconds or 0.0
     return seconds
 
 
-def least_memory(session: Session, spec: JobSpec, base_model: str, file_reports: dict[str, Report]) -> int | None:
+def least_memory(session: Session, spec: JobSpec, base_model: str, outlines: dict[str, Outline]) -> int | None:
     """Roughly the memory without which a resolved job cannot run, from the characters of its files.
 
     None if the sizes of its base model are not known. A worker whose device has less does not claim the job.
     """
     longest_rows = {}
     for stage in spec.stages():
-        reports = [file_reports[field] for field in spec.training_fields(stage.file_field)]
-        longest = max(max(report.prompts.longest, report.best.longest) for report in reports)
+        longest = max(outlines[field].longest for field in spec.training_fields(stage.file_field))
         allowed = stage.settings.max_length or DEFAULT_MAX_LENGTH
         longest_rows[stage.name] = min(allowed, longest // CHARACTERS_PER_TOKEN)
     return fit.least_memory(session, spec, base_model, longest_rows)

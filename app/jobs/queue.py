@@ -158,13 +158,14 @@ def claim(
     owner: str,
     served: Sequence[str] | None = None,
     memory_bytes: int | None = None,
+    busy: Collection[str] = (),
 ) -> Job | None:
     """Take the lease of the best eligible job with `status`; None if there is none.
 
     The project that goes next comes first: by fair share for a queued job, in turn for the check of files. Within a
     project, the highest priority comes first, then the oldest job. A queued job becomes running. `served` limits the
     claim of a queued job to base models that match these patterns (`*` matches anything), and `memory_bytes` to jobs
-    that need no more memory. None allows any.
+    that need no more memory. None allows any. Jobs of the projects `busy` are left alone.
     """
     claiming = _claiming(status, None if served is None else tuple(served), memory_bytes)
     if claiming.any_queued is not None and session.scalar(claiming.any_queued) is None:
@@ -173,6 +174,7 @@ def claim(
         turn = [share.project for share in fair_share.by_use(session, claiming.candidates)]
     else:
         turn = fair_share.by_last_check(session, claiming.candidates)
+    turn = [project for project in turn if project not in busy]
     if not turn:
         return None  # most of those who look find nothing, and keep nobody waiting
     # Without the lock, two claims at once could exceed a project's limit. They may both have seen the same turn. Then

@@ -4,6 +4,7 @@ import threading
 
 from app.derived_artifacts import repository as artifacts
 from app.services import Services
+from tests.helpers.reader import READER
 from worker.base_models import BaseModels
 from worker.derived_artifacts import make_artifact
 
@@ -17,5 +18,5 @@ def work(services: Services) -> int:
             task = artifacts.claim(session, "test", list(base_models.folders()))
         if task is None:
             return count
-        make_artifact(services, base_models, task, threading.Event())
+        make_artifact(services, base_models, READER, task, threading.Event())
         count += 1

@@ -134,9 +134,6 @@ def server_stack() -> Iterator[dict[str, str]]:
         }
 
 
-TRAINER_MODULES = {"worker.trainer", "worker.trainer.fork_server"}
-
-
 def trainer_pids(home: Path) -> list[int]:
     """Pids of the trainer processes that work under `home`."""
     pids = []
@@ -147,7 +144,7 @@ def trainer_pids(home: Path) -> list[int]:
             except (FileNotFoundError, ProcessLookupError):
                 continue
             # The fork server runs in the folder of its worker. A busy trainer runs in the folder of its job.
-            if TRAINER_MODULES.intersection(command) and str((entry / "cwd").readlink()).startswith(str(home)):
+            if "worker.trainer" in command and str((entry / "cwd").readlink()).startswith(str(home)):
                 pids.append(int(entry.name))
     return pids
 

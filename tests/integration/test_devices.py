@@ -17,6 +17,7 @@ from app.services import Services
 from app.workers import repository as workers
 from tests.helpers.api import upload
 from tests.helpers.jobs import get, make_job
+from tests.helpers.reader import READER
 from tests.helpers.tiny_model import make_tiny_model
 from worker.base_models import BaseModels, describe
 from worker.device_health import DeviceHealth
@@ -88,7 +89,7 @@ def test_the_check_of_a_jobs_files_says_what_memory_it_needs(client: TestClient,
         with services.database.write() as session:
             job = job_queue.claim(session, Status.VALIDATING, "test")
         assert job is not None
-        validate(services, BaseModels(services.settings), job, threading.Event())
+        validate(services, BaseModels(services.settings), READER, job, threading.Event())
         needs.append(get(services, job_id).memory_bytes)
     assert needs[0] is not None and needs[1] is not None and 0 < needs[0] < needs[1]
 

@@ -25,6 +25,7 @@ from app.workers import repository as workers
 from tests.helpers.api import error_of, upload
 from tests.helpers.evaluations import CANDIDATE, ENDPOINT_JUDGE, endpoint_judge, evaluation_body
 from tests.helpers.jobs import make_job
+from tests.helpers.reader import READER
 from worker.base_models import BaseModels
 from worker.evaluation_run import rendering_of
 from worker.validator import validate
@@ -162,7 +163,7 @@ def test_evaluations_and_trainings_have_separate_lists_and_one_queue(client: Tes
         with services.database.write() as session:
             job = job_queue.claim(session, Status.VALIDATING, "test")
         assert job is not None
-        validate(services, BaseModels(services.settings), job, threading.Event())
+        validate(services, BaseModels(services.settings), READER, job, threading.Event())
     with services.database.write() as session:
         first = job_queue.claim(session, Status.QUEUED, "test", ["tiny"])
         second = job_queue.claim(session, Status.QUEUED, "test", ["tiny"])

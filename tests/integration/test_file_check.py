@@ -16,6 +16,7 @@ from app.jobs.tables import Job
 from app.models.tables import Model
 from app.services import Services
 from tests.helpers.api import upload
+from tests.helpers.reader import READER
 from tests.helpers.tiny_model import CHATML, make_tiny_model
 from worker.base_models import BaseModels
 from worker.validator import validate
@@ -60,7 +61,7 @@ def checked(client: TestClient, services: Services, **body: object) -> dict[str,
         session.execute(update(Job).where(Job.id != job_id).values(status=Status.CANCELLED))
         job = job_queue.claim(session, Status.VALIDATING, "test", None)
     assert job is not None and job.id == job_id
-    validate(services, BaseModels(services.settings), job, threading.Event())
+    validate(services, BaseModels(services.settings), READER, job, threading.Event())
     public_job: dict[str, Any] = client.get(f"/v1/fine_tuning/jobs/{job_id}").json()
     return public_job
 

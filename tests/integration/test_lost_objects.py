@@ -21,6 +21,7 @@ from app.stored_content import FolderContent, store_folder
 from tests.helpers.api import ROW, error_of, upload
 from tests.helpers.derived_artifacts import work
 from tests.helpers.jobs import claim, get, make_job
+from tests.helpers.reader import READER
 from tests.helpers.tiny_model import make_tiny_model
 from worker.base_models import BaseModels
 from worker.device_health import DeviceHealth
@@ -208,7 +209,7 @@ def test_a_job_whose_file_is_lost_fails_and_trains_on_nothing_else(
     with services.database.write() as session:
         checked = job_queue.claim(session, Status.VALIDATING, "test", None)
     assert checked is not None
-    validate(services, BaseModels(services.settings), checked, threading.Event())
+    validate(services, BaseModels(services.settings), READER, checked, threading.Event())
     error = get(services, other).error
     assert error is not None and f"The file {file_id} cannot be read" in error["message"]
 

@@ -32,6 +32,7 @@ from app.workers import repository as workers
 from tests.faults.proxy import Proxy
 from tests.helpers.api import ROW, upload
 from tests.helpers.jobs import claim, expire, get, make_job
+from tests.helpers.reader import READER
 from tests.helpers.servers import admin, s3, wait_until
 from worker import lease as lease_module
 from worker.base_models import BaseModels
@@ -75,7 +76,7 @@ def check_of_files(services: Services, file_id: str) -> Queued:
     with services.database.write() as session:
         job = job_queue.claim(session, Status.VALIDATING, "test")
     assert job is not None
-    validate(services, BaseModels(services.settings), job, threading.Event())
+    validate(services, BaseModels(services.settings), READER, job, threading.Event())
     row = get(services, job_id)
     assert row.status == Status.VALIDATING
     return row
@@ -89,7 +90,7 @@ def report(services: Services, file_id: str) -> Queued:
     with services.database.write() as session:
         artifact = artifacts.claim(session, "test", [])
     assert artifact is not None
-    make_artifact(services, BaseModels(services.settings), artifact, threading.Event())
+    make_artifact(services, BaseModels(services.settings), READER, artifact, threading.Event())
     with services.database.read() as session:
         row = session.get_one(DerivedArtifact, artifact.id)
     assert row.status == "pending"

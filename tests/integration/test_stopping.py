@@ -22,13 +22,14 @@ from app.spec.job import JobSpec
 from tests.helpers.api import upload
 from tests.helpers.jobs import claim, get, make_job
 from tests.helpers.preferences import pairs, write
+from tests.helpers.reader import READER
 from tests.helpers.tiny_model import make_tiny_model
 from worker import device_health, worker_pool
 from worker.base_models import BaseModels
 from worker.derived_artifacts import make_artifact
 from worker.device_health import DeviceHealth
 from worker.lease import AskedToStop
-from worker.processes import ForkServer, Trainer
+from worker.processes import Child, ForkServer
 from worker.training_run import Training
 from worker.validator import validate
 from worker.waiting import THREAD_NAME, Check
@@ -84,7 +85,7 @@ def test_the_check_of_a_jobs_files_is_given_back(client: TestClient, services: S
     with services.database.write() as session:
         job = job_queue.claim(session, Status.VALIDATING, "test")
     assert job is not None
-    drains(lambda stopping: validate(services, BaseModels(services.settings), job, stopping))
+    drains(lambda stopping: validate(services, BaseModels(services.settings), READER, job, stopping))
     row = get(services, job_id)
     assert (row.status, row.lost_attempts, row.lease_owner) == (Status.VALIDATING, 0, None)
     with services.database.write() as session:
@@ -96,7 +97,7 @@ def test_a_report_is_given_back(client: TestClient, services: Services, hanging_
     with services.database.write() as session:
         artifact = artifacts.claim(session, "test", [])
     assert artifact is not None
-    drains(lambda stopping: make_artifact(services, BaseModels(services.settings), artifact, stopping))
+    drains(lambda stopping: make_artifact(services, BaseModels(services.settings), READER, artifact, stopping))
     with services.database.write() as session:
         again = artifacts.claim(session, "test", [])
     assert again is not None and (again.id, again.lost_attempts) == (artifact.id, 0)
@@ -114,8 +115,8 @@ class FrozenServer(ForkServer):
 class ServerOfFrozenTrainers(ForkServer):
     """Its trainers stand still as soon as they are started. They write no checkpoint."""
 
-    def start(self, folder: Path, check: Check = lambda: None) -> Trainer:
-        trainer = super().start(folder, check)
+    def start(self, folder: Path, check: Check = lambda: None, *, memory_bytes: int | None = None) -> Child:
+        trainer = super().start(folder, check, memory_bytes=memory_bytes)
         os.kill(trainer.pid, signal.SIGSTOP)
         return trainer
 

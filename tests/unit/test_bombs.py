@@ -7,6 +7,7 @@ import json
 import lzma
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -17,9 +18,12 @@ import pyarrow
 import pytest
 import zstandard
 from pyarrow import parquet
+from pydantic import ValidationError
 
-from app.spec.datasets import unpack
+from app.spec.datasets import limits, unpack
 from app.spec.datasets.check import survey
+from app.spec.datasets.errors import DatasetError
+from app.spec.datasets.mapping import Mapping
 
 MAX_PEAK_BYTES = 350 * 1024 * 1024
 """The most that the reading process may use: Python, pyarrow and a few records of the maximum size."""
@@ -173,3 +177,41 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+TEXT = "x" * limits.MAX_RECORD_BYTES
+
+
+@pytest.mark.parametrize(
+    "mapping",
+    [
+        {"prompt": "{x}" * 64, "chosen": "y", "rejected": "y"},
+        {"prompt": "{x}", "chosen": "{x}", "rejected": "{x}"},
+        {"prompt": "y", "responses": ["x"] * 64},
+        {"prompt": "y", "responses": ["x", "X", "x ", " X"]},
+        {"prompt": "nested", "chosen": "nested", "rejected": "{nested}"},
+    ],
+    ids=["one template", "several templates", "a list of sources", "names that differ in case", "an object"],
+)
+def test_a_mapping_makes_no_larger_record_than_a_file_may_have(mapping: dict[str, Any]) -> None:
+    """The sizes are added up before anything is copied."""
+    record: dict[str, object] = {"x": TEXT, "y": "small", "nested": {"text": TEXT}}
+    parsed = Mapping.model_validate(mapping)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DatasetError, match=r"Line 7: field '.*': fills the fields of the mapping with more than"):
+            parsed.apply(record, 7)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 3 * limits.MAX_RECORD_BYTES
+
+
+def test_a_mapping_may_use_a_value_several_times_if_it_is_small() -> None:
+    mapping = Mapping.model_validate({"prompt": "{x}: {x} {{y}}", "chosen": "x", "rejected": "x"})
+    assert mapping.apply({"x": "word"}, 1) == {"prompt": "word: word {y}", "chosen": "word", "rejected": "word"}
+
+
+def test_a_template_names_a_bounded_number_of_columns() -> None:
+    with pytest.raises(ValidationError, match="names 65 columns; a template may name at most 64"):
+        Mapping.model_validate({"prompt": "{x}" * 65, "chosen": "y", "rejected": "z"})

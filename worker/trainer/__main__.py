@@ -46,6 +46,14 @@ def load_bitsandbytes() -> None:
         import bitsandbytes  # noqa: F401
 
 
+def load() -> None:
+    """Import all that a training or an evaluation needs. The fork server does it before the first job."""
+    os.environ.update(ENVIRONMENT)
+    load_bitsandbytes()
+    import worker.trainer.evaluation
+    import worker.trainer.loop  # noqa: F401
+
+
 def run(folder: Path) -> int:
     """Train or evaluate in `folder`. Returns the exit status."""
     # Libraries print to standard output. Their output goes to the log; only events go to the real standard output.

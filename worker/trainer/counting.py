@@ -26,6 +26,8 @@ from worker.trainer.tokenizer import load_tokenizer
 
 SAMPLED_ROWS = 10_000
 """Most examples that are counted, by default."""
+COUNTED_ANSWERS = 5
+"""Most answers of an example that are counted. K answers make K (K − 1) / 2 pairs."""
 SHOWN = 3
 """Number of rows in the report's samples."""
 SHOWN_CHARACTERS = 4000
@@ -38,7 +40,8 @@ CANDIDATES = tuple(1 << k for k in range(8, 18))
 def count(path: Path, tokenizer: Tokenizer, recipe: Recipe, kept: int, sample: int = SAMPLED_ROWS) -> JsonObject:
     """Token lengths before cutting, the cuts of each `max_length`, and the first rows as the model sees them.
 
-    `kept` is the number of examples in the file. Every k-th example is counted, so that at most `sample` are.
+    `kept` is the number of examples in the file. Every k-th example is counted, so that at most `sample` are. Of a long
+    ranked list, some answers stand for all of its pairs.
     Raises `UserError` for an example that the template refuses.
     """
     step = max(1, math.ceil(kept / sample))
@@ -46,29 +49,35 @@ def count(path: Path, tokenizer: Tokenizer, recipe: Recipe, kept: int, sample: i
     measured: list[_Measured] = []
     samples: list[JsonObject] = []
     lines: set[int] = set()
-    rows = tokens = scored = longest = merging_prompts = 0
+    rows = tokens = scored = 0.0
+    longest = merging_prompts = sampled_rows = 0
+    weights: dict[int, float] = {}  # by line: the rows that each counted row stands for
     with path.open("rb") as file:
-        for whole in data.whole_rows(_every_nth(examples(file, recipe.mapping), step), renderer, recipe, tally):
+        counted = _every_nth(examples(file, recipe.mapping), step)
+        if recipe.need == Kind.PREFERENCE:
+            counted = _with_fewer_answers(counted, weights)
+        for whole in data.whole_rows(counted, renderer, recipe, tally):
             fitted = [row for row in data.cut(whole, recipe, tally) if row.learnable]
             lines.add(whole.row.line)
             measured.append(_Measured.of(whole))
             merging_prompts += bool(whole.rest)
             for row in fitted:
-                rows, tokens = rows + 1, tokens + row.tokens
-                scored += sum(sum(response.scored) for response in row.responses)
+                weight = weights.get(row.line, 1.0)
+                rows, tokens, sampled_rows = rows + weight, tokens + weight * row.tokens, sampled_rows + 1
+                scored += weight * sum(sum(response.scored) for response in row.responses)
                 longest = max(longest, row.tokens)
                 if len(samples) < SHOWN:
                     samples.append(_sample(row, tokenizer))
     # The counts of the sample are scaled to the whole file.
     counted_examples = max(1, math.ceil(kept / step))
     return {
-        "sampled_rows": rows,
+        "sampled_rows": sampled_rows,
         "rows": round(rows * kept / counted_examples),
         "examples": round(len(lines) * kept / counted_examples),
         "lengths": _lengths(measured, pairs=recipe.need in (Kind.PREFERENCE, Kind.RANKED)),
-        "tokens_per_row": tokens / max(1, rows),
+        "tokens_per_row": tokens / max(1.0, rows),
         "longest_row": longest,
-        "scored_tokens_per_row": scored / max(1, rows),
+        "scored_tokens_per_row": scored / max(1.0, rows),
         "truncated_share": (tally.rows + tally.long) / max(1, len(measured)),
         "cut_by": _cut_by(measured),
         "refused": [
@@ -170,6 +179,19 @@ def _warnings(
 def _every_nth(all_examples: Iterator[Example], step: int) -> Iterator[Example]:
     """Every `step`-th example."""
     return (example for number, example in enumerate(all_examples) if number % step == 0)
+
+
+def _with_fewer_answers(all_examples: Iterator[Example], weights: dict[int, float]) -> Iterator[Example]:
+    """Ranked examples with `COUNTED_ANSWERS` answers at most, from the best to the worst.
+
+    `weights` gets, by line, how many pairs each pair of a shortened example stands for.
+    """
+    for example in all_examples:
+        answers, most = example.responses, COUNTED_ANSWERS
+        if len(answers) > most:
+            weights[example.line] = len(answers) * (len(answers) - 1) / (most * (most - 1))
+            example = example.with_responses(tuple(answers[k * (len(answers) - 1) // (most - 1)] for k in range(most)))
+        yield example
 
 
 def _sample(row: Row, tokenizer: Tokenizer) -> JsonObject:

@@ -11,8 +11,9 @@ import json
 import re
 from typing import Annotated, Self
 
-from pydantic import ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, model_validator
 
+from app.spec.datasets import limits
 from app.spec.datasets.columns import plain_name
 from app.spec.datasets.errors import DatasetError
 from app.spec.datasets.example import Role
@@ -21,12 +22,22 @@ from app.spec.schema_base import Strict, inconsistent
 
 _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 
-Source = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
+
+def _bounded(source: str) -> str:
+    """Refuse a template that names too many columns."""
+    places = sum(match[1] is not None for match in _PLACEHOLDER.finditer(source))
+    if places > limits.MAX_PLACES:
+        raise ValueError(f"names {places} columns; a template may name at most {limits.MAX_PLACES}")
+    return source
+
+
+Source = Annotated[
+    str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00]*$"), AfterValidator(_bounded)
+]
 """A column's name, or a template in which `{column}` stands for the column's text and `{{` for a brace.
 
 A dot leads into objects and lists: `summaries.0.text`.
 """
-
 
 Values = Annotated[
     list[
@@ -136,32 +147,71 @@ class Mapping(Strict):
     def apply(self, record: dict[str, object], line: int) -> dict[str, object]:
         """A record with the mapping's fields, filled from their sources. A mapping of only `roles` changes nothing.
 
-        Raises `DatasetError` if the record lacks a column.
+        Raises `DatasetError` if the record lacks a column, or if the new record would be too large.
         """
         sources = self.sources
-        return {field: _value(record, source, line) for field, source in sources.items()} if sources else record
+        if not sources:
+            return record
+        filling = _Filling(record, line)
+        return {field: filling.value(source) for field, source in sources.items()}
 
 
-def _value(record: dict[str, object], source: str | Label | list[str], line: int) -> object:
-    """The value of a source: of a column, a template, several columns, or the column of a label."""
-    if isinstance(source, Label):
-        return _column(record, source.column, line)
-    if isinstance(source, list):
-        return [_value(record, column, line) for column in source]
-    if "{" not in source and "}" not in source:
-        return _column(record, source, line)
+class _Filling:
+    """Fills the fields of one record. The new record may be as large as a record of a file, and no larger.
 
-    def fill(match: re.Match[str]) -> str:
-        if match[1] is None:
-            return match[0][0]
-        value = _column(record, match[1], line)
-        if value is None:
-            return ""
-        if isinstance(value, bool | int | float | dict | list):
-            return json.dumps(value, default=str, ensure_ascii=False, separators=(",", ":"))
-        return str(value)
+    A value that several places use counts each time. It is refused before it is copied.
+    """
 
-    return _PLACEHOLDER.sub(fill, source)
+    def __init__(self, record: dict[str, object], line: int) -> None:
+        self.record, self.line, self._room = record, line, limits.MAX_RECORD_BYTES
+        self._used = set[int]()
+        """The identities of values that a field has as they are."""
+
+    def value(self, source: str | Label | list[str]) -> object:
+        """The value of a source: of a column, a template, several columns, or the column of a label."""
+        if isinstance(source, Label):
+            return self._as_it_is(source.column)
+        if isinstance(source, list):
+            return [self.value(column) for column in source]
+        if "{" not in source and "}" not in source:
+            return self._as_it_is(source)
+        return self._template(source)
+
+    def _as_it_is(self, name: str) -> object:
+        value = _column(self.record, name, self.line)
+        if id(value) in self._used and isinstance(value, str | dict | list):
+            self._spend(name, _text(value))
+        self._used.add(id(value))
+        return value
+
+    def _template(self, template: str) -> str:
+        pieces, texts, end = list[str](), dict[str, str](), 0
+        for match in _PLACEHOLDER.finditer(template):
+            pieces.append(template[end : match.start()])
+            end, name = match.end(), match[1]
+            if name is None:
+                pieces.append(match[0][0])
+                continue
+            if name not in texts:
+                texts[name] = _text(_column(self.record, name, self.line))
+            self._spend(name, texts[name])
+            pieces.append(texts[name])
+        return "".join([*pieces, template[end:]])
+
+    def _spend(self, name: str, text: str) -> None:
+        self._room -= len(text)
+        if self._room < 0:
+            reason = f"fills the fields of the mapping with more than {limits.MAX_RECORD_BYTES} characters"
+            raise DatasetError(self.line, name, reason)
+
+
+def _text(value: object) -> str:
+    """The text of a column's value."""
+    if value is None:
+        return ""
+    if isinstance(value, bool | int | float | dict | list):
+        return json.dumps(value, default=str, ensure_ascii=False, separators=(",", ":"))
+    return str(value)
 
 
 def _column(record: dict[str, object], name: str, line: int) -> object:

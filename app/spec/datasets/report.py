@@ -46,6 +46,19 @@ class Lengths:
         return {"count": self.count, "mean": round(mean, 1), "max": self.longest, "histogram": bins}
 
 
+@dataclass(frozen=True)
+class Outline:
+    """What an estimate needs of a file: its usable rows, and the characters of their texts. `summary` is a sentence."""
+
+    summary: str
+    kept: int
+    prompts: int
+    best: int
+    worst: int
+    longest: int
+    """Characters of the longest prompt or best answer."""
+
+
 @dataclass
 class Report:
     """The contents of a file. `issues` lists the first dropped rows with line, field and reason."""
@@ -179,6 +192,11 @@ class Report:
         if self.dropped:
             text += ", dropped: " + ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
         return text
+
+    def outline(self) -> Outline:
+        """The outline of the file."""
+        longest = max(self.prompts.longest, self.best.longest)
+        return Outline(self.summary(), self.kept, self.prompts.total, self.best.total, self.worst.total, longest)
 
     def as_json(self) -> JsonObject:
         """The report as `GET /v1/files/{id}/report` returns it. Lengths are in characters."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.trainer import Event, dpo_method, make_pairs, make_work_folder
-from worker.processes import ForkServer, Trainer, answer_cache
+from worker.processes import Child, ForkServer, answer_cache
 
 PAIRS = make_pairs(12)
 
@@ -30,7 +30,7 @@ def lay_out(folder: Path, model: Path, steps: int = 4) -> Path:
     return make_work_folder(folder, model, spec, train=PAIRS)
 
 
-def follow(trainer: Trainer) -> Iterator[Event]:
+def follow(trainer: Child) -> Iterator[Event]:
     for line in trainer.stdout:
         event = json.loads(line)
         if event["kind"] == "wanted":
@@ -38,7 +38,7 @@ def follow(trainer: Trainer) -> Iterator[Event]:
         yield event
 
 
-def run_to_the_end(trainer: Trainer) -> int:
+def run_to_the_end(trainer: Child) -> int:
     for _ in follow(trainer):
         pass
     status = trainer.wait()
@@ -46,7 +46,7 @@ def run_to_the_end(trainer: Trainer) -> int:
     return status
 
 
-def wait_for_first_step(trainer: Trainer) -> None:
+def wait_for_first_step(trainer: Child) -> None:
     """Wait for the metrics of its first step."""
     next(event for event in follow(trainer) if event["kind"] == "metrics")
 

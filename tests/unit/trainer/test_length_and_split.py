@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from app.spec.datasets.check import examples
 from app.spec.datasets.example import Example, Kind
 from tests.helpers.tiny_model import CHATML, CORPUS, make_tiny_model, make_tokenizer
 from tests.helpers.trainer import (
@@ -201,3 +202,21 @@ def test_the_jobs_date_changes_the_tokens_only_if_the_template_reads_it(tmp_path
     assert prompts_and_digests["plain", "2026-01-01"] == prompts_and_digests["plain", "2026-12-31"]
     assert prompts_and_digests["dated", "2026-01-01"] != prompts_and_digests["dated", "2026-12-31"]
     assert "2026-12-31" in prompts_and_digests["dated", "2026-12-31"][0]
+
+
+@pytest.mark.parametrize("answers", [2, 5, 6, 64])
+def test_the_report_counts_the_pairs_of_a_ranked_list_by_a_few_of_its_answers(tmp_path: Path, answers: int) -> None:
+    """The numbers are those of all K (K − 1) / 2 pairs. All answers have the same length here."""
+    words = [f"{'yes' if number % 2 else 'no'} {'the ' * (number // 2)}".split() for number in range(answers)]
+    texts = [" ".join([*word, *(["a"] * (40 - len(word)))]) for word in words]
+    records = [{"prompt": f"what is {number}", "responses": texts} for number in range(3)]
+    path = tmp_path / "ranked.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    report = count(path, TOKENIZER, Recipe(Kind.PREFERENCE, 512), len(records))
+    tally = Tally()
+    with path.open("rb") as file:
+        trained = list(rows(examples(file), TOKENIZER, Recipe(Kind.PREFERENCE, 512), tally))
+    assert report["rows"] == len(trained) == 3 * answers * (answers - 1) // 2
+    assert report["sampled_rows"] == 3 * min(answers, 5) * (min(answers, 5) - 1) // 2
+    assert report["tokens_per_row"] == pytest.approx(sum(row.tokens for row in trained) / len(trained), rel=0.01)
+    assert report["examples"] == 3 and tally.lost == 0
