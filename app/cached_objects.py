@@ -12,6 +12,19 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 from app.database import Database, Table, database_now
 from app.storage import Storage
 
+SHARED = "_shared"
+"""Stands for the project where all projects share the cache. No project can have this name."""
+
+
+def key_of(project: str, name: str, *, shared: bool) -> str:
+    """The key of the cached object `name`, such as `tokens/HASH`, that a job of `project` reads or writes.
+
+    The project is part of it, so that nobody learns from a hit what another project has trained on. `shared` is the
+    setting `DPO_SHARE_CACHE`.
+    """
+    kind, _, rest = name.partition("/")
+    return f"cache/{kind}/{SHARED if shared else project}/{rest}"
+
 
 class CachedObject(Table):
     """An object below `cache/` of the store."""

@@ -38,12 +38,12 @@ class SecretBox:
     def seal(self, secret: str) -> str:
         return self._fernet.encrypt(secret.encode()).decode()
 
-    def open(self, sealed: str) -> str:
-        """The secret in `sealed`. Raises `ValueError` if it was sealed under another key."""
+    def open(self, sealed: str, seconds: int | None = None) -> str:
+        """The secret in `sealed`. Raises `ValueError` if it was sealed under another key or more than `seconds` ago."""
         try:
-            return self._fernet.decrypt(sealed.encode()).decode()
+            return self._fernet.decrypt(sealed.encode(), ttl=seconds).decode()
         except InvalidToken:
-            raise ValueError("sealed under another DPO_SECRET_KEY") from None
+            raise ValueError("sealed under another DPO_SECRET_KEY, or too long ago") from None
 
     def reseal(self, sealed: str) -> str:
         """The same secret, sealed under the first key. Raises `ValueError` as `open` does."""

@@ -154,6 +154,7 @@ def _add_middleware(app: FastAPI, services: Services, registry: CollectorRegistr
         AccessMiddleware,
         keys=services.keys,
         limiter=services.rate_limiter,
+        wrong_keys=services.wrong_keys,
         allowed_hosts=services.settings.allowed_hosts,
         routes=routes,
     )

@@ -12,7 +12,7 @@ from app.evaluations.service import Evaluations
 from app.files.service import Files
 from app.jobs.event_feed import Feed
 from app.jobs.service import Jobs
-from app.keys.rates import RateLimiter
+from app.keys.rates import RateLimiter, WrongKeys
 from app.keys.service import Keys
 from app.models.service import Models
 from app.operations.service import OperationsControl
@@ -36,6 +36,7 @@ class Services:
     broker: Broker
     keys: Keys
     rate_limiter: RateLimiter
+    wrong_keys: WrongKeys
     projects: Projects
     usage: UsageReports
     files: Files
@@ -71,6 +72,7 @@ class Services:
             broker=broker,
             keys=keys,
             rate_limiter=RateLimiter(settings.rate_limit, settings.broker_url),
+            wrong_keys=WrongKeys(settings.rate_limit),
             projects=Projects(database),
             usage=UsageReports(database),
             files=Files(database, storage),

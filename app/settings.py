@@ -44,6 +44,8 @@ class Settings(BaseSettings):
     """The lowest level that is logged."""
     rate_limit: int = Field(6000, ge=0)
     """Requests per minute for each key; 0 means no limit."""
+    share_cache: bool = False
+    """All projects share tokens and reference log-probs. A job can then tell that another project has used a file."""
     prune_after_hours: float = Field(24.0, ge=0)
     """Age in hours at which workers remove objects that no row needs; 0 means never."""
     retain_events_days: float = Field(365.0, ge=0)

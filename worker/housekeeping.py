@@ -173,8 +173,10 @@ def purge_deleted_files(services: Services) -> None:
         services.storage.delete(file.key)
         cached: list[str] = []
         if file.sha256:  # its tokenised forms go with it
-            cached = [key for key, _ in services.storage.list(f"cache/tokens/{file.sha256}")]
-            services.storage.delete_folder(f"cache/tokens/{file.sha256}")
+            shared = services.settings.share_cache
+            tokens = cached_objects.key_of(file.project, f"tokens/{file.sha256}", shared=shared)
+            cached = [key for key, _ in services.storage.list(tokens)]
+            services.storage.delete_folder(tokens)
         with services.database.write() as session:
             cached_objects.forget(session, cached)
             artifacts.forget(session, file.id)

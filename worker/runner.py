@@ -283,7 +283,8 @@ class JobAttempt(ABC, Generic[Spec]):
         if not CACHE_KEY.fullmatch(key):
             raise ValueError(f"not a cache key: {key}")
         try:
-            copy(f"cache/{key}", self.folder / "cache" / key)
+            shared = self.services.settings.share_cache
+            copy(cached_objects.key_of(self.job.project, key, shared=shared), self.folder / "cache" / key)
         except FileNotFoundError:
             return False
         except Exception as error:

@@ -4,11 +4,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
-from fastapi import APIRouter, Form, Request
+from fastapi import APIRouter, Depends, Form, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from fastapi.templating import Jinja2Templates
+from starlette.concurrency import run_in_threadpool
 
-from app.dashboard.session import COOKIE, ViewerDependency, home_of, sign_in
+from app.dashboard.session import COOKIE, ViewerDependency, from_this_site, home_of, sign_in
 from app.dependencies import ServicesDependency
 from app.errors import ServiceError
 from app.evaluations.figures import figures
@@ -16,6 +17,7 @@ from app.evaluations.schemas import EvaluationObject
 from app.jobs.lifecycle import Lifecycle
 from app.jobs.schemas import JobObject, MetricSeries
 from app.keys.access import access
+from app.keys.middleware import address_of
 from app.spec.evaluation import side_name
 from app.spec.metrics import CHARTS
 
@@ -83,16 +85,19 @@ def login_page(request: Request) -> HTMLResponse:
     return _page(request, "login.html", wrong=False)
 
 
-@router.post("/login")
+@router.post("/login", dependencies=[Depends(from_this_site)])
 @by_session
-def login(request: Request, services: ServicesDependency, key: Annotated[str, Form(max_length=512)] = "") -> Response:
+async def login(
+    request: Request, services: ServicesDependency, key: Annotated[str, Form(max_length=512)] = ""
+) -> Response:
     response = RedirectResponse(home_of(request), status_code=303)
-    if not sign_in(services, request, response, key.strip()):
+    if not await run_in_threadpool(sign_in, services, request, response, key.strip()):
+        await services.wrong_keys.note(address_of(request.scope))
         return _page(request, "login.html", 401, wrong=True)
     return response
 
 
-@router.post("/logout")
+@router.post("/logout", dependencies=[Depends(from_this_site)])
 @by_session
 def logout(request: Request) -> Response:
     response = RedirectResponse(f"{home_of(request)}/login", status_code=303)

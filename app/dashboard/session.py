@@ -1,11 +1,17 @@
-"""Sessions of the dashboard. A cookie holds the encrypted API key, so that a revoked key ends the session too."""
+"""Sessions of the dashboard. A cookie holds the encrypted API key, so that a revoked key ends the session too.
+
+The cookie says when it was made. The service ends the session then, whatever a browser does. Requests count in the
+rate of the key.
+"""
 
 from typing import Annotated
+from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
 from fastapi.responses import RedirectResponse, Response
 
 from app.dependencies import ServicesDependency
+from app.errors import Forbidden
 from app.keys.schemas import Scope
 from app.keys.service import Caller
 from app.services import Services
@@ -42,12 +48,25 @@ def sign_in(services: Services, request: Request, response: Response, key: str) 
 
 def _viewer(request: Request, services: ServicesDependency) -> Caller:
     try:
-        caller = services.keys.identify(services.secret_box.open(request.cookies.get(COOKIE, "")))
+        key = services.secret_box.open(request.cookies.get(COOKIE, ""), SESSION_SECONDS)
     except ValueError:
-        caller = None
-    if caller is None:
+        raise NotSignedIn from None
+    caller = services.keys.identify(key)
+    if caller is None or not caller.may(Scope.READ):
         raise NotSignedIn
+    services.rate_limiter.check(caller)
     return caller
+
+
+def from_this_site(request: Request) -> None:
+    """Refuse a form that another site has sent. Raises `Forbidden`."""
+    site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
+    if site is None:  # an old browser, or no browser
+        is_own = origin is None or urlsplit(origin).netloc == request.headers.get("host", "")
+    else:
+        is_own = site in ("same-origin", "none")
+    if not is_own:
+        raise Forbidden("This form was sent by another site.", code="cross_site_request")
 
 
 ViewerDependency = Annotated[Caller, Depends(_viewer)]

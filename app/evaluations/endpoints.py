@@ -89,7 +89,7 @@ def create_evaluation_stream_token(
 
     Browsers need it: EventSource sends no key.
     """
-    return services.evaluations.stream_token(caller.project, evaluation_id, request.scope["root_path"])
+    return services.evaluations.stream_token(caller, evaluation_id, request.scope["root_path"])
 
 
 def _last_sequence(
@@ -101,7 +101,7 @@ def _last_sequence(
     ] = None,
 ) -> int:
     """The event number after which a stream begins. A bad request fails here, before the stream starts."""
-    return services.evaluations.last_sequence(caller.project, evaluation_id, last_event_id)
+    return services.evaluations.last_sequence(caller, evaluation_id, last_event_id)
 
 
 @router.get("/{evaluation_id}/stream", response_class=EventSourceResponse)
@@ -114,7 +114,7 @@ async def stream_evaluation(
     token: Annotated[str | None, Query(description="Replaces the API key: see stream_token.")] = None,
 ) -> AsyncIterator[ServerSentEvent]:
     """Server-sent events until the evaluation ends: `message` (its events) and `evaluation` (its state)."""
-    async for event in services.evaluations.stream(caller.project, evaluation_id, last_sequence):
+    async for event in services.evaluations.stream(caller, evaluation_id, last_sequence):
         yield event
 
 

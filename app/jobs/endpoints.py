@@ -100,7 +100,7 @@ def create_stream_token(
     request: Request, job_id: str, caller: CallerDependency, services: ServicesDependency
 ) -> StreamToken:
     """Create a token that opens this job's stream within one minute. Browsers need it: EventSource sends no key."""
-    return services.jobs.stream_token(caller.project, job_id, request.scope["root_path"])
+    return services.jobs.stream_token(caller, job_id, request.scope["root_path"])
 
 
 def _last_sequence(
@@ -112,7 +112,7 @@ def _last_sequence(
     ] = None,
 ) -> int:
     """The event number after which a stream begins. A bad request fails here, before the stream starts."""
-    return services.jobs.last_sequence(caller.project, job_id, last_event_id)
+    return services.jobs.last_sequence(caller, job_id, last_event_id)
 
 
 @router.get("/{job_id}/stream", response_class=EventSourceResponse)
@@ -125,7 +125,7 @@ async def stream_job(
     token: Annotated[str | None, Query(description="Replaces the API key: see stream_token.")] = None,
 ) -> AsyncIterator[ServerSentEvent]:
     """Server-sent events until the job ends: `message` and `metrics` (its events) and `job` (its state)."""
-    async for event in services.jobs.stream(caller.project, job_id, last_sequence):
+    async for event in services.jobs.stream(caller, job_id, last_sequence):
         yield event
 
 

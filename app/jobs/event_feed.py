@@ -15,12 +15,15 @@ from sqlalchemy import func, select
 from starlette.concurrency import run_in_threadpool
 
 from app.database import Database
+from app.errors import TooMany
 from app.jobs import events as job_events
 from app.jobs.tables import JobEvent
 
 log = structlog.get_logger(__name__)
 
 POLL_SECONDS = 0.5
+MAX_STREAMS = 256
+"""Maximum number of open streams of a key, at each process of the API."""
 
 
 @dataclass(eq=False)
@@ -28,6 +31,7 @@ class Follower:
     """A stream that waits for new events of a job."""
 
     job_id: str
+    key_id: str
     last_sequence: int
     """The number of the last event that the stream has sent."""
     news: asyncio.Event = field(default_factory=asyncio.Event)
@@ -43,9 +47,9 @@ class Feed:
         self.closed = False
 
     @asynccontextmanager
-    async def follow(self, job_id: str, last_sequence: int) -> AsyncIterator[Follower]:
-        """A follower whose `news` is set whenever the job has events after its `last_sequence`."""
-        follower = Follower(job_id, last_sequence)
+    async def follow(self, job_id: str, last_sequence: int, key_id: str) -> AsyncIterator[Follower]:
+        """A follower whose `news` is set whenever the job has events after its `last_sequence`. A key opens it."""
+        follower = Follower(job_id, key_id, last_sequence)
         self._followers.add(follower)
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._watch())
@@ -53,6 +57,12 @@ class Feed:
             yield follower
         finally:
             self._followers.discard(follower)
+
+    def require_place(self, key_id: str) -> None:
+        """Raise `TooMany` if a key has `MAX_STREAMS` open streams at this process."""
+        if sum(follower.key_id == key_id for follower in list(self._followers)) >= MAX_STREAMS:
+            message = f"This key has {MAX_STREAMS} open event streams. Close some, or follow the jobs by webhooks."
+            raise TooMany(message, 10, code="too_many_streams")
 
     async def close(self) -> None:
         """Stop polling, and let every stream end."""

@@ -25,7 +25,7 @@ from app.jobs.queue_forecast import QueuePlace, forecast
 from app.jobs.schemas import EventObject, StreamToken
 from app.jobs.states import ACTIVE, Actor, Status
 from app.jobs.tables import Job, JobInput, OtherBase
-from app.keys.service import Keys
+from app.keys.service import Caller, Keys
 from app.projects.service import require_room
 from app.spec.evaluation import EvaluationSpec
 from app.spec.job import JobSpec
@@ -171,28 +171,31 @@ class Lifecycle(ABC, Generic[Shown]):
             raise no_such(f"event of this {self.KIND.noun}", after or "", code="event", param="after")
         return [EventObject.of(event) for event in events]
 
-    def stream_token(self, project: str, job_id: str, root_path: str) -> StreamToken:
+    def stream_token(self, caller: Caller, job_id: str, root_path: str) -> StreamToken:
         """A token that opens the job's stream in a browser, whose EventSource sends no key.
 
         The service is below `root_path` of its host.
         """
         with self.database.read() as session:
-            self._require_job(session, project, job_id)
+            self._require_job(session, caller.project, job_id)
         path = f"{self.KIND.path}/{job_id}/stream"
-        token, expires_at = self.keys.stream_token(project, path)
+        token, expires_at = self.keys.stream_token(caller.key_id, path)
         return StreamToken(token=token, expires_at=expires_at, url=f"{root_path}{path}?token={quote(token, safe='')}")
 
-    async def stream(self, project: str, job_id: str, last_sequence: int) -> AsyncIterator[ServerSentEvent]:
+    async def stream(self, caller: Caller, job_id: str, last_sequence: int) -> AsyncIterator[ServerSentEvent]:
         """Yield the job's events after number `last_sequence` and its state, then each change of both, until it ends.
 
-        An event carries its id. A state carries no id and follows the events that changed it.
+        An event carries its id. A state carries no id and follows the events that changed it. The stream also ends when
+        the caller's key is not valid any more.
         """
         last_state: JsonObject | None = None
-        async with self.feed.follow(job_id, last_sequence) as follower:
+        async with self.feed.follow(job_id, last_sequence, caller.key_id) as follower:
             while not self.feed.closed:
                 follower.news.clear()
+                if await run_in_threadpool(self.keys.holder, caller.key_id) is None:
+                    return
                 # Read the state before the events. If the job has ended by then, no event can be missing.
-                job = await run_in_threadpool(self.get, project, job_id)
+                job = await run_in_threadpool(self.get, caller.project, job_id)
                 events = await run_in_threadpool(self.feed.after, job_id, follower.last_sequence)
                 for event in events:
                     follower.last_sequence = event.sequence
@@ -211,10 +214,14 @@ class Lifecycle(ABC, Generic[Shown]):
                 with suppress(TimeoutError):
                     await asyncio.wait_for(follower.news.wait(), STATE_SECONDS)
 
-    def last_sequence(self, project: str, job_id: str, last_event_id: str | None) -> int:
-        """The number of the event `last_event_id`; 0, which is before the first event, if that is None."""
+    def last_sequence(self, caller: Caller, job_id: str, last_event_id: str | None) -> int:
+        """The number of the event after which a stream begins: that of `last_event_id`, or 0 if that is None.
+
+        Raises `TooMany` if the caller's key has too many open streams.
+        """
+        self.feed.require_place(caller.key_id)
         with self.database.read() as session:
-            self._require_job(session, project, job_id)
+            self._require_job(session, caller.project, job_id)
             if last_event_id is None:
                 return 0
             sequence = job_events.sequence_of(session, job_id, last_event_id)

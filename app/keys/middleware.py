@@ -16,7 +16,7 @@ from starlette.types import Scope as ConnectionScope
 from app.errors import Forbidden, NotFound, ServiceError, TooLarge, Unauthenticated, Unavailable
 from app.exception_handlers import error_answer
 from app.keys.access import READING, Access, AccessTable
-from app.keys.rates import RateLimiter
+from app.keys.rates import RateLimiter, WrongKeys
 from app.keys.schemas import Scope
 from app.keys.service import Caller, Keys
 from app.operations.service import require_writable
@@ -43,13 +43,26 @@ def _limited(receive: Receive, headers: Headers) -> Receive:
     return limited
 
 
+def address_of(scope: ConnectionScope) -> str:
+    """The address from which a request comes."""
+    client: tuple[str, int] | None = scope.get("client")
+    return "" if client is None else client[0]
+
+
 class AccessMiddleware:
     """ASGI middleware that checks access. FastAPI reads a multipart body before its dependencies: they are too late."""
 
     def __init__(
-        self, app: ASGIApp, keys: Keys, limiter: RateLimiter, allowed_hosts: tuple[str, ...], routes: AccessTable
+        self,
+        app: ASGIApp,
+        keys: Keys,
+        limiter: RateLimiter,
+        wrong_keys: WrongKeys,
+        allowed_hosts: tuple[str, ...],
+        routes: AccessTable,
     ) -> None:
-        self.app, self.keys, self.limiter, self.allowed_hosts, self.routes = app, keys, limiter, allowed_hosts, routes
+        self.app, self.keys, self.limiter, self.wrong_keys = app, keys, limiter, wrong_keys
+        self.allowed_hosts, self.routes = allowed_hosts, routes
 
     async def __call__(self, scope: ConnectionScope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -68,6 +81,8 @@ class AccessMiddleware:
             if not access.streams_body:
                 receive = _limited(receive, headers)
         except ServiceError as error:
+            if isinstance(error, Unauthenticated):
+                await self.wrong_keys.note(address_of(scope))
             await error_answer(error)(scope, receive, send)
             return
         await self.app(scope, receive, send)

@@ -1,5 +1,9 @@
-"""Limits the requests per minute of a key. Redis counts them if it is the broker, else this process does."""
+"""Limits the requests per minute of a key. Redis counts them if it is the broker, else this process does.
 
+Requests without a valid key are slowed down by their address.
+"""
+
+import asyncio
 import math
 import time
 
@@ -13,6 +17,11 @@ from app.keys.service import Caller
 
 log = structlog.get_logger(__name__)
 
+FAILURES_PER_MINUTE, SLOW_SECONDS = 30, 2.0
+"""So many wrong keys of an address are answered at once each minute, and all others after this time.
+
+Several clients may share an address, so none is refused because of it.
+"""
 PAUSE_SECONDS = 15.0
 """How long requests are not counted after Redis did not answer. Otherwise each of them would wait for it."""
 
@@ -46,3 +55,16 @@ class RateLimiter:
             seconds,
             code="rate_limit_exceeded",
         )
+
+
+class WrongKeys:
+    """Counts the wrong keys of each address, and slows down those who try many. `per_minute` 0 means no limit."""
+
+    def __init__(self, per_minute: int) -> None:
+        self.item = RateLimitItemPerMinute(FAILURES_PER_MINUTE) if per_minute else None
+        self.limiter = MovingWindowRateLimiter(storage_from_string("memory://"))
+
+    async def note(self, address: str) -> None:
+        """Count a wrong key. Takes `SLOW_SECONDS` if the address has sent too many. No thread waits meanwhile."""
+        if self.item is not None and not self.limiter.hit(self.item, address):
+            await asyncio.sleep(SLOW_SECONDS)

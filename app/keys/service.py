@@ -7,7 +7,7 @@ key without a look at the database.
 import hmac
 import secrets
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sqlalchemy import or_, select, update
 
@@ -22,6 +22,10 @@ PREFIX = "dpo_"
 DEFAULT_PROJECT = "default"
 LAST_USED_SECONDS = 60
 STREAM_TOKEN_SECONDS = 60
+ADMIN = "admin"
+"""The id of the operator's key, which has no row."""
+VALID = (ApiKey.revoked_at.is_(None), or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > database_now()))
+"""The conditions of a key that opens anything."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,10 @@ class Caller:
     key_id: str
     project: str
     scopes: frozenset[Scope] = frozenset(Scope)
+
+    @classmethod
+    def of(cls, api_key: ApiKey) -> "Caller":
+        return cls(api_key.id, api_key.project, frozenset(map(Scope, api_key.scopes)))
 
     def may(self, scope: Scope) -> bool:
         """Whether one of the caller's scopes is or includes `scope`."""
@@ -103,14 +111,10 @@ class Keys:
     def identify(self, key: str) -> Caller | None:
         """The caller of this key; None if the key is unknown, mistyped, revoked or expired."""
         if hmac.compare_digest(key.encode(), self._admin):
-            return Caller("admin", DEFAULT_PROJECT)
+            return Caller(ADMIN, DEFAULT_PROJECT)
         if not well_formed(key):
             return None
-        valid = select(ApiKey, database_now()).where(
-            ApiKey.digest.in_(self.secret_box.signatures(key)),
-            ApiKey.revoked_at.is_(None),
-            or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > database_now()),
-        )
+        valid = select(ApiKey, database_now()).where(ApiKey.digest.in_(self.secret_box.signatures(key)), *VALID)
         with self.database.read() as session:
             row = session.execute(valid).one_or_none()
         if row is None:
@@ -122,22 +126,31 @@ class Keys:
             values = {"last_used_at": database_now(), "digest": self.secret_box.signature(key), "signed_by": signed_by}
             with self.database.write() as session:
                 session.execute(update(ApiKey).where(ApiKey.id == api_key.id).values(values))
-        return Caller(api_key.id, api_key.project, frozenset(map(Scope, api_key.scopes)))
+        return Caller.of(api_key)
 
-    def stream_token(self, project: str, path: str) -> tuple[str, int]:
-        """(token, its end in unix seconds). Its holder may begin to read `path` within a minute, without a key."""
+    def holder(self, key_id: str) -> Caller | None:
+        """The caller of the key with this id; None if it is unknown, or was revoked or has expired since."""
+        if key_id == ADMIN:
+            return Caller(ADMIN, DEFAULT_PROJECT)
+        with self.database.read() as session:
+            api_key = session.scalar(select(ApiKey).where(ApiKey.id == key_id, *VALID))
+        return None if api_key is None else Caller.of(api_key)
+
+    def stream_token(self, key_id: str, path: str) -> tuple[str, int]:
+        """(token, its end in unix seconds). Its holder may begin to read `path` within a minute, as the key may."""
         with self.database.read() as session:
             expires_at = int(now(session)) + STREAM_TOKEN_SECONDS
-        signature = self.secret_box.signature(f"stream {project} {expires_at} {path}")
-        return f"{project}.{expires_at}.{signature}", expires_at
+        signature = self.secret_box.signature(f"stream {key_id} {expires_at} {path}")
+        return f"{key_id}.{expires_at}.{signature}", expires_at
 
     def identify_stream(self, token: str, path: str) -> Caller | None:
-        """The caller that may read `path` with `token`; None if the token is not valid or has expired."""
-        project, _, rest = token.partition(".")
+        """The caller that may read `path` with `token`; None if the token or its key is not valid any more."""
+        key_id, _, rest = token.partition(".")
         expires_at, _, signature = rest.partition(".")
-        if not self.secret_box.verify(f"stream {project} {expires_at} {path}", signature):
+        if not self.secret_box.verify(f"stream {key_id} {expires_at} {path}", signature):
             return None
         with self.database.read() as session:
             if int(expires_at) < now(session):
                 return None
-        return Caller("stream", project, frozenset({Scope.READ}))
+        caller = self.holder(key_id)
+        return None if caller is None else replace(caller, scopes=frozenset({Scope.READ}))

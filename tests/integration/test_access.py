@@ -115,15 +115,16 @@ def operations(client: TestClient) -> Iterator[tuple[str, str]]:
 
 
 def test_no_route_reads_the_body_of_an_unauthorised_request(
-    client: TestClient, services: Services, known_ids: dict[str, str]
+    client: TestClient, services: Services, known_ids: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("app.keys.rates.SLOW_SECONDS", 0.0)
     expired, revoked, valid = (key_of(services, "default") for _ in range(3))
     digests = {name: services.secret_box.signature(key) for name, key in (("expired", expired), ("revoked", revoked))}
     with services.database.write() as session:
         expire = update(ApiKey).values(expires_at=database_now() - 1)
         session.execute(expire.where(ApiKey.digest == digests["expired"]))
         session.execute(update(ApiKey).values(revoked_at=database_now()).where(ApiKey.digest == digests["revoked"]))
-    token, _ = services.keys.stream_token("default", "/v1/fine_tuning/jobs/another/stream")
+    token, _ = services.keys.stream_token("admin", "/v1/fine_tuning/jobs/another/stream")
     credentials = {
         "no key": [],
         "an empty key": [("authorization", "Bearer ")],

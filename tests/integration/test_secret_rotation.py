@@ -69,7 +69,7 @@ def test_a_key_is_replaced_without_a_failure(services: Services, with_keys: With
         assert known(rolling)
         assert rolling.keys.identify(used) is not None
         assert rolling.secret_box.open(_sealed(services, endpoint.id)) == endpoint.secret
-        token, _ = both_old_first.keys.stream_token("default", "/path")
+        token, _ = both_old_first.keys.stream_token("admin", "/path")
         assert rolling.keys.identify_stream(token, "/path") is not None
     assert old.keys.identify(unused) is not None, "the old key goes on as long as a process has it alone"
     assert not known(with_keys(NEW)), "too early"

@@ -1,0 +1,172 @@
+"""No key reads, starves, fills or ends another: attacks, made small enough to be harmless."""
+
+from collections.abc import Callable
+
+import pytest
+from fastapi.testclient import TestClient
+from sqlalchemy import update
+
+from app import cached_objects
+from app.dashboard import session as dashboard_session
+from app.database import database_now
+from app.jobs import event_feed
+from app.jobs import events as job_events
+from app.jobs.states import Status
+from app.keys import rates
+from app.keys.schemas import Scope
+from app.keys.tables import ApiKey
+from app.main import create_app
+from app.services import Services
+from app.settings import Settings
+from tests.helpers.api import error_of, key_of, served
+from tests.helpers.jobs import make_job
+
+End = Callable[[Services, str], None]
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def id_of(services: Services, key: str) -> str:
+    caller = services.keys.identify(key)
+    assert caller is not None
+    return caller.key_id
+
+
+def revoke(services: Services, key_id: str) -> None:
+    services.keys.revoke(key_id)
+
+
+def let_expire(services: Services, key_id: str) -> None:
+    with services.database.write() as session:
+        session.execute(update(ApiKey).where(ApiKey.id == key_id).values(expires_at=database_now() - 1))
+
+
+# -- streams ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", [revoke, let_expire])
+def test_an_open_stream_ends_with_its_key(services: Services, settings: Settings, end: End) -> None:
+    key = key_of(services, "search", Scope.READ)
+    job_id, key_id = make_job(services, project="search", status=Status.QUEUED), id_of(services, key)
+    with served(settings) as (_, _, http):
+        path = f"/v1/fine_tuning/jobs/{job_id}/stream"
+        with http.stream("GET", path, headers=bearer(key)) as stream:
+            lines = stream.iter_lines()
+            assert any(line.startswith("event: job") for line in lines)
+            end(services, key_id)
+            with services.database.write() as session:
+                job_events.add(session, job_id, "a secret of later")
+            assert not any("a secret of later" in line for line in lines)
+        assert http.get(path, headers=bearer(key)).status_code == 401
+
+
+@pytest.mark.parametrize("end", [revoke, let_expire])
+def test_a_stream_token_is_worth_no_more_than_its_key(client: TestClient, services: Services, end: End) -> None:
+    key = key_of(services, "search", Scope.READ)
+    job_id = make_job(services, project="search", status=Status.SUCCEEDED)
+    grant = client.post(f"/v1/fine_tuning/jobs/{job_id}/stream_token", headers=bearer(key)).raise_for_status().json()
+    client.headers.pop("Authorization")
+    assert client.get(grant["url"]).status_code == 200
+    end(services, id_of(services, key))
+    assert error_of(client.get(grant["url"]), 401)["code"] == "invalid_stream_token"
+
+
+def test_a_key_has_a_bounded_number_of_open_streams(
+    services: Services, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(event_feed, "MAX_STREAMS", 2)
+    key, other = key_of(services, "search", Scope.READ), key_of(services, "search", Scope.READ)
+    job_id = make_job(services, project="search", status=Status.QUEUED)
+    with served(settings) as (_, _, http):
+        path = f"/v1/fine_tuning/jobs/{job_id}/stream"
+        with (
+            http.stream("GET", path, headers=bearer(key)) as first,
+            http.stream("GET", path, headers=bearer(key)) as second,
+        ):
+            open_streams = [stream.iter_lines() for stream in (first, second)]
+            assert all(next(lines) for lines in open_streams)
+            refused = http.get(path, headers=bearer(key))
+            assert error_of(refused, 429)["code"] == "too_many_streams" and refused.headers["retry-after"]
+            with http.stream("GET", path, headers=bearer(other)) as third:
+                assert third.status_code == 200
+
+
+# -- keys and sessions --------------------------------------------------------------------------------------------
+
+
+def test_wrong_keys_are_slowed_down_and_right_ones_are_not(
+    client: TestClient, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They come from one address, as behind a proxy."""
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    monkeypatch.setattr("app.keys.rates.asyncio.sleep", sleep)
+    for _ in range(rates.FAILURES_PER_MINUTE):
+        assert client.get("/v1/files", headers=bearer("dpo_guess")).status_code == 401
+    assert not slept
+    assert client.get("/v1/files", headers=bearer("dpo_guess")).status_code == 401
+    assert client.post("/dashboard/login", data={"key": "dpo_guess"}).status_code == 401
+    assert slept == [rates.SLOW_SECONDS] * 2
+    assert client.get("/v1/files", headers=bearer(key_of(services, "search"))).status_code == 200
+    assert slept == [rates.SLOW_SECONDS] * 2
+
+
+def test_a_session_of_the_dashboard_counts_in_the_rate_of_its_key(services: Services) -> None:
+    settings = services.settings.model_copy(update={"rate_limit": 5})
+    key = key_of(services, "search", Scope.READ)
+    with TestClient(create_app(settings), "http://localhost") as client:
+        client.post("/dashboard/login", data={"key": key}, follow_redirects=False)
+        answers = [client.get("/dashboard").status_code for _ in range(4)]
+        answers += [client.get("/v1/files", headers=bearer(key)).status_code for _ in range(2)]
+        assert answers == [200] * 5 + [429]
+        assert client.get("/dashboard").status_code == 429
+
+
+def test_a_session_ends_on_the_server_after_its_time(
+    client: TestClient, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cookie that somebody has copied does not end with the browser's."""
+    key = key_of(services, "search", Scope.READ)
+    client.post("/dashboard/login", data={"key": key}, follow_redirects=False)
+    assert client.get("/dashboard").status_code == 200
+    monkeypatch.setattr(dashboard_session, "SESSION_SECONDS", -1)
+    assert client.get("/dashboard", follow_redirects=False).headers["location"].endswith("/login")
+
+
+@pytest.mark.parametrize("path", ["/dashboard/login", "/dashboard/logout"])
+@pytest.mark.parametrize(
+    ("headers", "accepted"),
+    [
+        ({"Sec-Fetch-Site": "cross-site", "Origin": "https://evil.example"}, False),
+        ({"Sec-Fetch-Site": "same-site", "Origin": "https://other.localhost"}, False),
+        ({"Origin": "https://evil.example"}, False),
+        ({"Origin": "null"}, False),
+        ({"Sec-Fetch-Site": "same-origin", "Origin": "http://localhost"}, True),
+        ({"Origin": "http://localhost"}, True),
+        ({}, True),
+    ],
+)
+def test_forms_of_other_sites_are_refused(
+    client: TestClient, settings: Settings, path: str, headers: dict[str, str], accepted: bool
+) -> None:
+    answer = client.post(path, data={"key": settings.admin_key}, headers=headers, follow_redirects=False)
+    if accepted:
+        assert answer.status_code == 303
+    else:
+        assert error_of(answer, 403)["code"] == "cross_site_request" and "set-cookie" not in answer.headers
+
+
+# -- what a key may learn -----------------------------------------------------------------------------------------
+
+
+def test_no_project_finds_what_another_has_cached() -> None:
+    name = f"tokens/{'a' * 64}/{'b' * 64}"
+    mine, other = (cached_objects.key_of(project, name, shared=False) for project in ("a", "b"))
+    assert mine == f"cache/tokens/a/{'a' * 64}/{'b' * 64}" and mine != other
+    shared = {cached_objects.key_of(project, name, shared=True) for project in ("a", "b")}
+    assert shared == {f"cache/tokens/_shared/{'a' * 64}/{'b' * 64}"}
