@@ -12,7 +12,7 @@ import structlog
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app import cached_objects
+from app import counted_objects
 from app.database import now
 from app.derived_artifacts.tables import DerivedArtifact
 from app.errors import Conflict
@@ -95,9 +95,9 @@ def _remove(services: Services, keys: list[str]) -> None:
             services.storage.delete(key)
         except Exception as error:  # one failure must not stop the rest
             log.warning("object not removed", key=key, reason=str(error))
-    if keys and _segment(keys[0], 0) == "cache":
+    if keys:
         with services.database.write() as session:
-            cached_objects.forget(session, keys)
+            counted_objects.forget(session, keys)
 
 
 def _is_ours(services: Services) -> bool:

@@ -3,8 +3,8 @@
 from alembic import context
 from sqlalchemy import Connection
 
-from app import cached_objects as _cached_objects  # noqa: F401 - each import registers its tables
 from app import chores as _chores  # noqa: F401
+from app import counted_objects as _counted_objects  # noqa: F401 - each import registers its tables
 from app import installation as _installation  # noqa: F401
 from app.audit import tables as _audit  # noqa: F401
 from app.database import Table

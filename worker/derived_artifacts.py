@@ -9,6 +9,7 @@ from pathlib import Path
 
 import structlog
 
+from app import counted_objects
 from app.derived_artifacts import repository
 from app.derived_artifacts.repository import ARTIFACTS
 from app.derived_artifacts.tables import DerivedArtifact
@@ -173,9 +174,12 @@ class _ArtifactAttempt:
             raise ArtifactFailed("model_unavailable", str(error), "model") from error
         (self.folder / "merge.json").write_text(json.dumps({"dtype": dtype}))
         _require(self._run_merge())
-        self.prefix = f"merged/{self.artifact.id}/attempt-{self.artifact.attempt}"
-        content = store_folder(storage, self.prefix, self.folder / "output")
+        self.prefix = prefix = f"merged/{self.artifact.id}/attempt-{self.artifact.attempt}"
+        content = store_folder(storage, prefix, self.folder / "output")
         shutil.rmtree(self.folder / "output")
+        self.lease.write(
+            lambda session: counted_objects.note(session, self.artifact.project, prefix, content.bytes or 0)
+        )
         return {"prefix": self.prefix, **content.as_columns()}
 
     def _run_merge(self) -> JsonObject:

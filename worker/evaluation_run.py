@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sqlalchemy.orm import Session
 
-from app import cached_objects
+from app import counted_objects
 from app.jobs import checkpoints as job_checkpoints
 from app.jobs import events as job_events
 from app.jobs.queue import JOBS
@@ -223,7 +223,7 @@ class Evaluation(JobAttempt[EvaluationSpec]):
             try:
                 _write_answers(path, new)
                 key = f"{self.answers_prefix}/{self.job.id}.jsonl"
-                cached_objects.put(self.services.storage, self.services.database, self.job.project, key, path)
+                counted_objects.put(self.services.storage, self.services.database, self.job.project, key, path)
             except Exception as error:  # the answers only save money
                 self.log.warning("answers not kept", reason=str(error))
         return super().fail(code, message, param)

@@ -7,7 +7,7 @@ import structlog
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
-from app import cached_objects, chores
+from app import chores, counted_objects
 from app.audit import repository as audit
 from app.database import Database, now
 from app.derived_artifacts import repository as artifacts
@@ -16,6 +16,7 @@ from app.files.tables import File
 from app.idempotency import service as idempotency
 from app.jobs import event_blocks, fair_share, labels, queries
 from app.jobs import events as job_events
+from app.projects import reservations
 from app.prune import prune_slice
 from app.services import Services
 from app.uploads import repository as uploads
@@ -158,6 +159,7 @@ def expire(services: Services) -> None:
         files.expire(session)
         uploads.expire(session)
         idempotency.forget_old(session)
+        reservations.forget_expired(session)
         ended = uploads.ended_with_parts(session)
     for upload in ended:
         services.uploads.tidy(upload)
@@ -174,10 +176,10 @@ def purge_deleted_files(services: Services) -> None:
         cached: list[str] = []
         if file.sha256:  # its tokenised forms go with it
             shared = services.settings.share_cache
-            tokens = cached_objects.key_of(file.project, f"tokens/{file.sha256}", shared=shared)
+            tokens = counted_objects.key_of(file.project, f"tokens/{file.sha256}", shared=shared)
             cached = [key for key, _ in services.storage.list(tokens)]
             services.storage.delete_folder(tokens)
         with services.database.write() as session:
-            cached_objects.forget(session, cached)
+            counted_objects.forget(session, cached)
             artifacts.forget(session, file.id)
             session.execute(delete(File).where(File.id == file.id))

@@ -23,7 +23,7 @@ from typing import Generic, TypeVar
 import structlog
 from sqlalchemy.orm import Session
 
-from app import cached_objects
+from app import counted_objects
 from app.database import database_now, new_id
 from app.estimates import fit
 from app.files.tables import File
@@ -236,7 +236,13 @@ class JobAttempt(ABC, Generic[Spec]):
             return process.wait()
         finally:
             process.kill()
-            log_copy.finish(LAST_LOG_SECONDS)
+            briefly(partial(self._end_log, log_copy), LAST_LOG_SECONDS)
+
+    def _end_log(self, log_copy: LogCopy) -> None:
+        """Upload the log to its end, and count it as stored."""
+        log_copy.finish(LAST_LOG_SECONDS)
+        with self.services.database.write() as session:
+            counted_objects.note(session, self.job.project, log_copy.key, log_copy.path.stat().st_size)
 
     def _relay_until_end(self, process: Child, lines: "queue.Queue[bytes | None]", log_copy: LogCopy) -> None:
         """Relay the trainer's events until it closes its output. Stop it when the attempt should end."""
@@ -271,7 +277,7 @@ class JobAttempt(ABC, Generic[Spec]):
         for event in batch:
             match event:
                 case CacheMade(key):
-                    put = partial(cached_objects.put, self.services.storage, self.services.database, self.job.project)
+                    put = partial(counted_objects.put, self.services.storage, self.services.database, self.job.project)
                     self._share(key, put)
                 case CacheWanted(key):
                     if not self._share(key, self.services.storage.get_file):
@@ -284,7 +290,7 @@ class JobAttempt(ABC, Generic[Spec]):
             raise ValueError(f"not a cache key: {key}")
         try:
             shared = self.services.settings.share_cache
-            copy(cached_objects.key_of(self.job.project, key, shared=shared), self.folder / "cache" / key)
+            copy(counted_objects.key_of(self.job.project, key, shared=shared), self.folder / "cache" / key)
         except FileNotFoundError:
             return False
         except Exception as error:

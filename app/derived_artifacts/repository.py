@@ -47,6 +47,12 @@ def pending_token_reports(session: Session, project: str, seconds: float) -> int
     return session.scalars(statement).one()
 
 
+def pending_merges(session: Session, project: str) -> int:
+    """Number of merged models that a project waits for."""
+    pending = (DerivedArtifact.kind == MERGE, DerivedArtifact.status == "pending", DerivedArtifact.project == project)
+    return session.scalars(select(func.count()).select_from(DerivedArtifact).where(*pending)).one()
+
+
 def ensure(
     session: Session,
     kind: str,

@@ -70,6 +70,12 @@ class UploadForm:
     _pending: list[bytes] = field(default_factory=list)
     _ended: bool = False
 
+    @property
+    def announced(self) -> int | None:
+        """The bytes of the whole body, by its header; None if that does not say. The file has a few less."""
+        length = self.request.headers.get("content-length", "")
+        return min(int(length), self.max_bytes) if length.isdigit() else None
+
     async def file_chunks(self, on_chunk: Callable[[bytes], object]) -> AsyncIterator[bytes]:
         """The bytes of the part named `name`; `on_chunk` is called with each piece.
 

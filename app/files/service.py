@@ -17,6 +17,7 @@ from app.files.ranges import Part
 from app.files.schemas import ExpiresAfter, UploadPurpose
 from app.files.tables import File
 from app.idempotency.service import RequestIdentity
+from app.projects.reservations import Reservations, Room
 from app.projects.service import require_room
 from app.spec.datasets.mapping import Mapping
 from app.spec.json_types import JsonObject
@@ -39,21 +40,25 @@ class Files:
 
     def __init__(self, database: Database, storage: Storage) -> None:
         self.database, self.storage = database, storage
+        self.reservations = Reservations(database)
 
     async def upload(self, project: str, form: UploadForm, identity: RequestIdentity) -> File:
         """Stream an upload to the object store, then write its row. If anything fails, neither stays."""
         digest = hashlib.sha256()
         file = File(id=new_id("file"), project=project)
-        async with self.storage.object_written(file.key, form.file_chunks(digest.update)):
+        async with (
+            self.reservations.room(project, form.announced) as room,
+            self.storage.object_written(file.key, room.covered(form.file_chunks(digest.update))),
+        ):
             fields = _checked(form)
             file.filename, file.purpose = (form.filename or "upload")[:512], form.fields["purpose"]
             file.bytes, file.sha256 = form.size, digest.hexdigest()
-            stored = await run_in_threadpool(self._insert, file, fields, identity)
+            stored = await run_in_threadpool(self._insert, file, fields, identity, room)
             if stored is not file:  # an earlier sending made the file
                 await run_in_threadpool(self.storage.delete, file.key)
         return stored
 
-    def _insert(self, file: File, fields: _Fields, identity: RequestIdentity) -> File:
+    def _insert(self, file: File, fields: _Fields, identity: RequestIdentity, room: Room) -> File:
         content = {
             "sha256": file.sha256,
             "filename": file.filename,
@@ -66,6 +71,7 @@ class Files:
             existing = None if earlier is None else repository.get(session, file.project, earlier)
             if existing is not None:
                 return existing
+            room.release(session)
             require_room(session, file.project, file.bytes)
             file.created_at, file.mapping = database_now(), fields.mapping
             if fields.expires_after is not None:

@@ -8,6 +8,7 @@ from fastapi.responses import StreamingResponse
 from app.archive import tar_response
 from app.dependencies import ServicesDependency
 from app.keys.middleware import CallerDependency
+from app.keys.schemas import Scope
 from app.models.schemas import Lineage, ModelDeleted, ModelObject
 from app.pagination import After, Page, page
 from app.pending import NOT_READY, not_ready
@@ -54,9 +55,12 @@ def download_model(
     ] = "adapter",
     dtype: Annotated[Literal["bf16", "fp16"], Query(description="Precision of merged weights.")] = "bf16",
 ) -> Response:
-    """The model's files as a tar file. A merged model is made on the first request: 202 until it is ready."""
+    """The model's files as a tar file. A merged model is made on the first request: 202 until it is ready.
+
+    It takes as many bytes as the base model, and so only a key that may write can have it made.
+    """
     if format == "merged":
-        chunks = services.models.download_merged(caller.project, name, dtype)
+        chunks = services.models.download_merged(caller.project, name, dtype, may_make=caller.may(Scope.WRITE))
     else:
         chunks = services.models.download(caller.project, name)
     if chunks is None:

@@ -5,12 +5,13 @@ from collections.abc import Iterator, Sequence
 import structlog
 from sqlalchemy.orm import Session
 
+from app import counted_objects
 from app.archive import Entry, folder, tar
 from app.broker import Broker, Lane
 from app.database import Database
 from app.derived_artifacts import repository as artifacts
 from app.derived_artifacts.service import result
-from app.errors import Conflict, NotFound, ServiceError
+from app.errors import Conflict, Forbidden, NotFound, ServiceError, TooMany
 from app.files import repository as files
 from app.jobs import checkpoints as job_checkpoints
 from app.jobs import queries
@@ -19,6 +20,7 @@ from app.jobs.tables import Checkpoint, Job
 from app.models import repository
 from app.models.schemas import Lineage, LineageStep
 from app.models.tables import Model
+from app.projects.service import require_room
 from app.storage import Storage
 from app.stored_content import ContentDamaged, FolderContent, gone
 
@@ -26,6 +28,8 @@ log = structlog.get_logger(__name__)
 
 FORGET_BATCH = 100
 """Maximum number of checkpoints that one transaction deletes."""
+MAX_MERGES = 4
+"""Maximum number of models of a project that wait to be merged."""
 MERGED_KEPT_SECONDS = 24 * 3600
 """How long a merged model is kept."""
 
@@ -70,8 +74,12 @@ class Models:
                 self._trained(session, project, model.name)  # it may have been deleted a moment ago
             raise gone("model", model.name, damage, "model") from damage
 
-    def download_merged(self, project: str, name: str, dtype: str) -> Iterator[bytes] | None:
-        """The model with its adapter merged into its weights, as a tar stream; None while a worker merges it."""
+    def download_merged(self, project: str, name: str, dtype: str, *, may_make: bool = True) -> Iterator[bytes] | None:
+        """The model with its adapter merged into its weights, as a tar stream; None while a worker merges it.
+
+        Raises `Forbidden` if it would have to be made, and may not or has no room. Raises `TooMany` if the project
+        already waits for several.
+        """
         with self.database.read() as session:
             model, prefix = self._trained(session, project, name)
         files = self._files(project, model, prefix)
@@ -82,10 +90,13 @@ class Models:
             if method is not None:
                 message = f"'{model.base_model}' is quantised ({method}). No adapter can be merged into its weights."
                 raise ServiceError(message, param="format", code="not_mergeable")
+            subject = f"{prefix} {dtype}"
+            if artifacts.find(session, artifacts.MERGE, subject) is None:
+                _require_merge(session, project, model.base_model, may_make=may_make)
             artifact = artifacts.ensure(
                 session,
                 artifacts.MERGE,
-                f"{prefix} {dtype}",
+                subject,
                 project=project,
                 owner=name,
                 base_model=model.base_model,
@@ -102,8 +113,9 @@ class Models:
             log.warning("merged model lost", artifact=artifact.id, reason=str(damage))
             with self.database.write() as session:
                 artifacts.forget_one(session, artifact.id)
+                counted_objects.forget(session, [merged["prefix"]])
             self.storage.delete_folder(merged["prefix"])
-            return self.download_merged(project, name, dtype)
+            return self.download_merged(project, name, dtype, may_make=may_make)
 
     @staticmethod
     def _trained(session: Session, project: str, name: str) -> tuple[repository.ResolvedModel, str]:
@@ -175,6 +187,7 @@ class Models:
         with self.database.write() as session:
             old = artifacts.finished_before(session, artifacts.MERGE, MERGED_KEPT_SECONDS)
             prefixes = [f"merged/{artifact.id}" for artifact in old]
+            counted_objects.forget(session, [(artifact.result or {}).get("prefix", "") for artifact in old])
             for artifact in old:
                 session.delete(artifact)
         for prefix in prefixes:
@@ -223,9 +236,22 @@ def _delete_unused(session: Session, checkpoints: Sequence[Checkpoint]) -> list[
 
 def _delete_merged(session: Session, name: str) -> list[str]:
     """Delete the rows of the merged forms of a model. Returns their folders."""
-    folders = [f"merged/{artifact.id}" for artifact in artifacts.of_owner(session, name)]
+    merges = artifacts.of_owner(session, name)
     artifacts.forget(session, name)
-    return folders
+    counted_objects.forget(session, [(merge.result or {}).get("prefix", "") for merge in merges])
+    return [f"merged/{merge.id}" for merge in merges]
+
+
+def _require_merge(session: Session, project: str, base_model: str, *, may_make: bool) -> None:
+    """Raise `Forbidden` or `TooMany` if a project may not have one more model merged."""
+    if not may_make:
+        message = "This model was not merged yet. To have it merged needs a key with the scope 'write'."
+        raise Forbidden(message, code="insufficient_scope")
+    if artifacts.pending_merges(session, project) >= MAX_MERGES:
+        message = f"{MAX_MERGES} models of this project are being merged. Ask again when some are done."
+        raise TooMany(message, 10, code="too_many_merges")
+    base = repository.get(session, project, base_model)
+    require_room(session, project, (base.details if base is not None else {}).get("bytes") or 0)
 
 
 def _require_unused(session: Session, name: str) -> None:

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from sqlalchemy import and_, func, select
 from sqlalchemy.orm import Session
 
-from app.cached_objects import CachedObject
+from app.counted_objects import CountedObject
+from app.database import database_now
 from app.files.tables import File
 from app.jobs.tables import Checkpoint
 from app.models.tables import Model
-from app.projects.tables import Project
+from app.projects.tables import Project, Reservation
 from app.uploads.tables import Upload
 
 
@@ -28,17 +29,18 @@ def listed(session: Session) -> Sequence[Project]:
 
 
 def storage_bytes(session: Session, project_id: str) -> int:
-    """Bytes that the project uses: files, pending uploads at their full size, models, checkpoints and cached objects.
+    """Bytes that the project uses: all that it stores, and what it has reserved for uploads that are on their way.
 
-    A deleted file counts until its object is removed, which waits for the jobs that read it. Logs and merged models,
-    which are kept for a day, do not count.
+    Pending uploads in parts count at their full size. A deleted file counts until its object is removed, which waits
+    for the jobs that read it.
     """
     stored = (
         (File.bytes, File.project == project_id),
         (Upload.bytes, and_(Upload.project == project_id, Upload.status == "pending")),
         (Model.bytes, Model.project == project_id),
         (func.coalesce(Checkpoint.bytes, 0) + Checkpoint.state_bytes, Checkpoint.project == project_id),
-        (CachedObject.bytes, CachedObject.project == project_id),
+        (CountedObject.bytes, CountedObject.project == project_id),
+        (Reservation.bytes, and_(Reservation.project == project_id, Reservation.expires_at > database_now())),
     )
     sums = (select(func.coalesce(func.sum(size), 0)).where(condition) for size, condition in stored)
     return sum(int(session.scalars(statement).one()) for statement in sums)

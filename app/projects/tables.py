@@ -31,3 +31,15 @@ class Project(Table):
     recent_at: Mapped[float] = mapped_column(default=0.0, server_default="0")
     checked_at: Mapped[float] = mapped_column(default=0.0, server_default="0")
     """When the last check of a job's files began. The project whose last one is longest ago goes next."""
+
+
+class Reservation(Table):
+    """Bytes of a project's storage that a request has reserved for what it is about to store."""
+
+    __tablename__ = "storage_reservations"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    project: Mapped[str] = mapped_column(index=True)
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    expires_at: Mapped[float] = mapped_column(index=True)
+    """A request that has died reserves nothing after this time."""

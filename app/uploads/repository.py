@@ -29,17 +29,21 @@ def get_part(session: Session, part_id: str) -> UploadPart | None:
     return session.get(UploadPart, part_id)
 
 
+def forget_part(session: Session, part_id: str) -> None:
+    session.execute(delete(UploadPart).where(UploadPart.id == part_id))
+
+
 def parts(session: Session, upload_id: str, part_ids: Sequence[str]) -> list[UploadPart | None]:
     """The parts of an upload in the order of `part_ids`; None for an id that is not one of its parts."""
-    statement = select(UploadPart).where(UploadPart.upload_id == upload_id)
+    statement = select(UploadPart).where(UploadPart.upload_id == upload_id, UploadPart.stored.is_(True))
     part_by_id = {part.id: part for part in session.scalars(statement)}
     return [part_by_id.get(part_id) for part_id in part_ids]
 
 
-def received(session: Session, upload_id: str) -> int:
-    """Total bytes of the parts received."""
+def received(session: Session, upload_id: str, *, coming: bool = False) -> int:
+    """Total bytes of the parts that are stored; with `coming`, also of those that are on their way."""
     statement = select(func.coalesce(func.sum(UploadPart.bytes), 0)).where(UploadPart.upload_id == upload_id)
-    return int(session.scalars(statement).one())
+    return int(session.scalars(statement if coming else statement.where(UploadPart.stored.is_(True))).one())
 
 
 def end(session: Session, upload_id: str, status: str, file_id: str | None = None) -> bool:

@@ -4,6 +4,8 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from app.database import Database, database_now, new_id
@@ -57,21 +59,52 @@ class Uploads:
 
     async def add_part(self, project: str, upload_id: str, form: UploadForm, identity: RequestIdentity) -> PartObject:
         """Stream a part to the object store, then write its row. If anything fails, neither stays."""
-        upload = await run_in_threadpool(self._pending, project, upload_id)
         part_id, digest = new_id("part"), hashlib.sha256()
-        key = f"{upload.prefix}/{part_id}"
-        async with self.storage.object_written(key, form.file_chunks(digest.update)):
-            form.require("data")
-            if form.size == 0:
-                raise ServiceError("The part is empty.", param="data", code="empty_part")
-            part = await run_in_threadpool(
-                self._add_part, project, upload_id, part_id, form.size, digest.hexdigest(), identity
-            )
-            if part.id != part_id:  # an earlier sending made the part
-                await run_in_threadpool(self.storage.delete, key)
+        size = form.max_bytes if form.announced is None else form.announced
+        key = await run_in_threadpool(self._begin_part, project, upload_id, part_id, size)
+        try:
+            async with self.storage.object_written(key, form.file_chunks(digest.update)):
+                form.require("data")
+                if form.size == 0:
+                    raise ServiceError("The part is empty.", param="data", code="empty_part")
+                part = await run_in_threadpool(
+                    self._end_part, project, upload_id, part_id, form.size, digest.hexdigest(), identity
+                )
+                if part.id != part_id:  # an earlier sending made the part
+                    await run_in_threadpool(self.storage.delete, key)
+        except SQLAlchemyError:
+            raise  # the part may be there
+        except BaseException:
+            await asyncio.shield(run_in_threadpool(self._forget_part, part_id))
+            raise
         return PartObject.of(part)
 
-    def _add_part(
+    def _begin_part(self, project: str, upload_id: str, part_id: str, size: int) -> str:
+        """Write the row of a part of about `size` bytes, before they come. Returns the key of its object.
+
+        The parts that are on their way together have room in what the upload has reserved.
+        """
+        with self.database.write() as session:
+            upload = self._taking_parts(session, project, upload_id)
+            size = min(size, upload.bytes)
+            if repository.received(session, upload_id, coming=True) + size > 2 * upload.bytes + MAX_PART_BYTES:
+                raise _too_large(upload)
+            part = UploadPart(id=part_id, upload_id=upload_id, created_at=database_now(), bytes=size, stored=False)
+            session.add(part)
+            return f"{upload.prefix}/{part_id}"
+
+    def _taking_parts(self, session: Session, project: str, upload_id: str) -> Upload:
+        """An upload that is pending, locked."""
+        upload = repository.get(session, project, upload_id, lock=True)
+        if upload is None or upload.status != "pending":
+            raise _ended(upload_id, upload)
+        return upload
+
+    def _forget_part(self, part_id: str) -> None:
+        with self.database.write() as session:
+            repository.forget_part(session, part_id)
+
+    def _end_part(
         self, project: str, upload_id: str, part_id: str, size: int, digest: str, identity: RequestIdentity
     ) -> UploadPart:
         with self.database.write() as session:
@@ -81,30 +114,19 @@ class Uploads:
             earlier = identity.earlier(session, "uploads.parts.create", content) if identity.idempotency_key else None
             existing = None if earlier is None else repository.get_part(session, earlier)
             if existing is not None:
+                repository.forget_part(session, part_id)
                 return existing
-            upload = repository.get(session, project, upload_id, lock=True)
-            if upload is None or upload.status != "pending":
+            upload = self._taking_parts(session, project, upload_id)
+            part = repository.get_part(session, part_id)
+            if part is None:
                 raise _ended(upload_id, upload)
-            # A part may have come twice. The request that completes the upload names the parts of the file.
-            if size > upload.bytes or repository.received(session, upload_id) + size > 2 * upload.bytes:
-                raise ServiceError(
-                    f"The parts have more than the {upload.bytes} bytes that the upload was created with.",
-                    param="data",
-                    code="upload_too_large",
-                )
-            part = UploadPart(id=part_id, upload_id=upload_id, created_at=database_now(), bytes=size)
-            session.add(part)
+            part.bytes, part.stored = size, True
             session.flush()
-            session.refresh(part)
+            # A part may have come twice. The request that completes the upload names the parts of the file.
+            if size > upload.bytes or repository.received(session, upload_id) > 2 * upload.bytes:
+                raise _too_large(upload)
             identity.record(session, "uploads.parts.create", content, part_id)
         return part
-
-    def _pending(self, project: str, upload_id: str) -> Upload:
-        with self.database.read() as session:
-            upload = repository.get(session, project, upload_id)
-        if upload is None or upload.status != "pending":
-            raise _ended(upload_id, upload)
-        return upload
 
     async def complete(self, project: str, upload_id: str, completion: UploadCompletion) -> UploadObject:
         """Join the parts into a file. A completed upload is returned as it is."""
@@ -208,6 +230,11 @@ class Uploads:
             upload.status = "cancelled"
         self.tidy(upload)
         return UploadObject.of(upload)
+
+
+def _too_large(upload: Upload) -> ServiceError:
+    message = f"The parts have more than the {upload.bytes} bytes that the upload was created with."
+    return ServiceError(message, param="data", code="upload_too_large")
 
 
 def _ended(upload_id: str, upload: Upload | None) -> ServiceError:

@@ -1,6 +1,6 @@
 """The tables of uploads and their parts. The bytes are objects under `uploads/{upload}/{part}`."""
 
-from sqlalchemy import BigInteger, ForeignKey, Index
+from sqlalchemy import BigInteger, ForeignKey, Index, true
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.database import PlainText, Table
@@ -34,7 +34,7 @@ class Upload(Table):
 
 
 class UploadPart(Table):
-    """A part whose bytes are all stored."""
+    """A part of an upload."""
 
     __tablename__ = "upload_parts"
 
@@ -42,3 +42,5 @@ class UploadPart(Table):
     upload_id: Mapped[str] = mapped_column(ForeignKey("uploads.id"), index=True)
     created_at: Mapped[float]
     bytes: Mapped[int] = mapped_column(BigInteger)
+    stored: Mapped[bool] = mapped_column(default=True, server_default=true())
+    """Whether its bytes are all stored. Before, `bytes` is what may still come."""

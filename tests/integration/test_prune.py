@@ -7,7 +7,7 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import select, update
 
-from app import cached_objects, chores
+from app import chores, counted_objects
 from app.chores import Chore
 from app.database import database_now, new_id
 from app.derived_artifacts.tables import DerivedArtifact
@@ -90,7 +90,7 @@ def test_pruning_keeps_only_the_objects_that_a_row_needs(
         services.storage.put_bytes(key, b"x")
     (cached := tmp_path / "cached").write_bytes(b"cached")
     before = services.projects.get("default").storage_bytes
-    cached_objects.put(services.storage, services.database, "default", "cache/tokens/x/y", cached)
+    counted_objects.put(services.storage, services.database, "default", "cache/tokens/x/y", cached)
     assert services.projects.get("default").storage_bytes == before + 6
     assert prune(services, delete=True) == (len(needed | unneeded), 0), (
         "young objects stay: their rows may not be committed yet"

@@ -1,6 +1,7 @@
-"""Cached objects: computed once from content, and used by later jobs. A row says how many bytes each takes, and whose.
+"""Objects that no other row counts: those of the cache, merged models, and the logs of trainers.
 
-Only the count of what a project stores reads the rows. An object without a row is found and used all the same.
+A row says how many bytes each takes, and whose they are. Only the count of what a project stores reads the rows. An
+object without a row is found and used all the same.
 """
 
 from collections.abc import Sequence
@@ -26,9 +27,10 @@ def key_of(project: str, name: str, *, shared: bool) -> str:
     return f"cache/{kind}/{SHARED if shared else project}/{rest}"
 
 
-class CachedObject(Table):
-    """An object below `cache/` of the store."""
+class CountedObject(Table):
+    """An object of the store, or a folder of it."""
 
+    # The table keeps its old name, because workers of an older version may run during an upgrade.
     __tablename__ = "cached_objects"
 
     key: Mapped[str] = mapped_column(primary_key=True)
@@ -42,9 +44,14 @@ def put(storage: Storage, database: Database, project: str, key: str, path: Path
     """Store the file `path` as the cached object `key` of a project."""
     storage.put_file(key, path)
     with database.write() as session:
-        session.merge(CachedObject(key=key, project=project, bytes=path.stat().st_size, created_at=database_now()))
+        note(session, project, key, path.stat().st_size)
+
+
+def note(session: Session, project: str, key: str, size: int) -> None:
+    """Count an object or folder of `size` bytes as stored by a project."""
+    session.merge(CountedObject(key=key, project=project, bytes=size, created_at=database_now()))
 
 
 def forget(session: Session, keys: Sequence[str]) -> None:
     """Delete the rows of objects that are not stored any more."""
-    session.execute(delete(CachedObject).where(CachedObject.key.in_(keys)))
+    session.execute(delete(CountedObject).where(CountedObject.key.in_(keys)))
