@@ -2,25 +2,43 @@
 
 A host name is resolved once, here, and the connection goes to that address. The name can therefore not resolve to
 another address after the check. Addresses in the operator's own network are refused, except for hosts that a setting
-names.
+names. An error does not tell whether an inner host exists.
 """
 
 import ipaddress
 import socket
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import httpx2
+
+from app.errors import TooMany
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _UNICAST = ipaddress.ip_network("2000::/3")
 """The IPv6 block that holds every public address assigned so far."""
 CONNECT_SECONDS = 10.0
+LOOKUP_SECONDS = 5.0
+"""The longest wait for a name server."""
+MAX_LOOKUPS = 4
+"""Host names of a project that are looked up at the same time, in each process."""
 
 
 class HostRefused(Exception):
-    """The service refuses to send to a URL. The message says why."""
+    """The service refuses to send to a URL. The message says why.
+
+    `unknown`: the host's address could not be found, which may be the name server's fault.
+    """
+
+    def __init__(self, message: str, *, unknown: bool = False) -> None:
+        super().__init__(message)
+        self.unknown = unknown
 
 
 @dataclass(frozen=True)
@@ -65,6 +83,49 @@ def new_client(timeout: float) -> httpx2.Client:
     return httpx2.Client(timeout=seconds, verify=trusted, trust_env=False, follow_redirects=False)
 
 
+class Lookups:
+    """Bounds the host names that each project has looked up: a slow name server holds up its requests alone."""
+
+    def __init__(self) -> None:
+        self._lock, self._counts = threading.Lock(), Counter[str]()
+
+    @contextmanager
+    def turn(self, project: str) -> Iterator[None]:
+        """A place for one look-up. Raises `TooMany` if the project has `MAX_LOOKUPS` already."""
+        with self._lock:
+            if self._counts[project] >= MAX_LOOKUPS:
+                message = f"{MAX_LOOKUPS} host names of this project are being looked up. Try again in a few seconds."
+                raise TooMany(message, 5, code="too_many_lookups")
+            self._counts[project] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._counts[project] -= 1
+
+
+def is_allowed(host: str, port: int, private_hosts: tuple[str, ...]) -> bool:
+    """Whether the operator allows an inner host: by `name` at the ports 80 and 443, by `name:8080`, or by `name:*`."""
+    name = (f"[{host}]" if ":" in host else host).lower()
+    fitting = {f"{name}:{port}", f"{name}:*"} | ({name} if port in (80, 443) else set())
+    return not fitting.isdisjoint(allowed.lower() for allowed in private_hosts)
+
+
+def _addresses(host: str, port: int) -> list[str]:
+    """The addresses of a host. Raises `OSError`, also for a name server that takes too long."""
+    found: Future[list[str]] = Future()
+
+    def look_up() -> None:
+        try:
+            entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            found.set_result([str(entry[4][0]).partition("%")[0] for entry in entries])
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=look_up, name="host name", daemon=True).start()
+    return found.result(LOOKUP_SECONDS)
+
+
 def resolve(url: str, private_hosts: tuple[str, ...], setting: str) -> Target:
     """Resolve and check `url`. The operator's `setting` allows `private_hosts`. Raises `HostRefused`."""
     try:
@@ -77,17 +138,18 @@ def resolve(url: str, private_hosts: tuple[str, ...], setting: str) -> Target:
         raise HostRefused("it must be an https:// URL")
     if parts.username or parts.password:
         raise HostRefused("it must not hold a user name or password")
-    is_private_host = host in {name.lower() for name in private_hosts}
+    port = port or (443 if parts.scheme == "https" else 80)
+    is_private_host = is_allowed(host, port, private_hosts)
     if parts.scheme == "http" and not is_private_host:
         raise HostRefused("it must be an https:// URL")
-    port = port or (443 if parts.scheme == "https" else 80)
+    # One answer for a host inside and for one that does not exist: nobody can ask for the names of the own network.
+    refusal = f"the host '{host}' is not found on the public internet; {setting} allows hosts inside, as HOST:PORT"
     try:
-        entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        addresses = _addresses(host, port)
     except (OSError, UnicodeError) as error:
-        raise HostRefused(f"the host '{host}' cannot be resolved") from error
-    addresses = [str(entry[4][0]).partition("%")[0] for entry in entries]
+        raise HostRefused(refusal, unknown=True) from error
     if not is_private_host and not all(is_public(ipaddress.ip_address(address)) for address in addresses):
-        raise HostRefused(f"the host '{host}' is not on the public internet; {setting} allows hosts inside")
+        raise HostRefused(refusal)
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     return Target(parts.scheme, host, port, path, addresses[0])
 

@@ -1,6 +1,7 @@
 """One attempt at a training: its input, its checkpoints, its metrics and the resulting model."""
 
 import json
+import math
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,17 @@ from worker.trainer.events import CheckpointWritten, EvaluationDone, Event, Metr
 
 FINISH_SECONDS = 30.0
 """Time to send the last metrics of an attempt to its integrations. A worker that stops does not take it."""
+
+
+MEASURED_STEPS = 20_000
+"""So many steps of a job have an event with their metrics. Of a longer training, every second or tenth step has one."""
+
+
+def is_recorded(event: Metrics) -> bool:
+    """Whether the metrics of a step become an event. Those of a validation and of the last step always do."""
+    stride = math.ceil(event.total_steps / MEASURED_STEPS) or 1
+    has_validation = any(name.startswith("eval/") for name in event.metrics)
+    return event.step % stride == 0 or event.step == event.total_steps or has_validation
 
 
 class Training(JobAttempt[JobSpec]):
@@ -127,7 +139,7 @@ class Training(JobAttempt[JobSpec]):
             case StageBegan():
                 text = f"Stage {event.stage}: {event.rows} rows, {event.validation_rows} for validation."
                 job_events.add(session, self.job.id, text, id=event_id)
-            case Metrics():
+            case Metrics() if is_recorded(event):
                 data = {"step": event.step, "stage": event.stage, "total_steps": event.total_steps}
                 data |= event.metrics | {"train_loss": event.metrics.get("loss")}
                 values = ", ".join(f"{name}={event.metrics[name]:.4f}" for name in SUMMARY if name in event.metrics)

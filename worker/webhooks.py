@@ -23,8 +23,8 @@ from app.webhooks.tables import WebhookDelivery, WebhookEndpoint
 log = structlog.get_logger(__name__)
 
 TIMEOUT_SECONDS = 20.0
-MAX_SENDING, MAX_PER_ENDPOINT = 8, 2
-"""Maximum number of deliveries that are sent at the same time: in total, and to one endpoint."""
+MAX_SENDING, MAX_PER_PROJECT, MAX_PER_ENDPOINT = 16, 4, 2
+"""Maximum number of deliveries that are sent at the same time: in total, of one project, and to one endpoint."""
 POLL_SECONDS = 2.0
 """Interval at which due deliveries are looked for."""
 
@@ -38,26 +38,32 @@ class Sender:
     def run(self) -> None:
         """The loop of the sending thread."""
         with ThreadPoolExecutor(MAX_SENDING, thread_name_prefix="webhooks") as pool:
-            busy: dict[Future[None], str] = {}
+            busy: dict[Future[None], WebhookEndpoint] = {}
             while not self.stopping.is_set():
                 busy = {future: endpoint for future, endpoint in busy.items() if not future.done()}
-                full = [endpoint for endpoint, count in Counter(busy.values()).items() if count >= MAX_PER_ENDPOINT]
+                endpoints = _reaching(MAX_PER_ENDPOINT, [endpoint.id for endpoint in busy.values()])
+                projects = _reaching(MAX_PER_PROJECT, [endpoint.project for endpoint in busy.values()])
                 try:
-                    due = self._claim(full) if len(busy) < MAX_SENDING else None
+                    due = self._claim(endpoints, projects) if len(busy) < MAX_SENDING else None
                 except Exception as error:  # the database may be unreachable; the deliveries stay due
                     log.warning("webhooks wait", reason=type(error).__name__)
                     due = None
                 if due is None:
                     self.stopping.wait(POLL_SECONDS)
                 else:
-                    busy[pool.submit(self._send, *due)] = due[1].id
+                    busy[pool.submit(self._send, *due)] = due[1]
 
-    def _claim(self, busy: Sequence[str] = ()) -> tuple[WebhookDelivery, WebhookEndpoint, datetime] | None:
-        """(delivery, its endpoint, the time by the database's clock) of a due delivery; None if there is none."""
+    def _claim(
+        self, endpoints: Sequence[str] = (), projects: Sequence[str] = ()
+    ) -> tuple[WebhookDelivery, WebhookEndpoint, datetime] | None:
+        """(delivery, its endpoint, the time by the database's clock) of a due delivery; None if there is none.
+
+        Those to busy `endpoints` and of busy `projects` are left alone.
+        """
         with self.services.database.write() as session:
             if operations.current(session).read_only is not None:
                 return None
-            claimed = repository.claim(session, self.owner, busy)
+            claimed = repository.claim(session, self.owner, endpoints, projects)
             return claimed and (*claimed, datetime.fromtimestamp(now(session), UTC))
 
     def send_due(self) -> int:
@@ -119,3 +125,8 @@ class Sender:
         if 300 <= answer.status_code < 400:
             return answer.status_code, "it redirects, and redirects are not followed"
         return answer.status_code, None if answer.status_code < 300 else f"it answered {answer.status_code}"
+
+
+def _reaching(limit: int, names: Sequence[str]) -> list[str]:
+    """The names that occur `limit` times or more."""
+    return [name for name, count in Counter(names).items() if count >= limit]

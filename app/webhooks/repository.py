@@ -89,14 +89,18 @@ def resend(session: Session, delivery: WebhookDelivery) -> None:
     delivery.attempt, delivery.delivered_at, delivery.eligible_at = 0, None, database_now()
 
 
-def claim(session: Session, owner: str, busy: Sequence[str] = ()) -> tuple[WebhookDelivery, WebhookEndpoint] | None:
+def claim(
+    session: Session, owner: str, endpoints: Sequence[str] = (), projects: Sequence[str] = ()
+) -> tuple[WebhookDelivery, WebhookEndpoint] | None:
     """Take the lease of the delivery that has been due for the longest; None if none is due.
 
-    Deliveries to the endpoints `busy` and to disabled endpoints are skipped.
+    Deliveries to the busy `endpoints`, of the busy `projects`, and to disabled endpoints are skipped.
     """
     enabled = select(WebhookEndpoint.id).where(WebhookEndpoint.disabled_at.is_(None))
+    if projects:
+        enabled = enabled.where(WebhookEndpoint.project.not_in(projects))
     receiver = WebhookDelivery.endpoint_id
-    delivery = DELIVERIES.claim(session, owner, DELIVERIES.active, receiver.in_(enabled), receiver.not_in(busy))
+    delivery = DELIVERIES.claim(session, owner, DELIVERIES.active, receiver.in_(enabled), receiver.not_in(endpoints))
     return None if delivery is None else (delivery, session.get_one(WebhookEndpoint, delivery.endpoint_id))
 
 

@@ -18,7 +18,7 @@ def home(tmp_path: Path) -> Path:
 
 
 SETTINGS = {
-    "DPO_RATE_LIMIT": "0", "DPO_PRIVATE_WEBHOOKS": "localhost", "DPO_PRIVATE_JUDGES": "localhost", "WANDB_MODE": "offline",
+    "DPO_RATE_LIMIT": "0", "DPO_PRIVATE_WEBHOOKS": "localhost:*", "DPO_PRIVATE_JUDGES": "localhost:*", "WANDB_MODE": "offline",
 }  # fmt: skip
 
 

@@ -228,7 +228,7 @@ def test_each_question_to_a_faulty_judge_is_answered_and_paid_once(
 
 
 def test_a_worker_killed_while_it_asks_a_judge_repeats_few_questions(home: Path, tmp_path: Path) -> None:
-    environment = {"DPO_PRIVATE_JUDGES": "localhost"}
+    environment = {"DPO_PRIVATE_JUDGES": "localhost:*"}
     with running_judge(prefer_first) as judge:
         judge.delay = 0.1
         with running(home, environment) as service:

@@ -61,7 +61,7 @@ def test_a_host_whose_clock_is_wrong_signs_what_others_accept(home: Path, tmp_pa
     """The hosts of the service are ten minutes off, and the database is not. Webhooks and stream tokens are good."""
     clock = wrong_clock(-600, tmp_path)
     with postgres() as database, webhook_receiver() as receiver:
-        settings = {**clock, "DPO_DATABASE_URL": database, "DPO_PRIVATE_WEBHOOKS": "localhost"}
+        settings = {**clock, "DPO_DATABASE_URL": database, "DPO_PRIVATE_WEBHOOKS": "localhost:*"}
         with running(home, settings) as service, service.http() as client:
             webhook = client.post("/webhooks", json={"url": receiver.url}).raise_for_status().json()
             job_id = create_job(client, **job_body(upload(service, _pairs(tmp_path), "fine-tune")))

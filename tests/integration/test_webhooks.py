@@ -34,7 +34,7 @@ def receiver() -> Iterator[Receiver]:
 
 @pytest.fixture
 def settings(settings: Settings) -> Settings:
-    return settings.model_copy(update={"private_webhooks": ("localhost",)})
+    return settings.model_copy(update={"private_webhooks": ("localhost:*",)})
 
 
 def sender(services: Services) -> Sender:

@@ -102,7 +102,7 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 def ask(url: str, known: dict[str, Answer] | None = None, key: str | None = None, **fields: object) -> AnswerStore:
     store = AnswerStore()
     spec = Endpoint.model_validate({"base_url": url, "model": "judge", **fields})
-    answers = JudgeClient(spec, key, ("localhost",)).ask_all(iter(QUESTIONS), known or {}, store.keep, lambda: None)
+    answers = JudgeClient(spec, key, ("localhost:*",)).ask_all(iter(QUESTIONS), known or {}, store.keep, lambda: None)
     assert answers == (known or {}) | store.answers and answers.keys() == {key_of(question) for question in QUESTIONS}
     return store
 
@@ -158,7 +158,7 @@ def test_answers_that_arrive_along_with_a_refusal_are_kept() -> None:
         server.delay, server.credit, store = 0.02, 20, AnswerStore()
         spec = Endpoint.model_validate({"base_url": server.url, "model": "judge", "concurrency": 8})
         with pytest.raises(JudgeFailed, match="402"):
-            JudgeClient(spec, None, ("localhost",)).ask_all(iter(QUESTIONS), {}, store.keep, lambda: None)
+            JudgeClient(spec, None, ("localhost:*",)).ask_all(iter(QUESTIONS), {}, store.keep, lambda: None)
         assert store.answers.keys() == {key_of(question) for question in server.answered}
 
 
@@ -253,7 +253,7 @@ def test_answers_in_flight_are_kept_when_the_run_is_cancelled() -> None:
 
         spec = Endpoint(base_url=server.url, model="judge", concurrency=4)
         with pytest.raises(Cancelled):
-            JudgeClient(spec, None, ("localhost",)).ask_all(iter(QUESTIONS), {}, store.keep, stop_after_an_answer)
+            JudgeClient(spec, None, ("localhost:*",)).ask_all(iter(QUESTIONS), {}, store.keep, stop_after_an_answer)
         began = time.monotonic()
         assert store.answers.keys() == {key_of(question) for question in server.answered} and len(store.answers) <= 8
         server.delay = 0.0

@@ -217,7 +217,7 @@ class JudgeClient:
             url = f"{self.endpoint.base_url.rstrip('/')}/chat/completions"
             target = resolve(url, self.private_hosts, PRIVATE_JUDGES_SETTING)
         except HostRefused as refused:
-            if "resolved" in str(refused):  # the name server may be unreachable
+            if refused.unknown:  # the name server may be unreachable
                 raise _Retry(str(refused)) from None
             raise JudgeFailed("judge_refused", f"The judge cannot be asked: {refused}.") from None
         try:
