@@ -21,6 +21,7 @@ from app import __version__
 from app.audit.endpoints import router as audit_router
 from app.audit.middleware import AuditMiddleware
 from app.compression import DecompressionMiddleware
+from app.connections import BoundedConnection, most_connections
 from app.dashboard.endpoints import FOLDER as DASHBOARD
 from app.dashboard.endpoints import router as dashboard_router
 from app.dashboard.session import NotSignedIn, ask_for_a_key
@@ -174,9 +175,11 @@ class Server(uvicorn.Server):
     """A server whose event streams end as soon as it stops. Other requests get `DPO_SHUTDOWN_SECONDS` to end."""
 
     def __init__(self, app: FastAPI, settings: Settings) -> None:
+        BoundedConnection.limit = most_connections()
         super().__init__(
             uvicorn.Config(
                 app,
+                http=BoundedConnection,
                 host=settings.host,
                 port=settings.port,
                 log_level="warning",
