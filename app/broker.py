@@ -103,6 +103,9 @@ def make_celery(settings: Settings) -> Celery:
         broker_connection_retry_on_startup=True,
         worker_prefetch_multiplier=1,
         worker_hijack_root_logger=False,
+        # Whoever reaches the broker can wake workers, and do nothing else with them.
+        worker_enable_remote_control=False,
+        worker_send_task_events=False,
     )
     return celery
 

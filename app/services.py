@@ -62,7 +62,7 @@ class Services:
             Broker(settings),
         )
         secret_box = SecretBox(settings.secret_keys)
-        keys = Keys(database, secret_box, settings.admin_key)
+        keys = Keys(database, secret_box, lambda: settings.admin_key)
         feed, lookups = Feed(database), Lookups()
         evaluations = Evaluations(database, storage, broker, keys, feed, secret_box, lookups, settings.private_judges)
         jobs = Jobs(database, storage, broker, keys, feed, evaluations)

@@ -15,6 +15,7 @@ from celery.signals import worker_init, worker_shutting_down
 
 from app.broker import WAKE_TASK, Lane, make_celery
 from app.logging import configure_logging
+from app.private_files import keep_private
 from app.services import Services
 from app.settings import Settings
 from worker.worker_pool import WorkerPool
@@ -51,6 +52,7 @@ def make_worker(settings: Settings, lane: Lane) -> tuple[Celery, WorkerPool]:
 def run(lane: Lane) -> None:
     """Run a worker of `lane` in this process until SIGTERM or Ctrl-C."""
     settings = Settings()
+    keep_private(settings.home)
     configure_logging(settings.log_level)
     # Celery warns the root user of pickled messages. The messages of this service are JSON and only name a lane.
     warnings.filterwarnings("ignore", category=SecurityWarning)

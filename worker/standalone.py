@@ -14,6 +14,7 @@ from pathlib import Path
 from pydantic import ValidationError
 from rich.console import Console
 
+from app.cli.output import plain
 from app.errors import describe_validation_error
 from app.programs import command
 from app.settings import Settings
@@ -57,7 +58,7 @@ def train(spec_path: Path, output: Path, settings: Settings, console: Console) -
         base, revision = BaseModels(settings).locate(spec.model)
         reference = spec.reference_model and BaseModels(settings).locate(spec.reference_model)[0]
     except (UsageError, ModelUnavailable, DeviceUnusable) as error:
-        console.print(f"[red]{error}[/]", highlight=False)
+        console.print(plain(str(error)), style="red", highlight=False, markup=False)
         return USAGE
     with tempfile.TemporaryDirectory(prefix="dpo-train-") as name:
         folder = Path(name)
@@ -142,16 +143,16 @@ def _run(folder: Path, console: Console) -> int:
                     case CacheWanted(key):
                         answer_cache(process.stdin, key)  # there is no shared cache
                     case Notice(message):
-                        console.print(message, highlight=False)
+                        console.print(plain(message), highlight=False, markup=False)
                     case Failed(message=message) | Broken(reason=message) | DeviceFailed(reason=message):
                         failed = True
-                        console.print(message, highlight=False)
+                        console.print(plain(message), highlight=False, markup=False)
         status = process.wait()
     except KeyboardInterrupt:
         kill_group(process)
         return 130
     if status != 0 and not failed:
-        console.print((folder / "trainer.log").read_text()[-4000:], highlight=False)
+        console.print(plain((folder / "trainer.log").read_text()[-4000:]), highlight=False, markup=False)
     return 0 if status == 0 else 1
 
 

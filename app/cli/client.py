@@ -14,6 +14,7 @@ import httpx2
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from app.cli.output import plain
 from app.settings import Settings
 from app.spec.json_types import JsonObject
 
@@ -97,7 +98,7 @@ class Client:
                     raise
                 if not told:
                     text = f"{str(error).rstrip('.')}. Trying again for {PATIENCE_SECONDS / 60:.0f} minutes."
-                    Console(stderr=True).print(text, highlight=False, markup=False)
+                    Console(stderr=True).print(plain(text), highlight=False, markup=False)
                     told = True
             time.sleep(RETRY_SECONDS)
 

@@ -20,7 +20,7 @@ from app.cli.evaluations import (
     RewardModelOption,
     judge_from_options,
 )
-from app.cli.output import Json, emit
+from app.cli.output import Json, emit, plain
 from app.cli.uploads import Uploads, upload_files
 from app.cli.watch import EXIT_STATUS, watch
 from app.spec.json_types import JsonObject
@@ -67,7 +67,8 @@ def compare(
         started = client.request("POST", "/evaluations", json=body)
     evaluation = _watch(client, started, console)
     if evaluation["status"] != "succeeded":
-        console.print(f"[red]{(evaluation['error'] or {}).get('message', evaluation['status'])}[/]", highlight=False)
+        message = (evaluation["error"] or {}).get("message", evaluation["status"])
+        console.print(plain(str(message)), style="red", highlight=False, markup=False)
         raise typer.Exit(EXIT_STATUS[evaluation["status"]])
     comparison = {
         "a": model_a, "b": model_b, "judge": evaluation["judge"], "sampling": evaluation["sampling"], "seed": seed,
@@ -111,7 +112,8 @@ def _kl(
         body = {"type": "reward_kl", "candidate": sides[left], "baseline": sides[right], **shared, "sampling": sampling}
         evaluation = _watch(client, client.request("POST", "/evaluations", json=body), console)
         if evaluation["status"] != "succeeded":
-            console.print(f"No KL: {(evaluation['error'] or {}).get('message', '')}", style="yellow", highlight=False)
+            message = plain(f"No KL: {(evaluation['error'] or {}).get('message', '')}")
+            console.print(message, style="yellow", highlight=False, markup=False)
             return None
         kl[name] = {
             figure: evaluation["metrics"].get(f"kl{suffix}") for figure, suffix in (("value", ""), ("error", "/error"))

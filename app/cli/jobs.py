@@ -1,18 +1,16 @@
 """`dpo jobs`: fine-tuning jobs of a service."""
 
 import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import quote
 
-import orjson
 import typer
 from rich.console import Console
 
 from app.cli.client import Client
 from app.cli.describe import describe_estimate, describe_gate
-from app.cli.output import Json, Limit, emit, emit_table, read_body, read_gates
+from app.cli.output import Json, Limit, as_json_text, emit, emit_table, plain, read_body, read_gates
 from app.cli.uploads import IdempotencyKey, Uploads, upload_files
 from app.cli.watch import exit_status, watch
 from app.spec.json_types import JsonObject
@@ -170,10 +168,10 @@ def jobs_logs(job_id: str, as_json: Json = False) -> None:
     """The trainer's log of the latest attempt."""
     with Client().stream("GET", f"/fine_tuning/jobs/{quote(job_id, safe='')}/logs") as response:
         if as_json:
-            print(orjson.dumps({"job": job_id, "log": response.read().decode("utf-8", "replace")}).decode())
+            print(as_json_text({"job": job_id, "log": response.read().decode("utf-8", "replace")}, indent=False))
             return
-        for chunk in response.iter_bytes():
-            sys.stdout.buffer.write(chunk)
+        for line in response.iter_lines():  # users choose some of its texts
+            print(plain(line))
 
 
 @jobs.command("cancel")

@@ -8,6 +8,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from app.private_files import keep_private
 from app.settings import Settings
 
 if TYPE_CHECKING:
@@ -23,7 +24,9 @@ def local(*, any_key: bool = False) -> "Services":
     from app.secret_rotation import require_known_key
     from app.services import Services
 
-    services = Services.of(Settings())
+    settings = Settings()
+    keep_private(settings.home)
+    services = Services.of(settings)
     migrate(services.database)
     if not any_key:
         require_known_key(services.database, services.secret_box)
@@ -45,4 +48,5 @@ def migrate_database(settings: Settings, revision: str = "head") -> None:
     from app.migrate import migrate
     from app.services import Services
 
+    keep_private(settings.home)
     migrate(Services.of(settings).database, revision)

@@ -19,6 +19,7 @@ from app.cli.jobs import jobs
 from app.cli.keys import keys
 from app.cli.models import models
 from app.cli.operations import read_only, workers
+from app.cli.output import plain
 from app.cli.processes import end_with_parent
 from app.cli.projects import projects
 from app.cli.secrets import secrets
@@ -54,7 +55,7 @@ def main() -> None:
         message = f"{variable if error.title == 'Settings' else name}: {first['msg']}"
     else:
         return
-    Console(stderr=True).print(f"dpo: {message}", style="red", highlight=False, markup=False)
+    Console(stderr=True).print(plain(f"dpo: {message}"), style="red", highlight=False, markup=False)
     sys.exit(2)
 
 

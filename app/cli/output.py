@@ -8,6 +8,7 @@ import orjson
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from app.spec.json_types import JsonObject
 
@@ -27,21 +28,38 @@ def _empty(folder: Path) -> Path:
 Output = Annotated[Path, typer.Option(help="Folder to unpack into; it must be empty or new.", callback=_empty)]
 
 
+CONTROLS = {number: f"\\x{number:02x}" for number in (*range(0x20), *range(0x7F, 0xA0)) if chr(number) not in "\n\t"}
+"""Control characters, and how they are shown. A terminal would obey them, and users choose the texts that we print."""
+JSON_CONTROLS = {number: f"\\u{number:04x}" for number in range(0x7F, 0xA0)}
+"""Those that JSON does not escape."""
+
+
+def plain(text: str) -> str:
+    """`text` with its control characters shown instead of sent to the terminal."""
+    return text.translate(CONTROLS)
+
+
+def as_json_text(value: object, *, indent: bool = True) -> str:
+    """`value` as JSON without raw control characters."""
+    option = orjson.OPT_INDENT_2 if indent else 0
+    return orjson.dumps(value, option=option).decode().translate(JSON_CONTROLS)
+
+
 def emit(value: object, as_json: bool, text: str) -> None:
     """Print `value` as JSON, or `text`."""
-    print(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode() if as_json else text)
+    print(as_json_text(value) if as_json else plain(text))
 
 
 def emit_table(rows: list[JsonObject], columns: list[str], as_json: bool) -> None:
     """Print `rows` as JSON, or their `columns` as a table."""
     if as_json:
-        print(orjson.dumps(rows, option=orjson.OPT_INDENT_2).decode())
+        print(as_json_text(rows))
         return
     table = Table(box=None, pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*("" if row.get(column) is None else str(row[column]) for column in columns))
+        table.add_row(*(Text("" if row.get(column) is None else plain(str(row[column]))) for column in columns))
     console.print(table)
 
 

@@ -10,6 +10,7 @@ import typer
 from app.cli.local import migrate_database
 from app.cli.output import console
 from app.cli.processes import WORKER_SECONDS, supervise
+from app.private_files import keep_private
 from app.programs import command
 from app.settings import Settings
 
@@ -17,6 +18,7 @@ from app.settings import Settings
 def serve() -> None:
     """The API and one worker (GPU lane and CPU lane) in the foreground; Ctrl-C drains them."""
     settings = Settings()
+    keep_private(settings.home)
     migrate_database(settings)
     key = settings.home / "admin.key"
     source = "DPO_ADMIN_KEY" if settings.admin_key_value.get_secret_value() else str(key)
@@ -43,6 +45,7 @@ def api() -> None:
     from app.main import create_app, serve
 
     settings = Settings()
+    keep_private(settings.home)
     serve(create_app(settings), settings)
 
 

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from app.cli.client import Client
+from app.cli.output import plain
 from app.spec.json_types import JsonObject
 from app.spec.metrics import SUMMARY
 
@@ -84,5 +85,5 @@ def _print_new_events(client: Client, path: str, last_event: str | None, console
     for event in reversed(new):
         if event["type"] == "message":
             style = {"warn": "yellow", "error": "red"}.get(event["level"], "")
-            console.print(event["message"], style=style, highlight=False, markup=False, soft_wrap=True)
+            console.print(plain(event["message"]), style=style, highlight=False, markup=False, soft_wrap=True)
     return new[0]["id"] if new else last_event

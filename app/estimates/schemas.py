@@ -51,7 +51,10 @@ class Device(BaseModel):
 
 
 class Pace(BaseModel):
-    """The speed that the latest jobs on this base model measured."""
+    """The speed that the latest jobs of the project on this base model measured.
+
+    Without any, it is that of the machines with one significant digit, and `jobs` is 0.
+    """
 
     tokens_per_second: float
     overhead_seconds: float

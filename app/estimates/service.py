@@ -65,7 +65,7 @@ class Estimates:
         model, _, spec = self.jobs.prepare(session, project, spec)
         shape, device = fit.shape_of(session, model.base_model), fit.device_of(session, model.base_model)
         context = shape.context if shape is not None else DEFAULT_MAX_LENGTH
-        pace = _pace(session, model.base_model)
+        pace = _shown_pace(session, model.base_model, project)
         stages, memories = [], []
         for stage_spec in spec.stages():
             fields, settings = spec.training_fields(stage_spec.file_field), stage_spec.settings
@@ -90,7 +90,7 @@ class Estimates:
             fits=None if memory is None or device is None else memory.total <= device.memory_bytes,
             pace=pace,
             seconds=seconds,
-            queued_jobs=job_queue.count_waiting(session, 1000),
+            queued_jobs=job_queue.count_waiting(session, 1000, project),
         )
         estimated.warnings = _warnings(spec, estimated, shape)
         if shape is not None and device is not None:
@@ -197,10 +197,33 @@ def _stage(stage: StageSpec, counted: JsonObject, pace: Pace | None) -> StageEst
     )
 
 
-def _pace(session: Session, base_model: str) -> Pace | None:
-    """The pace of the last jobs on a base model, with their mean overhead; None if there are none."""
+def _shown_pace(session: Session, base_model: str, project: str) -> Pace | None:
+    """The pace that a project may see: that of its own last jobs, else roughly that of the machines.
+
+    It does not tell what other projects do.
+    """
+    own = _pace(session, base_model, project)
+    if own is not None:
+        return own
+    pace = _pace(session, base_model)
+    if pace is None:
+        return None
+    return Pace(
+        tokens_per_second=_roughly(pace.tokens_per_second), overhead_seconds=_roughly(pace.overhead_seconds), jobs=0
+    )
+
+
+def _roughly(value: float) -> float:
+    """A number with one significant digit."""
+    return float(f"{value:.0e}")
+
+
+def _pace(session: Session, base_model: str, project: str | None = None) -> Pace | None:
+    """The pace of the last jobs on a base model, of a project or of all, with their mean overhead; None without any."""
     measured = [
-        job.pace for job in queries.paces(session, base_model, MAX_PACES) if job.pace and job.pace["seconds"] > 0
+        job.pace
+        for job in queries.paces(session, base_model, MAX_PACES)
+        if job.pace and job.pace["seconds"] > 0 and project in (None, job.project)
     ]
     tokens, seconds = sum(pace["tokens"] for pace in measured), sum(pace["seconds"] for pace in measured)
     if not tokens:

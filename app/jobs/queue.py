@@ -102,11 +102,10 @@ def _line(session: Session, project: str, others: Mapping[str, list[str]]) -> It
             return
 
 
-def count_waiting(session: Session, limit: int) -> int:
-    """The number of waiting jobs, at most `limit`."""
-    return session.scalars(
-        select(func.count()).select_from(select(Job.id).where(*WAITING).limit(limit).subquery())
-    ).one()
+def count_waiting(session: Session, limit: int, project: str) -> int:
+    """The number of waiting jobs of a project, at most `limit`."""
+    waiting_ids = select(Job.id).where(*WAITING, Job.project == project).limit(limit)
+    return session.scalars(select(func.count()).select_from(waiting_ids.subquery())).one()
 
 
 def ready(session: Session, job_ids: Collection[str]) -> set[str]:

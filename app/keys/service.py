@@ -7,6 +7,7 @@ key without a look at the database.
 import hmac
 import secrets
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from sqlalchemy import or_, select, update
@@ -61,9 +62,9 @@ def well_formed(key: str) -> bool:
 class Keys:
     """Creates keys, identifies the caller of a key, and signs tokens that replace a key for a minute."""
 
-    def __init__(self, database: Database, secret_box: SecretBox, admin_key: str) -> None:
-        self.database, self.secret_box = database, secret_box
-        self._admin = admin_key.encode()
+    def __init__(self, database: Database, secret_box: SecretBox, admin_key: Callable[[], str]) -> None:
+        """`admin_key` returns the operator's key. A worker never calls it, and so needs none."""
+        self.database, self.secret_box, self._admin_key = database, secret_box, admin_key
 
     def create(self, spec: KeySpec) -> NewKeyObject:
         """Make a key. The secret itself is not stored and cannot be shown again."""
@@ -110,7 +111,7 @@ class Keys:
 
     def identify(self, key: str) -> Caller | None:
         """The caller of this key; None if the key is unknown, mistyped, revoked or expired."""
-        if hmac.compare_digest(key.encode(), self._admin):
+        if hmac.compare_digest(key.encode(), self._admin_key().encode()):
             return Caller(ADMIN, DEFAULT_PROJECT)
         if not well_formed(key):
             return None

@@ -4,6 +4,8 @@ A process of kombu binds a queue once. So each case has an exchange of its own.
 """
 
 import json
+import os
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
@@ -12,8 +14,10 @@ import pytest
 from celery import Celery
 from kombu import Exchange, Queue
 
-from app.broker import make_celery
+from app.broker import Broker, Lane, make_celery
+from app.programs import command
 from app.settings import Settings
+from tests.helpers.servers import redis_server, wait_until
 
 WORKERS = [f"worker-{number}" for number in range(4)]
 
@@ -56,3 +60,28 @@ def test_bindings_whose_writer_was_killed_are_written_anew(remains: str, tmp_pat
         assert connection.default_channel.get_table(exchange) == []
     declare(celery, exchange, WORKERS)
     assert bound_queues(tmp_path, exchange) == WORKERS
+
+
+def test_whoever_reaches_the_broker_cannot_control_workers(tmp_path: Path) -> None:
+    """A running worker answers no command of Celery's remote control, but wakes up."""
+    with redis_server() as broker:
+        environment = os.environ | {"DPO_HOME": str(tmp_path), "DPO_BROKER_URL": broker, "DPO_LOG_LEVEL": "debug"}
+        subprocess.run(command("app.cli.main", "migrate"), env=environment, check=True, stdout=subprocess.DEVNULL)
+        settings, log = Settings(home=tmp_path, broker_url=broker), tmp_path / "log"
+        with log.open("wb") as output:
+            worker = subprocess.Popen(command("worker", "cpu"), env=environment, stdout=output, stderr=output)
+        try:
+            sender = Broker(settings)
+
+            def has_woken() -> bool:
+                sender.wake(Lane.CPU)
+                return b'"woken"' in log.read_bytes()
+
+            wait_until(has_woken, "the worker", worker)
+            assert not sender.celery.control.ping(timeout=1)
+            sender.celery.control.shutdown()
+            log.write_bytes(b"")
+            wait_until(has_woken, "the worker, which goes on", worker)
+        finally:
+            worker.terminate()
+            worker.wait(60)

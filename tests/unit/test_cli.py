@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from app.cli.jobs import next_steps
+from app.cli.output import emit, emit_table
 from app.cli.uploads import upload_files
 from app.spec.job import JobSpec
 from app.spec.json_types import JsonObject
@@ -158,3 +159,23 @@ def test_a_new_key_is_printed_and_not_stored(tmp_path: Path) -> None:
     assert process.returncode == 0 and process.stdout.startswith("dpo_")
     key = process.stdout.strip().encode()
     assert all(key not in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+HOSTILE = "[red]x[/] \x1b]0;title\x07 \x9b31m \x08"
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_control_characters_of_users_never_reach_the_terminal(
+    capsys: pytest.CaptureFixture[str], as_json: bool
+) -> None:
+    """Nor is markup obeyed. As JSON, the text is still the same."""
+    emit({"name": HOSTILE}, as_json, HOSTILE)
+    printed = capsys.readouterr().out
+    emit_table([{"name": HOSTILE}], ["name"], as_json)
+    table = capsys.readouterr().out
+    for text in (printed, table):
+        assert not [character for character in text if ord(character) < 32 and character != "\n"]
+        assert not [character for character in text if 0x7F <= ord(character) < 0xA0]
+        assert "[red]x[/]" in text
+    if as_json:
+        assert json.loads(printed)["name"] == json.loads(table)[0]["name"] == HOSTILE

@@ -75,7 +75,8 @@ def test_every_command_of_a_container_exists() -> None:
 
 
 def test_compose_is_complete() -> None:
-    assert set(SERVICES) == {"migrate", "api", "gpu-worker", "cpu-worker", "postgres", "redis", "s3", "bucket"}
+    parts = {"proxy", "migrate", "api", "gpu-worker", "cpu-worker", "postgres", "redis", "s3", "bucket"}
+    assert set(SERVICES) == parts
     for name, service in SERVICES.items():
         assert "image" in service, name
         for dependency in service.get("depends_on", {}):
@@ -92,6 +93,15 @@ def test_compose_is_complete() -> None:
     assert all("healthcheck" in SERVICES[name] for name in healthy)
     (device,) = SERVICES["gpu-worker"]["deploy"]["resources"]["reservations"]["devices"]
     assert device["capabilities"] == ["gpu"]
+
+
+def test_only_the_proxy_can_be_reached_and_only_the_api_has_the_operators_key() -> None:
+    assert [name for name, service in SERVICES.items() if "ports" in service] == ["proxy"]
+    assert all(port.startswith("${") and ":-127.0.0.1:" in port for port in SERVICES["proxy"]["ports"])
+    with_key = [name for name, service in SERVICES.items() if "DPO_ADMIN_KEY" in service.get("environment", {})]
+    assert with_key == ["api"]
+    store = SERVICES["s3"]["command"]
+    assert "-ip.bind=127.0.0.1" in store and "-s3.ip.bind=0.0.0.0" in store
 
 
 @pytest.mark.parametrize("name", ["migrate", "api", "gpu-worker", "cpu-worker"])

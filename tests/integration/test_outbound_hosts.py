@@ -1,0 +1,109 @@
+"""Host names of webhooks and judges: slow name servers, inner hosts, and receivers that never answer."""
+
+import itertools
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+import pytest
+from fastapi.testclient import TestClient
+
+from app import outbound_http
+from app.projects.tables import Project
+from app.services import Services
+from app.webhooks import repository as webhooks
+from app.webhooks.tables import WebhookEndpoint
+from tests.helpers.api import error_of, key_of
+from worker.webhooks import MAX_PER_PROJECT, _reaching
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def test_a_slow_name_server_holds_up_one_project(
+    client: TestClient, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its other requests are refused at once; another project's host is looked up."""
+    answering = threading.Event()
+
+    def getaddrinfo(host: str, *_: object, **__: object) -> list[tuple[object, ...]]:
+        if host.startswith("slow"):
+            answering.wait(60)
+        return [(0, 0, 0, "", ("93.184.216.34", 443))]
+
+    monkeypatch.setattr("app.outbound_http.socket.getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(outbound_http, "LOOKUP_SECONDS", 60.0)
+    slow, quick = bearer(key_of(services, "slow")), bearer(key_of(services, "quick"))
+
+    def create(headers: dict[str, str], host: str) -> int:
+        return client.post("/v1/webhooks", json={"url": f"https://{host}/hook"}, headers=headers).status_code
+
+    with ThreadPoolExecutor(8) as threads:
+        waiting = [threads.submit(create, slow, f"slow-{number}") for number in range(6)]
+        refused = [future.result() for future in itertools.islice(as_completed(waiting), 2)]
+        assert refused == [429, 429]
+        assert create(quick, "quick.example") == 200
+        answering.set()
+        assert sorted(future.result() for future in waiting) == [200] * 4 + [429] * 2
+
+
+def test_a_name_server_that_never_answers_is_not_waited_for(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never = threading.Event()
+    monkeypatch.setattr(outbound_http, "LOOKUP_SECONDS", 0.1)
+    monkeypatch.setattr("app.outbound_http.socket.getaddrinfo", lambda *_, **__: never.wait(60))
+    error = error_of(client.post("/v1/webhooks", json={"url": "https://host.example/"}), 400)
+    never.set()
+    assert error["code"] == "invalid_url"
+
+
+def test_an_error_does_not_tell_whether_an_inner_host_exists(
+    client: TestClient, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def getaddrinfo(host: str, *_: object, **__: object) -> list[tuple[object, ...]]:
+        if host == "inside.internal":
+            return [(0, 0, 0, "", ("10.0.0.7", 443))]
+        raise OSError("no such host")
+
+    monkeypatch.setattr("app.outbound_http.socket.getaddrinfo", getaddrinfo)
+    messages = {
+        error_of(client.post("/v1/webhooks", json={"url": f"https://{host}/"}), 400)["message"].replace(host, "HOST")
+        for host in ("inside.internal", "missing.internal")
+    }
+    assert len(messages) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "port", "allowed"),
+    [
+        ("inner", 443, True), ("inner", 80, True), ("inner", 8000, False), ("inner:8000", 8000, True),
+        ("inner:8000", 443, False), ("inner:*", 8000, True), ("INNER:*", 1, True), ("other:*", 443, False), ("inn", 443, False),
+    ],
+)  # fmt: skip
+def test_an_inner_host_is_allowed_with_its_port(name: str, port: int, allowed: bool) -> None:
+    assert outbound_http.is_allowed("inner", port, (name,)) is allowed
+    assert outbound_http.is_allowed("::1", port, (name.lower().replace("inner", "[::1]"),)) is allowed
+
+
+def test_a_project_whose_receivers_never_answer_delays_no_other(services: Services) -> None:
+    """Claims leave the deliveries of a project alone that has several on their way."""
+    with services.database.write() as session:
+        for project in ("slow", "quick"):
+            session.add(Project(id=project, created_at=0.0))
+            for number in range(10):
+                endpoint = WebhookEndpoint(
+                    id=f"whe-{project}-{number}", project=project, url="https://93.184.216.34/", events=["fine_tuning.job.succeeded"],
+                    sealed_secret="", created_at=0.0,
+                )  # fmt: skip
+                session.add(endpoint)
+                session.flush()
+                webhooks.enqueue(session, project, "fine_tuning.job.succeeded", {"id": "ftjob-x"})
+    taken = list[str]()
+    for _ in range(2 * MAX_PER_PROJECT):
+        with services.database.write() as session:
+            claimed = webhooks.claim(session, "test", (), _reaching(MAX_PER_PROJECT, taken))
+        assert claimed is not None
+        taken.append(claimed[1].project)
+    assert Counter(taken) == {"slow": MAX_PER_PROJECT, "quick": MAX_PER_PROJECT}
