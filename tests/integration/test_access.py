@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from sqlalchemy import select, update
+from sqlalchemy import func, select, update
 from starlette.types import Message
 
-from app.database import database_now
+from app.database import Table, database_now
 from app.jobs.tables import Checkpoint, Job
 from app.keys.schemas import KeySpec, Scope
 from app.keys.service import generate
 from app.keys.tables import ApiKey
 from app.models.tables import Model
+from app.prune import NEEDED
 from app.services import Services
 from app.sweeps.tables import Sweep
 from app.webhooks import repository as webhooks
@@ -125,6 +126,7 @@ def test_no_route_reads_the_body_of_an_unauthorised_request(
         session.execute(expire.where(ApiKey.digest == digests["expired"]))
         session.execute(update(ApiKey).values(revoked_at=database_now()).where(ApiKey.digest == digests["revoked"]))
     token, _ = services.keys.stream_token("admin", "/v1/fine_tuning/jobs/another/stream")
+    before = made(services)
     credentials = {
         "no key": [],
         "an empty key": [("authorization", "Bearer ")],
@@ -142,6 +144,48 @@ def test_no_route_reads_the_body_of_an_unauthorised_request(
         query = f"token={token}".encode()
         assert asyncio.run(ask(client, method, path.format(**known_ids), [length], query)) == 401, (method, path)
     assert asyncio.run(ask(client, "POST", "/v1/files", [("host", "evil.example")], host=False)) == 400
+    assert made(services) == before
+
+
+def made(services: Services) -> dict[str, int]:
+    """The number of rows of each table, and of objects."""
+    with services.database.read() as session:
+        rows = {
+            name: session.scalars(select(func.count()).select_from(table)).one()
+            for name, table in Table.metadata.tables.items()
+        }
+    return rows | {"objects": sum(len(services.storage.list(prefix)) for prefix in NEEDED)}
+
+
+READ_POSTS = {
+    "/v1/fine_tuning/estimate",
+    "/v1/fine_tuning/jobs/{job_id}/stream_token",
+    "/v1/evaluations/{evaluation_id}/stream_token",
+}
+"""Routes that change nothing, though their method is POST."""
+
+
+def test_a_key_that_may_only_read_makes_and_changes_nothing(
+    client: TestClient, services: Services, known_ids: dict[str, str]
+) -> None:
+    """It reads whatever its project has, apart from the routes of the installation.
+
+    Reports may be requested, and refused attempts go to the audit log.
+    """
+    reader = {"Authorization": f"Bearer {key_of(services, 'default', Scope.READ)}"}
+    before, view_before = made(services), owner_view(client, known_ids)
+    for method, path in operations(client):
+        options = BODIES.get(path, {"json": {}} if method == "POST" else {})
+        if path.endswith("/stream"):
+            continue  # it ends with its job
+        answer = client.request(method, path.format(**known_ids), headers=reader, **options)
+        if path.startswith(INSTALLATION_ROUTES) or (method != "GET" and path not in READ_POSTS):
+            assert error_of(answer, 403)["code"] == "insufficient_scope", (method, path)
+        else:
+            assert answer.status_code not in (401, 403), (method, path, answer.text)
+    after = made(services)
+    assert {name for name, count in after.items() if count != before[name]} <= {"tasks", "audit_events"}
+    assert owner_view(client, known_ids) == view_before
 
 
 async def ask(

@@ -2,3 +2,6 @@
 
 A file can be made so that it takes all memory or an hour. Then one check ends with a clear report, and not a worker.
 """
+
+NO_MEMORY = 3
+"""The exit status of a task that needs more memory than it may have."""

@@ -8,9 +8,10 @@ import os
 import sys
 from pathlib import Path
 
+from worker.reader import NO_MEMORY
+
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 """Environment variables that the libraries read when they are imported."""
-NO_MEMORY = 3
 
 
 def load() -> None:

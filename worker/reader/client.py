@@ -9,7 +9,7 @@ from typing import Any
 from app.spec.json_types import JsonObject
 from worker.machine import total_memory
 from worker.processes import Child, ForkServer
-from worker.reader.__main__ import NO_MEMORY
+from worker.reader import NO_MEMORY
 from worker.waiting import Check, in_thread
 
 MEMORY_SHARE, MOST_MEMORY = 8, 4 * 1024**3
