@@ -18,6 +18,8 @@ from starlette.routing import Route
 from uvicorn.config import STARTUP_FAILURE
 
 from app import __version__
+from app.api_page.endpoints import router as api_page_router
+from app.api_page.endpoints import static as api_page_files
 from app.audit.endpoints import router as audit_router
 from app.audit.middleware import AuditMiddleware
 from app.compression import DecompressionMiddleware
@@ -109,6 +111,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         version=__version__,
         summary="Upload preferences, post a job, get a LoRA adapter.",
         lifespan=lifespan,
+        docs_url=None,
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
@@ -131,7 +134,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 def _add_routes(app: FastAPI) -> AccessTable:
     """Add the routes of every feature. Returns the access rules of all routes."""
     routes = AccessTable()
-    for route in app.routes:  # FastAPI's own routes: the OpenAPI document and its page
+    for route in app.routes:  # FastAPI's own route: the OpenAPI document
         access(public=True)(cast(Route, route).endpoint)
     routes.add(app.routes)
     for router in ROUTERS:
@@ -143,8 +146,12 @@ def _add_routes(app: FastAPI) -> AccessTable:
     routes.add(monitoring_router.routes)
     app.include_router(health_router)
     routes.add(health_router.routes)
-    app.mount("/dashboard/static", access(public=True)(StaticFiles(directory=DASHBOARD / "static")))
-    routes.add(app.routes[-1:])
+    app.include_router(api_page_router)
+    routes.add(api_page_router.routes)
+    dashboard_files = access(public=True)(StaticFiles(directory=DASHBOARD / "static"))
+    for path, files in {"/dashboard/static": dashboard_files, **api_page_files}.items():
+        app.mount(path, files)
+        routes.add(app.routes[-1:])
     return routes
 
 

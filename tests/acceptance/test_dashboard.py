@@ -129,3 +129,14 @@ def test_every_page_without_a_session_leads_to_the_sign_in(service: Running) -> 
         assert httpx2.get(root + path, cookies={"dpo_session": "forged"}).status_code == 303
     page = httpx2.get(f"{root}/login")
     assert "default-src 'self'" in page.headers["content-security-policy"]
+
+
+def test_the_api_reference_asks_no_other_host(service: Running, page: Page) -> None:
+    """Its content security policy would block it, and the browser would say so."""
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    root = service.url.removesuffix("/v1")
+    page.goto(f"{root}/docs")
+    expect(page.locator(".opblock").first).to_be_visible()
+    assert page.locator(".opblock").count() > 50
+    assert all(url.startswith((f"{root}/", "data:")) for url in asked)

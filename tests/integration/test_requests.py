@@ -171,7 +171,9 @@ def test_the_service_may_be_below_a_path_of_its_host(settings: Settings, service
         browser = TestClient(app, base_url="http://localhost")  # without a key
         assert browser.get(token["url"] if kept else token["url"].removeprefix("/dpo")).status_code == 200
         assert client.get(f"{prefix}/openapi.json").json()["servers"] == [{"url": "/dpo"}]
-        assert "'/dpo/openapi.json'" in client.get(f"{prefix}/docs").text
+        page = client.get(f"{prefix}/docs").text
+        assert '"/dpo/openapi.json"' in page
+        assert all(client.get(f"{prefix}{path}").status_code == 200 for path in re.findall(r'="/dpo(/[^"]+)"', page))
         assert client.get(f"{prefix}/dashboard").headers["location"] == "/dpo/dashboard/login"
         signed_in = client.post(f"{prefix}/dashboard/login", data={"key": settings.admin_key})
         assert signed_in.headers["location"] == "/dpo/dashboard"
