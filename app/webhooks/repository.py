@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from sqlalchemy import Select, delete, select, update
+from sqlalchemy import Select, delete, func, select, update
 from sqlalchemy.orm import Session
 
 from app.database import database_now, new_id, now
@@ -34,6 +34,11 @@ def get(session: Session, project: str, endpoint_id: str) -> WebhookEndpoint | N
 def listed(session: Session, project: str) -> Sequence[WebhookEndpoint]:
     order = (WebhookEndpoint.created_at.desc(), WebhookEndpoint.id)
     return session.scalars(readable(project).order_by(*order)).all()
+
+
+def count(session: Session, project: str) -> int:
+    """The number of endpoints of a project."""
+    return session.scalars(select(func.count()).where(WebhookEndpoint.project == project)).one()
 
 
 def enqueue(session: Session, project: str, type: str, data: JsonObject) -> bool:

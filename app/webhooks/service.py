@@ -6,12 +6,15 @@ import secrets
 from app.broker import Broker, Lane
 from app.database import Database, database_now, new_id
 from app.encryption import SecretBox
-from app.errors import ServiceError, no_such
+from app.errors import Forbidden, ServiceError, no_such
 from app.outbound_http import HostRefused, Lookups, resolve
+from app.projects import repository as projects
 from app.webhooks import repository
 from app.webhooks.schemas import DeliveryObject, EndpointChange, EndpointObject, EndpointSpec, NewEndpointObject
 from app.webhooks.tables import WebhookEndpoint
 
+MAX_ENDPOINTS = 50
+"""Maximum number of endpoints of a project: each of its events makes a delivery for each of them."""
 PRIVATE_WEBHOOKS_SETTING = "DPO_PRIVATE_WEBHOOKS"
 """The setting that allows endpoints in the operator's network, for error messages."""
 
@@ -39,6 +42,10 @@ class Webhooks:
             raise ServiceError(f"This URL is not accepted: {refused}.", param="url", code="invalid_url") from None
         secret = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
         with self.database.write() as session:
+            projects.lock(session, project)  # two requests at once would both find a place
+            if repository.count(session, project) >= MAX_ENDPOINTS:
+                message = f"A project may have {MAX_ENDPOINTS} webhook endpoints. Delete one that is not needed."
+                raise Forbidden(message, code="too_many_webhook_endpoints")
             endpoint = WebhookEndpoint(
                 id=new_id("whe"),
                 project=project,

@@ -107,3 +107,14 @@ def test_a_project_whose_receivers_never_answer_delays_no_other(services: Servic
         assert claimed is not None
         taken.append(claimed[1].project)
     assert Counter(taken) == {"slow": MAX_PER_PROJECT, "quick": MAX_PER_PROJECT}
+
+
+def test_a_project_has_a_bounded_number_of_endpoints(
+    client: TestClient, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.webhooks.service.MAX_ENDPOINTS", 2)
+    body, headers = {"url": "https://93.184.216.34/hook"}, bearer(key_of(services, "search"))
+    made = [client.post("/v1/webhooks", json=body, headers=headers) for _ in range(3)]
+    assert [answer.status_code for answer in made] == [200, 200, 403]
+    client.delete(f"/v1/webhooks/{made[0].json()['id']}", headers=headers).raise_for_status()
+    assert client.post("/v1/webhooks", json=body, headers=headers).status_code == 200
