@@ -10,7 +10,7 @@ from pathlib import Path
 
 from worker.reader import NO_MEMORY
 
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
 """Environment variables that the libraries read when they are imported."""
 
 

@@ -12,8 +12,11 @@ from worker.processes import Child, ForkServer
 from worker.reader import NO_MEMORY
 from worker.waiting import Check, in_thread
 
-MEMORY_SHARE, MOST_MEMORY = 8, 4 * 1024**3
-"""A task may allocate this fraction of the machine's memory, and at most so many bytes."""
+MEMORY_SHARE, LEAST_MEMORY, MOST_MEMORY = 8, 512 * 1024**2, 4 * 1024**3
+"""A task may allocate this fraction of the machine's memory: at least and at most so many bytes.
+
+The libraries take a quarter of the least.
+"""
 LEAST_SECONDS, BYTES_PER_SECOND = 120.0, 1_000_000
 """The time of a task: a start, and as long as it takes to read the file at this pace. Most files take far less."""
 
@@ -27,7 +30,7 @@ class Reader:
 
     def __init__(self) -> None:
         self._server = ForkServer("worker.reader", "reader.log")
-        self.memory_bytes = min(MOST_MEMORY, total_memory() // MEMORY_SHARE)
+        self.memory_bytes = min(MOST_MEMORY, max(LEAST_MEMORY, total_memory() // MEMORY_SHARE))
 
     def prepare(self) -> None:
         """Load the libraries now, so that the first task does not wait for it."""
