@@ -9,12 +9,14 @@ import pytest
 from fastapi.testclient import TestClient
 from starlette.routing import BaseRoute
 
+from app.broker import Lane
 from app.main import create_app
 from app.migrate import migrate
 from app.models import repository as models
 from app.services import Services
 from app.settings import Settings
 from tests.helpers.servers import admin, postgres
+from worker.worker_pool import WorkerPool
 
 
 @pytest.fixture(scope="session")
@@ -74,6 +76,17 @@ def services(settings: Settings) -> Iterator[Services]:
         models.register(session, "tiny", "r1", {"architecture": "LlamaForCausalLM"})
     yield opened
     opened.database.close()
+
+
+@pytest.fixture
+def cpu_worker(services: Services) -> Iterator[WorkerPool]:
+    """A worker of the CPU lane that does what it is told. What it has in hand is ended after the test."""
+    worker = WorkerPool(services, Lane.CPU)
+    yield worker
+    worker.stop()
+    for thread in list(worker._in_hand):
+        thread.join()
+    worker.reader.close()
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ import pytest
 from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
-from app.broker import Lane
 from app.cli.main import cli
 from app.database import now
 from app.jobs.queue import heartbeat
@@ -19,11 +18,10 @@ from worker.worker_pool import WorkerPool
 
 
 @pytest.fixture
-def pool(services: Services) -> WorkerPool:
+def pool(cpu_worker: WorkerPool) -> WorkerPool:
     """A CPU worker that has registered."""
-    made = WorkerPool(services, Lane.CPU)
-    made._register()
-    return made
+    cpu_worker._register()
+    return cpu_worker
 
 
 def checks(services: Services, pool: WorkerPool, name: str) -> bool:

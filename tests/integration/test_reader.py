@@ -12,7 +12,6 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import select
 
-from app.broker import Lane
 from app.derived_artifacts import repository as artifacts
 from app.derived_artifacts.tables import DerivedArtifact
 from app.jobs import queue as job_queue
@@ -134,18 +133,8 @@ def test_a_task_that_is_not_wanted_any_more_ends_with_its_process(reader: Reader
     wait_until(lambda: not Path(f"/proc/{children[0].pid}").exists(), "the end of the reader's process")
 
 
-@pytest.fixture
-def pool(services: Services) -> Iterator[WorkerPool]:
-    pool = WorkerPool(services, Lane.CPU)
-    yield pool
-    pool.stop()
-    for thread in list(pool._in_hand):
-        thread.join()
-    pool.reader.close()
-
-
 def test_a_project_whose_work_hangs_holds_one_place_and_delays_no_other(
-    client: TestClient, services: Services, pool: WorkerPool
+    client: TestClient, services: Services, cpu_worker: WorkerPool
 ) -> None:
     """Its downloads are pipes that nobody writes to."""
     with services.database.write() as session:
@@ -177,13 +166,13 @@ def test_a_project_whose_work_hangs_holds_one_place_and_delays_no_other(
             return len(jobs), len(session.scalars(pending).all())
 
     def quick_is_done() -> bool:
-        while pool._work_once():
-            assert len([work for work in pool._in_hand.values() if work.project == "slow"]) <= 1
+        while cpu_worker._work_once():
+            assert len([work for work in cpu_worker._in_hand.values() if work.project == "slow"]) <= 1
         return unfinished("quick") == (0, 0)
 
     wait_until(quick_is_done, "the work of the other project")
     assert unfinished("slow") == (3, 3)
-    assert [work.project for work in list(pool._in_hand.values())].count("slow") == 1
-    pool.stop()
+    assert [work.project for work in list(cpu_worker._in_hand.values())].count("slow") == 1
+    cpu_worker.stop()
     for pipe in pipes:
         pipe.unlink()
