@@ -180,14 +180,18 @@ def claim(
     # the next claims make up for it.
     wait_for_others(session, CLAIM_LOCK)
     for project in turn:
+        # A request of the project may hold its row for a second, as a large sweep does. Other projects do not wait.
+        checked = projects.try_lock(session, project) if status == Status.VALIDATING else None
+        if status == Status.VALIDATING and checked is None:
+            continue
         parameters = {"of_project": project, "claimed_by": owner, "on_worker": owner.partition(":")[0]}
         job = session.scalar(claiming.take, parameters)
         if job is None:
             continue
-        if status == Status.QUEUED:
+        if checked is None:
             job_events.add(session, job.id, KINDS[job.kind].started)
         else:
-            projects.lock(session, project).checked_at = now(session)
+            checked.checked_at = now(session)
         return job
     return None
 

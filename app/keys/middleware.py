@@ -3,17 +3,20 @@
 They cover the Host header, the key, its scope, its request rate, and the size of the body.
 """
 
+import asyncio
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from typing import Annotated
 from urllib.parse import parse_qs
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import Depends, Request
 from sqlalchemy.exc import OperationalError
-from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as ConnectionScope
 
-from app.errors import Forbidden, NotFound, ServiceError, TooLarge, Unauthenticated, Unavailable
+from app.errors import Forbidden, NotFound, ServiceError, TooLarge, TooMany, Unauthenticated, Unavailable
 from app.exception_handlers import error_answer
 from app.keys.access import READING, Access, AccessTable
 from app.keys.rates import RateLimiter, WrongKeys
@@ -23,6 +26,10 @@ from app.operations.service import require_writable
 from app.paths import own_path
 
 MAX_BODY_BYTES = 1024 * 1024
+MAX_AT_WORK, MAX_WAITING = 4, 256
+"""Requests of a project that each process works on at a time, and that may wait for it."""
+ADMITTING_THREADS = 8
+"""Threads that look at keys. They do nothing else, so a key is looked at however busy the others are."""
 
 
 def _limited(receive: Receive, headers: Headers) -> Receive:
@@ -49,6 +56,33 @@ def address_of(scope: ConnectionScope) -> str:
     return "" if client is None else client[0]
 
 
+class Turns:
+    """Each project has `MAX_AT_WORK` requests worked on at a time. Its further ones wait, and hold up no other project.
+
+    A request's turn ends when its answer begins: streams and downloads take none. Raises `TooMany` if too many wait.
+    """
+
+    def __init__(self) -> None:
+        self._at_work, self._waiting = defaultdict[str, asyncio.Semaphore](_semaphore), Counter[str]()
+
+    async def take(self, project: str) -> Callable[[], None]:
+        """Wait for a turn. Returns a function that ends it, and may be called again."""
+        if self._waiting[project] >= MAX_WAITING:
+            message = f"{MAX_WAITING} requests of this project wait to be worked on. Send fewer at a time."
+            raise TooMany(message, 1, code="too_many_requests_at_a_time")
+        self._waiting[project] += 1
+        try:
+            await self._at_work[project].acquire()
+        finally:
+            self._waiting[project] -= 1
+        ends = iter([self._at_work[project].release])
+        return lambda: next(ends, lambda: None)()
+
+
+def _semaphore() -> asyncio.Semaphore:
+    return asyncio.Semaphore(MAX_AT_WORK)
+
+
 class AccessMiddleware:
     """ASGI middleware that checks access. FastAPI reads a multipart body before its dependencies: they are too late."""
 
@@ -63,11 +97,13 @@ class AccessMiddleware:
     ) -> None:
         self.app, self.keys, self.limiter, self.wrong_keys = app, keys, limiter, wrong_keys
         self.allowed_hosts, self.routes = allowed_hosts, routes
+        self.turns, self.threads = Turns(), CapacityLimiter(ADMITTING_THREADS)
 
     async def __call__(self, scope: ConnectionScope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        end_turn: Callable[[], None] = lambda: None  # noqa: E731 - a request without a key has none
         try:
             headers, method, path = Headers(scope=scope), scope["method"], own_path(scope)
             if not path.isprintable():  # a router may read a line break as the path's end
@@ -76,8 +112,10 @@ class AccessMiddleware:
             if not access.any_host:
                 self._check_host(headers)
             if not access.public:
-                caller = await run_in_threadpool(self._admit, access, headers, method, path, scope["query_string"])
+                request = (access, headers, method, path, scope["query_string"])
+                caller = await to_thread.run_sync(self._admit, *request, limiter=self.threads)
                 scope.setdefault("state", {}).update(caller=caller, access=access)
+                end_turn = await self.turns.take(caller.project)
             if not access.streams_body:
                 receive = _limited(receive, headers)
         except ServiceError as error:
@@ -85,7 +123,15 @@ class AccessMiddleware:
                 await self.wrong_keys.note(address_of(scope))
             await error_answer(error)(scope, receive, send)
             return
-        await self.app(scope, receive, send)
+
+        async def send_and_end_turn(message: Message) -> None:
+            end_turn()
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_and_end_turn)
+        finally:
+            end_turn()
 
     def _admit(self, access: Access, headers: Headers, method: str, path: str, query: bytes) -> Caller:
         """The caller. Raises `ServiceError` if the key, its scope or its rate does not allow the request."""

@@ -24,6 +24,12 @@ def lock(session: Session, project_id: str) -> Project:
     return session.get_one(Project, project_id, with_for_update=locked, populate_existing=True)
 
 
+def try_lock(session: Session, project_id: str) -> Project | None:
+    """As `lock`, but None if another transaction has locked the project."""
+    locked = {"key_share": True, "skip_locked": True}
+    return session.get(Project, project_id, with_for_update=locked, populate_existing=True)
+
+
 def listed(session: Session) -> Sequence[Project]:
     return session.scalars(select(Project).order_by(Project.created_at, Project.id)).all()
 

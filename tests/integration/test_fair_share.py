@@ -18,6 +18,7 @@ from app.jobs import queue as job_queue
 from app.jobs.states import Actor, Status
 from app.jobs.tables import Job, JobEvent
 from app.keys.schemas import Scope
+from app.projects import repository as projects
 from app.projects.schemas import Limits, ProjectSpec
 from app.projects.tables import Project
 from app.services import Services
@@ -281,3 +282,28 @@ def test_usage_of_other_projects_is_for_administrators(client: TestClient, servi
         assert error["code"] == "insufficient_scope"
     error_of(client.get("/v1/usage?project=none"), 404)
     assert error_of(client.get("/v1/usage?first_month=2026-13"), 400)["param"] == "first_month"
+
+
+def test_a_project_whose_row_is_locked_holds_up_no_check_of_another(services: Services) -> None:
+    """A large sweep holds its project's row for a second. SQLite has one writer, and no such lock."""
+    if services.settings.database_url.startswith("sqlite"):
+        return
+    add_projects(services, first=1.0, second=1.0)
+    for project in ("first", "second"):
+        make_job(services, name=project, project=project, status=Status.VALIDATING)
+    claimed: list[str | None] = []
+
+    def claim_twice() -> None:
+        for _ in range(2):
+            with services.database.write() as session:
+                job = job_queue.claim(session, Status.VALIDATING, "test")
+                claimed.append(None if job is None else job.project)
+
+    with services.database.write() as session:
+        projects.lock(session, "first")
+        thread = threading.Thread(target=claim_twice)
+        thread.start()
+        thread.join(30)
+        assert not thread.is_alive() and claimed == ["second", None]
+    claim_twice()
+    assert claimed[2:] == ["first", None]
