@@ -36,7 +36,7 @@ from worker.base_models import describe
 
 RESULT = Path(__file__).parent / "results" / "tenants.json"
 ADMIN_KEY = "a key for the bench of tenants"
-ROUNDS = 20
+ROUNDS = 40
 ROW = {"prompt": "which one?", "chosen": "this", "rejected": "that"}
 BODY = {"model": "tiny", "seed": 1, "method": {"type": "dpo"}}
 

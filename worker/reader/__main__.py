@@ -12,6 +12,8 @@ from worker.reader import NO_MEMORY
 
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
 """Environment variables that the libraries read when they are imported."""
+NICENESS = 10
+"""Requests and trainings go first: a report may take a little longer."""
 
 
 def load() -> None:
@@ -25,6 +27,7 @@ def load() -> None:
 def run(folder: Path) -> int:
     """Do the task in `folder`. Returns the exit status."""
     load()
+    os.nice(NICENESS)
     from worker.reader.tasks import do
 
     try:
