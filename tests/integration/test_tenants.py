@@ -1,6 +1,11 @@
 """No key reads, starves, fills or ends another: attacks, made small enough to be harmless."""
 
+import itertools
+import socket
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
@@ -14,7 +19,7 @@ from app.jobs import event_feed
 from app.jobs import events as job_events
 from app.jobs import queue as job_queue
 from app.jobs.states import Status
-from app.keys import rates
+from app.keys import middleware, rates
 from app.keys.schemas import Scope
 from app.keys.tables import ApiKey
 from app.main import create_app
@@ -22,6 +27,7 @@ from app.services import Services
 from app.settings import Settings
 from tests.helpers.api import error_of, key_of, served
 from tests.helpers.jobs import make_job
+from tests.helpers.servers import CEILING, wait_until
 from worker.trainer.events import Metrics
 from worker.training_run import MEASURED_STEPS, is_recorded
 
@@ -95,6 +101,44 @@ def test_a_key_has_a_bounded_number_of_open_streams(
             assert error_of(refused, 429)["code"] == "too_many_streams" and refused.headers["retry-after"]
             with http.stream("GET", path, headers=bearer(other)) as third:
                 assert third.status_code == 200
+
+
+# -- requests -----------------------------------------------------------------------------------------------------
+
+
+def test_a_project_with_many_slow_requests_holds_up_no_other(
+    services: Services, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two are worked on, two wait, and the others are refused at once. Here a slow request waits for a name server."""
+    monkeypatch.setattr(middleware, "MAX_AT_WORK", 2)
+    monkeypatch.setattr(middleware, "MAX_WAITING", 2)
+    monkeypatch.setattr("app.outbound_http.LOOKUP_SECONDS", CEILING)
+    answering, asked, look_up = threading.Event(), list[str](), socket.getaddrinfo
+
+    def getaddrinfo(host: str, *arguments: Any, **more: Any) -> Any:
+        if host != "slow.example":
+            return look_up(host, *arguments, **more)
+        asked.append(host)
+        answering.wait(CEILING)
+        return [(0, 0, 0, "", ("93.184.216.34", 443))]
+
+    monkeypatch.setattr("socket.getaddrinfo", getaddrinfo)
+    slow, quick = bearer(key_of(services, "slow")), bearer(key_of(services, "quick"))
+    with served(settings) as (_, _, http), ThreadPoolExecutor(8) as threads:
+
+        def create(_: int) -> int:
+            return http.post("/v1/webhooks", json={"url": "https://slow.example/hook"}, headers=slow).status_code
+
+        sent = [threads.submit(create, number) for number in range(7)]
+        try:
+            refused = [future.result() for future in itertools.islice(as_completed(sent), 3)]
+            wait_until(lambda: len(asked) == 2, "the requests that are worked on")
+            quick_answers = [http.get("/v1/webhooks", headers=quick).status_code for _ in range(5)]
+        finally:
+            answering.set()
+        assert refused == [429] * 3 and quick_answers == [200] * 5
+        assert sorted(future.result() for future in sent) == [200] * 4 + [429] * 3
+        assert http.get("/v1/webhooks", headers=slow).status_code == 200, "every turn has ended"
 
 
 # -- keys and sessions ------------------------------------------------------------------------------------------------
