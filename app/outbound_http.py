@@ -8,16 +8,11 @@ names. An error does not tell whether an inner host exists.
 import ipaddress
 import socket
 import threading
-from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import httpx2
-
-from app.errors import TooMany
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
@@ -26,8 +21,6 @@ _UNICAST = ipaddress.ip_network("2000::/3")
 CONNECT_SECONDS = 10.0
 LOOKUP_SECONDS = 5.0
 """The longest wait for a name server."""
-MAX_LOOKUPS = 4
-"""Host names of a project that are looked up at the same time, in each process."""
 
 
 class HostRefused(Exception):
@@ -81,27 +74,6 @@ def new_client(timeout: float) -> httpx2.Client:
     seconds = httpx2.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS))
     trusted = httpx2.create_ssl_context(trust_env=True)
     return httpx2.Client(timeout=seconds, verify=trusted, trust_env=False, follow_redirects=False)
-
-
-class Lookups:
-    """Bounds the host names that each project has looked up: a slow name server holds up its requests alone."""
-
-    def __init__(self) -> None:
-        self._lock, self._counts = threading.Lock(), Counter[str]()
-
-    @contextmanager
-    def turn(self, project: str) -> Iterator[None]:
-        """A place for one look-up. Raises `TooMany` if the project has `MAX_LOOKUPS` already."""
-        with self._lock:
-            if self._counts[project] >= MAX_LOOKUPS:
-                message = f"{MAX_LOOKUPS} host names of this project are being looked up. Try again in a few seconds."
-                raise TooMany(message, 5, code="too_many_lookups")
-            self._counts[project] += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._counts[project] -= 1
 
 
 def is_allowed(host: str, port: int, private_hosts: tuple[str, ...]) -> bool:

@@ -16,7 +16,6 @@ from app.keys.rates import RateLimiter, WrongKeys
 from app.keys.service import Keys
 from app.models.service import Models
 from app.operations.service import OperationsControl
-from app.outbound_http import Lookups
 from app.projects.service import Projects
 from app.settings import Settings
 from app.storage import Storage
@@ -63,8 +62,8 @@ class Services:
         )
         secret_box = SecretBox(settings.secret_keys)
         keys = Keys(database, secret_box, lambda: settings.admin_key)
-        feed, lookups = Feed(database), Lookups()
-        evaluations = Evaluations(database, storage, broker, keys, feed, secret_box, lookups, settings.private_judges)
+        feed = Feed(database)
+        evaluations = Evaluations(database, storage, broker, keys, feed, secret_box, settings.private_judges)
         jobs = Jobs(database, storage, broker, keys, feed, evaluations)
         return cls(
             settings=settings,
@@ -85,7 +84,7 @@ class Services:
             sweeps=Sweeps(database, broker, jobs),
             models=Models(database, storage, broker),
             secret_box=secret_box,
-            webhooks=Webhooks(database, broker, secret_box, lookups, settings.private_webhooks),
+            webhooks=Webhooks(database, broker, secret_box, settings.private_webhooks),
             workers=Workers(database),
             operations=OperationsControl(database),
             audit=AuditLog(database),

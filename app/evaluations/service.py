@@ -25,7 +25,7 @@ from app.jobs.states import ACTIVE
 from app.jobs.tables import Job
 from app.keys.service import Keys
 from app.models import repository as models
-from app.outbound_http import HostRefused, Lookups, resolve
+from app.outbound_http import HostRefused, resolve
 from app.spec.datasets.mapping import Mapping
 from app.spec.evaluation import ALLOWED_FIELDS, EvaluationSpec, JobEvaluation, Side
 from app.spec.json_types import JsonObject
@@ -54,11 +54,10 @@ class Evaluations(Lifecycle[EvaluationObject]):
         keys: Keys,
         feed: Feed,
         secret_box: SecretBox,
-        lookups: Lookups,
         private_hosts: tuple[str, ...],
     ) -> None:
         super().__init__(database, storage, broker, keys, feed)
-        self.secret_box, self.lookups, self.private_hosts = secret_box, lookups, private_hosts
+        self.secret_box, self.private_hosts = secret_box, private_hosts
 
     def show(self, job: Job, place: QueuePlace | None = None) -> EvaluationObject:
         return EvaluationObject.of(job, place)
@@ -66,7 +65,7 @@ class Evaluations(Lifecycle[EvaluationObject]):
     def create(self, project: str, spec: EvaluationSpec, identity: RequestIdentity) -> EvaluationObject:
         """Check the models and files of the spec, store the evaluation, and wake a CPU worker to check the files."""
         content = spec.to_store()
-        self.require_reachable(project, [spec])
+        self.require_reachable([spec])
         with self.database.write() as session:
             earlier_id = identity.earlier(session, "evaluations.create", content)
             job = None if earlier_id is None else queries.get(session, project, earlier_id, EVALUATION_JOB)
@@ -77,7 +76,7 @@ class Evaluations(Lifecycle[EvaluationObject]):
         self.broker.wake(Lane.CPU)
         return self.show(job) if earlier_id is None else self.get(project, job.id)
 
-    def require_reachable(self, project: str, specs: Iterable[EvaluationSpec], param: str = "") -> None:
+    def require_reachable(self, specs: Iterable[EvaluationSpec], param: str = "") -> None:
         """Raise `ServiceError` for a judge that no request may be sent to.
 
         It looks up host names, so call it outside a transaction.
@@ -85,8 +84,7 @@ class Evaluations(Lifecycle[EvaluationObject]):
         endpoints = [spec.judge.endpoint for spec in specs if spec.judge is not None]
         for url in dict.fromkeys(endpoint.base_url for endpoint in endpoints if endpoint is not None):
             try:
-                with self.lookups.turn(project):
-                    resolve(url, self.private_hosts, PRIVATE_JUDGES_SETTING)
+                resolve(url, self.private_hosts, PRIVATE_JUDGES_SETTING)
             except HostRefused as refused:
                 message = f"The judge at {url} cannot be asked: {refused}."
                 raise ServiceError(message, param=f"{param}judge.endpoint.base_url", code="invalid_url") from None

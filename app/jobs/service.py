@@ -57,7 +57,7 @@ class Jobs(Lifecycle[JobObject]):
     def create(self, project: str, spec: JobSpec, identity: RequestIdentity) -> JobObject:
         """Check the models and files that the spec names, store the job, and wake a CPU worker to check its files."""
         content = spec.to_store()
-        self.evaluations.require_reachable(project, spec.evaluations or [], "evaluations.")
+        self.evaluations.require_reachable(spec.evaluations or [], "evaluations.")
         with self.database.write() as session:
             earlier_id = identity.earlier(session, "jobs.create", content)
             job = None if earlier_id is None else queries.get(session, project, earlier_id)

@@ -39,7 +39,7 @@ class Sweeps:
         job_specs = [(values, _job_spec(values, body)) for values, body in spec.bodies()]
         axes = _axes(spec, job_specs[0][1])
         evaluations = (evaluation for _, job in job_specs for evaluation in job.evaluations or [])
-        self.jobs.evaluations.require_reachable(project, evaluations, "job.evaluations.")
+        self.jobs.evaluations.require_reachable(evaluations, "job.evaluations.")
         with self.database.write() as session:
             earlier = identity.earlier(session, "sweeps.create", content)
             sweep = None if earlier is None else repository.get(session, project, earlier)

@@ -7,7 +7,7 @@ from app.broker import Broker, Lane
 from app.database import Database, database_now, new_id
 from app.encryption import SecretBox
 from app.errors import Forbidden, ServiceError, no_such
-from app.outbound_http import HostRefused, Lookups, resolve
+from app.outbound_http import HostRefused, resolve
 from app.projects import repository as projects
 from app.webhooks import repository
 from app.webhooks.schemas import DeliveryObject, EndpointChange, EndpointObject, EndpointSpec, NewEndpointObject
@@ -23,21 +23,14 @@ class Webhooks:
     """Create, change and delete endpoints, list their deliveries, and resend one."""
 
     def __init__(
-        self,
-        database: Database,
-        broker: Broker,
-        secret_box: SecretBox,
-        lookups: Lookups,
-        private_hosts: tuple[str, ...],
+        self, database: Database, broker: Broker, secret_box: SecretBox, private_hosts: tuple[str, ...]
     ) -> None:
-        self.database, self.broker, self.secret_box = database, broker, secret_box
-        self.lookups, self.private_hosts = lookups, private_hosts
+        self.database, self.broker, self.secret_box, self.private_hosts = database, broker, secret_box, private_hosts
 
     def create(self, project: str, spec: EndpointSpec) -> NewEndpointObject:
         """Make an endpoint and the secret that signs its events. Raises `ServiceError` for a bad URL."""
         try:
-            with self.lookups.turn(project):
-                resolve(spec.url, self.private_hosts, PRIVATE_WEBHOOKS_SETTING)
+            resolve(spec.url, self.private_hosts, PRIVATE_WEBHOOKS_SETTING)
         except HostRefused as refused:
             raise ServiceError(f"This URL is not accepted: {refused}.", param="url", code="invalid_url") from None
         secret = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()

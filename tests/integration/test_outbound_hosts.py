@@ -1,9 +1,7 @@
 """Host names of webhooks and judges: slow name servers, inner hosts, and receivers that never answer."""
 
-import itertools
 import threading
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import pytest
 from fastapi.testclient import TestClient
@@ -19,33 +17,6 @@ from worker.webhooks import MAX_PER_PROJECT, _reaching
 
 def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
-
-
-def test_a_slow_name_server_holds_up_one_project(
-    client: TestClient, services: Services, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its other requests are refused at once; another project's host is looked up."""
-    answering = threading.Event()
-
-    def getaddrinfo(host: str, *_: object, **__: object) -> list[tuple[object, ...]]:
-        if host.startswith("slow"):
-            answering.wait(60)
-        return [(0, 0, 0, "", ("93.184.216.34", 443))]
-
-    monkeypatch.setattr("app.outbound_http.socket.getaddrinfo", getaddrinfo)
-    monkeypatch.setattr(outbound_http, "LOOKUP_SECONDS", 60.0)
-    slow, quick = bearer(key_of(services, "slow")), bearer(key_of(services, "quick"))
-
-    def create(headers: dict[str, str], host: str) -> int:
-        return client.post("/v1/webhooks", json={"url": f"https://{host}/hook"}, headers=headers).status_code
-
-    with ThreadPoolExecutor(8) as threads:
-        waiting = [threads.submit(create, slow, f"slow-{number}") for number in range(6)]
-        refused = [future.result() for future in itertools.islice(as_completed(waiting), 2)]
-        assert refused == [429, 429]
-        assert create(quick, "quick.example") == 200
-        answering.set()
-        assert sorted(future.result() for future in waiting) == [200] * 4 + [429] * 2
 
 
 def test_a_name_server_that_never_answers_is_not_waited_for(
