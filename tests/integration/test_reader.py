@@ -29,7 +29,7 @@ from worker.processes import Child
 from worker.reader import client as reader_client
 from worker.reader.client import Reader
 from worker.validator import validate
-from worker.waiting import always_wanted
+from worker.waiting import THREAD_NAME, always_wanted
 from worker.worker_pool import WorkerPool
 
 ROWS = "".join(json.dumps(row) + "\n" for row in pairs(2000, seed=1)).encode()
@@ -174,5 +174,9 @@ def test_a_project_whose_work_hangs_holds_one_place_and_delays_no_other(
     assert unfinished("slow") == (3, 3)
     assert [work.project for work in list(cpu_worker._in_hand.values())].count("slow") == 1
     cpu_worker.stop()
-    for pipe in pipes:
-        pipe.unlink()
+    writers = [os.open(pipe, os.O_RDWR) for pipe in pipes]  # lets the download go on that was left alone
+    for writer in writers:
+        os.write(writer, b"x")
+    wait_until(lambda: not any(thread.name == THREAD_NAME for thread in threading.enumerate()), "the download's end")
+    for writer in writers:
+        os.close(writer)

@@ -45,9 +45,10 @@ def hanging_file(client: TestClient, services: Services) -> Iterator[str]:
     path = services.settings.home / "objects" / "files" / file_id
     path.unlink()
     os.mkfifo(path)
+    before = set(threading.enumerate())
     yield file_id
     writer = os.open(path, os.O_RDWR)  # lets the threads that were left alone go on
-    for thread in threading.enumerate():
+    for thread in set(threading.enumerate()) - before:
         if thread.name == THREAD_NAME:
             os.write(writer, b"x")
             thread.join()
