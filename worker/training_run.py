@@ -32,7 +32,7 @@ FINISH_SECONDS = 30.0
 
 
 MEASURED_STEPS = 20_000
-"""So many steps of a job have an event with their metrics. Of a longer training, every second or tenth step has one."""
+"""So many steps of a job have an event with their metrics. In a longer training, every second or tenth has one."""
 
 
 def is_recorded(event: Metrics) -> bool:

@@ -75,8 +75,15 @@ class Turns:
             await self._at_work[project].acquire()
         finally:
             self._waiting[project] -= 1
-        ends = iter([self._at_work[project].release])
-        return lambda: next(ends, lambda: None)()
+        has_ended = False
+
+        def end() -> None:
+            nonlocal has_ended
+            if not has_ended:
+                has_ended = True
+                self._at_work[project].release()
+
+        return end
 
 
 def _semaphore() -> asyncio.Semaphore:

@@ -15,9 +15,9 @@ from app.projects.service import require_room
 from app.projects.tables import Reservation
 
 STEP_BYTES = 16 * 1024**2
-"""What is reserved at a time for a body of unknown length."""
+"""Bytes to reserve at a time for a body of unknown length."""
 OVERHEAD_BYTES = 64 * 1024
-"""What a body may have beside the file: boundaries, headers and other fields."""
+"""Bytes that a body may have beside the file: boundaries, headers and other fields."""
 RESERVED_SECONDS = 6 * 3600.0
 """The longest time of an upload whose room is reserved all the while. It is checked again at its end."""
 
@@ -74,7 +74,7 @@ class Reservations:
     async def room(self, project: str, size: int | None) -> AsyncIterator[Room]:
         """Room for a body of `size` bytes, or of unknown size. Raises `Forbidden` before the first byte comes.
 
-        What is still reserved at the end of the block is given back.
+        The end of the block gives back the rest.
         """
         room = await run_in_threadpool(self._begin, project, size)
         try:

@@ -80,7 +80,7 @@ def services(settings: Settings) -> Iterator[Services]:
 
 @pytest.fixture
 def cpu_worker(services: Services) -> Iterator[WorkerPool]:
-    """A worker of the CPU lane that does what it is told. What it has in hand is ended after the test."""
+    """A worker of the CPU lane that does what it is told. Its work in hand ends with the test."""
     worker = WorkerPool(services, Lane.CPU)
     yield worker
     worker.stop()

@@ -1,4 +1,4 @@
-"""What users upload is read in a process with limits. A file that costs too much ends one check, and no worker."""
+"""Uploads are read in a process with limits. A file that costs too much ends one check, and no worker."""
 
 import json
 import os

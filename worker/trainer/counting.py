@@ -40,8 +40,8 @@ CANDIDATES = tuple(1 << k for k in range(8, 18))
 def count(path: Path, tokenizer: Tokenizer, recipe: Recipe, kept: int, sample: int = SAMPLED_ROWS) -> JsonObject:
     """Token lengths before cutting, the cuts of each `max_length`, and the first rows as the model sees them.
 
-    `kept` is the number of examples in the file. Every k-th example is counted, so that at most `sample` are. Of a long
-    ranked list, some answers stand for all of its pairs.
+    `kept` is the number of examples in the file. Every k-th example is counted, so that at most `sample` are. Some
+    answers of a long ranked list stand for all of its pairs.
     Raises `UserError` for an example that the template refuses.
     """
     step = max(1, math.ceil(kept / sample))

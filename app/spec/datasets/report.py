@@ -48,7 +48,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Outline:
-    """What an estimate needs of a file: its usable rows, and the characters of their texts. `summary` is a sentence."""
+    """The figures of a file for an estimate: usable rows, and characters of their texts. `summary` is a sentence."""
 
     summary: str
     kept: int
