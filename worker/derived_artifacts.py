@@ -9,7 +9,6 @@ from pathlib import Path
 
 import structlog
 
-from app import counted_objects
 from app.derived_artifacts import repository
 from app.derived_artifacts.repository import ARTIFACTS
 from app.derived_artifacts.tables import DerivedArtifact
@@ -25,7 +24,7 @@ from worker.hub import ModelUnavailable
 from worker.lease import AskedToStop, Lease, LeaseLost
 from worker.model_folder import ModelGone, fetch_model, find_model
 from worker.outage import fault
-from worker.processes import trainer_environment
+from worker.processes import printed_result, trainer_environment
 from worker.reader.client import Reader, TooCostly
 from worker.waiting import briefly, in_thread, run_process
 from worker.work import work_folder
@@ -177,10 +176,7 @@ class _ArtifactAttempt:
         self.prefix = prefix = f"merged/{self.artifact.id}/attempt-{self.artifact.attempt}"
         content = store_folder(storage, prefix, self.folder / "output")
         shutil.rmtree(self.folder / "output")
-        self.lease.write(
-            lambda session: counted_objects.note(session, self.artifact.project, prefix, content.bytes or 0)
-        )
-        return {"prefix": self.prefix, **content.as_columns()}
+        return {"prefix": prefix, **content.as_columns()}
 
     def _run_merge(self) -> JsonObject:
         """Run the program that merges. Returns the JSON of the last line that it prints."""
@@ -188,9 +184,7 @@ class _ArtifactAttempt:
         with log.open("wb") as stderr:
             environment = trainer_environment() | {"HF_HUB_OFFLINE": "1"}
             status, printed = run_process(program, self.lease.check, env=environment, stderr=stderr)
-        if status != 0:
-            raise RuntimeError(log.read_text(errors="replace")[-2000:])
-        result: JsonObject = json.loads(printed.splitlines()[-1])
+        result: JsonObject = printed_result(status, printed, log)
         return result
 
 

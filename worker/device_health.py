@@ -13,7 +13,7 @@ from app.programs import command
 from app.settings import DeviceSetting
 from worker.device import Device, DeviceUnusable, find_device
 from worker.processes import trainer_environment
-from worker.waiting import Check, always_wanted, run_process
+from worker.waiting import Check, always_wanted, run_process, within
 
 log = structlog.get_logger(__name__)
 
@@ -82,13 +82,8 @@ class DeviceHealth:
 
     def _check(self) -> str | None:
         """Find the device and compute on it. Returns what is wrong with it; None if nothing is."""
-        deadline = time.monotonic() + CHECK_SECONDS
-
-        def check() -> None:
-            self.check()
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"a small computation on it did not end within {CHECK_SECONDS:.0f} s")
-
+        hangs = TimeoutError(f"a small computation on it did not end within {CHECK_SECONDS:.0f} s")
+        check = within(CHECK_SECONDS, self.check, hangs)
         try:
             self.device = find_device(self.wanted)
             program = command("worker.trainer.device_check", self.device.kind)

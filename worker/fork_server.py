@@ -35,7 +35,7 @@ Run = Callable[[Path], int]
 
 
 @dataclass(eq=False)
-class Child:
+class Forked:
     """A forked process, a file descriptor that becomes readable when it ends, and its control socket."""
 
     pid: int
@@ -64,13 +64,13 @@ class Child:
         self.control.close()
 
 
-class ForkServer:
+class Server:
     """Forks processes of a program on request, and watches them."""
 
     def __init__(self, program: str, run: Run, requests: socket.socket) -> None:
         self.program, self.run, self.requests = program, run, requests
         self.selector = selectors.DefaultSelector()
-        self.children: set[Child] = set()
+        self.children: set[Forked] = set()
 
     def serve(self) -> None:
         """Serve requests until their socket closes. The children live on, each until its standard input closes."""
@@ -94,14 +94,14 @@ class ForkServer:
         os.setpgid(pid, pid)  # the fork does it too: the group exists before the answer
         os.close(stdin)
         os.close(stdout)
-        child = Child(pid, os.pidfd_open(pid), socket.socket(fileno=control))
+        child = Forked(pid, os.pidfd_open(pid), socket.socket(fileno=control))
         self.children.add(child)
         self.selector.register(child.end, selectors.EVENT_READ, child)
         self.selector.register(child.control, selectors.EVENT_READ, child)
         with suppress(OSError):
             child.control.send(str(pid).encode())
 
-    def _notice(self, child: Child, descriptor: int) -> None:
+    def _notice(self, child: Forked, descriptor: int) -> None:
         """A child has ended, or nobody wants it any more."""
         self.selector.unregister(descriptor)
         if descriptor == child.end:
@@ -128,7 +128,7 @@ def main() -> None:
     program.load()  # before the first request, so that no work waits for it
     gc.collect()
     gc.freeze()  # a garbage collection in a fork would copy every page that it visits
-    ForkServer(sys.argv[1], program.run, requests).serve()
+    Server(sys.argv[1], program.run, requests).serve()
 
 
 def _become(program: str, run: Run, request: JsonObject, stdin: int, stdout: int) -> None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from app.programs import command
 from worker.machine import usable_cpus
@@ -57,6 +57,13 @@ def answer_cache(stdin: IO[bytes], key: str) -> None:
     with suppress(BrokenPipeError):
         stdin.write(json.dumps({"key": key}).encode() + b"\n")
         stdin.flush()
+
+
+def printed_result(status: int, printed: bytes, log: Path) -> Any:
+    """The JSON of the last line that a program printed. Raises `RuntimeError` with the end of its log if it failed."""
+    if status != 0:
+        raise RuntimeError(log.read_text(errors="replace")[-2000:])
+    return json.loads(printed.splitlines()[-1])
 
 
 class Child:

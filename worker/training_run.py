@@ -29,10 +29,8 @@ from worker.trainer.events import CheckpointWritten, EvaluationDone, Event, Metr
 
 FINISH_SECONDS = 30.0
 """Time to send the last metrics of an attempt to its integrations. A worker that stops does not take it."""
-
-
 MEASURED_STEPS = 20_000
-"""So many steps of a job have an event with their metrics. In a longer training, every second or tenth has one."""
+"""In a training of more steps than this, only every nth step has an event with its metrics."""
 
 
 def is_recorded(event: Metrics) -> bool:

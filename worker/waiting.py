@@ -43,16 +43,22 @@ def in_thread(work: Callable[[], Result], check: Check) -> Result:
     return future.result()
 
 
-def briefly(work: Callable[[], object], seconds: float) -> None:
-    """Do `work` in a thread, and wait for at most `seconds`. Its errors count for nothing, as does its result."""
+def within(seconds: float, check: Check, error: Exception) -> Check:
+    """A check that raises what `check` raises, and `error` once `seconds` have passed from now."""
     deadline = time.monotonic() + seconds
 
-    def check() -> None:
+    def check_both() -> None:
+        check()
         if time.monotonic() > deadline:
-            raise TimeoutError
+            raise error
 
+    return check_both
+
+
+def briefly(work: Callable[[], object], seconds: float) -> None:
+    """Do `work` in a thread, and wait for at most `seconds`. Its errors count for nothing, as does its result."""
     with suppress(Exception):
-        in_thread(work, check)
+        in_thread(work, within(seconds, always_wanted, TimeoutError()))
 
 
 def run_process(

@@ -2,10 +2,11 @@
 
 from collections.abc import Collection, Sequence
 
-from sqlalchemy import delete, func, or_, select
+from sqlalchemy import ColumnElement, delete, func, or_, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
+from app import counted_objects
 from app.database import database_now, new_id
 from app.derived_artifacts.tables import DerivedArtifact
 from app.spec.json_types import JsonObject
@@ -127,7 +128,8 @@ def finish(
 ) -> bool:
     """End an artifact as the attempt that holds its lease; False if another attempt has it.
 
-    It may be called twice for the same attempt. `error` None means success.
+    It may be called twice for the same attempt. `error` None means success. A folder that the attempt has stored, the
+    `prefix` of its result, counts from now on.
     """
     values = {
         "status": "done" if error is None else "failed",
@@ -138,6 +140,9 @@ def finish(
         "lease_expires_at": None,
     }
     if ARTIFACTS.write(session, artifact_id, attempt, **values):
+        if result is not None and "prefix" in result:
+            project = session.get_one(DerivedArtifact, artifact_id).project
+            counted_objects.note(session, project, result["prefix"], result["bytes"] or 0)
         return True
     # An earlier call may have committed although its answer was lost. No other worker has this attempt number.
     ended = select(DerivedArtifact.id).where(
@@ -164,25 +169,24 @@ def set_back(session: Session, artifact: DerivedArtifact) -> None:
     ARTIFACTS.release(session, artifact.id, artifact.attempt, pause=pause, setbacks=setbacks)
 
 
-def of_owner(session: Session, owner: str) -> Sequence[DerivedArtifact]:
-    """The artifacts of a file or a model."""
-    return session.scalars(select(DerivedArtifact).where(DerivedArtifact.owner == owner)).all()
-
-
-def finished_before(session: Session, kind: str, seconds: float) -> Sequence[DerivedArtifact]:
-    """The artifacts of a kind that ended more than `seconds` ago."""
-    return session.scalars(
-        select(DerivedArtifact).where(
-            DerivedArtifact.kind == kind, DerivedArtifact.finished_at < database_now() - seconds
-        )
-    ).all()
-
-
 def forget_one(session: Session, artifact_id: str) -> None:
-    """Delete the row of an artifact."""
-    session.execute(delete(DerivedArtifact).where(DerivedArtifact.id == artifact_id))
+    """Delete an artifact."""
+    _delete(session, DerivedArtifact.id == artifact_id)
 
 
-def forget(session: Session, owner: str) -> None:
-    """Delete the rows of all artifacts of a file or a model."""
-    session.execute(delete(DerivedArtifact).where(DerivedArtifact.owner == owner))
+def forget(session: Session, owner: str) -> list[str]:
+    """Delete all artifacts of a file or a model. Returns their ids."""
+    return _delete(session, DerivedArtifact.owner == owner)
+
+
+def forget_old(session: Session, kind: str, seconds: float) -> list[str]:
+    """Delete the artifacts of a kind that ended more than `seconds` ago. Returns their ids."""
+    return _delete(session, DerivedArtifact.kind == kind, DerivedArtifact.finished_at < database_now() - seconds)
+
+
+def _delete(session: Session, *conditions: ColumnElement[bool]) -> list[str]:
+    """Delete rows. The folders that they have stored count no longer. Returns the ids."""
+    columns = (DerivedArtifact.id, DerivedArtifact.result)
+    deleted = session.execute(delete(DerivedArtifact).where(*conditions).returning(*columns)).all()
+    counted_objects.forget(session, [result["prefix"] for _, result in deleted if result and "prefix" in result])
+    return [artifact_id for artifact_id, _ in deleted]

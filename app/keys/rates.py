@@ -18,7 +18,7 @@ from app.keys.service import Caller
 log = structlog.get_logger(__name__)
 
 FAILURES_PER_MINUTE, SLOW_SECONDS = 30, 2.0
-"""So many wrong keys of an address are answered at once each minute, and all others after this time.
+"""An address may send this many wrong keys a minute. Each further one is answered after `SLOW_SECONDS`.
 
 Several clients may share an address, so none is refused because of it.
 """

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 import structlog
 from sqlalchemy.orm import Session
 
-from app import counted_objects
 from app.archive import Entry, folder, tar
 from app.broker import Broker, Lane
 from app.database import Database
@@ -113,7 +112,6 @@ class Models:
             log.warning("merged model lost", artifact=artifact.id, reason=str(damage))
             with self.database.write() as session:
                 artifacts.forget_one(session, artifact.id)
-                counted_objects.forget(session, [merged["prefix"]])
             self.storage.delete_folder(merged["prefix"])
             return self.download_merged(project, name, dtype, may_make=may_make)
 
@@ -185,13 +183,9 @@ class Models:
     def forget_merged(self) -> None:
         """Delete merged models that are older than a day. The next download merges again."""
         with self.database.write() as session:
-            old = artifacts.finished_before(session, artifacts.MERGE, MERGED_KEPT_SECONDS)
-            prefixes = [f"merged/{artifact.id}" for artifact in old]
-            counted_objects.forget(session, [(artifact.result or {}).get("prefix", "") for artifact in old])
-            for artifact in old:
-                session.delete(artifact)
-        for prefix in prefixes:
-            self.storage.delete_folder(prefix)
+            old = artifacts.forget_old(session, artifacts.MERGE, MERGED_KEPT_SECONDS)
+        for artifact_id in old:
+            self.storage.delete_folder(f"merged/{artifact_id}")
 
 
 def _delete_model(session: Session, model: Model) -> list[str]:
@@ -236,10 +230,7 @@ def _delete_unused(session: Session, checkpoints: Sequence[Checkpoint]) -> list[
 
 def _delete_merged(session: Session, name: str) -> list[str]:
     """Delete the rows of the merged forms of a model. Returns their folders."""
-    merges = artifacts.of_owner(session, name)
-    artifacts.forget(session, name)
-    counted_objects.forget(session, [(merge.result or {}).get("prefix", "") for merge in merges])
-    return [f"merged/{merge.id}" for merge in merges]
+    return [f"merged/{artifact_id}" for artifact_id in artifacts.forget(session, name)]
 
 
 def _require_merge(session: Session, project: str, base_model: str, *, may_make: bool) -> None:

@@ -12,6 +12,10 @@ from app.jobs.states import ACTIVE, Actor, Status
 from app.jobs.tables import Job
 from app.services import Services
 from app.spec.job import JobSpec
+from tests.helpers.reader import READER
+from worker.base_models import BaseModels
+from worker.reader.client import Reader
+from worker.validator import validate
 
 
 def make_job(services: Services, **changes: Any) -> str:
@@ -45,6 +49,15 @@ def make_job(services: Services, **changes: Any) -> str:
 def claim(services: Services, served: list[str] | None = None) -> Job | None:
     with services.database.write() as session:
         return job_queue.claim(session, Status.QUEUED, "test", served)
+
+
+def check_files(services: Services, reader: Reader = READER) -> str:
+    """Check the files of the job whose check is next, as the CPU lane does. Returns its id."""
+    with services.database.write() as session:
+        job = job_queue.claim(session, Status.VALIDATING, "test")
+    assert job is not None
+    validate(services, BaseModels(services.settings), reader, job, threading.Event())
+    return job.id
 
 
 def get(services: Services, job_id: str) -> Job:

@@ -10,10 +10,12 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import select, update
 
+from app.counted_objects import CountedObject
 from app.database import database_now
 from app.dataset_reports.service import MAX_PENDING
 from app.derived_artifacts import repository as artifacts
 from app.derived_artifacts.tables import DerivedArtifact
+from app.fsck import Finding, repair
 from app.models import repository as models
 from app.models.tables import Model
 from app.services import Services
@@ -192,10 +194,37 @@ def test_a_merged_model_is_made_once_and_streamed(
         session.execute(update(DerivedArtifact).values(finished_at=database_now() - 2 * 24 * 3600))
     keep_house(services)
     assert services.storage.list("merged") == [], "an old merged model is deleted, and made again on request"
+    assert counted(services) == []
     assert client.get(url).status_code == 202
     work(services)
     assert client.delete(f"/v1/models/{NAME}").status_code == 200
     assert services.storage.list("merged") == services.storage.list("jobs") == []
+    assert counted(services) == []
+
+
+def counted(services: Services) -> list[str]:
+    """The folders of merged models that count as stored."""
+    with services.database.read() as session:
+        return list(session.scalars(select(CountedObject.key)))
+
+
+def test_a_merged_model_counts_from_its_result_until_it_is_forgotten(
+    client: TestClient, services: Services, finished_job: str
+) -> None:
+    """A merge that its worker was too late to report counts for nothing. Pruning removes its objects."""
+    assert client.get(f"/v1/models/{NAME}/download?format=merged").status_code == 202
+    result = {"prefix": "merged/task-1/attempt-1", "bytes": 100}
+    with services.database.write() as session:
+        lost = artifacts.claim(session, "lost", ["tiny"])
+        assert lost is not None
+        artifacts.recover(session, lost, "The worker was lost.")
+        assert not artifacts.finish(session, lost.id, lost.attempt, result=result)
+        session.execute(update(DerivedArtifact).values(eligible_at=0.0))
+    assert counted(services) == []
+    assert work(services) == 1
+    assert counted(services) == [f"merged/{lost.id}/attempt-2"]
+    repair(services, Finding("model", NAME, "its objects are gone"))
+    assert counted(services) == []
 
 
 def test_a_model_in_use_is_not_deleted(client: TestClient, services: Services, finished_job: str) -> None:

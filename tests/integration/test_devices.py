@@ -16,8 +16,7 @@ from app.projects.tables import Project
 from app.services import Services
 from app.workers import repository as workers
 from tests.helpers.api import upload
-from tests.helpers.jobs import get, make_job
-from tests.helpers.reader import READER
+from tests.helpers.jobs import check_files, get, make_job
 from tests.helpers.tiny_model import make_tiny_model
 from worker.base_models import BaseModels, describe
 from worker.device_health import DeviceHealth
@@ -25,7 +24,6 @@ from worker.lease import JobLease
 from worker.processes import ForkServer
 from worker.trainer.events import Failed
 from worker.training_run import Training
-from worker.validator import validate
 
 GIGABYTE = 10**9
 SMALL, LARGE = 24 * GIGABYTE, 80 * GIGABYTE
@@ -86,10 +84,7 @@ def test_the_check_of_a_jobs_files_says_what_memory_it_needs(client: TestClient,
         row = b'{"prompt": "%s", "chosen": "yes", "rejected": "no"}\n' % (b"w " * length)
         body = {"model": "small", "training_file": upload(client, row)}
         job_id = client.post("/v1/fine_tuning/jobs", json=body).raise_for_status().json()["id"]
-        with services.database.write() as session:
-            job = job_queue.claim(session, Status.VALIDATING, "test")
-        assert job is not None
-        validate(services, BaseModels(services.settings), READER, job, threading.Event())
+        check_files(services)
         needs.append(get(services, job_id).memory_bytes)
     assert needs[0] is not None and needs[1] is not None and 0 < needs[0] < needs[1]
 

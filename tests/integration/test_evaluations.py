@@ -1,7 +1,6 @@
 """Evaluations over HTTP, without a worker: refused fields, defaults, listings and claims."""
 
 import json
-import threading
 from typing import Any
 
 import pytest
@@ -24,11 +23,8 @@ from app.webhooks.tables import WebhookEndpoint
 from app.workers import repository as workers
 from tests.helpers.api import error_of, upload
 from tests.helpers.evaluations import CANDIDATE, ENDPOINT_JUDGE, endpoint_judge, evaluation_body
-from tests.helpers.jobs import make_job
-from tests.helpers.reader import READER
-from worker.base_models import BaseModels
+from tests.helpers.jobs import check_files, make_job
 from worker.evaluation_run import rendering_of
-from worker.validator import validate
 
 SCORED = {"type": "reward_model", "model": "ft:tiny:default::reward"}
 
@@ -160,10 +156,7 @@ def test_evaluations_and_trainings_have_separate_lists_and_one_queue(client: Tes
     error_of(client.get(f"/v1/evaluations/{evaluation}/report"), 404)
     error_of(client.get("/v1/evaluations", params={"after": training}), 404)
     for _ in range(2):
-        with services.database.write() as session:
-            job = job_queue.claim(session, Status.VALIDATING, "test")
-        assert job is not None
-        validate(services, BaseModels(services.settings), READER, job, threading.Event())
+        check_files(services)
     with services.database.write() as session:
         first = job_queue.claim(session, Status.QUEUED, "test", ["tiny"])
         second = job_queue.claim(session, Status.QUEUED, "test", ["tiny"])

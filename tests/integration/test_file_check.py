@@ -1,7 +1,6 @@
 """The check of a job's files, before any GPU. It renders rows with the model's tokenizer, as the training would."""
 
 import json
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,13 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import update
 
-from app.jobs import queue as job_queue
 from app.jobs.states import Status
 from app.jobs.tables import Job
 from app.models.tables import Model
 from app.services import Services
 from tests.helpers.api import upload
-from tests.helpers.reader import READER
+from tests.helpers.jobs import check_files
 from tests.helpers.tiny_model import CHATML, make_tiny_model
-from worker.base_models import BaseModels
-from worker.validator import validate
 
 NO_SYSTEM = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
@@ -59,9 +55,7 @@ def checked(client: TestClient, services: Services, **body: object) -> dict[str,
     job_id = answer.json()["id"]
     with services.database.write() as session:
         session.execute(update(Job).where(Job.id != job_id).values(status=Status.CANCELLED))
-        job = job_queue.claim(session, Status.VALIDATING, "test", None)
-    assert job is not None and job.id == job_id
-    validate(services, BaseModels(services.settings), READER, job, threading.Event())
+    assert check_files(services) == job_id
     public_job: dict[str, Any] = client.get(f"/v1/fine_tuning/jobs/{job_id}").json()
     return public_job
 

@@ -10,7 +10,6 @@ from sqlalchemy import update
 
 from app.database import database_now
 from app.derived_artifacts.tables import DerivedArtifact
-from app.jobs import queue as job_queue
 from app.jobs.states import Status
 from app.jobs.tables import Checkpoint, Job
 from app.models.tables import Model
@@ -20,15 +19,13 @@ from app.spec.job import JobSpec
 from app.stored_content import FolderContent, store_folder
 from tests.helpers.api import ROW, error_of, upload
 from tests.helpers.derived_artifacts import work
-from tests.helpers.jobs import claim, get, make_job
-from tests.helpers.reader import READER
+from tests.helpers.jobs import check_files, claim, get, make_job
 from tests.helpers.tiny_model import make_tiny_model
 from worker.base_models import BaseModels
 from worker.device_health import DeviceHealth
 from worker.evaluation_run import Evaluation
 from worker.processes import ForkServer
 from worker.training_run import Training
-from worker.validator import validate
 
 NAME, CHECKPOINT = "ft:tiny:default::lost", "ft:tiny:default::lost:ckpt-step-3"
 PREFIX = "jobs/ftjob-made/attempt-2/model"
@@ -206,10 +203,7 @@ def test_a_job_whose_file_is_lost_fails_and_trains_on_nothing_else(
     job = run_job(services, {}, file_id)
     assert job.error is not None and (job.error["code"], job.error["param"]) == ("file_not_found", "training_file")
     other = client.post("/v1/fine_tuning/jobs", json={"model": "tiny", "training_file": file_id}).json()["id"]
-    with services.database.write() as session:
-        checked = job_queue.claim(session, Status.VALIDATING, "test", None)
-    assert checked is not None
-    validate(services, BaseModels(services.settings), READER, checked, threading.Event())
+    check_files(services)
     error = get(services, other).error
     assert error is not None and f"The file {file_id} cannot be read" in error["message"]
 

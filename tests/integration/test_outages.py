@@ -31,7 +31,7 @@ from app.work_queue import LONGEST_SETBACK_SECONDS, Queued, setback_pause
 from app.workers import repository as workers
 from tests.faults.proxy import Proxy
 from tests.helpers.api import ROW, upload
-from tests.helpers.jobs import claim, expire, get, make_job
+from tests.helpers.jobs import check_files, claim, expire, get, make_job
 from tests.helpers.reader import READER
 from tests.helpers.servers import admin, s3, wait_until
 from worker import lease as lease_module
@@ -43,7 +43,6 @@ from worker.processes import ForkServer
 from worker.reaper import Reaper
 from worker.store_health import StoreHealth
 from worker.training_run import Training
-from worker.validator import validate
 from worker.work import work_folder
 
 Attempt = Callable[[Services, str], Queued]
@@ -73,10 +72,7 @@ def training(services: Services, file_id: str) -> Queued:
 
 def check_of_files(services: Services, file_id: str) -> Queued:
     job_id = _job(services, file_id, Status.VALIDATING)
-    with services.database.write() as session:
-        job = job_queue.claim(session, Status.VALIDATING, "test")
-    assert job is not None
-    validate(services, BaseModels(services.settings), READER, job, threading.Event())
+    check_files(services)
     row = get(services, job_id)
     assert row.status == Status.VALIDATING
     return row

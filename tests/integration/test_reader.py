@@ -14,13 +14,12 @@ from sqlalchemy import select
 
 from app.derived_artifacts import repository as artifacts
 from app.derived_artifacts.tables import DerivedArtifact
-from app.jobs import queue as job_queue
 from app.jobs.states import Status
 from app.jobs.tables import Job
 from app.projects.tables import Project
 from app.services import Services
 from tests.helpers.api import upload
-from tests.helpers.jobs import get
+from tests.helpers.jobs import check_files, get
 from tests.helpers.preferences import pairs
 from tests.helpers.servers import wait_until
 from worker.base_models import BaseModels
@@ -28,7 +27,6 @@ from worker.derived_artifacts import make_artifact
 from worker.processes import Child
 from worker.reader import client as reader_client
 from worker.reader.client import Reader
-from worker.validator import validate
 from worker.waiting import THREAD_NAME, always_wanted
 from worker.worker_pool import WorkerPool
 
@@ -59,10 +57,7 @@ def test_a_file_that_costs_too_much_fails_the_job_that_reads_it(
 ) -> None:
     body = {"model": "tiny", "training_file": upload(client, ROWS)}
     job_id = client.post("/v1/fine_tuning/jobs", json=body).raise_for_status().json()["id"]
-    with services.database.write() as session:
-        job = job_queue.claim(session, Status.VALIDATING, "test")
-    assert job is not None
-    validate(services, BaseModels(services.settings), miserly, job, threading.Event())
+    check_files(services, miserly)
     error = get(services, job_id).error
     assert error is not None and (error["code"], error["param"]) == ("invalid_training_file", "training_file")
     assert error["message"].startswith("It takes ") and error["message"].endswith(reader_client.ADVICE)

@@ -2,15 +2,14 @@
 
 import json
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
 from app.spec.json_types import JsonObject
 from worker.machine import total_memory
-from worker.processes import Child, ForkServer
+from worker.processes import ForkServer, printed_result
 from worker.reader import NO_MEMORY
-from worker.waiting import Check, in_thread
+from worker.waiting import Check, in_thread, within
 
 MEMORY_SHARE, LEAST_MEMORY, MOST_MEMORY = 8, 512 * 1024**2, 4 * 1024**3
 """A task may allocate this fraction of the machine's memory: at least and at most so many bytes.
@@ -19,6 +18,8 @@ The libraries take a quarter of the least.
 """
 LEAST_SECONDS, BYTES_PER_SECOND = 120.0, 1_000_000
 """The time of a task: a start, and as long as it takes to read the file at this pace. Most files take far less."""
+ADVICE = "Divide it into smaller files, or shorten its rows."
+LOG = "reader.log"
 
 
 class TooCostly(Exception):
@@ -29,7 +30,7 @@ class Reader:
     """Does tasks in processes of their own. Several threads may give tasks."""
 
     def __init__(self) -> None:
-        self._server = ForkServer("worker.reader", "reader.log")
+        self._server = ForkServer("worker.reader", LOG)
         self.memory_bytes = min(MOST_MEMORY, max(LEAST_MEMORY, total_memory() // MEMORY_SHARE))
 
     def prepare(self) -> None:
@@ -47,32 +48,15 @@ class Reader:
         """
         (folder / "task.json").write_text(json.dumps(task))
         seconds = LEAST_SECONDS + size / BYTES_PER_SECOND
-        deadline = time.monotonic() + seconds
-
-        def check_deadline() -> None:
-            check()
-            if time.monotonic() > deadline:
-                raise TooCostly(
-                    f"It takes longer to read than {seconds:.0f} s, the time for a file of its size. {ADVICE}"
-                )
-
-        child = self._server.start(folder, check_deadline, memory_bytes=self.memory_bytes)
+        slow = TooCostly(f"It takes longer to read than {seconds:.0f} s, the time for a file of its size. {ADVICE}")
+        check = within(seconds, check, slow)
+        child = self._server.start(folder, check, memory_bytes=self.memory_bytes)
         try:
-            status, printed = _outcome(child, check_deadline)
+            printed = in_thread(child.stdout.read, check)
+            status = in_thread(child.wait, check)
         finally:
             child.kill()
         if status in (NO_MEMORY, -signal.SIGABRT):  # a library that gets no memory aborts
             gigabytes = self.memory_bytes / 1024**3
             raise TooCostly(f"It takes more than {gigabytes:.1f} GiB of memory to read. {ADVICE}")
-        if status != 0:
-            raise RuntimeError((folder / "reader.log").read_text(errors="replace")[-2000:])
-        return json.loads(printed.splitlines()[-1])
-
-
-ADVICE = "Divide it into smaller files, or shorten its rows."
-
-
-def _outcome(child: Child, check: Check) -> tuple[int, bytes]:
-    """(exit status, what it printed)."""
-    printed = in_thread(child.stdout.read, check)
-    return in_thread(child.wait, check), printed
+        return printed_result(status, printed, folder / LOG)
