@@ -1,7 +1,7 @@
 # syntax=docker/dockerfile:1
 # Two images from one file: `api` (no torch) and `worker` (CUDA). Both run as an ordinary user.
 
-FROM python:3.11-slim AS base
+FROM python:3.11.16-slim@sha256:9c900dea9e8fb7e16277c179b555cc72d29a352dbc33cff48ad5a0412fd5bfc7 AS base
 ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 DPO_HOME=/var/lib/dpo
 RUN useradd --create-home --uid 10001 dpo && install -d -o dpo -g dpo /var/lib/dpo
 WORKDIR /opt/dpo

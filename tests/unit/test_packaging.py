@@ -104,6 +104,15 @@ def test_only_the_proxy_can_be_reached_and_only_the_api_has_the_operators_key() 
     assert "-ip.bind=127.0.0.1" in store and "-s3.ip.bind=0.0.0.0" in store
 
 
+def test_every_image_of_others_has_a_version_and_a_digest() -> None:
+    images = [service["image"] for service in SERVICES.values() if "build" not in service]
+    stages = {words[-1] for instruction, words in dockerfile() if instruction == "FROM"}
+    images += [words[0] for instruction, words in dockerfile() if instruction == "FROM" and words[0] not in stages]
+    assert len(images) >= 6
+    for image in images:
+        assert re.fullmatch(r"[a-z/]+:\d[\d.]+[a-z-]*@sha256:[0-9a-f]{64}", image), image
+
+
 @pytest.mark.parametrize("name", ["migrate", "api", "gpu-worker", "cpu-worker"])
 def test_every_process_gets_the_same_stores_and_secrets(name: str) -> None:
     environment = SERVICES[name]["environment"]
