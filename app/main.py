@@ -80,13 +80,19 @@ ROUTERS = (
 )
 
 
-def _openapi_document(app: FastAPI) -> JsonObject:
-    """The OpenAPI document. FastAPI describes errors of streaming routes as streams; here they are JSON."""
+def _openapi_document(app: FastAPI, routes: AccessTable) -> JsonObject:
+    """The OpenAPI document, with the scope that each route needs.
+
+    FastAPI describes errors of streaming routes as streams; here they are JSON.
+    """
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
         error = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}}
-        for methods in document["paths"].values():
-            for operation in methods.values():
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        for path, methods in document["paths"].items():
+            for method, operation in methods.items():
+                rules = routes.find(method.upper(), path)
+                operation["security"] = [] if rules.public else [{"key": [rules.required(method.upper())]}]
                 for status, response in operation["responses"].items():
                     if int(status) in ERRORS:
                         response["content"] = error
@@ -126,8 +132,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     ProcessCollector(registry=registry)
     install_handlers(app)
     app.add_exception_handler(NotSignedIn, ask_for_a_key)
-    _add_middleware(app, services, registry, _add_routes(app))
-    app.openapi = lambda: _openapi_document(app)  # type: ignore[method-assign]
+    routes = _add_routes(app)
+    _add_middleware(app, services, registry, routes)
+    app.openapi = lambda: _openapi_document(app, routes)  # type: ignore[method-assign]
     return app
 
 

@@ -16,46 +16,69 @@ DeviceSetting = Literal["auto", "cuda", "cpu"]
 
 
 class Settings(BaseSettings):
-    """The operator's settings, as in docs/reference/configuration.md. Building this object writes nothing to disk."""
+    """The operator's settings. Building this object writes nothing to disk.
 
-    model_config = SettingsConfigDict(env_prefix="DPO_", extra="ignore", frozen=True, hide_input_in_errors=True)
+    docs/reference/configuration.md shows the text under each field.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="DPO_", extra="ignore", frozen=True, hide_input_in_errors=True, use_attribute_docstrings=True
+    )
 
     home: Path = Path(".dpo")
+    """Folder of the embedded defaults: database, objects, broker folders, keys, base models and work folders."""
     database_url: str = ""
+    """`postgresql+psycopg://…`, version 15 or newer. PgBouncer may be between, in any pooling mode."""
     storage_url: str = ""
+    """`s3://bucket/prefix`, `gs://…` or `az://…`."""
     broker_url: str = ""
+    """`redis://…`."""
     models_dir: Path = Path()
+    """On workers: folder of the base models. A model's name is its path below this folder."""
     device: DeviceSetting = "auto"
-    """The device of GPU workers and `dpo train`. With `auto`, it is a GPU if the machine shows one, else the CPU."""
+    """The device of GPU workers and `dpo train`: `cuda`, `cpu` or `auto`. With `auto` it is a GPU if the machine shows
+    one, else the CPU."""
     hub_models: Annotated[tuple[str, ...], NoDecode] = ()
+    """On workers: hub ids or patterns (`org/*`) that may be downloaded, separated by commas."""
     admin_key_value: SecretStr = Field(SecretStr(""), alias="DPO_ADMIN_KEY")
+    """The first API key: 16 characters or more."""
     secret_key_value: SecretStr = Field(SecretStr(""), alias="DPO_SECRET_KEY")
+    """Key of the HMAC under which API keys are stored, and of the encryption of third-party secrets. Several keys,
+    separated by commas, while one replaces another."""
     host: str = "127.0.0.1"
+    """Address on which the API listens."""
     port: int = 8000
+    """Port on which the API listens."""
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = ("localhost", "127.0.0.1", "[::1]")
+    """Host names that the API answers to, separated by commas. `*` allows all."""
     root_path: str = ""
-    """The path below which a proxy serves the API, such as `/dpo`. Links of the API and the dashboard begin with it."""
+    """The path below which a proxy serves the API, such as `/dpo`. The proxy may keep it in the path of a request or
+    remove it."""
     cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
+    """Browser origins that may call the API, separated by commas."""
     keep_alive_seconds: int = Field(75, ge=1)
-    """Seconds that an idle connection stays open. A proxy must close it first, else it sends into a closed one."""
+    """How long an idle connection stays open. A proxy must close it first, else the proxy answers 502 at times."""
     shutdown_seconds: int = Field(25, ge=0)
-    """Seconds that open requests, such as downloads, have to end once the API is told to stop."""
+    """How long open requests, such as downloads, have to end after SIGTERM. Event streams end at once, and clients
+    resume them."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """The lowest level that is logged."""
+    """The lowest level that is logged: `debug`, `info`, `warning` or `error`."""
     rate_limit: int = Field(6000, ge=0)
-    """Requests per minute for each key; 0 means no limit."""
+    """Requests per minute for each key. 0 turns the limit off. Redis counts them if it is the broker."""
     share_cache: bool = False
-    """All projects share tokens and reference log-probs. A job can then tell that another project has used a file."""
+    """All projects share tokens and reference log-probs. It saves work, and a job can tell by its events that another
+    project has trained on the same file."""
     prune_after_hours: float = Field(24.0, ge=0)
-    """Age in hours at which workers remove objects that no row needs; 0 means never."""
+    """Age at which workers delete objects that no row needs, at least 1. 0 never deletes."""
     retain_events_days: float = Field(365.0, ge=0)
-    """Days to keep events, metrics and logs of ended jobs, and ended webhook deliveries; 0 means for ever."""
+    """How long events, metric series, logs and webhook deliveries are kept after a job's end. 0 keeps them for ever."""
     retain_checkpoints_days: float = Field(30.0, ge=0)
-    """Days to keep the checkpoints of ended jobs. Their models stay. 0 means for ever."""
+    """How long checkpoints are kept after their job's end. Their models stay. 0 keeps them for ever."""
     private_webhooks: Annotated[tuple[str, ...], NoDecode] = ()
-    """Hosts inside the operator's own network that webhooks may be sent to."""
+    """Hosts of your own network that webhooks may be sent to: `name` for the ports 80 and 443, `name:8080`, or
+    `name:*`."""
     private_judges: Annotated[tuple[str, ...], NoDecode] = ()
-    """Hosts inside the operator's own network that evaluations may ask as judges."""
+    """Hosts of your own network that evaluations may ask as judges, in the same form."""
 
     @model_validator(mode="before")
     @classmethod

@@ -19,11 +19,11 @@ from app.spec.quality_gates import Gates, require_metric
 from app.spec.schema_base import (
     NO_NUL,
     STORED,
+    Defaulted,
     FileName,
     Metadata,
     ModelName,
     Quantization,
-    Strict,
     inconsistent,
     plain_json,
 )
@@ -31,13 +31,13 @@ from app.spec.schema_base import (
 EvaluationType = Literal["preference", "win_rate", "reward_kl", "agreement"]
 
 
-class Classifier(Strict):
+class Classifier(Defaulted):
     """A linear classifier over words and phrases, read from a file. Its score is the logit."""
 
     file: FileName
 
 
-class Scorer(Strict):
+class Scorer(Defaulted):
     """Scores a single answer: a reward model that was trained here, or a classifier."""
 
     type: Literal["reward_model", "classifier"]
@@ -53,7 +53,7 @@ class Scorer(Strict):
         return self
 
 
-class BestOf(Strict):
+class BestOf(Defaulted):
     """Sample `n` answers to a prompt and take the one that `by` scores highest.
 
     This is the DPO paper's strongest baseline and needs no training. Its KL divergence from the model is at most
@@ -69,7 +69,7 @@ class BestOf(Strict):
         return math.log(self.n) - (self.n - 1) / self.n
 
 
-class Side(Strict):
+class Side(Defaulted):
     """One side of the comparison. Its answers come from a model, from a file, or from the data itself."""
 
     model: ModelName | None = None
@@ -120,7 +120,7 @@ def _side(value: object) -> object:
 Baseline = Annotated[Side, BeforeValidator(_side, json_schema_input_type=Side | Literal["reference"])]
 
 
-class SamplingSpec(Strict):
+class SamplingSpec(Defaulted):
     """How completions are sampled. The seed, the row and the number of a completion fix its random numbers."""
 
     temperatures: Annotated[list[Annotated[float, Field(ge=0, le=10)]], Field(min_length=1, max_length=16)] = [1.0]
@@ -140,14 +140,14 @@ class SamplingSpec(Strict):
 MAX_KEY_CHARACTERS = 2048
 
 
-class Price(Strict):
+class Price(Defaulted):
     """The price of a million tokens at an endpoint, in any currency."""
 
     input: Annotated[float, Field(ge=0)]
     output: Annotated[float, Field(ge=0)]
 
 
-class Endpoint(Strict):
+class Endpoint(Defaulted):
     """A server with OpenAI's chat completions API."""
 
     base_url: Annotated[str, StringConstraints(min_length=8, max_length=2048, pattern=r"^https?://[!-~]+$")]
@@ -178,7 +178,7 @@ class Endpoint(Strict):
         return self
 
 
-class Judge(Strict):
+class Judge(Defaulted):
     """Decides which of two answers is better. It scores each answer, or it is asked which it prefers."""
 
     type: Literal["reward_model", "classifier", "endpoint", "model"]

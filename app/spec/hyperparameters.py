@@ -1,6 +1,6 @@
 """The hyperparameters of a stage.
 
-None and "auto" mean the default. `resolved` fills in the defaults. Those that depend on the model, the rows or the
+Null and "auto" mean the default. `resolved` fills in the defaults. Those that depend on the model, the rows or the
 device stay None: the maximum length, the intervals, and activation checkpointing.
 """
 
@@ -12,7 +12,7 @@ from pydantic import Field, StringConstraints, model_validator
 from app.spec.datasets.example import Kind
 from app.spec.losses import BETA_HALVED, LOSSES, OPTIONS, Loss, LossName, default_options, refuses
 from app.spec.metrics import METRICS, TRAINING, Trait, measured
-from app.spec.schema_base import Auto, Strict, inconsistent
+from app.spec.schema_base import Automatic, inconsistent
 
 if TYPE_CHECKING:
     StoppingMetric = str
@@ -26,7 +26,7 @@ MOMENT_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "rmsprop": 4
 """Bytes of each optimizer's moments per trained parameter. Trained parameters are in float32."""
 
 
-class EarlyStopping(Strict):
+class EarlyStopping(Automatic):
     """Stop the stage when a validation metric no longer improves, and keep the weights of its best step."""
 
     metric: StoppingMetric = "eval/loss"
@@ -37,7 +37,7 @@ class EarlyStopping(Strict):
     """A change counts as an improvement only if it is larger than this."""
 
 
-class SyncReference(Strict):
+class SyncReference(Automatic):
     """TR-DPO (Gorbatovski et al. 2024): the reference is updated from the policy during training."""
 
     alpha: Annotated[float, Field(gt=0, le=1)] = 0.6
@@ -46,14 +46,14 @@ class SyncReference(Strict):
     """Optimizer steps between two updates of the reference."""
 
 
-class WeightedLoss(Strict):
+class WeightedLoss(Automatic):
     """One term of a weighted sum of losses."""
 
     name: LossName
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
 
 
-class Hyperparameters(Strict):
+class Hyperparameters(Automatic):
     """The hyperparameters that every stage has."""
 
     METHOD: ClassVar[str]
@@ -65,36 +65,36 @@ class Hyperparameters(Strict):
     LEARNING_RATES: ClassVar[tuple[float, float]]
     """The default peak learning rates: for an adapter, and for full-parameter training."""
 
-    batch_size: Annotated[Annotated[int, Field(ge=1, le=256)] | None, Auto] = None
+    batch_size: Annotated[int, Field(ge=1, le=256)] | None = None
     """Rows (for DPO: pairs) per optimizer step; the default is 16."""
-    n_epochs: Annotated[Annotated[int, Field(ge=1, le=50)] | None, Auto] = None
+    n_epochs: Annotated[int, Field(ge=1, le=50)] | None = None
     """Passes over the training rows; the default is 1."""
-    learning_rate_multiplier: Annotated[Annotated[float, Field(gt=0, le=1e30)] | None, Auto] = None
+    learning_rate_multiplier: Annotated[float, Field(gt=0, le=1e30)] | None = None
     """Factor of the learning rate; the default is 1."""
-    learning_rate: Annotated[Annotated[float, Field(gt=0, le=1)] | None, Auto] = None
+    learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     """Peak learning rate, before the multiplier is applied."""
-    max_length: Annotated[Annotated[int, Field(ge=16, le=10**7)] | None, Auto] = None
+    max_length: Annotated[int, Field(ge=16, le=10**7)] | None = None
     """Maximum tokens of a prompt and one answer together. The default is the model's context length, at most 2,048."""
     truncation: Literal["keep_end", "keep_start", "drop"] = "keep_end"
     """How to fit a row that is longer than `max_length`: keep the end of its prompt, keep its start, or drop the row.
     Prompt and answer each get half of the tokens, plus those that the other does not need."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """The share of the steps during which the learning rate rises to its peak."""
-    warmup_steps: Annotated[Annotated[int, Field(ge=0, le=10**9)] | None, Auto] = None
+    warmup_steps: Annotated[int, Field(ge=0, le=10**9)] | None = None
     """Warmup as a number of steps, in place of `warmup_ratio`. The DPO paper uses 150."""
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "rmsprop"] = "adamw"
     """The 8-bit optimizers (Dettmers et al. 2022) need a GPU. The DPO paper uses `rmsprop`."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    max_steps: Annotated[Annotated[int, Field(ge=1, le=10**9)] | None, Auto] = None
+    max_steps: Annotated[int, Field(ge=1, le=10**9)] | None = None
     """Number of optimizer steps, in place of `n_epochs`: the data is repeated or cut short to reach it."""
-    eval_every: Annotated[Annotated[int, Field(ge=1, le=10**9)] | None, Auto] = None
+    eval_every: Annotated[int, Field(ge=1, le=10**9)] | None = None
     """Optimizer steps between validations. The default is a fifth of the stage."""
-    checkpoint_every: Annotated[Annotated[int, Field(ge=1, le=10**9)] | None, Auto] = None
+    checkpoint_every: Annotated[int, Field(ge=1, le=10**9)] | None = None
     """Optimizer steps between checkpoints. The default is a fifth of the stage."""
     early_stopping: EarlyStopping | None = None
-    activation_checkpointing: Annotated[bool | None, Auto] = None
+    activation_checkpointing: bool | None = None
     """Recompute activations in the backward pass to save memory. The default: only if they would not fit."""
     compile: bool = False
     """Compile the model's layers with torch.compile. The start takes minutes longer; the steps are then faster."""
@@ -180,7 +180,7 @@ class DPOHyperparameters(Hyperparameters):
     ACCURACY = "rewards/accuracies"
     LEARNING_RATES = (5e-5, 1e-6)
 
-    beta: Annotated[Annotated[float, Field(gt=0, le=100)] | None, Auto] = None
+    beta: Annotated[float, Field(gt=0, le=100)] | None = None
     """β of Eq. 7: how strongly the policy is kept close to the reference. Each loss has its own default."""
     loss: LossName | Annotated[list[WeightedLoss], Field(min_length=1, max_length=8)] = "sigmoid"
     """The name of a loss, or a weighted sum of losses."""

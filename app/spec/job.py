@@ -1,7 +1,7 @@
 """The job spec: the body of `POST /v1/fine_tuning/jobs`, and of `dpo train` with paths in place of file ids.
 
 This module is pure pydantic; the trainer imports it too. Unknown fields are refused by name. Fields of OpenAI's
-contract that are not supported yet are refused too. Numbers that are left out or "auto" mean the default.
+contract that are not supported yet are refused too. A field that is left out, null or "auto" has its default.
 `JobSpec.resolved` fills in the defaults, so that the stored spec says what was run.
 """
 
@@ -19,19 +19,19 @@ from app.spec.hyperparameters import DPOHyperparameters, Hyperparameters, Superv
 from app.spec.json_types import JsonObject
 from app.spec.metrics import METRICS, VALIDATION
 from app.spec.quality_gates import Gates, require_metric
-from app.spec.schema_base import NO_NUL, STORED, FileName, Metadata, ModelName, Quantization, Strict, inconsistent
+from app.spec.schema_base import NO_NUL, STORED, Automatic, FileName, Metadata, ModelName, Quantization, inconsistent
 
 KEEP_CHECKPOINTS = 10
 DEFAULT_VALIDATION_SPLIT = 0.05
 
 
-class SupervisedMethod(Strict):
+class SupervisedMethod(Automatic):
     """Configuration of the method `supervised`."""
 
     hyperparameters: SupervisedHyperparameters = SupervisedHyperparameters()
 
 
-class DPOMethod(Strict):
+class DPOMethod(Automatic):
     """Configuration of the method `dpo`."""
 
     hyperparameters: DPOHyperparameters = DPOHyperparameters()
@@ -45,7 +45,7 @@ else:
     MethodType = Literal[tuple(METHODS)]
 
 
-class MethodSpec(Strict):
+class MethodSpec(Automatic):
     """The training method and its configuration."""
 
     NOT_BUILT = frozenset({"reinforcement"})
@@ -77,7 +77,7 @@ class MethodSpec(Strict):
         return method
 
 
-class SftStage(Strict):
+class SftStage(Automatic):
     """A supervised stage before the preference stage, in the same job."""
 
     training_file: FileName | None = None
@@ -116,7 +116,7 @@ class StageSpec:
 SavedModule = Literal["embed_tokens", "lm_head"]
 
 
-class Adapter(Strict):
+class Adapter(Automatic):
     """A LoRA adapter (Hu et al. 2021)."""
 
     r: Annotated[int, Field(ge=1, le=1024)] = 16
@@ -147,7 +147,7 @@ class Adapter(Strict):
         return self
 
 
-class Wandb(Strict):
+class Wandb(Automatic):
     """The Weights & Biases run that gets the job's metrics."""
 
     project: Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=NO_NUL)]
@@ -159,7 +159,7 @@ class Wandb(Strict):
     ] = []
 
 
-class Integration(Strict):
+class Integration(Automatic):
     """An external service that gets the job's metrics."""
 
     type: Literal["wandb"]
@@ -169,7 +169,7 @@ class Integration(Strict):
 MORE = "more_training_files"
 
 
-class JobSpec(RenderingSettings):
+class JobSpec(RenderingSettings, Automatic):
     """The body of `POST /v1/fine_tuning/jobs`."""
 
     model_config = ConfigDict(
@@ -224,16 +224,6 @@ class JobSpec(RenderingSettings):
     """Bounds on metrics of the training, or of its evaluations as `evaluations/NAME/METRIC`."""
     mapping: Mapping | None = None
     """How to read the rows of `training_file` and `validation_file`, if their columns do not tell."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, data: object) -> object:
-        # The official client sends null for an argument that is None.
-        if isinstance(data, dict):
-            return {
-                name: value for name, value in data.items() if value is not None or name not in ("method", "priority")
-            }
-        return data
 
     @model_validator(mode="after")
     def _consistent(self, info: ValidationInfo) -> Self:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, StringConstraints, ValidationInfo, model_validator
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
 STORED = "stored"
@@ -79,12 +79,25 @@ class Strict(BaseModel):
         return {field: value for field, value in data.items() if field not in cls.NOT_BUILT}
 
 
-def _auto(value: object) -> object:
-    return None if value == "auto" else value
+class Defaulted(Strict):
+    """A model in which null means the default, in every field that has one: as if the field was left out."""
+
+    UNSET: ClassVar[tuple[object, ...]] = (None,)
+    """The values that mean the default."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out(cls, data: object) -> object:
+        if not isinstance(data, dict):
+            return data
+        optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
+        return {name: value for name, value in data.items() if name not in optional or value not in cls.UNSET}
 
 
-Auto = BeforeValidator(_auto)
-"""For fields where "auto" means the default, as None does."""
+class Automatic(Defaulted):
+    """A model in which "auto" means the default too, as in OpenAI's hyperparameters."""
+
+    UNSET = (None, "auto")
 
 
 MAX_DEPTH = 32

@@ -12,7 +12,7 @@ from app.spec.job import METHODS, JobSpec
 from app.spec.json_types import JsonObject
 from app.spec.metrics import METRICS
 from app.spec.quality_gates import require_metric
-from app.spec.schema_base import NO_NUL, Metadata, Strict, inconsistent, plain_json
+from app.spec.schema_base import NO_NUL, Defaulted, Metadata, Strict, inconsistent, plain_json
 
 MAX_JOBS = 64
 MAX_SWEEP_BYTES = 1 << 20
@@ -29,7 +29,7 @@ class Axes(Strict):
     y: MetricName
 
 
-class SweepSpec(Strict):
+class SweepSpec(Defaulted):
     """The body of `POST /v1/sweeps`."""
 
     model_config = ConfigDict(
@@ -99,7 +99,7 @@ class SweepSpec(Strict):
         prompts of the completions, and the reference log-probs, which are computed only once.
         """
         seed = self.job.get("seed")
-        shared = secrets.randbelow(2**31) if seed is None else seed
+        shared = secrets.randbelow(2**31) if seed in JobSpec.UNSET else seed
         for values in itertools.product(*self.grid.values()):
             body, swept = copy.deepcopy(self.job), dict(zip(self.grid, values, strict=True))
             body["seed"] = shared

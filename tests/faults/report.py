@@ -8,7 +8,7 @@ from typing import Any
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """Markdown: a row for each fault with its number of strikes, the problems after it, and the times of recovery."""
+    """Markdown: the faults with their strikes, and the totals."""
     outcomes, minutes = [outcome for run in runs for outcome in run["parts"]], sum(run["seconds"] for run in runs) / 60
     strikes = [strike for outcome in outcomes for strike in outcome["strikes"]]
     misses = Counter(name for outcome in outcomes for name in outcome["misses"])
@@ -16,20 +16,7 @@ def table(runs: list[dict[str, Any]]) -> str:
     counted = Counter[str]()
     for outcome in outcomes:
         counted.update(outcome["counted"])
-    lines = [
-        "| fault | times | lost, twice or wrong | recovery p50 | p99 | a line that shows a strike |",
-        "|---|---:|---:|---:|---:|---|",
-    ]
-    for fault in sorted({strike["fault"] for strike in strikes}):
-        strikes_of_fault = [strike for strike in strikes if strike["fault"] == fault]
-        wrong_count = sum(bool(strike["wrong"]) for strike in strikes_of_fault)
-        recoveries = [strike["recovery"] for strike in strikes_of_fault if strike["recovery"] is not None]
-        median, percentile_99 = (
-            (f"{statistics.median(recoveries):.1f} s", f"{quantile(recoveries):.1f} s") if recoveries else ("", "")
-        )
-        lines.append(
-            f"| {fault} | {len(strikes_of_fault)} | {wrong_count} | {median} | {percentile_99} | {strikes_of_fault[0]['evidence'][:120]} |"
-        )
+    lines = [by_fault(strikes)]
     lines += [
         "",
         f"{len(strikes)} strikes in {minutes:.0f} minutes on {os.cpu_count()} cores ({platform.machine()}), "
@@ -46,6 +33,25 @@ def table(runs: list[dict[str, Any]]) -> str:
     for outcome in outcomes:
         lines += [f"Not run here: {fault}. It needs {lack}." for fault, lack in outcome["lacking"].items()]
     lines += ["", *(f"- WRONG: {problem}" for problem in problems)] if problems else ["", "Nothing was wrong."]
+    return "\n".join(lines)
+
+
+def by_fault(strikes: list[dict[str, Any]]) -> str:
+    """Markdown: a row for each fault with its number of strikes, the problems after it, and the times of recovery."""
+    lines = [
+        "| fault | times | lost, twice or wrong | recovery p50 | p99 | a line that shows a strike |",
+        "|---|---:|---:|---:|---:|---|",
+    ]
+    for fault in sorted({strike["fault"] for strike in strikes}):
+        strikes_of_fault = [strike for strike in strikes if strike["fault"] == fault]
+        wrong_count = sum(bool(strike["wrong"]) for strike in strikes_of_fault)
+        recoveries = [strike["recovery"] for strike in strikes_of_fault if strike["recovery"] is not None]
+        median, percentile_99 = (
+            (f"{statistics.median(recoveries):.1f} s", f"{quantile(recoveries):.1f} s") if recoveries else ("", "")
+        )
+        lines.append(
+            f"| {fault} | {len(strikes_of_fault)} | {wrong_count} | {median} | {percentile_99} | {strikes_of_fault[0]['evidence'][:120]} |"
+        )
     return "\n".join(lines)
 
 

@@ -3,10 +3,8 @@
 `tests/data/openai-fine-tuning.openapi.json` is an excerpt of openai/openai-openapi of 2026-08-21 (MIT licence).
 """
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -14,7 +12,6 @@ from app.main import create_app
 from app.settings import Settings
 from app.spec.json_types import JsonObject
 
-REFERENCE = Path(__file__).parents[2] / "docs" / "reference"
 EXCERPT = Path(__file__).parents[1] / "data" / "openai-fine-tuning.openapi.json"
 
 
@@ -169,23 +166,3 @@ def test_the_example_of_every_body_fits_its_schema(ours: JsonObject) -> None:
             Draft202012Validator(full_schema).validate(schema["example"])
     with_examples = [name for name, schema in ours["components"]["schemas"].items() if "example" in schema]
     assert len(with_examples) >= 15
-
-
-def generator(name: str) -> ModuleType:
-    """A script of docs/reference, loaded by path, since that folder is no package."""
-    spec = importlib.util.spec_from_file_location(name, REFERENCE / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_api_reference_is_up_to_date(ours: JsonObject) -> None:
-    """`python docs/reference/generate.py` writes it."""
-    assert (REFERENCE / "api.md").read_text() == generator("generate").text(ours)
-
-
-@pytest.mark.parametrize("page", ["losses.md", "metrics.md"])
-def test_the_tables_of_losses_and_metrics_are_up_to_date(page: str) -> None:
-    """`python docs/reference/generate_tables.py` writes them."""
-    assert (REFERENCE / page).read_text() == generator("generate_tables").TABLES[page]()

@@ -213,7 +213,7 @@ def test_a_consistent_combination_is_accepted_and_resolved(values: dict[str, obj
 @pytest.mark.parametrize(
     ("field", "values"),
     [
-        ("loss", ["dpo", "SIGMOID", [], terms("dpo"), terms(*LOSS_NAMES[:9]), [{"name": "sft", "weight": 0.0}], None]),
+        ("loss", ["dpo", "SIGMOID", [], terms("dpo"), terms(*LOSS_NAMES[:9]), [{"name": "sft", "weight": 0.0}]]),
         ("beta", [0.0, -0.1, 101.0, "0.1", float("nan"), float("inf")]),
         ("label_smoothing", [-0.1, 0.5]),
         ("f_divergence", ["kl", "chi"]),

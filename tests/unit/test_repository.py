@@ -4,8 +4,6 @@ import ast
 import re
 from pathlib import Path
 
-from app.settings import Settings
-
 ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"(?<!`)\[[^\]\n]*\]\(([^)\s]+)\)")
 
@@ -63,12 +61,6 @@ def test_every_page_is_in_the_index() -> None:
     decisions = ROOT / "docs" / "decisions"
     listed = set(LINK.findall((decisions / "README.md").read_text()))
     assert {page.name for page in decisions.glob("[0-9]*.md")} <= listed
-
-
-def test_every_environment_variable_is_in_the_reference() -> None:
-    page = (ROOT / "docs/reference/configuration.md").read_text()
-    names = {field.alias or f"DPO_{name.upper()}" for name, field in Settings.model_fields.items()}
-    assert sorted(name for name in names if f"`{name}`" not in page) == []
 
 
 def test_every_program_is_started_without_the_callers_folder_on_its_path() -> None:

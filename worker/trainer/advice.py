@@ -25,8 +25,34 @@ LENGTH_DRIFT = 0.15
 """Tolerated excess of the share of pairs in which the longer answer wins, over that share in the data."""
 WORSE = 0.02
 """Relative rise of the validation loss over its start that counts as harm."""
+MIN_LENGTH_ROWS = 50
+"""Validation rows that are needed to see a drift of the length."""
 MOST_ROWS = 10_000
 """Number of rows that are checked for identical sides."""
+
+
+WARNINGS = {
+    "likelihood_displacement": (
+        f"The log-probs of chosen and rejected answers both fall, and the chosen ones by more than {FALL:.0%} and 1 nat"
+    ),
+    "margins_exploding": f"The mean margin of {WINDOW} steps is above {EXPLODED:g}",
+    "accuracy_saturated": (
+        f"{WINDOW} steps rank {SATURATED:.1%} of the pairs right, before {EARLY:.0%} of the steps are done"
+    ),
+    "length_drift": (
+        f"In validation, the longer answer wins {100 * LENGTH_DRIFT:.0f} points more often than people preferred it. "
+        f"Needs {MIN_LENGTH_ROWS} validation rows"
+    ),
+    "validation_worse_than_at_start": f"The validation loss is {WORSE:.0%} above its value before the first step",
+    "identical_sides": (
+        f"Some of the first {MOST_ROWS:,} rows have the same tokens on both sides, mostly because `max_length` cut them"
+    ),
+    "nothing_is_learned": f"The gradient was zero for {WINDOW} steps",
+    "untrained_control_tokens": "The texts have control tokens whose embeddings the base never learned",
+    "template_never_ends": "The chat template writes nothing from which a model could learn to stop",
+    "validation_prompts_in_training": "Validation rows have prompts that training rows have too",
+}
+"""The code of every warning of a training, and when it comes. The docs show this table."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +164,7 @@ class Advisor:
     def _length(self, metrics: dict[str, float]) -> Iterator[Advice]:
         """Length bias: in validation the longer answer wins more often than in the data."""
         share, rows = metrics.get("eval/rewards/longer_preferred"), self.stage.validation
-        if share is None or not self._steps or len(rows) < 50:
+        if share is None or not self._steps or len(rows) < MIN_LENGTH_ROWS:
             return
         sides = [(row.responses[0].ids, row.responses[-1].ids) for row in rows]
         # Pairs whose chosen answer is longer; equal lengths count half.

@@ -7,7 +7,7 @@ from typing import Annotated, Self
 from pydantic import AfterValidator
 
 from app.spec.json_types import JsonObject
-from app.spec.schema_base import Strict
+from app.spec.schema_base import Defaulted
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def _day(value: str) -> str:
         raise ValueError("must be a day in ISO 8601, such as 2026-11-27") from None
 
 
-class RenderingSettings(Strict):
+class RenderingSettings(Defaulted):
     """How a job renders its conversations to text.
 
     Null: as in the training of the model that the job starts from; for a base model, the default.

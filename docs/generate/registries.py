@@ -1,14 +1,9 @@
-"""`python docs/reference/generate_tables.py`: write losses.md and metrics.md from the registries.
-
-A test checks that both pages are up to date.
-"""
-
-from pathlib import Path
+"""The pages of losses and metrics, and tables of other pages, from the registries of the code."""
 
 from app.spec.losses import LOSSES, Loss
 from app.spec.metrics import BEST_OF, ENDPOINT, EVALUATION, TRAINING, Metric, Trait
-
-FOLDER = Path(__file__).parent
+from docs.generate.markdown import table
+from worker.trainer.advice import WARNINGS
 
 
 def losses() -> str:
@@ -100,8 +95,8 @@ def _row(name: str, metric: Metric) -> str:
     return f"| `{name}` | {metric.meaning} | {metric.better or ''} | {metric.unit} |"
 
 
-TABLES = {"losses.md": losses, "metrics.md": metrics}
+def _warnings() -> str:
+    return table(("`code`", "when"), [(f"`{code}`", when) for code, when in WARNINGS.items()])
 
-if __name__ == "__main__":
-    for name, table in TABLES.items():
-        (FOLDER / name).write_text(table())
+
+PARTS = {"warnings": _warnings}

@@ -1,0 +1,224 @@
+"""The tables of measured figures, from `bench/results/`."""
+
+import json
+import statistics
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from bench.sentiment import frontiers, lists_beside_pairs
+from bench.sentiment import table as sentiment_table
+from docs.generate.markdown import table
+from tests.faults.report import by_fault
+
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
+
+
+@cache
+def result(name: str) -> Any:
+    """The figures that a bench has left."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+# -- the engine ---------------------------------------------------------------------------------------------------
+
+ENTRANTS = {
+    "dpo-service": "this engine",
+    "TRL packed": "TRL packed (bfd)",
+    "TRL packed, no checkpointing": "TRL packed, nothing recomputed",
+}
+"""The names of entrants in the table of docs/engine.md, where they differ from those of the results."""
+
+
+def seconds(task: str, entrant: str) -> float:
+    """The median time of an entrant."""
+    return float(statistics.median(run["seconds"] for run in result("cpu")[task][entrant]))
+
+
+def peak_bytes(task: str, entrant: str) -> int:
+    """The largest peak of an entrant."""
+    return max(int(run["peak_bytes"]) for run in result("cpu")[task][entrant])
+
+
+def pairs_per_second(entrant: str, epochs: int) -> float:
+    """The median throughput of DPO over the bench's 16 pairs."""
+    return PAIRS * epochs / seconds(f"dpo, {epochs} epochs", entrant)
+
+
+PAIRS = 16
+
+
+def times_as_fast(task: str, entrant: str) -> float:
+    """How many times as fast as an entrant this engine is, by medians."""
+    return seconds(task, entrant) / seconds(task, "dpo-service")
+
+
+def _engine(epochs: int) -> str:
+    task = f"dpo, {epochs} epochs"
+    bounds, rows = result("cpu")[task]["bounds"], []
+    for name in ("dpo-service", *bounds):
+        times = sorted(run["seconds"] for run in result("cpu")[task][name])
+        ours = name == "dpo-service"
+        rows.append(
+            (
+                ENTRANTS.get(name, name),
+                f"{pairs_per_second(name, epochs):.2f}",
+                f"{PAIRS * epochs / times[-1]:.2f} to {PAIRS * epochs / times[0]:.2f}",
+                f"{peak_bytes(task, name) / 1e6:,.0f} MB",
+                "" if ours else f"{times_as_fast(task, name):.1f} × as fast",
+                "" if ours else f"{bounds[name]:.1f} ×",
+            )
+        )
+    title = f"DPO, {epochs} epoch{'s' * (epochs > 1)}"
+    return table((title, "pairs/s", "spread", "peak memory", "this engine is", "by FLOPs alone"), rows, range(1, 6))
+
+
+def _engine_sft() -> str:
+    task, rows = "sft, 3 epochs", []
+    for name, runs in result("cpu")[task].items():
+        times = sorted(run["seconds"] for run in runs)
+        rows.append(
+            (
+                ENTRANTS.get(name, name),
+                f"{seconds(task, name):.2f}",
+                f"{times[0]:.2f} to {times[-1]:.2f}",
+                f"{peak_bytes(task, name) / 1e6:,.0f} MB",
+                "" if name == "dpo-service" else f"{times_as_fast(task, name):.1f} × as fast",
+            )
+        )
+    return table(("SFT, packed, 3 epochs", "seconds", "spread", "peak memory", "this engine is"), rows, range(1, 5))
+
+
+def _engine_in_short() -> str:
+    names = {
+        "dpo-service": "dpo-service",
+        "TRL default": "TRL 1.16, default",
+        "TRL best options": "TRL 1.16, its best options",
+    }
+    rows = [
+        (title, f"{pairs_per_second(name, 3):.1f}", f"{peak_bytes('dpo, 3 epochs', name) / 1e9:.1f} GB")
+        for name, title in names.items()
+    ]
+    return table(("", "pairs/s", "memory"), rows, (1, 2))
+
+
+# -- the service --------------------------------------------------------------------------------------------------
+
+
+def _datasets() -> str:
+    speeds = result("datasets")["megabytes_per_second"]["after"]
+    rows = [
+        (name.replace(", ", ": ", 1) if "ranked" not in name else name, f"{speed:.0f}")
+        for name, speed in speeds.items()
+    ]
+    return table(("file", "MB/s"), rows, (1,))
+
+
+LOADED = ("create a job", "list 20 jobs", "a bare insert")
+
+
+def _load() -> str:
+    databases = result("load")["milliseconds"]
+    head = ["request", *(f"{name}, {title}" for name in databases for title in ("median", "p99"))]
+    rows = []
+    for request in LOADED:
+        title = f"{request} through the same server" if "insert" in request else request
+        times = [databases[name][request][key] for name in databases for key in ("p50_ms", "p99_ms")]
+        rows.append((title, *(f"{time:.0f}" for time in times)))
+    return table(head, rows, range(1, 5))
+
+
+def _waiting() -> str:
+    measured = result("service")
+    creates, idle = measured["creates"], measured["idle"]["share_of_a_core"]
+    waits = [
+        f"{creates[name]['p50'] / 1e3:.2f} s and {creates[name]['max'] / 1e3:.2f} s"
+        for name in ("SQLite", "PostgreSQL")
+    ]
+    rows = [
+        (
+            "from the create of a small job to its first step, the tenth of ten in a row",
+            f"{measured['jobs']['tenth']:.1f} s",
+        ),
+        ("a create while 16 threads create, SQLite: median and maximum", waits[0]),
+        ("the same on PostgreSQL", waits[1]),
+        ("file checks per minute of a CPU-lane worker that has one core", f"{measured['checks']['per_minute']:.0f}"),
+        (
+            "CPU time of idle workers of both lanes, with 0 and with 10,000 queued jobs",
+            f"{idle['0 jobs']:.2%} and {idle['10000 jobs']:.2%} of a core",
+        ),
+    ]
+    return table(("measured", "value"), rows)
+
+
+HISTORY = {
+    "create a job": "create a job",
+    "list 20 jobs": "list 20 jobs",
+    "get the last job of the queue": "get the last of 5,000 waiting jobs",
+    "list models": "list models",
+    "/metrics": "/metrics",
+    "look for work that is not there": "look for work that is not there",
+    "claim a job": "claim a job",
+    "inspect the leases": "look at the leases",
+    "keep house": "keep house",
+    "who uses a model": "who uses a model",
+    "forget events, when none is old": "forget events, when none is old",
+}
+"""The rows of the table of a long history, by their names in the results."""
+SHARE = "the steps of 20 workers, share of a core"
+
+
+def _history() -> str:
+    columns = [
+        result("history")[when][name]["milliseconds"]
+        for name in ("PostgreSQL", "SQLite")
+        for when in ("before", "after")
+    ]
+    rows = [(title, *(f"{times[name]['p50']:,.1f}" for times in columns)) for name, title in HISTORY.items()]
+    rows.append(
+        ("the repeated steps of 20 workers, share of a core", *(f"{times[SHARE]['p50']:.1%}" for times in columns))
+    )
+    head = ("call or step", "PostgreSQL before", "after", "SQLite before", "after")
+    return table(head, rows, range(1, 5))
+
+
+def _tenants() -> str:
+    measured = result("tenants")
+    rows = [
+        (
+            name,
+            f"{alone['p50']:.0f}",
+            f"{measured['milliseconds under attack'][name]['p50']:.0f}",
+            f"{measured['ratio of medians'][name]:.1f}",
+        )
+        for name, alone in measured["milliseconds alone"].items()
+    ]
+    return table(("request of the quiet project", "alone", "under attack", "ratio"), rows, range(1, 4))
+
+
+def strikes() -> list[Any]:
+    """Every strike of the fault harness that counts."""
+    return [strike for run in result("faults") for part in run["parts"] for strike in part["strikes"]]
+
+
+def counted(name: str) -> int:
+    """A total over the runs of the fault harness, such as the jobs that succeeded."""
+    return sum(part["counted"].get(name, 0) for run in result("faults") for part in run["parts"])
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "figures/engine, 1 epoch": partial(_engine, 1),
+    "figures/engine, 3 epochs": partial(_engine, 3),
+    "figures/engine, SFT": _engine_sft,
+    "figures/engine in short": _engine_in_short,
+    "figures/datasets": _datasets,
+    "figures/load": _load,
+    "figures/waiting times": _waiting,
+    "figures/history": _history,
+    "figures/tenants": _tenants,
+    "figures/faults": lambda: by_fault(strikes()) + "\n",
+    "figures/sentiment": lambda: sentiment_table(result("sentiment")) + "\n",
+    "figures/sentiment, frontiers": lambda: frontiers(result("sentiment")) + "\n",
+    "figures/sentiment, lists beside pairs": lambda: lists_beside_pairs(result("sentiment")) + "\n",
+}

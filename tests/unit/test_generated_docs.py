@@ -1,0 +1,72 @@
+"""What `python -m docs.generate` writes is what the docs say, and it leaves nothing of the code out."""
+
+import re
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from app.cli.main import cli
+from app.settings import Settings
+from docs.generate import DOCS, PAGES, PARTS, ROOT, up_to_date, written_pages
+from docs.generate.numbers import NUMBERS
+from docs.generate.settings import GROUPS
+from worker.trainer.advice import WARNINGS
+
+ADVICE = "Run 'python -m docs.generate'."
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_generated_page_is_up_to_date(name: str) -> None:
+    assert (DOCS / name).read_text() == PAGES[name](), ADVICE
+
+
+@pytest.mark.parametrize("page", written_pages(), ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_the_generated_parts_and_numbers_of_a_page_are_up_to_date(page: Path) -> None:
+    assert page.read_text() == up_to_date(page), ADVICE
+
+
+def test_every_part_and_every_page_with_numbers_exists() -> None:
+    used = {name for page in written_pages() for name in re.findall(r"<!-- from: (.+?) -->", page.read_text())}
+    assert used == set(PARTS)
+    assert all((ROOT / page).exists() for page in NUMBERS)
+
+
+def test_every_setting_is_in_one_table() -> None:
+    named = [name for names in GROUPS.values() for name in names]
+    assert sorted(named) == sorted(Settings.model_fields)
+    assert all(Settings.model_fields[name].description for name in named)
+
+
+def test_every_variable_that_the_program_reads_is_in_the_reference() -> None:
+    page = (DOCS / "reference/configuration.md").read_text()
+    sources = [path.read_text() for folder in ("app", "worker") for path in (ROOT / folder).rglob("*.py")]
+    read = {
+        name
+        for source in sources
+        for name in re.findall(r"(?:environ(?:\.get\(|\[)|getenv\(|envvar=)\s*\"([A-Z][A-Z_]+)\"", source)
+    }
+    assert len(read) > 3 and sorted(name for name in read if f"`{name}" not in page) == []
+
+
+def test_the_reference_of_the_command_line_has_every_command_and_option() -> None:
+    page = (DOCS / "reference/command-line.md").read_text()
+    commands = 0
+    for section in re.split(r"^###? ", page, flags=re.MULTILINE)[1:]:
+        words = section.partition("\n")[0].split()
+        command = typer.main.get_command(cli)
+        for word in words[1:]:
+            command = command.commands[word]  # type: ignore[attr-defined]
+        if hasattr(command, "commands"):
+            continue
+        commands += 1
+        for parameter in command.params:
+            assert any(option in section for option in parameter.opts), (words, parameter.opts)
+    assert commands > 50
+
+
+def test_every_warning_of_a_training_is_in_the_table() -> None:
+    """Advice and warnings name their code as a text in the code that gives them."""
+    sources = [path.read_text() for path in (ROOT / "worker" / "trainer").rglob("*.py")]
+    given = {code for source in sources for code in re.findall(r'(?:Advice\(\s*|"code": )"(\w+)"', source)}
+    assert given - {"invalid_file"} == set(WARNINGS)
