@@ -5,6 +5,7 @@ the median of `RUNS` runs, with its spread, and counts the reference pass. The r
 from `DPO_SHARED`. Without that folder they come from a log-normal distribution with HH's medians. The table says which.
 """
 
+import argparse
 import json
 import os
 import statistics
@@ -103,6 +104,7 @@ def table(title: str, measured: Measured, items: int, tokens: int, unit: str, bo
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     lengths, source = lengths_of(HH, PAIRS, (70, 32, 24))
     pairs: Pairs = make_pairs(lengths, MAX_LENGTH)
     console, results = Console(width=130), Path(__file__).parent / "results"

@@ -5,6 +5,7 @@ process's largest resident set. On a GPU, it is the most memory that torch alloc
 `runtime`.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -175,7 +176,9 @@ def _run(folder: Path) -> list[Event]:
 
 
 def main() -> None:
-    numbers = [int(argument) for argument in sys.argv[1:]] or range(len(SPECS))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("numbers", nargs="*", type=int, help="the specs to measure; all of them if none is named")
+    numbers = parser.parse_args().numbers or range(len(SPECS))
     results = []
     for number in numbers:
         result = measure(SPECS[number])

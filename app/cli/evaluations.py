@@ -161,7 +161,10 @@ def _follow(client: Client, evaluation_id: str, as_json: bool) -> None:
 
 
 @evaluations.command("report")
-def evaluations_report(evaluation_id: str) -> None:
+def evaluations_report(
+    evaluation_id: str,
+    _as_json: Annotated[bool, typer.Option("--json", help="The same: a report is JSON in any case.")] = False,
+) -> None:
     """All figures of an evaluation, as JSON."""
     with Client().stream("GET", f"{_path(evaluation_id)}/report") as response:
         for chunk in response.iter_bytes():

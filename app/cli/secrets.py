@@ -29,7 +29,7 @@ def secrets_reseal(as_json: Json = False) -> None:
 
 
 @secrets.command("adopt")
-def secrets_adopt() -> None:
+def secrets_adopt(as_json: Json = False) -> None:
     """Take DPO_SECRET_KEY as the key of this installation, after the former one was lost.
 
     The API keys and webhooks of the former one fail from then on: make new ones.
@@ -38,3 +38,4 @@ def secrets_adopt() -> None:
 
     services = local(any_key=True)
     adopt(services.database, services.secret_box)
+    emit({"adopted": True}, as_json, "The key is that of this installation now.")

@@ -33,6 +33,14 @@ def sweeps_create(
     grid: Annotated[
         list[str], typer.Option(help="FIELD=VALUE,VALUE,…, e.g. beta=0.05,0.1 or adapter.r=8,16. Repeatable.")
     ],
+    frontier: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            metavar="X Y",
+            help="The metrics of the frontier, e.g. evaluations/NAME/kl evaluations/NAME/reward. The default: those of "
+            "an evaluation of the type reward_kl with a judge.",
+        ),
+    ] = None,
     name: Annotated[str, typer.Option(help="The name of the sweep.")] = "",
     idempotency_key: IdempotencyKey = "",
     follow: Annotated[bool, typer.Option("--watch", help="Follow it to its end.")] = False,
@@ -46,7 +54,11 @@ def sweeps_create(
     fields = dict(map(_values, grid))
     if len(fields) < len(grid):
         raise typer.BadParameter("names a field twice", param_hint="--grid")
-    body = {"job": job, "grid": fields} | ({"name": name} if name else {})
+    body: JsonObject = {"job": job, "grid": fields}
+    if name:
+        body["name"] = name
+    if frontier is not None:
+        body["frontier"] = dict(zip("xy", frontier, strict=True))
     with Uploads(client, idempotency_key) as uploads:
         upload_files(uploads.add, job)
         sweep = client.request("POST", PATH, json=body, headers=uploads.headers)
@@ -148,6 +160,7 @@ def _show(sweep: JsonObject, as_json: bool) -> None:
 def sweeps_frontier(
     sweep_id: str,
     output: Annotated[Path, typer.Option(help="The file to write: .svg for a picture, .csv for a table.")],
+    as_json: Json = False,
 ) -> None:
     """Write the frontier of a sweep: reward against KL, unless the sweep names other metrics."""
     format = output.suffix.removeprefix(".")
@@ -155,7 +168,7 @@ def sweeps_frontier(
         raise typer.BadParameter("must end in .svg or .csv", param_hint="--output")
     with Client().stream("GET", f"{_path(sweep_id)}/frontier?format={format}") as response:
         output.write_bytes(b"".join(response.iter_bytes()))
-    print(output)
+    emit({"sweep": sweep_id, "file": str(output)}, as_json, str(output))
 
 
 @sweeps.command("cancel")

@@ -10,7 +10,7 @@ from docs.generate.markdown import table
 
 INTRODUCTION = """# The command line
 
-Generated from the program: `dpo COMMAND --help` prints the same.
+Generated from the program. The option `--help` of each command prints the same.
 
 The client's commands talk to the service of `DPO_BASE_URL` with the key of `DPO_API_KEY`. Without them, they talk to
 `http://127.0.0.1:8000/v1` with the key in `DPO_HOME/admin.key`. Commands that say "on the service's machine" use its

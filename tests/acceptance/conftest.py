@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.documents import BASES
 from tests.helpers.service import Running, running, server_stack
 from tests.helpers.tiny_model import make_tiny_model
 
@@ -24,8 +25,9 @@ SETTINGS = {
 
 @contextmanager
 def shared_service(home: Path, environment: dict[str, str]) -> Iterator[Running]:
-    """A service with the base model `tiny`. It may call webhooks and judges on this machine."""
-    make_tiny_model(home / "models" / "tiny")
+    """A service with the base model `tiny`, and with those of the documents. It may call webhooks and judges here."""
+    for name in ("tiny", *BASES):
+        make_tiny_model(home / "models" / name)
     with running(home, {**SETTINGS, "WANDB_DIR": str(home), **environment}) as service:
         yield service
 

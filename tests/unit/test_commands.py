@@ -18,9 +18,9 @@ import typer.main
 
 from app.cli.jobs import VLLM_RANKS, next_steps
 from app.cli.main import cli
+from tests.helpers.documents import PAGES, SHELLS, blocks, shell_lines
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 SOURCES = [*ROOT.glob("app/**/*.py"), *ROOT.glob("worker/**/*.py"), *ROOT.glob("demo/**/*.py")]
 TEMPLATES = list(ROOT.glob("app/**/*.html"))
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
@@ -111,23 +111,14 @@ def ours(words: list[str]) -> list[str]:
     return []
 
 
-def shell_lines(document: Path) -> Iterator[str]:
-    """The lines of the shell blocks of a document. Continued lines are joined, and embedded documents are left out."""
-    for block in re.findall(
-        r"^( *)```(?:sh|bash|console)\n(.*?)^\1```", document.read_text(), re.DOTALL | re.MULTILINE
-    ):
-        text = re.sub(r"<<'?(\w+)'?.*?^ *\1$", "", block[1], flags=re.DOTALL | re.MULTILINE)
-        yield from re.sub(r"\\\n", " ", text).splitlines()
-
-
 def test_every_command_in_a_shell_block_of_a_document_is_understood() -> None:
     problems, seen = [], set()
-    for document in DOCUMENTS:
-        for line in shell_lines(document):
+    for block in (block for page in PAGES for block in blocks(page) if block.language in SHELLS):
+        for line in shell_lines(block):
             try:
                 commands = list(simple_commands(line))
             except ValueError:  # a quoted text goes on in the next line, so it is no command of ours
-                assert "dpo " not in line and "vllm " not in line, f"{document.name}: {line}"
+                assert "dpo " not in line and "vllm " not in line, f"{block.place}: {line}"
                 continue
             for words in map(ours, commands):
                 if words:
@@ -135,7 +126,7 @@ def test_every_command_in_a_shell_block_of_a_document_is_understood() -> None:
                     try:
                         PARSERS[words[0]](words[1:])
                     except Refused as refused:
-                        problems.append(f"{document.relative_to(ROOT)}: {line.strip()}: {refused}")
+                        problems.append(f"{block.place}: {line.strip()}: {refused}")
     assert problems == [] and seen == set(PARSERS)
 
 
@@ -164,7 +155,7 @@ def texts(source: Path) -> Iterator[str]:
 def test_every_command_that_a_sentence_names_exists() -> None:
     """In documents, in messages and comments of the program, and on the dashboard."""
     problems, count = [], 0
-    current = [document for document in DOCUMENTS if document.name != "CHANGELOG.md"]  # it names removed commands
+    current = [document for document in PAGES if document.name != "CHANGELOG.md"]  # it names removed commands
     for source in [*current, *SOURCES, *TEMPLATES]:
         for text in texts(source):
             for words in mentions(text):

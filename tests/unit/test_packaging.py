@@ -1,5 +1,6 @@
 """The container files, checked without a container engine, and the paths that documents name."""
 
+import json
 import re
 import shlex
 import tomllib
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from jsonschema import Draft7Validator
 from typer.main import get_command
 
 from app.cli.main import cli
@@ -72,6 +74,12 @@ def test_every_command_of_a_container_exists() -> None:
     ]
     assert len(commands) >= 5
     assert all(is_a_command(command) for command in commands)
+
+
+def test_compose_is_valid() -> None:
+    """By the schema of the Compose specification (`tests/data/compose-spec.json` names its version)."""
+    schema = json.loads((ROOT / "tests" / "data" / "compose-spec.json").read_text())
+    assert [error.message for error in Draft7Validator(schema).iter_errors(COMPOSE)] == []
 
 
 def test_compose_is_complete() -> None:
