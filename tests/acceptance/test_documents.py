@@ -19,7 +19,8 @@ import yaml
 
 from tests.helpers.documents import PAGES, ROOT, Block, blocks
 from tests.helpers.judge_server import running_judge
-from tests.helpers.service import CEILING, DPO, Running
+from tests.helpers.servers import CEILING
+from tests.helpers.service import DPO, Running
 
 PAIRS = [
     {"prompt": f"What is in house {number}?", "chosen": "the cat and the dog", "rejected": "the weather"}
