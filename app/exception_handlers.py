@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 
 from app.errors import ServiceError, Unavailable, describe_validation_error
 from app.monitoring.middleware import REQUEST_ID
+from app.paths import own_path
 
 log = structlog.get_logger(__name__)
 
@@ -97,7 +98,8 @@ def _install_request_handlers(app: FastAPI) -> None:
         if error.status_code == 404:
             return error_response(404, f"Unknown request URL: {route}.", code="unknown_url")
         if error.status_code == 405:
-            message = f"Not allowed: {route}. This URL takes {headers.get('Allow') or 'other methods'}."
+            headers["Allow"] = ", ".join(request.app.state.routes.methods(own_path(request.scope)))
+            message = f"Not allowed: {route}. This URL takes {headers['Allow']}."
             return error_response(405, message, code="method_not_allowed", headers=headers)
         type = "server_error" if error.status_code >= 500 else "invalid_request_error"
         return error_response(error.status_code, str(error.detail), type, headers=headers)

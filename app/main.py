@@ -132,7 +132,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     ProcessCollector(registry=registry)
     install_handlers(app)
     app.add_exception_handler(NotSignedIn, ask_for_a_key)
-    routes = _add_routes(app)
+    app.state.routes = routes = _add_routes(app)
     _add_middleware(app, services, registry, routes)
     app.openapi = lambda: _openapi_document(app, routes)  # type: ignore[method-assign]
     return app

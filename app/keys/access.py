@@ -73,3 +73,8 @@ class AccessTable:
                 return rules
         # The path has routes, but none for the method: the answer is 405.
         return replace(matching[0][1], streams_body=False) if matching else Access()
+
+    def methods(self, path: str) -> list[str]:
+        """The methods of all routes of a path, sorted. Starlette's own answer names those of the first one."""
+        found = {method for pattern, methods, _ in self._rows if pattern.match(path) for method in methods or READING}
+        return sorted(found | ({"HEAD"} if "GET" in found else set()))

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from docs.generate import api, command_line, errors, figures, registries, series, settings
+from docs.generate import api, command_line, errors, figures, formats, gpus, registries, series, settings
 from docs.generate.numbers import NUMBERS
 
 DOCS = Path(__file__).parents[1]
@@ -18,6 +18,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "reference/api.md": api.page,
     "reference/command-line.md": command_line.page,
     "reference/errors.md": errors.page,
+    "reference/gpus.md": gpus.page,
     "reference/losses.md": registries.losses,
     "reference/metrics.md": registries.metrics,
     "reference/series.md": series.page,
@@ -27,6 +28,7 @@ PARTS: dict[str, Callable[[], str]] = {
     **settings.PARTS,
     **registries.PARTS,
     **figures.PARTS,
+    **formats.PARTS,
 }
 PART = re.compile(r"(<!-- from: ([\w ,./-]+) -->\n).*?(<!-- /from -->)", re.DOTALL)
 

@@ -18,11 +18,11 @@ from app.projects.schemas import Limits
 from app.settings import Settings
 from app.spec import hyperparameters, job
 from app.spec.datasets import limits, report, unpack
-from app.spec.datasets.formats import FORMATS
 from app.spec.losses import LOSSES
 from app.uploads import service as uploads
 from app.webhooks import service as endpoints
 from docs.generate.figures import counted, result, strikes
+from docs.generate.formats import SAMPLES
 from worker import classifier, training_run, webhooks
 from worker.reader import client as reader
 from worker.trainer import advice, counting, dataset, reward
@@ -56,7 +56,7 @@ def beta(loss: str) -> Callable[[], str]:
 
 def formats() -> str:
     """The number of formats, by the names that reports show."""
-    return str(len({known.name for known in FORMATS} | {"judged"}))
+    return str(len(SAMPLES))
 
 
 SFT, DPO = hyperparameters.SupervisedHyperparameters, hyperparameters.DPOHyperparameters

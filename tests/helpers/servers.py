@@ -198,10 +198,11 @@ S3_ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", 
 
 
 @contextmanager
-def s3(certificate: Certificate | None = None) -> Iterator[dict[str, str]]:
+def s3(certificate: Certificate | None = None, *, open_actions: int | None = None) -> Iterator[dict[str, str]]:
     """An S3 server (moto, as a process) with the bucket `dpo`, over TLS if there is a certificate.
 
-    Yields the environment that reaches it.
+    With `open_actions`, it looks at policies after so many actions of which the first creates the bucket. Yields the
+    environment that reaches it.
     """
     port = free_port()
     tls: list[str | Path] = []
@@ -211,6 +212,7 @@ def s3(certificate: Certificate | None = None) -> Iterator[dict[str, str]]:
         [Path(sys.executable).with_name("moto_server"), "-H", "127.0.0.1", "-p", str(port), *tls],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        env=os.environ | ({} if open_actions is None else {"INITIAL_NO_AUTH_ACTION_COUNT": str(open_actions)}),
     )
     try:
         url = f"https://localhost:{port}" if certificate else f"http://127.0.0.1:{port}"

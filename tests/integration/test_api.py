@@ -1,6 +1,7 @@
 """The HTTP contract: wire shapes, errors, and that a refused request leaves nothing behind."""
 
 import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -435,3 +436,12 @@ def test_a_request_cannot_bring_a_chat_template(client: TestClient, path: tuple[
     # On the job itself `chat_template` is a switch: whether the base model's template is used.
     expected = "unknown_parameter" if path else "invalid_value"
     assert (error["code"], error["param"]) == (expected, ".".join([*path, "chat_template"]))
+
+
+def test_a_405_names_every_method_of_its_path(client: TestClient) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    for path, operations in paths.items():
+        answer = client.request("PATCH", re.sub(r"\{.*?\}", "x", path))
+        allowed = set(answer.headers["allow"].split(", "))
+        assert answer.status_code == 405 and allowed - {"HEAD"} == {method.upper() for method in operations}, path
+        assert answer.headers["allow"] in answer.json()["error"]["message"]

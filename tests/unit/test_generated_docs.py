@@ -1,5 +1,7 @@
 """What `python -m docs.generate` writes is what the docs say, and it leaves nothing of the code out."""
 
+import io
+import json
 import re
 from pathlib import Path
 
@@ -7,8 +9,14 @@ import pytest
 import typer.main
 
 from app.cli.main import cli
+from app.installation import INSTALLATION_KEY
+from app.prune import NEEDED
 from app.settings import Settings
+from app.spec.datasets.check import survey
+from app.spec.datasets.formats import FORMATS
+from app.spec.json_types import JsonObject
 from docs.generate import DOCS, PAGES, PARTS, ROOT, up_to_date, written_pages
+from docs.generate.formats import SAMPLES
 from docs.generate.numbers import NUMBERS
 from docs.generate.settings import GROUPS
 from worker.trainer.advice import WARNINGS
@@ -63,6 +71,21 @@ def test_the_reference_of_the_command_line_has_every_command_and_option() -> Non
         for parameter in command.params:
             assert any(option in section for option in parameter.opts), (words, parameter.opts)
     assert commands > 50
+
+
+@pytest.mark.parametrize(("name", "row"), SAMPLES.items(), ids=SAMPLES)
+def test_the_sample_of_a_format_is_recognised_as_it(name: str, row: JsonObject) -> None:
+    report = survey(io.BytesIO(json.dumps(row).encode() + b"\n"))
+    assert (report.error, report.format, report.kept) == (None, name, 1)
+
+
+def test_every_format_has_a_sample() -> None:
+    assert set(SAMPLES) == {known.name for known in FORMATS} | {"judged"}
+
+
+def test_the_page_of_storage_names_every_kind_of_object() -> None:
+    page = (DOCS / "reference/storage.md").read_text().split("## In the object store")[1].split("\n## ")[0]
+    assert set(re.findall(r"^\| `([a-z]+)", page, flags=re.MULTILINE)) == {INSTALLATION_KEY, *NEEDED}
 
 
 def test_every_warning_of_a_training_is_in_the_table() -> None:
