@@ -202,6 +202,11 @@ def strikes() -> list[Any]:
     return [strike for run in result("faults") for part in run["parts"] for strike in part["strikes"]]
 
 
+def misses() -> int:
+    """The number of strikes that came too late or changed nothing."""
+    return sum(len(part["misses"]) for run in result("faults") for part in run["parts"])
+
+
 def counted(name: str) -> int:
     """A total over the runs of the fault harness, such as the jobs that succeeded."""
     return sum(part["counted"].get(name, 0) for run in result("faults") for part in run["parts"])

@@ -21,7 +21,7 @@ from app.spec.datasets import limits, report, unpack
 from app.spec.losses import LOSSES
 from app.uploads import service as uploads
 from app.webhooks import service as endpoints
-from docs.generate.figures import counted, result, strikes
+from docs.generate.figures import counted, misses, result, strikes
 from docs.generate.formats import SAMPLES
 from worker import classifier, training_run, webhooks
 from worker.reader import client as reader
@@ -161,6 +161,8 @@ NUMBERS: dict[str, dict[str, Callable[[], str]]] = {
         r"faults struck in (\d+) minutes": lambda: f"{sum(run['seconds'] for run in result('faults')) / 60:.0f}",
         r"minutes\. (\d+) jobs succeeded": lambda: f"{counted('succeeded'):,}",
         r"jobs succeeded, (\d+) had to fail": lambda: f"{counted('failed'):,}",
+        r"Pruning removed ([\d,]+) objects": lambda: f"{counted('left_over_objects'):,}",
+        r"\n([\d,]+) more strikes came too late": lambda: f"{misses():,}",
         r"had to fail, and ([\d,]+) were cancelled": lambda: f"{counted('cancelled'):,}",
         r"with the default lease of (\d+) s": whole(work_queue.LEASE_SECONDS),
     },
