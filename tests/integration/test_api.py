@@ -445,5 +445,7 @@ def test_a_405_names_every_method_of_its_path(client: TestClient) -> None:
         allowed = set(answer.headers["allow"].split(", "))
         # What follows the name of a model may be a part of it: its own methods are allowed too.
         more = {"GET", "DELETE"} if path.startswith("/v1/models/") else set[str]()
-        assert answer.status_code == 405 and allowed - {"HEAD"} == {method.upper() for method in operations} | more, path
+        assert answer.status_code == 405 and allowed - {"HEAD"} == {method.upper() for method in operations} | more, (
+            path
+        )
         assert answer.headers["allow"] in answer.json()["error"]["message"]

@@ -146,10 +146,3 @@ def test_the_tests_that_security_md_names_exist() -> None:
     assert len(named) > 15
     for path, name in named:
         assert f"def {name}(" in (ROOT / path).read_text(), f"{path}::{name}"
-
-
-def test_the_files_that_the_architecture_names_exist() -> None:
-    text = (ROOT / "docs/architecture.md").read_text()
-    named = set(re.findall(r"`((?:app|worker|tests|bench|migrations|docs)/[\w./]*)`", text))
-    assert len(named) > 20
-    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
