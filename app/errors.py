@@ -17,15 +17,21 @@ from typing import ClassVar
 
 from pydantic_core import ErrorDetails
 
+from app.spec.error_codes import JOBS, REQUESTS
+
 
 class ServiceError(Exception):
-    """A request that cannot be served: `message` says what was wrong and what to do about it."""
+    """A request that cannot be served: `message` says what was wrong and what to do about it.
+
+    `code` is one of `app.spec.error_codes`.
+    """
 
     status: ClassVar[int] = 400
     type: ClassVar[str] = "invalid_request_error"
     headers: dict[str, str] = {}
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        assert code is None or code in REQUESTS or code in JOBS, code
         super().__init__(message)
         self.message, self.param, self.code = message, param, code
 

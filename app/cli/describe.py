@@ -22,11 +22,13 @@ def describe_report(report: JsonObject, file: str = "FILE") -> str:
                 f"(line {first['line']} {verbs} line {first['first_line']})"
             )
     if report["unread"]:
-        lines.append("unused fields: " + ", ".join(f"{name} ({rows} rows)" for name, rows in report["unread"].items()))
+        lines.append(
+            "unused fields: " + ", ".join(f"{name} ({_rows(rows)})" for name, rows in report["unread"].items())
+        )
     if report["values"]:
         for value in report["values"]["values"]:
             means = value["means"] or "nothing"
-            lines.append(f"{report['values']['column']} {value['value']!r} means {means}: {value['rows']} rows")
+            lines.append(f"{report['values']['column']} {value['value']!r} means {means}: {_rows(value['rows'])}")
     if report["chosen_longer_rate"] is not None:
         lines.append(f"the preferred answer is longer in {report['chosen_longer_rate']:.0%} of pairs")
     if report["labels"]:
@@ -41,6 +43,11 @@ def describe_report(report: JsonObject, file: str = "FILE") -> str:
             lines.append("\n".join([f"line {sample['line']}: {_short(sample['prompt'])}", *answers]))
     lines += [f"warning: {warning}" for warning in [*report["warnings"], *(tokens or {}).get("warnings", [])]]
     return "\n".join(lines)
+
+
+def _rows(count: int) -> str:
+    """A number of rows, in words."""
+    return "1 row" if count == 1 else f"{count} rows"
 
 
 def _describe_tokens(tokens: JsonObject) -> list[str]:

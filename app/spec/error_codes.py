@@ -61,10 +61,6 @@ REQUESTS = {
     "invalid_file_purpose": RequestError(
         (400,), "The file has another purpose", "Upload it with `fine-tune`. Evaluations also take `evals`"
     ),
-    "invalid_training_file": RequestError(
-        (400,), "An estimate cannot count the file", "Correct the line and field of the message"
-    ),
-    "invalid_validation_file": RequestError((400,), "As above, for the validation file", "As above"),
     "unsupported_model": RequestError(
         (400,), "The base model is quantised in a way that does not fit the job", "As the message says"
     ),
@@ -96,7 +92,9 @@ REQUESTS = {
         (400,), "The parts have more bytes than the upload was created for", "Create it with the exact size"
     ),
     "upload_size_mismatch": RequestError(
-        (400,), "The parts have other bytes than the upload was created for", "Create it with the exact size"
+        (400,),
+        "The parts have another number of bytes than the upload was created for",
+        "Create it with the exact size",
     ),
     "part_not_found": RequestError(
         (400,), "A part does not belong to this upload", "Complete it with the ids that its parts got"
@@ -113,7 +111,7 @@ REQUESTS = {
     ),
     "invalid_stream_token": RequestError((401,), "The token has expired, or is for another stream", "Make a new one"),
     "insufficient_scope": RequestError(
-        (403,), "The key lacks the scope that the route needs", "`dpo keys create --name me --scope write`"
+        (403,), "The key lacks the scope that the route needs", "Take a key with the scope that the message names"
     ),
     "storage_limit_reached": RequestError(
         (403,), "The project is at its storage limit", "Delete files or models, or `dpo projects limit`"
@@ -152,7 +150,7 @@ REQUESTS = {
         for noun in ("key", "project", "worker", "audit event")
     },
     "report_not_found": RequestError(
-        (404,), "The evaluation has no report, because it has not succeeded", "Wait for its end"
+        (404,), "The evaluation has not succeeded, or its result files were deleted", "Wait for its end"
     ),
     "frontier_not_found": RequestError(
         (404,), "The sweep has no frontier", "Give `frontier`, or an evaluation of the type `reward_kl` with a judge"
@@ -171,7 +169,7 @@ REQUESTS = {
     "project_exists": RequestError((409,), "The name is taken", "Take another"),
     "another_installation": RequestError(
         (409,),
-        "The object store belongs to another installation than the database",
+        "`dpo storage prune`: the object store belongs to another installation than the database",
         "Correct `DPO_DATABASE_URL` or `DPO_STORAGE_URL`",
     ),
     "content_gone": RequestError(
@@ -241,7 +239,7 @@ JOBS = {
     ),
     "unsupported_model": JobError(
         "The model has no fast tokenizer or is no causal model, or its log-probs cannot be exact",
-        "Another model: the page on models has the list",
+        "Another model: see the [list](../models.md)",
     ),
     "invalid_value": JobError(
         "A setting does not fit the model or the rows; `param` names it", "Correct it as the message says"
@@ -251,9 +249,12 @@ JOBS = {
         "The model, its optimizer or one row does not fit", "`quantization`, an adapter, or a smaller `max_length`"
     ),
     "loss_not_finite": JobError(
-        "The loss became NaN or infinite. The last good checkpoint is kept", "A lower `learning_rate`"
+        "The loss became NaN or infinite. The last good checkpoint is kept",
+        "A lower `learning_rate`. If it was so before any training, the base model is damaged",
     ),
-    "not_finite": JobError("A log-prob or a reward of the evaluation is not a number", "The model is damaged"),
+    "not_finite": JobError(
+        "A log-prob or a reward of the evaluation is not a number", "Another model: this one is damaged"
+    ),
     "timeout_exceeded": JobError(
         "The job ran longer than its `timeout_seconds`", "A job from its last checkpoint, or more time"
     ),
@@ -267,7 +268,7 @@ JOBS = {
     ),
     "worker_lost": JobError(
         "Three attempts in a row were lost without a checkpoint between them",
-        "The worker's log says why. Often: memory of the machine",
+        "The worker's log says why",
         service=True,
     ),
     "model_unavailable": JobError(

@@ -24,6 +24,7 @@ from app.spec.schema_base import (
     Metadata,
     ModelName,
     Quantization,
+    Strict,
     inconsistent,
     plain_json,
 )
@@ -31,7 +32,7 @@ from app.spec.schema_base import (
 EvaluationType = Literal["preference", "win_rate", "reward_kl", "agreement"]
 
 
-class Classifier(Defaulted):
+class Classifier(Strict):
     """A linear classifier over words and phrases, read from a file. Its score is the logit."""
 
     file: FileName
@@ -53,7 +54,7 @@ class Scorer(Defaulted):
         return self
 
 
-class BestOf(Defaulted):
+class BestOf(Strict):
     """Sample `n` answers to a prompt and take the one that `by` scores highest.
 
     This is the DPO paper's strongest baseline and needs no training. Its KL divergence from the model is at most
@@ -140,7 +141,7 @@ class SamplingSpec(Defaulted):
 MAX_KEY_CHARACTERS = 2048
 
 
-class Price(Defaulted):
+class Price(Strict):
     """The price of a million tokens at an endpoint, in any currency."""
 
     input: Annotated[float, Field(ge=0)]

@@ -19,7 +19,17 @@ from app.spec.hyperparameters import DPOHyperparameters, Hyperparameters, Superv
 from app.spec.json_types import JsonObject
 from app.spec.metrics import METRICS, VALIDATION
 from app.spec.quality_gates import Gates, require_metric
-from app.spec.schema_base import NO_NUL, STORED, Automatic, FileName, Metadata, ModelName, Quantization, inconsistent
+from app.spec.schema_base import (
+    NO_NUL,
+    STORED,
+    Automatic,
+    FileName,
+    Metadata,
+    ModelName,
+    Quantization,
+    Strict,
+    inconsistent,
+)
 
 KEEP_CHECKPOINTS = 10
 DEFAULT_VALIDATION_SPLIT = 0.05
@@ -159,7 +169,7 @@ class Wandb(Automatic):
     ] = []
 
 
-class Integration(Automatic):
+class Integration(Strict):
     """An external service that gets the job's metrics."""
 
     type: Literal["wandb"]
@@ -170,7 +180,7 @@ MORE = "more_training_files"
 
 
 class JobSpec(RenderingSettings, Automatic):
-    """The body of `POST /v1/fine_tuning/jobs`."""
+    """The body of `POST /v1/fine_tuning/jobs`. A field that is null or "auto" has its default."""
 
     model_config = ConfigDict(
         json_schema_extra={

@@ -67,7 +67,8 @@ class SweepSpec(Defaulted):
         count = 1
         for name, values in self.grid.items():
             count *= len(values)
-            if any(value in values[:number] for number, value in enumerate(values)):
+            written = [None if value in JobSpec.UNSET else value for value in values]
+            if any(value in written[:number] for number, value in enumerate(written)):
                 raise inconsistent(f"grid.{name}", f"'{name}' has a value twice")
         if count > MAX_JOBS:
             raise inconsistent("grid", f"The grid has {count} combinations; at most {MAX_JOBS} are one sweep")
@@ -105,8 +106,8 @@ class SweepSpec(Defaulted):
             body["seed"] = shared
             evaluations = body.get("evaluations")
             for evaluation in evaluations if isinstance(evaluations, list) else []:
-                if isinstance(evaluation, dict):
-                    evaluation.setdefault("seed", shared)
+                if isinstance(evaluation, dict) and evaluation.get("seed") is None:
+                    evaluation["seed"] = shared
             for name, value in swept.items():
                 _set(body, self._place(name), copy.deepcopy(value), f"grid.{name}")
             yield swept, body
@@ -136,7 +137,7 @@ def _set(body: JsonObject, place: str, value: object, field: str) -> None:
     *parents, last = place.split(".")
     target = body
     for name in parents:
-        if target.get(name) is None:
+        if target.get(name) in JobSpec.UNSET:
             target[name] = {}
         target = target[name]
         if not isinstance(target, dict):

@@ -45,7 +45,7 @@ def page() -> str:
 def _command(command: Any, path: list[str], mark: str) -> Iterator[str]:
     """A command as Markdown, in pieces."""
     context = command.make_context(path[-1], [], resilient_parsing=True)
-    usage = [*path, *(piece for piece in command.collect_usage_pieces(context))]
+    usage = [*path, *command.collect_usage_pieces(context)]
     yield f"{mark} {' '.join(path)}\n"
     yield f"```text\n{' '.join(usage)}\n```\n"
     yield f"{command.help}\n"

@@ -17,8 +17,9 @@ The service never answers 422: look at the proxy between.
 BETWEEN = """
 ## Jobs, evaluations, reports and merges
 
-These are in the `error` of a job or an evaluation that has failed. A report, an estimate or a merge that fails answers
-400 with them. [Debug a failed job](../how-to/debug-a-failed-job.md) has the steps.
+These are in the `error` of a job or an evaluation that has failed. A report or a merge that fails answers 400
+with them, or 410 for `content_gone`. An estimate lists them in `refused`.
+[Debug a failed job](../how-to/debug-a-failed-job.md) has the steps.
 """
 
 

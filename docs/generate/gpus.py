@@ -1,10 +1,12 @@
 """The page that says which models fit on which GPU, from the memory model of estimates."""
 
-from app.estimates.memory import Linear, MemorySettings, Shape, estimate
+from app.estimates.memory import BUDGET, Linear, MemorySettings, Shape, estimate
 from docs.generate.figures import result
 from docs.generate.markdown import table
 
 GIGABYTE = 1e9
+USABLE = 0.95
+"""The share of a GPU's memory that a job may take."""
 ROW_TOKENS, BATCH = 1024, 16
 GPUS = {16: "T4, RTX 4080", 24: "RTX 4090, A10, L4", 48: "A40, L40S", 80: "A100, H100", 141: "H200"}
 """The memory of usual GPUs in GB."""
@@ -17,9 +19,10 @@ def accuracy() -> float:
 
 INTRODUCTION = f"""# Which model fits on which GPU
 
-Generated from the memory model of estimates (`app/estimates/memory.py`), for DPO with rows of {ROW_TOKENS:,} tokens
-in batches of {BATCH}, and a LoRA adapter of rank 16 on all linear layers. `dpo jobs create … --estimate` does it for
-your model, your file and your settings, and says whether the job fits on a worker that you have.
+Generated from the memory model of estimates (`app/estimates/memory.py`). The job is DPO with rows of {ROW_TOKENS:,}
+tokens in batches of {BATCH}, and a LoRA adapter of rank 16 on all linear layers.
+`dpo jobs create … --estimate` does it for your model, your file and your settings. It also says whether the job fits on
+a worker that you have.
 
 **These numbers are not measured.** On a CPU, the model is within {accuracy():.0%} of measured peaks
 ([engine](../engine.md#memory-expected-and-measured)). On a GPU it was not compared yet.
@@ -32,8 +35,9 @@ END = f"""
 |---|---|
 {"".join(f"| {size} GB | {names} |{chr(10)}" for size, names in GPUS.items())}
 - **Longer rows** need more: activations grow with `max_length` where a row is longer than a pack.
-- **`batch_size` costs nothing**: a batch is computed in packs that fit.
+- **`batch_size` costs nothing** above {BUDGET["cuda"]:,} tokens a batch: it is computed in packs of that size.
 - **All parameters** (`"adapter": "none"`) need gradients and moments of every weight, in float32.
+- **The smallest GPU** recomputes activations, and {1 - USABLE:.0%} of its memory stay free.
 - **One job uses one GPU.** Start a worker for each. Several GPUs for one job are not built yet.
 """
 
@@ -81,7 +85,7 @@ def page() -> str:
         for quantization, rank in SETTINGS.values():
             kept, recomputed = (needed(shape, quantization, rank, recompute=choice) for choice in (False, True))
             cells.append(f"{kept:.0f}, or {recomputed:.0f}")
-        smallest = next((size for size in GPUS if needed(shape, "nf4", 16, recompute=True) < 0.95 * size), None)
+        smallest = next((size for size in GPUS if needed(shape, "nf4", 16, recompute=True) < USABLE * size), None)
         rows.append((name, f"{shape.parameters / 1e9:.1f}", *cells, "none" if smallest is None else f"{smallest} GB"))
     head = ("model", "10⁹ parameters", *SETTINGS, "smallest GPU for nf4")
     return "\n".join([INTRODUCTION, table(head, rows, range(1, len(head)))]) + END

@@ -1,11 +1,9 @@
 """The page of the series of /metrics, from the collectors that make them."""
 
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from prometheus_client.core import Metric
-from prometheus_client.registry import CollectorRegistry
 from starlette.testclient import TestClient
 
 from app.main import create_app
@@ -29,8 +27,8 @@ def page() -> str:
         services: Services = app.state.services
         migrate(services.database)
         TestClient(app).get("/healthz")  # a first request makes the series of requests
-        ours = sorted(_families(app.state.registry), key=lambda family: family.name)
-        projects = sorted(_families(app.state.project_registry), key=lambda family: family.name)
+        ours = sorted(app.state.registry.collect(), key=lambda family: family.name)
+        projects = sorted(app.state.project_registry.collect(), key=lambda family: family.name)
         services.database.close()
     process = [family for family in ours if not family.name.startswith("dpo_")]
     installation = [family for family in ours if family.name.startswith("dpo_")]
@@ -45,10 +43,6 @@ def page() -> str:
             _table(process),
         ]
     )
-
-
-def _families(registry: CollectorRegistry) -> Iterator[Metric]:
-    return iter(registry.collect())
 
 
 def _table(families: list[Metric]) -> str:

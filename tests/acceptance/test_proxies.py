@@ -12,7 +12,7 @@ import yaml
 
 from tests.helpers.certificates import Certificate, make_certificate
 from tests.helpers.documents import ROOT, blocks
-from tests.helpers.servers import free_port, wait_until
+from tests.helpers.servers import CEILING, free_port, wait_until
 from tests.helpers.service import Running
 
 PAGE = ROOT / "docs" / "how-to" / "put-behind-a-proxy.md"
@@ -80,7 +80,7 @@ def client(request: pytest.FixtureRequest, tmp_path: Path, service: Running) -> 
             yield client
     finally:
         process.terminate()
-        process.wait()
+        process.wait(CEILING)
 
 
 def test_a_large_file_passes_a_proxy(client: httpx2.Client) -> None:
@@ -102,6 +102,7 @@ def test_events_pass_a_proxy_while_the_stream_is_open(client: httpx2.Client) -> 
     with client.stream("GET", f"/fine_tuning/jobs/{job}/stream") as stream:
         assert any(line.startswith("data:") for line in stream.iter_lines())
         client.post(f"/fine_tuning/jobs/{job}/cancel").raise_for_status()
+    client.delete(f"/files/{file}").raise_for_status()
 
 
 def test_the_service_sees_the_scheme_of_the_client(client: httpx2.Client) -> None:

@@ -6,6 +6,8 @@ A comment before a block says more about it, and no reader of the page sees it:
 
 - `<!-- no-run: REASON -->`: the block is parsed and not run.
 - `<!-- json: KIND -->`: it is the body or the object that `JSON_KINDS` names.
+- `<!-- gate: may be missed -->`: the stand-ins of the test may miss a gate that the reader's model meets.
+- `<!-- prints: the block before -->`: it is exactly what the shell block before it prints.
 - `<!-- file: NAME -->`: the page tells the reader to save it under this name. The blocks after it find it there.
 """
 
@@ -47,6 +49,8 @@ class Block:
         """`run`, `parsed`, or the reason why it is not run."""
         if self.language in SHELLS | {"python"}:
             return self.markers.get("no-run", "run")
+        if "prints" in self.markers:
+            return "compared with what the block before prints"
         return "parsed" if self.language else "a drawing"
 
 

@@ -55,7 +55,7 @@ def test_null_and_auto_mean_the_default_in_every_field(model: type[Defaulted], n
 
 
 def test_a_column_or_a_project_may_have_the_name_auto() -> None:
-    """Names are never taken for the default: a mapping names columns, a key names its project."""
+    """Required names and names in other bodies are never taken for the default."""
     assert Mapping.model_validate({"prompt": "auto", "chosen": "a", "rejected": "b"}).prompt == "auto"
     assert KeySpec.model_validate({"name": "ci", "project": "auto"}).project == "auto"
     assert JobSpec.model_validate({"model": "auto", "training_file": "auto"}).model == "auto"

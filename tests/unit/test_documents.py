@@ -1,4 +1,4 @@
-"""Every code block of the documents is valid: shell, Python, JSON by its schema, YAML of foreign tools by theirs.
+"""The code blocks of the documents are valid: shell, Python, JSON by its schema, YAML by that of its tool.
 
 `tests/acceptance/test_documents.py` runs those that can run.
 """
@@ -51,7 +51,7 @@ def each(selected: list[Block]) -> pytest.MarkDecorator:
 def test_every_block_names_a_language_that_is_checked() -> None:
     unknown = {block.language for block in BLOCKS} - SHELLS - {"python", "json", "yaml", "nginx", "caddy", "text", ""}
     assert unknown == set() and len(BLOCKS) > 100
-    assert {key for block in BLOCKS for key in block.markers} <= {"no-run", "json", "yaml", "file"}
+    assert {key for block in BLOCKS for key in block.markers} <= {"no-run", "json", "yaml", "file", "prints", "gate"}
 
 
 @each(of(SHELLS))

@@ -64,9 +64,6 @@ def request_codes() -> dict[str, set[int]]:
                 found[code].add(400)
     outside = errors.OutsideOfFile(1)
     found[outside.code or ""].add(outside.status)
-    # An estimate names the file that it cannot count.
-    found["invalid_training_file"].add(400)
-    found["invalid_validation_file"].add(400)
     # Errors of pydantic whose type is the code.
     found["unsupported_parameter"].add(400)
     return found

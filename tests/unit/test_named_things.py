@@ -1,4 +1,4 @@
-"""What the documents name in code exists: variables, series, metrics, routes and files of the repository."""
+"""Variables, series, metrics, routes and files that the documents name exist."""
 
 import re
 from collections.abc import Iterator

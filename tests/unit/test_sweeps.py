@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from pydantic_core import PydanticCustomError
 
 from app import svg
-from app.spec.job import JobSpec
+from app.spec.job import Adapter, JobSpec
 from app.spec.json_types import JsonObject
 from app.spec.sweep import MAX_JOBS, SweepSpec
 from app.sweeps import frontier
@@ -168,3 +168,16 @@ def test_ticks_are_few_and_lie_inside_the_range(low: float, width: float) -> Non
     ticks = svg.ticks(low, low + width)
     assert 2 <= len(ticks) <= 13
     assert all(low - width * 1e-6 <= value <= low + width * (1 + 1e-6) for value in ticks)
+
+
+def test_null_and_auto_are_the_default_in_a_sweep_too() -> None:
+    evaluation = {"name": "held-out", "type": "preference", "data": "pairs", "seed": None}
+    job = {"model": "base", "training_file": "pairs", "seed": "auto", "adapter": "auto", "evaluations": [evaluation]}
+    spec = SweepSpec.model_validate(
+        {"job": job | {"method": {"type": "dpo", "dpo": "auto"}}, "grid": {"adapter.r": [4, 8], "beta": [0.1]}}
+    )
+    bodies = [JobSpec.model_validate(body) for _, body in spec.bodies()]
+    seeds = {seed for body in bodies for seed in (body.seed, *(each.seed for each in body.evaluations or []))}
+    assert [body.adapter.r for body in bodies if isinstance(body.adapter, Adapter)] == [4, 8] and len(seeds) == 1
+    with pytest.raises(ValidationError, match="has a value twice"):
+        SweepSpec.model_validate({"job": job | {"method": {"type": "dpo"}}, "grid": {"beta": [None, "auto"]}})

@@ -1,10 +1,16 @@
 """Exceptions that end a run early."""
 
+from app.spec.error_codes import JOBS
+
 
 class UserError(Exception):
-    """An error that the user can correct. It fails the job with this message. `param` names the field."""
+    """An error that the user can correct. It fails the job with this message.
+
+    `code` is one of `app.spec.error_codes`, and `param` names the field.
+    """
 
     def __init__(self, code: str, message: str, param: str | None = None) -> None:
+        assert code in JOBS, code
         super().__init__(code, message, param)  # all arguments, so that the exception can be pickled between processes
         self.code, self.message, self.param = code, message, param
 
