@@ -99,7 +99,7 @@ class Reports:
                 }
                 arguments |= {"need": "supervised" if arguments["method"] == "supervised" else summary["kind"]}
                 artifact = token_report(session, file, arguments, resolved)
-        report = result(artifact)
+            report = result(session, artifact)
         if report is None:
             self.broker.wake(Lane.CPU)
             return None

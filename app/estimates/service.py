@@ -131,7 +131,7 @@ class Estimates:
             raise NotReady
         if file.mapping == arguments["mapping"]:  # the report read the file as the job would
             _require(report.result or {}, Kind(arguments["need"]), field)
-        token_report = result(reports.token_report(session, file, arguments, model), field)
+        token_report = result(session, reports.token_report(session, file, arguments, model), field)
         if token_report is None:
             session.commit()
             raise NotReady

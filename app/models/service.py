@@ -101,7 +101,7 @@ class Models:
                 base_model=model.base_model,
                 arguments={"model": name, "dtype": dtype},
             )
-        merged = result(artifact)
+            merged = result(session, artifact)
         if merged is None:
             self.broker.wake(Lane.CPU)
             return None

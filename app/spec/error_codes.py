@@ -81,6 +81,11 @@ REQUESTS = {
     "not_mergeable": RequestError(
         (400,), "The adapter cannot be merged into this base model", "Serve the adapter beside its base"
     ),
+    "model_unavailable": RequestError(
+        (400,),
+        "No worker of the CPU lane has the base model of a report, an estimate or a merge",
+        "Give these workers the same `DPO_MODELS_DIR` and `DPO_HUB_MODELS` as the GPU workers",
+    ),
     "not_downloadable": RequestError((400,), "It is a base model", "Only models that were made here can be downloaded"),
     "not_deletable": RequestError((400,), "It is a base model", "Remove it from the models folder of the workers"),
     # 400: uploads

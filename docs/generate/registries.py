@@ -1,7 +1,10 @@
 """The pages of losses and metrics, and tables of other pages, from the registries of the code."""
 
+from typing import get_args
+
 from app.spec.losses import LOSSES, Loss
 from app.spec.metrics import BEST_OF, ENDPOINT, EVALUATION, TRAINING, Metric, Trait
+from app.webhooks.schemas import EVENTS, EventType
 from docs.generate.markdown import table
 from worker.trainer.advice import WARNINGS
 
@@ -95,8 +98,30 @@ def _row(name: str, metric: Metric) -> str:
     return f"| `{name}` | {metric.meaning} | {metric.better or ''} | {metric.unit} |"
 
 
+SENT_WHEN: dict[EventType, str] = {
+    "fine_tuning.job.succeeded": "A job has made its model",
+    "fine_tuning.job.failed": "A job has failed",
+    "fine_tuning.job.cancelled": "A job was cancelled",
+    "fine_tuning.job.judged": (
+        "All gates of a succeeded job are judged, after the last of its "
+        "[evaluations](../evaluations.md#evaluations-in-a-job) has ended"
+    ),
+    "evaluation.succeeded": "An evaluation has its figures",
+    "evaluation.failed": "An evaluation has failed",
+    "evaluation.cancelled": "An evaluation was cancelled",
+}
+
+
+def _webhook_events() -> str:
+    rows = [
+        (f"`{event}`", SENT_WHEN[event], "yes" if event in EVENTS else "no")
+        for event in get_args(EventType)
+    ]  # fmt: skip
+    return table(("event", "sent when", "by default"), rows)
+
+
 def _warnings() -> str:
     return table(("`code`", "when"), [(f"`{code}`", when) for code, when in WARNINGS.items()])
 
 
-PARTS = {"warnings": _warnings}
+PARTS = {"warnings": _warnings, "webhook events": _webhook_events}

@@ -12,6 +12,7 @@ A comment before a block says more about it, and no reader of the page sees it:
 """
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -71,6 +72,22 @@ def shell_lines(block: Block) -> Iterator[str]:
     """The lines of a shell block. Continued lines are joined, and embedded documents are left out."""
     text = re.sub(r"<<'?(\w+)'?.*?^ *\1$", "", block.text, flags=re.DOTALL | re.MULTILINE)
     yield from re.sub(r"\\\n", " ", text).splitlines()
+
+
+def simple_commands(line: str) -> Iterator[list[str]]:
+    """The simple commands of a shell line, without assignments and redirections."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    words: list[str] = []
+    for token in [*lexer, ";"]:
+        if not set(token) <= set("();<>|&"):
+            words.append(token)
+            continue
+        while words and (re.match(r"\w+=", words[0]) or words[0] == "$"):
+            words.pop(0)
+        if words:
+            yield words
+        words = ["redirected"] if set(token) & set("<>") else []
 
 
 if __name__ == "__main__":

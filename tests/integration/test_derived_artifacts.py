@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from app.counted_objects import CountedObject
 from app.database import database_now
 from app.dataset_reports.service import MAX_PENDING
 from app.derived_artifacts import repository as artifacts
+from app.derived_artifacts.service import UNSERVED_SECONDS
 from app.derived_artifacts.tables import DerivedArtifact
 from app.fsck import Finding, repair
 from app.models import repository as models
@@ -21,6 +23,7 @@ from app.models.tables import Model
 from app.services import Services
 from app.settings import Settings
 from app.work_queue import MAX_LOST_ATTEMPTS
+from app.workers import repository as workers
 from tests.helpers.adapters import make_adapter
 from tests.helpers.api import error_of, objects, upload
 from tests.helpers.derived_artifacts import work
@@ -245,3 +248,28 @@ def test_the_lineage_of_a_model_names_its_base_steps_and_files(client: TestClien
     assert step["files"] == {"file-1": None}
     assert client.get("/v1/models/tiny/lineage").json()["steps"] == []
     error_of(client.get("/v1/models/none/lineage"), 404)
+
+
+def test_counts_for_a_model_that_no_cpu_worker_may_get_end_with_the_reason(
+    client: TestClient, services: Services
+) -> None:
+    """Without a bound, the report and the estimate would answer 202 for ever."""
+    with services.database.write() as session:
+        models.register(session, "org/elsewhere", "r1", {})
+        workers.report(session, "cpu-1", "cpu", ["tiny"], {})
+    file_id = upload(client, PAIRS)
+    work(services)
+    ask = partial(client.get, f"/v1/files/{file_id}/report", params={"model": "org/elsewhere"})
+    body = {"model": "org/elsewhere", "training_file": file_id, "method": {"type": "dpo"}}
+    estimate = partial(client.post, "/v1/fine_tuning/estimate", json=body)
+    assert ask().status_code == 202 and estimate().status_code == 202
+    assert work(services) == 0
+    with services.database.write() as session:
+        session.execute(update(DerivedArtifact).values(created_at=DerivedArtifact.created_at - UNSERVED_SECONDS - 1))
+    error = error_of(ask(), 400)
+    assert error["code"] == "model_unavailable" and "'org/elsewhere'" in error["message"]
+    (refused,) = estimate().json()["refused"]
+    assert refused["code"] == "model_unavailable" and refused["param"] == "training_file"
+    with services.database.write() as session:
+        workers.report(session, "cpu-1", "cpu", ["tiny", "org/*"], {})
+    assert ask().status_code == 202, "a worker that may download it has come"

@@ -18,7 +18,7 @@ import typer.main
 
 from app.cli.jobs import VLLM_RANKS, next_steps
 from app.cli.main import cli
-from tests.helpers.documents import PAGES, SHELLS, blocks, shell_lines
+from tests.helpers.documents import PAGES, SHELLS, blocks, shell_lines, simple_commands
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [*ROOT.glob("app/**/*.py"), *ROOT.glob("worker/**/*.py"), *ROOT.glob("demo/**/*.py")]
@@ -84,22 +84,6 @@ def parse_make(words: list[str]) -> None:
 
 
 PARSERS = {"dpo": parse_dpo, "vllm": parse_vllm, "make": parse_make}
-
-
-def simple_commands(line: str) -> Iterator[list[str]]:
-    """The simple commands of a shell line, without assignments and redirections."""
-    lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
-    lexer.whitespace_split = True
-    words: list[str] = []
-    for token in [*lexer, ";"]:
-        if not set(token) <= set("();<>|&"):
-            words.append(token)
-            continue
-        while words and (re.match(r"\w+=", words[0]) or words[0] == "$"):
-            words.pop(0)
-        if words:
-            yield words
-        words = ["redirected"] if set(token) & set("<>") else []
 
 
 def ours(words: list[str]) -> list[str]:

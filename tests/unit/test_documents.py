@@ -27,7 +27,7 @@ from app.spec.hyperparameters import DPOHyperparameters
 from app.spec.job import JobSpec
 from app.spec.json_types import JsonObject
 from app.webhooks.schemas import EventType
-from tests.helpers.documents import PAGES, SHELLS, Block, blocks
+from tests.helpers.documents import PAGES, SHELLS, Block, blocks, shell_lines, simple_commands
 from worker.classifier import LinearClassifier
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
@@ -36,7 +36,20 @@ WORKFLOW_KEYS = {
     "job": {"runs-on", "steps", "timeout-minutes", "env", "needs", "if", "permissions", "strategy", "container", "services"},
     "step": {"uses", "with", "run", "if", "env", "name", "id", "shell", "working-directory", "continue-on-error", "timeout-minutes"},
 }  # fmt: skip
-"""The keys of a GitHub workflow, as docs.github.com/actions/reference/workflows-and-actions lists them in 2026-11."""
+"""The keys that a GitHub workflow may have: docs.github.com, "Workflow syntax for GitHub Actions"."""
+FOREIGN: dict[str, set[str]] = {
+    "cp": set(),
+    "mkdir": {"-p"},
+    "pipx install": set(),
+    "export": set(),
+    "docker compose": {"--build"},  # docs.docker.com/reference/cli/docker/compose/up, 2026-11
+    "pg_dump": {"--no-owner", "--file"},  # postgresql.org/docs/17/app-pgdump.html
+    "aws s3": set(),
+    "jq": {"-c"},
+    "python": {"-m"},
+    ".venv/bin/python": {"-m"},
+}
+"""The commands of other tools in blocks that are not run, with the options that they have."""
 
 
 def of(language: str | set[str]) -> list[Block]:
@@ -58,6 +71,20 @@ def test_every_block_names_a_language_that_is_checked() -> None:
 def test_a_shell_block_is_valid(block: Block) -> None:
     checked = subprocess.run(["bash", "-n"], input=block.text, text=True, capture_output=True, check=False)
     assert checked.returncode == 0 and checked.stderr == "", checked.stderr
+
+
+@each([block for block in of(SHELLS) if "no-run" in block.markers])
+def test_a_block_that_is_not_run_has_known_commands_of_other_tools(block: Block) -> None:
+    """`tests/unit/test_commands.py` parses those of this project, of make and of vLLM."""
+    for line in shell_lines(block):
+        for words in simple_commands(line.partition(" #")[0]):
+            if words[0] in ("dpo", "make", "vllm", "redirected"):
+                continue
+            command = words[0] if words[0] in FOREIGN else " ".join(words[:2])
+            assert command in FOREIGN, words
+            options = {word for word in words if word.startswith("-")}
+            ours = words[0].endswith("python")  # the options of a bench are its own
+            assert ours or options <= FOREIGN[command], words
 
 
 @each(of("python"))

@@ -3,12 +3,14 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from app.keys.access import AccessTable
 from app.main import create_app
 from app.settings import Settings
+from app.spec.activities import Activity
 from app.spec.metrics import BEST_OF, ENDPOINT, EVALUATION, METRICS, STEPS
 from docs.generate.settings import GROUPS, variable
 from tests.helpers.documents import PAGES, ROOT
@@ -58,6 +60,11 @@ def test_every_named_metric_of_a_training_exists() -> None:
     known = {*METRICS, *STEPS, *EVALUATION, *ENDPOINT, *BEST_OF}
     found = named(r"^((?:eval/)?(?:rewards|logps|logratios)/[a-z_]+|eval/[a-z_/]+)$")
     assert len(found) > 30 and [(page, name) for page, name in found if name not in known] == []
+
+
+def test_every_activity_of_a_job_is_named() -> None:
+    (row,) = re.findall(r"^\| `progress\.activity` \|.*$", (ROOT / "docs/jobs.md").read_text(), flags=re.MULTILINE)
+    assert set(get_args(Activity)) <= set(re.findall(r"`(\w+)`", row))
 
 
 @pytest.fixture(scope="module")

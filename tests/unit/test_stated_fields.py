@@ -122,8 +122,11 @@ def test_a_field_has_the_stated_default_and_bounds(page: str, row: Row) -> None:
         plain = isinstance(default, int | float | str)
         assert not plain or name in ELSEWHERE, "the default is not stated"
     schema = json.dumps(model.model_json_schema()["properties"][name])
-    for low, high in re.findall(r"(?<![\w.])([−\d.,]+) to ([\d.,]*\d)", row.meaning):
-        bounds = [float(bound.replace(",", "").replace("−", "-")) for bound in (low, high)]
+    stated_bounds = re.findall(r"(?<![\w.])([−\d.,]+) to ([\d.,]*\d)", row.meaning)
+    if name != "suffix":  # its pattern has the length
+        stated_bounds += [(most,) for most in re.findall(r"\b[Uu]p to (\d[\d,]*)", row.meaning)]
+    for given in stated_bounds:
+        bounds = [float(bound.replace(",", "").replace("−", "-")) for bound in given]
         limits = {
             float(value) for value in re.findall(r'"(?:exclusive)?(?:min|max)[a-zA-Z]*": ([-\d.e+]+)', schema, re.I)
         }
