@@ -1,7 +1,7 @@
 """The commands and programs of the documents, run page by page as they stand, against a service.
 
 A page's blocks run in their order, in one shell and one folder. Nothing is set for them that the page does not set:
-`STAND_INS` replaces names and addresses that the page can only give as examples.
+`Example.stand_ins` replaces names and addresses that a page can only give as examples.
 """
 
 import json
@@ -165,7 +165,6 @@ def test_the_blocks_of_a_page_run_in_their_order(page: Path, example: Example, t
         path.mkdir()
     write_files(folder)
     (folder / ".dpo").symlink_to(example.service.home)
-    (folder / ".venv").symlink_to(sys.prefix)
     # The service is not at the port that the client takes by default. A stand-in may miss the gate of a page that says so:
     # exit status 4 then counts as success.
     dpo = programs / "dpo"
