@@ -4,6 +4,7 @@ import shutil
 import ssl
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
@@ -13,7 +14,7 @@ import yaml
 from tests.helpers.certificates import Certificate, make_certificate
 from tests.helpers.documents import ROOT, blocks
 from tests.helpers.servers import CEILING, free_port, wait_until
-from tests.helpers.service import Running
+from tests.helpers.service import Running, running
 
 PAGE = ROOT / "docs" / "how-to" / "put-behind-a-proxy.md"
 FILES = {block.markers["file"]: block.text for block in blocks(PAGE) if "file" in block.markers}
@@ -59,28 +60,58 @@ def _caddy(folder: Path, content: str) -> list[str]:
     return ["caddy", "run", "--config", str(folder / "Caddyfile"), "--adapter", "caddyfile"]
 
 
-@pytest.fixture(params=[nginx, caddy, caddy_of_compose], ids=lambda proxy: proxy.__name__)
-def client(request: pytest.FixtureRequest, tmp_path: Path, service: Running) -> Iterator[httpx2.Client]:
-    """A client that reaches the service through a proxy, over TLS."""
-    program = "nginx" if request.param is nginx else "caddy"
+@contextmanager
+def behind(proxy: Proxy, folder: Path, service: Running, path: str = "") -> Iterator[httpx2.Client]:
+    """A client that reaches a service through a proxy, over TLS and below `path`."""
+    program = "nginx" if "nginx" in proxy.__name__ else "caddy"
     if shutil.which(program) is None:
         pytest.skip(f"{program} is not here; `make test` as root on Debian installs it")
-    certificate, port = make_certificate(tmp_path), free_port()
+    certificate, port = make_certificate(folder), free_port()
     upstream = service.url.removeprefix("http://").removesuffix("/v1")
-    command = request.param(tmp_path, port, upstream, certificate)
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path)
+    command = proxy(folder, port, upstream, certificate)
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
     trusted = ssl.create_default_context(cafile=str(certificate.authority))
-    headers = {"Authorization": f"Bearer {service.key}"}
+    url, headers = f"https://localhost:{port}{path}/v1", {"Authorization": f"Bearer {service.key}"}
     try:
-        with httpx2.Client(
-            base_url=f"https://localhost:{port}/v1", headers=headers, verify=trusted, timeout=60
-        ) as client:
-            wait_until(lambda: client.get("/models").is_success, f"{program} ({tmp_path}/log)", process)
+        with httpx2.Client(base_url=url, headers=headers, verify=trusted, timeout=60) as client:
+            wait_until(lambda: client.get("/models").is_success, f"{program} ({folder}/log)", process)
             yield client
     finally:
         process.terminate()
         process.wait(CEILING)
+
+
+@pytest.fixture(params=[nginx, caddy, caddy_of_compose], ids=lambda proxy: proxy.__name__)
+def client(request: pytest.FixtureRequest, tmp_path: Path, service: Running) -> Iterator[httpx2.Client]:
+    with behind(request.param, tmp_path, service) as client:
+        yield client
+
+
+def nginx_below(folder: Path, port: int, upstream: str, certificate: Certificate) -> list[str]:
+    """The page's `server` with the path `/dpo`, as its last line says."""
+    command = nginx(folder, port, upstream, certificate)
+    file = folder / "nginx.conf"
+    file.write_text(file.read_text().replace("location / {", "location /dpo/ {"))
+    return command
+
+
+def caddy_below(folder: Path, port: int, upstream: str, certificate: Certificate) -> list[str]:
+    """The page's site with the path `/dpo`, as its last sentence says."""
+    command = caddy(folder, port, upstream, certificate)
+    file = folder / "Caddyfile"
+    site, mark, proxy = file.read_text().partition("    reverse_proxy")
+    file.write_text(f"{site}    handle /dpo/* {{\n{mark}{proxy}}}\n")
+    return command
+
+
+@pytest.mark.parametrize("proxy", [nginx_below, caddy_below])
+def test_a_proxy_may_serve_the_api_below_a_path(proxy: Proxy, tmp_path: Path, home: Path) -> None:
+    with running(home, {"DPO_ROOT_PATH": "/dpo"}) as service, behind(proxy, tmp_path, service, "/dpo") as client:
+        root = str(client.base_url).removesuffix("v1/")
+        assert client.get(f"{root}healthz").is_success
+        page = client.get(f"{root}dashboard/login")
+        assert page.is_success and "/dpo/dashboard/static" in page.text
 
 
 def test_a_large_file_passes_a_proxy(client: httpx2.Client) -> None:
