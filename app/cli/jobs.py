@@ -140,30 +140,28 @@ def next_steps(job: JsonObject) -> str:
         "AutoPeftModelForCausalLM",
         f"vllm serve {shlex.quote(base)} --enable-lora --lora-modules tuned=model",
     )
-    needs = f"\nboth need:          the base model '{base}', from the hub or as a folder of this name here"
     if loss == "reward_model":
         package, loader, serve = (
             "transformers",
             "AutoModelForSequenceClassification",
             "vllm serve ./model --runner pooling --convert classify",
         )
-        needs = ""
     elif adapter == "none":
         package, loader, serve = "transformers", "AutoModelForCausalLM", "vllm serve ./model"
-        needs = ""
     elif adapter["use_dora"] or adapter.get("modules_to_save"):
         serve = "merge it first: vLLM takes no adapters with DoRA or 'modules_to_save'"
     elif adapter["r"] > VLLM_RANKS[-1]:
         serve = f"merge it first: vLLM takes adapters up to rank {VLLM_RANKS[-1]}"
     elif adapter["r"] > VLLM_RANKS[0]:
         serve += f" --max-lora-rank {next(rank for rank in VLLM_RANKS if rank >= adapter['r'])}"
+    needs = f"\nboth need:          the base model '{base}', from the hub or as a folder of this name here"
     return f"""
 model: {name}
 
 download it:        dpo models download {shlex.quote(name)} --output model
 load it in Python:  from {package} import {loader}
                     {loader}.from_pretrained("model")
-serve it:           {serve}{needs}"""
+serve it:           {serve}{needs if package == "peft" else ""}"""
 
 
 @jobs.command("logs")

@@ -40,8 +40,8 @@ def _is_unserved(session: Session, artifact: DerivedArtifact) -> bool:
     """Whether an artifact has waited for long, and none of the workers that are there has its base model."""
     if artifact.base_model is None:
         return False
-    present = workers.present(session, Lane.CPU)
-    if not present or any(workers.serves(worker, artifact.base_model) for worker in present):
-        return False
     age = select(database_now() - DerivedArtifact.created_at).where(DerivedArtifact.id == artifact.id)
-    return session.scalars(age).one() > UNSERVED_SECONDS
+    if session.scalars(age).one() <= UNSERVED_SECONDS:
+        return False
+    present = workers.present(session, Lane.CPU)
+    return bool(present) and not any(workers.serves(worker, artifact.base_model) for worker in present)

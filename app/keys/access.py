@@ -67,7 +67,7 @@ class AccessTable:
 
     def find(self, method: str, path: str) -> Access:
         """The access rules of the route that answers; the default rules if none does."""
-        matching = [(methods, rules) for pattern, methods, rules in self._rows if pattern.match(path)]
+        matching = self._matching(path)
         for methods, rules in matching:
             if methods is None or method in methods or (method == "HEAD" and "GET" in methods):
                 return rules
@@ -76,5 +76,9 @@ class AccessTable:
 
     def methods(self, path: str) -> list[str]:
         """The methods of all routes of a path, sorted. Starlette's own answer names those of the first one."""
-        found = {method for pattern, methods, _ in self._rows if pattern.match(path) for method in methods or READING}
+        found = {method for methods, _ in self._matching(path) for method in methods or READING}
         return sorted(found | ({"HEAD"} if "GET" in found else set()))
+
+    def _matching(self, path: str) -> list[tuple[set[str] | None, Access]]:
+        """(methods, rules) of the routes of a path, in their order. Methods None means any."""
+        return [(methods, rules) for pattern, methods, rules in self._rows if pattern.match(path)]

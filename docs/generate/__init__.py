@@ -11,9 +11,10 @@ from pathlib import Path
 
 from docs.generate import api, command_line, errors, figures, formats, gpus, registries, series, settings
 from docs.generate.numbers import NUMBERS
+from tests.helpers import documents
+from tests.helpers.documents import ROOT
 
-DOCS = Path(__file__).parents[1]
-ROOT = DOCS.parent
+DOCS = ROOT / "docs"
 PAGES: dict[str, Callable[[], str]] = {
     "reference/api.md": api.page,
     "reference/command-line.md": command_line.page,
@@ -35,8 +36,8 @@ PART = re.compile(r"(<!-- from: ([\w ,./-]+) -->\n).*?(<!-- /from -->)", re.DOTA
 
 def written_pages() -> list[Path]:
     """The pages that people write, which have generated parts and numbers."""
-    pages = [*ROOT.glob("*.md"), *DOCS.glob("**/*.md"), *ROOT.glob("examples/*.md")]
-    return sorted(page for page in pages if page.relative_to(ROOT).as_posix().removeprefix("docs/") not in PAGES)
+    generated = {DOCS / name for name in PAGES}
+    return [page for page in documents.PAGES if page not in generated]
 
 
 def up_to_date(page: Path) -> str:

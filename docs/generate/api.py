@@ -8,7 +8,7 @@ from app.keys.schemas import Scope
 from app.main import create_app
 from app.settings import Settings
 from app.spec.json_types import JsonObject
-from docs.generate.markdown import table
+from docs.generate.markdown import codes, table
 
 INTRODUCTION = """# The HTTP API
 
@@ -61,7 +61,7 @@ def _kind(schema: JsonObject) -> str:
     if "const" in schema:
         return f"`{json.dumps(schema['const'])}`"
     if "enum" in schema:
-        return ", ".join(f"`{value}`" for value in schema["enum"])
+        return codes(schema["enum"])
     if schema.get("type") == "array":
         return f"list of {_kind(schema.get('items', {}))}"
     if isinstance(schema.get("additionalProperties"), dict):

@@ -42,11 +42,13 @@ def peak_bytes(task: str, entrant: str) -> int:
 
 
 def pairs_per_second(entrant: str, epochs: int) -> float:
-    """The median throughput of DPO over the bench's 16 pairs."""
-    return PAIRS * epochs / seconds(f"dpo, {epochs} epochs", entrant)
+    """The median throughput of DPO over the pairs of the bench."""
+    return pairs() * epochs / seconds(f"dpo, {epochs} epochs", entrant)
 
 
-PAIRS = 16
+def pairs() -> int:
+    """The number of pairs of the bench, with which the description of its rows begins."""
+    return int(result("cpu")["rows"].split()[0])
 
 
 def times_as_fast(task: str, entrant: str) -> float:
@@ -64,7 +66,7 @@ def _engine(epochs: int) -> str:
             (
                 ENTRANTS.get(name, name),
                 f"{pairs_per_second(name, epochs):.2f}",
-                f"{PAIRS * epochs / times[-1]:.2f} to {PAIRS * epochs / times[0]:.2f}",
+                f"{pairs() * epochs / times[-1]:.2f} to {pairs() * epochs / times[0]:.2f}",
                 f"{peak_bytes(task, name) / 1e6:,.0f} MB",
                 "" if ours else f"{times_as_fast(task, name):.1f} × as fast",
                 "" if ours else f"{bounds[name]:.1f} ×",

@@ -5,7 +5,7 @@ from typing import get_args
 from app.spec.losses import LOSSES, Loss
 from app.spec.metrics import BEST_OF, ENDPOINT, EVALUATION, TRAINING, Metric, Trait
 from app.webhooks.schemas import EVENTS, EventType
-from docs.generate.markdown import table
+from docs.generate.markdown import codes, table
 from worker.trainer.advice import WARNINGS
 
 
@@ -18,14 +18,14 @@ def losses() -> str:
         "A job may set the options of its loss. Any other option is refused. `coupled`: the loss of a row depends on",
         "the other rows of its batch. `alone`: the loss cannot be a term of a sum.",
         "",
-        "| loss | name | paper | data | reference | options and their defaults | also takes | notes |",
-        "|---|---|---|---|---|---|---|---|",
     ]
+    head = ("loss", "name", "paper", "data", "reference", "options and their defaults", "also takes", "notes")
+    rows = []
     for name, loss in LOSSES.items():
         options = ", ".join(f"`{option}` {_value(default)}" for option, default in loss.options.items()) or "none"
         cells = (f"`{name}`", loss.title, loss.paper, loss.data.value, "yes" if loss.reference else "no", options)
-        lines.append(f"| {' | '.join(cells)} | {_shared_options(loss)} | {_notes(loss)} |")
-    return "\n".join(lines) + "\n"
+        rows.append((*cells, _shared_options(loss), _notes(loss)))
+    return "\n".join([*lines, table(head, rows)])
 
 
 def _value(default: float | str | bool) -> str:
@@ -35,7 +35,7 @@ def _value(default: float | str | bool) -> str:
 
 
 def _shared_options(loss: Loss) -> str:
-    return ", ".join(f"`{option}`" for option in ("ld_alpha", "use_weighting") if loss.reads(option))
+    return codes(option for option in ("ld_alpha", "use_weighting") if loss.reads(option))
 
 
 def _notes(loss: Loss) -> str:
@@ -67,35 +67,36 @@ def metrics() -> str:
         "A validation reports the validated metrics as `eval/NAME`. Early stopping can watch those of the last column.",
         "The job object and its gates have the metrics of the last stage.",
         "",
-        "| metric | meaning | better | unit | stages | validated | stops early |",
-        "|---|---|---|---|---|---|---|",
     ]
+    rows = []
     for name, metric in TRAINING.items():
         validated = "" if not metric.validated else "yes" if metric.trained else "only"
-        lines.append(f"{_row(name, metric)} {STAGES[metric.needs]} | {validated} | {'yes' if metric.stops else ''} |")
+        rows.append((*_cells(name, metric), STAGES[metric.needs], validated, "yes" if metric.stops else ""))
     lines += [
-        "",
+        table((*HEAD, "stages", "validated", "stops early"), rows),
         "## Evaluations",
         "",
         "A metric with an interval also has `NAME/error`, `NAME/low` and `NAME/high` (95 %). With several",
         "temperatures, a name is `NAME@0.7`. A gate of a training names it `evaluations/EVALUATION/NAME`.",
         "",
-        "| metric | meaning | better | unit | types | interval | needs |",
-        "|---|---|---|---|---|---|---|",
     ]
+    rows = []
     for name, figure in EVALUATION.items():
         needs = "a judge that is asked" if figure.asked else "a judge" if figure.judged else ""
-        types = ", ".join(f"`{kind}`" for kind in figure.types)
-        lines.append(f"{_row(name, figure)} {types} | {'yes' if figure.interval else ''} | {needs} |")
-    lines += [f"{_row(name, metric)} any |  | a judge behind an endpoint |" for name, metric in ENDPOINT.items()]
-    lines += [
-        f"{_row(f'best_of/SIDE/{name}', metric)} any |  | a side with `best_of` |" for name, metric in BEST_OF.items()
+        rows.append((*_cells(name, figure), codes(figure.types), "yes" if figure.interval else "", needs))
+    rows += [(*_cells(name, metric), "any", "", "a judge behind an endpoint") for name, metric in ENDPOINT.items()]
+    rows += [
+        (*_cells(f"best_of/SIDE/{name}", metric), "any", "", "a side with `best_of`")
+        for name, metric in BEST_OF.items()
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, table((*HEAD, "types", "interval", "needs"), rows)])
 
 
-def _row(name: str, metric: Metric) -> str:
-    return f"| `{name}` | {metric.meaning} | {metric.better or ''} | {metric.unit} |"
+HEAD = ("metric", "meaning", "better", "unit")
+
+
+def _cells(name: str, metric: Metric) -> tuple[str, ...]:
+    return f"`{name}`", metric.meaning, metric.better or "", metric.unit
 
 
 SENT_WHEN: dict[EventType, str] = {
@@ -113,10 +114,7 @@ SENT_WHEN: dict[EventType, str] = {
 
 
 def _webhook_events() -> str:
-    rows = [
-        (f"`{event}`", SENT_WHEN[event], "yes" if event in EVENTS else "no")
-        for event in get_args(EventType)
-    ]  # fmt: skip
+    rows = [(f"`{event}`", SENT_WHEN[event], "yes" if event in EVENTS else "no") for event in get_args(EventType)]
     return table(("event", "sent when", "by default"), rows)
 
 

@@ -102,10 +102,7 @@ class Example:
         """Patterns of what the documents can only give as an example, and what stands for it here."""
 
     def _dpo(self, *arguments: str, body: dict[str, Any]) -> Any:
-        done = subprocess.run(
-            [DPO, *arguments, "--json"], cwd=self.folder, input=json.dumps(body), capture_output=True, text=True,
-            env=os.environ | {"DPO_BASE_URL": self.service.url, "DPO_API_KEY": self.service.key}, timeout=CEILING, check=False,
-        )  # fmt: skip
+        done = self.service.dpo(*arguments, "--json", stdin=json.dumps(body), folder=self.folder)
         assert done.returncode == 0, done.stdout + done.stderr
         return json.loads(done.stdout)
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).parents[2]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("examples/*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("examples/**/*.md"))]
 BASES = ("demo-base", "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B-Instruct")
 """The base models that the pages name. The services of the tests have a tiny model under each of these names."""
 SHELLS = {"sh", "bash", "console"}
@@ -66,6 +66,11 @@ def blocks(page: Path) -> Iterator[Block]:
             markers = dict(MARKER.findall(comment))
             yield Block(page, token.map[0] + 2, token.info.strip(), token.content, markers, heading)
         comment = comment + token.content if token.type == "html_block" else ""
+
+
+def without_blocks(text: str) -> str:
+    """`text` without its fenced blocks: the sentences, tables and headings of a page."""
+    return re.sub(r"^( *)```.*?^\1```", "", text, flags=re.DOTALL | re.MULTILINE)
 
 
 def shell_lines(block: Block) -> Iterator[str]:

@@ -81,11 +81,14 @@ class Running:
         assert condition(job), f"the job ended as {job['status']}: {job['error']}"
         return job
 
-    def dpo(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
-        """Run the command-line client."""
+    def dpo(
+        self, *arguments: str, stdin: str | None = None, folder: Path | None = None
+    ) -> "subprocess.CompletedProcess[str]":
+        """Run the command-line client in `folder`, with `stdin` as its input."""
         environment = self.environment | {"DPO_BASE_URL": self.url, "DPO_API_KEY": self.key}
-        command = [DPO, *arguments]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=CEILING)
+        return subprocess.run(
+            [DPO, *arguments], env=environment, cwd=folder, input=stdin, capture_output=True, text=True, timeout=CEILING
+        )
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import typer.main
 
 from app.cli.jobs import VLLM_RANKS, next_steps
 from app.cli.main import cli
-from tests.helpers.documents import PAGES, SHELLS, blocks, shell_lines, simple_commands
+from tests.helpers.documents import PAGES, SHELLS, blocks, shell_lines, simple_commands, without_blocks
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [*ROOT.glob("app/**/*.py"), *ROOT.glob("worker/**/*.py"), *ROOT.glob("demo/**/*.py")]
@@ -127,7 +127,7 @@ def mentions(text: str) -> Iterator[list[str]]:
 def texts(source: Path) -> Iterator[str]:
     """The strings of a module, with `X` for what is filled in; for another file, its whole text."""
     if source.suffix != ".py":
-        yield re.sub(r"^( *)```.*?^\1```", "", source.read_text(), flags=re.DOTALL | re.MULTILINE)
+        yield without_blocks(source.read_text())
         return
     for node in ast.walk(ast.parse(source.read_text())):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):

@@ -8,17 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from app.main import create_app
-from app.settings import Settings
 from app.spec.json_types import JsonObject
+from docs.generate import api
 
 EXCERPT = Path(__file__).parents[1] / "data" / "openai-fine-tuning.openapi.json"
 
 
 @pytest.fixture(scope="module")
-def ours(tmp_path_factory: pytest.TempPathFactory) -> JsonObject:
-    document: JsonObject = create_app(Settings(home=tmp_path_factory.mktemp("home"))).openapi()
-    return document
+def ours() -> JsonObject:
+    return api.document()
 
 
 @pytest.fixture(scope="module")

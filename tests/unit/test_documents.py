@@ -18,8 +18,6 @@ import yaml
 from jsonschema import Draft202012Validator
 from pydantic import BaseModel
 
-from app.main import create_app
-from app.settings import Settings
 from app.spec.datasets.check import survey
 from app.spec.datasets.mapping import Mapping
 from app.spec.evaluation import EvaluationSpec, Side
@@ -27,6 +25,7 @@ from app.spec.hyperparameters import DPOHyperparameters
 from app.spec.job import JobSpec
 from app.spec.json_types import JsonObject
 from app.webhooks.schemas import EventType
+from docs.generate import api
 from tests.helpers.documents import PAGES, SHELLS, Block, blocks, shell_lines, simple_commands
 from worker.classifier import LinearClassifier
 
@@ -101,9 +100,8 @@ def test_a_python_block_is_valid(block: Block) -> None:
 
 
 @pytest.fixture(scope="module")
-def openapi(tmp_path_factory: pytest.TempPathFactory) -> JsonObject:
-    document: JsonObject = create_app(Settings(home=tmp_path_factory.mktemp("home"))).openapi()
-    return document
+def openapi() -> JsonObject:
+    return api.document()
 
 
 def is_part_of(value: object, name: str, openapi: JsonObject) -> None:

@@ -18,10 +18,11 @@ from app.spec.datasets.check import survey
 from app.spec.datasets.formats import FORMATS
 from app.spec.json_types import JsonObject
 from app.storage import PROBE_KEY
-from docs.generate import DOCS, PAGES, PARTS, ROOT, up_to_date, written_pages
+from docs.generate import DOCS, PAGES, PARTS, up_to_date, written_pages
 from docs.generate.formats import SAMPLES
 from docs.generate.numbers import NUMBERS
 from docs.generate.settings import GROUPS
+from tests.helpers.documents import ROOT
 from worker.trainer.advice import WARNINGS
 
 ADVICE = "Run 'python -m docs.generate'."

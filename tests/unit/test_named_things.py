@@ -13,7 +13,7 @@ from app.settings import Settings
 from app.spec.activities import Activity
 from app.spec.metrics import BEST_OF, ENDPOINT, EVALUATION, METRICS, STEPS
 from docs.generate.settings import GROUPS, variable
-from tests.helpers.documents import PAGES, ROOT
+from tests.helpers.documents import PAGES, ROOT, without_blocks
 
 CURRENT = [page for page in PAGES if page.name != "CHANGELOG.md" and "decisions" not in page.parts]
 """The pages that say what is true now. The others also name what is gone."""
@@ -25,14 +25,13 @@ OF_READERS = {"DPO_SERVICE"}
 """A variable of the reader's own CI, in the page about it."""
 OF_TOGETHER = {"dpo_beta", "dpo_normalize_logratios_by_length"}
 OF_BENCHES = {"bench/results/gpu.json", "bench/.sentiment"}
-"""What a bench leaves where it runs."""
+"""A bench leaves these where it runs."""
 PLACEHOLDER = re.compile("NAME|FEATURE|NNNN")
 
 
 def spans(page: Path) -> Iterator[str]:
     """The code spans of a page, without its blocks."""
-    text = re.sub(r"^( *)```.*?^\1```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-    yield from re.findall(r"`([^`\n]+)`", text)
+    yield from re.findall(r"`([^`\n]+)`", without_blocks(page.read_text()))
 
 
 def named(pattern: str) -> list[tuple[str, str]]:

@@ -4,7 +4,8 @@ import ast
 import re
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers.documents import PAGES, ROOT, without_blocks
+
 LINK = re.compile(r"(?<!`)\[[^\]\n]*\]\(([^)\s]+)\)")
 
 
@@ -25,14 +26,9 @@ def test_no_module_imports_a_test_module() -> None:
     assert offenders == []
 
 
-def documents() -> list[Path]:
-    return [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")]
-
-
 def anchors(page: Path) -> set[str]:
     """The anchors of a page's headings, as GitHub makes them."""
-    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", without_blocks(page.read_text()), flags=re.MULTILINE)
     return {
         re.sub(r"[^\w\- ]", "", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)).strip().lower().replace(" ", "-")
         for heading in headings
@@ -41,9 +37,8 @@ def anchors(page: Path) -> set[str]:
 
 def test_no_link_in_the_documents_is_broken() -> None:
     broken = []
-    for page in documents():
-        text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-        for target in LINK.findall(text):
+    for page in PAGES:
+        for target in LINK.findall(without_blocks(page.read_text())):
             if re.match(r"[a-z]+:", target):
                 continue
             file, _, anchor = target.partition("#")
