@@ -60,6 +60,7 @@ from worker.trainer.data import Response, Row
 from worker.trainer.dataset import Rows
 from worker.trainer.errors import UserError
 from worker.trainer.events import Events, Metrics, read
+from worker.trainer.launcher import Launcher
 from worker.trainer.loading import wrap
 from worker.trainer.methods.method import Method
 from worker.trainer.methods.preference import Preference
@@ -395,9 +396,10 @@ def _row(number: int, prompt: int, response: int) -> Row:
 
 def _step(policy: Policy, rows: Rows, settings: DPOHyperparameters) -> dict[str, float]:
     """The figures of one gradient over `rows`: the median time of three, after one that compiles."""
-    no_references = compute(policy, rows[:0])
-    method = Preference(policy, settings, rows, rows[:0])
-    method.references = References(compute(policy, rows), no_references)
+    launcher = Launcher(policy)
+    no_references = compute(launcher, rows[:0])
+    method = Preference(launcher, settings, rows, rows[:0])
+    method.references = References(compute(launcher, rows), no_references)
     runs = []
     for _ in range(4):
         averages = Averages()
@@ -415,7 +417,7 @@ def _step(policy: Policy, rows: Rows, settings: DPOHyperparameters) -> dict[str,
 
 def _gradient(method: Method, count: int, averages: Averages) -> None:
     rows = list(range(count))
-    method.backward(rows, method.totals(rows, averages), averages)
+    method.gradient(rows, averages)
     for parameter in method.policy.trainable().values():
         parameter.grad = None
 

@@ -210,7 +210,7 @@ def _plain_logp(policy: Policy, row: Row, response: Response) -> Tensor:
 
 def pack_of(policy: Policy, rows: Sequence[Row], numbers: Sequence[int], *, merge: bool = True) -> Pack:
     """All the rows `numbers` in one pack, as `policy` packs."""
-    packing = replace(policy.packing, budget=1_000_000, merge=merge)
+    packing = replace(policy.packing, budget=1_000_000, segment_tokens=1_000_000, merge=merge)
     (pack,) = packing.packs(rows, numbers)
     return pack
 

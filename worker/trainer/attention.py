@@ -124,6 +124,9 @@ def tree_attention(
             _attend(query[:, :, i:j], key[:, :, i:j], value[:, :, i:j], mask, scaling, softcap, s_aux)
             for i, j, mask in tree.tree_masks(sliding_window)
         ]
+        padding = query.shape[2] - tree.pack.tokens
+        if padding:
+            outputs.append(query.new_zeros(*query.shape[:2], padding, value.shape[-1]))
         attended = torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]
     return attended.transpose(1, 2).contiguous(), None  # (B, H, T, D) -> (B, T, H, D)
 

@@ -18,8 +18,9 @@ from worker import manifest
 from worker.trainer.early_stopping import Best
 from worker.trainer.methods.method import Method
 from worker.trainer.model import Policy
+from worker.trainer.ranks import Ranks
 
-COMMON_FILES = ("optimizer", "generators", "best")
+COMMON_FILES = ("optimizer", "best")
 """Files in `state/` that any checkpoint may have. All other safetensors files belong to its method."""
 
 
@@ -44,21 +45,30 @@ class State:
 
 
 def save(
-    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, method: Method, state: State, best: Path
+    folder: Path,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    method: Method,
+    state: State,
+    best: Path,
+    ranks: Ranks,
 ) -> None:
-    """Write a checkpoint into `folder`, which must not exist.
+    """Write a checkpoint into `folder`, which must not exist. To be called by all `ranks`; the first one writes.
 
     `best` is the path of the best weights so far; the file may be missing.
     """
+    parts = ranks.gather_first(_optimizer_state(policy, optimizer))
+    if parts is None:
+        return
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "state").mkdir(parents=True)
     # The model, to use or to train further.
     policy.save(partial / "model")
-    # The state, to resume exactly.
-    tensors, numbers = _optimizer_state(policy, optimizer)
+    # The state, to resume exactly, on any number of ranks.
+    tensors = {name: tensor for part, _ in parts for name, tensor in part.items()}
+    numbers = {name: values for _, part in parts for name, values in part.items()}
     save_file(tensors, partial / "state" / "optimizer.safetensors")
-    save_file(_generators(policy), partial / "state" / "generators.safetensors")
     for name, method_tensors in method.state_dict().items():
         save_file(method_tensors, partial / "state" / f"{name}.safetensors")
     if best.exists():
@@ -76,15 +86,19 @@ def load_state(folder: Path) -> State:
 
 
 def restore(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, method: Method, best: Path) -> None:
-    """Restore optimizer, random-number generators, method state and best weights from the checkpoint `folder`.
+    """Restore optimizer, method state and best weights from the checkpoint `folder`.
 
-    The caller has already loaded the model from `folder`/model. The best weights are copied to `best`.
+    The caller has already loaded the model from `folder`/model. The best weights are copied to `best`. The optimizer
+    gets the state of its own parameters, which may be a part of the policy's.
     """
     state = folder / "state"
+    own = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     tensors = load_file(state / "optimizer.safetensors")  # named `parameter/key`
     state_json = json.loads((state / "state.json").read_text())
     numbers = state_json["optimizer"]
     for name, parameter in policy.trainable().items():
+        if parameter not in own:
+            continue
         prefix = name + "/"
         entries = {
             full_name.removeprefix(prefix): tensor
@@ -95,10 +109,6 @@ def restore(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, meth
         optimizer.state[parameter] = {
             key: value if key == "step" else value.to(parameter.device) for key, value in entries.items()
         } | numbers.get(name, {})
-    generators = load_file(state / "generators.safetensors")
-    torch.set_rng_state(generators["cpu"])
-    if "cuda" in generators and policy.device.type == "cuda":
-        torch.cuda.set_rng_state(generators["cuda"])
     files = {path.stem: path for path in state.glob("*.safetensors")}
     method_state = {name: load_file(path) for name, path in files.items() if name not in COMMON_FILES}
     method.load_state_dict(method_state, state_json["stage_step"])
@@ -110,21 +120,13 @@ def restore(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, meth
 def _optimizer_state(
     policy: Policy, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Tensor], dict[str, JsonObject]]:
-    """Tensors, named `parameter/key`, and plain numbers by parameter and key."""
+    """The state of the optimizer's own parameters: tensors, named `parameter/key`, and numbers by parameter and key."""
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, JsonObject] = {}
     for name, parameter in policy.trainable().items():
-        for key, value in optimizer.state[parameter].items():
+        for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"{name}/{key}"] = value.detach().clone().contiguous()
+                tensors[f"{name}/{key}"] = value.detach().clone().contiguous().cpu()
             else:
                 numbers.setdefault(name, {})[key] = value
     return tensors, numbers
-
-
-def _generators(policy: Policy) -> dict[str, Tensor]:
-    """The states of torch's random-number generators."""
-    states = {"cpu": torch.get_rng_state()}
-    if policy.device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states

@@ -16,12 +16,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from worker.trainer import joins
 from worker.trainer.attention import window_sizes
 from worker.trainer.data import Row
 from worker.trainer.errors import UserError, first_line
 from worker.trainer.events import Events
 from worker.trainer.model import Policy
-from worker.trainer.packing import trees
+from worker.trainer.packing import Segment, trees
 
 CANDIDATE_ROWS, CHECKED_ROWS = 256, 3
 """The check uses the `CHECKED_ROWS` shortest of the first `CANDIDATE_ROWS` rows."""
@@ -52,10 +53,13 @@ def check(policy: Policy, rows: Sequence[Row], events: Events) -> None:
                 setattr(policy, name, value)
             reason = _why_inexact(policy, rows, numbers, expected, tolerance)
             if reason is None:
-                return
+                break
             events.message(f"{consequence}: {reason}.", level="warn")
-    message = f"The log-probs of '{policy.name}' cannot be computed exactly by this engine."
-    raise UserError("unsupported_model", message, "model")
+        else:
+            message = f"The log-probs of '{policy.name}' cannot be computed exactly by this engine."
+            raise UserError("unsupported_model", message, "model")
+    # 4. Whether segments may share a pack.
+    joins.check(policy, rows)
 
 
 def _ways(policy: Policy) -> Iterator[tuple[str, dict[str, bool]]]:
@@ -102,7 +106,7 @@ def _why_inexact(
 ) -> str | None:
     """The reason why the policy's log-probs are wrong under its current settings; None if they are right."""
     packing = replace(policy.packing, merge=False)
-    pack = packing.build(trees(rows, numbers, packing.budget, merge=False)).to(policy.device)
+    pack = packing.build([Segment(tuple(trees(rows, numbers, packing.budget, merge=False)))]).to(policy.device)
     try:
         logps = policy.score(pack).responses
     except torch.OutOfMemoryError:

@@ -20,7 +20,7 @@ from worker.trainer.attention import why_not_batched, why_not_shared
 from worker.trainer.errors import UserError, first_line
 from worker.trainer.events import Events
 from worker.trainer.linears import adaptable, has_experts, is_ordinary, not_quantised, short_names
-from worker.trainer.lora import with_fast_layers
+from worker.trainer.lora import AddsDelta, RewardHead, with_fast_layers
 from worker.trainer.model import HALF_DTYPES, REWARD_HEAD, Base, Policy
 from worker.trainer.naming import meta_model
 from worker.trainer.packing import Packing
@@ -108,6 +108,8 @@ def wrap(
     policy.set_dropout(False)
     if spec.method.dpo is not None and spec.method.dpo.hyperparameters.rewards:
         policy.reward_head = _reward_head(policy, spec, start)
+    covered = _share_products(policy)
+    policy.joins = full or (covered and not has_experts(policy.causal))
     # 3. The fastest way to compute log-probs that the model allows.
     not_shared, not_batched = why_not_shared(policy.causal), why_not_batched(policy.causal)
     policy.shared, policy.one_by_one = not_shared is None, not_batched is not None
@@ -118,7 +120,22 @@ def wrap(
     return policy
 
 
-def _reward_head(policy: Policy, spec: JobSpec, start: Path | None) -> nn.Linear:
+def _share_products(policy: Policy) -> bool:
+    """Let the LoRA layers and the reward head add their products where the policy says.
+
+    Returns whether they hold all trained parameters. DoRA, dropout and layers trained in full leave it to autograd.
+    """
+    layers = [module for module in policy.model.modules() if isinstance(module, AddsDelta)]
+    if policy.reward_head is not None:
+        policy.reward_head.products = policy.products
+    weights = set[nn.Parameter]() if policy.reward_head is None else {policy.reward_head.weight}
+    for layer in layers:
+        layer.products = policy.products
+        weights |= layer.plain_weights()
+    return weights >= set(policy.trainable().values())
+
+
+def _reward_head(policy: Policy, spec: JobSpec, start: Path | None) -> RewardHead:
     """The linear layer [1, hidden size] over the last hidden state.
 
     Its weights come from `start`; else they are small random numbers drawn with the seed.
@@ -128,7 +145,7 @@ def _reward_head(policy: Policy, spec: JobSpec, start: Path | None) -> nn.Linear
     weight = torch.randn(1, config.hidden_size, generator=generator) * getattr(config, "initializer_range", 0.02)
     if start is not None and (start / REWARD_HEAD).exists():
         weight = load_file(start / REWARD_HEAD)["weight"]
-    head = nn.Linear(config.hidden_size, 1, bias=False, device=policy.device, dtype=torch.float32)
+    head = RewardHead(config.hidden_size, policy.device)
     head.weight.data.copy_(weight)
     return head
 

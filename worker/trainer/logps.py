@@ -10,11 +10,14 @@ no logits are recomputed.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from worker.trainer.packing import LEAST_ROWS
 
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
 """Logits in memory at a time, by device. In float32, 16 MB stay in a CPU's cache and 256 MB keep a GPU busy."""
@@ -86,12 +89,22 @@ def score_tokens(
 
     Differentiable in `hidden`, and in the head's weight and bias if they require a gradient.
     """
+    count = len(targets)
+    if count < LEAST_ROWS:
+        hidden = torch.nn.functional.pad(hidden, (0, 0, 0, LEAST_ROWS - count))
+        targets = torch.nn.functional.pad(targets, (0, LEAST_ROWS - count))
     # Autocast is off here: it would change the dtypes that the caller chose and the float32 sums.
     with torch.autocast(hidden.device.type, enabled=False):
         logps, correct, *extras = _TokenLogps.apply(  # type: ignore[no-untyped-call]
             hidden, head.weight, head.bias, targets, head, entropy, alignment
         )
-    return TokenScores(logps, correct, extras[0] if entropy else None, extras[1] if alignment else None)
+    entropies, alignments = extras
+    return TokenScores(
+        logps[:count],
+        correct[:count],
+        entropies[:count] if entropy else None,
+        alignments[:count] if alignment else None,
+    )
 
 
 def score_logits(logits: Tensor, targets: Tensor, *, entropy: bool = False, alignment: bool = False) -> TokenScores:
@@ -180,6 +193,11 @@ class _TokenLogps(torch.autograd.Function):
 
 
 def chunks(weight: Tensor, count: int) -> list[slice]:
-    """Slices of `count` tokens, each with at most `CHUNK_ELEMENTS` logits under the head `weight` [V, H]."""
-    size = max(1, CHUNK_ELEMENTS[weight.device.type] // len(weight))
-    return [slice(i, min(i + size, count)) for i in range(0, count, size)]
+    """Slices of `count` tokens, each with at most `CHUNK_ELEMENTS` logits under the head `weight` [V, H].
+
+    They are of equal length, ± 1, because a product of fewer than `LEAST_ROWS` rows can have other bits.
+    """
+    size = max(2 * LEAST_ROWS, CHUNK_ELEMENTS[weight.device.type] // len(weight))
+    number = -(-count // size)  # rounded up
+    ends = [k * count // number for k in range(number + 1)]
+    return [slice(start, end) for start, end in pairwise(ends)]

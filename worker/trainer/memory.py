@@ -1,24 +1,16 @@
 """The memory that a step needs, by measurement, and the memory that is free. All sizes are in bytes."""
 
-import gc
 import resource
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from worker.machine import free_memory
 from worker.model_files import weight_bytes
-from worker.trainer.errors import UserError
-from worker.trainer.events import Events
 from worker.trainer.model import Policy
 from worker.trainer.packing import Pack
-from worker.trainer.plan import Stage
 
-Result = TypeVar("Result")
 USABLE_SHARE = 0.8
 """The share of the free memory that activations and optimizer state may fill."""
 OPTIMIZER_BYTES = 12
@@ -66,31 +58,6 @@ def free_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return free_memory()
-
-
-def retry_with_smaller_packs(policy: Policy, stage: Stage, events: Events, work: Callable[[], Result]) -> Result:
-    """Run `work` on rows of `stage`. After running out of GPU memory, halve the packs' budget and run it again.
-
-    `work` starts over: its gradients are dropped and the state of the CPU's random generator is restored. A pack cannot
-    be smaller than the largest row. If this row does not fit, a `UserError` asks for a lower `max_length`.
-    """
-    while True:
-        generator = torch.get_rng_state()
-        try:
-            return work()
-        except torch.OutOfMemoryError as error:
-            if policy.packing.budget <= stage.longest:
-                message = f"The longest row ({stage.longest} tokens) does not fit into the GPU's memory."
-                param = f"{stage.param}.max_length"
-                raise UserError("out_of_memory", f"{message} Lower 'max_length'.", param) from error
-            policy.packing = replace(policy.packing, budget=policy.packing.budget // 2)
-        # Outside of the handler: there, the exception would still hold the tensors of the failed attempt.
-        events.message(f"Out of memory: packs of {policy.packing.budget} tokens from now on.", level="warn")
-        for parameter in policy.trainable().values():
-            parameter.grad = None
-        torch.set_rng_state(generator)
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -21,9 +21,11 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from worker.trainer.attention import TREE_ATTENTION, TreeMask, padding_mask, sliding_windows
 from worker.trainer.data import Row
+from worker.trainer.gradients import Products
 from worker.trainer.linears import body
 from worker.trainer.logps import Head, TokenScores, score_logits, score_tokens
-from worker.trainer.packing import Pack, Packing
+from worker.trainer.lora import RewardHead
+from worker.trainer.packing import Pack, Packing, Segment
 from worker.trainer.tokenizer import copy_tokenizer, write_ends
 
 REWARD_HEAD = "reward_head.safetensors"
@@ -79,12 +81,16 @@ class Policy:
     own_logits: bool = False
     """Use the logits of the model's own `forward`: it does more to them than `Head` knows."""
     compiled: bool = False
+    joins: bool = True
+    """Whether a pack of a step may hold several segments: joined, they must have the gradients that they have alone."""
     autocast_dtype: torch.dtype | None = None
     """The dtype of autocast; None computes in the dtypes of the weights."""
     loss_scale: float = 1.0
     """The factor of the current loss, one of `loss_scales`."""
-    reward_head: nn.Linear | None = None
-    """The head of a reward model, [1, H]."""
+    reward_head: RewardHead | None = None
+    """The head of a reward model."""
+    products: Products = field(default_factory=Products)
+    """Where the LoRA layers add the gradients of segments."""
     _dropout: list[nn.Dropout] = field(default_factory=list)
 
     @property
@@ -123,9 +129,14 @@ class Policy:
         for module in self._dropout:
             module.train(on)
 
+    @property
+    def recomputes_activations(self) -> bool:
+        """Whether the backward pass recomputes the activations of each layer."""
+        return bool(self.causal.is_activation_checkpointing)
+
     def recompute_activations(self, on: bool) -> None:
         """Switch activation checkpointing: keep only the input of each layer and recompute it in the backward pass."""
-        if on == bool(self.causal.is_activation_checkpointing):
+        if on == self.recomputes_activations:
             return
         if on:
             self.causal.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -135,13 +146,21 @@ class Policy:
             self.causal.disable_input_require_grads()  # only reentrant checkpointing needs them
 
     def compile(self) -> None:
-        """Compile each layer when it first runs. On a CPU with dynamic shapes, because each pack has its own width."""
+        """Compile each layer when it first runs. On a CPU with dynamic shapes, because each pack has its own width.
+
+        Compiled layers cannot add to sums beside autograd, so a pack of an adapter's training then holds one segment.
+        """
         if self.compiled:
             return
         self.compiled = True
+        self.joins = self.joins and self.full
         lists = [module for module in self.body.modules() if isinstance(module, nn.ModuleList)]
         for layer in max(lists, key=len, default=nn.ModuleList()):  # the longest list holds the layers
             layer.compile(dynamic=self.device.type == "cpu")
+
+    def segments(self, rows: Sequence[Row], numbers: Sequence[int], *, merge: bool = True) -> Iterator[Segment]:
+        """The rows `numbers` as segments. `merge`: rows with the same prompt may share it."""
+        return replace(self.packing, merge=merge).segments(rows, numbers)
 
     def packs(self, rows: Sequence[Row], numbers: Sequence[int], *, merge: bool = True) -> Iterator[Pack]:
         """The rows `numbers` in packs of the budget's tokens, built one at a time, on the policy's device."""
@@ -169,8 +188,9 @@ class Policy:
     def rewards(self, pack: Pack) -> Tensor:
         """The reward of each response of each row of `pack`, [R], float32 or wider: the head at its last token."""
         assert self.reward_head is not None
-        last = self._hidden(pack).flatten(0, 1).index_select(0, pack.last)  # (L, H)
-        return self.reward_head(last.to(self.reward_head.weight.dtype)).squeeze(1)[pack.leaves]  # type: ignore[no-any-return]
+        last = self._hidden(pack).flatten(0, 1).index_select(0, pack.last[pack.leaves])  # (R, H)
+        rewards: Tensor = self.reward_head(last)
+        return rewards
 
     def _hidden(self, pack: Pack) -> Tensor:
         """The last hidden states, [B, T, H]."""

@@ -16,7 +16,8 @@ def make_optimizer(settings: Hyperparameters, parameters: Iterable[nn.Parameter]
     AdamW (Loshchilov & Hutter 2017) has β = (0.9, 0.999) and ε = 1e-8. Its moments are in full precision or in 8 bits
     (Dettmers et al. 2022). RMSprop has α = 0.99, as in the DPO paper.
     """
-    trained, decay = list(parameters), settings.weight_decay
+    # A group, because torch refuses an empty list: of several ranks, one may own no parameter.
+    trained, decay = [{"params": list(parameters)}], settings.weight_decay
     if settings.optimizer == "rmsprop":
         return torch.optim.RMSprop(trained, lr=0.0, alpha=0.99, eps=1e-8, weight_decay=decay)
     if settings.optimizer == "adamw":

@@ -5,12 +5,18 @@ position   0 1 2 3 4 3 4 5 | 0 1 2 3 2        every response continues the posit
 branch     0 0 0 1 1 2 2 2 | 0 0 1 1 2        0 is the prompt
 
 Rows with the same prompt share a tree. A response that several of them have is in the tree once.
+
+Rows are packed in two steps. First they are planned as segments of about `SEGMENT_TOKENS` tokens. These depend on the
+rows alone, and the gradient of a step is summed segment by segment. Then a device computes as many segments in one pack
+as fit its budget. So the budget, which depends on a device's memory, changes no bit of a gradient.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy
 import torch
@@ -21,8 +27,21 @@ from worker.trainer.data import Response, Row
 
 PLANNED_ROWS = 4096
 """Maximum number of rows planned together. Planning a whole data set at once would hold all of it in memory."""
+SEGMENT_TOKENS = 1024
+"""Size of a segment. Small segments spread a step evenly over many devices; each costs a product for each matrix."""
+TREE_TOKENS = 4096
+"""Maximum size of a tree of several rows. A segment cannot split a tree, so a device must have room for it."""
 BLOCK_TOKENS = 128
 """Block size of the attention kernels. The width of a pack of fixed width is a multiple of it."""
+LEAST_ROWS = 16
+"""The fewest rows of a matrix product. In smaller ones, a CPU computes a row with other bits than beside more rows."""
+
+
+class Extent(NamedTuple):
+    """Where a segment lies in its pack: its slots in B·T, and the responses of its rows in R."""
+
+    slots: slice
+    responses: slice
 
 
 @dataclass(frozen=True)
@@ -37,13 +56,14 @@ class Pack:
     - By response of a row, [R], row after row: `leaves`, the index of the response; `row_of`, the index of the row in
       `rows`. R ≥ L, because rows may have responses in common.
 
-    `rows` are the caller's row numbers. `tokens` counts tokens without padding. `spans` are the (start, end) slots of
-    each tree, for a pack of one sequence.
+    `rows` are the caller's row numbers. `tokens` counts tokens without padding. For a pack of one sequence, `spans` are
+    the (start, end) slots of each tree. `extents` are the segments' places.
     """
 
     rows: tuple[int, ...]
     tokens: int
     spans: tuple[tuple[int, int], ...]
+    extents: tuple[Extent, ...]
     ids: Tensor
     positions: Tensor
     tree: Tensor
@@ -64,7 +84,7 @@ class Pack:
 
     def to(self, device: torch.device) -> "Pack":
         """The pack with its tensors on `device`."""
-        names = [field.name for field in fields(self) if field.name not in ("rows", "tokens", "spans")]
+        names = [field.name for field in fields(self) if field.name not in ("rows", "tokens", "spans", "extents")]
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
@@ -83,6 +103,28 @@ class Tree:
     def tokens(self) -> int:
         """Number of tokens of the prompt and of all responses."""
         return len(self.prompt) + sum(len(response.ids) for response in self.responses)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Trees whose part of a gradient is computed and added as one. Packs hold whole segments."""
+
+    trees: tuple[Tree, ...]
+
+    @cached_property
+    def tokens(self) -> int:
+        """Number of tokens of all trees."""
+        return sum(tree.tokens for tree in self.trees)
+
+    @property
+    def rows(self) -> list[int]:
+        """The numbers of its rows, in the order of its pack."""
+        return [number for tree in self.trees for number, _ in tree.rows]
+
+    @cached_property
+    def responses(self) -> int:
+        """Number of responses of all rows, R."""
+        return sum(len(indices) for tree in self.trees for _, indices in tree.rows)
 
 
 def trees(rows: Sequence[Row], numbers: Sequence[int], budget: int, *, merge: bool = True) -> list[Tree]:
@@ -155,54 +197,80 @@ def plan_padded(trees: Sequence[Tree], budget: int) -> list[list[Tree]]:
 
 @dataclass(frozen=True)
 class Packing:
-    """How rows become packs.
+    """How rows become segments, and segments packs.
 
-    `budget` is the size of a pack in tokens. `shared`: responses share their prompt in a tree; otherwise each response
-    is its own padded sequence. `merge`: rows with the same prompt share a tree. `fixed`: the width is rounded up to a
-    multiple of an eighth of the budget, because compiled kernels need few different shapes.
+    `budget` is the size of a pack in tokens. `joined`: a pack holds as many segments as fit the budget; otherwise it
+    holds one. `shared`: responses share their prompt in a tree; otherwise each response is its own padded sequence, and
+    packs hold one segment. `merge`: rows with the same prompt share a tree. `fixed`: the width is rounded up to a
+    multiple of an eighth of the budget, because compiled kernels need few different shapes. `segment_tokens` is the
+    size of a segment.
     """
 
     budget: int
     shared: bool = True
     merge: bool = True
     fixed: bool = False
+    joined: bool = True
+    segment_tokens: int = SEGMENT_TOKENS
 
-    def packs(self, rows: Sequence[Row], numbers: Sequence[int]) -> Iterator[Pack]:
-        """The packs of the rows `numbers`, built one at a time, planned for `PLANNED_ROWS` rows at a time."""
+    def segments(self, rows: Sequence[Row], numbers: Sequence[int]) -> Iterator[Segment]:
+        """The rows `numbers` as segments, planned for `PLANNED_ROWS` rows at a time.
+
+        They depend on the rows, on `shared`, `merge` and `segment_tokens`, and on nothing else.
+        """
         for first in range(0, len(numbers), PLANNED_ROWS):
             merge = self.merge and self.shared  # without sharing, merging saves nothing
-            planned = trees(rows, numbers[first : first + PLANNED_ROWS], self.budget, merge=merge)
-            groups = plan(planned, self.budget) if self.shared else plan_padded(planned, self.budget)
-            for group in groups:
-                yield self.build(group)
+            planned = trees(rows, numbers[first : first + PLANNED_ROWS], TREE_TOKENS, merge=merge)
+            groups = plan(planned, self.segment_tokens) if self.shared else plan_padded(planned, self.segment_tokens)
+            yield from (Segment(tuple(group)) for group in groups)
 
-    def build(self, group: Sequence[Tree]) -> Pack:
-        """One pack with all trees of `group`."""
+    def groups(self, segments: Iterable[Segment]) -> Iterator[list[Segment]]:
+        """Consecutive `segments` that share a pack. A segment larger than the budget is alone."""
+        group, tokens = list[Segment](), 0
+        for segment in segments:
+            if group and (not self.joined or not self.shared or tokens + segment.tokens > self.budget):
+                yield group
+                group, tokens = [], 0
+            group.append(segment)
+            tokens += segment.tokens
+        if group:
+            yield group
+
+    def packs(self, rows: Sequence[Row], numbers: Sequence[int]) -> Iterator[Pack]:
+        """The packs of the rows `numbers`, built one at a time."""
+        return (self.build(group) for group in self.groups(self.segments(rows, numbers)))
+
+    def build(self, group: Sequence[Segment]) -> Pack:
+        """One pack with all segments of `group`."""
         return tree_pack(group, self._width(group)) if self.shared else padded_pack(group)
 
-    def _width(self, group: Sequence[Tree]) -> int:
-        tokens = sum(tree.tokens for tree in group)
+    def _width(self, group: Sequence[Segment]) -> int:
+        tokens = max(LEAST_ROWS, sum(segment.tokens for segment in group))
         if not self.fixed:
             return tokens
         step = max(BLOCK_TOKENS, self.budget // 8 // BLOCK_TOKENS * BLOCK_TOKENS)
         return -(-tokens // step) * step  # round up
 
 
-def tree_pack(group: Sequence[Tree], width: int = 0) -> Pack:
+def tree_pack(group: Sequence[Segment], width: int = 0) -> Pack:
     """A pack of one sequence [1, T] in which responses share their prompt. T is at least `width`."""
-    return _build(group, [[(tree, None) for tree in group]], width)
+    return _build(group, [[(tree, None) for segment in group for tree in segment.trees]], width)
 
 
-def padded_pack(group: Sequence[Tree]) -> Pack:
+def padded_pack(group: Sequence[Segment]) -> Pack:
     """A pack with one sequence for each response, [L, T], padded on the right. Nothing is shared.
 
     It is for models whose layers cannot use a tree mask, such as recurrent ones, and for checking trees.
     """
-    return _build(group, [[(tree, k)] for tree in group for k in range(len(tree.responses))], 0)
+    texts: list[list[tuple[Tree, int | None]]] = [
+        [(tree, k)] for segment in group for tree in segment.trees for k in range(len(tree.responses))
+    ]
+    return _build(group, texts, 0)
 
 
-def _build(group: Sequence[Tree], sequences: list[list[tuple[Tree, int | None]]], width: int) -> Pack:
+def _build(segments: Sequence[Segment], sequences: list[list[tuple[Tree, int | None]]], width: int) -> Pack:
     """The pack of `sequences`. Each is a list of (tree, response index); None stands for all responses of the tree."""
+    group = [tree for segment in segments for tree in segment.trees]
     # Number the distinct responses of all trees: leaf 0 … L − 1.
     *starts, count = accumulate((len(tree.responses) for tree in group), initial=0)
     first_leaf = {id(tree): start for tree, start in zip(group, starts, strict=True)}
@@ -250,7 +318,20 @@ def _build(group: Sequence[Tree], sequences: list[list[tuple[Tree, int | None]]]
         "row_of": numpy.array([index for index, (_, indices) in enumerate(rows) for _ in indices]),
     }  # fmt: skip
     tensors = {name: torch.from_numpy(array.astype(numpy.int64, copy=False)) for name, array in arrays.items()}
-    return Pack(tuple(number for number, _ in rows), sum(sizes), tuple(spans), **tensors)
+    numbers = tuple(number for number, _ in rows)
+    return Pack(numbers, sum(sizes), tuple(spans), tuple(_extents(segments, sizes)), **tensors)
+
+
+def _extents(segments: Sequence[Segment], sizes: Sequence[int]) -> Iterator[Extent]:
+    """The place of each of `segments` in their pack. `sizes`: the tokens of its sequences.
+
+    A pack of several sequences has one segment, to which all slots belong.
+    """
+    slot = response = 0
+    for segment in segments:
+        slots = segment.tokens if len(sizes) == 1 else max(sizes) * len(sizes)
+        yield Extent(slice(slot, slot + slots), slice(response, response + segment.responses))
+        slot, response = slot + slots, response + segment.responses
 
 
 def _predictors(

@@ -3,14 +3,15 @@
 The rows are packed in their own order, independently of the job's batches. The same rows and weights therefore give
 the same bits in every job. The key of the cache covers everything that the bits depend on.
 
-A pass puts its results into the cache in stretches, each a number of packs. The key of a stretch says with which pack
-it begins, so a pass that was stopped goes on where it ended.
+A pass puts its results into the cache in stretches, each a number of segments. The key of a stretch says with which
+segment it begins, so a pass that was stopped goes on where it ended. With several ranks, each computes a part of the
+segments, all get the results, and the first one keeps the cache.
 """
 
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
@@ -20,10 +21,11 @@ from torch import Tensor
 from worker.trainer.cache import Cache
 from worker.trainer.dataset import Rows
 from worker.trainer.errors import Stopped
+from worker.trainer.launcher import Launcher, Values
 from worker.trainer.model import Policy, per_response
-from worker.trainer.packing import columns
+from worker.trainer.packing import Pack, columns
 
-ENGINE_VERSION = 2
+ENGINE_VERSION = 3
 """Raise it with every change of the engine that changes bits: cached values of older versions are then not used."""
 STRETCH_SECONDS = 60.0
 """The longest stretch. A pass whose process is killed loses no more than this."""
@@ -57,10 +59,10 @@ class References:
 
 @dataclass(frozen=True)
 class Stretch:
-    """The results of consecutive packs.
+    """The results of consecutive segments.
 
     `index` [n] says which responses of the pass they are; `logps` and `seen` [n] are as in `Reference`. `size` [2] is
-    the number of packs and the number of their rows.
+    the number of segments and the number of their rows.
     """
 
     index: Tensor
@@ -76,37 +78,34 @@ class Stretch:
 
 
 def find_or_compute(
-    policy: Policy, digest: str, rows: Rows, tail_weight: float | None, cache: Cache, report: Callable[[int], None]
+    launcher: Launcher, digest: str, rows: Rows, tail_weight: float | None, cache: Cache, report: Callable[[int], None]
 ) -> Reference:
-    """The log-probs of `rows` under `policy`, from the cache or computed: on the CPU, float32 or wider.
+    """The log-probs of `rows` under the launcher's policy, from the cache or computed: on the CPU, float32 or wider.
 
     `digest` identifies the policy's weights. The other arguments are those of `compute`. If `report` raises `Stopped`,
     the cache has all results so far.
     """
-    key, first, stretches = _key(policy, digest, rows, tail_weight), _first_responses(rows), list[Stretch]()
-    packs = done = 0  # done packs, and their rows
+    ranks, first = launcher.ranks, _first_responses(rows)
+    key = _key(launcher.policy, digest, rows, tail_weight)
     # 1. Collect what the cache has.
-    while done < len(rows):
-        stretch = cache.get(_stretch_key(key, packs), lambda path: Stretch(**load_file(path)))
-        if stretch is None:
-            break
-        stretches.append(stretch)
-        packs, done = packs + int(stretch.size[0]), done + int(stretch.size[1])
+    stretches = ranks.of_first(lambda: _cached(key, len(rows), cache))
+    segments, done = (sum(int(stretch.size[k]) for stretch in stretches) for k in (0, 1))  # those done, and their rows
     # 2. Compute the rest, and put it into the cache.
     fresh, began = list[Stretch](), time.monotonic()
 
     def keep() -> None:
-        nonlocal packs, began
+        nonlocal segments, began
         if fresh:
             stretches.append(Stretch.joined(fresh))
             fresh.clear()
-            with cache.put(_stretch_key(key, packs)) as path:
-                save_file(vars(stretches[-1]), path)
-            packs, began = packs + int(stretches[-1].size[0]), time.monotonic()
+            if ranks.is_first:
+                with cache.put(_stretch_key(key, segments)) as path:
+                    save_file(vars(stretches[-1]), path)
+            segments, began = segments + int(stretches[-1].size[0]), time.monotonic()
 
     try:
         report(done)
-        for scored in _score(policy, rows, first, tail_weight, skip=packs):
+        for scored in _score(launcher, rows, first, tail_weight, skip=segments):
             fresh.append(scored)
             done += int(scored.size[1])
             report(done)
@@ -119,30 +118,56 @@ def find_or_compute(
     return _arranged(first, stretches)
 
 
-def compute(
-    policy: Policy, rows: Rows, tail_weight: float | None = None, report: Callable[[int], None] = lambda done: None
-) -> Reference:
-    """The log-probs of `rows` under `policy` with its current weights.
+def _cached(key: str, rows: int, cache: Cache) -> list[Stretch]:
+    """The stretches of the pass `key` that the cache has, from the first one on."""
+    stretches, segments, done = list[Stretch](), 0, 0
+    while done < rows:
+        stretch = cache.get(_stretch_key(key, segments), lambda path: Stretch(**load_file(path)))
+        if stretch is None:
+            break
+        stretches.append(stretch)
+        segments, done = segments + int(stretch.size[0]), done + int(stretch.size[1])
+    return stretches
 
-    `tail_weight` is the weight of tail tokens in LD-DPO. `report` is called after each pack with the rows done so far.
+
+def compute(
+    launcher: Launcher,
+    rows: Rows,
+    tail_weight: float | None = None,
+    report: Callable[[int], None] = lambda done: None,
+) -> Reference:
+    """The log-probs of `rows` under the launcher's policy with its current weights.
+
+    `tail_weight` is the weight of tail tokens in LD-DPO. `report` is called after each launch with the rows done so
+    far.
     """
     first, parts, done = _first_responses(rows), list[Stretch](), 0
-    for scored in _score(policy, rows, first, tail_weight):
+    for scored in _score(launcher, rows, first, tail_weight):
         parts.append(scored)
         done += int(scored.size[1])
         report(done)
     return _arranged(first, parts)
 
 
-def _score(policy: Policy, rows: Rows, first: Tensor, tail_weight: float | None, skip: int = 0) -> Iterator[Stretch]:
-    """The results of each pack of `rows`, without the first `skip` packs. `first` is that of `_first_responses`."""
-    for pack in islice(policy.packs(rows, range(len(rows)), merge=tail_weight is None), skip, None):
-        with torch.no_grad():
-            scores = policy.score(pack, tail_weight=tail_weight)
-            logps = per_response(pack, scores.tokens.logps)
-        numbers, row = torch.tensor(pack.rows), pack.row_of.cpu()
+def _score(
+    launcher: Launcher, rows: Rows, first: Tensor, tail_weight: float | None, skip: int = 0
+) -> Iterator[Stretch]:
+    """The results of `rows`, a few segments at a time, without the first `skip` ones.
+
+    `first` is that of `_first_responses`.
+    """
+    policy = launcher.policy
+    segments = islice(policy.segments(rows, range(len(rows)), merge=tail_weight is None), skip, None)
+
+    def score(pack: Pack) -> Values:
+        scores = policy.score(pack, tail_weight=tail_weight)
+        return {"logps": per_response(pack, scores.tokens.logps), "seen": scores.responses}
+
+    for scored, values in launcher.forward(segments, score):
+        numbers = torch.tensor([number for segment in scored for number in segment.rows])
+        row = torch.repeat_interleave(first[numbers + 1] - first[numbers])  # the index of each response's row, [R]
         index = first[numbers[row]] + columns(row)  # the place of each response in the result, [R]
-        yield Stretch(index, logps.cpu(), scores.responses.cpu(), torch.tensor([1, len(pack.rows)]))
+        yield Stretch(index, values["logps"], values["seen"], torch.tensor([len(scored), len(numbers)]))
 
 
 def _first_responses(rows: Rows) -> Tensor:
@@ -169,7 +194,8 @@ def _key(policy: Policy, digest: str, rows: Rows, tail_weight: float | None) -> 
         digest,
         rows.digest(),
         tail_weight,
-        policy.packing,
+        # The budget changes no bit, unless all parameters are trained (see `Policy.joins`).
+        policy.packing if policy.full else replace(policy.packing, budget=0),
         policy.one_by_one,
         policy.own_logits,
         policy.compiled,
@@ -182,6 +208,6 @@ def _key(policy: Policy, digest: str, rows: Rows, tail_weight: float | None) -> 
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def _stretch_key(key: str, packs: int) -> str:
-    """The key in the cache of the stretch after the first `packs` packs of the pass `key`."""
-    return f"reference/{key}/{hashlib.sha256(str(packs).encode()).hexdigest()}"
+def _stretch_key(key: str, segments: int) -> str:
+    """The key in the cache of the stretch after the first `segments` segments of the pass `key`."""
+    return f"reference/{key}/{hashlib.sha256(str(segments).encode()).hexdigest()}"

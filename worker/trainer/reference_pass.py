@@ -5,23 +5,24 @@ import time
 
 from app.spec.hyperparameters import DPOHyperparameters
 from worker.model_files import folder_at
-from worker.trainer import exactness, memory, reference
+from worker.trainer import exactness, reference
 from worker.trainer.dataset import Rows
 from worker.trainer.errors import UserError
+from worker.trainer.launcher import Launcher
 from worker.trainer.loading import load_policy
-from worker.trainer.model import Base, Policy
+from worker.trainer.model import Base
 from worker.trainer.plan import Stage
 from worker.trainer.reference import Reference, References
 from worker.trainer.run import TrainingRun
 from worker.trainer.tokenizer import load_tokenizer
 
 
-def policy_references(policy: Policy, stage: Stage, tail_weight: float | None, run: TrainingRun) -> References:
-    """The log-probs of the rows of `stage` under `policy` with its current weights.
+def policy_references(launcher: Launcher, stage: Stage, tail_weight: float | None, run: TrainingRun) -> References:
+    """The log-probs of the rows of `stage` under the launcher's policy with its current weights.
 
     `tail_weight` is the weight of tail tokens in LD-DPO.
     """
-    began, made, digest = time.monotonic(), len(run.cache.made), policy.digest()
+    began, made, digest = time.monotonic(), len(run.cache.made), launcher.policy.digest()
 
     def find(rows: Rows) -> Reference:
         def report(done: int) -> None:
@@ -29,12 +30,7 @@ def policy_references(policy: Policy, stage: Stage, tail_weight: float | None, r
             if len(rows):
                 run.events.working("reference", done, len(rows))
 
-        return memory.retry_with_smaller_packs(
-            policy,
-            stage,
-            run.events,
-            lambda: reference.find_or_compute(policy, digest, rows, tail_weight, run.cache, report),
-        )
+        return reference.find_or_compute(launcher, digest, rows, tail_weight, run.cache, report)
 
     references = References(find(stage.train), find(stage.validation))
     how = "found in the cache" if len(run.cache.made) == made else "computed"
@@ -60,7 +56,8 @@ def other_model_references(run: TrainingRun, stage: Stage) -> References | None:
         message = f"'{name}' has a different tokenizer than '{run.spec.model}'. Choose another reference model."
         raise UserError("invalid_value", message, f"{stage.param}.reference_model")
     exactness.check(reference_policy, stage.train, run.events)
-    references = policy_references(reference_policy, stage, settings.ld_alpha, run)
-    del reference_policy
+    launcher = Launcher(reference_policy, run.ranks, run.events, stage.param)
+    references = policy_references(launcher, stage, settings.ld_alpha, run)
+    del reference_policy, launcher
     gc.collect()
     return references

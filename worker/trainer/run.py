@@ -14,6 +14,7 @@ from worker.trainer.cache import Cache
 from worker.trainer.errors import Stopped
 from worker.trainer.events import Events
 from worker.trainer.model import Base
+from worker.trainer.ranks import Ranks
 
 
 def require_placed(folder: Path, about: JsonObject) -> None:
@@ -31,18 +32,26 @@ class Run:
     """A run reads its work folder, writes events, and leaves its results in the folder.
 
     `stopping` is set when the run is asked to stop. `cache` holds results of other runs. Without a runner, it holds
-    those in the run's own folder only.
+    those in the run's own folder only. `ranks` are the processes that do the work together, each in its own `Run`.
     """
 
     folder: Path
     events: Events
     stopping: threading.Event
     cache: Cache
+    ranks: Ranks
 
     @classmethod
-    def of(cls, folder: Path, events: Events, stopping: threading.Event, cache: Cache | None = None) -> Self:
-        """The run over `folder`. Its default cache is the folder `cache` in it."""
-        return cls(folder, events, stopping, cache or Cache(folder / "cache", events))
+    def of(
+        cls,
+        folder: Path,
+        events: Events,
+        stopping: threading.Event,
+        cache: Cache | None = None,
+        ranks: Ranks | None = None,
+    ) -> Self:
+        """The run over `folder`. Its default cache is the folder `cache` in it. By default one rank does it alone."""
+        return cls(folder, events, stopping, cache or Cache(folder / "cache", events), ranks or Ranks())
 
     @cached_property
     def about(self) -> JsonObject:
@@ -50,9 +59,14 @@ class Run:
         about: JsonObject = json.loads((self.folder / "run.json").read_text())
         return about
 
+    @property
+    def must_stop(self) -> bool:
+        """Whether a rank was asked to stop. All ranks must ask at the same places, between two pieces of work."""
+        return self.ranks.any(self.stopping.is_set())
+
     def check_stop(self) -> None:
-        """Raise `Stopped` if the run was asked to stop. To be called between two pieces of work."""
-        if self.stopping.is_set():
+        """Raise `Stopped` if the run must stop."""
+        if self.must_stop:
             raise Stopped
 
 

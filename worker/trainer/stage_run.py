@@ -2,11 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
@@ -17,18 +15,17 @@ from worker.trainer.early_stopping import Best
 from worker.trainer.errors import Stopped, UserError
 from worker.trainer.events import CheckpointWritten, StageBegan
 from worker.trainer.journal import Journal, last_metrics
+from worker.trainer.launcher import Launcher, TokenCounts
 from worker.trainer.linears import has_experts
 from worker.trainer.methods import METHODS
-from worker.trainer.methods.method import Method, TokenCounts, ValidatedRow
+from worker.trainer.methods.method import Method, ValidatedRow
 from worker.trainer.model import Policy
 from worker.trainer.optimizer import make_optimizer
-from worker.trainer.packing import trees
+from worker.trainer.packing import Segment, trees
 from worker.trainer.plan import Stage
 from worker.trainer.reference import References
 from worker.trainer.reference_pass import policy_references
 from worker.trainer.run import TrainingRun
-
-Result = TypeVar("Result")
 
 
 @dataclass
@@ -40,7 +37,7 @@ class StageRun:
 
     run: TrainingRun
     stage: Stage
-    policy: Policy
+    launcher: Launcher
     method: Method
     optimizer: torch.optim.Optimizer
     state: State
@@ -52,17 +49,21 @@ class StageRun:
     saved_step: int = -1
     """The step of the last checkpoint; −1 if the next checkpoint must be written in any case."""
 
+    @property
+    def policy(self) -> Policy:
+        """The policy in training."""
+        return self.launcher.policy
+
     # -- a step --------------------------------------------------------------------------------------------------
 
     def step(self) -> dict[str, float]:
         """One optimizer step over exactly `stage.batch_size` rows. Returns its metrics."""
-        began, policy, state = time.monotonic(), self.policy, self.state
+        began, policy, state, owned = time.monotonic(), self.policy, self.state, self.launcher.owned
         rows = self.stage.batch(state.stage_step)
         policy.set_dropout(self.method.DROPOUT)
         # Forward and backward pass, then clip the gradient to a norm of `max_grad_norm`.
         counts, averages = self._gradient(rows)
-        parameters = list(policy.trainable().values())
-        averages.add("grad_norm", torch.nn.utils.clip_grad_norm_(parameters, self.stage.hyperparameters.max_grad_norm))
+        averages.add("grad_norm", owned.clip(self.stage.hyperparameters.max_grad_norm))
         metrics = averages.means()
         self._require_finite(metrics, "loss", "grad_norm")
         # The loss of these weights is finite: keep a copy, because the update may break them.
@@ -72,6 +73,7 @@ class StageRun:
             group["lr"] = learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        owned.share()
         policy.set_dropout(False)
         tokens = self.stage.train.tokens(rows)
         metrics |= {"learning_rate": learning_rate} | self._pace(counts, tokens, time.monotonic() - began)
@@ -85,36 +87,32 @@ class StageRun:
 
         Each step tries the scales anew, from the largest on. A resumed run therefore computes the same gradients.
         """
-        policy = self.policy
+        policy, draw = self.policy, f"{self.stage.seed} {self.stage.name} {self.state.stage_step}"
         for scale in policy.loss_scales:  # descending
-            policy.loss_scale = scale
-            counts, averages = self._within_memory(lambda: self._backward(rows))
-            parameters = policy.trainable().values()
-            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            if scale == policy.loss_scales[-1] or all(bool(gradient.isfinite().all()) for gradient in gradients):
+            policy.loss_scale, averages = scale, Averages()
+            counts = self.method.gradient(rows, averages, draw if _draws(self.method) else None)
+            gradients = [parameter.grad for parameter in self.launcher.owned.own if parameter.grad is not None]
+            overflowed = scale != policy.loss_scales[-1] and self.run.ranks.any(
+                not all(bool(gradient.isfinite().all()) for gradient in gradients)
+            )
+            if not overflowed:
                 break
-            for parameter in parameters:
-                parameter.grad = None  # it overflowed: try a smaller scale
         for gradient in gradients if scale != 1 else ():  # undo the scale
             gradient.div_(scale)
         policy.loss_scale = 1.0
         return counts, averages
 
-    def _backward(self, rows: list[int]) -> tuple[TokenCounts, Averages]:
-        averages = Averages()
-        totals = self.method.totals(rows, averages)
-        return self.method.backward(rows, totals, averages), averages
-
     def _pace(self, counts: TokenCounts, tokens: int, seconds: float) -> dict[str, float]:
         """Speed and resource use of a step. `tokens`: the distinct tokens of its rows."""
+        peak = max(self.run.ranks.gather(memory.peak_bytes(self.policy.device)))
         metrics = {
             "fill_rate": counts.tokens / counts.slots,
             "tokens_per_second": tokens / seconds,
-            "peak_memory_bytes": float(memory.peak_bytes(self.policy.device)),
+            "peak_memory_bytes": float(peak),
         }
         if self._layer_weights is not None:
             flops = throughput.needed_flops(self.policy, self._layer_weights, counts.tokens, counts.scored)
-            metrics["mfu"] = flops / (seconds * throughput.peak_flops(self.policy.device))
+            metrics["mfu"] = flops / (seconds * throughput.peak_flops(self.policy.device) * self.run.ranks.size)
         return metrics
 
     @cached_property
@@ -130,12 +128,8 @@ class StageRun:
         if not self.stage.validation:
             return {}
         self.run.events.working("validating")
-
-        def validate() -> tuple[list[ValidatedRow], Averages]:
-            averages = Averages()
-            return self.method.validate(averages, self.run.check_stop), averages
-
-        self.validated_rows, averages = self._within_memory(validate)
+        averages = Averages()
+        self.validated_rows = self.method.validate(averages, self.run.check_stop)
         return {f"eval/{name}": value for name, value in averages.means().items()}
 
     def validate_at_start(self) -> None:
@@ -163,7 +157,8 @@ class StageRun:
         if settings is None:
             return
         if state.best.improves(settings, metrics, state.step):
-            weights.save(self.policy, self.run.best_weights)
+            if self.run.ranks.is_first:
+                weights.save(self.policy, self.run.best_weights)
         elif state.best.validations_since >= settings.patience and state.stage_step < stage.steps:
             state.ended, state.skipped = True, state.skipped + stage.steps - state.stage_step
             self.run.events.message(
@@ -192,7 +187,8 @@ class StageRun:
         if state.stage_step < 2 or not self.last_good.restore(self.policy):
             return
         state.step, state.stage_step = state.step - 1, state.stage_step - 1
-        if not (self.run.folder / "checkpoints" / f"step-{state.step}").exists():
+        checkpoint_folder = self.run.folder / "checkpoints" / f"step-{state.step}"
+        if not self.run.ranks.of_first(checkpoint_folder.exists):
             self.checkpoint()
 
     # -- its position --------------------------------------------------------------------------------------------
@@ -220,7 +216,7 @@ class StageRun:
 
     def stop_if_asked(self) -> None:
         """If the run was asked to stop, write a checkpoint and raise `Stopped`. To be called between two steps."""
-        if self.run.stopping.is_set():
+        if self.run.must_stop:
             self.checkpoint()
             raise Stopped
 
@@ -228,7 +224,7 @@ class StageRun:
         """With early stopping, give the policy its best weights. Returns whether they are of an earlier step."""
         better = self.stage.hyperparameters.early_stopping is not None and self.state.best.step != self.state.step
         if better:
-            weights.restore(self.policy, self.run.best_weights)
+            weights.restore(self.policy, self.run.best_weights, self.run.ranks)
             self.saved_step = -1  # a checkpoint of this step may hold other weights: write it again
         return better
 
@@ -239,13 +235,10 @@ class StageRun:
             return
         self.saved_step = state.step
         folder = self.run.folder / "checkpoints" / f"step-{state.step}"
-        checkpoint.save(folder, self.policy, self.optimizer, self.method, state, self.run.best_weights)
+        best, ranks = self.run.best_weights, self.run.ranks
+        checkpoint.save(folder, self.policy, self.optimizer, self.method, state, best, ranks)
         path, metrics = f"checkpoints/{folder.name}", last_metrics(state.history, state.stage)
         self.run.events.emit(CheckpointWritten(self.stage.name, state.step, path, metrics))
-
-    def _within_memory(self, work: Callable[[], Result]) -> Result:
-        """The result of `work`, tried again with smaller packs if the GPU's memory is not enough."""
-        return memory.retry_with_smaller_packs(self.policy, self.stage, self.run.events, work)
 
 
 def begin(
@@ -264,20 +257,23 @@ def begin(
     the reference.
     """
     settings = stage.hyperparameters
-    optimizer = make_optimizer(settings, policy.trainable().values())
     policy.set_dropout(False)
     _choose_checkpointing(run, stage, policy)
     if settings.compile:
         policy.compile()
-    method = METHODS[stage.name](policy, settings, stage.train, stage.validation)
+    may_recompute = settings.activation_checkpointing is not False
+    launcher = Launcher(policy, run.ranks, run.events, stage.param, may_recompute=may_recompute)
+    optimizer = make_optimizer(settings, launcher.owned.own)
+    method = METHODS[stage.name](launcher, settings, stage.train, stage.validation)
+    # Random numbers are drawn for one segment at a time.
+    policy.packing = replace(policy.packing, joined=policy.joins and not _draws(method))
     if resume is not None:
         checkpoint.restore(resume, policy, optimizer, method, run.best_weights)
         run.events.message(f"Resumed stage {stage.name} after step {state.stage_step} of {stage.steps}.")
     else:
         state.stage, state.stage_step, state.ended, state.best = stage.name, 0, False, Best()
         run.best_weights.unlink(missing_ok=True)
-        method.begin(lambda tail_weight: references or policy_references(policy, stage, tail_weight, run))
-        torch.manual_seed(stage.seed)
+        method.begin(lambda tail_weight: references or policy_references(launcher, stage, tail_weight, run))
     if policy.has_dropout and not method.DROPOUT:
         message = f"The adapter's dropout acts in SFT only. The {stage.name.upper()} stage runs without it."
         run.events.message(message, level="warn")
@@ -288,17 +284,24 @@ def begin(
         journal.before(state.step)
     run.events.emit(StageBegan(stage.name, len(stage.train), len(stage.validation)))
     saved_step = -1 if resume is None else state.step
-    return StageRun(run, stage, policy, method, optimizer, state, planned_steps, journal, saved_step=saved_step)
+    return StageRun(run, stage, launcher, method, optimizer, state, planned_steps, journal, saved_step=saved_step)
+
+
+def _draws(method: Method) -> bool:
+    """Whether the steps of `method` draw random numbers: with dropout."""
+    return method.DROPOUT and method.policy.has_dropout
 
 
 def _choose_checkpointing(run: TrainingRun, stage: Stage, policy: Policy) -> None:
     """Switch activation checkpointing as the job says; without a setting, only if the activations would not fit."""
     recompute = stage.hyperparameters.activation_checkpointing
     if recompute is None:
-        pack = policy.packing.build(trees(stage.train, [0], 0)).to(policy.device)  # the first row, as a sample
-        recompute = not memory.retry_with_smaller_packs(
-            policy, stage, run.events, lambda: memory.activations_fit(policy, pack, stage.train.longest)
-        )
+        sample = Segment(tuple(trees(stage.train, [0], 0)))  # the first row
+        pack = policy.packing.build([sample]).to(policy.device)
+        try:
+            recompute = not memory.activations_fit(policy, pack, stage.train.longest)
+        except torch.OutOfMemoryError:
+            recompute = True
         if recompute:
             run.events.message("Activations are recomputed in the backward pass: they would not fit into memory.")
     policy.recompute_activations(recompute)

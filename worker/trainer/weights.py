@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from worker.trainer.model import Policy
+from worker.trainer.ranks import Ranks
 
 
 def save(policy: Policy, path: Path) -> None:
@@ -16,9 +17,12 @@ def save(policy: Policy, path: Path) -> None:
     save_file({name: parameter.detach().contiguous() for name, parameter in trained.items()}, path)
 
 
-def restore(policy: Policy, path: Path) -> None:
-    """Give `policy` the weights in `path`."""
-    _copy(load_file(path), policy)
+def restore(policy: Policy, path: Path, ranks: Ranks) -> None:
+    """Give `policy` the weights in `path`, which the first rank has."""
+    if ranks.is_first:
+        _copy(load_file(path), policy)
+    for parameter in policy.trainable().values():
+        ranks.copy_from(0, parameter.data)
 
 
 class LastGood:

@@ -11,7 +11,7 @@ from app.spec.datasets.example import Example, Kind, Message
 from tests.helpers.tiny_model import CHATML, CHATML_WITH_BOS, CORPUS, make_tokenizer
 from worker.trainer.data import Recipe, Row, Tally, rows
 from worker.trainer.errors import UserError
-from worker.trainer.packing import tree_pack, trees
+from worker.trainer.packing import Segment, tree_pack, trees
 
 PLAIN = make_tokenizer()
 BOS, EOS = PLAIN.bos_token_id, PLAIN.eos_token_id
@@ -197,7 +197,7 @@ def test_a_models_template_runs_in_a_sandbox(attack: str) -> None:
 
 def test_loss_on_text_scores_every_token_but_the_first() -> None:
     (row,) = tokenise(Example(1, "see", (" the cat",)), loss_on="text")
-    pack = tree_pack(trees([row], [0], LONG))
+    pack = tree_pack([Segment(tuple(trees([row], [0], LONG)))])
     assert full_ids(row) == ids_of("see the cat</s>")
     assert pack.targets.tolist() == ids_of("see the cat</s>")[1:]
     assert pack.predictors.tolist() == list(range(len(full_ids(row)) - 1))

@@ -29,6 +29,7 @@ from worker.trainer import reference
 from worker.trainer.averages import Averages
 from worker.trainer.data import Recipe, Row, Tally, rows
 from worker.trainer.dataset import Rows
+from worker.trainer.launcher import Launcher
 from worker.trainer.loop import stages_of
 from worker.trainer.methods.preference import Preference
 from worker.trainer.model import Policy
@@ -90,7 +91,7 @@ def parity(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Parity:
     policy = load(llama, adapter="none")
     examples = [Example(line, pair["prompt"], (pair["chosen"], pair["rejected"])) for line, pair in enumerate(PAIRS, 1)]
     token_rows = Rows.of(rows(examples, policy.tokenizer, Recipe(Kind.PREFERENCE, 512), Tally()))
-    reference_at_start = reference.compute(policy, token_rows)
+    reference_at_start = reference.compute(Launcher(policy), token_rows)
     disturb(policy, scale=0.02)
     policy_folder = tmp_path_factory.mktemp("moved")
     policy.save(policy_folder)
@@ -104,9 +105,9 @@ def our_gradients(parity: Parity, averages: Averages) -> dict[str, Tensor]:
     settings = DPOHyperparameters(beta=BETA).resolved(full=True)
     empty = Reference(torch.zeros(0), torch.zeros(0, dtype=torch.long), torch.zeros(0))
     references = References(parity.reference, empty)
-    method = Preference(parity.policy, settings, parity.rows, Rows.of([]))
+    method = Preference(Launcher(parity.policy), settings, parity.rows, Rows.of([]))
     method.references, numbers = references, list(range(len(parity.rows)))
-    method.backward(numbers, method.totals(numbers, averages), averages)
+    method.gradient(numbers, averages)
     gradients = {
         name: parameter.grad for name, parameter in parity.policy.trainable().items() if parameter.grad is not None
     }
@@ -129,7 +130,7 @@ def test_the_log_probs_of_reference_and_policy_equal_trls(parity: Parity) -> Non
     their_reference = torch.stack(parity.trl.compute_ref_log_probs(parity.trl.ref_model, parity.batch), dim=1)
     torch.testing.assert_close(parity.reference.logps.view(-1, 2), their_reference, rtol=1e-5, atol=0)
     their_policy = torch.stack(parity.trl.compute_ref_log_probs(parity.trl.model, parity.batch), dim=1)
-    ours = reference.compute(parity.policy, parity.rows)
+    ours = reference.compute(Launcher(parity.policy), parity.rows)
     torch.testing.assert_close(ours.logps.view(-1, 2), their_policy, rtol=1e-5, atol=0)
     assert not torch.allclose(their_reference, their_policy, rtol=1e-2)
 

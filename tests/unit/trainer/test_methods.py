@@ -1,7 +1,7 @@
 """The gradient of a step: over several packs, for lists and labels, and with a moving reference."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -18,6 +18,7 @@ from worker.trainer import reference
 from worker.trainer.averages import Averages
 from worker.trainer.data import Row
 from worker.trainer.dataset import Rows
+from worker.trainer.launcher import Launcher
 from worker.trainer.methods.method import Method
 from worker.trainer.methods.metrics import gradient_weights, report
 from worker.trainer.methods.mismatches import with_mismatches
@@ -51,9 +52,9 @@ def make_method(llama: Path, rows: Rows, **settings: Any) -> Preference:
         policy.reward_head.double()
     references = None
     if hyperparameters.needs_reference:
-        references = References(reference.compute(policy, rows, hyperparameters.ld_alpha), EMPTY_REFERENCE)
+        references = References(reference.compute(Launcher(policy), rows, hyperparameters.ld_alpha), EMPTY_REFERENCE)
     disturb(policy, 0.05)
-    method = Preference(policy, hyperparameters, rows, Rows.of([]))
+    method = Preference(Launcher(policy), hyperparameters, rows, Rows.of([]))
     method.references = references
     return method
 
@@ -61,9 +62,9 @@ def make_method(llama: Path, rows: Rows, **settings: Any) -> Preference:
 def step_gradients(method: Method, budget: int) -> tuple[dict[str, float], dict[str, Tensor]]:
     """(metrics, gradients) of a step over all rows, in packs of at most `budget` tokens."""
     policy = method.policy
-    policy.packing = replace(policy.packing, budget=budget)
-    averages, numbers = Averages(), list(range(len(method.train)))
-    method.backward(numbers, method.totals(numbers, averages), averages)
+    policy.packing = replace(policy.packing, budget=budget, segment_tokens=budget)
+    averages = Averages()
+    method.gradient(list(range(len(method.train))), averages)
     gradients = {name: parameter.grad for name, parameter in policy.trainable().items() if parameter.grad is not None}
     for parameter in policy.trainable().values():
         parameter.grad = None
@@ -74,7 +75,8 @@ def step_gradients(method: Method, budget: int) -> tuple[dict[str, float], dict[
 def test_a_batch_split_over_many_packs_has_the_gradient_of_one_pack(llama: Path, name: str) -> None:
     """This includes the losses that couple rows: AOT, BCO and KTO."""
     method = make_method(llama, rows_for(name), loss=name)
-    packs = list(replace(method.policy.packing, budget=60).packs(method.train, range(len(method.train))))
+    packing = replace(method.policy.packing, budget=60, segment_tokens=60)
+    packs = list(packing.packs(method.train, range(len(method.train))))
     assert len(packs) >= 3
     whole, expected = step_gradients(method, 100_000)
     split, actual = step_gradients(method, 60)
@@ -90,57 +92,33 @@ def test_a_weighted_sum_with_wpo_has_the_same_gradient_over_many_packs(llama: Pa
     assert_same_gradients(actual, expected)
 
 
-def gradient_of_parts(method: Method, parts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """The gradient of a batch whose parts are computed one after another, as ranks would."""
-    averages = Averages()
-    totals = method.totals([number for part in parts for number in part], averages, divided=True)
-    for part in parts:
-        method.backward(part, totals, averages)
-    gradients = {
-        name: parameter.grad for name, parameter in method.policy.trainable().items() if parameter.grad is not None
-    }
-    for parameter in method.policy.trainable().values():
-        parameter.grad = None
-    return gradients
-
-
-PARTS = [[0, 4, 2], [1], [6, 3, 5]]
-
-
-@pytest.mark.parametrize("budget", [60, 100_000])
-@pytest.mark.parametrize("name", LOSSES)
-def test_the_gradients_of_a_batchs_parts_add_up_to_that_of_the_batch(llama: Path, name: str, budget: int) -> None:
-    """Likelihood terms divide by the tokens of the whole batch. KTO, BCO and AOT compare with all of its rows."""
-    method = make_method(llama, rows_for(name), loss=name)
-    _, expected = step_gradients(method, budget)
-    assert_same_gradients(gradient_of_parts(method, PARTS), expected)
+@pytest.mark.parametrize("name", ["sigmoid", "bco_pair"])
+def test_a_row_that_a_batch_has_twice_counts_twice(llama: Path, name: str) -> None:
+    """A batch can continue over the end of an epoch."""
+    method = make_method(llama, Rows.of(PAIRS), loss=name)
+    method.policy.packing = replace(method.policy.packing, budget=60, segment_tokens=60)
+    twice = make_method(llama, Rows.of([*PAIRS[:3], PAIRS[1]]), loss=name)
+    method.gradient([0, 1, 2, 1], Averages())
+    twice.gradient([0, 1, 2, 3], Averages())
+    actual, expected = (
+        {name: parameter.grad for name, parameter in made.policy.trainable().items() if parameter.grad is not None}
+        for made in (method, twice)
+    )
+    assert_same_gradients(actual, expected)
 
 
 @pytest.mark.parametrize("loss", ["nll", "dft"])
-def test_the_gradients_of_a_supervised_batchs_parts_add_up_to_that_of_the_batch(
+def test_a_supervised_batch_split_over_many_packs_has_the_gradient_of_one_pack(
     llama: Path, loss: Literal["nll", "dft"]
 ) -> None:
     rows = Rows.of([replace(row, responses=row.responses[:1]) for row in PAIRS])
     policy = disturb(load(llama), 0.05)
     policy.model.double()
-    method = Supervised(policy, SupervisedHyperparameters(loss=loss).resolved(full=False), rows, Rows.of([]))
-    _, expected = step_gradients(method, 100_000)
-    assert_same_gradients(gradient_of_parts(method, PARTS), expected)
-
-
-def test_a_row_that_a_batch_has_twice_counts_twice_in_its_parts(llama: Path) -> None:
-    """A batch can continue over the end of an epoch."""
-    method = make_method(llama, Rows.of(PAIRS), loss="bco_pair")
-    method.policy.packing = replace(method.policy.packing, budget=60)
-    numbers, averages = [0, 1, 2, 1], Averages()
-    method.backward(numbers, method.totals(numbers, averages), averages)
-    expected = {
-        name: parameter.grad.clone()
-        for name, parameter in method.policy.trainable().items()
-        if parameter.grad is not None
-    }
-    method.policy.model.zero_grad(set_to_none=True)
-    assert_same_gradients(gradient_of_parts(method, [[0, 1], [2, 1]]), expected)
+    settings = SupervisedHyperparameters(loss=loss).resolved(full=False)
+    method = Supervised(Launcher(policy), settings, rows, Rows.of([]))
+    (whole, expected), (split, actual) = step_gradients(method, 100_000), step_gradients(method, 40)
+    assert_same_gradients(actual, expected)
+    assert split == pytest.approx(whole)
 
 
 def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

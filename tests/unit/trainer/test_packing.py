@@ -20,7 +20,7 @@ from worker.trainer.events import Events
 from worker.trainer.exactness import check
 from worker.trainer.logps import Head, score_logits, score_tokens
 from worker.trainer.model import Policy
-from worker.trainer.packing import Packing, plan, tree_pack, trees
+from worker.trainer.packing import Packing, Segment, plan, tree_pack, trees
 
 RAW = [make_row(1, 0, 9), make_row(2, 0, 5), make_row(3, 4, 3)]
 RANKED = [make_row(1, 12, 5, 9, 3, 2), make_row(2, 3, 7), make_row(3, 20, 4, 6, 1)]
@@ -245,7 +245,7 @@ def dense(mask: TreeMask, window: int | None = None) -> Tensor:
 @settings(deadline=None, max_examples=80)
 def test_unshared_packs_keep_to_the_budget_with_their_padding(sizes: list[tuple[int, list[int]]], budget: int) -> None:
     rows = rows_of(sizes)
-    packs = list(Packing(budget, shared=False).packs(rows, range(len(rows))))
+    packs = list(Packing(budget, shared=False, segment_tokens=budget).packs(rows, range(len(rows))))
     assert sorted(number for pack in packs for number in pack.rows) == list(range(len(rows)))
     for pack in packs:
         assert pack.slots <= budget or len(pack.rows) == 1 or len(pack.ids) == len(rows[pack.rows[0]].responses)
@@ -255,7 +255,7 @@ def test_unshared_packs_keep_to_the_budget_with_their_padding(sizes: list[tuple[
 @settings(deadline=None, max_examples=60)
 def test_the_gpu_mask_equals_the_cpu_mask(sizes: list[tuple[int, list[int]]], window: int | None, padding: int) -> None:
     rows = rows_of(sizes)
-    group = trees(rows, range(len(rows)), 1000)
+    group = [Segment(tuple(trees(rows, range(len(rows)), 1000)))]
     pack = tree_pack(group)
     padded = tree_pack(group, pack.slots + padding)
     slots = torch.arange(padded.slots)
@@ -271,7 +271,7 @@ def test_the_gpu_mask_equals_the_cpu_mask(sizes: list[tuple[int, list[int]]], wi
 @settings(deadline=None, max_examples=60)
 def test_a_token_is_predicted_from_the_text_before_it_and_nothing_else(sizes: list[tuple[int, list[int]]]) -> None:
     rows = rows_of(sizes)
-    pack = tree_pack(trees(rows, range(len(rows)), 1000))
+    pack = tree_pack([Segment(tuple(trees(rows, range(len(rows)), 1000)))])
     mask = dense(TreeMask(pack))
     predictions: dict[int, list[tuple[list[int], int]]] = {leaf: [] for leaf in range(len(pack.lengths))}
     scored = zip(pack.predictors.tolist(), pack.targets.tolist(), pack.leaf.tolist(), strict=True)
@@ -301,7 +301,7 @@ def test_random_rows_in_random_packs_score_as_they_do_alone(
     tiny: Policy, sizes: list[tuple[int, list[int]]], budget: int, seed: int
 ) -> None:
     rows = [row for row in rows_of(sizes) if row.learnable] or ROWS
-    tiny.packing = Packing(budget)
+    tiny.packing = Packing(budget, segment_tokens=budget)
     weights = torch.rand(sum(len(row.responses) for row in rows), generator=torch.Generator().manual_seed(seed))
     offsets = [sum(len(row.responses) for row in rows[:number]) for number in range(len(rows))]
 

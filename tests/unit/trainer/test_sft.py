@@ -102,7 +102,7 @@ def test_packed_rows_have_the_loss_and_the_gradient_of_rows_one_by_one(llama: Pa
     for budget, packs in ((100_000, 1), (1, len(ANSWERS))):
         run = make_run(folder)
         policy = disturb(load_policy(run.spec, run.base, None, run.events))
-        policy.packing = replace(policy.packing, budget=budget)
+        policy.packing = replace(policy.packing, budget=budget, segment_tokens=budget)
         (stage,) = stages_of(run)
         assert len(list(policy.packs(stage.train, list(range(len(ANSWERS)))))) == packs
         before = {name: parameter.detach().clone() for name, parameter in policy.trainable().items()}

@@ -9,6 +9,7 @@ from worker.trainer.data import Recipe
 from worker.trainer.errors import UserError
 from worker.trainer.evaluation.rows import Item, draw_rows
 from worker.trainer.evaluation.run import EvaluationRun
+from worker.trainer.launcher import Launcher
 
 PairKey = tuple[int, int]
 """(line of the pair, index of the pair among those of the line)."""
@@ -64,7 +65,8 @@ def score_pairs(run: EvaluationRun, side: str) -> dict[PairKey, ScoredPair]:
     drawn = draw_rows(run, keys)  # at most `max_rows` pairs
     rows, keys = rows.where([key in drawn for key in keys]), [key for key in keys if key in drawn]
     exactness.check(policy, rows, run.events)
-    references = reference.find_or_compute(policy, policy.digest(), rows, None, run.cache, lambda _: run.check_stop())
+    launcher, digest = Launcher(policy), policy.digest()
+    references = reference.find_or_compute(launcher, digest, rows, None, run.cache, lambda _: run.check_stop())
     prompt_numbers: dict[bytes, int] = {}
     pairs = {}
     for number, (key, row, prompt) in enumerate(zip(keys, rows, rows.prompts(), strict=True)):

@@ -12,6 +12,7 @@ from worker.trainer.evaluation.completions import CompletionKey, complete, promp
 from worker.trainer.evaluation.rows import Item, examples_of, prompt_numbers
 from worker.trainer.evaluation.run import JUDGE, EvaluationRun
 from worker.trainer.evaluation.scorers import scores
+from worker.trainer.launcher import Launcher
 from worker.trainer.sampling import Completion
 
 
@@ -73,7 +74,7 @@ def _reference_logps(run: EvaluationRun, answers: dataset.Rows, vocabulary: dict
         message = "Candidate and baseline have different tokenizers, so the KL between them is not defined."
         raise UserError("invalid_value", message, "baseline.model")
     exactness.check(policy, answers, run.events)
-    logps: list[float] = reference.compute(policy, answers, report=lambda _: run.check_stop()).logps.tolist()
+    logps: list[float] = reference.compute(Launcher(policy), answers, report=lambda _: run.check_stop()).logps.tolist()
     return logps
 
 

@@ -1,23 +1,22 @@
 """A training method: rows in, a gradient or validation metrics out, and its own state.
 
-A method takes rows by number, packs them, and gets scores from the policy. The loss of a step is the mean over its
-rows; for SFT, over its scored tokens. It does not depend on the packs, nor on the parts in which the batch is
-computed. Each part divides by the `Totals` of the whole batch.
+A method takes rows by number and gives the launcher the loss of a pack. The loss of a step is the mean over its rows;
+for SFT, over its scored tokens. It does not depend on the packs, nor on the ranks that compute them: each pack divides
+by the `Totals` of the whole batch. Metrics are computed from the values of all rows of a step, in canonical order.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 
 from app.spec.hyperparameters import Hyperparameters
 from worker.trainer.averages import Averages
 from worker.trainer.dataset import Rows
-from worker.trainer.model import Policy
-from worker.trainer.packing import Pack
+from worker.trainer.launcher import Launcher, TokenCounts
+from worker.trainer.packing import Segment
 from worker.trainer.reference import References
 
 
@@ -31,26 +30,6 @@ class ValidatedRow(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TokenCounts:
-    """Token counts of the packs of a step."""
-
-    tokens: int
-    """Distinct tokens, without padding."""
-    slots: int
-    """Tokens with padding."""
-    scored: int
-    """Scored tokens: the positions at which the head computes logits."""
-
-    @classmethod
-    def of(cls, packs: Sequence[Pack]) -> "TokenCounts":
-        return cls(
-            sum(pack.tokens for pack in packs),
-            sum(pack.slots for pack in packs),
-            sum(len(pack.targets) for pack in packs),
-        )
-
-
-@dataclass(frozen=True)
 class Totals:
     """Totals over the whole batch of a step, by which the loss of each part of it divides."""
 
@@ -59,8 +38,8 @@ class Totals:
     """Scored tokens of all responses."""
     chosen_tokens: int
     """Scored tokens of the best response of each row."""
-    logp_gradients: Mapping[int, Tensor] | None = None
-    """If the loss couples rows: for each row number, ∂L/∂log π(y) of its responses, [K]."""
+    most_responses: int
+    """The largest number of responses of a row, K."""
 
     @property
     def chosen_length(self) -> float:
@@ -70,8 +49,9 @@ class Totals:
     @classmethod
     def of(cls, rows: Rows, numbers: Sequence[int]) -> "Totals":
         """The totals of the batch of the rows `numbers`."""
-        scored = rows.scored_tokens(numbers)
-        return cls(len(numbers), sum(sum(counts) for counts in scored), sum(counts[0] for counts in scored))
+        scored = rows.scored_tokens(numbers)  # [K] of each row
+        tokens, chosen_tokens = sum(sum(counts) for counts in scored), sum(counts[0] for counts in scored)
+        return cls(len(numbers), tokens, chosen_tokens, max(map(len, scored), default=0))
 
 
 class Method(ABC):
@@ -80,8 +60,15 @@ class Method(ABC):
     DROPOUT: ClassVar[bool] = False
     """Whether the adapter's dropout is active in training."""
 
-    def __init__(self, policy: Policy, settings: Hyperparameters, train: Rows, validation: Rows) -> None:
-        self.policy, self.train, self.validation = policy, train, validation
+    def __init__(self, launcher: Launcher, settings: Hyperparameters, train: Rows, validation: Rows) -> None:
+        self.launcher, self.policy = launcher, launcher.policy
+        self.train, self.validation = train, validation
+        self.merges = True
+        """Whether rows with the same prompt share it. Then a response that two rows have is scored once."""
+
+    def segments(self, rows: Rows, numbers: Sequence[int]) -> Iterator[Segment]:
+        """The rows `numbers` as segments."""
+        return self.policy.segments(rows, numbers, merge=self.merges)
 
     # -- before a stage ------------------------------------------------------------------------------------------
 
@@ -103,19 +90,11 @@ class Method(ABC):
 
     # -- a step --------------------------------------------------------------------------------------------------
 
-    def totals(self, numbers: Sequence[int], averages: Averages, *, divided: bool = False) -> Totals:
-        """The totals of the batch of the training rows `numbers`. To be called before `backward`.
-
-        `divided`: `backward` will be called for several parts of the batch instead of once for all of it.
-        """
-        return Totals.of(self.train, numbers)
-
     @abstractmethod
-    def backward(self, numbers: Sequence[int], totals: Totals, averages: Averages) -> TokenCounts:
-        """Accumulate the gradient of the training rows `numbers`, which are the whole batch or a part of it.
+    def gradient(self, numbers: Sequence[int], averages: Averages, draw: str | None = None) -> TokenCounts:
+        """Set the gradient of a step over the training rows `numbers`, times the policy's loss scale.
 
-        `totals` are those of the whole batch. The gradient is multiplied by the policy's loss scale. Metrics are added
-        to `averages`.
+        Metrics are added to `averages`. `draw` seeds the random numbers of a step with dropout.
         """
 
     def after_step(self, step: int) -> None:  # noqa: B027 - most methods need nothing here
@@ -125,7 +104,7 @@ class Method(ABC):
 
     @abstractmethod
     def validate(self, averages: Averages, check_stop: Callable[[], None]) -> list[ValidatedRow]:
-        """Score all validation rows and add their metrics to `averages`. Calls `check_stop` after each pack."""
+        """Score all validation rows and add their metrics to `averages`. Calls `check_stop` after each launch."""
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -135,9 +114,3 @@ class Method(ABC):
 
     def load_state_dict(self, state: Mapping[str, dict[str, Tensor]], step: int) -> None:  # noqa: B027 - most methods need nothing here
         """Restore `state`, which `state_dict` returned after optimizer step `step`."""
-
-
-def split_by_row(values: Tensor, row_of: Tensor, rows: int) -> list[Tensor]:
-    """Split the `values` [R] of responses into one tensor per row, [K] each. `row_of` [R]: the row of each value."""
-    counts = torch.bincount(row_of, minlength=rows).tolist()
-    return list(torch.split(values, counts))

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,53 +10,40 @@ from app.spec.datasets.example import Kind
 from app.spec.hyperparameters import DPOHyperparameters, Hyperparameters
 from worker.trainer.averages import Averages
 from worker.trainer.dataset import Rows
-from worker.trainer.methods.method import Method, TokenCounts, Totals, ValidatedRow, split_by_row
+from worker.trainer.launcher import Launcher, TokenCounts, Values, joined
+from worker.trainer.methods.method import Method, Totals, ValidatedRow
 from worker.trainer.methods.metrics import report
 from worker.trainer.methods.mismatches import with_mismatches
-from worker.trainer.model import Policy, per_response
+from worker.trainer.model import per_response
 from worker.trainer.objectives import losses_of
 from worker.trainer.objectives.batch import Batch
 from worker.trainer.packing import Pack, columns
 from worker.trainer.reference import Reference, References
-
-
-class Responses(NamedTuple):
-    """Scores of the R responses of a pack's rows, row by row. All tensors are [R]."""
-
-    rows: tuple[int, ...]
-    """The numbers of the pack's rows."""
-    row_of: Tensor
-    """The index in `rows` of each response's row."""
-    lengths: Tensor
-    """Number of scored tokens."""
-    values: Tensor
-    """The values that the loss compares: log π(y|x), with LD-DPO's weights if any; or the reward of a reward model."""
-    logps: Tensor
-    """log π(y|x) without LD-DPO's weights, or the reward. Without gradient."""
-    alignment: Tensor | None
-    """log w(x, y) of WPO: the likelihood of each response under the policy, per token. None without WPO."""
-    reference: Tensor
-    """The reference's counterpart of `values`; zero without a reference."""
-    reference_logps: Tensor
-    """log π_ref(y|x) without LD-DPO's weights; zero without a reference."""
+from worker.trainer.segments import StepPlan
 
 
 class Preference(Method):
     """A preference method. The loss of a step is the mean over its rows.
+
+    The values of a response, by name: `values`, which the loss compares: log π(y|x), with LD-DPO's weights if any, or
+    the reward of a reward model; `logps`, log π(y|x) without these weights, or the reward; `reference` and
+    `reference_logps`, the reference's counterparts, zero without a reference; `lengths`, the number of scored tokens;
+    with WPO, `alignment`, log w(x, y): the likelihood of the response under the policy, per token.
 
     `references` are the reference log-probs computed before the first step. With TR-DPO, `anchor` holds the trained
     weights of the reference, by name. Once the anchor has `moved`, `references` are out of date and the reference is
     evaluated in each step.
     """
 
-    def __init__(self, policy: Policy, settings: DPOHyperparameters, train: Rows, validation: Rows) -> None:
-        super().__init__(policy, settings, train, validation)
+    def __init__(self, launcher: Launcher, settings: DPOHyperparameters, train: Rows, validation: Rows) -> None:
+        super().__init__(launcher, settings, train, validation)
         self.settings = settings
+        self.merges = settings.ld_alpha is None  # LD-DPO compares the responses of a row
         self.references: References | None = None
         self.anchor: dict[str, Tensor] | None = None
         self.moved = False
         if settings.sync_reference is not None:
-            trained = policy.trainable()
+            trained = self.policy.trainable()
             self.anchor = {name: parameter.detach().clone() for name, parameter in trained.items()}
 
     @staticmethod
@@ -84,39 +70,41 @@ class Preference(Method):
 
     # -- a step --------------------------------------------------------------------------------------------------
 
-    def totals(self, numbers: Sequence[int], averages: Averages, *, divided: bool = False) -> Totals:
-        """The totals of a batch. A loss that couples rows of several packs or parts is computed and reported here."""
-        counts = Totals.of(self.train, numbers)
-        packs = list(self._packs(self.train, numbers)) if self.settings.couples else []
-        if len(packs) <= 1 and not (packs and divided):
-            return counts
-        # Chain rule: ∂L/∂θ = Σ_r ∂L/∂log π(y_r) · ∂log π(y_r)/∂θ. First compute all log-probs without a graph, and from
-        # them the first factors. `backward` then builds the graph of one pack at a time for the second factors. The
-        # price is a second forward pass (as in GradCache, Gao et al. 2021).
+    def gradient(self, numbers: Sequence[int], averages: Averages, draw: str | None = None) -> TokenCounts:
+        totals = Totals.of(self.train, numbers)
         references = None if self.references is None else self.references.train
-        with torch.no_grad():
-            parts = [self._responses(pack, references) for pack in packs]
-        leaf_parts = [part._replace(values=part.values.requires_grad_()) for part in parts]
-        batch = self._batch(leaf_parts, counts.chosen_length, self.train)
-        losses = losses_of(batch, self.settings)
-        report(batch, losses, self.settings, averages)
-        gradients = torch.autograd.grad(losses.sum() / counts.rows, [part.values for part in leaf_parts])  # [R] each
-        return Totals(counts.rows, counts.scored_tokens, counts.chosen_tokens, _by_row(parts, gradients))
+        plan = self.launcher.plan(list(self.segments(self.train, numbers)))
+        slopes = self._slopes(plan, totals, references) if self.settings.couples else None
 
-    def backward(self, numbers: Sequence[int], totals: Totals, averages: Averages) -> TokenCounts:
-        packs = list(self._packs(self.train, numbers))
-        references = None if self.references is None else self.references.train
-        for pack in packs:
-            if totals.logp_gradients is not None:  # `totals` has computed the loss and ∂L/∂log π
-                gradient = torch.cat([totals.logp_gradients[number] for number in pack.rows])  # [R]
-                self._values(pack)[0].backward(self.policy.loss_scale * gradient)  # type: ignore[no-untyped-call]
-                continue
-            part = self._responses(pack, references)
-            batch = self._batch([part], totals.chosen_length, self.train)
-            losses = losses_of(batch, self.settings)  # [B]
-            report(batch, losses, self.settings, averages)
-            (self.policy.loss_scale * losses.sum() / totals.rows).backward()  # type: ignore[no-untyped-call]
-        return TokenCounts.of(packs)
+        def loss(pack: Pack, places: Sequence[int]) -> tuple[Tensor, Values]:
+            if slopes is not None:  # chain rule: Σ_r ∂L/∂log π(y_r) · log π(y_r) has the gradient of L
+                values = self._scores(pack)
+                slope = torch.cat([slopes[place] for place in places]).to(self.policy.device)  # [R]
+                return (slope * values["values"]).sum(), values | self._references(pack, references)
+            values = self._scores(pack) | self._references(pack, references)
+            batch = self._batch(values, pack.row_of, pack.rows, self.train, totals)
+            return losses_of(batch, self.settings).sum() / totals.rows, values
+
+        values, counts = self.launcher.backward(plan, loss, draw)
+        self._report(values, plan.rows, self.train, totals, averages)
+        return counts
+
+    def _slopes(self, plan: StepPlan, totals: Totals, references: Reference | None) -> list[Tensor]:
+        """For a loss that couples rows: ∂L/∂log π(y) of the responses of each segment of `plan`, on the CPU.
+
+        All log-probs are computed first, without a graph. The price is a second forward pass (as in GradCache, Gao et
+        al. 2021).
+        """
+
+        def score(pack: Pack) -> Values:
+            return self._scores(pack) | self._references(pack, references)
+
+        values = joined([part for _, part in self.launcher.forward(plan.segments, score)])
+        values["values"].requires_grad_()
+        batch = self._batch(values, _row_of(plan.rows, self.train), plan.rows, self.train, totals)
+        loss = losses_of(batch, self.settings).sum() / totals.rows
+        (gradient,) = torch.autograd.grad(loss, values["values"])  # [R]
+        return list(torch.split(gradient, [segment.responses for segment in plan.segments]))
 
     def after_step(self, step: int) -> None:
         """TR-DPO (Gorbatovski et al. 2024): every `steps` steps, π_ref ← α π + (1 − α) π_ref, on the weights."""
@@ -132,23 +120,24 @@ class Preference(Method):
 
     def validate(self, averages: Averages, check_stop: Callable[[], None]) -> list[ValidatedRow]:
         """The loss is computed over all validation rows at once, because it may couple rows."""
-        parts, numbers = list[Responses](), range(len(self.validation))
         references = None if self.references is None else self.references.validation
-        with torch.no_grad():
-            for pack in self._packs(self.validation, numbers):
-                parts.append(self._responses(pack, references))
-                check_stop()
-            chosen_length = Totals.of(self.validation, numbers).chosen_length
-            batch = self._batch(parts, chosen_length, self.validation)
-            report(batch, losses_of(batch, self.settings), self.settings, averages)
-        validated: list[ValidatedRow] = []
-        for part in parts:
-            logps = split_by_row(part.logps.cpu(), part.row_of, len(part.rows))
-            reference_logps: Sequence[Tensor | None] = [None] * len(part.rows)
-            if self.settings.needs_reference:
-                reference_logps = split_by_row(part.reference_logps.cpu(), part.row_of, len(part.rows))
-            validated += map(ValidatedRow, part.rows, logps, reference_logps)
-        return validated
+        parts, rows = list[Values](), list[int]()
+
+        def score(pack: Pack) -> Values:
+            return self._scores(pack) | self._references(pack, references)
+
+        for segments, part in self.launcher.forward(self.segments(self.validation, range(len(self.validation))), score):
+            parts.append(part)
+            rows += [number for segment in segments for number in segment.rows]
+            check_stop()
+        values, totals = joined(parts), Totals.of(self.validation, rows)
+        self._report(values, rows, self.validation, totals, averages)
+        counts = [self.validation.responses(number) for number in rows]
+        logps = torch.split(values["logps"], counts)
+        reference_logps: Sequence[Tensor | None] = [None] * len(rows)
+        if self.settings.needs_reference:
+            reference_logps = torch.split(values["reference_logps"], counts)
+        return list(map(ValidatedRow, rows, logps, reference_logps))
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -177,40 +166,32 @@ class Preference(Method):
 
     # -- log-probs -----------------------------------------------------------------------------------------------
 
-    def _packs(self, rows: Rows, numbers: Sequence[int]) -> Iterator[Pack]:
-        """The rows `numbers` in packs. LD-DPO compares the responses of a row, so its rows are not merged."""
-        return self.policy.packs(rows, numbers, merge=self.settings.ld_alpha is None)
-
-    def _responses(self, pack: Pack, references: Reference | None) -> Responses:
-        """The scores of the responses of a pack's rows. `references`: the precomputed reference log-probs."""
-        reference, reference_logps = self._reference(pack, references)
-        values, logps, alignment = self._values(pack)
-        lengths = pack.lengths[pack.leaves]  # [R]
-        return Responses(pack.rows, pack.row_of, lengths, values, logps, alignment, reference, reference_logps)
-
-    def _values(self, pack: Pack) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The fields `values`, `logps` and `alignment` of `Responses`: one forward pass of `pack`. [R] each."""
+    def _scores(self, pack: Pack) -> Values:
+        """The policy's values of the responses of a pack: one forward pass. [R] each."""
+        lengths = pack.lengths[pack.leaves]
         if self.policy.reward_head is not None:
             rewards = self.policy.rewards(pack)
-            return rewards, rewards.detach(), None
+            return {"values": rewards, "logps": rewards.detach(), "lengths": lengths}
         wpo = bool(self.settings.use_weighting)
         scores = self.policy.score(pack, alignment=wpo, tail_weight=self.settings.ld_alpha)
-        alignment = scores.tokens.alignment
-        if alignment is not None:  # mean over the tokens of each response
-            alignment = per_response(pack, alignment) / pack.lengths[pack.leaves]
-        return scores.responses, per_response(pack, scores.tokens.logps.detach()), alignment
+        logps = per_response(pack, scores.tokens.logps.detach())
+        values = {"values": scores.responses, "logps": logps, "lengths": lengths}
+        if scores.tokens.alignment is not None:  # mean over the tokens of each response
+            values["alignment"] = per_response(pack, scores.tokens.alignment) / lengths
+        return values
 
-    def _reference(self, pack: Pack, references: Reference | None) -> tuple[Tensor, Tensor]:
-        """The fields `reference` and `reference_logps` of `Responses`. [R] each."""
+    def _references(self, pack: Pack, references: Reference | None) -> Values:
+        """The reference's values of the responses of a pack, [R] each. `references`: those computed before."""
         if self.moved and self.anchor is not None:
             with torch.no_grad(), self._reference_weights(self.anchor):
-                return self._values(pack)[:2]
+                values = self._scores(pack)
+            return {"reference": values["values"], "reference_logps": values["logps"]}
         if references is None:
             zeros = torch.zeros(len(pack.leaves), device=self.policy.device)
-            return zeros, zeros
+            return {"reference": zeros, "reference_logps": zeros}
         row = pack.row_of.cpu()  # `references` are on the CPU
-        values, logps = references.look_up(torch.tensor(pack.rows)[row], columns(row))
-        return values.to(self.policy.device), logps.to(self.policy.device)
+        seen, logps = references.look_up(torch.tensor(pack.rows)[row], columns(row))
+        return {"reference": seen.to(self.policy.device), "reference_logps": logps.to(self.policy.device)}
 
     @contextmanager
     def _reference_weights(self, weights: dict[str, Tensor]) -> Iterator[None]:
@@ -225,39 +206,37 @@ class Preference(Method):
             for name, parameter in trained.items():
                 parameter.data = own[name]
 
-    def _batch(self, parts: Sequence[Responses], chosen_length: float, rows: Rows) -> Batch:
-        """Arrange the flat scores [R] of `parts` as tables [B, K]: each row's responses in order, then zeros."""
-        ends = torch.tensor([len(part.rows) for part in parts]).cumsum(0).tolist()  # end of each part in the B rows
-        # The row of each response, [R], counted over all parts.
-        row_of = torch.cat([part.row_of + (end - len(part.rows)) for part, end in zip(parts, ends, strict=True)])
-        column = columns(row_of)  # [R]
-        shape = (ends[-1], max(rows.responses(number) for part in parts for number in part.rows))  # (B, K)
+    def _report(self, values: Values, numbers: Sequence[int], rows: Rows, totals: Totals, averages: Averages) -> None:
+        """Add the metrics of the rows `numbers` to `averages`. `values` are those of their responses, row after row."""
+        batch = self._batch(values, _row_of(numbers, rows), numbers, rows, totals)
+        report(batch, losses_of(batch, self.settings), self.settings, averages)
 
-        def table(flat: Sequence[Tensor]) -> Tensor:
-            joined = torch.cat(list(flat))  # [R] of all parts
-            return joined.new_zeros(shape).index_put((row_of, column), joined)
+    def _batch(self, values: Values, row_of: Tensor, numbers: Sequence[int], rows: Rows, totals: Totals) -> Batch:
+        """Arrange flat `values` [R] as tables [B, K]: the responses of each row in order, then zeros.
 
-        policy = table([part.values for part in parts])
-        reference = table([part.reference for part in parts]).to(policy.dtype)
-        reference_logps = table([part.reference_logps for part in parts]).to(policy.dtype)
-        desirable = rows.desirable([number for part in parts for number in part.rows])
-        alignment = [part.alignment for part in parts if part.alignment is not None]
+        `numbers` are those of the rows; `row_of` [R] is the index in them of each response's row.
+        """
+        shape, place = (len(numbers), totals.most_responses), (row_of, columns(row_of))  # (B, K)
+
+        def table(flat: Tensor) -> Tensor:
+            return flat.new_zeros(shape).index_put(place, flat)
+
+        policy = table(values["values"])
+        reference, reference_logps = (table(values[name]).to(policy.dtype) for name in ("reference", "reference_logps"))
+        alignment = values.get("alignment")
         return Batch(
             policy,
             reference,
-            table([part.lengths for part in parts]),
-            table([torch.ones_like(row_of, dtype=torch.bool)]),
-            torch.tensor(desirable, device=policy.device),
-            chosen_length,
-            table(alignment) if alignment else None,
-            None if self.settings.ld_alpha is None else (table([part.logps for part in parts]), reference_logps),
+            table(values["lengths"]),
+            table(torch.ones_like(row_of, dtype=torch.bool)),
+            torch.tensor(rows.desirable(list(numbers)), device=policy.device),
+            totals.chosen_length,
+            None if alignment is None else table(alignment),
+            None if self.settings.ld_alpha is None else (table(values["logps"]), reference_logps),
         )
 
 
-def _by_row(parts: Sequence[Responses], gradients: Sequence[Tensor]) -> dict[int, Tensor]:
-    """∂L/∂log π of the responses of each row number, [K]. A row that the batch has twice gets the mean, used twice."""
-    by_row: dict[int, list[Tensor]] = {}
-    for part, gradient in zip(parts, gradients, strict=True):
-        for number, values in zip(part.rows, split_by_row(gradient, part.row_of, len(part.rows)), strict=True):
-            by_row.setdefault(number, []).append(values)
-    return {number: values[0] if len(values) == 1 else torch.stack(values).mean(0) for number, values in by_row.items()}
+def _row_of(numbers: Sequence[int], rows: Rows) -> Tensor:
+    """The index in `numbers` of the row of each response, [R]."""
+    counts = torch.tensor([rows.responses(number) for number in numbers], dtype=torch.long)
+    return torch.repeat_interleave(counts)

@@ -1,0 +1,81 @@
+"""The check of joined packs: whether segments that share a pack have the gradients that they have alone.
+
+Row i of a matrix product need not have the same bits beside other rows. On a CPU with one thread it has, from 16 rows
+on; a GPU has to be asked. The check computes some segments in one pack and each in its own, and compares all bits.
+
+A CPU with several threads fails on small segments. It is always a single device with a constant budget, so its packs
+hold the same segments in every run. There the check allows for rounding.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from worker.trainer.data import Row
+from worker.trainer.gradients import Sum, Target
+from worker.trainer.model import Policy
+from worker.trainer.packing import Segment
+
+CHECKED_ROWS = 64
+"""The check uses the first rows, at most so many, as far as they fit a pack."""
+CLOSE = 1e-3
+"""Allowed error of a gradient on a CPU with several threads, relative to its largest entry."""
+
+
+def check(policy: Policy, rows: Sequence[Row]) -> None:
+    """If several segments in a pack would change their gradients, let packs of `policy` hold one. Uses some `rows`."""
+    if not policy.shared or not policy.joins or policy.full:
+        return
+    segments = _segments_to_check(policy, rows)
+    if len(segments) < 2:
+        return
+    adapters = {name: weight for name, weight in policy.trainable().items() if "lora_B" in name}
+    before = {name: weight.detach().clone() for name, weight in adapters.items()}
+    try:
+        # A fresh adapter's B is zero, and then so is the gradient of its A. Numbers of any size show a difference.
+        generator = torch.Generator().manual_seed(0)
+        for weight in adapters.values():
+            weight.data.copy_(0.01 * torch.randn(weight.shape, generator=generator, dtype=torch.float32))
+        alone = [outcome for segment in segments for outcome in _outcomes(policy, [segment])]
+        together = _outcomes(policy, segments)
+        same = _close if policy.device.type == "cpu" and torch.get_num_threads() > 1 else torch.equal
+        policy.joins = all(
+            one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
+            for one, other in zip(together, alone, strict=True)
+        )
+    except torch.OutOfMemoryError:
+        pass  # then packs of a step will be smaller too
+    finally:
+        for name, weight in adapters.items():
+            weight.data.copy_(before[name])
+
+
+def _segments_to_check(policy: Policy, rows: Sequence[Row]) -> list[Segment]:
+    """The first rows as segments that fit one pack. They are small, because differences are likelier in small ones."""
+    packing = replace(policy.packing, segment_tokens=policy.packing.segment_tokens // 4)
+    segments = packing.segments(rows, range(min(len(rows), CHECKED_ROWS)))
+    return next(packing.groups(segments), [])
+
+
+def _outcomes(policy: Policy, segments: Sequence[Segment]) -> list[dict[str, Tensor]]:
+    """The values and the gradients of each of `segments`, computed in one pack."""
+    pack = policy.packing.build(segments).to(policy.device)
+    sums: list[Sum] = [{} for _ in segments]
+    policy.products.targets = [Target(*extent, total) for extent, total in zip(pack.extents, sums, strict=True)]
+    try:
+        values = policy.rewards(pack) if policy.reward_head is not None else policy.score(pack).responses  # [R]
+        if values.requires_grad:
+            values.sum().backward()  # type: ignore[no-untyped-call]
+    finally:
+        policy.products.targets = None
+    names = {parameter: name for name, parameter in policy.trainable().items()}
+    return [
+        {"values": values.detach()[extent.responses]} | {names[parameter]: total[parameter] for parameter in total}
+        for extent, total in zip(pack.extents, sums, strict=True)
+    ]
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    return bool((one - other).abs().max() <= CLOSE * other.abs().max())

@@ -1,0 +1,233 @@
+"""The launcher: computes segments in packs, on one rank or several, within the memory of each device.
+
+A launch is the computation of one pack. It holds as many segments as fit the budget of the policy's packing. After
+running out of GPU memory, a rank halves its budget and repeats the launch; the other ranks just wait for its results.
+"""
+
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from itertools import accumulate, islice
+
+import torch
+from torch import Tensor
+
+from worker.trainer.errors import UserError
+from worker.trainer.events import Events
+from worker.trainer.gradients import Ownership, Reduction, Sum, Target, take_gradients
+from worker.trainer.model import Policy
+from worker.trainer.packing import Pack, Segment
+from worker.trainer.ranks import Ranks
+from worker.trainer.segments import StepPlan
+
+Values = dict[str, Tensor]
+"""Values of responses of rows, by name: [R] each, in the order of their rows."""
+Loss = Callable[[Pack, Sequence[int]], tuple[Tensor, Values]]
+"""The loss of a pack, a scalar, and values for metrics. It gets the canonical numbers of the pack's segments."""
+VIRTUAL_RANKS = 16
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Token counts of the packs of a step."""
+
+    tokens: int = 0
+    """Distinct tokens, without padding."""
+    slots: int = 0
+    """Tokens with padding."""
+    scored: int = 0
+    """Scored tokens: the positions at which the head computes logits."""
+
+    def __add__(self, other: "TokenCounts") -> "TokenCounts":
+        return TokenCounts(self.tokens + other.tokens, self.slots + other.slots, self.scored + other.scored)
+
+    @classmethod
+    def of(cls, pack: Pack) -> "TokenCounts":
+        """The counts of one pack."""
+        return cls(pack.tokens, pack.slots, len(pack.targets))
+
+
+@dataclass
+class Launcher:
+    """Computes segments under a policy.
+
+    `param` is the field of the job spec to name if a row does not fit into memory. `may_recompute`: whether activations
+    may be recomputed to save memory.
+    """
+
+    policy: Policy
+    ranks: Ranks = field(default_factory=Ranks)
+    events: Events | None = None
+    param: str = "method"
+    virtual_ranks: int = VIRTUAL_RANKS
+    may_recompute: bool = True
+    owned: Ownership = field(init=False)
+    """Which rank updates which parameters."""
+
+    def __post_init__(self) -> None:
+        self.owned = Ownership(list(self.policy.trainable().values()), self.ranks)
+
+    # -- forward passes ------------------------------------------------------------------------------------------
+
+    def forward(
+        self, segments: Iterable[Segment], score: Callable[[Pack], Values]
+    ) -> Iterator[tuple[list[Segment], Values]]:
+        """What `score` returns for the packs of `segments`, without gradients, on all ranks and in order.
+
+        Each item has some segments and the values of all their responses, on the CPU. The ranks compute one group of
+        segments each for it.
+        """
+        groups = self.policy.packing.groups(segments)
+        while together := list(islice(groups, self.ranks.size)):
+            parts = list[Values]()
+
+            def compute(pack: Pack, _: range, parts: list[Values] = parts) -> None:
+                parts.append({name: tensor.cpu() for name, tensor in score(pack).items()})
+
+            with torch.no_grad():
+                self._launch(together[self.ranks.rank] if self.ranks.rank < len(together) else [], compute)
+            gathered = [part for parts in self.ranks.gather(parts) for part in parts]
+            yield [segment for group in together for segment in group], joined(gathered)
+
+    def _launch(
+        self,
+        segments: Sequence[Segment],
+        compute: Callable[[Pack, range], None],
+        restart: Callable[[int], int] = lambda done: done,
+    ) -> None:
+        """Call `compute` for each pack of `segments` on this rank, with the numbers of the segments in the pack.
+
+        After a call that ran out of memory, `restart` gets the number of segments done, and returns the number of the
+        segment to go on with.
+        """
+        done, policy = 0, self.policy
+        while done < len(segments):
+            for group in policy.packing.groups(segments[done:]):
+                try:
+                    compute(policy.packing.build(group).to(policy.device), range(done, done + len(group)))
+                except torch.OutOfMemoryError as error:
+                    self._save_memory(max(segment.tokens for segment in group), error)
+                    break
+                done += len(group)
+            else:
+                return
+            # Outside of the handler: there, the exception would still hold the tensors of the failed launch.
+            gc.collect()
+            torch.cuda.empty_cache()
+            done = restart(done)
+
+    def _save_memory(self, largest: int, error: torch.OutOfMemoryError) -> None:
+        """Make smaller packs, or recompute activations. Raises `UserError` if a segment does not fit alone.
+
+        `largest` is the size in tokens of the largest segment in the pack that failed.
+        """
+        policy = self.policy
+        if policy.packing.joined and policy.packing.budget > largest:
+            policy.packing = replace(policy.packing, budget=policy.packing.budget // 2)
+            message = f"Out of memory: packs of {policy.packing.budget} tokens from now on."
+        elif self.may_recompute and not policy.recomputes_activations:
+            policy.recompute_activations(True)
+            message = "Out of memory: activations are recomputed in the backward pass from now on."
+        else:
+            text = f"{largest} tokens that are computed together do not fit into the GPU's memory."
+            param = f"{self.param}.max_length"
+            raise UserError("out_of_memory", f"{text} Lower 'max_length', or quantise the base.", param) from error
+        if self.events is not None:
+            self.events.message(message, level="warn")
+
+    # -- the gradient of a step ----------------------------------------------------------------------------------
+
+    def plan(self, segments: Sequence[Segment]) -> StepPlan:
+        """The canonical order of the `segments` of a step.
+
+        Full-parameter training has as many virtual ranks as ranks: each further sum takes the memory of a model.
+        """
+        return StepPlan.of(segments, self.ranks.size if self.policy.full else self.virtual_ranks)
+
+    def backward(self, plan: StepPlan, loss: Loss, draw: str | None = None) -> tuple[Values, TokenCounts]:
+        """Set the gradients of the owned parameters to that of Σ `loss` over the packs of `plan`.
+
+        The loss is multiplied by the policy's loss scale. `draw` seeds the random numbers of each segment; packs must
+        then hold one segment. Returns the values of all responses in canonical order, on the CPU, and the counts of all
+        packs, both of all ranks.
+        """
+        take_gradients({}, self.owned.parameters)  # those of a loss scale that overflowed
+        step = _Backward(self, plan, loss, draw)
+        step.send(0)
+        self._launch(step.segments, step.compute, step.restart)
+        step.reduction.finish()
+        values = joined([values for _, (values, _) in sorted(step.results.items())])
+        own = {name: tensor.cpu() for name, tensor in values.items()}
+        counts = sum((counts for _, counts in step.results.values()), TokenCounts())
+        gathered = self.ranks.gather((own, counts))
+        values = joined([values for values, _ in gathered if values])
+        in_order = {name: plan.in_order(tensor, self.ranks.size) for name, tensor in values.items()}
+        return in_order, sum((counts for _, counts in gathered), TokenCounts())
+
+
+class _Backward:
+    """A backward pass over this rank's part of a step: its rounds, of one virtual rank each."""
+
+    def __init__(self, launcher: Launcher, plan: StepPlan, loss: Loss, draw: str | None) -> None:
+        self.policy, self.ranks, self.plan, self.loss, self.draw = launcher.policy, launcher.ranks, plan, loss, draw
+        self.parameters = launcher.owned.parameters
+        self.own = plan.rounds(self.ranks.rank, self.ranks.size)
+        """The virtual rank of each round; None in the last one if no virtual rank is left for this rank."""
+        parts = [() if number is None else plan.virtual_ranks[number] for number in self.own]
+        self.segments = [segment for part in parts for segment in part]
+        self.round_of = [j for j, part in enumerate(parts) for _ in part]
+        """The round of each segment."""
+        self.places = [plan.first_places[number] + k for number in self.own if number is not None
+                       for k in range(len(plan.virtual_ranks[number]))]  # fmt: skip
+        """The number of each segment in canonical order."""
+        self.ends = list(accumulate(map(len, parts)))
+        """The number of segments up to the end of each round."""
+        self.sums: list[Sum] = [{} for _ in parts]
+        self.reduction, self.sent = Reduction(launcher.owned), 0
+        """`sent` is the number of rounds whose sums are in the reduction."""
+        self.results: dict[int, tuple[Values, TokenCounts]] = {}
+        """The values and counts of each pack, by the number of its first segment."""
+
+    def compute(self, pack: Pack, numbers: range) -> None:
+        """Add the gradient of the loss of `pack`, which holds the segments `numbers`."""
+        places = [self.places[number] for number in numbers]
+        if self.draw is not None:
+            (place,) = places
+            torch.manual_seed(int.from_bytes(sha256(f"{self.draw} {place}".encode()).digest()[:7]))
+        sums = [self.sums[self.round_of[number]] for number in numbers]
+        self.policy.products.targets = (
+            [Target(*extent, total) for extent, total in zip(pack.extents, sums, strict=True)]
+            if self.policy.packing.joined
+            else [Target(slice(None), slice(None), *sums)]
+        )
+        try:
+            loss, values = self.loss(pack, places)
+            (self.policy.loss_scale * loss).backward()  # type: ignore[no-untyped-call]
+        finally:
+            self.policy.products.targets = None
+        values = {name: tensor.detach() for name, tensor in values.items()}
+        self.results[numbers.start] = values, TokenCounts.of(pack)
+        self.send(numbers.stop)
+
+    def send(self, done: int) -> None:
+        """Send the sums of the rounds that are complete after `done` segments."""
+        while self.sent < len(self.own) and self.ends[self.sent] <= done:
+            j, size = self.sent, self.ranks.size
+            take_gradients(self.sums[j], self.parameters)
+            count = min(size, len(self.plan.virtual_ranks) - j * size)
+            self.reduction.add(j, count, None if self.own[j] is None else self.sums[j])
+            self.sums[j], self.sent = {}, j + 1
+
+    def restart(self, done: int) -> int:
+        """Drop all sums that were not sent. Returns the number of the first segment whose sum is lost."""
+        self.sums = [{} for _ in self.sums]
+        take_gradients({}, self.parameters)
+        first = self.ends[self.sent - 1] if self.sent else 0
+        self.results = {start: result for start, result in self.results.items() if start < first}
+        return first
+
+
+def joined(parts: Sequence[Values]) -> Values:
+    """The values of all `parts`, in order."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
