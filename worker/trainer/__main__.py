@@ -8,6 +8,9 @@ Exit status:
 
 The runner answers the trainer's requests on standard input, one line of JSON each. The process ends at once when
 standard input closes: a trainer whose runner was killed must not keep the GPU.
+
+`run.json` in the work folder says on which devices: `device` (cpu or cuda), the number of `ranks`, the GPU of each in
+`visible`, and for CPUs the number of `threads` of a rank.
 """
 
 import json
@@ -18,12 +21,18 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 from unittest.mock import patch
 
 from app.spec.json_types import JsonObject
+
+if TYPE_CHECKING:
+    from worker.trainer.cache import Cache
+    from worker.trainer.events import Event, Events
+    from worker.trainer.ranks import Ranks
 
 STOPPED = 75
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -59,8 +68,6 @@ def run(folder: Path) -> int:
     # Libraries print to standard output. Their output goes to the log; only events go to the real standard output.
     stream = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    answers: queue.Queue[str] = queue.Queue()
-    threading.Thread(target=_listen, args=(answers,), daemon=True).start()
     stopping = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the runner decides
@@ -68,28 +75,73 @@ def run(folder: Path) -> int:
     about: JsonObject = json.loads((folder / "run.json").read_text())
     if about.get("device") == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that the worker does not use stays unused
-    return _train_or_evaluate(folder, about, stream, stopping, answers)
+    size = about.get("ranks", 1)
+    if size == 1:
+        return _run_rank(folder, about, stream, stopping, 0)
+    load()  # once, for all ranks
+    from worker.trainer import rank_processes
+    from worker.trainer.events import Events
+
+    status = rank_processes.launch(
+        folder, size, lambda rank: _run_rank(folder, about, stream, stopping, rank), stopping
+    )
+    failure = rank_processes.failure(folder, size)
+    if failure is not None:
+        Events(stream).emit(failure)
+    return status
 
 
-def _train_or_evaluate(
-    folder: Path, about: JsonObject, stream: IO[str], stopping: threading.Event, answers: "queue.Queue[str]"
-) -> int:
-    """Do the work in `folder` and write its events to `stream`. Returns the exit status.
+def _run_rank(folder: Path, about: JsonObject, stream: IO[str], stopping: threading.Event, rank: int) -> int:
+    """Do the work of a rank in `folder`. The first one writes events to `stream`. Returns the exit status.
 
     `about` is the content of `run.json`.
     """
+    answers: queue.Queue[str] | None = None
+    if rank == 0:
+        answers = queue.Queue()
+        threading.Thread(target=_listen, args=(answers,), daemon=True).start()
+    if visible := about.get("visible"):  # one GPU for each rank
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[rank]
     # Imported here because torch takes seconds: the watch on standard input has to run before.
     load_bitsandbytes()
+    import torch
+
+    from worker.trainer.cache import Cache
+    from worker.trainer.events import Events
+    from worker.trainer.ranks import Ranks
+
+    if threads := about.get("threads"):
+        torch.set_num_threads(threads)
+    ranks, fail = Ranks(), None
+    events = Events(stream if rank == 0 else Path(os.devnull).open("w"))  # noqa: SIM115 - until the end
+    if about.get("ranks", 1) > 1:
+        from worker.trainer.distributed import DistributedRanks
+        from worker.trainer.rank_processes import RankFolder
+
+        ranks, fail = DistributedRanks(about.get("device", "cpu")), RankFolder.of(folder, rank).fail
+    cache = Cache(folder / "cache", events, answers)
+    return _train_or_evaluate(folder, about, events, stopping, cache, ranks, fail or events.emit)
+
+
+def _train_or_evaluate(
+    folder: Path,
+    about: JsonObject,
+    events: "Events",
+    stopping: threading.Event,
+    cache: "Cache",
+    ranks: "Ranks",
+    fail: "Callable[[Event], None]",
+) -> int:
+    """Do the work in `folder`. `fail` reports the event that ends a run that fails. Returns the exit status."""
     from safetensors import SafetensorError
 
     from app.spec.datasets.errors import DatasetError
     from worker.disk import is_disk_fault
-    from worker.trainer.cache import Cache
     from worker.trainer.device_check import is_device_fault, why_unusable
     from worker.trainer.errors import Stopped, UserError
     from worker.trainer.evaluation import evaluate
     from worker.trainer.evaluation.run import EvaluationRun
-    from worker.trainer.events import Broken, DeviceFailed, Events, Failed
+    from worker.trainer.events import Broken, DeviceFailed, Failed
     from worker.trainer.loop import train
     from worker.trainer.room import NoRoom
     from worker.trainer.run import TrainingRun, require_placed
@@ -98,44 +150,44 @@ def _train_or_evaluate(
         "event": "trainer began",
         "level": "info",
         "timestamp": datetime.now(UTC).isoformat(),
+        **({"rank": ranks.rank} if ranks.size > 1 else {}),
         **about.get("log", {}),
     }
     print(json.dumps(entry), file=sys.stderr, flush=True)
-    events = Events(stream)
     # Without this check, a machine that has lost its GPU would train on the CPU.
     if (reason := why_unusable(about.get("device", "cpu"))) is not None:
-        events.emit(DeviceFailed(reason))
+        fail(DeviceFailed(reason))
         return 1
     is_evaluation = (folder / "evaluation.json").exists()
-    cache = Cache(folder / "cache", events, answers)
     try:
         require_placed(folder, about)
         if is_evaluation:
             evaluate(EvaluationRun.of(folder, events, stopping, cache))
         else:
-            train(TrainingRun.of(folder, events, stopping, cache))
+            train(TrainingRun.of(folder, events, stopping, cache, ranks))
+        ranks.close()
     except Stopped:
         return STOPPED
     except UserError as error:
-        events.emit(Failed(error.code, error.message, error.param))
+        fail(Failed(error.code, error.message, error.param))
         return 1
     except DatasetError as error:
-        events.emit(Failed("invalid_file", str(error), "data" if is_evaluation else "training_file"))
+        fail(Failed("invalid_file", str(error), "data" if is_evaluation else "training_file"))
         return 1
     except NoRoom as error:
-        events.emit(Broken(str(error)))
+        fail(Broken(str(error)))
         return 1
     except (OSError, SafetensorError) as error:  # the disk failed, not the job: another attempt may succeed
         traceback.print_exc()
-        events.emit(Broken(f"{type(error).__name__}: {error}"[:500], by_disk=is_disk_fault(error)))
+        fail(Broken(f"{type(error).__name__}: {error}"[:500], by_disk=is_disk_fault(error)))
         return 1
     except Exception as error:
         traceback.print_exc()
         if is_device_fault(error):
-            events.emit(DeviceFailed(f"{type(error).__name__}: {error}".splitlines()[0][:500]))
+            fail(DeviceFailed(f"{type(error).__name__}: {error}".splitlines()[0][:500]))
             return 1
         message = f"The trainer failed: {type(error).__name__}: {error}. The job's log has the details."
-        events.emit(Failed("trainer_error", message[:2000], None))
+        fail(Failed("trainer_error", message[:2000], None))
         return 1
     return 0
 

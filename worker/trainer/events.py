@@ -158,13 +158,18 @@ EVENT_CLASSES: dict[str, type[Event]] = {event_class.KIND: event_class for event
 """The class of each event, by its name in the JSON line."""
 
 
-def read(line: str | bytes) -> Event:
+def read(text: str | bytes) -> Event:
     """The event in a line. Raises `ValueError` for a line that is not an event of this version."""
-    fields = json.loads(line)
+    fields = json.loads(text)
     try:
         return EVENT_CLASSES[fields.pop("kind")](**fields)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"not an event of this version: {line[:200]!r}") from error
+        raise ValueError(f"not an event of this version: {text[:200]!r}") from error
+
+
+def line(event: Event) -> str:
+    """`event` as a line. Raises `ValueError` for NaN and infinity, which JSON does not have."""
+    return json.dumps({"kind": event.KIND, **asdict(event)}, allow_nan=False)
 
 
 class Events:
@@ -175,8 +180,8 @@ class Events:
         self._activity, self._shown_at = "", 0.0
 
     def emit(self, event: Event) -> None:
-        """Write `event` and flush. Raises `ValueError` for NaN and infinity, which JSON does not have."""
-        self._stream.write(json.dumps({"kind": event.KIND, **asdict(event)}, allow_nan=False) + "\n")
+        """Write `event` and flush. Raises `ValueError` for NaN and infinity."""
+        self._stream.write(line(event) + "\n")
         self._stream.flush()
 
     def working(self, activity: Activity, done: int | None = None, total: int | None = None) -> None:

@@ -78,12 +78,11 @@ class Reduction:
         self._touched |= {numbers[parameter] for parameter in own or {}}
         backwards = number % 2 == 1  # see `StepPlan.rounds`
         senders = [k for k in range(ranks.size) if (ranks.size - 1 - k if backwards else k) < count]
-        parts = [owned.flat(own or {}, rank, own is not None) for rank in range(ranks.size)]
-        received = [owned.buffer(ranks.rank if k in senders else None) for k in range(ranks.size)]
-        wait = ranks.swap(parts, received)
+        parts = [owned.flat(own, rank) for rank in range(ranks.size)]
+        wait = ranks.swap(parts, [owned.size(ranks.rank) if k in senders else 0 for k in range(ranks.size)])
 
         def arrive() -> None:
-            wait()
+            received = wait()
             for k in reversed(senders) if backwards else senders:
                 self._add(owned.unflat(received[k], ranks.rank))
 
@@ -132,20 +131,17 @@ class Ownership:
 
     # -- flat buffers --------------------------------------------------------------------------------------------
 
-    def flat(self, gradients: Sum, rank: int, wanted: bool = True) -> Tensor:
-        """The `gradients` of the parameters of `rank`, one after the other. Empty unless `wanted`."""
-        if not wanted or not self.owners[rank]:
-            return self.buffer(None)
-        return torch.cat([
+    def size(self, rank: int) -> int:
+        """Number of elements of the parameters of `rank`."""
+        return sum(parameter.numel() for parameter in self.owners[rank])
+
+    def flat(self, gradients: Sum | None, rank: int) -> Tensor:
+        """The `gradients` of the parameters of `rank`, one after the other. Empty if there are none at all."""
+        parts = [] if gradients is None else [
             gradients[parameter].flatten() if parameter in gradients else torch.zeros_like(parameter).flatten()
             for parameter in self.owners[rank]
-        ])  # fmt: skip
-
-    def buffer(self, rank: int | None) -> Tensor:
-        """A buffer for the parameters of `rank`; an empty one without a rank."""
-        like = self.parameters[0]
-        size = 0 if rank is None else sum(parameter.numel() for parameter in self.owners[rank])
-        return torch.empty(size, dtype=like.dtype, device=like.device)
+        ]  # fmt: skip
+        return torch.cat(parts) if parts else torch.empty_like(self.parameters[0]).flatten()[:0]
 
     def unflat(self, values: Tensor, rank: int) -> Sum:
         """The parts of the flat `values` by parameter of `rank`."""

@@ -10,8 +10,10 @@ for each stage:
 """
 
 import time
+from hashlib import sha256
 
 import torch
+import transformers
 from transformers import AutoConfig
 
 from app.spec.hyperparameters import DEFAULT_MAX_LENGTH
@@ -25,9 +27,10 @@ from worker.trainer.errors import UserError
 from worker.trainer.events import TrainingDone
 from worker.trainer.journal import last_metrics
 from worker.trainer.loading import load_policy
-from worker.trainer.model import Policy
+from worker.trainer.model import Policy, fingerprint
 from worker.trainer.optimizer import NEED_GPU
 from worker.trainer.plan import Stage
+from worker.trainer.reference import ENGINE_VERSION
 from worker.trainer.reference_pass import other_model_references
 from worker.trainer.room import require_disk
 from worker.trainer.run import TrainingRun
@@ -46,7 +49,7 @@ def train(run: TrainingRun) -> None:
 
 def _train(run: TrainingRun) -> None:
     began = time.monotonic()
-    stages = stages_of(run)
+    stages = run.ranks.first_then_others(lambda: stages_of(run))  # the first rank tokenises
     run.check_stop()
     state = State(stages[0].name) if run.resume is None else checkpoint.load_state(run.resume)
     first_stage = [stage.name for stage in stages].index(state.stage)
@@ -59,9 +62,11 @@ def _train(run: TrainingRun) -> None:
     policy = load_policy(run.spec, run.base, run.resume / "model" if run.resume else run.start, run.events)
     run.check_stop()
     check_policy(run, stages, policy)
+    require_same(run, policy)
+    devices = f"{policy.device.type} ({torch.get_num_threads()} threads)"
     run.events.message(
         f"Model and {sum(len(stage.train) for stage in stages)} rows ready after {time.monotonic() - began:.1f} s "
-        f"on {policy.device.type} ({torch.get_num_threads()} threads)."
+        f"on {devices if run.ranks.size == 1 else f'{run.ranks.size} × {devices}'}."
     )
     ready, tokens_before, resume = time.monotonic(), state.trained_tokens, run.resume
     planned_steps = sum(stage.steps for stage in stages)
@@ -69,6 +74,8 @@ def _train(run: TrainingRun) -> None:
         running = stage_run.begin(run, stage, policy, state, planned_steps, resume=resume, references=other_references)
         final_metrics = run_stage(running)
         resume = None
+    if not run.ranks.is_first:
+        return
     trained = time.monotonic()
     run.events.working("saving")
     results = artifact.Results(run, state.history, stages[-1], running.validated_rows, final_metrics)
@@ -151,6 +158,28 @@ def check_policy(run: TrainingRun, stages: list[Stage], policy: Policy) -> None:
         require_disk(run.folder, policy, stage.hyperparameters.optimizer)
     if policy.reward_head is not None:
         reward.require_classifier(policy)
+
+
+def require_same(run: TrainingRun, policy: Policy) -> None:
+    """Raise `UserError` unless all ranks have the same engine and the same policy, on devices of the same kind."""
+    settings = (policy.packing, policy.joins, policy.one_by_one, policy.own_logits, policy.autocast_dtype)
+    device = torch.cuda.get_device_name() if policy.device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    weights = sha256()
+    for name, parameter in policy.trainable().items() if not policy.full else ():
+        weights.update(name.encode() + fingerprint(parameter))
+    parts = {
+        "version of the engine": f"{ENGINE_VERSION}",
+        "version of torch": torch.__version__,
+        "version of transformers": transformers.__version__,
+        "kind of device": f"{device} ({torch.get_num_threads()} threads)",
+        "way to compute log-probs": str(settings),
+        "adapter": weights.hexdigest(),
+    }
+    for name in parts:
+        values = run.ranks.gather(parts[name])
+        if len(set(values)) > 1:
+            message = f"The ranks of this training differ in the {name}: {', '.join(dict.fromkeys(values))}."
+            raise UserError("ranks_differ", message, "resources")
 
 
 def require_possible(stage: Stage, policy: Policy) -> None:

@@ -29,23 +29,32 @@ class Ranks:
 
     def gather_first(self, value: Value) -> list[Value] | None:
         """The values of all ranks, on the first rank; None on the others."""
-        return self.gather(value)
+        values = self.gather(value)
+        return values if self.is_first else None
 
     def of_first(self, make: Callable[[], Value]) -> Value:
         """What `make` returns on the first rank. The others wait for it and do not call `make`."""
-        return make()
+        return self.gather(make() if self.is_first else None)[0]  # type: ignore[return-value]
+
+    def first_then_others(self, make: Callable[[], Value]) -> Value:
+        """What `make` returns on this rank. The others call it when the first rank has, and find what it left."""
+        made = [make()] if self.is_first else []
+        self.gather(None)
+        return made[0] if made else make()
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on any rank."""
         return any(self.gather(flag))
 
-    def swap(self, parts: Sequence[Tensor], received: Sequence[Tensor]) -> Callable[[], None]:
-        """Begin to send `parts[k]` to rank k, and to fill `received[k]` from it. All are flat and of one dtype.
+    def swap(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> Callable[[], list[Tensor]]:
+        """Begin to send `parts[k]` to rank k, and to receive `sizes[k]` elements from it. All are flat, of one dtype.
 
-        The function that it returns waits until `received` is filled.
+        The function that it returns waits for what was sent here, and returns it by rank.
         """
-        received[0].copy_(parts[0])
-        return lambda: None
+        return lambda: list(parts)
 
     def copy_from(self, rank: int, tensor: Tensor) -> None:
         """Overwrite `tensor` by that of the rank `rank`."""
+
+    def close(self) -> None:
+        """Wait until all ranks are done, and leave the group."""

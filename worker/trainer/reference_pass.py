@@ -22,7 +22,7 @@ def policy_references(launcher: Launcher, stage: Stage, tail_weight: float | Non
 
     `tail_weight` is the weight of tail tokens in LD-DPO.
     """
-    began, made, digest = time.monotonic(), len(run.cache.made), launcher.policy.digest()
+    began, made, digest = time.monotonic(), len(run.cache.made), run.ranks.of_first(launcher.policy.digest)
 
     def find(rows: Rows) -> Reference:
         def report(done: int) -> None:

@@ -1,0 +1,62 @@
+"""Ranks over `torch.distributed`: NCCL between GPUs, gloo between CPUs and for everything that is not a gradient."""
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from worker.trainer.ranks import Ranks
+
+Value = TypeVar("Value")
+PATIENCE = timedelta(minutes=30)
+"""How long a rank waits for another one. A rank that died ends the others at once; this is for one that hangs."""
+
+
+class DistributedRanks(Ranks):
+    """A member of torch's default process group."""
+
+    def __init__(self, device: str) -> None:
+        """Join the group that the environment describes (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`).
+
+        `device` is the kind of the ranks' devices, cpu or cuda.
+        """
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._objects = dist.new_group(backend="gloo", timeout=PATIENCE)
+
+    def gather(self, value: Value) -> list[Value]:
+        values: list[Value | None] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._objects)
+        return values  # type: ignore[return-value]
+
+    def gather_first(self, value: Value) -> list[Value] | None:
+        values: list[Value | None] | None = [None] * self.size if self.is_first else None
+        dist.gather_object(value, values, group=self._objects)
+        return values  # type: ignore[return-value]
+
+    def of_first(self, make: Callable[[], Value]) -> Value:
+        made = [make() if self.is_first else None]
+        dist.broadcast_object_list(made, group=self._objects)
+        return made[0]  # type: ignore[return-value]
+
+    def swap(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> Callable[[], list[Tensor]]:
+        sent, received = torch.cat(list(parts)), parts[0].new_empty(sum(sizes))
+        sent_sizes = [part.numel() for part in parts]
+        work = dist.all_to_all_single(received, sent, list(sizes), sent_sizes, async_op=True)
+        assert work is not None
+
+        def wait() -> list[Tensor]:
+            work.wait()
+            return list(torch.split(received, list(sizes)))
+
+        return wait
+
+    def copy_from(self, rank: int, tensor: Tensor) -> None:
+        dist.broadcast(tensor, rank)
+
+    def close(self) -> None:
+        self.gather(None)
+        dist.destroy_process_group()

@@ -1,0 +1,161 @@
+"""The processes of a training on several devices of this machine, started and watched by torchrun's launcher.
+
+The trainer's process forks a rank for each device and waits. The first rank reads the runner's answers and writes the
+events. A rank that fails leaves the event that says why in the folder `ranks`, and the trainer reports the earliest.
+When a rank dies, the launcher ends the others within seconds, and the trainer ends like the rank that died.
+
+Each rank ends when the trainer does. It holds a pipe whose other end only the trainer has.
+"""
+
+import faulthandler
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from worker.trainer.events import Event, line, read
+
+BEAT_SECONDS, SILENT_SECONDS = 1.0, 20.0
+"""Each rank gives a sign of life every second. One that gives none for so long counts as hung, and is killed."""
+FAILED_RANK_SECONDS = 5
+"""Time for the other ranks to end by themselves after one has failed. Then they are killed."""
+
+
+@dataclass(frozen=True)
+class RankFolder:
+    """What a rank leaves for the trainer: its sign of life, its process id, and the event that ended it."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, folder: Path, rank: int) -> "RankFolder":
+        """The folder of a rank in the work folder `folder`."""
+        return cls(folder / "ranks" / str(rank))
+
+    def fail(self, event: Event) -> None:
+        """Keep the event that ends the run."""
+        (self.path / "event.json").write_text(line(event))
+
+    @property
+    def failure(self) -> Event | None:
+        """The event that ended the run."""
+        path = self.path / "event.json"
+        return read(path.read_text()) if path.exists() else None
+
+    def beat(self) -> None:
+        """Give a sign of life."""
+        (self.path / "beat").write_text(str(os.getpid()))
+
+    @property
+    def silent_pid(self) -> int | None:
+        """The process id of the rank if it has given no sign of life for too long."""
+        path = self.path / "beat"
+        if not path.exists() or time.time() - path.stat().st_mtime < SILENT_SECONDS:
+            return None
+        return int(path.read_text() or 0) or None
+
+
+def launch(folder: Path, size: int, run_rank: Callable[[int], int], stopping: threading.Event) -> int:
+    """Run `run_rank(rank)` in `size` processes. Returns the first status that is not 0; then 0.
+
+    SIGTERM is passed on to the ranks. If one dies of a signal, this process dies of it too.
+    """
+    for rank in range(size):
+        RankFolder.of(folder, rank).path.mkdir(parents=True, exist_ok=True)
+    read_end, write_end = os.pipe()
+
+    def start() -> int:
+        os.close(write_end)
+        rank = int(os.environ["RANK"])
+        threading.Thread(target=_end_with_trainer, args=(read_end,), daemon=True).start()
+        threading.Thread(target=_beat, args=(RankFolder.of(folder, rank),), daemon=True).start()
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
+        if rank > 0:
+            null = os.open(os.devnull, os.O_RDONLY)
+            os.dup2(null, 0)
+            os.close(null)
+        status = run_rank(rank)
+        if status and not stopping.is_set():
+            sys.exit(status)  # a failure: the launcher ends the other ranks
+        return status
+
+    def stop(*_: object) -> None:
+        stopping.set()
+        for child in multiprocessing.active_children():  # none in a rank, which has this handler too
+            child.terminate()
+
+    signal.signal(signal.SIGTERM, stop)
+    threading.Thread(target=_watch, args=(folder, size), daemon=True).start()
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # the ranks are on one machine, whose name may have no address
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=size,
+        run_id=folder.name,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        monitor_interval=0.1,
+        start_method="fork",  # all libraries are loaded
+        signals_to_handle="SIGHUP",  # SIGTERM is for `stop`
+        shutdown_timeout=FAILED_RANK_SECONDS,
+        logs_specs=DefaultLogsSpecs(log_dir=str(folder / "ranks")),
+    )
+    try:
+        statuses = elastic_launch(config, start)()
+        return next((status for status in statuses.values() if status), 0)
+    except ChildFailedError as error:
+        first = error.get_first_failure()[1]
+        print(f"rank {error.get_first_failure()[0]} ended with status {first.exitcode}", file=sys.stderr, flush=True)
+        if first.exitcode < 0:
+            signal.signal(-first.exitcode, signal.SIG_DFL)
+            os.kill(os.getpid(), -first.exitcode)
+        return int(first.exitcode)
+    finally:
+        os.close(read_end)
+        os.close(write_end)
+
+
+def failure(folder: Path, size: int) -> Event | None:
+    """The earliest event with which a rank failed."""
+    failures = [event for rank in range(size) if (event := RankFolder.of(folder, rank).failure) is not None]
+    return min(failures, key=lambda event: event.time, default=None)
+
+
+def _end_with_trainer(pipe: int) -> None:
+    os.read(pipe, 1)
+    os._exit(1)
+
+
+def _beat(folder: RankFolder) -> None:
+    while True:
+        folder.beat()
+        time.sleep(BEAT_SECONDS)
+
+
+def _watch(folder: Path, size: int) -> None:
+    """Kill a rank that gives no sign of life. The others write their stacks to the log first."""
+    folders = [RankFolder.of(folder, rank) for rank in range(size)]
+    while True:
+        time.sleep(BEAT_SECONDS)
+        silent = {rank: pid for rank, one in enumerate(folders) if (pid := one.silent_pid) is not None}
+        for rank, pid in silent.items():
+            print(f"rank {rank} gives no sign of life", file=sys.stderr, flush=True)
+            _dump_stacks([int((one.path / "beat").read_text() or 0) for one in folders])
+            os.kill(pid, signal.SIGKILL)
+
+
+def _dump_stacks(pids: Sequence[int]) -> None:
+    for pid in filter(None, pids):
+        os.kill(pid, signal.SIGUSR1)
+    time.sleep(BEAT_SECONDS)
