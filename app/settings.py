@@ -11,6 +11,7 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app.file_lock import locked
+from app.spec.resources import MOST_DEVICES
 
 DeviceSetting = Literal["auto", "cuda", "cpu"]
 
@@ -38,6 +39,9 @@ class Settings(BaseSettings):
     device: DeviceSetting = "auto"
     """The device of GPU workers and `dpo train`: `cuda`, `cpu` or `auto`. With `auto` it is a GPU if the machine shows
     one, else the CPU."""
+    cpu_devices: int = Field(0, ge=0, le=MOST_DEVICES)
+    """On a machine without GPUs: so many devices, each a rank of one thread. With 0 there is one device, with a thread
+    for each CPU."""
     hub_models: Annotated[tuple[str, ...], NoDecode] = ()
     """On workers: hub ids or patterns (`org/*`) that may be downloaded, separated by commas."""
     admin_key_value: SecretStr = Field(SecretStr(""), alias="DPO_ADMIN_KEY")

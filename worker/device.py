@@ -1,10 +1,11 @@
-"""The device that this worker trains on. It is found without torch, because the worker process must not touch CUDA."""
+"""The devices that this worker trains on. They are found without torch, as the worker must not touch CUDA."""
 
 import importlib.metadata
 import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,7 @@ from typing import Literal
 import structlog
 
 from app.settings import DeviceSetting
+from app.spec.json_types import JsonObject
 from worker.machine import total_memory, usable_cpus
 
 log = structlog.get_logger(__name__)
@@ -28,22 +30,47 @@ class DeviceUnusable(Exception):
 
 @dataclass(frozen=True)
 class Device:
-    """The device of a worker. `memory_bytes` is that of the GPU, or of the machine."""
+    """A device of a worker. `memory_bytes` is that of the GPU, or the device's share of the machine's.
+
+    `visible` is the GPU's name in `CUDA_VISIBLE_DEVICES`. `threads` is the number of threads of a CPU device; None for
+    one for each CPU.
+    """
 
     kind: Literal["cuda", "cpu"]
     name: str
     memory_bytes: int
+    visible: str | None = None
+    threads: int | None = None
+
+    def as_json(self) -> JsonObject:
+        """The device as workers register it."""
+        return {"kind": self.kind, "name": self.name, "memory_bytes": self.memory_bytes}
 
 
-def find_device(wanted: DeviceSetting) -> Device:
-    """The first visible GPU, or the CPU of a machine that shows none. `wanted` is the setting `DPO_DEVICE`.
+def find_devices(wanted: DeviceSetting, cpu_devices: int = 0) -> list[Device]:
+    """The visible GPUs, or the CPU devices of a machine that shows none, at least one.
 
-    Raises `DeviceUnusable` if a GPU is wanted, or the machine shows one, and it does not answer. A worker that then
-    trained on the CPU would be a hundred times slower without a word.
+    `wanted` is the setting `DPO_DEVICE`, `cpu_devices` is `DPO_CPU_DEVICES`. Raises `DeviceUnusable` if a GPU is
+    wanted, or the machine shows one, and it does not answer. A worker that then trained on the CPU would be a hundred
+    times slower without a word.
     """
     if wanted == "cpu" or (wanted == "auto" and not _shows_gpu()):
-        return Device("cpu", f"{usable_cpus()} × {platform.machine()}", total_memory())
-    return _gpu()
+        if cpu_devices:
+            share = total_memory() // cpu_devices
+            return [Device("cpu", f"1 × {platform.machine()}", share, threads=1)] * cpu_devices
+        return [Device("cpu", f"{usable_cpus()} × {platform.machine()}", total_memory())]
+    return _gpus()
+
+
+def placement(devices: Sequence[Device]) -> JsonObject:
+    """What a trainer has to know of its devices: fields of `run.json`."""
+    first, visible = devices[0], [device.visible for device in devices]
+    return {
+        "device": first.kind,
+        "ranks": len(devices),
+        "visible": visible if all(visible) else None,
+        "threads": first.threads,
+    }
 
 
 def _shows_gpu() -> bool:
@@ -59,15 +86,23 @@ def _shows_gpu() -> bool:
     return shows
 
 
-def _gpu() -> Device:
-    """The first visible GPU. Raises `DeviceUnusable`."""
-    answer = _ask("name,memory.total")
+def _gpus() -> list[Device]:
+    """The visible GPUs. Raises `DeviceUnusable`."""
+    answer = _ask("uuid,name,memory.total")
     try:
-        name, mebibytes = answer.stdout.splitlines()[0].rsplit(",", 1)
-        return Device("cuda", name.strip(), int(mebibytes) * 1024**2)
-    except (ValueError, IndexError) as error:  # it says what is wrong, on either stream, with any exit status
+        gpus = [_gpu(*line.split(",", 1)) for line in answer.stdout.splitlines()]
+    except (ValueError, TypeError):  # it says what is wrong, on either stream, with any exit status
+        gpus = []
+    if not gpus:
         said = " ".join(f"{answer.stdout} {answer.stderr}".split())[:200]
-        raise DeviceUnusable(f"'nvidia-smi' shows no GPU: {said or 'it says nothing'}") from error
+        raise DeviceUnusable(f"'nvidia-smi' shows no GPU: {said or 'it says nothing'}")
+    return gpus
+
+
+def _gpu(uuid: str, rest: str) -> Device:
+    """The GPU of a line of the driver's answer."""
+    name, mebibytes = rest.rsplit(",", 1)
+    return Device("cuda", name.strip(), int(mebibytes) * 1024**2, visible=uuid.strip())
 
 
 @dataclass(frozen=True)
@@ -78,25 +113,29 @@ class GpuUse:
     memory_bytes: int
 
 
-def use_of(device: Device) -> GpuUse | None:
-    """How busy a worker's device is. None for a CPU, and for a GPU that does not tell."""
-    if device.kind == "cpu":
+def use_of(devices: Sequence[Device]) -> GpuUse | None:
+    """How busy the GPUs of a worker are together: the mean share, and the sum of the bytes.
+
+    None for CPUs, and for GPUs that do not tell.
+    """
+    if devices[0].kind == "cpu":
         return None
     try:
-        percent, mebibytes = _ask("utilization.gpu,memory.used").stdout.splitlines()[0].split(",")
-        return GpuUse(int(percent) / 100, int(mebibytes) * 1024**2)
-    except (DeviceUnusable, ValueError, IndexError):  # the next job finds out whether the GPU is broken
+        lines = [line.split(",") for line in _ask("utilization.gpu,memory.used").stdout.splitlines()]
+        share = sum(int(percent) for percent, _ in lines) / 100 / len(lines)
+        return GpuUse(share, sum(int(mebibytes) for _, mebibytes in lines) * 1024**2)
+    except (DeviceUnusable, ValueError, ZeroDivisionError):  # the next job finds out whether a GPU is broken
         return None
 
 
 def _ask(fields: str) -> "subprocess.CompletedProcess[str]":
-    """Ask the driver for fields of the first visible GPU. Raises `DeviceUnusable` if it does not answer."""
+    """Ask the driver for fields of the visible GPUs. Raises `DeviceUnusable` if it does not answer."""
     program = shutil.which("nvidia-smi")
     if program is None:
         raise DeviceUnusable("'nvidia-smi' is missing, so no GPU's driver is here")
     command = [program, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        command.append(f"--id={visible.split(',')[0]}")
+        command.append(f"--id={visible}")
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=QUERY_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:

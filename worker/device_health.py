@@ -11,7 +11,7 @@ import structlog
 
 from app.programs import command
 from app.settings import DeviceSetting
-from worker.device import Device, DeviceUnusable, find_device
+from worker.device import Device, DeviceUnusable, find_devices
 from worker.processes import trainer_environment
 from worker.waiting import Check, always_wanted, run_process, within
 
@@ -24,21 +24,26 @@ FIRST_PAUSE, LONGEST_PAUSE = 10.0, 600.0
 
 
 class DeviceHealth:
-    """The device of a worker, and `problem`: why the worker claims no jobs; None while it may.
+    """The devices of a worker, and `problem`: why the worker claims no jobs; None while it may.
 
-    `device` is None until one is found. A worker without a device has a problem. A test of the device ends at once with
-    the error that `check` raises.
+    `devices` is empty until one is found. A worker without a device has a problem. A test of the devices ends at once
+    with the error that `check` raises.
     """
 
-    def __init__(self, wanted: DeviceSetting, check: Check = always_wanted) -> None:
-        self.wanted, self.check = wanted, check
-        self.device: Device | None = None
+    def __init__(self, wanted: DeviceSetting, cpu_devices: int = 0, check: Check = always_wanted) -> None:
+        self.wanted, self.cpu_devices, self.check = wanted, cpu_devices, check
+        self.devices: list[Device] = []
         self.problem: str | None = None
         self._failures, self._pause, self._next_check = 0, FIRST_PAUSE, 0.0
         try:
-            self.device = find_device(wanted)
+            self.devices = find_devices(wanted, cpu_devices)
         except DeviceUnusable as error:
             self._take_out(str(error))
+
+    @property
+    def device(self) -> Device | None:
+        """The first device; None if there is none. All devices of a worker are of its kind."""
+        return self.devices[0] if self.devices else None
 
     def usable(self) -> bool:
         """Whether the worker may claim a job now. Checks a device again that is out of service, once that is due."""
@@ -81,12 +86,12 @@ class DeviceHealth:
         self._pause = min(2 * self._pause, LONGEST_PAUSE)
 
     def _check(self) -> str | None:
-        """Find the device and compute on it. Returns what is wrong with it; None if nothing is."""
+        """Find the devices and compute on each. Returns what is wrong with one; None if nothing is."""
         hangs = TimeoutError(f"a small computation on it did not end within {CHECK_SECONDS:.0f} s")
         check = within(CHECK_SECONDS, self.check, hangs)
         try:
-            self.device = find_device(self.wanted)
-            program = command("worker.trainer.device_check", self.device.kind)
+            self.devices = find_devices(self.wanted, self.cpu_devices)
+            program = command("worker.trainer.device_check", self.devices[0].kind)
             status, printed = run_process(program, check, env=trainer_environment(), stderr=subprocess.STDOUT)
         except (DeviceUnusable, OSError) as error:
             return str(error)

@@ -47,6 +47,7 @@ from worker.machine import memory_kills, peak_memory
 from worker.model_folder import ModelGone, ModelStack, fetch_model, find_model
 from worker.outage import fault
 from worker.processes import CannotStart, Child, ForkServer, answer_cache
+from worker.trainer.errors import STOPPED
 from worker.trainer.events import (
     Broken,
     CacheMade,
@@ -69,8 +70,6 @@ Spec = TypeVar("Spec", JobSpec, EvaluationSpec)
 Outcome = TrainingDone | EvaluationDone | Failed | Broken | DeviceFailed
 """The events that end a run."""
 
-STOPPED = 75
-"""The exit status of a trainer that stopped after SIGTERM and can resume."""
 CACHE_KEY = re.compile(r"(tokens|reference)(/[0-9a-f]{64}){1,2}")
 LOG_SECONDS = 3.0
 """Interval at which the trainer's log is uploaded."""

@@ -24,7 +24,7 @@ from app.spec.job import JobSpec
 from app.spec.json_types import JsonObject
 from app.spec.metrics import SUMMARY
 from worker.base_models import BaseModels
-from worker.device import DeviceUnusable, find_device
+from worker.device import Device, DeviceUnusable, find_devices, placement
 from worker.hub import ModelUnavailable
 from worker.model_files import point_to
 from worker.processes import answer_cache, kill_group, trainer_environment
@@ -54,7 +54,7 @@ def train(spec_path: Path, output: Path, settings: Settings, console: Console) -
         spec, original = _read_spec(spec_path)
         if output.exists() and any(output.iterdir()):
             raise UsageError(f"{output} exists and is not empty.")
-        device = find_device(settings.device)
+        devices = _devices(spec, settings)
         base, revision = BaseModels(settings).locate(spec.model)
         reference = spec.reference_model and BaseModels(settings).locate(spec.reference_model)[0]
     except (UsageError, ModelUnavailable, DeviceUnusable) as error:
@@ -72,7 +72,7 @@ def train(spec_path: Path, output: Path, settings: Settings, console: Console) -
             "revision": revision,
             "version": None,
             "spec": original,
-            "device": device.kind,
+            **placement(devices),
         }
         (folder / "run.json").write_text(json.dumps(run))
         status = _run(folder, console)
@@ -80,6 +80,15 @@ def train(spec_path: Path, output: Path, settings: Settings, console: Console) -
             output.parent.mkdir(parents=True, exist_ok=True)
             shutil.copytree(folder / "output", output, dirs_exist_ok=True)
         return status
+
+
+def _devices(spec: JobSpec, settings: Settings) -> list[Device]:
+    """The devices to train on: as many as `spec` asks for. Raises `UsageError` if there are fewer."""
+    devices, wanted = find_devices(settings.device, settings.cpu_devices), spec.resources
+    if wanted.least > len(devices):
+        here = "GPUs." if devices[0].kind == "cuda" else "CPU devices. DPO_CPU_DEVICES declares more."
+        raise UsageError(f"resources.gpus: {wanted.least} are wanted. This machine has {len(devices)} {here}")
+    return devices[: wanted.most]
 
 
 def _read_spec(path: Path) -> tuple[JobSpec, JsonObject]:

@@ -87,7 +87,12 @@ class WorkerPool:
         self.base_models = BaseModels(services.settings)
         self.owner = f"{lane.value}@{socket.gethostname()}:{os.getpid()}"
         self.stopping, self._stopped_at = threading.Event(), math.inf
-        self.health = DeviceHealth(services.settings.device if lane == Lane.GPU else "cpu", self._check)
+        settings = services.settings
+        self.health = (
+            DeviceHealth(settings.device, settings.cpu_devices, self._check)
+            if lane == Lane.GPU
+            else DeviceHealth("cpu", check=self._check)
+        )
         self.store_health = StoreHealth(services.storage)
         self.fork_server, self.reader = ForkServer(), Reader()
         self._shown_usable, self._key_is_known = True, False
@@ -277,9 +282,10 @@ class WorkerPool:
         details: JsonObject = {"spec_version": SPEC_VERSION, "disk_free_bytes": shutil.disk_usage(work).free}
         if gpu:
             device, problem = self.health.device, self.health.problem
-            details |= {"device": device and asdict(device), "integrations": integrations.configured()}
+            details |= {"device": device and device.as_json(), "devices": len(self.health.devices)}
+            details |= {"integrations": integrations.configured()}
             details |= {"problem": problem} if problem else {}
-            use = None if device is None else use_of(device)
+            use = None if device is None else use_of(self.health.devices)
             details |= {} if use is None else {"gpu_use": asdict(use)}
         if self.store_health.problem is not None:
             details["store_problem"] = self.store_health.problem

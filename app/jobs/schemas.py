@@ -135,6 +135,8 @@ class JobObject(BaseModel):
     append_eos: bool | None
     date: str | None
     """The day that the chat template gets. This and the three fields above decide how conversations become text."""
+    resources: JsonObject | None
+    parallel: JsonObject | None
     priority: int
     timeout_seconds: int | None
     keep_checkpoints: int
@@ -190,6 +192,8 @@ class JobObject(BaseModel):
             mapping=spec.get("mapping"),
             double_quantization=spec.get("double_quantization"),
             compute_dtype=spec.get("compute_dtype"),
+            resources=spec.get("resources"),
+            parallel=spec.get("parallel"),
             **{name: spec.get(name) for name in RenderingSettings.model_fields},
             priority=job.priority,
             timeout_seconds=job.timeout_seconds,

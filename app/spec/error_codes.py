@@ -253,6 +253,11 @@ JOBS = {
     "out_of_memory": JobError(
         "The model, its optimizer or one row does not fit", "`quantization`, an adapter, or a smaller `max_length`"
     ),
+    "ranks_differ": JobError(
+        "The devices of one training differ, or the versions of its programs do",
+        "The operator makes them equal. The job's log has the details",
+        service=True,
+    ),
     "loss_not_finite": JobError(
         "The loss became NaN or infinite. The last good checkpoint is kept",
         "A lower `learning_rate`. If it was so before any training, the base model is damaged",

@@ -19,6 +19,7 @@ from app.spec.hyperparameters import DPOHyperparameters, Hyperparameters, Superv
 from app.spec.json_types import JsonObject
 from app.spec.metrics import METRICS, VALIDATION
 from app.spec.quality_gates import Gates, require_metric
+from app.spec.resources import Parallel, Resources
 from app.spec.schema_base import (
     NO_NUL,
     STORED,
@@ -221,6 +222,8 @@ class JobSpec(RenderingSettings, Automatic):
     metadata: Annotated[Metadata, Field(max_length=16)] | None = None
     validation_split: Annotated[float, Field(ge=0, le=0.5)] | None = None
     """The share of the training rows to hold out for validation. The default is 0.05 without a `validation_file`."""
+    resources: Resources = Resources()
+    parallel: Parallel = Parallel()
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
     """Within a project, jobs with a higher priority start first."""
     timeout_seconds: Annotated[int, Field(ge=1, le=10**8)] | None = None
@@ -307,6 +310,9 @@ class JobSpec(RenderingSettings, Automatic):
             del stored["keep_checkpoints"]
         for name in ("evaluations", MORE, "double_quantization", "compute_dtype"):
             if stored[name] is None:
+                del stored[name]
+        for name, default in (("resources", Resources()), ("parallel", Parallel())):
+            if getattr(self, name) == default:
                 del stored[name]
         if isinstance(stored["adapter"], dict) and stored["adapter"]["modules_to_save"] is None:
             del stored["adapter"]["modules_to_save"]

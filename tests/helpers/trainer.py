@@ -28,6 +28,7 @@ from worker.trainer.loading import load_policy
 from worker.trainer.loop import train
 from worker.trainer.model import Base, Policy
 from worker.trainer.packing import Pack
+from worker.trainer.ranks import Ranks
 from worker.trainer.run import TrainingRun
 
 Event = dict[str, Any]
@@ -75,14 +76,20 @@ def write_records(path: Path, records: Sequence[Record]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def make_work_folder(folder: Path, model: Path, spec: dict[str, Any], **files: Sequence[Record]) -> Path:
-    """Lay out `folder` for the trainer. `files` become `{name}.jsonl`; `spec` names them so."""
+def make_work_folder(
+    folder: Path, model: Path, spec: dict[str, Any], ranks: int = 1, **files: Sequence[Record]
+) -> Path:
+    """Lay out `folder` for the trainer. `files` become `{name}.jsonl`; `spec` names them so.
+
+    `ranks` is the number of processes, of one thread each, in which the trainer runs.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     point_to(folder / "base", model)
     body = {"model": BASE_NAME, "training_file": "train.jsonl", **spec}
     (folder / "spec.json").write_text(json.dumps(body))
     public = JobSpec.model_validate(body).resolved().model_dump(mode="json")
-    run = {"base_model": BASE_NAME, "revision": None, "version": "v1", "spec": public}
+    devices = {"device": "cpu", "ranks": ranks, "threads": 1}
+    run = {"base_model": BASE_NAME, "revision": None, "version": "v1", "spec": public, **devices}
     (folder / "run.json").write_text(json.dumps(run))
     for name, records in files.items():
         write_records(folder / f"{name}.jsonl", records)
@@ -97,9 +104,11 @@ def dpo_method(**hyperparameters: object) -> dict[str, Any]:
     return {"type": "dpo", "dpo": {"hyperparameters": hyperparameters}}
 
 
-def make_run(folder: Path, stream: io.StringIO | None = None, cache: Path | None = None) -> TrainingRun:
+def make_run(
+    folder: Path, stream: io.StringIO | None = None, cache: Path | None = None, ranks: Ranks | None = None
+) -> TrainingRun:
     events = Events(stream or io.StringIO())
-    return TrainingRun.of(folder, events, threading.Event(), None if cache is None else Cache(cache, events))
+    return TrainingRun.of(folder, events, threading.Event(), None if cache is None else Cache(cache, events), ranks)
 
 
 def run_in_process(folder: Path) -> list[Event]:
@@ -143,7 +152,10 @@ class TrainerProcess:
             yield event
 
     def terminate(self) -> None:
-        self._trainer.send_signal(signal.SIGTERM)
+        self.send_signal(signal.SIGTERM)
+
+    def send_signal(self, number: int) -> None:
+        self._trainer.send_signal(number)
 
     def close_stdin(self) -> None:
         self._trainer.stdin.close()

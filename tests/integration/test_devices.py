@@ -101,7 +101,7 @@ def test_a_job_that_runs_out_of_memory_waits_for_a_larger_device_if_there_is_one
     assert job is not None
     health = DeviceHealth("cpu")
     assert health.device is not None
-    health.device = type(health.device)("cuda", "GPU of 24 GB", SMALL)
+    health.devices = [type(health.device)("cuda", "GPU of 24 GB", SMALL)]
     attempt = Training(services, BaseModels(services.settings), job, threading.Event(), ForkServer(), health)
     attempt.outcome = Failed("out_of_memory", "The model does not fit.", "model")
     with JobLease(services.database, job_id, job.attempt) as attempt.lease:

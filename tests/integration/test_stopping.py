@@ -160,7 +160,7 @@ def test_a_check_of_the_device_ends_with_the_worker(tmp_path: Path, monkeypatch:
                 raise AskedToStop
 
         with pytest.raises(AskedToStop):
-            DeviceHealth("cpu", check).failed("a broken memory")
+            DeviceHealth("cpu", check=check).failed("a broken memory")
         ended.set()
 
     drains(work)

@@ -10,6 +10,7 @@ from app.spec import evaluation, job, sweep
 from app.spec.datasets.mapping import Mapping
 from app.spec.hyperparameters import Hyperparameters, WeightedLoss
 from app.spec.job import JobSpec
+from app.spec.resources import DeviceRange
 from app.spec.schema_base import Automatic, Defaulted
 
 REQUIRED: dict[type[Defaulted], dict[str, Any]] = {
@@ -17,6 +18,7 @@ REQUIRED: dict[type[Defaulted], dict[str, Any]] = {
     WeightedLoss: {"name": "sigmoid"},
     job.MethodSpec: {"type": "dpo"},
     job.Wandb: {"project": "tuning"},
+    DeviceRange: {"max": 2},
     sweep.SweepSpec: {"job": {"model": "base", "training_file": "p", "method": {"type": "dpo"}}, "grid": {"beta": [1]}},
     evaluation.EvaluationSpec: {"type": "agreement", "data": "pairs"},
     evaluation.JobEvaluation: {"name": "held-out", "type": "preference", "data": "pairs"},

@@ -18,6 +18,7 @@ from app.spec.hyperparameters import (
     SyncReference,
 )
 from app.spec.job import Adapter, JobSpec, SftStage
+from app.spec.resources import DeviceRange, Parallel, Resources
 from app.spec.sweep import SweepSpec
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -27,6 +28,7 @@ MODELS: dict[str, dict[str, list[type[BaseModel]]]] = {
         "Stages": [JobSpec, SftStage],
         "Adapter": [Adapter],
         "Precision": [JobSpec],
+        "Devices": [Resources, Parallel, DeviceRange],
         "Text": [JobSpec],
         "Name, queue and limits": [JobSpec],
         "Evaluations and gates": [JobSpec],
@@ -47,6 +49,14 @@ MODELS: dict[str, dict[str, list[type[BaseModel]]]] = {
     },
 }
 """The models whose fields the tables of a section list."""
+PREFIXES: dict[type[BaseModel], str] = {
+    Adapter: "adapter.",
+    SftStage: "sft.",
+    Resources: "resources.",
+    Parallel: "parallel.",
+    DeviceRange: "resources.gpus.",
+}
+"""Where the fields of a model are in the body, if not at its top."""
 RESOLVED = JobSpec.model_validate(
     {"model": "base", "training_file": "pairs", "sft": {}, "method": {"type": "dpo"}}
 ).resolved()
@@ -91,7 +101,8 @@ def rows(page: str) -> Iterator[Row]:
 def field_of(page: str, row: Row) -> tuple[type[BaseModel], str] | None:
     """(model, field) that a row is about; None for a path into a nested object that another table lists."""
     for model in MODELS[page].get(row.section, []):
-        name = row.name.rpartition(".")[2] if row.name.startswith(("adapter.", "sft.")) else row.name
+        prefixes = ("adapter.", "sft.", "resources.", "parallel.")
+        name = row.name.rpartition(".")[2] if row.name.startswith(prefixes) else row.name
         if name in model.model_fields and (model is not JobSpec or not row.name.startswith("sft.")):
             return model, name
     return None
@@ -139,5 +150,5 @@ def test_every_field_is_in_a_table(page: str) -> None:
     listed = {name for cell in cells for name in re.findall(r"`([\w.]+)`", cell)}
     listed |= {name.partition(".")[0] for name in listed}  # `method.type` stands for `method`
     for model in {model for models in MODELS[page].values() for model in models}:
-        prefix = {Adapter: "adapter.", SftStage: "sft."}.get(model, "")
+        prefix = PREFIXES.get(model, "")
         assert [name for name in model.model_fields if f"{prefix}{name}" not in listed] == [], model

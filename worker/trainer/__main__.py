@@ -28,13 +28,13 @@ from typing import IO, TYPE_CHECKING
 from unittest.mock import patch
 
 from app.spec.json_types import JsonObject
+from worker.trainer.errors import STOPPED, PeerLost, Stopped, UserError
 
 if TYPE_CHECKING:
     from worker.trainer.cache import Cache
     from worker.trainer.events import Event, Events
     from worker.trainer.ranks import Ranks
 
-STOPPED = 75
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 """Environment variables that the libraries read when they are imported."""
 
@@ -138,7 +138,6 @@ def _train_or_evaluate(
     from app.spec.datasets.errors import DatasetError
     from worker.disk import is_disk_fault
     from worker.trainer.device_check import is_device_fault, why_unusable
-    from worker.trainer.errors import Stopped, UserError
     from worker.trainer.evaluation import evaluate
     from worker.trainer.evaluation.run import EvaluationRun
     from worker.trainer.events import Broken, DeviceFailed, Failed
@@ -168,6 +167,9 @@ def _train_or_evaluate(
         ranks.close()
     except Stopped:
         return STOPPED
+    except PeerLost as error:
+        print(f"rank {ranks.rank} lost another rank: {error}", file=sys.stderr, flush=True)
+        return 1
     except UserError as error:
         fail(Failed(error.code, error.message, error.param))
         return 1

@@ -36,16 +36,23 @@ def why_unusable(kind: str) -> str | None:
 
 
 def check(kind: str) -> str | None:
-    """Multiply matrices on the device, forward and backward. Returns what is wrong; None if nothing is."""
+    """Multiply matrices on each device of a kind, forward and backward. Returns what is wrong; None if nothing is."""
     if (reason := why_unusable(kind)) is not None:
         return reason
+    names = [f"cuda:{number}" for number in range(torch.cuda.device_count())] if kind == "cuda" else [kind]
+    problems = [problem for name in names if (problem := _problem_of(name)) is not None]
+    return problems[0] if problems else None
+
+
+def _problem_of(device: str) -> str | None:
+    """What is wrong with the results of one device; None if nothing is."""
     generator = torch.Generator().manual_seed(0)
     try:
         for _ in range(ROUNDS):
             x, w = (torch.randn(SIZE, SIZE, generator=generator) for _ in range(2))  # [n, n]
             results = []
-            for device, dtype in ((kind, torch.float32), ("cpu", torch.float64)):
-                left, right = (tensor.to(device, dtype).detach().requires_grad_() for tensor in (x, w))
+            for place, dtype in ((device, torch.float32), ("cpu", torch.float64)):
+                left, right = (tensor.to(place, dtype).detach().requires_grad_() for tensor in (x, w))
                 product = left @ right  # [n, n]
                 gradients = torch.autograd.grad(product.square().sum(), (left, right))
                 results.append([tensor.detach().double().cpu() for tensor in (product, *gradients)])

@@ -1,6 +1,7 @@
 """Ranks over `torch.distributed`: NCCL between GPUs, gloo between CPUs and for everything that is not a gradient."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from worker.trainer.errors import PeerLost
 from worker.trainer.ranks import Ranks
 
 Value = TypeVar("Value")
@@ -15,8 +17,17 @@ PATIENCE = timedelta(minutes=30)
 """How long a rank waits for another one. A rank that died ends the others at once; this is for one that hangs."""
 
 
+@contextmanager
+def _peers() -> Iterator[None]:
+    """Within this context, the errors of a lost connection become `PeerLost`."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLost(str(error).splitlines()[0]) from error
+
+
 class DistributedRanks(Ranks):
-    """A member of torch's default process group."""
+    """A member of torch's default process group. Raises `PeerLost` when another member is gone."""
 
     def __init__(self, device: str) -> None:
         """Join the group that the environment describes (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`).
@@ -29,33 +40,39 @@ class DistributedRanks(Ranks):
 
     def gather(self, value: Value) -> list[Value]:
         values: list[Value | None] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._objects)
+        with _peers():
+            dist.all_gather_object(values, value, group=self._objects)
         return values  # type: ignore[return-value]
 
     def gather_first(self, value: Value) -> list[Value] | None:
         values: list[Value | None] | None = [None] * self.size if self.is_first else None
-        dist.gather_object(value, values, group=self._objects)
+        with _peers():
+            dist.gather_object(value, values, group=self._objects)
         return values  # type: ignore[return-value]
 
     def of_first(self, make: Callable[[], Value]) -> Value:
         made = [make() if self.is_first else None]
-        dist.broadcast_object_list(made, group=self._objects)
+        with _peers():
+            dist.broadcast_object_list(made, group=self._objects)
         return made[0]  # type: ignore[return-value]
 
     def swap(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> Callable[[], list[Tensor]]:
         sent, received = torch.cat(list(parts)), parts[0].new_empty(sum(sizes))
         sent_sizes = [part.numel() for part in parts]
-        work = dist.all_to_all_single(received, sent, list(sizes), sent_sizes, async_op=True)
+        with _peers():
+            work = dist.all_to_all_single(received, sent, list(sizes), sent_sizes, async_op=True)
         assert work is not None
 
         def wait() -> list[Tensor]:
-            work.wait()
+            with _peers():
+                work.wait()
             return list(torch.split(received, list(sizes)))
 
         return wait
 
     def copy_from(self, rank: int, tensor: Tensor) -> None:
-        dist.broadcast(tensor, rank)
+        with _peers():
+            dist.broadcast(tensor, rank)
 
     def close(self) -> None:
         self.gather(None)

@@ -2,6 +2,9 @@
 
 from app.spec.error_codes import JOBS
 
+STOPPED = 75
+"""The exit status of a trainer that stopped after SIGTERM and can resume."""
+
 
 class UserError(Exception):
     """An error that the user can correct. It fails the job with this message.
@@ -20,6 +23,10 @@ class UserError(Exception):
 
 class Stopped(Exception):
     """The run was asked to stop. It saved its state if it could."""
+
+
+class PeerLost(Exception):
+    """Another rank has ended, so this one cannot go on. That rank, or what killed it, says why."""
 
 
 def first_line(error: Exception) -> str:

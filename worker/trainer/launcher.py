@@ -13,6 +13,7 @@ from itertools import accumulate, islice
 import torch
 from torch import Tensor
 
+from app.spec.resources import VIRTUAL_RANKS
 from worker.trainer.errors import UserError
 from worker.trainer.events import Events
 from worker.trainer.gradients import Ownership, Reduction, Sum, Target, take_gradients
@@ -25,7 +26,6 @@ Values = dict[str, Tensor]
 """Values of responses of rows, by name: [R] each, in the order of their rows."""
 Loss = Callable[[Pack, Sequence[int]], tuple[Tensor, Values]]
 """The loss of a pack, a scalar, and values for metrics. It gets the canonical numbers of the pack's segments."""
-VIRTUAL_RANKS = 16
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class TokenCounts:
 class Launcher:
     """Computes segments under a policy.
 
-    `param` is the field of the job spec to name if a row does not fit into memory. `may_recompute`: whether activations
-    may be recomputed to save memory.
+    `param` is the field of the job spec to name if a row does not fit into memory. `virtual_ranks` is the number of
+    parts that a step is divided into. `may_recompute`: whether activations may be recomputed to save memory.
     """
 
     policy: Policy
@@ -64,6 +64,7 @@ class Launcher:
     may_recompute: bool = True
     owned: Ownership = field(init=False)
     """Which rank updates which parameters."""
+    _warned_of_idle_ranks: bool = False
 
     def __post_init__(self) -> None:
         self.owned = Ownership(list(self.policy.trainable().values()), self.ranks)
@@ -133,6 +134,9 @@ class Launcher:
             text = f"{largest} tokens that are computed together do not fit into the GPU's memory."
             param = f"{self.param}.max_length"
             raise UserError("out_of_memory", f"{text} Lower 'max_length', or quantise the base.", param) from error
+        self._warn(message)
+
+    def _warn(self, message: str) -> None:
         if self.events is not None:
             self.events.message(message, level="warn")
 
@@ -143,7 +147,16 @@ class Launcher:
 
         Full-parameter training has as many virtual ranks as ranks: each further sum takes the memory of a model.
         """
-        return StepPlan.of(segments, self.ranks.size if self.policy.full else self.virtual_ranks)
+        plan = StepPlan.of(segments, self.ranks.size if self.policy.full else self.virtual_ranks)
+        busy, size = len(plan.virtual_ranks), self.ranks.size
+        if busy < size and not self._warned_of_idle_ranks:
+            self._warned_of_idle_ranks = True
+            remedy = "A larger 'batch_size'" if busy == len(segments) else "A larger 'parallel.virtual_ranks'"
+            self._warn(
+                f"{size - busy} of {size} devices idle in a step: it has {len(segments)} segments of about "
+                f"{self.policy.packing.segment_tokens} tokens, in {busy} virtual ranks. {remedy} would fill them."
+            )
+        return plan
 
     def backward(self, plan: StepPlan, loss: Loss, draw: str | None = None) -> tuple[Values, TokenCounts]:
         """Set the gradients of the owned parameters to that of Σ `loss` over the packs of `plan`.

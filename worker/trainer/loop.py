@@ -63,7 +63,8 @@ def _train(run: TrainingRun) -> None:
     run.check_stop()
     check_policy(run, stages, policy)
     require_same(run, policy)
-    devices = f"{policy.device.type} ({torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    devices = f"{policy.device.type} ({threads} thread{'s' if threads > 1 else ''})"
     run.events.message(
         f"Model and {sum(len(stage.train) for stage in stages)} rows ready after {time.monotonic() - began:.1f} s "
         f"on {devices if run.ranks.size == 1 else f'{run.ranks.size} × {devices}'}."

@@ -16,14 +16,18 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from worker.trainer.errors import STOPPED
 from worker.trainer.events import Event, line, read
 
+RANK = "RANK"
+"""The variable by which torchrun's launcher tells a process its rank."""
 BEAT_SECONDS, SILENT_SECONDS = 1.0, 20.0
 """Each rank gives a sign of life every second. One that gives none for so long counts as hung, and is killed."""
 FAILED_RANK_SECONDS = 5
@@ -65,9 +69,9 @@ class RankFolder:
 
 
 def launch(folder: Path, size: int, run_rank: Callable[[int], int], stopping: threading.Event) -> int:
-    """Run `run_rank(rank)` in `size` processes. Returns the first status that is not 0; then 0.
+    """Run `run_rank(rank)` in `size` processes. Returns 0 if all of them do, and `STOPPED` if they were asked to stop.
 
-    SIGTERM is passed on to the ranks. If one dies of a signal, this process dies of it too.
+    SIGTERM is passed on to the ranks. If a signal ends one of them, it ends this process too.
     """
     for rank in range(size):
         RankFolder.of(folder, rank).path.mkdir(parents=True, exist_ok=True)
@@ -75,7 +79,7 @@ def launch(folder: Path, size: int, run_rank: Callable[[int], int], stopping: th
 
     def start() -> int:
         os.close(write_end)
-        rank = int(os.environ["RANK"])
+        rank = int(os.environ[RANK])
         threading.Thread(target=_end_with_trainer, args=(read_end,), daemon=True).start()
         threading.Thread(target=_beat, args=(RankFolder.of(folder, rank),), daemon=True).start()
         faulthandler.register(signal.SIGUSR1, all_threads=True)
@@ -84,8 +88,9 @@ def launch(folder: Path, size: int, run_rank: Callable[[int], int], stopping: th
             os.dup2(null, 0)
             os.close(null)
         status = run_rank(rank)
-        if status and not stopping.is_set():
-            sys.exit(status)  # a failure: the launcher ends the other ranks
+        if status not in (0, STOPPED):  # the launcher then ends the other ranks
+            sys.stderr.flush()
+            os._exit(status)
         return status
 
     def stop(*_: object) -> None:
@@ -94,8 +99,9 @@ def launch(folder: Path, size: int, run_rank: Callable[[int], int], stopping: th
             child.terminate()
 
     signal.signal(signal.SIGTERM, stop)
-    threading.Thread(target=_watch, args=(folder, size), daemon=True).start()
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # the ranks are on one machine, whose name may have no address
+    processes = set[BaseProcess]()
+    threading.Thread(target=_watch, args=(folder, size, processes), daemon=True).start()
+    os.environ.update(GLOO_SOCKET_IFNAME="lo")  # the ranks are on one machine, whose name may have no address
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -112,15 +118,18 @@ def launch(folder: Path, size: int, run_rank: Callable[[int], int], stopping: th
         logs_specs=DefaultLogsSpecs(log_dir=str(folder / "ranks")),
     )
     try:
-        statuses = elastic_launch(config, start)()
-        return next((status for status in statuses.values() if status), 0)
+        results: dict[int, int] = elastic_launch(config, start)()
+        return max(results.values())
     except ChildFailedError as error:
-        first = error.get_first_failure()[1]
-        print(f"rank {error.get_first_failure()[0]} ended with status {first.exitcode}", file=sys.stderr, flush=True)
-        if first.exitcode < 0:
-            signal.signal(-first.exitcode, signal.SIG_DFL)
-            os.kill(os.getpid(), -first.exitcode)
-        return int(first.exitcode)
+        statuses = [failed.exitcode for failed in error.failures.values()]
+        statuses += [process.exitcode or 0 for process in processes]
+        killed = next((-status for status in statuses if status < 0), None)
+        if failure(folder, size) is None and killed is not None:
+            print(f"a rank was ended by signal {killed}", file=sys.stderr, flush=True)
+            if killed != signal.SIGKILL:
+                signal.signal(killed, signal.SIG_DFL)
+            os.kill(os.getpid(), killed)
+        return 1
     finally:
         os.close(read_end)
         os.close(write_end)
@@ -143,10 +152,14 @@ def _beat(folder: RankFolder) -> None:
         time.sleep(BEAT_SECONDS)
 
 
-def _watch(folder: Path, size: int) -> None:
-    """Kill a rank that gives no sign of life. The others write their stacks to the log first."""
+def _watch(folder: Path, size: int, processes: set[BaseProcess]) -> None:
+    """Kill a rank that gives no sign of life. The others write their stacks to the log first.
+
+    `processes` gets the processes of the ranks.
+    """
     folders = [RankFolder.of(folder, rank) for rank in range(size)]
     while True:
+        processes.update(multiprocessing.active_children())
         time.sleep(BEAT_SECONDS)
         silent = {rank: pid for rank, one in enumerate(folders) if (pid := one.silent_pid) is not None}
         for rank, pid in silent.items():

@@ -262,7 +262,8 @@ def begin(
     if settings.compile:
         policy.compile()
     may_recompute = settings.activation_checkpointing is not False
-    launcher = Launcher(policy, run.ranks, run.events, stage.param, may_recompute=may_recompute)
+    virtual_ranks = run.spec.parallel.virtual_ranks
+    launcher = Launcher(policy, run.ranks, run.events, stage.param, virtual_ranks, may_recompute)
     optimizer = make_optimizer(settings, launcher.owned.own)
     method = METHODS[stage.name](launcher, settings, stage.train, stage.validation)
     # Random numbers are drawn for one segment at a time.

@@ -1,0 +1,55 @@
+"""The devices of a job, and how its work is divided among them."""
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from app.spec.schema_base import Automatic, inconsistent
+
+MOST_DEVICES = 1024
+VIRTUAL_RANKS = 16
+Count = Annotated[int, Field(ge=1, le=MOST_DEVICES)]
+
+
+class DeviceRange(Automatic):
+    """A number of devices that may differ from attempt to attempt."""
+
+    min: Count = 1
+    """The fewest devices that an attempt starts with."""
+    max: Count
+    """The most devices that an attempt takes, if they are free when it starts."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.min > self.max:
+            raise inconsistent("min", f"'min' ({self.min}) is larger than 'max' ({self.max})")
+        return self
+
+
+class Resources(Automatic):
+    """The devices that a job trains on. An adapter has the same bytes whatever their number."""
+
+    NOT_BUILT = frozenset({"nodes"})
+
+    gpus: Count | DeviceRange | None = None
+    """The number of devices of one worker: GPUs, or the CPU devices of a machine without GPUs. Null: one."""
+
+    @property
+    def least(self) -> int:
+        """The fewest devices that an attempt starts with."""
+        return self.gpus.min if isinstance(self.gpus, DeviceRange) else self.gpus or 1
+
+    @property
+    def most(self) -> int:
+        """The most devices that an attempt takes."""
+        return self.gpus.max if isinstance(self.gpus, DeviceRange) else self.gpus or 1
+
+
+class Parallel(Automatic):
+    """How the work of a step is divided."""
+
+    NOT_BUILT = frozenset({"shard"})
+
+    virtual_ranks: Annotated[int, Field(ge=1, le=MOST_DEVICES)] = VIRTUAL_RANKS
+    """The gradient of a step is the sum of so many parts, each computed on one device. More devices than parts do not
+    help. Another number changes the last bits of the gradient."""

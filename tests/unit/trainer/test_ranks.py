@@ -1,0 +1,374 @@
+"""Several ranks give the bytes of one: gradients, adapters and metrics, after a stop or a kill as well."""
+
+import hashlib
+import os
+import shutil
+import signal
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from app.spec.hyperparameters import DPOHyperparameters, SupervisedHyperparameters
+from tests.helpers.ranks import ThreadRanks, on_ranks, train_on_ranks
+from tests.helpers.trainer import (
+    TIME_DEPENDENT,
+    Event,
+    TrainerProcess,
+    disturb,
+    dpo_method,
+    load,
+    make_pairs,
+    make_row,
+    make_work_folder,
+    of_kind,
+    run_process,
+    sft_method,
+)
+from worker.trainer.averages import Averages
+from worker.trainer.data import Row
+from worker.trainer.dataset import Rows
+from worker.trainer.errors import UserError
+from worker.trainer.gradients import Ownership
+from worker.trainer.launcher import Launcher
+from worker.trainer.methods.method import Method
+from worker.trainer.methods.mismatches import with_mismatches
+from worker.trainer.methods.preference import Preference
+from worker.trainer.methods.supervised import Supervised
+from worker.trainer.model import Policy
+from worker.trainer.packing import Segment, trees
+from worker.trainer.reference import References, compute
+from worker.trainer.segments import StepPlan
+
+# -- the order of a step -----------------------------------------------------------------------------------------------
+
+sizes = st.lists(st.integers(1, 60), min_size=1, max_size=30)
+
+
+def segments_of(tokens: list[int]) -> list[Segment]:
+    rows = [make_row(number, 0, length) for number, length in enumerate(tokens)]
+    return [Segment((tree,)) for tree in trees(rows, range(len(rows)), 1)]
+
+
+@given(sizes, st.integers(1, 20), st.integers(1, 7))
+@settings(deadline=None)
+def test_every_segment_is_summed_once_in_an_order_that_does_not_depend_on_the_ranks(
+    tokens: list[int], count: int, size: int
+) -> None:
+    plan = StepPlan.of(segments_of(tokens), count)
+    assert sorted(plan.rows) == list(range(len(tokens)))
+    loads = [sum(segment.tokens for segment in virtual_rank) for virtual_rank in plan.virtual_ranks]
+    assert len(loads) == min(count, len(tokens))
+    assert loads == sorted(loads, reverse=True) and loads[0] - loads[-1] <= max(tokens)
+    rounds = [plan.rounds(rank, size) for rank in range(size)]
+    for number in range(len(rounds[0])):
+        computed = sorted(own[number] for own in rounds if own[number] is not None)  # type: ignore[type-var]
+        assert computed == list(range(number * size, min((number + 1) * size, len(loads))))
+    values = torch.tensor([
+        float(plan.first_places[number] + k)
+        for own in rounds for number in own if number is not None for k in range(len(plan.virtual_ranks[number]))
+    ])  # fmt: skip
+    assert plan.in_order(values, size).tolist() == list(range(len(tokens)))
+
+
+# -- gradients ---------------------------------------------------------------------------------------------------------
+
+LOSSES = ("nll", "sigmoid", "kto", "aot", "plackett_luce", "reward_model")
+row_sizes = st.tuples(st.integers(1, 12), st.lists(st.integers(1, 12), min_size=2, max_size=3))
+
+
+@cache
+def policies(llama: Path, rewards: bool) -> list[Policy]:
+    """Four equal policies, one for each rank."""
+    method = dpo_method(loss="reward_model" if rewards else "sigmoid")
+    return [disturb(load(llama, method=method), 0.05) for _ in range(4)]
+
+
+def rows_for(loss: str, lengths: list[tuple[int, list[int]]]) -> Rows:
+    """Rows of these lengths. Those with equally long prompts share them."""
+    rows = list[Row]()
+    for line, (prompt, responses) in enumerate(lengths):
+        row = replace(make_row(line, prompt, *responses), prompt=make_row(prompt, prompt, 1).prompt)
+        keep = {"plackett_luce": len(responses), "nll": 1, "kto": 1}.get(loss, 2)
+        scored = [replace(response, scored=(True,) * len(response.ids)) for response in row.responses]
+        rows.append(replace(row, responses=tuple(scored[:keep]), desirable=line % 3 > 0))
+    return with_mismatches(Rows.of(rows), 64) if loss == "kto" else Rows.of(rows)
+
+
+def method_for(loss: str, launcher: Launcher, rows: Rows) -> Method:
+    if loss == "nll":
+        return Supervised(launcher, SupervisedHyperparameters().resolved(full=False), rows, Rows.of([]))
+    return Preference(launcher, DPOHyperparameters(loss=loss).resolved(full=False), rows, Rows.of([]))
+
+
+def gradient_on(
+    ranks: ThreadRanks, policy: Policy, loss: str, rows: Rows, budget: int, virtual_ranks: int
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """(the gradients that this rank owns, the metrics) of a step over all rows."""
+    policy.packing = replace(policy.packing, budget=budget, segment_tokens=40)
+    launcher = Launcher(policy, ranks, virtual_ranks=virtual_ranks)
+    method, averages = method_for(loss, launcher, rows), Averages()
+    method.begin(lambda tail_weight: references_of(launcher, rows))
+    method.gradient(list(range(len(rows))), averages)
+    averages.add("grad_norm", launcher.owned.clip(1.0))
+    names = {parameter: name for name, parameter in policy.trainable().items()}
+    gradients = {names[parameter]: parameter.grad for parameter in launcher.owned.own if parameter.grad is not None}
+    return gradients, averages.means()
+
+
+def references_of(launcher: Launcher, rows: Rows) -> References:
+    return References(compute(launcher, rows), compute(launcher, rows[:0]))
+
+
+def step_on(size: int, *arguments: Any, models: list[Policy]) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+    """The gradients of all ranks together, and the metrics of each."""
+    results = on_ranks(size, lambda ranks: gradient_on(ranks, models[ranks.rank], *arguments))
+    return {name: value for part, _ in results for name, value in part.items()}, [metrics for _, metrics in results]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@given(
+    lengths=st.lists(row_sizes, min_size=1, max_size=12),
+    size=st.integers(2, 4),
+    budgets=st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    virtual_ranks=st.integers(1, 6),
+)
+@settings(deadline=None, max_examples=12)
+def test_gradients_and_metrics_have_the_same_bits_on_any_number_of_ranks_and_with_any_budget(
+    llama: Path,
+    loss: str,
+    lengths: list[tuple[int, list[int]]],
+    size: int,
+    budgets: tuple[int, int],
+    virtual_ranks: int,
+) -> None:
+    rows, models = rows_for(loss, lengths), policies(llama, loss == "reward_model")
+    expected, (metrics,) = step_on(1, loss, rows, budgets[0], virtual_ranks, models=models)
+    actual, metrics_of_ranks = step_on(size, loss, rows, budgets[1], virtual_ranks, models=models)
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert torch.equal(actual[name], gradient), name
+    assert metrics_of_ranks == [metrics] * size
+
+
+def test_the_clipped_gradient_is_that_of_torch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(4, 30), (7,), (12, 5), (1, 1), (64, 3)]
+    gradients = [torch.randn(shape, generator=generator) for shape in shapes]
+    theirs = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    for parameter, gradient in zip(theirs, gradients, strict=True):
+        parameter.grad = gradient.clone()
+    norm = nn.utils.clip_grad_norm_(theirs, 1.5)
+
+    def clip(ranks: ThreadRanks) -> tuple[float, list[Tensor]]:
+        ours = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+        owned = Ownership(ours, ranks)
+        for parameter, gradient in zip(ours, gradients, strict=True):
+            parameter.grad = gradient.clone() if any(parameter is own for own in owned.own) else None
+        return owned.clip(1.5).item(), [parameter.grad for parameter in owned.own if parameter.grad is not None]
+
+    for size in (1, 2, 3, 8):
+        results = on_ranks(size, clip)
+        assert [result for result, _ in results] == [norm.item()] * size
+        clipped = [gradient for _, part in results for gradient in part]
+        assert all(map(torch.equal, clipped, [parameter.grad for parameter in theirs]))  # type: ignore[arg-type]
+
+
+# -- trainings ---------------------------------------------------------------------------------------------------------
+
+PAIRS = make_pairs(150)
+STEPS = {"max_steps": 2, "batch_size": 60, "eval_every": 1, "checkpoint_every": 1}
+COMMON = {"adapter": {"r": 4}, "quantization": "nf4", "seed": 1, "validation_split": 0.2}
+LABELLED = [
+    {"prompt": pair["prompt"], "completion": pair["chosen" if k % 2 else "rejected"], "label": bool(k % 2)}
+    for k, pair in enumerate(PAIRS)
+]
+RANKED = [
+    {
+        "prompt": pair["prompt"],
+        "completions": [pair["chosen"], pair["rejected"], pair["chosen"] + " more."][: 2 + k % 2],
+    }
+    for k, pair in enumerate(PAIRS)
+]
+TRAININGS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "SFT, then DPO": ({"sft": {"hyperparameters": STEPS}, "method": dpo_method(**STEPS)}, PAIRS),
+    "KTO": ({"method": dpo_method(loss="kto", **STEPS)}, LABELLED),
+    "AOT": ({"method": dpo_method(loss="aot", **STEPS)}, PAIRS),
+    "Plackett-Luce": ({"method": dpo_method(loss="plackett_luce", **STEPS)}, RANKED),
+    "reward model": ({"method": dpo_method(loss="reward_model", **STEPS)}, PAIRS),
+    "DoRA": ({"method": dpo_method(**STEPS), "adapter": {"r": 4, "use_dora": True}, "quantization": "none"}, PAIRS),
+    "TR-DPO": ({"method": dpo_method(sync_reference={"alpha": 0.5, "steps": 1}, **STEPS)}, PAIRS),
+}
+
+
+def work_folder(folder: Path, model: Path, name: str, ranks: int = 1) -> Path:
+    spec, records = TRAININGS[name]
+    return make_work_folder(folder, model, {**COMMON, **spec}, ranks, train=records)
+
+
+def outcome(folder: Path, events: list[Event]) -> tuple[str, list[dict[str, float]]]:
+    """(the hash of the trained weights, the metrics of all steps)."""
+    (weights,) = (folder / "output").glob("*.safetensors")
+    metrics = [
+        {name: value for name, value in event["metrics"].items() if name not in TIME_DEPENDENT}
+        for event in of_kind(events, "metrics")
+    ]
+    return hashlib.sha256(weights.read_bytes()).hexdigest(), metrics
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_the_weights_have_the_same_bytes_on_one_to_four_ranks_with_two_budgets(
+    llama: Path, tmp_path: Path, name: str
+) -> None:
+    outcomes = {}
+    for size in (1, 2, 3, 4):
+        for budget in (2048, 1100):
+            folder = work_folder(tmp_path / f"{size}-{budget}", llama, name)
+            outcomes[size, budget] = outcome(folder, train_on_ranks(folder, size, budget))
+    assert all(result == outcomes[1, 2048] for result in outcomes.values())
+
+
+@pytest.fixture(scope="module")
+def expected(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict[str, float]]]:
+    """The outcome of an undisturbed training on one rank."""
+    folder = work_folder(tmp_path_factory.mktemp("alone") / "run", llama, "SFT, then DPO")
+    status, events = run_process(folder)
+    assert status == 0
+    return outcome(folder, events)
+
+
+def test_processes_have_the_bytes_of_one(llama: Path, tmp_path: Path, expected: tuple[str, Any]) -> None:
+    folder = work_folder(tmp_path / "run", llama, "SFT, then DPO", ranks=3)
+    status, events = run_process(folder)
+    assert status == 0, (folder / "trainer.log").read_text()
+    assert outcome(folder, events) == expected
+    assert any("on 3 × cpu (1 thread)" in event["message"] for event in of_kind(events, "message"))
+
+
+def test_dropout_is_drawn_for_each_segment_whatever_rank_computes_it(llama: Path, tmp_path: Path) -> None:
+    spec = {**COMMON, "method": sft_method(**STEPS), "adapter": {"r": 4, "dropout": 0.2}}
+    outcomes = []
+    for ranks in (1, 2):
+        folder = make_work_folder(tmp_path / str(ranks), llama, spec, ranks, train=PAIRS)
+        status, events = run_process(folder)
+        assert status == 0, (folder / "trainer.log").read_text()
+        outcomes.append(outcome(folder, events))
+    assert outcomes[0] == outcomes[1]
+
+
+def resumed(llama: Path, folder: Path, source: Path, ranks: int) -> tuple[str, list[dict[str, float]]]:
+    """The outcome of a training on `ranks` ranks that goes on from the last checkpoint in `source`."""
+    work_folder(folder, llama, "SFT, then DPO", ranks)
+    last = max((source / "checkpoints").glob("step-?"), key=lambda path: path.name)
+    shutil.copytree(last, folder / "resume")
+    status, events = run_process(folder)
+    assert status == 0, (folder / "trainer.log").read_text()
+    return outcome(folder, events)
+
+
+@pytest.mark.parametrize(("signal_number", "status"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 75)])
+def test_a_training_that_ends_on_three_ranks_goes_on_with_the_same_bytes_on_one_and_on_two(
+    llama: Path, tmp_path: Path, expected: tuple[str, list[dict[str, float]]], signal_number: int, status: int
+) -> None:
+    folder = work_folder(tmp_path / "run", llama, "SFT, then DPO", ranks=3)
+    with TrainerProcess(folder) as process:
+        for event in process.events():
+            if event["kind"] == "checkpoint":
+                process.send_signal(signal_number)
+                break
+        assert len(list(process.events())) < 100 and process.status() == status
+    for ranks in (1, 2):
+        weights, metrics = resumed(llama, tmp_path / f"resumed-{ranks}", folder, ranks)
+        assert weights == expected[0]
+        assert metrics == expected[1][-len(metrics) :]
+
+
+def rank_pids(folder: Path) -> list[int]:
+    return [int((path / "beat").read_text()) for path in sorted((folder / "ranks").glob("?"))]
+
+
+@pytest.mark.parametrize("way", ["killed", "stopped"])
+def test_a_rank_that_dies_or_hangs_ends_the_training_at_once(llama: Path, tmp_path: Path, way: str) -> None:
+    """The trainer ends like a trainer of one rank that was killed, so that the attempt counts as lost."""
+    folder = work_folder(tmp_path / "run", llama, "SFT, then DPO", ranks=2)
+    with TrainerProcess(folder) as process:
+        events = process.events()
+        next(event for event in events if event["kind"] == "stage")
+        pids = rank_pids(folder)
+        if way == "killed":
+            os.kill(pids[1], signal.SIGKILL)
+        else:
+            os.kill(pids[1], signal.SIGSTOP)
+            os.utime(folder / "ranks" / "1" / "beat", (0, 0))  # as if it had been silent for long
+        assert not of_kind(list(events), "done")
+        assert process.status() == -signal.SIGKILL
+        log = process.log()
+    assert "a rank was ended by signal 9" in log
+    assert ("rank 1 gives no sign of life" in log) == (way == "stopped")
+    assert ("Current thread" in log or "Thread 0x" in log) == (way == "stopped")  # the stacks of the others
+    assert not any(is_alive(pid) for pid in pids)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def test_the_ranks_end_when_the_runner_dies(llama: Path, tmp_path: Path) -> None:
+    folder = work_folder(tmp_path / "run", llama, "SFT, then DPO", ranks=2)
+    with TrainerProcess(folder) as process:
+        next(event for event in process.events() if event["kind"] == "stage")
+        pids = rank_pids(folder)
+        process.close_stdin()
+        assert process.status() != 0
+        assert not any(is_alive(pid) for pid in pids)
+
+
+def test_an_error_of_all_ranks_is_reported_once(llama: Path, tmp_path: Path) -> None:
+    folder = work_folder(tmp_path / "run", llama, "SFT, then DPO", ranks=2)
+    (folder / "train.jsonl").write_text("{}\n")
+    status, events = run_process(folder)
+    assert status == 1
+    (failed,) = of_kind(events, "failed")
+    assert failed["code"] == "invalid_file"
+
+
+def test_ranks_that_differ_are_refused(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as machines with different versions of a library."""
+    folder, versions = work_folder(tmp_path / "run", llama, "AOT"), iter(["5.1", "5.2"])
+
+    class Transformers:
+        @property
+        def __version__(self) -> str:
+            return next(versions)
+
+    monkeypatch.setattr("worker.trainer.loop.transformers", Transformers())
+    with pytest.raises(UserError, match="differ in the version of transformers: 5") as caught:
+        train_on_ranks(folder, 2, 2048)
+    assert caught.value.code == "ranks_differ"
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "virtual_ranks", "remedy"), [(2, 16, "batch_size"), (60, 2, "parallel.virtual_ranks")]
+)
+def test_devices_that_idle_are_named_with_what_would_fill_them(
+    llama: Path, tmp_path: Path, batch_size: int, virtual_ranks: int, remedy: str
+) -> None:
+    spec = {
+        **COMMON,
+        "method": dpo_method(**STEPS | {"batch_size": batch_size, "max_steps": 1}),
+        "parallel": {"virtual_ranks": virtual_ranks},
+    }
+    folder = make_work_folder(tmp_path / "run", llama, spec, train=PAIRS)
+    (idle,) = (
+        event for event in of_kind(train_on_ranks(folder, 3, 2048), "message") if "devices idle" in event["message"]
+    )
+    assert remedy in idle["message"]
