@@ -90,16 +90,24 @@ class WorkQueue(Generic[Work]):
         """Take the lease of the first free row that meets `conditions`, in one statement; None if there is none."""
         return session.scalar(self.claiming(*conditions), {"claimed_by": owner})
 
-    def claiming(self, *conditions: ColumnElement[bool], **values: object) -> "ReturningUpdate[Work]":
+    def first(self, *conditions: ColumnElement[bool]) -> Select[str]:
+        """Selects the id of the first free row that meets `conditions`, and locks it."""
+        statement = select(self.table.id).where(self.free(), *conditions).order_by(*self.order).limit(1)
+        return statement.with_for_update(skip_locked=True)
+
+    def claiming(
+        self, *conditions: ColumnElement[bool], fits: ColumnElement[bool] | None = None, **values: object
+    ) -> "ReturningUpdate[Work]":
         """The statement of a claim by the owner `claimed_by`, a parameter. It begins a new attempt.
 
-        `values` are columns that it writes as well.
+        If the first row that meets `conditions` does not meet `fits`, nothing is claimed. `values` are columns that it
+        writes as well.
         """
-        table, free = self.table, and_(self.free(), *conditions)
-        first = select(table.id).where(free).order_by(*self.order).limit(1)
+        table = self.table
+        is_free = and_(self.free(), *conditions, *(() if fits is None else (fits,)))
         return (
             update(table)
-            .where(table.id == first.with_for_update(skip_locked=True).scalar_subquery(), free)
+            .where(table.id == self.first(*conditions).scalar_subquery(), is_free)
             .values(
                 attempt=table.attempt + 1,
                 lease_owner=bindparam("claimed_by"),

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ from app.spec.evaluation import EvaluationSpec
 from app.spec.job import JobSpec
 from app.stored_content import sha256_of
 from worker.base_models import BaseModels
+from worker.device import Device
 from worker.device_health import DeviceHealth
 from worker.hub import ModelUnavailable
 from worker.input_file import InputLost, fetch_input
@@ -102,9 +103,12 @@ class JobAttempt(ABC, Generic[Spec]):
         stopping: threading.Event,
         server: ForkServer,
         health: DeviceHealth,
+        devices: Sequence[Device] | None = None,
     ) -> None:
+        """`devices` are those that it may use; by default the first one of `health`."""
         self.services, self.base_models, self.job, self.stopping = services, base_models, job, stopping
         self.server, self.health = server, health
+        self.devices = devices or health.devices[:1]
         self.prefix = f"jobs/{job.id}/attempt-{job.attempt}"
         self.spec: Spec = self.read_spec(job)
         self.outcome: Outcome | None = None
@@ -145,12 +149,6 @@ class JobAttempt(ABC, Generic[Spec]):
         """Whether the job has reached its timeout, all attempts together."""
         limit = self.job.timeout_seconds
         return limit is not None and self.job.ran_seconds + time.monotonic() - self.began > limit
-
-    @property
-    def device_kind(self) -> str:
-        """The kind of device on which the trainer must run."""
-        assert self.health.device is not None
-        return self.health.device.kind
 
     # -- implemented by trainings and evaluations -------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from app.spec.metrics import SUMMARY
 from app.stored_content import FolderContent, store_folder
 from app.work_queue import PROGRESS
 from worker.checkpoints import Checkpoints
+from worker.device import placement
 from worker.integrations import Reporter
 from worker.lease import LeaseLost
 from worker.runner import JobAttempt
@@ -91,7 +92,7 @@ class Training(JobAttempt[JobSpec]):
             "revision": revision,
             "version": stack.version,
             "spec": self.job.spec,
-            "device": self.device_kind,
+            **placement(self.devices),
             "placed": placed,
             "log": {"job": self.job.id, "attempt": self.job.attempt, "request": self.job.request_id},
         }

@@ -7,8 +7,10 @@ import shutil
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
@@ -30,7 +32,7 @@ from app.workers import repository as workers
 from worker import integrations
 from worker.base_models import BaseModels
 from worker.derived_artifacts import make_artifact
-from worker.device import use_of
+from worker.device import Device, use_of
 from worker.device_health import DeviceHealth
 from worker.evaluation_run import Evaluation
 from worker.housekeeping import (
@@ -98,7 +100,9 @@ class WorkerPool:
         self._shown_usable, self._key_is_known = True, False
         self._woken = threading.Event()
         self._in_hand: dict[threading.Thread, Job | DerivedArtifact] = {}
-        """The CPU lane's work, by the thread that does it."""
+        """The work, by the thread that does it."""
+        self._taken: dict[str, list[Device]] = {}
+        """The devices of each running job, by its id."""
         self._threads = [
             threading.Thread(target=self._work, name=f"{lane.value}-lane"),
             threading.Thread(target=self._keep_house, name="housekeeping", daemon=True),
@@ -148,8 +152,6 @@ class WorkerPool:
             began = time.thread_time()
             try:
                 while not self.stopping.is_set() and self._work_once():
-                    # Otherwise the reference cycles of a job would keep their memory over several further jobs.
-                    gc.collect()
                     began = time.thread_time()
             except AskedToStop:
                 break
@@ -166,7 +168,7 @@ class WorkerPool:
 
     def _work_once(self) -> bool:
         """Claim one job or artifact and do it, or begin it; False if there is none, or if this worker cannot do any."""
-        if len(self._in_hand) == SLOTS:
+        if self.lane == Lane.CPU and len(self._in_hand) == SLOTS:
             return False
         if not self._key_is_known:
             require_known_key(self.services.database, self.services.secret_box)
@@ -176,7 +178,7 @@ class WorkerPool:
                 return False
         if not self._usable():
             return False
-        done = self._begin_check_or_artifact() if self.lane == Lane.CPU else self._train_or_evaluate()
+        done = self._begin_check_or_artifact() if self.lane == Lane.CPU else self._begin_training_or_evaluation()
         if done:
             self.store_health.doubt()
         return done
@@ -195,19 +197,22 @@ class WorkerPool:
                 work = artifacts.claim(session, self.owner, self.base_models.served(), kinds, busy)
         if work is None:
             return False
-        thread = threading.Thread(target=self._check_or_make, args=(work,), name="cpu work", daemon=True)
-        self._in_hand[thread] = work
-        thread.start()
+        shared = (self.services, self.base_models, self.reader)
+        if isinstance(work, Job):
+            self._begin(work, partial(validate, *shared, work, self.stopping))
+        else:
+            self._begin(work, partial(make_artifact, *shared, work, self.stopping))
         return True
 
-    def _check_or_make(self, work: Job | DerivedArtifact) -> None:
-        """Check the files of a job, or make an artifact."""
-        shared = (self.services, self.base_models, self.reader)
+    def _begin(self, work: Job | DerivedArtifact, do: Callable[[], None]) -> None:
+        """Let a thread do the claimed `work`."""
+        thread = threading.Thread(target=self._do, args=(do,), name=f"{self.lane.value} work", daemon=True)
+        self._in_hand[thread] = work
+        thread.start()
+
+    def _do(self, do: Callable[[], None]) -> None:
         try:
-            if isinstance(work, Job):
-                validate(*shared, work, self.stopping)
-            else:
-                make_artifact(*shared, work, self.stopping)
+            do()
         except Exception as error:
             log.error("unexpected error in the lane", exc_info=error)
         finally:
@@ -215,20 +220,35 @@ class WorkerPool:
             gc.collect()
             self._woken.set()
 
-    def _train_or_evaluate(self) -> bool:
-        """Run one job; False if there is none that this worker can run."""
-        assert self.health.device is not None
-        memory = self.health.device.memory_bytes
-        served = self.base_models.served()
+    def _begin_training_or_evaluation(self) -> bool:
+        """Claim a job that fits the free devices, and run it in a thread; False if there is none."""
+        self.fork_server.prepare()
+        taken = [device for devices in self._taken.values() for device in devices]
+        free = list(self.health.devices)
+        for device in taken:
+            if device in free:
+                free.remove(device)  # several CPU devices are equal
+        if not free:
+            return False
+        memory, served = free[0].memory_bytes, self.base_models.served()
+        devices = job_queue.Devices(len(free), len(self.health.devices))
         with self.services.database.write() as session:
-            job = job_queue.claim(session, Status.QUEUED, self.owner, served, memory)
-        if job is not None:
-            ATTEMPTS[job.kind](self.services, self.base_models, job, self.stopping, self.fork_server, self.health).run()
+            job = job_queue.claim(session, Status.QUEUED, self.owner, served, memory, devices=devices)
+        if job is None:
+            return False
+        self._taken[job.id] = free[: job.devices]
+        self._begin(job, partial(self._train_or_evaluate, job, self._taken[job.id]))
+        return True
+
+    def _train_or_evaluate(self, job: Job, devices: list[Device]) -> None:
+        """Run one job on `devices`."""
+        shared = (self.services, self.base_models, job, self.stopping, self.fork_server, self.health)
+        try:
+            ATTEMPTS[job.kind](*shared, devices).run()
+        finally:
+            del self._taken[job.id]
             if not self.stopping.is_set():
                 self._usable()
-        if not self.stopping.is_set():
-            self.fork_server.prepare()
-        return job is not None
 
     def _usable(self) -> bool:
         """Whether the device and the object store can be trusted. If that has changed, all others are told at once."""

@@ -80,9 +80,9 @@ def by_use(session: Session, statement: Candidates) -> list[Share]:
     if not found:
         return []
     running = defaultdict[str, float](float)
-    columns = select(Job.project, Job.estimated_seconds, Job.ran_seconds, Job.counted_seconds)
-    for name, estimated, ran, counted in session.execute(columns.where(Job.status == Status.RUNNING)):
-        running[name] += expected_seconds(estimated, ran) - counted
+    columns = select(Job.project, Job.estimated_seconds, Job.ran_seconds, Job.counted_seconds, Job.devices)
+    for name, estimated, ran, counted, devices in session.execute(columns.where(Job.status == Status.RUNNING)):
+        running[name] += (devices or 1) * (expected_seconds(estimated, ran) - counted)
     shares = [
         Share(
             row.project,
@@ -114,7 +114,7 @@ def used_lately(seconds: float, counted_at: float, current: float) -> float:
 
 def count_use(session: Session, job: Job, trained_tokens: int = 0) -> None:
     """Add what a job has run since the last count, and tokens, to the use of its project. Its row must be locked."""
-    seconds = job.ran_seconds - job.counted_seconds
+    seconds = (job.devices or 1) * (job.ran_seconds - job.counted_seconds)
     if seconds <= 0 and trained_tokens == 0:
         return
     current, project = now(session), projects.lock(session, job.project)

@@ -7,7 +7,20 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from sqlalchemy import ColumnElement, ScalarSelect, Select, String, bindparam, case, func, not_, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Integer,
+    ScalarSelect,
+    Select,
+    String,
+    bindparam,
+    case,
+    func,
+    not_,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
 from sqlalchemy.sql.dml import ReturningUpdate
 
@@ -34,6 +47,8 @@ JOBS = WorkQueue(
 )
 OTHER = aliased(Job)
 """Another job of the same project. It takes a millisecond to make an alias of so many columns, hence one for all."""
+RESERVATION_SECONDS = 30.0
+"""How long a worker keeps devices free for a job. It looks again every few seconds, and renews the reservation."""
 CLAIM_LOCK = 0x64706F
 """Key of the advisory lock that claims take: an arbitrary number that nothing else uses."""
 
@@ -65,6 +80,8 @@ class WaitingJob(NamedTuple):
     """Expected seconds of training; None if that is not known."""
     spec_version: int
     """The version of the spec that the worker must know."""
+    devices: int
+    """The fewest devices of one worker that it starts with."""
 
 
 def waiting(session: Session) -> Iterator[WaitingJob]:
@@ -91,13 +108,13 @@ def waiting(session: Session) -> Iterator[WaitingJob]:
 
 def _line(session: Session, project: str, others: Mapping[str, list[str]]) -> Iterator[WaitingJob]:
     """The waiting jobs of a project, next one first. `others` are the base models of each beside its own."""
-    columns = select(Job.id, Job.created_at, Job.base_model, Job.memory_bytes, Job.estimated_seconds, Job.spec_version)
-    ordered = columns.where(Job.project == project, *WAITING).order_by(*QUEUE_ORDER)
+    columns = (Job.id, Job.created_at, Job.base_model, Job.memory_bytes, Job.estimated_seconds, Job.spec_version)
+    ordered = select(*columns, Job.least_devices).where(Job.project == project, *WAITING).order_by(*QUEUE_ORDER)
     for statement in (ordered.limit(READ_AT_ONCE), ordered.offset(READ_AT_ONCE)):
         rows = session.execute(statement).all()
-        for job_id, created_at, base, memory, seconds, version in rows:
-            bases = [base] if base else []
-            yield WaitingJob(job_id, project, created_at, bases + others.get(job_id, []), memory, seconds, version)
+        for job_id, created_at, base, memory, seconds, version, devices in rows:
+            bases = [*([base] if base else []), *others.get(job_id, [])]
+            yield WaitingJob(job_id, project, created_at, bases, memory, seconds, version, devices)
         if len(rows) < READ_AT_ONCE:
             return
 
@@ -151,6 +168,16 @@ def set_paused(session: Session, job_id: str, paused: bool) -> bool:
     return session.scalar(statement) is not None
 
 
+class Devices(NamedTuple):
+    """The devices of a worker: how many of them are free, and how many it has."""
+
+    free: int
+    total: int
+
+
+ONE_DEVICE = Devices(1, 1)
+
+
 def claim(
     session: Session,
     status: Status,
@@ -158,15 +185,19 @@ def claim(
     served: Sequence[str] | None = None,
     memory_bytes: int | None = None,
     busy: Collection[str] = (),
+    devices: Devices = ONE_DEVICE,
 ) -> Job | None:
-    """Take the lease of the best eligible job with `status`; None if there is none.
+    """Take the lease of the best eligible job with `status`; None if there is none, or if it needs more free devices.
 
     The project that goes next comes first: by fair share for a queued job, in turn for the check of files. Within a
     project, the highest priority comes first, then the oldest job. A queued job becomes running. `served` limits the
     claim of a queued job to base models that match these patterns (`*` matches anything), and `memory_bytes` to jobs
     that need no more memory. None allows any. Jobs of the projects `busy` are left alone.
+
+    If the best queued job needs more devices than are free, but no more than the worker has, the worker reserves it:
+    it claims nothing until they are free, and other workers leave the job to it. So no job starves.
     """
-    claiming = _claiming(status, None if served is None else tuple(served), memory_bytes)
+    claiming = _claiming(status, None if served is None else tuple(served), memory_bytes, devices.total, owner)
     if claiming.any_queued is not None and session.scalar(claiming.any_queued) is None:
         return None
     if status == Status.QUEUED:
@@ -184,8 +215,11 @@ def claim(
         checked = projects.try_lock(session, project) if status == Status.VALIDATING else None
         if status == Status.VALIDATING and checked is None:
             continue
-        parameters = {"of_project": project, "claimed_by": owner, "on_worker": owner.partition(":")[0]}
+        parameters: dict[str, object] = {"of_project": project, "claimed_by": owner, "free_devices": devices.free}
+        parameters["on_worker"] = owner.partition(":")[0]
         job = session.scalar(claiming.take, parameters)
+        if job is None and devices.free < devices.total and session.scalar(claiming.reserve, parameters) is not None:
+            return None
         if job is None:
             continue
         if checked is None:
@@ -202,18 +236,24 @@ class Claiming(NamedTuple):
     - `any_queued` finds out whether a job is queued whose base model the worker serves; None if it serves all. An index
       answers it, however long the queue is.
     - `candidates` are the projects that have a job and may have one more begin.
-    - `take` claims the first job of the project `of_project`, with the parameters `claimed_by` and `on_worker`.
+    - `take` claims the first job of the project `of_project`, with the parameters `claimed_by`, `on_worker` and
+      `free_devices`.
+    - `reserve` reserves the same job if it needs more devices than are free.
     """
 
     any_queued: Select[str] | None
     candidates: fair_share.Candidates
     take: ReturningUpdate[Job]
+    reserve: ReturningUpdate[str]
 
 
 @lru_cache(maxsize=16)
-def _claiming(status: Status, served: tuple[str, ...] | None, memory_bytes: int | None) -> Claiming:
+def _claiming(
+    status: Status, served: tuple[str, ...] | None, memory_bytes: int | None, total_devices: int, owner: str
+) -> Claiming:
     """The statements of a claim. The arguments are those of `claim`."""
     conditions = [*_claimable(status, served, memory_bytes), Job.spec_version <= SPEC_VERSION]
+    free, fits = bindparam("free_devices", type_=Integer), None
     within_limit, of_project = _within_limit(status), bindparam("of_project", type_=String)
     any_queued, values = None, dict[str, object]()
     if served is not None:
@@ -221,11 +261,20 @@ def _claiming(status: Status, served: tuple[str, ...] | None, memory_bytes: int 
     if status == Status.QUEUED:
         started = func.coalesce(Job.started_at, database_now())
         values = {"status": Status.RUNNING, "started_at": started, "worker": bindparam("on_worker")}
+        values |= {"devices": case((Job.most_devices < free, Job.most_devices), else_=free), "reserved_by": None}
+        fits = Job.least_devices <= free
+        own = or_(Job.reserved_by.is_(None), Job.reserved_by == owner, Job.reserved_until < database_now())
+        conditions += [Job.least_devices <= total_devices, own]
     is_within = select(Project.id).where(Project.id == of_project, within_limit).exists()
+    first = (Job.project == of_project, is_within, *conditions)
     return Claiming(
         any_queued,
         fair_share.candidates(QUEUE_ORDER, within_limit, *conditions, JOBS.free()),
-        JOBS.claiming(Job.project == of_project, is_within, *conditions, **values),
+        JOBS.claiming(*first, fits=fits, **values),
+        update(Job)
+        .where(Job.id == JOBS.first(*first).scalar_subquery(), Job.least_devices > free)
+        .values(reserved_by=owner, reserved_until=database_now() + RESERVATION_SECONDS)
+        .returning(Job.id),
     )
 
 

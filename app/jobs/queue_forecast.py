@@ -1,10 +1,9 @@
 """Forecast when the jobs in the queue will start and end.
 
-The forecast simulates the queue: each GPU worker takes the next job that it serves as soon as it is free. A job of
-unknown duration occupies its worker for good. Jobs that only such workers could take get no times.
+The forecast simulates the queue: each GPU worker takes the next job that it serves as soon as enough of its devices are
+free. A job of unknown duration occupies its devices for good. Jobs that only such workers could take get no times.
 """
 
-import heapq
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -81,53 +80,52 @@ def _finish(job: Job, current: float) -> float | None:
 
 def _simulate(session: Session, current: float, wanted: Collection[str]) -> dict[str, QueuePlace]:
     """The places of the waiting jobs `wanted`, by id. Those of more than `HORIZON` jobs are not simulated."""
-    finish_by_worker = {job.lease_owner: _finish(job, current) for job in queries.running(session)}
     present = workers.present(session, Lane.GPU)
-    # (when the worker is free, its index). A worker whose job has no known end is never free.
-    free = [
-        (finish_by_worker.get(worker.name, current), index)
-        for index, worker in enumerate(present)
-        if workers.in_service(worker)
-    ]
-    heap = [(math.inf if free_at is None else free_at, index) for free_at, index in free]
-    heapq.heapify(heap)
+    # When each device is free, by worker. One whose job has no known end is never free.
+    free_at = {worker.name: [current] * workers.devices_of(worker) for worker in present if workers.in_service(worker)}
+    for running in queries.running(session):
+        if running.lease_owner in free_at:
+            finish = _finish(running, current)
+            _occupy(free_at[running.lease_owner], running.devices or 1, math.inf if finish is None else finish)
     places: dict[str, QueuePlace] = {}
     for position, job in enumerate(job_queue.waiting(session), start=1):
         if len(places) == len(wanted):
             break
-        place = _start(job, position, present, heap) if position <= HORIZON else QueuePlace(position)
+        place = _start(job, position, present, free_at) if position <= HORIZON else QueuePlace(position)
         if job.id in wanted:
             places[job.id] = place
     return places
 
 
-def _start(job: WaitingJob, position: int, present: Sequence[Worker], heap: list[tuple[float, int]]) -> QueuePlace:
-    """Start a job on the first worker that can run it.
+def _occupy(free_at: list[float], devices: int, until: float) -> None:
+    """Let a job occupy those devices of a worker that are free first."""
+    free_at.sort()
+    free_at[:devices] = [until] * len(free_at[:devices])
+    free_at.sort()
 
-    `heap` holds (when it is free, its index in `present`) of each worker.
+
+def _start(job: WaitingJob, position: int, present: Sequence[Worker], free_at: dict[str, list[float]]) -> QueuePlace:
+    """Start a job on the worker that can run it first.
+
+    `free_at` has for each worker in service when each of its devices is free.
     """
-    unsuitable, suits = [], False
-    start = math.inf
-    while heap and not suits:
-        free_at, index = heapq.heappop(heap)
-        suits = _can_run(present[index], job)
-        if suits:
-            start = free_at
-            heapq.heappush(heap, (free_at + (math.inf if job.seconds is None else job.seconds), index))
-        else:
-            unsuitable.append((free_at, index))
-    for entry in unsuitable:
-        heapq.heappush(heap, entry)
+    able = [worker.name for worker in present if worker.name in free_at and _can_run(worker, job)]
+    suits, start = bool(able), math.inf
+    if able:
+        first = min(able, key=lambda name: free_at[name][job.devices - 1])
+        start = free_at[first][job.devices - 1]
+        _occupy(free_at[first], job.devices, start + (math.inf if job.seconds is None else job.seconds))
     start_known = math.isfinite(start)
     finish = start + job.seconds if start_known and job.seconds is not None else None
     return QueuePlace(position, start if start_known else None, finish, None if suits else _obstacle(present, job))
 
 
 def _can_run(worker: Worker, job: WaitingJob) -> bool:
-    """Whether a worker knows the spec of a job, serves its models and has the memory that it needs."""
+    """Whether a worker knows the spec of a job, serves its models and has the devices and memory that it needs."""
     memory = workers.memory_of(worker)
     fits = job.memory_bytes is None or memory is None or job.memory_bytes <= memory
-    return fits and workers.serves(worker, *job.bases) and workers.knows(worker, job.spec_version)
+    enough = job.devices <= workers.devices_of(worker)
+    return fits and enough and workers.serves(worker, *job.bases) and workers.knows(worker, job.spec_version)
 
 
 def _obstacle(present: Sequence[Worker], job: WaitingJob) -> str:
@@ -137,6 +135,9 @@ def _obstacle(present: Sequence[Worker], job: WaitingJob) -> str:
         return f"a GPU worker that serves {' and '.join(job.bases)}" if job.bases else "a GPU worker"
     if not any(workers.knows(worker, job.spec_version) for worker in serving):
         return "a GPU worker of a later version of this service"
+    most = max(map(workers.devices_of, serving))
+    if job.devices > most:
+        return f"a worker with {job.devices} devices; the largest has {most}"
     if not any(_can_run(worker, job) for worker in serving):
         largest = max(workers.memory_of(worker) or 0 for worker in serving)
         assert job.memory_bytes is not None

@@ -148,6 +148,8 @@ class JobObject(BaseModel):
     waiting_for: str | None
     """The need that keeps a queued job waiting, apart from the jobs before it."""
     attempt: int
+    devices: int | None
+    """The number of devices of the last attempt."""
     metrics: dict[str, float] | None
     evaluations: list[JobEvaluationReference]
     """Evaluations of the model that this job makes. Each is a job of its own and waits until this one succeeds."""
@@ -205,6 +207,7 @@ class JobObject(BaseModel):
             queue_position=place.position,
             waiting_for=place.waiting_for,
             attempt=job.attempt,
+            devices=job.devices,
             metrics=job.metrics,
             evaluations=[
                 JobEvaluationReference(name=name, id=evaluation_id)

@@ -101,6 +101,7 @@ class Jobs(Lifecycle[JobObject]):
             if refused is not None:
                 param, message = refused
                 raise ServiceError(message, param=param, code=fit.CODE)
+        self._require_devices(session, resolved, model.base_model)
         job = self._add(
             session,
             project,
@@ -114,6 +115,8 @@ class Jobs(Lifecycle[JobObject]):
             validation_file=spec.validation_file,
             spec=resolved.without_keys().to_store(),
             sweep_id=sweep_id,
+            least_devices=resolved.resources.least,
+            most_devices=resolved.resources.most,
         )
         if spec.evaluations:
             if spec.trains_rewards:
@@ -194,6 +197,15 @@ class Jobs(Lifecycle[JobObject]):
             if not any(integration.type in worker.details.get("integrations", []) for worker in present):
                 message = "No worker has a key for Weights & Biases. The operator of a worker can set WANDB_API_KEY."
                 raise ServiceError(message, param=f"integrations.{number}.type", code="integration_not_configured")
+
+    @staticmethod
+    def _require_devices(session: Session, spec: JobSpec, base_model: str) -> None:
+        """Refuse a job that wants more devices than any worker has. Without a worker, it waits for one."""
+        serving = [worker for worker in workers.present(session, Lane.GPU) if workers.serves(worker, base_model)]
+        most = max(map(workers.devices_of, serving), default=None)
+        if most is not None and spec.resources.least > most:
+            message = f"The job wants {spec.resources.least} devices, and the largest worker has {most}."
+            raise ServiceError(f"{message} Lower 'resources.gpus'.", param="resources.gpus", code=fit.CODE)
 
     @staticmethod
     def _reference_model(session: Session, project: str, spec: JobSpec) -> models.ResolvedModel | None:

@@ -88,6 +88,16 @@ class Job(Queued, Table):
     """Expected seconds of training, estimated when the files were checked."""
     memory_bytes: Mapped[int | None] = mapped_column(BigInteger)
     """Memory that a device needs at least for the job. None if it is not known: any device may try."""
+    least_devices: Mapped[int] = mapped_column(default=1, server_default="1")
+    """The fewest devices of one worker that an attempt starts with."""
+    most_devices: Mapped[int] = mapped_column(default=1, server_default="1")
+    """The most devices that an attempt takes, if they are free."""
+    devices: Mapped[int | None]
+    """The number of devices of the last attempt."""
+    reserved_by: Mapped[str | None]
+    """The worker that starts no other job until it has enough free devices for this one."""
+    reserved_until: Mapped[float | None]
+    """When the reservation ends, unless the worker renews it."""
     pace: Mapped[JsonObject | None]
     """Measured by the last attempt: `tokens`, `seconds`, and `overhead_seconds` before the first step."""
     finished_at: Mapped[float | None]

@@ -71,6 +71,11 @@ def memory_of(worker: Worker) -> int | None:
     return device and int(device["memory_bytes"])
 
 
+def devices_of(worker: Worker) -> int:
+    """The number of a worker's devices."""
+    return int(worker.details.get("devices", 1))
+
+
 def served_by(column: SQLColumnExpression[str | None], patterns: Sequence[str]) -> ColumnElement[bool]:
     """The condition that a worker with `patterns` serves the base model in `column`."""
     return or_(false(), *(_matches(column, pattern) for pattern in patterns))

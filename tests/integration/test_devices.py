@@ -52,6 +52,89 @@ def test_a_device_claims_only_jobs_that_fit_it(services: Services) -> None:
     assert claimed is not None and claimed.id == large
 
 
+def claim_on(services: Services, worker: str, free: int, total: int) -> str | None:
+    """The id of the job that `worker` claims with so many free devices."""
+    with services.database.write() as session:
+        devices = job_queue.Devices(free, total)
+        job = job_queue.claim(session, Status.QUEUED, f"gpu@{worker}:1", ["tiny"], LARGE, devices=devices)
+        return None if job is None else job.id
+
+
+def test_a_job_takes_as_many_free_devices_as_it_wants(services: Services) -> None:
+    jobs = {
+        make_job(services, name="wide", least_devices=4, most_devices=4): (4, 4),
+        make_job(services, name="elastic", least_devices=2, most_devices=8): (5, 5),
+        make_job(services, name="more", least_devices=1, most_devices=2): (4, 2),
+        make_job(services, name="one"): (3, 1),
+    }
+    for job_id, (free, taken) in jobs.items():
+        assert claim_on(services, "a", free, 8) == job_id
+        with services.database.read() as session:
+            assert session.get_one(Job, job_id).devices == taken
+
+
+def test_a_wide_job_starves_neither_itself_nor_others(services: Services) -> None:
+    """One worker keeps its devices free for it. The other workers go on with the jobs behind it."""
+    wide = make_job(services, name="wide", least_devices=4, most_devices=4, priority=1)
+    narrow = [make_job(services, name=f"narrow-{number}") for number in range(3)]
+    assert claim_on(services, "small", 2, 2) == narrow[0]  # it can never run the wide job
+    assert claim_on(services, "a", 3, 4) is None  # reserved: nothing behind it starts here
+    assert claim_on(services, "a", 3, 4) is None
+    assert claim_on(services, "b", 2, 4) == narrow[1]
+    urgent = make_job(services, name="urgent", priority=2)
+    assert claim_on(services, "a", 3, 4) == urgent  # what comes before it still does
+    assert claim_on(services, "b", 4, 4) == narrow[2]  # it is a's, also for one that has enough
+    assert claim_on(services, "a", 4, 4) == wide
+
+
+def test_the_reservation_of_a_worker_that_is_gone_ends(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_queue, "RESERVATION_SECONDS", -1.0)
+    job_queue._claiming.cache_clear()
+    try:
+        wide = make_job(services, name="wide", least_devices=4, most_devices=4)
+        assert claim_on(services, "gone", 1, 4) is None
+        assert claim_on(services, "b", 4, 4) == wide
+    finally:
+        job_queue._claiming.cache_clear()
+
+
+def test_a_job_that_wants_more_devices_than_any_worker_has_is_refused(
+    client: TestClient, services: Services, tmp_path: Path
+) -> None:
+    report(services, "small", SMALL, devices=2)
+    with services.database.write() as session:
+        folder = make_tiny_model(tmp_path / "tiny")
+        models.register(session, "tiny", "v1", describe("tiny", folder).details)
+    body = {"model": "tiny", "training_file": upload(client), "resources": {"gpus": {"min": 3, "max": 8}}}
+    answer = client.post("/v1/fine_tuning/jobs", json=body)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["code"], error["param"]) == ("does_not_fit", "resources.gpus")
+    assert "wants 3 devices, and the largest worker has 2" in error["message"]
+    job = client.post("/v1/fine_tuning/jobs", json=body | {"resources": {"gpus": 2}}).json()
+    assert job["resources"] == {"gpus": 2} and job["devices"] is None
+    plain = client.post("/v1/fine_tuning/jobs", json=body | {"resources": {"gpus": "auto"}}).json()
+    assert plain["resources"] is None
+
+
+def test_a_wide_job_says_that_no_worker_is_wide_enough(client: TestClient, services: Services) -> None:
+    job_id = make_job(services, least_devices=4, most_devices=4)
+    report(services, "small", LARGE, devices=2)
+    assert waits_for(client, job_id) == "a worker with 4 devices; the largest has 2"
+
+
+def test_the_forecast_counts_the_devices_of_a_worker(client: TestClient, services: Services) -> None:
+    """Two narrow jobs run side by side on a worker with two devices. The wide one starts when both have ended."""
+    report(services, "gpu@a:1", LARGE, devices=2)
+    running = make_job(services, name="running", estimated_seconds=100.0)
+    assert claim_on(services, "a", 2, 2) == running
+    narrow = make_job(services, name="narrow", estimated_seconds=500.0)
+    wide = make_job(services, name="wide", least_devices=2, most_devices=2, estimated_seconds=100.0)
+    jobs = {name: client.get(f"/v1/fine_tuning/jobs/{job_id}").json() for name, job_id in (("n", narrow), ("w", wide))}
+    now = jobs["n"]["estimated_start"]
+    assert jobs["w"]["estimated_start"] - now in range(498, 503)
+
+
 def waits_for(client: TestClient, job_id: str) -> str | None:
     text: str | None = client.get(f"/v1/fine_tuning/jobs/{job_id}").json()["waiting_for"]
     return text
