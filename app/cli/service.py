@@ -52,7 +52,7 @@ def api() -> None:
 def worker(
     lane: Annotated[str | None, typer.Option(help="gpu (trains) or cpu (checks datasets); both if not given.")] = None,
 ) -> None:
-    """Workers: one GPU-lane worker for each GPU, chosen by CUDA_VISIBLE_DEVICES."""
+    """Workers: the GPU lane uses all GPUs that CUDA_VISIBLE_DEVICES shows."""
     if lane not in (None, "gpu", "cpu"):
         raise typer.BadParameter("must be gpu or cpu", param_hint="--lane")
     lanes = [lane] if lane else ["gpu", "cpu"]

@@ -38,7 +38,8 @@ END = f"""
 - **`batch_size` costs nothing** above {BUDGET["cuda"]:,} tokens a batch: it is computed in packs of that size.
 - **All parameters** (`"adapter": "none"`) need gradients and moments of every weight, in float32.
 - **The smallest GPU** recomputes activations, and {1 - USABLE:.0%} of its memory stay free.
-- **One job uses one GPU.** Start a worker for each. Several GPUs for one job are not built yet.
+- **A job uses one GPU, or as many as `resources.gpus` says.** Each holds the whole model. See
+  [several devices](../how-to/train-on-several-devices.md).
 """
 
 
