@@ -48,6 +48,9 @@ def jobs_create(
     loss: Annotated[str, typer.Option(help="sigmoid (the default), ipo, simpo, kto, …: see docs/jobs.md.")] = "",
     epochs: Annotated[int | None, typer.Option(help="Passes over the method's data.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="The learning rate of the method's stage.")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Devices to train on. The adapter's bytes are the same.")
+    ] = None,
     suffix: Annotated[str, typer.Option(help="Part of the new model's name.")] = "",
     spec: Annotated[
         Path | None, typer.Option(help="The job body as a JSON file; it may name files by path. '-' for stdin.")
@@ -76,6 +79,8 @@ def jobs_create(
         body.setdefault("sft", {})
     fields = {"model": model, "training_file": training_file, "validation_file": validation_file, "suffix": suffix}
     body |= {key: value for key, value in fields.items() if value}
+    if gpus is not None:
+        body["resources"] = {"gpus": gpus}
     if gate:
         body["gates"] = [*body.get("gates", []), *read_gates(gate)]
     with Uploads(client, idempotency_key) as uploads:

@@ -51,7 +51,7 @@ class Device(BaseModel):
 
 
 class Pace(BaseModel):
-    """The speed that the latest jobs of the project on this base model measured.
+    """The speed of one device that the latest jobs of the project on this base model measured.
 
     Without any, it is that of the machines with one significant digit, and `jobs` is 0.
     """

@@ -72,7 +72,7 @@ class Estimates:
             counted = _merge_counts(
                 [self._count_tokens(session, project, spec, model, field, settings, context) for field in fields]
             )
-            stage = _stage(stage_spec, counted, pace)
+            stage = _stage(stage_spec, counted, pace, spec.resources.least)
             stages.append(stage)
             if shape is not None:
                 memory_settings = MemorySettings.of(spec, settings, stage.tokens_per_row, stage.longest_row)
@@ -174,8 +174,11 @@ def _merge_counts(counts: list[JsonObject]) -> JsonObject:
     }
 
 
-def _stage(stage: StageSpec, counted: JsonObject, pace: Pace | None) -> StageEstimate:
-    """Rows, steps, tokens and seconds of a stage. The steps are counted as in worker/trainer/plan.py."""
+def _stage(stage: StageSpec, counted: JsonObject, pace: Pace | None, devices: int) -> StageEstimate:
+    """Rows, steps, tokens and seconds of a stage. The steps are counted as in worker/trainer/plan.py.
+
+    `devices` is the number of devices that the job has at least. They are taken to share the work evenly.
+    """
     settings, examples = stage.settings, max(1, counted["examples"])
     split = 0.0 if stage.validation is not None else stage.validation_split
     held_out = round(min(round(split * examples), examples - 1) * counted["rows"] / examples)
@@ -193,7 +196,7 @@ def _stage(stage: StageSpec, counted: JsonObject, pace: Pace | None) -> StageEst
         tokens_per_row=counted["tokens_per_row"],
         longest_row=counted["longest_row"],
         truncated_share=counted["truncated_share"],
-        seconds=None if pace is None else tokens / pace.tokens_per_second,
+        seconds=None if pace is None else tokens / (pace.tokens_per_second * devices),
     )
 
 
@@ -220,14 +223,16 @@ def _roughly(value: float) -> float:
 
 def _pace(session: Session, base_model: str, project: str | None = None) -> Pace | None:
     """The pace of the last jobs on a base model, of a project or of all, with their mean overhead; None without any."""
-    measured = [
-        job.pace
+    jobs = [
+        job
         for job in queries.paces(session, base_model, MAX_PACES)
         if job.pace and job.pace["seconds"] > 0 and project in (None, job.project)
     ]
-    tokens, seconds = sum(pace["tokens"] for pace in measured), sum(pace["seconds"] for pace in measured)
+    measured = [job.pace for job in jobs if job.pace]
+    tokens = sum(pace["tokens"] for pace in measured)
     if not tokens:
         return None
+    seconds = sum((job.devices or 1) * job.pace["seconds"] for job in jobs if job.pace)
     overhead = sum(pace["overhead_seconds"] for pace in measured) / len(measured)
     return Pace(tokens_per_second=tokens / seconds, overhead_seconds=overhead, jobs=len(measured))
 
@@ -240,13 +245,13 @@ def expected_seconds(session: Session, spec: JobSpec, base_model: str, outlines:
     pace = _pace(session, base_model)
     if pace is None:
         return None
-    seconds = pace.overhead_seconds
+    seconds, devices = pace.overhead_seconds, spec.resources.least
     for stage in spec.stages():
         trained = [outlines[field] for field in spec.training_fields(stage.file_field)]
         rows, pairs = sum(file.kept for file in trained), stage.settings.data != Kind.SUPERVISED
         characters = sum(file.prompts + file.best + (file.worst if pairs else 0) for file in trained)
         counted = {"rows": rows, "examples": rows, "tokens_per_row": characters / CHARACTERS_PER_TOKEN / max(1, rows)}
-        seconds += _stage(stage, counted | {"longest_row": 0, "truncated_share": 0.0}, pace).seconds or 0.0
+        seconds += _stage(stage, counted | {"longest_row": 0, "truncated_share": 0.0}, pace, devices).seconds or 0.0
     return seconds
 
 

@@ -97,7 +97,7 @@ def waiting(session: Session) -> Iterator[WaitingJob]:
     while heap:
         _, share, job, line = heap[0]
         yield job
-        share.seconds += fair_share.expected_seconds(job.seconds)
+        share.seconds += job.devices * fair_share.expected_seconds(job.seconds)
         following = next(line, None)
         if following is None:
             heapq.heappop(heap)

@@ -231,6 +231,14 @@ def test_an_estimate_tells_the_pace_of_the_projects_own_jobs_only(services: Serv
     assert shown is not None and (shown.tokens_per_second, shown.overhead_seconds, shown.jobs) == (700.0, 10.0, 0)
 
 
+def test_the_pace_of_a_job_on_several_devices_is_that_of_one(services: Services) -> None:
+    pace = {"tokens": 4000.0, "seconds": 10.0, "overhead_seconds": 1.0}
+    make_job(services, project="search", status=Status.SUCCEEDED, pace=pace, devices=4)
+    with services.database.read() as session:
+        measured = _shown_pace(session, "tiny", "search")
+    assert measured is not None and measured.tokens_per_second == 100.0
+
+
 def test_an_estimate_counts_the_waiting_jobs_of_the_project_only(services: Services) -> None:
     for number, project in enumerate(("other", "other", "search")):
         make_job(services, name=str(number), project=project)
