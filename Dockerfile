@@ -5,13 +5,19 @@ FROM python:3.11.16-slim@sha256:9c900dea9e8fb7e16277c179b555cc72d29a352dbc33cff4
 ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 DPO_HOME=/var/lib/dpo
 RUN useradd --create-home --uid 10001 dpo && install -d -o dpo -g dpo /var/lib/dpo
 WORKDIR /opt/dpo
-COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY pyproject.toml constraints.txt ./
+
+# Dependencies come before the sources, so that a change of the sources installs them from the layer below.
+FROM base AS api-dependencies
+RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+    > requirements.txt && pip install --constraint constraints.txt --requirement requirements.txt
+
+FROM api-dependencies AS api
+COPY README.md LICENSE ./
 COPY app app
 COPY worker worker
 COPY migrations migrations
 COPY demo demo
-
-FROM base AS api
 RUN pip install --constraint constraints.txt .
 USER dpo
 VOLUME /var/lib/dpo
@@ -20,9 +26,20 @@ CMD ["dpo", "api"]
 
 # torch's own wheel brings the CUDA libraries; the host brings the driver. The attention kernels are compiled when a
 # training first needs them, for which Triton wants a C compiler.
-FROM base AS worker
+FROM api-dependencies AS worker-dependencies
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
-RUN pip install --constraint constraints.txt torch==2.13.0 && pip install --constraint constraints.txt '.[worker]'
+RUN pip install --constraint constraints.txt torch==2.13.0
+RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+    print(*p['optional-dependencies']['worker'], sep='\n')" > requirements.txt \
+    && pip install --constraint constraints.txt --requirement requirements.txt
+
+FROM worker-dependencies AS worker
+COPY README.md LICENSE ./
+COPY app app
+COPY worker worker
+COPY migrations migrations
+COPY demo demo
+RUN pip install --constraint constraints.txt '.[worker]' && install -d -o dpo -g dpo /var/cache/hub
 USER dpo
 VOLUME /var/lib/dpo
 CMD ["dpo", "worker", "--lane", "gpu"]

@@ -72,6 +72,8 @@ SLOTS = 4
 
 A file that takes long to read therefore delays its own project, and no other.
 """
+ALIVE_SECONDS = 10.0
+"""Interval of a worker's signs of life."""
 CHORE_SECONDS = 30.0
 """Interval at which a worker looks whether old events and unneeded objects are to be removed."""
 
@@ -107,6 +109,7 @@ class WorkerPool:
             threading.Thread(target=self._work, name=f"{lane.value}-lane"),
             threading.Thread(target=self._keep_house, name="housekeeping", daemon=True),
             threading.Thread(target=self._reap, name="reaper", daemon=True),
+            threading.Thread(target=self._live, name="sign of life", daemon=True),
         ]
         if lane == Lane.CPU:
             self._threads.append(
@@ -283,6 +286,14 @@ class WorkerPool:
             except Exception as error:  # the next inspection may succeed
                 log.warning("leases could not be looked at", reason=str(error))
             self.stopping.wait(POLL_SECONDS)
+
+    def _live(self) -> None:
+        """Touch a file every few seconds, by which a supervisor sees that this process does not hang."""
+        path = self.services.settings.home / f"{self.lane.value}-worker.alive"
+        while not self.stopping.is_set():
+            with suppress(OSError):  # a full disk is no reason to restart the worker
+                path.touch()
+            self.stopping.wait(ALIVE_SECONDS)
 
     def _prune(self) -> None:
         while not self.stopping.wait(CHORE_SECONDS):

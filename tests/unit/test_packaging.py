@@ -15,6 +15,7 @@ from typer.main import get_command
 from app.cli.main import cli
 
 ROOT = Path(__file__).parents[2]
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 
@@ -46,13 +47,31 @@ def test_the_lowest_python_is_the_same_everywhere() -> None:
 
 def test_the_targets_of_compose_are_stages_of_the_dockerfile_and_run_as_a_user() -> None:
     stages = [words[2] for instruction, words in dockerfile() if instruction == "FROM"]
-    assert stages == ["base", "api", "worker"]
+    assert stages == ["base", "api-dependencies", "api", "worker-dependencies", "worker"]
     users = [words[0] for instruction, words in dockerfile() if instruction == "USER"]
     assert users == ["dpo", "dpo"]
     targets = {service["build"]["target"] for service in SERVICES.values() if "build" in service}
     assert targets == {"api", "worker"}
-    api = [" ".join(words) for instruction, words in dockerfile() if instruction == "RUN"][1]
-    assert "worker" not in api and "torch" not in api
+    for stage in ("base", "api-dependencies", "api"):
+        runs = [" ".join(words) for instruction, words in steps_of(stage) if instruction == "RUN"]
+        assert runs and not any("worker" in run or "torch" in run for run in runs)
+
+
+def steps_of(stage: str) -> list[tuple[str, list[str]]]:
+    """The instructions of one stage of the Dockerfile."""
+    steps = dockerfile()
+    first = next(k for k, (instruction, words) in enumerate(steps) if instruction == "FROM" and words[-1] == stage)
+    following = (k for k in range(first + 1, len(steps)) if steps[k][0] == "FROM")
+    return steps[first + 1 : next(following, len(steps))]
+
+
+def test_dependencies_are_installed_before_the_sources_are_copied() -> None:
+    """A change of the sources then leaves their layers as they are."""
+    for stage in ("base", "api-dependencies", "worker-dependencies"):
+        copied = {word for instruction, words in steps_of(stage) if instruction == "COPY" for word in words[:-1]}
+        assert copied <= {"pyproject.toml", "constraints.txt"}
+    for stage, heavy in (("api-dependencies", "requirements.txt"), ("worker-dependencies", "torch==")):
+        assert any(heavy in word for instruction, words in steps_of(stage) if instruction == "RUN" for word in words)
 
 
 def is_a_command(words: list[str]) -> bool:
@@ -83,8 +102,12 @@ def test_compose_is_valid() -> None:
 
 
 def test_compose_is_complete() -> None:
-    parts = {"proxy", "migrate", "api", "gpu-worker", "cpu-worker", "postgres", "redis", "s3", "bucket"}
+    parts = {"proxy", "migrate", "api", "gpu-worker", "cpu-trainer", "cpu-worker", "postgres", "redis", "s3", "bucket"}
     assert set(SERVICES) == parts
+    assert {name: service["profiles"] for name, service in SERVICES.items() if "profiles" in service} == {
+        "gpu-worker": ["gpu"],
+        "cpu-trainer": ["cpu"],
+    }
     for name, service in SERVICES.items():
         assert "image" in service, name
         for dependency in service.get("depends_on", {}):
@@ -101,6 +124,17 @@ def test_compose_is_complete() -> None:
     assert all("healthcheck" in SERVICES[name] for name in healthy)
     (device,) = SERVICES["gpu-worker"]["deploy"]["resources"]["reservations"]["devices"]
     assert device["capabilities"] == ["gpu"]
+
+
+def test_all_workers_share_the_models_of_the_hub_and_are_watched() -> None:
+    for name in ("gpu-worker", "cpu-trainer", "cpu-worker"):
+        service = SERVICES[name]
+        lane = service["command"][-1]
+        assert f"/var/lib/dpo/{lane}-worker.alive" in service["healthcheck"]["test"][1]
+        assert service["environment"].keys() >= {"DPO_HUB_MODELS", "HF_TOKEN", "DPO_MODELS_DIR"}
+        assert f"hub:{service['environment']['HF_HOME']}" in service["volumes"]
+    tags = {service["image"] for service in SERVICES.values() if "build" in service}
+    assert tags == {f"dpo-service-{name}:${{DPO_VERSION:-{VERSION}}}" for name in ("api", "worker")}
 
 
 def test_only_the_proxy_can_be_reached_and_only_the_api_has_the_operators_key() -> None:
@@ -121,7 +155,7 @@ def test_every_image_of_others_has_a_version_and_a_digest() -> None:
         assert re.fullmatch(r"[a-z/]+:\d[\d.]+[a-z-]*@sha256:[0-9a-f]{64}", image), image
 
 
-@pytest.mark.parametrize("name", ["migrate", "api", "gpu-worker", "cpu-worker"])
+@pytest.mark.parametrize("name", ["migrate", "api", "gpu-worker", "cpu-trainer", "cpu-worker"])
 def test_every_process_gets_the_same_stores_and_secrets(name: str) -> None:
     environment = SERVICES[name]["environment"]
     for variable in ("DPO_DATABASE_URL", "DPO_BROKER_URL", "DPO_STORAGE_URL", "AWS_ENDPOINT_URL", "DPO_SECRET_KEY"):
@@ -138,7 +172,7 @@ def test_compose_holds_no_secret_and_the_example_names_them_all() -> None:
     )
     assert {"DPO_ADMIN_KEY", "DPO_SECRET_KEY", "POSTGRES_PASSWORD", "REDIS_PASSWORD", "S3_SECRET_KEY"} == required
     assert all(example[name] == "" for name in required)
-    assert set(re.findall(r"\$\{(\w+)", text)) == set(example)
+    assert set(re.findall(r"\$\{(\w+)", text)) | {"COMPOSE_PROFILES"} == set(example)
 
 
 def test_the_tests_that_security_md_names_exist() -> None:

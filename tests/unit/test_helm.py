@@ -1,0 +1,141 @@
+"""The Helm chart: Helm lints and renders it, its objects meet the schemas of Kubernetes, and its pods have few rights."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import helm_python
+import kubernetes_validate
+import pytest
+import yaml
+
+from app.settings import Settings
+
+CHART = Path(__file__).parents[2] / "docs" / "helm"
+VERSIONS = ("1.27", "1.37")
+"""The oldest and the newest version of Kubernetes."""
+SECRET = {
+    name: f"the value of {name}"
+    for name in ("DPO_DATABASE_URL", "DPO_BROKER_URL", "DPO_STORAGE_URL", "DPO_SECRET_KEY", "DPO_ADMIN_KEY")
+}
+VALUES: dict[str, dict[str, Any]] = {
+    "as it is": {"secret": {"values": SECRET}},
+    "everything": {
+        "secret": {"existing": "mine"},
+        "models": {"existingClaim": "models"},
+        "environment": {"DPO_HUB_MODELS": "org/*", "AWS_REGION": "eu-central-1"},
+        "imagePullSecrets": [{"name": "registry"}],
+        "ingress": {"enabled": True, "className": "nginx", "tlsSecret": "tls", "annotations": {"a/b": "c"}},
+        "monitoring": {"serviceMonitor": True},
+        "autoscaling": {"enabled": True},
+        "gpuWorker": {"gpus": 8, "runtimeClassName": "nvidia", "nodeSelector": {"gpu": "h100"}},
+    },
+}
+CUSTOM = {"ServiceMonitor", "ScaledObject"}
+"""Kinds of other programs. Kubernetes has no schema for them."""
+
+
+def objects(values: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The objects of the chart with these values."""
+    with helm_python.Chart.load(CHART) as chart:
+        rendered = chart.render(values, name="tuning", namespace="ml")
+    for name, text in rendered.items():
+        if name.endswith(".yaml"):
+            yield from filter(None, yaml.safe_load_all(text))
+
+
+def pods(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The spec of each pod, by its component."""
+    templates = [item["spec"]["template"] for item in objects(values) if "template" in item.get("spec", {})]
+    return {template["metadata"]["labels"]["app.kubernetes.io/component"]: template["spec"] for template in templates}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_helm_finds_nothing_wrong(name: str) -> None:
+    result = helm_python.lint(CHART, VALUES[name], strict=True)
+    assert result["errors"] == []
+    assert [message["error"] for message in result["messages"]] == ["icon is recommended"]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("name", VALUES)
+def test_every_object_meets_the_schema_of_kubernetes(name: str, version: str) -> None:
+    rendered = list(objects(VALUES[name]))
+    for item in rendered:
+        if item["kind"] not in CUSTOM:
+            kubernetes_validate.validate(item, version, strict=True)
+        assert item["metadata"]["labels"]["app.kubernetes.io/instance"] == "tuning"
+    assert {item["kind"] for item in rendered} >= {"Deployment", "Service", "Job", "PodDisruptionBudget"}
+    assert ({item["kind"] for item in rendered} >= CUSTOM) == (name == "everything")
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_pods_have_no_rights_that_they_do_not_need(name: str) -> None:
+    specs = pods(VALUES[name])
+    assert specs.keys() == {"api", "cpu-worker", "gpu-worker", "migrate"}
+    for spec in specs.values():
+        assert spec["automountServiceAccountToken"] is False
+        assert spec["securityContext"]["runAsNonRoot"] and spec["securityContext"]["runAsUser"] == 10001
+        assert spec["terminationGracePeriodSeconds"] > 30
+        (container,) = spec["containers"]
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        writable = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
+        assert writable - {"/dev/shm"} == {"/tmp", "/var/lib/dpo"}
+        mounts = {mount["name"] for mount in container["volumeMounts"]}
+        assert mounts == {volume["name"] for volume in spec["volumes"]}
+        assert "memory" in container["resources"]["limits"]
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_all_parts_read_one_secret_and_only_known_variables(name: str) -> None:
+    secrets = [item for item in objects(VALUES[name]) if item["kind"] == "Secret"]
+    if name == "as it is":
+        assert [secret["stringData"] for secret in secrets] == [SECRET]
+        secret_name = secrets[0]["metadata"]["name"]
+    else:
+        assert not secrets
+        secret_name = "mine"
+    fields = {f"DPO_{field.upper()}" for field in Settings.model_fields} | {"DPO_ADMIN_KEY", "DPO_SECRET_KEY"}
+    for spec in pods(VALUES[name]).values():
+        (container,) = spec["containers"]
+        assert container["envFrom"] == [{"secretRef": {"name": secret_name}}]
+        given = {variable["name"] for variable in container.get("env", [])}
+        assert {variable for variable in given if variable.startswith("DPO_")} <= fields
+    assert fields >= SECRET.keys()
+
+
+def test_a_gpu_worker_gets_its_gpus_and_room_for_its_ranks() -> None:
+    spec = pods(VALUES["everything"])["gpu-worker"]
+    (container,) = spec["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 8
+    assert spec["runtimeClassName"] == "nvidia" and spec["nodeSelector"] == {"gpu": "h100"}
+    (shared,) = (volume["emptyDir"] for volume in spec["volumes"] if volume["name"] == "shared-memory")
+    assert shared["medium"] == "Memory"
+
+
+def test_autoscaling_sets_the_replicas_of_gpu_workers() -> None:
+    deployments = {
+        item["metadata"]["name"]: item["spec"] for item in objects(VALUES["everything"]) if item["kind"] == "Deployment"
+    }
+    (scaled,) = (item for item in objects(VALUES["everything"]) if item["kind"] == "ScaledObject")
+    target = scaled["spec"]["scaleTargetRef"]["name"]
+    assert "replicas" not in deployments[target]
+    (trigger,) = scaled["spec"]["triggers"]
+    assert set(re.findall(r'status="(\w+)"', trigger["metadata"]["query"])) == {"queued", "running"}
+
+
+@pytest.mark.parametrize("missing", SECRET)
+def test_a_variable_that_is_missing_is_named(missing: str) -> None:
+    values = {"secret": {"values": {name: value for name, value in SECRET.items() if name != missing}}}
+    with pytest.raises(helm_python.HelmError, match=missing):
+        list(objects(values))
+
+
+def test_a_number_of_gpus_below_one_is_refused() -> None:
+    with pytest.raises(helm_python.HelmError, match="gpus"):
+        list(objects(VALUES["as it is"] | {"gpuWorker": {"gpus": 0}}))
