@@ -41,6 +41,12 @@ FOREIGN: dict[str, set[str]] = {
     "mkdir": {"-p"},
     "pipx install": set(),
     "export": set(),
+    "helm upgrade": {
+        "--install",
+        "--namespace",
+        "--create-namespace",
+        "--set",
+    },  # helm.sh/docs/helm/helm_upgrade, 2026-11
     "docker compose": {"--build"},  # docs.docker.com/reference/cli/docker/compose/up, 2026-11
     "pg_dump": {"--no-owner", "--file"},  # postgresql.org/docs/17/app-pgdump.html
     "aws s3": set(),
