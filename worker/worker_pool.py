@@ -226,7 +226,7 @@ class WorkerPool:
     def _begin_training_or_evaluation(self) -> bool:
         """Claim a job that fits the free devices, and run it in a thread; False if there is none."""
         self.fork_server.prepare()
-        taken = [device for devices in self._taken.values() for device in devices]
+        taken = [device for devices in list(self._taken.values()) for device in devices]
         free = list(self.health.devices)
         for device in taken:
             if device in free:

@@ -13,8 +13,11 @@ from worker.trainer.errors import PeerLost
 from worker.trainer.ranks import Ranks
 
 Value = TypeVar("Value")
-PATIENCE = timedelta(minutes=30)
-"""How long a rank waits for another one. A rank that died ends the others at once; this is for one that hangs."""
+PATIENCE = timedelta(hours=6)
+"""How long a rank waits for another one, which may tokenise a large file or write a large model meanwhile.
+
+A rank that dies or is frozen ends the others within seconds (see `rank_processes`).
+"""
 
 
 @contextmanager

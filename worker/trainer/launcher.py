@@ -1,7 +1,7 @@
 """The launcher: computes segments in packs, on one rank or several, within the memory of each device.
 
 A launch is the computation of one pack. It holds as many segments as fit the budget of the policy's packing. After
-running out of GPU memory, a rank halves its budget and repeats the launch; the other ranks just wait for its results.
+running out of GPU memory, a rank halves its launches and repeats the last one. The others just wait for its results.
 """
 
 import gc
@@ -79,7 +79,7 @@ class Launcher:
         Each item has some segments and the values of all their responses, on the CPU. The ranks compute one group of
         segments each for it.
         """
-        groups = self.policy.packing.groups(segments)
+        groups = self.policy.packing.groups(segments)  # the same on all ranks, whatever room each has
         while together := list(islice(groups, self.ranks.size)):
             parts = list[Values]()
 
@@ -104,7 +104,7 @@ class Launcher:
         """
         done, policy = 0, self.policy
         while done < len(segments):
-            for group in policy.packing.groups(segments[done:]):
+            for group in replace(policy.packing, budget=policy.launch_tokens).groups(segments[done:]):
                 try:
                     compute(policy.packing.build(group).to(policy.device), range(done, done + len(group)))
                 except torch.OutOfMemoryError as error:
@@ -124,9 +124,9 @@ class Launcher:
         `largest` is the size in tokens of the largest segment in the pack that failed.
         """
         policy = self.policy
-        if policy.packing.joined and policy.packing.budget > largest:
-            policy.packing = replace(policy.packing, budget=policy.packing.budget // 2)
-            message = f"Out of memory: packs of {policy.packing.budget} tokens from now on."
+        if policy.packing.joined and policy.launch_tokens > largest:
+            policy.room = policy.launch_tokens // 2
+            message = f"Out of memory: packs of {policy.room} tokens from now on."
         elif self.may_recompute and not policy.recomputes_activations:
             policy.recompute_activations(True)
             message = "Out of memory: activations are recomputed in the backward pass from now on."

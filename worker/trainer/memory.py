@@ -46,7 +46,7 @@ def activations_fit(policy: Policy, pack: Pack, longest: int) -> bool:
 
     `longest` is the number of tokens of the largest row, which no pack can split.
     """
-    width = max(policy.packing.budget, longest)
+    width = max(policy.launch_tokens, longest)
     needed = activation_bytes(policy, pack) * width / pack.slots  # bytes; they grow with the tokens
     trained = sum(parameter.numel() for parameter in policy.trainable().values())
     return needed + OPTIMIZER_BYTES * trained < USABLE_SHARE * free_bytes(policy.device)

@@ -81,6 +81,8 @@ class Policy:
     own_logits: bool = False
     """Use the logits of the model's own `forward`: it does more to them than `Head` knows."""
     compiled: bool = False
+    room: int | None = None
+    """The most tokens of a launch on this device, once it has run out of memory."""
     joins: bool = True
     """Whether a pack of a step may hold several segments: joined, they must have the gradients that they have alone."""
     autocast_dtype: torch.dtype | None = None
@@ -102,6 +104,11 @@ class Policy:
     def body(self) -> PreTrainedModel:
         """The transformers model without its head."""
         return body(self.causal)
+
+    @property
+    def launch_tokens(self) -> int:
+        """The size in tokens that a launch should not exceed. It may differ between ranks; the packing must not."""
+        return min(self.room or self.packing.budget, self.packing.budget)
 
     @property
     def shared(self) -> bool:

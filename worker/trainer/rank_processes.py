@@ -93,15 +93,19 @@ def launch(folder: Path, size: int, run_rank: Callable[[int], int], stopping: th
             os._exit(status)
         return status
 
+    trainer = os.getpid()
+
     def stop(*_: object) -> None:
         stopping.set()
-        for child in multiprocessing.active_children():  # none in a rank, which has this handler too
-            child.terminate()
+        if os.getpid() == trainer:  # the ranks have this handler too
+            for child in multiprocessing.active_children():
+                child.terminate()
 
     signal.signal(signal.SIGTERM, stop)
     processes = set[BaseProcess]()
     threading.Thread(target=_watch, args=(folder, size, processes), daemon=True).start()
-    os.environ.update(GLOO_SOCKET_IFNAME="lo")  # the ranks are on one machine, whose name may have no address
+    # The ranks are on one machine, whose name may have no address.
+    os.environ.update(GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo")
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

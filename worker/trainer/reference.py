@@ -195,7 +195,7 @@ def _key(policy: Policy, digest: str, rows: Rows, tail_weight: float | None) -> 
         rows.digest(),
         tail_weight,
         # The budget changes no bit, unless all parameters are trained (see `Policy.joins`).
-        policy.packing if policy.full else replace(policy.packing, budget=0),
+        replace(policy.packing, budget=policy.launch_tokens if policy.full else 0),
         policy.one_by_one,
         policy.own_logits,
         policy.compiled,

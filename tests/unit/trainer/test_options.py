@@ -426,7 +426,7 @@ def out_of_memory(times: int) -> tuple[list[int], Callable[..., Scores]]:
     score = Policy.score
 
     def failing(policy: Policy, pack: Pack, **options: Any) -> Scores:
-        budgets.append(policy.packing.budget)
+        budgets.append(policy.launch_tokens)
         if torch.is_grad_enabled() and len({*budgets}) <= times:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return score(policy, pack, **options)

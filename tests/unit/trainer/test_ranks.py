@@ -41,8 +41,8 @@ from worker.trainer.methods.method import Method
 from worker.trainer.methods.mismatches import with_mismatches
 from worker.trainer.methods.preference import Preference
 from worker.trainer.methods.supervised import Supervised
-from worker.trainer.model import Policy
-from worker.trainer.packing import Segment, trees
+from worker.trainer.model import Policy, Scores
+from worker.trainer.packing import Pack, Segment, trees
 from worker.trainer.reference import References, compute
 from worker.trainer.segments import StepPlan
 
@@ -155,6 +155,30 @@ def test_gradients_and_metrics_have_the_same_bits_on_any_number_of_ranks_and_wit
     for name, gradient in expected.items():
         assert torch.equal(actual[name], gradient), name
     assert metrics_of_ranks == [metrics] * size
+
+
+def test_a_rank_with_less_memory_than_the_others_changes_nothing(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It computes smaller packs, in steps and in passes without gradients. The ranks still agree who computes what."""
+    rows = rows_for("sigmoid", [(5, [6, 7]), (4, [9, 3]), (8, [8, 8]), (3, [2, 5])] * 6)
+    models = policies(llama, False)
+    expected, (metrics,) = step_on(1, "sigmoid", rows, 200, 4, models=models)
+    score, failures = models[1].score, list[int]()
+
+    def failing(pack: Pack, **options: Any) -> Scores:
+        if pack.tokens > 60:
+            failures.append(pack.tokens)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return score(pack, **options)
+
+    monkeypatch.setattr(models[1], "score", failing)
+    try:
+        for _ in range(2):  # the second time, the room of the rank is known from the start
+            actual, metrics_of_ranks = step_on(2, "sigmoid", rows, 200, 4, models=models)
+            assert all(torch.equal(actual[name], gradient) for name, gradient in expected.items())
+            assert metrics_of_ranks == [metrics] * 2
+    finally:
+        models[1].room = None
+    assert failures
 
 
 def test_the_clipped_gradient_is_that_of_torch() -> None:
