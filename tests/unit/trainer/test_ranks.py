@@ -165,7 +165,7 @@ def test_a_rank_with_less_memory_than_the_others_changes_nothing(llama: Path, mo
     score, failures = models[1].score, list[int]()
 
     def failing(pack: Pack, **options: Any) -> Scores:
-        if pack.tokens > 60:
+        if pack.tokens > 120:
             failures.append(pack.tokens)
             raise torch.OutOfMemoryError("CUDA out of memory")
         return score(pack, **options)
