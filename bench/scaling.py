@@ -48,7 +48,7 @@ from worker.trainer.reference import References, compute
 from worker.trainer.segments import StepPlan
 
 RESULT = Path(__file__).parent / "results" / "scaling.json"
-PAIRS, MAX_LENGTH, ROUNDS = 32, 512, 7
+PAIRS, MAX_LENGTH, ROUNDS = 16, 512, 21
 FLOAT_BYTES = 4
 PAPER = {
     "trained_parameters": 41_943_040,  # LoRA r = 16 on all layers of Llama-3.1-8B
@@ -122,8 +122,8 @@ class Step:
             parameter.grad = None
 
 
-def seconds_in_turns(works: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """The median seconds of each of `works`, done in turns, after a round that does not count."""
+def seconds_in_turns(works: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """The seconds of each of `works` in each round. They take turns, and the first round does not count."""
     taken: dict[str, list[float]] = {name: [] for name in works}
     for number in range(rounds + 1):
         for name, work in works.items():
@@ -131,7 +131,12 @@ def seconds_in_turns(works: dict[str, Callable[[], None]], rounds: int) -> dict[
             work()
             if number:
                 taken[name].append(time.perf_counter() - began)
-    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+    return taken
+
+
+def ratio(seconds: dict[str, list[float]], one: str, other: str) -> float:
+    """The median over all rounds of the time of `one` divided by that of `other`, which was measured beside it."""
+    return statistics.median(a / b for a, b in zip(seconds[one], seconds[other], strict=True))
 
 
 def on_rank(rank: int, size: int, port: int, model: str, lengths: list[Lengths], result: str) -> None:
@@ -171,9 +176,10 @@ def measure() -> JsonObject:
             measured[f"{size} ranks"] = json.loads(result.read_text())
     one, two = measured["1 ranks"], measured["2 ranks"]
     seconds = one["seconds"]
-    measured["canonical_order"] = seconds["alone"] / seconds["summed by autograd"]
-    measured["distributed_path_at_one_rank"] = seconds["in a group"] / seconds["alone"]
-    measured["speed_of_two_ranks"] = seconds["alone"] / two["seconds"]["in a group"]
+    measured["canonical_order"] = ratio(seconds, "alone", "summed by autograd")
+    measured["distributed_path_at_one_rank"] = ratio(seconds, "in a group", "alone")
+    together = two["seconds"]["in a group"]
+    measured["speed_of_two_ranks"] = statistics.median(seconds["alone"]) / statistics.median(together)
     return measured
 
 

@@ -313,8 +313,8 @@ class WorkerPool:
         details: JsonObject = {"spec_version": SPEC_VERSION, "disk_free_bytes": shutil.disk_usage(work).free}
         if gpu:
             device, problem = self.health.device, self.health.problem
-            details |= {"device": device and device.as_json(), "devices": len(self.health.devices)}
-            details |= {"integrations": integrations.configured()}
+            details |= {"device": device and device.as_json(), "integrations": integrations.configured()}
+            details |= {"devices": len(self.health.devices)} if device else {}
             details |= {"problem": problem} if problem else {}
             use = None if device is None else use_of(self.health.devices)
             details |= {} if use is None else {"gpu_use": asdict(use)}
