@@ -36,6 +36,7 @@ from worker.trainer.data import Row
 from worker.trainer.dataset import Rows
 from worker.trainer.errors import UserError
 from worker.trainer.gradients import Ownership
+from worker.trainer.joins import check
 from worker.trainer.launcher import Launcher
 from worker.trainer.methods.method import Method
 from worker.trainer.methods.mismatches import with_mismatches
@@ -202,6 +203,36 @@ def test_the_clipped_gradient_is_that_of_torch() -> None:
         assert [result for result, _ in results] == [norm.item()] * size
         clipped = [gradient for _, part in results for gradient in part]
         assert all(map(torch.equal, clipped, [parameter.grad for parameter in theirs]))  # type: ignore[arg-type]
+
+
+# -- the check of joined packs ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "joins"),
+    [
+        ({}, True),
+        ({"quantization": "nf4"}, True),
+        ({"adapter": {"r": 4, "use_dora": True}}, False),  # autograd sums it
+        ({"adapter": {"r": 4, "modules_to_save": ["lm_head"]}}, False),
+    ],
+)
+def test_segments_share_a_pack_if_their_gradients_can_be_told_apart(
+    llama: Path, fields: dict[str, Any], joins: bool
+) -> None:
+    policy = load(llama, **fields)
+    check(policy, rows_for("sigmoid", [(5 + k % 7, [4 + k % 9, 3 + k % 5]) for k in range(40)]))
+    assert policy.joins == joins
+
+
+def test_segments_do_not_share_a_pack_in_a_model_that_mixes_them(llama: Path) -> None:
+    """As quantised activations do, whose scale depends on all rows of a product."""
+    policy = load(llama)
+    policy.body.layers[0].register_forward_hook(lambda module, inputs, output: output + 1e-3 * output.mean(1, True))
+    before = {name: weight.clone() for name, weight in policy.trainable().items()}
+    check(policy, rows_for("sigmoid", [(5 + k % 7, [4 + k % 9, 3 + k % 5]) for k in range(40)]))
+    assert not policy.joins
+    assert all(torch.equal(weight, before[name]) for name, weight in policy.trainable().items())
 
 
 # -- trainings ---------------------------------------------------------------------------------------------------------
