@@ -7,6 +7,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from app.spec.resources import VIRTUAL_RANKS
 from bench.sentiment import frontiers, lists_beside_pairs
 from bench.sentiment import table as sentiment_table
 from docs.generate.markdown import table
@@ -103,6 +104,38 @@ def _engine_in_short() -> str:
         for name, title in names.items()
     ]
     return table(("", "pairs/s", "memory"), rows, (1, 2))
+
+
+def _scaling() -> str:
+    """What ranks cost and save, measured."""
+    measured = result("scaling")
+    sent = measured["2 ranks"]["bytes_sent"] / measured["2 ranks"]["bytes_by_formula"]
+    rows = [
+        ("a step in canonical order, beside one that autograd sums", f"{measured['canonical_order']:.3f} × the time"),
+        (
+            "one rank in a process group, beside one without",
+            f"{measured['distributed_path_at_one_rank']:.3f} × the time",
+        ),
+        ("two ranks, beside one", f"{measured['speed_of_two_ranks']:.2f} × the speed"),
+        ("bytes that two ranks send, beside the formula", f"{sent:.3f}"),
+    ]
+    return table(("measured", ""), rows, (1,))
+
+
+def _scaling_on_paper() -> str:
+    """The efficiency of many GPUs with the default number of virtual ranks, on paper."""
+    figures = [row for row in result("scaling")["paper"] if row["virtual_ranks"] == VIRTUAL_RANKS]
+    efficiency = {(row["rows"], row["batch_size"], row["gpus"]): row["efficiency"] for row in figures}
+    rows = [
+        (
+            f"{row['rows']}, {row['batch_size']} pairs",
+            f"{row['tokens']:,}",
+            *(f"{efficiency[row['rows'], row['batch_size'], gpus]:.0%}" for gpus in (8, 16)),
+        )
+        for row in figures
+        if row["gpus"] == 8
+    ]
+    return table(("a step", "tokens", "8 GPUs", "2 × 8 GPUs"), rows, (1, 2, 3))
 
 
 # -- the service --------------------------------------------------------------------------------------------------
@@ -206,6 +239,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "figures/engine, 3 epochs": partial(_engine, 3),
     "figures/engine, SFT": _engine_sft,
     "figures/engine in short": _engine_in_short,
+    "figures/scaling": _scaling,
+    "figures/scaling on paper": _scaling_on_paper,
     "figures/datasets": _datasets,
     "figures/load": _load,
     "figures/waiting times": _waiting,
