@@ -6,6 +6,7 @@ queue within seconds. So after a failure that looks like the device's, a small c
 
 import subprocess
 import time
+from collections.abc import Sequence
 
 import structlog
 
@@ -60,21 +61,24 @@ class DeviceHealth:
         """Record that a job has succeeded on the device."""
         self._failures, self._pause = 0, FIRST_PAUSE
 
-    def at_fault(self, reason: str) -> bool:
-        """Check the device, because of `reason`. Takes it out of service and returns True if the check fails."""
-        problem = self._check()
+    def at_fault(self, reason: str, devices: Sequence[Device] | None = None) -> bool:
+        """Check `devices`, because of `reason`. Takes the worker out of service and returns True if the check fails.
+
+        Other devices may be full of other jobs, so they are not checked. None checks all.
+        """
+        problem = self._check(devices)
         if problem is not None:
             self._take_out(f"{reason}; {problem}")
         return problem is not None
 
-    def failed(self, reason: str) -> bool:
-        """Record a failure that looks like the device's. Returns whether the device is at fault.
+    def failed(self, reason: str, devices: Sequence[Device] | None = None) -> bool:
+        """Record a failure of `devices` that looks like theirs. Returns whether one is at fault.
 
         If a check passes, the job may be at fault. After several such failures in a row, with no success between
         them, the device has to rest all the same: it may fail only under load.
         """
         self._failures += 1
-        if self.at_fault(reason):
+        if self.at_fault(reason, devices):
             return True
         if self._failures > 1:
             self._take_out(f"{self._failures} attempts in a row failed on it, the last with: {reason}")
@@ -85,14 +89,17 @@ class DeviceHealth:
         self.problem, self._next_check = problem, time.monotonic() + self._pause
         self._pause = min(2 * self._pause, LONGEST_PAUSE)
 
-    def _check(self) -> str | None:
-        """Find the devices and compute on each. Returns what is wrong with one; None if nothing is."""
+    def _check(self, devices: Sequence[Device] | None = None) -> str | None:
+        """Find all devices and compute on each of `devices`. Returns what is wrong with one; None if nothing is."""
         hangs = TimeoutError(f"a small computation on it did not end within {CHECK_SECONDS:.0f} s")
         check = within(CHECK_SECONDS, self.check, hangs)
         try:
             self.devices = find_devices(self.wanted, self.cpu_devices)
             program = command("worker.trainer.device_check", self.devices[0].kind)
-            status, printed = run_process(program, check, env=trainer_environment(), stderr=subprocess.STDOUT)
+            environment = trainer_environment()
+            visible = [device.visible for device in devices or () if device.visible is not None]
+            environment |= {"CUDA_VISIBLE_DEVICES": ",".join(visible)} if visible else {}
+            status, printed = run_process(program, check, env=environment, stderr=subprocess.STDOUT)
         except (DeviceUnusable, OSError) as error:
             return str(error)
         if status == 0:

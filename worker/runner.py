@@ -325,7 +325,7 @@ class JobAttempt(ABC, Generic[Spec]):
             case TrainingDone() | EvaluationDone() if status == 0:
                 self.health.worked()
                 self.succeed(self.outcome)
-            case Failed(code, message, _) if code in WRONG_NUMBERS and self.health.at_fault(message):
+            case Failed(code, message, _) if code in WRONG_NUMBERS and self.health.at_fault(message, self.devices):
                 self._hand_back()
             case Failed("out_of_memory", message, _) if self.has_larger_device():
                 self._wait_for_larger_device(message)
@@ -357,23 +357,25 @@ class JobAttempt(ABC, Generic[Spec]):
 
     def has_larger_device(self) -> bool:
         """Whether another worker that serves the job's base model has a device with more memory than this one."""
-        mine = self.health.device
-        assert mine is not None
         largest = self.lease.read(lambda session: fit.device_of(session, self.job.base_model))
-        return largest is not None and largest.memory_bytes > mine.memory_bytes
+        return largest is not None and largest.memory_bytes > self.smallest_device.memory_bytes
+
+    @property
+    def smallest_device(self) -> Device:
+        """The one of its devices that has the least memory."""
+        return min(self.devices, key=lambda device: device.memory_bytes)
 
     def _wait_for_larger_device(self, reason: str) -> None:
         """Give back a job that was started by a device too small for it. From now on it waits for a larger one."""
-        assert self.health.device is not None
-        message = f"{reason} The job waits for a device with more memory than the {self.health.device.name} has."
-        memory_bytes = self.health.device.memory_bytes + 1
+        message = f"{reason} The job waits for a device with more memory than the {self.smallest_device.name} has."
+        memory_bytes = self.smallest_device.memory_bytes + 1
         self.lease.write(
             lambda session: self.end(session, Status.QUEUED, message, level="warn", memory_bytes=memory_bytes)
         )
 
     def _leave_device(self, reason: str) -> None:
         """Let another worker continue the job if the device is at fault. The attempt then does not count as lost."""
-        if self.health.failed(reason):
+        if self.health.failed(reason, self.devices):
             self._hand_back()
         else:
             self._recover(f"The trainer could not go on ({reason}).")

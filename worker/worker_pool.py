@@ -7,7 +7,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -103,8 +103,8 @@ class WorkerPool:
         self._woken = threading.Event()
         self._in_hand: dict[threading.Thread, Job | DerivedArtifact] = {}
         """The work, by the thread that does it."""
-        self._taken: dict[str, list[Device]] = {}
-        """The devices of each running job, by its id."""
+        self._taken: dict[threading.Thread, list[Device]] = {}
+        """The devices of each running job, by the thread that runs it until the job's last traces are tidied."""
         self._threads = [
             threading.Thread(target=self._work, name=f"{lane.value}-lane"),
             threading.Thread(target=self._keep_house, name="housekeeping", daemon=True),
@@ -207,10 +207,10 @@ class WorkerPool:
             self._begin(work, partial(make_artifact, *shared, work, self.stopping))
         return True
 
-    def _begin(self, work: Job | DerivedArtifact, do: Callable[[], None]) -> None:
-        """Let a thread do the claimed `work`."""
+    def _begin(self, work: Job | DerivedArtifact, do: Callable[[], None], devices: Sequence[Device] = ()) -> None:
+        """Let a thread do the claimed `work`, which takes `devices` until the thread ends."""
         thread = threading.Thread(target=self._do, args=(do,), name=f"{self.lane.value} work", daemon=True)
-        self._in_hand[thread] = work
+        self._in_hand[thread], self._taken[thread] = work, list(devices)
         thread.start()
 
     def _do(self, do: Callable[[], None]) -> None:
@@ -219,7 +219,8 @@ class WorkerPool:
         except Exception as error:
             log.error("unexpected error in the lane", exc_info=error)
         finally:
-            del self._in_hand[threading.current_thread()]
+            thread = threading.current_thread()
+            del self._in_hand[thread], self._taken[thread]
             gc.collect()
             self._woken.set()
 
@@ -233,25 +234,22 @@ class WorkerPool:
                 free.remove(device)  # several CPU devices are equal
         if not free:
             return False
-        memory, served = free[0].memory_bytes, self.base_models.served()
+        memory, served = min(device.memory_bytes for device in free), self.base_models.served()
         devices = job_queue.Devices(len(free), len(self.health.devices))
         with self.services.database.write() as session:
             job = job_queue.claim(session, Status.QUEUED, self.owner, served, memory, devices=devices)
         if job is None:
             return False
-        self._taken[job.id] = free[: job.devices]
-        self._begin(job, partial(self._train_or_evaluate, job, self._taken[job.id]))
+        chosen = free[: job.devices]
+        self._begin(job, partial(self._train_or_evaluate, job, chosen), chosen)
         return True
 
     def _train_or_evaluate(self, job: Job, devices: list[Device]) -> None:
         """Run one job on `devices`."""
         shared = (self.services, self.base_models, job, self.stopping, self.fork_server, self.health)
-        try:
-            ATTEMPTS[job.kind](*shared, devices).run()
-        finally:
-            del self._taken[job.id]
-            if not self.stopping.is_set():
-                self._usable()
+        ATTEMPTS[job.kind](*shared, devices).run()
+        if not self.stopping.is_set():
+            self._usable()
 
     def _usable(self) -> bool:
         """Whether the device and the object store can be trusted. If that has changed, all others are told at once."""

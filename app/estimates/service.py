@@ -72,7 +72,7 @@ class Estimates:
             counted = _merge_counts(
                 [self._count_tokens(session, project, spec, model, field, settings, context) for field in fields]
             )
-            stage = _stage(stage_spec, counted, pace, spec.resources.least)
+            stage = _stage(stage_spec, counted, pace, _working_devices(spec))
             stages.append(stage)
             if shape is not None:
                 memory_settings = MemorySettings.of(spec, settings, stage.tokens_per_row, stage.longest_row)
@@ -200,6 +200,11 @@ def _stage(stage: StageSpec, counted: JsonObject, pace: Pace | None, devices: in
     )
 
 
+def _working_devices(spec: JobSpec) -> int:
+    """The devices that work at a time, of the fewest that the job starts with."""
+    return min(spec.resources.least, spec.parallel.virtual_ranks)
+
+
 def _shown_pace(session: Session, base_model: str, project: str) -> Pace | None:
     """The pace that a project may see: that of its own last jobs, else roughly that of the machines.
 
@@ -245,7 +250,7 @@ def expected_seconds(session: Session, spec: JobSpec, base_model: str, outlines:
     pace = _pace(session, base_model)
     if pace is None:
         return None
-    seconds, devices = pace.overhead_seconds, spec.resources.least
+    seconds, devices = pace.overhead_seconds, _working_devices(spec)
     for stage in spec.stages():
         trained = [outlines[field] for field in spec.training_fields(stage.file_field)]
         rows, pairs = sum(file.kept for file in trained), stage.settings.data != Kind.SUPERVISED

@@ -80,9 +80,12 @@ def by_use(session: Session, statement: Candidates) -> list[Share]:
     if not found:
         return []
     running = defaultdict[str, float](float)
-    columns = select(Job.project, Job.estimated_seconds, Job.ran_seconds, Job.counted_seconds, Job.devices)
-    for name, estimated, ran, counted, devices in session.execute(columns.where(Job.status == Status.RUNNING)):
-        running[name] += (devices or 1) * (expected_seconds(estimated, ran) - counted)
+    columns = select(
+        Job.project, Job.estimated_seconds, Job.ran_seconds, Job.counted_seconds, Job.least_devices, Job.devices
+    ).where(Job.status == Status.RUNNING)
+    for name, estimated, ran, counted, least, devices in session.execute(columns):
+        taken = devices or 1  # the estimate is for the fewest devices
+        running[name] += max(least * expected_seconds(estimated), taken * ran) - taken * counted
     shares = [
         Share(
             row.project,

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from sqlalchemy import (
     ColumnElement,
-    Integer,
     ScalarSelect,
     Select,
     String,
@@ -195,9 +194,10 @@ def claim(
     that need no more memory. None allows any. Jobs of the projects `busy` are left alone.
 
     If the best queued job needs more devices than are free, but no more than the worker has, the worker reserves it:
-    it claims nothing until they are free, and other workers leave the job to it. So no job starves.
+    it claims nothing behind it until they are free. Other workers leave the job alone unless they can start it at once.
+    So no job starves.
     """
-    claiming = _claiming(status, None if served is None else tuple(served), memory_bytes, devices.total, owner)
+    claiming = _claiming(status, None if served is None else tuple(served), memory_bytes, devices, owner)
     if claiming.any_queued is not None and session.scalar(claiming.any_queued) is None:
         return None
     if status == Status.QUEUED:
@@ -215,8 +215,7 @@ def claim(
         checked = projects.try_lock(session, project) if status == Status.VALIDATING else None
         if status == Status.VALIDATING and checked is None:
             continue
-        parameters: dict[str, object] = {"of_project": project, "claimed_by": owner, "free_devices": devices.free}
-        parameters["on_worker"] = owner.partition(":")[0]
+        parameters = {"of_project": project, "claimed_by": owner, "on_worker": owner.partition(":")[0]}
         job = session.scalar(claiming.take, parameters)
         if job is None and devices.free < devices.total and session.scalar(claiming.reserve, parameters) is not None:
             return None
@@ -236,8 +235,7 @@ class Claiming(NamedTuple):
     - `any_queued` finds out whether a job is queued whose base model the worker serves; None if it serves all. An index
       answers it, however long the queue is.
     - `candidates` are the projects that have a job and may have one more begin.
-    - `take` claims the first job of the project `of_project`, with the parameters `claimed_by`, `on_worker` and
-      `free_devices`.
+    - `take` claims the first job of the project `of_project`, with the parameters `claimed_by` and `on_worker`.
     - `reserve` reserves the same job if it needs more devices than are free.
     """
 
@@ -247,13 +245,13 @@ class Claiming(NamedTuple):
     reserve: ReturningUpdate[str]
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def _claiming(
-    status: Status, served: tuple[str, ...] | None, memory_bytes: int | None, total_devices: int, owner: str
+    status: Status, served: tuple[str, ...] | None, memory_bytes: int | None, devices: Devices, owner: str
 ) -> Claiming:
     """The statements of a claim. The arguments are those of `claim`."""
     conditions = [*_claimable(status, served, memory_bytes), Job.spec_version <= SPEC_VERSION]
-    free, fits = bindparam("free_devices", type_=Integer), None
+    fits = Job.least_devices <= devices.free
     within_limit, of_project = _within_limit(status), bindparam("of_project", type_=String)
     any_queued, values = None, dict[str, object]()
     if served is not None:
@@ -261,18 +259,23 @@ def _claiming(
     if status == Status.QUEUED:
         started = func.coalesce(Job.started_at, database_now())
         values = {"status": Status.RUNNING, "started_at": started, "worker": bindparam("on_worker")}
-        values |= {"devices": case((Job.most_devices < free, Job.most_devices), else_=free), "reserved_by": None}
-        fits = Job.least_devices <= free
-        own = or_(Job.reserved_by.is_(None), Job.reserved_by == owner, Job.reserved_until < database_now())
-        conditions += [Job.least_devices <= total_devices, own]
+        taken = case((Job.most_devices < devices.free, Job.most_devices), else_=devices.free)
+        values |= {"devices": taken, "reserved_by": None}
+        # A reservation keeps a job from workers that would reserve it too, not from one that can start it now.
+        seconds_left = Job.reserved_until - database_now()
+        lapsed = or_(seconds_left < 0, seconds_left > 2 * RESERVATION_SECONDS)  # or a clock was set back
+        conditions += [
+            Job.least_devices <= devices.total,
+            or_(Job.reserved_by.is_(None), Job.reserved_by == owner, lapsed, fits),
+        ]
     is_within = select(Project.id).where(Project.id == of_project, within_limit).exists()
     first = (Job.project == of_project, is_within, *conditions)
     return Claiming(
         any_queued,
         fair_share.candidates(QUEUE_ORDER, within_limit, *conditions, JOBS.free()),
-        JOBS.claiming(*first, fits=fits, **values),
+        JOBS.claiming(*first, fits=fits if status == Status.QUEUED else None, **values),
         update(Job)
-        .where(Job.id == JOBS.first(*first).scalar_subquery(), Job.least_devices > free)
+        .where(Job.id == JOBS.first(*first).scalar_subquery(), Job.least_devices > devices.free)
         .values(reserved_by=owner, reserved_until=database_now() + RESERVATION_SECONDS)
         .returning(Job.id),
     )

@@ -82,7 +82,9 @@ def _simulate(session: Session, current: float, wanted: Collection[str]) -> dict
     """The places of the waiting jobs `wanted`, by id. Those of more than `HORIZON` jobs are not simulated."""
     present = workers.present(session, Lane.GPU)
     # When each device is free, by worker. One whose job has no known end is never free.
-    free_at = {worker.name: [current] * workers.devices_of(worker) for worker in present if workers.in_service(worker)}
+    free_at = {
+        worker.name: [current] * (workers.devices_of(worker) or 1) for worker in present if workers.in_service(worker)
+    }
     for running in queries.running(session):
         if running.lease_owner in free_at:
             finish = _finish(running, current)
@@ -109,7 +111,9 @@ def _start(job: WaitingJob, position: int, present: Sequence[Worker], free_at: d
 
     `free_at` has for each worker in service when each of its devices is free.
     """
-    able = [worker.name for worker in present if worker.name in free_at and _can_run(worker, job)]
+    able = [
+        worker.name for worker in present if len(free_at.get(worker.name, ())) >= job.devices and _can_run(worker, job)
+    ]
     suits, start = bool(able), math.inf
     if able:
         first = min(able, key=lambda name: free_at[name][job.devices - 1])
@@ -124,7 +128,8 @@ def _can_run(worker: Worker, job: WaitingJob) -> bool:
     """Whether a worker knows the spec of a job, serves its models and has the devices and memory that it needs."""
     memory = workers.memory_of(worker)
     fits = job.memory_bytes is None or memory is None or job.memory_bytes <= memory
-    enough = job.devices <= workers.devices_of(worker)
+    devices = workers.devices_of(worker)
+    enough = devices is None or job.devices <= devices
     return fits and enough and workers.serves(worker, *job.bases) and workers.knows(worker, job.spec_version)
 
 
@@ -133,13 +138,14 @@ def _obstacle(present: Sequence[Worker], job: WaitingJob) -> str:
     serving = [worker for worker in present if workers.serves(worker, *job.bases)]
     if not serving:
         return f"a GPU worker that serves {' and '.join(job.bases)}" if job.bases else "a GPU worker"
-    if not any(workers.knows(worker, job.spec_version) for worker in serving):
+    knowing = [worker for worker in serving if workers.knows(worker, job.spec_version)]
+    if not knowing:
         return "a GPU worker of a later version of this service"
-    most = max(map(workers.devices_of, serving))
-    if job.devices > most:
+    wide = [worker for worker in knowing if job.devices <= (workers.devices_of(worker) or job.devices)]
+    if not wide:
+        most = max(workers.devices_of(worker) or 0 for worker in knowing)
         return f"a worker with {job.devices} devices; the largest has {most}"
-    if not any(_can_run(worker, job) for worker in serving):
-        largest = max(workers.memory_of(worker) or 0 for worker in serving)
-        assert job.memory_bytes is not None
+    if job.memory_bytes is not None and not any(_can_run(worker, job) for worker in wide):
+        largest = max(workers.memory_of(worker) or 0 for worker in wide)
         return f"a device with {job.memory_bytes / 1e9:.1f} GB of memory; the largest has {largest / 1e9:.1f} GB"
     return "a GPU worker whose device works: it is out of service"

@@ -77,6 +77,7 @@ class Jobs(Lifecycle[JobObject]):
         """
         model = self._start_model(session, project, spec)
         reference = self._reference_model(session, project, spec)
+        self._require_devices(session, spec, model.base_model)
         spec = self._with_mappings(spec, self._files(session, project, spec))
         self._check_integrations(session, spec)
         spec = self._on_prequantized(session, model, spec)
@@ -101,7 +102,6 @@ class Jobs(Lifecycle[JobObject]):
             if refused is not None:
                 param, message = refused
                 raise ServiceError(message, param=param, code=fit.CODE)
-        self._require_devices(session, resolved, model.base_model)
         job = self._add(
             session,
             project,
@@ -202,8 +202,9 @@ class Jobs(Lifecycle[JobObject]):
     def _require_devices(session: Session, spec: JobSpec, base_model: str) -> None:
         """Refuse a job that wants more devices than any worker has. Without a worker, it waits for one."""
         serving = [worker for worker in workers.present(session, Lane.GPU) if workers.serves(worker, base_model)]
-        most = max(map(workers.devices_of, serving), default=None)
-        if most is not None and spec.resources.least > most:
+        known = [devices for worker in serving if (devices := workers.devices_of(worker)) is not None]
+        most = max(known, default=None)
+        if most is not None and len(known) == len(serving) and spec.resources.least > most:
             message = f"The job wants {spec.resources.least} devices, and the largest worker has {most}."
             raise ServiceError(f"{message} Lower 'resources.gpus'.", param="resources.gpus", code=fit.CODE)
 

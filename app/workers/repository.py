@@ -71,9 +71,9 @@ def memory_of(worker: Worker) -> int | None:
     return device and int(device["memory_bytes"])
 
 
-def devices_of(worker: Worker) -> int:
-    """The number of a worker's devices."""
-    return int(worker.details.get("devices", 1))
+def devices_of(worker: Worker) -> int | None:
+    """The number of a worker's devices; None if they have not been found. A version before has one."""
+    return int(worker.details.get("devices", 1)) if worker.details.get("device") else None
 
 
 def served_by(column: SQLColumnExpression[str | None], patterns: Sequence[str]) -> ColumnElement[bool]:

@@ -83,8 +83,14 @@ def test_a_wide_job_starves_neither_itself_nor_others(services: Services) -> Non
     assert claim_on(services, "b", 2, 4) == narrow[1]
     urgent = make_job(services, name="urgent", priority=2)
     assert claim_on(services, "a", 3, 4) == urgent  # what comes before it still does
-    assert claim_on(services, "b", 4, 4) == narrow[2]  # it is a's, also for one that has enough
+    assert claim_on(services, "b", 3, 4) == narrow[2]
     assert claim_on(services, "a", 4, 4) == wide
+
+
+def test_a_reserved_job_starts_on_any_worker_that_has_enough_free_devices(services: Services) -> None:
+    wide = make_job(services, name="wide", least_devices=4, most_devices=4)
+    assert claim_on(services, "busy for days", 3, 8) is None
+    assert claim_on(services, "b", 4, 4) == wide
 
 
 def test_the_reservation_of_a_worker_that_is_gone_ends(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:

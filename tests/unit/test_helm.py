@@ -16,13 +16,13 @@ CHART = Path(__file__).parents[2] / "docs" / "helm"
 VERSIONS = ("1.27", "1.37")
 """The oldest and the newest version of Kubernetes."""
 SECRET = {
-    name: f"the value of {name}"
-    for name in ("DPO_DATABASE_URL", "DPO_BROKER_URL", "DPO_STORAGE_URL", "DPO_SECRET_KEY", "DPO_ADMIN_KEY")
+    name: f"the value of {name}" for name in ("DPO_DATABASE_URL", "DPO_BROKER_URL", "DPO_STORAGE_URL", "DPO_SECRET_KEY")
 }
 VALUES: dict[str, dict[str, Any]] = {
-    "as it is": {"secret": {"values": SECRET}},
+    "as it is": {"secret": {"values": SECRET}, "admin": {"key": "the key of the operator"}},
     "everything": {
         "secret": {"existing": "mine"},
+        "admin": {"existing": "mine-too"},
         "models": {"existingClaim": "models"},
         "environment": {"DPO_HUB_MODELS": "org/*", "AWS_REGION": "eu-central-1"},
         "imagePullSecrets": [{"name": "registry"}],
@@ -92,20 +92,28 @@ def test_pods_have_no_rights_that_they_do_not_need(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", VALUES)
-def test_all_parts_read_one_secret_and_only_known_variables(name: str) -> None:
-    secrets = [item for item in objects(VALUES[name]) if item["kind"] == "Secret"]
+def test_all_parts_read_the_stores_and_only_the_api_has_the_operators_key(name: str) -> None:
+    secrets = {item["metadata"]["name"]: item for item in objects(VALUES[name]) if item["kind"] == "Secret"}
     if name == "as it is":
-        assert [secret["stringData"] for secret in secrets] == [SECRET]
-        secret_name = secrets[0]["metadata"]["name"]
+        shared, admin, migrate = "tuning-dpo-service", "tuning-dpo-service-admin", "tuning-dpo-service-migrate"
+        assert secrets[shared]["stringData"] == secrets[migrate]["stringData"] == SECRET
+        assert list(secrets[admin]["stringData"]) == ["DPO_ADMIN_KEY"]
+        hooks = [name for name, secret in secrets.items() if "annotations" in secret["metadata"]]
+        assert hooks == [migrate]  # what is a hook stays behind when the chart is uninstalled, unless it is deleted
+        assert "hook-succeeded" in secrets[migrate]["metadata"]["annotations"]["helm.sh/hook-delete-policy"]
     else:
         assert not secrets
-        secret_name = "mine"
+        shared, admin, migrate = "mine", "mine-too", "mine"
     fields = {f"DPO_{field.upper()}" for field in Settings.model_fields} | {"DPO_ADMIN_KEY", "DPO_SECRET_KEY"}
-    for spec in pods(VALUES[name]).values():
+    for component, spec in pods(VALUES[name]).items():
         (container,) = spec["containers"]
-        assert container["envFrom"] == [{"secretRef": {"name": secret_name}}]
-        given = {variable["name"] for variable in container.get("env", [])}
+        assert container["envFrom"] == [{"secretRef": {"name": migrate if component == "migrate" else shared}}]
+        given = {variable["name"]: variable for variable in container["env"]}
         assert {variable for variable in given if variable.startswith("DPO_")} <= fields
+        assert ("DPO_ADMIN_KEY" in given) == (component == "api")
+        if component == "api":
+            assert given["DPO_ADMIN_KEY"]["valueFrom"]["secretKeyRef"]["name"] == admin
+        assert given["HOME"]["value"] == "/var/lib/dpo"  # the only place, beside /tmp, that can be written
     assert fields >= SECRET.keys()
 
 
@@ -131,7 +139,8 @@ def test_autoscaling_sets_the_replicas_of_gpu_workers() -> None:
 
 @pytest.mark.parametrize("missing", SECRET)
 def test_a_variable_that_is_missing_is_named(missing: str) -> None:
-    values = {"secret": {"values": {name: value for name, value in SECRET.items() if name != missing}}}
+    given = {name: value for name, value in SECRET.items() if name != missing}
+    values = VALUES["as it is"] | {"secret": {"values": given}}
     with pytest.raises(helm_python.HelmError, match=missing):
         list(objects(values))
 

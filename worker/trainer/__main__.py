@@ -78,7 +78,8 @@ def run(folder: Path) -> int:
     size = about.get("ranks", 1)
     if size == 1:
         return _run_rank(folder, about, stream, stopping, 0)
-    load()  # once, for all ranks
+    if about.get("device") == "cpu":
+        load()  # once, for all ranks. Where there is a GPU it would open the driver, which no fork can use
     from worker.trainer import rank_processes
     from worker.trainer.events import Events
 

@@ -18,6 +18,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- .Values.secret.existing | default (include "dpo.name" .) -}}
 {{- end }}
 
+{{/* Restarts pods when the Secret of the chart changes. */}}
+{{- define "dpo.checksum" -}}
+checksum/secret: {{ toJson .Values.secret.values | sha256sum }}
+{{- end }}
+
 {{/* The fields of every pod: no token, no root, no further rights. */}}
 {{- define "dpo.pod" -}}
 automountServiceAccountToken: false
@@ -41,11 +46,10 @@ securityContext:
   allowPrivilegeEscalation: false
   readOnlyRootFilesystem: true
   capabilities: {drop: [ALL]}
-envFrom:
-  - secretRef: {name: {{ include "dpo.secret" . }}}
 {{- end }}
 
 {{- define "dpo.environment" -}}
+- {name: HOME, value: /var/lib/dpo}  # libraries keep compiled kernels below it
 {{- range $name, $value := .Values.environment }}
 - {name: {{ $name }}, value: {{ $value | quote }}}
 {{- end }}
