@@ -86,8 +86,8 @@ def _devices(spec: JobSpec, settings: Settings) -> list[Device]:
     """The devices to train on: as many as `spec` asks for. Raises `UsageError` if there are fewer."""
     devices, wanted = find_devices(settings.device, settings.cpu_devices), spec.resources
     if wanted.least > len(devices):
-        here = "GPUs." if devices[0].kind == "cuda" else "CPU devices. DPO_CPU_DEVICES declares more."
-        raise UsageError(f"resources.gpus: {wanted.least} are wanted. This machine has {len(devices)} {here}")
+        hint = "" if devices[0].kind == "cuda" else " DPO_CPU_DEVICES declares more."
+        raise UsageError(f"resources.gpus: {wanted.least} are wanted. Devices of this machine: {len(devices)}.{hint}")
     return devices[: wanted.most]
 
 

@@ -95,7 +95,7 @@ class Job(Queued, Table):
     devices: Mapped[int | None]
     """The number of devices of the last attempt."""
     reserved_by: Mapped[str | None]
-    """The worker that starts no other job until it has enough free devices for this one."""
+    """The worker that starts no job behind this one until it has enough free devices for it."""
     reserved_until: Mapped[float | None]
     """When the reservation ends, unless the worker renews it."""
     pace: Mapped[JsonObject | None]

@@ -113,8 +113,12 @@ def _ended(name: str, labels: list[str], ended: Counter[EndedGroup]) -> Metric:
 def _of_workers(present: Sequence[Worker]) -> Iterator[Metric]:
     """The disk and the GPU of each worker, as it has reported them."""
     disk = GaugeMetricFamily("dpo_worker_disk_free_bytes", "Free space for a worker's jobs.", labels=["worker"])
-    busy = GaugeMetricFamily("dpo_worker_gpu_utilization", "Share of time in which its GPU works.", labels=["worker"])
-    memory = GaugeMetricFamily("dpo_worker_gpu_memory_bytes", "Memory in use on a worker's GPU.", labels=["worker"])
+    busy = GaugeMetricFamily(
+        "dpo_worker_gpu_utilization", "Mean share of time in which its GPUs work.", labels=["worker"]
+    )
+    memory = GaugeMetricFamily(
+        "dpo_worker_gpu_memory_bytes", "Memory in use on a worker's GPUs together.", labels=["worker"]
+    )
     for worker in present:
         if "disk_free_bytes" in worker.details:
             disk.add_metric([worker.name], worker.details["disk_free_bytes"])

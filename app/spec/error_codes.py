@@ -65,7 +65,9 @@ REQUESTS = {
         (400,), "The base model is quantised in a way that does not fit the job", "As the message says"
     ),
     "does_not_fit": RequestError(
-        (400,), "The job needs more memory than the largest worker has", "Use the setting that the message names"
+        (400,),
+        "The job needs more memory or more devices than the largest worker has",
+        "Use the setting that the message names",
     ),
     "integration_not_configured": RequestError(
         (400,), "No GPU worker has a key for Weights & Biases", "Set `WANDB_API_KEY` on a worker"

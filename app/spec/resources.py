@@ -2,7 +2,7 @@
 
 from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from app.spec.schema_base import Automatic, inconsistent
 
@@ -31,7 +31,13 @@ class Resources(Automatic):
 
     NOT_BUILT = frozenset({"nodes"})
 
-    gpus: Count | DeviceRange | None = None
+    gpus: (
+        Annotated[
+            Annotated[Count, Tag("number[]")] | Annotated[DeviceRange, Tag("range[]")],
+            Discriminator(lambda value: "range[]" if isinstance(value, dict | DeviceRange) else "number[]"),
+        ]
+        | None
+    ) = None
     """The number of devices of one worker: GPUs, or the CPU devices of a machine without GPUs. Null: one."""
 
     @property

@@ -22,5 +22,5 @@ def list_workers(services: ServicesDependency) -> Page[WorkerObject]:
 @router.post("/{name:path}")
 @access(scope=Scope.ADMIN)
 def change_worker(name: str, change: WorkerChange, services: ServicesDependency) -> WorkerObject:
-    """Cordon a worker: it finishes its job and starts no more. Or let it start jobs again."""
+    """Cordon a worker: it finishes its jobs and starts no more. Or let it start jobs again."""
     return services.workers.cordon(name, change.cordoned)
