@@ -116,10 +116,16 @@ def _run_rank(folder: Path, about: JsonObject, stream: IO[str], stopping: thread
     ranks, fail = Ranks(), None
     events = Events(stream if rank == 0 else Path(os.devnull).open("w"))  # noqa: SIM115 - until the end
     if about.get("ranks", 1) > 1:
+        from worker.trainer.device_check import why_unusable
         from worker.trainer.distributed import DistributedRanks
+        from worker.trainer.events import DeviceFailed
         from worker.trainer.rank_processes import RankFolder
 
-        ranks, fail = DistributedRanks(about.get("device", "cpu")), RankFolder.of(folder, rank).fail
+        fail = RankFolder.of(folder, rank).fail
+        if (reason := why_unusable(about.get("device", "cpu"))) is not None:
+            fail(DeviceFailed(reason))
+            return 1
+        ranks = DistributedRanks(about.get("device", "cpu"))
     cache = Cache(folder / "cache", events, answers)
     return _train_or_evaluate(folder, about, events, stopping, cache, ranks, fail or events.emit)
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 class Averages:
-    """Means by metric name. Sums stay on their device until the end, so that no metric waits for the GPU."""
+    """Means by metric name."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}

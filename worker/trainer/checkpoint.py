@@ -85,11 +85,13 @@ def load_state(folder: Path) -> State:
     return State(**fields | {"best": Best(**fields["best"])})
 
 
-def restore(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, method: Method, best: Path) -> None:
+def restore(
+    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, method: Method, best: Path, ranks: Ranks
+) -> None:
     """Restore optimizer, method state and best weights from the checkpoint `folder`.
 
-    The caller has already loaded the model from `folder`/model. The best weights are copied to `best`. The optimizer
-    gets the state of its own parameters, which may be a part of the policy's.
+    The caller has already loaded the model from `folder`/model. The first rank copies the best weights to
+    `best`. The optimizer gets the state of its own parameters, which may be a part of the policy's.
     """
     state = folder / "state"
     own = {parameter for group in optimizer.param_groups for parameter in group["params"]}
@@ -112,7 +114,7 @@ def restore(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, meth
     files = {path.stem: path for path in state.glob("*.safetensors")}
     method_state = {name: load_file(path) for name, path in files.items() if name not in COMMON_FILES}
     method.load_state_dict(method_state, state_json["stage_step"])
-    if (state / "best.safetensors").exists():
+    if ranks.is_first and (state / "best.safetensors").exists():
         best.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(state / "best.safetensors", best)
 

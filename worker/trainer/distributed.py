@@ -25,6 +25,8 @@ def _peers() -> Iterator[None]:
     """Within this context, the errors of a lost connection become `PeerLost`."""
     try:
         yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
     except RuntimeError as error:
         raise PeerLost(str(error).splitlines()[0]) from error
 

@@ -157,9 +157,9 @@ class Ownership:
         Returns the norm before. The norms of the parameters are combined in the same order on any number of ranks.
         """
         gradients = [parameter.grad for parameter in self.own if parameter.grad is not None]
-        own = [norm.cpu() for norm in torch._foreach_norm(gradients)] if gradients else []
-        norms = [norm for part in self.ranks.gather(own) for norm in part]
-        total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+        own = torch.stack(torch._foreach_norm(gradients)).cpu() if gradients else torch.zeros(0)
+        norms = torch.cat([part for part in self.ranks.gather(own) if len(part)] or [own])
+        total: Tensor = torch.linalg.vector_norm(norms)
         scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
         if gradients:
             torch._foreach_mul_(gradients, scale.item())

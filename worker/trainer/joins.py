@@ -28,8 +28,13 @@ CLOSE = 1e-3
 
 def check(policy: Policy, rows: Sequence[Row]) -> None:
     """If several segments in a pack would change their gradients, let packs of `policy` hold one. Uses some `rows`."""
-    if not policy.shared or not policy.joins or policy.full:
-        return
+    if policy.shared and policy.joins and not policy.full:
+        _compare(policy, rows)
+    policy.packing = replace(policy.packing, joined=policy.joins)
+
+
+def _compare(policy: Policy, rows: Sequence[Row]) -> None:
+    """Set `policy.joins` by what some `rows` give together and alone."""
     segments = _segments_to_check(policy, rows)
     if len(segments) < 2:
         return
@@ -48,7 +53,7 @@ def check(policy: Policy, rows: Sequence[Row]) -> None:
             for one, other in zip(together, alone, strict=True)
         )
     except torch.OutOfMemoryError:
-        pass  # then packs of a step will be smaller too
+        policy.joins = False  # always right, and smaller
     finally:
         for name, weight in adapters.items():
             weight.data.copy_(before[name])

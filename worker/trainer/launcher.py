@@ -1,7 +1,7 @@
 """The launcher: computes segments in packs, on one rank or several, within the memory of each device.
 
 A launch is the computation of one pack. It holds as many segments as fit the budget of the policy's packing. After
-running out of GPU memory, a rank halves its launches and repeats the last one. The others just wait for its results.
+running out of GPU memory, a rank halves its launches and repeats what it has not sent yet. The others wait for it.
 """
 
 import gc
@@ -108,7 +108,7 @@ class Launcher:
                 try:
                     compute(policy.packing.build(group).to(policy.device), range(done, done + len(group)))
                 except torch.OutOfMemoryError as error:
-                    self._save_memory(max(segment.tokens for segment in group), error)
+                    self._save_memory([segment.tokens for segment in group], error)
                     break
                 done += len(group)
             else:
@@ -118,14 +118,14 @@ class Launcher:
             torch.cuda.empty_cache()
             done = restart(done)
 
-    def _save_memory(self, largest: int, error: torch.OutOfMemoryError) -> None:
+    def _save_memory(self, tokens: list[int], error: torch.OutOfMemoryError) -> None:
         """Make smaller packs, or recompute activations. Raises `UserError` if a segment does not fit alone.
 
-        `largest` is the size in tokens of the largest segment in the pack that failed.
+        `tokens` are the sizes of the segments in the pack that failed.
         """
-        policy = self.policy
-        if policy.packing.joined and policy.launch_tokens > largest:
-            policy.room = policy.launch_tokens // 2
+        policy, largest = self.policy, max(tokens)
+        if len(tokens) > 1:
+            policy.room = min(policy.launch_tokens, sum(tokens)) // 2
             message = f"Out of memory: packs of {policy.room} tokens from now on."
         elif self.may_recompute and not policy.recomputes_activations:
             policy.recompute_activations(True)
@@ -170,10 +170,9 @@ class Launcher:
         step.send(0)
         self._launch(step.segments, step.compute, step.restart)
         step.reduction.finish()
-        values = joined([values for _, (values, _) in sorted(step.results.items())])
+        values = joined([step.results[number] for number in range(len(step.segments))])
         own = {name: tensor.cpu() for name, tensor in values.items()}
-        counts = sum((counts for _, counts in step.results.values()), TokenCounts())
-        gathered = self.ranks.gather((own, counts))
+        gathered = self.ranks.gather((own, step.counts))
         values = joined([values for values, _ in gathered if values])
         in_order = {name: plan.in_order(tensor, self.ranks.size) for name, tensor in values.items()}
         return in_order, sum((counts for _, counts in gathered), TokenCounts())
@@ -199,8 +198,10 @@ class _Backward:
         self.sums: list[Sum] = [{} for _ in parts]
         self.reduction, self.sent = Reduction(launcher.owned), 0
         """`sent` is the number of rounds whose sums are in the reduction."""
-        self.results: dict[int, tuple[Values, TokenCounts]] = {}
-        """The values and counts of each pack, by the number of its first segment."""
+        self.results: dict[int, Values] = {}
+        """The values of each segment, by its number. One that is computed again replaces them."""
+        self.counts = TokenCounts()
+        """The counts of all packs, with those that were computed again."""
 
     def compute(self, pack: Pack, numbers: range) -> None:
         """Add the gradient of the loss of `pack`, which holds the segments `numbers`."""
@@ -209,18 +210,19 @@ class _Backward:
             (place,) = places
             torch.manual_seed(int.from_bytes(sha256(f"{self.draw} {place}".encode()).digest()[:7]))
         sums = [self.sums[self.round_of[number]] for number in numbers]
-        self.policy.products.targets = (
-            [Target(*extent, total) for extent, total in zip(pack.extents, sums, strict=True)]
-            if self.policy.packing.joined
-            else [Target(slice(None), slice(None), *sums)]
-        )
+        if self.policy.packing.joined:
+            targets = [Target(*extent, total) for extent, total in zip(pack.extents, sums, strict=True)]
+        else:
+            targets = [Target(slice(None), slice(None), *sums)]
+        self.policy.products.targets = None if self.policy.compiled else targets
         try:
             loss, values = self.loss(pack, places)
             (self.policy.loss_scale * loss).backward()  # type: ignore[no-untyped-call]
         finally:
             self.policy.products.targets = None
-        values = {name: tensor.detach() for name, tensor in values.items()}
-        self.results[numbers.start] = values, TokenCounts.of(pack)
+        for number, extent in zip(numbers, pack.extents, strict=True):
+            self.results[number] = {name: tensor.detach()[extent.responses] for name, tensor in values.items()}
+        self.counts += TokenCounts.of(pack)
         self.send(numbers.stop)
 
     def send(self, done: int) -> None:
@@ -236,9 +238,7 @@ class _Backward:
         """Drop all sums that were not sent. Returns the number of the first segment whose sum is lost."""
         self.sums = [{} for _ in self.sums]
         take_gradients({}, self.parameters)
-        first = self.ends[self.sent - 1] if self.sent else 0
-        self.results = {start: result for start, result in self.results.items() if start < first}
-        return first
+        return self.ends[self.sent - 1] if self.sent else 0
 
 
 def joined(parts: Sequence[Values]) -> Values:

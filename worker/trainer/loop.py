@@ -10,6 +10,7 @@ for each stage:
 """
 
 import time
+from dataclasses import replace
 from hashlib import sha256
 
 import torch
@@ -62,6 +63,8 @@ def _train(run: TrainingRun) -> None:
     policy = load_policy(run.spec, run.base, run.resume / "model" if run.resume else run.start, run.events)
     run.check_stop()
     check_policy(run, stages, policy)
+    policy.joins = not run.ranks.any(not policy.joins)  # one may have run out of memory in the check
+    policy.packing = replace(policy.packing, joined=policy.joins)
     require_same(run, policy)
     threads = torch.get_num_threads()
     devices = f"{policy.device.type} ({threads} thread{'s' if threads > 1 else ''})"

@@ -2,7 +2,8 @@
 
 The trainer's process forks a rank for each device and waits. The first rank reads the runner's answers and writes the
 events. A rank that fails leaves the event that says why in the folder `ranks`, and the trainer reports the earliest.
-When a rank dies, the launcher ends the others within seconds, and the trainer ends like the rank that died.
+When a rank dies, the others notice it within seconds. The launcher kills those that do not end within 30 s. Then the
+trainer ends like the rank that died.
 
 Each rank ends when the trainer does. It holds a pipe whose other end only the trainer has.
 """
@@ -14,11 +15,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest.mock import patch
 
+import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -30,8 +34,6 @@ RANK = "RANK"
 """The variable by which torchrun's launcher tells a process its rank."""
 BEAT_SECONDS, SILENT_SECONDS = 1.0, 20.0
 """Each rank gives a sign of life every second. One that gives none for so long counts as hung, and is killed."""
-FAILED_RANK_SECONDS = 5
-"""Time for the other ranks to end by themselves after one has failed. Then they are killed."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,11 @@ class RankFolder:
         return cls(folder / "ranks" / str(rank))
 
     def fail(self, event: Event) -> None:
-        """Keep the event that ends the run."""
-        (self.path / "event.json").write_text(line(event))
+        """Keep the event that ends the run. A disk that is full may not take it, and then the rank just ends."""
+        partial = self.path / "event.partial"
+        with suppress(OSError):
+            partial.write_text(line(event))
+            partial.rename(self.path / "event.json")
 
     @property
     def failure(self) -> Event | None:
@@ -57,7 +62,10 @@ class RankFolder:
 
     def beat(self) -> None:
         """Give a sign of life."""
-        (self.path / "beat").write_text(str(os.getpid()))
+        path = self.path / "beat"
+        if not path.exists():
+            path.write_text(str(os.getpid()))
+        os.utime(path)  # it needs no room on the disk
 
     @property
     def silent_pid(self) -> int | None:
@@ -78,6 +86,7 @@ def launch(folder: Path, size: int, run_rank: Callable[[int], int], stopping: th
     read_end, write_end = os.pipe()
 
     def start() -> int:
+        assert not torch.cuda._is_in_bad_fork(), "the trainer has used the GPU's driver before it forked its ranks"
         os.close(write_end)
         rank = int(os.environ[RANK])
         threading.Thread(target=_end_with_trainer, args=(read_end,), daemon=True).start()
@@ -106,21 +115,22 @@ def launch(folder: Path, size: int, run_rank: Callable[[int], int], stopping: th
     threading.Thread(target=_watch, args=(folder, size, processes), daemon=True).start()
     # The ranks are on one machine, whose name may have no address.
     os.environ.update(GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo")
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=size,
-        run_id=folder.name,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",
-        max_restarts=0,
-        monitor_interval=0.1,
-        start_method="fork",  # all libraries are loaded
-        signals_to_handle="SIGHUP",  # SIGTERM is for `stop`
-        shutdown_timeout=FAILED_RANK_SECONDS,
-        logs_specs=DefaultLogsSpecs(log_dir=str(folder / "ranks")),
-    )
+    # A process that has asked for GPUs cannot fork ranks that use them, and the configuration asks.
+    with patch.object(torch.cuda, "is_available", return_value=False):
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=size,
+            run_id=folder.name,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            max_restarts=0,
+            monitor_interval=0.1,
+            start_method="fork",
+            signals_to_handle="SIGHUP",  # SIGTERM is for `stop`
+            logs_specs=DefaultLogsSpecs(log_dir=str(folder / "ranks")),
+        )
     try:
         results: dict[int, int] = elastic_launch(config, start)()
         return max(results.values())
@@ -152,7 +162,8 @@ def _end_with_trainer(pipe: int) -> None:
 
 def _beat(folder: RankFolder) -> None:
     while True:
-        folder.beat()
+        with suppress(OSError):  # the next one may succeed
+            folder.beat()
         time.sleep(BEAT_SECONDS)
 
 
@@ -162,17 +173,22 @@ def _watch(folder: Path, size: int, processes: set[BaseProcess]) -> None:
     `processes` gets the processes of the ranks.
     """
     folders = [RankFolder.of(folder, rank) for rank in range(size)]
-    while True:
+    while len(processes) < size:  # until all have begun: each call reaps, beside the launcher
         processes.update(multiprocessing.active_children())
+        time.sleep(0.02)
+    while True:
         time.sleep(BEAT_SECONDS)
         silent = {rank: pid for rank, one in enumerate(folders) if (pid := one.silent_pid) is not None}
         for rank, pid in silent.items():
             print(f"rank {rank} gives no sign of life", file=sys.stderr, flush=True)
-            _dump_stacks([int((one.path / "beat").read_text() or 0) for one in folders])
-            os.kill(pid, signal.SIGKILL)
+            for process in processes:
+                _send(process.pid, signal.SIGUSR1)  # it writes its stacks
+            time.sleep(BEAT_SECONDS)
+            _send(pid, signal.SIGKILL)
 
 
-def _dump_stacks(pids: Sequence[int]) -> None:
-    for pid in filter(None, pids):
-        os.kill(pid, signal.SIGUSR1)
-    time.sleep(BEAT_SECONDS)
+def _send(pid: int | None, number: int) -> None:
+    """Send a signal to a rank, unless it has ended."""
+    with suppress(ProcessLookupError):
+        if pid is not None:
+            os.kill(pid, number)

@@ -59,14 +59,13 @@ class Run:
         about: JsonObject = json.loads((self.folder / "run.json").read_text())
         return about
 
-    @property
     def must_stop(self) -> bool:
         """Whether a rank was asked to stop. All ranks must ask at the same places, between two pieces of work."""
         return self.ranks.any(self.stopping.is_set())
 
     def check_stop(self) -> None:
         """Raise `Stopped` if the run must stop."""
-        if self.must_stop:
+        if self.must_stop():
             raise Stopped
 
 

@@ -216,7 +216,7 @@ class StageRun:
 
     def stop_if_asked(self) -> None:
         """If the run was asked to stop, write a checkpoint and raise `Stopped`. To be called between two steps."""
-        if self.run.must_stop:
+        if self.run.must_stop():
             self.checkpoint()
             raise Stopped
 
@@ -269,11 +269,12 @@ def begin(
     # Random numbers are drawn for one segment at a time.
     policy.packing = replace(policy.packing, joined=policy.joins and not _draws(method))
     if resume is not None:
-        checkpoint.restore(resume, policy, optimizer, method, run.best_weights)
+        checkpoint.restore(resume, policy, optimizer, method, run.best_weights, run.ranks)
         run.events.message(f"Resumed stage {stage.name} after step {state.stage_step} of {stage.steps}.")
     else:
         state.stage, state.stage_step, state.ended, state.best = stage.name, 0, False, Best()
-        run.best_weights.unlink(missing_ok=True)
+        if run.ranks.is_first:
+            run.best_weights.unlink(missing_ok=True)
         method.begin(lambda tail_weight: references or policy_references(launcher, stage, tail_weight, run))
     if policy.has_dropout and not method.DROPOUT:
         message = f"The adapter's dropout acts in SFT only. The {stage.name.upper()} stage runs without it."

@@ -179,7 +179,36 @@ def test_a_rank_with_less_memory_than_the_others_changes_nothing(llama: Path, mo
             assert metrics_of_ranks == [metrics] * 2
     finally:
         models[1].room = None
+        models[1].recompute_activations(False)
     assert failures
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 3, 4])
+def test_a_step_that_runs_out_of_memory_anywhere_has_each_value_once(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int
+) -> None:
+    """Packs hold the end of one virtual rank and the beginning of the next one."""
+    rows = rows_for("sigmoid", [(5 + k, [4, 5]) for k in range(20)])
+    (policy, *_) = policies(llama, False)
+    expected, (metrics,) = step_on(1, "sigmoid", rows, 90, 4, models=[policy])
+    score, steps = policy.score, list[int]()
+
+    def failing(pack: Pack, **options: Any) -> Scores:
+        if torch.is_grad_enabled():  # not the reference pass
+            steps.append(pack.tokens)
+            if len(steps) == fails_at:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return score(pack, **options)
+
+    monkeypatch.setattr(policy, "score", failing)
+    try:
+        actual, (again,) = step_on(1, "sigmoid", rows, 90, 4, models=[policy])
+    finally:
+        policy.room = None
+        policy.recompute_activations(False)
+    assert len(steps) > fails_at
+    assert all(torch.equal(actual[name], gradient) for name, gradient in expected.items())
+    assert again == metrics
 
 
 def test_the_clipped_gradient_is_that_of_torch() -> None:

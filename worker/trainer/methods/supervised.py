@@ -74,5 +74,6 @@ def _sum(pack: Pack, values: Tensor) -> Tensor:
 
 def _report(values: Values, averages: Averages) -> None:
     """Add the means over all scored tokens to `averages`."""
-    for name in values.keys() - {"tokens"}:
-        averages.add(name, values[name], values["tokens"])
+    for name, sums in values.items():
+        if name != "tokens":
+            averages.add(name, sums, values["tokens"])
