@@ -74,7 +74,7 @@ def test_a_worker_that_has_lost_its_gpu_trains_nothing_and_another_takes_its_job
 
     Later the driver does not answer either. The worker looks again, and says so.
     """
-    with running(home, fake_driver(tmp_path, "NVIDIA H100 80GB HBM3, 81559")) as service:
+    with running(home, fake_driver(tmp_path, "GPU-1, NVIDIA H100 80GB HBM3, 81559")) as service:
         job_id = start(service, tmp_path)
         service.until(lambda: out_of_service(service), "the worker's end of service")
         assert service.job(job_id)["status"] == "queued"
