@@ -63,7 +63,7 @@ def find_devices(wanted: DeviceSetting, cpu_devices: int = 0) -> list[Device]:
 
 
 def placement(devices: Sequence[Device]) -> JsonObject:
-    """What a trainer has to know of its devices: fields of `run.json`."""
+    """The fields of `run.json` that tell a trainer its devices."""
     first, visible = devices[0], [device.visible for device in devices]
     return {
         "device": first.kind,

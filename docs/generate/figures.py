@@ -107,7 +107,7 @@ def _engine_in_short() -> str:
 
 
 def _scaling() -> str:
-    """What ranks cost and save, measured."""
+    """The costs and the speed of ranks, as measured."""
     measured = result("scaling")
     sent = measured["2 ranks"]["bytes_sent"] / measured["2 ranks"]["bytes_by_formula"]
     rows = [

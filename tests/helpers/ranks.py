@@ -58,7 +58,7 @@ class ThreadRanks(Ranks):
 
 
 def on_ranks(size: int, work: Callable[[ThreadRanks], Value]) -> list[Value]:
-    """What `work` returns on each of `size` ranks. If one fails, all fail."""
+    """The results of `work` on each of `size` ranks. If one fails, all fail."""
     meeting = Meeting(size)
 
     def run(rank: int) -> Value:

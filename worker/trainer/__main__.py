@@ -108,26 +108,34 @@ def _run_rank(folder: Path, about: JsonObject, stream: IO[str], stopping: thread
     import torch
 
     from worker.trainer.cache import Cache
-    from worker.trainer.events import Events
+    from worker.trainer.device_check import why_unusable
+    from worker.trainer.events import DeviceFailed, Events
     from worker.trainer.ranks import Ranks
 
     if threads := about.get("threads"):
         torch.set_num_threads(threads)
-    ranks, fail = Ranks(), None
+    device, alone = about.get("device", "cpu"), about.get("ranks", 1) == 1
+    entry = {
+        "event": "trainer began",
+        "level": "info",
+        "timestamp": datetime.now(UTC).isoformat(),
+        **({} if alone else {"rank": rank}),
+        **about.get("log", {}),
+    }
+    print(json.dumps(entry), file=sys.stderr, flush=True)
     events = Events(stream if rank == 0 else Path(os.devnull).open("w"))  # noqa: SIM115 - until the end
-    if about.get("ranks", 1) > 1:
-        from worker.trainer.device_check import why_unusable
+    fail: Callable[[Event], None] = events.emit
+    if not alone:
         from worker.trainer.distributed import DistributedRanks
-        from worker.trainer.events import DeviceFailed
         from worker.trainer.rank_processes import RankFolder
 
         fail = RankFolder.of(folder, rank).fail
-        if (reason := why_unusable(about.get("device", "cpu"))) is not None:
-            fail(DeviceFailed(reason))
-            return 1
-        ranks = DistributedRanks(about.get("device", "cpu"))
-    cache = Cache(folder / "cache", events, answers)
-    return _train_or_evaluate(folder, about, events, stopping, cache, ranks, fail or events.emit)
+    # Without this check, a machine that has lost its GPU would train on the CPU.
+    if (reason := why_unusable(device)) is not None:
+        fail(DeviceFailed(reason))
+        return 1
+    ranks = Ranks() if alone else DistributedRanks(device)
+    return _train_or_evaluate(folder, about, events, stopping, Cache(folder / "cache", events, answers), ranks, fail)
 
 
 def _train_or_evaluate(
@@ -144,7 +152,7 @@ def _train_or_evaluate(
 
     from app.spec.datasets.errors import DatasetError
     from worker.disk import is_disk_fault
-    from worker.trainer.device_check import is_device_fault, why_unusable
+    from worker.trainer.device_check import is_device_fault
     from worker.trainer.evaluation import evaluate
     from worker.trainer.evaluation.run import EvaluationRun
     from worker.trainer.events import Broken, DeviceFailed, Failed
@@ -152,18 +160,6 @@ def _train_or_evaluate(
     from worker.trainer.room import NoRoom
     from worker.trainer.run import TrainingRun, require_placed
 
-    entry = {
-        "event": "trainer began",
-        "level": "info",
-        "timestamp": datetime.now(UTC).isoformat(),
-        **({"rank": ranks.rank} if ranks.size > 1 else {}),
-        **about.get("log", {}),
-    }
-    print(json.dumps(entry), file=sys.stderr, flush=True)
-    # Without this check, a machine that has lost its GPU would train on the CPU.
-    if (reason := why_unusable(about.get("device", "cpu"))) is not None:
-        fail(DeviceFailed(reason))
-        return 1
     is_evaluation = (folder / "evaluation.json").exists()
     try:
         require_placed(folder, about)

@@ -45,7 +45,7 @@ def check(kind: str) -> str | None:
 
 
 def _problem_of(device: str) -> str | None:
-    """What is wrong with the results of one device; None if nothing is."""
+    """The fault in the results of one device; None if there is none."""
     generator = torch.Generator().manual_seed(0)
     try:
         for _ in range(ROUNDS):

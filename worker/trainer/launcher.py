@@ -74,7 +74,7 @@ class Launcher:
     def forward(
         self, segments: Iterable[Segment], score: Callable[[Pack], Values]
     ) -> Iterator[tuple[list[Segment], Values]]:
-        """What `score` returns for the packs of `segments`, without gradients, on all ranks and in order.
+        """The results of `score` for the packs of `segments`, without gradients, on all ranks and in order.
 
         Each item has some segments and the values of all their responses, on the CPU. The ranks compute one group of
         segments each for it.

@@ -42,11 +42,6 @@ class Stage:
     repeated: int = 0
     """Number of validation rows whose prompt is also in the training rows."""
 
-    @cached_property
-    def longest(self) -> int:
-        """Number of tokens of the largest training or validation row."""
-        return max(self.train.longest, self.validation.longest)
-
     @property
     def batch_size(self) -> int:
         """Rows per optimizer step. A stage with fewer rows takes all of them."""

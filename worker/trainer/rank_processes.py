@@ -38,7 +38,7 @@ BEAT_SECONDS, SILENT_SECONDS = 1.0, 20.0
 
 @dataclass(frozen=True)
 class RankFolder:
-    """What a rank leaves for the trainer: its sign of life, its process id, and the event that ended it."""
+    """The files that a rank leaves for the trainer: a sign of life with its process id, and the event that ended it."""
 
     path: Path
 

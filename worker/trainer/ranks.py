@@ -33,11 +33,11 @@ class Ranks:
         return values if self.is_first else None
 
     def of_first(self, make: Callable[[], Value]) -> Value:
-        """What `make` returns on the first rank. The others wait for it and do not call `make`."""
+        """The result of `make` on the first rank. The others wait for it and do not call `make`."""
         return self.gather(make() if self.is_first else None)[0]  # type: ignore[return-value]
 
     def first_then_others(self, make: Callable[[], Value]) -> Value:
-        """What `make` returns on this rank. The others call it when the first rank has, and find what it left."""
+        """The result of `make` on this rank. The others call it after the first rank, and find what that has left."""
         made = [make()] if self.is_first else []
         self.gather(None)
         return made[0] if made else make()
