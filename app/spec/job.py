@@ -265,12 +265,22 @@ class JobSpec(RenderingSettings, Automatic):
             raise inconsistent("double_quantization", "'double_quantization' goes with 'quantization': 'nf4'")
         if self.compute_dtype is not None and self.adapter == "none":
             raise inconsistent("compute_dtype", "Full-parameter training always keeps its weights in float32")
+        if self.parallel.shard:
+            self._require_shardable()
         if self.validation_file is not None and self.validation_split:
             raise inconsistent("validation_split", "Give 'validation_file' or 'validation_split', not both")
         self._require_validation_rows()
         if info.context != STORED:  # a job that was accepted is not refused later
             self._require_known_metrics()
         return self
+
+    def _require_shardable(self) -> None:
+        """Refuse to shard a model that is trained in full, or compiled."""
+        if self.adapter == "none":
+            raise inconsistent("parallel.shard", "'shard' divides a frozen base, and adapter 'none' trains all of it")
+        for stage in self.stages():
+            if stage.settings.compile:
+                raise inconsistent("parallel.shard", f"Compiled layers cannot be sharded; drop '{stage.field}.compile'")
 
     def _require_known_metrics(self) -> None:
         """Refuse a gate on a metric that will not be measured."""
@@ -314,6 +324,8 @@ class JobSpec(RenderingSettings, Automatic):
         for name, default in (("resources", Resources()), ("parallel", Parallel())):
             if getattr(self, name) == default:
                 del stored[name]
+        if self.parallel.shard is None and "parallel" in stored:
+            del stored["parallel"]["shard"]
         if isinstance(stored["adapter"], dict) and stored["adapter"]["modules_to_save"] is None:
             del stored["adapter"]["modules_to_save"]
         return stored

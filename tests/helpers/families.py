@@ -14,6 +14,7 @@ from tests.helpers.trainer import disturb, make_row
 from worker.trainer.events import Events
 from worker.trainer.loading import wrap
 from worker.trainer.model import Base, Policy
+from worker.trainer.shards import Shards
 
 WINDOW = 6
 """Shorter than prompt plus response of every row below."""
@@ -75,12 +76,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
 SPEC = {"model": "tiny", "training_file": "x", "adapter": {"r": 4}, "quantization": "none", "seed": 1}
 
 
-def make_policy(family: str, settings: dict[str, Any], stream: io.StringIO, **spec: Any) -> Policy:
-    """A tiny random model of `family` in float64, with disturbed trainable weights."""
+def make_policy(
+    family: str, settings: dict[str, Any], stream: io.StringIO, shards: Shards | None = None, **spec: Any
+) -> Policy:
+    """A tiny random model of `family` in float64, with disturbed trainable weights. `shards` take its base."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family.split(" ")[0], **{**SMALL, **settings}))
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the grouped kernels have no float64
     body = JobSpec.model_validate({**SPEC, **spec}).resolved()
-    policy = wrap(model.double(), make_tokenizer(), body, Base("tiny", None, None, Path()), None, Events(stream))
+    model.double()
+    if shards is not None:
+        shards.finish(model, ends=True)
+    policy = wrap(model, make_tokenizer(), body, Base("tiny", None, None, Path()), None, Events(stream))
+    policy.shards = shards or policy.shards
     return disturb(policy)

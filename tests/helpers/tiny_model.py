@@ -30,8 +30,10 @@ CHATML = (
 CHATML_WITH_BOS = "{{ bos_token }}" + CHATML
 
 
-def make_tiny_model(folder: Path, *, architecture: str = "llama", chat_template: str | None = None) -> Path:
-    """Write a model of 2 layers and its tokenizer into `folder`, the same bits each time, and return `folder`.
+def make_tiny_model(
+    folder: Path, *, architecture: str = "llama", chat_template: str | None = None, layers: int = 2, seed: int = 0
+) -> Path:
+    """Write a model and its tokenizer into `folder`, the same bits each time, and return `folder`.
 
     `architecture` is llama, qwen3, or mistral, whose sliding window is shorter than most texts. The tokenizer
     puts <s> before every text by itself.
@@ -41,7 +43,7 @@ def make_tiny_model(folder: Path, *, architecture: str = "llama", chat_template:
         "vocab_size": len(tokenizer),
         "hidden_size": 64,
         "intermediate_size": 128,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
@@ -52,7 +54,7 @@ def make_tiny_model(folder: Path, *, architecture: str = "llama", chat_template:
         "initializer_range": 0.2,
     }
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         if architecture == "llama":
             model = LlamaForCausalLM(LlamaConfig(**sizes))
         elif architecture == "qwen3":

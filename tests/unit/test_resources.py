@@ -39,9 +39,32 @@ def test_what_is_wrong_is_named_with_its_field(resources: Any, param: str, reaso
     assert named == param and reason in message
 
 
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"adapter": "none"}, "adapter 'none' trains all of it"),
+        (
+            {"method": {"type": "dpo", "dpo": {"hyperparameters": {"compile": True}}}},
+            "drop 'method.dpo.hyperparameters.compile'",
+        ),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(fields: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        JobSpec.model_validate(BODY | fields | {"parallel": {"shard": True}})
+    (error,) = caught.value.errors()
+    message, named, _ = describe_validation_error({**error, "loc": ("body", *error["loc"])})
+    assert named == "parallel.shard" and reason in message
+    JobSpec.model_validate(BODY | fields | {"parallel": {"shard": "auto"}})
+
+
 def test_what_is_not_stated_is_not_stored() -> None:
     """A worker of the version before does not know the fields."""
     stored = JobSpec.model_validate(BODY).resolved().to_store()
     assert not {"resources", "parallel"} & stored.keys()
     stated = JobSpec.model_validate(BODY | {"resources": {"gpus": 2}, "parallel": {"virtual_ranks": 4}})
     assert JobSpec.stored(stated.resolved().to_store()).resources.most == 2
+    assert "shard" not in stated.to_store()["parallel"]
+    for shard in (True, False):
+        sharded = JobSpec.model_validate(BODY | {"parallel": {"shard": shard}})
+        assert JobSpec.stored(sharded.resolved().to_store()).parallel.shard is shard

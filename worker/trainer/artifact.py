@@ -148,6 +148,8 @@ def _drift(folder: Path, policy: Policy, results: Results) -> str:
     method = prequantized(config_of(results.base.folder))
     if method is not None:
         return f"It is the base's own ({method}): use the adapter with exactly these weights."
+    if policy.shards:
+        return "Not measured: the base was sharded."
     chosen = results.validation[:DRIFT_ROWS]
     if not chosen:
         return "Not measured: the job had no validation rows."

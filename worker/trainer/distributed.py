@@ -31,6 +31,17 @@ def _peers() -> Iterator[None]:
         raise PeerLost(str(error).splitlines()[0]) from error
 
 
+def _waiter(work: dist.Work | None) -> Callable[[], None]:
+    """A function that waits for `work`."""
+    assert work is not None
+
+    def wait() -> None:
+        with _peers():
+            work.wait()
+
+    return wait
+
+
 class DistributedRanks(Ranks):
     """A member of torch's default process group. Raises `PeerLost` when another member is gone."""
 
@@ -39,9 +50,12 @@ class DistributedRanks(Ranks):
 
         `device` is the kind of the ranks' devices, cpu or cuda.
         """
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=PATIENCE)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._objects = dist.new_group(backend="gloo", timeout=PATIENCE)
+        # Weights have a group of their own: between those of two layers, ranks send gradients at different times.
+        self._weights = dist.new_group(backend=backend, timeout=PATIENCE)
 
     def gather(self, value: Value) -> list[Value]:
         values: list[Value | None] = [None] * self.size
@@ -65,15 +79,17 @@ class DistributedRanks(Ranks):
         sent, received = torch.cat(list(parts)), parts[0].new_empty(sum(sizes))
         sent_sizes = [part.numel() for part in parts]
         with _peers():
-            work = dist.all_to_all_single(received, sent, list(sizes), sent_sizes, async_op=True)
-        assert work is not None
+            arrived = _waiter(dist.all_to_all_single(received, sent, list(sizes), sent_sizes, async_op=True))
 
         def wait() -> list[Tensor]:
-            with _peers():
-                work.wait()
+            arrived()
             return list(torch.split(received, list(sizes)))
 
         return wait
+
+    def collect(self, whole: Tensor, part: Tensor) -> Callable[[], None]:
+        with _peers():
+            return _waiter(dist.all_gather_into_tensor(whole, part, group=self._weights, async_op=True))
 
     def copy_from(self, rank: int, tensor: Tensor) -> None:
         with _peers():

@@ -58,7 +58,15 @@ def check(policy: Policy, rows: Sequence[Row], events: Events) -> None:
         else:
             message = f"The log-probs of '{policy.name}' cannot be computed exactly by this engine."
             raise UserError("unsupported_model", message, "model")
-    # 4. Whether segments may share a pack.
+    # 4. In which order a pass uses a sharded base.
+    if policy.shards and (policy.one_by_one or policy.own_logits):
+        message = f"The base '{policy.name}' cannot be sharded: its texts are computed one by one."
+        raise UserError("unsupported_model", f"{message} Set 'shard' to false.", "parallel.shard")
+    shortest = policy.packing.build([Segment(tuple(trees(rows, numbers[:1], policy.packing.budget)))])
+    policy.shards.record(lambda: policy.score(shortest.to(policy.device)).responses)
+    for parameter in policy.trainable().values():
+        parameter.grad = None
+    # 5. Whether segments may share a pack.
     joins.check(policy, rows)
 
 

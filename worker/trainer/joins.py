@@ -48,12 +48,11 @@ def _compare(policy: Policy, rows: Sequence[Row]) -> None:
         alone = [outcome for segment in segments for outcome in _outcomes(policy, [segment])]
         together = _outcomes(policy, segments)
         same = _close if policy.device.type == "cpu" and torch.get_num_threads() > 1 else torch.equal
-        policy.joins = all(
+        # Packs of one segment are always right. They are smaller, too, if one of these had no room.
+        policy.joins = len(together) == len(alone) and all(
             one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
             for one, other in zip(together, alone, strict=True)
         )
-    except torch.OutOfMemoryError:
-        policy.joins = False  # always right, and smaller
     finally:
         for name, weight in adapters.items():
             weight.data.copy_(before[name])
@@ -69,14 +68,17 @@ def _segments_to_check(policy: Policy, rows: Sequence[Row]) -> list[Segment]:
 
 
 def _outcomes(policy: Policy, segments: Sequence[Segment]) -> list[dict[str, Tensor]]:
-    """The values and the gradients of each of `segments`, computed in one pack."""
+    """The values and the gradients of each of `segments`, computed in one pack. None at all without memory for it."""
     pack = policy.packing.build(segments).to(policy.device)
     sums: list[Sum] = [{} for _ in segments]
     policy.products.targets = [Target(*extent, total) for extent, total in zip(pack.extents, sums, strict=True)]
     try:
-        values = policy.rewards(pack) if policy.reward_head is not None else policy.score(pack).responses  # [R]
-        if values.requires_grad:
-            values.sum().backward()  # type: ignore[no-untyped-call]
+        with policy.shards.together(backward=True):
+            values = policy.rewards(pack) if policy.reward_head is not None else policy.score(pack).responses  # [R]
+            if values.requires_grad:
+                values.sum().backward()  # type: ignore[no-untyped-call]
+    except torch.OutOfMemoryError:
+        return []
     finally:
         policy.products.targets = None
     names = {parameter: name for name, parameter in policy.trainable().items()}

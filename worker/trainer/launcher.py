@@ -64,6 +64,8 @@ class Launcher:
     may_recompute: bool = True
     owned: Ownership = field(init=False)
     """Which rank updates which parameters."""
+    forward_passes: int = 1
+    """The number of forward passes in a launch."""
     _warned_of_idle_ranks: bool = False
 
     def __post_init__(self) -> None:
@@ -96,27 +98,37 @@ class Launcher:
         segments: Sequence[Segment],
         compute: Callable[[Pack, range], None],
         restart: Callable[[int], int] = lambda done: done,
+        *,
+        done: int = 0,
+        backward: bool = False,
     ) -> None:
         """Call `compute` for each pack of `segments` on this rank, with the numbers of the segments in the pack.
 
-        After a call that ran out of memory, `restart` gets the number of segments done, and returns the number of the
-        segment to go on with.
+        `done` is the number of segments to leave out. After a call that ran out of memory, `restart` gets the number of
+        segments done, and returns the number of the segment to go on with. `backward`: whether `compute` has a backward
+        pass. With a sharded base, all ranks launch together until none has segments left.
         """
-        done, policy = 0, self.policy
-        while done < len(segments):
-            for group in replace(policy.packing, budget=policy.launch_tokens).groups(segments[done:]):
-                try:
-                    compute(policy.packing.build(group).to(policy.device), range(done, done + len(group)))
-                except torch.OutOfMemoryError as error:
-                    self._save_memory([segment.tokens for segment in group], error)
-                    break
-                done += len(group)
+        policy = self.policy
+        while self._is_left(done < len(segments)):
+            packing = replace(policy.packing, budget=policy.launch_tokens)
+            group = next(packing.groups(segments[done:]), [])
+            try:
+                with policy.shards.together(self.forward_passes, backward=backward):
+                    if group:
+                        compute(policy.packing.build(group).to(policy.device), range(done, done + len(group)))
+            except torch.OutOfMemoryError as error:
+                self._save_memory([segment.tokens for segment in group], error)
             else:
-                return
+                done += len(group)
+                continue
             # Outside of the handler: there, the exception would still hold the tensors of the failed launch.
             gc.collect()
             torch.cuda.empty_cache()
             done = restart(done)
+
+    def _is_left(self, own: bool) -> bool:
+        """Whether to launch again: this rank has segments left, or another one that needs this rank's shards has."""
+        return self.ranks.any(own) if self.policy.shards else own
 
     def _save_memory(self, tokens: list[int], error: torch.OutOfMemoryError) -> None:
         """Make smaller packs, or recompute activations. Raises `UserError` if a segment does not fit alone.
@@ -167,8 +179,15 @@ class Launcher:
         """
         take_gradients({}, self.owned.parameters)  # those of a loss scale that overflowed
         step = _Backward(self, plan, loss, draw)
-        step.send(0)
-        self._launch(step.segments, step.compute, step.restart)
+        if self.policy.shards:  # the ranks launch together, so they must be in the same round
+            done = 0
+            for number, end in enumerate(step.ends):
+                self._launch(step.segments[:end], step.compute, step.restart, done=done, backward=True)
+                step.send(end, number + 1)
+                done = end
+        else:
+            step.send(0)
+            self._launch(step.segments, step.compute, step.restart, backward=True)
         step.reduction.finish()
         values = joined([step.results[number] for number in range(len(step.segments))])
         own = {name: tensor.cpu() for name, tensor in values.items()}
@@ -223,11 +242,12 @@ class _Backward:
         for number, extent in zip(numbers, pack.extents, strict=True):
             self.results[number] = {name: tensor.detach()[extent.responses] for name, tensor in values.items()}
         self.counts += TokenCounts.of(pack)
-        self.send(numbers.stop)
+        if not self.policy.shards:
+            self.send(numbers.stop)
 
-    def send(self, done: int) -> None:
-        """Send the sums of the rounds that are complete after `done` segments."""
-        while self.sent < len(self.own) and self.ends[self.sent] <= done:
+    def send(self, done: int, rounds: int | None = None) -> None:
+        """Send the sums of the rounds that are complete after `done` segments, or only those of the first `rounds`."""
+        while self.sent < len(self.own[:rounds]) and self.ends[self.sent] <= done:
             j, size = self.sent, self.ranks.size
             take_gradients(self.sums[j], self.parameters)
             count = min(size, len(self.plan.virtual_ranks) - j * size)

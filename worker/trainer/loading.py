@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -15,31 +16,45 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from app.spec.job import Adapter, JobSpec
 from app.spec.prequantized import refusal
-from worker.model_files import config_of, prequantized, weight_files, why_no_weights
+from worker.model_files import config_of, prequantized, weight_bytes, weight_files, why_no_weights
 from worker.trainer.attention import why_not_batched, why_not_shared
 from worker.trainer.errors import UserError, first_line
 from worker.trainer.events import Events
 from worker.trainer.linears import adaptable, has_experts, is_ordinary, not_quantised, short_names
 from worker.trainer.lora import AddsDelta, RewardHead, with_fast_layers
+from worker.trainer.memory import free_bytes
 from worker.trainer.model import HALF_DTYPES, REWARD_HEAD, Base, Policy
 from worker.trainer.naming import meta_model
 from worker.trainer.packing import Packing
+from worker.trainer.ranks import Ranks
 from worker.trainer.rendering import Renderer
-from worker.trainer.room import require_memory
+from worker.trainer.room import LEAST_SHARE, require_memory
+from worker.trainer.shards import Shards
 from worker.trainer.tokenizer import load_tokenizer
 
 CPU_BUDGET, CUDA_BUDGET = 2048, 8192
 """Token budget of a pack. A long pack spreads the fixed cost of a pass over more tokens. On a GPU, most of that cost is
 the unpacking of quantised weights."""
+SHARDED_FROM = 0.5
+"""If the base takes more than this share of a device's free memory, several ranks divide it."""
 _DROPOUT = re.compile(r"dropout|drop_prob|drop_rate|layerdrop|drop_path")
 """Attributes of a layer that make it random in training mode."""
 
 
-def load_policy(spec: JobSpec, base: Base, start: Path | None, events: Events, *, trainable: bool = True) -> Policy:
+def load_policy(
+    spec: JobSpec,
+    base: Base,
+    start: Path | None,
+    events: Events,
+    shards: Shards | None = None,
+    *,
+    trainable: bool = True,
+) -> Policy:
     """Load the policy of `spec`.
 
     `start` is the folder of an adapter to continue from; for full-parameter training, the folder of a model. None
-    makes a new adapter, initialised with `spec.seed`. Raises `UserError`, or `NoRoom` without memory for the weights.
+    makes a new adapter, initialised with `spec.seed`. `shards` take the base; by default it is whole. Raises
+    `UserError`, or `NoRoom` without memory for the weights.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     full = spec.adapter == "none"
@@ -53,7 +68,10 @@ def load_policy(spec: JobSpec, base: Base, start: Path | None, events: Events, *
             raise ValueError(why_no_weights(folder))
         if device.type == "cpu":
             require_memory(folder, (spec.quantization or "none") if method is None else "none")
-        model = _load_base(folder, spec, device, method)
+        model = _load_base(folder, spec, device, method, shards)
+        if shards is not None:
+            shards.finish(model, ends=not _trains_ends(spec, start))
+            events.message(f"Each of the {shards.ranks.size} devices keeps a part of the base.")
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError) as error:
@@ -61,7 +79,27 @@ def load_policy(spec: JobSpec, base: Base, start: Path | None, events: Events, *
         raise UserError("model_not_loadable", message, "model") from error
     if has_experts(model) and (spec.quantization or "none") != "none":
         events.message("The experts that a router chooses from are not quantised: they are one tensor, not layers.")
-    return wrap(model, tokenizer, spec, base, start, events, trainable=trainable)
+    policy = wrap(model, tokenizer, spec, base, start, events, trainable=trainable)
+    policy.shards = shards or policy.shards
+    return policy
+
+
+def shards_for(spec: JobSpec, base: Base, ranks: Ranks) -> Shards | None:
+    """Where each of several `ranks` keeps its part of `base`; None if each holds the whole. All decide the same."""
+    compiled = any(stage.settings.compile for stage in spec.stages())
+    if ranks.size == 1 or spec.adapter == "none" or compiled or spec.parallel.shard is False:
+        return None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    free = free_bytes(device) / (ranks.size if device.type == "cpu" else 1)  # the ranks share a machine's memory
+    needed = LEAST_SHARE[spec.quantization or "none"] * weight_bytes(base.folder)
+    return Shards(ranks) if ranks.any(bool(spec.parallel.shard) or needed > SHARDED_FROM * free) else None
+
+
+def _trains_ends(spec: JobSpec, start: Path | None) -> bool:
+    """Whether the job trains the embeddings or the head in full."""
+    if start is not None:
+        return bool(LoraConfig.from_pretrained(start).modules_to_save)
+    return isinstance(spec.adapter, Adapter) and bool(spec.adapter.modules_to_save)
 
 
 def _require_trainable(spec: JobSpec, base: Base, method: str) -> None:
@@ -150,21 +188,27 @@ def _reward_head(policy: Policy, spec: JobSpec, start: Path | None) -> RewardHea
     return head
 
 
-def _load_base(folder: Path, spec: JobSpec, device: torch.device, method: str | None) -> PreTrainedModel:
-    """The model in `folder`. `method`: how its stored weights are quantised; these stay as they are."""
+def _load_base(
+    folder: Path, spec: JobSpec, device: torch.device, method: str | None, shards: Shards | None
+) -> PreTrainedModel:
+    """The model in `folder`. `method`: how its stored weights are quantised; these stay as they are.
+
+    `shards` take its layers while they are read.
+    """
     dtype = torch.float32
     if device.type == "cuda" and spec.adapter != "none":
         dtype = HALF_DTYPES[spec.compute_dtype or "bf16"]
     quantization, double = spec.quantization or "none", spec.double_quantization is not False
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        trust_remote_code=False,
-        local_files_only=True,
-        use_safetensors=True,
-        device_map={"": device},
-        **({} if method is not None else quantisation(quantization, dtype, folder, double=double)),
-    )
+    with nullcontext() if shards is None else shards.on_load():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            trust_remote_code=False,
+            local_files_only=True,
+            use_safetensors=True,
+            device_map={"": device},
+            **({} if method is not None else quantisation(quantization, dtype, folder, double=double)),
+        )
     if method is not None:  # the file names its makers' compute precision; use ours
         for module in model.modules():
             if isinstance(module, Linear4bit):

@@ -27,7 +27,7 @@ from worker.trainer.embeddings import untrained_control_tokens
 from worker.trainer.errors import UserError
 from worker.trainer.events import TrainingDone
 from worker.trainer.journal import last_metrics
-from worker.trainer.loading import load_policy
+from worker.trainer.loading import load_policy, shards_for
 from worker.trainer.model import Policy, fingerprint
 from worker.trainer.optimizer import NEED_GPU
 from worker.trainer.plan import Stage
@@ -60,7 +60,8 @@ def _train(run: TrainingRun) -> None:
     run.events.working("loading")
     other_references = None if has_references else other_model_references(run, stages[-1])
     run.events.working("loading")
-    policy = load_policy(run.spec, run.base, run.resume / "model" if run.resume else run.start, run.events)
+    start = run.resume / "model" if run.resume else run.start
+    policy = load_policy(run.spec, run.base, start, run.events, shards_for(run.spec, run.base, run.ranks))
     run.check_stop()
     check_policy(run, stages, policy)
     policy.joins = not run.ranks.any(not policy.joins)  # one may have run out of memory in the check

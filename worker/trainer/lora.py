@@ -18,6 +18,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from worker.trainer.gradients import Products, Target, add_product
+from worker.trainer.shards import unit_of
 
 
 class _AddDelta(torch.autograd.Function):
@@ -103,6 +104,12 @@ class AddsDelta:
         targets = self.products.targets
         output = _AddDelta.apply(output, flat.to(output.dtype), a, b, self.scaling[names[0]], targets)  # type: ignore[no-untyped-call]
         return output.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
+
+    def update_layer(self: lora.LoraLayer, *args: object, config: LoraConfig, **kwargs: object) -> None:
+        unit = unit_of(self.get_base_layer())
+        if config.use_dora and unit is not None:  # DoRA begins with the norms of the base's weights
+            unit.gather()
+        super().update_layer(*args, config=config, **kwargs)  # type: ignore[misc]
 
     def plain_weights(self: lora.LoraLayer) -> set[nn.Parameter]:
         """A and B if the layer adds their products itself, else nothing."""

@@ -33,7 +33,8 @@ def activation_bytes(policy: Policy, pack: Pack) -> int:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+    recording = torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor)
+    with policy.shards.together(backward=False), recording:
         # Keep the result until the sum is done: its graph holds the storages, and so no address is reused.
         result = policy.rewards(pack) if policy.reward_head is not None else policy.score(pack).responses
         total = sum(saved.values())

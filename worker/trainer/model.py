@@ -26,6 +26,7 @@ from worker.trainer.linears import body
 from worker.trainer.logps import Head, TokenScores, score_logits, score_tokens
 from worker.trainer.lora import RewardHead
 from worker.trainer.packing import Pack, Packing, Segment
+from worker.trainer.shards import Shards
 from worker.trainer.tokenizer import copy_tokenizer, write_ends
 
 REWARD_HEAD = "reward_head.safetensors"
@@ -93,6 +94,8 @@ class Policy:
     """The head of a reward model."""
     products: Products = field(default_factory=Products)
     """Where the LoRA layers add the gradients of segments."""
+    shards: Shards = field(default_factory=Shards)
+    """Of the frozen base, if each rank has only a part of it."""
     _dropout: list[nn.Dropout] = field(default_factory=list)
 
     @property
@@ -185,6 +188,7 @@ class Policy:
             tokens = score_logits(self._own_logits(pack), pack.targets, entropy=entropy, alignment=alignment)
         else:
             hidden = self._hidden(pack).flatten(0, 1).index_select(0, pack.predictors)  # (N, H)
+            self.shards.gather_head()
             tokens = score_tokens(hidden, Head.of(self.causal), pack.targets, entropy=entropy, alignment=alignment)
         logps = tokens.logps
         if tail_weight is not None:
@@ -196,6 +200,7 @@ class Policy:
         """The reward of each response of each row of `pack`, [R], float32 or wider: the head at its last token."""
         assert self.reward_head is not None
         last = self._hidden(pack).flatten(0, 1).index_select(0, pack.last[pack.leaves])  # (R, H)
+        self.shards.gather_head()  # unused, but so every pass has the same order
         rewards: Tensor = self.reward_head(last)
         return rewards
 
@@ -259,7 +264,8 @@ class Policy:
     def digest(self) -> str:
         """A hash of the configuration and of all weights, as a cache key for results computed from them.
 
-        A fresh adapter changes nothing and is left out: jobs with other ranks and seeds share their reference.
+        A fresh adapter changes nothing and is left out: jobs with other ranks and seeds share their reference. To be
+        called by all ranks if the base is sharded.
         """
         config = self.causal.config.to_dict() | {"_attn_implementation": self.own_attention, "_name_or_path": None}
         digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
@@ -267,7 +273,7 @@ class Policy:
         if not self.full and not blank:
             adapter = self.model.peft_config["default"].to_dict() | {"base_model_name_or_path": None}
             digest.update(json.dumps(adapter, sort_keys=True, default=sorted).encode())
-        for name, tensor in _all_weights(self.model):
+        for name, tensor in _all_weights(self.model, self.shards):
             if not (blank and "lora_" in name):
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + fingerprint(tensor))
         return digest.hexdigest()
@@ -331,11 +337,14 @@ def per_response(pack: Pack, values: Tensor) -> Tensor:
     return sums.index_add(0, pack.leaf, values)[pack.leaves]
 
 
-def _all_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, buffers, and the scales that quantised layers keep outside of both."""
-    yield from model.named_parameters()
+def _all_weights(model: nn.Module, shards: Shards) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, buffers, and the scales that quantised layers keep outside of both. `shards` gather them."""
+    for name, parameter in model.named_parameters():
+        shards.gather_parameter(parameter)
+        yield name, parameter
     yield from model.named_buffers()
     for name, module in model.named_modules():
+        shards.gather(module)
         weight = getattr(module, "weight", None)
         quant_state = getattr(weight, "quant_state", None)  # of a 4-bit weight
         scales = dict(quant_state.as_dict(packed=True)) if quant_state else {}

@@ -53,6 +53,14 @@ class Ranks:
         """
         return lambda: list(parts)
 
+    def collect(self, whole: Tensor, part: Tensor) -> Callable[[], None]:
+        """Begin to fill `whole` with the `part` of each rank, in their order. All are flat and equally long.
+
+        The function that it returns waits until `whole` is complete.
+        """
+        whole.copy_(part)
+        return lambda: None
+
     def copy_from(self, rank: int, tensor: Tensor) -> None:
         """Overwrite `tensor` by that of the rank `rank`."""
 

@@ -9,7 +9,7 @@ from worker.trainer import exactness, reference
 from worker.trainer.dataset import Rows
 from worker.trainer.errors import UserError
 from worker.trainer.launcher import Launcher
-from worker.trainer.loading import load_policy
+from worker.trainer.loading import load_policy, shards_for
 from worker.trainer.model import Base
 from worker.trainer.plan import Stage
 from worker.trainer.reference import Reference, References
@@ -22,7 +22,8 @@ def policy_references(launcher: Launcher, stage: Stage, tail_weight: float | Non
 
     `tail_weight` is the weight of tail tokens in LD-DPO.
     """
-    began, made, digest = time.monotonic(), len(run.cache.made), run.ranks.of_first(launcher.policy.digest)
+    began, made, policy = time.monotonic(), len(run.cache.made), launcher.policy
+    digest = policy.digest() if policy.shards else run.ranks.of_first(policy.digest)
 
     def find(rows: Rows) -> Reference:
         def report(done: int) -> None:
@@ -51,7 +52,8 @@ def other_model_references(run: TrainingRun, stage: Stage) -> References | None:
     # A reference without an adapter gets a fresh one, which changes nothing: it is the bare base model.
     spec = run.spec.model_copy(update={"adapter": None, "model": name}).resolved()
     base = Base(name, None, None, folder_at(folder / "base"))
-    reference_policy = load_policy(spec, base, start, run.events, trainable=False)
+    shards = shards_for(spec, base, run.ranks)
+    reference_policy = load_policy(spec, base, start, run.events, shards, trainable=False)
     if reference_policy.tokenizer.get_vocab() != load_tokenizer(run.base.folder).get_vocab():
         message = f"'{name}' has a different tokenizer than '{run.spec.model}'. Choose another reference model."
         raise UserError("invalid_value", message, f"{stage.param}.reference_model")

@@ -114,7 +114,11 @@ class Preference(Method):
         trained = self.policy.trainable()
         for name, weights in (self.anchor or {}).items():
             weights.lerp_(trained[name].detach(), sync.alpha)
-        self.moved = True
+        self._move()
+
+    def _move(self) -> None:
+        """From now on, compute the log-probs of the reference, which has moved, beside those of the policy."""
+        self.moved, self.launcher.forward_passes = True, 2
 
     # -- a validation --------------------------------------------------------------------------------------------
 
@@ -162,7 +166,8 @@ class Preference(Method):
         if "anchor" in state:
             sync = self.settings.sync_reference
             self.anchor = {name: weights.to(self.policy.device) for name, weights in state["anchor"].items()}
-            self.moved = sync is not None and step >= sync.steps
+            if sync is not None and step >= sync.steps:
+                self._move()
 
     # -- log-probs -----------------------------------------------------------------------------------------------
 
