@@ -265,8 +265,8 @@ class JobSpec(RenderingSettings, Automatic):
             raise inconsistent("double_quantization", "'double_quantization' goes with 'quantization': 'nf4'")
         if self.compute_dtype is not None and self.adapter == "none":
             raise inconsistent("compute_dtype", "Full-parameter training always keeps its weights in float32")
-        if self.parallel.shard:
-            self._require_shardable()
+        if self.parallel.shard and (reason := self.why_not_sharded()) is not None:
+            raise inconsistent("parallel.shard", reason)
         if self.validation_file is not None and self.validation_split:
             raise inconsistent("validation_split", "Give 'validation_file' or 'validation_split', not both")
         self._require_validation_rows()
@@ -274,13 +274,17 @@ class JobSpec(RenderingSettings, Automatic):
             self._require_known_metrics()
         return self
 
-    def _require_shardable(self) -> None:
-        """Refuse to shard a model that is trained in full, or compiled."""
-        if self.adapter == "none":
-            raise inconsistent("parallel.shard", "'shard' divides a frozen base, and adapter 'none' trains all of it")
+    def why_not_sharded(self) -> str | None:
+        """The reason why the model of this job cannot be divided among devices; None if it can."""
         for stage in self.stages():
-            if stage.settings.compile:
-                raise inconsistent("parallel.shard", f"Compiled layers cannot be sharded; drop '{stage.field}.compile'")
+            settings = stage.settings
+            if settings.compile:
+                return f"Compiled layers cannot be sharded; drop '{stage.field}.compile'"
+            if self.adapter == "none" and settings.optimizer not in ("adamw", "rmsprop"):
+                return f"The optimizer '{settings.optimizer}' cannot be sharded; use 'adamw'"
+            if self.adapter == "none" and getattr(settings, "sync_reference", None) is not None:
+                return f"A model that is trained in full cannot be sharded with '{stage.field}.sync_reference'"
+        return None
 
     def _require_known_metrics(self) -> None:
         """Refuse a gate on a metric that will not be measured."""

@@ -55,8 +55,8 @@ class Parallel(Automatic):
     """How the work of a step, and the model, are divided."""
 
     shard: bool | None = None
-    """Whether each device keeps only a part of the frozen base, and gathers one layer at a time. The adapter has the
-    same bytes either way. Null: only if the base would take more than half of a device's free memory."""
+    """Whether each device keeps only a part of the model, and gathers one layer at a time. An adapter has the same
+    bytes either way. Null: only if the model would take more than half of a device's free memory."""
     virtual_ranks: Annotated[int, Field(ge=1, le=MOST_DEVICES)] = VIRTUAL_RANKS
     """The gradient of a step is the sum of so many parts, each computed on one device. More devices than parts do not
     help. Another number changes the last bits of the gradient."""

@@ -42,7 +42,17 @@ def test_what_is_wrong_is_named_with_its_field(resources: Any, param: str, reaso
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"adapter": "none"}, "adapter 'none' trains all of it"),
+        (
+            {"adapter": "none", "method": {"type": "dpo", "dpo": {"hyperparameters": {"optimizer": "adamw_8bit"}}}},
+            "The optimizer 'adamw_8bit' cannot be sharded; use 'adamw'",
+        ),
+        (
+            {
+                "adapter": "none",
+                "method": {"type": "dpo", "dpo": {"hyperparameters": {"sync_reference": {"alpha": 0.5, "steps": 1}}}},
+            },
+            "cannot be sharded with 'method.dpo.hyperparameters.sync_reference'",
+        ),
         (
             {"method": {"type": "dpo", "dpo": {"hyperparameters": {"compile": True}}}},
             "drop 'method.dpo.hyperparameters.compile'",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from app.spec.job import Adapter, JobSpec
 from app.spec.json_types import JsonObject
@@ -53,15 +54,21 @@ class Results:
         return self.run.base
 
 
-def write(folder: Path, policy: Policy, results: Results) -> None:
-    """Write the artifact of `policy` into `folder`. Frees the policy's model on the way."""
+def write(folder: Path, policy: Policy, results: Results, weights: dict[str, Tensor] | None = None) -> None:
+    """Write the artifact of `policy` into `folder`. Frees the policy's model on the way.
+
+    `weights`: those of a divided model, which was gathered.
+    """
     # 1. The weights and the tokenizer.
     if policy.reward_head is not None:
-        reward.save(folder, policy, results.base, results.stage.train)
+        reward.save(folder, policy, results.base, results.stage.train, weights)
     else:
-        if policy.full:
-            policy.model.to(dtype_of(results.base.folder))  # the base's own precision; training was in float32
-        policy.save(folder)
+        dtype = dtype_of(results.base.folder)  # the base's own precision; full-parameter training was in float32
+        if weights is not None:
+            weights = {name: values.to(dtype) for name, values in weights.items()}
+        elif policy.full:
+            policy.model.to(dtype)
+        policy.save(folder, weights)
         # From a base that also takes images or sound, possibly only the text part was loaded. Its names differ then.
         if not policy.full and policy.causal.config.model_type != config_of(results.base.folder)["model_type"]:
             write_for_servers(results.base.folder, folder)

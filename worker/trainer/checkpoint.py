@@ -16,6 +16,7 @@ from torch import Tensor
 from app.spec.json_types import JsonObject
 from worker import manifest
 from worker.trainer.early_stopping import Best
+from worker.trainer.fully_sharded import like, whole
 from worker.trainer.methods.method import Method
 from worker.trainer.model import Policy
 from worker.trainer.ranks import Ranks
@@ -57,14 +58,15 @@ def save(
 
     `best` is the path of the best weights so far; the file may be missing.
     """
-    parts = ranks.gather_first(_optimizer_state(policy, optimizer))
+    weights = policy.gathered(ranks)
+    parts = ranks.gather_first(_optimizer_state(policy, optimizer, ranks))
     if parts is None:
         return
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "state").mkdir(parents=True)
     # The model, to use or to train further.
-    policy.save(partial / "model")
+    policy.save(partial / "model", weights)
     # The state, to resume exactly, on any number of ranks.
     tensors = {name: tensor for part, _ in parts for name, tensor in part.items()}
     numbers = {name: values for _, part in parts for name, values in part.items()}
@@ -109,7 +111,7 @@ def restore(
         }
         # torch's optimizers keep their step count on the CPU. The moments belong on the parameter's device.
         optimizer.state[parameter] = {
-            key: value if key == "step" else value.to(parameter.device) for key, value in entries.items()
+            key: value if key == "step" else like(value, parameter) for key, value in entries.items()
         } | numbers.get(name, {})
     files = {path.stem: path for path in state.glob("*.safetensors")}
     method_state = {name: load_file(path) for name, path in files.items() if name not in COMMON_FILES}
@@ -120,15 +122,20 @@ def restore(
 
 
 def _optimizer_state(
-    policy: Policy, optimizer: torch.optim.Optimizer
+    policy: Policy, optimizer: torch.optim.Optimizer, ranks: Ranks
 ) -> tuple[dict[str, Tensor], dict[str, JsonObject]]:
-    """The state of the optimizer's own parameters: tensors, named `parameter/key`, and numbers by parameter and key."""
+    """The state of the optimizer's own parameters: tensors, named `parameter/key`, and numbers by parameter and key.
+
+    What is divided among `ranks` is gathered, for the first one.
+    """
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, JsonObject] = {}
     for name, parameter in policy.trainable().items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"{name}/{key}"] = value.detach().clone().contiguous().cpu()
+                gathered = whole(value.detach())
+                if ranks.is_first or policy.root is None:
+                    tensors[f"{name}/{key}"] = gathered.clone().contiguous().cpu()
             else:
                 numbers.setdefault(name, {})[key] = value
     return tensors, numbers

@@ -16,6 +16,7 @@ from torch import Tensor
 from app.spec.resources import VIRTUAL_RANKS
 from worker.trainer.errors import UserError
 from worker.trainer.events import Events
+from worker.trainer.fully_sharded import Divided
 from worker.trainer.gradients import Ownership, Reduction, Sum, Target, take_gradients
 from worker.trainer.model import Policy
 from worker.trainer.packing import Pack, Segment
@@ -69,7 +70,8 @@ class Launcher:
     _warned_of_idle_ranks: bool = False
 
     def __post_init__(self) -> None:
-        self.owned = Ownership(list(self.policy.trainable().values()), self.ranks)
+        kind = Ownership if self.policy.root is None else Divided
+        self.owned = kind(list(self.policy.trainable().values()), self.ranks)
 
     # -- forward passes ------------------------------------------------------------------------------------------
 
@@ -88,8 +90,9 @@ class Launcher:
             def compute(pack: Pack, _: range, parts: list[Values] = parts) -> None:
                 parts.append({name: tensor.cpu() for name, tensor in score(pack).items()})
 
+            own = together[self.ranks.rank] if self.ranks.rank < len(together) else []
             with torch.no_grad():
-                self._launch(together[self.ranks.rank] if self.ranks.rank < len(together) else [], compute)
+                self._launch(own, compute, spare=together[0][:1])
             gathered = [part for parts in self.ranks.gather(parts) for part in parts]
             yield [segment for group in together for segment in group], joined(gathered)
 
@@ -99,6 +102,7 @@ class Launcher:
         compute: Callable[[Pack, range], None],
         restart: Callable[[int], int] = lambda done: done,
         *,
+        spare: Sequence[Segment],
         done: int = 0,
         backward: bool = False,
     ) -> None:
@@ -106,7 +110,8 @@ class Launcher:
 
         `done` is the number of segments to leave out. After a call that ran out of memory, `restart` gets the number of
         segments done, and returns the number of the segment to go on with. `backward`: whether `compute` has a backward
-        pass. With a sharded base, all ranks launch together until none has segments left.
+        pass. The ranks of a divided model launch together until none has segments left. With one that is trained in
+        full, a rank without segments computes the segment `spare`, which then counts nothing.
         """
         policy = self.policy
         while self._is_left(done < len(segments)):
@@ -116,6 +121,8 @@ class Launcher:
                 with policy.shards.together(self.forward_passes, backward=backward):
                     if group:
                         compute(policy.packing.build(group).to(policy.device), range(done, done + len(group)))
+                    elif policy.root is not None:
+                        self._idle(spare, backward)
             except torch.OutOfMemoryError as error:
                 self._save_memory([segment.tokens for segment in group], error)
             else:
@@ -127,15 +134,25 @@ class Launcher:
             done = restart(done)
 
     def _is_left(self, own: bool) -> bool:
-        """Whether to launch again: this rank has segments left, or another one that needs this rank's shards has."""
-        return self.ranks.any(own) if self.policy.shards else own
+        """Whether to launch again: this rank has segments left, or another one that needs this rank has."""
+        return self.ranks.any(own) if self.policy.is_divided else own
+
+    def _idle(self, spare: Sequence[Segment], backward: bool) -> None:
+        """A launch whose results count nothing."""
+        pack = self.policy.packing.build(spare).to(self.policy.device)
+        values = self.policy.rewards(pack) if self.policy.reward_head is not None else self.policy.score(pack).responses
+        if backward:
+            (0.0 * values.sum()).backward()  # type: ignore[no-untyped-call]
 
     def _save_memory(self, tokens: list[int], error: torch.OutOfMemoryError) -> None:
         """Make smaller packs, or recompute activations. Raises `UserError` if a segment does not fit alone.
 
         `tokens` are the sizes of the segments in the pack that failed.
         """
-        policy, largest = self.policy, max(tokens)
+        policy, largest = self.policy, max(tokens, default=0)
+        if policy.root is not None:  # the other ranks wait in the same pass, which cannot be repeated
+            message = "A pack of full-parameter training does not fit into the GPU's memory. Use more devices."
+            raise UserError("out_of_memory", message, "resources.gpus") from error
         if len(tokens) > 1:
             policy.room = min(policy.launch_tokens, sum(tokens)) // 2
             message = f"Out of memory: packs of {policy.room} tokens from now on."
@@ -179,16 +196,17 @@ class Launcher:
         """
         take_gradients({}, self.owned.parameters)  # those of a loss scale that overflowed
         step = _Backward(self, plan, loss, draw)
-        if self.policy.shards:  # the ranks launch together, so they must be in the same round
+        spare = plan.segments[-1:]  # of the smallest virtual rank
+        if self.policy.is_divided:  # the ranks launch together, so they must be in the same round
             done = 0
             for number, end in enumerate(step.ends):
-                self._launch(step.segments[:end], step.compute, step.restart, done=done, backward=True)
+                self._launch(step.segments[:end], step.compute, step.restart, done=done, spare=spare, backward=True)
                 step.send(end, number + 1)
                 done = end
         else:
             step.send(0)
-            self._launch(step.segments, step.compute, step.restart, backward=True)
-        step.reduction.finish()
+            self._launch(step.segments, step.compute, step.restart, spare=spare, backward=True)
+        step.finish()
         values = joined([step.results[number] for number in range(len(step.segments))])
         own = {name: tensor.cpu() for name, tensor in values.items()}
         gathered = self.ranks.gather((own, step.counts))
@@ -233,7 +251,8 @@ class _Backward:
             targets = [Target(*extent, total) for extent, total in zip(pack.extents, sums, strict=True)]
         else:
             targets = [Target(slice(None), slice(None), *sums)]
-        self.policy.products.targets = None if self.policy.compiled else targets
+        autograd_sums = self.policy.compiled or self.policy.root is not None
+        self.policy.products.targets = None if autograd_sums else targets
         try:
             loss, values = self.loss(pack, places)
             (self.policy.loss_scale * loss).backward()  # type: ignore[no-untyped-call]
@@ -242,17 +261,27 @@ class _Backward:
         for number, extent in zip(numbers, pack.extents, strict=True):
             self.results[number] = {name: tensor.detach()[extent.responses] for name, tensor in values.items()}
         self.counts += TokenCounts.of(pack)
-        if not self.policy.shards:
+        if not self.policy.is_divided:
             self.send(numbers.stop)
 
     def send(self, done: int, rounds: int | None = None) -> None:
-        """Send the sums of the rounds that are complete after `done` segments, or only those of the first `rounds`."""
+        """Send the sums of the rounds that are complete after `done` segments, or only those of the first `rounds`.
+
+        FSDP has summed the gradients of a divided model that is trained in full.
+        """
+        if self.policy.root is not None:
+            return
         while self.sent < len(self.own[:rounds]) and self.ends[self.sent] <= done:
             j, size = self.sent, self.ranks.size
             take_gradients(self.sums[j], self.parameters)
             count = min(size, len(self.plan.virtual_ranks) - j * size)
             self.reduction.add(j, count, None if self.own[j] is None else self.sums[j])
             self.sums[j], self.sent = {}, j + 1
+
+    def finish(self) -> None:
+        """Set the gradients of the owned parameters."""
+        if self.policy.root is None:
+            self.reduction.finish()
 
     def restart(self, done: int) -> int:
         """Drop all sums that were not sent. Returns the number of the first segment whose sum is lost."""

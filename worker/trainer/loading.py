@@ -20,6 +20,7 @@ from worker.model_files import config_of, prequantized, weight_bytes, weight_fil
 from worker.trainer.attention import why_not_batched, why_not_shared
 from worker.trainer.errors import UserError, first_line
 from worker.trainer.events import Events
+from worker.trainer.fully_sharded import FullShards
 from worker.trainer.linears import adaptable, has_experts, is_ordinary, not_quantised, short_names
 from worker.trainer.lora import AddsDelta, RewardHead, with_fast_layers
 from worker.trainer.memory import free_bytes
@@ -37,6 +38,8 @@ CPU_BUDGET, CUDA_BUDGET = 2048, 8192
 the unpacking of quantised weights."""
 SHARDED_FROM = 0.5
 """If the base takes more than this share of a device's free memory, several ranks divide it."""
+FULL_SHARE = 8.0
+"""The memory that full-parameter training takes, as a share of 16-bit files: 16 bytes for each parameter."""
 _DROPOUT = re.compile(r"dropout|drop_prob|drop_rate|layerdrop|drop_path")
 """Attributes of a layer that make it random in training mode."""
 
@@ -46,7 +49,7 @@ def load_policy(
     base: Base,
     start: Path | None,
     events: Events,
-    shards: Shards | None = None,
+    shards: Shards | FullShards | None = None,
     *,
     trainable: bool = True,
 ) -> Policy:
@@ -69,9 +72,8 @@ def load_policy(
         if device.type == "cpu":
             require_memory(folder, (spec.quantization or "none") if method is None else "none")
         model = _load_base(folder, spec, device, method, shards)
-        if shards is not None:
+        if isinstance(shards, Shards):
             shards.finish(model, ends=not _trains_ends(spec, start))
-            events.message(f"Each of the {shards.ranks.size} devices keeps a part of the base.")
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError) as error:
@@ -80,19 +82,27 @@ def load_policy(
     if has_experts(model) and (spec.quantization or "none") != "none":
         events.message("The experts that a router chooses from are not quantised: they are one tensor, not layers.")
     policy = wrap(model, tokenizer, spec, base, start, events, trainable=trainable)
-    policy.shards = shards or policy.shards
+    if isinstance(shards, Shards):
+        policy.shards = shards
+    elif shards is not None:
+        heads = [] if policy.reward_head is None else [policy.reward_head]
+        policy.root = shards.finish(policy.causal, *heads)
+    if shards is not None:
+        events.message(f"Each of the {shards.ranks.size} devices keeps a part of the model.")
     return policy
 
 
-def shards_for(spec: JobSpec, base: Base, ranks: Ranks) -> Shards | None:
-    """Where each of several `ranks` keeps its part of `base`; None if each holds the whole. All decide the same."""
-    compiled = any(stage.settings.compile for stage in spec.stages())
-    if ranks.size == 1 or spec.adapter == "none" or compiled or spec.parallel.shard is False:
+def shards_for(spec: JobSpec, base: Base, ranks: Ranks) -> Shards | FullShards | None:
+    """Where each of several `ranks` keeps its part of the model; None if each holds the whole. All decide the same."""
+    full, shard = spec.adapter == "none", spec.parallel.shard
+    if ranks.size == 1 or shard is False or (shard is None and spec.why_not_sharded() is not None):
         return None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     free = free_bytes(device) / (ranks.size if device.type == "cpu" else 1)  # the ranks share a machine's memory
-    needed = LEAST_SHARE[spec.quantization or "none"] * weight_bytes(base.folder)
-    return Shards(ranks) if ranks.any(bool(spec.parallel.shard) or needed > SHARDED_FROM * free) else None
+    share = FULL_SHARE if full else LEAST_SHARE[spec.quantization or "none"]
+    if not ranks.any(bool(shard) or share * weight_bytes(base.folder) > SHARDED_FROM * free):
+        return None
+    return FullShards(ranks, device) if full else Shards(ranks)
 
 
 def _trains_ends(spec: JobSpec, start: Path | None) -> bool:
@@ -189,7 +199,7 @@ def _reward_head(policy: Policy, spec: JobSpec, start: Path | None) -> RewardHea
 
 
 def _load_base(
-    folder: Path, spec: JobSpec, device: torch.device, method: str | None, shards: Shards | None
+    folder: Path, spec: JobSpec, device: torch.device, method: str | None, shards: Shards | FullShards | None
 ) -> PreTrainedModel:
     """The model in `folder`. `method`: how its stored weights are quantised; these stay as they are.
 

@@ -79,12 +79,13 @@ def _train(run: TrainingRun) -> None:
         running = stage_run.begin(run, stage, policy, state, planned_steps, resume=resume, references=other_references)
         final_metrics = run_stage(running)
         resume = None
+    weights = policy.gathered(run.ranks)
     if not run.ranks.is_first:
         return
     trained = time.monotonic()
     run.events.working("saving")
     results = artifact.Results(run, state.history, stages[-1], running.validated_rows, final_metrics)
-    artifact.write(run.folder / "output", policy, results)
+    artifact.write(run.folder / "output", policy, results, weights)
     pace = {
         "tokens": state.trained_tokens - tokens_before,
         "seconds": trained - ready,

@@ -7,10 +7,11 @@ responses of rows (see `packing.Pack`).
 import gc
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from peft import PeftModel
@@ -21,14 +22,17 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from worker.trainer.attention import TREE_ATTENTION, TreeMask, padding_mask, sliding_windows
 from worker.trainer.data import Row
+from worker.trainer.fully_sharded import Root, whole
 from worker.trainer.gradients import Products
 from worker.trainer.linears import body
 from worker.trainer.logps import Head, TokenScores, score_logits, score_tokens
 from worker.trainer.lora import RewardHead
 from worker.trainer.packing import Pack, Packing, Segment
+from worker.trainer.ranks import Ranks
 from worker.trainer.shards import Shards
 from worker.trainer.tokenizer import copy_tokenizer, write_ends
 
+Result = TypeVar("Result")
 REWARD_HEAD = "reward_head.safetensors"
 HALF_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """The 16-bit dtypes by their names in jobs and merges."""
@@ -96,6 +100,8 @@ class Policy:
     """Where the LoRA layers add the gradients of segments."""
     shards: Shards = field(default_factory=Shards)
     """Of the frozen base, if each rank has only a part of it."""
+    root: Root | None = None
+    """Computes for a model that is trained in full, if each rank has only a part of it."""
     _dropout: list[nn.Dropout] = field(default_factory=list)
 
     @property
@@ -184,12 +190,8 @@ class Policy:
         With `tail_weight` (LD-DPO) the tokens of a response beyond the length of its row's shortest response count
         with this weight in `Scores.responses`. The pack must then have no merged rows.
         """
-        if self.own_logits:
-            tokens = score_logits(self._own_logits(pack), pack.targets, entropy=entropy, alignment=alignment)
-        else:
-            hidden = self._hidden(pack).flatten(0, 1).index_select(0, pack.predictors)  # (N, H)
-            self.shards.gather_head()
-            tokens = score_tokens(hidden, Head.of(self.causal), pack.targets, entropy=entropy, alignment=alignment)
+        # FSDP looks for tensors in tuples and dictionaries.
+        tokens = TokenScores(**self._compute(lambda: vars(self._token_scores(pack, entropy, alignment))))
         logps = tokens.logps
         if tail_weight is not None:
             # The tokens of the tail, by their number within the response.
@@ -198,6 +200,21 @@ class Policy:
 
     def rewards(self, pack: Pack) -> Tensor:
         """The reward of each response of each row of `pack`, [R], float32 or wider: the head at its last token."""
+        return self._compute(lambda: self._rewards(pack))
+
+    def _compute(self, compute: Callable[[], Result]) -> Result:
+        """The result of `compute`, which uses the model's weights."""
+        result: Result = compute() if self.root is None else self.root(compute)
+        return result
+
+    def _token_scores(self, pack: Pack, entropy: bool, alignment: bool) -> TokenScores:
+        if self.own_logits:
+            return score_logits(self._own_logits(pack), pack.targets, entropy=entropy, alignment=alignment)
+        hidden = self._hidden(pack).flatten(0, 1).index_select(0, pack.predictors)  # (N, H)
+        self.shards.gather_head()
+        return score_tokens(hidden, Head.of(self.causal), pack.targets, entropy=entropy, alignment=alignment)
+
+    def _rewards(self, pack: Pack) -> Tensor:
         assert self.reward_head is not None
         last = self._hidden(pack).flatten(0, 1).index_select(0, pack.last[pack.leaves])  # (R, H)
         self.shards.gather_head()  # unused, but so every pass has the same order
@@ -229,12 +246,15 @@ class Policy:
         width, logits, indices = pack.ids.shape[1], [], []
         for number, (ids, length) in enumerate(zip(pack.ids, padding_mask(pack).sum(1).tolist(), strict=True)):
             (scored,) = torch.where(pack.predictors // width == number)  # the scored tokens of this text
-            logits.append(self.logits(ids[:length])[pack.predictors[scored] % width])
+            logits.append(self._logits(ids[:length])[pack.predictors[scored] % width])
             indices.append(scored)
         return torch.cat(logits)[torch.cat(indices).argsort()]  # in the order of the pack
 
     def logits(self, ids: Tensor) -> Tensor:
         """The logits of the model's own `forward` for the tokens `ids` [T] of one text: [T, V]."""
+        return self._compute(lambda: self._logits(ids))
+
+    def _logits(self, ids: Tensor) -> Tensor:
         with self.autocast():
             logits: Tensor = self.causal(input_ids=ids[None], use_cache=False).logits
         return logits[0]
@@ -265,7 +285,7 @@ class Policy:
         """A hash of the configuration and of all weights, as a cache key for results computed from them.
 
         A fresh adapter changes nothing and is left out: jobs with other ranks and seeds share their reference. To be
-        called by all ranks if the base is sharded.
+        called by all ranks if the model is divided among them.
         """
         config = self.causal.config.to_dict() | {"_attn_implementation": self.own_attention, "_name_or_path": None}
         digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
@@ -275,6 +295,7 @@ class Policy:
             digest.update(json.dumps(adapter, sort_keys=True, default=sorted).encode())
         for name, tensor in _all_weights(self.model, self.shards):
             if not (blank and "lora_" in name):
+                tensor = whole(tensor)
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + fingerprint(tensor))
         return digest.hexdigest()
 
@@ -289,16 +310,45 @@ class Policy:
     def free_model(self) -> None:
         """Free the memory of the model. Only the other fields can be used afterwards."""
         del self.model
+        self.root = None
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def save(self, folder: Path) -> None:
-        """Write the adapter (PEFT) or the whole model (transformers) into `folder`, with the base's tokenizer."""
+    @property
+    def is_divided(self) -> bool:
+        """Whether ranks must compute together, because each has only a part of the model."""
+        return bool(self.shards) or self.root is not None
+
+    def gathered(self, ranks: Ranks) -> dict[str, Tensor] | None:
+        """The whole weights of a divided model that is trained in full, for `save`, on the CPU; else None.
+
+        All `ranks` must call it. Only the first one gets values.
+        """
+        if self.root is None:
+            return None
+        weights = self.causal.state_dict()
+        if self.reward_head is not None:
+            weights["reward_head.weight"] = self.reward_head.weight
+        gathered: dict[int, Tensor] = {}  # by the id of a part, because tied weights are one
+        for part in weights.values():
+            if id(part) not in gathered:
+                values = whole(part.detach())
+                gathered[id(part)] = values.cpu() if ranks.is_first else values[:0].clone()
+        return {name: gathered[id(part)] for name, part in weights.items()}
+
+    def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Write the adapter (PEFT) or the whole model (transformers) into `folder`, with the base's tokenizer.
+
+        `weights`: those of a divided model, which was gathered.
+        """
         folder.mkdir(parents=True, exist_ok=True)
+        head = None if self.reward_head is None else self.reward_head.weight.detach()
+        if weights is not None:
+            head = weights.pop("reward_head.weight", None)
         if self.full:
             with self.own_attention_in_use():
-                self.model.save_pretrained(folder)
+                self.model.save_pretrained(folder, state_dict=weights)
             # Keep the base's config.json: another version of transformers may not know the names that this one writes.
             written, own = (json.loads((path / "config.json").read_text()) for path in (folder, self.folder))
             own.pop("torch_dtype", None)
@@ -315,8 +365,8 @@ class Policy:
             if isinstance(settings["target_modules"], list):  # PEFT keeps a set, whose order varies
                 settings["target_modules"].sort()
             config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-        if self.reward_head is not None:
-            save_file({"weight": self.reward_head.weight.detach()}, folder / REWARD_HEAD)
+        if head is not None:
+            save_file({"weight": head}, folder / REWARD_HEAD)
         copy_tokenizer(self.folder, folder)
         write_ends(self.folder, folder, self.ends)
 

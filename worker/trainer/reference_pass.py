@@ -23,7 +23,7 @@ def policy_references(launcher: Launcher, stage: Stage, tail_weight: float | Non
     `tail_weight` is the weight of tail tokens in LD-DPO.
     """
     began, made, policy = time.monotonic(), len(run.cache.made), launcher.policy
-    digest = policy.digest() if policy.shards else run.ranks.of_first(policy.digest)
+    digest = policy.digest() if policy.is_divided else run.ranks.of_first(policy.digest)
 
     def find(rows: Rows) -> Reference:
         def report(done: int) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel
+from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
@@ -38,17 +39,22 @@ def require_classifier(policy: Policy) -> None:
         raise UserError("unsupported_model", message, "model")
 
 
-def save(folder: Path, policy: Policy, base: Base, rows: Sequence[Row]) -> None:
+def save(
+    folder: Path, policy: Policy, base: Base, rows: Sequence[Row], weights: dict[str, Tensor] | None = None
+) -> None:
     """Write the reward model of `policy` into `folder`. Frees the policy's model.
+
+    `weights`: those of a divided model, which was gathered.
 
     The mean reward is taken over the answers of the first `MEAN_ROWS` of `rows`. It is measured with the written model:
     merged and not quantised.
     """
     assert policy.reward_head is not None
-    weight, device, dtype = policy.reward_head.weight.detach().cpu(), policy.device, policy.autocast_dtype
+    head = policy.reward_head.weight.detach() if weights is None else weights["reward_head.weight"]
+    weight, device, dtype = head.cpu(), policy.device, policy.autocast_dtype
     # 1. Merge the adapter into a classifier of the unquantised base.
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
-        policy.save(Path(name))
+        policy.save(Path(name), weights)
         policy.free_model()  # makes room for the merged model
         source = Path(name) if policy.full else base.folder
         model = AutoModelForSequenceClassification.from_pretrained(

@@ -12,20 +12,18 @@ without work, or one that ran out of memory, gathers for the others.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
-from typing import Any
-from unittest.mock import patch
 
 import torch
 from bitsandbytes.nn import Int8Params
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedModel, core_model_loading, modeling_utils
+from transformers import PreTrainedModel
 
-from worker.trainer.linears import body
+from worker.trainer.layers import layer_names, on_load
 from worker.trainer.ranks import Ranks
 
 ALIGNMENT = 128
@@ -140,37 +138,16 @@ class Shards:
 
     # -- taking a model apart ------------------------------------------------------------------------------------
 
-    @contextmanager
-    def on_load(self) -> Iterator[None]:
+    def on_load(self) -> AbstractContextManager[None]:
         """Within this context, transformers' loader gives each layer of a model away as soon as it is read."""
-        set_parameter, missing = core_model_loading.set_param_for_module, dict[str, set[str]]()
-        # `missing` has the parameters of each layer that are not read yet.
-
-        def set_and_take(model: PreTrainedModel, name: str, *rest: Any) -> None:
-            set_parameter(model, name, *rest)
-            if not missing:
-                for layer in _layers(model):
-                    parameters = model.get_submodule(layer).named_parameters()
-                    missing[layer] = {f"{layer}.{parameter}" for parameter, _ in parameters}
-            for number, (layer, names) in enumerate(missing.items()):
-                if name in names:
-                    names.remove(name)
-                    if not names:
-                        self._take(model.get_submodule(layer), number % 2)
-                    return
-
-        with (
-            patch.object(core_model_loading, "set_param_for_module", set_and_take),
-            patch.object(modeling_utils, "caching_allocator_warmup"),  # it allocates the whole model
-        ):
-            yield
+        return on_load(lambda layer, number: self._take(layer, number % 2))
 
     def finish(self, model: PreTrainedModel, *, ends: bool) -> None:
         """Take what the loader has left of `model`, and let its modules gather their weights when they are called.
 
         `ends`: whether to take the embeddings and the head. If they are trained they must stay whole.
         """
-        layers = [model.get_submodule(name) for name in _layers(model)]
+        layers = [model.get_submodule(name) for name in layer_names(model)]
         for number, layer in enumerate(layers):
             if not hasattr(layer, UNIT):
                 self._take(layer, number % 2)
@@ -279,18 +256,6 @@ def unit_of(module: nn.Module) -> Unit | None:
     """The unit that holds the weights of `module`; None if they are whole."""
     unit: Unit | None = getattr(module, UNIT, None)
     return unit
-
-
-def _layers(model: PreTrainedModel) -> list[str]:
-    """The names of the layers of `model`: the modules of its longest list."""
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    inner = {id(module) for module in body(model).modules()}
-    name, layers = max(
-        ((name, module) for name, module in lists if id(module) in inner),
-        key=lambda entry: len(entry[1]),
-        default=("", nn.ModuleList()),
-    )
-    return [f"{name}.{number}" for number in range(len(layers))]
 
 
 def _matrices(module: nn.Module) -> Iterator[tuple[int, Matrix]]:

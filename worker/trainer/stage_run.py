@@ -157,8 +157,7 @@ class StageRun:
         if settings is None:
             return
         if state.best.improves(settings, metrics, state.step):
-            if self.run.ranks.is_first:
-                weights.save(self.policy, self.run.best_weights)
+            weights.save(self.policy, self.run.best_weights, self.run.ranks)
         elif state.best.validations_since >= settings.patience and state.stage_step < stage.steps:
             state.ended, state.skipped = True, state.skipped + stage.steps - state.stage_step
             self.run.events.message(
@@ -297,6 +296,8 @@ def _draws(method: Method) -> bool:
 def _choose_checkpointing(run: TrainingRun, stage: Stage, policy: Policy) -> None:
     """Switch activation checkpointing as the job says; without a setting, only if the activations would not fit."""
     recompute = stage.hyperparameters.activation_checkpointing
+    if recompute is None and policy.root is not None:
+        recompute = True  # memory is short, and the ranks could not repeat a pass without room
     if recompute is None:
         sample = Segment(tuple(trees(stage.train, [0], 0)))  # the first row
         pack = policy.packing.build([sample]).to(policy.device)

@@ -6,23 +6,27 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from worker.trainer.fully_sharded import empty_like, like, whole
 from worker.trainer.model import Policy
 from worker.trainer.ranks import Ranks
 
 
-def save(policy: Policy, path: Path) -> None:
-    """Write the trained weights to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    trained = policy.trainable()
-    save_file({name: parameter.detach().contiguous() for name, parameter in trained.items()}, path)
+def save(policy: Policy, path: Path, ranks: Ranks) -> None:
+    """Write the trained weights to `path` on the first of `ranks`. All call it."""
+    values = {name: whole(parameter.detach()).contiguous() for name, parameter in policy.trainable().items()}
+    if ranks.is_first:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(values, path)
 
 
 def restore(policy: Policy, path: Path, ranks: Ranks) -> None:
     """Give `policy` the weights in `path`, which the first rank has."""
-    if ranks.is_first:
-        _copy(load_file(path), policy)
-    for parameter in policy.trainable().values():
-        ranks.copy_from(0, parameter.data)
+    weights = load_file(path) if ranks.is_first else {}
+    for name, parameter in policy.trainable().items():
+        values = weights[name].to(policy.device) if ranks.is_first else empty_like(parameter)
+        ranks.copy_from(0, values)
+        with torch.no_grad():
+            parameter.copy_(like(values, parameter))
 
 
 class LastGood:

@@ -38,7 +38,7 @@ from worker.trainer.shards import Shards
 LOCK = threading.Lock()
 """The threads of the ranks share torch's generator, so they load models by turns."""
 SHARDED = {"parallel": {"shard": True}}
-DIVIDED = "Each of the 2 devices keeps a part of the base."
+DIVIDED = "Each of the 2 devices keeps a part of the model."
 
 
 def messages(events: list[Event]) -> list[str]:
@@ -169,6 +169,7 @@ def test_the_weights_have_the_same_bytes_with_a_sharded_base(llama: Path, tmp_pa
 @pytest.mark.parametrize(
     "fields",
     [
+        {"method": dpo_method(**{**STEPS, "batch_size": 1})},  # one rank idles
         {"quantization": "int8"},
         {"quantization": "none"},
         {"quantization": "nf4", "double_quantization": False},

@@ -1,0 +1,79 @@
+"""Full-parameter training of a model that is divided among ranks: the same to rounding as on one rank."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.helpers.ranks import PAIRS, STEPS
+from tests.helpers.trainer import Event, dpo_method, make_work_folder, of_kind, run_process
+
+FULL = {"adapter": "none", "seed": 1, "validation_split": 0.2, "parallel": {"shard": True}}
+SLOW = {**STEPS, "learning_rate": 1e-5}
+TRAININGS: dict[str, dict[str, Any]] = {
+    "SFT, then DPO": {"sft": {"hyperparameters": SLOW}, "method": dpo_method(**SLOW)},
+    "a row a step": {"method": dpo_method(**{**SLOW, "batch_size": 1})},  # the other ranks idle
+    "AOT": {"method": dpo_method(loss="aot", **SLOW)},
+    "reward model": {"method": dpo_method(loss="reward_model", **SLOW)},
+    "RMSprop, early stopping": {
+        "method": dpo_method(optimizer="rmsprop", early_stopping={"patience": 1, "metric": "eval/loss"}, **SLOW)
+    },
+}
+
+
+def run(folder: Path, model: Path, name: str, ranks: int, resume: Path | None = None) -> list[Event]:
+    make_work_folder(folder, model, {**FULL, **TRAININGS[name]}, ranks, train=PAIRS)
+    if resume is not None:
+        resume.rename(folder / "resume")
+    status, events = run_process(folder)
+    assert status == 0, (folder / "trainer.log").read_text()
+    divided = f"Each of the {ranks} devices keeps a part of the model."
+    assert any(event["message"] == divided for event in of_kind(events, "message")) == (ranks > 1)
+    return events
+
+
+def validated(folder: Path) -> torch.Tensor:
+    """The log-probs, or rewards, of the validation rows at the end."""
+    lines = (folder / "output" / "validation_logps.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return torch.tensor([row.get("logps", row.get("rewards")) for row in rows], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_a_divided_model_ends_with_the_log_probs_of_a_whole_one(llama: Path, tmp_path: Path, name: str) -> None:
+    run(tmp_path / "whole", llama, name, 1)
+    expected = validated(tmp_path / "whole")
+    # A reward is a sum of large terms that nearly cancel, so its error is that of the largest rewards.
+    atol = 1e-6 * (expected.abs().max().item() if name == "reward model" else 1)
+    for ranks in (2, 3):
+        run(tmp_path / str(ranks), llama, name, ranks)
+        torch.testing.assert_close(validated(tmp_path / str(ranks)), expected, rtol=1e-6, atol=atol)
+    weights = load_file(tmp_path / "whole" / "output" / "model.safetensors")
+    divided = load_file(tmp_path / "2" / "output" / "model.safetensors")
+    assert divided.keys() == weights.keys()
+    for key, tensor in weights.items():
+        torch.testing.assert_close(divided[key], tensor, rtol=0, atol=1e-6)
+
+
+def test_the_same_number_of_ranks_gives_the_same_bytes(llama: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        run(tmp_path / name, llama, "AOT", 2)
+    one, two = (tmp_path / name / "output" / "model.safetensors" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    AutoModelForCausalLM.from_pretrained(one.parent)
+
+
+def test_a_divided_training_goes_on_with_another_number_of_ranks(llama: Path, tmp_path: Path) -> None:
+    """From two ranks to one, and from there to two."""
+    name = "SFT, then DPO"
+    run(tmp_path / "whole", llama, name, 1)
+    run(tmp_path / "two", llama, name, 2)
+    run(tmp_path / "one", llama, name, 1, tmp_path / "two" / "checkpoints" / "step-1")
+    run(tmp_path / "again", llama, name, 2, tmp_path / "one" / "checkpoints" / "step-3")
+    expected = validated(tmp_path / "whole")
+    for folder in ("two", "one", "again"):
+        torch.testing.assert_close(validated(tmp_path / folder), expected, rtol=1e-6, atol=1e-6)
