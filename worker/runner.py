@@ -357,7 +357,7 @@ class JobAttempt(ABC, Generic[Spec]):
 
     def has_larger_device(self) -> bool:
         """Whether another worker that serves the job's base model has a device with more memory than this one."""
-        largest = self.lease.read(lambda session: fit.device_of(session, self.job.base_model))
+        largest = self.lease.read(lambda session: fit.largest(fit.devices_of(session, self.job.base_model)))
         return largest is not None and largest.memory_bytes > self.smallest_device.memory_bytes
 
     @property

@@ -11,7 +11,7 @@ import structlog
 from sqlalchemy.orm import Session
 
 from app.broker import Lane
-from app.estimates.service import expected_seconds, least_memory
+from app.estimates.service import needs
 from app.files.tables import File
 from app.jobs import events as job_events
 from app.jobs import transitions
@@ -127,11 +127,10 @@ class _Check:
         return queued
 
     def _needs(self, session: Session) -> dict[str, Any]:
-        """The columns of a training that say what it needs: seconds and memory. Empty for other jobs."""
+        """The columns of a training that say what it needs. Empty for other jobs."""
         if not isinstance(self.spec, JobSpec):
             return {}
-        arguments = (session, self.spec, self.job.base_model, self.outlines)
-        return {"estimated_seconds": expected_seconds(*arguments), "memory_bytes": least_memory(*arguments)}
+        return needs(session, self.spec, self.job.base_model, self.outlines)
 
     def _path(self, file_id: str) -> Path:
         return self.folder / file_id

@@ -94,7 +94,9 @@ def describe_estimate(estimate: JsonObject) -> str:
         lines.append(f"memory: {estimate['memory']['total'] / 1e9:.2f} GB ({purposes})")
     if estimate["device"]:
         fits = "fits" if estimate["fits"] else "does not fit"
-        lines.append(f"{fits} on {estimate['device']['name']}, {estimate['device']['memory_bytes'] / 1e9:.1f} GB")
+        count = f"{estimate['devices']} × " if estimate["devices"] > 1 else ""
+        memory = f"{estimate['device']['memory_bytes'] / 1e9:.1f} GB"
+        lines.append(f"{fits} on {count}{estimate['device']['name']}, {memory}")
     if estimate["seconds"] is not None:
         lines.append(f"time: about {estimate['seconds']:.0f} s, behind {estimate['queued_jobs']} waiting jobs")
     lines += [f"warning: {warning}" for warning in estimate["warnings"]]

@@ -1,5 +1,6 @@
 """Check whether a job fits into the memory of the device that would train it, and advise what would make it fit."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from sqlalchemy.orm import Session
@@ -9,6 +10,7 @@ from app.estimates.memory import MemorySettings, Shape, estimate
 from app.estimates.schemas import Device
 from app.models.tables import Model
 from app.spec.job import JobSpec, StageSpec
+from app.spec.resources import Resources
 from app.workers import repository as workers
 
 CODE = "does_not_fit"
@@ -24,19 +26,46 @@ def shape_of(session: Session, base_model: str) -> Shape | None:
     return None if base is None else Shape.of(base.details)
 
 
-def device_of(session: Session, base_model: str) -> Device | None:
-    """The device with the most memory among the workers that serve a base model; None if there is none."""
+def devices_of(session: Session, base_model: str) -> list[Device]:
+    """The devices of the workers that serve a base model, one entry for each worker."""
     serving = [worker for worker in workers.present(session, Lane.GPU) if workers.serves(worker, base_model)]
-    devices = [Device(**worker.details["device"]) for worker in serving if worker.details.get("device")]
-    return max(devices, key=lambda device: device.memory_bytes, default=None)
+    return [
+        Device(**worker.details["device"], count=workers.devices_of(worker) or 1)
+        for worker in serving
+        if worker.details.get("device")
+    ]
+
+
+def largest(devices: Sequence[Device]) -> Device | None:
+    """The device with the most memory, of a worker with as many as possible; None if there is none."""
+    return max(devices, key=lambda device: (device.memory_bytes, device.count), default=None)
+
+
+def placed(spec: JobSpec, shape: Shape, devices: Sequence[Device], longest_row: int | None) -> JobSpec:
+    """The resolved `spec` with a number of devices: if it names none, the fewest of a worker that it fits on, or one.
+
+    `longest_row` is that of `refusal`.
+    """
+    if spec.resources.gpus is not None or spec.parallel.shard is False:
+        return spec
+    most = max((device.count for device in devices), default=1)
+    candidates = [spec, *(spec.model_copy(update={"resources": Resources(gpus=n)}) for n in range(2, most + 1))]
+    for tolerance in (1.0, TOLERANCE):  # rather on more devices than only perhaps on fewer
+        for candidate in candidates:
+            wide = [device for device in devices if device.count >= candidate.resources.least]
+            if any(_fits(candidate, shape, device, longest_row, tolerance) for device in wide):
+                return candidate
+    return spec
 
 
 def least_memory(session: Session, spec: JobSpec, base_model: str, longest_rows: dict[str, int]) -> int | None:
-    """Bytes of memory without which the resolved job cannot run; None if the sizes of its base are not known.
+    """Bytes of memory of a device without which the resolved job cannot run.
+
+    None if the sizes of its base are not known.
 
     `longest_rows` has the tokens of the longest row by stage. The packing adapts to a device, so this counts one row.
     """
-    shape, device = shape_of(session, base_model), device_of(session, base_model)
+    shape, device = shape_of(session, base_model), largest(devices_of(session, base_model))
     if shape is None:
         return None
     kind = "cuda" if device is None else device.kind
@@ -44,20 +73,30 @@ def least_memory(session: Session, spec: JobSpec, base_model: str, longest_rows:
     return int(max(estimate(shape, settings, kind, None).total for settings in smallest) / TOLERANCE)
 
 
-def refusal(spec: JobSpec, shape: Shape, device: Device, longest_row: int | None) -> tuple[str, str] | None:
-    """(param, message) if the resolved job cannot fit on `device`; None if it can.
+def refusal(spec: JobSpec, shape: Shape, devices: Sequence[Device], longest_row: int | None) -> tuple[str, str] | None:
+    """(param, message) if the resolved job cannot fit on any of `devices`; None if it can, or if there are none.
 
     `longest_row` is in tokens, or None if the rows have not been counted. Then the shortest possible rows are assumed,
     so a job is refused only if it could not fit with any rows.
     """
-    for stage in reversed(spec.stages()):
-        settings = _smallest(spec, stage, longest_row or SHORTEST_ROW)
-        needed = _needed_bytes(shape, settings, device)
-        if needed > TOLERANCE * device.memory_bytes:
-            param, hint = _remedy(shape, settings, device)
-            available = f"the largest worker ({device.name}) has {device.memory_bytes / 1e9:.1f} GB"
-            return param, f"The job needs about {needed / 1e9:.1f} GB, and {available}. {hint}"
-    return None
+    device = largest(devices)
+    if device is None or any(_fits(spec, shape, each, longest_row) for each in devices):
+        return None
+    settings = max(
+        (_smallest(spec, stage, longest_row or SHORTEST_ROW) for stage in reversed(spec.stages())),
+        key=lambda settings: _needed_bytes(shape, settings, device),
+    )
+    param, hint = _remedy(shape, settings, device)
+    needed = f"{_needed_bytes(shape, settings, device) / 1e9:.1f} GB"
+    each = f" on each of {settings.devices} devices" if settings.devices > 1 else ""
+    available = f"the largest worker ({device.name}) has {device.memory_bytes / 1e9:.1f} GB"
+    return param, f"The job needs about {needed}{each}, and {available}. {hint}"
+
+
+def _fits(spec: JobSpec, shape: Shape, device: Device, longest_row: int | None, tolerance: float = TOLERANCE) -> bool:
+    """Whether no stage of the resolved job needs more than `tolerance` times the memory of a device of this kind."""
+    smallest = (_smallest(spec, stage, longest_row or SHORTEST_ROW) for stage in spec.stages())
+    return all(_needed_bytes(shape, settings, device) <= tolerance * device.memory_bytes for settings in smallest)
 
 
 def _smallest(spec: JobSpec, stage: StageSpec, longest_row: int) -> MemorySettings:

@@ -42,6 +42,8 @@ UNADAPTED = 0.7
 """Activations of a linear layer without an adapter, relative to one with an adapter: its input is not kept."""
 LOGITS = 1 << 26
 """Logits that exist at a time on a GPU, the same as in worker/trainer/logps.py. On a CPU they are too few to count."""
+SHARDED_FROM = 0.5
+"""Several devices divide a model that would take more than this share of one's memory, as in loading.py."""
 RESERVE = 0.8
 """Share of the free memory that activations may fill. If they need more, they are recomputed."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -112,6 +114,10 @@ class MemorySettings:
     """Number of embeddings and heads that are trained in full beside an adapter."""
     double_quantization: bool = True
     """Whether the scales of `nf4` are quantised too."""
+    devices: int = 1
+    """The devices of the training. Each holds the whole model unless it is divided."""
+    shard: bool | None = False
+    """Whether several devices divide the model; None: only if it would fill half of one."""
 
     @classmethod
     def of(cls, spec: JobSpec, stage: Hyperparameters, tokens_per_row: float, longest_row: int) -> "MemorySettings":
@@ -127,6 +133,8 @@ class MemorySettings:
             longest_row=longest_row,
             double_quantization=spec.double_quantization is not False,
             saved_modules=0 if adapter is None else len(adapter.modules_to_save or []),
+            devices=spec.resources.least,
+            shard=False if spec.why_not_sharded() is not None else spec.parallel.shard,
         )
 
 
@@ -159,8 +167,13 @@ def estimate(shape: Shape, settings: MemorySettings, device: str, available: int
     in_adapter += min(settings.saved_modules, 1 if shape.tied else 2) * shape.vocabulary * shape.hidden
     trained = shape.parameters if full else in_adapter
     adapter = 0 if full else 4 * trained
-    # Float32 gradient and moments. An adapter also has a copy of its weights before the last update.
-    optimizer = trained * (4 + MOMENT_BYTES[settings.optimizer] + (0 if full else 4))
+    weights = model + (trained * (4 + MOMENT_BYTES[settings.optimizer]) if full else 0)
+    divided = settings.devices > 1 and (
+        settings.shard or (settings.shard is None and (available is None or weights > SHARDED_FROM * available))
+    )
+    optimizer = _optimizer(settings, trained, divided=divided and full)
+    if divided:
+        model = _divided(shape, settings, model, width)
     tokens = max(settings.longest_row, min(BUDGET[device], settings.batch_tokens))
     if device == "cuda":  # pack widths are multiples of an eighth of the budget
         step = BUDGET[device] // 8
@@ -178,6 +191,24 @@ def estimate(shape: Shape, settings: MemorySettings, device: str, available: int
         # The layer that is being recomputed. On a CPU the fitted coefficients include it.
         temporary += int(tokens * width * factors.outputs * outputs) if device == "cuda" else 0
     return Memory(factors.runtime, model, adapter, optimizer, activations, temporary, recompute)
+
+
+def _optimizer(settings: MemorySettings, trained: int, *, divided: bool) -> int:
+    """Bytes of gradients and moments for so many trained parameters. `divided`: FSDP2 divides both."""
+    moments, devices = MOMENT_BYTES[settings.optimizer], settings.devices
+    if divided:
+        return trained * (4 + moments) // devices
+    # Float32. With several devices, a sum is also copied to be sent, and received; each has moments of its share.
+    gradients = 4 if devices == 1 else 12
+    # An adapter also has a copy of its weights before the last update.
+    return trained * (gradients + (0 if settings.rank is None else 4)) + trained * moments // devices
+
+
+def _divided(shape: Shape, settings: MemorySettings, model: int, width: int) -> int:
+    """Bytes of the weights of a device that keeps a part, two gathered layers, and the embeddings or the head."""
+    ends = shape.others * width
+    gathered = 2 * (model - ends) // shape.layers + ends // (1 if shape.tied else 2)
+    return model // settings.devices + gathered
 
 
 def _weights(shape: Shape, settings: MemorySettings, width: int, factors: Coefficients) -> tuple[int, int]:

@@ -48,6 +48,9 @@ class Device(BaseModel):
     kind: str
     name: str
     memory_bytes: int
+    """The memory of one device."""
+    count: int = 1
+    """The number of such devices that the worker has."""
 
 
 class Pace(BaseModel):
@@ -85,6 +88,7 @@ class Estimate(BaseModel):
                 ],
                 "memory": None,
                 "device": None,
+                "devices": 1,
                 "fits": None,
                 "pace": None,
                 "seconds": None,
@@ -101,6 +105,8 @@ class Estimate(BaseModel):
     stages: list[StageEstimate] = []
     memory: MemoryEstimate | None = None
     device: Device | None = None
+    devices: int = 1
+    """The devices that the job takes at least. Without `resources.gpus`, they are the fewest that it fits on."""
     fits: bool | None = None
     pace: Pace | None = None
     seconds: float | None = None

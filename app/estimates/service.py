@@ -12,6 +12,7 @@ from app.dataset_reports import service as reports
 from app.derived_artifacts.service import result
 from app.errors import ServiceError, describe_validation_error
 from app.estimates import fit
+from app.estimates.fit import SHORTEST_ROW
 from app.estimates.memory import Memory, MemorySettings, Shape, estimate
 from app.estimates.schemas import Estimate, MemoryEstimate, Pace, Refusal, StageEstimate
 from app.files import repository as files
@@ -63,16 +64,24 @@ class Estimates:
 
     def _estimate(self, session: Session, project: str, spec: JobSpec) -> Estimate:
         model, _, spec = self.jobs.prepare(session, project, spec)
-        shape, device = fit.shape_of(session, model.base_model), fit.device_of(session, model.base_model)
+        shape, devices = fit.shape_of(session, model.base_model), fit.devices_of(session, model.base_model)
+        device = fit.largest(devices)
         context = shape.context if shape is not None else DEFAULT_MAX_LENGTH
         pace = _shown_pace(session, model.base_model, project)
         stages, memories = [], []
+        counts = []
         for stage_spec in spec.stages():
             fields, settings = spec.training_fields(stage_spec.file_field), stage_spec.settings
-            counted = _merge_counts(
-                [self._count_tokens(session, project, spec, model, field, settings, context) for field in fields]
+            counts.append(
+                _merge_counts(
+                    [self._count_tokens(session, project, spec, model, field, settings, context) for field in fields]
+                )
             )
-            stage = _stage(stage_spec, counted, pace, _working_devices(spec))
+        longest = max(counted["longest_row"] for counted in counts)
+        if shape is not None:
+            spec = fit.placed(spec, shape, devices, longest)
+        for stage_spec, counted in zip(spec.stages(), counts, strict=True):
+            stage, settings = _stage(stage_spec, counted, pace, _working_devices(spec)), stage_spec.settings
             stages.append(stage)
             if shape is not None:
                 memory_settings = MemorySettings.of(spec, settings, stage.tokens_per_row, stage.longest_row)
@@ -87,15 +96,15 @@ class Estimates:
             stages=stages,
             memory=memory and MemoryEstimate(**_memory_fields(memory)),
             device=device,
+            devices=spec.resources.least,
             fits=None if memory is None or device is None else memory.total <= device.memory_bytes,
             pace=pace,
             seconds=seconds,
             queued_jobs=job_queue.count_waiting(session, 1000, project),
         )
         estimated.warnings = _warnings(spec, estimated, shape)
-        if shape is not None and device is not None:
-            longest = max(stage.longest_row for stage in stages)
-            reason = fit.refusal(spec, shape, device, longest)
+        if shape is not None:
+            reason = fit.refusal(spec, shape, devices, longest)
             if reason is not None:
                 estimated.ok, estimated.refused = False, [Refusal(message=reason[1], param=reason[0], code=fit.CODE)]
         return estimated
@@ -260,17 +269,26 @@ def expected_seconds(session: Session, spec: JobSpec, base_model: str, outlines:
     return seconds
 
 
-def least_memory(session: Session, spec: JobSpec, base_model: str, outlines: dict[str, Outline]) -> int | None:
-    """Roughly the memory without which a resolved job cannot run, from the characters of its files.
+def needs(session: Session, spec: JobSpec, base_model: str, outlines: dict[str, Outline]) -> JsonObject:
+    """The columns of a resolved job that say what it needs: devices, their memory, and seconds.
 
-    None if the sizes of its base model are not known. A worker whose device has less does not claim the job.
+    All are rough, from the characters of its files. The memory is None if the sizes of the base model are not known. A
+    worker whose devices have less does not claim the job.
     """
     longest_rows = {}
     for stage in spec.stages():
         longest = max(outlines[field].longest for field in spec.training_fields(stage.file_field))
         allowed = stage.settings.max_length or DEFAULT_MAX_LENGTH
         longest_rows[stage.name] = min(allowed, longest // CHARACTERS_PER_TOKEN)
-    return fit.least_memory(session, spec, base_model, longest_rows)
+    shape = fit.shape_of(session, base_model)
+    if shape is not None:
+        spec = fit.placed(spec, shape, fit.devices_of(session, base_model), max(SHORTEST_ROW, *longest_rows.values()))
+    return {
+        "least_devices": spec.resources.least,
+        "most_devices": spec.resources.most,
+        "memory_bytes": fit.least_memory(session, spec, base_model, longest_rows),
+        "estimated_seconds": expected_seconds(session, spec, base_model, outlines),
+    }
 
 
 def _memory_fields(memory: Memory) -> JsonObject:

@@ -96,9 +96,9 @@ class Jobs(Lifecycle[JobObject]):
         `sweep_id` is the sweep that the job belongs to, if any.
         """
         model, reference, resolved = self.prepare(session, project, spec)
-        shape, device = fit.shape_of(session, model.base_model), fit.device_of(session, model.base_model)
-        if shape is not None and device is not None:
-            refused = fit.refusal(resolved, shape, device, None)
+        shape, devices = fit.shape_of(session, model.base_model), fit.devices_of(session, model.base_model)
+        if shape is not None:
+            refused = fit.refusal(fit.placed(resolved, shape, devices, None), shape, devices, None)
             if refused is not None:
                 param, message = refused
                 raise ServiceError(message, param=param, code=fit.CODE)

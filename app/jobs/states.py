@@ -63,7 +63,9 @@ TRANSITIONS: dict[tuple[Status, Status], Transition] = {
     for edge in (
         _edge(
             _V, _Q, {_VALIDATOR},
-            _LEASE | {"estimated_seconds", "memory_bytes", "lost_attempts", "setbacks"}, fenced=True,
+            _LEASE
+            | {"estimated_seconds", "memory_bytes", "least_devices", "most_devices", "lost_attempts", "setbacks"},
+            fenced=True,
         ),
         _edge(_V, Status.FAILED, {_VALIDATOR, _KEEPER}, _END | {"error"}, fenced=True),
         _edge(_V, Status.CANCELLED, {_API, _KEEPER}, _END, fenced=False),

@@ -38,7 +38,8 @@ class Resources(Automatic):
         ]
         | None
     ) = None
-    """The number of devices of one worker: GPUs, or the CPU devices of a machine without GPUs. Null: one."""
+    """The number of devices of one worker: GPUs, or the CPU devices of a machine without GPUs. Null: the fewest on
+    which the job fits."""
 
     @property
     def least(self) -> int:

@@ -178,6 +178,31 @@ def test_the_check_of_a_jobs_files_says_what_memory_it_needs(client: TestClient,
     assert needs[0] is not None and needs[1] is not None and 0 < needs[0] < needs[1]
 
 
+def test_a_job_that_names_no_number_of_devices_gets_the_fewest_on_which_it_fits(
+    client: TestClient, services: Services
+) -> None:
+    folder: Path = services.settings.models_dir / "tiny"
+    make_tiny_model(folder)
+    row = b'{"prompt": "w", "chosen": "yes", "rejected": "no"}\n'
+    taken = []
+    for layers in (4, 400):  # the second one fills 20 GB as nf4
+        details = describe("tiny", folder).details
+        details["shape"] |= {"layers": layers, "linears": [["up_proj", 8192, 12_288, layers]]}
+        with services.database.write() as session:
+            models.register(session, "tiny", "r1", details)
+        report(services, "wide", 12 * GIGABYTE, devices=4)
+        body = {"model": "tiny", "training_file": upload(client, row)}
+        job_id = client.post("/v1/fine_tuning/jobs", json=body).json()["id"]
+        check_files(services)
+        job = get(services, job_id)
+        taken.append((job.least_devices, job.most_devices))
+        assert job.memory_bytes is not None and job.memory_bytes < 12 * GIGABYTE
+        if layers == 400:
+            answer = client.post("/v1/fine_tuning/jobs", json=body | {"parallel": {"shard": False}})
+            assert answer.status_code == 400 and answer.json()["error"]["code"] == "does_not_fit"
+    assert taken == [(1, 1), (3, 3)]
+
+
 @pytest.mark.parametrize("another", [None, SMALL, LARGE])
 def test_a_job_that_runs_out_of_memory_waits_for_a_larger_device_if_there_is_one(
     services: Services, another: int | None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from app.estimates.fit import refusal
+from app.estimates.fit import placed, refusal
 from app.estimates.memory import Linear, MemorySettings, Shape, estimate
 from app.estimates.schemas import Device
 from app.spec.job import JobSpec
@@ -59,8 +59,8 @@ def job(**fields: object) -> JobSpec:
     return JobSpec.model_validate({"model": "m", "training_file": "f", "method": {"type": "dpo"}} | fields).resolved()
 
 
-def gpu(gigabytes: float) -> Device:
-    return Device(kind="cuda", name="a GPU", memory_bytes=int(gigabytes * 1e9))
+def gpu(gigabytes: float, count: int = 1) -> Device:
+    return Device(kind="cuda", name="a GPU", memory_bytes=int(gigabytes * 1e9), count=count)
 
 
 def test_parameter_counts_agree_with_the_papers() -> None:
@@ -85,7 +85,7 @@ def test_parameter_counts_agree_with_the_papers() -> None:
 def test_a_job_that_cannot_fit_is_refused_with_the_change_that_would_help(
     fields: JsonObject, gigabytes: float, param: str | None, advice: str | None
 ) -> None:
-    field_and_message = refusal(job(**fields), LLAMA_8B, gpu(gigabytes), 512)
+    field_and_message = refusal(job(**fields), LLAMA_8B, [gpu(gigabytes)], 512)
     if param is None or advice is None:
         assert field_and_message is None
     else:
@@ -95,13 +95,52 @@ def test_a_job_that_cannot_fit_is_refused_with_the_change_that_would_help(
 
 def test_rows_that_are_too_long_are_given_as_the_reason() -> None:
     long_context = replace(LLAMA_8B, context=1_000_000)
-    field_and_message = refusal(job(), long_context, gpu(16), 200_000)
+    field_and_message = refusal(job(), long_context, [gpu(16)], 200_000)
     assert field_and_message is not None and field_and_message[0] == "method"
     assert re.search(r"A 'max_length' that keeps rows under \d+ tokens would fit\.$", field_and_message[1])
-    assert refusal(job(), long_context, gpu(16), None) is None, "a job whose longest row is unknown is accepted"
+    assert refusal(job(), long_context, [gpu(16)], None) is None, "a job whose longest row is unknown is accepted"
 
 
 def test_activations_are_recomputed_if_they_would_not_fit() -> None:
     settings = MemorySettings.of(job(), job().method.hyperparameters, 600, 1000)
     assert estimate(LLAMA_8B, settings, "cuda", int(24e9)).recompute
     assert not estimate(LLAMA_8B, settings, "cuda", int(141e9)).recompute
+
+
+LLAMA_70B = Shape(
+    hidden=8192, layers=80, vocabulary=128256, context=8192, others=2 * 128256 * 8192 + 161 * 8192,
+    linears=(
+        Linear("q_proj", 8192, 8192, 80), Linear("k_proj", 1024, 8192, 80), Linear("v_proj", 1024, 8192, 80),
+        Linear("o_proj", 8192, 8192, 80), Linear("gate_proj", 28672, 8192, 80), Linear("up_proj", 28672, 8192, 80),
+        Linear("down_proj", 8192, 28672, 80),
+    ),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shape", "fields", "devices", "expected"),
+    [
+        (LLAMA_8B, {}, [gpu(24, 8)], 1),
+        (LLAMA_70B, {}, [gpu(80, 8)], 1),
+        (LLAMA_70B, {}, [gpu(24, 8)], 4),
+        (LLAMA_70B, {"quantization": "none"}, [gpu(80, 8)], 3),
+        (LLAMA_70B, {"quantization": "none"}, [gpu(80, 8), gpu(180)], 1),
+        (LLAMA_8B, {"adapter": "none"}, [gpu(80, 8)], 2),
+        (LLAMA_8B, {"adapter": "none"}, [gpu(80)], None),
+        (LLAMA_8B, {"adapter": "none", "parallel": {"shard": False}}, [gpu(80, 8)], None),
+        (LLAMA_8B, {"adapter": "none", "resources": {"gpus": 2}}, [gpu(80, 8)], 2),
+        (LLAMA_70B, {"resources": {"gpus": 4}, "parallel": {"shard": False}}, [gpu(24, 8)], None),
+        (LLAMA_70B, {"resources": {"gpus": {"min": 2, "max": 8}}}, [gpu(24, 8)], None),
+        (LLAMA_8B, {}, [], 1),
+    ],
+)
+def test_a_job_takes_the_fewest_devices_that_it_fits_on(
+    shape: Shape, fields: JsonObject, devices: list[Device], expected: int | None
+) -> None:
+    spec = placed(job(**fields), shape, devices, 512)
+    assert (None if refusal(spec, shape, devices, 512) is not None else spec.resources.least) == expected
+
+
+def test_a_job_that_fits_on_no_number_of_devices_is_refused_for_the_number_that_it_names() -> None:
+    refused = refusal(job(resources={"gpus": 2}, quantization="none"), LLAMA_70B, [gpu(48, 4)], 512)
+    assert refused is not None and "on each of 2 devices, and the largest worker (a GPU) has 48.0 GB" in refused[1]
