@@ -1,7 +1,7 @@
 """The cluster that faults are injected into: a whole service of throwaway processes, with a proxy before every server.
 
-It has PostgreSQL behind a PgBouncer, Redis and an S3 server, two APIs, two GPU-lane workers and one CPU-lane worker. If
-there is a C compiler, the clocks of its hosts differ by ten minutes.
+It has PostgreSQL behind a PgBouncer, Redis and an S3 server, two APIs, two GPU-lane workers with two devices each, and
+one CPU-lane worker. If there is a C compiler, the clocks of its hosts differ by ten minutes.
 """
 
 import json
@@ -246,7 +246,7 @@ def cluster(home: Path, gpus: int = 2) -> Iterator[Cluster]:
         add("api-1", ["-m", "app.cli.main", "api"], DPO_PORT=str(api_port))
         add("api-2", ["-m", "app.cli.main", "api"], 300, DPO_PORT=str(other_port))
         for number in range(1, gpus + 1):
-            device = breakable(home / f"gpu-{number}", ["library", "backward"])
+            device = breakable(home / f"gpu-{number}", ["library", "backward"]) | {"DPO_CPU_DEVICES": "2"}
             add(f"gpu-{number}", ["-m", "worker", "gpu"], (-1) ** number * 300, **device)
         disks = [stack.enter_context(_small_disk(home / name / "work")) for name in programs if name.startswith("gpu")]
         add("cpu-1", ["-m", "worker", "cpu"])

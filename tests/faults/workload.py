@@ -41,8 +41,9 @@ LONG: dict[str, Any] = {
             }
         },
     },
+    "resources": {"gpus": {"max": 2}},
 }
-"""A training that outlives a few faults."""
+"""A training that outlives a few faults. Each attempt takes one device or two, whatever is free."""
 SHORT = LONG | {
     "sft": None,
     "method": {"type": "dpo", "dpo": {"hyperparameters": {"batch_size": 8, "max_steps": 8, "learning_rate": 1e-3}}},

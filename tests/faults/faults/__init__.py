@@ -24,6 +24,8 @@ FAULTS: dict[str, Fault] = {
     for fault in (
         processes.kill_runner,
         processes.kill_trainer,
+        processes.kill_one_rank,
+        processes.stop_one_rank,
         processes.kill_runner_and_trainer,
         processes.kill_api,
         processes.stop_runner,

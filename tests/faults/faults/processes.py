@@ -52,6 +52,25 @@ def kill_trainer(scene: Scene) -> Strike | None:
     return scene.after_next_attempt(scene.line("attempt lost", seconds=10))
 
 
+def kill_one_rank(scene: Scene) -> Strike | None:
+    """kill -9 of one of the processes that train together. The others end within seconds."""
+    return _strike_one_rank(scene, signal.SIGKILL)
+
+
+def stop_one_rank(scene: Scene) -> Strike | None:
+    """SIGSTOP of one of the processes that train together. The trainer kills it when it has been silent for long."""
+    return _strike_one_rank(scene, signal.SIGSTOP)
+
+
+def _strike_one_rank(scene: Scene, how: signal.Signals) -> Strike | None:
+    trainer = scene.attempt.pid
+    ranks = Path(f"/proc/{trainer}/task/{trainer}/children").read_text().split()
+    if len(ranks) < 2:
+        return None  # the attempt has one device
+    os.kill(int(scene.random.choice(ranks)), how)
+    return scene.after_next_attempt(scene.line("attempt lost"))
+
+
 def kill_runner_and_trainer(scene: Scene) -> Strike | None:
     """kill -9 of both at once."""
     os.kill(scene.attempt.pid, signal.SIGKILL)
