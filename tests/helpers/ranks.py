@@ -27,6 +27,7 @@ from tests.helpers.trainer import (
     parse,
 )
 from worker.trainer import loading, loop
+from worker.trainer.arrays import Shelf
 from worker.trainer.averages import Averages
 from worker.trainer.data import Row
 from worker.trainer.dataset import Rows
@@ -133,7 +134,7 @@ def rows_for(loss: str, lengths: list[tuple[int, list[int]]]) -> Rows:
         keep = {"plackett_luce": len(responses), "nll": 1, "kto": 1}.get(loss, 2)
         scored = [replace(response, scored=(True,) * len(response.ids)) for response in row.responses]
         rows.append(replace(row, responses=tuple(scored[:keep]), desirable=line % 3 > 0))
-    return with_mismatches(Rows.of(rows), 64) if loss == "kto" else Rows.of(rows)
+    return with_mismatches(Rows.of(rows), 64, Shelf()) if loss == "kto" else Rows.of(rows)
 
 
 def method_for(loss: str, launcher: Launcher, rows: Rows) -> Method:

@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import os
 import threading
-from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -19,7 +18,6 @@ from typing import TYPE_CHECKING, overload
 import numpy
 from numpy.typing import NDArray
 from safetensors import safe_open
-from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from app.spec.datasets.check import examples
@@ -27,6 +25,7 @@ from app.spec.datasets.example import Example
 from app.spec.datasets.rendering import Rendering
 from worker.machine import usable_processes
 from worker.trainer import data
+from worker.trainer.arrays import Arrays, Integers, Shelf, Writer, ranges
 from worker.trainer.cache import Cache
 from worker.trainer.data import Recipe, Response, Row, Tally
 from worker.trainer.errors import UserError
@@ -43,85 +42,19 @@ CHUNK = 1024
 """Number of examples that a process tokenises at a time."""
 HASHED_TOGETHER = 16_384
 """Number of rows whose tokens are hashed at a time."""
-
-Integers = NDArray[numpy.int64]
-
-
-@dataclass(frozen=True)
-class Arrays:
-    """All rows of some files. A row has segments: its prompt and its responses. A segment has tokens.
-
-    Shapes: `lines`, `files`, `desirable`, `groups` [rows]; `segments` [rows + 1], the first segment of each row;
-    `tokens` [segments + 1], the first token of each segment; `ids` [tokens] int32; `scored` [tokens] bool. The last
-    entries of `segments` and `tokens` are the totals.
-    """
-
-    lines: Integers
-    desirable: NDArray[numpy.bool_]
-    groups: Integers
-    files: Integers
-    segments: Integers
-    tokens: Integers
-    ids: NDArray[numpy.int32]
-    scored: NDArray[numpy.bool_]
-
-    @classmethod
-    def of(cls, rows: Iterable[Row]) -> "Arrays":
-        """The arrays of `rows`. Prompt tokens are never scored."""
-        lines, groups, files, desirable = array("q"), array("q"), array("q"), bytearray()
-        segments, tokens = array("q", [0]), array("q", [0])
-        ids, scored = array("i"), bytearray()
-        for row in rows:
-            lines.append(row.line)
-            desirable.append(row.desirable)
-            groups.append(row.group)
-            files.append(row.file)
-            for part, flags in (
-                (row.prompt, (False,) * len(row.prompt)),
-                *((response.ids, response.scored) for response in row.responses),
-            ):
-                ids.extend(part)
-                scored.extend(flags)
-                tokens.append(len(ids))
-            segments.append(len(tokens) - 1)
-        return cls(
-            numpy.array(lines, dtype=numpy.int64),
-            numpy.frombuffer(desirable, dtype=bool),
-            numpy.array(groups, dtype=numpy.int64),
-            numpy.array(files, dtype=numpy.int64),
-            numpy.array(segments, dtype=numpy.int64),
-            numpy.array(tokens, dtype=numpy.int64),
-            numpy.array(ids, dtype=numpy.int32),
-            numpy.frombuffer(scored, dtype=bool),
-        )
-
-    @classmethod
-    def joined(cls, chunks: Sequence["Arrays"]) -> "Arrays":
-        """All rows of `chunks`, in order."""
-        if len(chunks) == 1:
-            return chunks[0]
-        segments, tokens = [numpy.zeros(1, dtype=numpy.int64)], [numpy.zeros(1, dtype=numpy.int64)]
-        first_segment = first_token = 0
-        for chunk in chunks:
-            # The offsets of a chunk count from the end of the chunks before it.
-            segments.append(chunk.segments[1:] + first_segment)
-            tokens.append(chunk.tokens[1:] + first_token)
-            first_segment, first_token = first_segment + chunk.segments[-1], first_token + chunk.tokens[-1]
-        flat = {name: numpy.concatenate([getattr(chunk, name) for chunk in chunks]) for name in cls.FLAT}
-        return cls(segments=numpy.concatenate(segments), tokens=numpy.concatenate(tokens), **flat)
-
-    FLAT = ("lines", "desirable", "groups", "files", "ids", "scored")
-    """Arrays without offsets: `joined` only has to concatenate them."""
+COUNTED_TOGETHER = 1 << 14
+"""Number of segments whose scored tokens are counted at a time."""
 
 
 class Rows(Sequence[Row]):
     """Some rows of a file. `Row` objects are created on access.
 
     The arrays take 5 bytes a token, where Python objects would take far more. `numbers` selects rows of the arrays.
+    What is computed from them is on the `shelf`.
     """
 
-    def __init__(self, arrays: Arrays, numbers: Integers | None = None) -> None:
-        self._arrays = arrays
+    def __init__(self, arrays: Arrays, numbers: Integers | None = None, shelf: Shelf | None = None) -> None:
+        self._arrays, self._shelf = arrays, shelf or Shelf()
         self._numbers = numpy.arange(len(arrays.lines)) if numbers is None else numbers
 
     @classmethod
@@ -152,8 +85,9 @@ class Rows(Sequence[Row]):
     def _sizes(self) -> Integers:
         """Number of tokens of each row, [rows]: its prompt, once, and all its responses."""
         arrays, numbers = self._arrays, self._numbers
-        sizes: Integers = arrays.tokens[arrays.segments[numbers + 1]] - arrays.tokens[arrays.segments[numbers]]
-        return sizes
+        return self._shelf.keep(
+            "sizes", lambda: arrays.tokens[arrays.segments[numbers + 1]] - arrays.tokens[arrays.segments[numbers]]
+        )
 
     @cached_property
     def longest(self) -> int:
@@ -181,12 +115,19 @@ class Rows(Sequence[Row]):
     @cached_property
     def _scored(self) -> Integers:
         """Number of scored tokens of each segment that have a prediction, [segments]."""
+        return self._shelf.keep("scored", self._count_scored)
+
+    def _count_scored(self) -> Integers:
         arrays = self._arrays
-        sizes = numpy.diff(arrays.tokens)
-        counts = numpy.add.reduceat(numpy.append(arrays.scored, False), arrays.tokens[:-1], dtype=numpy.int64)
-        counts[sizes == 0] = 0  # for an empty segment reduceat gives the next token
+        counts = numpy.zeros(len(arrays.tokens) - 1, dtype=numpy.int64)
+        for first in range(0, len(counts), COUNTED_TOGETHER):
+            bounds = arrays.tokens[first : first + COUNTED_TOGETHER + 1]  # [segments of this part + 1]
+            scored = numpy.append(arrays.scored[bounds[0] : bounds[-1]], False)
+            part = numpy.add.reduceat(scored, bounds[:-1] - bounds[0], dtype=numpy.int64)
+            part[numpy.diff(bounds) == 0] = 0  # for an empty segment reduceat gives the next token
+            counts[first : first + COUNTED_TOGETHER] = part
         # The first token of a row without a prompt has no prediction.
-        segments_per_row = numpy.diff(arrays.segments)
+        sizes, segments_per_row = numpy.diff(arrays.tokens), numpy.diff(arrays.segments)
         no_prompt = numpy.repeat(sizes[arrays.segments[:-1]] == 0, segments_per_row) & (sizes > 0)
         counts[no_prompt] -= arrays.scored[arrays.tokens[:-1][no_prompt]]
         return counts
@@ -194,7 +135,9 @@ class Rows(Sequence[Row]):
     @cached_property
     def vocabulary(self) -> list[int]:
         """The distinct token ids of the file, ascending."""
-        return [int(token) for token in numpy.unique(self._arrays.ids)]
+        ids = self._arrays.ids
+        parts = [numpy.unique(ids[first : first + (1 << 22)]) for first in range(0, len(ids), 1 << 22)]
+        return [int(token) for token in numpy.unique(numpy.concatenate(parts))] if parts else []
 
     @property
     def lines(self) -> list[int]:
@@ -207,12 +150,21 @@ class Rows(Sequence[Row]):
         return list(self._arrays.files[self._numbers].tolist())
 
     @classmethod
-    def together(cls, files: Sequence["Rows"]) -> "Rows":
+    def together(cls, files: Sequence["Rows"], shelf: Shelf) -> "Rows":
         """All rows of several files. Each row gets the number of its file."""
         if len(files) == 1:
             return files[0]
-        numbered = [replace(rows._arrays, files=numpy.full(len(rows), k)) for k, rows in enumerate(files)]
-        return cls(Arrays.joined(numbered))
+
+        def chunks() -> Iterator[Arrays]:
+            for k, rows in enumerate(files):
+                yield replace(rows._arrays, files=numpy.full(len(rows), k))
+
+        return cls(shelf.keep_rows("rows", chunks))
+
+    @classmethod
+    def kept(cls, shelf: Shelf, name: str, rows: Callable[[], Iterable[Row]]) -> "Rows":
+        """The rows that `rows` makes, on the `shelf`."""
+        return cls(shelf.keep_rows(name, lambda: map(Arrays.of, data.batched(rows(), CHUNK))))
 
     @property
     def groups(self) -> Integers:
@@ -223,6 +175,10 @@ class Rows(Sequence[Row]):
         """The rows for which `keep` is true."""
         return Rows(self._arrays, self._numbers[numpy.asarray(keep, dtype=bool)])
 
+    def on(self, shelf: Shelf) -> "Rows":
+        """The same rows. What is computed from them goes to the `shelf`."""
+        return Rows(self._arrays, shelf.keep("numbers", lambda: self._numbers), shelf)
+
     def digest(self) -> str:
         """A hash of the rows' tokens and of their scored flags."""
         arrays = self._arrays
@@ -230,29 +186,58 @@ class Rows(Sequence[Row]):
         for start in range(0, len(self), HASHED_TOGETHER):
             rows = self._numbers[start : start + HASHED_TOGETHER]
             # The indices of all segments and tokens of these rows.
-            segments = _ranges(arrays.segments[rows], arrays.segments[rows + 1])
-            tokens = _ranges(arrays.tokens[arrays.segments[rows]], arrays.tokens[arrays.segments[rows + 1]])
+            segments = ranges(arrays.segments[rows], arrays.segments[rows + 1])
+            tokens = ranges(arrays.tokens[arrays.segments[rows]], arrays.tokens[arrays.segments[rows + 1]])
             digest.update((arrays.segments[rows + 1] - arrays.segments[rows]).tobytes())
             digest.update((arrays.tokens[segments + 1] - arrays.tokens[segments]).tobytes())
             digest.update(arrays.ids[tokens].tobytes())
             digest.update(arrays.scored[tokens].tobytes())
         return digest.hexdigest()
 
-    def prompts(self) -> list[bytes]:
-        """A key for each row. Rows with the same prompt share a key; a row without a prompt has its own."""
-        arrays, keys = self._arrays, []
+    def prompts(self) -> Integers:
+        """A hash for each row, [rows]: equal for rows with the same prompt. A row without a prompt has its own."""
+        arrays, keys = self._arrays, numpy.zeros(len(self), dtype=numpy.int64)
         for position, number in enumerate(self._numbers):
             start, stop = arrays.tokens[arrays.segments[number] : arrays.segments[number] + 2]
-            keys.append(arrays.ids[start:stop].tobytes() if stop > start else f"row {position}".encode())
+            prompt = arrays.ids[start:stop].tobytes() if stop > start else f"row {position}".encode()
+            keys[position] = int.from_bytes(hashlib.blake2b(prompt, digest_size=8).digest(), "little", signed=True)
         return keys
 
 
-def _ranges(starts: Integers, stops: Integers) -> Integers:
-    """The numbers of all ranges `starts[k]` … `stops[k] − 1`, concatenated."""
-    sizes = stops - starts
-    ends = numpy.cumsum(sizes)
-    numbers: Integers = numpy.arange(ends[-1] if len(ends) else 0) + numpy.repeat(starts - (ends - sizes), sizes)
-    return numbers
+@dataclass(frozen=True)
+class Groups:
+    """Row numbers in groups that shuffling keeps together.
+
+    `rows` [rows] has one group after the other. `starts` [groups + 1] has the first place of each, and the end.
+    """
+
+    rows: Integers
+    starts: Integers
+
+    @classmethod
+    def alone(cls, count: int) -> "Groups":
+        """Each of `count` rows by itself."""
+        return cls(numpy.arange(count), numpy.arange(count + 1))
+
+    @classmethod
+    def of(cls, keys: Integers, largest: int) -> "Groups":
+        """Rows with equal `keys` [rows] together, at most `largest` in a group, in the order of their first rows."""
+        order = numpy.argsort(keys, kind="stable")  # the rows by key, those of one key in order
+        new_key = numpy.append(True, numpy.diff(keys[order]) != 0)[: len(keys)]
+        place = numpy.arange(len(keys)) - numpy.flatnonzero(new_key)[numpy.cumsum(new_key) - 1]  # within its key
+        starts = numpy.flatnonzero(place % largest == 0)
+        stops = numpy.append(starts[1:], len(keys))
+        by_first = numpy.argsort(order[starts], kind="stable")
+        sizes = (stops - starts)[by_first]
+        return cls(order[ranges(starts[by_first], stops[by_first])], numpy.append(0, numpy.cumsum(sizes)))
+
+    def on(self, shelf: Shelf) -> "Groups":
+        """The same groups, on the `shelf`."""
+        return Groups(shelf.keep("grouped", lambda: self.rows), shelf.keep("starts", lambda: self.starts))
+
+    def ordered(self, order: Integers) -> Integers:
+        """The row numbers of the groups `order`, [rows of these groups]."""
+        return self.rows[ranges(self.starts[order], self.starts[order + 1])]
 
 
 def require_embedded(rows: Rows, tokenizer: Tokenizer, config: "PretrainedConfig", model: str) -> None:
@@ -280,17 +265,20 @@ def load(
     cached = cache.get(key, _read)
     if cached is not None:
         return cached
-    arrays, tally = _tokenise(path, tokenizer, recipe, report)
+    tally = Tally()
     with cache.put(key) as cache_path:
-        save_file(vars(arrays), cache_path, metadata={"tally": json.dumps(asdict(tally))})
-    return Rows(arrays), tally
+        writer = Writer(cache_path)
+        for arrays in _tokenise(path, tokenizer, recipe, tally):
+            writer.add(arrays)
+            report(writer.rows)
+        writer.close({"tally": json.dumps(asdict(tally))})
+    return _read(cache.folder / key)
 
 
 def _read(path: Path) -> tuple[Rows, Tally]:
     with safe_open(path, framework="np") as file:
-        arrays = Arrays(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         counts = json.loads(file.metadata()["tally"])
-        return Rows(arrays), Tally(**counts | {"refused": Counter(counts["refused"])})
+    return Rows(Arrays.mapped(path)), Tally(**counts | {"refused": Counter(counts["refused"])})
 
 
 def _key(path: Path, tokenizer: Tokenizer, recipe: Recipe) -> str:
@@ -303,10 +291,8 @@ def _key(path: Path, tokenizer: Tokenizer, recipe: Recipe) -> str:
     return f"tokens/{content}/{hashlib.sha256(repr(parts).encode()).hexdigest()}"
 
 
-def _tokenise(
-    path: Path, tokenizer: Tokenizer, recipe: Recipe, report: Callable[[int], None] = lambda rows: None
-) -> tuple[Arrays, Tally]:
-    tally, chunks, rows = Tally(), [], 0
+def _tokenise(path: Path, tokenizer: Tokenizer, recipe: Recipe, tally: Tally) -> Iterator[Arrays]:
+    """The rows of the file `path`, some at a time. Their counts are added to `tally`."""
     with path.open("rb") as file:
         groups = data.batched(examples(file, recipe.mapping), CHUNK)
         processes = usable_processes() if path.stat().st_size > PARALLEL_BYTES and _has_semaphores() else 1
@@ -316,11 +302,8 @@ def _tokenise(
             else _in_processes(groups, tokenizer, recipe, processes)
         )
         for arrays, chunk_tally in results:
-            chunks.append(arrays)
             tally.add(chunk_tally)
-            rows += len(arrays.lines)
-            report(rows)
-    return Arrays.joined(chunks or [Arrays.of([])]), tally
+            yield arrays
 
 
 def _has_semaphores() -> bool:

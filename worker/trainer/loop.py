@@ -9,6 +9,7 @@ for each stage:
         every `checkpoint_every` steps: write a checkpoint
 """
 
+import shutil
 import time
 from dataclasses import replace
 from hashlib import sha256
@@ -50,7 +51,9 @@ def train(run: TrainingRun) -> None:
 
 def _train(run: TrainingRun) -> None:
     began = time.monotonic()
-    stages = run.ranks.first_then_others(lambda: stages_of(run))  # the first rank tokenises
+    if run.ranks.is_first:
+        shutil.rmtree(run.folder / "rows", ignore_errors=True)
+    stages = run.ranks.first_then_others(lambda: stages_of(run))  # the first rank of a machine tokenises
     run.check_stop()
     state = State(stages[0].name) if run.resume is None else checkpoint.load_state(run.resume)
     first_stage = [stage.name for stage in stages].index(state.stage)

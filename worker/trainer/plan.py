@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 
@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from app.spec.datasets.rendering import Rendering
 from app.spec.hyperparameters import DEFAULT_MAX_LENGTH, Hyperparameters
 from app.spec.job import JobSpec, StageSpec
+from worker.trainer.arrays import Integers, Shelf
 from worker.trainer.cache import Cache
 from worker.trainer.data import Recipe, Tally
-from worker.trainer.dataset import Integers, Rows, load
+from worker.trainer.dataset import Groups, Rows, load
 from worker.trainer.errors import UserError
 from worker.trainer.events import Events
 from worker.trainer.methods import METHODS
@@ -41,6 +42,8 @@ class Stage:
     """Sentences about rows of its training files that were cut or left out."""
     repeated: int = 0
     """Number of validation rows whose prompt is also in the training rows."""
+    shelf: Shelf = field(default_factory=Shelf)
+    """Where the order of its rows is kept."""
 
     @property
     def batch_size(self) -> int:
@@ -69,12 +72,29 @@ class Stage:
         size, first = len(self.train), step * self.batch_size
         # Positions in the concatenation of all epochs: epoch · size + position within the epoch.
         positions = range(first, first + self.batch_size)
-        return [_order(self._groups, self.seed, position // size)[position % size] for position in positions]
+        return [int(self._order(position // size)[position % size]) for position in positions]
 
     @cached_property
-    def _groups(self) -> "Groups":
-        groups = METHODS[self.name].groups(self.train, self.batch_size)
-        return Groups(tuple(map(tuple, groups)))
+    def groups(self) -> Groups:
+        """The groups of training rows that stay together."""
+        return METHODS[self.name].groups(self.train, self.batch_size).on(self.shelf)
+
+    def _order(self, epoch: int) -> Integers:
+        """The row numbers in the order of `epoch`, [rows]: a permutation of the groups."""
+        if epoch not in self._orders:
+
+            def shuffled() -> Integers:
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                order = torch.randperm(len(self.groups.starts) - 1, generator=generator)
+                return self.groups.ordered(order.numpy())
+
+            self._orders.pop(epoch - 2, None)  # a batch usually touches one epoch or two
+            self._orders[epoch] = self.shelf.keep(f"order-{epoch}", shuffled)
+        return self._orders[epoch]
+
+    @cached_property
+    def _orders(self) -> dict[int, Integers]:
+        return {}
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of optimizer step `step`, counted from 0.
@@ -92,21 +112,6 @@ class Stage:
         if settings.lr_scheduler == "cosine":
             return peak * 0.5 * (1 + math.cos(math.pi * progress))
         return peak * (1 - progress) if settings.lr_scheduler == "linear" else peak
-
-
-@dataclass(frozen=True, eq=False)
-class Groups:
-    """Row numbers in groups that shuffling keeps together. Compared by identity, so `_order` can cache by it."""
-
-    rows: tuple[tuple[int, ...], ...]
-
-
-@lru_cache(maxsize=2)  # a batch usually touches one epoch or two
-def _order(groups: Groups, seed: int, epoch: int) -> list[int]:
-    """The row numbers in the order of `epoch`: a permutation of the groups."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(len(groups.rows), generator=generator).tolist()
-    return [number for group in order for number in groups.rows[group]]
 
 
 def stages(
@@ -139,24 +144,27 @@ class _Loader:
 
     def stage(self, spec: StageSpec) -> Stage:
         """The stage with its rows. Without a validation file, a share of its training rows is held out."""
-        settings, param = spec.settings, spec.file_field
+        settings, param, shelf = spec.settings, spec.file_field, Shelf(self.folder / "rows").of(spec.name)
         max_length = min(settings.max_length or DEFAULT_MAX_LENGTH, self.context)
         recipe = Recipe(settings.data, max_length, settings.scored, spec.mapping, self.rendering, settings.truncation)
-        train, notes = self._rows(spec.training, recipe, param)
+        train, notes = self._rows(spec.training, recipe, param, shelf.of("all"))
         if spec.validation is not None:
-            held_out, _ = self._rows((spec.validation,), recipe, param.replace("training", "validation"))
+            held_out, _ = self._rows((spec.validation,), recipe, param.replace("training", "validation"), shelf)
         else:
-            train, held_out = self._split(train, spec)
+            train, held_out = self._split(train, spec, shelf)
         repeated = self._warn_of_repeated(train, held_out)
         prepare = METHODS[spec.name].prepare_rows
-        train, held_out = (prepare(rows, settings, recipe.max_length) for rows in (train, held_out))
-        return Stage(spec.name, settings, train, held_out, self.seed, spec.field, notes, repeated)
+        train, held_out = (
+            prepare(rows, settings, recipe.max_length, shelf.of(part)).on(shelf.of(part))
+            for part, rows in (("train", train), ("validation", held_out))
+        )
+        return Stage(spec.name, settings, train, held_out, self.seed, spec.field, notes, repeated, shelf)
 
-    def _split(self, rows: Rows, spec: StageSpec) -> tuple[Rows, Rows]:
+    def _split(self, rows: Rows, spec: StageSpec, shelf: Shelf) -> tuple[Rows, Rows]:
         """(training rows, held-out rows)."""
         share = spec.validation_split
         if spec.training not in self.held_out:
-            self.held_out[spec.training] = held_out_groups(rows, share, self.seed)
+            self.held_out[spec.training] = shelf.keep("held-out", lambda: held_out_groups(rows, share, self.seed))
         is_held_out = numpy.isin(rows.groups, self.held_out[spec.training])
         train, held_out = rows.where(~is_held_out), rows.where(is_held_out)
         if share > 0 and not len(held_out) and len(train) > 1:
@@ -176,7 +184,7 @@ class _Loader:
             )
         return repeated
 
-    def _rows(self, names: tuple[str, ...], recipe: Recipe, param: str) -> tuple[Rows, tuple[str, ...]]:
+    def _rows(self, names: tuple[str, ...], recipe: Recipe, param: str, shelf: Shelf) -> tuple[Rows, tuple[str, ...]]:
         """(the rows of the files `names`, notes about them for the user)."""
         files, tally = list[Rows](), Tally()
 
@@ -188,7 +196,7 @@ class _Loader:
             file_rows, file_tally = load(self.folder / name, self.tokenizer, recipe, self.cache, report)
             files.append(file_rows)
             tally.add(file_tally)
-        rows = Rows.together(files)
+        rows = Rows.together(files, shelf)
         if not len(rows):
             refusal = next(iter(tally.details.values()), None)
             if refusal is not None:

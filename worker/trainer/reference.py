@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -116,6 +117,14 @@ def find_or_compute(
         raise
     keep()
     return _arranged(first, stretches)
+
+
+def mapped(found: Reference, path: Path) -> Reference:
+    """The reference log-probs `found`, in the file `path`, which the ranks of a machine map into memory."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(vars(found), path)
+    return Reference(**load_file(path))
 
 
 def _cached(key: str, rows: int, cache: Cache) -> list[Stretch]:

@@ -25,15 +25,17 @@ def policy_references(launcher: Launcher, stage: Stage, tail_weight: float | Non
     began, made, policy = time.monotonic(), len(run.cache.made), launcher.policy
     digest = policy.digest() if policy.is_divided else run.ranks.of_first(policy.digest)
 
-    def find(rows: Rows) -> Reference:
+    def find(rows: Rows, part: str) -> Reference:
         def report(done: int) -> None:
             run.check_stop()
             if len(rows):
                 run.events.working("reference", done, len(rows))
 
-        return reference.find_or_compute(launcher, digest, rows, tail_weight, run.cache, report)
+        found = reference.find_or_compute(launcher, digest, rows, tail_weight, run.cache, report)
+        path = run.folder / "rows" / f"{stage.name}-reference-{part}.safetensors"
+        return run.ranks.first_then_others(lambda: reference.mapped(found, path))
 
-    references = References(find(stage.train), find(stage.validation))
+    references = References(find(stage.train, "train"), find(stage.validation, "validation"))
     how = "found in the cache" if len(run.cache.made) == made else "computed"
     run.events.message(f"Reference log-probs {how} in {time.monotonic() - began:.1f} s.")
     return references

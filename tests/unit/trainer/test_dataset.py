@@ -5,8 +5,10 @@ import json
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,10 +17,11 @@ from app.spec.datasets.errors import DatasetError
 from app.spec.datasets.example import Example, Kind, Message
 from tests.helpers.tiny_model import CHATML, make_tokenizer
 from tests.helpers.trainer import make_pairs, make_row, write_records
-from worker.trainer import dataset
+from worker.trainer import arrays, dataset
+from worker.trainer.arrays import Arrays, Shelf
 from worker.trainer.cache import Cache
 from worker.trainer.data import Recipe, Response, Row, Tally, rows
-from worker.trainer.dataset import Arrays, Rows, load
+from worker.trainer.dataset import Groups, Rows, load
 from worker.trainer.errors import UserError
 from worker.trainer.events import Events
 
@@ -43,7 +46,10 @@ def test_rows_come_back_as_they_went_in(drawn: Any, cuts: list[int], data: st.Da
     expected = make_rows(drawn)
     bounds = [0, *sorted(min(cut, len(expected)) for cut in cuts), len(expected)]
     chunks = [Arrays.of(expected[start:stop]) for start, stop in pairwise(bounds)]
-    stored = Rows(Arrays.joined(chunks))
+    with TemporaryDirectory() as folder:
+        shelf = Shelf(Path(folder))
+        stored = Rows(shelf.keep_rows("rows", lambda: chunks))
+        assert list(Rows(shelf.keep_rows("rows", lambda: []))) == expected, "another rank maps the same file"
     assert list(stored) == expected
     assert stored.lines == [row.line for row in expected]
     keep = data.draw(st.lists(st.booleans(), min_size=len(expected), max_size=len(expected)))
@@ -76,14 +82,65 @@ def test_rows_of_one_prompt_have_one_key_and_rows_without_a_prompt_their_own() -
     assert len(set(keys)) == 4
 
 
+def tokenised(path: Path, recipe: Recipe, tokenizer: Any = TOKENIZER) -> tuple[list[Row], Tally]:
+    tally = Tally()
+    chunks = list(dataset._tokenise(path, tokenizer, recipe, tally))
+    return [row for chunk in chunks for row in Rows(chunk)], tally
+
+
+@given(st.lists(st.integers(0, 5), max_size=40), st.integers(1, 4))
+@settings(deadline=None)
+def test_rows_with_one_key_are_grouped_in_the_order_of_their_first_rows(keys: list[int], largest: int) -> None:
+    expected, open_groups = list[list[int]](), dict[int, list[int]]()
+    for number, key in enumerate(keys):
+        if key not in open_groups or len(open_groups[key]) == largest:
+            open_groups[key] = []
+            expected.append(open_groups[key])
+        open_groups[key].append(number)
+    groups = Groups.of(numpy.array(keys, dtype=numpy.int64), largest)
+    assert [groups.rows[start:stop].tolist() for start, stop in pairwise(groups.starts.tolist())] == expected
+    order = numpy.arange(len(expected))[::-1]
+    assert groups.ordered(order).tolist() == [number for group in reversed(expected) for number in group]
+
+
+@given(any_rows)
+@settings(deadline=None, max_examples=50)
+def test_counts_and_vocabulary_do_not_depend_on_how_much_is_counted_at_a_time(drawn: Any) -> None:
+    expected = make_rows(drawn)
+    scored = [[sum(response.scored[0 if row.prompt else 1 :]) for response in row.responses] for row in expected]
+    for together in (1, 3, dataset.COUNTED_TOGETHER):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dataset, "COUNTED_TOGETHER", together)
+            rows = Rows.of(expected)
+            assert rows.scored_tokens(list(range(len(expected)))) == scored
+    tokens = {token for row in expected for part in (row.prompt, *(r.ids for r in row.responses)) for token in part}
+    assert rows.vocabulary == sorted(tokens)
+
+
+def test_what_a_rank_has_computed_another_one_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrays, "SMALL_BYTES", 0)
+    rows = Rows.of(make_row(number, 3, 4, 5) for number in range(9))
+    first, second = (rows.on(Shelf(tmp_path).of("train")) for _ in range(2))
+    sizes = first.tokens([0, 1, 2])
+
+    def never() -> Any:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(second, "_count_scored", never)
+    assert first.scored_tokens([1]) == second.scored_tokens([1])
+    assert second.tokens([0, 1, 2]) == sizes == 36
+    assert isinstance(second._scored, numpy.memmap)
+    assert {path.name for path in tmp_path.iterdir()} == {"train-numbers.npy", "train-scored.npy", "train-sizes.npy"}
+
+
 def test_several_processes_make_the_same_rows_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_records(tmp_path / "data.jsonl", make_pairs(50))
-    single = dataset._tokenise(tmp_path / "data.jsonl", TOKENIZER, Recipe(Kind.PREFERENCE, 16))
+    single = tokenised(tmp_path / "data.jsonl", Recipe(Kind.PREFERENCE, 16))
     monkeypatch.setattr(dataset, "PARALLEL_BYTES", 0)
     monkeypatch.setattr(dataset, "CHUNK", 7)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
-    several = dataset._tokenise(tmp_path / "data.jsonl", TOKENIZER, Recipe(Kind.PREFERENCE, 16))
-    assert list(Rows(several[0])) == list(Rows(single[0]))
+    several = tokenised(tmp_path / "data.jsonl", Recipe(Kind.PREFERENCE, 16))
+    assert several[0] == single[0]
     assert several[1] == single[1] != Tally()
 
 
@@ -98,8 +155,8 @@ def test_one_process_tokenises_where_processes_cannot_share_a_queue(
         raise FileNotFoundError(2, "No such file or directory: /dev/shm")
 
     monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", no_semaphore)
-    rows, _ = dataset._tokenise(tmp_path / "data.jsonl", TOKENIZER, Recipe(Kind.PREFERENCE, 16))
-    assert len(Rows(rows)) == 3
+    rows, _ = tokenised(tmp_path / "data.jsonl", Recipe(Kind.PREFERENCE, 16))
+    assert len(rows) == 3
 
 
 def test_an_error_in_a_tokenising_process_reaches_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +167,7 @@ def test_an_error_in_a_tokenising_process_reaches_the_user(tmp_path: Path, monke
     monkeypatch.setattr(dataset, "CHUNK", 7)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
     with pytest.raises(UserError, match=r"Line 31: .*never this") as caught:
-        dataset._tokenise(tmp_path / "data.jsonl", make_tokenizer(template), PAIRS)
+        tokenised(tmp_path / "data.jsonl", PAIRS, make_tokenizer(template))
     assert (caught.value.code, caught.value.param) == ("chat_template_error", "training_file")
 
 

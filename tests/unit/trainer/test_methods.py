@@ -15,6 +15,7 @@ from app.spec.hyperparameters import DPOHyperparameters, SupervisedHyperparamete
 from app.spec.losses import LOSSES
 from tests.helpers.trainer import disturb, dpo_method, load, make_row, plain_logps
 from worker.trainer import reference
+from worker.trainer.arrays import Shelf
 from worker.trainer.averages import Averages
 from worker.trainer.data import Row
 from worker.trainer.dataset import Rows
@@ -39,7 +40,7 @@ def rows_for(name: str) -> Rows:
         return Rows.of(RANKED)
     if kind == Kind.LABELLED:
         single = [replace(row, responses=row.responses[:1], desirable=row.line % 3 > 0) for row in PAIRS]
-        return with_mismatches(Rows.of(single), 64)
+        return with_mismatches(Rows.of(single), 64, Shelf())
     return Rows.of(PAIRS)
 
 
@@ -203,7 +204,7 @@ def test_a_reference_that_follows_the_policy_is_a_mixture_of_both(llama: Path) -
 def test_mismatched_answers_come_from_other_prompts_and_fit_into_max_length() -> None:
     rows = [replace(make_row(line, 4, 3 + line), line=line) for line in range(1, 5)]
     rows[1] = replace(rows[1], prompt=rows[0].prompt)
-    mismatched = with_mismatches(Rows.of(rows), 8)
+    mismatched = with_mismatches(Rows.of(rows), 8, Shelf())
     assert [row.responses[0] for row in mismatched] == [row.responses[0] for row in rows]
     lenders = [rows[2], rows[2], rows[3], rows[0]]
     assert [row.responses[1].ids for row in mismatched] == [lender.responses[0].ids[:4] for lender in lenders]
@@ -213,7 +214,7 @@ def test_mismatched_answers_come_from_other_prompts_and_fit_into_max_length() ->
 def test_mismatched_answers_come_from_other_rows_if_all_have_one_prompt() -> None:
     rows = [replace(make_row(1, 4, 3 + line), line=line) for line in range(3)]
     rows_of_one_prompt: list[Row] = [replace(row, prompt=rows[0].prompt) for row in rows]
-    mismatched = with_mismatches(Rows.of(rows_of_one_prompt), 64)
+    mismatched = with_mismatches(Rows.of(rows_of_one_prompt), 64, Shelf())
     assert [row.responses[1].ids for row in mismatched] == [
         rows_of_one_prompt[(k + 1) % 3].responses[0].ids for k in range(3)
     ]

@@ -67,9 +67,9 @@ def score_pairs(run: EvaluationRun, side: str) -> dict[PairKey, ScoredPair]:
     exactness.check(policy, rows, run.events)
     launcher, digest = Launcher(policy), policy.digest()
     references = reference.find_or_compute(launcher, digest, rows, None, run.cache, lambda _: run.check_stop())
-    prompt_numbers: dict[bytes, int] = {}
+    prompt_numbers: dict[int, int] = {}
     pairs = {}
-    for number, (key, row, prompt) in enumerate(zip(keys, rows, rows.prompts(), strict=True)):
+    for number, (key, row, prompt) in enumerate(zip(keys, rows, rows.prompts().tolist(), strict=True)):
         chosen, rejected = references.logps[references.first[number] :][:2].tolist()  # nats
         tokens = sum(row.responses[0].scored), sum(row.responses[1].scored)
         prompt_number = prompt_numbers.setdefault(prompt, len(prompt_numbers))

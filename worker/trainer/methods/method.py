@@ -13,8 +13,9 @@ from typing import ClassVar, NamedTuple
 from torch import Tensor
 
 from app.spec.hyperparameters import Hyperparameters
+from worker.trainer.arrays import Shelf
 from worker.trainer.averages import Averages
-from worker.trainer.dataset import Rows
+from worker.trainer.dataset import Groups, Rows
 from worker.trainer.launcher import Launcher, TokenCounts
 from worker.trainer.packing import Segment
 from worker.trainer.reference import References
@@ -73,14 +74,14 @@ class Method(ABC):
     # -- before a stage ------------------------------------------------------------------------------------------
 
     @staticmethod
-    def prepare_rows(rows: Rows, settings: Hyperparameters, max_length: int) -> Rows:
-        """The rows in the form that the loss needs. By default they are unchanged."""
+    def prepare_rows(rows: Rows, settings: Hyperparameters, max_length: int, shelf: Shelf) -> Rows:
+        """The rows in the form that the loss needs, on the `shelf`. By default they are unchanged."""
         return rows
 
     @staticmethod
-    def groups(rows: Rows, batch_size: int) -> list[list[int]]:
+    def groups(rows: Rows, batch_size: int) -> Groups:
         """Groups of row numbers that stay together in the order of every epoch. By default each row is alone."""
-        return [[number] for number in range(len(rows))]
+        return Groups.alone(len(rows))
 
     def begin(self, references: Callable[[float | None], References]) -> None:  # noqa: B027 - most methods need nothing here
         """Prepare for the first step.

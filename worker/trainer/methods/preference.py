@@ -8,8 +8,9 @@ from torch import Tensor
 
 from app.spec.datasets.example import Kind
 from app.spec.hyperparameters import DPOHyperparameters, Hyperparameters
+from worker.trainer.arrays import Shelf
 from worker.trainer.averages import Averages
-from worker.trainer.dataset import Rows
+from worker.trainer.dataset import Groups, Rows
 from worker.trainer.launcher import Launcher, TokenCounts, Values, joined
 from worker.trainer.methods.method import Method, Totals, ValidatedRow
 from worker.trainer.methods.metrics import report
@@ -47,22 +48,14 @@ class Preference(Method):
             self.anchor = {name: parameter.detach().clone() for name, parameter in trained.items()}
 
     @staticmethod
-    def prepare_rows(rows: Rows, settings: Hyperparameters, max_length: int) -> Rows:
+    def prepare_rows(rows: Rows, settings: Hyperparameters, max_length: int, shelf: Shelf) -> Rows:
         """For KTO, add to each row an answer to another prompt."""
-        return with_mismatches(rows, max_length) if settings.data == Kind.LABELLED else rows
+        return with_mismatches(rows, max_length, shelf) if settings.data == Kind.LABELLED else rows
 
     @staticmethod
-    def groups(rows: Rows, batch_size: int) -> list[list[int]]:
+    def groups(rows: Rows, batch_size: int) -> Groups:
         """Groups of rows with the same prompt, which a batch then computes once. At most a quarter of a batch each."""
-        largest, groups = max(1, batch_size // 4), list[list[int]]()
-        open_groups: dict[bytes, list[int]] = {}
-        for number, prompt in enumerate(rows.prompts()):
-            group = open_groups.get(prompt)
-            if group is None or len(group) == largest:
-                group = open_groups[prompt] = []
-                groups.append(group)
-            group.append(number)
-        return groups
+        return Groups.of(rows.prompts(), max(1, batch_size // 4))
 
     def begin(self, references: Callable[[float | None], References]) -> None:
         if self.settings.needs_reference:
