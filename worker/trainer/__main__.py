@@ -153,6 +153,7 @@ def _train_or_evaluate(
     from app.spec.datasets.errors import DatasetError
     from worker.disk import is_disk_fault
     from worker.trainer.device_check import is_device_fault
+    from worker.trainer.distributed import lost_peers
     from worker.trainer.evaluation import evaluate
     from worker.trainer.evaluation.run import EvaluationRun
     from worker.trainer.events import Broken, DeviceFailed, Failed
@@ -166,8 +167,9 @@ def _train_or_evaluate(
         if is_evaluation:
             evaluate(EvaluationRun.of(folder, events, stopping, cache))
         else:
-            train(TrainingRun.of(folder, events, stopping, cache, ranks))
-        ranks.close()
+            with lost_peers():
+                train(TrainingRun.of(folder, events, stopping, cache, ranks))
+                ranks.close()
     except Stopped:
         return STOPPED
     except PeerLost as error:

@@ -57,17 +57,14 @@ class Results:
 def write(folder: Path, policy: Policy, results: Results, weights: dict[str, Tensor] | None = None) -> None:
     """Write the artifact of `policy` into `folder`. Frees the policy's model on the way.
 
-    `weights`: those of a divided model, which was gathered.
+    `weights`: those of a divided model, gathered in the base's own precision.
     """
     # 1. The weights and the tokenizer.
     if policy.reward_head is not None:
         reward.save(folder, policy, results.base, results.stage.train, weights)
     else:
-        dtype = dtype_of(results.base.folder)  # the base's own precision; full-parameter training was in float32
-        if weights is not None:
-            weights = {name: values.to(dtype) for name, values in weights.items()}
-        elif policy.full:
-            policy.model.to(dtype)
+        if policy.full and weights is None:
+            policy.model.to(dtype_of(results.base.folder))  # the base's own precision; training was in float32
         policy.save(folder, weights)
         # From a base that also takes images or sound, possibly only the text part was loaded. Its names differ then.
         if not policy.full and policy.causal.config.model_type != config_of(results.base.folder)["model_type"]:

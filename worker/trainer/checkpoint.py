@@ -59,8 +59,10 @@ def save(
     `best` is the path of the best weights so far; the file may be missing.
     """
     weights = policy.gathered(ranks)
-    parts = ranks.gather_first(_optimizer_state(policy, optimizer, ranks))
-    if parts is None:
+    own = _optimizer_state(policy, optimizer, ranks)
+    # The parts of a divided state have been gathered one by one.
+    parts = ranks.gather_first(own) if policy.root is None else [own]
+    if parts is None or not ranks.is_first:
         return
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -20,6 +20,24 @@ A rank that dies or is frozen ends the others within seconds (see `rank_processe
 """
 
 
+def is_peer_loss(error: BaseException) -> bool:
+    """Whether `error`, from the engine's exchanges or from those of FSDP, says that another rank is gone."""
+    if isinstance(error, (PeerLost, dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)):
+        return True
+    return type(error) is RuntimeError and "gloo/transport" in str(error)
+
+
+@contextmanager
+def lost_peers() -> Iterator[None]:
+    """Within this context, each error that says that another rank is gone becomes `PeerLost`."""
+    try:
+        yield
+    except Exception as error:
+        if is_peer_loss(error):
+            raise PeerLost(str(error).splitlines()[0]) from error
+        raise
+
+
 @contextmanager
 def _peers() -> Iterator[None]:
     """Within this context, the errors of a lost connection become `PeerLost`."""
@@ -50,12 +68,9 @@ class DistributedRanks(Ranks):
 
         `device` is the kind of the ranks' devices, cpu or cuda.
         """
-        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=PATIENCE)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._objects = dist.new_group(backend="gloo", timeout=PATIENCE)
-        # Weights have a group of their own: between those of two layers, ranks send gradients at different times.
-        self._weights = dist.new_group(backend=backend, timeout=PATIENCE)
 
     def gather(self, value: Value) -> list[Value]:
         values: list[Value | None] = [None] * self.size
@@ -89,7 +104,7 @@ class DistributedRanks(Ranks):
 
     def collect(self, whole: Tensor, part: Tensor) -> Callable[[], None]:
         with _peers():
-            return _waiter(dist.all_gather_into_tensor(whole, part, group=self._weights, async_op=True))
+            return _waiter(dist.all_gather_into_tensor(whole, part, async_op=True))
 
     def copy_from(self, rank: int, tensor: Tensor) -> None:
         with _peers():

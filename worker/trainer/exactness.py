@@ -19,6 +19,7 @@ from torch import Tensor
 from worker.trainer import joins
 from worker.trainer.attention import window_sizes
 from worker.trainer.data import Row
+from worker.trainer.distributed import is_peer_loss
 from worker.trainer.errors import UserError, first_line
 from worker.trainer.events import Events
 from worker.trainer.model import Policy
@@ -59,8 +60,8 @@ def check(policy: Policy, rows: Sequence[Row], events: Events) -> None:
             message = f"The log-probs of '{policy.name}' cannot be computed exactly by this engine."
             raise UserError("unsupported_model", message, "model")
     # 4. In which order a pass uses a sharded base.
-    if policy.shards and (policy.one_by_one or policy.own_logits):
-        message = f"The base '{policy.name}' cannot be sharded: its texts are computed one by one."
+    if policy.is_divided and (policy.one_by_one or policy.own_logits):
+        message = f"The model '{policy.name}' cannot be sharded: its texts are computed one by one."
         raise UserError("unsupported_model", f"{message} Set 'shard' to false.", "parallel.shard")
     shortest = policy.packing.build([Segment(tuple(trees(rows, numbers[:1], policy.packing.budget)))])
     policy.shards.record(lambda: policy.score(shortest.to(policy.device)).responses)
@@ -120,6 +121,8 @@ def _why_inexact(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # the model's code may fail in any way on inputs that it does not support
+        if is_peer_loss(error):
+            raise
         return first_line(error)
     return None if _close(logps, expected, tolerance) else "the log-probs of the first rows would differ"
 
@@ -146,6 +149,8 @@ def _own_logits(policy: Policy, ids: Tensor) -> Tensor:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
+        if is_peer_loss(error):
+            raise
         message = f"'{policy.name}' cannot compute a text of {len(ids)} tokens: {first_line(error)}."
         raise UserError("unsupported_model", message, "model") from error
 

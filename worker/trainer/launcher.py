@@ -67,6 +67,8 @@ class Launcher:
     """Which rank updates which parameters."""
     forward_passes: int = 1
     """The number of forward passes in a launch."""
+    rewards: bool = False
+    """Whether they compute rewards instead of log-probs."""
     _warned_of_idle_ranks: bool = False
 
     def __post_init__(self) -> None:
@@ -140,7 +142,7 @@ class Launcher:
     def _idle(self, spare: Sequence[Segment], backward: bool) -> None:
         """A launch whose results count nothing."""
         pack = self.policy.packing.build(spare).to(self.policy.device)
-        values = self.policy.rewards(pack) if self.policy.reward_head is not None else self.policy.score(pack).responses
+        values = self.policy.rewards(pack) if self.rewards else self.policy.score(pack).responses
         if backward:
             (0.0 * values.sum()).backward()  # type: ignore[no-untyped-call]
 
@@ -151,8 +153,9 @@ class Launcher:
         """
         policy, largest = self.policy, max(tokens, default=0)
         if policy.root is not None:  # the other ranks wait in the same pass, which cannot be repeated
-            message = "A pack of full-parameter training does not fit into the GPU's memory. Use more devices."
-            raise UserError("out_of_memory", message, "resources.gpus") from error
+            text = "A pack of full-parameter training does not fit into the GPU's memory."
+            message = f"{text} Lower 'max_length', or use more devices."
+            raise UserError("out_of_memory", message, f"{self.param}.max_length") from error
         if len(tokens) > 1:
             policy.room = min(policy.launch_tokens, sum(tokens)) // 2
             message = f"Out of memory: packs of {policy.room} tokens from now on."

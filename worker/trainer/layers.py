@@ -1,5 +1,6 @@
 """The layers of a transformers model, and what may be done with each as soon as it is loaded."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -46,6 +47,7 @@ def on_load(take: Callable[[nn.Module, int], None]) -> Iterator[None]:
                 return
 
     with (
+        patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"),  # else threads would read the next layers meanwhile
         patch.object(core_model_loading, "set_param_for_module", set_and_take),
         patch.object(modeling_utils, "caching_allocator_warmup"),  # it allocates the whole model
     ):

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from worker.trainer.errors import PeerLost
+
 ORDINARY = (nn.Linear, Conv1D, Linear4bit, Linear8bitLt)
 _READ = re.compile(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|size))")
 """Code that reads the weight of a child module, and not just its precision, device or shape."""
@@ -82,7 +84,7 @@ def _with_gradient(model: PreTrainedModel, layers: dict[str, nn.Module]) -> list
         if not loss.requires_grad:
             return []
         gradients = torch.autograd.grad(loss, list(probes.values()), allow_unused=True)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, PeerLost):
         raise
     except Exception:  # the check before training reports what is wrong with the model
         return list(layers)

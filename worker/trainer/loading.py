@@ -95,14 +95,27 @@ def load_policy(
 def shards_for(spec: JobSpec, base: Base, ranks: Ranks) -> Shards | FullShards | None:
     """Where each of several `ranks` keeps its part of the model; None if each holds the whole. All decide the same."""
     full, shard = spec.adapter == "none", spec.parallel.shard
-    if ranks.size == 1 or shard is False or (shard is None and spec.why_not_sharded() is not None):
-        return None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    free = free_bytes(device) / (ranks.size if device.type == "cpu" else 1)  # the ranks share a machine's memory
-    share = FULL_SHARE if full else LEAST_SHARE[spec.quantization or "none"]
-    if not ranks.any(bool(shard) or share * weight_bytes(base.folder) > SHARDED_FROM * free):
+    if ranks.size == 1 or shard is False:
         return None
+    if shard is None:
+        free = free_bytes(device) / (ranks.size if device.type == "cpu" else 1)  # the ranks share a machine's memory
+        if not ranks.any(_fills(spec, base, free)):
+            return None
     return FullShards(ranks, device) if full else Shards(ranks)
+
+
+def _fills(spec: JobSpec, base: Base, free: float) -> bool:
+    """Whether the model of a job takes much of `free` bytes, and can be divided."""
+    try:
+        model = meta_model(base.folder)
+    except Exception:  # loading the model will say what is wrong with it
+        return False
+    if spec.why_not_sharded() is not None or why_not_batched(model) is not None:
+        return False
+    as_stored = prequantized(config_of(base.folder)) is not None or has_experts(model)
+    share = LEAST_SHARE["none" if as_stored else spec.quantization or "none"]
+    return (FULL_SHARE if spec.adapter == "none" else share) * weight_bytes(base.folder) > SHARDED_FROM * free
 
 
 def _trains_ends(spec: JobSpec, start: Path | None) -> bool:

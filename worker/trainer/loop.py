@@ -82,7 +82,7 @@ def _train(run: TrainingRun) -> None:
         running = stage_run.begin(run, stage, policy, state, planned_steps, resume=resume, references=other_references)
         final_metrics = run_stage(running)
         resume = None
-    weights = policy.gathered(run.ranks)
+    weights = policy.gathered(run.ranks, artifact.dtype_of(run.base.folder))
     if not run.ranks.is_first:
         return
     trained = time.monotonic()
@@ -207,6 +207,7 @@ def _warn_of_untrained_tokens(run: TrainingRun, stages: list[Stage], policy: Pol
     adapter = run.spec.adapter
     if not isinstance(adapter, Adapter) or adapter.modules_to_save:
         return
+    policy.shards.gather(policy.causal.get_input_embeddings())
     used = {token for stage in stages for token in stage.train.vocabulary}
     names = untrained_control_tokens(policy.tokenizer, used, policy.causal.get_input_embeddings().weight)
     if names:

@@ -24,6 +24,7 @@ from worker.trainer.attention import TREE_ATTENTION, TreeMask, padding_mask, sli
 from worker.trainer.data import Row
 from worker.trainer.fully_sharded import Root, whole
 from worker.trainer.gradients import Products
+from worker.trainer.layers import layer_names
 from worker.trainer.linears import body
 from worker.trainer.logps import Head, TokenScores, score_logits, score_tokens
 from worker.trainer.lora import RewardHead
@@ -170,9 +171,8 @@ class Policy:
             return
         self.compiled = True
         self.joins = self.joins and self.full
-        lists = [module for module in self.body.modules() if isinstance(module, nn.ModuleList)]
-        for layer in max(lists, key=len, default=nn.ModuleList()):  # the longest list holds the layers
-            layer.compile(dynamic=self.device.type == "cpu")
+        for name in layer_names(self.causal):
+            self.causal.get_submodule(name).compile(dynamic=self.device.type == "cpu")
 
     def segments(self, rows: Sequence[Row], numbers: Sequence[int], *, merge: bool = True) -> Iterator[Segment]:
         """The rows `numbers` as segments. `merge`: rows with the same prompt may share it."""
@@ -310,7 +310,7 @@ class Policy:
     def free_model(self) -> None:
         """Free the memory of the model. Only the other fields can be used afterwards."""
         del self.model
-        self.root = None
+        self.root, self.shards = None, Shards()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -320,22 +320,23 @@ class Policy:
         """Whether ranks must compute together, because each has only a part of the model."""
         return bool(self.shards) or self.root is not None
 
-    def gathered(self, ranks: Ranks) -> dict[str, Tensor] | None:
+    def gathered(self, ranks: Ranks, dtype: torch.dtype | None = None) -> dict[str, Tensor] | None:
         """The whole weights of a divided model that is trained in full, for `save`, on the CPU; else None.
 
-        All `ranks` must call it. Only the first one gets values.
+        All `ranks` must call it. Only the first one gets values. `dtype`: that of the weights, by default their own.
         """
         if self.root is None:
             return None
-        weights = self.causal.state_dict()
+        weights = self.causal.state_dict(keep_vars=True)
         if self.reward_head is not None:
             weights["reward_head.weight"] = self.reward_head.weight
-        gathered: dict[int, Tensor] = {}  # by the id of a part, because tied weights are one
-        for part in weights.values():
-            if id(part) not in gathered:
-                values = whole(part.detach())
-                gathered[id(part)] = values.cpu() if ranks.is_first else values[:0].clone()
-        return {name: gathered[id(part)] for name, part in weights.items()}
+        gathered: dict[int, Tensor] = {}  # by the id of a parameter, because tied weights are one
+        for parameter in weights.values():
+            if id(parameter) not in gathered:
+                values = whole(parameter.detach())
+                values = values.cpu() if ranks.is_first else values[:0].clone()
+                gathered[id(parameter)] = values.to(dtype) if values.is_floating_point() else values
+        return {name: gathered[id(parameter)] for name, parameter in weights.items()}
 
     def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
         """Write the adapter (PEFT) or the whole model (transformers) into `folder`, with the base's tokenizer.
@@ -352,6 +353,10 @@ class Policy:
             # Keep the base's config.json: another version of transformers may not know the names that this one writes.
             written, own = (json.loads((path / "config.json").read_text()) for path in (folder, self.folder))
             own.pop("torch_dtype", None)
+            if weights is not None:  # the model in memory has another dtype
+                dtypes = {values.dtype for values in weights.values() if values.is_floating_point()}
+                written["dtype"] = str(max(dtypes, key=str)).removeprefix("torch.")
+                (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
             # The types differ if only the text part of a multimodal base was loaded. Its config.json does not fit then.
             if written["model_type"] == own["model_type"]:
                 (folder / "config.json").write_text(json.dumps(own | {"dtype": written["dtype"]}, indent=2) + "\n")
@@ -394,9 +399,10 @@ def _all_weights(model: nn.Module, shards: Shards) -> Iterator[tuple[str, Tensor
         yield name, parameter
     yield from model.named_buffers()
     for name, module in model.named_modules():
-        shards.gather(module)
         weight = getattr(module, "weight", None)
         quant_state = getattr(weight, "quant_state", None)  # of a 4-bit weight
+        if quant_state is not None:
+            shards.gather(module)
         scales = dict(quant_state.as_dict(packed=True)) if quant_state else {}
         for holder in (weight, getattr(module, "state", None)):  # int8 scales move to `state` in the first pass
             int8_scales = getattr(holder, "SCB", None)

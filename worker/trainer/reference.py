@@ -208,6 +208,7 @@ def _key(policy: Policy, digest: str, rows: Rows, tail_weight: float | None) -> 
         policy.one_by_one,
         policy.own_logits,
         policy.compiled,
+        policy.root is not None,  # FSDP rounds the weights of layers on a GPU
         policy.autocast_dtype,
         policy.device.type,
         device,

@@ -66,6 +66,10 @@ class Unit:
         slot.size = max(slot.size, len(flat))
         return cls(flat[ranks.rank * size : (ranks.rank + 1) * size].clone(), layout, slot)
 
+    def __deepcopy__(self, memo: object) -> "Unit":
+        """A copy of a module, as PEFT makes for DoRA, gathers the same unit."""
+        return self
+
     def gather(self) -> None:
         """Have the matrices here. To be called by all ranks."""
         self.slot.fetch(self)
@@ -175,7 +179,7 @@ class Shards:
             self.units += units
             self._unit_of |= dict.fromkeys(matrices, *units)
         elif not all(key in self._unit_of for key in matrices):
-            raise ValueError("its layers share a part of their weights, which cannot be sharded")
+            raise ValueError("its layers share a part of their weights. Set 'parallel.shard' to false")
         for owner in owners:
             for unit in units:
                 setattr(owner, UNIT, unit)
@@ -245,11 +249,6 @@ class Shards:
             for unit in self._pass[self._position + 1 :]:
                 self._need(unit)
             self._pass = None
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of this rank's parts and of the slots."""
-        return sum(len(unit.part) for unit in self.units) + sum(slot.size for slot in self._slots)
 
 
 def unit_of(module: nn.Module) -> Unit | None:

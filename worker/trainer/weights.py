@@ -13,10 +13,14 @@ from worker.trainer.ranks import Ranks
 
 def save(policy: Policy, path: Path, ranks: Ranks) -> None:
     """Write the trained weights to `path` on the first of `ranks`. All call it."""
-    values = {name: whole(parameter.detach()).contiguous() for name, parameter in policy.trainable().items()}
+    kept = dict[str, Tensor]()
+    for name, parameter in policy.trainable().items():
+        values = whole(parameter.detach())
+        if ranks.is_first:
+            kept[name] = values.contiguous() if policy.root is None else values.cpu()
     if ranks.is_first:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(values, path)
+        save_file(kept, path)
 
 
 def restore(policy: Policy, path: Path, ranks: Ranks) -> None:

@@ -1,6 +1,9 @@
 """Full-parameter training of a model that is divided among ranks: the same to rounding as on one rank."""
 
 import json
+import os
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.helpers.ranks import PAIRS, STEPS
-from tests.helpers.trainer import Event, dpo_method, make_work_folder, of_kind, run_process
+from tests.helpers.trainer import Event, TrainerProcess, dpo_method, make_work_folder, of_kind, run_process
 
 FULL = {"adapter": "none", "seed": 1, "validation_split": 0.2, "parallel": {"shard": True}}
 SLOW = {**STEPS, "learning_rate": 1e-5}
@@ -19,6 +22,10 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "a row a step": {"method": dpo_method(**{**SLOW, "batch_size": 1})},  # the other ranks idle
     "AOT": {"method": dpo_method(loss="aot", **SLOW)},
     "reward model": {"method": dpo_method(loss="reward_model", **SLOW)},
+    "SFT, then rewards, a row a step": {
+        "sft": {"hyperparameters": {**SLOW, "batch_size": 1}},
+        "method": dpo_method(loss="reward_model", **SLOW),
+    },
     "RMSprop, early stopping": {
         "method": dpo_method(optimizer="rmsprop", early_stopping={"patience": 1, "metric": "eval/loss"}, **SLOW)
     },
@@ -48,7 +55,7 @@ def test_a_divided_model_ends_with_the_log_probs_of_a_whole_one(llama: Path, tmp
     run(tmp_path / "whole", llama, name, 1)
     expected = validated(tmp_path / "whole")
     # A reward is a sum of large terms that nearly cancel, so its error is that of the largest rewards.
-    atol = 1e-6 * (expected.abs().max().item() if name == "reward model" else 1)
+    atol = 1e-6 * (expected.abs().max().item() if "reward" in name else 1)
     for ranks in (2, 3):
         run(tmp_path / str(ranks), llama, name, ranks)
         torch.testing.assert_close(validated(tmp_path / str(ranks)), expected, rtol=1e-6, atol=atol)
@@ -65,6 +72,48 @@ def test_the_same_number_of_ranks_gives_the_same_bytes(llama: Path, tmp_path: Pa
     one, two = (tmp_path / name / "output" / "model.safetensors" for name in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
     AutoModelForCausalLM.from_pretrained(one.parent)
+
+
+def test_tied_weights_of_a_base_in_16_bits_are_saved_once_and_in_16_bits(llama: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16)
+    model.config.tie_word_embeddings, model.lm_head.weight = True, model.model.embed_tokens.weight
+    shutil.copytree(llama, tmp_path / "tied")
+    model.save_pretrained(tmp_path / "tied")
+    saved = {}
+    for ranks in (1, 2):
+        run(tmp_path / str(ranks), tmp_path / "tied", "AOT", ranks)
+        output = tmp_path / str(ranks) / "output"
+        weights = load_file(output / "model.safetensors")
+        assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+        assert json.loads((output / "config.json").read_text())["dtype"] == "bfloat16"
+        saved[ranks] = set(weights)
+    assert saved[1] == saved[2] and "lm_head.weight" not in saved[2]
+
+
+def test_a_divided_training_that_loses_a_rank_ends_as_if_it_was_killed(llama: Path, tmp_path: Path) -> None:
+    """So its attempt counts as lost, and the job goes on."""
+    make_work_folder(tmp_path / "run", llama, {**FULL, **TRAININGS["AOT"]}, 2, train=PAIRS)
+    with TrainerProcess(tmp_path / "run") as process:
+        events = process.events()
+        next(event for event in events if event["kind"] == "stage")
+        os.kill(int((tmp_path / "run" / "ranks" / "1" / "beat").read_text()), signal.SIGKILL)
+        assert not of_kind(list(events), "failed") and process.status() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("fields", [{"adapter": "none"}, {}])
+def test_a_model_whose_texts_are_computed_one_by_one_is_not_divided(
+    tmp_path: Path, llama: Path, fields: dict[str, Any]
+) -> None:
+    shutil.copytree(llama, tmp_path / "dynamic")
+    config = json.loads((llama / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    (tmp_path / "dynamic" / "config.json").write_text(json.dumps(config))
+    spec = {"seed": 1, "method": dpo_method(**SLOW), "parallel": {"shard": True}, **fields}
+    make_work_folder(tmp_path / "run", tmp_path / "dynamic", spec, 2, train=PAIRS)
+    status, events = run_process(tmp_path / "run")
+    (failed,) = of_kind(events, "failed")
+    assert status == 1 and failed["param"] == "parallel.shard"
+    assert "cannot be sharded: its texts are computed one by one" in failed["message"]
 
 
 def test_a_divided_training_goes_on_with_another_number_of_ranks(llama: Path, tmp_path: Path) -> None:

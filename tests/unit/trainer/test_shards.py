@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, core_model_loading
 
 from app.spec.job import JobSpec
 from tests.helpers.families import FAMILIES, ROWS, make_policy
@@ -100,23 +101,33 @@ def test_a_rank_holds_its_part_of_the_base_and_two_layers(
 ) -> None:
     model = make_tiny_model(tmp_path / "deep", layers=12)
     (whole,) = on_ranks(1, lambda ranks: base_bytes(load_on(ranks, model, quantization=quantization)))
-    peaks, take = {0: 0, 1: 0, 2: 0}, Shards._take
+    read, taken, most_ahead = [0], [0], [0]  # of one rank at a time, which loads under the lock
+    materialise, take = core_model_loading._materialize_copy, Shards._take
+
+    def read_and_count(*arguments: Any, **options: Any) -> torch.Tensor:
+        tensor: torch.Tensor = materialise(*arguments, **options)
+        read[0] += tensor.numel()
+        most_ahead[0] = max(most_ahead[0], read[0] - taken[0])
+        return tensor
 
     def take_and_count(self: Shards, module: torch.nn.Module, slot: int) -> None:
-        """The layer that was just read, beside the parts of the layers before."""
-        own = sum(parameter.nbytes for parameter in module.parameters())
-        peaks[self.ranks.rank] = max(peaks[self.ranks.rank], own + sum(len(unit.part) for unit in self.units))
+        taken[0] = read[0]
         take(self, module, slot)
 
+    monkeypatch.setattr(core_model_loading, "_materialize_copy", read_and_count)
     monkeypatch.setattr(Shards, "_take", take_and_count)
     for size in (2, 3):
-        for policy in on_ranks(size, lambda ranks: load_on(ranks, model, quantization=quantization)):
+        most_ahead[0] = 0
+        policies = on_ranks(size, lambda ranks: load_on(ranks, model, quantization=quantization))
+        weights = sum(parameter.numel() for parameter in policies[0].causal.model.layers[0].parameters())
+        ends = 2 * policies[0].causal.config.vocab_size * 64  # embeddings and head are read first
+        assert most_ahead[0] <= ends + 3 * weights  # a packed weight counts half
+        for policy in policies:
             units = [len(unit.part) * size for unit in policy.shards.units]
             layer, ends = units[0], max(units[-2:])
             vectors = sum(p.nbytes for p in policy.causal.parameters() if p.dim() < 2)
             assert len(units) == 14 and units[:12] == [layer] * 12
             assert base_bytes(policy) <= whole / size + 2 * layer + ends + vectors + 16 * 128 * len(units)
-        assert max(peaks.values()) < whole / 2 + layer + ends
 
 
 # -- lack of memory -------------------------------------------------------------------------------------------------------
@@ -171,6 +182,8 @@ def test_the_weights_have_the_same_bytes_with_a_sharded_base(llama: Path, tmp_pa
     [
         {"method": dpo_method(**{**STEPS, "batch_size": 1})},  # one rank idles
         {"quantization": "int8"},
+        {"adapter": {"r": 4, "use_dora": True}},
+        {"adapter": {"r": 4, "use_dora": True}, "quantization": "int8"},
         {"quantization": "none"},
         {"quantization": "nf4", "double_quantization": False},
         {"adapter": {"r": 4, "modules_to_save": ["embed_tokens", "lm_head"]}},
@@ -221,6 +234,18 @@ def test_a_base_is_sharded_by_itself_if_it_would_fill_a_device(
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------------
+
+
+def test_untrained_control_tokens_are_found_in_a_sharded_base(tmp_path: Path) -> None:
+    """The embeddings share their buffer with the head, which the check before has used."""
+    model = AutoModelForCausalLM.from_pretrained(make_tiny_model(tmp_path / "model"))
+    model.get_input_embeddings().weight.data[:2] = 0.0
+    model.save_pretrained(tmp_path / "model")
+    for ranks in (1, 2):
+        folder = work_folder(tmp_path / str(ranks), tmp_path / "model", "AOT", ranks, **SHARDED)
+        status, events = run_process(folder)
+        assert status == 0, (folder / "trainer.log").read_text()
+        assert any("control tokens that the base never learned" in message for message in messages(events))
 
 
 def test_a_base_whose_texts_are_computed_one_by_one_is_not_sharded() -> None:

@@ -43,6 +43,7 @@ class Preference(Method):
         self.references: References | None = None
         self.anchor: dict[str, Tensor] | None = None
         self.moved = False
+        launcher.rewards = settings.rewards
         if settings.sync_reference is not None:
             trained = self.policy.trainable()
             self.anchor = {name: parameter.detach().clone() for name, parameter in trained.items()}
