@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Self
 
 import numpy
 from numpy.typing import NDArray
@@ -97,7 +97,10 @@ NAMES = {numpy.int64: "I64", numpy.int32: "I32", numpy.bool_: "BOOL"}
 
 
 class Writer:
-    """Writes the arrays of many rows into a safetensors file, some rows at a time."""
+    """Writes the arrays of many rows into a safetensors file, some rows at a time.
+
+    As a context it leaves nothing behind if its block fails.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path, self.rows = path, 0
@@ -107,6 +110,15 @@ class Writer:
             self._stack = stack.pop_all()
         for name in ("segments", "tokens"):  # they begin with the offset 0
             self._parts[name].write(numpy.zeros(1, dtype=numpy.int64).tobytes())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._stack.close()
+            for path in (self.path, *map(self._part, KINDS)):
+                path.unlink(missing_ok=True)
 
     def _part(self, name: str) -> Path:
         return self.path.with_name(f"{self.path.name}.{name}")
@@ -170,8 +182,7 @@ class Shelf:
             with TemporaryDirectory() as folder:
                 return Shelf(Path(folder)).keep_rows(name, chunks)
         if not path.exists():
-            with self._new(path) as partial:
-                writer = Writer(partial)
+            with self._new(path) as partial, Writer(partial) as writer:
                 for chunk in chunks():
                     writer.add(chunk)
                 writer.close()

@@ -266,8 +266,7 @@ def load(
     if cached is not None:
         return cached
     tally = Tally()
-    with cache.put(key) as cache_path:
-        writer = Writer(cache_path)
+    with cache.put(key) as cache_path, Writer(cache_path) as writer:
         for arrays in _tokenise(path, tokenizer, recipe, tally):
             writer.add(arrays)
             report(writer.rows)
