@@ -143,6 +143,10 @@ class TrainerProcess:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self._trainer.kill()
 
+    @property
+    def pid(self) -> int:
+        return self._trainer.pid
+
     def events(self) -> Iterator[Event]:
         """The events as they come, until the process closes its end. Every cache request is answered with a miss."""
         for line in self._trainer.stdout:
