@@ -6,6 +6,7 @@ from dataclasses import replace
 from sqlalchemy.orm import Session
 
 from app.broker import Lane
+from app.errors import ServiceError
 from app.estimates.memory import MemorySettings, Shape, estimate
 from app.estimates.schemas import Device
 from app.models.tables import Model
@@ -34,6 +35,16 @@ def devices_of(session: Session, base_model: str) -> list[Device]:
         for worker in serving
         if worker.details.get("device")
     ]
+
+
+def require_devices(session: Session, resources: Resources, base_model: str) -> None:
+    """Refuse a job that wants more devices than any worker has. Without a worker, it waits for one."""
+    serving = [worker for worker in workers.present(session, Lane.GPU) if workers.serves(worker, base_model)]
+    known = [devices for worker in serving if (devices := workers.devices_of(worker)) is not None]
+    most = max(known, default=None)
+    if most is not None and len(known) == len(serving) and resources.least > most:
+        message = f"The job wants {resources.least} devices, and the largest worker has {most}."
+        raise ServiceError(f"{message} Lower 'resources.gpus'.", param="resources.gpus", code=CODE)
 
 
 def largest(devices: Sequence[Device]) -> Device | None:

@@ -11,6 +11,7 @@ from app.broker import Broker, Lane
 from app.database import Database
 from app.encryption import SecretBox
 from app.errors import NotFound, ServiceError
+from app.estimates import fit
 from app.evaluations.schemas import EvaluationObject
 from app.files import repository as files
 from app.files.tables import File
@@ -130,6 +131,8 @@ class Evaluations(Lifecycle[EvaluationObject]):
         # A reward model has whole weights: it needs no base model.
         used = (main_model, *models_by_field.values())
         bases = [model.base_model for model in used if model is not None and model.kind != "reward"]
+        if bases:
+            fit.require_devices(session, spec.resources, bases[0])
         return self._add(
             session,
             project,
@@ -142,6 +145,8 @@ class Evaluations(Lifecycle[EvaluationObject]):
             training_file=spec.data,
             validation_file=None,
             spec=resolved.sealed(self.secret_box.seal).to_store(),
+            least_devices=spec.resources.least,
+            most_devices=spec.resources.most,
             parent_id=training.id if training else None,
             sweep_id=training.sweep_id if training else None,
         )

@@ -77,7 +77,7 @@ class Jobs(Lifecycle[JobObject]):
         """
         model = self._start_model(session, project, spec)
         reference = self._reference_model(session, project, spec)
-        self._require_devices(session, spec, model.base_model)
+        fit.require_devices(session, spec.resources, model.base_model)
         spec = self._with_mappings(spec, self._files(session, project, spec))
         self._check_integrations(session, spec)
         spec = self._on_prequantized(session, model, spec)
@@ -197,16 +197,6 @@ class Jobs(Lifecycle[JobObject]):
             if not any(integration.type in worker.details.get("integrations", []) for worker in present):
                 message = "No worker has a key for Weights & Biases. The operator of a worker can set WANDB_API_KEY."
                 raise ServiceError(message, param=f"integrations.{number}.type", code="integration_not_configured")
-
-    @staticmethod
-    def _require_devices(session: Session, spec: JobSpec, base_model: str) -> None:
-        """Refuse a job that wants more devices than any worker has. Without a worker, it waits for one."""
-        serving = [worker for worker in workers.present(session, Lane.GPU) if workers.serves(worker, base_model)]
-        known = [devices for worker in serving if (devices := workers.devices_of(worker)) is not None]
-        most = max(known, default=None)
-        if most is not None and len(known) == len(serving) and spec.resources.least > most:
-            message = f"The job wants {spec.resources.least} devices, and the largest worker has {most}."
-            raise ServiceError(f"{message} Lower 'resources.gpus'.", param="resources.gpus", code=fit.CODE)
 
     @staticmethod
     def _reference_model(session: Session, project: str, spec: JobSpec) -> models.ResolvedModel | None:

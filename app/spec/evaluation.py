@@ -16,6 +16,7 @@ from app.spec.datasets.rendering import RenderingSettings, today
 from app.spec.json_types import JsonObject
 from app.spec.metrics import BEST_OF, ENDPOINT, figures_of
 from app.spec.quality_gates import Gates, require_metric
+from app.spec.resources import Resources
 from app.spec.schema_base import (
     NO_NUL,
     STORED,
@@ -277,6 +278,8 @@ class EvaluationSpec(RenderingSettings):
     gates: Gates | None = None
     """Bounds on the evaluation's metrics, such as `win_rate/low`. With several temperatures: `win_rate/low@0.7`."""
     metadata: Annotated[Metadata, Field(max_length=16)] | None = None
+    resources: Resources = Resources()
+    """The devices that sample and score together. The items have the same bytes whatever their number. Null: one."""
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
     timeout_seconds: Annotated[int, Field(ge=1, le=10**8)] | None = None
 
@@ -352,6 +355,8 @@ class EvaluationSpec(RenderingSettings):
             for name in ("reference", "best_of"):
                 if side is not None and side[name] is None:
                     del side[name]
+        if self.resources == Resources():
+            del stored["resources"]
         return stored
 
     def resolved(self) -> Self:

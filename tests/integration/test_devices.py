@@ -117,6 +117,19 @@ def test_a_job_that_wants_more_devices_than_any_worker_has_is_refused(
     error = answer.json()["error"]
     assert (error["code"], error["param"]) == ("does_not_fit", "resources.gpus")
     assert "wants 3 devices, and the largest worker has 2" in error["message"]
+    evaluation = {
+        "type": "preference",
+        "candidate": {"model": "tiny"},
+        "baseline": {"model": "tiny"},
+        "data": body["training_file"],
+    }
+    answer = client.post("/v1/evaluations", json=evaluation | {"resources": {"gpus": 3}})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "resources.gpus"
+    accepted = client.post("/v1/evaluations", json=evaluation | {"resources": {"gpus": {"max": 4}}}).json()
+    row = get(services, accepted["id"])
+    assert (row.least_devices, row.most_devices) == (1, 4)
+    alone = get(services, client.post("/v1/evaluations", json=evaluation).json()["id"])
+    assert (alone.least_devices, alone.most_devices) == (1, 1) and "resources" not in alone.spec
     job = client.post("/v1/fine_tuning/jobs", json=body | {"resources": {"gpus": 2}}).json()
     assert job["resources"] == {"gpus": 2} and job["devices"] is None
     plain = client.post("/v1/fine_tuning/jobs", json=body | {"resources": {"gpus": "auto"}}).json()

@@ -41,7 +41,7 @@ MODELS: dict[str, dict[str, list[type[BaseModel]]]] = {
         "The reference": [SyncReference],
     },
     "evaluations.md": {
-        "Fields": [EvaluationSpec],
+        "Fields": [EvaluationSpec, Resources],
         "Sampling": [SamplingSpec],
         "Questions": [Judge],
         "A judge behind an endpoint": [Endpoint],

@@ -164,12 +164,12 @@ def _train_or_evaluate(
     is_evaluation = (folder / "evaluation.json").exists()
     try:
         require_placed(folder, about)
-        if is_evaluation:
-            evaluate(EvaluationRun.of(folder, events, stopping, cache))
-        else:
-            with lost_peers():
+        with lost_peers():
+            if is_evaluation:
+                evaluate(EvaluationRun.of(folder, events, stopping, cache, ranks))
+            else:
                 train(TrainingRun.of(folder, events, stopping, cache, ranks))
-                ranks.close()
+            ranks.close()
     except Stopped:
         return STOPPED
     except PeerLost as error:

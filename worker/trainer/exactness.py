@@ -24,12 +24,13 @@ from worker.trainer.errors import UserError, first_line
 from worker.trainer.events import Events
 from worker.trainer.model import Policy
 from worker.trainer.packing import Segment, trees
+from worker.trainer.ranks import Ranks
 
 CANDIDATE_ROWS, CHECKED_ROWS = 256, 3
 """The check uses the `CHECKED_ROWS` shortest of the first `CANDIDATE_ROWS` rows."""
 
 
-def check(policy: Policy, rows: Sequence[Row], events: Events) -> None:
+def check(policy: Policy, rows: Sequence[Row], events: Events, ranks: Ranks | None = None) -> None:
     """Set `policy` to the fastest exact way to compute log-probs, judged by some of `rows`. Warn of each inexact way.
 
     On a CPU, exact means within 1e-4, relative for log-probs above 1 in size. On a GPU the tolerance allows for logits
@@ -67,8 +68,8 @@ def check(policy: Policy, rows: Sequence[Row], events: Events) -> None:
     policy.shards.record(lambda: policy.score(shortest.to(policy.device)).responses)
     for parameter in policy.trainable().values():
         parameter.grad = None
-    # 5. Whether segments may share a pack.
-    joins.check(policy, rows)
+    # 5. Whether segments may share a pack, on all ranks: one may have run out of memory in the check.
+    joins.check(policy, rows, ranks or Ranks())
 
 
 def _ways(policy: Policy) -> Iterator[tuple[str, dict[str, bool]]]:

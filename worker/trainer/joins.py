@@ -17,6 +17,7 @@ from worker.trainer.data import Row
 from worker.trainer.gradients import Sum, Target
 from worker.trainer.model import Policy
 from worker.trainer.packing import Segment
+from worker.trainer.ranks import Ranks
 
 CHECKED_ROWS = 64
 """The check uses the shortest of the first rows, at most so many."""
@@ -26,10 +27,14 @@ CLOSE = 1e-3
 """Allowed error of a gradient on a CPU with several threads, relative to its largest entry."""
 
 
-def check(policy: Policy, rows: Sequence[Row]) -> None:
-    """If several segments in a pack would change their gradients, let packs of `policy` hold one. Uses some `rows`."""
+def check(policy: Policy, rows: Sequence[Row], ranks: Ranks) -> None:
+    """If several segments in a pack would change their gradients, let packs of `policy` hold one. Uses some `rows`.
+
+    All `ranks` let them if one does.
+    """
     if policy.shared and policy.joins and not policy.full:
         _compare(policy, rows)
+    policy.joins = not ranks.any(not policy.joins)
     policy.packing = replace(policy.packing, joined=policy.joins)
 
 

@@ -11,7 +11,6 @@ for each stage:
 
 import shutil
 import time
-from dataclasses import replace
 from hashlib import sha256
 
 import torch
@@ -67,8 +66,6 @@ def _train(run: TrainingRun) -> None:
     policy = load_policy(run.spec, run.base, start, run.events, shards_for(run.spec, run.base, run.ranks))
     run.check_stop()
     check_policy(run, stages, policy)
-    policy.joins = not run.ranks.any(not policy.joins)  # one may have run out of memory in the check
-    policy.packing = replace(policy.packing, joined=policy.joins)
     require_same(run, policy)
     threads = torch.get_num_threads()
     devices = f"{policy.device.type} ({threads} thread{'s' if threads > 1 else ''})"
@@ -160,7 +157,7 @@ def check_policy(run: TrainingRun, stages: list[Stage], policy: Policy) -> None:
 
     Raises `UserError`, or `NoRoom` if the disk is too full.
     """
-    exactness.check(policy, stages[-1].train, run.events)
+    exactness.check(policy, stages[-1].train, run.events, run.ranks)
     _warn_of_untrained_tokens(run, stages, policy)
     for stage in stages:
         require_possible(stage, policy)

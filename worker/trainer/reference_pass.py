@@ -59,7 +59,7 @@ def other_model_references(run: TrainingRun, stage: Stage) -> References | None:
     if reference_policy.tokenizer.get_vocab() != load_tokenizer(run.base.folder).get_vocab():
         message = f"'{name}' has a different tokenizer than '{run.spec.model}'. Choose another reference model."
         raise UserError("invalid_value", message, f"{stage.param}.reference_model")
-    exactness.check(reference_policy, stage.train, run.events)
+    exactness.check(reference_policy, stage.train, run.events, run.ranks)
     launcher = Launcher(reference_policy, run.ranks, run.events, stage.param)
     references = policy_references(launcher, stage, settings.ld_alpha, run)
     del reference_policy, launcher

@@ -24,6 +24,7 @@ from worker.model_files import context_length, text_config
 from worker.trainer.data import Recipe, Row, Tally, batched, rows
 from worker.trainer.errors import UserError
 from worker.trainer.model import Base, Policy
+from worker.trainer.ranks import Ranks
 from worker.trainer.tokenizer import copy_tokenizer, load_tokenizer, padding_token
 
 SCORED_TOGETHER = 16
@@ -74,9 +75,9 @@ def save(
     # 3. Measure the mean reward.
     texts = [row.prompt + response.ids for row in rows[:MEAN_ROWS] for response in row.responses]
     try:
-        rewards = _rewards(model.eval().to(device), texts, lambda: None)
+        rewards = _rewards(model.eval().to(device), texts)
     except torch.OutOfMemoryError:  # the base was quantised in training, but is not here
-        rewards = _rewards(model.cpu(), texts, lambda: None)
+        rewards = _rewards(model.cpu(), texts)
     rewards_64 = torch.tensor(rewards, dtype=torch.float64)
     model.config.reward_mean, model.config.reward_mean_answers = rewards_64.mean().item(), len(rewards_64)
     # 4. Write the files.
@@ -116,21 +117,35 @@ def _keep_own_files(base: Path, folder: Path, padding: str) -> None:
         special_path.write_text(json.dumps(special_tokens, indent=2, ensure_ascii=False) + "\n")
 
 
-def _rewards(model: PreTrainedModel, texts: Sequence[Sequence[int]], check_stop: Callable[[], None]) -> list[float]:
-    """The classifier's score of each text of token ids, [texts]. Batches hold texts of similar length."""
-    rewards, padding = [0.0] * len(texts), model.config.pad_token_id
+def _rewards(
+    model: PreTrainedModel,
+    texts: Sequence[Sequence[int]],
+    check_stop: Callable[[], None] = lambda: None,
+    ranks: Ranks | None = None,
+) -> list[float]:
+    """The classifier's score of each text of token ids, [texts]. Batches hold texts of similar length.
+
+    Each of the `ranks` scores some batches.
+    """
+    rewards, padding, ranks = [0.0] * len(texts), model.config.pad_token_id, ranks or Ranks()
     order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
     with torch.no_grad():
-        for group in batched(order, SCORED_TOGETHER):
-            width = len(texts[group[-1]])
-            # (n, T), padded on the right.
-            ids = [[*texts[number], *[padding] * (width - len(texts[number]))] for number in group]
-            mask = [[1] * len(texts[number]) + [0] * (width - len(texts[number])) for number in group]
-            logits = model(
-                input_ids=torch.tensor(ids, device=model.device), attention_mask=torch.tensor(mask, device=model.device)
-            ).logits  # (n, 1)
-            for number, value in zip(group, logits.float().squeeze(1).tolist(), strict=True):
-                rewards[number] = value
+        for together in batched(batched(order, SCORED_TOGETHER), ranks.size):
+            values = list[float]()
+            if ranks.rank < len(together):
+                group = together[ranks.rank]
+                width = len(texts[group[-1]])
+                # (n, T), padded on the right.
+                ids = [[*texts[number], *[padding] * (width - len(texts[number]))] for number in group]
+                mask = [[1] * len(texts[number]) + [0] * (width - len(texts[number])) for number in group]
+                logits = model(
+                    input_ids=torch.tensor(ids, device=model.device),
+                    attention_mask=torch.tensor(mask, device=model.device),
+                ).logits  # (n, 1)
+                values = logits.float().squeeze(1).tolist()
+            for group, scored in zip(together, ranks.gather(values), strict=False):
+                for number, value in zip(group, scored, strict=True):
+                    rewards[number] = value
             check_stop()
     return rewards
 
@@ -141,8 +156,12 @@ def scores(
     rendering: Rendering,
     max_length: int | None,
     check_stop: Callable[[], None] = lambda: None,
+    ranks: Ranks | None = None,
 ) -> list[float]:
-    """The reward of each answer in `answered` by the reward model in `folder`, minus its `reward_mean`."""
+    """The reward of each answer in `answered` by the reward model in `folder`, minus its `reward_mean`.
+
+    The `ranks` share the work.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(folder)
     model = AutoModelForSequenceClassification.from_pretrained(
@@ -153,4 +172,4 @@ def scores(
     recipe = Recipe(Kind.SUPERVISED, min(max_length or context, context), rendering=rendering, lenient=True)
     texts = [row.prompt + row.responses[0].ids for row in rows(answered, tokenizer, recipe, Tally())]
     assert len(texts) == len(answered)
-    return [value - model.config.reward_mean for value in _rewards(model, texts, check_stop)]
+    return [value - model.config.reward_mean for value in _rewards(model, texts, check_stop, ranks)]

@@ -68,6 +68,11 @@ class Run:
         if self.must_stop():
             raise Stopped
 
+    def check_own_stop(self) -> None:
+        """Raise `Stopped` if this rank was asked to stop. The others may not know yet."""
+        if self.stopping.is_set():
+            raise Stopped
+
 
 class TrainingRun(Run):
     """Its folder holds `spec.json`, `run.json`, `base` and the data, and maybe `start/`, `reference/`, `resume/`.

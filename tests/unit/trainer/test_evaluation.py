@@ -6,6 +6,7 @@ import math
 import re
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from app.spec.datasets.rendering import Rendering
 from app.spec.evaluation import EvaluationSpec
+from tests.helpers.ranks import ThreadRanks, on_ranks
 from tests.helpers.tiny_model import CHATML, make_tiny_model
 from tests.helpers.trainer import (
     WORDS,
@@ -26,9 +28,11 @@ from tests.helpers.trainer import (
     make_work_folder,
     parse,
     run_in_process,
+    run_process,
     write_records,
 )
 from worker.evaluation_figures import flatten, report
+from worker.trainer import reward
 from worker.trainer.errors import Stopped, UserError
 from worker.trainer.evaluation import completions, judging
 from worker.trainer.evaluation import evaluate as run_evaluation
@@ -368,6 +372,90 @@ def test_an_interrupted_run_does_not_sample_its_completions_again(
     assert sampled < len(expected) + 3 * batch, "only the batches that were interrupted are sampled again"
     parts = [event for event in parse(stream) if event["kind"] == "part"]
     assert all((folder / part["path"]).exists() for part in parts)
+
+
+def evaluate_on(folder: Path, size: int, stream: io.StringIO, stopping: Sequence[threading.Event] = ()) -> None:
+    """Evaluate on so many ranks. `stopping` asks each of them to stop."""
+
+    def run(ranks: ThreadRanks) -> None:
+        events = Events(stream if ranks.is_first else io.StringIO())
+        own = stopping[ranks.rank] if stopping else threading.Event()
+        run_evaluation(EvaluationRun.of(folder, events, own, ranks=ranks))
+
+    on_ranks(size, run)
+
+
+WIN_RATE = {
+    "type": "win_rate", "candidate": {"model": "c"}, "baseline": {"model": "b"},
+    "sampling": SAMPLING | {"temperatures": [0.0, 1.0]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["preference", "reward_kl", "classifier", "model", "reward model"])
+def test_several_ranks_make_the_items_of_one(
+    name: str, llama: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(completions, "BATCH_TOKENS", {"cpu": 200})
+    monkeypatch.setattr(reward, "SCORED_TOGETHER", 5)
+    spec: dict[str, Any] = {
+        "preference": PREFERENCE,
+        "reward_kl": REWARD_KL,
+        "classifier": WIN_RATE | {"judge": SCORER},
+        "model": WIN_RATE | {"judge": {"type": "model", "model": "judge"}},
+        "reward model": WIN_RATE | {"judge": {"type": "reward_model", "model": "judge"}},
+    }[name]
+    judge = None
+    if name == "reward model":
+        AutoModelForSequenceClassification.from_pretrained(llama, num_labels=1).save_pretrained(tmp_path / "judge")
+        AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path / "judge")
+        config = json.loads((tmp_path / "judge" / "config.json").read_text()) | {"reward_mean": 0.5, "pad_token_id": 0}
+        (tmp_path / "judge" / "config.json").write_text(json.dumps(config))
+        judge = tmp_path / "judge"
+    items = []
+    for size in (1, 2, 3):
+        folder = lay_out(tmp_path / str(size), llama, spec, candidate=adapter, judge=judge)
+        if name == "model":
+            with_judge(folder, llama)
+        evaluate_on(folder, size, io.StringIO())
+        items.append((folder / "output" / "items.jsonl").read_text())
+    assert len(items[0].splitlines()) >= len(PAIRS) and items[1:] == items[:1] * 2
+
+
+def test_processes_make_the_items_of_one(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    items = []
+    for size in (1, 2):
+        folder = lay_out(tmp_path / str(size), llama, REWARD_KL, candidate=adapter)
+        about = json.loads((folder / "run.json").read_text()) | {"device": "cpu", "ranks": size, "threads": 1}
+        (folder / "run.json").write_text(json.dumps(about))
+        status, _ = run_process(folder)
+        assert status == 0, (folder / "trainer.log").read_text()
+        items.append((folder / "output" / "items.jsonl").read_text())
+    assert items[0] == items[1]
+
+
+def test_ranks_that_are_stopped_keep_what_they_have_sampled(
+    llama: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One rank is asked to stop in its second batch. The other one has completed its own, which is kept."""
+    monkeypatch.setattr(completions, "BATCH_TOKENS", {"cpu": 200})
+    expected = evaluate(lay_out(tmp_path / "whole", llama, REWARD_KL, candidate=adapter))
+    folder, stream = lay_out(tmp_path / "run", llama, REWARD_KL, candidate=adapter), io.StringIO()
+    stopping, begun = [threading.Event(), threading.Event()], list[int]()
+
+    def stopping_sample(policy: Any, batch: Any, sampling: Any, ends: Any, check_stop: Any) -> Any:
+        begun.append(len(batch))
+        if len(begun) == 4:
+            stopping[1].set()
+        yield from sample(policy, batch, sampling, ends, check_stop)
+
+    monkeypatch.setattr(completions, "sample", stopping_sample)
+    with pytest.raises(Stopped):
+        evaluate_on(folder, 2, stream, stopping)
+    kept = sum(event["completions"] for event in parse(stream) if event["kind"] == "part")
+    assert sum(begun[:2]) <= kept < len(expected)
+    stopping = [threading.Event(), threading.Event()]
+    evaluate_on(folder, 2, stream, stopping)
+    assert read_items(folder) == expected
 
 
 SCORER = {"type": "classifier", "classifier": {"file": "classifier.json"}}

@@ -42,6 +42,7 @@ from worker.trainer.gradients import Ownership
 from worker.trainer.joins import check
 from worker.trainer.model import Policy, Scores
 from worker.trainer.packing import Pack, Segment, trees
+from worker.trainer.ranks import Ranks
 from worker.trainer.segments import StepPlan
 
 # -- the order of a step -----------------------------------------------------------------------------------------------
@@ -205,7 +206,7 @@ def test_segments_share_a_pack_if_their_gradients_can_be_told_apart(
     llama: Path, fields: dict[str, Any], joins: bool
 ) -> None:
     policy = load(llama, **fields)
-    check(policy, rows_for("sigmoid", [(5 + k % 7, [4 + k % 9, 3 + k % 5]) for k in range(40)]))
+    check(policy, rows_for("sigmoid", [(5 + k % 7, [4 + k % 9, 3 + k % 5]) for k in range(40)]), Ranks())
     assert policy.joins == joins
 
 
@@ -214,7 +215,7 @@ def test_segments_do_not_share_a_pack_in_a_model_that_mixes_them(llama: Path) ->
     policy = load(llama)
     policy.body.layers[0].register_forward_hook(lambda module, inputs, output: output + 1e-3 * output.mean(1, True))
     before = {name: weight.clone() for name, weight in policy.trainable().items()}
-    check(policy, rows_for("sigmoid", [(5 + k % 7, [4 + k % 9, 3 + k % 5]) for k in range(40)]))
+    check(policy, rows_for("sigmoid", [(5 + k % 7, [4 + k % 9, 3 + k % 5]) for k in range(40)]), Ranks())
     assert not policy.joins
     assert all(torch.equal(weight, before[name]) for name, weight in policy.trainable().items())
 

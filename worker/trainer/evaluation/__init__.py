@@ -6,7 +6,8 @@ Like a training, an evaluation reads a work folder, writes events, and leaves it
   attempts.
 - Output: `output/items.jsonl`, one line for each pair or completion. `worker.evaluation_figures` computes the figures.
 
-Only one model is in memory at a time.
+Only one model is in memory at a time. Several ranks sample and score different batches. Each batch is that of a single
+rank, so the items are too.
 """
 
 import json
@@ -37,6 +38,8 @@ def evaluate(run: EvaluationRun) -> None:
     except torch.OutOfMemoryError as error:
         message = "The model or one row does not fit into the GPU's memory. Lower 'max_length', or quantise the base."
         raise UserError("out_of_memory", message, "candidate.model") from error
+    if not run.ranks.is_first:
+        return
     output = run.folder / "output"
     output.mkdir(exist_ok=True)
     with (output / "items.jsonl").open("w") as file:

@@ -65,8 +65,11 @@ class CompletionStore:
                 yield Completion(**fields | {"ids": tuple(fields["ids"])})
 
     def write(self, completions: list[Completion]) -> None:
-        """Write completions to a new part and announce it. Later attempts do not sample them again."""
-        if not completions:
+        """Write completions to a new part and announce it. Later attempts do not sample them again.
+
+        The first rank writes them.
+        """
+        if not completions or not self.run.ranks.is_first:
             return
         self._folder.mkdir(exist_ok=True)
         number = len(list(self._folder.iterdir()))
@@ -102,21 +105,25 @@ def complete(
         sampling = Sampling(temperature, spec.top_p, spec.max_tokens, seed)
         numbers = range(samples_of(run, side) if temperature else 1)  # greedy decoding has one answer
         requests = [CompletionRequest(row, k, prompt.ids) for row, prompt in prompts.items() for k in numbers]
-        # Every attempt forms the same batches and samples whole batches. Its results are therefore bit-identical.
-        for batch in batches(requests, BATCH_TOKENS[device], spec.max_tokens, largest_batch):
-            keys = [(temperature, request.row, request.sample) for request in batch]
-            if not all(key in completions for key in keys):
-                try:
-                    sampled = _sample(run, policy, batch, sampling, ends)
-                except Stopped:
-                    store.write(unwritten)
-                    raise
-                unwritten += sampled
-                completions |= {completion.key: completion for completion in sampled}
-                if time.monotonic() - written_at > PART_SECONDS:
-                    store.write(unwritten)
-                    unwritten, written_at = [], time.monotonic()
-            yield from (completions[key] for key in keys)
+        # Every attempt forms the same batches and samples whole batches, on whatever rank. Its results are therefore
+        # bit-identical.
+        formed = batches(requests, BATCH_TOKENS[device], spec.max_tokens, largest_batch)
+        missing = [
+            batch
+            for batch in formed
+            if not all((temperature, request.row, request.sample) in completions for request in batch)
+        ]
+        for together in data.batched(missing, run.ranks.size):
+            sampled = _sample_together(run, policy, together, sampling, ends)
+            unwritten += sampled.completions
+            completions |= {completion.key: completion for completion in sampled.completions}
+            if sampled.stopped or time.monotonic() - written_at > PART_SECONDS:
+                store.write(unwritten)
+                unwritten, written_at = [], time.monotonic()
+            if sampled.stopped:
+                raise Stopped
+        for batch in formed:
+            yield from (completions[temperature, request.row, request.sample] for request in batch)
     store.write(unwritten)
 
 
@@ -168,12 +175,37 @@ def _end_tokens(run: EvaluationRun, policy: Policy, side: str) -> set[int]:
     return ends | ({*(configured if isinstance(configured, list) else [configured])} - {None})
 
 
+class Sampled(NamedTuple):
+    """The completions of some batches, and whether a rank was asked to stop meanwhile."""
+
+    completions: list[Completion]
+    stopped: bool
+
+
+def _sample_together(
+    run: EvaluationRun,
+    policy: Policy,
+    together: list[list[CompletionRequest]],
+    sampling: Sampling,
+    ends: Collection[int],
+) -> Sampled:
+    """Sample the batches `together`, at most one on each rank."""
+    own, stopped = list[Completion](), False
+    try:
+        if run.ranks.rank < len(together):
+            own = _sample(run, policy, together[run.ranks.rank], sampling, ends)
+    except Stopped:
+        stopped = True
+    gathered = run.ranks.gather((own, stopped))
+    return Sampled([completion for part, _ in gathered for completion in part], any(flag for _, flag in gathered))
+
+
 def _sample(
     run: EvaluationRun, policy: Policy, batch: list[CompletionRequest], sampling: Sampling, ends: Collection[int]
 ) -> list[Completion]:
     """The completions of a batch. If it does not fit into the GPU's memory, its halves are sampled one by one."""
     try:
-        return list(sample(policy, batch, sampling, ends, run.check_stop))
+        return list(sample(policy, batch, sampling, ends, run.check_own_stop))
     except torch.OutOfMemoryError:
         if len(batch) == 1:
             raise

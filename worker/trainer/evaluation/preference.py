@@ -54,7 +54,9 @@ def score_pairs(run: EvaluationRun, side: str) -> dict[PairKey, ScoredPair]:
     """The log-probs of all drawn pairs under the model of a side. Raises `UserError` if no pair is left."""
     policy = run.load(side)
     recipe = Recipe(Kind.PREFERENCE, run.max_length(policy), mapping=run.spec.mapping, rendering=run.rendering(side))
-    rows, _ = dataset.load(run.folder / run.spec.data, policy.tokenizer, recipe, run.cache)
+    rows, _ = run.ranks.first_then_others(
+        lambda: dataset.load(run.folder / run.spec.data, policy.tokenizer, recipe, run.cache)
+    )
     if not len(rows):
         raise UserError("invalid_file", "No row of the data is left to evaluate.", "data")
     pairs_of_line, keys = Counter[int](), list[PairKey]()
@@ -64,8 +66,8 @@ def score_pairs(run: EvaluationRun, side: str) -> dict[PairKey, ScoredPair]:
     dataset.require_embedded(rows, policy.tokenizer, policy.causal.config, policy.name)
     drawn = draw_rows(run, keys)  # at most `max_rows` pairs
     rows, keys = rows.where([key in drawn for key in keys]), [key for key in keys if key in drawn]
-    exactness.check(policy, rows, run.events)
-    launcher, digest = Launcher(policy), policy.digest()
+    exactness.check(policy, rows, run.events, run.ranks)
+    launcher, digest = Launcher(policy, run.ranks), run.ranks.of_first(policy.digest)
     references = reference.find_or_compute(launcher, digest, rows, None, run.cache, lambda _: run.check_stop())
     prompt_numbers: dict[int, int] = {}
     pairs = {}

@@ -73,8 +73,9 @@ def _reference_logps(run: EvaluationRun, answers: dataset.Rows, vocabulary: dict
     if policy.tokenizer.get_vocab() != vocabulary:
         message = "Candidate and baseline have different tokenizers, so the KL between them is not defined."
         raise UserError("invalid_value", message, "baseline.model")
-    exactness.check(policy, answers, run.events)
-    logps: list[float] = reference.compute(Launcher(policy), answers, report=lambda _: run.check_stop()).logps.tolist()
+    exactness.check(policy, answers, run.events, run.ranks)
+    launcher = Launcher(policy, run.ranks)
+    logps: list[float] = reference.compute(launcher, answers, report=lambda _: run.check_stop()).logps.tolist()
     return logps
 
 

@@ -26,7 +26,7 @@ def scores(run: EvaluationRun, scorer: Scorer | Judge, name: str, answers: list[
         return [classifier.score(_as_text(example, text)) for example, text in answers]
     answered = [replace(example, responses=(text,), desirable=True, raw=False, turns=()) for example, text in answers]
     folder = folder_at(run.folder / "sides" / name / "base")
-    return reward.scores(folder, answered, run.rendering(name), run.spec.max_length, run.check_stop)
+    return reward.scores(folder, answered, run.rendering(name), run.spec.max_length, run.check_stop, run.ranks)
 
 
 def _as_text(example: Example, answer: str) -> str:
