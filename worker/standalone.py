@@ -16,6 +16,9 @@ from rich.console import Console
 
 from app.cli.output import plain
 from app.errors import describe_validation_error
+from app.estimates import fit
+from app.estimates.memory import Shape
+from app.estimates.schemas import Device as EstimatedDevice
 from app.programs import command
 from app.settings import Settings
 from app.spec.datasets.check import check
@@ -23,7 +26,7 @@ from app.spec.datasets.errors import DatasetError
 from app.spec.job import JobSpec
 from app.spec.json_types import JsonObject
 from app.spec.metrics import SUMMARY
-from worker.base_models import BaseModels
+from worker.base_models import BaseModels, describe
 from worker.device import Device, DeviceUnusable, find_devices, placement
 from worker.hub import ModelUnavailable
 from worker.model_files import point_to
@@ -54,8 +57,8 @@ def train(spec_path: Path, output: Path, settings: Settings, console: Console) -
         spec, original = _read_spec(spec_path)
         if output.exists() and any(output.iterdir()):
             raise UsageError(f"{output} exists and is not empty.")
-        devices = _devices(spec, settings)
         base, revision = BaseModels(settings).locate(spec.model)
+        devices = _devices(spec, settings, base)
         reference = spec.reference_model and BaseModels(settings).locate(spec.reference_model)[0]
     except (UsageError, ModelUnavailable, DeviceUnusable) as error:
         console.print(plain(str(error)), style="red", highlight=False, markup=False)
@@ -82,9 +85,18 @@ def train(spec_path: Path, output: Path, settings: Settings, console: Console) -
         return status
 
 
-def _devices(spec: JobSpec, settings: Settings) -> list[Device]:
-    """The devices to train on: as many as `spec` asks for. Raises `UsageError` if there are fewer."""
-    devices, wanted = find_devices(settings.device, settings.cpu_devices), spec.resources
+def _devices(spec: JobSpec, settings: Settings, base: Path) -> list[Device]:
+    """The devices to train on: as many as `spec` asks for, or the fewest on which it fits.
+
+    Raises `UsageError` if there are fewer.
+    """
+    devices = find_devices(settings.device, settings.cpu_devices)
+    shape = Shape.of(describe(spec.model, base).details)
+    if shape is not None:
+        smallest = min(devices, key=lambda device: device.memory_bytes)
+        known = EstimatedDevice(**smallest.as_json(), count=len(devices))
+        spec = fit.placed(spec, shape, [known], None)
+    wanted = spec.resources
     if wanted.least > len(devices):
         hint = "" if devices[0].kind == "cuda" else " DPO_CPU_DEVICES declares more."
         raise UsageError(f"resources.gpus: {wanted.least} are wanted. Devices of this machine: {len(devices)}.{hint}")
