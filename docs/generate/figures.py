@@ -138,6 +138,21 @@ def _scaling_on_paper() -> str:
     return table(("a step", "tokens", "8 GPUs", "2 × 8 GPUs"), rows, (1, 2, 3))
 
 
+def _rows() -> str:
+    """The memory of a rank by the size of the file."""
+    rows = [
+        (
+            f"{run['megabytes']:,} MB",
+            f"{run['rows']:,}",
+            str(run["ranks"]),
+            f"{max(run['peak_bytes']) / 1e6:.0f} MB",
+            f"{run['above'] / 1e6:.0f} MB",
+        )
+        for run in result("rows")["runs"]
+    ]
+    return table(("file", "rows", "ranks", "peak of a rank", "above the smallest file"), rows, range(5))
+
+
 # -- the service --------------------------------------------------------------------------------------------------
 
 
@@ -241,6 +256,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "figures/engine in short": _engine_in_short,
     "figures/scaling": _scaling,
     "figures/scaling on paper": _scaling_on_paper,
+    "figures/rows": _rows,
     "figures/datasets": _datasets,
     "figures/load": _load,
     "figures/waiting times": _waiting,

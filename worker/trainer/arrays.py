@@ -188,6 +188,11 @@ class Shelf:
                 writer.close()
         return Arrays.mapped(path)
 
+    def drop(self, name: str) -> None:
+        """Remove the array `name`. Who has mapped it keeps it."""
+        if (path := self._path(f"{name}.npy")) is not None:
+            path.unlink(missing_ok=True)
+
     def _path(self, name: str) -> Path | None:
         return None if self.folder is None else self.folder / f"{self.name}{name}"
 

@@ -89,6 +89,7 @@ class Stage:
                 return self.groups.ordered(order.numpy())
 
             self._orders.pop(epoch - 2, None)  # a batch usually touches one epoch or two
+            self.shelf.drop(f"order-{epoch - 2}")
             self._orders[epoch] = self.shelf.keep(f"order-{epoch}", shuffled)
         return self._orders[epoch]
 
