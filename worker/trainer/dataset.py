@@ -149,6 +149,11 @@ class Rows(Sequence[Row]):
         """The number of each row's file, [rows]."""
         return list(self._arrays.files[self._numbers].tolist())
 
+    @property
+    def places(self) -> Integers:
+        """A number for the line of each row, [rows]: equal for rows of one line. A line can have several rows."""
+        return self._arrays.lines[self._numbers] + (self._arrays.files[self._numbers] << 40)
+
     @classmethod
     def together(cls, files: Sequence["Rows"], shelf: Shelf) -> "Rows":
         """All rows of several files. Each row gets the number of its file."""
@@ -178,6 +183,10 @@ class Rows(Sequence[Row]):
     def on(self, shelf: Shelf) -> "Rows":
         """The same rows. What is computed from them goes to the `shelf`."""
         return Rows(self._arrays, shelf.keep("numbers", lambda: self._numbers), shelf)
+
+    def prepare(self) -> None:
+        """Compute the sizes of all rows."""
+        self._sizes, self._scored  # noqa: B018 - they stay
 
     def digest(self) -> str:
         """A hash of the rows' tokens and of their scored flags."""
@@ -230,10 +239,6 @@ class Groups:
         by_first = numpy.argsort(order[starts], kind="stable")
         sizes = (stops - starts)[by_first]
         return cls(order[ranges(starts[by_first], stops[by_first])], numpy.append(0, numpy.cumsum(sizes)))
-
-    def on(self, shelf: Shelf) -> "Groups":
-        """The same groups, on the `shelf`."""
-        return Groups(shelf.keep("grouped", lambda: self.rows), shelf.keep("starts", lambda: self.starts))
 
     def ordered(self, order: Integers) -> Integers:
         """The row numbers of the groups `order`, [rows of these groups]."""

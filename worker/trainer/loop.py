@@ -149,6 +149,8 @@ def stages_of(run: TrainingRun) -> list[Stage]:
     stages = plan.stages(run.spec, run.folder, tokenizer, context, run.cache, run.events)
     for rows in (part for stage in stages for part in (stage.train, stage.validation)):
         require_embedded(rows, tokenizer, config, run.spec.model)
+    for stage in stages:
+        stage.prepare()
     return stages
 
 

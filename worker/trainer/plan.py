@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from hashlib import sha256
 from pathlib import Path
 
@@ -77,7 +77,15 @@ class Stage:
     @cached_property
     def groups(self) -> Groups:
         """The groups of training rows that stay together."""
-        return METHODS[self.name].groups(self.train, self.batch_size).on(self.shelf)
+        made = cache(lambda: METHODS[self.name].groups(self.train, self.batch_size))  # unless another rank has
+        return Groups(self.shelf.keep("grouped", lambda: made().rows), self.shelf.keep("starts", lambda: made().starts))
+
+    def prepare(self) -> None:
+        """Compute what each step needs of all rows, so that the other ranks find it."""
+        for rows in (self.train, self.validation):
+            rows.prepare()
+        if len(self.train):
+            self._order(0)
 
     def _order(self, epoch: int) -> Integers:
         """The row numbers in the order of `epoch`, [rows]: a permutation of the groups."""
@@ -241,12 +249,13 @@ def held_out_groups(rows: Rows, share: float, seed: int) -> Integers:
     Rows of a group have the same prompt, so no prompt is on both sides. The pieces of a plain text stay together too.
     If every group is too large, the smallest one is held out, unless it has more than half of the lines.
     """
-    # A line is identified by its number and its file's number. A line can have several rows.
-    lines, groups = numpy.array(rows.lines) + (numpy.array(rows.files) << 40), rows.groups
-    pairs = numpy.unique(numpy.stack([groups, lines]), axis=1)  # distinct (group, line), [2, pairs]
+    if not share:
+        return numpy.zeros(0, dtype=numpy.int64)
+    pairs = numpy.unique(numpy.stack([rows.groups, rows.places]), axis=1)  # distinct (group, line), [2, pairs]
     names, sizes = numpy.unique(pairs[0], return_counts=True)  # each group, and its number of lines
     target = min(round(share * pairs.shape[1]), pairs.shape[1] - 1)  # lines to hold out
-    order = sorted(range(len(names)), key=lambda k: sha256(f"{seed} {names[k]}".encode()).digest())
+    drawn = (int.from_bytes(sha256(f"{seed} {name}".encode()).digest()[:8]) for name in names)
+    order = numpy.argsort(numpy.fromiter(drawn, dtype=numpy.uint64, count=len(names)), kind="stable")
     chosen, chosen_lines = [], 0
     for k in order:
         if chosen_lines + sizes[k] <= target:
