@@ -60,7 +60,7 @@ def measure(folder: Path, model: Path, file: Path, ranks: int, cache: Path) -> J
                     pid = process.pid if ranks == 1 else int(beat.read_text() or 0) if beat.exists() else 0
                     peaks[rank] = max(peaks[rank], anonymous_bytes(pid))
 
-        sampler = threading.Thread(target=sample)
+        sampler = threading.Thread(target=sample, daemon=True)
         sampler.start()
         assert any(event["kind"] == "stage" for event in process.events()), process.log()
         seconds = time.monotonic() - began

@@ -91,7 +91,10 @@ def _devices(spec: JobSpec, settings: Settings, base: Path) -> list[Device]:
     Raises `UsageError` if there are fewer.
     """
     devices = find_devices(settings.device, settings.cpu_devices)
-    shape = Shape.of(describe(spec.model, base).details)
+    try:
+        shape = Shape.of(describe(spec.model, base).details)
+    except (OSError, ValueError, AttributeError, TypeError):  # the trainer will say what is wrong with the files
+        shape = None
     if shape is not None:
         smallest = min(devices, key=lambda device: device.memory_bytes)
         known = EstimatedDevice(**smallest.as_json(), count=len(devices))

@@ -37,9 +37,12 @@ def devices_of(session: Session, base_model: str) -> list[Device]:
     ]
 
 
-def require_devices(session: Session, resources: Resources, base_model: str) -> None:
-    """Refuse a job that wants more devices than any worker has. Without a worker, it waits for one."""
-    serving = [worker for worker in workers.present(session, Lane.GPU) if workers.serves(worker, base_model)]
+def require_devices(session: Session, resources: Resources, *base_models: str) -> None:
+    """Refuse a job that wants more devices than any worker of its base models has.
+
+    Without a worker, it waits for one.
+    """
+    serving = [worker for worker in workers.present(session, Lane.GPU) if workers.serves(worker, *base_models)]
     known = [devices for worker in serving if (devices := workers.devices_of(worker)) is not None]
     most = max(known, default=None)
     if most is not None and len(known) == len(serving) and resources.least > most:
@@ -61,8 +64,9 @@ def placed(spec: JobSpec, shape: Shape, devices: Sequence[Device], longest_row: 
         return spec
     most = max((device.count for device in devices), default=1)
     candidates = [spec, *(spec.model_copy(update={"resources": Resources(gpus=n)}) for n in range(2, most + 1))]
-    for tolerance in (1.0, TOLERANCE):  # rather on more devices than only perhaps on fewer
+    for several in (1.0, TOLERANCE):  # rather on more devices than only perhaps on fewer, unless it may be one
         for candidate in candidates:
+            tolerance = several if candidate.resources.least > 1 else TOLERANCE
             wide = [device for device in devices if device.count >= candidate.resources.least]
             if any(_fits(candidate, shape, device, longest_row, tolerance) for device in wide):
                 return candidate
@@ -90,8 +94,9 @@ def refusal(spec: JobSpec, shape: Shape, devices: Sequence[Device], longest_row:
     `longest_row` is in tokens, or None if the rows have not been counted. Then the shortest possible rows are assumed,
     so a job is refused only if it could not fit with any rows.
     """
-    device = largest(devices)
-    if device is None or any(_fits(spec, shape, each, longest_row) for each in devices):
+    wide = [device for device in devices if device.count >= spec.resources.least]
+    device = largest(wide or devices)
+    if device is None or any(_fits(spec, shape, each, longest_row) for each in wide):
         return None
     settings = max(
         (_smallest(spec, stage, longest_row or SHORTEST_ROW) for stage in reversed(spec.stages())),
@@ -139,6 +144,15 @@ def _remedy(shape: Shape, settings: MemorySettings, device: Device) -> tuple[str
     if settings.rank is None:
         lora = replace(settings, rank=16, quantization="nf4")
         changes.append(("adapter", "A LoRA adapter on an 'nf4' base would fit: leave 'adapter' out.", lora))
+    more = range(settings.devices + 1, device.count + 1 if settings.shard is not False else 0)
+    changes[:0] = [
+        (
+            "resources.gpus",
+            f"Divided among {count} devices it would fit: 'resources': {{'gpus': {count}}}.",
+            replace(settings, devices=count),
+        )
+        for count in more
+    ]
     for param, hint, changed in changes:
         if _needed_bytes(shape, changed, device) <= device.memory_bytes:
             return param, hint

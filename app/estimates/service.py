@@ -80,6 +80,7 @@ class Estimates:
         longest = max(counted["longest_row"] for counted in counts)
         if shape is not None:
             spec = fit.placed(spec, shape, devices, longest)
+            device = fit.largest([each for each in devices if each.count >= spec.resources.least] or devices)
         for stage_spec, counted in zip(spec.stages(), counts, strict=True):
             stage, settings = _stage(stage_spec, counted, pace, _working_devices(spec)), stage_spec.settings
             stages.append(stage)

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from app.jobs.queue_forecast import QueuePlace
-from app.jobs.schemas import GateVerdict, JobError, shown_gates
+from app.jobs.schemas import GateVerdict, JobError, shown_devices, shown_gates
 from app.jobs.states import Status
 from app.jobs.tables import Job
 from app.spec.evaluation import EvaluationType
@@ -67,6 +67,9 @@ class EvaluationObject(BaseModel):
     max_length: int | None
     seed: int
     metadata: dict[str, str] | None
+    resources: JsonObject | None
+    devices: int | None
+    """The devices of the last attempt. While an evaluation waits for its first one, the fewest that it takes."""
     priority: int
     timeout_seconds: int | None
     running_seconds: float
@@ -108,6 +111,8 @@ class EvaluationObject(BaseModel):
             estimated_start=unix_seconds(place.start),
             estimated_finish=unix_seconds(place.finish),
             organization_id=f"org-{job.project}",
+            resources=spec.get("resources"),
+            devices=shown_devices(job),
             status=Status(job.status),
             error=JobError(**job.error) if job.error else None,
             candidate=_without_nulls(spec["candidate"]),

@@ -131,8 +131,7 @@ class Evaluations(Lifecycle[EvaluationObject]):
         # A reward model has whole weights: it needs no base model.
         used = (main_model, *models_by_field.values())
         bases = [model.base_model for model in used if model is not None and model.kind != "reward"]
-        if bases:
-            fit.require_devices(session, spec.resources, bases[0])
+        fit.require_devices(session, spec.resources, *bases)
         return self._add(
             session,
             project,

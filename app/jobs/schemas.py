@@ -81,6 +81,11 @@ def shown_gates(job: Job) -> list[GateVerdict]:
     return [GateVerdict(**gate) for gate in job.gates or unjudged]
 
 
+def shown_devices(job: Job) -> int | None:
+    """The devices of a job's last attempt, or, while it waits for its first one, the fewest that it takes."""
+    return job.least_devices if job.devices is None and job.status == Status.QUEUED else job.devices
+
+
 class JobObject(BaseModel):
     """OpenAI's `fine_tuning.job` object, and our extensions."""
 
@@ -149,7 +154,7 @@ class JobObject(BaseModel):
     """The need that keeps a queued job waiting, apart from the jobs before it."""
     attempt: int
     devices: int | None
-    """The number of devices of the last attempt."""
+    """The devices of the last attempt. While a job waits for its first one, the fewest that it takes."""
     metrics: dict[str, float] | None
     evaluations: list[JobEvaluationReference]
     """Evaluations of the model that this job makes. Each is a job of its own and waits until this one succeeds."""
@@ -207,7 +212,7 @@ class JobObject(BaseModel):
             queue_position=place.position,
             waiting_for=place.waiting_for,
             attempt=job.attempt,
-            devices=job.devices,
+            devices=shown_devices(job),
             metrics=job.metrics,
             evaluations=[
                 JobEvaluationReference(name=name, id=evaluation_id)

@@ -14,6 +14,7 @@ from app.jobs.tables import Job
 from app.models import repository as models
 from app.projects.tables import Project
 from app.services import Services
+from app.spec.version import SPEC_VERSION
 from app.workers import repository as workers
 from tests.helpers.api import upload
 from tests.helpers.jobs import check_files, get, make_job
@@ -33,7 +34,8 @@ def report(services: Services, name: str, memory_bytes: int, **details: Any) -> 
     """A GPU worker that serves the base model `tiny` on a device with this memory."""
     device = {"kind": "cuda", "name": "GPU", "memory_bytes": memory_bytes}
     with services.database.write() as session:
-        workers.report(session, name, Lane.GPU, ["tiny"], {"device": device, **details})
+        known = {"device": device, "spec_version": SPEC_VERSION, **details}
+        workers.report(session, name, Lane.GPU, ["tiny"], known)
 
 
 def claim_with(services: Services, memory_bytes: int) -> Job | None:

@@ -19,6 +19,7 @@ from app.models.tables import Model
 from app.services import Services
 from app.spec.evaluation import EvaluationSpec
 from app.spec.job import JobSpec
+from app.spec.version import SPEC_VERSION
 from app.webhooks.tables import WebhookEndpoint
 from app.workers import repository as workers
 from tests.helpers.api import error_of, upload
@@ -209,11 +210,11 @@ def test_only_a_worker_with_all_its_base_models_claims_an_evaluation(client: Tes
     evaluation = client.post("/v1/evaluations", json=evaluation_body(client, baseline={"model": "other"})).json()["id"]
     with services.database.write() as session:
         session.execute(update(Job).where(Job.id == evaluation).values(status=Status.QUEUED))
-        workers.report(session, "one", Lane.GPU, ["tiny"], {})
-        workers.report(session, "two", Lane.GPU, ["other"], {})
+        workers.report(session, "one", Lane.GPU, ["tiny"], {"spec_version": SPEC_VERSION})
+        workers.report(session, "two", Lane.GPU, ["other"], {"spec_version": SPEC_VERSION})
     assert client.get(f"/v1/evaluations/{evaluation}").json()["estimated_start"] is None, "no worker can run it"
     with services.database.write() as session:
-        workers.report(session, "two", Lane.GPU, ["other", "tiny"], {})
+        workers.report(session, "two", Lane.GPU, ["other", "tiny"], {"spec_version": SPEC_VERSION})
     assert client.get(f"/v1/evaluations/{evaluation}").json()["estimated_start"] is not None
     with services.database.write() as session:
         for served in (["tiny"], ["other"], []):

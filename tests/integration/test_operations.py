@@ -10,6 +10,7 @@ from app.jobs.queue import heartbeat
 from app.jobs.states import Status
 from app.keys.schemas import Scope
 from app.services import Services
+from app.spec.version import SPEC_VERSION
 from app.workers import repository as workers
 from tests.helpers.api import error_of, key_of, upload
 from tests.helpers.jobs import claim, end, make_job
@@ -48,7 +49,7 @@ def test_a_cordoned_worker_starts_no_job(client: TestClient, services: Services,
 def test_a_forecast_leaves_out_cordoned_workers(client: TestClient, services: Services) -> None:
     job_id = make_job(services)
     with services.database.write() as session:
-        workers.report(session, "gpu@h:1", "gpu", ["tiny"], {})
+        workers.report(session, "gpu@h:1", "gpu", ["tiny"], {"spec_version": SPEC_VERSION})
     path = f"/v1/fine_tuning/jobs/{job_id}"
     assert client.get(path).json()["estimated_start"] is not None
     client.post("/v1/workers/gpu@h:1", json={"cordoned": True})

@@ -132,6 +132,8 @@ LLAMA_70B = Shape(
         (LLAMA_70B, {"resources": {"gpus": 4}, "parallel": {"shard": False}}, [gpu(24, 8)], None),
         (LLAMA_70B, {"resources": {"gpus": {"min": 2, "max": 8}}}, [gpu(24, 8)], None),
         (LLAMA_8B, {}, [], 1),
+        (LLAMA_70B, {}, [gpu(45, 8)], 1),  # within the tolerance of the estimate
+        (LLAMA_70B, {"resources": {"gpus": 2}, "parallel": {"shard": False}}, [gpu(24, 8), gpu(400)], None),
     ],
 )
 def test_a_job_takes_the_fewest_devices_that_it_fits_on(
@@ -144,3 +146,10 @@ def test_a_job_takes_the_fewest_devices_that_it_fits_on(
 def test_a_job_that_fits_on_no_number_of_devices_is_refused_for_the_number_that_it_names() -> None:
     refused = refusal(job(resources={"gpus": 2}, quantization="none"), LLAMA_70B, [gpu(48, 4)], 512)
     assert refused is not None and "on each of 2 devices, and the largest worker (a GPU) has 48.0 GB" in refused[1]
+
+
+def test_more_devices_are_advised_if_they_would_help() -> None:
+    spec = job(resources={"gpus": {"min": 1, "max": 8}}, quantization="none")
+    refused = refusal(spec, LLAMA_70B, [gpu(80, 8)], 512)
+    advice = "Divided among 3 devices it would fit: 'resources': {'gpus': 3}."
+    assert refused is not None and refused[0] == "resources.gpus" and refused[1].endswith(advice)

@@ -45,3 +45,10 @@ def test_more_devices_than_there_are_is_refused_with_their_number(tmp_path: Path
     settings = Settings(home=tmp_path, device="cpu", cpu_devices=2)
     with pytest.raises(standalone.UsageError, match=r"3 are wanted. Devices of this machine: 2\."):
         standalone._devices(spec, settings, make_tiny_model(tmp_path / "base"))
+
+
+def test_a_damaged_base_is_left_to_the_trainer(tmp_path: Path) -> None:
+    base = make_tiny_model(tmp_path / "base")
+    (base / "config.json").write_text("{}")
+    spec = JobSpec.model_validate({"model": "base", "training_file": "x"}).resolved()
+    assert len(standalone._devices(spec, Settings(home=tmp_path, device="cpu", cpu_devices=2), base)) == 1

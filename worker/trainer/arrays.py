@@ -5,12 +5,14 @@ processes of a machine that read it share its pages, and the system may drop tho
 """
 
 import json
+import os
 import secrets
 import shutil
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
@@ -106,17 +108,19 @@ class Writer:
         self.path, self.rows = path, 0
         self._segments = self._tokens = 0  # so far
         with ExitStack() as stack:
-            self._parts = {name: stack.enter_context(self._part(name).open("wb")) for name in KINDS}
+            # Without a buffer, closing them cannot fail for want of space and leave the others open.
+            self._parts = {name: stack.enter_context(self._part(name).open("wb", buffering=0)) for name in KINDS}
             self._stack = stack.pop_all()
         for name in ("segments", "tokens"):  # they begin with the offset 0
-            self._parts[name].write(numpy.zeros(1, dtype=numpy.int64).tobytes())
+            _write(self._parts[name], numpy.zeros(1, dtype=numpy.int64))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
-            self._stack.close()
+            with suppress(OSError):  # a full disk takes no more
+                self._stack.close()
             for path in (self.path, *map(self._part, KINDS)):
                 path.unlink(missing_ok=True)
 
@@ -128,7 +132,7 @@ class Writer:
         moved = {"segments": chunk.segments[1:] + self._segments, "tokens": chunk.tokens[1:] + self._tokens}
         for name, kind in KINDS.items():
             values = moved.get(name, getattr(chunk, name))
-            self._parts[name].write(numpy.ascontiguousarray(values, dtype=kind).data)
+            _write(self._parts[name], numpy.ascontiguousarray(values, dtype=kind))
         self.rows += len(chunk.lines)
         self._segments, self._tokens = self._segments + int(chunk.segments[-1]), self._tokens + int(chunk.tokens[-1])
 
@@ -150,6 +154,13 @@ class Writer:
                 with self._part(name).open("rb") as part:
                     shutil.copyfileobj(part, file, 1 << 24)
                 self._part(name).unlink()
+
+
+def _write(file: FileIO, values: NDArray[Any]) -> None:
+    """Write all of `values`. One call may write a part of them only."""
+    rest = values.view(numpy.uint8).data
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 @dataclass(frozen=True)
@@ -198,11 +209,18 @@ class Shelf:
 
     @contextmanager
     def _new(self, path: Path) -> Iterator[Path]:
-        """Yields where to write `path`, which is complete as soon as it exists."""
+        """Yields where to write `path`, which is complete as soon as it exists.
+
+        Of several ranks that write it at the same time, the first one counts.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")  # other ranks may write it too
-        yield partial
-        partial.rename(path)
+        partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+        try:
+            yield partial
+            with suppress(FileExistsError):
+                os.link(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def ranges(starts: Integers, stops: Integers) -> Integers:

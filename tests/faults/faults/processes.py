@@ -63,12 +63,19 @@ def stop_one_rank(scene: Scene) -> Strike | None:
 
 
 def _strike_one_rank(scene: Scene, how: signal.Signals) -> Strike | None:
-    trainer = scene.attempt.pid
-    ranks = Path(f"/proc/{trainer}/task/{trainer}/children").read_text().split()
-    if len(ranks) < 2:
-        return None  # the attempt has one device
-    os.kill(int(scene.random.choice(ranks)), how)
-    return scene.after_next_attempt(scene.line("attempt lost"))
+    beats = list((scene.cluster.home / scene.runner.name / "work").glob("*/ranks/*/beat"))
+    with suppress(FileNotFoundError, ValueError):
+        ranks = [pid for pid in (int(beat.read_text()) for beat in beats) if _parent(pid) == scene.attempt.pid]
+        if len(ranks) < 2:
+            return None  # the attempt has one device
+        os.kill(scene.random.choice(ranks), how)
+        return scene.after_next_attempt(scene.line("attempt lost"))
+    return None  # it has just ended
+
+
+def _parent(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("PPid:"))
 
 
 def kill_runner_and_trainer(scene: Scene) -> Strike | None:

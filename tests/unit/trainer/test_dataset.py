@@ -1,8 +1,11 @@
 """Token rows of a file: flat arrays give back the rows that were put in."""
 
+import errno
 import io
 import json
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -131,6 +134,37 @@ def test_what_a_rank_has_computed_another_one_maps(tmp_path: Path, monkeypatch: 
     assert second.tokens([0, 1, 2]) == sizes == 36
     assert isinstance(second._scored, numpy.memmap)
     assert {path.name for path in tmp_path.iterdir()} == {"train-numbers.npy", "train-scored.npy", "train-sizes.npy"}
+
+
+def test_ranks_that_compute_at_the_same_time_map_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrays, "SMALL_BYTES", 0)
+    meeting = threading.Barrier(3, timeout=60)
+
+    def make() -> Any:
+        meeting.wait()  # all have found no file
+        return numpy.arange(100)
+
+    with ThreadPoolExecutor(3) as pool:
+        values = [future.result() for future in [pool.submit(Shelf(tmp_path).keep, "order", make) for _ in range(3)]]
+    assert all(numpy.array_equal(value, numpy.arange(100)) for value in values)
+    (path,) = tmp_path.iterdir()
+    mapped = Path("/proc/self/maps").read_text().splitlines()
+    assert {line.split()[4] for line in mapped if str(path) in line} == {str(path.stat().st_ino)}
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, write, written = [Arrays.of([make_row(k, 3, 4)]) for k in range(9)], arrays._write, list[int]()
+
+    def write_some(file: Any, values: Any) -> None:
+        written.append(values.nbytes)
+        if len(written) > 30:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(file, values)
+
+    monkeypatch.setattr(arrays, "_write", write_some)
+    with pytest.raises(OSError, match="No space left"):
+        Shelf(tmp_path).keep_rows("rows", lambda: rows)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_several_processes_make_the_same_rows_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
