@@ -38,8 +38,12 @@ END = f"""
 - **`batch_size` costs nothing** above {BUDGET["cuda"]:,} tokens a batch: it is computed in packs of that size.
 - **All parameters** (`"adapter": "none"`) need gradients and moments of every weight, in float32.
 - **The smallest GPU** recomputes activations, and {1 - USABLE:.0%} of its memory stay free.
-- **A job uses one GPU, or as many as `resources.gpus` says.** Each holds the whole model. See
-  [several devices](../how-to/train-on-several-devices.md).
+- **A job uses the fewest GPUs of a worker on which it fits**, or as many as `resources.gpus` says. Several GPUs divide
+  a model that would take more than half of one. See
+  [several devices](../how-to/train-on-several-devices.md#models-that-do-not-fit-on-one-device).
+
+The memory of each GPU in GB, if several divide the model and recompute activations. The divided figures are on paper:
+
 """
 
 
@@ -66,14 +70,16 @@ MODELS = {
     "Llama 3.1 70B": llama_like(8192, 80, 64, 8, 28_672, 128_256, tied=False),
 }
 """The sizes that the models' own configurations give."""
+COUNTS = (1, 2, 4, 8)
+"""Numbers of GPUs that divide a model."""
 SETTINGS = {"nf4": ("nf4", 16), "int8": ("int8", 16), "none (bf16)": ("none", 16), "all parameters": ("none", None)}
 
 
-def needed(shape: Shape, quantization: str, rank: int | None, *, recompute: bool) -> float:
-    """The memory at the peak on a GPU, in GB."""
+def needed(shape: Shape, quantization: str, rank: int | None, *, recompute: bool, devices: int = 1) -> float:
+    """The memory at the peak on each of some GPUs that divide the model, in GB."""
     settings = MemorySettings(
         rank=rank, targets="all-linear", quantization=quantization, optimizer="adamw", recompute=recompute,
-        batch_tokens=ROW_TOKENS * BATCH, longest_row=ROW_TOKENS,
+        batch_tokens=ROW_TOKENS * BATCH, longest_row=ROW_TOKENS, devices=devices, shard=True,
     )  # fmt: skip
     return estimate(shape, settings, "cuda", None).total / GIGABYTE
 
@@ -89,4 +95,21 @@ def page() -> str:
         smallest = next((size for size in GPUS if needed(shape, "nf4", 16, recompute=True) < USABLE * size), None)
         rows.append((name, f"{shape.parameters / 1e9:.1f}", *cells, "none" if smallest is None else f"{smallest} GB"))
     head = ("model", "10⁹ parameters", *SETTINGS, "smallest GPU for nf4")
-    return "\n".join([INTRODUCTION, table(head, rows, range(1, len(head)))]) + END
+    return "\n".join([INTRODUCTION, table(head, rows, range(1, len(head)))]) + END + _divided() + "\n"
+
+
+def _divided() -> str:
+    """The memory of each GPU by the number of GPUs that divide a model."""
+    rows = [
+        (
+            f"{name}, {title}",
+            *(f"{needed(MODELS[name], *SETTINGS[title], recompute=True, devices=count):.0f}" for count in COUNTS),
+        )
+        for name, title in (
+            ("Llama 3.1 8B", "all parameters"),
+            ("Qwen2.5 32B", "none (bf16)"),
+            ("Llama 3.1 70B", "nf4"),
+            ("Llama 3.1 70B", "none (bf16)"),
+        )
+    ]
+    return table(("model", *(f"{count} GPU{'s' if count > 1 else ''}" for count in COUNTS)), rows, range(1, 5))
