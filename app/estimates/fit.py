@@ -89,13 +89,13 @@ def least_memory(session: Session, spec: JobSpec, base_model: str, longest_rows:
 
 
 def refusal(spec: JobSpec, shape: Shape, devices: Sequence[Device], longest_row: int | None) -> tuple[str, str] | None:
-    """(param, message) if the resolved job cannot fit on any of `devices`; None if it can, or if there are none.
+    """(param, message) if the resolved job cannot fit on any of `devices`; None if it can, or if there are too few.
 
     `longest_row` is in tokens, or None if the rows have not been counted. Then the shortest possible rows are assumed,
     so a job is refused only if it could not fit with any rows.
     """
     wide = [device for device in devices if device.count >= spec.resources.least]
-    device = largest(wide or devices)
+    device = largest(wide)
     if device is None or any(_fits(spec, shape, each, longest_row) for each in wide):
         return None
     settings = max(

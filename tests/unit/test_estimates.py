@@ -132,6 +132,7 @@ LLAMA_70B = Shape(
         (LLAMA_70B, {"resources": {"gpus": 4}, "parallel": {"shard": False}}, [gpu(24, 8)], None),
         (LLAMA_70B, {"resources": {"gpus": {"min": 2, "max": 8}}}, [gpu(24, 8)], None),
         (LLAMA_8B, {}, [], 1),
+        (LLAMA_8B, {"resources": {"gpus": 4}}, [gpu(80, 2)], 4),  # it waits for a worker with so many
         (LLAMA_70B, {}, [gpu(45, 8)], 1),  # within the tolerance of the estimate
         (LLAMA_70B, {"resources": {"gpus": 2}, "parallel": {"shard": False}}, [gpu(24, 8), gpu(400)], None),
     ],
