@@ -38,6 +38,7 @@ from worker.trainer.methods.mismatches import with_mismatches
 from worker.trainer.methods.preference import Preference
 from worker.trainer.methods.supervised import Supervised
 from worker.trainer.model import Policy
+from worker.trainer.naming import meta_model
 from worker.trainer.ranks import Ranks
 from worker.trainer.reference import References, compute
 
@@ -84,6 +85,20 @@ class ThreadRanks(Ranks):
         tensor.copy_(self.gather(tensor.clone())[rank])
 
 
+LOADING = threading.Lock()
+"""Threads load models by turns: they share torch's generator, and transformers patches functions of all threads."""
+
+
+def one_at_a_time(load: Callable[..., Value]) -> Callable[..., Value]:
+    """`load`, which no two threads call at a time."""
+
+    def load_alone(*arguments: Any, **options: Any) -> Value:
+        with LOADING:
+            return load(*arguments, **options)
+
+    return load_alone
+
+
 def on_ranks(size: int, work: Callable[[ThreadRanks], Value]) -> list[Value]:
     """The results of `work` on each of `size` ranks. If one fails, all fail."""
     meeting = Meeting(size)
@@ -105,11 +120,7 @@ def on_ranks(size: int, work: Callable[[ThreadRanks], Value]) -> list[Value]:
 
 def train_on_ranks(folder: Path, size: int, budget: int) -> list[Event]:
     """Run the trainer over `folder` on `size` ranks with packs of `budget` tokens. Returns the first one's events."""
-    streams, lock = [io.StringIO() for _ in range(size)], threading.Lock()
-
-    def load_alone(*arguments: Any) -> Any:
-        with lock:  # the threads share torch's generator of random numbers
-            return load_policy(*arguments)
+    streams = [io.StringIO() for _ in range(size)]
 
     def train(ranks: ThreadRanks) -> None:
         run = make_run(folder, streams[ranks.rank], ranks=ranks)
@@ -118,7 +129,8 @@ def train_on_ranks(folder: Path, size: int, budget: int) -> list[Event]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "CPU_BUDGET", budget)
-        patch.setattr(loop, "load_policy", load_alone)
+        patch.setattr(loop, "load_policy", one_at_a_time(load_policy))
+        patch.setattr(loading, "meta_model", one_at_a_time(meta_model))
         on_ranks(size, train)
     return parse(streams[0])
 

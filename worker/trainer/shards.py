@@ -178,7 +178,7 @@ class Shards:
             units = {Unit.of(list(matrices.values()), self._slots[slot], self.ranks)}
             self.units += units
             self._unit_of |= dict.fromkeys(matrices, *units)
-        elif not all(key in self._unit_of for key in matrices):
+        elif len(units) > 1 or not all(key in self._unit_of for key in matrices):
             raise ValueError("its layers share a part of their weights. Set 'parallel.shard' to false")
         for owner in owners:
             for unit in units:

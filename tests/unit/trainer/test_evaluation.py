@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from app.spec.datasets.rendering import Rendering
 from app.spec.evaluation import EvaluationSpec
-from tests.helpers.ranks import ThreadRanks, on_ranks
+from tests.helpers.ranks import ThreadRanks, on_ranks, one_at_a_time
 from tests.helpers.tiny_model import CHATML, make_tiny_model
 from tests.helpers.trainer import (
     WORDS,
@@ -382,7 +382,11 @@ def evaluate_on(folder: Path, size: int, stream: io.StringIO, stopping: Sequence
         own = stopping[ranks.rank] if stopping else threading.Event()
         run_evaluation(EvaluationRun.of(folder, events, own, ranks=ranks))
 
-    on_ranks(size, run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EvaluationRun, "load", one_at_a_time(EvaluationRun.load))
+        classifier = AutoModelForSequenceClassification.from_pretrained
+        patch.setattr(AutoModelForSequenceClassification, "from_pretrained", one_at_a_time(classifier))
+        on_ranks(size, run)
 
 
 WIN_RATE = {

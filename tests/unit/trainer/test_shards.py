@@ -3,7 +3,6 @@
 import io
 import re
 import signal
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from transformers import AutoModelForCausalLM, core_model_loading
 from app.spec.job import JobSpec
 from tests.helpers.families import FAMILIES, ROWS, make_policy
 from tests.helpers.ranks import (
+    LOADING,
     STEPS,
     TRAININGS,
     ThreadRanks,
@@ -36,8 +36,6 @@ from worker.trainer.model import Base, Policy, Scores
 from worker.trainer.packing import Pack
 from worker.trainer.shards import Shards
 
-LOCK = threading.Lock()
-"""The threads of the ranks share torch's generator, so they load models by turns."""
 SHARDED = {"parallel": {"shard": True}}
 DIVIDED = "Each of the 2 devices keeps a part of the model."
 
@@ -57,7 +55,7 @@ def test_a_sharded_base_has_the_digest_the_metrics_and_the_gradients_of_a_whole_
     rows = Rows.of(ROWS)
 
     def step(ranks: ThreadRanks, shards: Shards | None) -> tuple[str, Any]:
-        with LOCK:
+        with LOADING:
             policy = make_policy(family, FAMILIES[family], io.StringIO(), shards, adapter=adapter)
         assert bool(policy.shards) == (shards is not None)
         check(policy, ROWS, Events(io.StringIO()))
@@ -82,7 +80,7 @@ def load_on(ranks: ThreadRanks, model: Path, **fields: Any) -> Policy:
     spec = JobSpec.model_validate({"model": BASE_NAME, "training_file": "train.jsonl", **values}).resolved()
     base = Base(BASE_NAME, None, None, model)
     shards = shards_for(spec, base, ranks)
-    with LOCK:
+    with LOADING:
         return load_policy(spec, base, None, Events(io.StringIO()), shards)
 
 
@@ -252,7 +250,7 @@ def test_a_base_whose_texts_are_computed_one_by_one_is_not_sharded() -> None:
     adapter = {"r": 4, "target_modules": ["q_proj"]}
 
     def run(ranks: ThreadRanks) -> None:
-        with LOCK:
+        with LOADING:
             policy = make_policy("llama", {}, io.StringIO(), Shards(ranks), adapter=adapter)
         policy.one_by_one = True
         check(policy, ROWS, Events(io.StringIO()))
