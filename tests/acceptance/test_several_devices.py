@@ -20,11 +20,12 @@ def service(home: Path) -> Iterator[Running]:
         yield service
 
 
-def job_on(service: Running, file_id: str, gpus: Any, steps: int) -> str:
+def job_on(service: Running, file_id: str, gpus: Any, steps: int, **fields: Any) -> str:
     hyperparameters = {"batch_size": 60, "max_steps": steps, "checkpoint_every": 2, "eval_every": 1000}
     method = {"type": "dpo", "dpo": {"hyperparameters": hyperparameters}}
     with service.http() as client:
-        return create_job(client, **job_body(file_id) | {"sft": None, "method": method, "resources": {"gpus": gpus}})
+        settings = {"sft": None, "method": method, "resources": {"gpus": gpus}, **fields}
+        return create_job(client, **job_body(file_id) | settings)
 
 
 def weights(service: Running, job_id: str, folder: Path) -> bytes:
@@ -50,7 +51,7 @@ def test_a_wide_job_that_loses_a_rank_has_the_bytes_of_a_narrow_one(service: Run
     narrow = [job_on(service, file_id, 1, 12) for _ in range(2)]
     # 1. Two narrow jobs run at a time, and the wide one waits for the end of both.
     service.until(lambda: [service.job(job_id)["status"] for job_id in narrow] == ["running"] * 2, "two jobs at a time")
-    wide = job_on(service, file_id, 3, 12)
+    wide = job_on(service, file_id, 3, 12, parallel={"shard": True})  # and each device keeps a third of the base
     for job_id in narrow:
         assert service.wait_for(job_id, succeeded)["devices"] == 1
     # 2. A rank of the wide job dies once it has a checkpoint.

@@ -85,7 +85,7 @@ class ThreadRanks(Ranks):
         tensor.copy_(self.gather(tensor.clone())[rank])
 
 
-LOADING = threading.Lock()
+LOADING = threading.RLock()
 """Threads load models by turns: they share torch's generator, and transformers patches functions of all threads."""
 
 
