@@ -13,6 +13,7 @@ from app.models.tables import Model
 from app.spec.job import JobSpec, StageSpec
 from app.spec.resources import Resources
 from app.workers import repository as workers
+from app.workers.tables import Worker
 
 CODE = "does_not_fit"
 TOLERANCE = 1.15
@@ -29,12 +30,21 @@ def shape_of(session: Session, base_model: str) -> Shape | None:
 
 def devices_of(session: Session, base_model: str) -> list[Device]:
     """The devices of the workers that serve a base model, one entry for each worker."""
-    serving = [worker for worker in workers.present(session, Lane.GPU) if workers.serves(worker, base_model)]
     return [
         Device(**worker.details["device"], count=workers.devices_of(worker) or 1)
-        for worker in serving
+        for worker in _serving(session, base_model)
         if worker.details.get("device")
     ]
+
+
+def _serving(session: Session, *base_models: str) -> list[Worker]:
+    """The present GPU workers that serve all these base models."""
+    return [worker for worker in workers.present(session, Lane.GPU) if workers.serves(worker, *base_models)]
+
+
+def wide_enough(devices: Sequence[Device], spec: JobSpec) -> list[Device]:
+    """Those of `devices` whose worker has as many as a job takes at least."""
+    return [device for device in devices if device.count >= spec.resources.least]
 
 
 def require_devices(session: Session, resources: Resources, *base_models: str) -> None:
@@ -42,7 +52,7 @@ def require_devices(session: Session, resources: Resources, *base_models: str) -
 
     Without a worker, it waits for one.
     """
-    serving = [worker for worker in workers.present(session, Lane.GPU) if workers.serves(worker, *base_models)]
+    serving = _serving(session, *base_models)
     known = [devices for worker in serving if (devices := workers.devices_of(worker)) is not None]
     most = max(known, default=None)
     if most is not None and len(known) == len(serving) and resources.least > most:
@@ -67,8 +77,7 @@ def placed(spec: JobSpec, shape: Shape, devices: Sequence[Device], longest_row: 
     for several in (1.0, TOLERANCE):  # rather on more devices than only perhaps on fewer, unless it may be one
         for candidate in candidates:
             tolerance = several if candidate.resources.least > 1 else TOLERANCE
-            wide = [device for device in devices if device.count >= candidate.resources.least]
-            if any(_fits(candidate, shape, device, longest_row, tolerance) for device in wide):
+            if any(_fits(candidate, shape, each, longest_row, tolerance) for each in wide_enough(devices, candidate)):
                 return candidate
     return spec
 
@@ -94,7 +103,7 @@ def refusal(spec: JobSpec, shape: Shape, devices: Sequence[Device], longest_row:
     `longest_row` is in tokens, or None if the rows have not been counted. Then the shortest possible rows are assumed,
     so a job is refused only if it could not fit with any rows.
     """
-    wide = [device for device in devices if device.count >= spec.resources.least]
+    wide = wide_enough(devices, spec)
     device = largest(wide)
     if device is None or any(_fits(spec, shape, each, longest_row) for each in wide):
         return None

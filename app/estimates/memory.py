@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from app.spec.hyperparameters import MOMENT_BYTES, Hyperparameters
 from app.spec.job import Adapter, JobSpec
 from app.spec.json_types import JsonObject
+from app.spec.resources import SHARDED_FROM
 
 BUDGET = {"cpu": 2048, "cuda": 8192}
 """Maximum tokens of a pack, the same as in worker/trainer/loading.py."""
@@ -42,8 +43,6 @@ UNADAPTED = 0.7
 """Activations of a linear layer without an adapter, relative to one with an adapter: its input is not kept."""
 LOGITS = 1 << 26
 """Logits that exist at a time on a GPU, the same as in worker/trainer/logps.py. On a CPU they are too few to count."""
-SHARDED_FROM = 0.5
-"""Several devices divide a model that would take more than this share of one's memory, as in loading.py."""
 RESERVE = 0.8
 """Share of the free memory that activations may fill. If they need more, they are recomputed."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)

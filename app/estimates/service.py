@@ -12,7 +12,6 @@ from app.dataset_reports import service as reports
 from app.derived_artifacts.service import result
 from app.errors import ServiceError, describe_validation_error
 from app.estimates import fit
-from app.estimates.fit import SHORTEST_ROW
 from app.estimates.memory import Memory, MemorySettings, Shape, estimate
 from app.estimates.schemas import Estimate, MemoryEstimate, Pace, Refusal, StageEstimate
 from app.files import repository as files
@@ -68,19 +67,20 @@ class Estimates:
         device = fit.largest(devices)
         context = shape.context if shape is not None else DEFAULT_MAX_LENGTH
         pace = _shown_pace(session, model.base_model, project)
-        stages, memories = [], []
-        counts = []
-        for stage_spec in spec.stages():
-            fields, settings = spec.training_fields(stage_spec.file_field), stage_spec.settings
-            counts.append(
-                _merge_counts(
-                    [self._count_tokens(session, project, spec, model, field, settings, context) for field in fields]
-                )
+        counts = [
+            _merge_counts(
+                [
+                    self._count_tokens(session, project, spec, model, field, stage.settings, context)
+                    for field in spec.training_fields(stage.file_field)
+                ]
             )
+            for stage in spec.stages()
+        ]
         longest = max(counted["longest_row"] for counted in counts)
         if shape is not None:
             spec = fit.placed(spec, shape, devices, longest)
-            device = fit.largest([each for each in devices if each.count >= spec.resources.least] or devices)
+            device = fit.largest(fit.wide_enough(devices, spec) or devices)
+        stages, memories = [], []
         for stage_spec, counted in zip(spec.stages(), counts, strict=True):
             stage, settings = _stage(stage_spec, counted, pace, _working_devices(spec)), stage_spec.settings
             stages.append(stage)
@@ -283,7 +283,8 @@ def needs(session: Session, spec: JobSpec, base_model: str, outlines: dict[str, 
         longest_rows[stage.name] = min(allowed, longest // CHARACTERS_PER_TOKEN)
     shape = fit.shape_of(session, base_model)
     if shape is not None:
-        spec = fit.placed(spec, shape, fit.devices_of(session, base_model), max(SHORTEST_ROW, *longest_rows.values()))
+        longest = max(fit.SHORTEST_ROW, *longest_rows.values())
+        spec = fit.placed(spec, shape, fit.devices_of(session, base_model), longest)
     return {
         "least_devices": spec.resources.least,
         "most_devices": spec.resources.most,

@@ -8,6 +8,8 @@ from app.spec.schema_base import Automatic, inconsistent
 
 MOST_DEVICES = 1024
 VIRTUAL_RANKS = 16
+SHARDED_FROM = 0.5
+"""Several devices divide a model that would take more than this share of one's memory, unless the job decides."""
 Count = Annotated[int, Field(ge=1, le=MOST_DEVICES)]
 
 

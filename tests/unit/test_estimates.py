@@ -12,6 +12,7 @@ from app.estimates.memory import Linear, MemorySettings, Shape, estimate
 from app.estimates.schemas import Device
 from app.spec.job import JobSpec
 from app.spec.json_types import JsonObject
+from docs.generate.gpus import MODELS
 
 MEASURED: list[JsonObject] = json.loads((Path(__file__).parents[2] / "bench" / "results" / "memory.json").read_text())[
     "specs"
@@ -107,14 +108,7 @@ def test_activations_are_recomputed_if_they_would_not_fit() -> None:
     assert not estimate(LLAMA_8B, settings, "cuda", int(141e9)).recompute
 
 
-LLAMA_70B = Shape(
-    hidden=8192, layers=80, vocabulary=128256, context=8192, others=2 * 128256 * 8192 + 161 * 8192,
-    linears=(
-        Linear("q_proj", 8192, 8192, 80), Linear("k_proj", 1024, 8192, 80), Linear("v_proj", 1024, 8192, 80),
-        Linear("o_proj", 8192, 8192, 80), Linear("gate_proj", 28672, 8192, 80), Linear("up_proj", 28672, 8192, 80),
-        Linear("down_proj", 8192, 28672, 80),
-    ),
-)  # fmt: skip
+LLAMA_70B = MODELS["Llama 3.1 70B"]
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,7 @@ class Shelf:
 
     folder: Path | None = None
     name: str = ""
-    """What the arrays belong to, such as a stage."""
+    """The owner of the arrays, such as a stage."""
 
     def of(self, name: str) -> "Shelf":
         """The shelf for the arrays of `name`."""
@@ -211,7 +211,7 @@ class Shelf:
     def _new(self, path: Path) -> Iterator[Path]:
         """Yields where to write `path`, which is complete as soon as it exists.
 
-        Of several ranks that write it at the same time, the first one counts.
+        If several ranks write it at the same time, the first one counts.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")

@@ -128,7 +128,7 @@ def _optimizer_state(
 ) -> tuple[dict[str, Tensor], dict[str, JsonObject]]:
     """The state of the optimizer's own parameters: tensors, named `parameter/key`, and numbers by parameter and key.
 
-    What is divided among `ranks` is gathered, for the first one.
+    The first of `ranks` gets state that is divided among them.
     """
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, JsonObject] = {}

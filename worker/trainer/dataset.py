@@ -50,7 +50,7 @@ class Rows(Sequence[Row]):
     """Some rows of a file. `Row` objects are created on access.
 
     The arrays take 5 bytes a token, where Python objects would take far more. `numbers` selects rows of the arrays.
-    What is computed from them is on the `shelf`.
+    The `shelf` holds results for all rows.
     """
 
     def __init__(self, arrays: Arrays, numbers: Integers | None = None, shelf: Shelf | None = None) -> None:
@@ -181,7 +181,7 @@ class Rows(Sequence[Row]):
         return Rows(self._arrays, self._numbers[numpy.asarray(keep, dtype=bool)])
 
     def on(self, shelf: Shelf) -> "Rows":
-        """The same rows. What is computed from them goes to the `shelf`."""
+        """The same rows, whose results go to the `shelf`."""
         return Rows(self._arrays, shelf.keep("numbers", lambda: self._numbers), shelf)
 
     def prepare(self) -> None:

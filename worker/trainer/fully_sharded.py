@@ -28,7 +28,10 @@ Result = TypeVar("Result")
 
 
 class Root(nn.Module):
-    """The whole policy for FSDP. What it computes may use all weights, those of the layers within their layer."""
+    """The whole policy for FSDP. A function that it runs may use the weights of the policy.
+
+    The weights of a layer are there while the layer runs.
+    """
 
     def __init__(self, *modules: nn.Module) -> None:
         super().__init__()

@@ -16,6 +16,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from app.spec.job import Adapter, JobSpec
 from app.spec.prequantized import refusal
+from app.spec.resources import SHARDED_FROM
 from worker.model_files import config_of, prequantized, weight_bytes, weight_files, why_no_weights
 from worker.trainer.attention import why_not_batched, why_not_shared
 from worker.trainer.errors import UserError, first_line
@@ -36,8 +37,6 @@ from worker.trainer.tokenizer import load_tokenizer
 CPU_BUDGET, CUDA_BUDGET = 2048, 8192
 """Token budget of a pack. A long pack spreads the fixed cost of a pass over more tokens. On a GPU, most of that cost is
 the unpacking of quantised weights."""
-SHARDED_FROM = 0.5
-"""If the base takes more than this share of a device's free memory, several ranks divide it."""
 FULL_SHARE = 8.0
 """The memory that full-parameter training takes, as a share of 16-bit files: 16 bytes for each parameter."""
 _DROPOUT = re.compile(r"dropout|drop_prob|drop_rate|layerdrop|drop_path")

@@ -100,7 +100,7 @@ class Policy:
     products: Products = field(default_factory=Products)
     """Where the LoRA layers add the gradients of segments."""
     shards: Shards = field(default_factory=Shards)
-    """Of the frozen base, if each rank has only a part of it."""
+    """The shards of a frozen base of which each rank has only a part."""
     root: Root | None = None
     """Computes for a model that is trained in full, if each rank has only a part of it."""
     _dropout: list[nn.Dropout] = field(default_factory=list)
