@@ -29,17 +29,20 @@ CMD ["dpo", "api"]
 FROM api-dependencies AS worker-dependencies
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 RUN pip install --constraint constraints.txt torch==2.13.0
-RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-    print(*p['optional-dependencies']['worker'], sep='\n')" > requirements.txt \
+# `worker,cluster` adds Ray, for trainings over several machines.
+ARG EXTRAS=worker
+RUN python -c "import sys, tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+    [print(*p['optional-dependencies'][extra], sep='\n') for extra in sys.argv[1].split(',')]" "$EXTRAS" > requirements.txt \
     && pip install --constraint constraints.txt --requirement requirements.txt
 
 FROM worker-dependencies AS worker
+ARG EXTRAS=worker
 COPY README.md LICENSE ./
 COPY app app
 COPY worker worker
 COPY migrations migrations
 COPY demo demo
-RUN pip install --constraint constraints.txt '.[worker]' && install -d -o dpo -g dpo /var/cache/hub
+RUN pip install --constraint constraints.txt ".[$EXTRAS]" && install -d -o dpo -g dpo /var/cache/hub
 USER dpo
 VOLUME /var/lib/dpo
 CMD ["dpo", "worker", "--lane", "gpu"]

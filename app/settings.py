@@ -38,10 +38,16 @@ class Settings(BaseSettings):
     """On workers: folder of the base models. A model's name is its path below this folder."""
     device: DeviceSetting = "auto"
     """The device of GPU workers and `dpo train`: `cuda`, `cpu` or `auto`. With `auto` it is a GPU if the machine shows
-    one, else the CPU."""
+    one, else the CPU. In a Ray cluster `auto` means GPUs."""
     cpu_devices: int = Field(0, ge=0, le=MOST_DEVICES)
     """On a machine without GPUs: so many devices, each a rank of one thread. With 0 there is one device, with a thread
     for each CPU."""
+    ray_address: str = ""
+    """On the one GPU worker of a Ray cluster: `HOST:PORT` of the cluster, if the worker's machine is part of it, or
+    `ray://HOST:10001`. The devices of the worker are those of the cluster. It needs the extra `cluster`."""
+    ray_grows_to: str = ""
+    """The size up to which the cluster's autoscaler starts machines, such as `4x8x80`: machines, devices of each,
+    gigabytes of each device. Jobs then wait for machines that are still to start."""
     hub_models: Annotated[tuple[str, ...], NoDecode] = ()
     """On workers: hub ids or patterns (`org/*`) that may be downloaded, separated by commas."""
     admin_key_value: SecretStr = Field(SecretStr(""), alias="DPO_ADMIN_KEY")
@@ -115,6 +121,13 @@ class Settings(BaseSettings):
             raise ValueError("must be a path such as '/dpo'")
         return path
 
+    @field_validator("ray_grows_to")
+    @classmethod
+    def _size(cls, value: str) -> str:
+        if value and not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){2}", value):
+            raise ValueError("must be machines, devices of each, and gigabytes of each device, such as '4x8x80'")
+        return value
+
     @field_validator("storage_url")
     @classmethod
     def _reachable_storage(cls, value: str) -> str:
@@ -167,6 +180,12 @@ class Settings(BaseSettings):
     def _absolute(cls, value: Path) -> Path:
         return value.expanduser().absolute()
 
+    @model_validator(mode="after")
+    def _cluster_that_grows(self) -> "Settings":
+        if self.ray_grows_to and not self.ray_address:
+            raise ValueError("DPO_RAY_GROWS_TO needs DPO_RAY_ADDRESS")
+        return self
+
     def model_post_init(self, _context: object) -> None:
         defaults = {
             "database_url": f"sqlite:///{self.home}/dpo.sqlite3",
@@ -177,6 +196,14 @@ class Settings(BaseSettings):
         for name, default in defaults.items():
             if name not in self.model_fields_set:
                 object.__setattr__(self, name, default)
+
+    @property
+    def growth(self) -> tuple[int, int, int] | None:
+        """(machines of the cluster, devices of each, gigabytes of each device) at most; None if it does not grow."""
+        if not self.ray_grows_to:
+            return None
+        machines, devices, gigabytes = map(int, self.ray_grows_to.split("x"))
+        return machines, devices, gigabytes
 
     @cached_property
     def admin_key(self) -> str:

@@ -117,11 +117,6 @@ def describe(name: str, folder: Path) -> LocalModel:
     if not config.get("model_type"):
         raise ValueError("config.json names no model_type")
     text, method = text_config(config), prequantized(config)
-    # The fingerprint covers the configuration and each file's name, size and first MiB, so it need not read gigabytes.
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in weights:
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(1024 * 1024))
     details = {
         "architecture": (config.get("architectures") or [None])[0],
         "context_length": context_length(config),
@@ -132,7 +127,19 @@ def describe(name: str, folder: Path) -> LocalModel:
         "tied": bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
         "shape": None if method is not None else _shape(text, weights),
     }
-    return LocalModel(name, folder, digest.hexdigest()[:16], details)
+    return LocalModel(name, folder, fingerprint(folder), details)
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash of the configuration and of each weight file's name, size and first MiB. It need not read gigabytes.
+
+    Raises `OSError` or `ValueError` if files are missing.
+    """
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in weight_files(folder):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(1024 * 1024))
+    return digest.hexdigest()[:16]
 
 
 def has_chat_template(folder: Path) -> bool:

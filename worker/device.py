@@ -5,8 +5,10 @@ import os
 import platform
 import shutil
 import subprocess
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -33,7 +35,8 @@ class Device:
     """A device of a worker. `memory_bytes` is that of the GPU, or the device's share of the machine's.
 
     `visible` is the GPU's name in `CUDA_VISIBLE_DEVICES`. `threads` is the number of threads of a CPU device; None for
-    one for each CPU.
+    one for each CPU. `machine` is the machine that has it in a Ray cluster; None for this machine. `is_planned`: that
+    machine is still to start.
     """
 
     kind: Literal["cuda", "cpu"]
@@ -41,6 +44,8 @@ class Device:
     memory_bytes: int
     visible: str | None = None
     threads: int | None = None
+    machine: str | None = None
+    is_planned: bool = False
 
     def as_json(self) -> JsonObject:
         """The device as workers register it."""
@@ -60,6 +65,44 @@ def find_devices(wanted: DeviceSetting, cpu_devices: int = 0) -> list[Device]:
             return [Device("cpu", f"1 × {platform.machine()}", share, threads=1)] * cpu_devices
         return [Device("cpu", f"{usable_cpus()} × {platform.machine()}", total_memory())]
     return _gpus()
+
+
+def on_machines(devices: Sequence[Device]) -> tuple[int, ...]:
+    """The most of `devices` that are on one machine, on two, and so on up to all machines. (0,) without devices."""
+    counts = sorted(Counter(device.machine for device in devices).values(), reverse=True)
+    return tuple(accumulate(counts)) or (0,)
+
+
+def without(devices: Sequence[Device], taken: Sequence[Device]) -> list[Device]:
+    """`devices` less those that jobs have `taken`.
+
+    A machine that was still to start is another one once it is there, and then any of its devices counts as taken.
+    """
+    free = list(devices)
+    for device in taken:
+        if device in free:
+            free.remove(device)  # several CPU devices are equal
+        elif device.is_planned and free:
+            free.pop()
+    return free
+
+
+def choose(devices: Sequence[Device], count: int, machines: int) -> list[Device]:
+    """`count` of `devices`, on as few machines as possible and at most `machines`, which have to be enough.
+
+    Machines that it fills least are left for others: of those that have enough for the rest, the smallest is taken.
+    """
+    by_machine = defaultdict[str | None, list[Device]](list)
+    for device in devices:
+        by_machine[device.machine].append(device)
+    groups, chosen = sorted(by_machine.values(), key=len), list[Device]()
+    while len(chosen) < count and machines > 0:
+        left, machines = count - len(chosen), machines - 1
+        group = next((group for group in groups if len(group) >= left), groups[-1])
+        groups.remove(group)
+        chosen += group[:left]
+    assert len(chosen) == count
+    return chosen
 
 
 def placement(devices: Sequence[Device]) -> JsonObject:
@@ -116,9 +159,9 @@ class GpuUse:
 def use_of(devices: Sequence[Device]) -> GpuUse | None:
     """How busy the GPUs of a worker are together: the mean share, and the sum of the bytes.
 
-    None for CPUs, and for GPUs that do not tell.
+    None for CPUs, for GPUs that do not tell, and for those of other machines.
     """
-    if devices[0].kind == "cpu":
+    if devices[0].kind == "cpu" or devices[0].machine is not None:
         return None
     try:
         lines = [line.split(",") for line in _ask("utilization.gpu,memory.used").stdout.splitlines()]

@@ -12,7 +12,8 @@ import structlog
 
 from app.programs import command
 from app.settings import DeviceSetting
-from worker.device import Device, DeviceUnusable, find_devices
+from app.spec.json_types import JsonObject
+from worker.device import Device, DeviceUnusable, find_devices, placement
 from worker.processes import trainer_environment
 from worker.waiting import Check, always_wanted, run_process, within
 
@@ -37,14 +38,18 @@ class DeviceHealth:
         self.problem: str | None = None
         self._failures, self._pause, self._next_check = 0, FIRST_PAUSE, 0.0
         try:
-            self.devices = find_devices(wanted, cpu_devices)
+            self.devices = self._find()
         except DeviceUnusable as error:
-            self._take_out(str(error))
+            self._without_devices(str(error))
 
     @property
     def device(self) -> Device | None:
         """The first device; None if there is none. All devices of a worker are of its kind."""
         return self.devices[0] if self.devices else None
+
+    def placement(self, devices: Sequence[Device]) -> JsonObject:
+        """The fields of `run.json` that tell a trainer its devices."""
+        return placement(devices)
 
     def usable(self) -> bool:
         """Whether the worker may claim a job now. Checks a device again that is out of service, once that is due."""
@@ -84,6 +89,13 @@ class DeviceHealth:
             self._take_out(f"{self._failures} attempts in a row failed on it, the last with: {reason}")
         return False
 
+    def close(self) -> None:
+        """Release what finds the devices."""
+
+    def _without_devices(self, reason: str) -> None:
+        """No device was found when the worker began."""
+        self._take_out(reason)
+
     def _take_out(self, problem: str) -> None:
         log.error("device out of service", reason=problem, seconds=self._pause)
         self.problem, self._next_check = problem, time.monotonic() + self._pause
@@ -94,11 +106,9 @@ class DeviceHealth:
         hangs = TimeoutError(f"a small computation on it did not end within {CHECK_SECONDS:.0f} s")
         check = within(CHECK_SECONDS, self.check, hangs)
         try:
-            self.devices = find_devices(self.wanted, self.cpu_devices)
-            program = command("worker.trainer.device_check", self.devices[0].kind)
-            environment = trainer_environment()
-            visible = [device.visible for device in devices or () if device.visible is not None]
-            environment |= {"CUDA_VISIBLE_DEVICES": ",".join(visible)} if visible else {}
+            self.devices = self._find()
+            program, variables = self._test(devices or ())
+            environment = trainer_environment() | variables
             status, printed = run_process(program, check, env=environment, stderr=subprocess.STDOUT)
         except (DeviceUnusable, OSError) as error:
             return str(error)
@@ -106,3 +116,13 @@ class DeviceHealth:
             return None
         said = printed.decode(errors="replace").strip().splitlines()
         return said[-1][:500] if said else f"the program that checks it ended with status {status}"
+
+    def _find(self) -> list[Device]:
+        """All devices, at least one. Raises `DeviceUnusable`."""
+        return find_devices(self.wanted, self.cpu_devices)
+
+    def _test(self, devices: Sequence[Device]) -> tuple[list[str], dict[str, str]]:
+        """The program that computes on `devices`, or on all if it is empty, and its environment variables."""
+        visible = [device.visible for device in devices if device.visible is not None]
+        variables = {"CUDA_VISIBLE_DEVICES": ",".join(visible)} if visible else {}
+        return command("worker.trainer.device_check", self.devices[0].kind), variables

@@ -22,7 +22,6 @@ from app.spec.evaluation import EvaluationSpec, Judge
 from app.spec.job import JobSpec
 from app.spec.json_types import JsonObject
 from app.work_queue import PROGRESS
-from worker.device import placement
 from worker.judges.endpoint import Answer, JudgeClient, JudgeFailed, key_of
 from worker.judges.questions import questions, verdicts
 from worker.lease import LeaseLost
@@ -103,7 +102,8 @@ class Evaluation(JobAttempt[EvaluationSpec]):
             "attempt": self.job.attempt,
             "placed": placed,
             "log": log,
-            **placement(self.devices),
+            "bases": self.bases,
+            **self.health.placement(self.devices),
         }
         (self.folder / "run.json").write_text(json.dumps(run))
 

@@ -186,6 +186,8 @@ class JobLease(Lease):
     ) -> None:
         super().__init__(database, JOBS, job_id, attempt, asked_to_stop)
         self._paused = threading.Event()
+        self.counts = True
+        """Whether the time counts as running time. That in which a job waits for machines does not."""
 
     @property
     def paused(self) -> bool:
@@ -193,7 +195,7 @@ class JobLease(Lease):
         return self._paused.is_set()
 
     def heartbeat(self, session: Session) -> bool:
-        row = job_queue.heartbeat(session, self.row_id, self.attempt)
+        row = job_queue.heartbeat(session, self.row_id, self.attempt, counts=self.counts)
         if row is not None and row.paused:
             self._paused.set()
         return row is not None

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -33,20 +33,24 @@ ALLOWED_PREFIXES = (
     "TORCH",
     "PYTORCH_",
     "TRITON_",
+    "NCCL_",
+    "GLOO_",
     "LC_",
     "HF_HOME",
 )
 
 
-def trainer_environment() -> dict[str, str]:
+def trainer_environment(more: Sequence[str] = ()) -> dict[str, str]:
     """The environment variables that a trainer or a reader needs. The allow-list keeps the service's secrets out.
+
+    `more` are prefixes of others that a program needs.
 
     Libraries take the host's cores for the number of their threads. Where fewer are usable, the environment says so.
     """
     variables = {
         name: value
         for name, value in os.environ.items()
-        if name in ALLOWED_VARIABLES or name.startswith(ALLOWED_PREFIXES)
+        if name in ALLOWED_VARIABLES or name.startswith((*ALLOWED_PREFIXES, *more))
     }
     cpus = usable_cpus()
     return variables if cpus == os.cpu_count() else {"OMP_NUM_THREADS": str(cpus)} | variables
@@ -109,11 +113,14 @@ class CannotStart(Exception):
 class ForkServer:
     """A process that has loaded a program's libraries and forks its processes, so that no work waits for the imports.
 
-    `log` is the file of a work folder that gets the standard error. Several threads may start processes.
+    `log` is the file of a work folder that gets the standard error. `variables` are prefixes of environment variables
+    that only this program needs. Several threads may start processes.
     """
 
-    def __init__(self, program: str = "worker.trainer", log: str = "trainer.log") -> None:
-        self.program, self.log = program, log
+    def __init__(
+        self, program: str = "worker.trainer", log: str = "trainer.log", variables: Sequence[str] = ()
+    ) -> None:
+        self.program, self.log, self.variables = program, log, variables
         self._lock = threading.RLock()
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
@@ -131,7 +138,7 @@ class ForkServer:
                     stdin=theirs.fileno(),  # the server ends when this socket closes
                     stdout=subprocess.DEVNULL,  # its errors go to the worker's log
                     start_new_session=True,
-                    env=trainer_environment(),
+                    env=trainer_environment(self.variables),
                 )
             self._socket = ours
 

@@ -59,6 +59,7 @@ from worker.trainer.events import (
     Failed,
     Notice,
     TrainingDone,
+    Working,
     read,
 )
 from worker.trainer_log import LogCopy
@@ -111,8 +112,12 @@ class JobAttempt(ABC, Generic[Spec]):
         self.devices = devices or health.devices[:1]
         self.prefix = f"jobs/{job.id}/attempt-{job.attempt}"
         self.spec: Spec = self.read_spec(job)
+        self.bases = dict[str, str]()
+        """The names of the base models, by their place in the trainer's folder."""
         self.outcome: Outcome | None = None
         self.began, self.memory_kills = time.monotonic(), memory_kills()
+        self._seen = self.began
+        """When the last event was relayed."""
         self.log = log.bind(job=job.id, attempt=job.attempt, request=job.request_id)
 
     def run(self) -> None:
@@ -196,6 +201,7 @@ class JobAttempt(ABC, Generic[Spec]):
         """
         try:
             stack = self.lease.read(lambda session: find_model(session, self.job.project, name))
+            self.bases[(folder / "base").relative_to(self.folder).as_posix()] = stack.model.base_model
             return stack, fetch_model(self.services.storage, self.base_models, stack, folder, self.lease.check)
         except ModelGone as error:
             raise CannotRun("model_not_found", str(error), field) from error
@@ -295,8 +301,17 @@ class JobAttempt(ABC, Generic[Spec]):
             return False
         return True
 
+    def _count_time(self, batch: list[Event]) -> None:
+        """Count the time as running time, unless the job waits for machines of a cluster."""
+        for event in batch:
+            now, waits = time.monotonic(), isinstance(event, Working) and event.activity == "placing"
+            if not self.lease.counts:
+                self.began += now - self._seen
+            self.lease.counts, self._seen = not waits, now
+
     def _relay(self, batch: list[Event]) -> None:
         """Write a batch of the trainer's events. Files are uploaded first, so that no row refers to a missing file."""
+        self._count_time(batch)
         for event in batch:
             self.before_write(event)
             if isinstance(event, Outcome):
@@ -333,8 +348,8 @@ class JobAttempt(ABC, Generic[Spec]):
                 self.fail(code, message, param)
             case _ if (self.overdue or status == STOPPED) and self.asked_to_stop:
                 self.stop_early()
-            case Broken(reason, by_disk):
-                give_back = self._set_back if by_disk else self._recover
+            case Broken(reason, is_lost):
+                give_back = self._recover if is_lost else self._set_back
                 give_back(f"The trainer could not go on ({reason}).")
             case DeviceFailed(reason):
                 self._leave_device(reason)

@@ -22,7 +22,6 @@ from app.spec.metrics import SUMMARY
 from app.stored_content import FolderContent, store_folder
 from app.work_queue import PROGRESS
 from worker.checkpoints import Checkpoints
-from worker.device import placement
 from worker.integrations import Reporter
 from worker.lease import LeaseLost
 from worker.runner import JobAttempt
@@ -92,7 +91,8 @@ class Training(JobAttempt[JobSpec]):
             "revision": revision,
             "version": stack.version,
             "spec": self.job.spec,
-            **placement(self.devices),
+            "bases": self.bases,
+            **self.health.placement(self.devices),
             "placed": placed,
             "log": {"job": self.job.id, "attempt": self.job.attempt, "request": self.job.request_id},
         }

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
+from itertools import pairwise
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
@@ -31,8 +32,9 @@ from app.spec.version import SPEC_VERSION
 from app.workers import repository as workers
 from worker import integrations
 from worker.base_models import BaseModels
+from worker.cluster.health import ClusterHealth
 from worker.derived_artifacts import make_artifact
-from worker.device import Device, use_of
+from worker.device import Device, choose, on_machines, use_of, without
 from worker.device_health import DeviceHealth
 from worker.evaluation_run import Evaluation
 from worker.housekeeping import (
@@ -93,13 +95,18 @@ class WorkerPool:
         self.stopping, self._stopped_at = threading.Event(), math.inf
         settings = services.settings
         self.health = (
-            DeviceHealth(settings.device, settings.cpu_devices, self._check)
-            if lane == Lane.GPU
-            else DeviceHealth("cpu", check=self._check)
+            DeviceHealth("cpu", check=self._check)
+            if lane == Lane.CPU
+            else ClusterHealth(settings, self._check)
+            if settings.ray_address
+            else DeviceHealth(settings.device, settings.cpu_devices, self._check)
         )
         self.store_health = StoreHealth(services.storage)
-        self.fork_server, self.reader = ForkServer(), Reader()
-        self._shown_usable, self._key_is_known = True, False
+        program, variables = ("worker.cluster", ("RAY_",)) if settings.ray_address else ("worker.trainer", ())
+        self.fork_server, self.reader = ForkServer(program, variables=variables), Reader()
+        self._shown: tuple[bool, tuple[int, ...]] = (True, ())
+        """Whether the worker was usable, and its devices by machine, when others were told last."""
+        self._key_is_known = False
         self._woken = threading.Event()
         self._in_hand: dict[threading.Thread, Job | DerivedArtifact] = {}
         """The work, by the thread that does it."""
@@ -168,6 +175,7 @@ class WorkerPool:
             thread.join()
         self.fork_server.close()
         self.reader.close()
+        self.health.close()
 
     def _work_once(self) -> bool:
         """Claim one job or artifact and do it, or begin it; False if there is none, or if this worker cannot do any."""
@@ -228,19 +236,17 @@ class WorkerPool:
         """Claim a job that fits the free devices, and run it in a thread; False if there is none."""
         self.fork_server.prepare()
         taken = [device for devices in list(self._taken.values()) for device in devices]
-        free = list(self.health.devices)
-        for device in taken:
-            if device in free:
-                free.remove(device)  # several CPU devices are equal
+        known = list(self.health.devices)
+        free = without(known, taken)
         if not free:
             return False
         memory, served = min(device.memory_bytes for device in free), self.base_models.served()
-        devices = job_queue.Devices(len(free), len(self.health.devices))
+        devices = job_queue.Devices(on_machines(free), on_machines(known))
         with self.services.database.write() as session:
             job = job_queue.claim(session, Status.QUEUED, self.owner, served, memory, devices=devices)
         if job is None:
             return False
-        chosen = free[: job.devices]
+        chosen = choose(free, job.devices or 1, job.nodes)
         self._begin(job, partial(self._train_or_evaluate, job, chosen), chosen)
         return True
 
@@ -252,11 +258,12 @@ class WorkerPool:
             self._usable()
 
     def _usable(self) -> bool:
-        """Whether the device and the object store can be trusted. If that has changed, all others are told at once."""
+        """Whether the device and the object store can be trusted. Others are told at once what has changed."""
         usable = (self.lane == Lane.CPU or self.health.usable()) and self.store_health.usable()
-        if usable != self._shown_usable:
+        shown = (usable, on_machines(self.health.devices))
+        if shown != self._shown:
             self._register()
-            self._shown_usable = usable
+            self._shown = shown
         return usable
 
     def _keep_house(self) -> None:
@@ -310,11 +317,15 @@ class WorkerPool:
         work = work_folder(self.services)
         details: JsonObject = {"spec_version": SPEC_VERSION, "disk_free_bytes": shutil.disk_usage(work).free}
         if gpu:
-            device, problem = self.health.device, self.health.problem
+            devices, problem = list(self.health.devices), self.health.problem
+            device = devices[0] if devices else None
             details |= {"device": device and device.as_json(), "integrations": integrations.configured()}
-            details |= {"devices": len(self.health.devices)} if device else {}
+            if device is not None:
+                totals = on_machines(devices)
+                machines = [most - fewer for fewer, most in pairwise((0, *totals))]
+                details |= {"devices": totals[0], "machines": machines}
             details |= {"problem": problem} if problem else {}
-            use = None if device is None else use_of(self.health.devices)
+            use = None if device is None else use_of(devices)
             details |= {} if use is None else {"gpu_use": asdict(use)}
         if self.store_health.problem is not None:
             details["store_problem"] = self.store_health.problem

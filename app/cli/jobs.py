@@ -51,6 +51,7 @@ def jobs_create(
     gpus: Annotated[
         int | None, typer.Option(min=1, help="Devices to train on. The adapter's bytes are the same.")
     ] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="The most machines that these devices may be on.")] = None,
     suffix: Annotated[str, typer.Option(help="Part of the new model's name.")] = "",
     spec: Annotated[
         Path | None, typer.Option(help="The job body as a JSON file; it may name files by path. '-' for stdin.")
@@ -79,8 +80,10 @@ def jobs_create(
         body.setdefault("sft", {})
     fields = {"model": model, "training_file": training_file, "validation_file": validation_file, "suffix": suffix}
     body |= {key: value for key, value in fields.items() if value}
-    if gpus is not None:
-        body["resources"] = {"gpus": gpus}
+    resources = {"gpus": gpus, "nodes": nodes}
+    if stated := {name: count for name, count in resources.items() if count is not None}:
+        given = body.get("resources")
+        body["resources"] = (given if isinstance(given, dict) else {}) | stated
     if gate:
         body["gates"] = [*body.get("gates", []), *read_gates(gate)]
     with Uploads(client, idempotency_key) as uploads:

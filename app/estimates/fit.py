@@ -28,10 +28,10 @@ def shape_of(session: Session, base_model: str) -> Shape | None:
     return None if base is None else Shape.of(base.details)
 
 
-def devices_of(session: Session, base_model: str) -> list[Device]:
-    """The devices of the workers that serve a base model, one entry for each worker."""
+def devices_of(session: Session, base_model: str, nodes: int = 1) -> list[Device]:
+    """The devices of the workers that serve a base model, one entry for each worker: those on `nodes` machines."""
     return [
-        Device(**worker.details["device"], count=workers.devices_of(worker) or 1)
+        Device(**worker.details["device"], count=workers.devices_of(worker, nodes) or 1)
         for worker in _serving(session, base_model)
         if worker.details.get("device")
     ]
@@ -53,11 +53,17 @@ def require_devices(session: Session, resources: Resources, *base_models: str) -
     Without a worker, it waits for one.
     """
     serving = _serving(session, *base_models)
-    known = [devices for worker in serving if (devices := workers.devices_of(worker)) is not None]
-    most = max(known, default=None)
+    known = [worker for worker in serving if workers.devices_of(worker) is not None]
+    most = max((workers.devices_of(worker, resources.nodes) or 0 for worker in known), default=None)
     if most is not None and len(known) == len(serving) and resources.least > most:
-        message = f"The job wants {resources.least} devices, and the largest worker has {most}."
-        raise ServiceError(f"{message} Lower 'resources.gpus'.", param="resources.gpus", code=CODE)
+        where = "" if resources.nodes == 1 else f" on {resources.nodes} machines"
+        message = f"The job wants {resources.least} devices, and the largest worker has {most}{where}."
+        enough = (nodes for worker in known if (nodes := workers.machines_for(worker, resources.least)) is not None)
+        nodes = min(enough, default=None)
+        remedy = "Lower 'resources.gpus'."
+        if nodes is not None:
+            remedy = f"{nodes} machines have so many: raise 'resources.nodes'."
+        raise ServiceError(f"{message} {remedy}", param="resources.gpus", code=CODE)
 
 
 def largest(devices: Sequence[Device]) -> Device | None:
@@ -73,13 +79,18 @@ def placed(spec: JobSpec, shape: Shape, devices: Sequence[Device], longest_row: 
     if spec.resources.gpus is not None or spec.parallel.shard is False:
         return spec
     most = max((device.count for device in devices), default=1)
-    candidates = [spec, *(spec.model_copy(update={"resources": Resources(gpus=n)}) for n in range(2, most + 1))]
+    candidates = [spec, *(_on(spec, count) for count in range(2, most + 1))]
     for several in (1.0, TOLERANCE):  # rather on more devices than only perhaps on fewer, unless it may be one
         for candidate in candidates:
             tolerance = several if candidate.resources.least > 1 else TOLERANCE
             if any(_fits(candidate, shape, each, longest_row, tolerance) for each in wide_enough(devices, candidate)):
                 return candidate
     return spec
+
+
+def _on(spec: JobSpec, count: int) -> JobSpec:
+    """`spec` with so many devices."""
+    return spec.model_copy(update={"resources": spec.resources.model_copy(update={"gpus": count})})
 
 
 def least_memory(session: Session, spec: JobSpec, base_model: str, longest_rows: dict[str, int]) -> int | None:

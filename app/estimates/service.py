@@ -63,7 +63,8 @@ class Estimates:
 
     def _estimate(self, session: Session, project: str, spec: JobSpec) -> Estimate:
         model, _, spec = self.jobs.prepare(session, project, spec)
-        shape, devices = fit.shape_of(session, model.base_model), fit.devices_of(session, model.base_model)
+        shape = fit.shape_of(session, model.base_model)
+        devices = fit.devices_of(session, model.base_model, spec.resources.nodes)
         device = fit.largest(devices)
         context = shape.context if shape is not None else DEFAULT_MAX_LENGTH
         pace = _shown_pace(session, model.base_model, project)
@@ -284,7 +285,7 @@ def needs(session: Session, spec: JobSpec, base_model: str, outlines: dict[str, 
     shape = fit.shape_of(session, base_model)
     if shape is not None:
         longest = max(fit.SHORTEST_ROW, *longest_rows.values())
-        spec = fit.placed(spec, shape, fit.devices_of(session, base_model), longest)
+        spec = fit.placed(spec, shape, fit.devices_of(session, base_model, spec.resources.nodes), longest)
     return {
         "least_devices": spec.resources.least,
         "most_devices": spec.resources.most,

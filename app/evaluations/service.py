@@ -146,6 +146,7 @@ class Evaluations(Lifecycle[EvaluationObject]):
             spec=resolved.sealed(self.secret_box.seal).to_store(),
             least_devices=spec.resources.least,
             most_devices=spec.resources.most,
+            nodes=spec.resources.nodes,
             parent_id=training.id if training else None,
             sweep_id=training.sweep_id if training else None,
         )

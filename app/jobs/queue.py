@@ -15,6 +15,7 @@ from sqlalchemy import (
     bindparam,
     case,
     func,
+    literal,
     not_,
     or_,
     select,
@@ -81,6 +82,8 @@ class WaitingJob(NamedTuple):
     """The version of the spec that the worker must know."""
     devices: int
     """The fewest devices of one worker that it starts with."""
+    nodes: int
+    """The most machines that its devices may be on."""
 
 
 def waiting(session: Session) -> Iterator[WaitingJob]:
@@ -108,12 +111,14 @@ def waiting(session: Session) -> Iterator[WaitingJob]:
 def _line(session: Session, project: str, others: Mapping[str, list[str]]) -> Iterator[WaitingJob]:
     """The waiting jobs of a project, next one first. `others` are the base models of each beside its own."""
     columns = (Job.id, Job.created_at, Job.base_model, Job.memory_bytes, Job.estimated_seconds, Job.spec_version)
-    ordered = select(*columns, Job.least_devices).where(Job.project == project, *WAITING).order_by(*QUEUE_ORDER)
+    ordered = (
+        select(*columns, Job.least_devices, Job.nodes).where(Job.project == project, *WAITING).order_by(*QUEUE_ORDER)
+    )
     for statement in (ordered.limit(READ_AT_ONCE), ordered.offset(READ_AT_ONCE)):
         rows = session.execute(statement).all()
-        for job_id, created_at, base, memory, seconds, version, devices in rows:
+        for job_id, created_at, base, memory, seconds, version, devices, nodes in rows:
             bases = [*([base] if base else []), *others.get(job_id, [])]
-            yield WaitingJob(job_id, project, created_at, bases, memory, seconds, version, devices)
+            yield WaitingJob(job_id, project, created_at, bases, memory, seconds, version, devices, nodes)
         if len(rows) < READ_AT_ONCE:
             return
 
@@ -168,13 +173,16 @@ def set_paused(session: Session, job_id: str, paused: bool) -> bool:
 
 
 class Devices(NamedTuple):
-    """The devices of a worker: how many of them are free, and how many it has."""
+    """The devices of a worker: how many are free, and how many it has.
 
-    free: int
-    total: int
+    Both are given for one machine, for two, and so on up to all machines: the most devices that are on so many.
+    """
+
+    free: tuple[int, ...]
+    total: tuple[int, ...]
 
 
-ONE_DEVICE = Devices(1, 1)
+ONE_DEVICE = Devices((1,), (1,))
 
 
 def claim(
@@ -251,7 +259,8 @@ def _claiming(
 ) -> Claiming:
     """The statements of a claim. The arguments are those of `claim`."""
     conditions = [*_claimable(status, served, memory_bytes), Job.spec_version <= SPEC_VERSION]
-    fits = Job.least_devices <= devices.free
+    free, total = _within_nodes(devices.free), _within_nodes(devices.total)
+    fits = Job.least_devices <= free
     within_limit, of_project = _within_limit(status), bindparam("of_project", type_=String)
     any_queued, values = None, dict[str, object]()
     if served is not None:
@@ -259,13 +268,13 @@ def _claiming(
     if status == Status.QUEUED:
         started = func.coalesce(Job.started_at, database_now())
         values = {"status": Status.RUNNING, "started_at": started, "worker": bindparam("on_worker")}
-        taken = case((Job.most_devices < devices.free, Job.most_devices), else_=devices.free)
+        taken = case((Job.most_devices < free, Job.most_devices), else_=free)
         values |= {"devices": taken, "reserved_by": None}
         # A reservation keeps a job from workers that would reserve it too, not from one that can start it now.
         seconds_left = Job.reserved_until - database_now()
         lapsed = or_(seconds_left < 0, seconds_left > 2 * RESERVATION_SECONDS)  # or a clock was set back
         conditions += [
-            Job.least_devices <= devices.total,
+            Job.least_devices <= total,
             or_(Job.reserved_by.is_(None), Job.reserved_by == owner, lapsed, fits),
         ]
     is_within = select(Project.id).where(Project.id == of_project, within_limit).exists()
@@ -275,10 +284,16 @@ def _claiming(
         fair_share.candidates(QUEUE_ORDER, within_limit, *conditions, JOBS.free()),
         JOBS.claiming(*first, fits=fits if status == Status.QUEUED else None, **values),
         update(Job)
-        .where(Job.id == JOBS.first(*first).scalar_subquery(), Job.least_devices > devices.free)
+        .where(Job.id == JOBS.first(*first).scalar_subquery(), Job.least_devices > free)
         .values(reserved_by=owner, reserved_until=database_now() + RESERVATION_SECONDS)
         .returning(Job.id),
     )
+
+
+def _within_nodes(devices: tuple[int, ...]) -> ColumnElement[int]:
+    """The devices that a job may use, of those of `Devices`."""
+    fewer = [(Job.nodes == count, literal(most)) for count, most in enumerate(devices[:-1], start=1)]
+    return case(*fewer, else_=devices[-1]) if fewer else literal(devices[-1])
 
 
 def _base_is_served(served: Sequence[str]) -> ColumnElement[bool]:
@@ -326,14 +341,15 @@ class LeaseState:
     ran_seconds: float
 
 
-def heartbeat(session: Session, job_id: str, attempt: int) -> LeaseState | None:
+def heartbeat(session: Session, job_id: str, attempt: int, *, counts: bool = True) -> LeaseState | None:
     """Extend the lease; None if this attempt no longer holds it.
 
-    The `ran_seconds` of a running job grow by the time since the last heartbeat.
+    The `ran_seconds` of a running job grow by the time since the last heartbeat if that time `counts`.
     """
     passed = database_now() - (Job.lease_expires_at - JOBS.lease_seconds)
     # Two heartbeats are at most this far apart. A longer or negative time means that the clock was changed.
     plausible = case((passed.between(0.0, JOBS.lease_seconds + OUTAGE_SECONDS), passed), else_=0.0)
-    ran_seconds = Job.ran_seconds + case((Job.status == Status.RUNNING, plausible), else_=0.0)
+    ran = case((Job.status == Status.RUNNING, plausible), else_=0.0)
+    ran_seconds = Job.ran_seconds + (ran if counts else 0.0)
     row = JOBS.heartbeat(session, job_id, attempt, Job.paused, Job.ran_seconds, ran_seconds=ran_seconds)
     return None if row is None else LeaseState(*row)

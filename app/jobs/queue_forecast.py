@@ -18,6 +18,7 @@ from app.jobs.queue import WaitingJob
 from app.jobs.states import Status
 from app.jobs.tables import Job
 from app.operations import service as operations
+from app.spec.resources import MOST_DEVICES
 from app.workers import repository as workers
 from app.workers.tables import Worker
 
@@ -83,7 +84,9 @@ def _simulate(session: Session, current: float, wanted: Collection[str]) -> dict
     present = workers.present(session, Lane.GPU)
     # When each device is free, by worker. One whose job has no known end is never free.
     free_at = {
-        worker.name: [current] * (workers.devices_of(worker) or 1) for worker in present if workers.in_service(worker)
+        worker.name: [current] * (workers.devices_of(worker, MOST_DEVICES) or 1)
+        for worker in present
+        if workers.in_service(worker)
     }
     for running in queries.running(session):
         if running.lease_owner in free_at:
@@ -128,7 +131,7 @@ def _can_run(worker: Worker, job: WaitingJob) -> bool:
     """Whether a worker knows the spec of a job, serves its models and has the devices and memory that it needs."""
     memory = workers.memory_of(worker)
     fits = job.memory_bytes is None or memory is None or job.memory_bytes <= memory
-    devices = workers.devices_of(worker)
+    devices = workers.devices_of(worker, job.nodes)
     enough = devices is None or job.devices <= devices
     return fits and enough and workers.serves(worker, *job.bases) and workers.knows(worker, job.spec_version)
 
@@ -141,10 +144,11 @@ def _obstacle(present: Sequence[Worker], job: WaitingJob) -> str:
     knowing = [worker for worker in serving if workers.knows(worker, job.spec_version)]
     if not knowing:
         return "a GPU worker of a later version of this service"
-    wide = [worker for worker in knowing if job.devices <= (workers.devices_of(worker) or job.devices)]
+    wide = [worker for worker in knowing if job.devices <= (workers.devices_of(worker, job.nodes) or job.devices)]
     if not wide:
-        most = max(workers.devices_of(worker) or 0 for worker in knowing)
-        return f"a worker with {job.devices} devices; the largest has {most}"
+        most = max(workers.devices_of(worker, job.nodes) or 0 for worker in knowing)
+        where = "" if job.nodes == 1 else f" on at most {job.nodes} machines"
+        return f"a worker with {job.devices} devices{where}; the largest has {most}"
     if job.memory_bytes is not None and not any(_can_run(worker, job) for worker in wide):
         largest = max(workers.memory_of(worker) or 0 for worker in wide)
         return f"a device with {job.memory_bytes / 1e9:.1f} GB of memory; the largest has {largest / 1e9:.1f} GB"

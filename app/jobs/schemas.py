@@ -33,7 +33,7 @@ class ActivityProgress(BaseModel):
     """The work of a running job apart from optimizer steps."""
 
     name: str
-    """`fetching`, `tokenizing`, `loading`, `reference`, `validating` or `saving`."""
+    """`fetching`, `placing`, `tokenizing`, `loading`, `reference`, `validating` or `saving`."""
     done: int | None
     """Rows done so far, where rows are counted."""
     total: int | None

@@ -96,7 +96,8 @@ class Jobs(Lifecycle[JobObject]):
         `sweep_id` is the sweep that the job belongs to, if any.
         """
         model, reference, resolved = self.prepare(session, project, spec)
-        shape, devices = fit.shape_of(session, model.base_model), fit.devices_of(session, model.base_model)
+        shape = fit.shape_of(session, model.base_model)
+        devices = fit.devices_of(session, model.base_model, resolved.resources.nodes)
         if shape is not None:
             refused = fit.refusal(fit.placed(resolved, shape, devices, None), shape, devices, None)
             if refused is not None:
@@ -117,6 +118,7 @@ class Jobs(Lifecycle[JobObject]):
             sweep_id=sweep_id,
             least_devices=resolved.resources.least,
             most_devices=resolved.resources.most,
+            nodes=resolved.resources.nodes,
         )
         if spec.evaluations:
             if spec.trains_rewards:

@@ -92,6 +92,8 @@ class Job(Queued, Table):
     """The fewest devices of one worker that an attempt starts with."""
     most_devices: Mapped[int] = mapped_column(default=1, server_default="1")
     """The most devices that an attempt takes, if they are free."""
+    nodes: Mapped[int] = mapped_column(default=1, server_default="1")
+    """The most machines that its devices may be on."""
     devices: Mapped[int | None]
     """The number of devices of the last attempt."""
     reserved_by: Mapped[str | None]

@@ -31,8 +31,6 @@ class DeviceRange(Automatic):
 class Resources(Automatic):
     """The devices that a job trains on. An adapter has the same bytes whatever their number."""
 
-    NOT_BUILT = frozenset({"nodes"})
-
     gpus: (
         Annotated[
             Annotated[Count, Tag("number[]")] | Annotated[DeviceRange, Tag("range[]")],
@@ -42,6 +40,8 @@ class Resources(Automatic):
     ) = None
     """The number of devices of one worker: GPUs, or the CPU devices of a machine without GPUs. Null: the fewest on
     which the job fits."""
+    nodes: Count = 1
+    """The most machines that these devices may be on. A worker of a Ray cluster has devices on several."""
 
     @property
     def least(self) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from itertools import accumulate
 
 from sqlalchemy import ColumnElement, Select, SQLColumnExpression, delete, false, or_, select
 from sqlalchemy.orm import Session
@@ -71,9 +72,24 @@ def memory_of(worker: Worker) -> int | None:
     return device and int(device["memory_bytes"])
 
 
-def devices_of(worker: Worker) -> int | None:
-    """The number of a worker's devices; None if they have not been found. A version before has one."""
-    return int(worker.details.get("devices", 1)) if worker.details.get("device") else None
+def devices_of(worker: Worker, nodes: int = 1) -> int | None:
+    """The most devices of a worker that are on `nodes` machines; None if they have not been found.
+
+    A worker of a version before has one.
+    """
+    return sum(_by_machine(worker)[:nodes]) if worker.details.get("device") else None
+
+
+def machines_for(worker: Worker, devices: int) -> int | None:
+    """The fewest machines of a worker that have so many devices; None if it has fewer."""
+    totals = accumulate(_by_machine(worker))
+    return next((count for count, total in enumerate(totals, start=1) if total >= devices), None)
+
+
+def _by_machine(worker: Worker) -> list[int]:
+    """The number of devices of each of a worker's machines, the largest first."""
+    machines: list[int] = worker.details.get("machines") or [worker.details.get("devices", 1)]
+    return machines
 
 
 def served_by(column: SQLColumnExpression[str | None], patterns: Sequence[str]) -> ColumnElement[bool]:

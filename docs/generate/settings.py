@@ -11,7 +11,7 @@ from docs.generate.markdown import sentence, table
 GROUPS = {
     "where things are kept": ("home", "database_url", "storage_url", "broker_url"),
     "models": ("models_dir", "hub_models"),
-    "devices": ("device", "cpu_devices"),
+    "devices": ("device", "cpu_devices", "ray_address", "ray_grows_to"),
     "keys": ("admin_key_value", "secret_key_value"),
     "requests": (
         "host", "port", "allowed_hosts", "root_path", "cors_origins", "keep_alive_seconds", "shutdown_seconds",

@@ -5,12 +5,12 @@ import signal
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.helpers.devices import job_on, succeeded, weights
 from tests.helpers.preferences import write
-from tests.helpers.service import Running, create_job, job_body, running, upload
+from tests.helpers.service import Running, running, upload
 from tests.helpers.trainer import make_pairs
 
 
@@ -20,30 +20,11 @@ def service(home: Path) -> Iterator[Running]:
         yield service
 
 
-def job_on(service: Running, file_id: str, gpus: Any, steps: int, **fields: Any) -> str:
-    hyperparameters = {"batch_size": 60, "max_steps": steps, "checkpoint_every": 2, "eval_every": 1000}
-    method = {"type": "dpo", "dpo": {"hyperparameters": hyperparameters}}
-    with service.http() as client:
-        settings = {"sft": None, "method": method, "resources": {"gpus": gpus}, **fields}
-        return create_job(client, **job_body(file_id) | settings)
-
-
-def weights(service: Running, job_id: str, folder: Path) -> bytes:
-    name = service.job(job_id)["fine_tuned_model"]
-    downloaded = service.dpo("models", "download", name, "--output", str(folder))
-    assert downloaded.returncode == 0, downloaded.stderr
-    return (folder / "adapter_model.safetensors").read_bytes()
-
-
 def rank_pids(home: Path) -> list[int]:
     """The processes of the ranks of the running job, in their order."""
     with suppress(FileNotFoundError, ValueError):
         return [int((path / "beat").read_text()) for path in sorted(home.glob("work/*/ranks/?"))]
     return []
-
-
-def succeeded(job: dict[str, Any]) -> bool:
-    return bool(job["status"] == "succeeded")
 
 
 def test_a_wide_job_that_loses_a_rank_has_the_bytes_of_a_narrow_one(service: Running, tmp_path: Path) -> None:

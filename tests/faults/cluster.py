@@ -1,7 +1,7 @@
 """The cluster that faults are injected into: a whole service of throwaway processes, with a proxy before every server.
 
 It has PostgreSQL behind a PgBouncer, Redis and an S3 server, two APIs, two GPU-lane workers with two devices each, and
-one CPU-lane worker. If there is a C compiler, the clocks of its hosts differ by ten minutes.
+one CPU-lane worker. A fault may add a Ray cluster with a worker of its own. If there is a C compiler, the clocks of its hosts differ by ten minutes.
 """
 
 import json
@@ -15,7 +15,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from operator import itemgetter
@@ -23,12 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+from sqlalchemy import select
 
 from app.migrate import migrate
+from app.models.tables import Model
 from app.services import Services
 from app.settings import Settings
 from tests.faults.proxy import Proxy
 from tests.helpers.broken_devices import breakable
+from tests.helpers.cluster import Hosts, ray_hosts
 from tests.helpers.preload import COMPILER, wrong_clock
 from tests.helpers.servers import (
     Server,
@@ -152,6 +155,9 @@ class Cluster:
     fakes_time: bool
     small_disks: bool
     """Whether each GPU-lane worker works on a small file system of its own."""
+    stack: ExitStack
+    """The parts that are closed at the end."""
+    ray: Hosts | None = field(default=None, init=False)
 
     @property
     def proxies(self) -> tuple[Proxy, ...]:
@@ -159,6 +165,33 @@ class Cluster:
 
     def workers(self) -> list[Program]:
         return [program for program in self.programs.values() if program.name.startswith(("gpu", "cpu"))]
+
+    @property
+    def wide_models(self) -> Path:
+        """The folder of the base model that only the worker of the Ray cluster serves."""
+        return self.home / "wide-models"
+
+    def hosts(self) -> Hosts:
+        """A Ray cluster of two machines with two devices each, and a worker for it. They start with the first call."""
+        if self.ray is None:
+            shutil.copytree(self.home / "models" / "tiny", self.wide_models / "wide")
+            (self.home / "ray").mkdir()
+            self.ray = self.stack.enter_context(ray_hosts(self.home / "ray"))
+            for _ in range(2):
+                self.ray.add(2, self.wide_models)
+            like = self.programs["cpu-1"].environment
+            variables = {"DPO_HOME": str(self.home / "gpu-ray"), "DPO_MODELS_DIR": str(self.wide_models)}
+            variables |= {"DPO_RAY_ADDRESS": self.ray.address, "DPO_DEVICE": "cpu"}
+            log = self.home / "logs" / "gpu-ray.log"
+            self.programs["gpu-ray"] = Program("gpu-ray", ["-m", "worker", "gpu"], like | variables, log)
+            self.revive()
+            wait_until(lambda: "wide" in self.served(), "the worker of the Ray cluster")
+        return self.ray
+
+    def served(self) -> list[str]:
+        """The names of the base models that workers have registered."""
+        with self.services.database.read() as session:
+            return list(session.scalars(select(Model.name)))
 
     def revive(self) -> None:
         """Start what has ended, as a supervisor would, and wait until the APIs answer."""
@@ -252,7 +285,7 @@ def cluster(home: Path, gpus: int = 2) -> Iterator[Cluster]:
         add("cpu-1", ["-m", "worker", "cpu"])
         running_cluster = Cluster(
             home=home, postgres=postgres, pooler=pooler, redis=redis, front=front, logs=Logs(logs), services=services,
-            programs=programs, fakes_time=COMPILER is not None, small_disks=all(disks), **proxies,
+            programs=programs, stack=stack, fakes_time=COMPILER is not None, small_disks=all(disks), **proxies,
         )  # fmt: skip
         stack.callback(running_cluster.logs.close)
         _make_clock(running_cluster)

@@ -48,6 +48,17 @@ SHORT = LONG | {
     "sft": None,
     "method": {"type": "dpo", "dpo": {"hyperparameters": {"batch_size": 8, "max_steps": 8, "learning_rate": 1e-3}}},
 }
+WIDE: dict[str, Any] = LONG | {
+    "sft": None,
+    "method": {
+        "type": "dpo",
+        "dpo": {"hyperparameters": {"batch_size": 30, "max_steps": 60, "checkpoint_every": 4, "learning_rate": 1e-3}},
+    },
+}
+"""A training for several machines."""
+BODIES = {"long": LONG, "short": SHORT, "wide": WIDE}
+ON_MACHINES: dict[str, Any] = {"model": "wide", "resources": {"gpus": {"min": 3, "max": 4}, "nodes": 2}}
+"""A base model that only machines of a Ray cluster have, and more devices than one machine has."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +89,10 @@ class Workload:
     accepted: list[str] = field(default_factory=list)
     requested_at: dict[str, float] = field(default_factory=dict)
     """The time of the first request for each accepted job."""
-    short: set[str] = field(default_factory=set)
-    """The accepted jobs that are `SHORT`."""
-    expected: dict[bool, Result] = field(default_factory=dict)
-    """The result of an undisturbed training, by whether it is short."""
+    kinds: dict[str, str] = field(default_factory=dict)
+    """Which of `BODIES` each accepted job has."""
+    expected: dict[str, Result] = field(default_factory=dict)
+    """The result of an undisturbed training of a kind."""
     problems: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -101,15 +112,19 @@ class Workload:
             "/files", files={"file": ("pairs.jsonl", content)}, data={"purpose": "fine-tune"}
         ).raise_for_status()
         self.file = answer.json()["id"]
-        for short in (False, True):
-            job = self.submit(short=short)
-            self.wait_end(job)
-            self.expected[short] = self.result(job)
+        for kind in ("long", "short"):
+            self.expect(kind)
 
-    def submit(self, *, short: bool = False, priority: int = 0) -> str:
+    def expect(self, kind: str) -> None:
+        """Record the result of an undisturbed training of a kind."""
+        job = self.submit(kind)
+        self.wait_end(job)
+        self.expected[kind] = self.result(job)
+
+    def submit(self, kind: str = "long", priority: int = 0, **fields: Any) -> str:
         """Create a job. The request is repeated with the same idempotency key until the service answers."""
         headers, requested_at = {"Idempotency-Key": new_id("key")}, time.monotonic()
-        body = (SHORT if short else LONG) | {"training_file": self.file, "priority": priority}
+        body = BODIES[kind] | {"training_file": self.file, "priority": priority} | fields
 
         def created() -> bool:
             answer = self.http.post("/fine_tuning/jobs", json=body, headers=headers)
@@ -121,8 +136,7 @@ class Workload:
 
         wait_until(created, "a new job")
         self.requested_at[self.accepted[-1]] = requested_at
-        if short:
-            self.short.add(self.accepted[-1])
+        self.kinds[self.accepted[-1]] = kind
         return self.accepted[-1]
 
     def cancel(self, job: str) -> None:
@@ -177,7 +191,7 @@ class Workload:
         expected_count = int(status == "succeeded")
         if len(endings) != expected_count or models != expected_count:
             self.problems.append(f"{job} succeeded {len(endings)} times and made {models} models")
-        if row.status == "succeeded" and self.result(job) != self.expected[job in self.short]:
+        if row.status == "succeeded" and self.result(job) != self.expected[self.kinds[job]]:
             self.problems.append(f"{job} made other bytes than an undisturbed run")
 
     def check_all(self) -> dict[str, int]:

@@ -64,6 +64,7 @@ class ThreadRanks(Ranks):
 
     def __init__(self, rank: int, meeting: Meeting) -> None:
         self.rank, self.size, self._meeting = rank, meeting.size, meeting
+        self.local_rank = rank
 
     def gather(self, value: Value) -> list[Value]:
         self._meeting.values[self.rank] = value

@@ -20,6 +20,7 @@ from tests.helpers.api import upload
 from tests.helpers.jobs import check_files, get, make_job
 from tests.helpers.tiny_model import make_tiny_model
 from worker.base_models import BaseModels, describe
+from worker.device import Device, choose, without
 from worker.device_health import DeviceHealth
 from worker.lease import JobLease
 from worker.processes import ForkServer
@@ -54,10 +55,11 @@ def test_a_device_claims_only_jobs_that_fit_it(services: Services) -> None:
     assert claimed is not None and claimed.id == large
 
 
-def claim_on(services: Services, worker: str, free: int, total: int) -> str | None:
-    """The id of the job that `worker` claims with so many free devices."""
+def claim_on(services: Services, worker: str, free: int | tuple[int, ...], total: int | tuple[int, ...]) -> str | None:
+    """The id of the job that `worker` claims with so many free devices: on one machine, or on one, on two, and so on."""
     with services.database.write() as session:
-        devices = job_queue.Devices(free, total)
+        by_nodes = [(count,) if isinstance(count, int) else count for count in (free, total)]
+        devices = job_queue.Devices(*by_nodes)
         job = job_queue.claim(session, Status.QUEUED, f"gpu@{worker}:1", ["tiny"], LARGE, devices=devices)
         return None if job is None else job.id
 
@@ -95,6 +97,49 @@ def test_a_reserved_job_starts_on_any_worker_that_has_enough_free_devices(servic
     assert claim_on(services, "b", 4, 4) == wide
 
 
+def test_a_job_takes_devices_on_as_many_machines_as_it_allows(services: Services) -> None:
+    """A cluster of three machines with four devices each has 4 on one, 8 on two, and 12 on all."""
+    total, narrow = (4, 8, 12), {"least_devices": 4, "most_devices": 16}
+    taken = {
+        make_job(services, name="one", nodes=1, **narrow): 4,
+        make_job(services, name="two", nodes=2, **narrow): 8,
+        make_job(services, name="all", nodes=3, **narrow): 12,
+        make_job(services, name="more", nodes=9, **narrow): 12,
+    }
+    for job_id, devices in taken.items():
+        assert claim_on(services, "ray", total, total) == job_id
+        with services.database.read() as session:
+            assert session.get_one(Job, job_id).devices == devices
+    wide = make_job(services, name="wide", nodes=2, least_devices=8, most_devices=8)
+    assert claim_on(services, "one machine", 4, 4) is None  # it can never run it
+    assert claim_on(services, "ray", (4, 7, 8), total) is None  # eight are free, on three machines
+    assert claim_on(services, "ray", (4, 8, 8), total) == wide
+    assert claim_on(services, "ray", (4, 8, 8), total) is None
+
+
+@pytest.mark.parametrize(
+    ("free", "count", "nodes", "machines"),
+    [
+        ("aaabbc", 1, 1, "c"),  # the smallest that is enough
+        ("aaabbc", 2, 1, "bb"),
+        ("aaabbc", 4, 2, "aaac"),
+        ("aaabbc", 5, 3, "aaabb"),
+        ("aaabbc", 6, 3, "aaabbc"),
+    ],
+)
+def test_devices_are_chosen_on_few_machines(free: str, count: int, nodes: int, machines: str) -> None:
+    devices = [Device("cuda", "GPU", LARGE, machine=name) for name in free]
+    assert "".join(sorted(str(device.machine) for device in choose(devices, count, nodes))) == machines
+
+
+def test_devices_of_machines_that_were_still_to_start_stay_taken(services: Services) -> None:
+    planned = [Device("cuda", "device", LARGE, machine="new-0", is_planned=True)] * 4
+    there = [Device("cuda", "GPU", LARGE, machine=name) for name in "aaaabbbb"]
+    assert len(without([*there, *planned], planned)) == 8  # not there yet
+    assert len(without(there, planned)) == 4  # one of both is the machine that was planned
+    assert without(there, [*there[:4], *there[:1]]) == there[4:]  # the first machine was lost, or is taken twice
+
+
 def test_the_reservation_of_a_worker_that_is_gone_ends(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job_queue, "RESERVATION_SECONDS", -1.0)
     job_queue._claiming.cache_clear()
@@ -118,7 +163,15 @@ def test_a_job_that_wants_more_devices_than_any_worker_has_is_refused(
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert (error["code"], error["param"]) == ("does_not_fit", "resources.gpus")
-    assert "wants 3 devices, and the largest worker has 2" in error["message"]
+    assert "wants 3 devices, and the largest worker has 2. Lower 'resources.gpus'." in error["message"]
+    report(services, "cluster", SMALL, devices=2, machines=[2, 2])
+    refused = client.post("/v1/fine_tuning/jobs", json=body).json()["error"]
+    assert "2 machines have so many: raise 'resources.nodes'." in refused["message"]
+    accepted_body = body | {"resources": {"gpus": 3, "nodes": 2}}
+    spread = get(services, client.post("/v1/fine_tuning/jobs", json=accepted_body).json()["id"])
+    assert (spread.least_devices, spread.nodes) == (3, 2)
+    with services.database.write() as session:
+        workers.leave(session, "cluster")
     evaluation = {
         "type": "preference",
         "candidate": {"model": "tiny"},
@@ -133,7 +186,7 @@ def test_a_job_that_wants_more_devices_than_any_worker_has_is_refused(
     alone = get(services, client.post("/v1/evaluations", json=evaluation).json()["id"])
     assert (alone.least_devices, alone.most_devices) == (1, 1) and "resources" not in alone.spec
     job = client.post("/v1/fine_tuning/jobs", json=body | {"resources": {"gpus": 2}}).json()
-    assert job["resources"] == {"gpus": 2} and job["devices"] is None
+    assert job["resources"] == {"gpus": 2, "nodes": 1} and job["devices"] is None
     plain = client.post("/v1/fine_tuning/jobs", json=body | {"resources": {"gpus": "auto"}}).json()
     assert plain["resources"] is None
 
@@ -142,6 +195,9 @@ def test_a_wide_job_says_that_no_worker_is_wide_enough(client: TestClient, servi
     job_id = make_job(services, least_devices=4, most_devices=4)
     report(services, "small", LARGE, devices=2)
     assert waits_for(client, job_id) == "a worker with 4 devices; the largest has 2"
+    spread = make_job(services, name="spread", least_devices=5, most_devices=5, nodes=2)
+    report(services, "cluster", LARGE, devices=2, machines=[2, 2, 2])
+    assert waits_for(client, spread) == "a worker with 5 devices on at most 2 machines; the largest has 4"
 
 
 def test_the_forecast_counts_the_devices_of_a_worker(client: TestClient, services: Services) -> None:

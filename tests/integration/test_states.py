@@ -1,6 +1,7 @@
 """Leases and the state machine, on SQLite and PostgreSQL: guarded transitions, stale workers and clock changes."""
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -374,6 +375,27 @@ def test_a_job_shows_its_stage_and_its_progress_before_the_first_step(services: 
         attempt.stop_early()
     queued = JobObject.of(get(services, job_id))
     assert queued.progress is not None and queued.progress.step == 3 and queued.progress.activity is None
+
+
+def test_the_time_in_which_a_job_waits_for_machines_is_not_its_running_time(services: Services) -> None:
+    job_id = make_job(services, timeout_seconds=60, ran_seconds=30.0)
+    job = claim(services)
+    assert job is not None
+    attempt = training(services, job)
+    placing, going_on = Working("placing", None, None), Working("tokenizing", None, None)
+    with JobLease(services.database, job_id, job.attempt) as attempt.lease:
+        attempt._relay([placing])
+        attempt.began -= 20.0  # as if it had waited so long
+        attempt._seen -= 20.0
+        for counts, event in ((False, placing), (True, going_on)):
+            attempt._relay([event])
+            assert attempt.lease.counts == counts
+            with services.database.write() as session:
+                session.get_one(Job, job_id).lease_expires_at = now(session) + JOBS.lease_seconds - 10.0
+            with services.database.write() as session:  # ten seconds after the last heartbeat
+                assert attempt.lease.heartbeat(session)
+            assert get(services, job_id).ran_seconds == pytest.approx(30.0 if not counts else 40.0, abs=2.0)
+        assert time.monotonic() - attempt.began < 5.0
 
 
 @pytest.mark.parametrize("has_checkpoint", [False, True])

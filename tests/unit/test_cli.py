@@ -132,6 +132,33 @@ def test_a_command_that_waits_outlasts_a_restart_and_the_errors_of_a_proxy(tmp_p
         server.shutdown()
 
 
+def test_options_add_to_the_resources_of_a_spec(tmp_path: Path) -> None:
+    bodies = list[JsonObject]()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_error(503)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    (tmp_path / "spec.json").write_text(json.dumps({"model": "m", "training_file": "file-1", "resources": {"gpus": 2}}))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environment = {"DPO_BASE_URL": f"http://127.0.0.1:{server.server_port}/v1", "DPO_API_KEY": "x" * 20}
+        spec = ["jobs", "create", "--spec", str(tmp_path / "spec.json")]
+        for options in ([], ["--nodes", "2"], ["--nodes", "2", "--gpus", "16"]):
+            dpo(*spec, *options, home=tmp_path, **environment)
+        server.shutdown()
+    sent = [body["resources"] for body in bodies]
+    assert [each for k, each in enumerate(sent) if each not in sent[:k]] == [
+        {"gpus": 2},
+        {"gpus": 2, "nodes": 2},
+        {"gpus": 16, "nodes": 2},
+    ]
+
+
 LORA: dict[str, object] = {"r": 16, "use_dora": False}
 
 

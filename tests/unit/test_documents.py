@@ -40,6 +40,9 @@ FOREIGN: dict[str, set[str]] = {
     "cp": set(),
     "mkdir": {"-p"},
     "pipx install": set(),
+    "pip install": set(),
+    "scontrol show": set(),
+    "head": {"-n"},
     "export": set(),
     "helm upgrade": {
         "--install",
@@ -47,6 +50,10 @@ FOREIGN: dict[str, set[str]] = {
         "--create-namespace",
         "--set",
     },  # helm.sh/docs/helm/helm_upgrade, 2026-11
+    "helm repo": set(),
+    "docker build": {"--target", "--build-arg"},  # docs.docker.com/reference/cli/docker/buildx/build, 2026-11
+    "ray start": {"--head", "--port", "--num-gpus", "--num-cpus", "--address"},  # `ray start --help` of Ray 2.60
+    "srun ray": {"--address", "--min-nodes", "--", "--lane"},  # `ray symmetric-run --help` of Ray 2.60
     "docker compose": {"--build"},  # docs.docker.com/reference/cli/docker/compose/up, 2026-11
     "pg_dump": {"--no-owner", "--file"},  # postgresql.org/docs/17/app-pgdump.html
     "aws s3": set(),

@@ -148,3 +148,36 @@ def test_a_variable_that_is_missing_is_named(missing: str) -> None:
 def test_a_number_of_gpus_below_one_is_refused() -> None:
     with pytest.raises(helm_python.HelmError, match="gpus"):
         list(objects(VALUES["as it is"] | {"gpuWorker": {"gpus": 0}}))
+
+
+def test_the_worker_of_a_ray_cluster_has_no_gpu_of_its_own() -> None:
+    address = "ray://dpo-kuberay-head-svc:10001"
+    (container,) = pods(VALUES["as it is"] | {"gpuWorker": {"rayAddress": address, "rayGrowsTo": "4x8x80"}})[
+        "gpu-worker"
+    ]["containers"]
+    assert {"name": "DPO_RAY_ADDRESS", "value": address} in container["env"]
+    assert {"name": "DPO_RAY_GROWS_TO", "value": "4x8x80"} in container["env"]
+    assert "nvidia.com/gpu" not in container["resources"]["limits"]
+    (alone,) = pods(VALUES["as it is"])["gpu-worker"]["containers"]
+    assert alone["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert "DPO_RAY_ADDRESS" not in {variable["name"] for variable in alone["env"]}
+
+
+def test_the_values_of_kuberay_are_a_pod_of_kubernetes() -> None:
+    """KubeRay's chart copies these fields into the pods of its machines."""
+    values = yaml.safe_load((CHART / "kuberay.yaml").read_text())
+    for name in ("head", "worker"):
+        group = values[name]
+        container = {"name": name, "image": "image", "resources": group["resources"]}
+        container |= {"env": group.get("containerEnv", []), "volumeMounts": group.get("volumeMounts", [])}
+        spec = {
+            "containers": [container],
+            "volumes": group.get("volumes", []),
+            "tolerations": group.get("tolerations", []),
+        }
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": spec}
+        for version in VERSIONS:
+            kubernetes_validate.validate(pod, version, strict=True)
+        assert {mount["name"] for mount in container["volumeMounts"]} <= {volume["name"] for volume in spec["volumes"]}
+    known = {field.upper() for field in Settings.model_fields}
+    assert all(variable["name"].removeprefix("DPO_") in known for variable in values["worker"]["containerEnv"])

@@ -28,7 +28,7 @@ def test_a_number_a_range_or_nothing_says_how_many_devices_a_job_takes(gpus: Any
         ({"gpus": {"min": 4, "max": 2}}, "resources.gpus.min", "'min' (4) is larger than 'max' (2)"),
         ({"gpus": {"min": 4}}, "resources.gpus.max", "Missing required parameter"),
         ({"gpus": {"max": 2, "mix": 1}}, "resources.gpus.mix", "Unknown parameter"),
-        ({"nodes": 2}, "resources.nodes", "not available yet"),
+        ({"nodes": 0}, "resources.nodes", "greater than or equal to 1"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_field(resources: Any, param: str, reason: str) -> None:

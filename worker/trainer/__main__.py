@@ -9,8 +9,9 @@ Exit status:
 The runner answers the trainer's requests on standard input, one line of JSON each. The process ends at once when
 standard input closes: a trainer whose runner was killed must not keep the GPU.
 
-`run.json` in the work folder says on which devices: `device` (cpu or cuda), the number of `ranks`, the GPU of each in
-`visible`, and for CPUs the number of `threads` of a rank.
+`run.json` in the work folder says on which devices: `device` (cpu or cuda), the number of `ranks` on this machine, the
+GPU of each in `visible`, and for CPUs the number of `threads` of a rank. Over several machines, `machine` has this
+one's place among them.
 """
 
 import json
@@ -23,6 +24,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 from unittest.mock import patch
@@ -76,33 +78,37 @@ def run(folder: Path) -> int:
     if about.get("device") == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that the worker does not use stays unused
     size = about.get("ranks", 1)
-    if size == 1:
-        return _run_rank(folder, about, stream, stopping, 0)
+    if size == 1 and "machine" not in about:
+        return _run_rank(folder, about, stream, stopping, 0, 0)
     if about.get("device") == "cpu":
         load()  # once, for all ranks. Where there is a GPU it would open the driver, which no fork can use
     from worker.trainer import rank_processes
     from worker.trainer.events import Events
 
-    status = rank_processes.launch(
-        folder, size, lambda rank: _run_rank(folder, about, stream, stopping, rank), stopping
-    )
+    machine = rank_processes.Machine(**about["machine"]) if "machine" in about else None
+    if machine is not None and machine.number > 0:  # no rank of this machine reads standard input
+        threading.Thread(target=_listen, args=(queue.Queue(),), daemon=True).start()
+    run_rank = partial(_run_rank, folder, about, stream, stopping)
+    status = rank_processes.launch(folder, size, run_rank, stopping, machine)
     failure = rank_processes.failure(folder, size)
     if failure is not None:
         Events(stream).emit(failure)
     return status
 
 
-def _run_rank(folder: Path, about: JsonObject, stream: IO[str], stopping: threading.Event, rank: int) -> int:
+def _run_rank(
+    folder: Path, about: JsonObject, stream: IO[str], stopping: threading.Event, rank: int, local_rank: int
+) -> int:
     """Do the work of a rank in `folder`. The first one writes events to `stream`. Returns the exit status.
 
-    `about` is the content of `run.json`.
+    `about` is the content of `run.json`. `local_rank` counts the ranks of this machine.
     """
     answers: queue.Queue[str] | None = None
     if rank == 0:
         answers = queue.Queue()
         threading.Thread(target=_listen, args=(answers,), daemon=True).start()
     if visible := about.get("visible"):  # one GPU for each rank
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible[rank]
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[local_rank]
     # Imported here because torch takes seconds: the watch on standard input has to run before.
     load_bitsandbytes()
     import torch
@@ -114,7 +120,7 @@ def _run_rank(folder: Path, about: JsonObject, stream: IO[str], stopping: thread
 
     if threads := about.get("threads"):
         torch.set_num_threads(threads)
-    device, alone = about.get("device", "cpu"), about.get("ranks", 1) == 1
+    device, alone = about.get("device", "cpu"), about.get("ranks", 1) == 1 and "machine" not in about
     entry = {
         "event": "trainer began",
         "level": "info",
@@ -129,7 +135,7 @@ def _run_rank(folder: Path, about: JsonObject, stream: IO[str], stopping: thread
         from worker.trainer.distributed import DistributedRanks
         from worker.trainer.rank_processes import RankFolder
 
-        fail = RankFolder.of(folder, rank).fail
+        fail = RankFolder.of(folder, local_rank).fail
     # Without this check, a machine that has lost its GPU would train on the CPU.
     if (reason := why_unusable(device)) is not None:
         fail(DeviceFailed(reason))
@@ -186,7 +192,7 @@ def _train_or_evaluate(
         return 1
     except (OSError, SafetensorError) as error:  # the disk failed, not the job: another attempt may succeed
         traceback.print_exc()
-        fail(Broken(f"{type(error).__name__}: {error}"[:500], by_disk=is_disk_fault(error)))
+        fail(Broken(f"{type(error).__name__}: {error}"[:500], is_lost=not is_disk_fault(error)))
         return 1
     except Exception as error:
         traceback.print_exc()

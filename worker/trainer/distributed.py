@@ -64,12 +64,13 @@ class DistributedRanks(Ranks):
     """A member of torch's default process group. Raises `PeerLost` when another member is gone."""
 
     def __init__(self, device: str) -> None:
-        """Join the group that the environment describes (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`).
+        """Join the group that the environment describes, as torchrun does (`RANK`, `LOCAL_RANK`, `MASTER_ADDR` …).
 
         `device` is the kind of the ranks' devices, cpu or cuda.
         """
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.local_rank = dist.get_node_local_rank()
         self._objects = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def gather(self, value: Value) -> list[Value]:

@@ -138,12 +138,12 @@ class Failed(Event):
 class Broken(Event):
     """The run ends because of the machine. Another attempt may succeed.
 
-    `by_disk`: a disk that was full or failed has ended it, and the attempt does not count as lost.
+    `is_lost`: whether the attempt counts as lost. One that a full disk or a lack of room has ended does not.
     """
 
     KIND = "broken"
     reason: str
-    by_disk: bool = False
+    is_lost: bool = True
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ import time
 from hashlib import sha256
 
 import torch
-import transformers
 from transformers import AutoConfig
 
 from app.spec.hyperparameters import DEFAULT_MAX_LENGTH
 from app.spec.job import Adapter
 from worker.model_files import context_length
 from worker.trainer import artifact, checkpoint, exactness, plan, reward, stage_run
+from worker.trainer.alike import require_alike, require_same_rows
 from worker.trainer.checkpoint import State
 from worker.trainer.dataset import require_embedded
 from worker.trainer.embeddings import untrained_control_tokens
@@ -31,7 +31,6 @@ from worker.trainer.loading import load_policy, shards_for
 from worker.trainer.model import Policy, fingerprint
 from worker.trainer.optimizer import NEED_GPU
 from worker.trainer.plan import Stage
-from worker.trainer.reference import ENGINE_VERSION
 from worker.trainer.reference_pass import other_model_references
 from worker.trainer.room import require_disk
 from worker.trainer.run import TrainingRun
@@ -50,9 +49,10 @@ def train(run: TrainingRun) -> None:
 
 def _train(run: TrainingRun) -> None:
     began = time.monotonic()
-    if run.ranks.is_first:
+    if run.ranks.local_rank == 0:
         shutil.rmtree(run.folder / "rows", ignore_errors=True)
     stages = run.ranks.first_then_others(lambda: stages_of(run))  # the first rank of a machine tokenises
+    require_same_rows(run.ranks, [rows for stage in stages for rows in (stage.train, stage.validation)])
     run.check_stop()
     state = State(stages[0].name) if run.resume is None else checkpoint.load_state(run.resume)
     first_stage = [stage.name for stage in stages].index(state.stage)
@@ -171,23 +171,15 @@ def check_policy(run: TrainingRun, stages: list[Stage], policy: Policy) -> None:
 def require_same(run: TrainingRun, policy: Policy) -> None:
     """Raise `UserError` unless all ranks have the same engine and the same policy, on devices of the same kind."""
     settings = (policy.packing, policy.joins, policy.one_by_one, policy.own_logits, policy.autocast_dtype)
-    device = torch.cuda.get_device_name() if policy.device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    if policy.device.type == "cuda":
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"{torch.backends.cpu.get_cpu_capability()} ({torch.get_num_threads()} threads)"
     weights = sha256()
     for name, parameter in policy.trainable().items() if not policy.full else ():
         weights.update(name.encode() + fingerprint(parameter))
-    parts = {
-        "version of the engine": f"{ENGINE_VERSION}",
-        "version of torch": torch.__version__,
-        "version of transformers": transformers.__version__,
-        "kind of device": f"{device} ({torch.get_num_threads()} threads)",
-        "way to compute log-probs": str(settings),
-        "adapter": weights.hexdigest(),
-    }
-    for name in parts:
-        values = run.ranks.gather(parts[name])
-        if len(set(values)) > 1:
-            message = f"The ranks of this training differ in the {name}: {', '.join(dict.fromkeys(values))}."
-            raise UserError("ranks_differ", message, "resources")
+    parts = {"kind of device": device, "way to compute log-probs": str(settings), "adapter": weights.hexdigest()}
+    require_alike(run.ranks, parts)
 
 
 def require_possible(stage: Stage, policy: Policy) -> None:

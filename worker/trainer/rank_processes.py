@@ -1,11 +1,12 @@
-"""The processes of a training on several devices of this machine, started and watched by torchrun's launcher.
+"""The processes of a training on several devices, started and watched by torchrun's launcher.
 
-The trainer's process forks a rank for each device and waits. The first rank reads the runner's answers and writes the
-events. A rank that fails leaves the event that says why in the folder `ranks`, and the trainer reports the earliest.
-When a rank dies, the others notice it within seconds. The launcher kills those that do not end within 30 s. Then the
-trainer ends like the rank that died.
+The trainer's process forks a rank for each device of its machine and waits. The first rank of all reads the runner's
+answers and writes the events. A rank that fails leaves the event that says why in the folder `ranks`, and the trainer
+reports the earliest. When a rank dies, the others notice it within seconds. The launcher kills those that do not end
+within 30 s. Then the trainer ends like the rank that died.
 
-Each rank ends when the trainer does. It holds a pipe whose other end only the trainer has.
+Each rank ends when the trainer does. It holds a pipe whose other end only the trainer has. Over several machines, each
+has a trainer of its own, and the launchers meet at a port of the first one.
 """
 
 import faulthandler
@@ -23,17 +24,36 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from torch.distributed import DistNetworkError, DistStoreError
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from worker.trainer.errors import STOPPED
-from worker.trainer.events import Event, line, read
+from worker.trainer.errors import STOPPED, first_line
+from worker.trainer.events import Broken, Event, line, read
 
-RANK = "RANK"
-"""The variable by which torchrun's launcher tells a process its rank."""
+RANK, LOCAL_RANK = "RANK", "LOCAL_RANK"
+"""The variables by which torchrun's launcher tells a process its rank, among all and among those of its machine."""
 BEAT_SECONDS, SILENT_SECONDS = 1.0, 20.0
 """Each rank gives a sign of life every second. One that gives none for so long counts as hung, and is killed."""
+
+
+MEETING_SECONDS = 300
+"""How long the launchers of several machines wait for each other."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The place of this machine among the `count` machines of a training.
+
+    `endpoint` is the host and port at which their launchers meet. `interface` is this machine's network interface to
+    the others, unless it is not known or the machine's environment names another.
+    """
+
+    number: int
+    count: int
+    endpoint: str
+    interface: str | None
 
 
 @dataclass(frozen=True)
@@ -44,7 +64,7 @@ class RankFolder:
 
     @classmethod
     def of(cls, folder: Path, rank: int) -> "RankFolder":
-        """The folder of a rank in the work folder `folder`."""
+        """The folder of a rank in the work folder `folder`. Ranks are numbered on each machine."""
         return cls(folder / "ranks" / str(rank))
 
     def fail(self, event: Event) -> None:
@@ -76,10 +96,13 @@ class RankFolder:
         return int(path.read_text() or 0) or None
 
 
-def launch(folder: Path, size: int, run_rank: Callable[[int], int], stopping: threading.Event) -> int:
-    """Run `run_rank(rank)` in `size` processes. Returns 0 if all of them do, and `STOPPED` if they were asked to stop.
+def launch(
+    folder: Path, size: int, run_rank: Callable[[int, int], int], stopping: threading.Event, machine: Machine | None
+) -> int:
+    """Run `run_rank(rank, local rank)` in `size` processes.
 
-    SIGTERM is passed on to the ranks. If a signal ends one of them, it ends this process too.
+    Returns 0 if all of them do, and `STOPPED` if they were asked to stop. SIGTERM is passed on to the ranks. If a
+    signal ends one of them, it ends this process too. `machine` is None for a training on this machine alone.
     """
     for rank in range(size):
         RankFolder.of(folder, rank).path.mkdir(parents=True, exist_ok=True)
@@ -88,15 +111,15 @@ def launch(folder: Path, size: int, run_rank: Callable[[int], int], stopping: th
     def start() -> int:
         assert not torch.cuda._is_in_bad_fork(), "the trainer has used the GPU's driver before it forked its ranks"
         os.close(write_end)
-        rank = int(os.environ[RANK])
+        rank, local_rank = int(os.environ[RANK]), int(os.environ[LOCAL_RANK])
         threading.Thread(target=_end_with_trainer, args=(read_end,), daemon=True).start()
-        threading.Thread(target=_beat, args=(RankFolder.of(folder, rank),), daemon=True).start()
+        threading.Thread(target=_beat, args=(RankFolder.of(folder, local_rank),), daemon=True).start()
         faulthandler.register(signal.SIGUSR1, all_threads=True)
         if rank > 0:
             null = os.open(os.devnull, os.O_RDONLY)
             os.dup2(null, 0)
             os.close(null)
-        status = run_rank(rank)
+        status = run_rank(rank, local_rank)
         if status not in (0, STOPPED):  # the launcher then ends the other ranks
             sys.stderr.flush()
             os._exit(status)
@@ -113,18 +136,23 @@ def launch(folder: Path, size: int, run_rank: Callable[[int], int], stopping: th
     signal.signal(signal.SIGTERM, stop)
     processes = set[BaseProcess]()
     threading.Thread(target=_watch, args=(folder, size, processes), daemon=True).start()
-    # The ranks are on one machine, whose name may have no address.
-    os.environ.update(GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo")
+    # By itself, gloo takes the interface of the address that the machine's name has, which may have none.
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        if machine is None:
+            os.environ[name] = "lo"
+        elif machine.interface is not None:
+            os.environ.setdefault(name, machine.interface)
     # A process that has asked for GPUs cannot fork ranks that use them, and the configuration asks.
     with patch.object(torch.cuda, "is_available", return_value=False):
         config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
+            min_nodes=1 if machine is None else machine.count,
+            max_nodes=1 if machine is None else machine.count,
             nproc_per_node=size,
-            run_id=folder.name,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            local_addr="localhost",
+            run_id=folder.name if machine is None else machine.endpoint,
+            rdzv_backend="c10d" if machine is None else "static",
+            rdzv_endpoint="localhost:0" if machine is None else machine.endpoint,
+            rdzv_configs={} if machine is None else {"rank": machine.number, "timeout": MEETING_SECONDS},
+            local_addr="localhost" if machine is None else None,
             max_restarts=0,
             monitor_interval=0.1,
             start_method="fork",
@@ -134,6 +162,10 @@ def launch(folder: Path, size: int, run_rank: Callable[[int], int], stopping: th
     try:
         results: dict[int, int] = elastic_launch(config, start)()
         return max(results.values())
+    except (DistNetworkError, DistStoreError) as error:  # the port is taken, or a machine cannot be reached
+        reason = f"the launchers of the machines cannot meet: {first_line(error)}"
+        RankFolder.of(folder, 0).fail(Broken(reason))
+        return 1
     except ChildFailedError as error:
         statuses = [failed.exitcode for failed in error.failures.values()]
         statuses += [process.exitcode or 0 for process in processes]

@@ -17,6 +17,8 @@ class Ranks:
 
     rank = 0
     size = 1
+    local_rank = 0
+    """Its number among the ranks of its machine, which share a work folder."""
 
     @property
     def is_first(self) -> bool:
@@ -37,8 +39,11 @@ class Ranks:
         return self.gather(make() if self.is_first else None)[0]  # type: ignore[return-value]
 
     def first_then_others(self, make: Callable[[], Value]) -> Value:
-        """The result of `make` on this rank. The others call it after the first rank, and find what that has left."""
-        made = [make()] if self.is_first else []
+        """The result of `make` on this rank. The first rank of each machine calls it, then the others.
+
+        They find what the first one has left in the work folder.
+        """
+        made = [make()] if self.local_rank == 0 else []
         self.gather(None)
         return made[0] if made else make()
 

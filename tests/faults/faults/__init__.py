@@ -6,8 +6,9 @@ A fault returns a `Strike`. It returns None if it came too late or changed nothi
 import os
 
 from tests.faults.cluster import Cluster
-from tests.faults.faults import database, devices, disks, messages, objects, processes
+from tests.faults.faults import database, devices, disks, machines, messages, objects, processes
 from tests.faults.scene import Fault
+from tests.helpers.cluster import Network
 
 
 def missing(fault: str, cluster: Cluster) -> str | None:
@@ -16,6 +17,8 @@ def missing(fault: str, cluster: Cluster) -> str | None:
         return f"a writable memory controller ({processes.CGROUP})"
     if fault.startswith("fill_the") and not cluster.small_disks:
         return "the right to mount a small file system"
+    if fault == "cut_one_node":
+        return Network.why_not()
     return None
 
 
@@ -61,5 +64,6 @@ FAULTS: dict[str, Fault] = {
         disks.fill_the_services_disk,
         devices.lose_the_card,
         devices.break_the_card,
+        machines.cut_one_node,
     )
 }

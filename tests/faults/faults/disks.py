@@ -46,7 +46,7 @@ def fill_the_services_disk(scene: Scene) -> Strike | None:
             adapter = next(name for name in archive.getnames() if name.endswith("adapter_model.safetensors"))
             weights = archive.extractfile(adapter)
             digest = hashlib.sha256(weights.read() if weights else b"").hexdigest()
-        expected = scene.workload.expected[False]
+        expected = scene.workload.expected["long"]
         if digest != expected.adapter:
             scene.workload.problems.append(f"{job} made other bytes beside a full disk")
         warnings = [

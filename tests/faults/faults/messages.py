@@ -20,7 +20,7 @@ def restart_redis(scene: Scene) -> Strike | None:
 
 def restart_redis_with_a_queue(scene: Scene) -> Strike | None:
     """Redis comes back empty while 100 jobs are queued. The database still has them."""
-    queued = [scene.workload.submit(short=True, priority=-1) for _ in range(100)]
+    queued = [scene.workload.submit("short", priority=-1) for _ in range(100)]
     strike = restart_redis(scene)
     for job in queued[1:]:
         scene.workload.cancel(job)
@@ -33,7 +33,7 @@ def hold_redis(scene: Scene) -> Strike | None:
     struck_before = len(broker.struck)
     broker.hold(True)
     try:
-        job = scene.workload.submit(short=True)
+        job = scene.workload.submit("short")
         time.sleep(8)
     finally:
         broker.hold(False)
@@ -51,7 +51,7 @@ def freeze_redis(scene: Scene) -> Strike | None:
     os.kill(pid, signal.SIGSTOP)
     try:
         began = time.monotonic()
-        job = scene.workload.submit(short=True)
+        job = scene.workload.submit("short")
         scene.workload.wait_end(job)
     finally:
         os.kill(pid, signal.SIGCONT)
@@ -76,7 +76,7 @@ def commit_without_publish(scene: Scene) -> Strike | None:
     broker.refuse = True
     broker.cut()
     try:
-        job = scene.workload.submit(short=True)
+        job = scene.workload.submit("short")
         line = scene.line("wake-up not sent", seconds=30, job=False)
     finally:
         broker.refuse = False
@@ -98,7 +98,7 @@ def publish_without_commit(scene: Scene) -> Strike | None:
     database.spoil = spoil
     try:
         celery.send_task(WAKE_TASK, args=[Lane.CPU.value], queue=Lane.CPU.value)
-        job = scene.workload.submit(short=True)
+        job = scene.workload.submit("short")
         line = scene.line("database out of reach", seconds=5, job=False)
     finally:
         database.spoil = None

@@ -59,7 +59,7 @@ def _long_outage(scene: Scene, disturb: Callable[[Proxy], None], seconds: float)
     proxy.cut()
     try:
         line = scene.line("object store out of reach", seconds=seconds, job=False)
-        queued = [scene.workload.submit(short=True) for _ in range(2)]
+        queued = [scene.workload.submit("short") for _ in range(2)]
         time.sleep(max(0.0, scene.began + seconds - time.monotonic()))
     finally:
         proxy.heal()
@@ -83,7 +83,7 @@ def store_slow(scene: Scene) -> Strike | None:
     struck_before = len(proxy.struck)
     proxy.rate = 2_000.0
     try:
-        queued = [scene.workload.submit(short=True) for _ in range(2)]
+        queued = [scene.workload.submit("short") for _ in range(2)]
         time.sleep(max(0.0, scene.began + 90 - time.monotonic()))
     finally:
         proxy.heal()

@@ -101,7 +101,7 @@ def kill_api(scene: Scene) -> Strike | None:
     if not opened.wait(10):
         return None
     jobs: list[str] = []
-    creating = threading.Thread(target=lambda: jobs.append(scene.workload.submit(short=True)))
+    creating = threading.Thread(target=lambda: jobs.append(scene.workload.submit("short")))
     creating.start()
     time.sleep(scene.random.uniform(0.0, 0.03))
     api.kill()
@@ -202,7 +202,7 @@ def two_reapers(scene: Scene) -> Strike | None:
 
 def poison(scene: Scene) -> Strike | None:
     """A job whose trainer dies at once in each attempt. It is given up with the error `worker_lost`."""
-    job = scene.workload.submit(short=True)
+    job = scene.workload.submit("short")
     line = None
     for number in range(2, 5):  # the first attempt is the check of its files
         attempt = scene.workload.started(job, number)

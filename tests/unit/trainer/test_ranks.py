@@ -31,12 +31,15 @@ from tests.helpers.trainer import (
     disturb,
     dpo_method,
     load,
+    make_pairs,
     make_row,
+    make_run,
     make_work_folder,
     of_kind,
     run_process,
     sft_method,
 )
+from worker.trainer import loop
 from worker.trainer.errors import UserError
 from worker.trainer.gradients import Ownership
 from worker.trainer.joins import check
@@ -351,9 +354,26 @@ def test_ranks_that_differ_are_refused(llama: Path, tmp_path: Path, monkeypatch:
         def __version__(self) -> str:
             return next(versions)
 
-    monkeypatch.setattr("worker.trainer.loop.transformers", Transformers())
+    monkeypatch.setattr("worker.trainer.alike.transformers", Transformers())
     with pytest.raises(UserError, match="differ in the version of transformers: 5") as caught:
         train_on_ranks(folder, 2, 2048)
+    assert caught.value.code == "ranks_differ"
+
+
+def test_machines_that_read_other_rows_are_refused(llama: Path, tmp_path: Path) -> None:
+    """The first rank of each machine reads its own copy. Here the second machine has another file."""
+    folders = [
+        work_folder(tmp_path / "first", llama, "AOT"),
+        make_work_folder(tmp_path / "second", llama, {}, train=make_pairs(9, seed=3)),
+    ]
+    (folders[1] / "spec.json").write_text((folders[0] / "spec.json").read_text())
+
+    def run(ranks: ThreadRanks) -> None:
+        folder, ranks.local_rank = folders[ranks.rank], 0
+        loop.train(make_run(folder, ranks=ranks))
+
+    with pytest.raises(UserError, match="differ in the rows of its files") as caught:
+        on_ranks(2, run)
     assert caught.value.code == "ranks_differ"
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 
 from app.spec.evaluation import EvaluationType
+from worker.trainer.alike import require_alike
 from worker.trainer.errors import UserError
 from worker.trainer.evaluation import agreement, preference, reward_kl, win_rate
 from worker.trainer.evaluation.rows import Item
@@ -34,6 +35,7 @@ TYPES: dict[EvaluationType, Callable[[EvaluationRun], list[Item]]] = {
 def evaluate(run: EvaluationRun) -> None:
     """Evaluate, and write `output/items.jsonl`. Raises `UserError` or `Stopped`."""
     try:
+        require_alike(run.ranks)
         items = TYPES[run.spec.type](run)
     except torch.OutOfMemoryError as error:
         message = "The model or one row does not fit into the GPU's memory. Lower 'max_length', or quantise the base."

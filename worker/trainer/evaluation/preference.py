@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from app.spec.datasets.example import Kind
 from worker.trainer import dataset, exactness, reference
+from worker.trainer.alike import require_same_rows
 from worker.trainer.data import Recipe
 from worker.trainer.errors import UserError
 from worker.trainer.evaluation.rows import Item, draw_rows
@@ -57,6 +58,7 @@ def score_pairs(run: EvaluationRun, side: str) -> dict[PairKey, ScoredPair]:
     rows, _ = run.ranks.first_then_others(
         lambda: dataset.load(run.folder / run.spec.data, policy.tokenizer, recipe, run.cache)
     )
+    require_same_rows(run.ranks, [rows])
     if not len(rows):
         raise UserError("invalid_file", "No row of the data is left to evaluate.", "data")
     pairs_of_line, keys = Counter[int](), list[PairKey]()
