@@ -22,8 +22,6 @@ QUICK_HEALTH_CHECKS = {
     "health_check_failure_threshold": 3,
 }
 """The cluster gives up a machine that does not answer for about 9 s, not a minute."""
-
-
 RAY_FOLDER = Path("/tmp/ray")
 """Ray's own place for its sockets and logs."""
 

@@ -355,16 +355,16 @@ class Training:
         try:
             return ray.get(reference)
         except ray.exceptions.RayActorError as error:
-            said = _last_line(error)
+            said = last_line(error)
             if getattr(error, "_actor_init_failed", False):
                 raise NotPlaced(f"the machine {name} of the cluster cannot run its part: {said}") from error
             raise MachineLost(f"the machine {name} of the cluster was lost: {said}") from error
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, OSError):
                 raise error.cause from error
-            raise MachineLost(f"the machine {name} of the cluster cannot do its part: {_last_line(error)}") from error
+            raise MachineLost(f"the machine {name} of the cluster cannot do its part: {last_line(error)}") from error
         except ray.exceptions.RayError as error:
-            raise MachineLost(f"the machine {name} of the cluster was lost: {_last_line(error)}") from error
+            raise MachineLost(f"the machine {name} of the cluster was lost: {last_line(error)}") from error
 
     def _name(self, number: int) -> str:
         return self.names[number] if self.names else f"{number + 1} of {len(self.sizes)}"
@@ -374,7 +374,7 @@ class Training:
             raise Stopped
 
 
-def _last_line(error: Exception) -> str:
+def last_line(error: Exception) -> str:
     """The last line of Ray's message, which tells the cause."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1].strip()[:300]

@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 from app.programs import command
-from worker.cluster.__main__ import connect
+from worker.cluster.__main__ import connect, last_line
 from worker.processes import trainer_environment
 
 
@@ -43,7 +43,7 @@ def main() -> None:
         try:
             problem = ray.get(reference)
         except ray.exceptions.RayError as error:
-            problem = str(error).strip().splitlines()[-1]
+            problem = last_line(error)
         if problem is not None:
             sys.exit(f"machine {name[:8]} of the cluster: {problem}")
 

@@ -128,6 +128,8 @@ class _Known:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+        from worker.cluster.__main__ import last_line
+
         if name not in self._asked and time.monotonic() > self._due.get(name, 0.0):
             strategy = NodeAffinitySchedulingStrategy(name, soft=False)
             task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=strategy)(tell)
@@ -136,8 +138,7 @@ class _Known:
             try:
                 self._told[name] = ray.get(self._asked.pop(name))
             except ray.exceptions.RayError as error:
-                said = str(error).strip().splitlines()[-1]
-                print(f"the machine {name[:8]} does not tell its devices: {said}", flush=True)
+                print(f"the machine {name[:8]} does not tell its devices: {last_line(error)}", flush=True)
                 self._due[name] = time.monotonic() + ASK_AGAIN_SECONDS
 
 

@@ -36,8 +36,6 @@ RANK, LOCAL_RANK = "RANK", "LOCAL_RANK"
 """The variables by which torchrun's launcher tells a process its rank, among all and among those of its machine."""
 BEAT_SECONDS, SILENT_SECONDS = 1.0, 20.0
 """Each rank gives a sign of life every second. One that gives none for so long counts as hung, and is killed."""
-
-
 MEETING_SECONDS = 300
 """How long the launchers of several machines wait for each other."""
 
