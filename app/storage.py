@@ -50,6 +50,11 @@ class WrongSize(Exception):
     """An object does not have the size that its reader knows."""
 
 
+def files_below(folder: Path) -> list[Path]:
+    """All files below `folder`, sorted."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
 class Storage:
     """An object store. A put is atomic: an object is complete or absent."""
 
@@ -111,7 +116,7 @@ class Storage:
 
     def put_folder(self, prefix: str, folder: Path) -> None:
         """Write every file below `folder` under `prefix/`. Raises `FileNotFoundError` if there is none."""
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        files = files_below(folder)
         if not files:
             raise FileNotFoundError(folder)
         for path in files:

@@ -12,7 +12,7 @@ from typing import Self
 
 from app.errors import Gone
 from app.files.tables import File
-from app.storage import Storage, WrongSize
+from app.storage import Storage, WrongSize, files_below
 
 GONE = "content_gone"
 """The code of errors about content that the object store has lost."""
@@ -36,7 +36,7 @@ class FolderContent:
     @classmethod
     def of(cls, folder: Path, hashes: Mapping[str, str] | None = None) -> Self:
         """The content of a local folder. `hashes` are the SHA-256 of its files by path, if they are known."""
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        files = files_below(folder)
         digest = hashlib.sha256()
         for path in files:
             name = path.relative_to(folder).as_posix()

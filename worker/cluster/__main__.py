@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from app.spec.json_types import JsonObject
-from worker.cluster.host import Host, Output, files_below, identity, model_files, pieces, write_piece
+from app.storage import files_below
+from worker.cluster.host import Host, Output, identity, model_files, pieces, write_piece
 from worker.disk import is_disk_fault
 from worker.model_files import folder_at
 from worker.trainer.errors import STOPPED, Stopped

@@ -27,6 +27,7 @@ from app.file_lock import locked
 from app.programs import command
 from app.settings import Settings
 from app.spec.json_types import JsonObject
+from app.storage import files_below
 from worker import hub
 from worker.base_models import BaseModels, fingerprint
 from worker.hub import ModelUnavailable
@@ -256,11 +257,6 @@ def model_files(folder: Path) -> list[Path]:
         return any(map(name.match, hub.FILES)) and not any(map(name.match, hub.IGNORED))
 
     return [path for path in files_below(folder) if is_wanted(path)]
-
-
-def files_below(folder: Path) -> list[Path]:
-    """All files below `folder`, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def pieces(path: Path, size: int) -> Iterator[tuple[int, bytes]]:
