@@ -32,11 +32,12 @@ $(OLDER): | $(READY)
 	$(BIN)/pip install --quiet --target $@ --no-deps transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.2
 
 # `make test COVERAGE=1` also measures branch coverage, and fails below its floor. It takes a third longer.
+# A process of tests that dies ends the verb at once: pytest-xdist would wait for its tests for ever.
 # As root on Debian it installs missing servers by apt. `make test INSTALL=0` installs nothing.
 INSTALL := 1
 test: $(READY) $(OLDER)  ## every test, real PostgreSQL and Redis processes included
 	@INSTALL=$(INSTALL) sh tests/helpers/servers.sh
-	$(BIN)/python -m pytest --numprocesses=3 --dist=loadscope --no-loadscope-reorder $(if $(COVERAGE),--cov)
+	$(BIN)/python -m pytest --numprocesses=3 --max-worker-restart=0 --dist=loadscope --no-loadscope-reorder $(if $(COVERAGE),--cov)
 
 bench: $(READY)  ## measure the engine's speed beside TRL, in one run
 	$(BIN)/python -m bench

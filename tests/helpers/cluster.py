@@ -22,6 +22,8 @@ QUICK_HEALTH_CHECKS = {
     "health_check_failure_threshold": 3,
 }
 """The cluster gives up a machine that does not answer for about 9 s, not a minute."""
+RAY = Path(sys.executable).with_name("ray")
+"""Ray's program, which need not be on the PATH."""
 RAY_FOLDER = Path("/tmp/ray")
 """Ray's own place for its sockets and logs."""
 
@@ -178,7 +180,7 @@ class Hosts:
         home.mkdir()
         with (home / "ray.log").open("wb") as log:
             self.daemons[number] = subprocess.Popen(
-                self.network.on(number, ["ray", "start", *arguments], [RAY_FOLDER, *hidden]),
+                self.network.on(number, [str(RAY), "start", *arguments], [RAY_FOLDER, *hidden]),
                 env=os.environ | variables(home, models),
                 stdout=log,
                 stderr=log,

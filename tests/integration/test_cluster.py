@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -208,15 +208,22 @@ def test_a_base_model_is_found_by_its_content(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("DPO_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("DPO_MODELS_DIR", str(there.parent))
     known = identity(here)
-    host = Host("cpu")
-    assert host.find_base("base", "tiny", str(here), known) and folder_at(host.folder / "base") == here
-    (here / "chat_template.jinja").write_text("another template")
-    assert host.find_base("sides/judge/base", "tiny", str(here), known)
-    assert folder_at(host.folder / "sides" / "judge" / "base") == there
-    (there / "config.json").write_text("{}")
-    assert not host.find_base("base", "tiny", str(here), known)
-    host.close()
+    with closing(Host("cpu")) as host:
+        assert host.find_base("base", "tiny", str(here), known) and folder_at(host.folder / "base") == here
+        (here / "chat_template.jinja").write_text("another template")
+        assert host.find_base("sides/judge/base", "tiny", str(here), known)
+        assert folder_at(host.folder / "sides" / "judge" / "base") == there
+        (there / "config.json").write_text("{}")
+        assert not host.find_base("base", "tiny", str(here), known)
     assert not host.folder.exists()
+
+
+def test_a_host_that_is_closed_leaves_its_process_alone(tmp_path: Path) -> None:
+    """One that nobody asks ends its process, after a second here."""
+    make = "import time; from worker.cluster import host; host.ABANDONED_SECONDS = 1; h = host.Host('cpu')"
+    environment = os.environ | {"DPO_HOME": str(tmp_path)}
+    for then, status in (("time.sleep(60)", 1), ("h.close(); time.sleep(4)", 0)):
+        assert subprocess.run([sys.executable, "-c", f"{make}; {then}"], env=environment).returncode == status
 
 
 def test_the_folder_of_a_host_that_was_killed_is_removed_by_the_next_one(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ class Host:
         self._process: subprocess.Popen[bytes] | None = None
         self._outputs: queue.Queue[Output] = queue.Queue(WAITING_OUTPUTS)
         self._was_asked_to_stop = False
-        self._heard = time.monotonic()
+        self._heard, self._closed = time.monotonic(), threading.Event()
         threading.Thread(target=self._end_if_abandoned, daemon=True).start()
 
     def name(self) -> str:
@@ -174,6 +174,7 @@ class Host:
 
     def close(self) -> None:
         """End the trainer, and remove the folder."""
+        self._closed.set()
         if self._process is not None:
             kill_group(self._process)
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -226,10 +227,10 @@ class Host:
             path.unlink()
 
     def _end_if_abandoned(self) -> None:
-        while time.monotonic() - self._heard < ABANDONED_SECONDS:
-            time.sleep(1.0)
-        self.close()
-        os._exit(1)
+        while not self._closed.wait(1.0):
+            if time.monotonic() - self._heard > ABANDONED_SECONDS:
+                self.close()
+                os._exit(1)
 
 
 def identity(folder: Path) -> str:

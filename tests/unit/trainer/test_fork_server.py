@@ -117,7 +117,8 @@ def test_a_fork_starts_a_new_interpreter_where_a_gpu_driver_is_loaded(
     library = next(line.split()[-1] for line in loaded if "/libm.so" in line)
     shutil.copy(library, tmp_path / "libcuda.so.1")
     monkeypatch.setattr(
-        "worker.processes.trainer_environment", lambda: os.environ | {"LD_PRELOAD": str(tmp_path / "libcuda.so.1")}
+        "worker.processes.trainer_environment",
+        lambda _: os.environ | {"LD_PRELOAD": str(tmp_path / "libcuda.so.1")},
     )
     server = ForkServer()
     try:
