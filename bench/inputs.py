@@ -45,12 +45,12 @@ def _words(example: Example) -> Lengths:
     return len(prompt.split()), max(1, len(chosen.split())), max(1, len(rejected.split()))
 
 
-def make_pairs(lengths: Sequence[Lengths], max_length: int) -> Pairs:
+def make_pairs(lengths: Sequence[Lengths], max_length: int, vocabulary: int = VOCABULARY) -> Pairs:
     """Pairs of random words with these lengths. A prompt or an answer takes at most half of `max_length` tokens."""
     generator = random.Random(1)
 
     def text(words: int) -> str:
-        return " ".join(f"w{generator.randrange(VOCABULARY - 10)}" for _ in range(min(words, max_length // 2 - 1)))
+        return " ".join(f"w{generator.randrange(vocabulary - 10)}" for _ in range(min(words, max_length // 2 - 1)))
 
     return [
         {"prompt": text(prompt), "chosen": " " + text(chosen), "rejected": " " + text(rejected)}
@@ -58,9 +58,9 @@ def make_pairs(lengths: Sequence[Lengths], max_length: int) -> Pairs:
     ]
 
 
-def make_tokenizer(folder: Path) -> None:
+def make_tokenizer(folder: Path, size: int = VOCABULARY) -> None:
     """Write a tokenizer with a token for each of the words w0, w1, …"""
-    vocabulary = {"<s>": 0, "</s>": 1, "<unk>": 2} | {f"w{i}": i + 3 for i in range(VOCABULARY - 3)}
+    vocabulary = {"<s>": 0, "</s>": 1, "<unk>": 2} | {f"w{i}": i + 3 for i in range(size - 3)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(

@@ -14,7 +14,11 @@ from app.spec.json_types import JsonObject
 from app.spec.resources import SHARDED_FROM
 
 BUDGET = {"cpu": 2048, "cuda": 8192}
-"""Maximum tokens of a pack, the same as in worker/trainer/loading.py."""
+"""Maximum tokens of a pack, the same as in worker/trainer/hardware.py."""
+
+
+WIDTH_STEP = 1024
+"""The widths of packs on a GPU are multiples of it, as in worker/trainer/packing.py."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ CUDA = Coefficients(700_000_000, 0.0, 1.9, 1.0, 2.0, 0.0)
 UNADAPTED = 0.7
 """Activations of a linear layer without an adapter, relative to one with an adapter: its input is not kept."""
 LOGITS = 1 << 26
-"""Logits that exist at a time on a GPU, the same as in worker/trainer/logps.py. On a CPU they are too few to count."""
+"""Logits that exist at a time on a GPU, as in worker/trainer/hardware.py. On a CPU they are too few to count."""
 RESERVE = 0.8
 """Share of the free memory that activations may fill. If they need more, they are recomputed."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -174,9 +178,8 @@ def estimate(shape: Shape, settings: MemorySettings, device: str, available: int
     if divided:
         model = _divided(shape, settings, model, width)
     tokens = max(settings.longest_row, min(BUDGET[device], settings.batch_tokens))
-    if device == "cuda":  # pack widths are multiples of an eighth of the budget
-        step = BUDGET[device] // 8
-        tokens = -(-int(tokens) // step) * step
+    if device == "cuda":
+        tokens = -(-int(tokens) // WIDTH_STEP) * WIDTH_STEP
         temporary += 2 * 4 * LOGITS  # two float32 tensors of one chunk of logits
     outputs = _outputs(shape, settings, full)
     activations = int(tokens * width * shape.layers * (factors.hidden * shape.hidden + factors.outputs * outputs))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from app.spec.hyperparameters import DPOHyperparameters, SupervisedHyperparameters
+from tests.helpers.hardware import choose
 from tests.helpers.trainer import (
     TIME_DEPENDENT,
     Event,
@@ -129,7 +130,7 @@ def train_on_ranks(folder: Path, size: int, budget: int) -> list[Event]:
             loop.train(run)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "CPU_BUDGET", budget)
+        choose(patch, pack_tokens=budget)
         patch.setattr(loop, "load_policy", one_at_a_time(load_policy))
         patch.setattr(loading, "meta_model", one_at_a_time(meta_model))
         on_ranks(size, train)

@@ -1,4 +1,4 @@
-"""Attention over packs: which token sees which, and the kernels that compute it.
+"""Attention over packs: the kernels that compute it, and the models that can use them.
 
 `tree_attention` is registered with transformers' attention interface under the name `TREE_ATTENTION`. A model that
 uses this interface passes it queries, keys, values, scaling, sliding window and soft cap. The keyword `tree` of the
@@ -9,7 +9,7 @@ A slot is an index into a pack. A position is the index of a token in its own te
 
 import re
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,81 +17,18 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
+from worker.trainer.masks import TreeMask
 from worker.trainer.packing import Pack
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 TREE_ATTENTION = "dpo_tree"
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Attention under some mask, of queries, keys and values [B, H, T, D]."""
 SHAREABLE_LAYERS = {"full_attention", "sliding_attention"}
 SHAREABLE_ROPE = {"default", "linear", "llama3", "yarn"}
 """Rotary embeddings that encode a position independently of the length of the sequence."""
-
-
-class TreeMask:
-    """The attention mask of a pack. It is built once for each sliding window that the model's layers have.
-
-    A token sees the earlier tokens of its tree that belong to the prompt or to its own response. The sliding window
-    counts distance in positions, not in slots of the pack.
-    """
-
-    def __init__(self, pack: Pack) -> None:
-        self.pack = pack
-        self._tree_masks: dict[int | None, list[tuple[int, int, Tensor | None]]] = {}
-        self._block_masks: dict[int | None, BlockMask] = {}
-
-    def prepare(self, windows: set[int | None]) -> None:
-        """On a GPU, build the masks for `windows` before the layers run: the layers may be compiled."""
-        if self.pack.ids.is_cuda:
-            for window in windows:
-                self.block_mask(window)
-
-    def tree_masks(self, window: int | None = None) -> list[tuple[int, int, Tensor | None]]:
-        """(start slot, end slot, mask [1, 1, n, n]) of each tree of n tokens, for a pack of one sequence.
-
-        The mask is None if plain causal attention is right for the tree.
-        """
-        if window not in self._tree_masks:
-            visible, batch_index = self._visibility(window), self.pack.tree.new_zeros(())
-            self._tree_masks[window] = []
-            for start, stop in self.pack.spans:
-                slots = torch.arange(start, stop, device=batch_index.device)  # (n,)
-                # One response at most, and the window spans the whole text.
-                plain = int(self.pack.branch[0, start:stop].max()) <= 1 and (window is None or stop - start <= window)
-                mask = None if plain else visible(batch_index, batch_index, slots[:, None], slots[None, :])[None, None]
-                self._tree_masks[window].append((start, stop, mask))
-        return self._tree_masks[window]
-
-    def block_mask(self, window: int | None = None) -> "BlockMask":
-        """The same mask as a FlexAttention block mask, for a whole pack."""
-        if window not in self._block_masks:
-            from torch.nn.attention.flex_attention import create_block_mask
-
-            batch, length = self.pack.ids.shape
-            visible = self._visibility(window)
-            self._block_masks[window] = create_block_mask(visible, batch, None, length, length, self.pack.ids.device)
-        return self._block_masks[window]
-
-    def _visibility(self, window: int | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        return visibility(self.pack.tree, self.pack.branch, self.pack.positions, window)
-
-
-def visibility(
-    tree: Tensor, branch: Tensor, positions: Tensor, window: int | None
-) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """FlexAttention's `mask_mod` over tensors [B, T]: whether query slot q sees key slot k of sequence b.
-
-    Every slot sees itself. Padding sees nothing else, and no row of the softmax is empty.
-    """
-
-    def mask_mod(b: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        earlier = (tree[b, q] == tree[b, k]) & (tree[b, k] >= 0) & (q >= k)  # same tree, not padding, causal
-        visible = earlier & ((branch[b, k] == 0) | (branch[b, q] == branch[b, k]))  # the prompt or the own response
-        if window is not None:
-            visible = visible & (positions[b, q] - positions[b, k] < window)
-        return visible | (q == k)
-
-    return mask_mod
 
 
 def tree_attention(
@@ -116,19 +53,79 @@ def tree_attention(
     """
     if tree is None:
         raise ValueError("the model does not pass keyword arguments on to its attention")
-    if query.device.type == "cuda":
-        attended = _flex(query, key, value, tree.block_mask(sliding_window), scaling, softcap, s_aux)
+    if torch.is_autocast_enabled(query.device.type):  # float32 weights and rotary embeddings make float32 of some
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": s_aux}
+    if not tree.blocks:
+        attended = _by_tree(query, key, value, tree.tree_masks(sliding_window), **options)
     else:
-        # Tree by tree: SDPA would also compute the masked blocks between trees, most of a dense mask.
-        outputs = [
-            _attend(query[:, :, i:j], key[:, :, i:j], value[:, :, i:j], mask, scaling, softcap, s_aux)
-            for i, j, mask in tree.tree_masks(sliding_window)
-        ]
-        padding = query.shape[2] - tree.pack.tokens
-        if padding:
-            outputs.append(query.new_zeros(*query.shape[:2], padding, value.shape[-1]))
-        attended = torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]
+        block_mask = tree.blocks[sliding_window].block_mask
+        attended = _flex(query, key, value, block_mask, **options)
+        if tree.errors is not None:
+            kernel = partial(_flex, block_mask=block_mask, **options)
+            exact = partial(_by_tree, masks=tree.tree_masks(sliding_window), **options)
+            tree.errors.append(relative_error(kernel, exact, query, key, value, tree.spans))
     return attended.transpose(1, 2).contiguous(), None  # (B, H, T, D) -> (B, T, H, D)
+
+
+def relative_error(
+    kernel: Attention, exact: Attention, query: Tensor, key: Tensor, value: Tensor, spans: tuple[tuple[int, int], ...]
+) -> float:
+    """The error of `kernel`, relative to the one that `exact` has in the same dtype. 1 is as exact.
+
+    True values are those of `exact` in a wider dtype. The error is the largest one of any number: of the results in the
+    slots `spans`, and of the gradients of queries, keys and values for a random gradient of the results. (The rule of
+    FlashAttention's own tests, Dao et al. 2022.)
+    """
+    is_token = torch.zeros(query.shape[2], dtype=torch.bool, device=query.device)
+    for start, stop in spans:
+        is_token[start:stop] = True
+    generator = torch.Generator().manual_seed(0)
+    shape = (*query.shape[:3], value.shape[-1])
+    gradient = torch.randn(shape, generator=generator, dtype=torch.float32).to(query.device) * is_token[:, None]
+
+    def outcome(attend: Attention, dtype: torch.dtype) -> list[Tensor]:
+        inputs = [tensor.detach().to(dtype).requires_grad_() for tensor in (query, key, value)]
+        with torch.enable_grad(), torch.autocast(query.device.type, enabled=False):
+            attended = attend(*inputs)
+        gradients = torch.autograd.grad(attended, inputs, gradient.to(attended.dtype))
+        return [tensor.to(wide) for tensor in (attended.detach() * is_token[:, None], *gradients)]
+
+    wide = torch.float32 if query.dtype.itemsize == 2 else torch.float64
+    true, theirs, own = (outcome(*pair) for pair in ((exact, wide), (exact, query.dtype), (kernel, query.dtype)))
+    rounding = torch.finfo(query.dtype).eps
+    errors = [
+        (one - right).abs().max() / ((other - right).abs().max() + rounding * right.abs().max())
+        for one, other, right in zip(own, theirs, true, strict=True)
+    ]
+    return float(torch.stack(errors).max())
+
+
+def _by_tree(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    masks: list[tuple[int, int, Tensor | None]],
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention tree by tree, [B, H, T, D]. One call of SDPA would also compute the masked blocks between trees.
+
+    `masks` are those of `TreeMask.tree_masks`. Slots outside of all trees get zeros.
+    """
+    outputs, slot = list[Tensor](), 0
+    for start, stop, mask in [*masks, (query.shape[2], query.shape[2], None)]:
+        if start > slot:
+            outputs.append(query.new_zeros(*query.shape[:2], start - slot, value.shape[-1]))
+        if stop > start:
+            tree = slice(start, stop)
+            outputs.append(
+                _attend(query[:, :, tree], key[:, :, tree], value[:, :, tree], mask, scaling, softcap, sinks)
+            )
+        slot = stop
+    return torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]
 
 
 def _attend(
@@ -210,7 +207,7 @@ def _compiled_flex() -> Callable[..., Any]:
 
 def padding_mask(pack: Pack) -> Tensor:
     """[B, T], 1 for a token and 0 for padding: the usual attention mask of a padded batch."""
-    return (pack.tree >= 0).long()
+    return pack.is_token.long()
 
 
 def why_not_shared(model: PreTrainedModel) -> str | None:

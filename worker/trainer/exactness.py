@@ -1,17 +1,20 @@
 """The check before training: the engine's log-probs against the model's own forward pass, one response at a time.
 
-The engine has four ways to compute log-probs. From fast to slow:
+The engine has five ways to compute log-probs. From fast to slow:
 
-1. Responses share their prompt.
-2. Each response is its own text in a padded batch.
-3. One text at a time.
-4. One text at a time, with the model's own logits.
+1. Responses share their prompt, and one kernel computes the attention of a pack (on a GPU).
+2. Responses share their prompt, and attention is computed tree by tree.
+3. Each response is its own text in a padded batch.
+4. One text at a time.
+5. One text at a time, with the model's own logits.
 
-The check picks the fastest way that is exact.
+The check picks the fastest way that is exact. The kernel of the first way is also compared with the second way, in
+every layer, forward and backward.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from math import isnan
 
 import torch
 from torch import Tensor
@@ -22,10 +25,13 @@ from worker.trainer.data import Row
 from worker.trainer.distributed import is_peer_loss
 from worker.trainer.errors import UserError, first_line
 from worker.trainer.events import Events
+from worker.trainer.hardware import hardware
 from worker.trainer.model import Policy
 from worker.trainer.packing import Segment, trees
 from worker.trainer.ranks import Ranks
 
+KERNEL_ERROR = 3.0
+"""Allowed error of the attention kernel, relative to that of attention tree by tree. A wrong mask has hundreds."""
 CANDIDATE_ROWS, CHECKED_ROWS = 256, 3
 """The check uses the `CHECKED_ROWS` shortest of the first `CANDIDATE_ROWS` rows."""
 
@@ -74,8 +80,10 @@ def check(policy: Policy, rows: Sequence[Row], events: Events, ranks: Ranks | No
 
 def _ways(policy: Policy) -> Iterator[tuple[str, dict[str, bool]]]:
     """(what the user is told if it is not exact, settings of the policy) of each way, the fastest first."""
+    if policy.shared and policy.blocks:
+        yield "Attention is computed tree by tree", {"blocks": True}
     if policy.shared:
-        yield "Prompts are not shared", {"shared": True}
+        yield "Prompts are not shared", {"blocks": False}
     if not policy.one_by_one:
         yield "Texts are not batched", {"shared": False}
     yield "The model computes its own logits, which needs more memory", {"shared": False, "one_by_one": True}
@@ -102,7 +110,7 @@ def _text_length(row: Row) -> int:
 
 def _tolerance(expected: Tensor, scored: Tensor) -> Tensor:
     """The allowed error of log-probs that are sums over `scored` tokens."""
-    if expected.device.type == "cuda":  # the model's own logits are bfloat16: steps of an eighth at 16 and more
+    if hardware(expected.device).half:  # the model's own logits are bfloat16: steps of an eighth at 16 and more
         return 0.01 * expected.abs() + 0.2 * scored.sqrt()  # the errors of tokens are independent
     return 1e-4 * expected.abs().clamp(min=1)
 
@@ -117,6 +125,7 @@ def _why_inexact(
     """The reason why the policy's log-probs are wrong under its current settings; None if they are right."""
     packing = replace(policy.packing, merge=False)
     pack = packing.build([Segment(tuple(trees(rows, numbers, packing.budget, merge=False)))]).to(policy.device)
+    pack.mask.errors = []
     try:
         logps = policy.score(pack).responses
     except torch.OutOfMemoryError:
@@ -125,6 +134,9 @@ def _why_inexact(
         if is_peer_loss(error):
             raise
         return first_line(error)
+    if not all(error <= KERNEL_ERROR for error in pack.mask.errors):  # also if one is not a number
+        worst = max(pack.mask.errors, key=lambda error: (isnan(error), error))
+        return f"the attention kernel has {worst:.3g} times the error of attention tree by tree"
     return None if _close(logps, expected, tolerance) else "the log-probs of the first rows would differ"
 
 

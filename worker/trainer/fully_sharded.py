@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from worker.trainer.gradients import Ownership
+from worker.trainer.hardware import hardware
 from worker.trainer.layers import layer_names, on_load
 from worker.trainer.ranks import Ranks
 
@@ -60,7 +61,7 @@ class FullShards:
         before = dict(module.named_parameters())
         loaded = {name for name, parameter in before.items() if getattr(parameter, "_is_hf_initialized", False)}
         # The layers of a GPU compute in 16 bits. The weights that are updated, and all sums, are float32.
-        halved = self.device.type == "cuda" and not isinstance(module, Root)
+        halved = hardware(self.device).half and not isinstance(module, Root)
         precision = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if halved else None, reduce_dtype=torch.float32, cast_forward_inputs=False
         )

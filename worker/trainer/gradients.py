@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from worker.trainer.hardware import wide_product
 from worker.trainer.ranks import Ranks
 
 Sum = dict[nn.Parameter, Tensor]
@@ -37,7 +38,7 @@ class Products:
 def add_product(total: Sum, parameter: nn.Parameter, left: Tensor, right: Tensor) -> None:
     """Add leftᵀ · right to the gradient of `parameter` [p, q], for `left` [n, p] and `right` [n, q]."""
     if left.dtype != parameter.dtype:  # 16 bits on a GPU: accumulate and return the product in float32
-        product = torch.mm(left.t(), right, out_dtype=parameter.dtype)
+        product = wide_product(left.t(), right, parameter.dtype)
     elif parameter in total:
         total[parameter].addmm_(left.t(), right)
         return

@@ -9,20 +9,20 @@ hold the same segments in every run. There the check allows for rounding.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from worker.trainer.data import Row
 from worker.trainer.gradients import Sum, Target
+from worker.trainer.hardware import hardware
 from worker.trainer.model import Policy
 from worker.trainer.packing import Segment
 from worker.trainer.ranks import Ranks
 
-CHECKED_ROWS = 64
-"""The check uses the shortest of the first rows, at most so many."""
-CPU_TOKENS = 256
-"""The size of its pack on a CPU, where differences show in small products. On a GPU it is a whole pack."""
+CANDIDATE_ROWS = 512
+"""The check uses the shortest of the first rows, as many as fill a pack."""
 CLOSE = 1e-3
 """Allowed error of a gradient on a CPU with several threads, relative to its largest entry."""
 
@@ -39,7 +39,7 @@ def check(policy: Policy, rows: Sequence[Row], ranks: Ranks) -> None:
 
 
 def _compare(policy: Policy, rows: Sequence[Row]) -> None:
-    """Set `policy.joins` by what some `rows` give together and alone."""
+    """Set `policy.joins` by what some `rows` give together and alone, in packs of every width up to the largest."""
     segments = _segments_to_check(policy, rows)
     if len(segments) < 2:
         return
@@ -51,23 +51,31 @@ def _compare(policy: Policy, rows: Sequence[Row]) -> None:
         for weight in adapters.values():
             weight.data.copy_(0.01 * torch.randn(weight.shape, generator=generator, dtype=torch.float32))
         alone = [outcome for segment in segments for outcome in _outcomes(policy, [segment])]
-        together = _outcomes(policy, segments)
         same = _close if policy.device.type == "cpu" and torch.get_num_threads() > 1 else torch.equal
-        # Packs of one segment are always right. They are smaller, too, if one of these had no room.
-        policy.joins = len(together) == len(alone) and all(
-            one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
-            for one, other in zip(together, alone, strict=True)
-        )
+        for count in range(2, len(segments) + 1):
+            together = _outcomes(policy, segments[:count])
+            if (
+                len(together) < count or len(alone) < count
+            ):  # no room; the launcher will find none for this width either
+                break
+            policy.joins = all(
+                one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
+                for one, other in zip(together, alone[:count], strict=True)
+            )
+            if not policy.joins:
+                break
     finally:
         for name, weight in adapters.items():
             weight.data.copy_(before[name])
 
 
 def _segments_to_check(policy: Policy, rows: Sequence[Row]) -> list[Segment]:
-    """Some rows as segments that share a pack. They are small, because differences are likelier in small ones."""
-    budget = CPU_TOKENS if policy.device.type == "cpu" else policy.packing.budget
-    packing = replace(policy.packing, budget=budget, segment_tokens=budget // 4)
-    numbers = sorted(range(min(len(rows), CHECKED_ROWS)), key=lambda number: rows[number].tokens)
+    """Some rows as segments that fill a pack. They are small, because differences are likelier in small ones."""
+    budget = min(hardware(policy.device).checked_tokens, policy.packing.budget)
+    packing = replace(policy.packing, budget=budget, segment_tokens=min(budget // 4, policy.packing.segment_tokens))
+    shortest = sorted(range(min(len(rows), CANDIDATE_ROWS)), key=lambda number: rows[number].tokens)
+    before = accumulate((rows[number].tokens for number in shortest), initial=0)
+    numbers = [number for number, tokens in zip(shortest, before, strict=False) if tokens < budget]
     segments = sorted(packing.segments(rows, numbers), key=lambda segment: segment.tokens)
     return next(packing.groups(segments), [])
 

@@ -22,6 +22,7 @@ from worker.trainer.attention import why_not_batched, why_not_shared
 from worker.trainer.errors import UserError, first_line
 from worker.trainer.events import Events
 from worker.trainer.fully_sharded import FullShards
+from worker.trainer.hardware import hardware, own_device
 from worker.trainer.linears import adaptable, has_experts, is_ordinary, not_quantised, short_names
 from worker.trainer.lora import AddsDelta, RewardHead, with_fast_layers
 from worker.trainer.memory import free_bytes
@@ -34,7 +35,6 @@ from worker.trainer.room import LEAST_SHARE, require_memory
 from worker.trainer.shards import Shards
 from worker.trainer.tokenizer import load_tokenizer
 
-CPU_BUDGET, CUDA_BUDGET = 2048, 8192
 """Token budget of a pack. A long pack spreads the fixed cost of a pass over more tokens. On a GPU, most of that cost is
 the unpacking of quantised weights."""
 FULL_SHARE = 8.0
@@ -58,7 +58,7 @@ def load_policy(
     makes a new adapter, initialised with `spec.seed`. `shards` take the base; by default it is whole. Raises
     `UserError`, or `NoRoom` without memory for the weights.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device()
     full = spec.adapter == "none"
     folder = start if full and start is not None else base.folder
     try:
@@ -94,7 +94,7 @@ def load_policy(
 def shards_for(spec: JobSpec, base: Base, ranks: Ranks) -> Shards | FullShards | None:
     """Where each of several `ranks` keeps its part of the model; None if each holds the whole. All decide the same."""
     full, shard = spec.adapter == "none", spec.parallel.shard
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device()
     if ranks.size == 1 or shard is False:
         return None
     if shard is None:
@@ -154,11 +154,11 @@ def wrap(
         model = _with_adapter(model, spec, start, trainable)
         _make_deterministic(model)  # PEFT changes the training mode
     # 2. The policy and its precision.
-    cuda = device.type == "cuda"
-    packing = Packing(CUDA_BUDGET if cuda else CPU_BUDGET, fixed=cuda)
+    chosen = hardware(device)
+    packing = Packing(chosen.pack_tokens)
     ends = Renderer(tokenizer, spec.rendering).ends
     policy = Policy(model, tokenizer, base.name, base.revision, full, device, packing, own_attention, base.folder, ends)
-    if cuda:
+    if chosen.half:
         policy.autocast_dtype = HALF_DTYPES[spec.compute_dtype or "bf16"]
     elif spec.compute_dtype is not None:
         events.message("'compute_dtype' is for GPUs: this worker computes in float32.", level="warn")
@@ -172,6 +172,7 @@ def wrap(
     policy.joins = full or (covered and not has_experts(policy.causal))
     # 3. The fastest way to compute log-probs that the model allows.
     not_shared, not_batched = why_not_shared(policy.causal), why_not_batched(policy.causal)
+    policy.blocks = chosen.blocks
     policy.shared, policy.one_by_one = not_shared is None, not_batched is not None
     if not_shared is not None:
         events.message(f"Prompts are not shared between responses: {not_shared}.", level="warn")
@@ -218,7 +219,7 @@ def _load_base(
     `shards` take its layers while they are read.
     """
     dtype = torch.float32
-    if device.type == "cuda" and spec.adapter != "none":
+    if hardware(device).half and spec.adapter != "none":
         dtype = HALF_DTYPES[spec.compute_dtype or "bf16"]
     quantization, double = spec.quantization or "none", spec.double_quantization is not False
     with nullcontext() if shards is None else shards.on_load():

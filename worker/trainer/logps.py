@@ -17,10 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from worker.trainer.hardware import hardware, wide_product
 from worker.trainer.packing import LEAST_ROWS
-
-CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
-"""Logits in memory at a time, by device. In float32, 16 MB stay in a CPU's cache and 256 MB keep a GPU busy."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +47,8 @@ class Head:
         A GPU accumulates a 16-bit product in `dtype`. A CPU computes it in the weight's dtype and casts it.
         """
         hidden = hidden.to(self.weight.dtype)
-        if hidden.device.type == "cuda" and hidden.dtype != dtype:
-            logits = torch.mm(hidden, self.weight.t(), out_dtype=dtype)
+        if hardware(hidden.device).half and hidden.dtype != dtype:
+            logits = wide_product(hidden, self.weight.t(), dtype)
             logits = logits if self.bias is None else logits.add_(self.bias)
         else:
             logits = torch.nn.functional.linear(hidden, self.weight, self.bias).to(dtype)
@@ -193,11 +191,11 @@ class _TokenLogps(torch.autograd.Function):
 
 
 def chunks(weight: Tensor, count: int) -> list[slice]:
-    """Slices of `count` tokens, each with at most `CHUNK_ELEMENTS` logits under the head `weight` [V, H].
+    """Slices of `count` tokens, each with at most the device's `head_logits` under the head `weight` [V, H].
 
     They are of equal length, ± 1, because a product of fewer than `LEAST_ROWS` rows can have other bits.
     """
-    size = max(2 * LEAST_ROWS, CHUNK_ELEMENTS[weight.device.type] // len(weight))
+    size = max(2 * LEAST_ROWS, hardware(weight.device).head_logits // len(weight))
     number = -(-count // size)  # rounded up
     ends = [k * count // number for k in range(number + 1)]
     return [slice(start, end) for start, end in pairwise(ends)]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from worker.trainer.attention import TREE_ATTENTION, TreeMask, padding_mask, sliding_windows
+from worker.trainer.attention import TREE_ATTENTION, padding_mask, sliding_windows
 from worker.trainer.data import Row
 from worker.trainer.fully_sharded import Root, whole
 from worker.trainer.gradients import Products
@@ -28,6 +28,7 @@ from worker.trainer.layers import layer_names
 from worker.trainer.linears import body
 from worker.trainer.logps import Head, TokenScores, score_logits, score_tokens
 from worker.trainer.lora import RewardHead
+from worker.trainer.masks import TreeMask
 from worker.trainer.packing import Pack, Packing, Segment
 from worker.trainer.ranks import Ranks
 from worker.trainer.shards import Shards
@@ -130,6 +131,16 @@ class Policy:
         self.packing = replace(self.packing, shared=shared)
         self.causal.set_attn_implementation(TREE_ATTENTION if shared else self.own_attention)
 
+    @property
+    def blocks(self) -> bool:
+        """Whether a kernel computes the attention of a whole pack, with masks in blocks; else tree by tree."""
+        return bool(self.packing.windows)
+
+    @blocks.setter
+    def blocks(self, blocks: bool) -> None:
+        windows = sliding_windows(self.causal) if blocks else set()
+        self.packing = replace(self.packing, windows=tuple(sorted(windows, key=lambda window: window or 0)))
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name, the reward head's weight included."""
         parameters = self.model.named_parameters()
@@ -224,9 +235,7 @@ class Policy:
     def _hidden(self, pack: Pack) -> Tensor:
         """The last hidden states, [B, T, H]."""
         if self.shared:
-            mask = TreeMask(pack)
-            mask.prepare(sliding_windows(self.causal))
-            return self._forward(pack.ids, position_ids=pack.positions, attention_mask=None, tree=mask)
+            return self._forward(pack.ids, position_ids=pack.positions, attention_mask=None, tree=pack.mask)
         padding = padding_mask(pack)
         if not self.one_by_one:
             return self._forward(pack.ids, attention_mask=padding)

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from worker.trainer.data import Response, Row
+from worker.trainer.masks import BLOCK_TOKENS, Ranges, TreeMask
 
 PLANNED_ROWS = 4096
 """Maximum number of rows planned together. Planning a whole data set at once would hold all of it in memory."""
@@ -31,8 +32,8 @@ SEGMENT_TOKENS = 1024
 """Size of a segment. Small segments spread a step evenly over many devices; each costs a product for each matrix."""
 TREE_TOKENS = 4096
 """Maximum size of a tree of several rows. A segment cannot split a tree, so a device must have room for it."""
-BLOCK_TOKENS = 128
-"""Block size of the attention kernels. The width of a pack of fixed width is a multiple of it."""
+WIDTH_STEP = 1024
+"""The widths of packs for kernels with blocks are multiples of it. GPUs choose other kernels for other widths."""
 LEAST_ROWS = 16
 """The fewest rows of a matrix product. In smaller ones, a CPU computes a row with other bits than beside more rows."""
 
@@ -48,26 +49,24 @@ class Extent(NamedTuple):
 class Pack:
     """The input of one forward pass. A slot is an index into its B·T tokens and padding.
 
-    - By slot, [B, T]: `ids`; `positions`; `tree`, the number of the tree, −1 for padding; `branch`, 0 for the prompt
-      and 1 + k for response k of the tree.
+    - By slot, [B, T]: `ids`; `positions`; `is_token`, false for padding.
     - By scored token, [N]: `predictors`, the flat slot in B·T that predicts it; `targets`, its token id; `leaf`, the
       index of its response; `order`, the number of scored tokens before it in this response.
     - By distinct response (leaf), [L]: `last`, the flat slot of its last token; `lengths`, its number of scored tokens.
     - By response of a row, [R], row after row: `leaves`, the index of the response; `row_of`, the index of the row in
       `rows`. R ≥ L, because rows may have responses in common.
 
-    `rows` are the caller's row numbers. `tokens` counts tokens without padding. For a pack of one sequence, `spans` are
-    the (start, end) slots of each tree. `extents` are the segments' places.
+    `rows` are the caller's row numbers. `tokens` counts tokens without padding. `extents` are the segments' places.
+    `mask` says which flat slots see which.
     """
 
     rows: tuple[int, ...]
     tokens: int
-    spans: tuple[tuple[int, int], ...]
     extents: tuple[Extent, ...]
+    mask: TreeMask
     ids: Tensor
     positions: Tensor
-    tree: Tensor
-    branch: Tensor
+    is_token: Tensor
     predictors: Tensor
     targets: Tensor
     leaf: Tensor
@@ -84,8 +83,9 @@ class Pack:
 
     def to(self, device: torch.device) -> "Pack":
         """The pack with its tensors on `device`."""
-        names = [field.name for field in fields(self) if field.name not in ("rows", "tokens", "spans", "extents")]
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        names = [field.name for field in fields(self) if field.name not in ("rows", "tokens", "extents", "mask")]
+        tensors = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return replace(self, mask=self.mask.to(device), **tensors)
 
 
 @dataclass(frozen=True)
@@ -201,17 +201,19 @@ class Packing:
 
     `budget` is the size of a pack in tokens. `joined`: a pack holds as many segments as fit the budget; otherwise it
     holds one. `shared`: responses share their prompt in a tree; otherwise each response is its own padded sequence, and
-    packs hold one segment. `merge`: rows with the same prompt share a tree. `fixed`: the width is rounded up to a
-    multiple of an eighth of the budget, because compiled kernels need few different shapes. `segment_tokens` is the
-    size of a segment.
+    packs hold one segment. `merge`: rows with the same prompt share a tree. `segment_tokens` is the size of a segment.
+
+    `windows` is for attention kernels that work in blocks of `BLOCK_TOKENS` slots: the sliding windows of the layers,
+    None among them for full attention. Packs then have masks in blocks. Each segment begins with a block, so its
+    attention is the same in every pack. The width is a multiple of `WIDTH_STEP`.
     """
 
     budget: int
     shared: bool = True
     merge: bool = True
-    fixed: bool = False
     joined: bool = True
     segment_tokens: int = SEGMENT_TOKENS
+    windows: tuple[int | None, ...] = ()
 
     def segments(self, rows: Sequence[Row], numbers: Sequence[int]) -> Iterator[Segment]:
         """The rows `numbers` as segments, planned for `PLANNED_ROWS` rows at a time.
@@ -226,15 +228,20 @@ class Packing:
 
     def groups(self, segments: Iterable[Segment]) -> Iterator[list[Segment]]:
         """Consecutive `segments` that share a pack. A segment larger than the budget is alone."""
-        group, tokens = list[Segment](), 0
+        group, slots = list[Segment](), 0
         for segment in segments:
-            if group and (not self.joined or not self.shared or tokens + segment.tokens > self.budget):
+            size = self._slots(segment)
+            if group and (not self.joined or not self.shared or slots + size > self.budget):
                 yield group
-                group, tokens = [], 0
+                group, slots = [], 0
             group.append(segment)
-            tokens += segment.tokens
+            slots += size
         if group:
             yield group
+
+    def _slots(self, segment: Segment) -> int:
+        """The slots that a segment takes in a pack."""
+        return _round_up(segment.tokens, BLOCK_TOKENS) if self.windows else segment.tokens
 
     def packs(self, rows: Sequence[Row], numbers: Sequence[int]) -> Iterator[Pack]:
         """The packs of the rows `numbers`, built one at a time."""
@@ -242,96 +249,130 @@ class Packing:
 
     def build(self, group: Sequence[Segment]) -> Pack:
         """One pack with all segments of `group`."""
-        return tree_pack(group, self._width(group)) if self.shared else padded_pack(group)
-
-    def _width(self, group: Sequence[Segment]) -> int:
-        tokens = max(LEAST_ROWS, sum(segment.tokens for segment in group))
-        if not self.fixed:
-            return tokens
-        step = max(BLOCK_TOKENS, self.budget // 8 // BLOCK_TOKENS * BLOCK_TOKENS)
-        return -(-tokens // step) * step  # round up
+        if not self.shared:
+            return padded_pack(group)
+        slots = sum(self._slots(segment) for segment in group)
+        if not self.windows:
+            return tree_pack(group, max(slots, LEAST_ROWS))
+        return tree_pack(group, _round_up(slots, WIDTH_STEP), self.windows)
 
 
-def tree_pack(group: Sequence[Segment], width: int = 0) -> Pack:
-    """A pack of one sequence [1, T] in which responses share their prompt. T is at least `width`."""
-    return _build(group, [[(tree, None) for segment in group for tree in segment.trees]], width)
+def tree_pack(group: Sequence[Segment], width: int = 0, windows: Sequence[int | None] = ()) -> Pack:
+    """A pack of one sequence [1, T] in which responses share their prompt. T is at least `width`.
+
+    With `windows` each segment begins with a block, and the mask has blocks for them.
+    """
+    texts, extents, slot, response = list[_Text](), list[Extent](), 0, 0
+    for segment in group:
+        start = slot
+        for tree in segment.trees:
+            texts.append(_Text(0, slot, tree))
+            slot += tree.tokens
+        slot = _round_up(slot, BLOCK_TOKENS) if windows else slot
+        extents.append(Extent(slice(start, slot), slice(response, response + segment.responses)))
+        response += segment.responses
+    return _build(group, texts, (1, max(width, slot)), extents, windows)
 
 
 def padded_pack(group: Sequence[Segment]) -> Pack:
     """A pack with one sequence for each response, [L, T], padded on the right. Nothing is shared.
 
-    It is for models whose layers cannot use a tree mask, such as recurrent ones, and for checking trees.
+    It is for models whose layers cannot use a tree mask, such as recurrent ones, and for checking trees. A pack of
+    several sequences has one segment, to which all slots belong.
     """
-    texts: list[list[tuple[Tree, int | None]]] = [
-        [(tree, k)] for segment in group for tree in segment.trees for k in range(len(tree.responses))
-    ]
-    return _build(group, texts, 0)
+    pairs = [(tree, k) for segment in group for tree in segment.trees for k in range(len(tree.responses))]
+    texts = [_Text(b, 0, tree, k) for b, (tree, k) in enumerate(pairs)]
+    width = max(text.tokens for text in texts)
+    extents, response = list[Extent](), 0
+    for segment in group:
+        extents.append(Extent(slice(0, len(texts) * width), slice(response, response + segment.responses)))
+        response += segment.responses
+    return _build(group, texts, (len(texts), width), extents)
 
 
-def _build(segments: Sequence[Segment], sequences: list[list[tuple[Tree, int | None]]], width: int) -> Pack:
-    """The pack of `sequences`. Each is a list of (tree, response index); None stands for all responses of the tree."""
-    group = [tree for segment in segments for tree in segment.trees]
+class _Text(NamedTuple):
+    """A tree in a pack: its sequence, its first slot in it, and the only response it has there; None for all."""
+
+    sequence: int
+    slot: int
+    tree: Tree
+    only: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of the prompt and of its responses here."""
+        tree, only = self.tree, self.only
+        return tree.tokens if only is None else len(tree.prompt) + len(tree.responses[only].ids)
+
+
+def _build(
+    segments: Sequence[Segment],
+    texts: Sequence[_Text],
+    shape: tuple[int, int],
+    extents: Sequence[Extent],
+    windows: Sequence[int | None] = (),
+) -> Pack:
+    """The pack of `texts` in B sequences of T slots, where `shape` is (B, T)."""
+    group, (_, width) = [tree for segment in segments for tree in segment.trees], shape
     # Number the distinct responses of all trees: leaf 0 … L − 1.
     *starts, count = accumulate((len(tree.responses) for tree in group), initial=0)
     first_leaf = {id(tree): start for tree, start in zip(group, starts, strict=True)}
-    sizes = [sum(_tokens(tree, only) for tree, only in sequence) for sequence in sequences]
-    width = max(width, *sizes)
-    shape = (len(sequences), width)  # (B, T)
-    ids, positions, branch = (numpy.zeros(shape, dtype=numpy.int64) for _ in range(3))
-    tree_of = numpy.full(shape, -1, dtype=numpy.int64)
+    slots = shape[0] * width  # B·T
+    ids, positions, prompt, end = (numpy.zeros(slots, dtype=numpy.int64) for _ in range(4))
+    own, is_token = numpy.arange(slots), numpy.zeros(slots, dtype=bool)  # padding sees itself, so no softmax is empty
     last, lengths = (numpy.zeros(count, dtype=numpy.int64) for _ in range(2))  # (L,)
     predictors, targets, leaf, order, spans = [], [], [], [], []
-    for b, sequence in enumerate(sequences):
-        slot = 0  # the next free slot of sequence b
-        for local, (tree, only) in enumerate(sequence):
-            # The prompt.
-            start, length = slot, len(tree.prompt)
-            ids[b, slot : slot + length] = tree.prompt
-            positions[b, slot : slot + length] = numpy.arange(length)
-            slot += length
-            # Its responses, each with positions that continue the prompt's.
-            for k, response in enumerate(tree.responses):
-                if only is not None and k != only:
-                    continue
-                number, size = first_leaf[id(tree)] + k, len(response.ids)
-                tokens = numpy.asarray(response.ids, dtype=numpy.int64)
-                ids[b, slot : slot + size] = tokens
-                positions[b, slot : slot + size] = numpy.arange(length, length + size)
-                branch[b, slot : slot + size] = k + 1
-                before, scored = _predictors(response, slot, start, start + length)
-                predictors.append(b * width + before[scored])
-                targets.append(tokens[scored])
-                lengths[number] = len(targets[-1])
-                leaf.append(numpy.full(len(targets[-1]), number))
-                order.append(numpy.arange(len(targets[-1])))
-                slot += size
-                last[number] = b * width + slot - 1
-            tree_of[b, start:slot] = local
-            spans.append((start, slot))
+    for text in texts:
+        # The prompt.
+        tree, length = text.tree, len(text.tree.prompt)
+        start = text.sequence * width + text.slot
+        slot = start + length  # the next free one
+        ids[start:slot] = tree.prompt
+        positions[start:slot] = numpy.arange(length)
+        own[start:slot] = start
+        # Its responses, each with positions that continue the prompt's.
+        for k, response in enumerate(tree.responses):
+            if text.only is not None and k != text.only:
+                continue
+            number, after = first_leaf[id(tree)] + k, slot + len(response.ids)
+            tokens = numpy.asarray(response.ids, dtype=numpy.int64)
+            ids[slot:after] = tokens
+            positions[slot:after] = numpy.arange(length, length + len(tokens))
+            prompt[slot:after], end[slot:after], own[slot:after] = start, start + length, slot
+            before, scored = _predictors(response, slot, start, start + length)
+            predictors.append(before[scored])
+            targets.append(tokens[scored])
+            lengths[number] = len(targets[-1])
+            leaf.append(numpy.full(len(targets[-1]), number))
+            order.append(numpy.arange(len(targets[-1])))
+            slot, last[number] = after, after - 1
+        is_token[start:slot] = True
+        spans.append((start, slot))
     # The rows, each with the numbers of its responses.
     rows = [(number, [first_leaf[id(tree)] + k for k in indices]) for tree in group for number, indices in tree.rows]
     arrays = {
-        "ids": ids, "positions": positions, "tree": tree_of, "branch": branch, "last": last, "lengths": lengths,
+        "ids": ids.reshape(shape), "positions": positions.reshape(shape), "last": last, "lengths": lengths,
         "predictors": numpy.concatenate(predictors), "targets": numpy.concatenate(targets),
         "leaf": numpy.concatenate(leaf), "order": numpy.concatenate(order),
         "leaves": numpy.array([k for _, indices in rows for k in indices]),
         "row_of": numpy.array([index for index, (_, indices) in enumerate(rows) for _ in indices]),
     }  # fmt: skip
     tensors = {name: torch.from_numpy(array.astype(numpy.int64, copy=False)) for name, array in arrays.items()}
-    numbers = tuple(number for number, _ in rows)
-    return Pack(numbers, sum(sizes), tuple(spans), tuple(_extents(segments, sizes)), **tensors)
+    ranges = Ranges(*(torch.from_numpy(part.astype(numpy.int32)) for part in (prompt, end, own)))
+    mask = TreeMask.of(ranges, torch.from_numpy(positions), tuple(spans), windows)
+    return Pack(
+        rows=tuple(number for number, _ in rows),
+        tokens=sum(text.tokens for text in texts),
+        extents=tuple(extents),
+        mask=mask,
+        is_token=torch.from_numpy(is_token.reshape(shape)),
+        **tensors,
+    )
 
 
-def _extents(segments: Sequence[Segment], sizes: Sequence[int]) -> Iterator[Extent]:
-    """The place of each of `segments` in their pack. `sizes`: the tokens of its sequences.
-
-    A pack of several sequences has one segment, to which all slots belong.
-    """
-    slot = response = 0
-    for segment in segments:
-        slots = segment.tokens if len(sizes) == 1 else max(sizes) * len(sizes)
-        yield Extent(slice(slot, slot + slots), slice(response, response + segment.responses))
-        slot, response = slot + slots, response + segment.responses
+def _round_up(number: int, step: int) -> int:
+    """The least multiple of `step` that is not below `number`."""
+    return -(-number // step) * step
 
 
 def _predictors(
@@ -345,11 +386,6 @@ def _predictors(
     before = numpy.arange(slot - 1, slot + len(response.ids) - 1)
     before[0] = prompt_end - 1
     return before, numpy.asarray(response.scored, dtype=bool) & (before >= prompt_start)
-
-
-def _tokens(tree: Tree, only: int | None) -> int:
-    """Number of tokens of the prompt with response `only`, or with all responses."""
-    return tree.tokens if only is None else len(tree.prompt) + len(tree.responses[only].ids)
 
 
 def columns(row_of: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from app.spec.json_types import JsonObject
 from worker.model_files import context_length, text_config
 from worker.trainer.data import Recipe, Row, Tally, batched, rows
 from worker.trainer.errors import UserError
+from worker.trainer.hardware import hardware, own_device
 from worker.trainer.model import Base, Policy
 from worker.trainer.ranks import Ranks
 from worker.trainer.tokenizer import copy_tokenizer, load_tokenizer, padding_token
@@ -162,10 +163,10 @@ def scores(
 
     The `ranks` share the work.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device()
     tokenizer = load_tokenizer(folder)
     model = AutoModelForSequenceClassification.from_pretrained(
-        folder, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, local_files_only=True,
+        folder, dtype=torch.bfloat16 if hardware(device).half else torch.float32, local_files_only=True,
         trust_remote_code=False, use_safetensors=True, device_map={"": device},
     ).eval()  # fmt: skip
     context = context_length(model.config.to_dict()) or DEFAULT_MAX_LENGTH

@@ -183,7 +183,7 @@ class StageRun:
         Another job can train on from it. Its optimizer state is the one after the update that broke the weights.
         """
         state = self.state
-        if state.stage_step < 2 or not self.last_good.restore(self.policy):
+        if state.stage_step < 2 or not self.last_good.restore():
             return
         state.step, state.stage_step = state.step - 1, state.stage_step - 1
         checkpoint_folder = self.run.folder / "checkpoints" / f"step-{state.step}"

@@ -37,27 +37,20 @@ class LastGood:
     """The weights before the last update, for adapters only: a copy of a whole model takes too much memory."""
 
     def __init__(self) -> None:
-        self._weights: dict[str, Tensor] | None = None
+        self._trained, self._copies = list[Tensor](), list[Tensor]()
 
     def remember(self, policy: Policy) -> None:
         """Copy the trained weights over the previous copy."""
         if policy.full:
             return
-        trained = policy.trainable()
-        if self._weights is None:
-            self._weights = {name: parameter.detach().clone() for name, parameter in trained.items()}
-        for name, parameter in trained.items():
-            self._weights[name].copy_(parameter.detach())
+        if not self._copies:  # once: to find them, the policy looks at all parameters
+            self._trained = [parameter.detach() for parameter in policy.trainable().values()]
+            self._copies = [torch.empty_like(weight) for weight in self._trained]
+        torch._foreach_copy_(self._copies, self._trained)
 
-    def restore(self, policy: Policy) -> bool:
-        """Give `policy` the remembered weights. Returns False if there are none."""
-        if self._weights is None:
+    def restore(self) -> bool:
+        """Give the policy the remembered weights. Returns False if there are none."""
+        if not self._copies:
             return False
-        _copy(self._weights, policy)
+        torch._foreach_copy_(self._trained, self._copies)
         return True
-
-
-def _copy(weights: dict[str, Tensor], policy: Policy) -> None:
-    with torch.no_grad():
-        for name, parameter in policy.trainable().items():
-            parameter.copy_(weights[name])

@@ -1,17 +1,13 @@
 """Tests that need a GPU, and the part of them that runs on a CPU."""
 
 import io
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
-from transformers import AttentionInterface
 
 from tests.helpers.families import FAMILIES, ROWS, make_policy
+from tests.helpers.hardware import use_own_kernel
 from tests.helpers.trainer import (
     disturb,
     dpo_method,
@@ -25,40 +21,26 @@ from tests.helpers.trainer import (
     sft_method,
     training_metrics,
 )
-from worker.trainer import attention
-from worker.trainer.events import Events
-from worker.trainer.exactness import check
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 PLAIN = {"adapter": {"r": 4}, "quantization": "none", "seed": 0, "validation_split": 0.0}
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile", "ignore:The .grad attribute")
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3_text", "gpt2"])
 def test_flex_attention_equals_the_cpus_kernels(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uncompiled, and forward only: FlexAttention has no backward pass on a CPU. The pack is padded, as on a GPU."""
-    policy = make_policy(family, FAMILIES[family], io.StringIO())
-    with torch.no_grad():
-        expected = policy.score(pack_of(policy, ROWS, [0, 1, 2, 3])).responses
-        (pack,) = replace(policy.packing, fixed=True).packs(ROWS, [0, 1, 2, 3])
-        assert pack.slots > pack.tokens
-
-        monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention)
-        AttentionInterface.register(attention.TREE_ATTENTION, flex)
-        try:
-            flex_responses = policy.score(pack).responses
-        finally:
-            AttentionInterface.register(attention.TREE_ATTENTION, attention.tree_attention)
-    torch.testing.assert_close(flex_responses, expected, rtol=1e-6, atol=0)
-
-
-def flex(_module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, **options: Any) -> tuple[Tensor, None]:
-    """The GPU's attention, on the CPU."""
-    blocks = options["tree"].block_mask(options.get("sliding_window"))
-    attended = attention._flex(
-        query, key, value, blocks, options.get("scaling"), options.get("softcap"), options.get("s_aux")
-    )
-    return attended.transpose(1, 2).contiguous(), None
+    """Uncompiled, forward and backward. The pack is padded, as on a GPU."""
+    policy = disturb(make_policy(family, FAMILIES[family], io.StringIO()))
+    expected = policy.score(pack_of(policy, ROWS, [0, 1, 2, 3])).responses
+    own = gradients(policy, expected.sum())
+    use_own_kernel(monkeypatch)
+    policy.blocks = True
+    pack = pack_of(policy, ROWS, [0, 1, 2, 3])
+    assert pack.slots > pack.tokens
+    in_blocks = policy.score(pack).responses
+    torch.testing.assert_close(in_blocks, expected, rtol=1e-6, atol=0)
+    for name, gradient in gradients(policy, in_blocks.sum()).items():
+        torch.testing.assert_close(gradient, own[name], rtol=1e-5, atol=1e-9, msg=name)
 
 
 @needs_gpu
@@ -68,7 +50,7 @@ def test_shared_log_probs_and_gradients_on_a_gpu_are_those_of_the_models_own_att
 ) -> None:
     """In bfloat16, against the model's own attention."""
     policy = disturb(load(request.getfixturevalue(architecture)), 0.02)
-    assert policy.shared and policy.packing.fixed
+    assert policy.shared and policy.blocks
     pack = pack_of(policy, ROWS, [0, 1, 2]).to(policy.device)
     shared = policy.score(pack).responses
     rows = [ROWS[number] for number in pack.rows]
@@ -102,17 +84,3 @@ def test_recomputed_activations_give_the_same_losses_on_a_gpu(llama: Path, tmp_p
         folder = make_work_folder(tmp_path / str(recompute), llama, {**PLAIN, "method": method}, train=make_pairs(8))
         losses.append(training_metrics(run_in_process(folder), "loss"))
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
-
-
-@needs_gpu
-def test_a_kernel_that_cannot_be_compiled_ends_sharing_but_not_the_job(
-    llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_compiler() -> None:
-        raise RuntimeError("Failed to find C compiler")
-
-    monkeypatch.setattr(attention, "_compiled_flex", no_compiler)
-    policy, stream = load(llama), io.StringIO()
-    check(policy, ROWS, Events(stream))
-    assert not policy.shared
-    assert "C compiler" in stream.getvalue()

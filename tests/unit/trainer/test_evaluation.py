@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from app.spec.datasets.rendering import Rendering
 from app.spec.evaluation import EvaluationSpec
+from tests.helpers.hardware import choose
 from tests.helpers.ranks import ThreadRanks, on_ranks, one_at_a_time
 from tests.helpers.tiny_model import CHATML, make_tiny_model
 from tests.helpers.trainer import (
@@ -346,7 +347,7 @@ def test_an_interrupted_run_does_not_sample_its_completions_again(
     stops: list[int], llama: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The run is stopped at these total numbers of completions. In the end its items are those of a whole run."""
-    monkeypatch.setattr(completions, "BATCH_TOKENS", {"cpu": 200})
+    choose(monkeypatch, sampled_tokens=200)
     monkeypatch.setattr(completions, "PART_SECONDS", 0.0)
     expected = evaluate(lay_out(tmp_path / "whole", llama, REWARD_KL, candidate=adapter))
     folder, stream, stopping = lay_out(tmp_path / "run", llama, REWARD_KL, candidate=adapter), io.StringIO(), None
@@ -399,7 +400,7 @@ WIN_RATE = {
 def test_several_ranks_make_the_items_of_one(
     name: str, llama: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(completions, "BATCH_TOKENS", {"cpu": 200})
+    choose(monkeypatch, sampled_tokens=200)
     monkeypatch.setattr(reward, "SCORED_TOGETHER", 5)
     spec: dict[str, Any] = {
         "preference": PREFERENCE,
@@ -441,7 +442,7 @@ def test_ranks_that_are_stopped_keep_what_they_have_sampled(
     llama: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One rank is asked to stop in its second batch. The other one has completed its own, which is kept."""
-    monkeypatch.setattr(completions, "BATCH_TOKENS", {"cpu": 200})
+    choose(monkeypatch, sampled_tokens=200)
     expected = evaluate(lay_out(tmp_path / "whole", llama, REWARD_KL, candidate=adapter))
     folder, stream = lay_out(tmp_path / "run", llama, REWARD_KL, candidate=adapter), io.StringIO()
     stopping, begun = [threading.Event(), threading.Event()], list[int]()

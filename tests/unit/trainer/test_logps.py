@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from worker.trainer import logps
+from tests.helpers.hardware import choose
 from worker.trainer.logps import Head, score_tokens
 
 POSITIONS, HIDDEN, VOCABULARY = 7, 5, 11
@@ -16,7 +16,7 @@ POSITIONS, HIDDEN, VOCABULARY = 7, 5, 11
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three positions at a time: two full chunks and a part of one."""
-    monkeypatch.setitem(logps.CHUNK_ELEMENTS, "cpu", 3 * VOCABULARY)
+    choose(monkeypatch, head_logits=3 * VOCABULARY)
 
 
 def token_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:

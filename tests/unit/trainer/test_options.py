@@ -472,8 +472,8 @@ def test_every_step_reports_the_fill_rate_of_its_packs_and_the_mfu(llama: Path, 
     events = run_in_process(make_work_folder(tmp_path, llama, {**PLAIN, "method": dpo_method(**SETTINGS)}, train=PAIRS))
     assert all(0 < value <= 1 for value in training_metrics(events, "fill_rate", "dpo"))
     assert all(0 < value < 1 for value in training_metrics(events, "mfu", "dpo"))
-    (padded,) = Packing(1024, fixed=True).packs(ROWS, [0, 1, 2])
-    assert padded.tokens / padded.slots == pytest.approx(sum(row.tokens for row in ROWS) / 128)
+    (padded,) = Packing(1024, windows=(None,)).packs(ROWS, [0, 1, 2])
+    assert padded.tokens / padded.slots == pytest.approx(sum(row.tokens for row in ROWS) / 1024)
 
 
 def test_pairs_of_one_prompt_are_neighbours_but_do_not_fill_a_batch_alone(llama: Path, tmp_path: Path) -> None:

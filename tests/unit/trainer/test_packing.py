@@ -4,6 +4,7 @@ import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 
 from tests.helpers.trainer import ROWS, disturb, gradients, load, make_row, of_kind, pack_of, parse, plain_logps
-from worker.trainer.attention import TreeMask, visibility
 from worker.trainer.data import Response, Row
 from worker.trainer.errors import UserError
 from worker.trainer.events import Events
 from worker.trainer.exactness import check
 from worker.trainer.logps import Head, score_logits, score_tokens
+from worker.trainer.masks import BLOCK_TOKENS, TreeMask
 from worker.trainer.model import Policy
 from worker.trainer.packing import Packing, Segment, plan, tree_pack, trees
 
@@ -136,7 +138,7 @@ def test_the_check_before_training_falls_back_if_the_tree_mask_is_wrong(
     policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def one_causal_mask(mask: TreeMask, window: int | None = None) -> list[tuple[int, int, None]]:
-        return [(0, mask.pack.ids.shape[1], None)]
+        return [(0, len(mask.positions), None)]
 
     monkeypatch.setattr(TreeMask, "tree_masks", one_causal_mask)
     stream = io.StringIO()
@@ -233,7 +235,7 @@ def test_every_row_is_in_one_pack_and_packs_keep_to_the_budget(
 
 def dense(mask: TreeMask, window: int | None = None) -> Tensor:
     """[T, T], true where a query (dim 0) sees a key (dim 1): the masks of the trees, put together."""
-    length = mask.pack.ids.shape[1]
+    length = len(mask.positions)
     visible = torch.zeros(length, length, dtype=torch.bool)
     for start, stop, tree_mask in mask.tree_masks(window):
         causal = torch.ones(stop - start, stop - start, dtype=torch.bool).tril()
@@ -251,20 +253,68 @@ def test_unshared_packs_keep_to_the_budget_with_their_padding(sizes: list[tuple[
         assert pack.slots <= budget or len(pack.rows) == 1 or len(pack.ids) == len(rows[pack.rows[0]].responses)
 
 
-@given(st.lists(sizes, min_size=1, max_size=4), st.none() | st.integers(1, 12), st.integers(0, 20))
+def visible_by_definition(segments: Sequence[Segment], length: int, window: int | None, block: int = 1) -> Tensor:
+    """[length, length], true where a query (dim 0) sees a key (dim 1). Padding sees itself.
+
+    By the definition: the same tree, the prompt or the own response, not later, and within the window. Segments begin
+    at multiples of `block`.
+    """
+    tree, branch, position = (torch.full((length,), -1) for _ in range(3))  # branch 0 is the prompt
+    slot = number = 0
+    for segment in segments:
+        slot += -slot % block
+        for each in segment.trees:
+            parts = [each.prompt, *(response.ids for response in each.responses)]
+            for k, ids in enumerate(parts):
+                after = slot + len(ids)
+                tree[slot:after], branch[slot:after] = number, k
+                position[slot:after] = torch.arange(len(ids)) + (len(each.prompt) if k else 0)
+                slot = after
+            number += 1
+    slots = torch.arange(length)
+    visible = (tree[:, None] == tree) & (tree >= 0) & ((branch == 0) | (branch[:, None] == branch))
+    visible &= slots[:, None] >= slots
+    if window is not None:
+        visible &= position[:, None] - position < window
+    return visible | torch.eye(length, dtype=torch.bool)
+
+
+windows = st.none() | st.integers(1, 12)
+
+
+@given(st.lists(sizes, min_size=1, max_size=4), windows)
 @settings(deadline=None, max_examples=60)
-def test_the_gpu_mask_equals_the_cpu_mask(sizes: list[tuple[int, list[int]]], window: int | None, padding: int) -> None:
+def test_the_masks_of_trees_are_those_of_the_definition(sizes: list[tuple[int, list[int]]], window: int | None) -> None:
     rows = rows_of(sizes)
     group = [Segment(tuple(trees(rows, range(len(rows)), 1000)))]
     pack = tree_pack(group)
-    padded = tree_pack(group, pack.slots + padding)
-    slots = torch.arange(padded.slots)
-    sees = visibility(padded.tree, padded.branch, padded.positions, window)
-    zero = torch.zeros((), dtype=torch.long)
-    gpu_mask = sees(zero, zero, slots[:, None], slots[None, :])
-    expected = torch.eye(padded.slots, dtype=torch.bool)
-    expected[: pack.slots, : pack.slots] = dense(TreeMask(pack), window)
-    assert torch.equal(gpu_mask, expected)
+    assert torch.equal(dense(pack.mask, window), visible_by_definition(group, pack.slots, window))
+
+
+@given(st.lists(st.lists(sizes, min_size=1, max_size=3), min_size=1, max_size=3), windows, st.integers(1, 300))
+@settings(deadline=None, max_examples=40)
+def test_the_mask_in_blocks_is_the_one_that_flex_attention_makes_of_the_definition(
+    sizes: list[list[tuple[int, list[int]]]], window: int | None, scale: int
+) -> None:
+    """Its blocks are counted without a look at each pair. FlexAttention looks at each pair. `scale` makes long rows."""
+    rows = rows_of([(prompt * scale // 8, [1 + k * scale // 8 for k in row]) for part in sizes for prompt, row in part])
+    ends = list(accumulate(len(part) for part in sizes))
+    groups = [range(end - len(part), end) for part, end in zip(sizes, ends, strict=True)]
+    segments = [Segment(tuple(trees(rows, group, 10_000))) for group in groups]
+    pack = tree_pack(segments, 256, (None, window))
+    expected = visible_by_definition(segments, pack.slots, window, BLOCK_TOKENS)
+    blocks = pack.mask.blocks[window]
+    theirs = create_block_mask(lambda b, h, q, k: expected[q, k], None, None, pack.slots, pack.slots, "cpu")
+    slots = torch.arange(pack.slots)
+    assert torch.equal(blocks.block_mask.mask_mod(slots, slots, slots[:, None], slots[None, :]), expected)
+    for name in ("kv", "full_kv", "q", "full_q"):
+        count, indices = f"{name}_num_blocks", f"{name}_indices"
+        numbers = getattr(theirs, count)
+        assert torch.equal(getattr(blocks, count), numbers), name
+        used = torch.arange(getattr(theirs, indices).shape[-1]) < numbers[..., None]
+        assert torch.equal(getattr(blocks, indices)[used], getattr(theirs, indices)[used]), name
+    assert theirs.full_kv_num_blocks is not None
+    assert blocks.computed == int((theirs.kv_num_blocks + theirs.full_kv_num_blocks).sum())
 
 
 @given(st.lists(sizes, min_size=1, max_size=4))
@@ -272,7 +322,7 @@ def test_the_gpu_mask_equals_the_cpu_mask(sizes: list[tuple[int, list[int]]], wi
 def test_a_token_is_predicted_from_the_text_before_it_and_nothing_else(sizes: list[tuple[int, list[int]]]) -> None:
     rows = rows_of(sizes)
     pack = tree_pack([Segment(tuple(trees(rows, range(len(rows)), 1000)))])
-    mask = dense(TreeMask(pack))
+    mask = dense(pack.mask)
     predictions: dict[int, list[tuple[list[int], int]]] = {leaf: [] for leaf in range(len(pack.lengths))}
     scored = zip(pack.predictors.tolist(), pack.targets.tolist(), pack.leaf.tolist(), strict=True)
     for predictor, target, leaf in scored:
@@ -333,8 +383,15 @@ def tiny(llama: Path) -> Policy:
     return policy
 
 
-def test_packs_of_a_fixed_width_are_padded_to_multiples_of_an_eighth_of_the_budget() -> None:
+def test_packs_for_kernels_with_blocks_have_few_widths_and_segments_that_begin_with_a_block() -> None:
+    """Two rows of 450 tokens are a segment of 900, or 1,024 slots. Two of these fill the budget, one is left."""
     rows: Sequence[Row] = [make_row(line, 200, 100, 150) for line in range(5)]
-    packs = list(Packing(2048, fixed=True).packs(rows, range(5)))
-    assert [(pack.tokens, pack.slots) for pack in packs] == [(1800, 2048), (450, 512)]
+    packs = list(Packing(2048, windows=(None,)).packs(rows, range(5)))
+    assert [(pack.tokens, pack.slots) for pack in packs] == [(1800, 2048), (450, 1024)]
+    assert [[extent.slots for extent in pack.extents] for pack in packs] == [
+        [slice(0, 1024), slice(1024, 2048)], [slice(0, 512)]
+    ]  # fmt: skip
+    starts = [packs[0].mask.spans[number][0] for number in (0, 2)]
+    assert starts == [0, 1024]
+    assert packs[0].is_token[0].nonzero().flatten().tolist() == [*range(900), *range(1024, 1924)]
     assert [(pack.tokens, pack.slots) for pack in Packing(2048).packs(rows, range(5))] == [(1800, 1800), (450, 450)]

@@ -20,6 +20,7 @@ from worker.trainer.data import Recipe
 from worker.trainer.errors import Stopped, UserError
 from worker.trainer.evaluation.run import JUDGE, EvaluationRun
 from worker.trainer.events import CompletionsWritten
+from worker.trainer.hardware import hardware
 from worker.trainer.model import Policy
 from worker.trainer.rendering import Renderer
 from worker.trainer.sampling import Completion, CompletionRequest, Sampling, batches, sample
@@ -27,10 +28,6 @@ from worker.trainer.sampling import Completion, CompletionRequest, Sampling, bat
 PART_SECONDS = 5.0
 """Minimum time between two parts."""
 MAX_COMPLETIONS = 1_000_000
-BATCH_TOKENS = {"cpu": 16_384, "cuda": 131_072}
-"""Maximum tokens of a batch, prompts and answers together, by device."""
-BATCH_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 27}
-"""Maximum logits of one sampling step, batch size × vocabulary, by device."""
 BASELINE_SEEDS = 1 << 31
 """Added to the seed of the baseline. User seeds are smaller, so the two sides never share random numbers.
 
@@ -97,9 +94,9 @@ def complete(
     completions = {completion.key: completion for completion in store.read()}
     run.events.message(f"{side}: {len(completions)} completions of earlier attempts are reused.")
     seed = (run.spec.seed or 0) + (BASELINE_SEEDS if side == "baseline" else 0)
-    ends, device = _end_tokens(run, policy, side), policy.device.type
+    ends, chosen = _end_tokens(run, policy, side), hardware(policy.device)
     vocabulary: int = policy.causal.config.get_text_config().vocab_size
-    largest_batch = 1 if policy.one_by_one else max(1, BATCH_LOGITS[device] // vocabulary)
+    largest_batch = 1 if policy.one_by_one else max(1, chosen.sampled_logits // vocabulary)
     unwritten, written_at = list[Completion](), time.monotonic() - PART_SECONDS
     for temperature in spec.temperatures:
         sampling = Sampling(temperature, spec.top_p, spec.max_tokens, seed)
@@ -107,7 +104,7 @@ def complete(
         requests = [CompletionRequest(row, k, prompt.ids) for row, prompt in prompts.items() for k in numbers]
         # Every attempt forms the same batches and samples whole batches, on whatever rank. Its results are therefore
         # bit-identical.
-        formed = batches(requests, BATCH_TOKENS[device], spec.max_tokens, largest_batch)
+        formed = batches(requests, chosen.sampled_tokens, spec.max_tokens, largest_batch)
         missing = [
             batch
             for batch in formed

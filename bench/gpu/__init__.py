@@ -1,0 +1,1 @@
+"""What a GPU does with this engine, beside TRL, in one call of a few minutes."""

@@ -1,0 +1,120 @@
+"""The engine as on a GPU, on a CPU: 16 bits, one attention kernel for a whole pack, few widths of packs.
+
+So no branch of the engine waits for a card. Only the kernels themselves, and the memory of a card, need one.
+"""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from app.estimates import memory
+from app.estimates.memory import BUDGET, LOGITS
+from tests.helpers.hardware import choose_as_on_a_gpu, dense_attention, use_own_kernel
+from tests.helpers.trainer import (
+    ROWS,
+    Event,
+    disturb,
+    dpo_method,
+    load,
+    make_pairs,
+    make_work_folder,
+    of_kind,
+    parse,
+    run_in_process,
+    sft_method,
+)
+from worker.trainer import attention, packing
+from worker.trainer.events import Events
+from worker.trainer.exactness import check
+from worker.trainer.hardware import BY_KIND, GPU
+from worker.trainer.masks import Blocks
+
+PAIRS = make_pairs(12)
+PLAIN = {"adapter": {"r": 4}, "quantization": "none", "seed": 0, "validation_split": 0.25}
+STEPS = {"max_steps": 3, "batch_size": 4, "learning_rate": 3e-4}
+JOBS: dict[str, tuple[str, dict[str, Any]]] = {
+    "SFT, then DPO, on nf4": ("llama", {
+        "quantization": "nf4", "sft": {"hyperparameters": STEPS}, "method": dpo_method(**STEPS),
+    }),
+    "KTO on int8": ("llama", {"quantization": "int8", "method": dpo_method(loss="kto", **STEPS)}),
+    "a reward model": ("llama", {"method": dpo_method(loss="reward_model", **STEPS)}),
+    "a sliding window": ("mistral", {"method": dpo_method(**STEPS)}),
+    "float16": ("qwen3", {"compute_dtype": "fp16", "method": dpo_method(**STEPS)}),
+    "all parameters": ("llama", {"adapter": "none", "method": sft_method(**STEPS)}),
+    "a trained head": ("llama", {
+        "adapter": {"r": 4, "modules_to_save": ["lm_head"]}, "method": dpo_method(loss="simpo", **STEPS),
+    }),
+}  # fmt: skip
+"""Jobs by name: the architecture and the fields of the spec."""
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_job_has_the_losses_of_a_cpu_to_16_bits(
+    request: pytest.FixtureRequest, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    architecture, fields = JOBS[name]
+    model, spec = request.getfixturevalue(architecture), {**PLAIN, **fields}
+    expected = losses_of(run_in_process(make_work_folder(tmp_path / "cpu", model, spec, train=PAIRS)))
+    choose_as_on_a_gpu(monkeypatch)
+    events = run_in_process(make_work_folder(tmp_path / "gpu", model, spec, train=PAIRS))
+    losses = losses_of(events)
+    assert losses == pytest.approx(expected, rel=0.02, abs=0.02)
+    assert losses != expected  # they are computed in other dtypes
+    messages = [event["message"] for event in of_kind(events, "message")]
+    assert not any("tree by tree" in message or "not shared" in message for message in messages)
+
+
+def losses_of(events: list[Event]) -> list[float]:
+    """The training losses of all stages."""
+    return [event["metrics"]["loss"] for event in of_kind(events, "metrics") if "loss" in event["metrics"]]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile", "ignore:The .grad attribute")
+def test_the_check_takes_a_kernel_that_is_as_exact_as_attention_tree_by_tree(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FlexAttention itself, forward and backward."""
+    choose_as_on_a_gpu(monkeypatch)
+    use_own_kernel(monkeypatch)
+    policy, stream = disturb(load(llama), 0.02), io.StringIO()
+    check(policy, ROWS, Events(stream))
+    assert policy.shared and policy.blocks and policy.joins
+    assert parse(stream) == []
+
+
+@pytest.mark.parametrize("wrong", ["a key too many", "a backward pass that is off", "no kernel"])
+def test_the_check_computes_attention_tree_by_tree_if_the_kernel_is_wrong(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    choose_as_on_a_gpu(monkeypatch)
+    of = Blocks.of
+    if wrong == "a key too many":
+        monkeypatch.setattr(Blocks, "of", lambda ranges: of(ranges._replace(own=(ranges.own - 1).clamp(min=0))))
+    else:
+        kernel = _off_by_a_tenth if wrong == "a backward pass that is off" else _missing
+        monkeypatch.setattr(attention, "_compiled_flex", lambda: kernel)
+    policy, stream = disturb(load(llama), 0.02), io.StringIO()
+    check(policy, ROWS, Events(stream))
+    assert policy.shared and not policy.blocks
+    (message,) = of_kind(parse(stream), "message")
+    assert "tree by tree" in message["message"] and message["level"] == "warn"
+
+
+def _off_by_a_tenth(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """Attention with the right results, and gradients of the keys that are a tenth too large."""
+    key = 1.1 * key - (0.1 * key).detach()
+    attended: Tensor = dense_attention(query, key, value, **options)
+    return attended
+
+
+def _missing(*_: object, **__: object) -> Tensor:
+    raise RuntimeError("Failed to find C compiler")
+
+
+def test_the_estimates_of_memory_have_the_engines_sizes() -> None:
+    assert {kind: choices.pack_tokens for kind, choices in BY_KIND.items()} == BUDGET
+    assert GPU.head_logits == LOGITS
+    assert packing.WIDTH_STEP == memory.WIDTH_STEP

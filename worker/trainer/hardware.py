@@ -1,0 +1,58 @@
+"""What the engine chooses by the kind of device: dtypes, kernels, and sizes that keep the device busy.
+
+Nothing else in the engine decides by the kind, except memory that is asked of the driver. So a test can give the CPU
+the choices of a GPU (`BY_KIND`), and no branch waits for a card to run.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The choices for a kind of device."""
+
+    half: bool
+    """Whether it computes in 16 bits: autocast, and the weights of a frozen base."""
+    blocks: bool
+    """Whether its attention kernel takes a whole pack with a mask in blocks. The others compute tree by tree."""
+    pack_tokens: int
+    """Tokens of a pack. More of them keep a device busy, and take more memory."""
+    head_logits: int
+    """Logits in memory at a time. In float32, 16 MB stay in a CPU's cache and 256 MB keep a GPU busy."""
+    sampled_tokens: int
+    """Maximum tokens of a sampled batch, prompts and answers together."""
+    sampled_logits: int
+    """Maximum logits of one sampling step, batch size × vocabulary."""
+    checked_tokens: int
+    """Tokens of the pack in which segments are checked. A CPU shows differences in small products."""
+
+
+CPU = Hardware(
+    half=False, blocks=False, pack_tokens=2048, head_logits=1 << 22, sampled_tokens=16_384, sampled_logits=1 << 24,
+    checked_tokens=256,
+)  # fmt: skip
+GPU = Hardware(
+    half=True, blocks=True, pack_tokens=8192, head_logits=1 << 26, sampled_tokens=131_072, sampled_logits=1 << 27,
+    checked_tokens=8192,
+)  # fmt: skip
+BY_KIND = {"cpu": CPU, "cuda": GPU}
+
+
+def own_device() -> torch.device:
+    """The device of this process: its GPU if it has one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def hardware(device: torch.device) -> Hardware:
+    """The choices for `device`."""
+    return BY_KIND[device.type]
+
+
+def wide_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """The product of two matrices of 16 bits, accumulated and returned in `dtype`: float32 or wider."""
+    if left.device.type == "cuda":
+        return torch.mm(left, right, out_dtype=dtype)
+    return left.to(dtype) @ right.to(dtype)  # torch has no such product on a CPU
