@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from app.spec.resources import VIRTUAL_RANKS
+from bench.gpu import roofline
 from bench.sentiment import frontiers, lists_beside_pairs
 from bench.sentiment import table as sentiment_table
 from docs.generate.markdown import table
@@ -138,6 +139,30 @@ def _scaling_on_paper() -> str:
     return table(("a step", "tokens", "8 GPUs", "2 × 8 GPUs"), rows, (1, 2, 3))
 
 
+def _roofline() -> str:
+    """The parts of a step on an H100, by arithmetic."""
+    rows = [
+        (
+            part.name,
+            f"{part.flops / 1e12:.1f}",
+            f"{part.bytes / 1e9:,.0f}",
+            f"{part.least_bytes / 1e9:,.0f}",
+            *(f"{seconds * 1e3:.0f}" for seconds in (part.floor, part.predicted, part.within_reach)),
+        )
+        for part in roofline.PARTS
+    ]
+    idle = f"{roofline.IDLE_SECONDS * 1e3:.0f}"
+    whole = [sum(getattr(part, name) for part in roofline.PARTS) for name in ("floor", "predicted", "within_reach")]
+    today = whole[1] + roofline.IDLE_SECONDS
+    rows += [
+        ("waiting for Python", "", "", "", "", idle, ""),
+        ("together", "", "", "", *(f"{seconds * 1e3:.0f}" for seconds in (whole[0], today, whole[2]))),
+        ("tokens/s", "", "", "", *(f"{roofline.TOKENS / seconds:,.0f}" for seconds in (whole[0], today, whole[2]))),
+    ]
+    head = ("part", "TFLOP", "GB today", "GB at least", "floor, ms", "predicted today, ms", "predicted at best, ms")
+    return table(head, rows, (1, 2, 3, 4, 5, 6))
+
+
 def _rows() -> str:
     """The memory of a rank by the size of the file."""
     rows = [
@@ -256,6 +281,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "figures/engine in short": _engine_in_short,
     "figures/scaling": _scaling,
     "figures/scaling on paper": _scaling_on_paper,
+    "figures/roofline": _roofline,
     "figures/rows": _rows,
     "figures/datasets": _datasets,
     "figures/load": _load,

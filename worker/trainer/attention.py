@@ -198,11 +198,10 @@ def _cap(softcap: float) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], T
 
 @cache
 def _compiled_flex() -> Callable[..., Any]:
-    """FlexAttention's fused kernels. They are compiled once for each pack width and window."""
+    """FlexAttention's fused kernels. They are compiled once for packs of all widths, and for all windows."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention, dynamic=True)
 
 
 def padding_mask(pack: Pack) -> Tensor:

@@ -25,13 +25,14 @@ from worker.trainer.data import Row
 from worker.trainer.distributed import is_peer_loss
 from worker.trainer.errors import UserError, first_line
 from worker.trainer.events import Events
-from worker.trainer.hardware import hardware
 from worker.trainer.model import Policy
 from worker.trainer.packing import Segment, trees
 from worker.trainer.ranks import Ranks
 
 KERNEL_ERROR = 3.0
 """Allowed error of the attention kernel, relative to that of attention tree by tree. A wrong mask has hundreds."""
+HIDDEN_ERROR = 0.05
+"""Allowed error of a token in 16 bits, in nats, beside the steps of its logits: hidden states are rounded too."""
 CANDIDATE_ROWS, CHECKED_ROWS = 256, 3
 """The check uses the `CHECKED_ROWS` shortest of the first `CANDIDATE_ROWS` rows."""
 
@@ -45,12 +46,11 @@ def check(policy: Policy, rows: Sequence[Row], events: Events, ranks: Ranks | No
     numbers = _rows_to_check(policy, rows)
     with torch.no_grad(), policy.own_attention_in_use():
         # 1. The model's own log-probs, and how much they may differ.
-        expected = torch.cat([_own_logps(policy, rows[number]) for number in numbers])  # (responses,)
+        own = [_own_logps(policy, rows[number]) for number in numbers]
+        expected, tolerance = (torch.cat(parts) for parts in zip(*own, strict=True))  # (responses,)
         if not expected.isfinite().all():
             message = f"The log-probs of '{policy.name}' are not finite before any training."
             raise UserError("loss_not_finite", message, "model")
-        scored = torch.tensor([sum(response.scored) for number in numbers for response in rows[number].responses])
-        tolerance = _tolerance(expected, scored.to(policy.device))
         # 2. A model that draws at random or looks ahead cannot be computed exactly.
         for number in numbers:
             _require_deterministic_and_causal(policy, rows[number])
@@ -108,11 +108,15 @@ def _text_length(row: Row) -> int:
     return len(row.prompt) + len(row.responses[0].ids)
 
 
-def _tolerance(expected: Tensor, scored: Tensor) -> Tensor:
-    """The allowed error of log-probs that are sums over `scored` tokens."""
-    if hardware(expected.device).half:  # the model's own logits are bfloat16: steps of an eighth at 16 and more
-        return 0.01 * expected.abs() + 0.2 * scored.sqrt()  # the errors of tokens are independent
-    return 1e-4 * expected.abs().clamp(min=1)
+def _tolerance(policy: Policy, expected: Tensor, logits: Tensor, tokens: int) -> Tensor:
+    """The allowed error of the log-probs `expected`, which are sums over so many tokens with these own `logits`.
+
+    In 16 bits, logits come in steps: of an eighth between 16 and 32 in bfloat16. The errors of tokens are independent.
+    """
+    if policy.autocast_dtype is None:
+        return 1e-4 * expected.abs().clamp(min=1)
+    step = torch.finfo(policy.autocast_dtype).eps * float(logits.abs().max())
+    return 1e-3 * expected.abs() + tokens**0.5 * (HIDDEN_ERROR + step)
 
 
 def _close(values: Tensor, expected: Tensor, tolerance: Tensor) -> bool:
@@ -140,19 +144,23 @@ def _why_inexact(
     return None if _close(logps, expected, tolerance) else "the log-probs of the first rows would differ"
 
 
-def _own_logps(policy: Policy, row: Row) -> Tensor:
-    """The log-prob of each response of `row` by the model's own forward pass, one text at a time, [K]."""
-    sums = []
+def _own_logps(policy: Policy, row: Row) -> tuple[Tensor, Tensor]:
+    """The log-prob of each response of `row` by the model's own forward pass, and its allowed error, [K] each.
+
+    One text at a time.
+    """
+    sums, tolerances = [], []
     for response in row.responses:
         ids = torch.tensor([*row.prompt, *response.ids], device=policy.device)  # (T,)
         scored = torch.tensor(response.scored, device=policy.device, dtype=torch.bool)
         # The position before a scored token predicts it. Nothing predicts the first token of a text.
         predictors = torch.arange(len(row.prompt), len(ids), device=policy.device)[scored] - 1
         predictors = predictors[predictors >= 0]
-        # (scored tokens, V), then (scored tokens, 1).
-        logps = _own_logits(policy, ids)[predictors].float().log_softmax(-1).gather(1, ids[predictors + 1, None])
+        logits = _own_logits(policy, ids)  # (T, V)
+        logps = logits[predictors].float().log_softmax(-1).gather(1, ids[predictors + 1, None])  # (scored tokens, 1)
         sums.append(logps.sum())
-    return torch.stack(sums)
+        tolerances.append(_tolerance(policy, sums[-1], logits, len(predictors)))
+    return torch.stack(sums), torch.stack(tolerances)
 
 
 def _own_logits(policy: Policy, ids: Tensor) -> Tensor:
@@ -177,8 +185,9 @@ def _require_deterministic_and_causal(policy: Policy, row: Row) -> None:
     # Replace the second half. The length stays, because some position encodings depend on it.
     changed = torch.cat([ids[:half], others[:1].expand(len(ids) - half)])
     # The predictions at the end of the first half, [V] each: twice for the same text, once for the changed one.
-    first, again, after = (_own_logits(policy, text)[half - 1].float().log_softmax(-1) for text in (ids, ids, changed))
-    tolerance = _tolerance(first, torch.ones_like(first))
+    logits = [_own_logits(policy, text)[half - 1] for text in (ids, ids, changed)]
+    first, again, after = (values.float().log_softmax(-1) for values in logits)
+    tolerance = _tolerance(policy, first, logits[0], 1)
     if not _close(again, first, tolerance):
         message = f"'{policy.name}' gives different log-probs each time: its forward pass draws at random."
         raise UserError("unsupported_model", message, "model")

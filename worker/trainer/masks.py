@@ -13,7 +13,6 @@ A sliding window counts distance in positions, not in slots. It moves the starts
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
@@ -39,9 +38,9 @@ class Ranges(NamedTuple):
         """The same in a sliding `window`: keys less than `window` positions before the query. `positions` [T]."""
         if window is None:
             return self
-        slots = torch.arange(len(self.own), device=self.own.device)
+        slots = torch.arange(len(self.own), device=self.own.device, dtype=self.own.dtype)
         # A prompt's token at position p is in the slot `prompt` + p.
-        prompt = torch.minimum(self.prompt + (positions - window + 1).clamp(min=0), self.end)
+        prompt = torch.minimum(self.prompt + (positions - window + 1).clamp(min=0).to(self.end.dtype), self.end)
         return Ranges(prompt, self.end, torch.maximum(self.own, slots - window + 1))
 
     def visible(self, queries: Tensor, keys: Tensor) -> Tensor:
@@ -54,7 +53,7 @@ class Ranges(NamedTuple):
         return self.end - self.prompt + torch.arange(len(self.own), device=self.own.device) - self.own + 1
 
 
-@dataclass(frozen=True)
+@dataclass
 class Blocks:
     """The mask of a pack in blocks of `BLOCK_TOKENS` slots, as FlexAttention's kernels read it.
 
@@ -72,6 +71,27 @@ class Blocks:
     q_indices: Tensor
     full_q_num_blocks: Tensor
     full_q_indices: Tensor
+    block_mask: "BlockMask" = field(init=False)
+    """The mask as FlexAttention takes it. It is made here and not on demand, because layers may be compiled."""
+
+    def __post_init__(self) -> None:
+        from torch.nn.attention.flex_attention import BlockMask
+
+        length, ranges = len(self.ranges.own), self.ranges
+
+        def mask_mod(_b: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return ranges.visible(q, k)
+
+        sizes = (BLOCK_TOKENS, BLOCK_TOKENS)
+        self.block_mask = BlockMask((length, length), BLOCK_SIZE=sizes, mask_mod=mask_mod, **self._parts())
+
+    def _parts(self) -> dict[str, Any]:
+        """The counts and the indices by name."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.name not in ("ranges", "block_mask")
+        }
 
     @classmethod
     def of(cls, ranges: Ranges) -> "Blocks":
@@ -99,28 +119,13 @@ class Blocks:
 
     def to(self, device: torch.device) -> "Blocks":
         """The same on `device`."""
-        ranges, *parts = (getattr(self, field.name) for field in fields(self))
-        moved = (part.to(device, non_blocking=True) for part in parts)
-        return Blocks(Ranges(*(part.to(device, non_blocking=True) for part in ranges)), *moved)
+        ranges = Ranges(*(part.to(device, non_blocking=True) for part in self.ranges))
+        return Blocks(ranges, **{name: part.to(device, non_blocking=True) for name, part in self._parts().items()})
 
-    @cached_property
+    @property
     def computed(self) -> int:
         """Number of blocks that a kernel computes."""
         return int(self.kv_num_blocks.sum() + self.full_kv_num_blocks.sum())
-
-    @cached_property
-    def block_mask(self) -> "BlockMask":
-        """The mask as FlexAttention takes it."""
-        from torch.nn.attention.flex_attention import BlockMask
-
-        length, ranges = len(self.ranges.own), self.ranges
-
-        def mask_mod(_b: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return ranges.visible(q, k)
-
-        parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        del parts["ranges"]
-        return BlockMask((length, length), BLOCK_SIZE=(BLOCK_TOKENS, BLOCK_TOKENS), mask_mod=mask_mod, **parts)
 
 
 def _ordered(dense: NDArray[numpy.bool_]) -> tuple[Tensor, Tensor]:

@@ -4,11 +4,15 @@ So no branch of the engine waits for a card. Only the kernels themselves, and th
 """
 
 import io
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from app.estimates import memory
 from app.estimates.memory import BUDGET, LOGITS
@@ -20,6 +24,7 @@ from tests.helpers.trainer import (
     dpo_method,
     load,
     make_pairs,
+    make_row,
     make_work_folder,
     of_kind,
     parse,
@@ -30,7 +35,8 @@ from worker.trainer import attention, packing
 from worker.trainer.events import Events
 from worker.trainer.exactness import check
 from worker.trainer.hardware import BY_KIND, GPU
-from worker.trainer.masks import Blocks
+from worker.trainer.masks import Blocks, TreeMask
+from worker.trainer.packing import Packing
 
 PAIRS = make_pairs(12)
 PLAIN = {"adapter": {"r": 4}, "quantization": "none", "seed": 0, "validation_split": 0.25}
@@ -112,6 +118,52 @@ def _off_by_a_tenth(query: Tensor, key: Tensor, value: Tensor, **options: Any) -
 
 def _missing(*_: object, **__: object) -> Tensor:
     raise RuntimeError("Failed to find C compiler")
+
+
+def test_packs_of_all_widths_and_windows_compile_the_kernel_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted by torch's own compiler, without kernels at its end."""
+    torch._dynamo.reset()
+    counters.clear()
+    compiler = partial(torch.compile, backend="eager")
+    monkeypatch.setattr(torch, "compile", compiler)
+    kernel = attention._compiled_flex.__wrapped__()
+    monkeypatch.setattr(attention, "_compiled_flex", lambda: kernel)
+    rows = [make_row(number, 20 + 31 * number, 10 + 7 * number, 5 + 11 * number) for number in range(12)]
+    widths = set()
+    for budget in (1024, 2048, 3072):
+        pack = next(Packing(budget, windows=(None, 64, 200)).packs(rows, range(len(rows))))
+        widths.add(pack.slots)
+        query, key = torch.randn(1, 4, pack.slots, 16), torch.randn(1, 2, pack.slots, 16)
+        for blocks in pack.mask.blocks.values():
+            mask = TreeMask(pack.mask.ranges, pack.mask.positions, pack.mask.spans, {None: blocks})
+            attention.tree_attention(torch.nn.Module(), query, key, key, tree=mask)
+    assert widths == {1024, 2048, 3072}
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile", "ignore:The .grad attribute")
+@pytest.mark.filterwarnings(
+    "ignore:<class .torch.autograd.function.Function.> should not be instantiated", "ignore:.*lru_cache"
+)
+def test_layers_compile_without_a_break_and_once_for_packs_of_all_widths(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first layer compiles apart from the others, because its input needs no gradient. The base is in NF4."""
+    choose_as_on_a_gpu(monkeypatch)
+    use_own_kernel(monkeypatch)
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    policy = load(llama, quantization="nf4")
+    policy.compile()
+    rows = [make_row(number, 20 + 31 * number, 10 + 7 * number, 5 + 11 * number) for number in range(8)]
+    for budget in (1024, 2048):
+        pack = next(replace(policy.packing, budget=budget).packs(rows, range(len(rows))))
+        assert pack.slots == budget
+        policy.score(pack).responses.sum().backward()  # type: ignore[no-untyped-call]
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
 
 
 def test_the_estimates_of_memory_have_the_engines_sizes() -> None:

@@ -1,0 +1,87 @@
+"""The least time of a training step on an H100, by arithmetic: what each part computes, and what it moves.
+
+The step trains an adapter of rank 16 on the shape of Llama 3.1 8B in NF4, over one pack of 8,192 tokens, half of which
+are scored. Nothing here is measured.
+"""
+
+from dataclasses import dataclass
+
+TOKENS, SCORED, RANK = 8192, 4096, 16
+LAYERS, HIDDEN, WIDE, VOCABULARY, KEYS = 32, 4096, 14_336, 128_256, 1024
+"""`WIDE`: the width of the feed-forward part. `KEYS`: the width of all keys, and that of all values."""
+VISIBLE_KEYS = 256
+"""Keys that the attention kernel computes for a query: two blocks, for the lengths of HH."""
+PEAK_FLOPS, PEAK_BYTES = 989e12, 3.35e12
+"""By the data sheet of an H100 SXM: dense bfloat16 FLOP/s, and bytes a second."""
+REACHED_FLOPS, REACHED_BYTES = 670e12, 2.5e12
+"""What products of a layer and elementwise kernels are expected to reach: 85 % of 790 TFLOP/s, and 75 % of the peak."""
+ATTENTION_FLOPS = 200e12
+"""What FlexAttention is expected to reach, forward and backward."""
+IDLE_SECONDS = 0.05
+"""How long the device is expected to wait for Python in a step."""
+_LINEARS = [(HIDDEN, HIDDEN)] * 2 + [(HIDDEN, KEYS)] * 2 + [(HIDDEN, WIDE)] * 2 + [(WIDE, HIDDEN)]
+"""(inputs, outputs) of the linear layers of a layer: q, o; k, v; gate, up; down."""
+WEIGHTS = LAYERS * sum(inputs * outputs for inputs, outputs in _LINEARS)
+ADAPTER = LAYERS * RANK * sum(inputs + outputs for inputs, outputs in _LINEARS)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A part of a step: its FLOPs, the bytes that it moves today, and those that it must move.
+
+    `rate` is the FLOP/s that its kernels are expected to reach.
+    """
+
+    name: str
+    flops: float = 0.0
+    bytes: float = 0.0
+    least_bytes: float = 0.0
+    rate: float = REACHED_FLOPS
+
+    @property
+    def floor(self) -> float:
+        """Seconds at the peaks of the data sheet."""
+        return max(self.flops / PEAK_FLOPS, self.least_bytes / PEAK_BYTES)
+
+    @property
+    def predicted(self) -> float:
+        """Seconds today, at the rates that are expected."""
+        return max(self.flops / self.rate, self.bytes / REACHED_BYTES)
+
+    @property
+    def within_reach(self) -> float:
+        """Seconds at these rates, if it moves only what it must."""
+        return max(self.flops / self.rate, self.least_bytes / REACHED_BYTES)
+
+
+def _by_layer(forward: float) -> float:
+    """Bytes of a step, for those of a token and layer in the forward pass. The backward pass moves twice as many."""
+    return 3 * forward * TOKENS * LAYERS
+
+
+NORMS, FUSED_NORMS = 2 * 36 * HIDDEN, 2 * 4 * HIDDEN
+"""Two norms. Eager: to float32 (6 bytes a number), square (8), mean (4), scale (8), to 16 bits (6), weight (4)."""
+RESIDUALS, FUSED_RESIDUALS = 2 * 6 * HIDDEN, 2 * 4 * HIDDEN
+"""Two additions. In one kernel with the norm that follows, the sum is read only once."""
+ROTARY, FUSED_ROTARY = 20 * (HIDDEN + KEYS), 4 * (HIDDEN + KEYS)
+"""Rotary embeddings of queries and keys: two products, a rotation, and a sum."""
+SWIGLU, FUSED_SWIGLU = 10 * WIDE, 6 * WIDE
+"""silu(gate), and its product with up."""
+LORA = sum(2 * inputs + 4 * outputs for inputs, outputs in _LINEARS)
+"""x is read again, and the output is read and written again."""
+
+PARTS = (
+    Work("products of the layers", 4.0 * WEIGHTS * TOKENS, 4.0 * WEIGHTS, 4.0 * WEIGHTS),
+    Work("dequantisation", 0.0, 2 * 2.5 * WEIGHTS, 2 * 2.5 * WEIGHTS),
+    Work(
+        "head", 4.0 * VOCABULARY * HIDDEN * SCORED,
+        32.0 * VOCABULARY * SCORED, 8.0 * VOCABULARY * SCORED,
+    ),
+    Work("attention", 14.0 * TOKENS * VISIBLE_KEYS * HIDDEN * LAYERS, rate=ATTENTION_FLOPS),
+    Work("LoRA", 6.0 * ADAPTER * TOKENS, _by_layer(LORA), 0.0),
+    Work(
+        "norms, residuals, rotary, SwiGLU", 0.0,
+        _by_layer(NORMS + RESIDUALS + ROTARY + SWIGLU),
+        _by_layer(FUSED_NORMS + FUSED_RESIDUALS + FUSED_ROTARY + FUSED_SWIGLU),
+    ),
+)  # fmt: skip
