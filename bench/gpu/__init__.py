@@ -1,1 +1,1 @@
-"""What a GPU does with this engine, beside TRL, in one call of a few minutes."""
+"""The measurement of this engine on a GPU, beside TRL, in one call of a few minutes."""

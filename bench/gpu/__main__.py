@@ -1,4 +1,4 @@
-"""`python -m bench.gpu`: what a CUDA card does with this engine, beside TRL, in one call of at most eight minutes.
+"""`python -m bench.gpu`: this engine on a CUDA card, beside TRL, in one call of at most eight minutes.
 
 The parts run in the order of their value, in a process that lasts until a part fails. The next part then gets a new
 process, so a part that fails or hangs loses nothing but itself. All figures are written as soon as they are measured.
@@ -10,10 +10,12 @@ import argparse
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from app.spec.json_types import JsonObject
@@ -26,7 +28,9 @@ class Worker:
     """A process that runs parts, one after the other (`bench.gpu.worker`)."""
 
     def __init__(self, command: list[str]) -> None:
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -55,8 +59,9 @@ class Worker:
         return message
 
     def kill(self) -> int:
-        """End the process at once. Returns its exit status."""
-        self._process.kill()
+        """End the process and those that it started, at once. Returns its exit status."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._reader.join()
         with self._process as process:  # closes its pipes
             return process.wait()
@@ -118,7 +123,7 @@ def main() -> None:
             record.add(part.name, {"error": "no time was left"})
             continue
         worker = worker or Worker([sys.executable, "-m", "bench.gpu.worker", *(["--dry"] if arguments.dry else [])])
-        if not run(worker, part, min(left, part.seconds), record):
+        if not run(worker, part, left if arguments.dry else min(left, part.seconds), record):
             worker.kill()
             worker = None
         print(f"{part.name}: {json.dumps(record.parts[part.name])}", flush=True)

@@ -1,7 +1,7 @@
 """The least time of a training step on an H100, by arithmetic: what each part computes, and what it moves.
 
-The step trains an adapter of rank 16 on the shape of Llama 3.1 8B in NF4, over one pack of 8,192 tokens, half of which
-are scored. Nothing here is measured.
+The step trains an adapter of rank 16 on the shape of Llama 3.1 8B in NF4. It has one pack of 8,192 tokens, and half of
+them are scored. Nothing here is measured.
 """
 
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ VISIBLE_KEYS = 256
 PEAK_FLOPS, PEAK_BYTES = 989e12, 3.35e12
 """By the data sheet of an H100 SXM: dense bfloat16 FLOP/s, and bytes a second."""
 REACHED_FLOPS, REACHED_BYTES = 670e12, 2.5e12
-"""What products of a layer and elementwise kernels are expected to reach: 85 % of 790 TFLOP/s, and 75 % of the peak."""
+"""The expected rates of a layer's products and of elementwise kernels: 85 % of 790 TFLOP/s, and 75 % of the peak."""
 ATTENTION_FLOPS = 200e12
-"""What FlexAttention is expected to reach, forward and backward."""
+"""The expected rate of FlexAttention, forward and backward."""
 IDLE_SECONDS = 0.05
 """How long the device is expected to wait for Python in a step."""
 _LINEARS = [(HIDDEN, HIDDEN)] * 2 + [(HIDDEN, KEYS)] * 2 + [(HIDDEN, WIDE)] * 2 + [(WIDE, HIDDEN)]

@@ -93,7 +93,8 @@ def _quantise(made: PreTrainedModel) -> None:
     from bitsandbytes.nn import Linear4bit, Params4bit
     from transformers import BitsAndBytesConfig
 
-    for module in list(made.model.modules()):
+    for path in [name for name, _ in made.model.named_modules()]:
+        module = made.model.get_submodule(path)
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 quantised = Linear4bit(
@@ -134,7 +135,7 @@ def allocated() -> int:
 
 def measured(run: Callable[[], object]) -> dict[str, float]:
     """The `seconds` of `run`, and its peak memory minus the memory before it, as `activation_bytes`."""
-    free()
+    gc.collect()  # the memory stays with torch, which would ask the driver for it again
     before = allocated()
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

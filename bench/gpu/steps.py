@@ -17,6 +17,7 @@ from bench.gpu.kernels import random_row
 from bench.gpu.shapes import DEVICE, measured, seconds_of, synchronize
 from worker.trainer.averages import Averages
 from worker.trainer.dataset import Rows
+from worker.trainer.errors import UserError
 from worker.trainer.launcher import Launcher
 from worker.trainer.memory import activation_bytes
 from worker.trainer.methods.preference import Preference
@@ -70,6 +71,8 @@ def _figures(policy: Policy, rows: Rows) -> JsonObject:
         "tflops": flops / seconds / 1e12,
         "of_products": flops / seconds / card.product_flops(),
         "activation_bytes_per_token": max(run["activation_bytes"] for run in runs) / tokens,
+        "recomputed": policy.recomputes_activations,
+        "packs_of": policy.launch_tokens,
     }
 
 
@@ -95,18 +98,18 @@ def _profile(step: Callable[[], None]) -> JsonObject:
     largest: dict[str, float] = {}
     for event in profiler.key_averages():
         spent = (event.self_device_time_total if DEVICE.type == "cuda" else event.self_cpu_time_total) / 1e3
-        if DEVICE.type == "cuda" and event.device_type != DeviceType.CUDA:
+        if event.is_user_annotation or (DEVICE.type == "cuda" and event.device_type != DeviceType.CUDA):
             continue
         name = event.key.lower()
         group = next((group for group, parts in GROUPS.items() if any(part in name for part in parts)), "elementwise")
         groups[group] += spent
-        largest[event.key[:80]] = spent
+        largest[event.key[:80]] = largest.get(event.key[:80], 0.0) + spent
     top = dict(sorted(largest.items(), key=lambda entry: -entry[1])[:20])
     return {"whole": elapsed, "idle": elapsed - sum(groups.values()), **groups, "kernels": top}
 
 
 def options() -> Iterator[JsonObject]:
-    """What each option changes in a step of one full pack."""
+    """A step of one full pack with each option."""
     changes: dict[str, Callable[[Policy], None]] = {
         "as it is": lambda policy: None,
         "activations recomputed": lambda policy: policy.recompute_activations(True),
@@ -117,8 +120,9 @@ def options() -> Iterator[JsonObject]:
         policy = adapted()
         try:
             change(policy)
+            policy.packing = replace(policy.packing, joined=policy.joins)
             yield {name: _figures(policy, _rows(512 if shapes.dry else policy.packing.budget - 256, 128, 64))}
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, UserError) as error:
             yield {name: {"error": str(error)[:300]}}
         finally:
             release(policy)
@@ -162,8 +166,8 @@ def scaling() -> Iterator[JsonObject]:
             name = f"prompt {prompt}, answers {response}, packs of {budget}"
             try:
                 yield {name: _figures(policy, _rows(2 * budget, prompt, response))}
-            except torch.OutOfMemoryError:
-                yield {name: {"error": "out of memory"}}
+            except (torch.OutOfMemoryError, UserError) as error:
+                yield {name: {"error": str(error)[:300]}}
             finally:
                 release(policy)
                 shapes.free()

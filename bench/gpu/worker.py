@@ -1,7 +1,7 @@
 """`python -m bench.gpu.worker [--dry]`: runs parts. Their names are the lines of standard input.
 
 For each it prints lines of JSON to standard output: `{"figures": {…}, "ended": false}`, and one with `"ended": true`. A
-part that raises ends with the figure `error`. What libraries print goes to standard error.
+part that raises ends with the figure `error`. Output of libraries goes to standard error.
 """
 
 import json
@@ -24,7 +24,8 @@ from bench.gpu.parts import PARTS
 def main() -> None:
     """Run the parts that standard input names."""
     shapes.dry = "--dry" in sys.argv[1:]
-    answers, sys.stdout = sys.stdout, sys.stderr
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # also for libraries in C, and for processes that this one starts
 
     def send(figures: JsonObject, *, ended: bool = False) -> None:
         answers.write(json.dumps({"figures": figures, "ended": ended}) + "\n")

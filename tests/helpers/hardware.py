@@ -47,7 +47,7 @@ def dense_attention(
     enable_gqa: bool = False,
     return_aux: object = None,
 ) -> Any:
-    """What FlexAttention computes, from all scores in float32. It reads the blocks of the mask as the kernels do."""
+    """The attention of FlexAttention, in float32. It reads the blocks of the mask as the kernels do."""
     assert block_mask is not None and enable_gqa == (query.shape[1] != key.shape[1])
     repeats = query.shape[1] // key.shape[1]
     key, value = (part.repeat_interleave(repeats, 1).float() for part in (key, value))

@@ -9,7 +9,7 @@ A slot is an index into a pack. A position is the index of a token in its own te
 
 import re
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
+from worker.trainer.hardware import hardware
 from worker.trainer.masks import TreeMask
 from worker.trainer.packing import Pack
 
@@ -56,27 +57,42 @@ def tree_attention(
     if torch.is_autocast_enabled(query.device.type):  # float32 weights and rotary embeddings make float32 of some
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": s_aux}
+    options: dict[str, Any] = {"scaling": scaling, "softcap": softcap}
     if not tree.blocks:
-        attended = _by_tree(query, key, value, tree.tree_masks(sliding_window), **options)
+        masks = tree.tree_masks(sliding_window)
+        attended = _by_tree(query, key, value, masks, sinks=s_aux, **options)
     else:
         block_mask = tree.blocks[sliding_window].block_mask
-        attended = _flex(query, key, value, block_mask, **options)
+
+        def kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return _flex(query, key, value, block_mask, sinks=s_aux, **options)
+
+        attended = kernel(query, key, value)
         if tree.errors is not None:
-            kernel = partial(_flex, block_mask=block_mask, **options)
-            exact = partial(_by_tree, masks=tree.tree_masks(sliding_window), **options)
+            masks = tree.tree_masks(sliding_window)
+
+            def exact(query: Tensor, key: Tensor, value: Tensor, heads: slice) -> Tensor:
+                sinks = None if s_aux is None else s_aux[heads]
+                return _by_tree(query, key, value, masks, sinks=sinks, fused=False, **options)
+
             tree.errors.append(relative_error(kernel, exact, query, key, value, tree.spans))
     return attended.transpose(1, 2).contiguous(), None  # (B, H, T, D) -> (B, T, H, D)
 
 
 def relative_error(
-    kernel: Attention, exact: Attention, query: Tensor, key: Tensor, value: Tensor, spans: tuple[tuple[int, int], ...]
+    kernel: Attention,
+    exact: Callable[[Tensor, Tensor, Tensor, slice], Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spans: tuple[tuple[int, int], ...],
 ) -> float:
-    """The error of `kernel`, relative to the one that `exact` has in the same dtype. 1 is as exact.
+    """The error of `kernel`, relative to the one that plain matrix products have in the same dtype. 1 is as exact.
 
-    True values are those of `exact` in a wider dtype. The error is the largest one of any number: of the results in the
-    slots `spans`, and of the gradients of queries, keys and values for a random gradient of the results. (The rule of
-    FlashAttention's own tests, Dao et al. 2022.)
+    `exact` computes attention by matrix products for the queries' heads in a slice. True values are those of `exact` in
+    a wider dtype. The error is the largest one of any number: of the results in the slots `spans`, and of the gradients
+    of queries, keys and values for a random gradient of the results. (The rule of FlashAttention's own tests, Dao et
+    al. 2022.)
     """
     is_token = torch.zeros(query.shape[2], dtype=torch.bool, device=query.device)
     for start, stop in spans:
@@ -84,22 +100,38 @@ def relative_error(
     generator = torch.Generator().manual_seed(0)
     shape = (*query.shape[:3], value.shape[-1])
     gradient = torch.randn(shape, generator=generator, dtype=torch.float32).to(query.device) * is_token[:, None]
+    wide = torch.float32 if query.dtype.itemsize == 2 else torch.float64
 
-    def outcome(attend: Attention, dtype: torch.dtype) -> list[Tensor]:
-        inputs = [tensor.detach().to(dtype).requires_grad_() for tensor in (query, key, value)]
+    def outcome(attend: Attention, heads: slice, group: slice, dtype: torch.dtype) -> list[Tensor]:
+        parts = (query[:, heads], key[:, group], value[:, group])
+        inputs = [part.detach().to(dtype).requires_grad_() for part in parts]
         with torch.enable_grad(), torch.autocast(query.device.type, enabled=False):
             attended = attend(*inputs)
-        gradients = torch.autograd.grad(attended, inputs, gradient.to(attended.dtype))
+        gradients = torch.autograd.grad(attended, inputs, gradient[:, heads].to(attended.dtype))
         return [tensor.to(wide) for tensor in (attended.detach() * is_token[:, None], *gradients)]
 
-    wide = torch.float32 if query.dtype.itemsize == 2 else torch.float64
-    true, theirs, own = (outcome(*pair) for pair in ((exact, wide), (exact, query.dtype), (kernel, query.dtype)))
-    rounding = torch.finfo(query.dtype).eps
-    errors = [
-        (one - right).abs().max() / ((other - right).abs().max() + rounding * right.abs().max())
-        for one, other, right in zip(own, theirs, true, strict=True)
+    everything = slice(0, query.shape[1])
+    own = outcome(kernel, everything, slice(0, key.shape[1]), query.dtype)
+    repeats = query.shape[1] // key.shape[1]
+    errors, theirs, largest = ([torch.zeros((), device=query.device) for _ in own] for _ in range(3))
+    for k in range(key.shape[1]):  # the heads of one key at a time: their scores are large
+        heads, group = slice(k * repeats, (k + 1) * repeats), slice(k, k + 1)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, heads: slice = heads) -> Tensor:
+            return exact(query, key, value, heads)
+
+        true, other = (outcome(attend, heads, group, dtype) for dtype in (wide, query.dtype))
+        mine = [own[0][:, heads], own[1][:, heads], own[2][:, group], own[3][:, group]]
+        for number, (one, theirs_one, right) in enumerate(zip(mine, other, true, strict=True)):
+            errors[number] = torch.maximum(errors[number], (one - right).abs().max())
+            theirs[number] = torch.maximum(theirs[number], (theirs_one - right).abs().max())
+            largest[number] = torch.maximum(largest[number], right.abs().max())
+    dtype = torch.finfo(query.dtype)
+    ratios = [
+        error / (other + dtype.eps * most + dtype.tiny)
+        for error, other, most in zip(errors, theirs, largest, strict=True)
     ]
-    return float(torch.stack(errors).max())
+    return float(torch.stack(ratios).max())
 
 
 def _by_tree(
@@ -110,10 +142,13 @@ def _by_tree(
     scaling: float | None,
     softcap: float | None,
     sinks: Tensor | None,
+    *,
+    fused: bool = True,
 ) -> Tensor:
     """Attention tree by tree, [B, H, T, D]. One call of SDPA would also compute the masked blocks between trees.
 
-    `masks` are those of `TreeMask.tree_masks`. Slots outside of all trees get zeros.
+    `masks` are those of `TreeMask.tree_masks`. Slots outside of all trees get zeros. `fused`: use SDPA where it can
+    compute the attention; else plain matrix products.
     """
     outputs, slot = list[Tensor](), 0
     for start, stop, mask in [*masks, (query.shape[2], query.shape[2], None)]:
@@ -121,9 +156,8 @@ def _by_tree(
             outputs.append(query.new_zeros(*query.shape[:2], start - slot, value.shape[-1]))
         if stop > start:
             tree = slice(start, stop)
-            outputs.append(
-                _attend(query[:, :, tree], key[:, :, tree], value[:, :, tree], mask, scaling, softcap, sinks)
-            )
+            parts = (query[:, :, tree], key[:, :, tree], value[:, :, tree])
+            outputs.append(_attend(*parts, mask, scaling, softcap, sinks, fused=fused))
         slot = stop
     return torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]
 
@@ -136,19 +170,23 @@ def _attend(
     scaling: float | None,
     softcap: float | None,
     sinks: Tensor | None,
+    *,
+    fused: bool,
 ) -> Tensor:
     """Attention within one tree of n tokens, [B, H, n, D]. Without a mask it is causal.
 
     SDPA has neither soft-capped scores c · tanh(s / c) nor sinks, which join the softmax but have no value. With
     either of them the scores are computed here.
     """
-    grouped = query.shape[1] != key.shape[1]
-    if softcap is None and sinks is None:
+    repeats, fused = query.shape[1] // key.shape[1], fused and softcap is None and sinks is None
+    # With groups and a mask, SDPA has no kernel on a GPU that saves memory.
+    if not fused or (repeats > 1 and mask is not None and hardware(query.device).half):
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)  # (B, H, n, D)
+    if fused:
+        grouped = query.shape[1] != key.shape[1]
         return scaled_dot_product_attention(
             query, key, value, mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
         )
-    repeats = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)  # (B, H, n, D)
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)  # (B, H, n, n)
     visible = torch.ones_like(scores[0, 0], dtype=torch.bool).tril() if mask is None else mask
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
@@ -173,7 +211,7 @@ def _flex(
         "block_mask": block_mask,
         "scale": scaling,
         "enable_gqa": query.shape[1] != key.shape[1],
-        "score_mod": None if softcap is None else _cap(softcap),
+        "score_mod": None if softcap is None else _cap(softcap, query.device),
     }
     attended: Tensor
     if sinks is None:
@@ -189,19 +227,26 @@ def _flex(
 
 
 @cache
-def _cap(softcap: float) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
+def _cap(softcap: float, device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
+    cap = torch.tensor(softcap, device=device)  # a number would not compile where shapes are dynamic
+
     def score_mod(score: Tensor, _b: Tensor, _head: Tensor, _q: Tensor, _k: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
+        return cap * torch.tanh(score / cap)
 
     return score_mod
 
 
 @cache
 def _compiled_flex() -> Callable[..., Any]:
-    """FlexAttention's fused kernels. They are compiled once for packs of all widths, and for all windows."""
+    """FlexAttention's fused kernels.
+
+    They are compiled once for packs of all widths and all windows, with and without gradients, for each size of heads.
+    Beyond the limit torch would compute all scores, so reaching it is an error.
+    """
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True)
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 def padding_mask(pack: Pack) -> Tensor:

@@ -33,6 +33,8 @@ KERNEL_ERROR = 3.0
 """Allowed error of the attention kernel, relative to that of attention tree by tree. A wrong mask has hundreds."""
 HIDDEN_ERROR = 0.05
 """Allowed error of a token in 16 bits, in nats, beside the steps of its logits: hidden states are rounded too."""
+LONG_ROW = 512
+"""Tokens of a row that shows the kernel's full blocks."""
 CANDIDATE_ROWS, CHECKED_ROWS = 256, 3
 """The check uses the `CHECKED_ROWS` shortest of the first `CANDIDATE_ROWS` rows."""
 
@@ -59,7 +61,9 @@ def check(policy: Policy, rows: Sequence[Row], events: Events, ranks: Ranks | No
         for consequence, settings in _ways(policy):
             for name, value in settings.items():
                 setattr(policy, name, value)
-            reason = _why_inexact(policy, rows, numbers, expected, tolerance)
+            own_reason = _why_inexact(policy, rows, numbers, expected, tolerance)
+            reasons = [own_reason] if ranks is None else ranks.gather(own_reason)  # all ranks compute the same way
+            reason = next((reason for reason in reasons if reason is not None), None)
             if reason is None:
                 break
             events.message(f"{consequence}: {reason}.", level="warn")
@@ -93,10 +97,12 @@ def _ways(policy: Policy) -> Iterator[tuple[str, dict[str, bool]]]:
 def _rows_to_check(policy: Policy, rows: Sequence[Row]) -> list[int]:
     """The shortest of the first rows. For a model with a window, also a row longer than it: only such a row shows it.
 
-    If no row is that long, the longest is taken.
+    For a kernel with blocks, also a row of several blocks. If no row is that long, the longest is taken.
     """
     numbers = sorted(range(min(len(rows), CANDIDATE_ROWS)), key=lambda number: rows[number].tokens)
     checked, widest = numbers[:CHECKED_ROWS], max(window_sizes(policy.causal), default=None)
+    if policy.blocks and numbers:  # only a longer row has blocks that need no mask
+        checked.append(next((number for number in numbers if rows[number].tokens >= LONG_ROW), numbers[-1]))
     if widest is not None and numbers:
         longer = (number for number in numbers if _text_length(rows[number]) > widest)
         checked.append(next(longer, numbers[-1]))
@@ -116,7 +122,8 @@ def _tolerance(policy: Policy, expected: Tensor, logits: Tensor, tokens: int) ->
     if policy.autocast_dtype is None:
         return 1e-4 * expected.abs().clamp(min=1)
     step = torch.finfo(policy.autocast_dtype).eps * float(logits.abs().max())
-    return 1e-3 * expected.abs() + tokens**0.5 * (HIDDEN_ERROR + step)
+    allowed: Tensor = 1e-3 * expected.abs() + tokens**0.5 * (HIDDEN_ERROR + step)
+    return allowed
 
 
 def _close(values: Tensor, expected: Tensor, tolerance: Tensor) -> bool:
@@ -185,7 +192,7 @@ def _require_deterministic_and_causal(policy: Policy, row: Row) -> None:
     # Replace the second half. The length stays, because some position encodings depend on it.
     changed = torch.cat([ids[:half], others[:1].expand(len(ids) - half)])
     # The predictions at the end of the first half, [V] each: twice for the same text, once for the changed one.
-    logits = [_own_logits(policy, text)[half - 1] for text in (ids, ids, changed)]
+    logits = [_own_logits(policy, text)[half - 1].clone() for text in (ids, ids, changed)]  # [V], without the others
     first, again, after = (values.float().log_softmax(-1) for values in logits)
     tolerance = _tolerance(policy, first, logits[0], 1)
     if not _close(again, first, tolerance):

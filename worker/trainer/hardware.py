@@ -1,7 +1,7 @@
-"""What the engine chooses by the kind of device: dtypes, kernels, and sizes that keep the device busy.
+"""The engine's choices by the kind of device: dtypes, kernels, and sizes that keep the device busy.
 
-Nothing else in the engine decides by the kind, except memory that is asked of the driver. So a test can give the CPU
-the choices of a GPU (`BY_KIND`), and no branch waits for a card to run.
+Code elsewhere asks for the kind only where it asks the driver: for memory, names, or threads. So a test can give the
+CPU the choices of a GPU (`BY_KIND`), and no choice waits for a card to run.
 """
 
 from dataclasses import dataclass

@@ -33,13 +33,13 @@ def check(policy: Policy, rows: Sequence[Row], ranks: Ranks) -> None:
     All `ranks` let them if one does.
     """
     if policy.shared and policy.joins and not policy.full:
-        _compare(policy, rows)
+        _compare(policy, rows, ranks)
     policy.joins = not ranks.any(not policy.joins)
     policy.packing = replace(policy.packing, joined=policy.joins)
 
 
-def _compare(policy: Policy, rows: Sequence[Row]) -> None:
-    """Set `policy.joins` by what some `rows` give together and alone, in packs of every width up to the largest."""
+def _compare(policy: Policy, rows: Sequence[Row], ranks: Ranks) -> None:
+    """Set `policy.joins` by what some `rows` give together and alone. All `ranks` compute the same packs."""
     segments = _segments_to_check(policy, rows)
     if len(segments) < 2:
         return
@@ -52,17 +52,15 @@ def _compare(policy: Policy, rows: Sequence[Row]) -> None:
             weight.data.copy_(0.01 * torch.randn(weight.shape, generator=generator, dtype=torch.float32))
         alone = [outcome for segment in segments for outcome in _outcomes(policy, [segment])]
         same = _close if policy.device.type == "cpu" and torch.get_num_threads() > 1 else torch.equal
-        for count in range(2, len(segments) + 1):
+        for count in sorted({2, len(segments)}):  # the smallest pack with several segments, and the largest
             together = _outcomes(policy, segments[:count])
-            if (
-                len(together) < count or len(alone) < count
-            ):  # no room; the launcher will find none for this width either
-                break
-            policy.joins = all(
-                one.keys() == other.keys() and all(same(one[name], other[name]) for name in one)
-                for one, other in zip(together, alone[:count], strict=True)
+            has_room = len(together) == count and len(alone) == len(segments)
+            pairs = zip(together, alone, strict=False) if has_room else ()
+            policy.joins = policy.joins and all(
+                one.keys() == other.keys() and all(same(one[name], other[name]) for name in one) for one, other in pairs
             )
-            if not policy.joins:
+            if ranks.any(not has_room):  # larger packs have none either
+                policy.room = sum(segment.tokens for segment in segments[: count - 1])
                 break
     finally:
         for name, weight in adapters.items():

@@ -35,8 +35,6 @@ from worker.trainer.room import LEAST_SHARE, require_memory
 from worker.trainer.shards import Shards
 from worker.trainer.tokenizer import load_tokenizer
 
-"""Token budget of a pack. A long pack spreads the fixed cost of a pass over more tokens. On a GPU, most of that cost is
-the unpacking of quantised weights."""
 FULL_SHARE = 8.0
 """The memory that full-parameter training takes, as a share of 16-bit files: 16 bytes for each parameter."""
 _DROPOUT = re.compile(r"dropout|drop_prob|drop_rate|layerdrop|drop_path")

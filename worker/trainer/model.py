@@ -174,7 +174,7 @@ class Policy:
             self.causal.disable_input_require_grads()  # only reentrant checkpointing needs them
 
     def compile(self) -> None:
-        """Compile each layer when it first runs. On a CPU with dynamic shapes, because each pack has its own width.
+        """Compile each layer when it first runs, with dynamic shapes, because packs have many widths.
 
         Compiled layers cannot add to sums beside autograd, so a pack of an adapter's training then holds one segment.
         """
@@ -183,7 +183,7 @@ class Policy:
         self.compiled = True
         self.joins = self.joins and self.full
         for name in layer_names(self.causal):
-            self.causal.get_submodule(name).compile(dynamic=self.device.type == "cpu")
+            self.causal.get_submodule(name).compile(dynamic=True)
 
     def segments(self, rows: Sequence[Row], numbers: Sequence[int], *, merge: bool = True) -> Iterator[Segment]:
         """The rows `numbers` as segments. `merge`: rows with the same prompt may share it."""

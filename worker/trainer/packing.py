@@ -2,7 +2,6 @@
 
 tokens     P P P a a b b b | Q Q c c d        two trees: prompt P with responses a and b, prompt Q with c and d
 position   0 1 2 3 4 3 4 5 | 0 1 2 3 2        every response continues the positions of its prompt
-branch     0 0 0 1 1 2 2 2 | 0 0 1 1 2        0 is the prompt
 
 Rows with the same prompt share a tree. A response that several of them have is in the tree once.
 

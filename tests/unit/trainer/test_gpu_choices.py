@@ -35,6 +35,7 @@ from worker.trainer import attention, packing
 from worker.trainer.events import Events
 from worker.trainer.exactness import check
 from worker.trainer.hardware import BY_KIND, GPU
+from worker.trainer.launcher import Launcher
 from worker.trainer.masks import Blocks, TreeMask
 from worker.trainer.packing import Packing
 
@@ -76,6 +77,36 @@ def test_a_job_has_the_losses_of_a_cpu_to_16_bits(
 def losses_of(events: list[Event]) -> list[float]:
     """The training losses of all stages."""
     return [event["metrics"]["loss"] for event in of_kind(events, "metrics") if "loss" in event["metrics"]]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral"])
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_log_probs_and_gradients_are_those_of_a_cpu_to_16_bits(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, architecture: str, quantization: str
+) -> None:
+    """In packs of several segments, whose gradients are summed. NF4 would quantise other weights, rounded to 16 bits."""
+    model = request.getfixturevalue(architecture)
+    rows = [make_row(number, 40 + number, 30, 20 + number) for number in range(30)]
+
+    def outcome() -> tuple[Tensor, dict[str, Tensor]]:
+        policy = disturb(load(model, quantization=quantization), 0.02)
+        launcher = Launcher(policy)
+        plan = launcher.plan(list(policy.segments(rows, range(len(rows)))))
+        scores, _ = launcher.backward(plan, lambda pack, _: both(policy.score(pack).responses))
+        gradients = {name: parameter.grad for name, parameter in policy.trainable().items()}
+        return scores["logps"], {name: gradient for name, gradient in gradients.items() if gradient is not None}
+
+    def both(logps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return logps.sum(), {"logps": logps}
+
+    expected, expected_gradients = outcome()
+    choose_as_on_a_gpu(monkeypatch)
+    logps, in_16_bits = outcome()
+    torch.testing.assert_close(logps.float(), expected.float(), rtol=0.02, atol=0.2)
+    assert in_16_bits.keys() == expected_gradients.keys()
+    for name, gradient in expected_gradients.items():
+        cosine = torch.nn.functional.cosine_similarity(gradient.flatten(), in_16_bits[name].flatten(), dim=0)
+        assert cosine > 0.98, name
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile", "ignore:The .grad attribute")
@@ -136,7 +167,7 @@ def test_packs_of_all_widths_and_windows_compile_the_kernel_once(monkeypatch: py
         query, key = torch.randn(1, 4, pack.slots, 16), torch.randn(1, 2, pack.slots, 16)
         for blocks in pack.mask.blocks.values():
             mask = TreeMask(pack.mask.ranges, pack.mask.positions, pack.mask.spans, {None: blocks})
-            attention.tree_attention(torch.nn.Module(), query, key, key, tree=mask)
+            attention.tree_attention(torch.nn.Module(), query, key, key, scaling=0.3, softcap=50.0, tree=mask)
     assert widths == {1024, 2048, 3072}
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
