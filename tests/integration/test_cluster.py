@@ -125,7 +125,7 @@ def test_a_training_stops_on_two_machines_and_ends_on_others_with_the_bytes_of_o
         (first / "cache").rename(second / "cache")
         tell(second, placed=["base", "train.jsonl", "resume"])
         status, events = outcome(second)
-    assert status == 0 and events[-1]["kind"] == "done"
+    assert (status, events[-1]["kind"]) == (0, "done"), events[-1]
     tokens = {event["key"] for event in events if event["kind"] == "made" and event["key"].startswith("tokens")}
     assert not tokens  # they were found
     assert adapter(second) == adapter(alone)

@@ -253,7 +253,7 @@ def test_a_base_whose_texts_are_computed_one_by_one_is_not_sharded() -> None:
         with LOADING:
             policy = make_policy("llama", {}, io.StringIO(), Shards(ranks), adapter=adapter)
         policy.one_by_one = True
-        check(policy, ROWS, Events(io.StringIO()))
+        check(policy, ROWS, Events(io.StringIO()), ranks)
 
     with pytest.raises(UserError, match="cannot be sharded: its texts are computed one by one") as caught:
         on_ranks(2, run)
