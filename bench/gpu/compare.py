@@ -18,6 +18,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from app.spec.job import JobSpec
 from app.spec.json_types import JsonObject
 from bench.entrants import length
 from bench.gpu import card, shapes
@@ -27,7 +28,7 @@ from worker.trainer import loop, stage_run
 from worker.trainer.checkpoint import State
 from worker.trainer.events import Events
 from worker.trainer.loading import wrap
-from worker.trainer.model import Policy
+from worker.trainer.model import Base, Policy
 from worker.trainer.run import TrainingRun
 from worker.trainer.throughput import layer_weights
 
@@ -56,9 +57,7 @@ WORKLOADS = {
 }
 
 
-def ours(
-    model: PreTrainedModel, folder: Path, pairs: Pairs, batch: int, epochs: int, **settings: object
-) -> dict[str, float]:
+def ours(model: PreTrainedModel, folder: Path, pairs: Pairs, batch: int, epochs: int) -> dict[str, float]:
     """This engine's own loop, over the model on the card. The artifact does not count."""
     hyperparameters = {
         "n_epochs": epochs,
@@ -66,7 +65,6 @@ def ours(
         "max_length": MAX_LENGTH,
         "learning_rate": 1e-5,
         "checkpoint_every": 10_000,
-        **settings,
     }
     spec = {
         "model": "bench",
@@ -246,13 +244,9 @@ def _compare(workload: str, epochs: int, only: str | None = None) -> Iterator[Js
             }
 
 
-def adapted(**fields: object) -> Policy:
+def adapted() -> Policy:
     """The policy of a job on the model, with a fresh adapter. `release` it when done."""
-    from app.spec.job import JobSpec
-    from worker.trainer.model import Base
-
-    spec = JobSpec.model_validate(
-        {"model": "bench", "training_file": "x", "seed": 0, "quantization": "nf4", **fields}
-    ).resolved()
+    body = {"model": "bench", "training_file": "x", "seed": 0, "quantization": "nf4"}
+    spec = JobSpec.model_validate(body).resolved()
     base = Base("bench", None, None, shapes.folder())
     return wrap(shapes.model(), shapes.tokenizer(), spec, base, None, Events(io.StringIO()))
