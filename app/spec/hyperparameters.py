@@ -96,8 +96,9 @@ class Hyperparameters(Automatic):
     early_stopping: EarlyStopping | None = None
     activation_checkpointing: bool | None = None
     """Recompute activations in the backward pass to save memory. The default: only if they would not fit."""
-    compile: bool = False
-    """Compile the model's layers with torch.compile. The start takes minutes longer; the steps are then faster."""
+    compile: bool | None = None
+    """Compile the model's layers with torch.compile. The start takes a minute longer; the steps are then faster. The
+    default: on a GPU, if the stage is long enough to repay it."""
 
     @property
     @abstractmethod

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
-from worker.trainer.hardware import hardware
+from worker.trainer.hardware import configure_compiler, hardware
 from worker.trainer.masks import TreeMask
 from worker.trainer.packing import Pack
 
@@ -215,13 +215,13 @@ def _flex(
     }
     attended: Tensor
     if sinks is None:
-        attended = _compiled_flex()(query, key, value, **options)
+        attended = _flex_attention()(query, key, value, **options)
         return attended
     # A sink turns the denominator Σ exp(s) into Σ exp(s) + exp(sink).
     # With lse = log Σ exp(s) the output is scaled by exp(lse) / (exp(lse) + exp(sink)) = σ(lse − sink).
     from torch.nn.attention.flex_attention import AuxRequest
 
-    attended, aux = _compiled_flex()(query, key, value, return_aux=AuxRequest(lse=True), **options)
+    attended, aux = _flex_attention()(query, key, value, return_aux=AuxRequest(lse=True), **options)
     weight = torch.sigmoid(aux.lse - sinks.to(aux.lse.dtype)[None, :, None])  # (B, H, T)
     return attended * weight[..., None].to(attended.dtype)
 
@@ -236,16 +236,25 @@ def _cap(softcap: float, device: torch.device) -> Callable[[Tensor, Tensor, Tens
     return score_mod
 
 
+def _flex_attention() -> Callable[..., Any]:
+    """FlexAttention with fused kernels: compiled with its layer, or else by itself."""
+    if torch.compiler.is_compiling():
+        from torch.nn.attention.flex_attention import flex_attention
+
+        return flex_attention
+    return _compiled_flex()
+
+
 @cache
 def _compiled_flex() -> Callable[..., Any]:
     """FlexAttention's fused kernels.
 
     They are compiled once for packs of all widths and all windows, with and without gradients, for each size of heads.
-    Beyond the limit torch would compute all scores, so reaching it is an error.
+    Torch would compute all scores beyond its limit of variants.
     """
     from torch.nn.attention.flex_attention import flex_attention
 
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    configure_compiler()
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 

@@ -94,6 +94,11 @@ class Rows(Sequence[Row]):
         """Number of tokens of the largest row."""
         return int(self._sizes.max()) if len(self) else 0
 
+    @cached_property
+    def all_tokens(self) -> int:
+        """Number of tokens of all rows together."""
+        return int(self._sizes.sum())
+
     def tokens(self, numbers: Sequence[int]) -> int:
         """Number of tokens of the rows `numbers` together, each prompt counted once."""
         return int(self._sizes[numbers].sum())

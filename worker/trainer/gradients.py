@@ -1,50 +1,118 @@
 """The gradient of a step: a sum over segments in canonical order (see `segments`), whatever packs and ranks compute it.
 
-1. Layers with a plain LoRA adapter add one product for each segment to the sum of its virtual rank (`Products`). The
-   gradients of all other parameters come from autograd, and their packs hold one segment.
+1. Autograd sums a gradient over all tokens of a pack. Layers with a plain LoRA adapter get their weights once for each
+   segment, so autograd keeps the gradients of segments apart, and they are added to the sums of their virtual ranks
+   (`SegmentGradients`). The gradients of all other parameters are of a whole pack, which then holds one segment.
 2. The sums of the virtual ranks are added in order (`Reduction`). With several ranks each of them owns some parameters:
    it gets the sums for these, adds them, and updates these parameters (ZeRO-1, Rajbhandari et al. 2020).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from worker.trainer.hardware import wide_product
+from worker.trainer.packing import Extent
 from worker.trainer.ranks import Ranks
 
 Sum = dict[nn.Parameter, Tensor]
 """Gradients by parameter, in the parameter's dtype, which is float32 or wider."""
 
 
-@dataclass(frozen=True)
-class Target:
-    """A segment of the pack in computation: its slots, the responses of its rows, and the sum that it belongs to."""
+class Views(NamedTuple):
+    """Views of a layer's trained weights, [S, *shape] each: the same weight for each of S segments of a pack.
 
-    slots: slice
-    responses: slice
-    sum: Sum
+    `ends` [S], on the CPU: where each segment ends among the layer's inputs; None if all of them are one. A layer
+    computes with view 0, and gives view s the gradient of segment s. The views take no memory.
+    """
 
-
-@dataclass
-class Products:
-    """Where the layers of a policy add the products of the current pack. Without targets, autograd sums."""
-
-    targets: list[Target] | None = None
+    weights: tuple[Tensor, ...]
+    ends: Tensor | None = None
 
 
-def add_product(total: Sum, parameter: nn.Parameter, left: Tensor, right: Tensor) -> None:
-    """Add leftᵀ · right to the gradient of `parameter` [p, q], for `left` [n, p] and `right` [n, q]."""
-    if left.dtype != parameter.dtype:  # 16 bits on a GPU: accumulate and return the product in float32
-        product = wide_product(left.t(), right, parameter.dtype)
-    elif parameter in total:
-        total[parameter].addmm_(left.t(), right)
-        return
-    else:
-        product = left.t() @ right
-    total[parameter] = total[parameter].add_(product) if parameter in total else product
+class Layer(Protocol):
+    """A layer that keeps the gradients of segments apart, if it has `views`. Else it computes with its weights."""
+
+    views: Views | None
+
+
+def views_of(layer: Layer, *weights: Tensor) -> Views:
+    """What `layer` computes with: its views, or its `weights` themselves where nobody wants gradients of segments."""
+    views = layer.views
+    return Views(tuple(weight[None] for weight in weights)) if views is None or not torch.is_grad_enabled() else views
+
+
+class SegmentGradients:
+    """Adds the gradients of a pack's segments to a sum for each of them, as soon as autograd has them."""
+
+    def __init__(self) -> None:
+        self._layers: list[tuple[Layer, Sequence[nn.Parameter], Literal["slots", "responses"]]] = []
+
+    def keep_apart(
+        self, layer: Layer, weights: Sequence[nn.Parameter], inputs: Literal["slots", "responses"] = "slots"
+    ) -> None:
+        """Let `layer` keep the gradients of its `weights` apart. `inputs`: what the rows of its input are."""
+        self._layers.append((layer, weights, inputs))
+
+    @contextmanager
+    def added_to(self, sums: Sequence[Sum], extents: Sequence[Extent]) -> Iterator[None]:
+        """Within this context a backward pass adds the gradients of segment s to `sums[s]`.
+
+        `extents` are the places of the segments in their pack.
+        """
+        ends = {
+            "slots": torch.tensor([extent.slots.stop for extent in extents]),
+            "responses": torch.tensor([extent.responses.stop for extent in extents]),
+        }
+        try:
+            for layer, weights, inputs in self._layers:
+                layer.views = Views(tuple(_view(weight, sums) for weight in weights), ends[inputs])
+            yield
+        finally:
+            for layer, _, _ in self._layers:
+                layer.views = None
+
+
+def _view(weight: nn.Parameter, sums: Sequence[Sum]) -> Tensor:
+    """A view of `weight` for each of `sums`, to which its gradients are added."""
+
+    def add(view: Tensor) -> None:
+        assert view.grad is not None
+        for total, gradient in zip(sums, view.grad, strict=True):
+            if weight in total:
+                total[weight].add_(gradient)
+            else:  # a copy, because the view's gradient is as large as all segments' together
+                total[weight] = gradient.clone()
+        view.grad = None
+
+    view = weight.detach().expand(len(sums), *weight.shape).requires_grad_()
+    view.register_post_accumulate_grad_hook(add)  # type: ignore[no-untyped-call]
+    return view
+
+
+@torch.library.custom_op("dpo::segment_products", mutates_args=())
+def segment_products(left: Tensor, right: Tensor, ends: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """leftᵀ · right of each segment, [S, p, q] in `dtype`, for `left` [n, p] and `right` [n, q].
+
+    The rows of segment s end before `ends[s]`; None: all are one segment. An operator of its own, because compiled code
+    must not depend on `ends`.
+    """
+    products, start = [], 0
+    for end in [len(left)] if ends is None else ends.tolist():
+        rows, others = left[start:end].t(), right[start:end]
+        products.append(rows @ others if rows.dtype == dtype else wide_product(rows, others, dtype))
+        start = end
+    return torch.stack(products)
+
+
+@segment_products.register_fake
+def _(left: Tensor, right: Tensor, ends: Tensor | None, dtype: torch.dtype) -> Tensor:
+    count = 1 if ends is None else ends.shape[0]  # `len` would compile for this number of segments alone
+    return left.new_empty((count, left.shape[1], right.shape[1]), dtype=dtype)
 
 
 def take_gradients(total: Sum, parameters: Iterable[nn.Parameter]) -> None:
@@ -116,6 +184,8 @@ class Ownership:
     ranks: Ranks
     owners: list[list[nn.Parameter]] = field(init=False)
     """The parameters of each rank."""
+    norms: Tensor = field(default_factory=lambda: torch.zeros(0))
+    """The norms of the gradients of this rank's parameters, on the CPU."""
 
     def __post_init__(self) -> None:
         total, before = sum(parameter.numel() for parameter in self.parameters), 0
@@ -152,18 +222,28 @@ class Ownership:
 
     # -- an update -----------------------------------------------------------------------------------------------
 
+    def own_norms(self) -> Tensor:
+        """The norms of the gradients of this rank's parameters, on their device."""
+        gradients = self._gradients()
+        return torch.stack(torch._foreach_norm(gradients)) if gradients else torch.zeros(0)
+
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self.own if parameter.grad is not None]
+
+    def scale(self, factor: float) -> None:
+        """Multiply the gradients of this rank's parameters, and their norms."""
+        if gradients := self._gradients():
+            torch._foreach_mul_(gradients, factor)
+        self.norms = self.norms * factor
+
     def clip(self, max_norm: float) -> Tensor:
         """Scale the gradient down to a norm of at most `max_norm`, as `torch.nn.utils.clip_grad_norm_` does.
 
         Returns the norm before. The norms of the parameters are combined in the same order on any number of ranks.
         """
-        gradients = [parameter.grad for parameter in self.own if parameter.grad is not None]
-        own = torch.stack(torch._foreach_norm(gradients)).cpu() if gradients else torch.zeros(0)
-        norms = torch.cat([part for part in self.ranks.gather(own) if len(part)] or [own])
+        norms = torch.cat([part for part in self.ranks.gather(self.norms) if len(part)] or [self.norms])
         total: Tensor = torch.linalg.vector_norm(norms)
-        scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
-        if gradients:
-            torch._foreach_mul_(gradients, scale.item())
+        self.scale(float(torch.clamp(max_norm / (total + 1e-6), max=1.0)))
         return total
 
     def share(self) -> None:

@@ -4,6 +4,7 @@ Code elsewhere asks for the kind only where it asks the driver: for memory, name
 CPU the choices of a GPU (`BY_KIND`), and no choice waits for a card to run.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,15 +29,17 @@ class Hardware:
     """Maximum logits of one sampling step, batch size × vocabulary."""
     checked_tokens: int
     """Tokens of the pack in which segments are checked. A CPU shows differences in small products."""
+    compiled_from: float
+    """The FLOPs of a stage from which on compiled layers are the default: they must repay their compilation."""
 
 
 CPU = Hardware(
     half=False, blocks=False, pack_tokens=2048, head_logits=1 << 22, sampled_tokens=16_384, sampled_logits=1 << 24,
-    checked_tokens=256,
+    checked_tokens=256, compiled_from=float("inf"),
 )  # fmt: skip
 GPU = Hardware(
     half=True, blocks=True, pack_tokens=8192, head_logits=1 << 26, sampled_tokens=131_072, sampled_logits=1 << 27,
-    checked_tokens=8192,
+    checked_tokens=8192, compiled_from=1e17,
 )  # fmt: skip
 BY_KIND = {"cpu": CPU, "cuda": GPU}
 
@@ -56,3 +59,31 @@ def wide_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     if left.device.type == "cuda":
         return torch.mm(left, right, out_dtype=dtype)
     return left.to(dtype) @ right.to(dtype)  # torch has no such product on a CPU
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` of the CPU on `device`. From pinned memory it goes there while the CPU works on."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def download(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of `tensors` on the CPU. Waits for their device once, which is the only wait of a step."""
+    if not tensors:
+        return []
+    flat = torch.cat([tensor.detach().flatten().double() for tensor in tensors]).cpu()
+    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+    return [part.to(tensor.dtype).view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def configure_compiler() -> None:
+    """Let torch.compile choose kernels by rules, and never by their measured time: ranks and runs choose the same.
+
+    It may compile a function for several kinds of layers, with and without gradients, before it gives up.
+    """
+    import torch._dynamo
+    import torch._inductor.config
+
+    torch._inductor.config.deterministic = True
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)

@@ -7,7 +7,8 @@ A CPU with several threads fails on small segments. It is always a single device
 hold the same segments in every run. There the check allows for rounding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from worker.trainer.data import Row
-from worker.trainer.gradients import Sum, Target
+from worker.trainer.gradients import Sum, take_gradients
 from worker.trainer.hardware import hardware
 from worker.trainer.model import Policy
 from worker.trainer.packing import Segment
@@ -23,6 +24,8 @@ from worker.trainer.ranks import Ranks
 
 CANDIDATE_ROWS = 512
 """The check uses the shortest of the first rows, as many as fill a pack."""
+VALUES = "values"
+"""The name of log-probs or rewards beside those of gradients."""
 CLOSE = 1e-3
 """Allowed error of a gradient on a CPU with several threads, relative to its largest entry."""
 
@@ -40,20 +43,14 @@ def check(policy: Policy, rows: Sequence[Row], ranks: Ranks) -> None:
 
 def _compare(policy: Policy, rows: Sequence[Row], ranks: Ranks) -> None:
     """Set `policy.joins` by what some `rows` give together and alone. All `ranks` compute the same packs."""
-    segments = _segments_to_check(policy, rows)
+    segments = segments_to_check(policy, rows)
     if len(segments) < 2:
         return
-    adapters = {name: weight for name, weight in policy.trainable().items() if "lora_B" in name}
-    before = {name: weight.detach().clone() for name, weight in adapters.items()}
-    try:
-        # A fresh adapter's B is zero, and then so is the gradient of its A. Numbers of any size show a difference.
-        generator = torch.Generator().manual_seed(0)
-        for weight in adapters.values():
-            weight.data.copy_(0.01 * torch.randn(weight.shape, generator=generator, dtype=torch.float32))
-        alone = [outcome for segment in segments for outcome in _outcomes(policy, [segment])]
+    with disturbed(policy):
+        alone = [outcome for segment in segments for outcome in outcomes(policy, [segment])]
         same = _close if policy.device.type == "cpu" and torch.get_num_threads() > 1 else torch.equal
         for count in sorted({2, len(segments)}):  # the smallest pack with several segments, and the largest
-            together = _outcomes(policy, segments[:count])
+            together = outcomes(policy, segments[:count])
             has_room = len(together) == count and len(alone) == len(segments)
             pairs = zip(together, alone, strict=False) if has_room else ()
             policy.joins = policy.joins and all(
@@ -62,12 +59,27 @@ def _compare(policy: Policy, rows: Sequence[Row], ranks: Ranks) -> None:
             if ranks.any(not has_room):  # larger packs have none either
                 policy.room = sum(segment.tokens for segment in segments[: count - 1])
                 break
+
+
+@contextmanager
+def disturbed(policy: Policy) -> Iterator[None]:
+    """Within this context the adapter of `policy` has random numbers in its B, always the same.
+
+    A fresh adapter's B is zero, and then so is the gradient of its A. Numbers of any size show a difference.
+    """
+    adapters = {name: weight for name, weight in policy.trainable().items() if "lora_B" in name}
+    before = {name: weight.detach().clone() for name, weight in adapters.items()}
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for weight in adapters.values():
+            weight.data.copy_(0.01 * torch.randn(weight.shape, generator=generator, dtype=torch.float32))
+        yield
     finally:
         for name, weight in adapters.items():
             weight.data.copy_(before[name])
 
 
-def _segments_to_check(policy: Policy, rows: Sequence[Row]) -> list[Segment]:
+def segments_to_check(policy: Policy, rows: Sequence[Row]) -> list[Segment]:
     """Some rows as segments that fill a pack. They are small, because differences are likelier in small ones."""
     budget = min(hardware(policy.device).checked_tokens, policy.packing.budget)
     packing = replace(policy.packing, budget=budget, segment_tokens=min(budget // 4, policy.packing.segment_tokens))
@@ -78,23 +90,25 @@ def _segments_to_check(policy: Policy, rows: Sequence[Row]) -> list[Segment]:
     return next(packing.groups(segments), [])
 
 
-def _outcomes(policy: Policy, segments: Sequence[Segment]) -> list[dict[str, Tensor]]:
-    """The values and the gradients of each of `segments`, computed in one pack. None at all without memory for it."""
+def outcomes(policy: Policy, segments: Sequence[Segment]) -> list[dict[str, Tensor]]:
+    """The values and the gradients of each of `segments`, computed in one pack. None at all without memory for it.
+
+    Gradients that are not kept apart are those of the first.
+    """
     pack = policy.packing.build(segments).to(policy.device)
     sums: list[Sum] = [{} for _ in segments]
-    policy.products.targets = [Target(*extent, total) for extent, total in zip(pack.extents, sums, strict=True)]
     try:
-        with policy.shards.together(backward=True):
+        with policy.shards.together(backward=True), policy.segment_gradients.added_to(sums, pack.extents):
             values = policy.rewards(pack) if policy.reward_head is not None else policy.score(pack).responses  # [R]
             if values.requires_grad:
                 values.sum().backward()  # type: ignore[no-untyped-call]
     except torch.OutOfMemoryError:
+        take_gradients({}, policy.trainable().values())
         return []
-    finally:
-        policy.products.targets = None
+    take_gradients(sums[0], policy.trainable().values())
     names = {parameter: name for name, parameter in policy.trainable().items()}
     return [
-        {"values": values.detach()[extent.responses]} | {names[parameter]: total[parameter] for parameter in total}
+        {VALUES: values.detach()[extent.responses]} | {names[parameter]: total[parameter] for parameter in total}
         for extent, total in zip(pack.extents, sums, strict=True)
     ]
 

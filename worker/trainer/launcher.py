@@ -6,6 +6,7 @@ running out of GPU memory, a rank halves its launches and repeats what it has no
 
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import accumulate, islice
@@ -17,7 +18,8 @@ from app.spec.resources import VIRTUAL_RANKS
 from worker.trainer.errors import UserError
 from worker.trainer.events import Events
 from worker.trainer.fully_sharded import Divided
-from worker.trainer.gradients import Ownership, Reduction, Sum, Target, take_gradients
+from worker.trainer.gradients import Ownership, Reduction, Sum, take_gradients
+from worker.trainer.hardware import download
 from worker.trainer.model import Policy
 from worker.trainer.packing import Pack, Segment
 from worker.trainer.ranks import Ranks
@@ -25,6 +27,8 @@ from worker.trainer.segments import StepPlan
 
 Values = dict[str, Tensor]
 """Values of responses of rows, by name: [R] each, in the order of their rows."""
+NORMS = "norms"
+"""The name of the norms of gradients beside those of values."""
 Loss = Callable[[Pack, Sequence[int]], tuple[Tensor, Values]]
 """The loss of a pack, a scalar, and values for metrics. It gets the canonical numbers of the pack's segments."""
 
@@ -69,6 +73,10 @@ class Launcher:
     """The number of forward passes in a launch."""
     rewards: bool = False
     """Whether they compute rewards instead of log-probs."""
+    meanwhile: Callable[[], None] = lambda: None
+    """What the CPU does while the devices compute the end of a step."""
+    _prepared: tuple[list[Segment], Pack] | None = None
+    """The first pack of the next step."""
     _warned_of_idle_ranks: bool = False
 
     def __post_init__(self) -> None:
@@ -90,7 +98,7 @@ class Launcher:
             parts = list[Values]()
 
             def compute(pack: Pack, _: range, parts: list[Values] = parts) -> None:
-                parts.append({name: tensor.cpu() for name, tensor in score(pack).items()})
+                parts.append(_downloaded(score(pack)))
 
             own = together[self.ranks.rank] if self.ranks.rank < len(together) else []
             with torch.no_grad():
@@ -122,7 +130,7 @@ class Launcher:
             try:
                 with policy.shards.together(self.forward_passes, backward=backward):
                     if group:
-                        compute(policy.packing.build(group).to(policy.device), range(done, done + len(group)))
+                        compute(self._build(group), range(done, done + len(group)))
                     elif policy.root is not None:
                         self._idle(spare, backward)
             except torch.OutOfMemoryError as error:
@@ -134,6 +142,20 @@ class Launcher:
             gc.collect()
             torch.cuda.empty_cache()
             done = restart(done)
+
+    def _build(self, group: list[Segment]) -> Pack:
+        """A pack of `group` on the policy's device."""
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None and prepared[0] == group:
+            return prepared[1]
+        return self.policy.packing.build(group).to(self.policy.device)
+
+    def prepare(self, plan: StepPlan) -> None:
+        """Build this rank's first pack of the step `plan` in advance."""
+        segments = [segment for part in plan.parts(self.ranks.rank, self.ranks.size) for segment in part]
+        group = next(replace(self.policy.packing, budget=self.policy.launch_tokens).groups(segments), [])
+        if group and not self.policy.is_divided:  # their packs end with a round
+            self._prepared = group, self._build(group)
 
     def _is_left(self, own: bool) -> bool:
         """Whether to launch again: this rank has segments left, or another one that needs this rank has."""
@@ -211,7 +233,10 @@ class Launcher:
             self._launch(step.segments, step.compute, step.restart, spare=spare, backward=True)
         step.finish()
         values = joined([step.results[number] for number in range(len(step.segments))])
-        own = {name: tensor.cpu() for name, tensor in values.items()}
+        norms = self.owned.own_norms()
+        self.meanwhile()
+        own = _downloaded(values | {NORMS: norms})
+        self.owned.norms = own.pop(NORMS)
         gathered = self.ranks.gather((own, step.counts))
         values = joined([values for values, _ in gathered if values])
         in_order = {name: plan.in_order(tensor, self.ranks.size) for name, tensor in values.items()}
@@ -226,7 +251,7 @@ class _Backward:
         self.parameters = launcher.owned.parameters
         self.own = plan.rounds(self.ranks.rank, self.ranks.size)
         """The virtual rank of each round; None in the last one if no virtual rank is left for this rank."""
-        parts = [() if number is None else plan.virtual_ranks[number] for number in self.own]
+        parts = plan.parts(self.ranks.rank, self.ranks.size)
         self.segments = [segment for part in parts for segment in part]
         self.round_of = [j for j, part in enumerate(parts) for _ in part]
         """The round of each segment."""
@@ -250,17 +275,10 @@ class _Backward:
             (place,) = places
             torch.manual_seed(int.from_bytes(sha256(f"{self.draw} {place}".encode()).digest()[:7]))
         sums = [self.sums[self.round_of[number]] for number in numbers]
-        if self.policy.packing.joined:
-            targets = [Target(*extent, total) for extent, total in zip(pack.extents, sums, strict=True)]
-        else:
-            targets = [Target(slice(None), slice(None), *sums)]
-        autograd_sums = self.policy.compiled or self.policy.root is not None
-        self.policy.products.targets = None if autograd_sums else targets
-        try:
+        apart = self.policy.segment_gradients.added_to(sums, pack.extents)
+        with apart if self.policy.root is None else nullcontext():  # FSDP sums all gradients itself
             loss, values = self.loss(pack, places)
             (self.policy.loss_scale * loss).backward()  # type: ignore[no-untyped-call]
-        finally:
-            self.policy.products.targets = None
         for number, extent in zip(numbers, pack.extents, strict=True):
             self.results[number] = {name: tensor.detach()[extent.responses] for name, tensor in values.items()}
         self.counts += TokenCounts.of(pack)
@@ -291,6 +309,11 @@ class _Backward:
         self.sums = [{} for _ in self.sums]
         take_gradients({}, self.parameters)
         return self.ends[self.sent - 1] if self.sent else 0
+
+
+def _downloaded(values: Values) -> Values:
+    """Copies of `values` on the CPU."""
+    return dict(zip(values, download([*values.values()]), strict=True))
 
 
 def joined(parts: Sequence[Values]) -> Values:

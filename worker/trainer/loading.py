@@ -166,7 +166,7 @@ def wrap(
     policy.set_dropout(False)
     if spec.method.dpo is not None and spec.method.dpo.hyperparameters.rewards:
         policy.reward_head = _reward_head(policy, spec, start)
-    covered = _share_products(policy)
+    covered = _keep_segments_apart(policy)
     policy.joins = full or (covered and not has_experts(policy.causal))
     # 3. The fastest way to compute log-probs that the model allows.
     not_shared, not_batched = why_not_shared(policy.causal), why_not_batched(policy.causal)
@@ -179,19 +179,21 @@ def wrap(
     return policy
 
 
-def _share_products(policy: Policy) -> bool:
-    """Let the LoRA layers and the reward head add their products where the policy says.
+def _keep_segments_apart(policy: Policy) -> bool:
+    """Let the LoRA layers and the reward head keep the gradients of segments apart.
 
-    Returns whether they hold all trained parameters. DoRA, dropout and layers trained in full leave it to autograd.
+    Returns whether they hold all trained parameters. DoRA and layers that are trained in full do not keep them apart.
     """
-    layers = [module for module in policy.model.modules() if isinstance(module, AddsDelta)]
-    if policy.reward_head is not None:
-        policy.reward_head.products = policy.products
-    weights = set[nn.Parameter]() if policy.reward_head is None else {policy.reward_head.weight}
-    for layer in layers:
-        layer.products = policy.products
-        weights |= layer.plain_weights()
-    return weights >= set(policy.trainable().values())
+    apart = set[nn.Parameter]()
+    for layer in policy.model.modules():
+        if isinstance(layer, AddsDelta) and (weights := layer.plain_weights()):
+            policy.segment_gradients.keep_apart(layer, weights)
+            apart.update(weights)
+    if (head := policy.reward_head) is not None:
+        weight = policy.trainable()["reward_head.weight"]
+        policy.segment_gradients.keep_apart(head, [weight], "responses")
+        apart.add(weight)
+    return apart >= set(policy.trainable().values())
 
 
 def _reward_head(policy: Policy, spec: JobSpec, start: Path | None) -> RewardHead:

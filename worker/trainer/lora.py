@@ -17,92 +17,84 @@ from peft import LoraConfig
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from worker.trainer.gradients import Products, Target, add_product
+from worker.trainer.gradients import Views, segment_products, views_of
 from worker.trainer.shards import unit_of
 
 
 class _AddDelta(torch.autograd.Function):
-    """`output` + scaling · x Aᵀ Bᵀ, in place. Shapes: output [n, out], x [n, in], A [r, in], B [out, r].
+    """`output` + scaling · x Aᵀ Bᵀ, in place. Shapes: output [n, out], x [n, in], A [S, r, in], B [S, out, r].
 
-    With `targets`, the gradients of A and B are added to the sums of the pack's segments, and autograd gets none.
+    A and B are the same matrices for each of S segments. `ends` [S]: where each segment ends in n (see `Views`).
     """
 
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, targets: list[Target] | None
+        ctx: Any, output: Tensor, x: Tensor, all_a: Tensor, all_b: Tensor, ends: Tensor | None, scaling: float
     ) -> Tensor:
+        a, b = all_a[0], all_b[0]
         low = x @ a.to(x.dtype).t()  # (n, r)
         output.addmm_(low.to(output.dtype), b.to(output.dtype).t(), alpha=scaling)
         ctx.mark_dirty(output)
-        ctx.save_for_backward(x, low, a, b)
-        ctx.scaling, ctx.targets, ctx.parameters = scaling, targets, (a, b)
+        ctx.save_for_backward(x, low, a, b, ends)
+        ctx.scaling = scaling
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, low, a, b = ctx.saved_tensors
+        x, low, a, b, ends = ctx.saved_tensors
         grad_low = (grad @ b.to(grad.dtype)).mul_(ctx.scaling)  # (n, r)
         grad_x = grad_low.to(x.dtype) @ a.to(x.dtype) if ctx.needs_input_grad[1] else None  # (n, in)
-        if ctx.targets is not None:
-            wide_x, scaled_low = x.to(grad_low.dtype), low.to(grad.dtype) * ctx.scaling
-            for target in ctx.targets:
-                add_product(target.sum, ctx.parameters[0], grad_low[target.slots], wide_x[target.slots])  # (r, in)
-                add_product(target.sum, ctx.parameters[1], grad[target.slots], scaled_low[target.slots])  # (out, r)
-            return grad, grad_x, None, None, None, None
-        grad_a = (grad_low.t() @ x.to(grad_low.dtype)).to(a.dtype)  # (r, in)
-        grad_b = (low.to(grad.dtype).t() @ grad).t().mul(ctx.scaling).to(b.dtype)  # (out, r)
+        grad_a = segment_products(grad_low, x.to(grad_low.dtype), ends, a.dtype)  # (S, r, in)
+        grad_b = segment_products(grad, low.to(grad.dtype) * ctx.scaling, ends, b.dtype)  # (S, out, r)
         return grad, grad_x, grad_a, grad_b, None, None
 
 
 class RewardHead(nn.Linear):
     """The head of a reward model: the reward of each response, w · h."""
 
+    views: Views | None = None
+
     def __init__(self, hidden_size: int, device: torch.device) -> None:
         super().__init__(hidden_size, 1, bias=False, device=device, dtype=torch.float32)
-        self.products = Products()
 
     def forward(self, last: Tensor) -> Tensor:
         """The rewards [R] of responses with the hidden states `last` [R, H] at their last tokens."""
-        rewards: Tensor = _Rewards.apply(last.to(self.weight.dtype), self.weight, self.products.targets)  # type: ignore[no-untyped-call]
+        (weight,), ends = views_of(self, self.weight)
+        rewards: Tensor = _Rewards.apply(last.to(self.weight.dtype), weight, ends)  # type: ignore[no-untyped-call]
         return rewards
 
 
 class _Rewards(torch.autograd.Function):
-    """w · h for each row h of `last` [R, H] and `weight` w [1, H]: [R]. Each row by itself, whatever the others are."""
+    """w · h for each row h of `last` [R, H] and `weight` w [S, 1, H]: [R]. Each row by itself, whatever the others are.
+
+    w is the same for each of S segments. `ends` [S]: where each segment ends in R (see `Views`).
+    """
 
     @staticmethod
-    def forward(ctx: Any, last: Tensor, weight: Tensor, targets: list[Target] | None) -> Tensor:
-        ctx.save_for_backward(last, weight)
-        ctx.targets, ctx.parameter = targets, weight
-        return (last * weight).sum(1)
+    def forward(ctx: Any, last: Tensor, weight: Tensor, ends: Tensor | None) -> Tensor:
+        ctx.save_for_backward(last, weight[0], ends)
+        return (last * weight[0]).sum(1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        last, weight = ctx.saved_tensors
-        grad_last = grad[:, None] * weight  # (R, H)
-        if ctx.targets is not None:
-            for target in ctx.targets:
-                add_product(target.sum, ctx.parameter, grad[target.responses, None], last[target.responses])  # (1, H)
-            return grad_last, None, None
-        return grad_last, grad[None] @ last, None
+        last, weight, ends = ctx.saved_tensors
+        return grad[:, None] * weight, segment_products(grad[:, None], last, ends, weight.dtype), None
 
 
 class AddsDelta:
     """The `forward` of the LoRA layers below. As a mixin it comes before PEFT's own."""
 
-    products = Products()
-    """Shared by all layers of a policy, once it is loaded."""
+    views: Views | None = None
 
     def forward(self: lora.LoraLayer, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         names = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or len(names) != 1 or not self._is_plain(names[0]):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
-        a, b = self.lora_A[names[0]].weight, self.lora_B[names[0]].weight
         # Two dimensions: with three, a quantised layer with a bias returns a view, which must not change in place.
         flat = x.flatten(0, -2)
         output = self.base_layer(flat)
-        targets = self.products.targets
-        output = _AddDelta.apply(output, flat.to(output.dtype), a, b, self.scaling[names[0]], targets)  # type: ignore[no-untyped-call]
+        (a, b), ends = views_of(self, self.lora_A[names[0]].weight, self.lora_B[names[0]].weight)
+        output = _AddDelta.apply(output, flat.to(output.dtype), a, b, ends, self.scaling[names[0]])  # type: ignore[no-untyped-call]
         return output.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
 
     def update_layer(self: lora.LoraLayer, *args: object, config: LoraConfig, **kwargs: object) -> None:
@@ -111,12 +103,12 @@ class AddsDelta:
             unit.gather()
         super().update_layer(*args, config=config, **kwargs)  # type: ignore[misc]
 
-    def plain_weights(self: lora.LoraLayer) -> set[nn.Parameter]:
-        """A and B if the layer adds their products itself, else nothing."""
+    def plain_weights(self: lora.LoraLayer) -> tuple[nn.Parameter, ...]:
+        """A and B if the layer computes with their views, else nothing."""
         names = [name for name in self.active_adapters if name in self.lora_A]
         if len(names) != 1 or not self._is_plain(names[0]):
-            return set()
-        return {self.lora_A[names[0]].weight, self.lora_B[names[0]].weight}
+            return ()
+        return self.lora_A[names[0]].weight, self.lora_B[names[0]].weight
 
     def _is_plain(self: lora.LoraLayer, name: str) -> bool:
         """Whether adapter `name` is just two matrices: no DoRA, no active dropout, no bias."""

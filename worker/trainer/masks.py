@@ -20,6 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from worker.trainer.hardware import upload
+
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -119,8 +121,8 @@ class Blocks:
 
     def to(self, device: torch.device) -> "Blocks":
         """The same on `device`."""
-        ranges = Ranges(*(part.to(device, non_blocking=True) for part in self.ranges))
-        return Blocks(ranges, **{name: part.to(device, non_blocking=True) for name, part in self._parts().items()})
+        ranges = Ranges(*(upload(part, device) for part in self.ranges))
+        return Blocks(ranges, **{name: upload(part, device) for name, part in self._parts().items()})
 
     @property
     def computed(self) -> int:
@@ -160,9 +162,9 @@ class TreeMask:
 
     def to(self, device: torch.device) -> "TreeMask":
         """The same on `device`."""
-        ranges = Ranges(*(part.to(device, non_blocking=True) for part in self.ranges))
+        ranges = Ranges(*(upload(part, device) for part in self.ranges))
         blocks = {window: blocks.to(device) for window, blocks in self.blocks.items()}
-        return TreeMask(ranges, self.positions.to(device, non_blocking=True), self.spans, blocks)
+        return TreeMask(ranges, upload(self.positions, device), self.spans, blocks)
 
     def tree_masks(self, window: int | None = None) -> list[tuple[int, int, Tensor | None]]:
         """(start slot, end slot, mask [1, 1, n, n]) of each tree of n tokens.

@@ -23,7 +23,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from worker.trainer.attention import TREE_ATTENTION, padding_mask, sliding_windows
 from worker.trainer.data import Row
 from worker.trainer.fully_sharded import Root, whole
-from worker.trainer.gradients import Products
+from worker.trainer.gradients import SegmentGradients
+from worker.trainer.hardware import configure_compiler
 from worker.trainer.layers import layer_names
 from worker.trainer.linears import body
 from worker.trainer.logps import Head, TokenScores, score_logits, score_tokens
@@ -87,7 +88,6 @@ class Policy:
     """Without shared prompts, run one text at a time: in a padded batch the texts would change each other."""
     own_logits: bool = False
     """Use the logits of the model's own `forward`: it does more to them than `Head` knows."""
-    compiled: bool = False
     room: int | None = None
     """The most tokens of a launch on this device, once it has run out of memory."""
     joins: bool = True
@@ -98,8 +98,8 @@ class Policy:
     """The factor of the current loss, one of `loss_scales`."""
     reward_head: RewardHead | None = None
     """The head of a reward model."""
-    products: Products = field(default_factory=Products)
-    """Where the LoRA layers add the gradients of segments."""
+    segment_gradients: SegmentGradients = field(default_factory=SegmentGradients)
+    """Keeps the gradients of a pack's segments apart."""
     shards: Shards = field(default_factory=Shards)
     """The shards of a frozen base of which each rank has only a part."""
     root: Root | None = None
@@ -173,17 +173,25 @@ class Policy:
         if getattr(self.causal, "_require_grads_hooks", None):
             self.causal.disable_input_require_grads()  # only reentrant checkpointing needs them
 
-    def compile(self) -> None:
-        """Compile each layer when it first runs, with dynamic shapes, because packs have many widths.
+    @property
+    def compiled(self) -> bool:
+        """Whether layers are compiled. Setting it compiles each when it first runs, or lets them run uncompiled.
 
-        Compiled layers cannot add to sums beside autograd, so a pack of an adapter's training then holds one segment.
+        Shapes are dynamic, because packs have many widths.
         """
-        if self.compiled:
-            return
-        self.compiled = True
-        self.joins = self.joins and self.full
-        for name in layer_names(self.causal):
-            self.causal.get_submodule(name).compile(dynamic=True)
+        return any(layer._compiled_call_impl is not None for layer in self._layers)
+
+    @compiled.setter
+    def compiled(self, compiled: bool) -> None:
+        for layer in self._layers:
+            layer._compiled_call_impl = None
+            if compiled:
+                configure_compiler()
+                layer.compile(dynamic=True)
+
+    @property
+    def _layers(self) -> list[nn.Module]:
+        return [self.causal.get_submodule(name) for name in layer_names(self.causal)]
 
     def segments(self, rows: Sequence[Row], numbers: Sequence[int], *, merge: bool = True) -> Iterator[Segment]:
         """The rows `numbers` as segments. `merge`: rows with the same prompt may share it."""
@@ -319,7 +327,7 @@ class Policy:
     def free_model(self) -> None:
         """Free the memory of the model. Only the other fields can be used afterwards."""
         del self.model
-        self.root, self.shards = None, Shards()
+        self.root, self.shards, self.segment_gradients = None, Shards(), SegmentGradients()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

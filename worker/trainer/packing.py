@@ -12,7 +12,7 @@ as fit its budget. So the budget, which depends on a device's memory, changes no
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from worker.trainer.data import Response, Row
+from worker.trainer.hardware import upload
 from worker.trainer.masks import BLOCK_TOKENS, Ranges, TreeMask
 
 PLANNED_ROWS = 4096
@@ -55,11 +56,13 @@ class Pack:
     - By response of a row, [R], row after row: `leaves`, the index of the response; `row_of`, the index of the row in
       `rows`. R ≥ L, because rows may have responses in common.
 
-    `rows` are the caller's row numbers. `tokens` counts tokens without padding. `extents` are the segments' places.
-    `mask` says which flat slots see which.
+    `rows` are the caller's row numbers. `places` [R, 2] has for each response of a row the number of the row, and which
+    of its responses it is; this array stays on the CPU. `tokens` counts tokens without padding. `extents` are the
+    segments' places. `mask` says which flat slots see which.
     """
 
     rows: tuple[int, ...]
+    places: NDArray[numpy.int64]
     tokens: int
     extents: tuple[Extent, ...]
     mask: TreeMask
@@ -82,9 +85,9 @@ class Pack:
 
     def to(self, device: torch.device) -> "Pack":
         """The pack with its tensors on `device`."""
-        names = [field.name for field in fields(self) if field.name not in ("rows", "tokens", "extents", "mask")]
-        tensors = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        return replace(self, mask=self.mask.to(device), **tensors)
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: upload(part, device) for name, part in parts.items() if isinstance(part, Tensor)}
+        return Pack(**parts | moved | {"mask": self.mask.to(device)})
 
 
 @dataclass(frozen=True)
@@ -361,6 +364,7 @@ def _build(
     mask = TreeMask.of(ranges, torch.from_numpy(positions), tuple(spans), windows)
     return Pack(
         rows=tuple(number for number, _ in rows),
+        places=numpy.array([(number, k) for number, indices in rows for k in range(len(indices))]),
         tokens=sum(text.tokens for text in texts),
         extents=tuple(extents),
         mask=mask,

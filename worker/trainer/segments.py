@@ -63,6 +63,10 @@ class StepPlan:
         places = [j * size + (rank if j % 2 == 0 else size - 1 - rank) for j in range(count)]
         return [place if place < len(self.virtual_ranks) else None for place in places]
 
+    def parts(self, rank: int, size: int) -> list[tuple[Segment, ...]]:
+        """The segments that the rank `rank` of `size` computes in each round."""
+        return [() if number is None else self.virtual_ranks[number] for number in self.rounds(rank, size)]
+
     def in_order(self, values: Tensor, size: int) -> Tensor:
         """The `values` [R] of the responses of all rows in canonical order, given those of rank 0, then rank 1, …"""
         if size == 1:

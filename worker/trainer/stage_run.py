@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from worker.trainer import checkpoint, memory, throughput, weights
+from worker.trainer import checkpoint, compilation, memory, throughput, weights
 from worker.trainer.averages import Averages
 from worker.trainer.checkpoint import State
 from worker.trainer.early_stopping import Best
@@ -61,6 +61,7 @@ class StageRun:
         began, policy, state, owned = time.monotonic(), self.policy, self.state, self.launcher.owned
         rows = self.stage.batch(state.stage_step)
         policy.set_dropout(self.method.DROPOUT)
+        self.launcher.meanwhile = lambda: self._prepare(state.stage_step + 1)
         # Forward and backward pass, then clip the gradient to a norm of `max_grad_norm`.
         counts, averages = self._gradient(rows)
         averages.add("grad_norm", owned.clip(self.stage.hyperparameters.max_grad_norm))
@@ -82,6 +83,11 @@ class StageRun:
         self.method.after_step(state.stage_step)
         return metrics
 
+    def _prepare(self, step: int) -> None:
+        """Build the first pack of `step` while the devices still compute the step before."""
+        if step < self.stage.steps:
+            self.method.prepare(self.stage.batch(step))
+
     def _gradient(self, rows: list[int]) -> tuple[TokenCounts, Averages]:
         """The gradient of a step, by the first loss scale that keeps it finite. The last scale counts in any case.
 
@@ -91,14 +97,13 @@ class StageRun:
         for scale in policy.loss_scales:  # descending
             policy.loss_scale, averages = scale, Averages()
             counts = self.method.gradient(rows, averages, draw if _draws(self.method) else None)
-            gradients = [parameter.grad for parameter in self.launcher.owned.own if parameter.grad is not None]
             overflowed = scale != policy.loss_scales[-1] and self.run.ranks.any(
-                not all(bool(gradient.isfinite().all()) for gradient in gradients)
+                not bool(self.launcher.owned.norms.isfinite().all())
             )
             if not overflowed:
                 break
-        for gradient in gradients if scale != 1 else ():  # undo the scale
-            gradient.div_(scale)
+        if scale != 1:  # undo it
+            self.launcher.owned.scale(1 / scale)
         policy.loss_scale = 1.0
         return counts, averages
 
@@ -258,8 +263,7 @@ def begin(
     settings = stage.hyperparameters
     policy.set_dropout(False)
     _choose_checkpointing(run, stage, policy)
-    if settings.compile:
-        policy.compile()
+    compilation.choose(policy, stage, run.events, run.ranks)
     may_recompute = settings.activation_checkpointing is not False
     virtual_ranks = run.spec.parallel.virtual_ranks
     launcher = Launcher(policy, run.ranks, run.events, stage.param, virtual_ranks, may_recompute)

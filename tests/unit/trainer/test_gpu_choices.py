@@ -34,6 +34,7 @@ from tests.helpers.trainer import (
 from worker.trainer import attention, packing
 from worker.trainer.events import Events
 from worker.trainer.exactness import check
+from worker.trainer.gradients import Sum
 from worker.trainer.hardware import BY_KIND, GPU
 from worker.trainer.launcher import Launcher
 from worker.trainer.masks import Blocks, TreeMask
@@ -180,20 +181,26 @@ def test_packs_of_all_widths_and_windows_compile_the_kernel_once(monkeypatch: py
 def test_layers_compile_without_a_break_and_once_for_packs_of_all_widths(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first layer compiles apart from the others, because its input needs no gradient. The base is in NF4."""
+    """The first layer compiles apart from the others, because its input needs no gradient, and so do packs of one
+    segment. The base is in NF4.
+    """
     choose_as_on_a_gpu(monkeypatch)
     use_own_kernel(monkeypatch)
     torch._dynamo.reset()
     counters.clear()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     policy = load(llama, quantization="nf4")
-    policy.compile()
-    rows = [make_row(number, 20 + 31 * number, 10 + 7 * number, 5 + 11 * number) for number in range(8)]
-    for budget in (1024, 2048):
-        pack = next(replace(policy.packing, budget=budget).packs(rows, range(len(rows))))
-        assert pack.slots == budget
-        policy.score(pack).responses.sum().backward()  # type: ignore[no-untyped-call]
-    assert counters["stats"]["unique_graphs"] == 2
+    policy.compiled = True
+    policy.packing = replace(policy.packing, segment_tokens=200)
+    rows = [make_row(number, 60 + 7 * number, 30 + number, 20 + 3 * number) for number in range(8)]
+    segments, seen = list(policy.segments(rows, range(len(rows)))), set()
+    for count in (1, 2, 4, 7, 8):
+        pack, sums = policy.packing.build(segments[:count]), [Sum() for _ in range(count)]
+        seen.add(pack.slots)
+        with policy.segment_gradients.added_to(sums, pack.extents):
+            policy.score(pack).responses.sum().backward()  # type: ignore[no-untyped-call]
+    assert seen == {1024, 2048}
+    assert counters["stats"]["unique_graphs"] == 2 * 2
     assert not counters["graph_break"]
 
 

@@ -184,6 +184,7 @@ def test_the_clipped_gradient_is_that_of_torch() -> None:
         owned = Ownership(ours, ranks)
         for parameter, gradient in zip(ours, gradients, strict=True):
             parameter.grad = gradient.clone() if any(parameter is own for own in owned.own) else None
+        owned.norms = owned.own_norms()
         return owned.clip(1.5).item(), [parameter.grad for parameter in owned.own if parameter.grad is not None]
 
     for size in (1, 2, 3, 8):

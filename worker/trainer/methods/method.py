@@ -19,6 +19,7 @@ from worker.trainer.dataset import Groups, Rows
 from worker.trainer.launcher import Launcher, TokenCounts
 from worker.trainer.packing import Segment
 from worker.trainer.reference import References
+from worker.trainer.segments import StepPlan
 
 
 class ValidatedRow(NamedTuple):
@@ -66,6 +67,8 @@ class Method(ABC):
         self.train, self.validation = train, validation
         self.merges = True
         """Whether rows with the same prompt share it. Then a response that two rows have is scored once."""
+        self._planned: tuple[Sequence[int], StepPlan] | None = None
+        """The rows and the plan of the step that was prepared."""
 
     def segments(self, rows: Rows, numbers: Sequence[int]) -> Iterator[Segment]:
         """The rows `numbers` as segments."""
@@ -90,6 +93,16 @@ class Method(ABC):
         """
 
     # -- a step --------------------------------------------------------------------------------------------------
+
+    def plan(self, numbers: Sequence[int]) -> StepPlan:
+        """The segments of a step over the training rows `numbers`, in canonical order."""
+        if self._planned is None or self._planned[0] != numbers:
+            self._planned = numbers, self.launcher.plan(list(self.segments(self.train, numbers)))
+        return self._planned[1]
+
+    def prepare(self, numbers: Sequence[int]) -> None:
+        """Plan the step after the current one, over the training rows `numbers`, and build its first pack."""
+        self.launcher.prepare(self.plan(numbers))
 
     @abstractmethod
     def gradient(self, numbers: Sequence[int], averages: Averages, draw: str | None = None) -> TokenCounts:

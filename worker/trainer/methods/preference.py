@@ -11,6 +11,7 @@ from app.spec.hyperparameters import DPOHyperparameters, Hyperparameters
 from worker.trainer.arrays import Shelf
 from worker.trainer.averages import Averages
 from worker.trainer.dataset import Groups, Rows
+from worker.trainer.hardware import upload
 from worker.trainer.launcher import Launcher, TokenCounts, Values, joined
 from worker.trainer.methods.method import Method, Totals, ValidatedRow
 from worker.trainer.methods.metrics import report
@@ -67,13 +68,13 @@ class Preference(Method):
     def gradient(self, numbers: Sequence[int], averages: Averages, draw: str | None = None) -> TokenCounts:
         totals = Totals.of(self.train, numbers)
         references = None if self.references is None else self.references.train
-        plan = self.launcher.plan(list(self.segments(self.train, numbers)))
+        plan = self.plan(numbers)
         slopes = self._slopes(plan, totals, references) if self.settings.couples else None
 
         def loss(pack: Pack, places: Sequence[int]) -> tuple[Tensor, Values]:
             if slopes is not None:  # chain rule: Σ_r ∂L/∂log π(y_r) · log π(y_r) has the gradient of L
                 values = self._scores(pack)
-                slope = torch.cat([slopes[place] for place in places]).to(self.policy.device)  # [R]
+                slope = upload(torch.cat([slopes[place] for place in places]), self.policy.device)  # [R]
                 return (slope * values["values"]).sum(), values | self._references(pack, references)
             values = self._scores(pack) | self._references(pack, references)
             batch = self._batch(values, pack.row_of, pack.rows, self.train, totals)
@@ -188,9 +189,10 @@ class Preference(Method):
         if references is None:
             zeros = torch.zeros(len(pack.leaves), device=self.policy.device)
             return {"reference": zeros, "reference_logps": zeros}
-        row = pack.row_of.cpu()  # `references` are on the CPU
-        seen, logps = references.look_up(torch.tensor(pack.rows)[row], columns(row))
-        return {"reference": seen.to(self.policy.device), "reference_logps": logps.to(self.policy.device)}
+        seen, logps = references.look_up(*torch.from_numpy(pack.places).unbind(1))
+        return {
+            "reference": upload(seen, self.policy.device), "reference_logps": upload(logps, self.policy.device)
+        }  # fmt: skip
 
     @contextmanager
     def _reference_weights(self, weights: dict[str, Tensor]) -> Iterator[None]:
@@ -228,7 +230,7 @@ class Preference(Method):
             reference,
             table(values["lengths"]),
             table(torch.ones_like(row_of, dtype=torch.bool)),
-            torch.tensor(rows.desirable(list(numbers)), device=policy.device),
+            upload(torch.tensor(rows.desirable(list(numbers))), policy.device),
             totals.chosen_length,
             None if alignment is None else table(alignment),
             None if self.settings.ld_alpha is None else (table(values["logps"]), reference_logps),

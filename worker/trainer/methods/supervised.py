@@ -34,8 +34,7 @@ class Supervised(Method):
             losses = self.loss(scores.logps)  # one per scored token, [N]
             return losses.sum() / totals.scored_tokens, self._sums(pack, scores, losses)
 
-        plan = self.launcher.plan(list(self.segments(self.train, numbers)))
-        values, counts = self.launcher.backward(plan, loss, draw)
+        values, counts = self.launcher.backward(self.plan(numbers), loss, draw)
         _report(values, averages)
         return counts
 
