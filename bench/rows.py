@@ -2,7 +2,8 @@
 
 A training of one step on generated pairs, in `ranks` processes. The figure is the peak of a rank's anonymous memory,
 which no other process shares. What ranks map from files is not in it: the page cache holds it once for all, and the
-system may drop it. The first run of a file tokenises it, in several processes of their own.
+system may drop it. The first run of a file tokenises it, in several processes of their own. Before, the check that each
+upload gets reads the file.
 """
 
 import argparse
@@ -10,6 +11,8 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -72,6 +75,24 @@ def measure(folder: Path, model: Path, file: Path, ranks: int, cache: Path) -> J
     return {"seconds": seconds, "peak_bytes": [peaks[rank] for rank in range(ranks)]}
 
 
+def check(file: Path) -> JsonObject:
+    """Check `file` as uploads are. Returns the seconds, and the peak memory of the process in bytes."""
+    program = f"""
+import json, time
+from pathlib import Path
+from app.spec.datasets.check import survey
+began = time.monotonic()
+with open({str(file)!r}, "rb") as file:
+    report = survey(file)
+assert report.error is None and report.kept == report.rows
+peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+print(json.dumps({{"seconds": time.monotonic() - began, "peak_bytes": 1024 * int(peak.split()[1])}}))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    figures: JsonObject = json.loads(done.stdout)
+    return figures
+
+
 def anonymous_bytes(pid: int) -> int:
     """The anonymous memory of a process; 0 if it is not there."""
     try:
@@ -86,13 +107,14 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, nargs="+", default=SIZES, help="sizes of the files, ascending")
     parser.add_argument("--keep", type=Path, help="write the figures to this JSON file")
     arguments = parser.parse_args()
-    runs = []
+    runs, checks = [], []
     with tempfile.TemporaryDirectory(prefix="dpo-rows-") as name:
         folder = Path(name)
         model = make_tiny_model(folder / "model")
         for megabytes in arguments.megabytes:
             file = folder / f"{megabytes}.jsonl"
             rows = make_file(file, megabytes)
+            checks.append({"megabytes": megabytes, "rows": rows} | check(file))
             for ranks in RANKS:
                 figures = measure(folder / f"{megabytes}-{ranks}", model, file, ranks, folder / f"{megabytes}-cache")
                 runs.append({"megabytes": megabytes, "rows": rows, "ranks": ranks} | figures)
@@ -108,8 +130,12 @@ def main() -> None:
             f"{run['above'] / 1e6:.0f} MB",
         )
     Console().print(table)
+    table = Table("file", "peak of its check", "seconds")
+    for one in checks:
+        table.add_row(f"{one['megabytes']} MB", f"{one['peak_bytes'] / 1e6:.0f} MB", f"{one['seconds']:.0f}")
+    Console().print(table)
     if arguments.keep is not None:
-        arguments.keep.write_text(json.dumps({"machine": describe_machine(), "runs": runs}, indent=2) + "\n")
+        arguments.keep.write_text(json.dumps({"machine": describe_machine(), "runs": runs, "checks": checks}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

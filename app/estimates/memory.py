@@ -15,6 +15,8 @@ from app.spec.resources import SHARDED_FROM
 
 BUDGET = {"cpu": 2048, "cuda": 8192}
 """Maximum tokens of a pack, the same as in worker/trainer/hardware.py."""
+SEGMENT_TOKENS = 1024
+"""Tokens of a segment, as in worker/trainer/packing.py."""
 WIDTH_STEP = 1024
 """The widths of packs on a GPU are multiples of it, as in worker/trainer/packing.py."""
 

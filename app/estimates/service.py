@@ -12,7 +12,7 @@ from app.dataset_reports import service as reports
 from app.derived_artifacts.service import result
 from app.errors import ServiceError, describe_validation_error
 from app.estimates import fit
-from app.estimates.memory import Memory, MemorySettings, Shape, estimate
+from app.estimates.memory import SEGMENT_TOKENS, Memory, MemorySettings, Shape, estimate
 from app.estimates.schemas import Estimate, MemoryEstimate, Pace, Refusal, StageEstimate
 from app.files import repository as files
 from app.jobs import queries
@@ -83,7 +83,7 @@ class Estimates:
             device = fit.largest(fit.wide_enough(devices, spec) or devices)
         stages, memories = [], []
         for stage_spec, counted in zip(spec.stages(), counts, strict=True):
-            stage, settings = _stage(stage_spec, counted, pace, _working_devices(spec)), stage_spec.settings
+            stage, settings = _stage(stage_spec, counted, pace, spec), stage_spec.settings
             stages.append(stage)
             if shape is not None:
                 memory_settings = MemorySettings.of(spec, settings, stage.tokens_per_row, stage.longest_row)
@@ -185,10 +185,10 @@ def _merge_counts(counts: list[JsonObject]) -> JsonObject:
     }
 
 
-def _stage(stage: StageSpec, counted: JsonObject, pace: Pace | None, devices: int) -> StageEstimate:
+def _stage(stage: StageSpec, counted: JsonObject, pace: Pace | None, spec: JobSpec) -> StageEstimate:
     """Rows, steps, tokens and seconds of a stage. The steps are counted as in worker/trainer/plan.py.
 
-    `devices` is the number of devices that the job has at least. They are taken to share the work evenly.
+    The seconds are those of the fewest devices that the job starts with.
     """
     settings, examples = stage.settings, max(1, counted["examples"])
     split = 0.0 if stage.validation is not None else stage.validation_split
@@ -207,13 +207,19 @@ def _stage(stage: StageSpec, counted: JsonObject, pace: Pace | None, devices: in
         tokens_per_row=counted["tokens_per_row"],
         longest_row=counted["longest_row"],
         truncated_share=counted["truncated_share"],
-        seconds=None if pace is None else tokens / (pace.tokens_per_second * devices),
+        seconds=None if pace is None else tokens / (pace.tokens_per_second * speedup(spec, tokens / steps)),
     )
 
 
-def _working_devices(spec: JobSpec) -> int:
-    """The devices that work at a time, of the fewest that the job starts with."""
-    return min(spec.resources.least, spec.parallel.virtual_ranks)
+def speedup(spec: JobSpec, step_tokens: float) -> float:
+    """The speed of the fewest devices that the job starts with, relative to that of one, for steps of so many tokens.
+
+    A step is dealt to the devices in virtual ranks of about equal size. Where they do not divide evenly, some devices
+    idle. What the devices send to each other overlaps with the work (bench/scaling.py), and does not count.
+    """
+    segments, devices = math.ceil(step_tokens / SEGMENT_TOKENS), spec.resources.least
+    parts = max(1, min(segments, devices if spec.adapter == "none" else spec.parallel.virtual_ranks))
+    return parts / math.ceil(parts / devices)
 
 
 def _shown_pace(session: Session, base_model: str, project: str) -> Pace | None:
@@ -261,13 +267,13 @@ def expected_seconds(session: Session, spec: JobSpec, base_model: str, outlines:
     pace = _pace(session, base_model)
     if pace is None:
         return None
-    seconds, devices = pace.overhead_seconds, _working_devices(spec)
+    seconds = pace.overhead_seconds
     for stage in spec.stages():
         trained = [outlines[field] for field in spec.training_fields(stage.file_field)]
         rows, pairs = sum(file.kept for file in trained), stage.settings.data != Kind.SUPERVISED
         characters = sum(file.prompts + file.best + (file.worst if pairs else 0) for file in trained)
         counted = {"rows": rows, "examples": rows, "tokens_per_row": characters / CHARACTERS_PER_TOKEN / max(1, rows)}
-        seconds += _stage(stage, counted | {"longest_row": 0, "truncated_share": 0.0}, pace, devices).seconds or 0.0
+        seconds += _stage(stage, counted | {"longest_row": 0, "truncated_share": 0.0}, pace, spec).seconds or 0.0
     return seconds
 
 

@@ -178,6 +178,15 @@ def _rows() -> str:
     return table(("file", "rows", "ranks", "peak of a rank", "above the smallest file"), rows, range(5))
 
 
+def _checks() -> str:
+    """The memory of the check of a file by its size."""
+    rows = [
+        (f"{check['megabytes']:,} MB", f"{check['peak_bytes'] / 1e6:.0f} MB", f"{check['seconds']:.0f}")
+        for check in result("rows")["checks"]
+    ]
+    return table(("file", "peak of its check", "seconds"), rows, range(3))
+
+
 # -- the service --------------------------------------------------------------------------------------------------
 
 
@@ -283,6 +292,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "figures/scaling on paper": _scaling_on_paper,
     "figures/roofline": _roofline,
     "figures/rows": _rows,
+    "figures/checks": _checks,
     "figures/datasets": _datasets,
     "figures/load": _load,
     "figures/waiting times": _waiting,

@@ -108,6 +108,13 @@ class Rows(Sequence[Row]):
         first, last = self._arrays.segments[self._numbers[number] : self._numbers[number] + 2]
         return int(last - first) - 1
 
+    @property
+    def response_counts(self) -> Integers:
+        """Number of responses of each row, [rows]."""
+        arrays, numbers = self._arrays, self._numbers
+        counts: Integers = arrays.segments[numbers + 1] - arrays.segments[numbers] - 1
+        return counts
+
     def desirable(self, numbers: Sequence[int]) -> list[bool]:
         """Whether the response of each labelled row is desirable."""
         return list(self._arrays.desirable[self._numbers[numbers]].tolist())

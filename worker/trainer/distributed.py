@@ -10,13 +10,15 @@ from torch import Tensor
 from torch import distributed as dist
 
 from worker.trainer.errors import PeerLost
+from worker.trainer.progress import progress
 from worker.trainer.ranks import Ranks
 
 Value = TypeVar("Value")
 PATIENCE = timedelta(hours=6)
 """How long a rank waits for another one, which may tokenise a large file or write a large model meanwhile.
 
-A rank that dies or is frozen ends the others within seconds (see `rank_processes`).
+A rank that dies or is frozen ends the others within seconds, and one that hangs within half an hour (see
+`rank_processes`).
 """
 
 
@@ -40,9 +42,10 @@ def lost_peers() -> Iterator[None]:
 
 @contextmanager
 def _peers() -> Iterator[None]:
-    """Within this context, the errors of a lost connection become `PeerLost`."""
+    """Within this context this rank waits for others, and the errors of a lost connection become `PeerLost`."""
     try:
-        yield
+        with progress.waits():
+            yield
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except RuntimeError as error:

@@ -11,6 +11,7 @@ from typing import IO, ClassVar
 
 from app.spec.activities import Activity
 from app.spec.json_types import JsonObject
+from worker.trainer.progress import progress
 
 WORKING_SECONDS = 1.0
 """Seconds between two reports of the same activity."""
@@ -186,6 +187,7 @@ class Events:
 
     def working(self, activity: Activity, done: int | None = None, total: int | None = None) -> None:
         """Report what the run does now: at once if it is new, else at most every `WORKING_SECONDS`."""
+        progress.mark()
         now = time.monotonic()
         if activity != self._activity or now - self._shown_at >= WORKING_SECONDS:
             self._activity, self._shown_at = activity, now

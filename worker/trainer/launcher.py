@@ -22,6 +22,7 @@ from worker.trainer.gradients import Ownership, Reduction, Sum, take_gradients
 from worker.trainer.hardware import download
 from worker.trainer.model import Policy
 from worker.trainer.packing import Pack, Segment
+from worker.trainer.progress import progress
 from worker.trainer.ranks import Ranks
 from worker.trainer.segments import StepPlan
 
@@ -127,6 +128,7 @@ class Launcher:
         while self._is_left(done < len(segments)):
             packing = replace(policy.packing, budget=policy.launch_tokens)
             group = next(packing.groups(segments[done:]), [])
+            progress.mark()
             try:
                 with policy.shards.together(self.forward_passes, backward=backward):
                     if group:

@@ -5,6 +5,9 @@ answers and writes the events. A rank that fails leaves the event that says why 
 reports the earliest. When a rank dies, the others notice it within seconds. The launcher kills those that do not end
 within 30 s. Then the trainer ends like the rank that died.
 
+A rank gives signs of life, until it hangs (see `progress`). One that gives none is killed. Before that, all write their
+stacks to the log.
+
 Each rank ends when the trainer does. It holds a pipe whose other end only the trainer has. Over several machines, each
 has a trainer of its own, and the launchers meet at a port of the first one.
 """
@@ -31,6 +34,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from worker.trainer.errors import STOPPED, first_line
 from worker.trainer.events import Broken, Event, line, read
+from worker.trainer.progress import progress
 
 RANK, LOCAL_RANK = "RANK", "LOCAL_RANK"
 """The variables by which torchrun's launcher tells a process its rank, among all and among those of its machine."""
@@ -109,6 +113,7 @@ def launch(
     def start() -> int:
         assert not torch.cuda._is_in_bad_fork(), "the trainer has used the GPU's driver before it forked its ranks"
         os.close(write_end)
+        progress.mark()  # the trainer's last mark is older
         rank, local_rank = int(os.environ[RANK]), int(os.environ[LOCAL_RANK])
         threading.Thread(target=_end_with_trainer, args=(read_end,), daemon=True).start()
         threading.Thread(target=_beat, args=(RankFolder.of(folder, local_rank),), daemon=True).start()
@@ -192,17 +197,18 @@ def _end_with_trainer(pipe: int) -> None:
 
 def _beat(folder: RankFolder) -> None:
     while True:
-        with suppress(OSError):  # the next one may succeed
-            folder.beat()
+        if not progress.is_hung:
+            with suppress(OSError):  # the next one may succeed
+                folder.beat()
         time.sleep(BEAT_SECONDS)
 
 
 def _watch(folder: Path, size: int, processes: set[BaseProcess]) -> None:
-    """Kill a rank that gives no sign of life. The others write their stacks to the log first.
+    """Kill a rank that gives no sign of life. All ranks write their stacks to the log first.
 
     `processes` gets the processes of the ranks.
     """
-    folders = [RankFolder.of(folder, rank) for rank in range(size)]
+    folders, killed = [RankFolder.of(folder, rank) for rank in range(size)], set[int]()
     while len(processes) < size:  # until all have begun: each call reaps, beside the launcher
         processes.update(multiprocessing.active_children())
         time.sleep(0.02)
@@ -210,9 +216,13 @@ def _watch(folder: Path, size: int, processes: set[BaseProcess]) -> None:
         time.sleep(BEAT_SECONDS)
         silent = {rank: pid for rank, one in enumerate(folders) if (pid := one.silent_pid) is not None}
         for rank, pid in silent.items():
+            if pid in killed:
+                continue
+            killed.add(pid)
             print(f"rank {rank} gives no sign of life", file=sys.stderr, flush=True)
             for process in processes:
                 _send(process.pid, signal.SIGUSR1)  # it writes its stacks
+            _send(pid, signal.SIGCONT)  # so that a frozen one does, too
             time.sleep(BEAT_SECONDS)
             _send(pid, signal.SIGKILL)
 

@@ -5,17 +5,22 @@ the same bits in every job. The key of the cache covers everything that the bits
 
 A pass puts its results into the cache in stretches, each a number of segments. The key of a stretch says with which
 segment it begins, so a pass that was stopped goes on where it ended. With several ranks, each computes a part of the
-segments, all get the results, and the first one keeps the cache.
+segments, and the first one keeps the cache. The first rank of each machine writes the results to files, which all ranks
+there map into memory. So the memory of a pass does not grow with its rows.
 """
 
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import numpy
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,6 +30,7 @@ from worker.trainer.errors import Stopped
 from worker.trainer.launcher import Launcher, Values
 from worker.trainer.model import Policy, per_response
 from worker.trainer.packing import Pack, columns
+from worker.trainer.ranks import Ranks
 
 ENGINE_VERSION = 3
 """Raise it with every change of the engine that changes bits: cached values of older versions are then not used."""
@@ -78,31 +84,84 @@ class Stretch:
         return cls(index, logps, seen, torch.stack([part.size for part in parts]).sum(0))
 
 
+class _Results:
+    """The log-probs of all responses, arranged as they come. In `folder` if there is one, else in memory."""
+
+    def __init__(self, first: Tensor, folder: Path | None, ranks: Ranks) -> None:
+        """`first` is that of `_first_responses`."""
+        self._first, self._folder, self._ranks = first, folder, ranks
+        self._values: dict[str, NDArray[Any]] = {}
+        if folder is not None and ranks.local_rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            numpy.save(folder / "first.npy", first[:-1].numpy())
+
+    def add(self, stretch: Stretch) -> None:
+        """Put the results of `stretch` into their places."""
+        if self._folder is not None and self._ranks.local_rank > 0:
+            return
+        for name in ("logps", "seen"):
+            values = getattr(stretch, name).numpy()
+            if name not in self._values:
+                self._values[name] = self._new(name, values.dtype)
+            self._values[name][stretch.index.numpy()] = values
+
+    def _new(self, name: str, dtype: numpy.dtype[Any]) -> NDArray[Any]:
+        shape = (int(self._first[-1]),)
+        if self._folder is None:
+            return numpy.zeros(shape, dtype)
+        values: NDArray[Any] = numpy.lib.format.open_memmap(self._folder / f"{name}.npy", "w+", dtype, shape)
+        return values
+
+    def finished(self) -> Reference:
+        """All results. To be called by all ranks."""
+        if self._folder is not None:
+            self._ranks.gather(None)  # the first rank of each machine has written all
+            for path in self._folder.glob("*.npy"):
+                self._values[path.stem] = numpy.load(path, mmap_mode="c" if len(self._first) > 1 else None)
+        nothing = numpy.zeros(0, numpy.float32)  # without rows
+        logps, seen = (torch.from_numpy(self._values.get(name, nothing)) for name in ("logps", "seen"))
+        first = torch.from_numpy(self._values["first"]) if "first" in self._values else self._first[:-1]
+        return Reference(logps, first, seen)
+
+
 def find_or_compute(
-    launcher: Launcher, digest: str, rows: Rows, tail_weight: float | None, cache: Cache, report: Callable[[int], None]
+    launcher: Launcher,
+    digest: str,
+    rows: Rows,
+    tail_weight: float | None,
+    cache: Cache,
+    report: Callable[[int], None],
+    folder: Path | None = None,
 ) -> Reference:
     """The log-probs of `rows` under the launcher's policy, from the cache or computed: on the CPU, float32 or wider.
 
-    `digest` identifies the policy's weights. The other arguments are those of `compute`. If `report` raises `Stopped`,
-    the cache has all results so far.
+    `digest` identifies the policy's weights. The ranks of a machine share the results in `folder`; without one, each
+    has them in memory. The other arguments are those of `compute`. If `report` raises `Stopped`, the cache has all
+    results so far.
     """
     ranks, first = launcher.ranks, _first_responses(rows)
-    key = _key(launcher.policy, digest, rows, tail_weight)
+    key, results = _key(launcher.policy, digest, rows, tail_weight), _Results(first, folder, ranks)
     # 1. Collect what the cache has.
-    stretches = ranks.of_first(lambda: _cached(key, len(rows), cache))
-    segments, done = (sum(int(stretch.size[k]) for stretch in stretches) for k in (0, 1))  # those done, and their rows
+    segments = done = 0  # those done, and their rows
+    while done < len(rows):
+        stretch = ranks.of_first(partial(_cached, key, segments, cache))
+        if stretch is None:
+            break
+        results.add(stretch)
+        segments, done = segments + int(stretch.size[0]), done + int(stretch.size[1])
     # 2. Compute the rest, and put it into the cache.
     fresh, began = list[Stretch](), time.monotonic()
 
     def keep() -> None:
         nonlocal segments, began
         if fresh:
-            stretches.append(Stretch.joined(fresh))
+            stretch = Stretch.joined(fresh)
             fresh.clear()
+            results.add(stretch)
             if ranks.is_first:
                 with cache.put(_stretch_key(key, segments)) as path:
-                    save_file(vars(stretches[-1]), path)
-            segments, began = segments + int(stretches[-1].size[0]), time.monotonic()
+                    save_file(vars(stretch), path)
+            segments, began = segments + int(stretch.size[0]), time.monotonic()
 
     try:
         report(done)
@@ -116,27 +175,12 @@ def find_or_compute(
         keep()
         raise
     keep()
-    return _arranged(first, stretches)
+    return results.finished()
 
 
-def mapped(found: Reference, path: Path) -> Reference:
-    """The reference log-probs `found`, in the file `path`, which the ranks of a machine map into memory."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(vars(found), path)
-    return Reference(**load_file(path))
-
-
-def _cached(key: str, rows: int, cache: Cache) -> list[Stretch]:
-    """The stretches of the pass `key` that the cache has, from the first one on."""
-    stretches, segments, done = list[Stretch](), 0, 0
-    while done < rows:
-        stretch = cache.get(_stretch_key(key, segments), lambda path: Stretch(**load_file(path)))
-        if stretch is None:
-            break
-        stretches.append(stretch)
-        segments, done = segments + int(stretch.size[0]), done + int(stretch.size[1])
-    return stretches
+def _cached(key: str, segments: int, cache: Cache) -> Stretch | None:
+    """The stretch of the pass `key` after the first `segments` segments; None if the cache does not have it."""
+    return cache.get(_stretch_key(key, segments), lambda path: Stretch(**load_file(path)))
 
 
 def compute(
@@ -150,12 +194,13 @@ def compute(
     `tail_weight` is the weight of tail tokens in LD-DPO. `report` is called after each launch with the rows done so
     far.
     """
-    first, parts, done = _first_responses(rows), list[Stretch](), 0
+    first, done = _first_responses(rows), 0
+    results = _Results(first, None, launcher.ranks)
     for scored in _score(launcher, rows, first, tail_weight):
-        parts.append(scored)
+        results.add(scored)
         done += int(scored.size[1])
         report(done)
-    return _arranged(first, parts)
+    return results.finished()
 
 
 def _score(
@@ -181,18 +226,8 @@ def _score(
 
 def _first_responses(rows: Rows) -> Tensor:
     """The index of each row's first response among those of all rows, and the number of them all. [rows + 1]"""
-    counts = torch.tensor([len(row.responses) for row in rows], dtype=torch.long)
+    counts = torch.from_numpy(rows.response_counts)
     return torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
-
-
-def _arranged(first: Tensor, parts: Sequence[Stretch]) -> Reference:
-    """The results in the order of the rows. `first` is that of `_first_responses`."""
-    logps, seen = torch.zeros(int(first[-1])), torch.zeros(int(first[-1]))  # [responses]
-    if parts:
-        scored = Stretch.joined(parts)
-        logps = torch.empty_like(scored.logps).index_put((scored.index,), scored.logps)
-        seen = torch.empty_like(scored.seen).index_put((scored.index,), scored.seen)
-    return Reference(logps, first[:-1], seen)
 
 
 def _key(policy: Policy, digest: str, rows: Rows, tail_weight: float | None) -> str:

@@ -31,9 +31,8 @@ def policy_references(launcher: Launcher, stage: Stage, tail_weight: float | Non
             if len(rows):
                 run.events.working("reference", done, len(rows))
 
-        found = reference.find_or_compute(launcher, digest, rows, tail_weight, run.cache, report)
-        path = run.folder / "rows" / f"{stage.name}-reference-{part}.safetensors"
-        return run.ranks.first_then_others(lambda: reference.mapped(found, path))
+        folder = run.folder / "rows" / f"{stage.name}-reference-{part}"
+        return reference.find_or_compute(launcher, digest, rows, tail_weight, run.cache, report, folder)
 
     references = References(find(stage.train, "train"), find(stage.validation, "validation"))
     how = "found in the cache" if len(run.cache.made) == made else "computed"

@@ -208,3 +208,4 @@ def test_the_estimates_of_memory_have_the_engines_sizes() -> None:
     assert {kind: choices.pack_tokens for kind, choices in BY_KIND.items()} == BUDGET
     assert GPU.head_logits == LOGITS
     assert packing.WIDTH_STEP == memory.WIDTH_STEP
+    assert packing.SEGMENT_TOKENS == memory.SEGMENT_TOKENS

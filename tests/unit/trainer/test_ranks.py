@@ -3,7 +3,12 @@
 import os
 import shutil
 import signal
+import socket
+import subprocess
+import sys
+import textwrap
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from app.estimates.service import speedup
+from app.spec.job import JobSpec
 from tests.helpers.ranks import (
     COMMON,
     PAIRS,
@@ -44,7 +51,7 @@ from worker.trainer.errors import UserError
 from worker.trainer.gradients import Ownership
 from worker.trainer.joins import check
 from worker.trainer.model import Policy, Scores
-from worker.trainer.packing import Pack, Segment, trees
+from worker.trainer.packing import SEGMENT_TOKENS, Pack, Segment, Tree, trees
 from worker.trainer.ranks import Ranks
 from worker.trainer.segments import StepPlan
 
@@ -194,6 +201,19 @@ def test_the_clipped_gradient_is_that_of_torch() -> None:
         assert all(map(torch.equal, clipped, [parameter.grad for parameter in theirs]))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("virtual_ranks", [4, 16])
+def test_the_estimate_knows_how_many_devices_a_step_keeps_busy(virtual_ranks: int) -> None:
+    for segments, devices in product(range(1, virtual_ranks + 1), range(1, 10)):
+        spec = JobSpec.model_validate({
+            "model": "m", "training_file": "f", "method": dpo_method(), "resources": {"gpus": devices},
+            "parallel": {"virtual_ranks": virtual_ranks},
+        }).resolved()  # fmt: skip
+        tree = Tree((1,) * SEGMENT_TOKENS, (), ((1, ()),))
+        plan = StepPlan.of([Segment((tree,))] * segments, virtual_ranks)
+        busiest = max(sum(map(len, plan.parts(rank, devices))) for rank in range(devices))
+        assert speedup(spec, segments * SEGMENT_TOKENS) == segments / busiest
+
+
 # -- the check of joined packs ---------------------------------------------------------------------------------------
 
 
@@ -318,6 +338,49 @@ def test_a_rank_that_dies_or_hangs_ends_the_training_at_once(llama: Path, tmp_pa
     assert ("rank 1 gives no sign of life" in log) == (way == "stopped")
     assert ("Current thread" in log or "Thread 0x" in log) == (way == "stopped")  # the stacks of the others
     assert not any(is_alive(pid) for pid in pids)
+
+
+def launched(folder: Path, run_rank: str, size: int, endpoint: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Launch ranks in a process of its own. `run_rank` is the body of what each does; both periods of the watch are 2 s."""
+    program = f"""
+import signal, sys, threading, time
+from pathlib import Path
+from worker.trainer import progress, rank_processes
+from worker.trainer.progress import progress as own
+progress.HUNG_SECONDS = rank_processes.SILENT_SECONDS = 2.0
+
+def run_rank(rank, local_rank):
+{textwrap.indent(run_rank, "    ")}
+
+folder = Path(sys.argv[1])
+machine = rank_processes.Machine(0, 1, {endpoint!r}, None) if {endpoint!r} else None
+status = rank_processes.launch(folder, {size}, run_rank, threading.Event(), machine)
+print(rank_processes.failure(folder, {size}))
+sys.exit(status)
+"""
+    return subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, timeout=120)
+
+
+def test_a_rank_that_computes_for_ever_is_killed_and_all_write_where_they_are(tmp_path: Path) -> None:
+    """It gives signs of life all the time. The other one waits for it, which is no fault."""
+    done = launched(
+        tmp_path,
+        "if rank == 1:\n    while True:\n        time.sleep(0.01)  # the hung line\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_DFL)\nwith own.waits():\n    time.sleep(1000)",
+        size=2,
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert "rank 1 gives no sign of life" in done.stderr and "rank 0 gives no" not in done.stderr
+    assert done.stderr.count("in run_rank") == 2  # the stacks of both
+
+
+def test_a_port_that_is_taken_ends_the_attempt_with_the_reason(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = launched(tmp_path, "return 0", size=1, endpoint=f"127.0.0.1:{taken.getsockname()[1]}")
+    assert done.returncode == 1
+    assert "Broken(" in done.stdout and "cannot meet" in done.stdout
 
 
 def is_alive(pid: int) -> bool:
