@@ -184,16 +184,16 @@ def _keep_segments_apart(policy: Policy) -> bool:
 
     Returns whether they hold all trained parameters. DoRA and layers that are trained in full do not keep them apart.
     """
-    apart = set[nn.Parameter]()
+    trained, apart = set(policy.trainable().values()), set[nn.Parameter]()
     for layer in policy.model.modules():
-        if isinstance(layer, AddsDelta) and (weights := layer.plain_weights()):
+        if isinstance(layer, AddsDelta) and trained.issuperset(weights := layer.plain_weights()) and weights:
             policy.segment_gradients.keep_apart(layer, weights)
             apart.update(weights)
     if (head := policy.reward_head) is not None:
         weight = policy.trainable()["reward_head.weight"]
         policy.segment_gradients.keep_apart(head, [weight], "responses")
         apart.add(weight)
-    return apart >= set(policy.trainable().values())
+    return apart >= trained
 
 
 def _reward_head(policy: Policy, spec: JobSpec, start: Path | None) -> RewardHead:
