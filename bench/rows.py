@@ -135,7 +135,9 @@ def main() -> None:
         table.add_row(f"{one['megabytes']} MB", f"{one['peak_bytes'] / 1e6:.0f} MB", f"{one['seconds']:.0f}")
     Console().print(table)
     if arguments.keep is not None:
-        arguments.keep.write_text(json.dumps({"machine": describe_machine(), "runs": runs, "checks": checks}, indent=2) + "\n")
+        arguments.keep.write_text(
+            json.dumps({"machine": describe_machine(), "runs": runs, "checks": checks}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "secret": {"existing": "mine"},
         "admin": {"existing": "mine-too"},
         "models": {"existingClaim": "models"},
+        "objects": {"existingClaim": "objects"},
         "environment": {"DPO_HUB_MODELS": "org/*", "AWS_REGION": "eu-central-1"},
         "imagePullSecrets": [{"name": "registry"}],
         "ingress": {"enabled": True, "className": "nginx", "tlsSecret": "tls", "annotations": {"a/b": "c"}},
@@ -85,7 +86,7 @@ def test_pods_have_no_rights_that_they_do_not_need(name: str) -> None:
             "capabilities": {"drop": ["ALL"]},
         }
         writable = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
-        assert writable - {"/dev/shm"} == {"/tmp", "/var/lib/dpo"}
+        assert writable - {"/dev/shm", "/objects"} == {"/tmp", "/var/lib/dpo"}
         mounts = {mount["name"] for mount in container["volumeMounts"]}
         assert mounts == {volume["name"] for volume in spec["volumes"]}
         assert "memory" in container["resources"]["limits"]
@@ -181,3 +182,19 @@ def test_the_values_of_kuberay_are_a_pod_of_kubernetes() -> None:
         assert {mount["name"] for mount in container["volumeMounts"]} <= {volume["name"] for volume in spec["volumes"]}
     known = {field.upper() for field in Settings.model_fields}
     assert all(variable["name"].removeprefix("DPO_") in known for variable in values["worker"]["containerEnv"])
+
+
+def test_all_pods_keep_objects_on_the_claim_if_there_is_one() -> None:
+    for name in VALUES:
+        for spec in pods(VALUES[name]).values():
+            (container,) = spec["containers"]
+            variables = {variable["name"]: variable.get("value") for variable in container["env"]}
+            mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+            claims = {
+                volume["name"]: volume.get("persistentVolumeClaim", {}).get("claimName") for volume in spec["volumes"]
+            }
+            on_claim = name == "everything"
+            assert variables.get("DPO_STORAGE_URL") == ("file:///objects" if on_claim else None)
+            assert (mounts.get("objects"), claims.get("objects")) == (
+                ("/objects", "objects") if on_claim else (None, None)
+            )

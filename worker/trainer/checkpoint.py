@@ -21,8 +21,10 @@ from worker.trainer.methods.method import Method
 from worker.trainer.model import Policy
 from worker.trainer.ranks import Ranks
 
-COMMON_FILES = ("optimizer", "best")
-"""Files in `state/` that any checkpoint may have. All other safetensors files belong to its method."""
+OPTIMIZER, BEST = "optimizer", "best"
+"""Files in `state/` that any checkpoint may have, the first in several parts. The others belong to its method."""
+FILE_BYTES = 2 << 30
+"""The size of a part of the optimizer's state, beyond the last tensor."""
 
 
 @dataclass
@@ -58,25 +60,23 @@ def save(
 
     `best` is the path of the best weights so far; the file may be missing.
     """
-    weights = policy.gathered(ranks)
-    own = _optimizer_state(policy, optimizer, ranks)
-    # The parts of a divided state have been gathered one by one.
-    parts = ranks.gather_first(own) if policy.root is None else [own]
-    if parts is None or not ranks.is_first:
-        return
     partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "state").mkdir(parents=True)
+    if ranks.is_first:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "state").mkdir(parents=True)
     # The model, to use or to train further.
-    policy.save(partial / "model", weights)
+    weights = policy.gathered(ranks)
+    if ranks.is_first:
+        policy.save(partial / "model", weights)
+    del weights
     # The state, to resume exactly, on any number of ranks.
-    tensors = {name: tensor for part, _ in parts for name, tensor in part.items()}
-    numbers = {name: values for _, part in parts for name, values in part.items()}
-    save_file(tensors, partial / "state" / "optimizer.safetensors")
+    numbers = _save_optimizer(partial / "state", policy, optimizer, ranks)
+    if not ranks.is_first:
+        return
     for name, method_tensors in method.state_dict().items():
         save_file(method_tensors, partial / "state" / f"{name}.safetensors")
     if best.exists():
-        shutil.copyfile(best, partial / "state" / "best.safetensors")
+        shutil.copyfile(best, partial / "state" / f"{BEST}.safetensors")
     (partial / "state" / "state.json").write_text(json.dumps(asdict(state) | {"optimizer": numbers}))
     manifest.write(partial)
     partial.rename(folder)
@@ -99,7 +99,8 @@ def restore(
     """
     state = folder / "state"
     own = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-    tensors = load_file(state / "optimizer.safetensors")  # named `parameter/key`
+    files = state.glob(f"{OPTIMIZER}*.safetensors")
+    tensors = {name: tensor for path in files for name, tensor in load_file(path).items()}  # named `parameter/key`
     state_json = json.loads((state / "state.json").read_text())
     numbers = state_json["optimizer"]
     for name, parameter in policy.trainable().items():
@@ -115,29 +116,45 @@ def restore(
         optimizer.state[parameter] = {
             key: value if key == "step" else like(value, parameter) for key, value in entries.items()
         } | numbers.get(name, {})
-    files = {path.stem: path for path in state.glob("*.safetensors")}
-    method_state = {name: load_file(path) for name, path in files.items() if name not in COMMON_FILES}
+    others = [path for path in state.glob("*.safetensors") if path.stem != BEST and not path.stem.startswith(OPTIMIZER)]
+    method_state = {path.stem: load_file(path) for path in others}
     method.load_state_dict(method_state, state_json["stage_step"])
-    if ranks.is_first and (state / "best.safetensors").exists():
+    if ranks.is_first and (state / f"{BEST}.safetensors").exists():
         best.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(state / "best.safetensors", best)
+        shutil.copyfile(state / f"{BEST}.safetensors", best)
 
 
-def _optimizer_state(
-    policy: Policy, optimizer: torch.optim.Optimizer, ranks: Ranks
-) -> tuple[dict[str, Tensor], dict[str, JsonObject]]:
-    """The state of the optimizer's own parameters: tensors, named `parameter/key`, and numbers by parameter and key.
+def _save_optimizer(
+    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, ranks: Ranks
+) -> dict[str, JsonObject]:
+    """Write the tensors of the optimizer's state, named `parameter/key`, into files of `folder`.
 
-    The first of `ranks` gets state that is divided among them.
+    State that is divided among ranks is gathered tensor by tensor, and goes to a file as soon as it fills one. Returns
+    the numbers of the state, by parameter and key. Only the first rank writes, and gets all numbers.
     """
-    tensors: dict[str, Tensor] = {}
-    numbers: dict[str, JsonObject] = {}
+    tensors, numbers, written = dict[str, Tensor](), dict[str, JsonObject](), 0
+
+    def write(parts: dict[str, Tensor]) -> None:
+        nonlocal written
+        if ranks.is_first:
+            written += 1
+            save_file(parts, folder / f"{OPTIMIZER}{'' if written == 1 else f'-{written}'}.safetensors")
+
     for name, parameter in policy.trainable().items():
         for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                gathered = whole(value.detach())
-                if ranks.is_first or policy.root is None:
-                    tensors[f"{name}/{key}"] = gathered.clone().contiguous().cpu()
-            else:
+            if not isinstance(value, Tensor):
                 numbers.setdefault(name, {})[key] = value
-    return tensors, numbers
+                continue
+            gathered = whole(value.detach())
+            if ranks.is_first or policy.root is None:
+                tensors[f"{name}/{key}"] = gathered.clone().contiguous().cpu()
+        if policy.root is not None and sum(tensor.nbytes for tensor in tensors.values()) > FILE_BYTES:
+            write(tensors)
+            tensors = {}
+    if policy.root is not None:
+        if tensors or not written:
+            write(tensors)
+        return numbers
+    parts = ranks.gather_first((tensors, numbers)) or []  # each rank has the state of its own parameters
+    write({name: tensor for part, _ in parts for name, tensor in part.items()})
+    return {name: values for _, part in parts for name, values in part.items()}

@@ -40,6 +40,8 @@ RANK, LOCAL_RANK = "RANK", "LOCAL_RANK"
 """The variables by which torchrun's launcher tells a process its rank, among all and among those of its machine."""
 BEAT_SECONDS, SILENT_SECONDS = 1.0, 20.0
 """Each rank gives a sign of life every second. One that gives none for so long counts as hung, and is killed."""
+STACKS_SECONDS = 0.5
+"""How long a rank has to write its stacks."""
 MEETING_SECONDS = 300
 """How long the launchers of several machines wait for each other."""
 
@@ -220,10 +222,10 @@ def _watch(folder: Path, size: int, processes: set[BaseProcess]) -> None:
                 continue
             killed.add(pid)
             print(f"rank {rank} gives no sign of life", file=sys.stderr, flush=True)
-            for process in processes:
+            for process in processes:  # one after the other, because they share the log
                 _send(process.pid, signal.SIGUSR1)  # it writes its stacks
-            _send(pid, signal.SIGCONT)  # so that a frozen one does, too
-            time.sleep(BEAT_SECONDS)
+                _send(process.pid, signal.SIGCONT)  # a frozen one does, too
+                time.sleep(STACKS_SECONDS)
             _send(pid, signal.SIGKILL)
 
 

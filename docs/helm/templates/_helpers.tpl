@@ -48,10 +48,26 @@ securityContext:
   capabilities: {drop: [ALL]}
 {{- end }}
 
+{{/* The variables of all parts. Objects on a claim are a folder that all pods mount. */}}
 {{- define "dpo.environment" -}}
+{{- if .Values.objects.existingClaim }}
+- {name: DPO_STORAGE_URL, value: "file:///objects"}
+{{- end }}
 - {name: HOME, value: /var/lib/dpo}  # libraries keep compiled kernels below it
 {{- range $name, $value := .Values.environment }}
 - {name: {{ $name }}, value: {{ $value | quote }}}
+{{- end }}
+{{- end }}
+
+{{- define "dpo.objectsMount" -}}
+{{- if .Values.objects.existingClaim }}
+- {name: objects, mountPath: /objects}
+{{- end }}
+{{- end }}
+
+{{- define "dpo.objectsVolume" -}}
+{{- with .Values.objects.existingClaim }}
+- {name: objects, persistentVolumeClaim: {claimName: {{ . }}}}
 {{- end }}
 {{- end }}
 

@@ -13,7 +13,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.helpers.ranks import PAIRS, STEPS
-from tests.helpers.trainer import Event, TrainerProcess, dpo_method, make_work_folder, of_kind, run_process
+from tests.helpers.trainer import Event, TrainerProcess, dpo_method, load, make_work_folder, of_kind, run_process
+from worker.trainer import checkpoint
+from worker.trainer.fully_sharded import Root
+from worker.trainer.ranks import Ranks
 
 FULL = {"adapter": "none", "seed": 1, "validation_split": 0.2, "parallel": {"shard": True}}
 SLOW = {**STEPS, "learning_rate": 1e-5}
@@ -114,6 +117,27 @@ def test_a_model_whose_texts_are_computed_one_by_one_is_not_divided(
     (failed,) = of_kind(events, "failed")
     assert status == 1 and failed["param"] == "parallel.shard"
     assert "cannot be sharded: its texts are computed one by one" in failed["message"]
+
+
+def test_the_moments_of_a_divided_model_go_to_several_files_which_resume_reads_together(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one rank, where each part is the whole."""
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", 50_000)
+    policy = load(llama, adapter="none")
+    policy.root = Root(policy.causal)
+    optimizer = torch.optim.AdamW(policy.trainable().values())
+    for parameter in policy.trainable().values():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    assert checkpoint._save_optimizer(tmp_path, policy, optimizer, Ranks()) == {}
+    files = [load_file(path) for path in tmp_path.glob("optimizer*.safetensors")]
+    assert len(files) > 2 and all(files)
+    together = {name: tensor for part in files for name, tensor in part.items()}
+    assert len(together) == sum(map(len, files))
+    for name, parameter in policy.trainable().items():
+        for key, value in optimizer.state[parameter].items():
+            assert torch.equal(together[f"{name}/{key}"], value)
 
 
 def test_a_divided_training_goes_on_with_another_number_of_ranks(llama: Path, tmp_path: Path) -> None:

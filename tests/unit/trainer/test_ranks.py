@@ -268,12 +268,18 @@ def expected(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str
     return outcome(folder, events)
 
 
-def test_processes_have_the_bytes_of_one(llama: Path, tmp_path: Path, expected: tuple[str, Any]) -> None:
-    folder = work_folder(tmp_path / "run", llama, "SFT, then DPO", ranks=3)
+@pytest.mark.parametrize(
+    ("name", "ranks"), [("SFT, then DPO", 3), ("KTO", 2), ("AOT", 3), ("Plackett-Luce", 2), ("reward model", 4)]
+)
+def test_processes_have_the_bytes_of_one(llama: Path, tmp_path: Path, name: str, ranks: int) -> None:
+    """Over gloo."""
+    alone = work_folder(tmp_path / "alone", llama, name)
+    expected = outcome(alone, train_on_ranks(alone, 1, 2048))
+    folder = work_folder(tmp_path / "run", llama, name, ranks=ranks)
     status, events = run_process(folder)
     assert status == 0, (folder / "trainer.log").read_text()
     assert outcome(folder, events) == expected
-    assert any("on 3 × cpu (1 thread)" in event["message"] for event in of_kind(events, "message"))
+    assert any(f"on {ranks} × cpu (1 thread)" in event["message"] for event in of_kind(events, "message"))
 
 
 def test_dropout_is_drawn_for_each_segment_whatever_rank_computes_it(llama: Path, tmp_path: Path) -> None:
