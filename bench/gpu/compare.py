@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -57,7 +58,9 @@ WORKLOADS = {
 }
 
 
-def ours(model: PreTrainedModel, folder: Path, pairs: Pairs, batch: int, epochs: int) -> dict[str, float]:
+def ours(
+    model: PreTrainedModel, folder: Path, pairs: Pairs, batch: int, epochs: int, *, compiled: bool = False
+) -> dict[str, float]:
     """This engine's own loop, over the model on the card. The artifact does not count."""
     hyperparameters = {
         "n_epochs": epochs,
@@ -65,6 +68,7 @@ def ours(model: PreTrainedModel, folder: Path, pairs: Pairs, batch: int, epochs:
         "max_length": MAX_LENGTH,
         "learning_rate": 1e-5,
         "checkpoint_every": 10_000,
+        "compile": compiled,
     }
     spec = {
         "model": "bench",
@@ -109,6 +113,7 @@ def release(policy: Policy) -> None:
     """Take the adapter off the model again, and restore its attention."""
     policy.causal.set_attn_implementation(policy.own_attention)
     policy.recompute_activations(False)
+    policy.compiled = False
     policy.model.unload()
 
 
@@ -173,10 +178,14 @@ BEST: JsonObject = {
 """The settings of an expert: the reference once, rows sorted by length, nothing recomputed, micro-batches that fit."""
 
 
+OWN, COMPILED = "dpo-service", "dpo-service, compiled layers"
+
+
 def entrants() -> dict[str, Callable[..., dict[str, float]]]:
     """The entrants by name, the most telling ones first. Liger's kernels take part if they are installed."""
     best = BEST | ({"use_liger_kernel": True} if find_spec("liger_kernel") else {})
-    return {"dpo-service": ours, "TRL default": trl, "TRL best options": partial(trl, **best)}
+    compiled = {} if shapes.dry else {COMPILED: partial(ours, compiled=True)}  # a CPU compiles for minutes
+    return {OWN: ours, "TRL default": trl} | compiled | {"TRL best options": partial(trl, **best)}
 
 
 def hh() -> Iterator[JsonObject]:
@@ -191,7 +200,7 @@ def ultrafeedback() -> Iterator[JsonObject]:
 
 def hh_3_epochs() -> Iterator[JsonObject]:
     """Three epochs at the lengths of HH, by this engine alone: the reference pass counts less."""
-    return _compare("hh", 3, only="dpo-service")
+    return _compare("hh", 3, only=OWN)
 
 
 def _compare(workload: str, epochs: int, only: str | None = None) -> Iterator[JsonObject]:
@@ -211,7 +220,7 @@ def _compare(workload: str, epochs: int, only: str | None = None) -> Iterator[Js
         "epochs": epochs,
         "distinct_tokens": arithmetic.shared,
     }
-    seconds, check = dict[str, float](), 0.0
+    seconds, checks = dict[str, float](), dict[str, float]()
     for name, train in entrants().items():
         if only not in (None, name):
             continue
@@ -219,15 +228,15 @@ def _compare(workload: str, epochs: int, only: str | None = None) -> Iterator[Js
             train(model, folder, pairs[:batch], batch, 1)  # compiles
             runs = [
                 train(model, folder, pairs, batch, epochs)
-                for _ in range(1 if shapes.dry or train is not ours else RUNS)
+                for _ in range(1 if shapes.dry or name not in (OWN, COMPILED) else RUNS)
             ]
         except Exception as error:  # one entrant without enough memory, or without a kernel, is a figure too
             shapes.free()
             yield {name: {"error": f"{type(error).__name__}: {error}"[:500]}}
             continue
         seconds[name] = statistics.median(run["seconds"] for run in runs)
-        if train is ours:
-            check = statistics.median(run["check_seconds"] for run in runs)
+        if name in (OWN, COMPILED):
+            checks[name] = statistics.median(run["check_seconds"] for run in runs)
         yield {
             name: {
                 "runs": runs,
@@ -237,11 +246,12 @@ def _compare(workload: str, epochs: int, only: str | None = None) -> Iterator[Js
                 "of_products": needed / seconds[name] / peak,
             }
         }
-        if name != "dpo-service" and "dpo-service" in seconds:
-            yield {
-                f"ratio to {name}": seconds[name] / seconds["dpo-service"],
-                f"ratio to {name}, without the check": seconds[name] / (seconds["dpo-service"] - check),
-            }
+        for own, other in product(checks, seconds.keys() - checks):
+            if name in (own, other):
+                yield {
+                    f"{own}, ratio to {other}": seconds[other] / seconds[own],
+                    f"{own}, ratio to {other}, without the check": seconds[other] / (seconds[own] - checks[own]),
+                }
 
 
 def adapted() -> Policy:
