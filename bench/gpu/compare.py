@@ -184,8 +184,11 @@ OWN, COMPILED = "dpo-service", "dpo-service, compiled layers"
 def entrants() -> dict[str, Callable[..., dict[str, float]]]:
     """The entrants by name, the most telling ones first. Liger's kernels take part if they are installed."""
     best = BEST | ({"use_liger_kernel": True} if find_spec("liger_kernel") else {})
-    compiled = {} if shapes.dry else {COMPILED: partial(ours, compiled=True)}  # a CPU compiles for minutes
-    return {OWN: ours, "TRL default": trl} | compiled | {"TRL best options": partial(trl, **best)}
+    found: dict[str, Callable[..., dict[str, float]]] = {OWN: ours, "TRL default": trl}
+    if not shapes.dry:  # a CPU compiles for minutes
+        found[COMPILED] = partial(ours, compiled=True)
+    found["TRL best options"] = partial(trl, **best)
+    return found
 
 
 def hh() -> Iterator[JsonObject]:

@@ -75,4 +75,4 @@ def test_a_dry_run_measures_every_part(tmp_path: Path) -> None:
     assert list(parts) == list(PARTS)
     assert {name: figures["error"] for name, figures in parts.items() if "error" in figures} == {}
     assert ended.returncode == 0, ended.stderr
-    assert parts["hh"]["ratio to TRL default"] > 0
+    assert parts["hh"]["dpo-service, ratio to TRL default"] > 0
