@@ -31,6 +31,8 @@ class Coefficients:
     """Per token, a layer keeps this many times its hidden width for the backward pass."""
     outputs: float
     """Per token, a layer also keeps this many times the outputs of its linear layers."""
+    compiled: float
+    """The same for a compiled layer, which computes the results of norms and activations again."""
     recomputed: float
     """Per token, a layer that is recomputed keeps only this many times its hidden width."""
     temporary: float
@@ -39,10 +41,10 @@ class Coefficients:
     """Dequantised copies of all quantised weights that exist at a time, in the compute dtype."""
 
 
-CPU = Coefficients(520_000_000, 1.5, 2.7, 10.5, 4.2, 1.26)
+CPU = Coefficients(520_000_000, 1.5, 2.7, 2.7, 10.5, 4.2, 1.26)
 """Fitted to the peak resident set sizes of whole runs (bench/memory.py), which include the allocator's overhead."""
-CUDA = Coefficients(700_000_000, 0.0, 1.9, 1.0, 2.0, 0.0)
-"""Counted from the tensors that autograd keeps. Not measured on a GPU yet."""
+CUDA = Coefficients(700_000_000, 0.0, 2.15, 1.1, 1.0, 2.0, 0.0)
+"""Counted from the tensors that autograd keeps (bench/activations.py). Not measured on a GPU yet."""
 UNADAPTED = 0.7
 """Activations of a linear layer without an adapter, relative to one with an adapter: its input is not kept."""
 LOGITS = 1 << 26
@@ -117,6 +119,8 @@ class MemorySettings:
     """Number of embeddings and heads that are trained in full beside an adapter."""
     double_quantization: bool = True
     """Whether the scales of `nf4` are quantised too."""
+    compiled: bool = False
+    """Whether layers are compiled. Where the engine chooses, the estimate is on the safe side."""
     devices: int = 1
     """The devices of the training. Each holds the whole model unless it is divided."""
     shard: bool | None = False
@@ -136,6 +140,7 @@ class MemorySettings:
             longest_row=longest_row,
             double_quantization=spec.double_quantization is not False,
             saved_modules=0 if adapter is None else len(adapter.modules_to_save or []),
+            compiled=bool(stage.compile),
             devices=spec.resources.least,
             shard=False if spec.why_not_sharded() is not None else spec.parallel.shard,
         )
@@ -182,7 +187,8 @@ def estimate(shape: Shape, settings: MemorySettings, device: str, available: int
         tokens = -(-int(tokens) // WIDTH_STEP) * WIDTH_STEP
         temporary += 2 * 4 * LOGITS  # two float32 tensors of one chunk of logits
     outputs = _outputs(shape, settings, full)
-    activations = int(tokens * width * shape.layers * (factors.hidden * shape.hidden + factors.outputs * outputs))
+    kept = factors.compiled if settings.compiled else factors.outputs
+    activations = int(tokens * width * shape.layers * (factors.hidden * shape.hidden + kept * outputs))
     temporary += int(tokens * width * factors.temporary * outputs)
     recompute = settings.recompute
     if recompute is None:
@@ -191,7 +197,7 @@ def estimate(shape: Shape, settings: MemorySettings, device: str, available: int
     if recompute:
         activations = int(tokens * width * shape.layers * factors.recomputed * shape.hidden)
         # The layer that is being recomputed. On a CPU the fitted coefficients include it.
-        temporary += int(tokens * width * factors.outputs * outputs) if device == "cuda" else 0
+        temporary += int(tokens * width * kept * outputs) if device == "cuda" else 0
     return Memory(factors.runtime, model, adapter, optimizer, activations, temporary, recompute)
 
 

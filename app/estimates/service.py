@@ -18,6 +18,7 @@ from app.files import repository as files
 from app.jobs import queries
 from app.jobs import queue as job_queue
 from app.jobs.service import Jobs
+from app.jobs.tables import Job
 from app.models import repository as models
 from app.spec.datasets.check import NEEDED_DATA
 from app.spec.datasets.example import Kind
@@ -197,6 +198,7 @@ def _stage(stage: StageSpec, counted: JsonObject, pace: Pace | None, spec: JobSp
     batch = min(settings.batch_size or 16, max(1, rows))
     steps = settings.max_steps or math.ceil(rows * (settings.n_epochs or 1) / batch)
     tokens = round(steps * batch * counted["tokens_per_row"])
+    faster = speedup(spec, spec.resources.least, tokens / steps)
     return StageEstimate(
         name=stage.name,
         rows=rows,
@@ -207,17 +209,17 @@ def _stage(stage: StageSpec, counted: JsonObject, pace: Pace | None, spec: JobSp
         tokens_per_row=counted["tokens_per_row"],
         longest_row=counted["longest_row"],
         truncated_share=counted["truncated_share"],
-        seconds=None if pace is None else tokens / (pace.tokens_per_second * speedup(spec, tokens / steps)),
+        seconds=None if pace is None else tokens / (pace.tokens_per_second * faster),
     )
 
 
-def speedup(spec: JobSpec, step_tokens: float) -> float:
-    """The speed of the fewest devices that the job starts with, relative to that of one, for steps of so many tokens.
+def speedup(spec: JobSpec, devices: int, step_tokens: float) -> float:
+    """The speed of a training on so many devices, relative to that on one, for steps of so many tokens.
 
     A step is dealt to the devices in virtual ranks of about equal size. Where they do not divide evenly, some devices
     idle. What the devices send to each other overlaps with the work (bench/scaling.py), and does not count.
     """
-    segments, devices = math.ceil(step_tokens / SEGMENT_TOKENS), spec.resources.least
+    segments = math.ceil(step_tokens / SEGMENT_TOKENS)
     parts = max(1, min(segments, devices if spec.adapter == "none" else spec.parallel.virtual_ranks))
     return parts / math.ceil(parts / devices)
 
@@ -254,9 +256,17 @@ def _pace(session: Session, base_model: str, project: str | None = None) -> Pace
     tokens = sum(pace["tokens"] for pace in measured)
     if not tokens:
         return None
-    seconds = sum((job.devices or 1) * job.pace["seconds"] for job in jobs if job.pace)
+    seconds = sum(_speedup_of(job) * job.pace["seconds"] for job in jobs if job.pace)
     overhead = sum(pace["overhead_seconds"] for pace in measured) / len(measured)
     return Pace(tokens_per_second=tokens / seconds, overhead_seconds=overhead, jobs=len(measured))
+
+
+def _speedup_of(job: Job) -> float:
+    """The speed of a measured job, relative to that on one device."""
+    devices, steps = job.devices or 1, (job.pace or {}).get("steps")
+    if devices == 1 or not steps or job.pace is None:
+        return devices
+    return speedup(JobSpec.stored(job.spec), devices, job.pace["tokens"] / steps)
 
 
 def expected_seconds(session: Session, spec: JobSpec, base_model: str, outlines: dict[str, Outline]) -> float | None:

@@ -17,8 +17,8 @@ REACHED_FLOPS, REACHED_BYTES = 670e12, 2.5e12
 """The expected rates of a layer's products and of elementwise kernels: 85 % of 790 TFLOP/s, and 75 % of the peak."""
 ATTENTION_FLOPS = 200e12
 """The expected rate of FlexAttention, forward and backward."""
-IDLE_SECONDS = 0.05
-"""How long the device is expected to wait for Python in a step."""
+IDLE_SECONDS, IDLE_COMPILED_SECONDS = 0.05, 0.01
+"""How long the device is expected to wait for Python in a step, without and with compiled layers."""
 _LINEARS = [(HIDDEN, HIDDEN)] * 2 + [(HIDDEN, KEYS)] * 2 + [(HIDDEN, WIDE)] * 2 + [(WIDE, HIDDEN)]
 """(inputs, outputs) of the linear layers of a layer: q, o; k, v; gate, up; down."""
 WEIGHTS = LAYERS * sum(inputs * outputs for inputs, outputs in _LINEARS)
@@ -27,15 +27,17 @@ ADAPTER = LAYERS * RANK * sum(inputs + outputs for inputs, outputs in _LINEARS)
 
 @dataclass(frozen=True)
 class Work:
-    """A part of a step: its FLOPs, the bytes that it moves today, and those that it must move.
+    """A part of a step: its FLOPs, the bytes that it moves, and those that it must move.
 
-    `rate` is the FLOP/s that its kernels are expected to reach.
+    `compiled_bytes` are those that it moves with compiled layers, if they are others. `rate` is the FLOP/s that its
+    kernels are expected to reach.
     """
 
     name: str
     flops: float = 0.0
     bytes: float = 0.0
     least_bytes: float = 0.0
+    compiled_bytes: float | None = None
     rate: float = REACHED_FLOPS
 
     @property
@@ -45,8 +47,14 @@ class Work:
 
     @property
     def predicted(self) -> float:
-        """Seconds today, at the rates that are expected."""
+        """Seconds with uncompiled layers, at the rates that are expected."""
         return max(self.flops / self.rate, self.bytes / REACHED_BYTES)
+
+    @property
+    def compiled(self) -> float:
+        """Seconds with compiled layers, at the rates that are expected."""
+        moved = self.bytes if self.compiled_bytes is None else self.compiled_bytes
+        return max(self.flops / self.rate, moved / REACHED_BYTES)
 
     @property
     def within_reach(self) -> float:
@@ -67,6 +75,8 @@ ROTARY, FUSED_ROTARY = 20 * (HIDDEN + KEYS), 4 * (HIDDEN + KEYS)
 """Rotary embeddings of queries and keys: two products, a rotation, and a sum."""
 SWIGLU, FUSED_SWIGLU = 10 * WIDE, 6 * WIDE
 """silu(gate), and its product with up."""
+AGAIN = 2 * 2 * (2 * HIDDEN + WIDE)
+"""The results of two norms and of SwiGLU, which a compiled backward pass writes again for the products, and reads."""
 LORA = sum(2 * inputs + 4 * outputs for inputs, outputs in _LINEARS)
 """x is read again, and the output is read and written again."""
 
@@ -83,5 +93,7 @@ PARTS = (
         "norms, residuals, rotary, SwiGLU", 0.0,
         _by_layer(NORMS + RESIDUALS + ROTARY + SWIGLU),
         _by_layer(FUSED_NORMS + FUSED_RESIDUALS + FUSED_ROTARY + FUSED_SWIGLU),
+        compiled_bytes=_by_layer(FUSED_NORMS + FUSED_RESIDUALS + FUSED_ROTARY + FUSED_SWIGLU)
+        + AGAIN * TOKENS * LAYERS,
     ),
 )  # fmt: skip

@@ -141,26 +141,33 @@ def _scaling_on_paper() -> str:
 
 def _roofline() -> str:
     """The parts of a step on an H100, by arithmetic."""
+    ways = ("floor", "predicted", "compiled", "within_reach")
+    idle = {"predicted": roofline.IDLE_SECONDS, "compiled": roofline.IDLE_COMPILED_SECONDS}
     rows = [
         (
             part.name,
             f"{part.flops / 1e12:.1f}",
             f"{part.bytes / 1e9:,.0f}",
             f"{part.least_bytes / 1e9:,.0f}",
-            *(f"{seconds * 1e3:.0f}" for seconds in (part.floor, part.predicted, part.within_reach)),
+            *(f"{getattr(part, way) * 1e3:.0f}" for way in ways),
         )
         for part in roofline.PARTS
     ]
-    idle = f"{roofline.IDLE_SECONDS * 1e3:.0f}"
-    whole = [sum(getattr(part, name) for part in roofline.PARTS) for name in ("floor", "predicted", "within_reach")]
-    today = whole[1] + roofline.IDLE_SECONDS
+    whole = [sum(getattr(part, way) for part in roofline.PARTS) + idle.get(way, 0.0) for way in ways]
     rows += [
-        ("waiting for Python", "", "", "", "", idle, ""),
-        ("together", "", "", "", *(f"{seconds * 1e3:.0f}" for seconds in (whole[0], today, whole[2]))),
-        ("tokens/s", "", "", "", *(f"{roofline.TOKENS / seconds:,.0f}" for seconds in (whole[0], today, whole[2]))),
+        ("waiting for Python", "", "", "", *(f"{idle[way] * 1e3:.0f}" if way in idle else "" for way in ways)),
+        ("together", "", "", "", *(f"{seconds * 1e3:.0f}" for seconds in whole)),
+        ("tokens/s", "", "", "", *(f"{roofline.TOKENS / seconds:,.0f}" for seconds in whole)),
     ]
-    head = ("part", "TFLOP", "GB today", "GB at least", "floor, ms", "predicted today, ms", "predicted at best, ms")
-    return table(head, rows, (1, 2, 3, 4, 5, 6))
+    head = ("part", "TFLOP", "GB", "GB at least", "floor, ms", "uncompiled, ms", "compiled, ms", "at best, ms")
+    return table(head, rows, range(1, 8))
+
+
+def _activations() -> str:
+    """What a layer keeps for its backward pass."""
+    sizes = result("activations")["bytes_per_token_and_layer"]
+    rows = [(name, f"{size:,}", f"{roofline.LAYERS * size / 1e6:.2f} MB") for name, size in sizes.items()]
+    return table(("layers", "bytes a token and layer", "a token, 32 layers"), rows, (1, 2))
 
 
 def _rows() -> str:
@@ -292,6 +299,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "figures/scaling on paper": _scaling_on_paper,
     "figures/roofline": _roofline,
     "figures/rows": _rows,
+    "figures/activations": _activations,
     "figures/checks": _checks,
     "figures/datasets": _datasets,
     "figures/load": _load,

@@ -30,6 +30,10 @@ READS = {
 """Operators that need numbers of the device, or whose result has a size that depends on them."""
 
 
+ACROSS = {aten.copy_, torch.ops.dpo.segment_products}
+"""Operators that take tensors of the device and of the CPU together."""
+
+
 class OnDevice(Tensor):
     """A tensor on the device. `numbers` is the one on the CPU."""
 
@@ -63,6 +67,11 @@ class Simulation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         target = kwargs.get("device")
         there = own if target is None else torch.device(target).type == KIND
         packet = operator.overloadpacket
+        elsewhere = [
+            part for part in inputs if isinstance(part, Tensor) and not isinstance(part, OnDevice) and part.dim()
+        ]
+        if own and elsewhere and packet not in ACROSS:
+            raise AssertionError(f"{operator} gets tensors of the device and of the CPU")
         copies = packet in (aten._to_copy, aten.copy_)
         if own and (packet in READS or (packet in (aten.index, aten.index_put, aten.index_put_) and _masks(args))):
             self._wait(operator)

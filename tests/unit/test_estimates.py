@@ -14,9 +14,8 @@ from app.spec.job import JobSpec
 from app.spec.json_types import JsonObject
 from docs.generate.gpus import MODELS
 
-MEASURED: list[JsonObject] = json.loads((Path(__file__).parents[2] / "bench" / "results" / "memory.json").read_text())[
-    "specs"
-]
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
+MEASURED: list[JsonObject] = json.loads((RESULTS / "memory.json").read_text())["specs"]
 
 
 def shape_of(fields: JsonObject) -> Shape:
@@ -106,6 +105,17 @@ def test_activations_are_recomputed_if_they_would_not_fit() -> None:
     settings = MemorySettings.of(job(), job().method.hyperparameters, 600, 1000)
     assert estimate(LLAMA_8B, settings, "cuda", int(24e9)).recompute
     assert not estimate(LLAMA_8B, settings, "cuda", int(141e9)).recompute
+
+
+@pytest.mark.parametrize("way", ["uncompiled", "compiled", "uncompiled, recomputed", "compiled, recomputed"])
+def test_the_activations_of_a_gpu_are_those_that_autograd_keeps(way: str) -> None:
+    """Of layers with the sizes of Llama 3.1 8B, counted by bench/activations.py."""
+    counted = json.loads((RESULTS / "activations.json").read_text())["bytes_per_token_and_layer"][way]
+    hyperparameters = {"compile": not way.startswith("un"), "activation_checkpointing": "recomputed" in way}
+    spec = job(method={"type": "dpo", "dpo": {"hyperparameters": hyperparameters}})
+    settings = MemorySettings.of(spec, spec.method.hyperparameters, 8192, 512)
+    estimated = estimate(LLAMA_8B, settings, "cuda", None).activations
+    assert estimated / 8192 / LLAMA_8B.layers == pytest.approx(counted, rel=0.02)
 
 
 LLAMA_70B = MODELS["Llama 3.1 70B"]

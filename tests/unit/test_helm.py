@@ -20,6 +20,11 @@ SECRET = {
 }
 VALUES: dict[str, dict[str, Any]] = {
     "as it is": {"secret": {"values": SECRET}, "admin": {"key": "the key of the operator"}},
+    "objects on a claim": {
+        "secret": {"values": {**SECRET, "DPO_STORAGE_URL": ""}},
+        "admin": {"key": "the key of the operator"},
+        "objects": {"existingClaim": "objects"},
+    },
     "everything": {
         "secret": {"existing": "mine"},
         "admin": {"existing": "mine-too"},
@@ -95,9 +100,10 @@ def test_pods_have_no_rights_that_they_do_not_need(name: str) -> None:
 @pytest.mark.parametrize("name", VALUES)
 def test_all_parts_read_the_stores_and_only_the_api_has_the_operators_key(name: str) -> None:
     secrets = {item["metadata"]["name"]: item for item in objects(VALUES[name]) if item["kind"] == "Secret"}
-    if name == "as it is":
+    if "existing" not in VALUES[name]["secret"]:
         shared, admin, migrate = "tuning-dpo-service", "tuning-dpo-service-admin", "tuning-dpo-service-migrate"
-        assert secrets[shared]["stringData"] == secrets[migrate]["stringData"] == SECRET
+        expected = {key: value for key, value in VALUES[name]["secret"]["values"].items() if value}
+        assert secrets[shared]["stringData"] == secrets[migrate]["stringData"] == expected
         assert list(secrets[admin]["stringData"]) == ["DPO_ADMIN_KEY"]
         hooks = [name for name, secret in secrets.items() if "annotations" in secret["metadata"]]
         assert hooks == [migrate]  # what is a hook stays behind when the chart is uninstalled, unless it is deleted
@@ -193,7 +199,7 @@ def test_all_pods_keep_objects_on_the_claim_if_there_is_one() -> None:
             claims = {
                 volume["name"]: volume.get("persistentVolumeClaim", {}).get("claimName") for volume in spec["volumes"]
             }
-            on_claim = name == "everything"
+            on_claim = name != "as it is"
             assert variables.get("DPO_STORAGE_URL") == ("file:///objects" if on_claim else None)
             assert (mounts.get("objects"), claims.get("objects")) == (
                 ("/objects", "objects") if on_claim else (None, None)

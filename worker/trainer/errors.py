@@ -31,5 +31,11 @@ class PeerLost(Exception):
 
 def first_line(error: Exception) -> str:
     """The class of a library's error and the first line of its message, shortened, for people."""
+    error = getattr(error, "inner_exception", error)  # torch.compile puts its reason there
     text = str(error).strip() or "no message"
     return f"{type(error).__name__}: {text.splitlines()[0][:200].rstrip('. ')}"
+
+
+def is_compiler_error(error: BaseException) -> bool:
+    """Whether `error` comes from torch.compile. To name its classes would load the compiler."""
+    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from worker.trainer.gradients import Ownership
 from worker.trainer.hardware import hardware
 from worker.trainer.layers import layer_names, on_load
+from worker.trainer.progress import progress
 from worker.trainer.ranks import Ranks
 
 Result = TypeVar("Result")
@@ -104,7 +105,10 @@ class Divided(Ownership):
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor that may be divided among ranks, whole. All ranks must call it then."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with progress.waits():
+        return tensor.full_tensor()
 
 
 def like(values: Tensor, tensor: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The gradient of a step: a sum over segments in canonical order (see `segments`), whatever packs and ranks compute it.
 
 1. Autograd sums a gradient over all tokens of a pack. Layers with a plain LoRA adapter get their weights once for each
-   segment, so autograd keeps the gradients of segments apart, and they are added to the sums of their virtual ranks
-   (`SegmentGradients`). The gradients of all other parameters are of a whole pack, which then holds one segment.
+   segment, so autograd keeps the gradients of segments apart (`SegmentGradients`). Each is added to the sum of its
+   virtual rank. The gradients of all other parameters are of a whole pack, which then holds one segment.
 2. The sums of the virtual ranks are added in order (`Reduction`). With several ranks each of them owns some parameters:
    it gets the sums for these, adds them, and updates these parameters (ZeRO-1, Rajbhandari et al. 2020).
 """
@@ -64,10 +64,10 @@ class SegmentGradients:
 
         `extents` are the places of the segments in their pack.
         """
-        ends = {
-            "slots": torch.tensor([extent.slots.stop for extent in extents]),
-            "responses": torch.tensor([extent.responses.stop for extent in extents]),
-        }
+        ends: dict[str, Tensor | None] = {"slots": None, "responses": None}  # a segment alone has all inputs
+        if len(extents) > 1:
+            ends["slots"] = torch.tensor([extent.slots.stop for extent in extents])
+            ends["responses"] = torch.tensor([extent.responses.stop for extent in extents])
         try:
             for layer, weights, inputs in self._layers:
                 layer.views = Views(tuple(_view(weight, sums) for weight in weights), ends[inputs])

@@ -70,9 +70,8 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
 
 def download(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copies of `tensors` on the CPU. Waits for their device once, which is the only wait of a step."""
-    if not tensors:
-        return []
-    flat = torch.cat([tensor.detach().flatten().double() for tensor in tensors]).cpu()
+    full = [tensor.detach().flatten().double() for tensor in tensors if tensor.numel()]  # an empty one may be elsewhere
+    flat = torch.cat(full).cpu() if full else torch.zeros(0, dtype=torch.float64)
     parts = torch.split(flat, [tensor.numel() for tensor in tensors])
     return [part.to(tensor.dtype).view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
@@ -80,10 +79,15 @@ def download(tensors: Sequence[Tensor]) -> list[Tensor]:
 def configure_compiler() -> None:
     """Let torch.compile choose kernels by rules, and never by their measured time: ranks and runs choose the same.
 
-    It may compile a function for several kinds of layers, with and without gradients, before it gives up.
+    A layer keeps little for its backward pass: the results of norms and activations are computed again, also where a
+    matrix product needs them. No product is. Fused operations round as often as single ones, so that what is fused or
+    computed again changes no bit. The compiler may handle a function for several kinds of layers before it gives up.
     """
     import torch._dynamo
+    import torch._functorch.config
     import torch._inductor.config
 
     torch._inductor.config.deterministic = True
+    torch._inductor.config.emulate_precision_casts = True
+    torch._functorch.config.ban_recompute_materialized_backward = False
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)

@@ -26,6 +26,8 @@ CANDIDATE_ROWS = 512
 """The check uses the shortest of the first rows, as many as fill a pack."""
 VALUES = "values"
 """The name of log-probs or rewards beside those of gradients."""
+Outcomes = list[dict[str, Tensor]]
+"""For each of some segments its values and its gradients, by name."""
 CLOSE = 1e-3
 """Allowed error of a gradient on a CPU with several threads, relative to its largest entry."""
 
@@ -82,7 +84,10 @@ def disturbed(policy: Policy) -> Iterator[None]:
 def segments_to_check(policy: Policy, rows: Sequence[Row]) -> list[Segment]:
     """Some rows as segments that fill a pack. They are small, because differences are likelier in small ones."""
     budget = min(hardware(policy.device).checked_tokens, policy.packing.budget)
-    packing = replace(policy.packing, budget=budget, segment_tokens=min(budget // 4, policy.packing.segment_tokens))
+    packing = replace(
+        policy.packing, joined=policy.joins, budget=budget,
+        segment_tokens=min(budget // 4, policy.packing.segment_tokens),
+    )  # fmt: skip
     shortest = sorted(range(min(len(rows), CANDIDATE_ROWS)), key=lambda number: rows[number].tokens)
     before = accumulate((rows[number].tokens for number in shortest), initial=0)
     numbers = [number for number, tokens in zip(shortest, before, strict=False) if tokens < budget]
@@ -90,7 +95,7 @@ def segments_to_check(policy: Policy, rows: Sequence[Row]) -> list[Segment]:
     return next(packing.groups(segments), [])
 
 
-def outcomes(policy: Policy, segments: Sequence[Segment]) -> list[dict[str, Tensor]]:
+def outcomes(policy: Policy, segments: Sequence[Segment]) -> Outcomes:
     """The values and the gradients of each of `segments`, computed in one pack. None at all without memory for it.
 
     Gradients that are not kept apart are those of the first.

@@ -6,7 +6,7 @@ running out of GPU memory, a rank halves its launches and repeats what it has no
 
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import accumulate, islice
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from app.spec.resources import VIRTUAL_RANKS
-from worker.trainer.errors import UserError
+from worker.trainer.errors import UserError, first_line, is_compiler_error
 from worker.trainer.events import Events
 from worker.trainer.fully_sharded import Divided
 from worker.trainer.gradients import Ownership, Reduction, Sum, take_gradients
@@ -32,6 +32,10 @@ NORMS = "norms"
 """The name of the norms of gradients beside those of values."""
 Loss = Callable[[Pack, Sequence[int]], tuple[Tensor, Values]]
 """The loss of a pack, a scalar, and values for metrics. It gets the canonical numbers of the pack's segments."""
+
+
+def nothing() -> None:
+    """Do nothing."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class Launcher:
     """The number of forward passes in a launch."""
     rewards: bool = False
     """Whether they compute rewards instead of log-probs."""
-    meanwhile: Callable[[], None] = lambda: None
+    meanwhile: Callable[[], None] = nothing
     """What the CPU does while the devices compute the end of a step."""
     _prepared: tuple[list[Segment], Pack] | None = None
     """The first pack of the next step."""
@@ -137,6 +141,11 @@ class Launcher:
                         self._idle(spare, backward)
             except torch.OutOfMemoryError as error:
                 self._save_memory([segment.tokens for segment in group], error)
+            except RuntimeError as error:
+                if not (policy.compiled and is_compiler_error(error)):
+                    raise
+                policy.compiled = False
+                self._warn(f"The layers of the model are not compiled any more: {first_line(error)}.")
             else:
                 done += len(group)
                 continue
@@ -157,7 +166,8 @@ class Launcher:
         segments = [segment for part in plan.parts(self.ranks.rank, self.ranks.size) for segment in part]
         group = next(replace(self.policy.packing, budget=self.policy.launch_tokens).groups(segments), [])
         if group and not self.policy.is_divided:  # their packs end with a round
-            self._prepared = group, self._build(group)
+            with suppress(torch.OutOfMemoryError):  # the step will make smaller packs
+                self._prepared = group, self._build(group)
 
     def _is_left(self, own: bool) -> bool:
         """Whether to launch again: this rank has segments left, or another one that needs this rank has."""

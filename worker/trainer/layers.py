@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, core_model_loading, modeling_utils
 
 from worker.trainer.linears import body
+from worker.trainer.progress import progress
 
 
 def layer_names(model: PreTrainedModel) -> list[str]:
@@ -34,6 +35,7 @@ def on_load(take: Callable[[nn.Module, int], None]) -> Iterator[None]:
     # `missing` has the parameters of each layer that are not read yet.
 
     def set_and_take(model: PreTrainedModel, name: str, *rest: Any) -> None:
+        progress.mark()
         set_parameter(model, name, *rest)
         if not missing:
             for layer in layer_names(model):

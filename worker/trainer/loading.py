@@ -186,7 +186,8 @@ def _keep_segments_apart(policy: Policy) -> bool:
     """
     trained, apart = set(policy.trainable().values()), set[nn.Parameter]()
     for layer in policy.model.modules():
-        if isinstance(layer, AddsDelta) and trained.issuperset(weights := layer.plain_weights()) and weights:
+        weights = layer.plain_weights() if isinstance(layer, AddsDelta) else ()
+        if weights and trained.issuperset(weights):
             policy.segment_gradients.keep_apart(layer, weights)
             apart.update(weights)
     if (head := policy.reward_head) is not None:

@@ -73,7 +73,8 @@ def _train(run: TrainingRun) -> None:
         f"Model and {sum(len(stage.train) for stage in stages)} rows ready after {time.monotonic() - began:.1f} s "
         f"on {devices if run.ranks.size == 1 else f'{run.ranks.size} × {devices}'}."
     )
-    ready, tokens_before, resume = time.monotonic(), state.trained_tokens, run.resume
+    ready, resume = time.monotonic(), run.resume
+    tokens_before, step_before = state.trained_tokens, state.step
     planned_steps = sum(stage.steps for stage in stages)
     for stage in stages[first_stage:]:
         running = stage_run.begin(run, stage, policy, state, planned_steps, resume=resume, references=other_references)
@@ -88,6 +89,7 @@ def _train(run: TrainingRun) -> None:
     artifact.write(run.folder / "output", policy, results, weights)
     pace = {
         "tokens": state.trained_tokens - tokens_before,
+        "steps": state.step - step_before,
         "seconds": trained - ready,
         "overhead_seconds": ready - began,
     }

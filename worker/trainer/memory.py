@@ -34,7 +34,8 @@ def activation_bytes(policy: Policy, pack: Pack) -> int:
         return tensor
 
     recording = torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor)
-    with policy.shards.together(backward=False), recording:
+    as_in_a_step = policy.segment_gradients.added_to([{} for _ in pack.extents], pack.extents)
+    with policy.shards.together(backward=False), as_in_a_step, recording:
         # Keep the result until the sum is done: its graph holds the storages, and so no address is reused.
         result = policy.rewards(pack) if policy.reward_head is not None else policy.score(pack).responses
         total = sum(saved.values())

@@ -31,6 +31,7 @@ from worker.trainer.logps import Head, TokenScores, score_logits, score_tokens
 from worker.trainer.lora import RewardHead
 from worker.trainer.masks import TreeMask
 from worker.trainer.packing import Pack, Packing, Segment
+from worker.trainer.progress import progress
 from worker.trainer.ranks import Ranks
 from worker.trainer.shards import Shards
 from worker.trainer.tokenizer import copy_tokenizer, write_ends
@@ -183,10 +184,11 @@ class Policy:
 
     @compiled.setter
     def compiled(self, compiled: bool) -> None:
+        if compiled:
+            configure_compiler()
         for layer in self._layers:
             layer._compiled_call_impl = None
             if compiled:
-                configure_compiler()
                 layer.compile(dynamic=True)
 
     @property
@@ -199,7 +201,9 @@ class Policy:
 
     def packs(self, rows: Sequence[Row], numbers: Sequence[int], *, merge: bool = True) -> Iterator[Pack]:
         """The rows `numbers` in packs of the budget's tokens, built one at a time, on the policy's device."""
-        return (pack.to(self.device) for pack in replace(self.packing, merge=merge).packs(rows, numbers))
+        for pack in replace(self.packing, merge=merge).packs(rows, numbers):
+            progress.mark()
+            yield pack.to(self.device)
 
     def score(
         self, pack: Pack, *, entropy: bool = False, alignment: bool = False, tail_weight: float | None = None

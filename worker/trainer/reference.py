@@ -10,6 +10,7 @@ there map into memory. So the memory of a pass does not grow with its rows.
 """
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +33,7 @@ from worker.trainer.model import Policy, per_response
 from worker.trainer.packing import Pack, columns
 from worker.trainer.ranks import Ranks
 
-ENGINE_VERSION = 3
+ENGINE_VERSION = 4
 """Raise it with every change of the engine that changes bits: cached values of older versions are then not used."""
 STRETCH_SECONDS = 60.0
 """The longest stretch. A pass whose process is killed loses no more than this."""
@@ -109,7 +110,10 @@ class _Results:
         shape = (int(self._first[-1]),)
         if self._folder is None:
             return numpy.zeros(shape, dtype)
-        values: NDArray[Any] = numpy.lib.format.open_memmap(self._folder / f"{name}.npy", "w+", dtype, shape)
+        path = self._folder / f"{name}.npy"
+        values: NDArray[Any] = numpy.lib.format.open_memmap(path, "w+", dtype, shape)
+        with path.open("r+b") as file:  # a disk that is full must say so here: a page that it cannot take kills
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         return values
 
     def finished(self) -> Reference:

@@ -14,6 +14,7 @@ from worker.trainer.cache import Cache
 from worker.trainer.errors import Stopped
 from worker.trainer.events import Events
 from worker.trainer.model import Base
+from worker.trainer.progress import progress
 from worker.trainer.ranks import Ranks
 
 
@@ -70,6 +71,7 @@ class Run:
 
     def check_own_stop(self) -> None:
         """Raise `Stopped` if this rank was asked to stop. The others may not know yet."""
+        progress.mark()
         if self.stopping.is_set():
             raise Stopped
 

@@ -3,7 +3,7 @@
 import math
 import time
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from worker.trainer.early_stopping import Best
 from worker.trainer.errors import Stopped, UserError
 from worker.trainer.events import CheckpointWritten, StageBegan
 from worker.trainer.journal import Journal, last_metrics
-from worker.trainer.launcher import Launcher, TokenCounts
+from worker.trainer.launcher import Launcher, TokenCounts, nothing
 from worker.trainer.linears import has_experts
 from worker.trainer.methods import METHODS
 from worker.trainer.methods.method import Method, ValidatedRow
@@ -61,9 +61,10 @@ class StageRun:
         began, policy, state, owned = time.monotonic(), self.policy, self.state, self.launcher.owned
         rows = self.stage.batch(state.stage_step)
         policy.set_dropout(self.method.DROPOUT)
-        self.launcher.meanwhile = lambda: self._prepare(state.stage_step + 1)
+        self.launcher.meanwhile = partial(self._prepare, state.stage_step + 1)
         # Forward and backward pass, then clip the gradient to a norm of `max_grad_norm`.
         counts, averages = self._gradient(rows)
+        self.launcher.meanwhile = nothing
         averages.add("grad_norm", owned.clip(self.stage.hyperparameters.max_grad_norm))
         metrics = averages.means()
         self._require_finite(metrics, "loss", "grad_norm")
@@ -262,8 +263,8 @@ def begin(
     """
     settings = stage.hyperparameters
     policy.set_dropout(False)
-    _choose_checkpointing(run, stage, policy)
     compilation.choose(policy, stage, run.events, run.ranks)
+    _choose_checkpointing(run, stage, policy)
     may_recompute = settings.activation_checkpointing is not False
     virtual_ranks = run.spec.parallel.virtual_ranks
     launcher = Launcher(policy, run.ranks, run.events, stage.param, virtual_ranks, may_recompute)

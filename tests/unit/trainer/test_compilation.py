@@ -25,6 +25,7 @@ from tests.helpers.trainer import (
 from worker.trainer import compilation, joins
 from worker.trainer.dataset import Rows
 from worker.trainer.events import Events
+from worker.trainer.launcher import Launcher
 from worker.trainer.model import Policy
 from worker.trainer.plan import Stage
 from worker.trainer.ranks import Ranks
@@ -112,14 +113,44 @@ def test_compiled_layers_keep_the_gradients_of_segments_apart(llama: Path, quant
             assert (compiled[name] - values).norm() <= 1e-5 * values.norm(), name
 
 
-@pytest.mark.parametrize("wrong", ["no compiler", "other numbers"])
+def test_a_compiler_that_fails_in_a_step_costs_a_warning(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it may when activations are recomputed from then on, which is compiled anew."""
+
+    def backend(graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> Any:
+        raise RuntimeError("no space left on device")
+
+    policy, stream = disturb(load(llama)), io.StringIO()
+    launcher = Launcher(policy, events=Events(stream))
+
+    def scores() -> Tensor:
+        plan = launcher.plan(list(policy.segments(ROWS, range(len(ROWS)))))
+        values, _ = launcher.backward(plan, lambda pack, _: total(policy.score(pack).responses))
+        return values["logps"]
+
+    def total(logps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return logps.sum(), {"logps": logps}
+
+    expected = scores()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    policy.compiled = True
+    assert torch.equal(scores(), expected)
+    assert not policy.compiled
+    (message,) = of_kind(parse(stream), "message")
+    assert "not compiled any more" in message["message"] and "no space left" in message["message"]
+
+
+@pytest.mark.parametrize("wrong", ["no compiler", "other numbers", "no gradients"])
 def test_layers_that_compile_wrongly_run_uncompiled(llama: Path, monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
     def backend(graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> Any:
         if wrong == "no compiler":
             raise RuntimeError("Failed to find C compiler")
-        return lambda *inputs: [
-            1.01 * part if isinstance(part, Tensor) and part.is_floating_point() else part for part in graph(*inputs)
-        ]
+
+        def compute(*inputs: Tensor) -> list[Any]:
+            with torch.set_grad_enabled(wrong != "no gradients" and torch.is_grad_enabled()):
+                factor = 1.0 if wrong == "no gradients" else 1.2
+                return [factor * part if part.is_floating_point() else part for part in graph(*inputs)]
+
+        return compute
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     policy = load(llama)

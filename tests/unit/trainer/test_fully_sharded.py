@@ -12,10 +12,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from app.spec.hyperparameters import SupervisedHyperparameters
 from tests.helpers.ranks import PAIRS, STEPS
 from tests.helpers.trainer import Event, TrainerProcess, dpo_method, load, make_work_folder, of_kind, run_process
 from worker.trainer import checkpoint
+from worker.trainer.dataset import Rows
 from worker.trainer.fully_sharded import Root
+from worker.trainer.launcher import Launcher
+from worker.trainer.methods.supervised import Supervised
 from worker.trainer.ranks import Ranks
 
 FULL = {"adapter": "none", "seed": 1, "validation_split": 0.2, "parallel": {"shard": True}}
@@ -133,11 +137,17 @@ def test_the_moments_of_a_divided_model_go_to_several_files_which_resume_reads_t
     assert checkpoint._save_optimizer(tmp_path, policy, optimizer, Ranks()) == {}
     files = [load_file(path) for path in tmp_path.glob("optimizer*.safetensors")]
     assert len(files) > 2 and all(files)
-    together = {name: tensor for part in files for name, tensor in part.items()}
-    assert len(together) == sum(map(len, files))
-    for name, parameter in policy.trainable().items():
+    (tmp_path / "state").mkdir()
+    for path in tmp_path.glob("optimizer*.safetensors"):
+        path.rename(tmp_path / "state" / path.name)
+    (tmp_path / "state" / "state.json").write_text(json.dumps({"optimizer": {}, "stage_step": 1}))
+    other = torch.optim.AdamW(policy.trainable().values())
+    method = Supervised(Launcher(policy), SupervisedHyperparameters(), Rows.of([]), Rows.of([]))
+    checkpoint.restore(tmp_path, policy, other, method, tmp_path / "best", Ranks())
+    for parameter in policy.trainable().values():
+        assert optimizer.state[parameter].keys() == other.state[parameter].keys()
         for key, value in optimizer.state[parameter].items():
-            assert torch.equal(together[f"{name}/{key}"], value)
+            assert torch.equal(other.state[parameter][key], value)
 
 
 def test_a_divided_training_goes_on_with_another_number_of_ranks(llama: Path, tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ def test_the_estimate_knows_how_many_devices_a_step_keeps_busy(virtual_ranks: in
         tree = Tree((1,) * SEGMENT_TOKENS, (), ((1, ()),))
         plan = StepPlan.of([Segment((tree,))] * segments, virtual_ranks)
         busiest = max(sum(map(len, plan.parts(rank, devices))) for rank in range(devices))
-        assert speedup(spec, segments * SEGMENT_TOKENS) == segments / busiest
+        assert speedup(spec, devices, segments * SEGMENT_TOKENS) == segments / busiest
 
 
 # -- the check of joined packs ---------------------------------------------------------------------------------------
