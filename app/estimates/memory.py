@@ -47,7 +47,7 @@ CUDA = Coefficients(700_000_000, 0.0, 2.15, 1.1, 1.0, 2.0, 0.0)
 """Counted from the tensors that autograd keeps (bench/activations.py). Not measured on a GPU yet."""
 UNADAPTED = 0.7
 """Activations of a linear layer without an adapter, relative to one with an adapter: its input is not kept."""
-LOGITS = 1 << 26
+LOGITS = 1 << 27
 """Logits that exist at a time on a GPU, as in worker/trainer/hardware.py. On a CPU they are too few to count."""
 RESERVE = 0.8
 """Share of the free memory that activations may fill. If they need more, they are recomputed."""

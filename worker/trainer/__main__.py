@@ -116,10 +116,12 @@ def _run_rank(
     from worker.trainer.cache import Cache
     from worker.trainer.device_check import why_unusable
     from worker.trainer.events import DeviceFailed, Events
+    from worker.trainer.hardware import compute_deterministically
     from worker.trainer.ranks import Ranks
 
     if threads := about.get("threads"):
         torch.set_num_threads(threads)
+    compute_deterministically()
     device, alone = about.get("device", "cpu"), about.get("ranks", 1) == 1 and "machine" not in about
     entry = {
         "event": "trainer began",

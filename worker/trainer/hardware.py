@@ -4,6 +4,7 @@ Code elsewhere asks for the kind only where it asks the driver: for memory, name
 CPU the choices of a GPU (`BY_KIND`), and no choice waits for a card to run.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ class Hardware:
     pack_tokens: int
     """Tokens of a pack. More of them keep a device busy, and take more memory."""
     head_logits: int
-    """Logits in memory at a time. In float32, 16 MB stay in a CPU's cache and 256 MB keep a GPU busy."""
+    """Logits in memory at a time. In float32, 16 MB stay in a CPU's cache. A GPU is busy with 1,024 rows of 128k."""
     sampled_tokens: int
     """Maximum tokens of a sampled batch, prompts and answers together."""
     sampled_logits: int
@@ -38,7 +39,7 @@ CPU = Hardware(
     checked_tokens=256, compiled_from=float("inf"),
 )  # fmt: skip
 GPU = Hardware(
-    half=True, blocks=True, pack_tokens=8192, head_logits=1 << 26, sampled_tokens=131_072, sampled_logits=1 << 27,
+    half=True, blocks=True, pack_tokens=8192, head_logits=1 << 27, sampled_tokens=131_072, sampled_logits=1 << 27,
     checked_tokens=8192, compiled_from=1e17,
 )  # fmt: skip
 BY_KIND = {"cpu": CPU, "cuda": GPU}
@@ -59,6 +60,17 @@ def wide_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     if left.device.type == "cuda":
         return torch.mm(left, right, out_dtype=dtype)
     return left.to(dtype) @ right.to(dtype)  # torch has no such product on a CPU
+
+
+def compute_deterministically() -> None:
+    """Let the same inputs have the same bits on a GPU. To be called before the process uses one.
+
+    Sums are added in a fixed order, and cuBLAS gets a workspace of a fixed size. Where torch knows no such way, it
+    warns.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nobody reads it
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:

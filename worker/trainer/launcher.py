@@ -193,7 +193,7 @@ class Launcher:
         if len(tokens) > 1:
             policy.room = min(policy.launch_tokens, sum(tokens)) // 2
             message = f"Out of memory: packs of {policy.room} tokens from now on."
-        elif self.may_recompute and not policy.recomputes_activations:
+        elif self.may_recompute and policy.can_recompute and not policy.recomputes_activations:
             policy.recompute_activations(True)
             message = "Out of memory: activations are recomputed in the backward pass from now on."
         else:

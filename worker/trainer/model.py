@@ -10,13 +10,15 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -161,18 +163,25 @@ class Policy:
     @property
     def recomputes_activations(self) -> bool:
         """Whether the backward pass recomputes the activations of each layer."""
-        return bool(self.causal.is_activation_checkpointing)
+        return any(module.gradient_checkpointing for module in self._recomputable)
+
+    @property
+    def can_recompute(self) -> bool:
+        """Whether the model has layers that can be recomputed."""
+        return bool(self._recomputable)
 
     def recompute_activations(self, on: bool) -> None:
-        """Switch activation checkpointing: keep only the input of each layer and recompute it in the backward pass."""
-        if on == self.recomputes_activations:
-            return
-        if on:
-            self.causal.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        else:
-            self.causal.activation_checkpointing_disable()
-        if getattr(self.causal, "_require_grads_hooks", None):
-            self.causal.disable_input_require_grads()  # only reentrant checkpointing needs them
+        """Switch activation checkpointing: keep only the input of each layer and recompute it in the backward pass.
+
+        It sets what transformers' layers read in all versions. The methods of models that set it change their names.
+        """
+        for module in self._recomputable:
+            module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+            module.gradient_checkpointing = on
+
+    @property
+    def _recomputable(self) -> list[Any]:
+        return [module for module in self.causal.modules() if hasattr(module, "gradient_checkpointing")]
 
     @property
     def compiled(self) -> bool:

@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,11 +19,13 @@ from tests.helpers.trainer import (
     pack_of,
     plain_logps,
     run_in_process,
+    run_process,
     sft_method,
     training_metrics,
 )
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+STEPS = {"max_steps": 6, "batch_size": 8, "learning_rate": 0.005}
 PLAIN = {"adapter": {"r": 4}, "quantization": "none", "seed": 0, "validation_split": 0.0}
 
 
@@ -74,6 +77,27 @@ def test_8_bit_optimizers_train_on_a_gpu(llama: Path, tmp_path: Path, optimizer:
     )
     assert losses[0] == pytest.approx(0.6931, abs=2e-2)
     assert losses[-1] < losses[0]
+
+
+RANKED = [{"prompt": f"q{n}", "responses": ["one", f"two {n}", "three"], "scores": [3, 2, 1]} for n in range(16)]
+
+
+@needs_gpu
+@pytest.mark.parametrize(("fields", "rows"), [
+    ({"quantization": "nf4", "method": dpo_method(**STEPS)}, make_pairs(16)),
+    ({"method": dpo_method(compile=True, **STEPS)}, make_pairs(16)),
+    ({"method": dpo_method(loss="plackett_luce", **STEPS)}, RANKED),  # three answers of a prompt add their gradients
+])  # fmt: skip
+def test_a_job_has_the_same_bytes_each_time_on_a_gpu(
+    llama: Path, tmp_path: Path, fields: dict[str, Any], rows: list[dict[str, Any]]
+) -> None:
+    weights = set()
+    for name in ("first", "second"):
+        folder = make_work_folder(tmp_path / name, llama, {**PLAIN, **fields}, train=rows)
+        status, _ = run_process(folder)
+        assert status == 0, (folder / "trainer.log").read_text()
+        weights.add((folder / "output" / "adapter_model.safetensors").read_bytes())
+    assert len(weights) == 1
 
 
 @needs_gpu
