@@ -94,12 +94,15 @@ def configure_compiler() -> None:
     A layer keeps little for its backward pass: the results of norms and activations are computed again, also where a
     matrix product needs them. No product is. Fused operations round as often as single ones, so that what is fused or
     computed again changes no bit. The compiler may handle a function for several kinds of layers before it gives up.
+    Sizes that are equal by chance, such as a rank and a number of segments, are told apart.
     """
     import torch._dynamo
     import torch._functorch.config
     import torch._inductor.config
+    import torch.fx.experimental._config
 
     torch._inductor.config.deterministic = True
     torch._inductor.config.emulate_precision_casts = True
+    torch.fx.experimental._config.use_duck_shape = False
     torch._functorch.config.ban_recompute_materialized_backward = False
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
