@@ -198,7 +198,7 @@ def _stage(stage: StageSpec, counted: JsonObject, pace: Pace | None, spec: JobSp
     batch = min(settings.batch_size or 16, max(1, rows))
     steps = settings.max_steps or math.ceil(rows * (settings.n_epochs or 1) / batch)
     tokens = round(steps * batch * counted["tokens_per_row"])
-    faster = speedup(spec, spec.resources.least, tokens / steps)
+    faster = speedup(spec, spec.resources.least, tokens / max(1, steps))
     return StageEstimate(
         name=stage.name,
         rows=rows,

@@ -4,12 +4,13 @@ torch.compile fuses the elementwise operations of a layer: norms, residuals, rot
 they are expected to take a quarter of an uncompiled step ("A step on an H100" in docs/engine.md). A layer also keeps
 less for its backward pass, because fused operations are computed again. No matrix product is.
 
-Compiled numbers are rounded less often, so they differ in their last bits. The choice therefore depends on the job and
-on the kind of device, and not on measured times.
+Compiled numbers may differ in their last bits. The choice therefore depends on the job and on the kind of device, and
+not on measured times.
 """
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from math import inf, sqrt
 
 import torch
@@ -22,6 +23,7 @@ from worker.trainer.events import Events
 from worker.trainer.hardware import hardware
 from worker.trainer.linears import has_experts
 from worker.trainer.model import Policy
+from worker.trainer.packing import Segment
 from worker.trainer.plan import Stage
 from worker.trainer.ranks import Ranks
 
@@ -43,7 +45,13 @@ def choose(policy: Policy, stage: Stage, events: Events, ranks: Ranks) -> None:
     if not wanted:
         return
     events.message("The layers of the model are compiled. This takes about a minute, and makes steps faster.")
-    reasons, joins_before = ranks.gather(_why_wrong(policy, stage.train)), policy.joins
+    check(policy, stage, events, ranks)
+
+
+def check(policy: Policy, stage: Stage, events: Events, ranks: Ranks) -> None:
+    """Let the compiled layers of `policy` run uncompiled, with a warning, if they cannot be used."""
+    joins_before = policy.joins
+    reasons = ranks.gather(_why_wrong(policy, stage.train))
     reason = next((reason for reason in reasons if reason is not None), None)
     if reason is None:
         joins.check(policy, stage.train, ranks)
@@ -51,6 +59,7 @@ def choose(policy: Policy, stage: Stage, events: Events, ranks: Ranks) -> None:
             reason = "segments that share a pack would change each other's gradients"
     if reason is not None:
         policy.compiled, policy.joins = False, joins_before
+        policy.packing = replace(policy.packing, joined=joins_before)
         events.message(f"The layers of the model are not compiled: {reason}.", level="warn")
 
 
@@ -66,31 +75,41 @@ def _repays(policy: Policy, stage: Stage) -> bool:
 def _why_wrong(policy: Policy, rows: Sequence[Row]) -> str | None:
     """The reason why the compiled layers of `policy` cannot be used; None if they compute what uncompiled ones do.
 
-    Compares some `rows` with and without gradients, because these are compiled apart.
+    Compares some `rows` in a pack of several segments and in one of a single segment, with and without gradients. Each
+    of these is compiled apart.
     """
     segments = joins.segments_to_check(policy, rows)[:2]
     allowed = ERROR if policy.autocast_dtype is None else ERROR_IN_16_BITS
     try:
         with joins.disturbed(policy):
-            compiled = joins.outcomes(policy, segments)
-            with torch.no_grad():
-                scored = joins.outcomes(policy, segments)
+            groups = [segments[:count] for count in range(1, len(segments) + 1)]
+            compiled = [_outcomes(policy, group) for group in groups]
             policy.compiled = False
-            expected = joins.outcomes(policy, segments)
+            plain = [_outcomes(policy, group) for group in groups]
             policy.compiled = True
-        if not (compiled and scored and expected):
+        if not all(outcome for pair in compiled + plain for outcome in pair):
             return "there is no memory to check them"
-        without = [{joins.VALUES: outcome[joins.VALUES]} for outcome in expected]
-        differences = _difference(compiled, expected), _difference(scored, without)
+        difference = max(
+            _difference(one, other)
+            for ours, theirs in zip(compiled, plain, strict=True)
+            for one, other in zip(ours, theirs, strict=True)
+        )
     except torch.OutOfMemoryError:
         return "there is no memory to check them"
     except Exception as error:
         if is_peer_loss(error):
             raise
         return first_line(error)
-    if not max(differences) <= allowed:
-        return f"their log-probs or gradients differ by {max(differences):.2g} of those of uncompiled layers"
+    if not difference <= allowed:
+        return f"their log-probs or gradients differ by {difference:.2g} of those of uncompiled layers"
     return None
+
+
+def _outcomes(policy: Policy, segments: Sequence[Segment]) -> tuple[joins.Outcomes, joins.Outcomes]:
+    """What a pack of `segments` gives with gradients, and without."""
+    with torch.no_grad():
+        without = joins.outcomes(policy, segments)
+    return joins.outcomes(policy, segments), without
 
 
 def _difference(ours: joins.Outcomes, theirs: joins.Outcomes) -> float:

@@ -66,7 +66,7 @@ def compute_deterministically() -> None:
     """Let the same inputs have the same bits on a GPU. To be called before the process uses one.
 
     Sums are added in a fixed order, and cuBLAS gets a workspace of a fixed size. Where torch knows no such way, it
-    warns.
+    warns. That concerns SDPA's backward pass, which computes attention tree by tree.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -91,10 +91,11 @@ def download(tensors: Sequence[Tensor]) -> list[Tensor]:
 def configure_compiler() -> None:
     """Let torch.compile choose kernels by rules, and never by their measured time: ranks and runs choose the same.
 
-    A layer keeps little for its backward pass: the results of norms and activations are computed again, also where a
-    matrix product needs them. No product is. Fused operations round as often as single ones, so that what is fused or
-    computed again changes no bit. The compiler may handle a function for several kinds of layers before it gives up.
-    Sizes that are equal by chance, such as a rank and a number of segments, are told apart.
+    - A layer keeps little for its backward pass. The results of norms and activations are computed again, also where a
+      matrix product needs them. No product is.
+    - Fused operations round as often as single ones, so it matters little what is fused or computed again.
+    - A function is compiled for several kinds of layers before the compiler gives up.
+    - Sizes that are equal by chance, such as a rank and a number of segments, are told apart.
     """
     import torch._dynamo
     import torch._functorch.config

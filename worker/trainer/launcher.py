@@ -142,7 +142,8 @@ class Launcher:
             except torch.OutOfMemoryError as error:
                 self._save_memory([segment.tokens for segment in group], error)
             except RuntimeError as error:
-                if not (policy.compiled and is_compiler_error(error)):
+                # The ranks of a group must compute alike, so there the attempt ends.
+                if not (policy.compiled and is_compiler_error(error)) or self.ranks.size > 1:
                     raise
                 policy.compiled = False
                 self._warn(f"The layers of the model are not compiled any more: {first_line(error)}.")

@@ -168,14 +168,14 @@ class Policy:
     @property
     def can_recompute(self) -> bool:
         """Whether the model has layers that can be recomputed."""
-        return bool(self._recomputable)
+        return bool(self.causal.supports_gradient_checkpointing and self._recomputable)
 
     def recompute_activations(self, on: bool) -> None:
         """Switch activation checkpointing: keep only the input of each layer and recompute it in the backward pass.
 
         It sets what transformers' layers read in all versions. The methods of models that set it change their names.
         """
-        for module in self._recomputable:
+        for module in self._recomputable if self.can_recompute else ():
             module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
             module.gradient_checkpointing = on
 

@@ -147,6 +147,7 @@ def find_or_compute(
     key, results = _key(launcher.policy, digest, rows, tail_weight), _Results(first, folder, ranks)
     # 1. Collect what the cache has.
     segments = done = 0  # those done, and their rows
+    compiled = launcher.policy.compiled
     while done < len(rows):
         stretch = ranks.of_first(partial(_cached, key, segments, cache))
         if stretch is None:
@@ -162,7 +163,7 @@ def find_or_compute(
             stretch = Stretch.joined(fresh)
             fresh.clear()
             results.add(stretch)
-            if ranks.is_first:
+            if ranks.is_first and launcher.policy.compiled == compiled:  # else the key says something else
                 with cache.put(_stretch_key(key, segments)) as path:
                     save_file(vars(stretch), path)
             segments, began = segments + int(stretch.size[0]), time.monotonic()

@@ -263,7 +263,6 @@ def begin(
     """
     settings = stage.hyperparameters
     policy.set_dropout(False)
-    compilation.choose(policy, stage, run.events, run.ranks)
     _choose_checkpointing(run, stage, policy)
     may_recompute = settings.activation_checkpointing is not False
     virtual_ranks = run.spec.parallel.virtual_ranks
@@ -299,17 +298,31 @@ def _draws(method: Method) -> bool:
 
 
 def _choose_checkpointing(run: TrainingRun, stage: Stage, policy: Policy) -> None:
-    """Switch activation checkpointing as the job says; without a setting, only if the activations would not fit."""
-    recompute = stage.hyperparameters.activation_checkpointing
-    if recompute is None and policy.root is not None:
-        recompute = True  # memory is short, and the ranks could not repeat a pass without room
-    if recompute is None:
-        sample = Segment(tuple(trees(stage.train, [0], 0)))  # the first row
+    """Switch activation checkpointing as the job says; without a setting, only if the activations would not fit.
+
+    Layers are compiled before these are measured, because compiled ones keep less. To recompute them compiles anew.
+    """
+    asked = stage.hyperparameters.activation_checkpointing
+    if asked is None and policy.root is not None:
+        asked = True  # memory is short, and the ranks could not repeat a pass without room
+    if asked and not policy.can_recompute:
+        run.events.message("This model has no layers that can be recomputed: it keeps its activations.", level="warn")
+    policy.recompute_activations(bool(asked))
+    compilation.choose(policy, stage, run.events, run.ranks)
+    if asked is not None or not policy.can_recompute or _fits(policy, stage):
+        return
+    run.events.message("Activations are recomputed in the backward pass: they would not fit into memory.")
+    policy.recompute_activations(True)
+    policy.room = None  # what did not fit before may fit now
+    if policy.compiled:
+        compilation.check(policy, stage, run.events, run.ranks)
+
+
+def _fits(policy: Policy, stage: Stage) -> bool:
+    """Whether the activations of a step fit into memory, judged by the first row."""
+    sample = Segment(tuple(trees(stage.train, [0], 0)))
+    try:
         pack = policy.packing.build([sample]).to(policy.device)
-        try:
-            recompute = not memory.activations_fit(policy, pack, stage.train.longest)
-        except torch.OutOfMemoryError:
-            recompute = True
-        if recompute:
-            run.events.message("Activations are recomputed in the backward pass: they would not fit into memory.")
-    policy.recompute_activations(recompute)
+        return memory.activations_fit(policy, pack, stage.train.longest)
+    except torch.OutOfMemoryError:
+        return False

@@ -22,7 +22,7 @@ from tests.helpers.trainer import (
     parse,
     run_in_process,
 )
-from worker.trainer import compilation, joins
+from worker.trainer import compilation, joins, memory
 from worker.trainer.dataset import Rows
 from worker.trainer.events import Events
 from worker.trainer.launcher import Launcher
@@ -111,6 +111,26 @@ def test_compiled_layers_keep_the_gradients_of_segments_apart(llama: Path, quant
         assert compiled.keys() == plain.keys()
         for name, values in plain.items():
             assert (compiled[name] - values).norm() <= 1e-5 * values.norm(), name
+
+
+@pytest.mark.usefixtures("quick")
+def test_layers_that_are_recomputed_later_are_checked_again(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Because activations do not fit. To recompute them compiles other graphs."""
+    checked, check = list[bool](), compilation.check
+
+    def counted_check(policy: Policy, running: Stage, events: Events, ranks: Ranks) -> None:
+        checked.append(policy.recomputes_activations)
+        check(policy, running, events, ranks)
+
+    monkeypatch.setattr(compilation, "check", counted_check)
+    monkeypatch.setattr(memory, "activations_fit", lambda *_: False)
+    method = dpo_method(**SETTINGS, learning_rate=1e-3, compile=True)
+    fields = {"adapter": {"r": 4}, "quantization": "none", "seed": 0, "validation_split": 0.0, "method": method}
+    events = run_in_process(make_work_folder(tmp_path, llama, fields, train=make_pairs(8)))
+    assert checked == [False, True]
+    assert not [event for event in of_kind(events, "message") if event["level"] == "warn"]
 
 
 def test_a_compiler_that_fails_in_a_step_costs_a_warning(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
