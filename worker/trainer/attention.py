@@ -9,6 +9,7 @@ A slot is an index into a pack. A position is the index of a token in its own te
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -59,8 +60,7 @@ def tree_attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     options: dict[str, Any] = {"scaling": scaling, "softcap": softcap}
     if not tree.blocks:
-        masks = tree.tree_masks(sliding_window)
-        attended = _by_tree(query, key, value, masks, sinks=s_aux, **options)
+        attended = KERNELS.by_tree(query, key, value, tree, sliding_window, s_aux, scaling, softcap)
     else:
         block_mask = tree.blocks[sliding_window].block_mask
 
@@ -77,6 +77,34 @@ def tree_attention(
 
             tree.errors.append(relative_error(kernel, exact, query, key, value, tree.spans))
     return attended.transpose(1, 2).contiguous(), None  # (B, H, T, D) -> (B, T, H, D)
+
+
+def _attention_by_tree(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tree: TreeMask,
+    sliding_window: int | None,
+    sinks: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+) -> Tensor:
+    """Attention tree by tree, [B, H, T, D], with SDPA where it can compute it."""
+    return _by_tree(query, key, value, tree.tree_masks(sliding_window), scaling, softcap, sinks)
+
+
+@dataclass
+class _Kernels:
+    by_tree: Callable[..., Tensor] = _attention_by_tree
+
+
+KERNELS = _Kernels()
+"""How attention tree by tree is called."""
+
+
+def keep_trees_uncompiled() -> None:
+    """Let the compiler leave attention tree by tree as it is. It would compile anew for the trees of each pack."""
+    KERNELS.by_tree = torch.compiler.disable(_attention_by_tree)  # type: ignore[no-untyped-call]
 
 
 def relative_error(

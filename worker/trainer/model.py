@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from worker.trainer.attention import TREE_ATTENTION, padding_mask, sliding_windows
+from worker.trainer.attention import TREE_ATTENTION, keep_trees_uncompiled, padding_mask, sliding_windows
 from worker.trainer.data import Row
 from worker.trainer.fully_sharded import Root, whole
 from worker.trainer.gradients import SegmentGradients
@@ -195,6 +195,7 @@ class Policy:
     def compiled(self, compiled: bool) -> None:
         if compiled:
             configure_compiler()
+            keep_trees_uncompiled()
         for layer in self._layers:
             layer._compiled_call_impl = None
             if compiled:

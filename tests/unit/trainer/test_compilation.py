@@ -68,7 +68,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("setting", "repaid_from", "compiled"),
-    [(None, float("inf"), False), (None, 0.0, True), (False, 0.0, False), (True, float("inf"), True)],
+    [(None, float("inf"), False), (None, 0.0, True), (False, 0.0, False)],
 )
 @pytest.mark.usefixtures("quick")
 def test_layers_are_compiled_if_the_stage_asks_for_it_or_repays_it(
