@@ -6,11 +6,11 @@ READY := $(VENV)/.ready
 # Programs start hundreds of times in a verb. Each would compile the modules again if the shell forbids to keep bytecode.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test gpu-check serve bench faults fuzz pictures audit lint format clean
+.PHONY: demo test serve bench faults fuzz pictures audit lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the verbs
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
 # pip resolves torch by itself first: a range inside another package's requirements would let it pick a newer build.
 $(READY): pyproject.toml constraints.txt
@@ -38,15 +38,6 @@ INSTALL := 1
 test: $(READY) $(OLDER)  ## every test, real PostgreSQL and Redis processes included
 	@INSTALL=$(INSTALL) sh tests/helpers/servers.sh
 	$(BIN)/python -m pytest --numprocesses=3 --max-worker-restart=0 --dist=loadscope --no-loadscope-reorder $(if $(COVERAGE),--cov)
-
-# The transformers that images for GPUs carry. Newer ones know more models, so the table of models is left out.
-IMAGES := $(VENV)/transformers-5.17
-$(IMAGES): | $(READY)
-	$(BIN)/pip install --quiet --target $@ --no-deps transformers==5.17.0 huggingface-hub==1.33.0
-gpu-check: $(READY) $(IMAGES)  ## the trainer's tests with an older transformers 5, and on a GPU those that need one
-	PYTHONPATH=$(CURDIR)/$(IMAGES) $(BIN)/python -m pytest --numprocesses=3 --dist=loadscope tests/unit/trainer \
-	  --ignore=tests/unit/trainer/test_models.py \
-	  --deselect=tests/unit/trainer/test_rendering.py::test_transformers_sanitizer_gives_the_same_control_tokens_and_text
 
 bench: $(READY)  ## measure the engine's speed beside TRL, in one run
 	$(BIN)/python -m bench
