@@ -217,7 +217,7 @@ def speedup(spec: JobSpec, devices: int, step_tokens: float) -> float:
     """The speed of a training on so many devices, relative to that on one, for steps of so many tokens.
 
     A step is dealt to the devices in virtual ranks of about equal size. Where they do not divide evenly, some devices
-    idle. What the devices send to each other overlaps with the work (bench/scaling.py), and does not count.
+    idle. The traffic between devices overlaps with the work (bench/scaling.py), and does not count.
     """
     segments = math.ceil(step_tokens / SEGMENT_TOKENS)
     parts = max(1, min(segments, devices if spec.adapter == "none" else spec.parallel.virtual_ranks))

@@ -164,7 +164,7 @@ def _roofline() -> str:
 
 
 def _activations() -> str:
-    """What a layer keeps for its backward pass."""
+    """The bytes that a layer keeps for its backward pass."""
     sizes = result("activations")["bytes_per_token_and_layer"]
     rows = [(name, f"{size:,}", f"{roofline.LAYERS * size / 1e6:.2f} MB") for name, size in sizes.items()]
     return table(("layers", "bytes a token and layer", "a token, 32 layers"), rows, (1, 2))

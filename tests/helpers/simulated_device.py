@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from tests.helpers.hardware import causal_attention
 from worker.trainer import attention, hardware, loading, loop, model
 from worker.trainer.gradients import SegmentGradients
 from worker.trainer.model import Policy
@@ -99,11 +100,6 @@ def _numbers(part: Any) -> Any:
     return part.numbers if isinstance(part, OnDevice) else part
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    """Takes the place of the kernel over whole packs. Its results are others, and it waits for nothing either."""
-    return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-
-
 def _masks(args: Sequence[Any]) -> bool:
     """Whether an index is a mask, so that the size of the result depends on its numbers."""
     return any(isinstance(index, Tensor) and index.dtype == torch.bool for index in args[1])
@@ -117,7 +113,7 @@ def simulated(policy: Policy, patch: pytest.MonkeyPatch, choices: hardware.Hardw
     patch.setattr(torch, "is_autocast_enabled", lambda _: False)
     for module in (model, loop):
         patch.setattr(module, "fingerprint", lambda _: b"")  # it reads bytes
-    patch.setattr(attention, "_compiled_flex", lambda: _attend)
+    patch.setattr(attention, "_compiled_flex", lambda: causal_attention)
     with Simulation() as simulation:
         heads = [] if policy.reward_head is None else [policy.reward_head]
         for layer in (*policy.model.modules(), *heads):

@@ -109,7 +109,7 @@ def test_activations_are_recomputed_if_they_would_not_fit() -> None:
 
 @pytest.mark.parametrize("way", ["uncompiled", "compiled", "uncompiled, recomputed", "compiled, recomputed"])
 def test_the_activations_of_a_gpu_are_those_that_autograd_keeps(way: str) -> None:
-    """Of layers with the sizes of Llama 3.1 8B, counted by bench/activations.py."""
+    """bench/activations.py counted them for layers with the sizes of Llama 3.1 8B."""
     counted = json.loads((RESULTS / "activations.json").read_text())["bytes_per_token_and_layer"][way]
     hyperparameters = {"compile": not way.startswith("un"), "activation_checkpointing": "recomputed" in way}
     spec = job(method={"type": "dpo", "dpo": {"hyperparameters": hyperparameters}})

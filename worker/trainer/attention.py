@@ -60,7 +60,7 @@ def tree_attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     options: dict[str, Any] = {"scaling": scaling, "softcap": softcap}
     if not tree.blocks:
-        attended = KERNELS.by_tree(query, key, value, tree, sliding_window, s_aux, scaling, softcap)
+        attended = KERNELS.by_tree(query, key, value, tree, sliding_window, sinks=s_aux, **options)
     else:
         block_mask = tree.blocks[sliding_window].block_mask
 
@@ -69,42 +69,13 @@ def tree_attention(
 
         attended = kernel(query, key, value)
         if tree.errors is not None:
-            masks = tree.tree_masks(sliding_window)
 
             def exact(query: Tensor, key: Tensor, value: Tensor, heads: slice) -> Tensor:
                 sinks = None if s_aux is None else s_aux[heads]
-                return _by_tree(query, key, value, masks, sinks=sinks, fused=False, **options)
+                return _by_tree(query, key, value, tree, sliding_window, sinks=sinks, fused=False, **options)
 
             tree.errors.append(relative_error(kernel, exact, query, key, value, tree.spans))
     return attended.transpose(1, 2).contiguous(), None  # (B, H, T, D) -> (B, T, H, D)
-
-
-def _attention_by_tree(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    tree: TreeMask,
-    sliding_window: int | None,
-    sinks: Tensor | None,
-    scaling: float | None,
-    softcap: float | None,
-) -> Tensor:
-    """Attention tree by tree, [B, H, T, D], with SDPA where it can compute it."""
-    return _by_tree(query, key, value, tree.tree_masks(sliding_window), scaling, softcap, sinks)
-
-
-@dataclass
-class _Kernels:
-    by_tree: Callable[..., Tensor] = _attention_by_tree
-
-
-KERNELS = _Kernels()
-"""How attention tree by tree is called."""
-
-
-def keep_trees_uncompiled() -> None:
-    """Let the compiler leave attention tree by tree as it is. It would compile anew for the trees of each pack."""
-    KERNELS.by_tree = torch.compiler.disable(_attention_by_tree)  # type: ignore[no-untyped-call]
 
 
 def relative_error(
@@ -166,7 +137,8 @@ def _by_tree(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    masks: list[tuple[int, int, Tensor | None]],
+    tree: TreeMask,
+    sliding_window: int | None,
     scaling: float | None,
     softcap: float | None,
     sinks: Tensor | None,
@@ -175,19 +147,34 @@ def _by_tree(
 ) -> Tensor:
     """Attention tree by tree, [B, H, T, D]. One call of SDPA would also compute the masked blocks between trees.
 
-    `masks` are those of `TreeMask.tree_masks`. Slots outside of all trees get zeros. `fused`: use SDPA where it can
-    compute the attention; else plain matrix products.
+    Slots outside of all trees get zeros. `fused`: use SDPA where it can compute the attention; else plain matrix
+    products.
     """
+    masks = tree.tree_masks(sliding_window)
     outputs, slot = list[Tensor](), 0
     for start, stop, mask in [*masks, (query.shape[2], query.shape[2], None)]:
         if start > slot:
             outputs.append(query.new_zeros(*query.shape[:2], start - slot, value.shape[-1]))
         if stop > start:
-            tree = slice(start, stop)
-            parts = (query[:, :, tree], key[:, :, tree], value[:, :, tree])
+            slots = slice(start, stop)
+            parts = (query[:, :, slots], key[:, :, slots], value[:, :, slots])
             outputs.append(_attend(*parts, mask, scaling, softcap, sinks, fused=fused))
         slot = stop
     return torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]
+
+
+@dataclass
+class _Kernels:
+    by_tree: Callable[..., Tensor] = _by_tree
+
+
+KERNELS = _Kernels()
+"""How attention tree by tree is called."""
+
+
+def keep_trees_uncompiled() -> None:
+    """Let the compiler leave attention tree by tree as it is. It would compile anew for the trees of each pack."""
+    KERNELS.by_tree = torch.compiler.disable(_by_tree)  # type: ignore[no-untyped-call]
 
 
 def _attend(

@@ -106,7 +106,7 @@ def _why_wrong(policy: Policy, rows: Sequence[Row]) -> str | None:
 
 
 def _outcomes(policy: Policy, segments: Sequence[Segment]) -> tuple[joins.Outcomes, joins.Outcomes]:
-    """What a pack of `segments` gives with gradients, and without."""
+    """The outcomes of a pack of `segments`: with gradients, and without."""
     with torch.no_grad():
         without = joins.outcomes(policy, segments)
     return joins.outcomes(policy, segments), without

@@ -41,7 +41,7 @@ class Layer(Protocol):
 
 
 def views_of(layer: Layer, *weights: Tensor) -> Views:
-    """What `layer` computes with: its views, or its `weights` themselves where nobody wants gradients of segments."""
+    """The views of `layer`, or its `weights` themselves where nobody wants gradients of segments."""
     views = layer.views
     return Views(tuple(weight[None] for weight in weights)) if views is None or not torch.is_grad_enabled() else views
 

@@ -79,7 +79,7 @@ class Launcher:
     rewards: bool = False
     """Whether they compute rewards instead of log-probs."""
     meanwhile: Callable[[], None] = nothing
-    """What the CPU does while the devices compute the end of a step."""
+    """The CPU does this while the devices compute the end of a step."""
     _prepared: tuple[list[Segment], Pack] | None = None
     """The first pack of the next step."""
     _warned_of_idle_ranks: bool = False

@@ -36,15 +36,10 @@ SETTINGS = {"max_steps": 2, "batch_size": 4}
 
 def stage(**settings: Any) -> Stage:
     """A stage over a few short rows."""
-    method = dpo_method(**{**SETTINGS, **settings})
-    hyperparameters = load_spec(method)
-    return Stage("dpo", hyperparameters, Rows.of(ROWS), Rows.of([]), seed=0)
-
-
-def load_spec(method: dict[str, Any]) -> Any:
-    spec = JobSpec.model_validate({"model": "base", "training_file": "train.jsonl", "method": method}).resolved()
+    body = {"model": "base", "training_file": "train.jsonl", "method": dpo_method(**{**SETTINGS, **settings})}
+    spec = JobSpec.model_validate(body).resolved()
     assert spec.method.dpo is not None
-    return spec.method.dpo.hyperparameters
+    return Stage("dpo", spec.method.dpo.hyperparameters, Rows.of(ROWS), Rows.of([]), seed=0)
 
 
 def chosen(policy: Policy, running: Stage) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 
 from app.estimates import memory
 from app.estimates.memory import BUDGET, LOGITS
-from tests.helpers.hardware import choose_as_on_a_gpu, dense_attention, use_own_kernel
+from tests.helpers.hardware import causal_attention, choose_as_on_a_gpu, dense_attention, use_own_kernel
 from tests.helpers.trainer import (
     ROWS,
     Event,
@@ -224,11 +224,6 @@ def train(policy: Policy, rows: list[Row]) -> int:
         policy.score(pack).responses.sum().backward()  # type: ignore[no-untyped-call]
     assert all(len(total) == len(policy.trainable()) for total in sums)
     return pack.slots
-
-
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
-    """Takes the place of the kernel over whole packs where its results do not matter, because it is faster."""
-    return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
 
 def test_the_estimates_of_memory_have_the_engines_sizes() -> None:
