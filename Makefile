@@ -6,11 +6,11 @@ READY := $(VENV)/.ready
 # Programs start hundreds of times in a verb. Each would compile the modules again if the shell forbids to keep bytecode.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test serve bench faults fuzz pictures audit lint format clean
+.PHONY: demo test serve gpu-check bench faults fuzz pictures audit lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the verbs
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
 # pip resolves torch by itself first: a range inside another package's requirements would let it pick a newer build.
 $(READY): pyproject.toml constraints.txt
@@ -38,6 +38,18 @@ INSTALL := 1
 test: $(READY) $(OLDER)  ## every test, real PostgreSQL and Redis processes included
 	@INSTALL=$(INSTALL) sh tests/helpers/servers.sh
 	$(BIN)/python -m pytest --numprocesses=3 --max-worker-restart=0 --dist=loadscope --no-loadscope-reorder $(if $(COVERAGE),--cov)
+
+# The versions that current CUDA images carry. This build of torch has several gigabytes, and runs without a GPU too.
+CUDA := $(VENV)/cuda
+$(CUDA): | $(READY)
+	$(PYTHON) -m venv $@
+	$@/bin/pip install --quiet torch==2.11.0
+	$(BIN)/pip freeze --exclude-editable --exclude torch --exclude transformers --exclude huggingface-hub > $@/others.txt
+	$@/bin/pip install --quiet --no-deps --requirement $@/others.txt transformers==5.17.0 huggingface-hub==1.33.0
+
+gpu-check: $(READY) $(CUDA)  ## check the trainer with a CUDA build of torch, and count which of its lines run (an hour)
+	$(CUDA)/bin/python -m pytest tests/unit/trainer
+	$(BIN)/python -m pytest --numprocesses=3 tests/unit/trainer --cov=worker.trainer --cov-report=term-missing --cov-fail-under=95
 
 bench: $(READY)  ## measure the engine's speed beside TRL, in one run
 	$(BIN)/python -m bench

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +33,20 @@ SHAREABLE_ROPE = {"default", "linear", "llama3", "yarn"}
 """Rotary embeddings that encode a position independently of the length of the sequence."""
 
 
+class Decoding(Protocol):
+    """The keys and values of prompts and their answers, token by token (see `decoding`)."""
+
+    def attend(
+        self,
+        query: Tensor,
+        sliding_window: int | None,
+        scaling: float | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """The attention of queries [B, H, 1, D], one of each answer: [B, H, 1, D]."""
+
+
 def tree_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -44,10 +58,12 @@ def tree_attention(
     softcap: float | None = None,
     *,
     s_aux: Tensor | None = None,
-    tree: TreeMask | None = None,
+    tree: "TreeMask | Decoding | None" = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """softmax(Q Kᵀ · scaling) V under the mask `tree`. `s_aux` [H] adds an attention sink to each head.
+
+    While a model decodes, `tree` has the keys and values of prompts and answers, and computes their attention itself.
 
     Shapes: `query` [B, H, T, D]; `key`, `value` [B, G, T, D] with G ≤ H heads (grouped queries). Returns [B, T, H, D].
     There is never dropout: one dropout mask for a shared prompt would correlate all its responses. Raises
@@ -59,7 +75,9 @@ def tree_attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     options: dict[str, Any] = {"scaling": scaling, "softcap": softcap}
-    if not tree.blocks:
+    if not isinstance(tree, TreeMask):
+        attended = tree.attend(query, sliding_window, sinks=s_aux, **options)
+    elif not tree.blocks:
         attended = KERNELS.by_tree(query, key, value, tree, sliding_window, sinks=s_aux, **options)
     else:
         block_mask = tree.blocks[sliding_window].block_mask

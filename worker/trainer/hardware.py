@@ -5,7 +5,7 @@ CPU the choices of a GPU (`BY_KIND`), and no choice waits for a card to run.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,6 +86,25 @@ def download(tensors: Sequence[Tensor]) -> list[Tensor]:
     flat = torch.cat(full).cpu() if full else torch.zeros(0, dtype=torch.float64)
     parts = torch.split(flat, [tensor.numel() for tensor in tensors])
     return [part.to(tensor.dtype).view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def recorded(compute: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """`compute`, whose kernels a GPU records once. Each call repeats them, and returns the same tensor.
+
+    They read what their tensors hold at that time. So `compute` may depend on nothing else, and must have run before. A
+    GPU repeats them without Python, which takes longer than the kernels of a small batch.
+    """
+    if device.type != "cuda":
+        return compute
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = compute()
+
+    def repeat() -> Tensor:
+        graph.replay()
+        return result
+
+    return repeat
 
 
 def configure_compiler() -> None:

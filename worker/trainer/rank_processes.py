@@ -113,7 +113,8 @@ def launch(
     read_end, write_end = os.pipe()
 
     def start() -> int:
-        assert not torch.cuda._is_in_bad_fork(), "the trainer has used the GPU's driver before it forked its ranks"
+        if os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+            assert not torch.cuda._is_in_bad_fork(), "the trainer has used the GPU's driver before it forked its ranks"
         os.close(write_end)
         progress.mark()  # the trainer's last mark is older
         rank, local_rank = int(os.environ[RANK]), int(os.environ[LOCAL_RANK])

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import numpy
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from worker.trainer import decoding
 from worker.trainer.model import Policy
 
 COMPACT_SHARE = 0.5
-"""Compact the KV cache once only this share of the batch is unfinished: a smaller batch is worth the copy."""
+"""Compact the KV cache once only this share of its slots is unfinished: a smaller batch is worth the copy."""
 
 
 @dataclass(frozen=True)
@@ -127,31 +127,19 @@ def sample(
     `ends` are the ids of end-of-sequence tokens. `check_stop` is called before each token. A policy that is
     `one_by_one` needs batches of one.
     """
-    with policy.own_attention_in_use():
-        yield from _sample(policy, batch, sampling, ends, check_stop)
-
-
-def _sample(
-    policy: Policy,
-    batch: Sequence[CompletionRequest],
-    sampling: Sampling,
-    ends: Collection[int],
-    check_stop: Callable[[], None],
-) -> Iterator[Completion]:
-    device, model = policy.device, policy.causal
+    # 1. Compute the prompts. `active` maps a slot of the decoder to the number of its request, or to −1.
+    decoder = decoding.begin(policy, [request.prompt for request in batch])
+    answers, logps = [list[int]() for _ in batch], [0.0] * len(batch)
     streams = [random_stream(sampling.seed, request.row, request.sample, sampling.max_tokens) for request in batch]
-    uniform = torch.tensor(numpy.stack(streams), device=device)  # (n, max_tokens)
-    # 1. Compute the prompts.
-    cache, logits, mask, position = _prefill(policy, [request.prompt for request in batch])
-    # `active` maps a slot of the batch to the number of its request; −1 once it has finished.
-    active, answers, logps = list(range(len(batch))), [list[int]() for _ in batch], [0.0] * len(batch)
+    uniform = torch.tensor(numpy.stack(streams), device=policy.device)  # (requests, max_tokens)
+    uniform = uniform[torch.tensor(decoder.active, device=policy.device).clamp(min=0)]  # (n, max_tokens)
     for step in range(sampling.max_tokens):
         # 2. Draw one token for each slot.
         check_stop()
-        tokens, token_logps = draw(logits, uniform[:, step], sampling)
+        tokens, token_logps = draw(decoder.logits, uniform[:, step], sampling)
         unfinished = []
         for slot, (token, logp) in enumerate(zip(tokens.tolist(), token_logps.tolist(), strict=True)):
-            number = active[slot]
+            number = decoder.active[slot]
             if number < 0:
                 continue
             answers[number].append(token)
@@ -162,46 +150,14 @@ def _sample(
                     sampling.temperature, request.row, request.sample, tuple(answers[number]), token in ends,
                     logps[number],
                 )  # fmt: skip
-                active[slot] = -1
+                decoder.active[slot] = -1
             else:
                 unfinished.append(slot)
         if not unfinished:
             return
         # 3. Remove finished slots from the batch, once they are many.
-        if len(unfinished) <= COMPACT_SHARE * len(active):
-            kept = torch.tensor(unfinished, device=device)
-            cache.batch_select_indices(kept)
-            tokens, mask, position, uniform = tokens[kept], mask[kept], position[kept], uniform[kept]
-            active = [active[slot] for slot in unfinished]
+        if len(unfinished) <= COMPACT_SHARE * len(decoder.active):
+            kept = decoder.keep(unfinished)
+            tokens, uniform = tokens[kept], uniform[kept]
         # 4. Compute the logits of the next token.
-        mask, position = torch.cat([mask, torch.ones_like(mask[:, :1])], -1), position + 1
-        with policy.autocast():
-            out = model(
-                input_ids=tokens[:, None], attention_mask=mask, position_ids=position, past_key_values=cache,
-                use_cache=True,
-            )  # fmt: skip
-        logits = out.logits[:, -1]  # (n, V)
-
-
-def _prefill(policy: Policy, batch_prompts: Sequence[tuple[int, ...]]) -> tuple[DynamicCache, Tensor, Tensor, Tensor]:
-    """(KV cache, logits of the next token [n, V], mask [n, T], last position [n, 1]) of the n prompts of a batch."""
-    device, model = policy.device, policy.causal
-    # 1. Each of the P distinct prompts once, padded on the left to T tokens. The mask hides the padding, so its token
-    # is arbitrary.
-    prompts = list(dict.fromkeys(batch_prompts))
-    prompt_index = torch.tensor([prompts.index(prompt) for prompt in batch_prompts], device=device)  # (n,)
-    width = max(map(len, prompts))
-    padding = [width - len(prompt) for prompt in prompts]
-    padded = [[prompt[0]] * count + list(prompt) for prompt, count in zip(prompts, padding, strict=True)]
-    ids = torch.tensor(padded, device=device)  # (P, T)
-    mask = torch.tensor([[0] * count + [1] * (width - count) for count in padding], device=device)  # (P, T)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (P, T)
-    cache = DynamicCache(config=model.config.get_text_config())
-    with policy.autocast():
-        out = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-            logits_to_keep=1,
-        )  # fmt: skip
-    # 2. Copy each prompt's cache for all its completions.
-    cache.batch_select_indices(prompt_index)
-    return cache, out.logits[prompt_index, -1], mask[prompt_index], positions[prompt_index, -1:]
+        decoder.step(tokens)

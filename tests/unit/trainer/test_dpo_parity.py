@@ -25,6 +25,7 @@ from tests.helpers.trainer import (
     run_in_process,
     training_metrics,
 )
+from tests.helpers.versions import needs_transformers
 from worker.trainer import reference
 from worker.trainer.averages import Averages
 from worker.trainer.data import Recipe, Row, Tally, rows
@@ -35,6 +36,7 @@ from worker.trainer.methods.preference import Preference
 from worker.trainer.model import Policy
 from worker.trainer.reference import Reference, References
 
+pytestmark = needs_transformers("5.23", "TRL does not run with it")
 PAIRS = make_pairs(6)
 BETA = 0.3
 

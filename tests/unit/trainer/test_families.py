@@ -8,12 +8,17 @@ import torch
 
 from tests.helpers.families import FAMILIES, ROWS, make_policy
 from tests.helpers.trainer import gradients, of_kind, pack_of, parse, plain_logps
+from tests.helpers.versions import needs_transformers
 from worker.trainer.attention import TREE_ATTENTION
 from worker.trainer.events import Events
 from worker.trainer.exactness import check
 
+CAPPED = needs_transformers("5.23", "its SDPA leaves out the soft cap of Gemma 2")
 
-@pytest.mark.parametrize("family", FAMILIES)
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=[CAPPED] if family == "gemma2" else []) for family in FAMILIES]
+)
 def test_shared_log_probs_and_gradients_equal_those_of_one_text_at_a_time(family: str) -> None:
     stream = io.StringIO()
     policy = make_policy(family, FAMILIES[family], stream)

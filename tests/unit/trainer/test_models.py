@@ -4,16 +4,20 @@ import pytest
 
 from tests.helpers.causal_types import TYPES
 from tests.helpers.model_table import BEGIN, END, PLACE, QUANTISATIONS, outcome, row, table, written
+from tests.helpers.versions import needs_transformers
 
+OF_THE_DOCS = needs_transformers("5.23", "the table in the docs has the types of a later one")
 DOCS = PLACE.read_text().partition(BEGIN)[2].partition(END)[0].splitlines()
 
 
+@OF_THE_DOCS
 @pytest.mark.parametrize("kind", TYPES)
 def test_the_docs_give_the_outcome_of_each_model_type(kind: str) -> None:
     (line,) = [line for line in DOCS if line.startswith(f"| `{kind}` |")]
     assert row(kind) == line
 
 
+@OF_THE_DOCS
 def test_the_docs_list_every_type_and_count_the_outcomes() -> None:
     rows = [line for line in DOCS if line.startswith("| `")]
     assert "\n".join([BEGIN, *DOCS[1:], END]) == table(rows)

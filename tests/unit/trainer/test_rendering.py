@@ -19,6 +19,7 @@ from app.spec.datasets.example import Example, Kind, Message
 from app.spec.datasets.rendering import Rendering
 from tests.helpers.dataset_files import assistant, user
 from tests.helpers.tiny_model import CHATML, make_tokenizer
+from tests.helpers.versions import needs_transformers
 from worker.trainer.control import ControlTokens
 from worker.trainer.data import Recipe, Row, Tally, prompt_ids, rows
 from worker.trainer.errors import UserError
@@ -341,6 +342,7 @@ def test_text_in_the_data_never_becomes_a_control_token(name: str) -> None:
     assert all(forged_row.responses[0].scored)
 
 
+@needs_transformers("5.23", "its sanitizer lets other control tokens through")
 def test_transformers_sanitizer_gives_the_same_control_tokens_and_text() -> None:
     tokenizer = tokenizer_of("qwen2_5")
     conversation = [user(FORGED), assistant(FORGED + "!")]

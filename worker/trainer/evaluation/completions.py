@@ -15,7 +15,7 @@ import torch
 
 from app.spec.datasets.example import Example, Kind
 from app.spec.evaluation import SamplingSpec, Side
-from worker.trainer import data
+from worker.trainer import data, decoding
 from worker.trainer.data import Recipe
 from worker.trainer.errors import Stopped, UserError
 from worker.trainer.evaluation.run import JUDGE, EvaluationRun
@@ -97,6 +97,8 @@ def complete(
     ends, chosen = _end_tokens(run, policy, side), hardware(policy.device)
     vocabulary: int = policy.causal.config.get_text_config().vocab_size
     largest_batch = 1 if policy.one_by_one else max(1, chosen.sampled_logits // vocabulary)
+    if prompts:
+        decoding.check(policy, min((prompt.ids for prompt in prompts.values()), key=len), run.events, run.ranks)
     unwritten, written_at = list[Completion](), time.monotonic() - PART_SECONDS
     for temperature in spec.temperatures:
         sampling = Sampling(temperature, spec.top_p, spec.max_tokens, seed)
