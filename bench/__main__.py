@@ -66,10 +66,11 @@ class Entrant:
 
 
 def measure(names: tuple[str, ...], folder: Path, task: str, epochs: int) -> Measured:
-    """`RUNS` runs of each entrant, in turn. This engine first has a short run that does not count."""
+    """`RUNS` runs of each entrant, in turn. Each first has a short run that does not count."""
     entrants = {name: Entrant(name, folder) for name in names}
     measured: Measured = {name: [] for name in names}
-    entrants["dpo-service"].run(task, 1)
+    for entrant in entrants.values():
+        entrant.run(task, 1)
     for _ in range(RUNS):
         for name, entrant in entrants.items():
             measured[name].append(entrant.run(task, epochs))

@@ -133,7 +133,7 @@ class MemorySettings:
         return cls(
             rank=None if adapter is None else adapter.r,
             targets="all-linear" if adapter is None else adapter.target_modules,
-            quantization=spec.quantization or "none",
+            quantization="fp8" if spec.compute_dtype == "fp8" else spec.quantization or "none",
             optimizer=stage.optimizer,
             recompute=stage.activation_checkpointing,
             batch_tokens=tokens_per_row * (stage.batch_size or 16),
@@ -223,9 +223,11 @@ def _weights(shape: Shape, settings: MemorySettings, width: int, factors: Coeffi
     """(bytes of the weights, bytes of the dequantised copies that exist at a time)."""
     in_linears = sum(linear.parameters for linear in shape.linears)
     others = shape.others * width
-    if settings.quantization == "none":
+    if settings.quantization == "none" or (settings.quantization == "fp8" and factors is CPU):
         return in_linears * width + others, 0
     largest = max((linear.outputs * linear.inputs for linear in shape.linears), default=0)
+    if settings.quantization == "fp8":  # the backward pass transposes one matrix at a time
+        return in_linears + others, largest
     nf4 = NF4_BYTES if settings.double_quantization else NF4_PLAIN
     each = nf4 if settings.quantization == "nf4" else 1.0
     return int(in_linears * each) + others, max(largest * width, int(factors.dequantised * in_linears * width))

@@ -153,9 +153,10 @@ class Jobs(Lifecycle[JobObject]):
             return spec
         if spec.quantization is None and method in TRAINABLE:
             spec = spec.model_copy(update={"quantization": TRAINABLE[method]})
-        if spec.double_quantization is not None:
-            message = f"'{model.base_model}' is quantised already ({method}), which decides this: leave it out."
-            raise ServiceError(message, param="double_quantization", code="unsupported_model")
+        for field in ("double_quantization", *(["compute_dtype"] if spec.compute_dtype == "fp8" else [])):
+            if getattr(spec, field) is not None:
+                message = f"'{model.base_model}' is quantised already ({method}), which decides this: leave it out."
+                raise ServiceError(message, param=field, code="unsupported_model")
         resolved = spec.resolved()
         refused = refusal(
             model.base_model, method, quantization=resolved.quantization or "none", full=resolved.adapter == "none",

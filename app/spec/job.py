@@ -214,9 +214,10 @@ class JobSpec(RenderingSettings, Automatic):
     double_quantization: bool | None = None
     """Whether `nf4` also quantises the scales of its blocks (Dettmers et al. 2023), which is the default. `false` takes
     0.37 bits more per weight."""
-    compute_dtype: Literal["bf16", "fp16"] | None = None
+    compute_dtype: Literal["bf16", "fp16", "fp8"] | None = None
     """The precision in which a GPU trains an adapter. The default is bf16, which GPUs before Ampere do not support.
-    With fp16 the loss is scaled. A CPU computes in float32."""
+    With fp16 the loss is scaled. With fp8 the base's weights and products have 8 bits, and all else has bf16; GPUs
+    before Ada do not support it. A CPU computes in float32."""
     suffix: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] | None = None
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     metadata: Annotated[Metadata, Field(max_length=16)] | None = None
@@ -265,6 +266,12 @@ class JobSpec(RenderingSettings, Automatic):
             raise inconsistent("double_quantization", "'double_quantization' goes with 'quantization': 'nf4'")
         if self.compute_dtype is not None and self.adapter == "none":
             raise inconsistent("compute_dtype", "Full-parameter training always keeps its weights in float32")
+        if self.compute_dtype == "fp8":
+            if self.quantization in ("nf4", "int8"):
+                message = "'compute_dtype': 'fp8' gives the base 8 bits a weight; it goes with 'quantization': 'none'"
+                raise inconsistent("compute_dtype", message)
+            if isinstance(self.adapter, Adapter) and self.adapter.use_dora:
+                raise inconsistent("adapter.use_dora", "DoRA needs the base's own weights; it has no 'fp8'")
         if self.parallel.shard and (reason := self.why_not_sharded()) is not None:
             raise inconsistent("parallel.shard", reason)
         if self.validation_file is not None and self.validation_split:
@@ -351,7 +358,7 @@ class JobSpec(RenderingSettings, Automatic):
                 "method": self.method.resolved(full),
                 "sft": sft,
                 "adapter": Adapter() if self.adapter is None else self.adapter,
-                "quantization": self.quantization or ("none" if full else "nf4"),
+                "quantization": self.quantization or ("none" if full or self.compute_dtype == "fp8" else "nf4"),
                 "seed": secrets.randbelow(2**31) if self.seed is None else self.seed,
                 "validation_split": self.stages()[-1].validation_split,
                 "date": self.date or today(),

@@ -129,20 +129,7 @@ def trl(
     disable_progress_bar()
     micro = min(int(str(options.pop("micro", batch))), batch)
     with tempfile.TemporaryDirectory() as output:
-        settings: JsonObject = {
-            "output_dir": output,
-            "bf16": DEVICE.type == "cuda",
-            "use_cpu": DEVICE.type == "cpu",
-            "per_device_train_batch_size": micro,
-            "gradient_accumulation_steps": batch // micro,
-            "num_train_epochs": epochs,
-            "max_length": MAX_LENGTH,
-            "learning_rate": 1e-5,
-            "report_to": "none",
-            "logging_strategy": "no",
-            "save_strategy": "no",
-            "disable_tqdm": True,
-        }
+        settings = trl_settings(output, batch, micro, epochs)
         trainers: list[library.DPOTrainer] = []
         rows = sorted(pairs, key=length) if options.get("train_sampling_strategy") == "sequential" else pairs
 
@@ -167,6 +154,24 @@ def trl(
                 trainers[0].model.unload()
             model.__dict__.pop("forward", None)  # TRL's fused head
             model.requires_grad_(False)
+
+
+def trl_settings(output: str, batch: int, micro: int, epochs: int) -> JsonObject:
+    """The settings of a `DPOConfig` that all entrants of TRL share. `micro`: the pairs that are computed at once."""
+    return {
+        "output_dir": output,
+        "bf16": DEVICE.type == "cuda",
+        "use_cpu": DEVICE.type == "cpu",
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": batch // micro,
+        "num_train_epochs": epochs,
+        "max_length": MAX_LENGTH,
+        "learning_rate": 1e-5,
+        "report_to": "none",
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
 
 
 BEST: JsonObject = {
@@ -257,9 +262,15 @@ def _compare(workload: str, epochs: int, only: str | None = None) -> Iterator[Js
                 }
 
 
-def adapted() -> Policy:
-    """The policy of a job on the model, with a fresh adapter. `release` it when done."""
-    body = {"model": "bench", "training_file": "x", "seed": 0, "quantization": "nf4"}
-    spec = JobSpec.model_validate(body).resolved()
+def adapted(*, in_fp8: bool = False) -> Policy:
+    """The policy of a job on the model, with a fresh adapter. `release` it when done. `in_fp8`: on its body in FP8."""
+    if in_fp8:
+        return wrapped(shapes.model_in_fp8(), {"compute_dtype": "fp8"})
+    return wrapped(shapes.model(), {"quantization": "nf4"})
+
+
+def wrapped(model: PreTrainedModel, settings: JsonObject) -> Policy:
+    """The policy of a job with these `settings` on `model`, which has them already."""
+    spec = JobSpec.model_validate({"model": "bench", "training_file": "x", "seed": 0, **settings}).resolved()
     base = Base("bench", None, None, shapes.folder())
-    return wrap(shapes.model(), shapes.tokenizer(), spec, base, None, Events(io.StringIO()))
+    return wrap(model, shapes.tokenizer(), spec, base, None, Events(io.StringIO()))

@@ -38,8 +38,10 @@ PARTS = {
         Part("ultrafeedback", "compare:ultrafeedback", 150),
         Part("options", "steps:options", 90),
         Part("hh, 3 epochs", "compare:hh_3_epochs", 120),
+        Part("fp8", "steps:in_fp8", 90),
         Part("sampling", "steps:sampling", 60),
         Part("memory", "steps:memory", 60),
         Part("scaling", "steps:scaling", 120),
+        Part("unsloth", "unsloth:hh", 240),
     )
 }

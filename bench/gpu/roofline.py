@@ -15,6 +15,8 @@ PEAK_FLOPS, PEAK_BYTES = 989e12, 3.35e12
 """By the data sheet of an H100 SXM: dense bfloat16 FLOP/s, and bytes a second."""
 REACHED_FLOPS, REACHED_BYTES = 670e12, 2.5e12
 """The expected rates of a layer's products and of elementwise kernels: 85 % of 790 TFLOP/s, and 75 % of the peak."""
+REACHED_IN_FP8 = 1100e12
+"""The expected rate of a layer's products in FP8, with a scale for each row: 56 % of the data sheet's 1,979 TFLOP/s."""
 ATTENTION_FLOPS = 200e12
 """The expected rate of FlexAttention, forward and backward."""
 IDLE_SECONDS, IDLE_COMPILED_SECONDS = 0.05, 0.01
@@ -39,6 +41,8 @@ class Work:
     least_bytes: float = 0.0
     compiled_bytes: float | None = None
     rate: float = REACHED_FLOPS
+    seconds_in_fp8: float | None = None
+    """Seconds with compiled layers whose base computes in FP8, if they are others than `compiled`."""
 
     @property
     def floor(self) -> float:
@@ -55,6 +59,11 @@ class Work:
         """Seconds with compiled layers, at the rates that are expected."""
         moved = self.bytes if self.compiled_bytes is None else self.compiled_bytes
         return max(self.flops / self.rate, moved / REACHED_BYTES)
+
+    @property
+    def in_fp8(self) -> float:
+        """Seconds with compiled layers whose base computes in FP8, at the rates that are expected."""
+        return self.compiled if self.seconds_in_fp8 is None else self.seconds_in_fp8
 
     @property
     def within_reach(self) -> float:
@@ -77,12 +86,20 @@ SWIGLU, FUSED_SWIGLU = 10 * WIDE, 6 * WIDE
 """silu(gate), and its product with up."""
 AGAIN = 2 * 2 * (2 * HIDDEN + WIDE)
 """The results of two norms and of SwiGLU, which a compiled backward pass writes again for the products, and reads."""
+ROUNDING = 3 * sum(inputs + outputs for inputs, outputs in _LINEARS)
+"""In FP8, the inputs of products and the gradients of their outputs are read in 16 bits and written in 8."""
 LORA = sum(2 * inputs + 4 * outputs for inputs, outputs in _LINEARS)
 """x is read again, and the output is read and written again."""
 
 PARTS = (
-    Work("products of the layers", 4.0 * WEIGHTS * TOKENS, 4.0 * WEIGHTS, 4.0 * WEIGHTS),
-    Work("dequantisation", 0.0, 2 * 2.5 * WEIGHTS, 2 * 2.5 * WEIGHTS),
+    Work(
+        "products of the layers", 4.0 * WEIGHTS * TOKENS, 4.0 * WEIGHTS, 4.0 * WEIGHTS,
+        seconds_in_fp8=4.0 * WEIGHTS * TOKENS / REACHED_IN_FP8,
+    ),
+    Work(
+        "dequantisation, or rounding to FP8", 0.0, 2 * 2.5 * WEIGHTS, 2 * 2.5 * WEIGHTS,
+        seconds_in_fp8=(ROUNDING * TOKENS * LAYERS + 2 * WEIGHTS) / REACHED_BYTES,  # the backward pass transposes W
+    ),
     Work(
         "head", 4.0 * VOCABULARY * HIDDEN * SCORED,
         32.0 * VOCABULARY * SCORED, 8.0 * VOCABULARY * SCORED,

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from bench.inputs import VOCABULARY, make_tokenizer
+from worker.trainer import fp8
 
 dry = False
 """Whether the shapes are tiny."""
@@ -72,19 +73,36 @@ def _config() -> LlamaConfig:
     return LlamaConfig(**(TINY if dry else LLAMA_8B), bos_token_id=0, eos_token_id=1, pad_token_id=None)
 
 
-def _dtype() -> torch.dtype:
+def dtype() -> torch.dtype:
+    """The dtype of the model before it is quantised."""
     return torch.float32 if dry else torch.bfloat16  # a CPU is slow in 16 bits
+
+
+def random_model() -> PreTrainedModel:
+    """The model before it is quantised, on the device."""
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        torch.set_default_dtype(dtype())
+        made = LlamaForCausalLM(_config())
+        torch.set_default_dtype(torch.float32)
+    return made
 
 
 @cache
 def model() -> PreTrainedModel:
     """The frozen model with random weights, made and quantised on the device."""
-    torch.manual_seed(0)
-    with torch.device(DEVICE):
-        torch.set_default_dtype(_dtype())
-        made = LlamaForCausalLM(_config())
-        torch.set_default_dtype(torch.float32)
+    made = random_model()
     _quantise(made)
+    return made.requires_grad_(False)
+
+
+@cache
+def model_in_fp8() -> PreTrainedModel:
+    """The same model with a body in FP8."""
+    made = random_model()
+    for number, layer in enumerate(made.model.layers):
+        fp8.convert(layer, f"model.layers.{number}", ())
+    free()
     return made.requires_grad_(False)
 
 
@@ -98,7 +116,7 @@ def _quantise(made: PreTrainedModel) -> None:
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 quantised = Linear4bit(
-                    child.in_features, child.out_features, bias=False, compute_dtype=_dtype(),
+                    child.in_features, child.out_features, bias=False, compute_dtype=dtype(),
                     compress_statistics=True, quant_type="nf4", device="meta",
                 )  # fmt: skip
                 weight = Params4bit(child.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4")
@@ -107,7 +125,7 @@ def _quantise(made: PreTrainedModel) -> None:
     made.is_loaded_in_4bit = True  # `is_quantized` would mean transformers' own quantiser
     made.config.quantization_config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=_dtype(),
+        bnb_4bit_compute_dtype=dtype(),
     )  # fmt: skip
     free()
 

@@ -3,8 +3,10 @@
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
+from torch import Tensor, nn
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -12,9 +14,10 @@ from app.estimates.memory import Linear, MemorySettings, Shape, estimate
 from app.spec.hyperparameters import DPOHyperparameters
 from app.spec.json_types import JsonObject
 from bench.gpu import card, shapes
-from bench.gpu.compare import adapted, release
+from bench.gpu.compare import adapted, release, wrapped
 from bench.gpu.kernels import random_row
 from bench.gpu.shapes import DEVICE, measured, seconds_of, synchronize
+from worker.trainer import fp8
 from worker.trainer.averages import Averages
 from worker.trainer.dataset import Rows
 from worker.trainer.errors import UserError
@@ -127,6 +130,54 @@ def options() -> Iterator[JsonObject]:
         finally:
             release(policy)
             shapes.free()
+
+
+def in_fp8() -> Iterator[JsonObject]:
+    """A body in FP8: its products beside those in 16 bits, a step, and log-probs beside those of the same weights."""
+    tokens = 64 if shapes.dry else 8192
+    for module in (shapes.model().model.layers[0].mlp.up_proj, shapes.model().model.layers[0].self_attn.k_proj):
+        linear = nn.Linear(module.in_features, module.out_features, bias=False, device=DEVICE, dtype=shapes.dtype())
+        x = torch.randn(tokens, module.in_features, device=DEVICE, dtype=shapes.dtype(), requires_grad=True)
+        layers = {"plain": linear.requires_grad_(False), "fp8": fp8.Fp8Linear(linear)}
+        outputs = {name: layer(x).detach().float() for name, layer in layers.items()}
+
+        def both_passes(layer: nn.Module, x: Tensor = x) -> None:
+            output = layer(x)
+            output.backward(output.detach())
+
+        yield {
+            f"{module.out_features}x{module.in_features}": {
+                "seconds": {name: seconds_of(partial(both_passes, layer)) for name, layer in layers.items()},
+                "relative_error": float((outputs["fp8"] - outputs["plain"]).norm() / outputs["plain"].norm()),
+            }
+        }
+    policy = adapted(in_fp8=True)
+    rows = _rows(512 if shapes.dry else policy.packing.budget - 256, 128, 64)
+    try:
+        ours = _logps(policy, rows)
+        yield {"step": _figures(policy, rows)}
+        if not shapes.dry:  # a CPU compiles for minutes
+            policy.compiled = True
+            yield {"step, compiled layers": _figures(policy, rows)}
+    finally:
+        release(policy)
+        shapes.free()
+    policy = wrapped(shapes.random_model().requires_grad_(False), {"quantization": "none"})
+    try:
+        plain = _logps(policy, rows)
+    finally:
+        release(policy)
+    yield {
+        "log_prob_error_per_token": float((ours - plain).abs().mean()) / 64,
+        "pairs_in_the_same_order": float((ours.argmax(1) == plain.argmax(1)).float().mean()),
+    }
+
+
+def _logps(policy: Policy, rows: Rows) -> Tensor:
+    """The log-probs of the answers of all pairs, [rows, 2]."""
+    (pack,) = policy.packs(rows, list(range(len(rows))))
+    with torch.no_grad():
+        return policy.score(pack).responses.float().cpu().view(-1, 2)
 
 
 def memory() -> Iterator[JsonObject]:

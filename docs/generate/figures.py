@@ -141,8 +141,9 @@ def _scaling_on_paper() -> str:
 
 def _roofline() -> str:
     """The parts of a step on an H100, by arithmetic."""
-    ways = ("floor", "predicted", "compiled", "within_reach")
-    idle = {"predicted": roofline.IDLE_SECONDS, "compiled": roofline.IDLE_COMPILED_SECONDS}
+    ways = ("floor", "predicted", "compiled", "in_fp8", "within_reach")
+    compiled = dict.fromkeys(("compiled", "in_fp8"), roofline.IDLE_COMPILED_SECONDS)
+    idle = {"predicted": roofline.IDLE_SECONDS} | compiled
     rows = [
         (
             part.name,
@@ -159,8 +160,18 @@ def _roofline() -> str:
         ("together", "", "", "", *(f"{seconds * 1e3:.0f}" for seconds in whole)),
         ("tokens/s", "", "", "", *(f"{roofline.TOKENS / seconds:,.0f}" for seconds in whole)),
     ]
-    head = ("part", "TFLOP", "GB", "GB at least", "floor, ms", "uncompiled, ms", "compiled, ms", "at best, ms")
-    return table(head, rows, range(1, 8))
+    head = (
+        "part",
+        "TFLOP",
+        "GB",
+        "GB at least",
+        "floor, ms",
+        "uncompiled, ms",
+        "compiled, ms",
+        "FP8, ms",
+        "at best, ms",
+    )
+    return table(head, rows, range(1, 9))
 
 
 def _activations() -> str:
@@ -168,6 +179,17 @@ def _activations() -> str:
     sizes = result("activations")["bytes_per_token_and_layer"]
     rows = [(name, f"{size:,}", f"{roofline.LAYERS * size / 1e6:.2f} MB") for name, size in sizes.items()]
     return table(("layers", "bytes a token and layer", "a token, 32 layers"), rows, (1, 2))
+
+
+def _sampling() -> str:
+    """The speed of sampling on a CPU."""
+    found = result("sampling")
+    speeds = {name: [found["tokens"] / run for run in runs] for name, runs in found["seconds"].items()}
+    rows = [
+        (name, f"{statistics.median(runs):,.0f}", f"{min(runs):,.0f} to {max(runs):,.0f}")
+        for name, runs in speeds.items()
+    ]
+    return table(("", "tokens/s", "slowest to fastest run"), rows, (1, 2))
 
 
 def _rows() -> str:
@@ -299,6 +321,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "figures/scaling on paper": _scaling_on_paper,
     "figures/roofline": _roofline,
     "figures/rows": _rows,
+    "figures/sampling": _sampling,
     "figures/activations": _activations,
     "figures/checks": _checks,
     "figures/datasets": _datasets,

@@ -7,7 +7,13 @@ from app.spec.evaluation import EvaluationSpec
 from app.spec.job import JobSpec
 from app.spec.version import SPEC_VERSION
 
-KNOWN = {1: "5206284dac41ecab", 2: "1be907c3b7f34253", 3: "83a817ce06f3be0f", 4: "34e3b14596145985"}
+KNOWN = {
+    1: "5206284dac41ecab",
+    2: "1be907c3b7f34253",
+    3: "83a817ce06f3be0f",
+    4: "34e3b14596145985",
+    5: "4d3e573cc8283e38",
+}
 """By version: the hash of the schemas."""
 
 

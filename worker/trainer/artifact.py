@@ -143,9 +143,10 @@ def _result_rows(history: list[JsonObject], accuracies: dict[str, str]) -> list[
 def _drift(folder: Path, policy: Policy, results: Results) -> str:
     """A sentence for the model card: how far the log-probs move when the adapter is put on the unquantised base.
 
-    The figure is the mean of |Δ log-prob of a response| per target token, in nats.
+    The figure is the mean of |Δ log-prob of a response| per target token, in nats. For preferences, it also says how
+    many rows have their answers in the same order.
     """
-    if results.spec.quantization == "none":
+    if results.spec.quantization == "none" and results.spec.compute_dtype != "fp8":
         return "The base was not quantised."
     if policy.reward_head is not None:
         return "The adapter was merged into the unquantised base; its rewards differ slightly from those in training."
@@ -162,22 +163,25 @@ def _drift(folder: Path, policy: Policy, results: Results) -> str:
     if device.type == "cpu" and not fits_as_float32(results.base.folder):
         return f"Not measured: the unquantised '{name}' does not fit into the worker's memory."
     policy.free_model()  # makes room for the unquantised base
-    plain = results.spec.model_copy(update={"quantization": "none"})
+    plain = results.spec.model_copy(update={"quantization": "none", "compute_dtype": None})
     rows = [results.stage.validation[number] for number, _, _ in chosen]
-    total, tokens = 0.0, 0  # Σ |Δ log-prob| in nats, target tokens
+    total, tokens, alike = 0.0, 0, 0  # Σ |Δ log-prob| in nats, target tokens, rows with the same order
     try:
         unquantised = load_policy(plain, results.base, folder, results.run.events, trainable=False)
         unquantised.shared, unquantised.one_by_one, unquantised.own_logits = shared, one_by_one, own_logits
         with torch.no_grad():
             for number, (_, logps, _) in enumerate(chosen):
                 (pack,) = unquantised.packs(rows, [number], merge=False)
-                total += (unquantised.score(pack).responses.cpu() - logps).abs().sum().item()
+                unquantised_logps = unquantised.score(pack).responses.cpu()
+                total += (unquantised_logps - logps).abs().sum().item()
+                alike += torch.equal(unquantised_logps.argsort(), logps.argsort())
                 tokens += len(pack.targets)
     except Exception as error:  # the job is done: a missing figure must not fail it
         return f"Not measured: {type(error).__name__} with the unquantised '{name}'."
+    order = f" The answers of {alike} rows have the same order by log-prob." if len(rows[0].responses) > 1 else ""
     return (
         f"On the unquantised base the adapter's log-probs differ by {total / tokens:.4f} nats a token on average "
-        f"({len(rows)} validation rows, {tokens} tokens). To compare adapters, quantise the base as here."
+        f"({len(rows)} validation rows, {tokens} tokens).{order} To compare adapters, quantise the base as here."
     )
 
 
@@ -223,7 +227,7 @@ def _card(results: Results, kind: str, drift: str) -> str:
 - **Base model**: {base.name}, revision {base.revision or base.version or "unknown"}, started from {spec.model}
 - **Data**: {data}
 - **Adapter**: {adapter}
-- **Quantisation of the base in training**: {spec.quantization}. {drift}
+- **Quantisation of the base in training**: {"fp8" if spec.compute_dtype == "fp8" else spec.quantization}. {drift}
 - **Seed**: {spec.seed}
 - **Licence**: the base model's licence and the terms of the data apply to this model too; dpo-service adds none.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
-from worker.trainer.hardware import configure_compiler, hardware
+from worker.trainer.hardware import backward_deterministically, configure_compiler, hardware
 from worker.trainer.masks import TreeMask
 from worker.trainer.packing import Pack
 
@@ -217,9 +217,11 @@ def _attend(
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)  # (B, H, n, D)
     if fused:
         grouped = query.shape[1] != key.shape[1]
-        return scaled_dot_product_attention(
+        attended = scaled_dot_product_attention(
             query, key, value, mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
         )
+        backward_deterministically(attended)
+        return attended
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)  # (B, H, n, n)
     visible = torch.ones_like(scores[0, 0], dtype=torch.bool).tril() if mask is None else mask
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)

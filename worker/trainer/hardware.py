@@ -66,11 +66,23 @@ def compute_deterministically() -> None:
     """Let the same inputs have the same bits on a GPU. To be called before the process uses one.
 
     Sums are added in a fixed order, and cuBLAS gets a workspace of a fixed size. Where torch knows no such way, it
-    warns. That concerns SDPA's backward pass, which computes attention tree by tree.
+    warns. SDPA's backward pass has one, which is for those who want no warning (`backward_deterministically`).
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nobody reads it
+
+
+def backward_deterministically(attended: Tensor) -> None:
+    """Let SDPA, which computed `attended`, add in a fixed order in its backward pass, if all of torch has to."""
+    node = attended.grad_fn
+    while node is not None and "ScaledDotProduct" not in node.name():  # it may return a part of what it computed
+        node = node.next_functions[0][0] if len(node.next_functions) == 1 else None
+    if node is None or not torch.are_deterministic_algorithms_enabled():
+        return
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    node.register_prehook(lambda _: torch.use_deterministic_algorithms(True))
+    node.register_hook(lambda *_: torch.use_deterministic_algorithms(True, warn_only=warn_only))
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:

@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from worker.trainer.errors import PeerLost
+from worker.trainer.fp8 import Fp8Linear
 
-ORDINARY = (nn.Linear, Conv1D, Linear4bit, Linear8bitLt)
+ORDINARY = (nn.Linear, Conv1D, Linear4bit, Linear8bitLt, Fp8Linear)
 _READ = re.compile(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|size))")
 """Code that reads the weight of a child module, and not just its precision, device or shape."""
 _PROBED = 16

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -18,11 +18,13 @@ from app.spec.job import Adapter, JobSpec
 from app.spec.prequantized import refusal
 from app.spec.resources import SHARDED_FROM
 from worker.model_files import config_of, prequantized, weight_bytes, weight_files, why_no_weights
+from worker.trainer import fp8
 from worker.trainer.attention import why_not_batched, why_not_shared
 from worker.trainer.errors import UserError, first_line
 from worker.trainer.events import Events
 from worker.trainer.fully_sharded import FullShards
 from worker.trainer.hardware import hardware, own_device
+from worker.trainer.layers import layer_names, on_load
 from worker.trainer.linears import adaptable, has_experts, is_ordinary, not_quantised, short_names
 from worker.trainer.lora import AddsDelta, RewardHead, with_fast_layers
 from worker.trainer.memory import free_bytes
@@ -157,7 +159,7 @@ def wrap(
     ends = Renderer(tokenizer, spec.rendering).ends
     policy = Policy(model, tokenizer, base.name, base.revision, full, device, packing, own_attention, base.folder, ends)
     if chosen.half:
-        policy.autocast_dtype = HALF_DTYPES[spec.compute_dtype or "bf16"]
+        policy.autocast_dtype = half_dtype(spec)
     elif spec.compute_dtype is not None:
         events.message("'compute_dtype' is for GPUs: this worker computes in float32.", level="warn")
     policy._dropout = [
@@ -221,9 +223,13 @@ def _load_base(
     """
     dtype = torch.float32
     if hardware(device).half and spec.adapter != "none":
-        dtype = HALF_DTYPES[spec.compute_dtype or "bf16"]
+        dtype = half_dtype(spec)
     quantization, double = spec.quantization or "none", spec.double_quantization is not False
-    with nullcontext() if shards is None else shards.on_load():
+    in_fp8 = spec.compute_dtype == "fp8" and hardware(device).half
+    with (
+        fp8_on_load(folder, device) if in_fp8 else nullcontext(),
+        nullcontext() if shards is None else shards.on_load(),
+    ):
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
@@ -238,6 +244,23 @@ def _load_base(
             if isinstance(module, Linear4bit):
                 module.compute_dtype, module.compute_type_is_set = dtype, True
     return model
+
+
+def half_dtype(spec: JobSpec) -> torch.dtype:
+    """The dtype of 16 bits in which a GPU computes the job. With FP8 it is that of all but the base's products."""
+    return HALF_DTYPES["fp16" if spec.compute_dtype == "fp16" else "bf16"]
+
+
+def fp8_on_load(folder: Path, device: torch.device) -> AbstractContextManager[None]:
+    """Within this context the loader converts the linear layers of the model in `folder` to FP8, layer by layer.
+
+    Raises `UserError` for a device without FP8.
+    """
+    if (reason := fp8.why_unusable(device)) is not None:
+        raise UserError("invalid_value", f"'compute_dtype': 'fp8' is not possible: {reason}.", "compute_dtype")
+    model = meta_model(folder)
+    kept, names = set(not_quantised(model)), layer_names(model)
+    return on_load(lambda layer, number: fp8.convert(layer, names[number], kept))
 
 
 def quantisation(name: str, dtype: torch.dtype, folder: Path, *, double: bool = True) -> dict[str, BitsAndBytesConfig]:

@@ -80,18 +80,18 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, T
     if sampling.temperature == 0:
         best = logits.argmax(-1)
         return best, torch.zeros_like(best, dtype=torch.float64)
-    logps = torch.log_softmax(logits.double() / sampling.temperature, -1)  # (n, V)
+    probabilities = torch.softmax(logits.double() / sampling.temperature, -1)  # (n, V)
     if sampling.top_p < 1:
         # Nucleus: drop each token once the likelier ones already have `top_p`. The likeliest always stays.
-        ordered, tokens = logps.sort(stable=True, dim=-1, descending=True)
-        probabilities = ordered.exp()
-        outside = probabilities.cumsum(-1) - probabilities >= sampling.top_p
+        ordered, tokens = probabilities.sort(stable=True, dim=-1, descending=True)
+        outside = ordered.cumsum(-1) - ordered >= sampling.top_p
         outside[:, 0] = False
-        logps = logps.masked_fill(outside.scatter(-1, tokens, outside), -torch.inf).log_softmax(-1)
-    sums = logps.exp().cumsum(-1)
+        probabilities = probabilities.masked_fill(outside.scatter(-1, tokens, outside), 0)
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    sums = probabilities.cumsum(-1)
     # Scaled by the last sum, which rounding keeps from being exactly 1.
-    drawn = (sums <= uniform[:, None] * sums[:, -1:]).sum(-1).clamp(max=logits.shape[-1] - 1)
-    return drawn, logps.gather(-1, drawn[:, None]).squeeze(-1)
+    drawn = torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
+    return drawn.squeeze(-1), probabilities.gather(-1, drawn).squeeze(-1).log()
 
 
 def batches(

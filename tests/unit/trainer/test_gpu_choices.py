@@ -144,6 +144,30 @@ def test_the_check_computes_attention_tree_by_tree_if_the_kernel_is_wrong(
     assert "tree by tree" in message["message"] and message["level"] == "warn"
 
 
+def test_the_backward_pass_of_sdpa_adds_in_a_fixed_order() -> None:
+    """It does so only where torch would raise an error for other operators."""
+    query, key = (torch.randn(1, 2, 9, 8, requires_grad=True) for _ in range(2))
+    pack = next(Packing(32).packs([make_row(1, 4, 3, 2)], [0]))
+    seen = list[bool]()
+    enabled, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        attended = attention._by_tree(query, key, key, pack.mask, None, None, None, None)
+        node = attended.grad_fn
+        while node is not None and "ScaledDotProduct" not in node.name():
+            node = node.next_functions[0][0]
+        assert node is not None
+        node.register_prehook(lambda _: seen.append(torch.is_deterministic_algorithms_warn_only_enabled()))
+        attended.sum().backward()
+        assert seen == [False]
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
 def _off_by_a_tenth(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     """Attention with the right results, and gradients of the keys that are a tenth too large."""
     key = 1.1 * key - (0.1 * key).detach()
@@ -181,14 +205,15 @@ def test_packs_of_all_widths_and_windows_compile_the_kernel_once(monkeypatch: py
 @pytest.mark.filterwarnings(
     "ignore:<class .torch.autograd.function.Function.> should not be instantiated", "ignore:.*lru_cache"
 )
-def test_layers_compile_without_a_break(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With FlexAttention itself, and a base in NF4."""
+@pytest.mark.parametrize("base", [{"quantization": "nf4"}, {"quantization": "none"}, {"compute_dtype": "fp8"}], ids=str)
+def test_layers_compile_without_a_break(llama: Path, base: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With FlexAttention itself."""
     choose_as_on_a_gpu(monkeypatch)
     use_own_kernel(monkeypatch)
     torch._dynamo.reset()
     counters.clear()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    policy = load(llama, quantization="nf4")
+    policy = load(llama, **base)
     policy.compiled = True
     train(policy, [make_row(number, 60, 30, 20) for number in range(4)])
     assert counters["stats"]["unique_graphs"] == 2  # the input of the first layer needs no gradient
