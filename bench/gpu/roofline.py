@@ -89,11 +89,22 @@ AGAIN = 2 * 2 * (2 * HIDDEN + WIDE)
 ROUNDING = 3 * sum(inputs + outputs for inputs, outputs in _LINEARS)
 """In FP8, the inputs of products and the gradients of their outputs are read in 16 bits and written in 8."""
 LORA = sum(2 * inputs + 4 * outputs for inputs, outputs in _LINEARS)
-"""x is read again, and the output is read and written again."""
+"""Beside a product: x is read again, and the output is read and written again."""
+COLUMNS = 64
+"""Within a product: columns that it has more, in whole blocks of NF4."""
+SHARED, OUTPUTS = 3 * HIDDEN + WIDE, sum(outputs for _, outputs in _LINEARS)
+"""`SHARED`: the widths of different inputs, those of q, k and v counted once, as well as those of gate and up."""
+LORA_WITHIN = 6 * SHARED + 10 * SHARED + 2 * OUTPUTS
+"""x is read for A and copied into longer rows. The gradients of rows are added and copied; x is read for A's gradient,
+and the gradient of outputs for B's."""
+LORA_WITHIN_COMPILED = LORA_WITHIN - 4 * SHARED
+"""The sum of the two gradients of x is fused with what follows."""
+LONGER_WEIGHTS = 2 * (1 + 20 / 64) * WEIGHTS
+"""In both passes the bits of W are copied into longer rows, and so are the scales of its blocks, in float32."""
 
 PARTS = (
     Work(
-        "products of the layers", 4.0 * WEIGHTS * TOKENS, 4.0 * WEIGHTS, 4.0 * WEIGHTS,
+        "products of the layers", 4.0 * (WEIGHTS + LAYERS * COLUMNS * OUTPUTS) * TOKENS, 4.0 * WEIGHTS, 4.0 * WEIGHTS,
         seconds_in_fp8=4.0 * WEIGHTS * TOKENS / REACHED_IN_FP8,
     ),
     Work(
@@ -105,7 +116,12 @@ PARTS = (
         32.0 * VOCABULARY * SCORED, 8.0 * VOCABULARY * SCORED,
     ),
     Work("attention", 14.0 * TOKENS * VISIBLE_KEYS * HIDDEN * LAYERS, rate=ATTENTION_FLOPS),
-    Work("LoRA", 6.0 * ADAPTER * TOKENS, _by_layer(LORA), 0.0),
+    Work(
+        "LoRA", 6.0 * ADAPTER * TOKENS,
+        LORA_WITHIN * TOKENS * LAYERS + LONGER_WEIGHTS, 0.0,
+        compiled_bytes=LORA_WITHIN_COMPILED * TOKENS * LAYERS + LONGER_WEIGHTS,
+        seconds_in_fp8=_by_layer(LORA) / REACHED_BYTES,  # beside the products
+    ),
     Work(
         "norms, residuals, rotary, SwiGLU", 0.0,
         _by_layer(NORMS + RESIDUALS + ROTARY + SWIGLU),

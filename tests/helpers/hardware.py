@@ -12,6 +12,7 @@ from torch.nn.attention import flex_attention as flex
 from torch.nn.functional import scaled_dot_product_attention
 
 from worker.trainer import attention, hardware
+from worker.trainer.extended import BLOCK
 
 
 def choose(patch: pytest.MonkeyPatch, **choices: Any) -> None:
@@ -22,9 +23,10 @@ def choose(patch: pytest.MonkeyPatch, **choices: Any) -> None:
 def choose_as_on_a_gpu(patch: pytest.MonkeyPatch) -> None:
     """Give the CPU all choices of a GPU: bfloat16, attention over whole packs with masks in blocks, wide sums.
 
+    Layers of tiny models count as large.
     `dense_attention` takes the place of FlexAttention, which is slow where it is not compiled.
     """
-    patch.setitem(hardware.BY_KIND, "cpu", hardware.GPU)
+    patch.setitem(hardware.BY_KIND, "cpu", replace(hardware.GPU, extended_from=BLOCK))
     patch.setattr(attention, "_compiled_flex", lambda: dense_attention)
 
 

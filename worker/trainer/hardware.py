@@ -30,17 +30,19 @@ class Hardware:
     """Maximum logits of one sampling step, batch size × vocabulary."""
     checked_tokens: int
     """Tokens of the pack in which segments are checked. A CPU shows differences in small products."""
+    extended_from: float
+    """The inputs of a layer in NF4 from which on its adapter is computed within its product (see `extended`)."""
     compiled_from: float
     """The FLOPs of a stage from which on compiled layers are the default: they must repay their compilation."""
 
 
 CPU = Hardware(
     half=False, blocks=False, pack_tokens=2048, head_logits=1 << 22, sampled_tokens=16_384, sampled_logits=1 << 24,
-    checked_tokens=256, compiled_from=float("inf"),
+    checked_tokens=256, extended_from=float("inf"), compiled_from=float("inf"),
 )  # fmt: skip
 GPU = Hardware(
     half=True, blocks=True, pack_tokens=8192, head_logits=1 << 27, sampled_tokens=131_072, sampled_logits=1 << 27,
-    checked_tokens=8192, compiled_from=1e17,
+    checked_tokens=8192, extended_from=2048, compiled_from=1e17,
 )  # fmt: skip
 BY_KIND = {"cpu": CPU, "cuda": GPU}
 

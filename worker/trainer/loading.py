@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
@@ -18,7 +19,7 @@ from app.spec.job import Adapter, JobSpec
 from app.spec.prequantized import refusal
 from app.spec.resources import SHARDED_FROM
 from worker.model_files import config_of, prequantized, weight_bytes, weight_files, why_no_weights
-from worker.trainer import fp8
+from worker.trainer import extended, fp8
 from worker.trainer.attention import why_not_batched, why_not_shared
 from worker.trainer.errors import UserError, first_line
 from worker.trainer.events import Events
@@ -169,6 +170,8 @@ def wrap(
     if spec.method.dpo is not None and spec.method.dpo.hyperparameters.rewards:
         policy.reward_head = _reward_head(policy, spec, start)
     covered = _keep_segments_apart(policy)
+    layers: list[Any] = [layer for layer in policy.model.modules() if isinstance(layer, AddsDelta)]
+    extended.join(policy.causal, layers, chosen.extended_from)
     policy.joins = full or (covered and not has_experts(policy.causal))
     # 3. The fastest way to compute log-probs that the model allows.
     not_shared, not_batched = why_not_shared(policy.causal), why_not_batched(policy.causal)

@@ -3,8 +3,8 @@
 y = W x + s · B A x (Hu et al. 2021, Eq. 3). PEFT computes the second term separately, scales it and adds it. That
 takes three tensors as large as the output, in the forward and in the backward pass. Under autocast it also casts x to
 float32 and back. Here B A x is accumulated into the output of the base layer, and the backward pass is four small
-matrix products. The modules are subclasses of PEFT's, registered in its configuration, so adapters are saved and
-loaded by PEFT.
+matrix products. On a GPU, layers in NF4 have B A x within their product (see `extended`). The modules are subclasses of
+PEFT's, registered in its configuration, so adapters are saved and loaded by PEFT.
 
 The gradients of A and B are products over the tokens of a pack, one for each segment (see `gradients`).
 """
@@ -17,6 +17,7 @@ from peft import LoraConfig
 from peft.tuners import lora
 from torch import Tensor, nn
 
+from worker.trainer.extended import LEAST_TOKENS, Group
 from worker.trainer.gradients import Views, segment_products, views_of
 from worker.trainer.shards import unit_of
 
@@ -85,6 +86,8 @@ class AddsDelta:
     """The `forward` of the LoRA layers below. As a mixin it comes before PEFT's own."""
 
     views: Views | None = None
+    group: Group | None = None
+    """The layers that get the same input, if their adapters are within their products (see `extended`)."""
 
     def forward(self: lora.LoraLayer, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         names = [name for name in self.active_adapters if name in self.lora_A]
@@ -92,6 +95,8 @@ class AddsDelta:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
         # Two dimensions: with three, a quantised layer with a bias returns a view, which must not change in place.
         flat = x.flatten(0, -2)
+        if self.group is not None and len(flat) >= LEAST_TOKENS:
+            return self.group.output(self, x).view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
         output = self.base_layer(flat)
         (a, b), ends = views_of(self, self.lora_A[names[0]].weight, self.lora_B[names[0]].weight)
         output = _AddDelta.apply(output, flat.to(output.dtype), a, b, ends, self.scaling[names[0]])  # type: ignore[no-untyped-call]
@@ -109,6 +114,11 @@ class AddsDelta:
         if len(names) != 1 or not self._is_plain(names[0]):
             return ()
         return self.lora_A[names[0]].weight, self.lora_B[names[0]].weight
+
+    def scale(self: lora.LoraLayer) -> float:
+        """The factor s of the only active adapter."""
+        (name,) = [name for name in self.active_adapters if name in self.lora_A]
+        return float(self.scaling[name])
 
     def _is_plain(self: lora.LoraLayer, name: str) -> bool:
         """Whether adapter `name` is just two matrices: no DoRA, no active dropout, no bias."""
