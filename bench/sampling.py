@@ -29,7 +29,7 @@ PROMPTS, SAMPLES, TOKENS, RUNS = 16, 8, 128, 3
 
 
 def entrants(policy: Policy, batch: list[CompletionRequest]) -> dict[str, Callable[[], object]]:
-    """What is measured, by name."""
+    """The measured runs, by name."""
     settings = Sampling(max_tokens=TOKENS)
     width = max(len(request.prompt) for request in batch)
     padding = [width - len(request.prompt) for request in batch]

@@ -160,7 +160,10 @@ def _remedy(shape: Shape, settings: MemorySettings, device: Device) -> tuple[str
         shorter = replace(settings, longest_row=length)
         changes.append(("method", f"A 'max_length' that keeps rows under {length} tokens would fit.", shorter))
     if settings.rank is not None and settings.quantization != "nf4":
-        changes.insert(0, ("quantization", "'quantization': 'nf4' would fit.", replace(settings, quantization="nf4")))
+        advice = "'quantization': 'nf4' would fit."
+        if settings.quantization == "fp8":
+            advice = "'quantization': 'nf4' would fit, without 'compute_dtype'."
+        changes.insert(0, ("quantization", advice, replace(settings, quantization="nf4")))
     if settings.rank is None:
         lora = replace(settings, rank=16, quantization="nf4")
         changes.append(("adapter", "A LoRA adapter on an 'nf4' base would fit: leave 'adapter' out.", lora))

@@ -43,7 +43,7 @@ class Coefficients:
 
 CPU = Coefficients(520_000_000, 1.5, 2.7, 2.7, 10.5, 4.2, 1.26)
 """Fitted to the peak resident set sizes of whole runs (bench/memory.py), which include the allocator's overhead."""
-CUDA = Coefficients(700_000_000, 0.0, 2.15, 1.1, 1.0, 2.0, 0.0)
+CUDA = Coefficients(700_000_000, 0.0, 2.21, 1.15, 1.0, 2.0, 0.0)
 """Counted from the tensors that autograd keeps (bench/activations.py). Not measured on a GPU yet."""
 UNADAPTED = 0.7
 """Activations of a linear layer without an adapter, relative to one with an adapter: its input is not kept."""
@@ -133,7 +133,7 @@ class MemorySettings:
         return cls(
             rank=None if adapter is None else adapter.r,
             targets="all-linear" if adapter is None else adapter.target_modules,
-            quantization="fp8" if spec.compute_dtype == "fp8" else spec.quantization or "none",
+            quantization=spec.weights,
             optimizer=stage.optimizer,
             recompute=stage.activation_checkpointing,
             batch_tokens=tokens_per_row * (stage.batch_size or 16),
@@ -226,8 +226,8 @@ def _weights(shape: Shape, settings: MemorySettings, width: int, factors: Coeffi
     if settings.quantization == "none" or (settings.quantization == "fp8" and factors is CPU):
         return in_linears * width + others, 0
     largest = max((linear.outputs * linear.inputs for linear in shape.linears), default=0)
-    if settings.quantization == "fp8":  # the backward pass transposes one matrix at a time
-        return in_linears + others, largest
+    if settings.quantization == "fp8":  # the backward pass transposes a matrix, and activations are rounded in float32
+        return in_linears + others, largest + 8 * BUDGET["cuda"] * max(linear.outputs for linear in shape.linears)
     nf4 = NF4_BYTES if settings.double_quantization else NF4_PLAIN
     each = nf4 if settings.quantization == "nf4" else 1.0
     return int(in_linears * each) + others, max(largest * width, int(factors.dequantised * in_linears * width))

@@ -365,6 +365,11 @@ class JobSpec(RenderingSettings, Automatic):
             }
         )
 
+    @property
+    def weights(self) -> str:
+        """How a GPU holds the weights of the base's layers: `nf4`, `int8`, `fp8` or `none`, which is 16 bits."""
+        return "fp8" if self.compute_dtype == "fp8" else self.quantization or "none"
+
     def stages(self) -> list[StageSpec]:
         """The stages of the job in order: the supervised stage if it asks for one, then the stage of its method."""
         split = self.validation_split

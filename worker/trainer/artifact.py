@@ -13,7 +13,7 @@ from torch import Tensor
 from app.spec.job import Adapter, JobSpec
 from app.spec.json_types import JsonObject
 from worker.model_files import config_of, prequantized, weight_files
-from worker.trainer import reward
+from worker.trainer import fp8, reward
 from worker.trainer.loading import load_policy
 from worker.trainer.memory import fits_as_float32
 from worker.trainer.methods.method import ValidatedRow
@@ -89,8 +89,9 @@ def write(folder: Path, policy: Policy, results: Results, weights: dict[str, Ten
             file.write(json.dumps(place | {"line": line} | values) + "\n")
     # 4. The model card.
     kind = "reward" if policy.reward_head is not None else "full" if policy.full else "adapter"
+    held = "fp8" if fp8.is_used(policy.causal) else results.spec.quantization
     drift = _drift(folder, policy, results) + (_mean(folder) if kind == "reward" else "")
-    (folder / "README.md").write_text(_card(results, kind, drift))
+    (folder / "README.md").write_text(_card(results, kind, f"{held}. {drift}"))
 
 
 def training_files(spec: JsonObject) -> list[str]:
@@ -146,7 +147,7 @@ def _drift(folder: Path, policy: Policy, results: Results) -> str:
     The figure is the mean of |Δ log-prob of a response| per target token, in nats. For preferences, it also says how
     many rows have their answers in the same order.
     """
-    if results.spec.quantization == "none" and results.spec.compute_dtype != "fp8":
+    if results.spec.quantization == "none" and not fp8.is_used(policy.causal):
         return "The base was not quantised."
     if policy.reward_head is not None:
         return "The adapter was merged into the unquantised base; its rewards differ slightly from those in training."
@@ -194,8 +195,8 @@ def _mean(folder: Path) -> str:
     )
 
 
-def _card(results: Results, kind: str, drift: str) -> str:
-    """The text of the model card, `README.md`."""
+def _card(results: Results, kind: str, quantisation: str) -> str:
+    """The text of the model card, `README.md`. `quantisation`: how the base was held, and how much that changes."""
     spec, base = results.spec, results.base
     last: JsonObject = {}
     for entry in results.history:
@@ -227,7 +228,7 @@ def _card(results: Results, kind: str, drift: str) -> str:
 - **Base model**: {base.name}, revision {base.revision or base.version or "unknown"}, started from {spec.model}
 - **Data**: {data}
 - **Adapter**: {adapter}
-- **Quantisation of the base in training**: {"fp8" if spec.compute_dtype == "fp8" else spec.quantization}. {drift}
+- **Quantisation of the base in training**: {quantisation}
 - **Seed**: {spec.seed}
 - **Licence**: the base model's licence and the terms of the data apply to this model too; dpo-service adds none.
 

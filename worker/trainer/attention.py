@@ -39,12 +39,13 @@ class Decoding(Protocol):
     def attend(
         self,
         query: Tensor,
+        key: Tensor,
         sliding_window: int | None,
         scaling: float | None,
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        """The attention of queries [B, H, 1, D], one of each answer: [B, H, 1, D]."""
+        """The attention of queries [B, H, 1, D], one of each answer: [B, H, 1, D]. `key` is what the cache returned."""
 
 
 def tree_attention(
@@ -71,13 +72,13 @@ def tree_attention(
     """
     if tree is None:
         raise ValueError("the model does not pass keyword arguments on to its attention")
+    options: dict[str, Any] = {"scaling": scaling, "softcap": softcap}
+    if not isinstance(tree, TreeMask):
+        return tree.attend(query, key, sliding_window, sinks=s_aux, **options).transpose(1, 2).contiguous(), None
     if torch.is_autocast_enabled(query.device.type):  # float32 weights and rotary embeddings make float32 of some
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    options: dict[str, Any] = {"scaling": scaling, "softcap": softcap}
-    if not isinstance(tree, TreeMask):
-        attended = tree.attend(query, sliding_window, sinks=s_aux, **options)
-    elif not tree.blocks:
+    if not tree.blocks:
         attended = KERNELS.by_tree(query, key, value, tree, sliding_window, sinks=s_aux, **options)
     else:
         block_mask = tree.blocks[sliding_window].block_mask

@@ -11,9 +11,12 @@ H heads of queries and G of keys, of size D.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+from bitsandbytes.nn import Linear8bitLt
 from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
@@ -21,7 +24,7 @@ from transformers.cache_utils import CacheLayerMixin
 from worker.trainer.distributed import is_peer_loss
 from worker.trainer.errors import first_line
 from worker.trainer.events import Events
-from worker.trainer.hardware import recorded
+from worker.trainer.hardware import recorded, without_collisions
 from worker.trainer.linears import has_experts
 from worker.trainer.logps import Head
 from worker.trainer.model import Policy
@@ -31,8 +34,10 @@ Prompt = tuple[int, ...]
 """The ids of a prompt's tokens."""
 ANSWER_TOKENS = 128
 """The cache of the answers grows by so many tokens at a time."""
-ERROR, ERROR_IN_16_BITS = 1e-3, 0.1
-"""Allowed norm of the difference to the model's own logits, relative to the norm of these."""
+ERROR, ERROR_IN_16_BITS = 1e-4, 0.015
+"""Allowed norm of the difference to the model's own log-probs, relative to their norm. A right one has half of it."""
+CHECKED_TOKENS = 4096
+"""Longer prompts are not checked."""
 
 
 class Decoder(Protocol):
@@ -54,7 +59,8 @@ class Decoder(Protocol):
 
 def begin(policy: Policy, prompts: Sequence[Prompt]) -> Decoder:
     """The fastest decoder that `policy` allows. `prompts`: that of each completion of the batch."""
-    return SharedPrompts(policy, prompts) if policy.shared else CopiedPrompts(policy, prompts)
+    shared = policy.shared and not policy.own_logits
+    return SharedPrompts(policy, prompts) if shared else CopiedPrompts(policy, prompts)
 
 
 class CopiedPrompts:
@@ -125,35 +131,36 @@ class SharedPrompts:
         self._lengths = lengths[index]  # (P,)
         self.logits = logits[index].repeat_interleave(len(self.active) // len(rows), 0)
         # 3. The cache: the prompts', and an empty one for the answers.
-        self._index = torch.zeros(1, dtype=torch.long, device=policy.device)  # of the step's token within the answers
-        self._layers = [_Layer(self, layer.keys[index], layer.values[index]) for layer in cache.layers]
+        self._place = _Place(torch.zeros(1, dtype=torch.long, device=policy.device))
+        if rows != list(range(len(distinct))):
+            cache.batch_select_indices(index)  # layer by layer
+        self._layers = [_Layer(self._place, layer.keys, layer.values) for layer in cache.layers]
         self._cache = Cache(layers=list(self._layers))
-        self._current = self._layers[0]
-        self._steps, self._room = 0, ANSWER_TOKENS
         self._hidden = dict[int | None, Tensor]()
         self._tokens, self._run = self._inputs()
 
     def step(self, tokens: Tensor) -> None:
         """Append `tokens` [n], and compute the next logits."""
-        if self._steps == self._room:
-            self._room += ANSWER_TOKENS
+        if self._place.steps == self._place.room:
+            self._place.room += ANSWER_TOKENS
             for layer in self._layers:
                 layer.grow()
             self._tokens, self._run = self._inputs()
         self._tokens.copy_(tokens)
-        self.logits = self._run()
-        self._steps += 1
+        self.logits = self._run(self._compute)
+        self._place.steps += 1
 
     def _inputs(self) -> tuple[Tensor, "_Run"]:
         """A new tensor for the tokens [n] of a step, and the run that reads it. The shapes of all tensors are new."""
         tokens = torch.zeros(len(self.active), dtype=torch.long, device=self._policy.device)
-        return tokens, _Run(self._compute, self._policy)
+        return tokens, _Run(self._policy)
 
     def _compute(self) -> Tensor:
         """The logits [n, V] after `_tokens`. It must not depend on anything but tensors that keep their place."""
-        self._hidden = dict[int | None, Tensor]()
+        self._hidden = {}
+        self._place.returned.clear()
         samples = len(self.active) // len(self._lengths)  # K
-        position = (self._lengths + self._index).repeat_interleave(samples)  # (n,)
+        position = (self._lengths + self._place.index).repeat_interleave(samples)  # (n,)
         with self._policy.autocast():
             hidden = self._policy.body(
                 input_ids=self._tokens[:, None],
@@ -163,19 +170,26 @@ class SharedPrompts:
                 use_cache=True,
                 tree=self,
             )[0]  # (n, 1, H)
-        self._index += 1
+        self._place.index += 1
         return _logits(self._policy, hidden[:, 0])
 
     def attend(
         self,
         query: Tensor,
+        key: Tensor,
         sliding_window: int | None,
         scaling: float | None,
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        """The attention of the queries [n, H, 1, D] of the layer whose cache was updated last: [n, H, 1, D]."""
-        layer, prompts = self._current, len(self._lengths)
+        """The attention of the queries [n, H, 1, D] of a layer: [n, H, 1, D].
+
+        `key` is the tensor that a layer's cache has returned in this step. It says whose keys and values are meant,
+        because some layers read those of another one. Raises `ValueError` for a layer that computes others from it.
+        """
+        if id(key) not in self._place.returned:
+            raise ValueError("its attention reads other keys than it keeps")
+        (_, layer), prompts = self._place.returned[id(key)], len(self._lengths)
         _, groups, room, width = layer.keys.shape
         samples, repeats = len(self.active) // prompts, query.shape[1] // groups  # K, R
         query = query.to(layer.keys.dtype).view(prompts, samples, groups, repeats, width)
@@ -209,12 +223,12 @@ class SharedPrompts:
         """Whether a query does not see a key, [P, 1, 1, 1, T + S]. All completions of a prompt are equally long."""
         if sliding_window not in self._hidden:
             lengths, slots = self._lengths[:, None], self._layers[0].prompt_keys.shape[2]
-            prompt, answer = (torch.arange(size, device=lengths.device) for size in (slots, self._room))
-            is_none = [prompt >= lengths, (answer > self._index).expand(len(lengths), -1)]
+            prompt, answer = (torch.arange(size, device=lengths.device) for size in (slots, self._place.room))
+            is_none = [prompt >= lengths, (answer > self._place.index).expand(len(lengths), -1)]
             hidden = torch.cat(is_none, 1)  # (P, T + S)
             if sliding_window is not None:
                 positions = torch.cat([prompt.expand(len(lengths), -1), lengths + answer], 1)
-                hidden = hidden | (positions <= lengths + self._index - sliding_window)
+                hidden = hidden | (positions <= lengths + self._place.index - sliding_window)
             self._hidden[sliding_window] = hidden[:, None, None, None]
         return self._hidden[sliding_window]
 
@@ -233,26 +247,40 @@ class SharedPrompts:
         self._tokens, self._run = self._inputs()
         return kept
 
-    def takes(self, layer: "_Layer") -> None:
-        """Remember whose attention comes next."""
-        self._current = layer
-
 
 class _Run:
-    """`compute` for tensors of the same shapes. A GPU records it the second time, and then only repeats its kernels.
+    """A computation with tensors of the same shapes. A GPU records it the second time, and then repeats its kernels.
 
     The first time makes what is made only once.
     """
 
-    def __init__(self, compute: Callable[[], Tensor], policy: Policy) -> None:
-        self._compute, self._device, self._times = compute, policy.device, 0
-        self._can_be_recorded = not has_experts(policy.causal)  # the tokens choose the kernels of experts
+    def __init__(self, policy: Policy) -> None:
+        self._device, self._times = policy.device, 0
+        self._recorded: Callable[[], Tensor] | None = None
+        # Experts and int8 choose their kernels by the numbers that they compute with.
+        waits = has_experts(policy.causal) or any(isinstance(part, Linear8bitLt) for part in policy.causal.modules())
+        self._can_be_recorded = not waits
 
-    def __call__(self) -> Tensor:
+    def __call__(self, compute: Callable[[], Tensor]) -> Tensor:
         if self._times == 1 and self._can_be_recorded:
-            self._compute = recorded(self._compute, self._device)
+            with suppress(RuntimeError):  # what cannot be recorded is computed each time
+                self._recorded = recorded(compute, self._device)
         self._times += 1
-        return self._compute()
+        return compute() if self._recorded is None else self._recorded()
+
+
+@dataclass
+class _Place:
+    """Where a step writes. The layers share it, and not the decoder, so that nothing refers to itself."""
+
+    index: Tensor
+    """Of the step's token within the answers, [1]."""
+    steps: int = 0
+    """The same number, on the CPU."""
+    room: int = field(default_factory=lambda: ANSWER_TOKENS)
+    """S: the tokens of an answer that have a place now."""
+    returned: dict[int, tuple[Tensor, "_Layer"]] = field(default_factory=dict)
+    """The keys that layers have returned in this step, and the layers, by the ids of the keys."""
 
 
 class _Layer(CacheLayerMixin):  # type: ignore[misc]
@@ -260,15 +288,15 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
 
     is_sliding = is_compileable = False
 
-    def __init__(self, decoder: SharedPrompts, prompt_keys: Tensor, prompt_values: Tensor) -> None:
+    def __init__(self, place: _Place, prompt_keys: Tensor, prompt_values: Tensor) -> None:
         super().__init__()
-        self._decoder = decoder
+        self._place = place
         self.prompt_keys, self.prompt_values = prompt_keys, prompt_values
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make an empty cache for answers."""
         self.keys, self.values = (
-            part.new_zeros(*part.shape[:2], self._decoder._room, part.shape[3]) for part in (key_states, value_states)
+            part.new_zeros(*part.shape[:2], self._place.room, part.shape[3]) for part in (key_states, value_states)
         )
         self.is_initialized = True
 
@@ -276,9 +304,10 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
         """Take the keys and values [n, G, 1, D] of a step. `SharedPrompts.attend` reads them here."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys.index_copy_(2, self._decoder._index, key_states)
-        self.values.index_copy_(2, self._decoder._index, value_states)
-        self._decoder.takes(self)
+        with without_collisions():
+            self.keys.index_copy_(2, self._place.index, key_states)
+            self.values.index_copy_(2, self._place.index, value_states)
+        self._place.returned[id(key_states)] = key_states, self
         return key_states, value_states
 
     def grow(self) -> None:
@@ -291,11 +320,12 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
     def keep(self, slots: Tensor, prompts: Tensor) -> None:
         """Keep these slots [n] and these prompts [P]."""
         self.prompt_keys, self.prompt_values = self.prompt_keys[prompts], self.prompt_values[prompts]
-        self.keys, self.values = self.keys[slots], self.values[slots]
+        if self.is_initialized:
+            self.keys, self.values = self.keys[slots], self.values[slots]
 
     def get_seq_length(self) -> int:
         """Number of the answers' tokens. Models ask for it where they get no positions."""
-        return self._decoder._steps
+        return self._place.steps
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Not used: the mask is `SharedPrompts._hidden_keys`."""
@@ -332,39 +362,51 @@ def _logits(policy: Policy, hidden: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def check(policy: Policy, prompt: Prompt, events: Events, ranks: Ranks) -> None:
+def check(policy: Policy, prompts: Sequence[Prompt], events: Events, ranks: Ranks) -> None:
     """Let `policy` copy its prompts, with a warning, if shared ones give other logits than the model's own pass.
 
-    Compares the logits after each of three tokens behind `prompt`, for two completions.
+    Compares the logits behind the shortest and the longest of `prompts`, each alone and followed by some tokens.
     """
-    if not policy.shared:
+    if not policy.shared or policy.own_logits:
         return
-    reason = next((reason for reason in ranks.gather(_why_wrong(policy, prompt)) if reason is not None), None)
+    reason = next((reason for reason in ranks.gather(_why_wrong(policy, prompts)) if reason is not None), None)
     if reason is not None:
         policy.shared = False
         events.message(f"The completions of a prompt do not share its cache: {reason}.", level="warn")
 
 
-def _why_wrong(policy: Policy, prompt: Prompt) -> str | None:
-    answers = torch.tensor([prompt[:1] * 3, prompt[-1:] * 3], device=policy.device)  # (2, 3)
-    allowed = ERROR if policy.autocast_dtype is None else ERROR_IN_16_BITS
+def _why_wrong(policy: Policy, prompts: Sequence[Prompt]) -> str | None:
+    ordered = sorted((prompt for prompt in prompts if len(prompt) <= CHECKED_TOKENS), key=len) or [
+        min(prompts, key=len)
+    ]
+    texts = [ordered[0], ordered[0], ordered[-1]]
+    answers = torch.tensor([texts[0][:1] * 3, texts[1][-1:] * 3, texts[2][-1:] * 3], device=policy.device)  # (3, 3)
     try:
-        shared = SharedPrompts(policy, [prompt, prompt])
-        ours = [shared.logits]
-        for tokens in answers.T:
-            shared.step(tokens)
-            ours.append(shared.logits.clone())
+        ours = _logps(SharedPrompts(policy, texts), answers)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         if is_peer_loss(error):
             raise
         return first_line(error)
-    whole = torch.cat([torch.tensor(prompt, device=policy.device).expand(2, -1), answers], 1)
+    own = list[Tensor]()
     with policy.own_attention_in_use():
-        own = torch.stack([policy.logits(ids)[len(prompt) - 1 :] for ids in whole])  # (2, 4, V)
-    theirs, mine = (logits.double().log_softmax(-1) for logits in (own, torch.stack(ours, 1)))
-    difference = float((mine - theirs).norm() / theirs.norm())
-    if not difference <= allowed:
-        return f"the log-probs of its tokens differ by {difference:.2g} of those of the model"
+        for text, answer in zip(texts, answers.tolist(), strict=True):
+            logits = policy.logits(torch.tensor([*text, *answer], device=policy.device))
+            own.append(logits[len(text) - 1 :].double().log_softmax(-1))  # (4, V)
+    theirs = torch.stack(own)  # (3, 4, V)
+    difference = float((ours - theirs).norm() / theirs.norm())
+    if not difference <= (ERROR if policy.autocast_dtype is None else ERROR_IN_16_BITS):
+        return f"its log-probs have an error of {difference:.2g}"
     return None
+
+
+def _logps(decoder: Decoder, answers: Tensor) -> Tensor:
+    """The log-probs of all tokens behind each prompt, and behind each token of its answer [n, 3]: [n, 4, V]."""
+    slots = torch.tensor([decoder.active.index(number) for number in range(len(answers))], device=answers.device)
+    numbers = torch.tensor(decoder.active, device=answers.device).clamp(min=0)
+    logits = [decoder.logits[slots]]
+    for step in range(answers.shape[1]):
+        decoder.step(answers[numbers, step])
+        logits.append(decoder.logits[slots])
+    return torch.stack(logits, 1).double().log_softmax(-1)

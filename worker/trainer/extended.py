@@ -171,7 +171,7 @@ class _Extended(torch.autograd.Function):
         a = torch.cat([each[0] for each in all_a]).to(x.dtype)  # (Σ r, K)
         ctx.save_for_backward(x, a, ends)
         ctx.ranks, ctx.dtype = [each.shape[1] for each in all_a], all_a[0].dtype
-        return torch.cat([x, x @ a.t(), x.new_zeros(len(x), columns - len(a))], 1)
+        return torch.cat([x, x @ a.t(), x.new_zeros((x.shape[0], columns - len(a)))], 1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -195,19 +195,54 @@ class _ExtendedProduct(torch.autograd.Function):
         low = x[:, start : start + b.shape[1]].clone()  # a view would keep all of x
         ctx.save_for_backward(low, b, ends, *packed)
         ctx.settings = scaling, start, columns, rows
-        return x @ _extended(Packed(rows, *packed), b, scaling, start, columns, x.dtype).t()  # type: ignore[arg-type]
+        output: Tensor = times_longer(x, b, scaling, start, columns, rows, *packed, transposed=True)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         low, b, ends, *packed = ctx.saved_tensors
-        scaling, start, columns, rows = ctx.settings
-        grad_x = grad @ _extended(Packed(rows, *packed), b, scaling, start, columns, grad.dtype)  # (n, K + P)
-        grad_b = segment_products(grad, low * scaling, ends, b.dtype)  # (S, N, r)
+        grad_x = times_longer(grad, b, *ctx.settings, *packed, transposed=False)  # (n, K + P)
+        grad_b = segment_products(grad, low * ctx.settings[0], ends, b.dtype)  # (S, N, r)
         return grad_x, grad_b, *(None,) * (5 + len(packed))
 
 
-def _extended(packed: Packed, b: Tensor, scaling: float, start: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """[W, s B], [N, K + columns], with s B in the columns from `start` on."""
-    weight = dequantised(packed, columns, dtype)
+@torch.library.custom_op("dpo::times_longer", mutates_args=())
+def times_longer(
+    left: Tensor,
+    b: Tensor,
+    scaling: float,
+    start: int,
+    columns: int,
+    rows: int,
+    bits: Tensor,
+    scales: Tensor,
+    nested_scales: Tensor | None,
+    code: Tensor | None,
+    offset: Tensor | None,
+    *,
+    transposed: bool,
+) -> Tensor:
+    """left · [W, s B] for `left` [n, N], or left · [W, s B]ᵀ for `left` [n, K + P].
+
+    s B [N, r] is in the columns from `start` on. W is a `Packed`. An operator of its own, because the compiler would
+    find the same matrix in both passes, and keep it for the second one.
+    """
+    weight = dequantised(Packed(rows, bits, scales, nested_scales, code, offset), columns, left.dtype)
     weight[:, start : start + b.shape[1]] = b * scaling
-    return weight
+    return left @ (weight.t() if transposed else weight)
+
+
+@times_longer.register_fake
+def _(
+    left: Tensor,
+    b: Tensor,
+    scaling: float,
+    start: int,
+    columns: int,
+    rows: int,
+    bits: Tensor,
+    *_: Tensor | None,
+    transposed: bool,
+) -> Tensor:
+    # `len` would compile for this number of tokens alone.
+    return left.new_empty((left.shape[0], rows if transposed else 2 * bits.numel() // rows + columns))

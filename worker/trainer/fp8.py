@@ -1,7 +1,7 @@
 """Products of a frozen base in FP8: x and W have 8 bits a number, and sums have 32 (Micikevicius et al. 2022).
 
-The format is e4m3: four bits of exponent, three of mantissa. Each row of x, and each row of W, is divided by a scale of
-its own, so that its largest number is the largest one of the format. The gradient of the activations is a product of
+The format is e4m3: four bits of exponent, three of mantissa. Each row of x and of W is divided by a scale of its own.
+So the largest number of a row becomes the largest one of the format. The gradient of the activations is a product of
 the same kind. Recent GPUs compute it about twice as fast as one in bfloat16.
 
 The weights have 8 bits from the start. Policy, reference and evaluations compute with the same ones.
@@ -42,7 +42,8 @@ class Fp8Linear(nn.Linear):
         self.scales = nn.Parameter(scales.flatten(), requires_grad=False)
         self.bias = layer.bias
         self.training = layer.training
-        self._is_hf_initialized = True  # else transformers would draw new weights
+        for part in (self, self.weight, self.scales):
+            setattr(part, "_is_hf_initialized", True)  # noqa: B010 - else transformers would draw new weights
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in the dtype of autocast or else of x."""
@@ -75,6 +76,7 @@ class _Product(torch.autograd.Function):
 
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     """(values [n, k] in FP8, scales [n, 1] in float32) whose product is about `x` [n, k]."""
+    x = x.contiguous()  # GPUs read the first factor row by row
     largest = x.abs().amax(1, keepdim=True).float()
     # A row may be zero. The compiler takes numbers from `finfo` for constants, and those of a module for variables.
     scales = (largest / torch.finfo(FORMAT).max).clamp(min=torch.finfo(torch.float32).tiny)
@@ -88,5 +90,10 @@ def convert(layer: nn.Module, name: str, kept: Collection[str]) -> None:
     """
     for path, module in list(layer.named_modules()):
         fits = type(module) is nn.Linear and module.in_features % DIVISOR == module.out_features % DIVISOR == 0
-        if fits and f"{name}.{path}" not in kept:
+        if fits and path and f"{name}.{path}" not in kept:
             layer.set_submodule(path, Fp8Linear(module))
+
+
+def is_used(model: nn.Module) -> bool:
+    """Whether any layer of `model` computes in FP8."""
+    return any(isinstance(module, Fp8Linear) for module in model.modules())

@@ -5,7 +5,8 @@ CPU the choices of a GPU (`BY_KIND`), and no choice waits for a card to run.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -68,7 +69,7 @@ def compute_deterministically() -> None:
     """Let the same inputs have the same bits on a GPU. To be called before the process uses one.
 
     Sums are added in a fixed order, and cuBLAS gets a workspace of a fixed size. Where torch knows no such way, it
-    warns. SDPA's backward pass has one, which is for those who want no warning (`backward_deterministically`).
+    warns. SDPA's backward pass has one, and uses it only where torch may not warn (`backward_deterministically`).
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -82,9 +83,26 @@ def backward_deterministically(attended: Tensor) -> None:
         node = node.next_functions[0][0] if len(node.next_functions) == 1 else None
     if node is None or not torch.are_deterministic_algorithms_enabled():
         return
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     node.register_prehook(lambda _: torch.use_deterministic_algorithms(True))
-    node.register_hook(lambda *_: torch.use_deterministic_algorithms(True, warn_only=warn_only))
+    node.register_hook(lambda *_: warn_again())
+
+
+def warn_again() -> None:
+    """After a backward pass of SDPA, also one that ran out of memory: let torch warn of operators without an order."""
+    if torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+@contextmanager
+def without_collisions() -> Iterator[None]:
+    """Within this context no operator writes to a place twice. So torch need not look for a fixed order of writes."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
@@ -102,17 +120,24 @@ def download(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [part.to(tensor.dtype).view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def recorded(compute: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """`compute`, whose kernels a GPU records once. Each call repeats them, and returns the same tensor.
+def recorded(compute: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor] | None:
+    """The kernels of `compute`, recorded by a GPU. Each call repeats them, and returns the same tensor. None on a CPU.
 
     They read what their tensors hold at that time. So `compute` may depend on nothing else, and must have run before. A
-    GPU repeats them without Python, which takes longer than the kernels of a small batch.
+    GPU repeats them without Python, which takes longer than the kernels of a small batch. Raises `RuntimeError` if
+    `compute` waits for the GPU.
     """
     if device.type != "cuda":
-        return compute
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = compute()
+        return None
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # torch.cuda.graph would stay on its stream after an error
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            result = compute()
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
 
     def repeat() -> Tensor:
         graph.replay()

@@ -19,7 +19,7 @@ from worker.trainer.errors import UserError, first_line, is_compiler_error
 from worker.trainer.events import Events
 from worker.trainer.fully_sharded import Divided
 from worker.trainer.gradients import Ownership, Reduction, Sum, take_gradients
-from worker.trainer.hardware import download
+from worker.trainer.hardware import download, warn_again
 from worker.trainer.model import Policy
 from worker.trainer.packing import Pack, Segment
 from worker.trainer.progress import progress
@@ -153,6 +153,7 @@ class Launcher:
             # Outside of the handler: there, the exception would still hold the tensors of the failed launch.
             gc.collect()
             torch.cuda.empty_cache()
+            warn_again()
             done = restart(done)
 
     def _build(self, group: list[Segment]) -> Pack:

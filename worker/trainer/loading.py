@@ -71,7 +71,8 @@ def load_policy(
             raise ValueError(why_no_weights(folder))
         if device.type == "cpu":
             require_memory(folder, (spec.quantization or "none") if method is None else "none")
-        model = _load_base(folder, spec, device, method, shards)
+        in_fp8 = method is None and _computes_in_fp8(spec, start, device, events, trainable=trainable)
+        model = _load_base(folder, spec, device, method, shards, in_fp8=in_fp8)
         if isinstance(shards, Shards):
             shards.finish(model, ends=not _trains_ends(spec, start))
     except torch.OutOfMemoryError:
@@ -79,7 +80,10 @@ def load_policy(
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         message = f"The model '{spec.model}' cannot be loaded: {first_line(error)}."
         raise UserError("model_not_loadable", message, "model") from error
-    if has_experts(model) and (spec.quantization or "none") != "none":
+    if in_fp8 and not fp8.is_used(model):
+        message = f"'{spec.model}' has no layers that can compute in FP8. Leave 'compute_dtype' out."
+        raise UserError("unsupported_model", message, "compute_dtype")
+    if has_experts(model) and (in_fp8 or (spec.quantization or "none") != "none"):
         events.message("The experts that a router chooses from are not quantised: they are one tensor, not layers.")
     policy = wrap(model, tokenizer, spec, base, start, events, trainable=trainable)
     if isinstance(shards, Shards):
@@ -114,7 +118,7 @@ def _fills(spec: JobSpec, base: Base, free: float) -> bool:
     if spec.why_not_sharded() is not None or why_not_batched(model) is not None:
         return False
     as_stored = prequantized(config_of(base.folder)) is not None or has_experts(model)
-    share = LEAST_SHARE["none" if as_stored else spec.quantization or "none"]
+    share = LEAST_SHARE["none" if as_stored else spec.weights]
     return (FULL_SHARE if spec.adapter == "none" else share) * weight_bytes(base.folder) > SHARDED_FROM * free
 
 
@@ -218,19 +222,24 @@ def _reward_head(policy: Policy, spec: JobSpec, start: Path | None) -> RewardHea
 
 
 def _load_base(
-    folder: Path, spec: JobSpec, device: torch.device, method: str | None, shards: Shards | FullShards | None
+    folder: Path,
+    spec: JobSpec,
+    device: torch.device,
+    method: str | None,
+    shards: Shards | FullShards | None,
+    *,
+    in_fp8: bool,
 ) -> PreTrainedModel:
     """The model in `folder`. `method`: how its stored weights are quantised; these stay as they are.
 
-    `shards` take its layers while they are read.
+    `shards` take its layers while they are read. `in_fp8`: whether its products are in FP8.
     """
     dtype = torch.float32
     if hardware(device).half and spec.adapter != "none":
         dtype = half_dtype(spec)
     quantization, double = spec.quantization or "none", spec.double_quantization is not False
-    in_fp8 = spec.compute_dtype == "fp8" and hardware(device).half
     with (
-        fp8_on_load(folder, device) if in_fp8 else nullcontext(),
+        fp8_on_load(folder) if in_fp8 else nullcontext(),
         nullcontext() if shards is None else shards.on_load(),
     ):
         model = AutoModelForCausalLM.from_pretrained(
@@ -254,13 +263,29 @@ def half_dtype(spec: JobSpec) -> torch.dtype:
     return HALF_DTYPES["fp16" if spec.compute_dtype == "fp16" else "bf16"]
 
 
-def fp8_on_load(folder: Path, device: torch.device) -> AbstractContextManager[None]:
-    """Within this context the loader converts the linear layers of the model in `folder` to FP8, layer by layer.
+def _computes_in_fp8(
+    spec: JobSpec, start: Path | None, device: torch.device, events: Events, *, trainable: bool
+) -> bool:
+    """Whether the base computes in FP8. If the job asks for it in vain, an evaluation gets a warning instead.
 
-    Raises `UserError` for a device without FP8.
+    Raises `UserError` for a training that cannot have it.
     """
-    if (reason := fp8.why_unusable(device)) is not None:
-        raise UserError("invalid_value", f"'compute_dtype': 'fp8' is not possible: {reason}.", "compute_dtype")
+    if spec.compute_dtype != "fp8" or not hardware(device).half:
+        return False
+    reason = fp8.why_unusable(device)
+    if start is not None and LoraConfig.from_pretrained(start).use_dora:
+        reason = f"the adapter of '{spec.model}' has DoRA, which needs the base's own weights"
+    if reason is None:
+        return True
+    message = f"'compute_dtype': 'fp8' is not possible: {reason}."
+    if trainable:
+        raise UserError("invalid_value", message, "compute_dtype")
+    events.message(f"{message} '{spec.model}' computes in 16 bits.", level="warn")
+    return False
+
+
+def fp8_on_load(folder: Path) -> AbstractContextManager[None]:
+    """Within this context the loader converts the linear layers of the model in `folder` to FP8, layer by layer."""
     model = meta_model(folder)
     kept, names = set(not_quantised(model)), layer_names(model)
     return on_load(lambda layer, number: fp8.convert(layer, names[number], kept))

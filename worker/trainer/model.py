@@ -306,6 +306,9 @@ class Policy:
     def own_attention_in_use(self) -> Iterator[None]:
         """Within this context the model uses its own attention implementation."""
         current = self.causal.config._attn_implementation
+        if current == self.own_attention:
+            yield
+            return
         self.causal.set_attn_implementation(self.own_attention)
         try:
             yield

@@ -11,8 +11,8 @@ from worker.machine import free_memory
 from worker.model_files import weight_bytes
 from worker.trainer.model import Policy
 
-LEAST_SHARE = {"none": 1.0, "int8": 0.5, "nf4": 0.25}
-"""The least memory that a base takes, as a share of its files, by quantisation. They have 16 bits a weight or more."""
+LEAST_SHARE = {"none": 1.0, "fp8": 0.5, "int8": 0.5, "nf4": 0.25}
+"""The least memory that a base takes, as a share of its files, by how it is held. Files have 16 bits or more."""
 HELD_CHECKPOINTS = 2
 """Checkpoints that are on disk at once: one is uploaded while the next is written."""
 

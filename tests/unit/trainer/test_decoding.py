@@ -1,6 +1,8 @@
 """Decoding with a cache of shared prompts gives the logits of the model's own pass over each whole text."""
 
+import gc
 import io
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,9 +46,9 @@ def traced(compute: Callable[[], Tensor], device: torch.device) -> Callable[[], 
     All numbers and choices of Python are those of the first call. A GPU does not compute while it records.
     """
     decoder: SharedPrompts = compute.__self__  # type: ignore[attr-defined]
-    index = decoder._index.clone()
+    index = decoder._place.index.clone()
     graph = make_fx(lambda _: compute())(torch.zeros(()))
-    decoder._index.copy_(index)
+    decoder._place.index.copy_(index)
     return lambda: graph(torch.zeros(()))
 
 
@@ -94,12 +96,8 @@ def test_a_prompt_is_kept_once(policy: Policy) -> None:
         assert layer.prompt_keys.shape[0] == 1 and layer.keys.shape[0] == 5
 
 
-def test_a_cache_that_gives_other_logits_is_not_shared(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    stream, events = io.StringIO(), None
-    events = Events(stream)
-    decoding.check(policy, PROMPTS[0], events, Ranks())
-    assert policy.shared and stream.getvalue() == ""
-
+def hide_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let shared prompts be without their second token."""
     hidden_keys = SharedPrompts._hidden_keys
 
     def without_the_second_token(decoder: SharedPrompts, window: int | None) -> Tensor:
@@ -108,9 +106,18 @@ def test_a_cache_that_gives_other_logits_is_not_shared(policy: Policy, monkeypat
         return hidden
 
     monkeypatch.setattr(SharedPrompts, "_hidden_keys", without_the_second_token)
-    decoding.check(policy, PROMPTS[0], events, Ranks())
+
+
+def test_a_cache_that_gives_other_logits_is_not_shared(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, events = io.StringIO(), None
+    events = Events(stream)
+    decoding.check(policy, PROMPTS, events, Ranks())
+    assert policy.shared and stream.getvalue() == ""
+
+    hide_a_token(monkeypatch)
+    decoding.check(policy, PROMPTS, events, Ranks())
     (message,) = of_kind(parse(stream), "message")
-    assert message["level"] == "warn" and "differ" in message["message"]
+    assert message["level"] == "warn" and "error" in message["message"]
     assert not policy.shared and isinstance(decoding.begin(policy, PROMPTS), CopiedPrompts)
 
 
@@ -119,16 +126,55 @@ def test_a_model_whose_layers_do_not_decode_this_way_copies_its_prompts(
 ) -> None:
     stream = io.StringIO()
     monkeypatch.setattr(SharedPrompts, "attend", lambda *_, **__: 1 / 0)
-    decoding.check(policy, PROMPTS[0], Events(stream), Ranks())
+    decoding.check(policy, PROMPTS, Events(stream), Ranks())
     assert not policy.shared and "division by zero" in stream.getvalue()
 
 
-def test_sixteen_bits_pass_the_check(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_tells_rounding_to_sixteen_bits_from_errors(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     choose_as_on_a_gpu(monkeypatch)
     stream = io.StringIO()
     policy = disturb(load(llama))
-    decoding.check(policy, PROMPTS[0], Events(stream), Ranks())
+    decoding.check(policy, PROMPTS, Events(stream), Ranks())
     assert policy.shared, stream.getvalue()
+    hide_a_token(monkeypatch)
+    decoding.check(policy, PROMPTS, Events(stream), Ranks())
+    assert not policy.shared
+
+
+def test_completions_may_end_before_the_first_step(policy: Policy) -> None:
+    decoder = decoding.begin(policy, PROMPTS)
+    decoder.keep([decoder.active.index(0)])
+    decoder.step(torch.tensor([7] * len(decoder.active)))
+    with policy.own_attention_in_use():
+        own = policy.logits(torch.tensor([*PROMPTS[0], 7]))[-1]
+    torch.testing.assert_close(decoder.logits[decoder.active.index(0)], own, rtol=0, atol=1e-4)
+
+
+def test_the_memory_of_a_decoder_is_free_once_nobody_uses_it(policy: Policy) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        decoder = decoding.begin(policy, PROMPTS)
+        for _ in range(3):
+            decoder.step(torch.zeros(len(decoder.active), dtype=torch.long))
+        gone = weakref.ref(decoder)
+        del decoder
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_a_layer_that_changes_the_keys_of_its_cache_copies_its_prompts(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in DeepSeek's models."""
+    stream = io.StringIO()
+    attend = SharedPrompts.attend
+    monkeypatch.setattr(
+        SharedPrompts, "attend", lambda self, query, key, *rest, **more: attend(self, query, key + 0, *rest, **more)
+    )
+    decoding.check(policy, PROMPTS, Events(stream), Ranks())
+    assert not policy.shared and "other keys" in stream.getvalue()
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any))

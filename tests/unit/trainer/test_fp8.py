@@ -8,11 +8,15 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from app.estimates.memory import MemorySettings, Shape, estimate
 from app.spec.job import JobSpec
 from tests.helpers.hardware import choose_as_on_a_gpu
+from tests.helpers.ranks import LOADING, ThreadRanks, gradient_on, on_ranks
+from tests.helpers.tiny_model import make_tokenizer
 from tests.helpers.trainer import (
+    BASE_NAME,
     disturb,
     dpo_method,
     load,
@@ -24,9 +28,16 @@ from tests.helpers.trainer import (
     training_metrics,
 )
 from worker.trainer import fp8
+from worker.trainer.dataset import Rows
+from worker.trainer.errors import UserError
+from worker.trainer.events import Events
+from worker.trainer.exactness import check
 from worker.trainer.fp8 import Fp8Linear, rounded
 from worker.trainer.linears import is_ordinary
+from worker.trainer.loading import load_policy
 from worker.trainer.lora import LoraLinear
+from worker.trainer.model import Base
+from worker.trainer.shards import Shards
 
 PAIRS = make_pairs(12)
 STEPS = {"max_steps": 3, "batch_size": 4, "learning_rate": 3e-4}
@@ -136,6 +147,62 @@ def test_a_job_trains_in_fp8_and_says_how_far_its_log_probs_are_off(llama: Path,
         in card
     )
     assert "rows have the same order by log-prob" in card
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_a_base_without_layers_for_fp8_is_refused(tmp_path: Path) -> None:
+    """GPT-2's layers are not linear layers of torch."""
+    make_tokenizer().save_pretrained(tmp_path)
+    config = AutoConfig.for_model("gpt2", n_embd=32, n_layer=2, n_head=2, vocab_size=320)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no layers that can compute in FP8") as caught:
+        load(tmp_path, compute_dtype="fp8")
+    assert caught.value.param == "compute_dtype"
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_an_adapter_with_dora_is_refused_and_evaluated_in_16_bits(llama: Path, tmp_path: Path) -> None:
+    load(llama, adapter={"r": 4, "use_dora": True}).save(tmp_path)
+    body = {"model": BASE_NAME, "training_file": "x", "compute_dtype": "fp8"}
+    spec, base, stream = JobSpec.model_validate(body).resolved(), Base(BASE_NAME, None, None, llama), io.StringIO()
+    with pytest.raises(UserError, match="DoRA"):
+        load_policy(spec, base, tmp_path, Events(stream))
+    policy = load_policy(spec, base, tmp_path, Events(stream), trainable=False)
+    assert not fp8.is_used(policy.causal) and "computes in 16 bits" in stream.getvalue()
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_a_sharded_base_has_the_gradients_of_a_whole_one(llama: Path) -> None:
+    adapter = {"r": 4, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
+    body = {"model": BASE_NAME, "training_file": "x", "adapter": adapter, "seed": 1, "compute_dtype": "fp8"}
+    spec, base = JobSpec.model_validate(body).resolved(), Base(BASE_NAME, None, None, llama)
+    rows = Rows.of([make_row(number, 20 + number, 9, 5) for number in range(4)])
+
+    def step(ranks: ThreadRanks, shards: Shards | None) -> tuple[str, Any]:
+        with LOADING:
+            policy = disturb(load_policy(spec, base, None, Events(io.StringIO()), shards))
+        check(policy, rows, Events(io.StringIO()))
+        return policy.digest(), gradient_on(ranks, policy, "sigmoid", rows, 1024, 3)
+
+    ((digest, (expected, metrics)),) = on_ranks(1, lambda ranks: step(ranks, None))
+    results = on_ranks(2, lambda ranks: step(ranks, Shards(ranks)))
+    assert [(result, found) for result, (_, found) in results] == [(digest, metrics)] * 2
+    actual = {name: gradient for _, (part, _) in results for name, gradient in part.items()}
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], gradient) for name, gradient in expected.items())
+
+
+def test_a_transposed_input_is_read_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU demands it."""
+    scaled = torch._scaled_mm
+
+    def strict(left: Tensor, right: Tensor, *rest: Any, **options: Any) -> Tensor:
+        assert left.is_contiguous() and right.t().is_contiguous()
+        return scaled(left, right, *rest, **options)
+
+    monkeypatch.setattr(torch, "_scaled_mm", strict)
+    layer, x = Fp8Linear(nn.Linear(64, 48)), random(64, 32).t().requires_grad_()
+    layer(x).backward(random(48, 32).t())
 
 
 def test_a_cpu_computes_in_float32(llama: Path) -> None:
