@@ -51,7 +51,7 @@ $(CUDA)/.ready: | $(READY)
 # Programs of their own, and what only they use, are not counted: tests run them as processes.
 UNCOUNTED := */__main__.py,*/device_check.py,*/rank_processes.py,*/distributed.py,*/tokens.py
 gpu-check: $(READY) $(CUDA)/.ready  ## the trainer's tests with a CUDA build of torch, and how much of it they run (an hour)
-	PYTHONPATH=. $(CUDA)/bin/python -m pytest tests/unit/trainer
+	PYTHONPATH=. $(CUDA)/bin/python -m pytest -W 'ignore:`torch.jit.script` is deprecated:DeprecationWarning' tests/unit/trainer
 	$(BIN)/python -m pytest --numprocesses=3 tests/unit/trainer --cov=worker.trainer --cov-config=/dev/null --cov-report=
 	$(BIN)/coverage report --rcfile=/dev/null --show-missing --skip-covered --fail-under=95 --omit='$(UNCOUNTED)'
 

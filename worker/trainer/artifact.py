@@ -59,6 +59,7 @@ def write(folder: Path, policy: Policy, results: Results, weights: dict[str, Ten
 
     `weights`: those of a divided model, gathered in the base's own precision.
     """
+    held = "fp8" if fp8.is_used(policy.causal) else results.spec.quantization
     # 1. The weights and the tokenizer.
     if policy.reward_head is not None:
         reward.save(folder, policy, results.base, results.stage.train, weights)
@@ -89,7 +90,6 @@ def write(folder: Path, policy: Policy, results: Results, weights: dict[str, Ten
             file.write(json.dumps(place | {"line": line} | values) + "\n")
     # 4. The model card.
     kind = "reward" if policy.reward_head is not None else "full" if policy.full else "adapter"
-    held = "fp8" if fp8.is_used(policy.causal) else results.spec.quantization
     drift = _drift(folder, policy, results) + (_mean(folder) if kind == "reward" else "")
     (folder / "README.md").write_text(_card(results, kind, f"{held}. {drift}"))
 

@@ -8,12 +8,10 @@ import torch
 
 from tests.helpers.families import FAMILIES, ROWS, make_policy
 from tests.helpers.trainer import gradients, of_kind, pack_of, parse, plain_logps
-from tests.helpers.versions import needs_transformers
+from tests.helpers.versions import CAPPED
 from worker.trainer.attention import TREE_ATTENTION
 from worker.trainer.events import Events
 from worker.trainer.exactness import check
-
-CAPPED = needs_transformers("5.23", "its SDPA leaves out the soft cap of Gemma 2")
 
 
 @pytest.mark.parametrize(

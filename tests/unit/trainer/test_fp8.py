@@ -27,6 +27,7 @@ from tests.helpers.trainer import (
     run_in_process,
     training_metrics,
 )
+from tests.helpers.versions import FP8_ON_A_CPU
 from worker.trainer import fp8
 from worker.trainer.dataset import Rows
 from worker.trainer.errors import UserError
@@ -65,6 +66,7 @@ def test_a_row_of_zeros_stays_one() -> None:
     assert not values.float().any() and scales.isfinite().all()
 
 
+@FP8_ON_A_CPU
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_product_and_its_gradient_are_those_of_the_rounded_factors(dtype: torch.dtype) -> None:
     plain = nn.Linear(64, 48, bias=True)
@@ -84,6 +86,7 @@ def test_the_product_and_its_gradient_are_those_of_the_rounded_factors(dtype: to
         )
 
 
+@FP8_ON_A_CPU
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
     layer, x = Fp8Linear(nn.Linear(64, 48)), random(32, 64)
     x[5] *= 1e4
@@ -95,6 +98,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     choose_as_on_a_gpu(monkeypatch)
 
 
+@FP8_ON_A_CPU
 @pytest.mark.usefixtures("as_on_a_gpu")
 def test_the_layers_of_the_body_have_the_bases_weights_in_8_bits_and_get_adapters(llama: Path) -> None:
     plain, policy = load(llama), load(llama, compute_dtype="fp8")
@@ -114,6 +118,7 @@ def test_the_layers_of_the_body_have_the_bases_weights_in_8_bits_and_get_adapter
     assert type(head) is nn.Linear and head.weight.dtype == torch.bfloat16
 
 
+@FP8_ON_A_CPU
 @pytest.mark.usefixtures("as_on_a_gpu")
 def test_log_probs_are_close_to_those_in_bfloat16_and_are_cached_apart(llama: Path) -> None:
     plain, policy = disturb(load(llama)), disturb(load(llama, compute_dtype="fp8"))
@@ -128,6 +133,7 @@ def test_log_probs_are_close_to_those_in_bfloat16_and_are_cached_apart(llama: Pa
     assert plain.digest() != policy.digest()
 
 
+@FP8_ON_A_CPU
 @pytest.mark.usefixtures("as_on_a_gpu")
 def test_a_job_trains_in_fp8_and_says_how_far_its_log_probs_are_off(llama: Path, tmp_path: Path) -> None:
     spec = JobSpec.model_validate({"model": "tiny", "training_file": "x", **FIELDS, "compute_dtype": "fp8"})
@@ -149,6 +155,7 @@ def test_a_job_trains_in_fp8_and_says_how_far_its_log_probs_are_off(llama: Path,
     assert "rows have the same order by log-prob" in card
 
 
+@FP8_ON_A_CPU
 @pytest.mark.usefixtures("as_on_a_gpu")
 def test_a_base_without_layers_for_fp8_is_refused(tmp_path: Path) -> None:
     """GPT-2's layers are not linear layers of torch."""
@@ -160,6 +167,7 @@ def test_a_base_without_layers_for_fp8_is_refused(tmp_path: Path) -> None:
     assert caught.value.param == "compute_dtype"
 
 
+@FP8_ON_A_CPU
 @pytest.mark.usefixtures("as_on_a_gpu")
 def test_an_adapter_with_dora_is_refused_and_evaluated_in_16_bits(llama: Path, tmp_path: Path) -> None:
     load(llama, adapter={"r": 4, "use_dora": True}).save(tmp_path)
@@ -171,6 +179,7 @@ def test_an_adapter_with_dora_is_refused_and_evaluated_in_16_bits(llama: Path, t
     assert not fp8.is_used(policy.causal) and "computes in 16 bits" in stream.getvalue()
 
 
+@FP8_ON_A_CPU
 @pytest.mark.usefixtures("as_on_a_gpu")
 def test_a_sharded_base_has_the_gradients_of_a_whole_one(llama: Path) -> None:
     adapter = {"r": 4, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
@@ -192,6 +201,7 @@ def test_a_sharded_base_has_the_gradients_of_a_whole_one(llama: Path) -> None:
     assert all(torch.equal(actual[name], gradient) for name, gradient in expected.items())
 
 
+@FP8_ON_A_CPU
 def test_a_transposed_input_is_read_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a GPU demands it."""
     scaled = torch._scaled_mm

@@ -32,6 +32,7 @@ from tests.helpers.trainer import (
     run_in_process,
     sft_method,
 )
+from tests.helpers.versions import FP8_ON_A_CPU
 from worker.trainer import attention, packing
 from worker.trainer.data import Row
 from worker.trainer.events import Events
@@ -205,7 +206,11 @@ def test_packs_of_all_widths_and_windows_compile_the_kernel_once(monkeypatch: py
 @pytest.mark.filterwarnings(
     "ignore:<class .torch.autograd.function.Function.> should not be instantiated", "ignore:.*lru_cache"
 )
-@pytest.mark.parametrize("base", [{"quantization": "nf4"}, {"quantization": "none"}, {"compute_dtype": "fp8"}], ids=str)
+@pytest.mark.parametrize(
+    "base",
+    [{"quantization": "nf4"}, {"quantization": "none"}, pytest.param({"compute_dtype": "fp8"}, marks=FP8_ON_A_CPU)],
+    ids=str,
+)
 def test_layers_compile_without_a_break(llama: Path, base: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """With FlexAttention itself."""
     choose_as_on_a_gpu(monkeypatch)
