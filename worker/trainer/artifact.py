@@ -90,7 +90,7 @@ def write(folder: Path, policy: Policy, results: Results, weights: dict[str, Ten
             file.write(json.dumps(place | {"line": line} | values) + "\n")
     # 4. The model card.
     kind = "reward" if policy.reward_head is not None else "full" if policy.full else "adapter"
-    drift = _drift(folder, policy, results) + (_mean(folder) if kind == "reward" else "")
+    drift = _drift(folder, policy, results, held) + (_mean(folder) if kind == "reward" else "")
     (folder / "README.md").write_text(_card(results, kind, f"{held}. {drift}"))
 
 
@@ -141,13 +141,13 @@ def _result_rows(history: list[JsonObject], accuracies: dict[str, str]) -> list[
     return rows
 
 
-def _drift(folder: Path, policy: Policy, results: Results) -> str:
+def _drift(folder: Path, policy: Policy, results: Results, held: str) -> str:
     """A sentence for the model card: how far the log-probs move when the adapter is put on the unquantised base.
 
     The figure is the mean of |Δ log-prob of a response| per target token, in nats. For preferences, it also says how
-    many rows have their answers in the same order.
+    many rows have their answers in the same order. `held`: how the base was held.
     """
-    if results.spec.quantization == "none" and not fp8.is_used(policy.causal):
+    if held == "none":
         return "The base was not quantised."
     if policy.reward_head is not None:
         return "The adapter was merged into the unquantised base; its rewards differ slightly from those in training."
