@@ -59,7 +59,7 @@ def write(folder: Path, policy: Policy, results: Results, weights: dict[str, Ten
 
     `weights`: those of a divided model, gathered in the base's own precision.
     """
-    held = "fp8" if fp8.is_used(policy.causal) else results.spec.quantization
+    held = "fp8" if fp8.is_used(policy.causal) else results.spec.quantization or "none"
     # 1. The weights and the tokenizer.
     if policy.reward_head is not None:
         reward.save(folder, policy, results.base, results.stage.train, weights)
