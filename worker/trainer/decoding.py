@@ -376,10 +376,9 @@ def check(policy: Policy, prompts: Sequence[Prompt], events: Events, ranks: Rank
 
 
 def _why_wrong(policy: Policy, prompts: Sequence[Prompt]) -> str | None:
-    ordered = sorted((prompt for prompt in prompts if len(prompt) <= CHECKED_TOKENS), key=len) or [
-        min(prompts, key=len)
-    ]
-    texts = [ordered[0], ordered[0], ordered[-1]]
+    shortest = min(prompts, key=len)
+    longest = max((prompt for prompt in prompts if len(prompt) <= CHECKED_TOKENS), key=len, default=shortest)
+    texts = [shortest, shortest, longest]
     answers = torch.tensor([texts[0][:1] * 3, texts[1][-1:] * 3, texts[2][-1:] * 3], device=policy.device)  # (3, 3)
     try:
         ours = _logps(SharedPrompts(policy, texts), answers)
