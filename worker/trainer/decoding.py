@@ -274,7 +274,7 @@ class _Place:
     """Where a step writes. The layers share it, and not the decoder, so that nothing refers to itself."""
 
     index: Tensor
-    """Of the step's token within the answers, [1]."""
+    """The number of the step's token within the answers, [1]."""
     steps: int = 0
     """The same number, on the CPU."""
     room: int = field(default_factory=lambda: ANSWER_TOKENS)
