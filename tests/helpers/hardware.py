@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import inf
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,6 @@ from torch.nn.attention import flex_attention as flex
 from torch.nn.functional import scaled_dot_product_attention
 
 from worker.trainer import attention, hardware
-from worker.trainer.extended import BLOCK
 
 
 def choose(patch: pytest.MonkeyPatch, **choices: Any) -> None:
@@ -23,10 +23,10 @@ def choose(patch: pytest.MonkeyPatch, **choices: Any) -> None:
 def choose_as_on_a_gpu(patch: pytest.MonkeyPatch) -> None:
     """Give the CPU all choices of a GPU: bfloat16, attention over whole packs with masks in blocks, wide sums.
 
-    Layers of tiny models count as large.
+    Layers of tiny models have their adapters within their products too.
     `dense_attention` takes the place of FlexAttention, which is slow where it is not compiled.
     """
-    patch.setitem(hardware.BY_KIND, "cpu", replace(hardware.GPU, extended_from=BLOCK))
+    patch.setitem(hardware.BY_KIND, "cpu", replace(hardware.GPU, extended_share=inf))
     patch.setattr(attention, "_compiled_flex", lambda: dense_attention)
 
 

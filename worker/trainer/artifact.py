@@ -164,7 +164,8 @@ def _drift(folder: Path, policy: Policy, results: Results, held: str) -> str:
     if device.type == "cpu" and not fits_as_float32(results.base.folder):
         return f"Not measured: the unquantised '{name}' does not fit into the worker's memory."
     policy.free_model()  # makes room for the unquantised base
-    plain = results.spec.model_copy(update={"quantization": "none", "compute_dtype": None})
+    changes = {"quantization": "none"} | ({"compute_dtype": None} if held == "fp8" else {})
+    plain = results.spec.model_copy(update=changes)
     rows = [results.stage.validation[number] for number, _, _ in chosen]
     total, tokens, alike = 0.0, 0, 0  # Σ |Δ log-prob| in nats, target tokens, rows with the same order
     try:

@@ -68,6 +68,7 @@ class CopiedPrompts:
 
     def __init__(self, policy: Policy, prompts: Sequence[Prompt]) -> None:
         self._policy = policy
+        policy.groups.use(False)
         distinct = list(dict.fromkeys(prompts))
         cache = DynamicCache(config=policy.causal.config.get_text_config())
         # The prompts are padded on the left to T tokens. The mask hides the padding, so its token is arbitrary.
@@ -119,6 +120,7 @@ class SharedPrompts:
         # 1. Compute the prompts, with the model's own attention. They are padded on the right: no token sees what is
         # behind it. Without a configuration, layers with a sliding window keep all tokens too.
         cache = DynamicCache()
+        policy.groups.use(False)
         lengths = torch.tensor([len(prompt) for prompt in distinct], device=policy.device)
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in distinct], batch_first=True)
         with policy.own_attention_in_use(), policy.autocast():

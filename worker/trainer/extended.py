@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
+from worker.trainer.errors import PeerLost
 from worker.trainer.gradients import Views, segment_products, views_of
+from worker.trainer.linears import body
 
 BLOCK = 64
 """Weights that have a scale together."""
-LEAST_TOKENS = 1024
-"""For fewer tokens, longer rows cost more than they save."""
 PROBED = 4
 """Tokens of the text that shows which layers get the same x."""
 ZEROS = 0x77
@@ -48,11 +48,12 @@ class Packed:
 
     @classmethod
     def of(cls, layer: Linear4bit) -> "Packed":
+        """Those of `layer`. `data`, because a sharded base gathers into the same memory before the backward pass."""
         state: QuantState = layer.weight.quant_state
         inner = state.state2 if state.nested else None
         return cls(
-            state.shape[0], layer.weight.data, state.absmax, None if inner is None else inner.absmax,
-            None if inner is None else inner.code, state.offset if state.nested else None,
+            state.shape[0], layer.weight.data, state.absmax.data, None if inner is None else inner.absmax.data,
+            None if inner is None else inner.code.data, state.offset.data if state.nested else None,
         )  # fmt: skip
 
     @property
@@ -60,9 +61,9 @@ class Packed:
         return self.bits, self.scales, self.nested_scales, self.code, self.offset
 
 
-def is_extendable(layer: nn.Module, least_inputs: float) -> bool:
+def is_extendable(layer: nn.Module) -> bool:
     """Whether the rows of a layer's weight can be longer: it is in NF4, and each of its blocks is a part of a row."""
-    if not isinstance(layer, Linear4bit) or layer.in_features < least_inputs or layer.in_features % BLOCK:
+    if not isinstance(layer, Linear4bit) or layer.in_features % BLOCK or layer.weight.dtype != torch.uint8:
         return False
     state = layer.weight.quant_state
     inner = state.state2 if state.nested else None
@@ -101,16 +102,48 @@ class Layer(Protocol):
         """The factor s of the adapter."""
 
 
+class Groups:
+    """All groups of a model.
+
+    `on`: whether they are used. It holds from the begin of a forward pass to the end of its backward pass.
+    """
+
+    def __init__(self) -> None:
+        self.all: list[Group] = []
+        self.on = False
+
+    def use(self, on: bool) -> None:
+        """Begin a forward pass, with adapters within their products or beside them. Forget what another one left."""
+        self.on = on
+        for group in self.all:
+            group.forget()
+
+    @property
+    def columns(self) -> list[int]:
+        """P of each group. The bits of a product may depend on it."""
+        return [group.columns for group in self.all]
+
+
 class Group:
     """LoRA layers that get the same x, in the order of their calls."""
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
-        self._layers = layers
+    def __init__(self, layers: Sequence[Layer], groups: Groups) -> None:
+        self._layers, self._groups = layers, groups
         ranks = [len(layer.plain_weights()[0]) for layer in layers]
         self._starts = [sum(ranks[:number]) for number in range(len(layers))]
-        self._columns = -(-sum(ranks) // BLOCK) * BLOCK  # P, in whole blocks
+        self.columns = -(-sum(ranks) // BLOCK) * BLOCK
+        """P, in whole blocks."""
         self._x: Tensor | None = None
         self._rows: Tensor | None = None
+
+    @property
+    def on(self) -> bool:
+        """Whether the layers compute their adapters within their products now."""
+        return self._groups.on
+
+    def forget(self) -> None:
+        """Forget the rows of a pass that did not reach the last layer."""
+        self._x = self._rows = None
 
     def output(self, layer: Layer, x: Tensor) -> Tensor:
         """The output of `layer` for `x` [..., K], with its adapter: [n, N]."""
@@ -123,7 +156,7 @@ class Group:
         (_, b), ends = views_of(layer, *layer.plain_weights())
         packed, start = Packed.of(base), base.in_features + self._starts[number]
         output: Tensor = _ExtendedProduct.apply(  # type: ignore[no-untyped-call]
-            rows, b, ends, layer.scale(), start, self._columns, packed.rows, *packed.tensors
+            rows, b, ends, layer.scale(), start, self.columns, packed.rows, *packed.tensors
         )
         return (output if base.bias is None else output + base.bias.to(output.dtype)).to(x.dtype)
 
@@ -131,36 +164,45 @@ class Group:
         """The longer rows [n, K + P] of `x` [n, K]."""
         views = [views_of(layer, *layer.plain_weights()) for layer in self._layers]
         matrices = [each.weights[0] for each in views]
-        rows: Tensor = _Extended.apply(x, self._columns, views[0].ends, *matrices)  # type: ignore[no-untyped-call]
+        rows: Tensor = _Extended.apply(x, self.columns, views[0].ends, *matrices)  # type: ignore[no-untyped-call]
         return rows
 
 
 @torch.no_grad()
-def join(model: PreTrainedModel, layers: Iterable[Layer], least_inputs: float) -> None:
+def join(model: PreTrainedModel, layers: Iterable[Layer], share: float) -> Groups:
     """Let those `layers` of a causal `model` that can have longer rows compute with them, in groups with the same x.
 
-    A pass over a short text shows which get the same x. `least_inputs`: K from which on it saves time.
+    A pass over a short text shows which get the same x; none do if the model cannot compute it. `share`: the largest
+    share of P in K. A group with a larger one would cost more than it saves.
     """
-    extendable = [layer for layer in layers if layer.plain_weights() and is_extendable(layer.base_layer, least_inputs)]
-    if not extendable:
-        return
+    groups = Groups()
+    extendable = [layer for layer in layers if layer.plain_weights() and is_extendable(layer.base_layer)]
+    if not extendable or not share:
+        return groups
     calls = list[tuple[Layer, Tensor]]()
     hooks = [
         layer.register_forward_pre_hook(lambda module, args: calls.append((module, args[0])))  # type: ignore[attr-defined]
         for layer in extendable
     ]
     try:
-        model(input_ids=torch.zeros(1, PROBED, dtype=torch.long, device=model.device), use_cache=False)
+        body(model)(input_ids=torch.zeros(1, PROBED, dtype=torch.long, device=model.device), use_cache=False)
+    except (torch.OutOfMemoryError, PeerLost):
+        raise
+    except Exception:  # the check before training reports what is wrong with the model
+        return groups
     finally:
         for hook in hooks:
             hook.remove()
     times = Counter(id(layer) for layer, _ in calls)
     for _, same in groupby(calls, lambda call: id(call[1])):
         members = [layer for layer, _ in same]
-        if all(times[id(layer)] == 1 for layer in members):
-            group = Group(members)
+        group = Group(members, groups)
+        fits = group.columns <= share * members[0].base_layer.in_features
+        if fits and all(times[id(layer)] == 1 for layer in members):
+            groups.all.append(group)
             for layer in members:
                 layer.group = group
+    return groups
 
 
 class _Extended(torch.autograd.Function):

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -31,19 +32,19 @@ class Hardware:
     """Maximum logits of one sampling step, batch size × vocabulary."""
     checked_tokens: int
     """Tokens of the pack in which segments are checked. A CPU shows differences in small products."""
-    extended_from: float
-    """The inputs of a layer in NF4 from which on its adapter is computed within its product (see `extended`)."""
+    extended_share: float
+    """By what share of its inputs a product in NF4 may grow, to have its adapters within (see `extended`)."""
     compiled_from: float
     """The FLOPs of a stage from which on compiled layers are the default: they must repay their compilation."""
 
 
 CPU = Hardware(
     half=False, blocks=False, pack_tokens=2048, head_logits=1 << 22, sampled_tokens=16_384, sampled_logits=1 << 24,
-    checked_tokens=256, extended_from=float("inf"), compiled_from=float("inf"),
+    checked_tokens=256, extended_share=0.0, compiled_from=float("inf"),
 )  # fmt: skip
 GPU = Hardware(
     half=True, blocks=True, pack_tokens=8192, head_logits=1 << 27, sampled_tokens=131_072, sampled_logits=1 << 27,
-    checked_tokens=8192, extended_from=2048, compiled_from=1e17,
+    checked_tokens=8192, extended_share=1 / 16, compiled_from=1e17,
 )  # fmt: skip
 BY_KIND = {"cpu": CPU, "cuda": GPU}
 
@@ -88,7 +89,7 @@ def backward_deterministically(attended: Tensor) -> None:
 
 
 def warn_again() -> None:
-    """After a backward pass of SDPA, also one that ran out of memory: let torch warn of operators without an order."""
+    """After a backward pass of SDPA, or an error in it: let torch warn of operators without a fixed order."""
     if torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(True, warn_only=True)
 
@@ -129,7 +130,7 @@ def recorded(compute: Callable[[], Tensor], device: torch.device) -> Callable[[]
     """
     if device.type != "cuda":
         return None
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    graph, stream = torch.cuda.CUDAGraph(), _recording_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # torch.cuda.graph would stay on its stream after an error
         graph.capture_begin(capture_error_mode="thread_local")
@@ -144,6 +145,12 @@ def recorded(compute: Callable[[], Tensor], device: torch.device) -> Callable[[]
         return result
 
     return repeat
+
+
+@cache
+def _recording_stream() -> torch.cuda.Stream:
+    """One for all recordings: cuBLAS keeps a workspace for each stream."""
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
 
 def configure_compiler() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from worker.trainer.data import Row
 from worker.trainer.gradients import Sum, take_gradients
-from worker.trainer.hardware import hardware
+from worker.trainer.hardware import hardware, warn_again
 from worker.trainer.model import Policy
 from worker.trainer.packing import Segment
 from worker.trainer.ranks import Ranks
@@ -108,6 +108,7 @@ def outcomes(policy: Policy, segments: Sequence[Segment]) -> Outcomes:
             if values.requires_grad:
                 values.sum().backward()  # type: ignore[no-untyped-call]
     except torch.OutOfMemoryError:
+        warn_again()
         take_gradients({}, policy.trainable().values())
         return []
     take_gradients(sums[0], policy.trainable().values())

@@ -151,9 +151,10 @@ class Launcher:
                 done += len(group)
                 continue
             # Outside of the handler: there, the exception would still hold the tensors of the failed launch.
+            policy.groups.use(False)
+            warn_again()
             gc.collect()
             torch.cuda.empty_cache()
-            warn_again()
             done = restart(done)
 
     def _build(self, group: list[Segment]) -> Pack:

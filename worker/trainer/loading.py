@@ -175,7 +175,8 @@ def wrap(
         policy.reward_head = _reward_head(policy, spec, start)
     covered = _keep_segments_apart(policy)
     layers: list[Any] = [layer for layer in policy.model.modules() if isinstance(layer, AddsDelta)]
-    extended.join(policy.causal, layers, chosen.extended_from)
+    with policy.autocast():
+        policy.groups = extended.join(policy.causal, layers, chosen.extended_share)
     policy.joins = full or (covered and not has_experts(policy.causal))
     # 3. The fastest way to compute log-probs that the model allows.
     not_shared, not_batched = why_not_shared(policy.causal), why_not_batched(policy.causal)

@@ -3,8 +3,8 @@
 y = W x + s · B A x (Hu et al. 2021, Eq. 3). PEFT computes the second term separately, scales it and adds it. That
 takes three tensors as large as the output, in the forward and in the backward pass. Under autocast it also casts x to
 float32 and back. Here B A x is accumulated into the output of the base layer, and the backward pass is four small
-matrix products. On a GPU, layers in NF4 have B A x within their product (see `extended`). The modules are subclasses of
-PEFT's, registered in its configuration, so adapters are saved and loaded by PEFT.
+matrix products. In packs on a GPU, most layers in NF4 have B A x within their product (see `extended`). The modules are
+subclasses of PEFT's, registered in its configuration, so adapters are saved and loaded by PEFT.
 
 The gradients of A and B are products over the tokens of a pack, one for each segment (see `gradients`).
 """
@@ -17,7 +17,7 @@ from peft import LoraConfig
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from worker.trainer.extended import LEAST_TOKENS, Group
+from worker.trainer.extended import Group
 from worker.trainer.gradients import Views, segment_products, views_of
 from worker.trainer.shards import unit_of
 
@@ -95,7 +95,7 @@ class AddsDelta:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
         # Two dimensions: with three, a quantised layer with a bias returns a view, which must not change in place.
         flat = x.flatten(0, -2)
-        if self.group is not None and len(flat) >= LEAST_TOKENS:
+        if self.group is not None and self.group.on:
             return self.group.output(self, x).view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
         output = self.base_layer(flat)
         (a, b), ends = views_of(self, self.lora_A[names[0]].weight, self.lora_B[names[0]].weight)

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from worker.trainer.attention import TREE_ATTENTION, keep_trees_uncompiled, padding_mask, sliding_windows
 from worker.trainer.data import Row
+from worker.trainer.extended import Groups
 from worker.trainer.fully_sharded import Root, whole
 from worker.trainer.gradients import SegmentGradients
 from worker.trainer.hardware import configure_compiler
@@ -103,6 +104,8 @@ class Policy:
     """The head of a reward model."""
     segment_gradients: SegmentGradients = field(default_factory=SegmentGradients)
     """Keeps the gradients of a pack's segments apart."""
+    groups: Groups = field(default_factory=Groups)
+    """The layers that compute their adapters within their products, in packs."""
     shards: Shards = field(default_factory=Shards)
     """The shards of a frozen base of which each rank has only a part."""
     root: Root | None = None
@@ -268,6 +271,7 @@ class Policy:
 
     def _forward(self, ids: Tensor, **options: Tensor | TreeMask | None) -> Tensor:
         """The last hidden states of `ids` [B, T]: [B, T, H]."""
+        self.groups.use(self.shared)
         with self.autocast():
             states: Tensor = self.body(input_ids=ids, use_cache=False, **options).last_hidden_state
         return states
@@ -286,6 +290,7 @@ class Policy:
         return self._compute(lambda: self._logits(ids))
 
     def _logits(self, ids: Tensor) -> Tensor:
+        self.groups.use(False)
         with self.autocast():
             logits: Tensor = self.causal(input_ids=ids[None], use_cache=False).logits
         return logits[0]
@@ -322,7 +327,7 @@ class Policy:
         called by all ranks if the model is divided among them.
         """
         config = self.causal.config.to_dict() | {"_attn_implementation": self.own_attention, "_name_or_path": None}
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+        digest = hashlib.sha256(json.dumps([config, self.groups.columns], sort_keys=True, default=str).encode())
         blank = not self.full and self._adapter_is_blank()
         if not self.full and not blank:
             adapter = self.model.peft_config["default"].to_dict() | {"base_model_name_or_path": None}
@@ -334,7 +339,7 @@ class Policy:
         return digest.hexdigest()
 
     def _adapter_is_blank(self) -> bool:
-        """Whether the adapter is a fresh LoRA: B is zero, and x + 0 is x to the bit. DoRA rescales even with zero B."""
+        """Whether the adapter is a fresh LoRA: B is zero, which adds nothing. DoRA rescales even with zero B."""
         parameters = dict(self.model.named_parameters())
         dora = any("lora_magnitude_vector" in name for name in parameters)
         return not dora and not any(
@@ -344,7 +349,7 @@ class Policy:
     def free_model(self) -> None:
         """Free the memory of the model. Only the other fields can be used afterwards."""
         del self.model
-        self.root, self.shards, self.segment_gradients = None, Shards(), SegmentGradients()
+        self.root, self.shards, self.segment_gradients, self.groups = None, Shards(), SegmentGradients(), Groups()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

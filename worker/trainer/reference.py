@@ -33,7 +33,7 @@ from worker.trainer.model import Policy, per_response
 from worker.trainer.packing import Pack, columns
 from worker.trainer.ranks import Ranks
 
-ENGINE_VERSION = 4
+ENGINE_VERSION = 5
 """Raise it with every change of the engine that changes bits: cached values of older versions are then not used."""
 STRETCH_SECONDS = 60.0
 """The longest stretch. A pass whose process is killed loses no more than this."""

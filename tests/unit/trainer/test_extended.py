@@ -3,19 +3,22 @@
 import io
 from collections.abc import Sequence
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
 
 from app.spec.job import JobSpec
-from tests.helpers.hardware import choose
+from tests.helpers.hardware import choose, choose_as_on_a_gpu
 from tests.helpers.ranks import LOADING, ThreadRanks, gradient_on, on_ranks
+from tests.helpers.tiny_model import make_tiny_model
 from tests.helpers.trainer import BASE_NAME, disturb, load, make_row
-from worker.trainer import extended, lora
+from worker.trainer import extended
 from worker.trainer.data import Row
 from worker.trainer.dataset import Rows
 from worker.trainer.events import Events
@@ -33,8 +36,7 @@ ROWS = [make_row(number, 20 + number, 9, 5) for number in range(6)]
 @pytest.fixture
 def within(monkeypatch: pytest.MonkeyPatch) -> None:
     """Adapters of layers of all sizes are within their products."""
-    choose(monkeypatch, extended_from=BLOCK)
-    monkeypatch.setattr(lora, "LEAST_TOKENS", 1)
+    choose(monkeypatch, extended_share=inf)
 
 
 def groups(policy: Policy) -> list[list[str]]:
@@ -106,6 +108,7 @@ def test_a_weight_with_more_columns_has_the_bits_of_the_weight(llama: Path, doub
 @pytest.mark.usefixtures("within")
 def test_a_bias_is_added(llama: Path) -> None:
     policy = disturb(load(llama, quantization="nf4"))
+    policy.groups.use(True)
     layer = policy.causal.model.layers[0].mlp.gate_proj
     x = torch.randn(3, 5, layer.in_features)
     with torch.no_grad():
@@ -114,34 +117,88 @@ def test_a_bias_is_added(llama: Path) -> None:
         torch.testing.assert_close(layer(x), plain + layer.base_layer.bias, rtol=1e-5, atol=1e-4)
 
 
-def test_a_layer_whose_blocks_cross_rows_stays_as_it_is(llama: Path) -> None:
-    layer = load(llama, quantization="nf4").causal.model.layers[0].mlp.down_proj.base_layer
-    assert is_extendable(layer, BLOCK) and not is_extendable(layer, 10 * BLOCK)
-    layer.in_features = BLOCK + 8
-    assert not is_extendable(layer, BLOCK) and not is_extendable(nn.Linear(64, 64), BLOCK)
+@pytest.mark.parametrize(
+    "options",
+    [{"quant_type": "fp4"}, {"blocksize": 128}, {"quant_storage": torch.bfloat16}],
+    ids=str,
+)
+def test_a_weight_that_is_packed_in_another_way_stays_as_it_is(options: dict[str, Any]) -> None:
+    settings = {"quant_type": "nf4", "blocksize": 64, "requires_grad": False, **options}
+    layer = Linear4bit(128, 64, bias=False)
+    layer.weight = Params4bit(torch.randn(64, 128), **settings).to("cpu")
+    assert not is_extendable(layer)
+    layer.weight = Params4bit(torch.randn(64, 128), requires_grad=False, quant_type="nf4", blocksize=64).to("cpu")
+    assert is_extendable(layer) and not is_extendable(nn.Linear(64, 64))
+    layer.in_features = BLOCK + 8  # its blocks would cross rows
+    assert not is_extendable(layer)
+
+
+def test_a_group_with_large_ranks_stays_beside_its_product(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose(monkeypatch, extended_share=1.0)  # a block in 64 inputs
+    policy = load(llama, quantization="nf4", adapter={"r": 24})  # 72 columns of q, k and v
+    assert groups(policy)[:3] == [["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
 
 
 @pytest.mark.usefixtures("within")
 def test_longer_rows_are_forgotten_with_the_last_layer(llama: Path) -> None:
     policy = load(llama, quantization="nf4")
     outcome(policy, ROWS)
-    for layer in policy.causal.modules():
-        if isinstance(layer, LoraLinear4bit):
-            assert layer.group is not None and layer.group._rows is None and layer.group._x is None
+    assert policy.groups.on and all(group._rows is None and group._x is None for group in policy.groups.all)
 
 
 @pytest.mark.usefixtures("within")
-def test_few_tokens_are_computed_beside_the_product(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pass_that_fails_within_a_group_leaves_nothing(llama: Path) -> None:
     policy = load(llama, quantization="nf4")
-    monkeypatch.setattr(lora, "LEAST_TOKENS", 1024)
-    monkeypatch.setattr(extended.Group, "output", lambda *_: pytest.fail("too few tokens"))
+    layer = policy.causal.model.layers[1].mlp.up_proj
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    hook = layer.register_forward_pre_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        outcome(policy, ROWS)
+    hook.remove()
+    assert layer.group._rows is not None
+    policy.groups.use(False)  # as the next pass does, and the launcher before it
+    assert layer.group._rows is None
+
+
+@pytest.mark.usefixtures("within")
+def test_only_packs_are_computed_within_products(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = load(llama, quantization="nf4")
+    outcome(policy, ROWS)
+    monkeypatch.setattr(extended.Group, "output", lambda *_: pytest.fail("this is no pack"))
     with policy.own_attention_in_use():
         policy.logits(torch.arange(2, 9))
 
 
-def test_a_sharded_base_gives_the_bits_of_a_whole_one(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lora, "LEAST_TOKENS", 1)
-    base, rows = Base(BASE_NAME, None, None, llama), Rows.of(ROWS)
+@pytest.mark.usefixtures("within")
+@pytest.mark.parametrize("fields", [{"modules_to_save": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]}], ids=str)
+def test_modules_that_are_trained_in_full_are_no_hindrance(
+    llama: Path, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In 16 bits: these modules have 32."""
+    choose_as_on_a_gpu(monkeypatch)
+    policy = load(llama, quantization="nf4", adapter={"r": 4, **fields})
+    assert len(policy.groups.all) == 4 * policy.causal.config.num_hidden_layers
+
+
+@pytest.mark.usefixtures("within")
+def test_recomputed_activations_give_the_same_gradients(llama: Path) -> None:
+    outcomes = []
+    for recompute in (False, True):
+        policy = disturb(load(llama, quantization="nf4"))
+        policy.recompute_activations(recompute)
+        outcomes.append(outcome(policy, ROWS))
+    assert torch.equal(outcomes[0][0], outcomes[1][0])
+    for ours, theirs in zip(outcomes[0][1], outcomes[1][1], strict=True):
+        assert ours and all(torch.equal(gradient, theirs[name]) for name, gradient in ours.items())
+
+
+def test_a_sharded_base_gives_the_bits_of_a_whole_one(tmp_path: Path) -> None:
+    """With five layers: each place of a gathered layer is used again before the backward pass."""
+    make_tiny_model(tmp_path, layers=5)
+    base, rows = Base(BASE_NAME, None, None, tmp_path), Rows.of(ROWS)
     adapter = {"r": 4, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
     body = {"model": BASE_NAME, "training_file": "train.jsonl", "adapter": adapter, "seed": 1, "quantization": "nf4"}
     spec = JobSpec.model_validate(body).resolved()
@@ -151,7 +208,7 @@ def test_a_sharded_base_gives_the_bits_of_a_whole_one(llama: Path, monkeypatch: 
             policy = disturb(load_policy(spec, base, None, Events(io.StringIO()), shards))
         layers: list[Any] = [layer for layer in policy.model.modules() if isinstance(layer, LoraLinear4bit)]
         with policy.own_attention_in_use():
-            extended.join(policy.causal, layers, BLOCK)  # a pass, for which the ranks meet
+            policy.groups = extended.join(policy.causal, layers, inf)  # a pass, for which the ranks meet
         assert len(groups(policy)) == 4 * policy.causal.config.num_hidden_layers
         check(policy, ROWS, Events(io.StringIO()))
         return gradient_on(ranks, policy, "sigmoid", rows, 60, 3)
