@@ -227,7 +227,8 @@ def _weights(shape: Shape, settings: MemorySettings, width: int, factors: Coeffi
         return in_linears * width + others, 0
     largest = max((linear.outputs * linear.inputs for linear in shape.linears), default=0)
     if settings.quantization == "fp8":  # the backward pass transposes a matrix, and activations are rounded in float32
-        return in_linears + others, largest + 8 * BUDGET["cuda"] * max(linear.outputs for linear in shape.linears)
+        widest = max((linear.outputs for linear in shape.linears), default=0)
+        return in_linears + others, largest + 8 * BUDGET["cuda"] * widest
     nf4 = NF4_BYTES if settings.double_quantization else NF4_PLAIN
     each = nf4 if settings.quantization == "nf4" else 1.0
     return int(in_linears * each) + others, max(largest * width, int(factors.dequantised * in_linears * width))

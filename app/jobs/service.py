@@ -153,8 +153,12 @@ class Jobs(Lifecycle[JobObject]):
             return spec
         if spec.quantization is None and method in TRAINABLE:
             spec = spec.model_copy(update={"quantization": TRAINABLE[method]})
-        for field in ("double_quantization", *(["compute_dtype"] if spec.compute_dtype == "fp8" else [])):
-            if getattr(spec, field) is not None:
+        decided = {
+            "double_quantization": spec.double_quantization is not None,
+            "compute_dtype": spec.compute_dtype == "fp8",
+        }
+        for field, is_set in decided.items():
+            if is_set:
                 message = f"'{model.base_model}' is quantised already ({method}), which decides this: leave it out."
                 raise ServiceError(message, param=field, code="unsupported_model")
         resolved = spec.resolved()

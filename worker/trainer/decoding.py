@@ -139,6 +139,9 @@ class SharedPrompts:
         self._layers = [_Layer(self._place, layer.keys, layer.values) for layer in cache.layers]
         self._cache = Cache(layers=list(self._layers))
         self._hidden = dict[int | None, Tensor]()
+        # Experts and int8 choose their kernels by the numbers that they compute with.
+        waits = has_experts(policy.causal) or any(isinstance(part, Linear8bitLt) for part in policy.causal.modules())
+        self._can_be_recorded = not waits
         self._tokens, self._run = self._inputs()
 
     def step(self, tokens: Tensor) -> None:
@@ -155,7 +158,7 @@ class SharedPrompts:
     def _inputs(self) -> tuple[Tensor, "_Run"]:
         """A new tensor for the tokens [n] of a step, and the run that reads it. The shapes of all tensors are new."""
         tokens = torch.zeros(len(self.active), dtype=torch.long, device=self._policy.device)
-        return tokens, _Run(self._policy)
+        return tokens, _Run(self._policy.device, can_be_recorded=self._can_be_recorded)
 
     def _compute(self) -> Tensor:
         """The logits [n, V] after `_tokens`. It must not depend on anything but tensors that keep their place."""
@@ -256,12 +259,9 @@ class _Run:
     The first time makes what is made only once.
     """
 
-    def __init__(self, policy: Policy) -> None:
-        self._device, self._times = policy.device, 0
+    def __init__(self, device: torch.device, *, can_be_recorded: bool) -> None:
+        self._device, self._can_be_recorded, self._times = device, can_be_recorded, 0
         self._recorded: Callable[[], Tensor] | None = None
-        # Experts and int8 choose their kernels by the numbers that they compute with.
-        waits = has_experts(policy.causal) or any(isinstance(part, Linear8bitLt) for part in policy.causal.modules())
-        self._can_be_recorded = not waits
 
     def __call__(self, compute: Callable[[], Tensor]) -> Tensor:
         if self._times == 1 and self._can_be_recorded:

@@ -90,7 +90,7 @@ class AddsDelta:
     """The layers that get the same input, if their adapters are within their products (see `extended`)."""
 
     def forward(self: lora.LoraLayer, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        names = [name for name in self.active_adapters if name in self.lora_A]
+        names = self._active()
         if self.disable_adapters or self.merged or len(names) != 1 or not self._is_plain(names[0]):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
         # Two dimensions: with three, a quantised layer with a bias returns a view, which must not change in place.
@@ -110,15 +110,19 @@ class AddsDelta:
 
     def plain_weights(self: lora.LoraLayer) -> tuple[nn.Parameter, ...]:
         """A and B if the layer computes with their views, else nothing."""
-        names = [name for name in self.active_adapters if name in self.lora_A]
+        names = self._active()
         if len(names) != 1 or not self._is_plain(names[0]):
             return ()
         return self.lora_A[names[0]].weight, self.lora_B[names[0]].weight
 
     def scale(self: lora.LoraLayer) -> float:
         """The factor s of the only active adapter."""
-        (name,) = [name for name in self.active_adapters if name in self.lora_A]
+        (name,) = self._active()
         return float(self.scaling[name])
+
+    def _active(self: lora.LoraLayer) -> list[str]:
+        """The names of the active adapters that this layer has."""
+        return [name for name in self.active_adapters if name in self.lora_A]
 
     def _is_plain(self: lora.LoraLayer, name: str) -> bool:
         """Whether adapter `name` is just two matrices: no DoRA, no active dropout, no bias."""

@@ -118,7 +118,7 @@ def hide_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_cache_that_gives_other_logits_is_not_shared(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    stream, events = io.StringIO(), None
+    stream = io.StringIO()
     events = Events(stream)
     decoding.check(policy, PROMPTS, events, Ranks())
     assert policy.shared and stream.getvalue() == ""

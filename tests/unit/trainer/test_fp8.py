@@ -253,3 +253,9 @@ def test_the_estimate_has_one_byte_for_each_weight_of_the_layers() -> None:
     settings = MemorySettings(16, "all-linear", "fp8", "adamw", None, 8192, 512)
     assert estimate(shape, settings, "cuda", None).model == weights + 2 * shape.others
     assert estimate(shape, settings, "cpu", None).model == 4 * (weights + shape.others)
+
+
+def test_a_shape_without_linear_layers_has_an_estimate() -> None:
+    shape = Shape(64, 2, 300, 128, (), 1000)
+    settings = MemorySettings(16, "all-linear", "fp8", "adamw", None, 8192, 512)
+    assert estimate(shape, settings, "cuda", None).model == 2 * shape.others
