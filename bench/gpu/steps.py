@@ -115,6 +115,7 @@ def options() -> Iterator[JsonObject]:
     """A step of one full pack with each option."""
     changes: dict[str, Callable[[Policy], None]] = {
         "as it is": lambda policy: None,
+        "weights that stay dequantised": lambda policy: policy.groups.keep(),
         "activations recomputed": lambda policy: policy.recompute_activations(True),
     }
     if not shapes.dry:  # a CPU compiles for minutes

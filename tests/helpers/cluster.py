@@ -52,7 +52,11 @@ class Machines:
         port = free_port()
         arguments = [f"--address={self.address}", "--host=127.0.0.1", f"--port={port}", "--mode=proxy"]
         program = [sys.executable, "-m", "ray.util.client.server", *arguments]
-        with (self.folder / "client-server.log").open("wb") as log, subprocess.Popen(program, stderr=log) as server:
+        patient = os.environ | {"RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S": "120"}
+        with (
+            (self.folder / "client-server.log").open("wb") as log,
+            subprocess.Popen(program, stderr=log, env=patient) as server,
+        ):
             wait_until(lambda: _listens(port), "Ray's client server")
             yield f"ray://127.0.0.1:{port}"
             server.kill()

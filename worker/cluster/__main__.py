@@ -44,8 +44,11 @@ SILENT_SECONDS = 20.0
 """A machine that does not answer a request for so long counts as lost."""
 LAST_SECONDS = 40.0
 """How long nothing may come when one machine has ended. A launcher gives its ranks 30 s."""
-CONNECT_SECONDS = 30.0
-"""A cluster that does not answer for so long cannot be used."""
+CONNECT_SECONDS, JOIN_SECONDS = 30.0, 120.0
+"""A cluster that takes no connection, or does not let this process join, for so long cannot be used.
+
+Ray's client server starts a process for each that joins, which takes long on a busy machine.
+"""
 START_SECONDS = 300.0
 """How long a machine may take to start its actor, which loads the service there."""
 CLOSE_SECONDS, POLL_SECONDS = 5.0, 0.5
@@ -102,10 +105,10 @@ def connect(address: str) -> None:
 
     host, _, port = address.removeprefix("ray://").rpartition(":")
     join = partial(ray.init, address, namespace="dpo", log_to_driver=False, logging_level="error")
-    hangs = TimeoutError(f"it does not answer within {CONNECT_SECONDS:.0f} s")
+    hangs = TimeoutError(f"it does not answer within {JOIN_SECONDS:.0f} s")
     try:
         socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
-        in_thread(join, within(CONNECT_SECONDS, always_wanted, hangs))  # Ray itself would try for many minutes
+        in_thread(join, within(JOIN_SECONDS, always_wanted, hangs))  # Ray itself would try for many minutes
     except Exception as error:  # of many kinds, from Ray and gRPC
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ConnectionError(f"the Ray cluster at {address} cannot be used: {reason[0][:300]}") from error

@@ -22,8 +22,8 @@ TOLD_SECONDS = 1.0
 """Interval of the lines."""
 SILENT_SECONDS = 20.0
 """A cluster that tells nothing for so long counts as unreachable."""
-HUNG_SECONDS = 60.0
-"""A process that tells nothing for so long is replaced. To join a cluster takes up to 30 s."""
+HUNG_SECONDS = 150.0
+"""A process that tells nothing for so long is replaced. To join a cluster takes up to 120 s."""
 RESTART_SECONDS = 10.0
 """The shortest interval at which the process that asks the cluster is started again."""
 ASK_AGAIN_SECONDS = 30.0

@@ -7,6 +7,9 @@ NF4 is dequantised block by block, and each block is a part of a row of W. One b
 place for s B. Layers that get the same x, such as those of queries, keys and values, share its longer rows: [x, x A₁ᵀ,
 x A₂ᵀ, …]. Each has zeros in the columns of the others.
 
+Where memory is free, the longer rows of W stay dequantised (`Groups.keep`). Their numbers are the same, so a run may
+give them up at any time.
+
 Shapes: n tokens, K inputs, N outputs, r the rank of a layer, P columns more.
 """
 
@@ -123,6 +126,30 @@ class Groups:
         """P of each group. The bits of a product may depend on it."""
         return [group.columns for group in self.all]
 
+    # -- dequantised weights that stay -------------------------------------------------------------------------------
+
+    @property
+    def dequantised_bytes(self) -> int:
+        """Bytes of all dequantised weights, with their longer rows."""
+        return sum(group.dequantised_bytes for group in self.all)
+
+    def keep(self) -> None:
+        """Keep the weights dequantised."""
+        for group in self.all:
+            group.keep()
+
+    def release(self) -> bool:
+        """Keep no dequantised weights any more. Returns whether there were any."""
+        kept = any(group.kept for group in self.all)
+        for group in self.all:
+            group.kept = {}
+        return kept
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """The dequantised weights that stay."""
+        return [weight for group in self.all for weight in group.kept.values()]
+
 
 class Group:
     """LoRA layers that get the same x, in the order of their calls."""
@@ -133,6 +160,8 @@ class Group:
         self._starts = [sum(ranks[:number]) for number in range(len(layers))]
         self.columns = -(-sum(ranks) // BLOCK) * BLOCK
         """P, in whole blocks."""
+        self.kept = dict[int, Tensor]()
+        """The dequantised weights [N, K + P] that stay, by the number of their layer."""
         self._x: Tensor | None = None
         self._rows: Tensor | None = None
 
@@ -145,6 +174,20 @@ class Group:
         """Forget the rows of a pass that did not reach the last layer."""
         self._x = self._rows = None
 
+    @property
+    def dequantised_bytes(self) -> int:
+        """Bytes of its dequantised weights."""
+        bases = [layer.base_layer for layer in self._layers]
+        return sum(
+            base.out_features * (base.in_features + self.columns) * base.compute_dtype.itemsize for base in bases
+        )
+
+    def keep(self) -> None:
+        """Keep its weights dequantised, in the dtype of their products."""
+        for number, layer in enumerate(self._layers):
+            base = layer.base_layer
+            self.kept[number] = dequantised(Packed.of(base), self.columns, base.compute_dtype)
+
     def output(self, layer: Layer, x: Tensor) -> Tensor:
         """The output of `layer` for `x` [..., K], with its adapter: [n, N]."""
         base, number = layer.base_layer, next(k for k, other in enumerate(self._layers) if other is layer)
@@ -156,7 +199,7 @@ class Group:
         (_, b), ends = views_of(layer, *layer.plain_weights())
         packed, start = Packed.of(base), base.in_features + self._starts[number]
         output: Tensor = _ExtendedProduct.apply(  # type: ignore[no-untyped-call]
-            rows, b, ends, layer.scale(), start, self.columns, packed.rows, *packed.tensors
+            rows, b, ends, layer.scale(), start, self.columns, packed.rows, self.kept.get(number), *packed.tensors
         )
         return (output if base.bias is None else output + base.bias.to(output.dtype)).to(x.dtype)
 
@@ -231,21 +274,21 @@ class _ExtendedProduct(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, all_b: Tensor, ends: Tensor | None, scaling: float, start: int, columns: int, rows: int,
-        *packed: Tensor | None,
+        *weight: Tensor | None,
     ) -> Tensor:  # fmt: skip
         b = all_b[0]
         low = x[:, start : start + b.shape[1]].clone()  # a view would keep all of x
-        ctx.save_for_backward(low, b, ends, *packed)
+        ctx.save_for_backward(low, b, ends, *weight)
         ctx.settings = scaling, start, columns, rows
-        output: Tensor = times_longer(x, b, scaling, start, columns, rows, *packed, transposed=True)
+        output: Tensor = times_longer(x, b, scaling, start, columns, rows, *weight, transposed=True)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        low, b, ends, *packed = ctx.saved_tensors
-        grad_x = times_longer(grad, b, *ctx.settings, *packed, transposed=False)  # (n, K + P)
+        low, b, ends, *weight = ctx.saved_tensors
+        grad_x = times_longer(grad, b, *ctx.settings, *weight, transposed=False)  # (n, K + P)
         grad_b = segment_products(grad, low * ctx.settings[0], ends, b.dtype)  # (S, N, r)
-        return grad_x, grad_b, *(None,) * (5 + len(packed))
+        return grad_x, grad_b, *(None,) * (5 + len(weight))
 
 
 @torch.library.custom_op("dpo::times_longer", mutates_args=())
@@ -256,6 +299,7 @@ def times_longer(
     start: int,
     columns: int,
     rows: int,
+    kept: Tensor | None,
     bits: Tensor,
     scales: Tensor,
     nested_scales: Tensor | None,
@@ -266,10 +310,13 @@ def times_longer(
 ) -> Tensor:
     """left · [W, s B] for `left` [n, N], or left · [W, s B]ᵀ for `left` [n, K + P].
 
-    s B [N, r] is in the columns from `start` on. W is a `Packed`. An operator of its own, because the compiler would
-    find the same matrix in both passes, and keep it for the second one.
+    s B [N, r] is in the columns from `start` on. W is a `Packed`, which `kept` [N, K + P] may have dequantised. An
+    operator of its own, because the compiler would find the same matrix in both passes, and keep it for the second one.
     """
-    weight = dequantised(Packed(rows, bits, scales, nested_scales, code, offset), columns, left.dtype)
+    if kept is None:
+        weight = dequantised(Packed(rows, bits, scales, nested_scales, code, offset), columns, left.dtype)
+    else:
+        weight = kept.data  # nobody else reads these columns, so for autograd it does not change
     weight[:, start : start + b.shape[1]] = b * scaling
     return left @ (weight.t() if transposed else weight)
 
@@ -282,6 +329,7 @@ def _(
     start: int,
     columns: int,
     rows: int,
+    kept: Tensor | None,
     bits: Tensor,
     *_: Tensor | None,
     transposed: bool,

@@ -184,16 +184,19 @@ class Launcher:
             (0.0 * values.sum()).backward()  # type: ignore[no-untyped-call]
 
     def _save_memory(self, tokens: list[int], error: torch.OutOfMemoryError) -> None:
-        """Make smaller packs, or recompute activations. Raises `UserError` if a segment does not fit alone.
+        """Keep no dequantised weights, make smaller packs, or recompute activations.
 
-        `tokens` are the sizes of the segments in the pack that failed.
+        `tokens` are the sizes of the segments in the pack that failed. Raises `UserError` if a segment does not fit
+        alone.
         """
         policy, largest = self.policy, max(tokens, default=0)
         if policy.root is not None:  # the other ranks wait in the same pass, which cannot be repeated
             text = "A pack of full-parameter training does not fit into the GPU's memory."
             message = f"{text} Lower 'max_length', or use more devices."
             raise UserError("out_of_memory", message, f"{self.param}.max_length") from error
-        if len(tokens) > 1:
+        if policy.groups.release():
+            message = "Out of memory: weights in NF4 do not stay dequantised from now on."
+        elif len(tokens) > 1:
             policy.room = min(policy.launch_tokens, sum(tokens)) // 2
             message = f"Out of memory: packs of {policy.room} tokens from now on."
         elif self.may_recompute and policy.can_recompute and not policy.recomputes_activations:

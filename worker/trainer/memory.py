@@ -13,6 +13,8 @@ from worker.trainer.packing import Pack
 
 USABLE_SHARE = 0.8
 """The share of the free memory that activations and optimizer state may fill."""
+KEPT_SHARE = 0.25
+"""The share of the free memory that dequantised weights may fill."""
 OPTIMIZER_BYTES = 12
 """Bytes for each trained parameter in float32: its gradient and two moments."""
 
@@ -24,7 +26,7 @@ def fits_as_float32(folder: Path) -> bool:
 
 def activation_bytes(policy: Policy, pack: Pack) -> int:
     """Bytes that a forward pass over `pack` keeps for its backward pass, without the weights."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in policy.model.parameters()}
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*policy.model.parameters(), *policy.groups.kept)}
     saved: dict[int, int] = {}  # address of a storage -> its bytes
 
     def record(tensor: Tensor) -> Tensor:
@@ -52,6 +54,18 @@ def activations_fit(policy: Policy, pack: Pack, longest: int) -> bool:
     needed = activation_bytes(policy, pack) * width / pack.slots  # bytes; they grow with the tokens
     trained = sum(parameter.numel() for parameter in policy.trainable().values())
     return needed + OPTIMIZER_BYTES * trained < USABLE_SHARE * free_bytes(policy.device)
+
+
+def keep_weights(policy: Policy) -> float:
+    """Keep the weights of a base in NF4 dequantised, where much memory is free. Returns their gigabytes: 0 if not.
+
+    A divided base is divided because memory is short.
+    """
+    size = policy.groups.dequantised_bytes
+    if policy.is_divided or not size or size > KEPT_SHARE * free_bytes(policy.device):
+        return 0.0
+    policy.groups.keep()
+    return size / 1e9
 
 
 def free_bytes(device: torch.device) -> int:

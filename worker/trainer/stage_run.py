@@ -300,8 +300,11 @@ def _draws(method: Method) -> bool:
 def _choose_checkpointing(run: TrainingRun, stage: Stage, policy: Policy) -> None:
     """Switch activation checkpointing as the job says; without a setting, only if the activations would not fit.
 
-    Layers are compiled before these are measured, because compiled ones keep less. To recompute them compiles anew.
+    Layers are compiled before these are measured, because compiled ones keep less. To recompute them compiles anew. So
+    would dequantised weights that are kept later.
     """
+    if not policy.groups.kept and (gigabytes := memory.keep_weights(policy)):
+        run.events.message(f"Memory is free: {gigabytes:.1f} GB of weights in NF4 stay dequantised.")
     asked = stage.hyperparameters.activation_checkpointing
     if asked is None and policy.root is not None:
         asked = True  # memory is short, and the ranks could not repeat a pass without room
@@ -310,6 +313,9 @@ def _choose_checkpointing(run: TrainingRun, stage: Stage, policy: Policy) -> Non
     policy.recompute_activations(bool(asked))
     compilation.choose(policy, stage, run.events, run.ranks)
     if asked is not None or not policy.can_recompute or _fits(policy, stage):
+        return
+    if policy.groups.release() and _fits(policy, stage):
+        run.events.message("Weights do not stay dequantised: the activations need their memory.")
         return
     run.events.message("Activations are recomputed in the backward pass: they would not fit into memory.")
     policy.recompute_activations(True)

@@ -17,17 +17,30 @@ from app.spec.job import JobSpec
 from tests.helpers.hardware import choose, choose_as_on_a_gpu
 from tests.helpers.ranks import LOADING, ThreadRanks, gradient_on, on_ranks
 from tests.helpers.tiny_model import make_tiny_model
-from tests.helpers.trainer import BASE_NAME, disturb, load, make_row
-from worker.trainer import extended
+from tests.helpers.trainer import (
+    BASE_NAME,
+    disturb,
+    dpo_method,
+    load,
+    make_pairs,
+    make_row,
+    make_work_folder,
+    of_kind,
+    parse,
+    run_in_process,
+)
+from worker.trainer import extended, memory
 from worker.trainer.data import Row
 from worker.trainer.dataset import Rows
 from worker.trainer.events import Events
 from worker.trainer.exactness import check
 from worker.trainer.extended import BLOCK, Packed, dequantised, is_extendable
 from worker.trainer.gradients import Sum
+from worker.trainer.launcher import Launcher
 from worker.trainer.loading import load_policy
 from worker.trainer.lora import LoraLinear4bit
 from worker.trainer.model import Base, Policy
+from worker.trainer.packing import Pack
 from worker.trainer.shards import Shards
 
 ROWS = [make_row(number, 20 + number, 9, 5) for number in range(6)]
@@ -137,6 +150,90 @@ def test_a_group_with_large_ranks_stays_beside_its_product(llama: Path, monkeypa
     choose(monkeypatch, extended_share=1.0)  # a block in 64 inputs
     policy = load(llama, quantization="nf4", adapter={"r": 24})  # 72 columns of q, k and v
     assert groups(policy)[:3] == [["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+
+
+@pytest.mark.usefixtures("within")
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("fields", [{}, {"double_quantization": False}, {"adapter": {"r": 24}}], ids=str)
+def test_weights_that_stay_dequantised_give_the_same_bits(
+    llama: Path, fields: dict[str, Any], recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In both passes, also after an update of the adapter, and with its old weights again."""
+    policy = disturb(load(llama, quantization="nf4", **fields))
+    policy.recompute_activations(recompute)
+    start = {name: weight.detach().clone() for name, weight in policy.trainable().items()}
+
+    def outcomes() -> list[Any]:
+        found = [outcome(policy, ROWS)]
+        for factor in (-2.0, 1.0):
+            for name, weight in policy.trainable().items():
+                weight.data.copy_(factor * start[name])
+            found.append(outcome(policy, ROWS))
+        return found
+
+    expected = outcomes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "free_bytes", lambda _: 4 * policy.groups.dequantised_bytes)
+        assert memory.keep_weights(policy) == policy.groups.dequantised_bytes / 1e9
+    assert sum(weight.nbytes for weight in policy.groups.kept) == policy.groups.dequantised_bytes
+    monkeypatch.setattr(extended, "dequantised", lambda *_: pytest.fail("they are kept"))
+    actual = outcomes()
+    monkeypatch.undo()
+    assert policy.groups.release() and not policy.groups.release()
+    for found in (actual, outcomes()):
+        for (ours, our_gradients), (theirs, their_gradients) in zip(found, expected, strict=True):
+            assert torch.equal(ours, theirs)
+            for our_sum, their_sum in zip(our_gradients, their_gradients, strict=True):
+                assert our_sum and all(torch.equal(our_sum[name], values) for name, values in their_sum.items())
+
+
+@pytest.mark.usefixtures("within")
+def test_weights_stay_dequantised_only_where_memory_is_free(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are no activations."""
+    policy = load(llama, quantization="nf4")
+    (pack,) = policy.packs(ROWS, range(len(ROWS)))
+    expected = memory.activation_bytes(policy, pack)
+    size = policy.groups.dequantised_bytes
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 4 * size - 1)
+    assert memory.keep_weights(policy) == 0 and not policy.groups.kept
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 4 * size)
+    assert memory.keep_weights(policy) == size / 1e9 and policy.groups.kept
+    assert memory.activation_bytes(policy, pack) == expected
+    plain = load(llama)
+    assert memory.keep_weights(plain) == 0 and not plain.groups.kept
+
+
+@pytest.mark.usefixtures("within")
+@pytest.mark.parametrize(("fits", "said"), [(True, "Weights do not stay"), (False, "Activations are recomputed")])
+def test_activations_come_before_dequantised_weights(
+    llama: Path, tmp_path: Path, fits: bool, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`fits`: whether the activations fit without these weights."""
+    monkeypatch.setattr(memory, "activations_fit", lambda policy, *_: fits and not policy.groups.kept)
+    method = dpo_method(max_steps=2, batch_size=4, learning_rate=1e-3)
+    fields = {"adapter": {"r": 4}, "quantization": "nf4", "seed": 0, "validation_split": 0.0, "method": method}
+    events = run_in_process(make_work_folder(tmp_path, llama, fields, train=make_pairs(8)))
+    messages = [event["message"] for event in of_kind(events, "message")]
+    assert next(message for message in messages if "stay dequantised" in message).startswith("Memory is free: 0.0 GB")
+    assert [message for message in messages if message.startswith(said)]
+
+
+@pytest.mark.usefixtures("within")
+def test_a_launch_that_runs_out_of_memory_first_gives_up_dequantised_weights(llama: Path) -> None:
+    policy, stream = load(llama, quantization="nf4"), io.StringIO()
+    policy.groups.keep()
+    launcher = Launcher(policy, events=Events(stream))
+
+    def scores(pack: Pack) -> dict[str, Tensor]:
+        if policy.groups.kept:
+            raise torch.OutOfMemoryError
+        return {"logps": policy.score(pack).responses}
+
+    ((_, values),) = launcher.forward(policy.segments(ROWS, range(len(ROWS))), scores)
+    assert len(values["logps"]) == 2 * len(ROWS)
+    (message,) = of_kind(parse(stream), "message")
+    assert "do not stay dequantised" in message["message"]
+    assert policy.room is None and not policy.recomputes_activations
 
 
 @pytest.mark.usefixtures("within")

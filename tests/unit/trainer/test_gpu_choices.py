@@ -207,18 +207,28 @@ def test_packs_of_all_widths_and_windows_compile_the_kernel_once(monkeypatch: py
     "ignore:<class .torch.autograd.function.Function.> should not be instantiated", "ignore:.*lru_cache"
 )
 @pytest.mark.parametrize(
-    "base",
-    [{"quantization": "nf4"}, {"quantization": "none"}, pytest.param({"compute_dtype": "fp8"}, marks=FP8_ON_A_CPU)],
+    ("base", "keep"),
+    [
+        ({"quantization": "nf4"}, False),
+        ({"quantization": "nf4"}, True),
+        ({"quantization": "none"}, False),
+        pytest.param({"compute_dtype": "fp8"}, False, marks=FP8_ON_A_CPU),
+    ],
     ids=str,
 )
-def test_layers_compile_without_a_break(llama: Path, base: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With FlexAttention itself."""
+def test_layers_compile_without_a_break(
+    llama: Path, base: dict[str, Any], keep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With FlexAttention itself. `keep`: whether weights in NF4 stay dequantised."""
     choose_as_on_a_gpu(monkeypatch)
     use_own_kernel(monkeypatch)
     torch._dynamo.reset()
     counters.clear()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     policy = load(llama, **base)
+    if keep:
+        policy.groups.keep()
+        assert policy.groups.kept
     policy.compiled = True
     train(policy, [make_row(number, 60, 30, 20) for number in range(4)])
     assert counters["stats"]["unique_graphs"] == 2  # the input of the first layer needs no gradient
