@@ -32,6 +32,7 @@ from app.estimates.endpoints import router as estimates_router
 from app.evaluations.endpoints import router as evaluations_router
 from app.exception_handlers import ErrorResponse, install_handlers
 from app.files.endpoints import router as files_router
+from app.graders.endpoints import router as graders_router
 from app.jobs.endpoints import router as jobs_router
 from app.keys.access import AccessTable, access
 from app.keys.endpoints import router as keys_router
@@ -67,6 +68,7 @@ ROUTERS = (
     uploads_router,
     jobs_router,
     estimates_router,
+    graders_router,
     evaluations_router,
     sweeps_router,
     models_router,

@@ -23,6 +23,7 @@ def test_the_official_client_handles_every_resource_and_error(service_on_each_st
     service = service_on_each_stack.in_project("official-client")
     with service.openai() as client:
         check_resources(service, client, tmp_path)
+        check_graders(client)
         check_errors(service_on_each_stack, client)
     check_azures_client(service, tmp_path)
     asyncio.run(check_concurrent_requests(service, tmp_path))
@@ -94,6 +95,28 @@ def check_azures_client(service: Running, folder: Path) -> None:
     wrong = AzureOpenAI(azure_endpoint=endpoint, api_key="wrong", api_version="2024-10-21", max_retries=0)
     with wrong, pytest.raises(openai.AuthenticationError):
         wrong.files.list()
+
+
+def check_graders(client: OpenAI) -> None:
+    """Graders are checked and tried before a training uses them."""
+    graders, exact = client.fine_tuning.alpha.graders, dict[str, Any]()
+    exact |= {"type": "string_check", "name": "exact", "input": "{{sample.output_text}}", "operation": "eq"}
+    exact["reference"] = "{{item.answer}}"
+    valid = graders.validate(grader=exact)  # type: ignore[arg-type]
+    assert valid.grader is not None and valid.grader.to_dict() == exact
+    run = graders.run(grader=exact, model_sample="42", item={"answer": "42"})  # type: ignore[arg-type]
+    assert run.reward == 1 and run.metadata.name == "exact" and not run.metadata.errors.other_error
+    failed = graders.run(grader=exact, model_sample="42")  # type: ignore[arg-type]
+    assert failed.reward == 0 and failed.metadata.errors.invalid_variable_error
+    near = exact | {"type": "text_similarity", "name": "near", "evaluation_metric": "rouge_1"}
+    del near["operation"]
+    both: Any = {"exact": exact, "near": near}
+    multi: Any = {"type": "multi", "name": "both", "graders": both, "calculate_output": "exact + near ^ 2"}
+    run = graders.run(grader=multi, model_sample="42 is it", item={"answer": "42"})
+    assert run.reward == 0.25 and run.sub_rewards == {"exact": 0.0, "near": 0.5}
+    with pytest.raises(openai.BadRequestError) as refused:
+        graders.validate(grader=multi | {"calculate_output": "__import__('os')"})
+    assert refused.value.param == "grader.calculate_output"
 
 
 def check_errors(service: Running, client: OpenAI) -> None:

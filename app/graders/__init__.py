@@ -1,0 +1,1 @@
+"""Try graders before a training uses them."""
