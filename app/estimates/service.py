@@ -23,7 +23,7 @@ from app.models import repository as models
 from app.spec.datasets.check import NEEDED_DATA
 from app.spec.datasets.example import Kind
 from app.spec.datasets.report import Outline
-from app.spec.hyperparameters import DEFAULT_MAX_LENGTH, Hyperparameters
+from app.spec.hyperparameters import DEFAULT_MAX_LENGTH, Hyperparameters, ReinforcementHyperparameters
 from app.spec.job import JobSpec, StageSpec
 from app.spec.json_types import JsonObject
 
@@ -149,6 +149,9 @@ class Estimates:
             raise NotReady
         _require(token_report, Kind(arguments["need"]), field)
         counted: JsonObject = token_report["tokens"]
+        if isinstance(settings, ReinforcementHyperparameters):  # the answers are written in training
+            prompts, answers = counted["lengths"]["prompt"], settings.answers * settings.max_tokens
+            counted |= {"tokens_per_row": prompts["mean"] + answers, "longest_row": prompts["max"] + answers}
         if arguments["need"] == Kind.LABELLED:  # KTO also computes each prompt with the answer of another row
             answers = counted["lengths"]["answer"]
             counted |= {
@@ -196,9 +199,10 @@ def _stage(stage: StageSpec, counted: JsonObject, pace: Pace | None, spec: JobSp
     held_out = round(min(round(split * examples), examples - 1) * counted["rows"] / examples)
     rows = counted["rows"] - held_out
     batch = min(settings.batch_size or 16, max(1, rows))
-    steps = settings.max_steps or math.ceil(rows * (settings.n_epochs or 1) / batch)
+    steps = settings.max_steps or math.ceil(rows * (settings.n_epochs or 1) / batch) * settings.repeats
     tokens = round(steps * batch * counted["tokens_per_row"])
     faster = speedup(spec, spec.resources.least, tokens / max(1, steps))
+    writes = settings.data == Kind.PROMPTS  # the pace of other jobs does not tell how long it takes to write answers
     return StageEstimate(
         name=stage.name,
         rows=rows,
@@ -209,7 +213,7 @@ def _stage(stage: StageSpec, counted: JsonObject, pace: Pace | None, spec: JobSp
         tokens_per_row=counted["tokens_per_row"],
         longest_row=counted["longest_row"],
         truncated_share=counted["truncated_share"],
-        seconds=None if pace is None else tokens / (pace.tokens_per_second * faster),
+        seconds=None if pace is None or writes else tokens / (pace.tokens_per_second * faster),
     )
 
 
@@ -324,6 +328,8 @@ def _warnings(spec: JobSpec, estimated: Estimate, shape: Shape | None) -> list[s
         warnings.append("Memory cannot be estimated: no worker has registered the sizes of this model yet.")
     if estimated.pace is None:
         warnings.append("Time cannot be estimated: no job on this base model has succeeded here yet.")
+    elif any(stage.settings.data == Kind.PROMPTS for stage in spec.stages()):
+        warnings.append("The time does not include the reinforcement stage, in which the model writes answers.")
     for stage in estimated.stages:
         if stage.truncated_share > 0.01:
             warnings.append(f"'max_length' cuts or drops {stage.truncated_share:.0%} of rows in stage {stage.name}.")

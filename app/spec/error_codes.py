@@ -251,6 +251,10 @@ JOBS = {
     "invalid_value": JobError(
         "A setting does not fit the model or the rows; `param` names it", "Correct it as the message says"
     ),
+    "grading_failed": JobError(
+        "The grader could not grade the answers to most prompts of a step",
+        "Try the grader with `POST /v1/fine_tuning/alpha/graders/run`",
+    ),
     "optimizer_needs_gpu": JobError("An 8-bit optimizer on a CPU", "`adamw`"),
     "out_of_memory": JobError(
         "The model, its optimizer or one row does not fit", "`quantization`, an adapter, or a smaller `max_length`"

@@ -131,6 +131,11 @@ class Hyperparameters(Automatic):
         """The part of a row on which the loss is computed."""
         return "answers"
 
+    @property
+    def repeats(self) -> int:
+        """Optimizer steps in a row that have the same rows."""
+        return 1
+
     def resolved(self, full: bool) -> Self:
         """A copy with its defaults written out. `full`: the job trains all parameters."""
         return self.model_copy(
@@ -232,7 +237,7 @@ class DPOHyperparameters(Hyperparameters):
 
     @property
     def traits(self) -> set[Trait]:
-        traits: set[Trait] = {"rewards", "labels" if self.data == Kind.LABELLED else "pairs"}
+        traits: set[Trait] = {"rewards", "kl" if self.data == Kind.LABELLED else "pairs"}
         if not self.rewards:
             traits.add("logps")
         if self.needs_reference:
@@ -295,3 +300,96 @@ class DPOHyperparameters(Hyperparameters):
         if options.get("f_divergence") != "alpha_divergence":
             options.pop("f_alpha", None)
         return super().resolved(full).model_copy(update=options)
+
+
+Algorithm = Literal["rloo", "grpo", "online_dpo"]
+BETAS: dict[Algorithm, float] = {"rloo": 0.05, "grpo": 0.04, "online_dpo": 0.1}
+"""The default β of each algorithm."""
+
+
+class ReinforcementHyperparameters(Hyperparameters):
+    """The hyperparameters of reinforcement: the model writes answers, a grader gives rewards, and the model learns.
+
+    The objective is Rafailov et al. 2023, Eq. 3: the mean reward, minus β times the KL divergence from the reference,
+    which is the model before the first step.
+    """
+
+    METHOD = "reinforcement"
+    STAGE = "reinforcement"
+    ACCURACY = "reward"
+    LEARNING_RATES = (2e-5, 1e-6)
+
+    algorithm: Algorithm = "rloo"
+    """`rloo`: REINFORCE with the mean of the other answers as baseline (Ahmadian et al. 2024). `grpo`: Group Relative
+    Policy Optimization (Shao et al. 2024). `online_dpo`: DPO on the best and the worst answer (Guo et al. 2024)."""
+    samples: Annotated[int, Field(ge=2, le=64)] | None = None
+    """Answers for each prompt of a step, K; the default is 8 times `compute_multiplier`."""
+    max_tokens: Annotated[int, Field(ge=1, le=32_768)] = 256
+    """Maximum tokens of an answer."""
+    beta: Annotated[float, Field(ge=0, le=100)] | None = None
+    """β, the price of a nat of KL divergence. The default is 0.05 for `rloo`, 0.04 for `grpo` and 0.1 for
+    `online_dpo`."""
+    updates_per_batch: Annotated[int, Field(ge=1, le=16)] = 1
+    """Optimizer steps on the same answers. Beyond the first, ratios of probabilities are clipped."""
+    clip: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """ε of the clipping: a ratio counts between 1 − ε and 1 + ε (Schulman et al. 2017, Eq. 7). The default is 0.2."""
+    compute_multiplier: Annotated[float, Field(gt=0, le=10)] | None = None
+    """OpenAI's name for the amount of exploration: a factor of `samples`."""
+    eval_interval: Annotated[int, Field(ge=1, le=10**9)] | None = None
+    """OpenAI's name for `eval_every`."""
+    eval_samples: Annotated[int, Field(ge=1, le=64)] | None = None
+    """Answers for each validation prompt; the default is 1."""
+    reasoning_effort: Literal["default"] = "default"
+    """OpenAI's field for its reasoning models. Only the default is available."""
+
+    @property
+    def data(self) -> Kind:
+        return Kind.PROMPTS
+
+    @property
+    def traits(self) -> set[Trait]:
+        return {"rollouts", "kl"}
+
+    @property
+    def title(self) -> str:
+        return "Reinforcement"
+
+    @property
+    def repeats(self) -> int:
+        return self.updates_per_batch
+
+    @property
+    def answers(self) -> int:
+        """Answers for each prompt of a step, K."""
+        return self.samples or max(2, round(8 * (self.compute_multiplier or 1.0)))
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> Self:
+        if self.samples is not None and self.compute_multiplier is not None:
+            raise inconsistent("compute_multiplier", "Give 'samples' or 'compute_multiplier', not both")
+        if self.eval_every is not None and self.eval_interval is not None:
+            raise inconsistent("eval_interval", "Give 'eval_every' or 'eval_interval', not both")
+        if self.algorithm == "online_dpo" and self.beta == 0:
+            raise inconsistent("beta", "The algorithm 'online_dpo' needs a 'beta' above 0")
+        if self.algorithm == "online_dpo" and self.clip is not None:
+            raise inconsistent("clip", "'clip' has no meaning with the algorithm 'online_dpo'")
+        if self.max_length is not None and self.max_tokens >= self.max_length:
+            raise inconsistent("max_tokens", "'max_tokens' leaves no room for a prompt within 'max_length'")
+        return self
+
+    def resolved(self, full: bool) -> Self:
+        return (
+            super()
+            .resolved(full)
+            .model_copy(
+                update={
+                    "samples": self.answers,
+                    "compute_multiplier": None,
+                    "beta": BETAS[self.algorithm] if self.beta is None else self.beta,
+                    "clip": None if self.algorithm == "online_dpo" else self.clip or 0.2,
+                    "eval_every": self.eval_every or self.eval_interval,
+                    "eval_interval": None,
+                    "eval_samples": self.eval_samples or 1,
+                }
+            )
+        )

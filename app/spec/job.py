@@ -15,7 +15,13 @@ from app.spec.datasets.example import Kind
 from app.spec.datasets.mapping import Mapping
 from app.spec.datasets.rendering import RenderingSettings, today
 from app.spec.evaluation import JobEvaluation
-from app.spec.hyperparameters import DPOHyperparameters, Hyperparameters, SupervisedHyperparameters
+from app.spec.graders.schemas import Grader
+from app.spec.hyperparameters import (
+    DPOHyperparameters,
+    Hyperparameters,
+    ReinforcementHyperparameters,
+    SupervisedHyperparameters,
+)
 from app.spec.json_types import JsonObject
 from app.spec.metrics import METRICS, VALIDATION
 from app.spec.quality_gates import Gates, require_metric
@@ -48,7 +54,22 @@ class DPOMethod(Automatic):
     hyperparameters: DPOHyperparameters = DPOHyperparameters()
 
 
-METHODS: dict[str, type[SupervisedMethod | DPOMethod]] = {"supervised": SupervisedMethod, "dpo": DPOMethod}
+class ReinforcementMethod(Automatic):
+    """Configuration of the method `reinforcement`, as OpenAI's client types it."""
+
+    NOT_BUILT = frozenset({"response_format"})
+
+    grader: Grader
+    """What an answer is worth."""
+    hyperparameters: ReinforcementHyperparameters = ReinforcementHyperparameters()
+
+
+AnyMethod = SupervisedMethod | DPOMethod | ReinforcementMethod
+METHODS: dict[str, type[AnyMethod]] = {
+    "supervised": SupervisedMethod,
+    "dpo": DPOMethod,
+    "reinforcement": ReinforcementMethod,
+}
 """The configuration of each method, by the `type` that a job names. Each is also a field of `MethodSpec`."""
 if TYPE_CHECKING:
     MethodType = str
@@ -59,17 +80,18 @@ else:
 class MethodSpec(Automatic):
     """The training method and its configuration."""
 
-    NOT_BUILT = frozenset({"reinforcement"})
-
     type: MethodType
     supervised: SupervisedMethod | None = None
     dpo: DPOMethod | None = None
+    reinforcement: ReinforcementMethod | None = None
 
     @model_validator(mode="after")
     def _one_method(self) -> Self:
         for other in METHODS.keys() - {self.type}:
             if getattr(self, other) is not None:
                 raise inconsistent(other, f"'{other}' does not go with the method type '{self.type}'")
+        if self.type == "reinforcement" and self.reinforcement is None:
+            raise inconsistent("reinforcement", "The method 'reinforcement' needs 'reinforcement.grader'")
         return self
 
     @property
@@ -83,8 +105,10 @@ class MethodSpec(Automatic):
         return self.model_copy(update={self.type: method})
 
     @property
-    def _chosen(self) -> SupervisedMethod | DPOMethod:
-        method: SupervisedMethod | DPOMethod = getattr(self, self.type) or METHODS[self.type]()
+    def _chosen(self) -> AnyMethod:
+        method: AnyMethod | None = getattr(self, self.type)
+        if method is None:  # not for reinforcement, which needs a grader
+            method = DPOMethod() if self.type == "dpo" else SupervisedMethod()
         return method
 
 
@@ -285,6 +309,8 @@ class JobSpec(RenderingSettings, Automatic):
         """The reason why the model of this job cannot be divided among devices; None if it can."""
         for stage in self.stages():
             settings = stage.settings
+            if settings.data == Kind.PROMPTS:
+                return "To write answers, each device needs the whole model"
             if settings.compile:
                 return f"Compiled layers cannot be sharded; drop '{stage.field}.compile'"
             if self.adapter == "none" and settings.optimizer not in ("adamw", "rmsprop"):
@@ -335,6 +361,8 @@ class JobSpec(RenderingSettings, Automatic):
         for name, default in (("resources", Resources()), ("parallel", Parallel())):
             if getattr(self, name) == default:
                 del stored[name]
+        if self.method.reinforcement is None:
+            del stored["method"]["reinforcement"]
         if self.parallel.shard is None and "parallel" in stored:
             del stored["parallel"]["shard"]
         if isinstance(stored["adapter"], dict) and stored["adapter"]["modules_to_save"] is None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Better = Literal["lower", "higher"]
-Trait = Literal["tokens", "rewards", "pairs", "labels", "logps", "reference"]
+Trait = Literal["tokens", "rewards", "pairs", "kl", "logps", "reference", "rollouts"]
 """A property of a stage that decides which metrics it reports: see `Hyperparameters.traits`."""
 
 
@@ -101,8 +101,52 @@ TRAINING = {
     "entropy": Metric(
         "The entropy of the next-token distribution.", unit="nats", validated=True, needs="tokens", trained=False
     ),
+    "reward": Metric(
+        "The mean reward of the answers that the model writes.",
+        "higher",
+        validated=True,
+        summary=True,
+        chart="Reward",
+        stops=True,
+        needs="rollouts",
+    ),
     "kl": Metric(
-        "KTO's estimate of the KL divergence from the reference.", "lower", unit="nats", validated=True, needs="labels"
+        "The estimate of the KL divergence from the reference, per answer.",
+        "lower",
+        unit="nats",
+        validated=True,
+        chart="KL",
+        needs="kl",
+    ),
+    "rollouts/reward_std": Metric(
+        "The mean standard deviation of the rewards of a prompt's answers.", needs="rollouts"
+    ),
+    "rollouts/without_signal": Metric(
+        "The share of prompts whose answers all have the same reward.", "lower", unit="share", needs="rollouts"
+    ),
+    "rollouts/ungraded": Metric(
+        "The share of prompts that are left out, because an answer could not be graded.",
+        "lower",
+        unit="share",
+        validated=True,
+        needs="rollouts",
+    ),
+    "rollouts/tokens": Metric("The mean length of an answer.", unit="tokens", validated=True, needs="rollouts"),
+    "rollouts/ended": Metric(
+        "The share of answers that end within `max_tokens`.", "higher", unit="share", validated=True, needs="rollouts"
+    ),
+    "rollouts/entropy": Metric(
+        "−log π of an answer per token, which estimates the entropy.", unit="nats", validated=True, needs="rollouts"
+    ),
+    "rollouts/clipped": Metric(
+        "The share of answers, for GRPO of tokens, whose ratio of probabilities is clipped.",
+        unit="share",
+        needs="rollouts",
+    ),
+    "rollouts/mismatch": Metric(
+        "log π of an answer by the sampler minus that by the kernels of training, per token: 0 if they agree.",
+        unit="nats",
+        needs="rollouts",
     ),
     "grad_norm": Metric("The norm of the gradient before it is clipped."),
     "learning_rate": Metric("The learning rate of the step."),

@@ -50,6 +50,7 @@ SAMPLES: dict[str, JsonObject] = {
     "alpaca": {"instruction": "Answer.", "input": _ASK, "output": _GOOD},
     "prompt_completion": {"prompt": _ASK, "completion": _GOOD},
     "text": {"text": "The fox lives in the barn."},
+    "openai_prompts": {"messages": [_USER], "answer": "straw"},
     "prompts": {"prompt": _ASK},
 }
 """A row of each format, by the name that the report shows."""

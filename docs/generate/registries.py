@@ -48,9 +48,10 @@ STAGES: dict[Trait | None, str] = {
     "tokens": "SFT",
     "rewards": "preference",
     "pairs": "preference, not on labels",
-    "labels": "preference on labels",
+    "kl": "preference on labels, reinforcement",
     "logps": "preference, not reward models",
     "reference": "preference, with a reference",
+    "rollouts": "reinforcement",
 }
 """The stages that report a metric, by the trait that it needs."""
 

@@ -80,11 +80,15 @@ def write(folder: Path, policy: Policy, results: Results, weights: dict[str, Ten
         validation = results.stage.validation
         places, files = list(zip(validation.files, validation.lines, strict=True)), training_files(results.public_spec)
         names_files = len(files) > 1 and results.public_spec["validation_file"] is None
-        for number, logps, reference in sorted(results.validation, key=lambda entry: (places[entry[0]], entry[0])):
+        for number, logps, reference, answers in sorted(
+            results.validation, key=lambda entry: (places[entry.number], entry.number)
+        ):
             reference_logps = None if reference is None else reference.tolist()
             values = {"logps": logps.tolist(), "reference_logps": reference_logps}
             if policy.reward_head is not None:
                 values = {"rewards": logps.tolist()}
+            if answers:
+                values["answers"] = [{"text": answer.text, "reward": answer.reward} for answer in answers]
             source, line = places[number]
             place = {"file": files[source]} if names_files else {}
             file.write(json.dumps(place | {"line": line} | values) + "\n")
@@ -159,6 +163,8 @@ def _drift(folder: Path, policy: Policy, results: Results, held: str) -> str:
     chosen = results.validation[:DRIFT_ROWS]
     if not chosen:
         return "Not measured: the job had no validation rows."
+    if chosen[0].answers:
+        return "Not measured: the model wrote the answers itself."
     name, device, shared = policy.name, policy.device, policy.shared
     one_by_one, own_logits = policy.one_by_one, policy.own_logits
     if device.type == "cpu" and not fits_as_float32(results.base.folder):
@@ -166,13 +172,13 @@ def _drift(folder: Path, policy: Policy, results: Results, held: str) -> str:
     policy.free_model()  # makes room for the unquantised base
     changes = {"quantization": "none"} | ({"compute_dtype": None} if held == "fp8" else {})
     plain = results.spec.model_copy(update=changes)
-    rows = [results.stage.validation[number] for number, _, _ in chosen]
+    rows = [results.stage.validation[row.number] for row in chosen]
     total, tokens, alike = 0.0, 0, 0  # Σ |Δ log-prob| in nats, target tokens, rows with the same order
     try:
         unquantised = load_policy(plain, results.base, folder, results.run.events, trainable=False)
         unquantised.shared, unquantised.one_by_one, unquantised.own_logits = shared, one_by_one, own_logits
         with torch.no_grad():
-            for number, (_, logps, _) in enumerate(chosen):
+            for number, logps in enumerate(row.logps for row in chosen):
                 (pack,) = unquantised.packs(rows, [number], merge=False)
                 unquantised_logps = unquantised.score(pack).responses.cpu()
                 total += (unquantised_logps - logps).abs().sum().item()

@@ -364,7 +364,7 @@ def _logits(policy: Policy, hidden: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def check(policy: Policy, prompts: Sequence[Prompt], events: Events, ranks: Ranks) -> None:
+def check(policy: Policy, prompts: Sequence[Prompt], events: Events | None, ranks: Ranks) -> None:
     """Let `policy` copy its prompts, with a warning, if shared ones give other logits than the model's own pass.
 
     Compares the logits behind the shortest and the longest of `prompts`, each alone and followed by some tokens.
@@ -374,7 +374,8 @@ def check(policy: Policy, prompts: Sequence[Prompt], events: Events, ranks: Rank
     reason = next((reason for reason in ranks.gather(_why_wrong(policy, prompts)) if reason is not None), None)
     if reason is not None:
         policy.shared = False
-        events.message(f"The completions of a prompt do not share its cache: {reason}.", level="warn")
+        if events is not None:
+            events.message(f"The completions of a prompt do not share its cache: {reason}.", level="warn")
 
 
 def _why_wrong(policy: Policy, prompts: Sequence[Prompt]) -> str | None:

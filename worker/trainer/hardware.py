@@ -30,6 +30,8 @@ class Hardware:
     """Maximum tokens of a sampled batch, prompts and answers together."""
     sampled_logits: int
     """Maximum logits of one sampling step, batch size × vocabulary."""
+    sampled_answers: int
+    """Answers that a training samples together. It may not depend on how many devices share them."""
     checked_tokens: int
     """Tokens of the pack in which segments are checked. A CPU shows differences in small products."""
     extended_share: float
@@ -40,11 +42,11 @@ class Hardware:
 
 CPU = Hardware(
     half=False, blocks=False, pack_tokens=2048, head_logits=1 << 22, sampled_tokens=16_384, sampled_logits=1 << 24,
-    checked_tokens=256, extended_share=0.0, compiled_from=float("inf"),
+    sampled_answers=32, checked_tokens=256, extended_share=0.0, compiled_from=float("inf"),
 )  # fmt: skip
 GPU = Hardware(
     half=True, blocks=True, pack_tokens=8192, head_logits=1 << 27, sampled_tokens=131_072, sampled_logits=1 << 27,
-    checked_tokens=8192, extended_share=1 / 16, compiled_from=1e17,
+    sampled_answers=64, checked_tokens=8192, extended_share=1 / 16, compiled_from=1e17,
 )  # fmt: skip
 BY_KIND = {"cpu": CPU, "cuda": GPU}
 

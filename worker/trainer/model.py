@@ -204,6 +204,22 @@ class Policy:
             if compiled:
                 layer.compile(dynamic=True)
 
+    @contextmanager
+    def plain_layers(self) -> Iterator[None]:
+        """Within this context layers can sample: they neither recompute activations, without a cache, nor are compiled.
+
+        Their compiled functions are kept.
+        """
+        recomputes, compiled = self.recomputes_activations, [layer._compiled_call_impl for layer in self._layers]
+        self.recompute_activations(False)
+        self.compiled = False
+        try:
+            yield
+        finally:
+            self.recompute_activations(recomputes)
+            for layer, function in zip(self._layers, compiled, strict=True):
+                layer._compiled_call_impl = function
+
     @property
     def _layers(self) -> list[nn.Module]:
         return [self.causal.get_submodule(name) for name in layer_names(self.causal)]

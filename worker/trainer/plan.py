@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from app.spec.datasets.rendering import Rendering
-from app.spec.hyperparameters import DEFAULT_MAX_LENGTH, Hyperparameters
+from app.spec.graders.schemas import Grader
+from app.spec.hyperparameters import DEFAULT_MAX_LENGTH, Hyperparameters, ReinforcementHyperparameters
 from app.spec.job import JobSpec, StageSpec
 from worker.trainer.arrays import Integers, Shelf
 from worker.trainer.cache import Cache
@@ -22,6 +23,7 @@ from worker.trainer.errors import UserError
 from worker.trainer.events import Events
 from worker.trainer.methods import METHODS
 from worker.trainer.rendering import Renderer
+from worker.trainer.tasks import Exercise, Tasks
 
 DEFAULT_INTERVALS = 5
 """By default a stage validates and writes a checkpoint this many times."""
@@ -44,6 +46,8 @@ class Stage:
     """Number of validation rows whose prompt is also in the training rows."""
     shelf: Shelf = field(default_factory=Shelf)
     """Where the order of its rows is kept."""
+    exercise: Exercise | None = None
+    """What a reinforcement stage does with its rows."""
 
     @property
     def batch_size(self) -> int:
@@ -55,7 +59,8 @@ class Stage:
         """Number of optimizer steps. A batch may span two epochs: each has exactly `batch_size` rows."""
         if self.hyperparameters.max_steps is not None:
             return self.hyperparameters.max_steps
-        return math.ceil(len(self.train) * (self.hyperparameters.n_epochs or 1) / self.batch_size)
+        batches = math.ceil(len(self.train) * (self.hyperparameters.n_epochs or 1) / self.batch_size)
+        return batches * self.hyperparameters.repeats
 
     @property
     def eval_every(self) -> int:
@@ -69,7 +74,7 @@ class Stage:
 
     def batch(self, step: int) -> list[int]:
         """Numbers of the rows of optimizer step `step`, counted from 0. They depend on the seed and the step alone."""
-        size, first = len(self.train), step * self.batch_size
+        size, first = len(self.train), step // self.hyperparameters.repeats * self.batch_size
         # Positions in the concatenation of all epochs: epoch · size + position within the epoch.
         positions = range(first, first + self.batch_size)
         return [int(self._order(position // size)[position % size]) for position in positions]
@@ -130,7 +135,8 @@ def stages(
 
     Raises `UserError` for a file without a row to train on.
     """
-    loader = _Loader(folder, tokenizer, context, cache, events, spec.seed or 0, spec.rendering)
+    grader = spec.method.reinforcement.grader if spec.method.reinforcement is not None else None
+    loader = _Loader(folder, tokenizer, context, cache, events, spec.seed or 0, spec.rendering, grader)
     if Renderer(tokenizer, spec.rendering).never_ends:
         events.message(NEVER_ENDS, level="warn", data={"code": "template_never_ends"})
     # The last stage is loaded first. An SFT stage on the same files then holds out the same prompts.
@@ -148,6 +154,7 @@ class _Loader:
     events: Events
     seed: int
     rendering: Rendering
+    grader: Grader | None = None
     held_out: dict[tuple[str, ...], Integers] = field(default_factory=dict)
     """Maps the training files of a stage to the groups (prompts) that are held out for validation."""
 
@@ -167,7 +174,25 @@ class _Loader:
             prepare(rows, settings, recipe.max_length, shelf.of(part)).on(shelf.of(part))
             for part, rows in (("train", train), ("validation", held_out))
         )
-        return Stage(spec.name, settings, train, held_out, self.seed, spec.field, notes, repeated, shelf)
+        exercise = self._exercise(spec, recipe) if isinstance(settings, ReinforcementHyperparameters) else None
+        return Stage(spec.name, settings, train, held_out, self.seed, spec.field, notes, repeated, shelf, exercise)
+
+    def _exercise(self, spec: StageSpec, recipe: Recipe) -> Exercise:
+        """What a reinforcement stage does. Raises `UserError` if an answer leaves no room for a prompt."""
+        settings = spec.settings
+        assert isinstance(settings, ReinforcementHyperparameters)
+        assert self.grader is not None
+        room = recipe.max_length - settings.max_tokens
+        if room < 1:
+            message = f"'max_tokens' leaves no room for a prompt in {recipe.max_length} tokens."
+            raise UserError("invalid_value", message, f"{spec.field}.max_tokens")
+        recipe = replace(recipe, max_length=room)
+
+        def tasks(names: tuple[str, ...]) -> Tasks:
+            return Tasks([self.folder / name for name in names], self.tokenizer, recipe)
+
+        training = tasks(spec.training)
+        return Exercise(self.grader, training, training if spec.validation is None else tasks((spec.validation,)))
 
     def _split(self, rows: Rows, spec: StageSpec, shelf: Shelf) -> tuple[Rows, Rows]:
         """(training rows, held-out rows)."""

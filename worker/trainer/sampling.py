@@ -5,16 +5,21 @@ the seed, its row and its sample number. The samples therefore do not depend on 
 the batch, or on where an interrupted run resumed.
 """
 
+import gc
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy
 import torch
 from torch import Tensor
 
+from app.spec.datasets.example import Example
 from worker.trainer import decoding
+from worker.trainer.errors import Stopped
 from worker.trainer.model import Policy
+from worker.trainer.ranks import Ranks
 
 COMPACT_SHARE = 0.5
 """Compact the KV cache once only this share of its slots is unfinished: a smaller batch is worth the copy."""
@@ -32,6 +37,13 @@ class Sampling:
     top_p: float = 1.0
     max_tokens: int = 256
     seed: int = 0
+
+
+class Prompt(NamedTuple):
+    """The tokens to which a model generates an answer. `rest`: text at the prompt's end that the answer repeats."""
+
+    ids: tuple[int, ...]
+    rest: str
 
 
 @dataclass(frozen=True)
@@ -161,3 +173,66 @@ def sample(
             tokens, uniform = tokens[kept], uniform[kept]
         # 4. Compute the logits of the next token.
         decoder.step(tokens)
+
+
+class Sampled(NamedTuple):
+    """The completions of some batches, and whether a rank was asked to stop meanwhile."""
+
+    completions: list[Completion]
+    stopped: bool
+
+
+def sample_together(
+    policy: Policy,
+    together: list[list[CompletionRequest]],
+    sampling: Sampling,
+    ends: Collection[int],
+    ranks: Ranks,
+    check_stop: Callable[[], None],
+) -> Sampled:
+    """Sample the batches `together`, at most one on each of the `ranks`."""
+    own, stopped = list[Completion](), False
+    try:
+        if ranks.rank < len(together):
+            own = _sample_all(policy, together[ranks.rank], sampling, ends, check_stop)
+    except Stopped:
+        stopped = True
+    gathered = ranks.gather((own, stopped))
+    return Sampled([completion for part, _ in gathered for completion in part], any(flag for _, flag in gathered))
+
+
+def _sample_all(
+    policy: Policy,
+    batch: list[CompletionRequest],
+    sampling: Sampling,
+    ends: Collection[int],
+    check_stop: Callable[[], None],
+) -> list[Completion]:
+    """The completions of a batch. If it does not fit into the GPU's memory, its halves are sampled one by one."""
+    try:
+        return list(sample(policy, batch, sampling, ends, check_stop))
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+    gc.collect()
+    torch.cuda.empty_cache()
+    half = len(batch) // 2
+    return [
+        completion
+        for part in (batch[:half], batch[half:])
+        for completion in _sample_all(policy, part, sampling, ends, check_stop)
+    ]
+
+
+def end_tokens(policy: Policy, ends: Iterable[int]) -> set[int]:
+    """The tokens that end an answer: `ends`, those of the chat template, and those of the model's generation config."""
+    configured = policy.causal.generation_config.eos_token_id  # a list, a number or None
+    return {*ends} | ({*(configured if isinstance(configured, list) else [configured])} - {None})
+
+
+def text_of(policy: Policy, completion: Completion, prompt: Prompt, example: Example) -> str:
+    """The text of a completion, without its end token and without the prompt's text that it repeats."""
+    ids = completion.ids[:-1] if completion.ended else completion.ids
+    text: str = policy.tokenizer.decode(ids, skip_special_tokens=True).removeprefix(prompt.rest)
+    plain_text = policy.tokenizer.chat_template is None and isinstance(example.prompt, str)
+    return text if plain_text else text.strip()

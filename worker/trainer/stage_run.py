@@ -63,7 +63,12 @@ class StageRun:
         policy.set_dropout(self.method.DROPOUT)
         self.launcher.meanwhile = partial(self._prepare, state.stage_step + 1)
         # Forward and backward pass, then clip the gradient to a norm of `max_grad_norm`.
-        counts, averages = self._gradient(rows)
+        try:
+            counts, averages = self._gradient(rows)
+        except Stopped:  # while answers were written
+            self.launcher.meanwhile = nothing
+            self.checkpoint()
+            raise
         self.launcher.meanwhile = nothing
         averages.add("grad_norm", owned.clip(self.stage.hyperparameters.max_grad_norm))
         metrics = averages.means()
@@ -77,7 +82,7 @@ class StageRun:
         self.optimizer.zero_grad(set_to_none=True)
         owned.share()
         policy.set_dropout(False)
-        tokens = self.stage.train.tokens(rows)
+        tokens = self.method.tokens(rows)
         metrics |= {"learning_rate": learning_rate} | self._pace(counts, tokens, time.monotonic() - began)
         state.trained_tokens += tokens
         state.step, state.stage_step = state.step + 1, state.stage_step + 1
@@ -268,7 +273,8 @@ def begin(
     virtual_ranks = run.spec.parallel.virtual_ranks
     launcher = Launcher(policy, run.ranks, run.events, stage.param, virtual_ranks, may_recompute)
     optimizer = make_optimizer(settings, launcher.owned.own)
-    method = METHODS[stage.name](launcher, settings, stage.train, stage.validation)
+    method = METHODS[stage.name].of(launcher, stage)
+    method.check_stop = run.check_own_stop
     # Random numbers are drawn for one segment at a time.
     policy.packing = replace(policy.packing, joined=policy.joins and not _draws(method))
     if resume is not None:

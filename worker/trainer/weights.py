@@ -1,5 +1,7 @@
 """Copies of the trained weights: on disk for early stopping, in memory for a loss that becomes non-finite."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -31,6 +33,25 @@ def restore(policy: Policy, path: Path, ranks: Ranks) -> None:
         ranks.copy_from(0, values)
         with torch.no_grad():
             parameter.copy_(like(values, parameter))
+
+
+@contextmanager
+def swapped(policy: Policy, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within this context the trained weights of `policy` have the values `weights`, such as those of its reference."""
+    trained = policy.trainable()
+    own = {name: parameter.data for name, parameter in trained.items()}
+    try:
+        for name, parameter in trained.items():
+            parameter.data = weights[name]
+        yield
+    finally:
+        for name, parameter in trained.items():
+            parameter.data = own[name]
+
+
+def copied(policy: Policy) -> dict[str, Tensor]:
+    """A copy of the trained weights of `policy`, by name."""
+    return {name: parameter.detach().clone() for name, parameter in policy.trainable().items()}
 
 
 class LastGood:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from app.spec.datasets import labels, limits
 from app.spec.datasets.columns import ALIASES, plain_name
 from app.spec.datasets.conversations import (
+    ROLES,
     TRANSCRIPT,
     MessageReader,
     as_response,
@@ -617,6 +618,21 @@ def _only_prompts(records: list[Record]) -> bool:
     return all(record.keys() <= {"prompt", *_CONTEXT} for record in records)
 
 
+def _only_questions(row: FileRow) -> Example:
+    return row.unanswered_from("messages")
+
+
+def _end_with_a_question(records: list[Record]) -> bool:
+    """Whether all conversations end with a turn of the user, as the rows of OpenAI's reinforcement do."""
+    turns = [turns[-1] for record in records if isinstance(turns := record["messages"], list) and turns]
+    return len(turns) == len(records) and all(
+        isinstance(turn, dict)
+        and isinstance(role := turn.get("role"), str)
+        and ROLES.get(role.strip().lower()) == "user"
+        for turn in turns
+    )
+
+
 _CONTEXT = frozenset({"system", "system_prompt", "tools"})
 
 
@@ -657,6 +673,7 @@ def _formats() -> Iterator[Format]:
         ]
         for name, needs, reader, optional in unlabelled:
             yield format(name, labelled, f"{needs} {label}", _labelled(reader, label), *optional, label=label)
+    yield format("openai_prompts", Kind.PROMPTS, "messages", _only_questions, fits=_end_with_a_question)
     yield format("openai_chat", answers, "messages", _openai_chat)
     yield format("sharegpt", answers, "conversations", _sharegpt)
     yield format("alpaca", answers, "instruction output", _alpaca, *alpaca)

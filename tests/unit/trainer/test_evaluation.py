@@ -361,7 +361,7 @@ def test_an_interrupted_run_does_not_sample_its_completions_again(
                 stopping.set()
             yield completion
 
-    monkeypatch.setattr(completions, "sample", counting_sample)
+    monkeypatch.setattr("worker.trainer.sampling.sample", counting_sample)
     while stops:
         stopping = threading.Event()
         with pytest.raises(Stopped):
@@ -453,7 +453,7 @@ def test_ranks_that_are_stopped_keep_what_they_have_sampled(
             stopping[1].set()
         yield from sample(policy, batch, sampling, ends, check_stop)
 
-    monkeypatch.setattr(completions, "sample", stopping_sample)
+    monkeypatch.setattr("worker.trainer.sampling.sample", stopping_sample)
     with pytest.raises(Stopped):
         evaluate_on(folder, 2, stream, stopping)
     kept = sum(event["completions"] for event in parse(stream) if event["kind"] == "part")

@@ -352,10 +352,7 @@ def test_reported_log_probs_are_unweighted_where_the_loss_weighs_tails_less(llam
         References(EMPTY_REFERENCE, cast(References, method.references).train),
     )
     averages = Averages()
-    validated = {
-        number: (policy_logps, base_logps)
-        for number, policy_logps, base_logps in method.validate(averages, lambda: None)
-    }
+    validated = {row.number: (row.logps, row.reference_logps) for row in method.validate(averages, lambda: None)}
     base = load(llama)
     base.model.double()
     with torch.no_grad():

@@ -7,9 +7,10 @@ from app.spec.datasets.example import Example
 from app.spec.evaluation import BestOf, Side
 from worker.trainer.data import answer_text, prompt_text
 from worker.trainer.errors import UserError
-from worker.trainer.evaluation.completions import CompletionKey, complete, prompts_of, text_of
+from worker.trainer.evaluation.completions import CompletionKey, complete, prompts_of
 from worker.trainer.evaluation.run import EvaluationRun
 from worker.trainer.evaluation.scorers import scores
+from worker.trainer.sampling import text_of
 
 FIXED = -1.0
 """Stands for the temperature of an answer that was not sampled."""

@@ -3,15 +3,11 @@
 Completions are written in parts while they are sampled. The next attempt continues after the last part.
 """
 
-import gc
 import json
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
-
-import torch
 
 from app.spec.datasets.example import Example, Kind
 from app.spec.evaluation import SamplingSpec, Side
@@ -23,7 +19,15 @@ from worker.trainer.events import CompletionsWritten
 from worker.trainer.hardware import hardware
 from worker.trainer.model import Policy
 from worker.trainer.rendering import Renderer
-from worker.trainer.sampling import Completion, CompletionRequest, Sampling, batches, sample
+from worker.trainer.sampling import (
+    Completion,
+    CompletionRequest,
+    Prompt,
+    Sampling,
+    batches,
+    end_tokens,
+    sample_together,
+)
 
 PART_SECONDS = 5.0
 """Minimum time between two parts."""
@@ -36,13 +40,6 @@ ones.
 """
 CompletionKey = tuple[float, int, int]
 """(temperature, row, number of the completion among those of the row)."""
-
-
-class Prompt(NamedTuple):
-    """The tokens to which a model generates an answer. `rest`: text at the prompt's end that the answer repeats."""
-
-    ids: tuple[int, ...]
-    rest: str
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,8 @@ def complete(
     completions = {completion.key: completion for completion in store.read()}
     run.events.message(f"{side}: {len(completions)} completions of earlier attempts are reused.")
     seed = (run.spec.seed or 0) + (BASELINE_SEEDS if side == "baseline" else 0)
-    ends, chosen = _end_tokens(run, policy, side), hardware(policy.device)
+    ends = end_tokens(policy, Renderer(policy.tokenizer, run.rendering(side)).ends)
+    chosen = hardware(policy.device)
     vocabulary: int = policy.causal.config.get_text_config().vocab_size
     largest_batch = 1 if policy.one_by_one else max(1, chosen.sampled_logits // vocabulary)
     if prompts:
@@ -113,7 +111,7 @@ def complete(
             if not all((temperature, request.row, request.sample) in completions for request in batch)
         ]
         for together in data.batched(missing, run.ranks.size):
-            sampled = _sample_together(run, policy, together, sampling, ends)
+            sampled = sample_together(policy, together, sampling, ends, run.ranks, run.check_own_stop)
             unwritten += sampled.completions
             completions |= {completion.key: completion for completion in sampled.completions}
             if sampled.stopped or time.monotonic() - written_at > PART_SECONDS:
@@ -150,67 +148,9 @@ def prompts_of(run: EvaluationRun, policy: Policy, side: str, rows: dict[int, Ex
     return {row: Prompt(*data.prompt_ids(example, renderer, recipe)) for row, example in rows.items()}
 
 
-def text_of(policy: Policy, completion: Completion, prompt: Prompt, example: Example) -> str:
-    """The text of a completion, without its end token and without the prompt's text that it repeats."""
-    ids = completion.ids[:-1] if completion.ended else completion.ids
-    text: str = policy.tokenizer.decode(ids, skip_special_tokens=True).removeprefix(prompt.rest)
-    plain_text = policy.tokenizer.chat_template is None and isinstance(example.prompt, str)
-    return text if plain_text else text.strip()
-
-
 def _completions_of_a_prompt(run: EvaluationRun, side: str, spec: SamplingSpec) -> int:
     """Number of completions per prompt, over all temperatures. For `win_rate`, of both sides together."""
     sides = [side]
     if side != JUDGE and run.spec.type == "win_rate":
         sides = [name for name in ("candidate", "baseline") if getattr(run.spec, name).model is not None]
     return sum(samples_of(run, name) if temperature else 1 for temperature in spec.temperatures for name in sides)
-
-
-def _end_tokens(run: EvaluationRun, policy: Policy, side: str) -> set[int]:
-    """The tokens that end an answer: those of the chat template and those of the model's generation config."""
-    configured = policy.causal.generation_config.eos_token_id
-    ends = {*Renderer(policy.tokenizer, run.rendering(side)).ends}
-    # `configured` is a list, a number or None.
-    return ends | ({*(configured if isinstance(configured, list) else [configured])} - {None})
-
-
-class Sampled(NamedTuple):
-    """The completions of some batches, and whether a rank was asked to stop meanwhile."""
-
-    completions: list[Completion]
-    stopped: bool
-
-
-def _sample_together(
-    run: EvaluationRun,
-    policy: Policy,
-    together: list[list[CompletionRequest]],
-    sampling: Sampling,
-    ends: Collection[int],
-) -> Sampled:
-    """Sample the batches `together`, at most one on each rank."""
-    own, stopped = list[Completion](), False
-    try:
-        if run.ranks.rank < len(together):
-            own = _sample(run, policy, together[run.ranks.rank], sampling, ends)
-    except Stopped:
-        stopped = True
-    gathered = run.ranks.gather((own, stopped))
-    return Sampled([completion for part, _ in gathered for completion in part], any(flag for _, flag in gathered))
-
-
-def _sample(
-    run: EvaluationRun, policy: Policy, batch: list[CompletionRequest], sampling: Sampling, ends: Collection[int]
-) -> list[Completion]:
-    """The completions of a batch. If it does not fit into the GPU's memory, its halves are sampled one by one."""
-    try:
-        return list(sample(policy, batch, sampling, ends, run.check_own_stop))
-    except torch.OutOfMemoryError:
-        if len(batch) == 1:
-            raise
-    gc.collect()
-    torch.cuda.empty_cache()
-    half = len(batch) // 2
-    return [
-        completion for part in (batch[:half], batch[half:]) for completion in _sample(run, policy, part, sampling, ends)
-    ]

@@ -4,11 +4,12 @@ from app.spec.datasets.example import Example, Kind
 from app.spec.evaluation import Judge, SamplingSpec
 from worker.judges.questions import questions, verdicts
 from worker.trainer.data import Recipe, prompt_ids
-from worker.trainer.evaluation.completions import Prompt, complete
+from worker.trainer.evaluation.completions import complete
 from worker.trainer.evaluation.rows import Item
 from worker.trainer.evaluation.run import JUDGE, EvaluationRun, context_of
 from worker.trainer.evaluation.scorers import scores
 from worker.trainer.rendering import Renderer
+from worker.trainer.sampling import Prompt
 
 JUDGE_TOKENS = 512
 """Maximum tokens of the answer of a model that is asked as a judge."""

@@ -8,12 +8,12 @@ from worker.trainer import dataset, exactness, reference
 from worker.trainer.data import Response, Row, prompt_text
 from worker.trainer.errors import UserError
 from worker.trainer.evaluation.answers import choose_best
-from worker.trainer.evaluation.completions import CompletionKey, complete, prompts_of, text_of
+from worker.trainer.evaluation.completions import CompletionKey, complete, prompts_of
 from worker.trainer.evaluation.rows import Item, examples_of, prompt_numbers
 from worker.trainer.evaluation.run import JUDGE, EvaluationRun
 from worker.trainer.evaluation.scorers import scores
 from worker.trainer.launcher import Launcher
-from worker.trainer.sampling import Completion
+from worker.trainer.sampling import Completion, text_of
 
 
 def items(run: EvaluationRun) -> list[Item]:

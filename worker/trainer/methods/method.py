@@ -8,7 +8,7 @@ by the `Totals` of the whole batch. Metrics are computed from the values of all 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
 
 from torch import Tensor
 
@@ -16,19 +16,27 @@ from app.spec.hyperparameters import Hyperparameters
 from worker.trainer.arrays import Shelf
 from worker.trainer.averages import Averages
 from worker.trainer.dataset import Groups, Rows
-from worker.trainer.launcher import Launcher, TokenCounts
+from worker.trainer.launcher import Launcher, TokenCounts, nothing
 from worker.trainer.packing import Segment
 from worker.trainer.reference import References
+from worker.trainer.rollouts import Answer
 from worker.trainer.segments import StepPlan
+
+if TYPE_CHECKING:
+    from worker.trainer.plan import Stage
 
 
 class ValidatedRow(NamedTuple):
-    """A validation row and the log-probs of its responses, [K] each. A reward model's `logps` are rewards."""
+    """A validation row and the log-probs of its responses, [K] each. A reward model's `logps` are rewards.
+
+    `answers`: those that the policy has written, if the responses are not in the row.
+    """
 
     number: int
     logps: Tensor
     reference_logps: Tensor | None
     """None for a loss without a reference."""
+    answers: tuple[Answer, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,8 +75,15 @@ class Method(ABC):
         self.train, self.validation = train, validation
         self.merges = True
         """Whether rows with the same prompt share it. Then a response that two rows have is scored once."""
+        self.check_stop: Callable[[], None] = nothing
+        """Raises `Stopped` if this rank was asked to stop. For methods whose steps take long."""
         self._planned: tuple[Sequence[int], StepPlan] | None = None
         """The rows and the plan of the step that was prepared."""
+
+    @classmethod
+    def of(cls, launcher: Launcher, stage: "Stage") -> Self:
+        """The method of `stage`."""
+        return cls(launcher, stage.hyperparameters, stage.train, stage.validation)
 
     def segments(self, rows: Rows, numbers: Sequence[int]) -> Iterator[Segment]:
         """The rows `numbers` as segments."""
@@ -110,6 +125,10 @@ class Method(ABC):
 
         Metrics are added to `averages`. `draw` seeds the random numbers of a step with dropout.
         """
+
+    def tokens(self, numbers: Sequence[int]) -> int:
+        """Distinct tokens of a step over the training rows `numbers`, after its gradient."""
+        return self.train.tokens(numbers)
 
     def after_step(self, step: int) -> None:  # noqa: B027 - most methods need nothing here
         """Called after optimizer step `step`, counted from 1."""

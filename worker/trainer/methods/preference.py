@@ -1,13 +1,13 @@
 """Preference methods (DPO and others): a loss on the log-probs of whole responses, or on rewards."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from app.spec.datasets.example import Kind
 from app.spec.hyperparameters import DPOHyperparameters, Hyperparameters
+from worker.trainer import weights
 from worker.trainer.arrays import Shelf
 from worker.trainer.averages import Averages
 from worker.trainer.dataset import Groups, Rows
@@ -46,8 +46,7 @@ class Preference(Method):
         self.moved = False
         launcher.rewards = settings.rewards
         if settings.sync_reference is not None:
-            trained = self.policy.trainable()
-            self.anchor = {name: parameter.detach().clone() for name, parameter in trained.items()}
+            self.anchor = weights.copied(self.policy)
 
     @staticmethod
     def prepare_rows(rows: Rows, settings: Hyperparameters, max_length: int, shelf: Shelf) -> Rows:
@@ -107,8 +106,8 @@ class Preference(Method):
         if sync is None or step % sync.steps:
             return
         trained = self.policy.trainable()
-        for name, weights in (self.anchor or {}).items():
-            weights.lerp_(trained[name].detach(), sync.alpha)
+        for name, values in (self.anchor or {}).items():
+            values.lerp_(trained[name].detach(), sync.alpha)
         self._move()
 
     def _move(self) -> None:
@@ -160,7 +159,7 @@ class Preference(Method):
             self.references = References(train, validation)
         if "anchor" in state:
             sync = self.settings.sync_reference
-            self.anchor = {name: weights.to(self.policy.device) for name, weights in state["anchor"].items()}
+            self.anchor = {name: values.to(self.policy.device) for name, values in state["anchor"].items()}
             if sync is not None and step >= sync.steps:
                 self._move()
 
@@ -183,7 +182,7 @@ class Preference(Method):
     def _references(self, pack: Pack, references: Reference | None) -> Values:
         """The reference's values of the responses of a pack, [R] each. `references`: those computed before."""
         if self.moved and self.anchor is not None:
-            with torch.no_grad(), self._reference_weights(self.anchor):
+            with torch.no_grad(), weights.swapped(self.policy, self.anchor):
                 values = self._scores(pack)
             return {"reference": values["values"], "reference_logps": values["logps"]}
         if references is None:
@@ -193,19 +192,6 @@ class Preference(Method):
         return {
             "reference": upload(seen, self.policy.device), "reference_logps": upload(logps, self.policy.device)
         }  # fmt: skip
-
-    @contextmanager
-    def _reference_weights(self, weights: dict[str, Tensor]) -> Iterator[None]:
-        """Temporarily replace the policy's trained weights by the reference's."""
-        trained = self.policy.trainable()
-        own = {name: parameter.data for name, parameter in trained.items()}
-        try:
-            for name, parameter in trained.items():
-                parameter.data = weights[name]
-            yield
-        finally:
-            for name, parameter in trained.items():
-                parameter.data = own[name]
 
     def _report(self, values: Values, numbers: Sequence[int], rows: Rows, totals: Totals, averages: Averages) -> None:
         """Add the metrics of the rows `numbers` to `averages`. `values` are those of their responses, row after row."""

@@ -1,0 +1,46 @@
+"""Objectives of reinforcement: advantages from rewards, and losses from ratios of probabilities.
+
+P prompts have K answers each. The objective is Rafailov et al. 2023, Eq. 3: E[r(x, y)] − β KL(π‖π_ref).
+"""
+
+import torch
+from torch import Tensor
+
+STD_FLOOR = 1e-4
+"""Added to a standard deviation before it divides, as TRL does."""
+
+
+def leave_one_out(rewards: Tensor) -> Tensor:
+    """r_i minus the mean reward of the other answers, [P, K] (RLOO, Ahmadian et al. 2024, arXiv:2402.14740, Eq. 8)."""
+    count = rewards.shape[1]
+    return (rewards - rewards.mean(1, keepdim=True)) * (count / (count - 1))
+
+
+def standardised(rewards: Tensor) -> Tensor:
+    """(r_i − mean) / std over the answers to a prompt, [P, K] (GRPO, Shao et al. 2024, arXiv:2402.03300, Sec. 4.1)."""
+    centred = rewards - rewards.mean(1, keepdim=True)
+    return centred / (rewards.std(1, keepdim=True) + STD_FLOOR)
+
+
+def clipped(logratios: Tensor, advantages: Tensor, clip: float) -> Tensor:
+    """−min(ρ A, clip(ρ, 1 − ε, 1 + ε) A) with ρ = exp(`logratios`) (Schulman et al. 2017, arXiv:1707.06347, Eq. 7)."""
+    ratios = logratios.exp()
+    return -torch.minimum(ratios * advantages, ratios.clamp(1 - clip, 1 + clip) * advantages)
+
+
+def is_clipped(logratios: Tensor, advantages: Tensor, clip: float) -> Tensor:
+    """Whether clipping keeps the gradient from an answer or a token: its ratio is already on the far side."""
+    ratios = logratios.exp()
+    return ((ratios > 1 + clip) & (advantages > 0)) | ((ratios < 1 - clip) & (advantages < 0))
+
+
+def k3(logps: Tensor, reference: Tensor) -> Tensor:
+    """The estimate ρ − log ρ − 1 of KL(π‖π_ref), with ρ = π_ref/π, never negative (Schulman 2020; GRPO, Eq. 4)."""
+    difference = reference - logps
+    return difference.exp() - difference - 1
+
+
+def preference(logps: Tensor, reference: Tensor, beta: float) -> Tensor:
+    """The DPO loss of a better and a worse answer, [P], from their log-probs [P, 2] (Rafailov et al. 2023, Eq. 7)."""
+    margins = beta * ((logps[:, 0] - reference[:, 0]) - (logps[:, 1] - reference[:, 1]))
+    return -torch.nn.functional.logsigmoid(margins)

@@ -1,0 +1,71 @@
+"""The prompts of a reinforcement stage, with the rows of their files, which graders read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from app.spec.datasets.check import examples
+from app.spec.datasets.example import Example
+from app.spec.datasets.reader import records
+from app.spec.graders.schemas import Grader
+from app.spec.json_types import JsonObject
+from worker.trainer import data
+from worker.trainer.data import Recipe, Row
+from worker.trainer.rendering import Renderer
+from worker.trainer.sampling import Prompt
+
+
+class Task(NamedTuple):
+    """A prompt to be answered. `item` is the row of its file, with all its fields."""
+
+    prompt: Prompt
+    example: Example
+    item: JsonObject
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """The tasks of some files, found by the rows of their prompts. `recipe` leaves room for an answer."""
+
+    paths: Sequence[Path]
+    tokenizer: Tokenizer
+    recipe: Recipe
+    _known: dict[tuple[int, int], Task] = field(default_factory=dict)
+
+    def of(self, row: Row) -> Task:
+        """The task of `row`. Raises `UserError` for a prompt that cannot be rendered."""
+        place = row.file, row.line
+        if place not in self._known:
+            example, item = self._rows[place]
+            prompt = Prompt(*data.prompt_ids(example, self._renderer, self.recipe))
+            self._known[place] = Task(prompt, example, item)
+        return self._known[place]
+
+    @cached_property
+    def _renderer(self) -> Renderer:
+        return Renderer(self.tokenizer, self.recipe.rendering)
+
+    @cached_property
+    def _rows(self) -> dict[tuple[int, int], tuple[Example, JsonObject]]:
+        """The example and the record of each row, by its file and line."""
+        rows = {}
+        for number, path in enumerate(self.paths):
+            with path.open("rb") as file:
+                items = dict(records(file))
+            with path.open("rb") as file:
+                for example in examples(file, self.recipe.mapping):
+                    rows[number, example.line] = example, items[example.line]
+        return rows
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """What a reinforcement stage does with its rows: answer the tasks, and take their grades."""
+
+    grader: Grader
+    train: Tasks
+    validation: Tasks
