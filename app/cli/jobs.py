@@ -26,7 +26,7 @@ def _set_hyperparameters(body: JsonObject, **options: float | str | None) -> Non
     method = body.get("method")
     kind = method.get("type") if isinstance(method, dict) else None
     for name in ("beta", "loss"):
-        if name in new and kind != "dpo":
+        if name in new and not (kind == "dpo" or (kind == "reinforcement" and name == "beta")):
             raise typer.BadParameter("goes with the method dpo", param_hint=f"--{name}")
     if not isinstance(method, dict) or not isinstance(kind, str):
         raise typer.BadParameter("--spec has no method to set them in", param_hint="hyperparameters")
@@ -42,7 +42,9 @@ def jobs_create(
     model: Annotated[str, typer.Option(help="A base model, a trained model or a checkpoint.")] = "",
     training_file: Annotated[str, typer.Option(help="File id, or a path to upload first.")] = "",
     validation_file: Annotated[str, typer.Option(help="File id or path.")] = "",
-    method: Annotated[str, typer.Option(help="dpo (the default without --spec) or supervised.")] = "",
+    method: Annotated[
+        str, typer.Option(help="dpo (the default without --spec) or supervised; reinforcement needs --spec.")
+    ] = "",
     sft: Annotated[bool, typer.Option("--sft", help="Run a supervised stage first.")] = False,
     beta: Annotated[float | None, typer.Option(help="β of DPO.")] = None,
     loss: Annotated[str, typer.Option(help="sigmoid (the default), ipo, simpo, kto, …: see docs/jobs.md.")] = "",

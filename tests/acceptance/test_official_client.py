@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import json
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ def test_the_official_client_handles_every_resource_and_error(service_on_each_st
     with service.openai() as client:
         check_resources(service, client, tmp_path)
         check_graders(client)
+        check_reinforcement(service, client, tmp_path)
         check_errors(service_on_each_stack, client)
     check_azures_client(service, tmp_path)
     asyncio.run(check_concurrent_requests(service, tmp_path))
@@ -117,6 +119,35 @@ def check_graders(client: OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         graders.validate(grader=multi | {"calculate_output": "__import__('os')"})
     assert refused.value.param == "grader.calculate_output"
+
+
+def check_reinforcement(service: Running, client: OpenAI, folder: Path) -> None:
+    """A job with a grader, with the fields that the client types."""
+    rows = [{"messages": [{"role": "user", "content": f"{number}. a?"}], "answer": "e"} for number in range(12)]
+    questions = folder / "questions.jsonl"
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = client.files.create(file=questions, purpose="fine-tune")
+    grader: Any = {
+        "type": "string_check", "name": "has it", "input": "{{sample.output_text}}", "reference": "{{item.answer}}",
+        "operation": "like",
+    }  # fmt: skip
+    settings: Any = {
+        "batch_size": 4, "n_epochs": 1, "compute_multiplier": 0.5, "eval_samples": 2, "eval_interval": "auto",
+        "learning_rate_multiplier": "auto", "reasoning_effort": "default",
+    }  # fmt: skip
+    method: Any = {"type": "reinforcement", "reinforcement": {"grader": grader, "hyperparameters": settings}}
+    extra = {"quantization": "none", "validation_split": 0.25}
+    job = client.fine_tuning.jobs.create(
+        model="tiny", training_file=file.id, method=method, seed=1, extra_body=extra, timeout=60
+    )
+    assert job.method is not None and job.method.reinforcement is not None
+    service.wait_for(job.id, lambda state: state["status"] in ("succeeded", "failed"))
+    events = list(client.fine_tuning.jobs.list_events(job.id, limit=100))
+    ended = client.fine_tuning.jobs.retrieve(job.id)
+    assert ended.status == "succeeded" and ended.fine_tuned_model is not None, events
+    metrics = [event.data for event in events if event.type == "metrics"]
+    assert any("reward" in str(data) and "eval/reward" in str(data) for data in metrics)
+    assert client.models.delete(ended.fine_tuned_model).deleted
 
 
 def check_errors(service: Running, client: OpenAI) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from app.graders.schemas import RunGrader
 from app.keys.schemas import KeySpec
 from app.spec import evaluation, job, sweep
 from app.spec.datasets.mapping import Mapping
@@ -13,10 +14,13 @@ from app.spec.job import JobSpec
 from app.spec.resources import DeviceRange
 from app.spec.schema_base import Automatic, Defaulted
 
+GRADER = {"type": "string_check", "name": "g", "input": "a", "reference": "b", "operation": "eq"}
 REQUIRED: dict[type[Defaulted], dict[str, Any]] = {
     JobSpec: {"model": "base", "training_file": "pairs"},
     WeightedLoss: {"name": "sigmoid"},
     job.MethodSpec: {"type": "dpo"},
+    job.ReinforcementMethod: {"grader": GRADER},
+    RunGrader: {"grader": GRADER, "model_sample": "yes"},
     job.Wandb: {"project": "tuning"},
     DeviceRange: {"max": 2},
     sweep.SweepSpec: {"job": {"model": "base", "training_file": "p", "method": {"type": "dpo"}}, "grid": {"beta": [1]}},

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from app.spec.datasets.example import Kind
 from app.spec.json_types import JsonObject
 from worker.trainer.plan import Stage
 
@@ -25,6 +26,12 @@ LENGTH_DRIFT = 0.15
 """Tolerated excess of the share of pairs in which the longer answer wins, over that share in the data."""
 WORSE = 0.02
 """Relative rise of the validation loss over its start that counts as harm."""
+NO_SIGNAL = 0.9
+"""Mean share of prompts whose answers all have the same reward, from which answers teach too little."""
+COLLAPSED = 0.2
+"""Share of its first value below which the entropy of answers counts as collapsed."""
+GROWN = 2.0
+"""How many times longer than at first answers may become."""
 MIN_LENGTH_ROWS = 50
 """Validation rows that are needed to see a drift of the length."""
 MOST_ROWS = 10_000
@@ -47,6 +54,11 @@ WARNINGS = {
     "identical_sides": (
         f"Some of the first {MOST_ROWS:,} rows have the same tokens on both sides, mostly because `max_length` cut them"
     ),
+    "rewards_all_equal": (
+        f"In {WINDOW} steps of reinforcement, all answers to {NO_SIGNAL:.0%} of the prompts have the same reward"
+    ),
+    "entropy_collapsed": f"The entropy of the answers in {WINDOW} steps is below {COLLAPSED:.0%} of its first value",
+    "answers_grow": f"The answers of {WINDOW} steps are more than {GROWN:g} times longer than the first ones",
     "nothing_is_learned": f"The gradient was zero for {WINDOW} steps",
     "untrained_control_tokens": "The texts have control tokens whose embeddings the base never learned",
     "template_never_ends": "The chat template writes nothing from which a model could learn to stop",
@@ -70,6 +82,8 @@ class Advisor:
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
         self.compares = stage.hyperparameters.data.compares
+        self.writes = stage.hyperparameters.data == Kind.PROMPTS
+        """Whether the model writes the answers that it learns from."""
         self._window: deque[JsonObject] = deque(maxlen=WINDOW)
         self._first: dict[str, float] = {}
         """First measured value of each metric."""
@@ -108,6 +122,9 @@ class Advisor:
 
     def _matching(self, metrics: dict[str, float]) -> Iterable[Advice]:
         """All advice that applies now, whether it was given before or not."""
+        if self.writes:
+            yield from self._rollouts()
+            return
         yield from self._validation(metrics)
         if not self.compares:
             return
@@ -122,6 +139,37 @@ class Advisor:
         """Mean of a metric over the window; None if no step in it has the metric."""
         values = [metrics[name] for metrics in self._window if name in metrics]
         return sum(values) / len(values) if values else None
+
+    def _rollouts(self) -> Iterator[Advice]:
+        """Signs that reinforcement has nothing to learn, or learns something else than was meant."""
+        names = ("rollouts/without_signal", "rollouts/entropy", "rollouts/tokens")
+        equal, entropy, tokens = (self._mean(name) for name in names)
+        if len(self._window) < WINDOW or equal is None or entropy is None or tokens is None:
+            return
+        first_entropy, first_tokens = self._first["rollouts/entropy"], self._first["rollouts/tokens"]
+        if equal >= NO_SIGNAL:
+            yield Advice(
+                "rewards_all_equal",
+                f"In {WINDOW} steps all answers to {equal:.0%} of the prompts have the same reward, so they teach "
+                "nothing. If the reward is high, the task is learned: stop. If it is low, take easier prompts, more "
+                "'samples', or a grader that gives parts of a reward.",
+                {"rollouts/without_signal": equal},
+            )
+        if entropy < COLLAPSED * first_entropy:
+            yield Advice(
+                "entropy_collapsed",
+                f"The entropy of the answers fell from {first_entropy:.3g} to {entropy:.3g} nats a token. The model "
+                "writes nearly the same answer each time, and finds no better one. Raise 'beta', or lower "
+                "'learning_rate'.",
+                {"rollouts/entropy": entropy, "rollouts/entropy/start": first_entropy},
+            )
+        if tokens > GROWN * first_tokens:
+            yield Advice(
+                "answers_grow",
+                f"The answers grew from {first_tokens:.0f} to {tokens:.0f} tokens. Check whether the grader prefers "
+                "length, or words that long answers are likelier to have.",
+                {"rollouts/tokens": tokens, "rollouts/tokens/start": first_tokens},
+            )
 
     def _validation(self, metrics: dict[str, float]) -> Iterator[Advice]:
         loss, first_loss = metrics.get("eval/loss"), self._first.get("eval/loss")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from app.spec.hyperparameters import DPOHyperparameters, SupervisedHyperparameters
+from app.spec.hyperparameters import DPOHyperparameters, ReinforcementHyperparameters, SupervisedHyperparameters
 from tests.helpers.trainer import Event, dpo_method, make_pairs, make_row, make_work_folder, parse
 from worker.trainer.advice import Advice, Advisor
 from worker.trainer.dataset import Rows
@@ -60,6 +60,30 @@ def test_a_problem_that_lasts_for_several_batches_is_reported_once(
     changed: dict[str, float], code: str, first: int
 ) -> None:
     assert advise(*[HEALTHY | changed] * 30) == [(first, code)]
+
+
+WRITTEN = {
+    "loss": 0.0, "grad_norm": 1.0, "reward": 0.5, "kl": 1.0, "rollouts/without_signal": 0.5, "rollouts/entropy": 2.0,
+    "rollouts/tokens": 50.0, "eval/loss": -0.5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "code"),
+    [
+        ({"rollouts/without_signal": 0.93}, "rewards_all_equal"),
+        ({"rollouts/entropy": 0.3}, "entropy_collapsed"),
+        ({"rollouts/tokens": 104.0}, "answers_grow"),
+        ({"rollouts/without_signal": 0.85, "rollouts/entropy": 0.5, "rollouts/tokens": 95.0, "eval/loss": 0.5}, None),
+    ],
+)
+def test_reinforcement_that_learns_nothing_or_something_else_is_reported_once(
+    changed: dict[str, float], code: str | None
+) -> None:
+    """After ten such steps. The first step is healthy."""
+    stage = make_stage(settings=ReinforcementHyperparameters(max_steps=40))
+    entries = [WRITTEN, *[WRITTEN | changed] * 30]
+    assert advise(*entries, stage=stage) == ([] if code is None else [(10, code)])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,552 @@
+"""Reinforcement: its losses against TRL and closed forms, the optimum that theory knows, and runs that end and resume."""
+
+import json
+import math
+import shutil
+import signal
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+from trl import GRPOTrainer, RLOOTrainer
+
+from app.errors import describe_validation_error
+from app.spec.graders.schemas import StringCheck
+from app.spec.hyperparameters import DPOHyperparameters, ReinforcementHyperparameters
+from app.spec.job import JobSpec
+from tests.helpers.trainer import (
+    TrainerProcess,
+    disturb,
+    load,
+    make_run,
+    make_work_folder,
+    of_kind,
+    run_in_process,
+    run_process,
+    training_metrics,
+)
+from worker.trainer import rollouts, sampling, weights
+from worker.trainer.averages import Averages
+from worker.trainer.data import Recipe, Response, Row
+from worker.trainer.dataset import Rows
+from worker.trainer.errors import STOPPED, Stopped, UserError
+from worker.trainer.launcher import Launcher
+from worker.trainer.loop import train
+from worker.trainer.methods.preference import Preference
+from worker.trainer.methods.reinforcement import Reinforcement
+from worker.trainer.model import Policy
+from worker.trainer.objectives import reinforcement as objectives
+from worker.trainer.reference import References, compute
+from worker.trainer.rollouts import Answer
+from worker.trainer.sampling import Prompt
+from worker.trainer.tasks import Exercise, Task, Tasks
+
+CHECK = {
+    "type": "string_check", "name": "exact", "input": "{{sample.output_text}}", "reference": "{{item.answer}}",
+    "operation": "like",
+}  # fmt: skip
+SETTINGS = {
+    "batch_size": 6, "samples": 4, "max_tokens": 5, "max_steps": 6, "learning_rate": 5e-3, "checkpoint_every": 1,
+    "eval_every": 3, "warmup_ratio": 0.0,
+}  # fmt: skip
+QUESTIONS: list[dict[str, Any]] = [
+    {"messages": [{"role": "user", "content": f"{number}. the cat?"}], "answer": "e" if number % 2 else "a"}
+    for number in range(20)
+]
+ALGORITHMS = ("rloo", "grpo", "online_dpo")
+
+
+def spec(
+    grader: dict[str, Any] = CHECK, fields: dict[str, Any] | None = None, **hyperparameters: Any
+) -> dict[str, Any]:
+    settings = {"grader": grader, "hyperparameters": {**SETTINGS, **hyperparameters}}
+    method = {"type": "reinforcement", "reinforcement": settings}
+    return {"method": method, "seed": 1, "quantization": "none", "adapter": {"r": 4}, **(fields or {})}
+
+
+def adapter(folder: Path) -> bytes:
+    return (folder / "output" / "adapter_model.safetensors").read_bytes()
+
+
+# -- losses ----------------------------------------------------------------------------------------------------
+
+
+class Drawn:
+    """Log-probs of four answers to each of three prompts, of up to seven tokens, and rewards."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        self.rewards, self.mask = random(3, 4), torch.ones(12, 7, dtype=torch.float64)
+        for k, length in enumerate((7, 3, 5, 1, 2, 7, 4, 6, 1, 1, 5, 3)):
+            self.mask[k, length:] = 0
+        self.logps = random(12, 7) - 2
+        self.old, self.reference = self.logps + 0.3 * random(12, 7), self.logps + 0.3 * random(12, 7)
+        self.logps.requires_grad_()
+
+    def flat(self, values: Tensor) -> Tensor:
+        return values[self.mask.bool()]
+
+    def sums(self, values: Tensor) -> Tensor:
+        return (values * self.mask).sum(1)
+
+    def by_trl(self, trainer: type, advantages: Tensor, **fields: Any) -> tuple[Tensor, Tensor]:
+        """(loss, gradient of the log-probs) by TRL's own code."""
+        accelerator = SimpleNamespace(
+            reduce=lambda values, **_: values, gather=lambda values: values, num_processes=1,
+            gather_for_metrics=lambda values: values,
+        )  # fmt: skip
+        logps = self.logps.detach().clone().requires_grad_()
+        fake = SimpleNamespace(
+            _get_per_token_logps_and_entropies=lambda *_, **__: (logps, torch.zeros_like(logps), None),
+            aux_loss_enabled=False, epsilon_low=0.2, epsilon_high=0.2, accelerator=accelerator,
+            model=SimpleNamespace(training=True), _metrics=defaultdict(lambda: defaultdict(list)), **fields,
+        )  # fmt: skip
+        ids = torch.zeros(12, 7, dtype=torch.long)
+        inputs = {
+            "prompt_ids": ids, "prompt_mask": ids, "completion_ids": ids, "completion_mask": self.mask,
+            "advantages": advantages, "old_logps": self.sums(self.old), "old_per_token_logps": self.old,
+            "ref_per_token_logps": self.reference, "num_items_in_batch": self.mask.sum(),
+        }  # fmt: skip
+        loss = trainer._compute_loss(cast(Any, fake), None, inputs)  # type: ignore[attr-defined]
+        (gradient,) = torch.autograd.grad(loss, logps)
+        return loss.detach(), self.flat(gradient)
+
+    def ours(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        (gradient,) = torch.autograd.grad(loss, self.logps)
+        return loss.detach(), self.flat(gradient)
+
+
+def test_the_loss_of_rloo_is_that_of_trl() -> None:
+    drawn = Drawn()
+    shaped = drawn.rewards - 0.05 * drawn.sums(drawn.old - drawn.reference).view(3, 4)
+    advantages = objectives.leave_one_out(shaped)
+    for row, expected in zip(shaped, advantages, strict=True):
+        for k in range(4):
+            others = [float(row[j]) for j in range(4) if j != k]
+            assert float(expected[k]) == pytest.approx(float(row[k]) - sum(others) / 3, abs=1e-12)
+    logratios = drawn.sums(drawn.logps - drawn.old)
+    ours = drawn.ours(objectives.clipped(logratios, advantages.flatten(), 0.2).mean())
+    assert objectives.is_clipped(logratios, advantages.flatten(), 0.2).any()
+    for own, theirs in zip(ours, drawn.by_trl(RLOOTrainer, advantages.flatten()), strict=True):
+        torch.testing.assert_close(own, theirs, rtol=0, atol=1e-12)
+
+
+def test_the_loss_of_grpo_is_that_of_trl() -> None:
+    drawn = Drawn()
+    advantages = objectives.standardised(drawn.rewards)
+    for row, expected in zip(drawn.rewards.tolist(), advantages.tolist(), strict=True):
+        mean = sum(row) / 4
+        std = math.sqrt(sum((value - mean) ** 2 for value in row) / 3)
+        assert expected == pytest.approx([(value - mean) / (std + 1e-4) for value in row], abs=1e-12)
+    by_token = advantages.flatten()[:, None].expand(12, 7)
+    losses = objectives.clipped(drawn.logps - drawn.old, by_token, 0.2)
+    losses = losses + 0.04 * objectives.k3(drawn.logps, drawn.reference)
+    ours = drawn.ours((drawn.sums(losses) / drawn.mask.sum(1)).mean())
+    options = {
+        "beta": 0.04, "loss_type": "grpo", "importance_sampling_level": "token", "top_entropy_quantile": 1.0,
+        "off_policy_mask_threshold": None, "use_vllm": False, "current_gradient_accumulation_steps": 1,
+        "args": SimpleNamespace(delta=None, use_bias_correction_kl=False), "_entropy_bonus_enabled": False,
+    }  # fmt: skip
+    theirs = drawn.by_trl(GRPOTrainer, advantages.flatten(), **options)
+    for own, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(own, other, rtol=0, atol=1e-12)
+
+
+# -- the method ------------------------------------------------------------------------------------------------
+
+
+class Fixed(Tasks):
+    """Tasks that are given."""
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        object.__setattr__(self, "given", tasks)
+
+    def of(self, row: Row) -> Task:
+        given: Sequence[Task] = cast(Any, self).given
+        return given[row.line]
+
+
+def method_on(policy: Policy, prompts: Sequence[Sequence[int]], **settings: Any) -> Reinforcement:
+    """The method over prompts of token ids. Its grader is not asked."""
+    hyperparameters = ReinforcementHyperparameters(**{"max_tokens": 5, **settings}).resolved(full=False)
+    rows = Rows.of(Row(line, tuple(prompt), (Response((5,), (True,)),)) for line, prompt in enumerate(prompts))
+    tasks = Fixed([Task(Prompt(tuple(prompt), ""), cast(Any, None), {}) for prompt in prompts])
+    exercise = Exercise(StringCheck.model_validate(CHECK | {"operation": "eq"}), tasks, tasks)
+    method = Reinforcement(Launcher(policy), hyperparameters, rows, rows[:0], exercise, seed=3)
+    method.begin(cast(Any, None))
+    return method
+
+
+def rewarded(monkeypatch: pytest.MonkeyPatch, reward: Callable[[Task, tuple[int, ...]], float | None]) -> None:
+    """Give each answer this reward, by its tokens, instead of asking a grader."""
+    write = rollouts.write_answers
+    monkeypatch.setattr(rollouts, "text_of", lambda _policy, completion, *_: json.dumps(completion.ids))
+
+    def graded(policy: Policy, launcher: Launcher, tasks: Sequence[Task], samples: int, *others: Any) -> list[Answer]:
+        answers = write(policy, launcher, tasks, samples, *others)
+        return [
+            Answer(one.ids, one.ended, one.logp, one.text, reward(tasks[k // samples], one.ids), None if
+                   reward(tasks[k // samples], one.ids) is not None else "no reward")
+            for k, one in enumerate(answers)
+        ]  # fmt: skip
+
+    monkeypatch.setattr(rollouts, "write_answers", graded)
+
+
+def plain_logps(policy: Policy, prompt: Sequence[int], ids: Sequence[int]) -> Tensor:
+    """log π of each token of an answer, by the model's own forward pass."""
+    with policy.own_attention_in_use():
+        logits = policy.logits(torch.tensor([*prompt, *ids]))
+    logps = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+    return logps.gather(1, torch.tensor(ids)[:, None]).squeeze(1)
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_gradient_is_that_of_the_formula(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str, updates: int
+) -> None:
+    """By plain forward passes over each answer. With several updates, the second has other weights than its answers."""
+    rewarded(monkeypatch, lambda _, ids: (sum(ids) % 7) / 7 if ids[0] % 5 else 1.0)
+    policy = disturb(load(llama, adapter={"r": 4}))
+    method = method_on(
+        policy, [(5, 6, 7), (9, 8), (4,)], algorithm=algorithm, samples=5, updates_per_batch=updates, beta=0.3
+    )
+    disturb(policy, 0.05, seed=8)  # the reference is the policy before
+    method.gradient([0, 1, 2], Averages())
+    batch = method._batch
+    assert batch is not None
+    if updates == 2:
+        disturb(policy, 0.02, seed=9)
+        method.after_step(1)
+        for parameter in policy.trainable().values():
+            parameter.grad = None
+        method.gradient([0, 1, 2], Averages())
+        assert method._batch is batch
+    ours = {name: cast(Tensor, parameter.grad).clone() for name, parameter in policy.trainable().items()}
+    # The formula, from plain log-probs.
+    answers, prompts = batch.graded.answers, [(5, 6, 7), (9, 8), (4,)]
+    logps = [plain_logps(policy, prompts[k // 5], answer.ids) for k, answer in enumerate(answers)]
+    with weights.swapped(policy, method.anchor), torch.no_grad():
+        reference = [plain_logps(policy, prompts[k // 5], answer.ids) for k, answer in enumerate(answers)]
+    old = list(torch.split(batch.graded.old.flat, [len(answer.ids) for answer in answers]))
+    if updates == 1:
+        torch.testing.assert_close(torch.cat(old), torch.cat(logps).detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(batch.graded.reference.flat, torch.cat(reference), rtol=1e-4, atol=1e-4)
+    rewards = batch.graded.rewards
+    total = torch.zeros(())
+    for k in range(3):
+        group = range(5 * k, 5 * k + 5)
+        divergence = torch.tensor([float((old[j] - reference[j]).sum()) for j in group])
+        if algorithm == "online_dpo":
+            best, worst = 5 * k + int(rewards[k].argmax()), 5 * k + int(rewards[k].argmin())
+            margin = (logps[best] - reference[best]).sum() - (logps[worst] - reference[worst]).sum()
+            total = total - torch.nn.functional.logsigmoid(0.3 * margin) / 3
+        for j in group if algorithm != "online_dpo" else ():
+            values = rewards[k] - (0.3 * divergence if algorithm == "rloo" else 0)
+            if algorithm == "rloo":
+                others = [float(values[i]) for i in range(5) if i != j - 5 * k]
+                advantage = float(values[j - 5 * k]) - sum(others) / 4
+                ratio = (logps[j] - old[j]).sum().exp()
+                total = total - torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage) / 15
+            else:
+                advantage = float((values[j - 5 * k] - values.mean()) / (values.std() + 1e-4))
+                ratio, towards = (logps[j] - old[j]).exp(), reference[j] - logps[j]
+                losses = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+                total = total + (losses + 0.3 * (towards.exp() - towards - 1)).mean() / 15
+    trained = policy.trainable()
+    expected = torch.autograd.grad(total, list(trained.values()))
+    for (name, gradient), theirs in zip(ours.items(), expected, strict=True):
+        torch.testing.assert_close(gradient, theirs, rtol=1e-3, atol=2e-4 * float(theirs.abs().max()), msg=name)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_prompt_that_cannot_be_graded_changes_nothing(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str
+) -> None:
+    """The gradient is that of the other prompts alone. Too many such prompts end the training, with the reason."""
+    rewarded(monkeypatch, lambda task, ids: None if task.prompt.ids == (9, 8) and ids[0] % 2 else sum(ids) % 3)
+    gradients = []
+    for prompts in ([(5, 6, 7), (4, 4), (9, 8)], [(5, 6, 7), (4, 4)]):
+        policy = disturb(load(llama))
+        method = method_on(policy, prompts, algorithm=algorithm, samples=4)
+        averages = Averages()
+        method.gradient(list(range(len(prompts))), averages)
+        gradients.append([cast(Tensor, parameter.grad) for parameter in policy.trainable().values()])
+        assert averages.means()["rollouts/ungraded"] == pytest.approx((len(prompts) - 2) / len(prompts))
+        assert any(gradient.any() for gradient in gradients[-1])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"3 of 3 prompts have an answer that could not be graded\. .*no 'answer'"):
+        monkeypatch.setattr(rollouts, "text_of", lambda *_: "text")
+        method_on(disturb(load(llama)), [(5, 6), (9, 8), (4,)], algorithm=algorithm).gradient([0, 1, 2], Averages())
+
+
+def test_rewards_that_are_all_equal_teach_nothing_without_a_price_of_divergence(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewarded(monkeypatch, lambda *_: 1.0)
+    for algorithm in ALGORITHMS:
+        policy = disturb(load(llama))
+        method = method_on(policy, [(5, 6), (9,)], algorithm=algorithm, beta=0.1 if algorithm == "online_dpo" else 0.0)
+        averages = Averages()
+        method.gradient([0, 1], averages)
+        assert averages.means()["rollouts/without_signal"] == 1
+        assert not any(cast(Tensor, parameter.grad).any() for parameter in policy.trainable().values())
+
+
+def test_answers_that_share_a_prompt_are_rows_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollouts, "TREE_TOKENS", 20)
+    tasks = [Task(Prompt((1,) * 6, ""), cast(Any, None), {}), Task(Prompt((2,) * 30, ""), cast(Any, None), {})]
+    answers = [Answer((3,) * length, False, 0.0, "", 0.0) for length in (5, 5, 9, 5, 14, 1, 8, 8)]
+    rows = rollouts.all_rows(tasks, answers, 4)
+    assert rows.members == ((0, 1), (2, 3), (4,), (5,), (6,), (7,))
+    assert [row.prompt[0] for row in rows.rows] == [1, 1, 2, 2, 2, 2]
+
+
+# -- the optimum -----------------------------------------------------------------------------------------------
+
+BETA, PROMPT, HANDFUL = 0.3, (5, 9, 7), (20, 30, 40)
+STEP = math.log(3)
+"""The rewards of the handful of answers are 0, 1 and 2 times this. So Bradley–Terry prefers them with 3/4 and 9/10."""
+
+
+def next_token(policy: Policy) -> Tensor:
+    """log π of each answer of one token, [V]."""
+    with torch.no_grad(), policy.own_attention_in_use():
+        return policy.logits(torch.tensor(PROMPT))[-1].double().log_softmax(-1)
+
+
+def rewards_of(size: int) -> Tensor:
+    rewards = torch.zeros(size, dtype=torch.float64)
+    for number, token in enumerate(HANDFUL):
+        rewards[token] = number * STEP
+    return rewards
+
+
+def descend(policy: Policy, steps: int, rate: float, gradient: Callable[[int], object]) -> None:
+    """Train by Adam, with a rate that falls to zero."""
+    optimizer = torch.optim.AdamW(policy.trainable().values(), lr=rate, weight_decay=0.0)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
+        gradient(step)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_reinforcement_reaches_the_optimum_of_its_objective(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """π* ∝ π_ref exp(r/β) (Rafailov et al. 2023, Eq. 4), over all answers of one token."""
+    policy = load(llama, adapter="none")
+    reference = next_token(policy)
+    rewards = rewards_of(len(reference))
+    optimum = (reference + rewards / BETA).log_softmax(-1)
+    assert float((optimum.exp() * (optimum - reference)).sum()) > 1
+    rewarded(monkeypatch, lambda _, ids: float(rewards[ids[0]]))
+    method = method_on(policy, [PROMPT] * 4, algorithm="rloo", samples=64, max_tokens=1, beta=BETA)
+
+    def gradient(step: int) -> None:
+        method.gradient([0, 1, 2, 3], Averages())
+        method.after_step(step + 1)
+
+    descend(policy, 150, 2e-3, gradient)
+    learned = next_token(policy)
+    assert float((learned.exp() * (learned - optimum)).sum()) < 0.01
+
+
+def test_dpo_reaches_the_same_optimum(llama: Path) -> None:
+    """On pairs whose shares are those of Bradley–Terry, among the handful of answers."""
+    policy = load(llama, adapter="none")
+    reference = next_token(policy)
+    shares = {(1, 0): 3, (0, 1): 1, (2, 1): 3, (1, 2): 1, (2, 0): 9, (0, 2): 1}  # better, worse: how often
+    pairs = [pair for pair, count in shares.items() for _ in range(count)]
+    rows = Rows.of(
+        Row(line, PROMPT, tuple(Response((HANDFUL[side],), (True,)) for side in pair))
+        for line, pair in enumerate(pairs)
+    )
+    launcher = Launcher(policy)
+    method = Preference(launcher, DPOHyperparameters(beta=BETA).resolved(full=True), rows, rows[:0])
+    method.references = References(compute(launcher, rows), compute(launcher, rows[:0]))
+    descend(policy, 150, 2e-3, lambda _: method.gradient(list(range(len(rows))), Averages()))
+    optimum = (reference + rewards_of(len(reference)) / BETA)[list(HANDFUL)].log_softmax(-1)
+    learned = next_token(policy)[list(HANDFUL)].log_softmax(-1)
+    assert float((learned.exp() * (learned - optimum)).sum()) < 0.01
+
+
+# -- runs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_run_raises_the_reward_of_prompts_that_it_has_not_seen(llama: Path, tmp_path: Path, algorithm: str) -> None:
+    settings: dict[str, Any] = {
+        "max_steps": 30, "batch_size": 8, "samples": 8, "eval_every": 15, "eval_samples": 4, "algorithm": algorithm,
+    }  # fmt: skip
+    folder = make_work_folder(tmp_path, llama, spec(fields={"validation_split": 0.3}, **settings), train=QUESTIONS)
+    events = run_in_process(folder)
+    rewards = training_metrics(events, "eval/reward", "reinforcement")
+    assert rewards[0] < 0.5 and rewards[-1] > 0.9, rewards
+    assert max(map(abs, training_metrics(events, "rollouts/mismatch", "reinforcement"))) < 1e-4
+    lines = [json.loads(line) for line in (folder / "output" / "validation_logps.jsonl").read_text().splitlines()]
+    assert len(lines) == 6 and all(len(line["answers"]) == 4 for line in lines)
+    for line in lines:
+        wanted = QUESTIONS[line["line"] - 1]["answer"]
+        assert all(answer["reward"] == (wanted in answer["text"]) for answer in line["answers"])
+    (done,) = of_kind(events, "done")
+    tokens = training_metrics(events, "rollouts/tokens", "reinforcement")
+    assert done["trained_tokens"] > sum(tokens) * 64
+
+
+@pytest.mark.parametrize("stop_at", [2, 3])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_resumed_run_has_the_same_bytes(llama: Path, tmp_path: Path, algorithm: str, stop_at: int) -> None:
+    """Between two batches of answers, and between two updates on one."""
+    body = spec(algorithm=algorithm, updates_per_batch=2)
+    whole = make_work_folder(tmp_path / "whole", llama, body, train=QUESTIONS)
+    events = run_in_process(whole)
+    again = make_work_folder(tmp_path / "again", llama, body, train=QUESTIONS)
+    shutil.copytree(whole / "checkpoints" / f"step-{stop_at}", again / "resume")
+    resumed = run_in_process(again)
+    assert training_metrics(resumed, "reward", "reinforcement") == training_metrics(events, "reward", "reinforcement")[
+        stop_at:
+    ]  # fmt: skip
+    assert adapter(again) == adapter(whole)
+    assert (again / "output" / "validation_logps.jsonl").read_bytes() == (
+        whole / "output" / "validation_logps.jsonl"
+    ).read_bytes()
+
+
+def test_several_devices_and_recomputed_activations_give_the_same_bytes(llama: Path, tmp_path: Path) -> None:
+    """A batch has more answers than are sampled together."""
+    body = spec(batch_size=10, max_steps=3, updates_per_batch=2)
+    outputs = []
+    changes: list[tuple[str, int, dict[str, Any]]] = [
+        ("one", 1, {}), ("two", 2, {}), ("again", 1, {"activation_checkpointing": True}),
+    ]  # fmt: skip
+    for name, ranks, fields in changes:
+        settings = body["method"]["reinforcement"]["hyperparameters"] | fields
+        method = {"type": "reinforcement", "reinforcement": {"grader": CHECK, "hyperparameters": settings}}
+        folder = make_work_folder(tmp_path / name, llama, body | {"method": method}, ranks, train=QUESTIONS)
+        status, events = run_process(folder)
+        assert status == 0, events[-1]
+        outputs.append(adapter(folder))
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_a_run_that_is_stopped_while_it_writes_answers_goes_on_later(llama: Path, tmp_path: Path) -> None:
+    body = spec(max_tokens=60, max_steps=4, batch_size=10, samples=8, checkpoint_every=100)
+    whole = make_work_folder(tmp_path / "whole", llama, body, train=QUESTIONS)
+    assert run_process(whole)[0] == 0
+    folder = make_work_folder(tmp_path / "stopped", llama, body, train=QUESTIONS)
+    with TrainerProcess(folder) as process:
+        kinds = []
+        for event in process.events():
+            kinds.append(event["kind"])
+            if event["kind"] == "metrics" and event["step"] == 1:
+                process.send_signal(signal.SIGTERM)
+        assert process.status() == STOPPED
+    assert "done" not in kinds
+    (checkpoint,) = (folder / "checkpoints").iterdir()
+    checkpoint.rename(folder / "resume")
+    assert run_process(folder)[0] == 0
+    assert adapter(folder) == adapter(whole)
+
+
+def test_a_stop_ends_the_writing_of_answers(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the next token: the batch that is being written is not finished."""
+    run = make_run(make_work_folder(tmp_path, llama, spec(max_tokens=400), train=QUESTIONS))
+    written, draw = list[int](), sampling.draw
+
+    def stopping(*arguments: Any) -> Any:
+        written.append(1)
+        if len(written) == 50:
+            run.stopping.set()
+        return draw(*arguments)
+
+    monkeypatch.setattr(sampling, "draw", stopping)
+    with pytest.raises(Stopped):
+        train(run)
+    assert len(written) == 50
+
+
+def test_sft_before_reinforcement_and_a_file_of_its_own_for_validation(llama: Path, tmp_path: Path) -> None:
+    pairs = [{"prompt": f"{number}. a?", "completion": " the end"} for number in range(8)]
+    fields = {
+        "sft": {"training_file": "answers.jsonl", "hyperparameters": {"max_steps": 2, "batch_size": 4}},
+        "validation_file": "held-out.jsonl", "mapping": {"prompt": "question"},
+    }  # fmt: skip
+    rows = [{"question": f"{number}. the dog?", "answer": "e", "other": [number]} for number in range(12)]
+    held_out = [{"question": f"{number}. a cow?", "answer": "a"} for number in range(3)]
+    files: dict[str, Any] = {"train": rows, "answers": pairs, "held-out": held_out}
+    folder = make_work_folder(tmp_path, llama, spec(fields=fields), **files)
+    events = run_in_process(folder)
+    assert {event["stage"] for event in of_kind(events, "metrics")} == {"sft", "reinforcement"}
+    assert of_kind(events, "done")
+    answers = [json.loads(line) for line in (folder / "output" / "validation_logps.jsonl").read_text().splitlines()]
+    assert [bool(line["answers"][0]["reward"]) for line in answers] == [
+        "a" in line["answers"][0]["text"] for line in answers
+    ]
+
+
+def test_answers_need_room_beside_their_prompt(llama: Path, tmp_path: Path) -> None:
+    folder = make_work_folder(tmp_path, llama, spec(max_tokens=5000), train=QUESTIONS)
+    with pytest.raises(UserError, match="'max_tokens' leaves no room") as refused:
+        train(make_run(folder))
+    assert refused.value.param == "method.reinforcement.hyperparameters.max_tokens"
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "words"),
+    [
+        ({"method": {"type": "reinforcement"}}, "method.reinforcement", "grader"),
+        (spec(algorithm="ppo"), "method.reinforcement.hyperparameters.algorithm", "rloo"),
+        (spec(samples=1), "method.reinforcement.hyperparameters.samples", "greater than or equal to 2"),
+        (spec(compute_multiplier=2), "method.reinforcement.hyperparameters.compute_multiplier", "not both"),
+        (spec(eval_interval=2), "method.reinforcement.hyperparameters.eval_interval", "not both"),
+        (spec(algorithm="online_dpo", beta=0), "method.reinforcement.hyperparameters.beta", "above 0"),
+        (spec(algorithm="online_dpo", clip=0.1), "method.reinforcement.hyperparameters.clip", "no meaning"),
+        (spec(reasoning_effort="high"), "method.reinforcement.hyperparameters.reasoning_effort", "default"),
+        (spec(max_length=32, max_tokens=32), "method.reinforcement.hyperparameters.max_tokens", "no room"),
+        (spec(CHECK | {"input": "{{x}}"}), "method.reinforcement.grader.input", "{{x}}"),
+        (spec(fields={"parallel": {"shard": True}}), "parallel.shard", "whole model"),
+        (spec(early_stopping={"metric": "eval/rewards/margins"}), "early_stopping.metric", "no metric"),
+    ],
+)  # fmt: skip
+def test_settings_that_do_not_fit_are_refused(change: dict[str, Any], param: str, words: str) -> None:
+    with pytest.raises(ValidationError) as refused:
+        JobSpec.model_validate({"model": "m", "training_file": "f", **change})
+    error = refused.value.errors()[0]
+    message, named, _ = describe_validation_error(error | {"loc": ("body", *error["loc"])})
+    assert words in message and str(named).endswith(param)
+
+
+def test_a_stored_spec_says_what_was_run() -> None:
+    body = {
+        "model": "m",
+        "training_file": "f",
+        **spec(samples=None, compute_multiplier=0.5, eval_every="auto", eval_interval=7),
+    }
+    resolved = JobSpec.model_validate(body).resolved()
+    settings = cast(ReinforcementHyperparameters, resolved.method.hyperparameters)
+    assert (settings.samples, settings.eval_every, settings.beta, settings.clip) == (4, 7, 0.05, 0.2)
+    assert JobSpec.stored(resolved.to_store()).resolved() == resolved
+    assert "reinforcement" not in JobSpec.model_validate({"model": "m", "training_file": "f"}).to_store()["method"]
+
+
+def test_the_recipe_of_tasks_cuts_prompts(llama: Path, tmp_path: Path) -> None:
+    """A prompt and an answer of `max_tokens` fit into `max_length`."""
+    rows = [{"messages": [{"role": "user", "content": "the cat sat on the mat " * 30}], "answer": "e"}] * 8
+    folder = make_work_folder(tmp_path, llama, spec(max_length=32, max_tokens=8, max_steps=1), train=rows)
+    events = run_in_process(folder)
+    assert of_kind(events, "done")
+    tasks = Tasks([folder / "train.jsonl"], load(llama).tokenizer, Recipe(cast(Any, "prompts"), 24))
+    assert len(tasks.of(Row(3, (), ())).prompt.ids) == 24
