@@ -60,6 +60,7 @@ def train(spec_path: Path, output: Path, settings: Settings, console: Console) -
         base, revision = BaseModels(settings).locate(spec.model)
         devices = _devices(spec, settings, base)
         reference = spec.reference_model and BaseModels(settings).locate(spec.reference_model)[0]
+        graders = [BaseModels(settings).locate(name)[0] for _, name in spec.grader_models]
     except (UsageError, ModelUnavailable, DeviceUnusable) as error:
         console.print(plain(str(error)), style="red", highlight=False, markup=False)
         return USAGE
@@ -69,6 +70,9 @@ def train(spec_path: Path, output: Path, settings: Settings, console: Console) -
         if reference:
             (folder / "reference").mkdir()
             point_to(folder / "reference" / "base", reference)
+        for number, grader in enumerate(graders):
+            (folder / "graders" / str(number)).mkdir(parents=True)
+            point_to(folder / "graders" / str(number) / "base", grader)
         (folder / "spec.json").write_text(spec.model_dump_json())
         run = {
             "base_model": spec.model,

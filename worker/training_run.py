@@ -14,6 +14,7 @@ from app.jobs import transitions
 from app.jobs.queue import JOBS
 from app.jobs.states import Status
 from app.jobs.tables import Checkpoint, Job
+from app.models import repository as models
 from app.models.tables import Model
 from app.spec import quality_gates
 from app.spec.job import JobSpec
@@ -83,6 +84,11 @@ class Training(JobAttempt[JobSpec]):
             field = "method.dpo.hyperparameters.reference_model"
             reference, _ = self.fetch_model(spec.reference_model, self.folder / "reference", field)
             placed += [f"reference/{name}" for name in reference.placed]
+        renderings = list[JsonObject]()
+        for number, (field, name) in enumerate(spec.grader_models):
+            grader, _ = self.fetch_model(name, self.folder / "graders" / str(number), field)
+            placed += [f"graders/{number}/{part}" for part in grader.placed]
+            renderings.append(self.lease.read(partial(self._rendering, name)))
         if self.checkpoints.fetch(self.folder / "resume"):
             placed.append("resume")
         (self.folder / "spec.json").write_text(spec.with_files(places).model_dump_json())
@@ -92,11 +98,17 @@ class Training(JobAttempt[JobSpec]):
             "version": stack.version,
             "spec": self.job.spec,
             "bases": self.bases,
+            "renderings": renderings,
             **self.health.placement(self.devices),
             "placed": placed,
             "log": {"job": self.job.id, "attempt": self.job.attempt, "request": self.job.request_id},
         }
         (self.folder / "run.json").write_text(json.dumps(run))
+
+    def _rendering(self, name: str, session: Session) -> JsonObject:
+        """How the reward model `name` renders conversations: as in its training."""
+        training = models.job_of(session, self.job.project, name)
+        return vars(self.spec.rendering if training is None else JobSpec.stored(training.spec).rendering)
 
     def before_write(self, event: Event) -> None:
         match event:

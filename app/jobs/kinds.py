@@ -52,7 +52,9 @@ def _training_files(spec: StoredSpec) -> list[str]:
 
 
 def _training_models(spec: StoredSpec) -> list[str | None]:
-    return [((spec["method"].get("dpo") or {}).get("hyperparameters") or {}).get("reference_model")]
+    reference = ((spec["method"].get("dpo") or {}).get("hyperparameters") or {}).get("reference_model")
+    graders = JobSpec.stored(spec).grader_models if spec["method"].get("reinforcement") else []
+    return [reference, *(name for _, name in graders)]
 
 
 def _training_file_code(field: str) -> str:

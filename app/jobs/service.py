@@ -77,6 +77,7 @@ class Jobs(Lifecycle[JobObject]):
         """
         model = self._start_model(session, project, spec)
         reference = self._reference_model(session, project, spec)
+        self._require_reward_models(session, project, spec)
         fit.require_devices(session, spec.resources, model.base_model)
         spec = self._with_mappings(spec, self._files(session, project, spec))
         self._check_integrations(session, spec)
@@ -220,6 +221,16 @@ class Jobs(Lifecycle[JobObject]):
             message = f"'{reference.base_model}' is quantised by {method}, which this service cannot read."
             raise ServiceError(message, param=param, code="unsupported_model")
         return reference
+
+    @staticmethod
+    def _require_reward_models(session: Session, project: str, spec: JobSpec) -> None:
+        """Refuse a grader whose model is no reward model."""
+        for field, name in spec.grader_models:
+            model = models.require(session, project, name, field, lock=True)
+            # A checkpoint of a reward training is not the classifier that the training ends with.
+            if model.kind != "reward" or models.get(session, project, name) is None:
+                message = f"'{name}' is not a reward model that a training has ended with."
+                raise ServiceError(message, param=field, code="invalid_value")
 
     def metrics(self, project: str, job_id: str, names: list[str] | None, points: int) -> MetricSeries:
         """The series of each metric, or only those of `names`, with at most `points` points each.

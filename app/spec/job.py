@@ -15,7 +15,7 @@ from app.spec.datasets.example import Kind
 from app.spec.datasets.mapping import Mapping
 from app.spec.datasets.rendering import RenderingSettings, today
 from app.spec.evaluation import JobEvaluation
-from app.spec.graders.schemas import Grader
+from app.spec.graders.schemas import Grader, reward_models
 from app.spec.hyperparameters import (
     DPOHyperparameters,
     Hyperparameters,
@@ -458,6 +458,14 @@ class JobSpec(RenderingSettings, Automatic):
     def reference_model(self) -> str | None:
         """The name of the reference model, if the job names one other than the initial policy."""
         return self.method.dpo.hyperparameters.reference_model if self.method.dpo is not None else None
+
+    @property
+    def grader_models(self) -> list[tuple[str, str]]:
+        """(field, name) of every reward model that grades answers."""
+        if self.method.reinforcement is None:
+            return []
+        models = reward_models(self.method.reinforcement.grader)
+        return [(f"method.reinforcement.grader.{path}model", grader.model) for path, grader in models]
 
     @property
     def trains_rewards(self) -> bool:

@@ -158,6 +158,8 @@ def made(services: Services) -> dict[str, int]:
 
 
 READ_POSTS = {
+    "/v1/fine_tuning/alpha/graders/run",
+    "/v1/fine_tuning/alpha/graders/validate",
     "/v1/fine_tuning/estimate",
     "/v1/fine_tuning/jobs/{job_id}/stream_token",
     "/v1/evaluations/{evaluation_id}/stream_token",
@@ -261,6 +263,9 @@ def test_a_body_cannot_name_an_object_of_another_project(
     error = error_of(client.post("/v1/fine_tuning/jobs", json=job, headers=stranger), 400)
     assert (error["param"], error["code"]) == ("evaluations.0.data", "file_not_found")
     method = {"type": "dpo", "dpo": {"hyperparameters": {"reference_model": MODEL}}}
+    learned = {"type": "reward_model", "name": "learned", "model": MODEL}
+    grader = {"type": "multi", "name": "m", "graders": {"learned": learned}, "calculate_output": "learned"}
+    graded = {"type": "reinforcement", "reinforcement": {"grader": grader}}
     for changes, param in (
         ({"training_file": known_ids["file_id"]}, "training_file"),
         ({"validation_file": known_ids["file_id"]}, "validation_file"),
@@ -268,6 +273,7 @@ def test_a_body_cannot_name_an_object_of_another_project(
         ({"model": MODEL}, "model"),
         ({"model": CHECKPOINT}, "model"),
         ({"method": method}, "method.dpo.hyperparameters.reference_model"),
+        ({"method": graded}, "method.reinforcement.grader.graders.learned.model"),
     ):
         body = {"model": "tiny", "training_file": own_file, "method": {"type": "dpo"}} | changes
         error = error_of(client.post("/v1/fine_tuning/jobs", json=body, headers=stranger), 400)

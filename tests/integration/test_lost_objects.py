@@ -116,8 +116,16 @@ READERS: dict[str, Callable[[Services, str], Job]] = {
     "an evaluation of it": lambda services, file: run_evaluation(services, {"candidate": {"model": NAME}}, file),
     "an evaluation against it": lambda services, file: run_evaluation(services, {"baseline": {"model": NAME}}, file),
 }
+GRADED = {
+    "type": "reinforcement",
+    "reinforcement": {"grader": {"type": "reward_model", "name": "learned", "model": NAME}},
+}
 OTHER_KINDS: dict[str, tuple[str, Callable[[Services, str], Job]]] = {
     "a training from a full model": ("full", lambda services, file: run_job(services, {"model": NAME}, file)),
+    "a training with a reward model as its grader": (
+        "reward",
+        lambda services, file: run_job(services, {"method": GRADED}, file),
+    ),
     "an evaluation with a reward model as its judge": (
         "reward",
         lambda services, file: run_evaluation(services, {"type": "win_rate", "judge": JUDGE}, file),

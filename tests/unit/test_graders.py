@@ -12,7 +12,7 @@ from app.errors import describe_validation_error
 from app.graders.schemas import ValidateGrader
 from app.spec.graders.formula import Formula, FormulaError
 from app.spec.graders.grading import Grade, grade
-from app.spec.graders.schemas import Grader
+from app.spec.graders.schemas import Grader, reward_models
 from app.spec.graders.similarity import MAX_CHARACTERS, similarity
 
 GRADERS: TypeAdapter[Any] = TypeAdapter(Grader)
@@ -192,6 +192,20 @@ def test_any_text_is_a_formula_with_a_value_or_refused(text: str) -> None:
     assert math.isfinite(value)
 
 
+def test_a_reward_model_grades_where_it_is_given() -> None:
+    learned = {"type": "reward_model", "name": "learned", "model": "ft:judge"}
+    both = GRADERS.validate_python(
+        multi("2 * exact + learned", {"exact": CHECK | {"operation": "eq"}, "learned": learned})
+    )
+    assert grade(both, "x", {"answer": "x"}, {"ft:judge": 0.5}) == Grade(2.5, {"exact": 1.0, "learned": 0.5})
+    failed = grade(both, "x", {"answer": "x"})
+    assert failed.reward is None and "in trainings only" in str(failed.error)
+    assert [path for path, _ in reward_models(both)] == ["graders.learned."]
+    listed = GRADERS.validate_python(multi("learned", [CHECK | {"operation": "eq"}, learned]))
+    assert [path for path, _ in reward_models(listed)] == ["graders.1."]
+    assert [path for path, _ in reward_models(GRADERS.validate_python(learned))] == [""]
+
+
 # -- what is refused -------------------------------------------------------------------------------------------
 
 
@@ -206,7 +220,7 @@ def test_any_text_is_a_formula_with_a_value_or_refused(text: str) -> None:
         (SIMILAR | {"evaluation_metric": "cosine"}, "evaluation_metric", "embeddings"),
         (SIMILAR | {"evaluation_metric": "meteor"}, "evaluation_metric", "synonyms"),
         (multi("exact + nothing"), "calculate_output", "exact, near"),
-        (multi("a", {"a": multi("1")}), "graders.a.type", "'string_check' or 'text_similarity'"),
+        (multi("a", {"a": multi("1")}), "graders.a.type", "'text_similarity' or 'reward_model'"),
         (multi("a", {"a b": CHECK | {"operation": "eq"}}), "graders.a b", "pattern"),
         (multi("check", [CHECK | {"operation": "eq"}] * 2), "graders", "same name"),
         (multi("a", {"a": {"type": "label_model"}}), "graders.a.type", "not available yet"),

@@ -148,7 +148,8 @@ def stages_of(run: TrainingRun) -> list[Stage]:
         message = f"The model '{run.spec.model}' cannot be loaded: {error}"
         raise UserError("model_not_loadable", message, "model") from error
     context = context_length(config.to_dict()) or DEFAULT_MAX_LENGTH  # tokens
-    stages = plan.stages(run.spec, run.folder, tokenizer, context, run.cache, run.events)
+    renderings = run.about.get("renderings", [])
+    stages = plan.stages(run.spec, run.folder, tokenizer, context, run.cache, run.events, renderings)
     for rows in (part for stage in stages for part in (stage.train, stage.validation)):
         require_embedded(rows, tokenizer, config, run.spec.model)
     for stage in stages:

@@ -1,7 +1,7 @@
 """The plan of a run: its stages, their rows, the rows of each optimizer step, and the learning rates."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from hashlib import sha256
@@ -12,18 +12,19 @@ import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from app.spec.datasets.rendering import Rendering
-from app.spec.graders.schemas import Grader
 from app.spec.hyperparameters import DEFAULT_MAX_LENGTH, Hyperparameters, ReinforcementHyperparameters
 from app.spec.job import JobSpec, StageSpec
+from app.spec.json_types import JsonObject
 from worker.trainer.arrays import Integers, Shelf
 from worker.trainer.cache import Cache
 from worker.trainer.data import Recipe, Tally
 from worker.trainer.dataset import Groups, Rows, load
 from worker.trainer.errors import UserError
 from worker.trainer.events import Events
+from worker.trainer.grading import Exercise, Grading
 from worker.trainer.methods import METHODS
 from worker.trainer.rendering import Renderer
-from worker.trainer.tasks import Exercise, Tasks
+from worker.trainer.tasks import Tasks
 
 DEFAULT_INTERVALS = 5
 """By default a stage validates and writes a checkpoint this many times."""
@@ -129,14 +130,25 @@ class Stage:
 
 
 def stages(
-    spec: JobSpec, folder: Path, tokenizer: Tokenizer, context: int, cache: Cache, events: Events
+    spec: JobSpec,
+    folder: Path,
+    tokenizer: Tokenizer,
+    context: int,
+    cache: Cache,
+    events: Events,
+    renderings: Sequence[JsonObject] = (),
 ) -> list[Stage]:
     """Load the stages of `spec`. Its files are paths relative to `folder`. `context`: the model's context, in tokens.
 
+    `renderings`: how the reward models of its grader render conversations.
+
     Raises `UserError` for a file without a row to train on.
     """
-    grader = spec.method.reinforcement.grader if spec.method.reinforcement is not None else None
-    loader = _Loader(folder, tokenizer, context, cache, events, spec.seed or 0, spec.rendering, grader)
+    grading = None
+    if spec.method.reinforcement is not None:
+        own = [Rendering(**rendering) for rendering in renderings] or [Rendering()] * len(spec.grader_models)
+        grading = Grading(spec.method.reinforcement.grader, folder / "graders", own)
+    loader = _Loader(folder, tokenizer, context, cache, events, spec.seed or 0, spec.rendering, grading)
     if Renderer(tokenizer, spec.rendering).never_ends:
         events.message(NEVER_ENDS, level="warn", data={"code": "template_never_ends"})
     # The last stage is loaded first. An SFT stage on the same files then holds out the same prompts.
@@ -154,7 +166,7 @@ class _Loader:
     events: Events
     seed: int
     rendering: Rendering
-    grader: Grader | None = None
+    grading: Grading | None = None
     held_out: dict[tuple[str, ...], Integers] = field(default_factory=dict)
     """Maps the training files of a stage to the groups (prompts) that are held out for validation."""
 
@@ -181,7 +193,7 @@ class _Loader:
         """What a reinforcement stage does. Raises `UserError` if an answer leaves no room for a prompt."""
         settings = spec.settings
         assert isinstance(settings, ReinforcementHyperparameters)
-        assert self.grader is not None
+        assert self.grading is not None
         room = recipe.max_length - settings.max_tokens
         if room < 1:
             message = f"'max_tokens' leaves no room for a prompt in {recipe.max_length} tokens."
@@ -192,7 +204,7 @@ class _Loader:
             return Tasks([self.folder / name for name in names], self.tokenizer, recipe)
 
         training = tasks(spec.training)
-        return Exercise(self.grader, training, training if spec.validation is None else tasks((spec.validation,)))
+        return Exercise(self.grading, training, training if spec.validation is None else tasks((spec.validation,)))
 
     def _split(self, rows: Rows, spec: StageSpec, shelf: Shelf) -> tuple[Rows, Rows]:
         """(training rows, held-out rows)."""

@@ -8,6 +8,7 @@ The artifact is a transformers sequence classifier with one label: base and adap
 import json
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -151,26 +152,30 @@ def _rewards(
     return rewards
 
 
-def scores(
-    folder: Path,
-    answered: Sequence[Example],
-    rendering: Rendering,
-    max_length: int | None,
-    check_stop: Callable[[], None] = lambda: None,
-    ranks: Ranks | None = None,
-) -> list[float]:
-    """The reward of each answer in `answered` by the reward model in `folder`, minus its `reward_mean`.
+class RewardModel:
+    """The reward model in `folder`, on this process's device. `rendering`: how it renders conversations."""
 
-    The `ranks` share the work.
-    """
-    device = own_device()
-    tokenizer = load_tokenizer(folder)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        folder, dtype=torch.bfloat16 if hardware(device).half else torch.float32, local_files_only=True,
-        trust_remote_code=False, use_safetensors=True, device_map={"": device},
-    ).eval()  # fmt: skip
-    context = context_length(model.config.to_dict()) or DEFAULT_MAX_LENGTH
-    recipe = Recipe(Kind.SUPERVISED, min(max_length or context, context), rendering=rendering, lenient=True)
-    texts = [row.prompt + row.responses[0].ids for row in rows(answered, tokenizer, recipe, Tally())]
-    assert len(texts) == len(answered)
-    return [value - model.config.reward_mean for value in _rewards(model, texts, check_stop, ranks)]
+    def __init__(self, folder: Path, rendering: Rendering, max_length: int | None = None) -> None:
+        device = own_device()
+        self._tokenizer = load_tokenizer(folder)
+        self._model = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=torch.bfloat16 if hardware(device).half else torch.float32, local_files_only=True,
+            trust_remote_code=False, use_safetensors=True, device_map={"": device},
+        ).eval()  # fmt: skip
+        context = context_length(self._model.config.to_dict()) or DEFAULT_MAX_LENGTH
+        self._recipe = Recipe(Kind.SUPERVISED, min(max_length or context, context), rendering=rendering, lenient=True)
+
+    def scores(
+        self,
+        answered: Sequence[tuple[Example, str]],
+        check_stop: Callable[[], None] = lambda: None,
+        ranks: Ranks | None = None,
+    ) -> list[float]:
+        """The reward of each answer to its example, minus `reward_mean`. The `ranks` share the work."""
+        examples = [
+            replace(example, responses=(text,), desirable=True, raw=False, turns=()) for example, text in answered
+        ]
+        texts = [row.prompt + row.responses[0].ids for row in rows(examples, self._tokenizer, self._recipe, Tally())]
+        assert len(texts) == len(answered)
+        rewards = _rewards(self._model, texts, check_stop, ranks)
+        return [value - self._model.config.reward_mean for value in rewards]

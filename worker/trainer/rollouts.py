@@ -17,17 +17,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from app.spec.graders.grading import grade
-from app.spec.graders.schemas import Grader
 from worker.trainer import data, decoding
 from worker.trainer.data import Response, Row
 from worker.trainer.dataset import Rows
 from worker.trainer.errors import Stopped
+from worker.trainer.grading import Grading
 from worker.trainer.hardware import hardware
 from worker.trainer.launcher import Launcher, Values
 from worker.trainer.model import Policy
 from worker.trainer.packing import TREE_TOKENS, Pack, Segment
-from worker.trainer.sampling import CompletionRequest, Sampling, batches, end_tokens, sample_together, text_of
+from worker.trainer.sampling import (
+    Completion,
+    CompletionRequest,
+    Sampling,
+    batches,
+    end_tokens,
+    sample_together,
+    text_of,
+)
 from worker.trainer.tasks import Task
 
 
@@ -96,7 +103,7 @@ def write_answers(
     samples: int,
     max_tokens: int,
     draw: str,
-    grader: Grader,
+    grading: Grading,
     check_stop: Callable[[], None],
 ) -> list[Answer]:
     """`samples` answers to each of `tasks`, graded, those of a task together. `draw` seeds the random numbers.
@@ -108,21 +115,25 @@ def write_answers(
     sampling, ends = Sampling(max_tokens=max_tokens, seed=seed), end_tokens(policy, policy.ends)
     requests = [CompletionRequest(row, k, task.prompt.ids) for row, task in enumerate(tasks) for k in range(samples)]
     largest = 1 if policy.one_by_one else chosen.sampled_answers
-    written: dict[tuple[int, int], Answer] = {}
+    written = dict[tuple[int, int], Completion]()
     with policy.plain_layers():
         for together in data.batched(batches(requests, chosen.sampled_tokens, max_tokens, largest), ranks.size):
             sampled = sample_together(policy, together, sampling, ends, ranks, check_stop)
             if sampled.stopped:
                 raise Stopped
-            for completion in sampled.completions:
-                task = tasks[completion.row]
-                text = text_of(policy, completion, task.prompt, task.example)
-                given = grade(grader, text, task.item)
-                error = None if given.error is None else str(given.error)
-                written[completion.row, completion.sample] = Answer(
-                    completion.ids, completion.ended, completion.logp, text, given.reward, error
-                )
-    return [written[row, k] for row in range(len(tasks)) for k in range(samples)]
+            written |= {(completion.row, completion.sample): completion for completion in sampled.completions}
+    completions = [written[row, k] for row in range(len(tasks)) for k in range(samples)]
+    answered = [
+        (task, text_of(policy, completion, task.prompt, task.example))
+        for completion in completions
+        for task in [tasks[completion.row]]
+    ]
+    return [
+        Answer(
+            one.ids, one.ended, one.logp, text, given.reward, None if given.error is None else str(given.error)
+        )
+        for one, (_, text), given in zip(completions, answered, grading.grades(answered, ranks), strict=True)
+    ]  # fmt: skip
 
 
 def all_rows(tasks: Sequence[Task], answers: Sequence[Answer], samples: int) -> AnswerRows:

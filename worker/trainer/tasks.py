@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from app.spec.datasets.check import examples
 from app.spec.datasets.example import Example
 from app.spec.datasets.reader import records
-from app.spec.graders.schemas import Grader
 from app.spec.json_types import JsonObject
 from worker.trainer import data
 from worker.trainer.data import Recipe, Row
@@ -60,12 +59,3 @@ class Tasks:
                 for example in examples(file, self.recipe.mapping):
                     rows[number, example.line] = example, items[example.line]
         return rows
-
-
-@dataclass(frozen=True)
-class Exercise:
-    """What a reinforcement stage does with its rows: answer the tasks, and take their grades."""
-
-    grader: Grader
-    train: Tasks
-    validation: Tasks

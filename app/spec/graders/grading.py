@@ -1,11 +1,15 @@
 """The reward of an answer."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from app.spec.graders.schemas import Multi, StringCheck, TextSimilarity
+from app.spec.graders.schemas import AnyGrader, AnySingle, Multi, RewardModel, TextSimilarity
 from app.spec.graders.similarity import similarity
 from app.spec.graders.templates import GradingError, Sample, filled
 from app.spec.json_types import JsonObject
+
+Given = Mapping[str, float]
+"""The rewards of an answer by reward models, by the names of these models."""
 
 
 @dataclass(frozen=True)
@@ -18,14 +22,14 @@ class Grade:
     error: GradingError | None = None
 
 
-def grade(grader: StringCheck | TextSimilarity | Multi, answer: str, item: JsonObject) -> Grade:
+def grade(grader: AnyGrader, answer: str, item: JsonObject, given: Given | None = None) -> Grade:
     """Grade `answer` by `grader`. `item` is the row of the prompt, with all its fields."""
     sample, scores = Sample(answer), dict[str, float]()
     try:
         if not isinstance(grader, Multi):
-            return Grade(_score(grader, sample, item))
+            return Grade(_score(grader, sample, item, given or {}))
         for name, single in grader.named.items():
-            scores[name] = _score(single, sample, item)
+            scores[name] = _score(single, sample, item, given or {})
         return Grade(grader.formula()(scores), scores)
     except GradingError as error:
         return Grade(None, scores, error)
@@ -34,7 +38,11 @@ def grade(grader: StringCheck | TextSimilarity | Multi, answer: str, item: JsonO
         return Grade(None, scores, GradingError("other_error", message))
 
 
-def _score(grader: StringCheck | TextSimilarity, sample: Sample, item: JsonObject) -> float:
+def _score(grader: AnySingle, sample: Sample, item: JsonObject, given: Given) -> float:
+    if isinstance(grader, RewardModel):
+        if grader.model not in given:
+            raise GradingError("other_error", f"The reward model '{grader.model}' grades in trainings only.")
+        return given[grader.model]
     text, reference = filled(grader.input, sample, item), filled(grader.reference, sample, item)
     if isinstance(grader, TextSimilarity):
         return similarity(grader.evaluation_metric, text, reference)

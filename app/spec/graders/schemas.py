@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Discriminator, Field, StringConstraints, T
 from app.spec.graders import similarity
 from app.spec.graders.formula import MAX_CHARACTERS, Formula, FormulaError
 from app.spec.graders.templates import Template
-from app.spec.schema_base import NO_NUL, Strict, inconsistent
+from app.spec.schema_base import NO_NUL, ModelName, Strict, inconsistent
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=NO_NUL)]
 Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
@@ -21,7 +21,7 @@ NOT_BUILT = {
 
 def _of_types(*types: str) -> BeforeValidator:
     """Refuse what is no grader of one of these `types`, with the reason."""
-    listed = " or ".join(f"'{kind}'" for kind in types)
+    listed = ", ".join(f"'{kind}'" for kind in types[:-1]) + f" or '{types[-1]}'"
 
     def check(value: object) -> object:
         kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
@@ -67,10 +67,21 @@ class TextSimilarity(Strict):
     """`fuzzy_match` compares characters, the others words: BLEU, GLEU, and ROUGE as F1."""
 
 
+class RewardModel(Strict):
+    """The reward of a reward model that was trained here, minus its mean over the answers of its training."""
+
+    type: Literal["reward_model"]
+    name: Name
+    model: ModelName
+
+
+AnySingle = StringCheck | TextSimilarity | RewardModel
 Single = Annotated[
-    Annotated[StringCheck, Tag("[string_check]")] | Annotated[TextSimilarity, Tag("[text_similarity]")],
+    Annotated[StringCheck, Tag("[string_check]")]
+    | Annotated[TextSimilarity, Tag("[text_similarity]")]
+    | Annotated[RewardModel, Tag("[reward_model]")],
     Discriminator(_tag),
-    _of_types("string_check", "text_similarity"),
+    _of_types("string_check", "text_similarity", "reward_model"),
 ]
 MAX_GRADERS = 16
 
@@ -79,9 +90,7 @@ def _form(value: object) -> str:
     """The form of the graders of `multi`."""
     if isinstance(value, list):
         return "[list]"
-    is_one = isinstance(value, StringCheck | TextSimilarity) or (
-        isinstance(value, dict) and isinstance(value.get("type"), str)
-    )
+    is_one = isinstance(value, AnySingle) or (isinstance(value, dict) and isinstance(value.get("type"), str))
     return "[one]" if is_one else "[named]"
 
 
@@ -112,7 +121,7 @@ class Multi(Strict):
         return self
 
     @property
-    def named(self) -> dict[str, StringCheck | TextSimilarity]:
+    def named(self) -> dict[str, AnySingle]:
         """The graders by name."""
         if isinstance(self.graders, dict):
             return self.graders
@@ -124,10 +133,23 @@ class Multi(Strict):
         return Formula(self.calculate_output, frozenset(self.named))
 
 
+AnyGrader = AnySingle | Multi
 Grader = Annotated[
     Annotated[StringCheck, Tag("[string_check]")]
     | Annotated[TextSimilarity, Tag("[text_similarity]")]
+    | Annotated[RewardModel, Tag("[reward_model]")]
     | Annotated[Multi, Tag("[multi]")],
     Discriminator(_tag),
-    _of_types("string_check", "text_similarity", "multi"),
+    _of_types("string_check", "text_similarity", "reward_model", "multi"),
 ]
+
+
+def reward_models(grader: AnyGrader) -> list[tuple[str, RewardModel]]:
+    """The reward models in `grader`, each with the path of its field."""
+    if isinstance(grader, RewardModel):
+        return [("", grader)]
+    if not isinstance(grader, Multi):
+        return []
+    named = list(grader.named.values())
+    paths = [f"graders.{key}." for key in (grader.graders if isinstance(grader.graders, dict) else range(len(named)))]
+    return [(path, one) for path, one in zip(paths, named, strict=True) if isinstance(one, RewardModel)]

@@ -17,13 +17,17 @@ from torch import Tensor
 from trl import GRPOTrainer, RLOOTrainer
 
 from app.errors import describe_validation_error
+from app.spec.datasets.example import Example
+from app.spec.datasets.rendering import Rendering
 from app.spec.graders.schemas import StringCheck
 from app.spec.hyperparameters import DPOHyperparameters, ReinforcementHyperparameters
 from app.spec.job import JobSpec
 from tests.helpers.trainer import (
     TrainerProcess,
     disturb,
+    dpo_method,
     load,
+    make_pairs,
     make_run,
     make_work_folder,
     of_kind,
@@ -31,11 +35,13 @@ from tests.helpers.trainer import (
     run_process,
     training_metrics,
 )
+from worker.model_files import point_to
 from worker.trainer import rollouts, sampling, weights
 from worker.trainer.averages import Averages
 from worker.trainer.data import Recipe, Response, Row
 from worker.trainer.dataset import Rows
 from worker.trainer.errors import STOPPED, Stopped, UserError
+from worker.trainer.grading import Exercise, Grading
 from worker.trainer.launcher import Launcher
 from worker.trainer.loop import train
 from worker.trainer.methods.preference import Preference
@@ -43,9 +49,10 @@ from worker.trainer.methods.reinforcement import Reinforcement
 from worker.trainer.model import Policy
 from worker.trainer.objectives import reinforcement as objectives
 from worker.trainer.reference import References, compute
+from worker.trainer.reward import RewardModel
 from worker.trainer.rollouts import Answer
 from worker.trainer.sampling import Prompt
-from worker.trainer.tasks import Exercise, Task, Tasks
+from worker.trainer.tasks import Task, Tasks
 
 CHECK = {
     "type": "string_check", "name": "exact", "input": "{{sample.output_text}}", "reference": "{{item.answer}}",
@@ -181,7 +188,8 @@ def method_on(policy: Policy, prompts: Sequence[Sequence[int]], **settings: Any)
     hyperparameters = ReinforcementHyperparameters(**{"max_tokens": 5, **settings}).resolved(full=False)
     rows = Rows.of(Row(line, tuple(prompt), (Response((5,), (True,)),)) for line, prompt in enumerate(prompts))
     tasks = Fixed([Task(Prompt(tuple(prompt), ""), cast(Any, None), {}) for prompt in prompts])
-    exercise = Exercise(StringCheck.model_validate(CHECK | {"operation": "eq"}), tasks, tasks)
+    grader = StringCheck.model_validate(CHECK | {"operation": "eq"})
+    exercise = Exercise(Grading(grader, Path(), []), tasks, tasks)
     method = Reinforcement(Launcher(policy), hyperparameters, rows, rows[:0], exercise, seed=3)
     method.begin(cast(Any, None))
     return method
@@ -495,6 +503,36 @@ def test_sft_before_reinforcement_and_a_file_of_its_own_for_validation(llama: Pa
     assert [bool(line["answers"][0]["reward"]) for line in answers] == [
         "a" in line["answers"][0]["text"] for line in answers
     ]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_reward_model_grades_answers(llama: Path, tmp_path: Path, ranks: int) -> None:
+    """Alone and within a formula, with the rewards that it gives to the same texts later."""
+    judged = make_work_folder(
+        tmp_path / "judge", llama, {"method": dpo_method(loss="reward_model", max_steps=4), "quantization": "none"},
+        train=make_pairs(16),
+    )  # fmt: skip
+    run_in_process(judged)
+    learned = {"type": "reward_model", "name": "learned", "model": "judge"}
+    multi = {
+        "type": "multi", "name": "both", "graders": {"exact": CHECK, "learned": learned},
+        "calculate_output": "10 * learned - exact",
+    }  # fmt: skip
+    for name, grader in (("alone", learned), ("multi", multi)):
+        fields = {"validation_split": 0.3}
+        folder = make_work_folder(tmp_path / name, llama, spec(grader, fields, max_steps=2), ranks, train=QUESTIONS)
+        (folder / "graders" / "0").mkdir(parents=True)
+        point_to(folder / "graders" / "0" / "base", judged / "output")
+        status, events = run_process(folder)
+        assert status == 0, events[-1]
+        model = RewardModel(judged / "output", Rendering())
+        lines = [json.loads(line) for line in (folder / "output" / "validation_logps.jsonl").read_text().splitlines()]
+        assert len(lines) == 6
+        for line in lines:
+            question, (answer,) = QUESTIONS[line["line"] - 1], line["answers"]
+            (reward,) = model.scores([(Example(1, question["messages"], ()), answer["text"])])
+            expected = reward if grader is learned else 10 * reward - (question["answer"] in answer["text"])
+            assert answer["reward"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_answers_need_room_beside_their_prompt(llama: Path, tmp_path: Path) -> None:

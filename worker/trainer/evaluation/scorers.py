@@ -1,7 +1,5 @@
 """Scores of single answers, by a reward model or a classifier."""
 
-from dataclasses import replace
-
 from app.spec.datasets.example import Example
 from app.spec.evaluation import Judge, Scorer
 from worker.classifier import BadClassifier, LinearClassifier
@@ -24,9 +22,9 @@ def scores(run: EvaluationRun, scorer: Scorer | Judge, name: str, answers: list[
             message = f"The file is not a classifier: {error}"
             raise UserError("invalid_file", message, f"{name}.classifier.file") from error
         return [classifier.score(_as_text(example, text)) for example, text in answers]
-    answered = [replace(example, responses=(text,), desirable=True, raw=False, turns=()) for example, text in answers]
     folder = folder_at(run.folder / "sides" / name / "base")
-    return reward.scores(folder, answered, run.rendering(name), run.spec.max_length, run.check_stop, run.ranks)
+    model = reward.RewardModel(folder, run.rendering(name), run.spec.max_length)
+    return model.scores(answers, run.check_stop, run.ranks)
 
 
 def _as_text(example: Example, answer: str) -> str:

@@ -21,6 +21,7 @@ from worker.trainer import rollouts, weights
 from worker.trainer.averages import Averages
 from worker.trainer.dataset import Rows
 from worker.trainer.errors import UserError
+from worker.trainer.grading import Exercise
 from worker.trainer.hardware import upload
 from worker.trainer.launcher import Launcher, TokenCounts, Values
 from worker.trainer.methods.method import Method, ValidatedRow
@@ -29,7 +30,7 @@ from worker.trainer.objectives import reinforcement as objectives
 from worker.trainer.packing import Pack
 from worker.trainer.reference import References
 from worker.trainer.rollouts import Answer, AnswerRows, TokenValues
-from worker.trainer.tasks import Exercise, Task
+from worker.trainer.tasks import Task
 
 if TYPE_CHECKING:
     from worker.trainer.plan import Stage
@@ -243,7 +244,7 @@ class Reinforcement(Method):
             rollouts.check(self.policy, tasks, self.launcher)
             self._checked = True
         answers = rollouts.write_answers(
-            self.policy, self.launcher, tasks, samples, self.settings.max_tokens, draw, self.exercise.grader,
+            self.policy, self.launcher, tasks, samples, self.settings.max_tokens, draw, self.exercise.grading,
             self.check_stop,
         )  # fmt: skip
         rows, lengths = rollouts.all_rows(tasks, answers, samples), [len(answer.ids) for answer in answers]
