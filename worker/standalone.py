@@ -131,7 +131,8 @@ def _read_spec(path: Path) -> tuple[JobSpec, JsonObject]:
         file = (path.parent / name).resolve()
         try:
             with file.open("rb") as stream:
-                check(stream, spec.needs(field), spec.reads(field))
+                if (need := spec.needs(field)) is not None:
+                    check(stream, need, spec.reads(field))
         except (OSError, DatasetError) as error:
             raise UsageError(f"{field}: {file}: {error}") from error
         located[field] = str(file)

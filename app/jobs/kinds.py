@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from app.spec.evaluation import EvaluationSpec
-from app.spec.job import MORE, JobSpec
+from app.spec.job import CLASSIFIER, MORE, JobSpec
 from app.spec.json_types import JsonObject
 
 StoredSpec = JsonObject
@@ -45,12 +45,6 @@ class JobKind:
     """Names of the models that a job loads beside the one in the column `model`."""
 
 
-def _training_files(spec: StoredSpec) -> list[str]:
-    stages = (spec, spec["sft"] or {})
-    file_ids = [stage.get(field) for stage in stages for field in ("training_file", "validation_file")]
-    return [file_id for file_id in [*file_ids, *(spec.get("more_training_files") or [])] if file_id is not None]
-
-
 def _training_models(spec: StoredSpec) -> list[str | None]:
     reference = ((spec["method"].get("dpo") or {}).get("hyperparameters") or {}).get("reference_model")
     graders = JobSpec.stored(spec).grader_models if spec["method"].get("reinforcement") else []
@@ -59,6 +53,8 @@ def _training_models(spec: StoredSpec) -> list[str | None]:
 
 def _training_file_code(field: str) -> str:
     name = field.removeprefix("sft.")
+    if field.endswith(CLASSIFIER):
+        return "invalid_file"
     return f"invalid_{'training_file' if name.startswith(MORE) else name}"
 
 
@@ -74,7 +70,7 @@ TRAINING_JOB = JobKind(
     used="trained on",
     file_code=_training_file_code,
     read=JobSpec.stored,
-    files=_training_files,
+    files=lambda spec: [file_id for _, file_id in JobSpec.stored(spec).files()],
     models=_training_models,
 )
 EVALUATION_JOB = JobKind(

@@ -9,7 +9,7 @@ from app.broker import Broker, Lane
 from app.database import Database
 from app.errors import ServiceError, no_such
 from app.estimates import fit
-from app.evaluations.service import Evaluations
+from app.evaluations.service import PURPOSES, Evaluations
 from app.files import repository as files
 from app.files.tables import File
 from app.idempotency.service import RequestIdentity
@@ -176,7 +176,10 @@ class Jobs(Lifecycle[JobObject]):
     def _files(session: Session, project: str, spec: JobSpec) -> dict[str, File]:
         """The files of the spec by field, locked: nobody can delete them until this transaction ends."""
         return {
-            field: files.require(session, project, file_id, field, ["fine-tune"]) for field, file_id in spec.files()
+            field: files.require(
+                session, project, file_id, field, ["fine-tune"] if spec.needs(field) else PURPOSES
+            )
+            for field, file_id in spec.files()
         }
 
     @staticmethod
@@ -186,7 +189,7 @@ class Jobs(Lifecycle[JobObject]):
             mappings = {
                 field: file.mapping
                 for field, file in files_by_field.items()
-                if field.startswith("sft.") == bool(prefix)
+                if field.startswith("sft.") == bool(prefix) and spec.needs(field) is not None
             }
             if stage is None or stage.mapping is not None or not any(mappings.values()):
                 continue

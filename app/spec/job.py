@@ -7,7 +7,7 @@ contract that are not supported yet are refused too. A field that is left out, n
 
 import secrets
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, StringConstraints, ValidationInfo, model_validator
 
@@ -15,7 +15,7 @@ from app.spec.datasets.example import Kind
 from app.spec.datasets.mapping import Mapping
 from app.spec.datasets.rendering import RenderingSettings, today
 from app.spec.evaluation import JobEvaluation
-from app.spec.graders.schemas import Grader, reward_models
+from app.spec.graders.schemas import ByClassifier, ByModel, Grader, RewardModel, by_models
 from app.spec.hyperparameters import (
     DPOHyperparameters,
     Hyperparameters,
@@ -201,7 +201,7 @@ class Integration(Strict):
     wandb: Wandb
 
 
-MORE = "more_training_files"
+MORE, CLASSIFIER = "more_training_files", "classifier.file"
 
 
 class JobSpec(RenderingSettings, Automatic):
@@ -432,6 +432,10 @@ class JobSpec(RenderingSettings, Automatic):
                 ("sft.training_file", self.sft.training_file),
                 ("sft.validation_file", self.sft.validation_file),
             ]
+        files += [
+            (f"{path}classifier.file", grader.source)
+            for path, grader in self._by_models if isinstance(grader, ByClassifier)
+        ]  # fmt: skip
         return [(field, name) for field, name in files if name is not None]
 
     def training_fields(self, field: str = "training_file") -> list[str]:
@@ -447,11 +451,11 @@ class JobSpec(RenderingSettings, Automatic):
         """A copy with other file names. `places` maps the fields that `files` returns to the new names."""
         body = self.model_dump(mode="json")
         for field, place in places.items():
-            if field.startswith(f"{MORE}."):
-                body[MORE][int(field.rpartition(".")[2])] = place
-            else:
-                target = body["sft"] if field.startswith("sft.") else body
-                target[field.removeprefix("sft.")] = place
+            *path, last = [int(name) if name.isdecimal() else name for name in field.split(".")]
+            target: Any = body
+            for name in path:
+                target = target[name]
+            target[last] = place
         return self.stored(body)
 
     @property
@@ -462,16 +466,21 @@ class JobSpec(RenderingSettings, Automatic):
     @property
     def grader_models(self) -> list[tuple[str, str]]:
         """(field, name) of every reward model that grades answers."""
-        if self.method.reinforcement is None:
-            return []
-        models = reward_models(self.method.reinforcement.grader)
-        return [(f"method.reinforcement.grader.{path}model", grader.model) for path, grader in models]
+        return [(f"{path}model", grader.model) for path, grader in self._by_models if isinstance(grader, RewardModel)]
+
+    @property
+    def _by_models(self) -> list[tuple[str, ByModel]]:
+        """(path, grader) of every grader whose scores come from a model."""
+        graders = [] if self.method.reinforcement is None else by_models(self.method.reinforcement.grader)
+        return [(f"method.reinforcement.grader.{path}", grader) for path, grader in graders]
 
     @property
     def trains_rewards(self) -> bool:
         """Whether the job trains a reward model."""
         return self.method.dpo is not None and self.method.dpo.hyperparameters.rewards
 
-    def needs(self, field: str) -> Kind:
-        """The kind of examples that the file of `field` must provide."""
+    def needs(self, field: str) -> Kind | None:
+        """The kind of examples that the file of `field` must provide; None for a file without rows."""
+        if field.endswith(CLASSIFIER):
+            return None
         return Kind.SUPERVISED if field.startswith("sft.") else self.method.hyperparameters.data

@@ -12,7 +12,7 @@ from app.errors import describe_validation_error
 from app.graders.schemas import ValidateGrader
 from app.spec.graders.formula import Formula, FormulaError
 from app.spec.graders.grading import Grade, grade
-from app.spec.graders.schemas import Grader, reward_models
+from app.spec.graders.schemas import Grader, by_models
 from app.spec.graders.similarity import MAX_CHARACTERS, similarity
 
 GRADERS: TypeAdapter[Any] = TypeAdapter(Grader)
@@ -200,10 +200,12 @@ def test_a_reward_model_grades_where_it_is_given() -> None:
     assert grade(both, "x", {"answer": "x"}, {"ft:judge": 0.5}) == Grade(2.5, {"exact": 1.0, "learned": 0.5})
     failed = grade(both, "x", {"answer": "x"})
     assert failed.reward is None and "in trainings only" in str(failed.error)
-    assert [path for path, _ in reward_models(both)] == ["graders.learned."]
+    assert [path for path, _ in by_models(both)] == ["graders.learned."]
     listed = GRADERS.validate_python(multi("learned", [CHECK | {"operation": "eq"}, learned]))
-    assert [path for path, _ in reward_models(listed)] == ["graders.1."]
-    assert [path for path, _ in reward_models(GRADERS.validate_python(learned))] == [""]
+    assert [path for path, _ in by_models(listed)] == ["graders.1."]
+    assert [path for path, _ in by_models(GRADERS.validate_python(learned))] == [""]
+    alone = GRADERS.validate_python(multi("learned", learned))
+    assert [path for path, _ in by_models(alone)] == ["graders."]
 
 
 # -- what is refused -------------------------------------------------------------------------------------------
@@ -220,7 +222,7 @@ def test_a_reward_model_grades_where_it_is_given() -> None:
         (SIMILAR | {"evaluation_metric": "cosine"}, "evaluation_metric", "embeddings"),
         (SIMILAR | {"evaluation_metric": "meteor"}, "evaluation_metric", "synonyms"),
         (multi("exact + nothing"), "calculate_output", "exact, near"),
-        (multi("a", {"a": multi("1")}), "graders.a.type", "'text_similarity' or 'reward_model'"),
+        (multi("a", {"a": multi("1")}), "graders.a.type", "'reward_model' or 'classifier'"),
         (multi("a", {"a b": CHECK | {"operation": "eq"}}), "graders.a b", "pattern"),
         (multi("check", [CHECK | {"operation": "eq"}] * 2), "graders", "same name"),
         (multi("a", {"a": {"type": "label_model"}}), "graders.a.type", "not available yet"),

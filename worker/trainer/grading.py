@@ -7,19 +7,21 @@ from pathlib import Path
 
 from app.spec.datasets.rendering import Rendering
 from app.spec.graders.grading import Grade, grade
-from app.spec.graders.schemas import Grader, reward_models
+from app.spec.graders.schemas import Grader, RewardModel, by_models
 from worker.model_files import folder_at
+from worker.trainer import reward
 from worker.trainer.progress import progress
 from worker.trainer.ranks import Ranks
-from worker.trainer.reward import RewardModel
+from worker.trainer.scorers import ClassifierScorer, Scorer
 from worker.trainer.tasks import Task, Tasks
 
 
 @dataclass(frozen=True)
 class Grading:
-    """A grader, and its reward models, which stay in memory.
+    """A grader, and its models, which stay in memory.
 
-    The models are in `folder`/0/base, `folder`/1/base, …; `renderings` says how each renders conversations.
+    Its classifiers are files in the work folder `folder`. Its reward models are there in `graders/0/base` and so on;
+    `renderings` says how each renders conversations.
     """
 
     grader: Grader
@@ -27,20 +29,25 @@ class Grading:
     renderings: Sequence[Rendering]
 
     @cached_property
-    def _models(self) -> dict[str, RewardModel]:
-        """The reward models by name."""
-        places = zip(reward_models(self.grader), self.renderings, strict=True)
-        return {
-            grader.model: RewardModel(folder_at(self.folder / str(number) / "base"), rendering)
-            for number, ((_, grader), rendering) in enumerate(places)
-        }
+    def _models(self) -> dict[str, Scorer]:
+        """The models by their sources. Raises `UserError` for a file that is no classifier."""
+        models, renderings = dict[str, Scorer](), enumerate(self.renderings)
+        for path, grader in by_models(self.grader):
+            if isinstance(grader, RewardModel):
+                number, rendering = next(renderings)
+                place = folder_at(self.folder / "graders" / str(number) / "base")
+                models[grader.source] = reward.RewardModel(place, rendering)
+            else:
+                field = f"method.reinforcement.grader.{path}classifier.file"
+                models[grader.source] = ClassifierScorer(self.folder / grader.source, field)
+        return models
 
     def grades(self, answered: Sequence[tuple[Task, str]], ranks: Ranks) -> list[Grade]:
         """The grades of answers to tasks. The `ranks`, which have the same answers, share the work of the models."""
         examples = [(task.example, text) for task, text in answered]
-        rewards = {name: model.scores(examples, progress.mark, ranks) for name, model in self._models.items()}
+        scores = {source: model.scores(examples, progress.mark, ranks) for source, model in self._models.items()}
         return [
-            grade(self.grader, text, task.item, {name: values[k] for name, values in rewards.items()})
+            grade(self.grader, text, task.item, {source: values[k] for source, values in scores.items()})
             for k, (task, text) in enumerate(answered)
         ]
 

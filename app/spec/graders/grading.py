@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from app.spec.graders.schemas import AnyGrader, AnySingle, Multi, RewardModel, TextSimilarity
+from app.spec.graders.schemas import AnyGrader, AnySingle, ByModel, Multi, TextSimilarity
 from app.spec.graders.similarity import similarity
 from app.spec.graders.templates import GradingError, Sample, filled
 from app.spec.json_types import JsonObject
 
 Given = Mapping[str, float]
-"""The rewards of an answer by reward models, by the names of these models."""
+"""The scores of an answer by models, by the names of their sources."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ def grade(grader: AnyGrader, answer: str, item: JsonObject, given: Given | None 
 
 
 def _score(grader: AnySingle, sample: Sample, item: JsonObject, given: Given) -> float:
-    if isinstance(grader, RewardModel):
-        if grader.model not in given:
-            raise GradingError("other_error", f"The reward model '{grader.model}' grades in trainings only.")
-        return given[grader.model]
+    if isinstance(grader, ByModel):
+        if grader.source not in given:
+            raise GradingError("other_error", f"The model '{grader.source}' grades in trainings only.")
+        return given[grader.source]
     text, reference = filled(grader.input, sample, item), filled(grader.reference, sample, item)
     if isinstance(grader, TextSimilarity):
         return similarity(grader.evaluation_metric, text, reference)

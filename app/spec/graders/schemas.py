@@ -4,6 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, StringConstraints, Tag, model_validator
 
+from app.spec.evaluation import Classifier
 from app.spec.graders import similarity
 from app.spec.graders.formula import MAX_CHARACTERS, Formula, FormulaError
 from app.spec.graders.templates import Template
@@ -74,14 +75,35 @@ class RewardModel(Strict):
     name: Name
     model: ModelName
 
+    @property
+    def source(self) -> str:
+        """The model that gives its scores."""
+        return self.model
 
-AnySingle = StringCheck | TextSimilarity | RewardModel
+
+class ByClassifier(Strict):
+    """The logit of a linear classifier over the words of prompt and answer."""
+
+    type: Literal["classifier"]
+    name: Name
+    classifier: Classifier
+
+    @property
+    def source(self) -> str:
+        """The file of the classifier that gives its scores."""
+        return self.classifier.file
+
+
+ByModel = RewardModel | ByClassifier
+"""Graders whose scores come from models, in trainings only."""
+AnySingle = StringCheck | TextSimilarity | RewardModel | ByClassifier
 Single = Annotated[
     Annotated[StringCheck, Tag("[string_check]")]
     | Annotated[TextSimilarity, Tag("[text_similarity]")]
-    | Annotated[RewardModel, Tag("[reward_model]")],
+    | Annotated[RewardModel, Tag("[reward_model]")]
+    | Annotated[ByClassifier, Tag("[classifier]")],
     Discriminator(_tag),
-    _of_types("string_check", "text_similarity", "reward_model"),
+    _of_types("string_check", "text_similarity", "reward_model", "classifier"),
 ]
 MAX_GRADERS = 16
 
@@ -138,18 +160,21 @@ Grader = Annotated[
     Annotated[StringCheck, Tag("[string_check]")]
     | Annotated[TextSimilarity, Tag("[text_similarity]")]
     | Annotated[RewardModel, Tag("[reward_model]")]
+    | Annotated[ByClassifier, Tag("[classifier]")]
     | Annotated[Multi, Tag("[multi]")],
     Discriminator(_tag),
-    _of_types("string_check", "text_similarity", "reward_model", "multi"),
+    _of_types("string_check", "text_similarity", "reward_model", "classifier", "multi"),
 ]
 
 
-def reward_models(grader: AnyGrader) -> list[tuple[str, RewardModel]]:
-    """The reward models in `grader`, each with the path of its field."""
-    if isinstance(grader, RewardModel):
+def by_models(grader: AnyGrader) -> list[tuple[str, ByModel]]:
+    """The graders in `grader` whose scores come from models, each with the path of its field."""
+    if isinstance(grader, ByModel):
         return [("", grader)]
     if not isinstance(grader, Multi):
         return []
     named = list(grader.named.values())
     paths = [f"graders.{key}." for key in (grader.graders if isinstance(grader.graders, dict) else range(len(named)))]
-    return [(path, one) for path, one in zip(paths, named, strict=True) if isinstance(one, RewardModel)]
+    if not isinstance(grader.graders, dict | list):
+        paths = ["graders."]
+    return [(path, one) for path, one in zip(paths, named, strict=True) if isinstance(one, ByModel)]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import signal
 from collections import defaultdict
@@ -533,6 +534,38 @@ def test_a_reward_model_grades_answers(llama: Path, tmp_path: Path, ranks: int) 
             (reward,) = model.scores([(Example(1, question["messages"], ()), answer["text"])])
             expected = reward if grader is learned else 10 * reward - (question["answer"] in answer["text"])
             assert answer["reward"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_classifier_grades_answers(llama: Path, tmp_path: Path) -> None:
+    """It reads the prompt too, which has each of its words once."""
+    terms = {"the": [1.0, 2.0], "cat": [1.0, 1.0]}
+    (tmp_path / "words.json").write_text(json.dumps({"terms": terms, "intercept": -4.0, "normalise": False}))
+    grader = {"type": "classifier", "name": "words", "classifier": {"file": "../words.json"}}
+    fields, settings = {"validation_split": 0.3}, {"max_steps": 20, "samples": 8, "beta": 0.01}
+    folder = make_work_folder(tmp_path / "run", llama, spec(grader, fields, **settings), train=QUESTIONS)
+    run_in_process(folder)
+    lines = [json.loads(line) for line in (folder / "output" / "validation_logps.jsonl").read_text().splitlines()]
+    for line in lines:
+        (answer,) = line["answers"]
+        words = re.findall(r"\b\w\w+\b", answer["text"].lower())
+        assert answer["reward"] == pytest.approx(2 * (1 + words.count("the")) + 1 + words.count("cat") - 4)
+    assert any(line["answers"][0]["reward"] > 0 for line in lines), "the model has learned to say them"
+    (tmp_path / "words.json").write_text("{}")
+    with pytest.raises(UserError, match="not a classifier") as refused:
+        run_in_process(make_work_folder(tmp_path / "again", llama, spec(grader), train=QUESTIONS))
+    assert refused.value.param == "method.reinforcement.grader.classifier.file"
+
+
+def test_a_spec_has_its_graders_files_at_other_places() -> None:
+    words = {"type": "classifier", "name": "words", "classifier": {"file": "file-words"}}
+    for graders, field in (({"w": words}, "graders.w"), ([CHECK, words], "graders.1"), (words, "graders")):
+        multi = {"type": "multi", "name": "m", "graders": graders, "calculate_output": "1"}
+        own = JobSpec.model_validate({"model": "m", "training_file": "f", **spec(multi)})
+        files = [("training_file", "f"), (f"method.reinforcement.grader.{field}.classifier.file", "file-words")]
+        assert own.files() == files
+        moved = own.with_files({name: f"data/{place}" for name, place in files})
+        assert moved.files() == [(name, f"data/{place}") for name, place in files]
+        assert own.needs(files[1][0]) is None
 
 
 def test_answers_need_room_beside_their_prompt(llama: Path, tmp_path: Path) -> None:
