@@ -29,7 +29,7 @@ from app.spec.metrics import SUMMARY
 from worker.base_models import BaseModels, describe
 from worker.device import Device, DeviceUnusable, find_devices, placement
 from worker.hub import ModelUnavailable
-from worker.model_files import point_to
+from worker.model_files import config_of, point_to
 from worker.processes import answer_cache, kill_group, trainer_environment
 from worker.trainer.events import (
     Broken,
@@ -60,7 +60,7 @@ def train(spec_path: Path, output: Path, settings: Settings, console: Console) -
         base, revision = BaseModels(settings).locate(spec.model)
         devices = _devices(spec, settings, base)
         reference = spec.reference_model and BaseModels(settings).locate(spec.reference_model)[0]
-        graders = [BaseModels(settings).locate(name)[0] for _, name in spec.grader_models]
+        graders = [_reward_model(settings, field, name) for field, name in spec.grader_models]
     except (UsageError, ModelUnavailable, DeviceUnusable) as error:
         console.print(plain(str(error)), style="red", highlight=False, markup=False)
         return USAGE
@@ -87,6 +87,14 @@ def train(spec_path: Path, output: Path, settings: Settings, console: Console) -
             output.parent.mkdir(parents=True, exist_ok=True)
             shutil.copytree(folder / "output", output, dirs_exist_ok=True)
         return status
+
+
+def _reward_model(settings: Settings, field: str, name: str) -> Path:
+    """The folder of a reward model that was trained here. Raises `UsageError` for another model."""
+    folder, _ = BaseModels(settings).locate(name)
+    if "reward_mean" not in config_of(folder):
+        raise UsageError(f"{field}: '{name}' is not a reward model that a training has made.")
+    return folder
 
 
 def _devices(spec: JobSpec, settings: Settings, base: Path) -> list[Device]:

@@ -215,7 +215,7 @@ class Training(JobAttempt[JobSpec]):
                 Status.SUCCEEDED,
                 f"The job has succeeded. New fine-tuned model: {name}",
                 gates=verdicts or None,
-                pace=outcome.pace,
+                pace=outcome.pace or None,
                 fine_tuned_model=name,
                 trained_tokens=outcome.trained_tokens,
                 result_files=[result.id],

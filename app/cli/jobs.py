@@ -27,7 +27,7 @@ def _set_hyperparameters(body: JsonObject, **options: float | str | None) -> Non
     kind = method.get("type") if isinstance(method, dict) else None
     for name in ("beta", "loss"):
         if name in new and not (kind == "dpo" or (kind == "reinforcement" and name == "beta")):
-            raise typer.BadParameter("goes with the method dpo", param_hint=f"--{name}")
+            raise typer.BadParameter("does not go with this method", param_hint=f"--{name}")
     if not isinstance(method, dict) or not isinstance(kind, str):
         raise typer.BadParameter("--spec has no method to set them in", param_hint="hyperparameters")
     settings = method.get(kind) or {}

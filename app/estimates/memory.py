@@ -17,6 +17,8 @@ BUDGET = {"cpu": 2048, "cuda": 8192}
 """Maximum tokens of a pack, the same as in worker/trainer/hardware.py."""
 SEGMENT_TOKENS = 1024
 """Tokens of a segment, as in worker/trainer/packing.py."""
+TREE_TOKENS = 4096
+"""Maximum tokens of the answers to a prompt that are computed together, as in worker/trainer/packing.py."""
 WIDTH_STEP = 1024
 """The widths of packs on a GPU are multiples of it, as in worker/trainer/packing.py."""
 

@@ -12,7 +12,7 @@ from app.dataset_reports import service as reports
 from app.derived_artifacts.service import result
 from app.errors import ServiceError, describe_validation_error
 from app.estimates import fit
-from app.estimates.memory import SEGMENT_TOKENS, Memory, MemorySettings, Shape, estimate
+from app.estimates.memory import SEGMENT_TOKENS, TREE_TOKENS, Memory, MemorySettings, Shape, estimate
 from app.estimates.schemas import Estimate, MemoryEstimate, Pace, Refusal, StageEstimate
 from app.files import repository as files
 from app.jobs import queries
@@ -151,7 +151,8 @@ class Estimates:
         counted: JsonObject = token_report["tokens"]
         if isinstance(settings, ReinforcementHyperparameters):  # the answers are written in training
             prompts, answers = counted["lengths"]["prompt"], settings.answers * settings.max_tokens
-            counted |= {"tokens_per_row": prompts["mean"] + answers, "longest_row": prompts["max"] + answers}
+            longest = prompts["max"] + max(settings.max_tokens, min(answers, TREE_TOKENS))
+            counted |= {"tokens_per_row": prompts["mean"] + answers, "longest_row": longest}
         if arguments["need"] == Kind.LABELLED:  # KTO also computes each prompt with the answer of another row
             answers = counted["lengths"]["answer"]
             counted |= {
@@ -279,7 +280,7 @@ def expected_seconds(session: Session, spec: JobSpec, base_model: str, outlines:
     `outlines` has each file by field. The queue forecast uses the result until the job runs.
     """
     pace = _pace(session, base_model)
-    if pace is None:
+    if pace is None or any(stage.settings.data == Kind.PROMPTS for stage in spec.stages()):
         return None
     seconds = pace.overhead_seconds
     for stage in spec.stages():

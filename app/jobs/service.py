@@ -176,9 +176,7 @@ class Jobs(Lifecycle[JobObject]):
     def _files(session: Session, project: str, spec: JobSpec) -> dict[str, File]:
         """The files of the spec by field, locked: nobody can delete them until this transaction ends."""
         return {
-            field: files.require(
-                session, project, file_id, field, ["fine-tune"] if spec.needs(field) else PURPOSES
-            )
+            field: files.require(session, project, file_id, field, ["fine-tune"] if spec.needs(field) else PURPOSES)
             for field, file_id in spec.files()
         }
 

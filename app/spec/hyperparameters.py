@@ -323,7 +323,7 @@ class ReinforcementHyperparameters(Hyperparameters):
     """`rloo`: REINFORCE with the mean of the other answers as baseline (Ahmadian et al. 2024). `grpo`: Group Relative
     Policy Optimization (Shao et al. 2024). `online_dpo`: DPO on the best and the worst answer (Guo et al. 2024)."""
     samples: Annotated[int, Field(ge=2, le=64)] | None = None
-    """Answers for each prompt of a step, K; the default is 8 times `compute_multiplier`."""
+    """Answers for each prompt of a step, K; the default is 8 times `compute_multiplier`, at most 64."""
     max_tokens: Annotated[int, Field(ge=1, le=32_768)] = 256
     """Maximum tokens of an answer."""
     beta: Annotated[float, Field(ge=0, le=100)] | None = None
@@ -361,7 +361,7 @@ class ReinforcementHyperparameters(Hyperparameters):
     @property
     def answers(self) -> int:
         """Answers for each prompt of a step, K."""
-        return self.samples or max(2, round(8 * (self.compute_multiplier or 1.0)))
+        return self.samples or min(64, max(2, round(8 * (self.compute_multiplier or 1.0))))
 
     @model_validator(mode="after")
     def _options_fit(self) -> Self:

@@ -113,7 +113,7 @@ class MethodSpec(Automatic):
 
 
 class SftStage(Automatic):
-    """A supervised stage before the preference stage, in the same job."""
+    """A supervised stage before the stage of the method, in the same job."""
 
     training_file: FileName | None = None
     """Without it, the stage trains on the preferred answers of the job's own training files."""
@@ -231,7 +231,7 @@ class JobSpec(RenderingSettings, Automatic):
     hyperparameters: SupervisedHyperparameters | None = None
     """Deprecated by OpenAI in favour of `method`. Only supervised jobs take it."""
     sft: SftStage | None = None
-    """A supervised stage to run before the DPO stage."""
+    """A supervised stage to run before the stage of the method."""
     adapter: Adapter | Literal["none"] | None = None
     """Null: the adapter of `model`, or a new LoRA adapter with the defaults. `none`: train all parameters."""
     quantization: Quantization | None = None
@@ -279,7 +279,10 @@ class JobSpec(RenderingSettings, Automatic):
         if len(set(training_files)) < len(training_files):
             raise inconsistent("more_training_files", "A file is named twice; use 'n_epochs' to repeat all files")
         if self.sft is not None and self.method.type == "supervised":
-            raise inconsistent("sft", "'sft' runs before the method 'dpo'; a supervised job is one SFT stage already")
+            raise inconsistent("sft", "'sft' runs before another method; a supervised job is one SFT stage already")
+        if self.sft is not None and self.sft.training_file is None and self.method.type == "reinforcement":
+            message = "'sft' before reinforcement needs a file with answers of its own: the job's files are prompts"
+            raise inconsistent("sft.training_file", message)
         if self.sft is not None and self.sft.validation_file is not None and self.sft.training_file is None:
             raise inconsistent("sft.validation_file", "'sft.validation_file' goes with 'sft.training_file'")
         if self.sft is not None and self.sft.mapping is not None and self.sft.training_file is None:

@@ -217,7 +217,7 @@ BAD_JOBS: list[tuple[dict[str, object], str, str]] = [
     ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"loss": "ppo"}}}}, "invalid_value", "method.dpo.hyperparameters.loss"),
     ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"loss": "hinge", "label_smoothing": 0.1}}}}, "invalid_value", "method.dpo.hyperparameters.label_smoothing"),
     ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"reference_model": "no-such"}}}}, "model_not_found", "method.dpo.hyperparameters.reference_model"),
-    ({"method": {"type": "reinforcement"}}, "invalid_value", "method.type"),
+    ({"method": {"type": "reinforcement"}}, "invalid_value", "method.reinforcement"),
     ({"method": {"type": "dpo", "supervised": {}}}, "invalid_value", "method.supervised"),
     ({"method": {"type": "supervised"}, "sft": {}}, "invalid_value", "sft"),
     ({"hyperparameters": {"n_epochs": 1}, "method": DPO}, "invalid_value", "hyperparameters"),

@@ -144,7 +144,7 @@ def test_a_defect_is_reported_with_its_line_and_field(
         ({"prompt": "q", "chosen": "a", "rejected": ""}, "empty_rejected"),
         ({"chosen": HH_TRANSCRIPT.format("x", " a"), "rejected": HH_TRANSCRIPT.format("y", " b")}, "histories_differ"),
         ({"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: a"}, "ends_without_an_answer"),
-        ({"messages": [user("q")]}, "ends_without_an_answer"),
+        ({"conversations": [{"from": "human", "value": "q"}]}, "ends_without_an_answer"),
         ({"messages": [user("q"), assistant("a") | {"weight": 0}]}, "no_answer_to_train_on"),
         ({"prompt": "q", "completion": ""}, "empty_completion"),
         ({"text": " \n"}, "empty_text"),
@@ -159,6 +159,21 @@ def test_a_useless_row_is_dropped_and_counted(record: JsonObject, reason: str) -
     assert parsed == []
     assert (report.rows, report.kept, report.dropped) == (1, 0, {reason: 1})
     assert report.issues[0]["line"] == 1 and report.issues[0]["reason"] == reason
+
+
+def test_conversations_that_end_with_a_question_are_prompts_whatever_else_their_rows_have() -> None:
+    rows: list[JsonObject] = [
+        {"messages": [user("q")], "label": "cat"},
+        {"messages": [user("a"), assistant("b"), user("c")], "n": [1]},
+    ]
+    parsed, report = read("\n".join(map(json.dumps, rows)).encode())
+    assert (report.format, report.kind, report.kept) == ("openai_prompts", Kind.PROMPTS, 2)
+    assert [example.prompt for example in parsed] == [row["messages"] for row in rows]
+    assert all(not example.responses for example in parsed)
+    many = [{"messages": [user("q")]}] * 300 + [{"messages": [user("q"), assistant("a")]}]
+    with pytest.raises(DatasetError, match="must end with a turn of the user") as refused:
+        read("\n".join(map(json.dumps, many)).encode())
+    assert refused.value.line == 301
 
 
 def test_a_file_that_cannot_train_the_method_is_refused() -> None:

@@ -1,6 +1,7 @@
 """Graders: templates, comparisons, similarities against their definitions, and formulas."""
 
 import math
+from datetime import date
 from typing import Any
 
 import pytest
@@ -42,7 +43,9 @@ def refusal(grader: object) -> tuple[str, str | None]:
         ("{{sample.output_text}}", '{"n": [1, {"x": "ü"}]}'),
         ("a {{ item.answer }}, {{item.more.list.1}}!", "a yes, 2.5!"),
         ("{{sample.output_json.n.1.x}}", "ü"),
-        ("{{item.more}} {{item.flag}} {{item.none}}", '{"list": ["ä", 2.5]} true null'),
+        ("{{item.more}} {{item.flag}} {{item.day}}", '{"list": ["ä", 2.5]} true "2026-01-02"'),
+        ("{{" + " " * 20_000 + "item.answer" + " " * 20_000 + "}}", "yes"),
+        ("{{" + " " * 60_000, "{{" + " " * 60_000),
         ("{item.answer} {{{item.answer}}}", "{item.answer} {yes}"),
         ("{{item.again}}", "{{item.answer}}"),  # values are not filled in again
     ],
@@ -53,7 +56,7 @@ def test_a_template_is_filled_with_the_answer_and_the_row(template: str, text: s
         "answer": "yes",
         "more": {"list": ["ä", 2.5]},
         "flag": True,
-        "none": None,
+        "day": date(2026, 1, 2),
         "again": "{{item.answer}}",
     }
     check = CHECK | {"input": template, "reference": "{{item.expected}}", "operation": "eq"}
@@ -65,6 +68,9 @@ def test_a_template_is_filled_with_the_answer_and_the_row(template: str, text: s
     [
         ("{{item.missing}}", "x", "invalid_variable_error"),
         ("{{item.answer.deep}}", "x", "invalid_variable_error"),
+        ("{{item.none}}", "x", "invalid_variable_error"),
+        ("{{item.list." + "9" * 5000 + "}}", "x", "invalid_variable_error"),
+        ("{{sample.output_text}}" * 90, "x" * 20_000, "truncated_observation_error"),
         ("{{item.list.2}}", "x", "invalid_variable_error"),
         ("{{item.list.-1}}", "x", "invalid_variable_error"),
         ("{{sample.output_json.x}}", "no JSON", "sample_parse_error"),
@@ -73,7 +79,7 @@ def test_a_template_is_filled_with_the_answer_and_the_row(template: str, text: s
     ],
 )
 def test_an_answer_that_cannot_be_graded_has_no_reward(template: str, answer: str, flag: str) -> None:
-    failed = graded(CHECK | {"input": template, "operation": "eq"}, answer, answer="x", list=[1, 2])
+    failed = graded(CHECK | {"input": template, "operation": "eq"}, answer, answer="x", list=[1, 2], none=None)
     assert failed.reward is None and failed.error is not None and failed.error.flag == flag
 
 
@@ -128,7 +134,12 @@ def test_similarities_have_the_values_of_their_definitions(
 
 
 def test_texts_that_are_too_long_to_compare_are_an_error() -> None:
-    failed = graded(SIMILAR | {"evaluation_metric": "rouge_l"}, "a " * MAX_CHARACTERS, answer="a")
+    words = "a " * (MAX_CHARACTERS // 4)
+    for text, reference in (("a " * MAX_CHARACTERS, "a"), (words, words)):
+        failed = graded(SIMILAR | {"evaluation_metric": "rouge_l"}, text, answer=reference)
+        assert failed.error is not None and failed.error.flag == "truncated_observation_error"
+    assert similarity("bleu", "the same text, word for word", "the same text, word for word") == 1
+    failed = graded(SIMILAR | {"evaluation_metric": "gleu"}, "a " * MAX_CHARACTERS, answer="a")
     assert failed.reward is None and failed.error is not None and failed.error.flag == "truncated_observation_error"
 
 
@@ -175,7 +186,7 @@ def test_a_formula_without_a_value_is_an_error_of_the_answer(formula: str) -> No
     [
         "a +", "a ** 2", "d", "__import__('os')", "a.real", "(lambda: 1)()", "[a]", "a if a else b", "a and b", "a < b",
         "sum(a, b)", "min()", "abs(a, b)", "min(*a)", "min(a, key=b)", "True", "'x'", "1j", "a\nb", "a // b", "~a", "a % b",
-        "(" * 500 + "a" + ")" * 500, "a" * 2000, "x := 1", "a; b", "#", "a\x00",
+        "(" * 500 + "a" + ")" * 500, "a" * 2000, "x := 1", "a; b", "#", "a # + b", "a\x00",
     ],
 )  # fmt: skip
 def test_anything_but_a_formula_is_refused(formula: str) -> None:
@@ -198,6 +209,7 @@ def test_a_reward_model_grades_where_it_is_given() -> None:
         multi("2 * exact + learned", {"exact": CHECK | {"operation": "eq"}, "learned": learned})
     )
     assert grade(both, "x", {"answer": "x"}, {"ft:judge": 0.5}) == Grade(2.5, {"exact": 1.0, "learned": 0.5})
+    assert grade(both, "x", {"answer": "x"}, {"ft:judge": math.nan}).reward is None
     failed = grade(both, "x", {"answer": "x"})
     assert failed.reward is None and "in trainings only" in str(failed.error)
     assert [path for path, _ in by_models(both)] == ["graders.learned."]
@@ -216,6 +228,7 @@ def test_a_reward_model_grades_where_it_is_given() -> None:
     [
         ({"type": "python", "name": "x", "source": "def grade(): pass"}, "type", "formula"),
         ({"type": "score_model", "name": "x", "model": "m", "input": []}, "type", "not available yet"),
+        (CHECK | {"operation": "eq", "input": "{{item.a}}" * 101}, "input", "101 places"),
         (CHECK | {"operation": "neq"}, "operation", "ilike"),
         (CHECK, "operation", "Missing"),
         (CHECK | {"operation": "eq", "weight": 1}, "weight", "Unknown parameter"),

@@ -31,15 +31,16 @@ SMALL_BYTES = 1 << 20
 class Arrays:
     """All rows of some files. A row has segments: its prompt and its responses. A segment has tokens.
 
-    Shapes: `lines`, `files`, `desirable`, `groups` [rows]; `segments` [rows + 1], the first segment of each row;
-    `tokens` [segments + 1], the first token of each segment; `ids` [tokens] int32; `scored` [tokens] bool. The last
-    entries of `segments` and `tokens` are the totals.
+    Shapes: `lines`, `files`, `records`, `desirable`, `groups` [rows]; `segments` [rows + 1], the first segment of each
+    row; `tokens` [segments + 1], the first token of each segment; `ids` [tokens] int32; `scored` [tokens] bool. The
+    last entries of `segments` and `tokens` are the totals.
     """
 
     lines: Integers
     desirable: NDArray[numpy.bool_]
     groups: Integers
     files: Integers
+    records: Integers
     segments: Integers
     tokens: Integers
     ids: NDArray[numpy.int32]
@@ -48,7 +49,7 @@ class Arrays:
     @classmethod
     def of(cls, rows: Iterable[Row]) -> "Arrays":
         """The arrays of `rows`. Prompt tokens are never scored."""
-        lines, groups, files, desirable = array("q"), array("q"), array("q"), bytearray()
+        lines, groups, files, records, desirable = array("q"), array("q"), array("q"), array("q"), bytearray()
         segments, tokens = array("q", [0]), array("q", [0])
         ids, scored = array("i"), bytearray()
         for row in rows:
@@ -56,6 +57,7 @@ class Arrays:
             desirable.append(row.desirable)
             groups.append(row.group)
             files.append(row.file)
+            records.append(row.number)
             for part, flags in (
                 (row.prompt, (False,) * len(row.prompt)),
                 *((response.ids, response.scored) for response in row.responses),
@@ -69,6 +71,7 @@ class Arrays:
             numpy.frombuffer(desirable, dtype=bool),
             numpy.array(groups, dtype=numpy.int64),
             numpy.array(files, dtype=numpy.int64),
+            numpy.array(records, dtype=numpy.int64),
             numpy.array(segments, dtype=numpy.int64),
             numpy.array(tokens, dtype=numpy.int64),
             numpy.array(ids, dtype=numpy.int32),
@@ -87,6 +90,7 @@ KINDS: dict[str, type[numpy.generic]] = {
     "lines": numpy.int64,
     "groups": numpy.int64,
     "files": numpy.int64,
+    "records": numpy.int64,
     "segments": numpy.int64,
     "tokens": numpy.int64,
     "ids": numpy.int32,

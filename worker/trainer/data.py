@@ -46,6 +46,8 @@ class Row:
     desirable: bool = True
     group: int = 0
     file: int = 0
+    number: int = 0
+    """The number of its record in the file."""
 
     @property
     def tokens(self) -> int:
@@ -222,12 +224,19 @@ def _in_form(examples: Iterable[Example], need: Kind) -> Iterator[Example]:
                 for worse in answers[k + 1 :]:
                     yield replace(example, responses=(better, worse))
         elif need == Kind.PROMPTS:
-            yield replace(example, responses=answers[:1] or PROBES[:1], desirable=True, turns=())
+            if _asks(example):
+                yield replace(example, responses=PROBES[:1], desirable=True, turns=())
         elif need == Kind.LABELLED and len(answers) == 2:
             yield replace(example, responses=answers[:1], desirable=True)
             yield replace(example, responses=answers[1:], desirable=False)
         else:
             yield example
+
+
+def _asks(example: Example) -> bool:
+    """Whether there is something to answer: plain text without a prompt, and blanks, ask nothing."""
+    last = example.prompt if isinstance(example.prompt, str) else example.prompt[-1]["content"]
+    return not example.raw and bool(last.strip())
 
 
 def batched(items: Iterable[Element], size: int) -> Iterator[list[Element]]:
@@ -297,7 +306,7 @@ def _row(example: Example, rendered: Rendered, tokens: list[Encoding], bos: list
     )
     prompt = first_ids[:shared]
     prompt_with_bos = prompt if prompt[:1] == bos[:1] and bos else bos + prompt
-    return Row(example.line, tuple(prompt_with_bos), responses, example.desirable, group), shared
+    return Row(example.line, tuple(prompt_with_bos), responses, example.desirable, group, number=example.number), shared
 
 
 def _scored(offsets: list[tuple[int, int]], spans: tuple[Span, ...]) -> list[bool]:
@@ -314,7 +323,7 @@ def _conversation(example: Example, tokens: Encoding, bos: list[int], spans: tup
     scored = _scored(offsets, spans)
     if bos and ids[:1] != bos:
         ids, scored = bos + ids, [False, *scored]
-    return Row(example.line, (), (Response(tuple(ids), tuple(scored)),), group=group)
+    return Row(example.line, (), (Response(tuple(ids), tuple(scored)),), group=group, number=example.number)
 
 
 # -- length -----------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from worker.trainer.rendering import Renderer
 if TYPE_CHECKING:  # at run time it would load torch, which the tokenising processes do not need
     from transformers import PretrainedConfig
 
-VERSION = 4
+VERSION = 5
 """Version of the conversion from examples to rows. It is part of every cache key."""
 PARALLEL_BYTES = 16 * 1024 * 1024
 """Larger files are tokenised by several processes. Each process takes seconds to start."""
@@ -79,7 +79,8 @@ class Rows(Sequence[Row]):
         parts = [(tuple(ids[i - start : j - start]), tuple(scored[i - start : j - start])) for i, j in pairwise(bounds)]
         responses = tuple(Response(part, flags) for part, flags in parts[1:])
         desirable, group, file = bool(arrays.desirable[number]), int(arrays.groups[number]), int(arrays.files[number])
-        return Row(int(arrays.lines[number]), parts[0][0], responses, desirable, group, file)
+        record = int(arrays.records[number])
+        return Row(int(arrays.lines[number]), parts[0][0], responses, desirable, group, file, record)
 
     @cached_property
     def _sizes(self) -> Integers:
@@ -287,7 +288,7 @@ def load(
         for arrays in _tokenise(path, tokenizer, recipe, tally):
             writer.add(arrays)
             report(writer.rows)
-        writer.close({"tally": json.dumps(asdict(tally))})
+        writer.close({"tally": json.dumps(asdict(tally) | {"refused": dict(tally.refused)})})
     return _read(cache.folder / key)
 
 

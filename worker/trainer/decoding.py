@@ -22,7 +22,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
 from worker.trainer.distributed import is_peer_loss
-from worker.trainer.errors import first_line
+from worker.trainer.errors import UserError, first_line
 from worker.trainer.events import Events
 from worker.trainer.hardware import recorded, without_collisions
 from worker.trainer.linears import has_experts
@@ -367,24 +367,41 @@ def _logits(policy: Policy, hidden: Tensor) -> Tensor:
 def check(policy: Policy, prompts: Sequence[Prompt], events: Events | None, ranks: Ranks) -> None:
     """Let `policy` copy its prompts, with a warning, if shared ones give other logits than the model's own pass.
 
+    Raises `UserError` if copied ones do too.
+
     Compares the logits behind the shortest and the longest of `prompts`, each alone and followed by some tokens.
     """
     if not policy.shared or policy.own_logits:
+        _require_exact_copies(policy, prompts, ranks)
         return
     reason = next((reason for reason in ranks.gather(_why_wrong(policy, prompts)) if reason is not None), None)
     if reason is not None:
         policy.shared = False
+        _require_exact_copies(policy, prompts, ranks)
         if events is not None:
             events.message(f"The completions of a prompt do not share its cache: {reason}.", level="warn")
 
 
+def _require_exact_copies(policy: Policy, prompts: Sequence[Prompt], ranks: Ranks) -> None:
+    """Raise `UserError` if not even copied prompts give the model's own logits: its cache is of an unknown kind."""
+    reason = next((reason for reason in ranks.gather(_why_wrong(policy, prompts)) if reason is not None), None)
+    if reason is not None:
+        message = f"'{policy.name}' cannot write answers here: {reason}."
+        raise UserError("unsupported_model", message, "model")
+
+
 def _why_wrong(policy: Policy, prompts: Sequence[Prompt]) -> str | None:
+    """Why the decoder of `policy` is wrong; None if it is right. A model that takes one text decodes one."""
     shortest = min(prompts, key=len)
     longest = max((prompt for prompt in prompts if len(prompt) <= CHECKED_TOKENS), key=len, default=shortest)
     texts = [shortest, shortest, longest]
     answers = torch.tensor([texts[0][:1] * 3, texts[1][-1:] * 3, texts[2][-1:] * 3], device=policy.device)  # (3, 3)
     try:
-        ours = _logps(SharedPrompts(policy, texts), answers)
+        if policy.one_by_one:
+            parts = zip(texts, answers, strict=True)
+            ours = torch.cat([_logps(begin(policy, [text]), answer[None]) for text, answer in parts])
+        else:
+            ours = _logps(begin(policy, texts), answers)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

@@ -42,14 +42,21 @@ class Grading:
                 models[grader.source] = ClassifierScorer(self.folder / grader.source, field)
         return models
 
+    def load(self) -> None:
+        """Load the models. To be called before the training measures the memory that is left."""
+        self._models  # noqa: B018 - they stay
+
     def grades(self, answered: Sequence[tuple[Task, str]], ranks: Ranks) -> list[Grade]:
         """The grades of answers to tasks. The `ranks`, which have the same answers, share the work of the models."""
         examples = [(task.example, text) for task, text in answered]
         scores = {source: model.scores(examples, progress.mark, ranks) for source, model in self._models.items()}
-        return [
-            grade(self.grader, text, task.item, {source: values[k] for source, values in scores.items()})
-            for k, (task, text) in enumerate(answered)
-        ]
+        own = list[Grade]()
+        for k in range(ranks.rank, len(answered), ranks.size):
+            (task, text), given = answered[k], {source: values[k] for source, values in scores.items()}
+            own.append(grade(self.grader, text, task.item, given))
+            progress.mark()
+        parts = ranks.gather(own)
+        return [parts[k % ranks.size][k // ranks.size] for k in range(len(answered))]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The training loop: SFT, then a preference method, on one policy. Read it from top to bottom.
+"""The training loop: SFT, then another method, on one policy. Read it from top to bottom.
 
 for each stage:
     compute the reference log-probs once, before the first update        (if the loss has a reference)
@@ -94,6 +94,8 @@ def _train(run: TrainingRun) -> None:
         "overhead_seconds": ready - began,
     }
     metrics = last_metrics(state.history, state.stage) | final_metrics
+    if stages[-1].exercise is not None:  # much of its time went into writing answers, which tells nothing about others
+        pace = {}
     run.events.emit(TrainingDone(state.trained_tokens, metrics, pace))
 
 

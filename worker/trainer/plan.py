@@ -11,6 +11,7 @@ import numpy
 import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from app.spec.datasets.example import Kind
 from app.spec.datasets.rendering import Rendering
 from app.spec.hyperparameters import DEFAULT_MAX_LENGTH, Hyperparameters, ReinforcementHyperparameters
 from app.spec.job import JobSpec, StageSpec
@@ -32,7 +33,7 @@ DEFAULT_INTERVALS = 5
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage, `sft` or `dpo`: its settings, its training rows and its validation rows."""
+    """A stage, such as `sft`: its settings, its training rows and its validation rows."""
 
     name: str
     hyperparameters: Hyperparameters
@@ -174,6 +175,8 @@ class _Loader:
         """The stage with its rows. Without a validation file, a share of its training rows is held out."""
         settings, param, shelf = spec.settings, spec.file_field, Shelf(self.folder / "rows").of(spec.name)
         max_length = min(settings.max_length or DEFAULT_MAX_LENGTH, self.context)
+        if isinstance(settings, ReinforcementHyperparameters):
+            max_length = self._prompt_room(settings, max_length, spec.field)
         recipe = Recipe(settings.data, max_length, settings.scored, spec.mapping, self.rendering, settings.truncation)
         train, notes = self._rows(spec.training, recipe, param, shelf.of("all"))
         if spec.validation is not None:
@@ -186,19 +189,22 @@ class _Loader:
             prepare(rows, settings, recipe.max_length, shelf.of(part)).on(shelf.of(part))
             for part, rows in (("train", train), ("validation", held_out))
         )
-        exercise = self._exercise(spec, recipe) if isinstance(settings, ReinforcementHyperparameters) else None
+        exercise = None if self.grading is None or settings.data != Kind.PROMPTS else self._exercise(spec, recipe)
         return Stage(spec.name, settings, train, held_out, self.seed, spec.field, notes, repeated, shelf, exercise)
 
-    def _exercise(self, spec: StageSpec, recipe: Recipe) -> Exercise:
-        """What a reinforcement stage does. Raises `UserError` if an answer leaves no room for a prompt."""
-        settings = spec.settings
-        assert isinstance(settings, ReinforcementHyperparameters)
-        assert self.grading is not None
-        room = recipe.max_length - settings.max_tokens
+    @staticmethod
+    def _prompt_room(settings: ReinforcementHyperparameters, max_length: int, field: str) -> int:
+        """The most tokens of a prompt, and one that stands for an answer. Raises `UserError` if no prompt has room."""
+        room = max_length - settings.max_tokens
         if room < 1:
-            message = f"'max_tokens' leaves no room for a prompt in {recipe.max_length} tokens."
-            raise UserError("invalid_value", message, f"{spec.field}.max_tokens")
-        recipe = replace(recipe, max_length=room)
+            message = f"'max_tokens' leaves no room for a prompt in {max_length} tokens."
+            raise UserError("invalid_value", message, f"{field}.max_tokens")
+        return room + 1
+
+    def _exercise(self, spec: StageSpec, recipe: Recipe) -> Exercise:
+        """What a reinforcement stage does."""
+        assert self.grading is not None
+        recipe = replace(recipe, max_length=recipe.max_length - 1)
 
         def tasks(names: tuple[str, ...]) -> Tasks:
             return Tasks([self.folder / name for name in names], self.tokenizer, recipe)

@@ -6,6 +6,7 @@ The artifact is a transformers sequence classifier with one label: base and adap
 """
 
 import json
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -171,11 +172,17 @@ class RewardModel:
         check_stop: Callable[[], None] = lambda: None,
         ranks: Ranks | None = None,
     ) -> list[float]:
-        """The reward of each answer to its example, minus `reward_mean`. The `ranks` share the work."""
+        """The reward of each answer to its example, minus `reward_mean`. The `ranks` share the work.
+
+        NaN for an answer that the model's template cannot write.
+        """
         examples = [
-            replace(example, responses=(text,), desirable=True, raw=False, turns=()) for example, text in answered
+            replace(example, responses=(text,), desirable=True, raw=False, turns=(), number=k)
+            for k, (example, text) in enumerate(answered)
         ]
-        texts = [row.prompt + row.responses[0].ids for row in rows(examples, self._tokenizer, self._recipe, Tally())]
-        assert len(texts) == len(answered)
-        rewards = _rewards(self._model, texts, check_stop, ranks)
-        return [value - self._model.config.reward_mean for value in rewards]
+        written = list(rows(examples, self._tokenizer, self._recipe, Tally()))
+        rewards = _rewards(self._model, [row.prompt + row.responses[0].ids for row in written], check_stop, ranks)
+        values, mean = [math.nan] * len(answered), self._model.config.reward_mean
+        for row, reward in zip(written, rewards, strict=True):
+            values[row.number] = reward - mean
+        return values

@@ -150,8 +150,13 @@ def all_rows(tasks: Sequence[Task], answers: Sequence[Answer], samples: int) -> 
     return AnswerRows.of(tasks, answers, members)
 
 
-def token_logps(launcher: Launcher, answers: AnswerRows, lengths: Sequence[int]) -> TokenValues:
-    """log π of each token of all answers under the current weights, by the kernels that train."""
+def token_logps(
+    launcher: Launcher, answers: AnswerRows, lengths: Sequence[int], between: Callable[[], None]
+) -> TokenValues:
+    """log π of each token of all answers under the current weights, by the kernels that train.
+
+    `between` is called after each launch.
+    """
     policy, parts = launcher.policy, dict[int, Tensor]()
 
     def score(pack: Pack) -> Values:
@@ -162,6 +167,7 @@ def token_logps(launcher: Launcher, answers: AnswerRows, lengths: Sequence[int])
         numbers = answers.of_segments(group)
         pieces = torch.split(values["logps"], [lengths[number] for number in numbers])
         parts.update(zip(numbers, pieces, strict=True))
+        between()
     return TokenValues(torch.cat([parts[number] for number in range(len(lengths))]), lengths)
 
 

@@ -208,18 +208,23 @@ def _sample_all(
     ends: Collection[int],
     check_stop: Callable[[], None],
 ) -> list[Completion]:
-    """The completions of a batch. If it does not fit into the GPU's memory, its halves are sampled one by one."""
+    """The completions of a batch. If it does not fit into the GPU's memory, its halves are sampled one by one.
+
+    Before that, weights give up the memory in which they stay dequantised.
+    """
     try:
         return list(sample(policy, batch, sampling, ends, check_stop))
     except torch.OutOfMemoryError:
-        if len(batch) == 1:
+        if len(batch) == 1 and not policy.groups.kept:
             raise
+    released = policy.groups.release()
     gc.collect()
     torch.cuda.empty_cache()
-    half = len(batch) // 2
+    half = len(batch) if released else len(batch) // 2
     return [
         completion
         for part in (batch[:half], batch[half:])
+        if part
         for completion in _sample_all(policy, part, sampling, ends, check_stop)
     ]
 

@@ -1,7 +1,7 @@
 """The prompts of a reinforcement stage, with the rows of their files, which graders read."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -37,10 +37,11 @@ class Tasks:
 
     def of(self, row: Row) -> Task:
         """The task of `row`. Raises `UserError` for a prompt that cannot be rendered."""
-        place = row.file, row.line
+        place = row.file, row.number
         if place not in self._known:
             example, item = self._rows[place]
-            prompt = Prompt(*data.prompt_ids(example, self._renderer, self.recipe))
+            bare = replace(example, responses=())
+            prompt = Prompt(*data.prompt_ids(bare, self._renderer, self.recipe))
             self._known[place] = Task(prompt, example, item)
         return self._known[place]
 
@@ -50,12 +51,12 @@ class Tasks:
 
     @cached_property
     def _rows(self) -> dict[tuple[int, int], tuple[Example, JsonObject]]:
-        """The example and the record of each row, by its file and line."""
+        """The example and the record of each row, by its file and the number of its record."""
         rows = {}
         for number, path in enumerate(self.paths):
             with path.open("rb") as file:
-                items = dict(records(file))
+                items = [record for _, record in records(file)]
             with path.open("rb") as file:
                 for example in examples(file, self.recipe.mapping):
-                    rows[number, example.line] = example, items[example.line]
+                    rows[number, example.number] = example, items[example.number]
         return rows

@@ -72,6 +72,7 @@ def numbered_examples(
                 if report is not None:
                     report.drop(line, dropped)
                 continue
+            example.number = number
             if report is not None:
                 report.add(example)
             yield number, example

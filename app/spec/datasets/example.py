@@ -82,10 +82,22 @@ class Example:
     tools: tuple[JsonObject, ...] = ()
     turns: tuple[int, ...] = ()
     system: str = ""
+    number: int = 0
+    """The number of its record in the file, counted from 0. Several records may be on one line."""
 
     def with_responses(self, responses: tuple[ResponseContent, ...]) -> "Example":
         """A copy with other responses."""
-        return Example(self.line, self.prompt, responses, self.raw, self.desirable, self.tools, self.turns, self.system)
+        return Example(
+            self.line,
+            self.prompt,
+            responses,
+            self.raw,
+            self.desirable,
+            self.tools,
+            self.turns,
+            self.system,
+            self.number,
+        )
 
     @property
     def conversation(self) -> list[Message]:

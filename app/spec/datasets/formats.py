@@ -619,17 +619,24 @@ def _only_prompts(records: list[Record]) -> bool:
 
 
 def _only_questions(row: FileRow) -> Example:
-    return row.unanswered_from("messages")
+    example = row.unanswered_from("messages")
+    if isinstance(example.prompt, list) and example.prompt[-1]["role"] != "user":
+        raise DatasetError(row.line, "messages", "must end with a turn of the user, as the first rows do")
+    return example
 
 
 def _end_with_a_question(records: list[Record]) -> bool:
-    """Whether all conversations end with a turn of the user, as the rows of OpenAI's reinforcement do."""
-    turns = [turns[-1] for record in records if isinstance(turns := record["messages"], list) and turns]
-    return len(turns) == len(records) and all(
-        isinstance(turn, dict)
-        and isinstance(role := turn.get("role"), str)
+    """Whether all conversations end with a turn of the user, as the rows of OpenAI's reinforcement do.
+
+    One whose earlier answers have weights is there to be trained on.
+    """
+    return all(
+        isinstance(turns := record["messages"], list)
+        and turns
+        and all(isinstance(turn, dict) and "weight" not in turn for turn in turns)
+        and isinstance(role := turns[-1].get("role"), str)
         and ROLES.get(role.strip().lower()) == "user"
-        for turn in turns
+        for record in records
     )
 
 
@@ -664,6 +671,7 @@ def _formats() -> Iterator[Format]:
     for column in ANSWER_LISTS:
         read = _ranked("prompt", column)
         yield format("ranked", ranked, f"prompt {column}", read, "ranks", "scores", fits=_has_list(column))
+    yield format("openai_prompts", Kind.PROMPTS, "messages", _only_questions, fits=_end_with_a_question)
     for label in _LABELS:
         unlabelled: list[tuple[str, str, Callable[[FileRow], Example], tuple[str, ...]]] = [
             ("labelled", "prompt completion", _prompt_completion, ()),
@@ -673,7 +681,6 @@ def _formats() -> Iterator[Format]:
         ]
         for name, needs, reader, optional in unlabelled:
             yield format(name, labelled, f"{needs} {label}", _labelled(reader, label), *optional, label=label)
-    yield format("openai_prompts", Kind.PROMPTS, "messages", _only_questions, fits=_end_with_a_question)
     yield format("openai_chat", answers, "messages", _openai_chat)
     yield format("sharegpt", answers, "conversations", _sharegpt)
     yield format("alpaca", answers, "instruction output", _alpaca, *alpaca)

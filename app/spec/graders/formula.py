@@ -6,9 +6,11 @@ and all others are refused.
 
 import ast
 import math
+import re
 from collections.abc import Callable, Mapping
 
 MAX_CHARACTERS = 1024
+_STRANGE = re.compile(r"[^A-Za-z0-9_ .+\-*/^(),]")
 FUNCTIONS: dict[str, Callable[..., float]] = {
     "min": lambda *values: min(values),
     "max": lambda *values: max(values),
@@ -39,6 +41,8 @@ class Formula:
     def __init__(self, text: str, names: frozenset[str]) -> None:
         if len(text) > MAX_CHARACTERS:
             raise FormulaError(f"has more than {MAX_CHARACTERS} characters")
+        if strange := _STRANGE.search(text):
+            raise FormulaError(f"has {strange[0]!r}, which no formula has")
         if "**" in text:
             raise FormulaError("has '**'; a power is written '^'")
         try:

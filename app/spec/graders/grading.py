@@ -1,5 +1,6 @@
 """The reward of an answer."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -42,6 +43,8 @@ def _score(grader: AnySingle, sample: Sample, item: JsonObject, given: Given) ->
     if isinstance(grader, ByModel):
         if grader.source not in given:
             raise GradingError("other_error", f"The model '{grader.source}' grades in trainings only.")
+        if not math.isfinite(given[grader.source]):
+            raise GradingError("other_error", f"The model '{grader.source}' gives this answer no finite score.")
         return given[grader.source]
     text, reference = filled(grader.input, sample, item), filled(grader.reference, sample, item)
     if isinstance(grader, TextSimilarity):

@@ -17,6 +17,8 @@ NOT_BUILT = {
 MAX_CHARACTERS = 10_000
 """Longer texts are not compared: the time of some metrics grows with the square of their length."""
 
+MAX_WORD_PAIRS = 1_000_000
+
 
 class _Words:
     """rouge_score's words, also those of other alphabets than the English one."""
@@ -42,11 +44,14 @@ def similarity(metric: Metric, text: str, reference: str) -> float:
     if metric == "bleu":
         from sacrebleu import sentence_bleu
 
-        return float(sentence_bleu(text, [reference]).score) / 100
+        return min(1.0, float(sentence_bleu(text, [reference]).score) / 100)
     if metric == "gleu":
         from nltk.translate.gleu_score import sentence_gleu  # type: ignore[import-untyped]
 
         return float(sentence_gleu([reference.split()], text.split())) if text.split() else 0.0
+    if len(_Words.tokenize(text)) * len(_Words.tokenize(reference)) > MAX_WORD_PAIRS:
+        message = "Two texts have too many words to compare: more than a million pairs of words."
+        raise GradingError("truncated_observation_error", message)
     from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped]
 
     name = metric.replace("_", "").replace("rougel", "rougeL")

@@ -12,7 +12,9 @@ from pydantic import AfterValidator, StringConstraints
 from app.spec.json_types import JsonObject
 from app.spec.schema_base import NO_NUL
 
-_PLACE = re.compile(r"\{\{\s*([^{}]*?)\s*\}\}")
+_PLACE = re.compile(r"\{\{([^{}]*)\}\}")
+MAX_PLACES, MAX_FILLED = 100, 1 << 20
+"""The most places of a template, and the most characters of one that is filled."""
 SAMPLE = ("output_text", "output_json")
 """The fields of `sample`: the answer as it is, and as JSON."""
 
@@ -21,8 +23,11 @@ class GradingError(Exception):
     """A grader cannot grade this answer. `flag` is one of the flags of OpenAI's contract."""
 
     def __init__(self, flag: str, message: str) -> None:
-        super().__init__(message)
-        self.flag = flag
+        super().__init__(flag, message)  # all arguments, so that the error can be pickled between processes
+        self.flag, self.message = flag, message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,10 @@ class Sample:
 
 def _known(template: str) -> str:
     """Refuse a place that no row can fill."""
-    for path in _PLACE.findall(template):
+    paths = [path.strip() for path in _PLACE.findall(template)]
+    if len(paths) > MAX_PLACES:
+        raise ValueError(f"has {len(paths)} places; a template may have {MAX_PLACES}")
+    for path in paths:
         namespace, *fields = path.split(".")
         if namespace not in ("item", "sample") or not all(fields) or not fields:
             raise ValueError(f"has '{{{{{path}}}}}'; a place is {{{{item.FIELD}}}} or {{{{sample.output_text}}}}")
@@ -57,7 +65,17 @@ Template = Annotated[str, StringConstraints(max_length=65_536, pattern=NO_NUL), 
 
 def filled(template: str, sample: Sample, item: JsonObject) -> str:
     """`template` with the values of an answer and its row. Raises `GradingError` for a field that is not there."""
-    return _PLACE.sub(lambda place: _text(_value(place[1], sample, item)), template)
+    length = 0
+
+    def text(place: re.Match[str]) -> str:
+        nonlocal length
+        value = _text(_value(place[1].strip(), sample, item))
+        length += len(value)
+        if length > MAX_FILLED:
+            raise GradingError("truncated_observation_error", f"A text has more than {MAX_FILLED:,} characters.")
+        return value
+
+    return _PLACE.sub(text, template)
 
 
 def _value(path: str, sample: Sample, item: JsonObject) -> object:
@@ -68,13 +86,15 @@ def _value(path: str, sample: Sample, item: JsonObject) -> object:
     for field in fields:
         if isinstance(value, Mapping) and field in value:
             value = value[field]
-        elif isinstance(value, list) and field.isdecimal() and int(field) < len(value):
+        elif isinstance(value, list) and field.isdecimal() and len(field) < 10 and int(field) < len(value):
             value = value[int(field)]
         else:
+            value = None
+        if value is None:
             raise GradingError("invalid_variable_error", f"'{{{{{path}}}}}' is not there: no '{field}'.")
     return value
 
 
 def _text(value: object) -> str:
-    """A value as text: a string as it is, any other value as JSON."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    """A value as text: a string as it is, any other value as JSON. A table's dates are written as Python does."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

@@ -4,7 +4,6 @@ import json
 import math
 import re
 import shutil
-import signal
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +23,6 @@ from app.spec.graders.schemas import StringCheck
 from app.spec.hyperparameters import DPOHyperparameters, ReinforcementHyperparameters
 from app.spec.job import JobSpec
 from tests.helpers.trainer import (
-    TrainerProcess,
     disturb,
     dpo_method,
     load,
@@ -37,11 +35,11 @@ from tests.helpers.trainer import (
     training_metrics,
 )
 from worker.model_files import point_to
-from worker.trainer import rollouts, sampling, weights
+from worker.trainer import decoding, plan, rollouts, sampling, weights
 from worker.trainer.averages import Averages
 from worker.trainer.data import Recipe, Response, Row
 from worker.trainer.dataset import Rows
-from worker.trainer.errors import STOPPED, Stopped, UserError
+from worker.trainer.errors import Stopped, UserError
 from worker.trainer.grading import Exercise, Grading
 from worker.trainer.launcher import Launcher
 from worker.trainer.loop import train
@@ -49,6 +47,7 @@ from worker.trainer.methods.preference import Preference
 from worker.trainer.methods.reinforcement import Reinforcement
 from worker.trainer.model import Policy
 from worker.trainer.objectives import reinforcement as objectives
+from worker.trainer.ranks import Ranks
 from worker.trainer.reference import References, compute
 from worker.trainer.reward import RewardModel
 from worker.trainer.rollouts import Answer
@@ -297,7 +296,9 @@ def test_a_prompt_that_cannot_be_graded_changes_nothing(
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
     monkeypatch.undo()
-    with pytest.raises(UserError, match=r"3 of 3 prompts have an answer that could not be graded\. .*no 'answer'"):
+    with pytest.raises(
+        UserError, match=r"3 of 3 prompts of a step have an answer that could not be graded\. .*no 'answer'"
+    ):
         monkeypatch.setattr(rollouts, "text_of", lambda *_: "text")
         method_on(disturb(load(llama)), [(5, 6), (9, 8), (4,)], algorithm=algorithm).gradient([0, 1, 2], Averages())
 
@@ -451,40 +452,31 @@ def test_several_devices_and_recomputed_activations_give_the_same_bytes(llama: P
     assert outputs[0] == outputs[1] == outputs[2]
 
 
-def test_a_run_that_is_stopped_while_it_writes_answers_goes_on_later(llama: Path, tmp_path: Path) -> None:
-    body = spec(max_tokens=60, max_steps=4, batch_size=10, samples=8, checkpoint_every=100)
+def test_a_run_that_is_stopped_while_it_writes_answers_goes_on_later(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stops at the next token, with a checkpoint of the step before. In the end it has the same bytes."""
+    body = spec(max_tokens=30, max_steps=4, batch_size=10, samples=8, checkpoint_every=100, eval_every=100)
     whole = make_work_folder(tmp_path / "whole", llama, body, train=QUESTIONS)
-    assert run_process(whole)[0] == 0
+    run_in_process(whole)
     folder = make_work_folder(tmp_path / "stopped", llama, body, train=QUESTIONS)
-    with TrainerProcess(folder) as process:
-        kinds = []
-        for event in process.events():
-            kinds.append(event["kind"])
-            if event["kind"] == "metrics" and event["step"] == 1:
-                process.send_signal(signal.SIGTERM)
-        assert process.status() == STOPPED
-    assert "done" not in kinds
-    (checkpoint,) = (folder / "checkpoints").iterdir()
-    checkpoint.rename(folder / "resume")
-    assert run_process(folder)[0] == 0
-    assert adapter(folder) == adapter(whole)
-
-
-def test_a_stop_ends_the_writing_of_answers(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the next token: the batch that is being written is not finished."""
-    run = make_run(make_work_folder(tmp_path, llama, spec(max_tokens=400), train=QUESTIONS))
-    written, draw = list[int](), sampling.draw
+    run, drawn, draw = make_run(folder), list[int](), sampling.draw
 
     def stopping(*arguments: Any) -> Any:
-        written.append(1)
-        if len(written) == 50:
+        drawn.append(1)
+        if len(drawn) == 1 + 30 + 2 * 3 * 30 + 40:  # the first token of each, the validation, two steps, and some
             run.stopping.set()
         return draw(*arguments)
 
     monkeypatch.setattr(sampling, "draw", stopping)
     with pytest.raises(Stopped):
         train(run)
-    assert len(written) == 50
+    assert len(drawn) == 1 + 30 + 2 * 3 * 30 + 40
+    (checkpoint,) = (folder / "checkpoints").iterdir()
+    assert checkpoint.name in ("step-1", "step-2")
+    checkpoint.rename(folder / "resume")
+    run_in_process(folder)
+    assert adapter(folder) == adapter(whole)
 
 
 def test_sft_before_reinforcement_and_a_file_of_its_own_for_validation(llama: Path, tmp_path: Path) -> None:
@@ -568,6 +560,55 @@ def test_a_spec_has_its_graders_files_at_other_places() -> None:
         assert own.needs(files[1][0]) is None
 
 
+def test_each_row_of_a_file_on_one_line_has_its_own_answers(llama: Path, tmp_path: Path) -> None:
+    """A JSON array. Its rows are told apart by their numbers, also where a row is left out."""
+    folder = make_work_folder(tmp_path, llama, spec(fields={"validation_split": 0.3}, max_steps=1))
+    blank = {"messages": [{"role": "user", "content": " "}]}
+    (folder / "train.jsonl").write_text(json.dumps([*QUESTIONS[:7], blank, *QUESTIONS[7:]]))
+    run = make_run(folder)
+    stages = plan.stages(run.spec, folder, load(llama).tokenizer, 512, run.cache, run.events)
+    (stage,) = stages
+    assert stage.exercise is not None
+    found = [stage.exercise.train.of(row) for rows in (stage.train, stage.validation) for row in rows]
+    assert sorted(json.dumps(task.item) for task in found) == sorted(json.dumps(row) for row in QUESTIONS)
+    assert all(task.item["messages"] == task.example.prompt for task in found)
+
+
+def test_a_validation_that_cannot_be_graded_ends_the_training(llama: Path, tmp_path: Path) -> None:
+    held_out = [{key: value for key, value in row.items() if key != "answer"} for row in QUESTIONS[:4]]
+    body = spec(fields={"validation_file": "held.jsonl"}, early_stopping={"metric": "eval/reward"})
+    folder = make_work_folder(tmp_path, llama, body, train=QUESTIONS, held=held_out)
+    with pytest.raises(UserError, match="4 of 4 prompts of the validation have an answer that could not be graded"):
+        run_in_process(folder)
+
+
+def test_a_ratio_of_any_size_has_a_finite_loss_and_gradient() -> None:
+    logratios = torch.tensor([-1000.0, -90.0, 0.0, 90.0, 1000.0], requires_grad=True)
+    for advantage in (-1.0, 0.0, 1.0):
+        loss = (
+            objectives.clipped(logratios, torch.full((5,), advantage), 0.2).sum()
+            + objectives.k3(-logratios, 0 * logratios).sum()
+        )
+        (gradient,) = torch.autograd.grad(loss, logratios)
+        assert loss.isfinite() and gradient.isfinite().all()
+
+
+def test_a_model_whose_cache_is_unknown_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sampler's logits are compared with the model's own, also where prompts are copied."""
+    policy = load(llama)
+    policy.shared = False
+    decoding.check(policy, [(5, 6, 7)], None, Ranks())
+    step = decoding.CopiedPrompts.step
+
+    def wrong(self: decoding.CopiedPrompts, tokens: Tensor) -> None:
+        step(self, tokens)
+        self.logits = self.logits.roll(1, -1)
+
+    monkeypatch.setattr(decoding.CopiedPrompts, "step", wrong)
+    with pytest.raises(UserError, match="cannot write answers here"):
+        decoding.check(policy, [(5, 6, 7)], None, Ranks())
+
+
 def test_answers_need_room_beside_their_prompt(llama: Path, tmp_path: Path) -> None:
     folder = make_work_folder(tmp_path, llama, spec(max_tokens=5000), train=QUESTIONS)
     with pytest.raises(UserError, match="'max_tokens' leaves no room") as refused:
@@ -582,6 +623,7 @@ def test_answers_need_room_beside_their_prompt(llama: Path, tmp_path: Path) -> N
         (spec(algorithm="ppo"), "method.reinforcement.hyperparameters.algorithm", "rloo"),
         (spec(samples=1), "method.reinforcement.hyperparameters.samples", "greater than or equal to 2"),
         (spec(compute_multiplier=2), "method.reinforcement.hyperparameters.compute_multiplier", "not both"),
+        (spec(fields={"sft": {}}), "sft.training_file", "answers of its own"),
         (spec(eval_interval=2), "method.reinforcement.hyperparameters.eval_interval", "not both"),
         (spec(algorithm="online_dpo", beta=0), "method.reinforcement.hyperparameters.beta", "above 0"),
         (spec(algorithm="online_dpo", clip=0.1), "method.reinforcement.hyperparameters.clip", "no meaning"),
@@ -610,6 +652,8 @@ def test_a_stored_spec_says_what_was_run() -> None:
     settings = cast(ReinforcementHyperparameters, resolved.method.hyperparameters)
     assert (settings.samples, settings.eval_every, settings.beta, settings.clip) == (4, 7, 0.05, 0.2)
     assert JobSpec.stored(resolved.to_store()).resolved() == resolved
+    most = body | spec(samples=None, compute_multiplier=10)
+    assert JobSpec.stored(JobSpec.model_validate(most).resolved().to_store()).method.hyperparameters.answers == 64  # type: ignore[attr-defined]
     assert "reinforcement" not in JobSpec.model_validate({"model": "m", "training_file": "f"}).to_store()["method"]
 
 

@@ -1,10 +1,13 @@
 """Scores of single answers, by a reward model or a classifier."""
 
+import math
+
 from app.spec.datasets.example import Example
 from app.spec.evaluation import Judge
 from app.spec.evaluation import Scorer as ScorerSpec
 from worker.model_files import folder_at
 from worker.trainer import reward
+from worker.trainer.errors import UserError
 from worker.trainer.evaluation.run import EvaluationRun
 from worker.trainer.scorers import ClassifierScorer, Scorer
 
@@ -22,4 +25,8 @@ def scores(
     else:
         folder = folder_at(run.folder / "sides" / name / "base")
         model = reward.RewardModel(folder, run.rendering(name), run.spec.max_length)
-    return model.scores(answers, run.check_stop, run.ranks)
+    values = model.scores(answers, run.check_stop, run.ranks)
+    if not all(map(math.isfinite, values)):
+        message = "The template of the reward model cannot write an answer, or the model gives it no finite score."
+        raise UserError("chat_template_error", message, f"{name}.model")
+    return values

@@ -23,7 +23,7 @@ from worker.trainer.dataset import Rows
 from worker.trainer.errors import UserError
 from worker.trainer.grading import Exercise
 from worker.trainer.hardware import upload
-from worker.trainer.launcher import Launcher, TokenCounts, Values
+from worker.trainer.launcher import Launcher, TokenCounts, Values, nothing
 from worker.trainer.methods.method import Method, ValidatedRow
 from worker.trainer.model import per_response
 from worker.trainer.objectives import reinforcement as objectives
@@ -152,7 +152,7 @@ class Reinforcement(Method):
         values, counts = self.launcher.backward(plan, lambda pack, _: self._loss(pack, batch), draw)
         averages.add("loss", values["loss"].double().sum() / batch.total)
         if "clipped" in values:
-            averages.add("rollouts/clipped", values["clipped"])
+            averages.add("rollouts/clipped", values["clipped"], values["parts"])
         batch.graded.report(averages)
         batch.graded.report_training(averages)
         return counts
@@ -178,7 +178,7 @@ class Reinforcement(Method):
     def _prepared(self, number: int, numbers: tuple[int, ...], graded: Graded) -> Batch:
         """The batch of `graded` answers to the rows `numbers`."""
         settings, tasks = self.settings, [self._task(row) for row in numbers]
-        self._require_graded(graded)
+        self._require_graded(graded, "a step")
         rewards, counts = graded.rewards.nan_to_num(0.0), graded.graded  # (P, K), (P,)
         if settings.algorithm == "online_dpo":
             pairs = [(k, [k * graded.samples + int(row.argmax()), k * graded.samples + int(row.argmin())])
@@ -196,12 +196,13 @@ class Reinforcement(Method):
         each = counts[:, None].expand_as(rewards).flatten()
         return Batch(number, numbers, graded, trained, advantages.flatten(), each, max(1, total))
 
-    def _require_graded(self, graded: Graded) -> None:
-        """Raise `UserError` if the grader fails on too many answers."""
+    def _require_graded(self, graded: Graded, where: str) -> None:
+        """Raise `UserError` if the grader fails on too many answers of a step or of the validation."""
         ungraded = int((~graded.graded).sum())
         if ungraded > MOST_UNGRADED * len(graded.graded):
             reason = next(answer.error for answer in graded.answers if answer.error is not None)
-            message = f"{ungraded} of {len(graded.graded)} prompts have an answer that could not be graded. {reason}"
+            share = f"{ungraded} of {len(graded.graded)} prompts of {where}"
+            message = f"{share} have an answer that could not be graded. {reason}"
             raise UserError("grading_failed", message, "method.reinforcement.grader")
 
     def _loss(self, pack: Pack, batch: Batch) -> tuple[Tensor, Values]:
@@ -222,14 +223,17 @@ class Reinforcement(Method):
         elif settings.algorithm == "rloo":
             logratios = scores.responses - per_response(pack, old)
             losses = objectives.clipped(logratios, advantages, clip)
-            values["clipped"] = objectives.is_clipped(logratios, advantages, clip).double()
+            clipped = objectives.is_clipped(logratios, advantages, clip) & counts
+            values |= {"clipped": clipped.double(), "parts": counts.double()}
         else:
             logps, by_token = scores.tokens.logps, advantages[pack.leaf]
             tokens = objectives.clipped(logps - old, by_token, clip) + beta * objectives.k3(logps, reference)
             losses = per_response(pack, tokens) / lengths
-            values["clipped"] = (
-                per_response(pack, objectives.is_clipped(logps - old, by_token, clip).to(logps.dtype)) / lengths
-            )
+            clipped = objectives.is_clipped(logps - old, by_token, clip) & counts[pack.leaf]
+            values |= {
+                "clipped": per_response(pack, clipped.double()),
+                "parts": torch.where(counts, lengths, 0).double(),
+            }
         losses = torch.where(counts, losses, 0.0)
         return losses.sum() / batch.total, values | {"loss": losses}
 
@@ -238,8 +242,8 @@ class Reinforcement(Method):
     def _task(self, number: int) -> Task:
         return self.exercise.train.of(self.train[number])
 
-    def _write(self, tasks: Sequence[Task], samples: int, draw: str) -> Graded:
-        """Graded answers to `tasks`."""
+    def _write(self, tasks: Sequence[Task], samples: int, draw: str, between: Callable[[], None] = nothing) -> Graded:
+        """Graded answers to `tasks`. `between` is called between the launches that compute their log-probs."""
         if not self._checked:
             rollouts.check(self.policy, tasks, self.launcher)
             self._checked = True
@@ -248,9 +252,9 @@ class Reinforcement(Method):
             self.check_stop,
         )  # fmt: skip
         rows, lengths = rollouts.all_rows(tasks, answers, samples), [len(answer.ids) for answer in answers]
-        old = rollouts.token_logps(self.launcher, rows, lengths)
+        old = rollouts.token_logps(self.launcher, rows, lengths, between)
         with weights.swapped(self.policy, self.anchor):
-            reference = rollouts.token_logps(self.launcher, rows, lengths)
+            reference = rollouts.token_logps(self.launcher, rows, lengths, between)
         return Graded(answers, old, reference, samples)
 
     # -- a validation --------------------------------------------------------------------------------------------
@@ -258,8 +262,9 @@ class Reinforcement(Method):
     def validate(self, averages: Averages, check_stop: Callable[[], None]) -> list[ValidatedRow]:
         """The answers have the same random numbers in all validations. The loss is −(reward − β KL)."""
         samples, tasks = self.settings.eval_samples or 1, self.exercise.validation
-        written = self._write([tasks.of(row) for row in self.validation], samples, f"{self.seed} validation")
-        check_stop()
+        prompts = [tasks.of(row) for row in self.validation]
+        written = self._write(prompts, samples, f"{self.seed} validation", check_stop)
+        self._require_graded(written, "the validation")
         written.report(averages)
         objective = written.rewards - (self.settings.beta or 0.0) * written.divergences
         averages.add("loss", -objective[written.graded])
@@ -273,7 +278,7 @@ class Reinforcement(Method):
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        state = {"anchor": self.anchor}
+        state = {"anchor": self.anchor, "sampler": {"shared": torch.tensor(self.policy.shared)}}
         batch = self._batch
         if batch is not None and batch.number == self.steps // self.settings.updates_per_batch:
             graded, answers = batch.graded, batch.graded.answers
@@ -292,6 +297,9 @@ class Reinforcement(Method):
     def load_state_dict(self, state: Mapping[str, dict[str, Tensor]], step: int) -> None:
         self.steps = step
         self.anchor = {name: values.to(self.policy.device) for name, values in state["anchor"].items()}
+        if not state["sampler"]["shared"] and self.policy.shared:  # its check has found that before
+            self.policy.shared = False
+        self._checked = True
         if "rollouts" not in state:
             return
         kept = {name: values.tolist() for name, values in state["rollouts"].items() if name not in ("old", "reference")}

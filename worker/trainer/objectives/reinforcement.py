@@ -8,6 +8,8 @@ from torch import Tensor
 
 STD_FLOOR = 1e-4
 """Added to a standard deviation before it divides, as TRL does."""
+LARGEST = 20.0
+"""The largest logarithm of a ratio, in nats. Beyond it, exp would overflow sooner or later."""
 
 
 def leave_one_out(rewards: Tensor) -> Tensor:
@@ -22,21 +24,25 @@ def standardised(rewards: Tensor) -> Tensor:
     return centred / (rewards.std(1, keepdim=True) + STD_FLOOR)
 
 
+def _ratios(logratios: Tensor) -> Tensor:
+    return logratios.clamp(max=LARGEST).exp()
+
+
 def clipped(logratios: Tensor, advantages: Tensor, clip: float) -> Tensor:
     """−min(ρ A, clip(ρ, 1 − ε, 1 + ε) A) with ρ = exp(`logratios`) (Schulman et al. 2017, arXiv:1707.06347, Eq. 7)."""
-    ratios = logratios.exp()
+    ratios = _ratios(logratios)
     return -torch.minimum(ratios * advantages, ratios.clamp(1 - clip, 1 + clip) * advantages)
 
 
 def is_clipped(logratios: Tensor, advantages: Tensor, clip: float) -> Tensor:
     """Whether clipping keeps the gradient from an answer or a token: its ratio is already on the far side."""
-    ratios = logratios.exp()
+    ratios = _ratios(logratios)
     return ((ratios > 1 + clip) & (advantages > 0)) | ((ratios < 1 - clip) & (advantages < 0))
 
 
 def k3(logps: Tensor, reference: Tensor) -> Tensor:
     """The estimate ρ − log ρ − 1 of KL(π‖π_ref), with ρ = π_ref/π, never negative (Schulman 2020; GRPO, Eq. 4)."""
-    difference = reference - logps
+    difference = (reference - logps).clamp(max=LARGEST)
     return difference.exp() - difference - 1
 
 
