@@ -302,8 +302,8 @@ class DPOHyperparameters(Hyperparameters):
         return super().resolved(full).model_copy(update=options)
 
 
-Algorithm = Literal["rloo", "grpo", "online_dpo"]
-BETAS: dict[Algorithm, float] = {"rloo": 0.05, "grpo": 0.04, "online_dpo": 0.1}
+Algorithm = Literal["rloo", "grpo", "ppo", "online_dpo"]
+BETAS: dict[Algorithm, float] = {"rloo": 0.05, "grpo": 0.04, "ppo": 0.05, "online_dpo": 0.1}
 """The default β of each algorithm."""
 
 
@@ -321,18 +321,25 @@ class ReinforcementHyperparameters(Hyperparameters):
 
     algorithm: Algorithm = "rloo"
     """`rloo`: REINFORCE with the mean of the other answers as baseline (Ahmadian et al. 2024). `grpo`: Group Relative
-    Policy Optimization (Shao et al. 2024). `online_dpo`: DPO on the best and the worst answer (Guo et al. 2024)."""
+    Policy Optimization (Shao et al. 2024). `ppo`: Proximal Policy Optimization (Schulman et al. 2017), with a value
+    head. `online_dpo`: DPO on the best and the worst answer (Guo et al. 2024)."""
     samples: Annotated[int, Field(ge=2, le=64)] | None = None
     """Answers for each prompt of a step, K; the default is 8 times `compute_multiplier`, at most 64."""
     max_tokens: Annotated[int, Field(ge=1, le=32_768)] = 256
     """Maximum tokens of an answer."""
     beta: Annotated[float, Field(ge=0, le=100)] | None = None
-    """β, the price of a nat of KL divergence. The default is 0.05 for `rloo`, 0.04 for `grpo` and 0.1 for
+    """β, the price of a nat of KL divergence. The default is 0.05 for `rloo` and `ppo`, 0.04 for `grpo` and 0.1 for
     `online_dpo`."""
-    updates_per_batch: Annotated[int, Field(ge=1, le=16)] = 1
-    """Optimizer steps on the same answers. Beyond the first, ratios of probabilities are clipped."""
+    updates_per_batch: Annotated[int, Field(ge=1, le=16)] | None = None
+    """Optimizer steps on the same answers. Beyond the first, ratios of probabilities are clipped. The default is 1, and
+    4 for `ppo`."""
     clip: Annotated[float, Field(gt=0, lt=1)] | None = None
     """ε of the clipping: a ratio counts between 1 − ε and 1 + ε (Schulman et al. 2017, Eq. 7). The default is 0.2."""
+    gae_lambda: Annotated[float, Field(ge=0, le=1)] | None = None
+    """λ of `ppo`'s advantages: 1 takes whole answers, 0 only the next value (Schulman et al. 2016). The default is
+    0.95."""
+    value_weight: Annotated[float, Field(gt=0, le=100)] | None = None
+    """The weight of the loss of `ppo`'s value head. The default is 0.1."""
     compute_multiplier: Annotated[float, Field(gt=0, le=10)] | None = None
     """OpenAI's name for the amount of exploration: a factor of `samples`."""
     eval_interval: Annotated[int, Field(ge=1, le=10**9)] | None = None
@@ -356,7 +363,7 @@ class ReinforcementHyperparameters(Hyperparameters):
 
     @property
     def repeats(self) -> int:
-        return self.updates_per_batch
+        return self.updates_per_batch or (4 if self.algorithm == "ppo" else 1)
 
     @property
     def answers(self) -> int:
@@ -373,17 +380,24 @@ class ReinforcementHyperparameters(Hyperparameters):
             raise inconsistent("beta", "The algorithm 'online_dpo' needs a 'beta' above 0")
         if self.algorithm == "online_dpo" and self.clip is not None:
             raise inconsistent("clip", "'clip' has no meaning with the algorithm 'online_dpo'")
+        for name in ("gae_lambda", "value_weight"):
+            if getattr(self, name) is not None and self.algorithm != "ppo":
+                raise inconsistent(name, f"'{name}' has no meaning with the algorithm '{self.algorithm}'")
         if self.max_length is not None and self.max_tokens >= self.max_length:
             raise inconsistent("max_tokens", "'max_tokens' leaves no room for a prompt within 'max_length'")
         return self
 
     def resolved(self, full: bool) -> Self:
+        ppo = self.algorithm == "ppo"
         return (
             super()
             .resolved(full)
             .model_copy(
                 update={
                     "samples": self.answers,
+                    "updates_per_batch": self.repeats,
+                    "gae_lambda": (0.95 if self.gae_lambda is None else self.gae_lambda) if ppo else None,
+                    "value_weight": (self.value_weight or 0.1) if ppo else None,
                     "compute_multiplier": None,
                     "beta": BETAS[self.algorithm] if self.beta is None else self.beta,
                     "clip": None if self.algorithm == "online_dpo" else self.clip or 0.2,

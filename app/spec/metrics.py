@@ -139,9 +139,12 @@ TRAINING = {
         "−log π of an answer per token, which estimates the entropy.", unit="nats", validated=True, needs="rollouts"
     ),
     "rollouts/clipped": Metric(
-        "The share of answers, for GRPO of tokens, whose ratio of probabilities is clipped.",
+        "The share of answers, for GRPO and PPO of tokens, whose ratio of probabilities is clipped.",
         unit="share",
         needs="rollouts",
+    ),
+    "rollouts/value_loss": Metric(
+        "The loss of PPO's value head: half the squared error of its estimates.", "lower", needs="rollouts"
     ),
     "rollouts/mismatch": Metric(
         "log π of an answer by the sampler minus that by the kernels of training, per token: 0 if they agree.",

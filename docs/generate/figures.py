@@ -192,6 +192,17 @@ def _sampling() -> str:
     return table(("", "tokens/s", "slowest to fastest run"), rows, (1, 2))
 
 
+def _reinforcement() -> str:
+    """The speed of a step of reinforcement on a CPU."""
+    found = result("reinforcement")
+    rows = [
+        (name, f"{statistics.median(steps):.1f}", f"{min(steps):.1f} to {max(steps):.1f}",
+         f"{found['answers'] / statistics.median(steps):.1f}")
+        for name, steps in found["seconds"].items()
+    ]  # fmt: skip
+    return table(("", "seconds a step", "fastest to slowest step", "answers/s"), rows, (1, 2, 3))
+
+
 def _rows() -> str:
     """The memory of a rank by the size of the file."""
     rows = [
@@ -322,6 +333,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "figures/roofline": _roofline,
     "figures/rows": _rows,
     "figures/sampling": _sampling,
+    "figures/reinforcement": _reinforcement,
     "figures/activations": _activations,
     "figures/checks": _checks,
     "figures/datasets": _datasets,

@@ -173,6 +173,9 @@ def wrap(
     policy.set_dropout(False)
     if spec.method.dpo is not None and spec.method.dpo.hyperparameters.rewards:
         policy.reward_head = _reward_head(policy, spec, start)
+    if spec.method.reinforcement is not None and spec.method.reinforcement.hyperparameters.algorithm == "ppo":
+        policy.value_head = RewardHead(model.config.get_text_config().hidden_size, device)
+        nn.init.zeros_(policy.value_head.weight)
     covered = _keep_segments_apart(policy)
     layers: list[Any] = [layer for layer in policy.model.modules() if isinstance(layer, AddsDelta)]
     with policy.autocast():
@@ -203,6 +206,10 @@ def _keep_segments_apart(policy: Policy) -> bool:
     if (head := policy.reward_head) is not None:
         weight = policy.trainable()["reward_head.weight"]
         policy.segment_gradients.keep_apart(head, [weight], "responses")
+        apart.add(weight)
+    if policy.value_head is not None:
+        weight = policy.trainable()["value_head.weight"]
+        policy.segment_gradients.keep_apart(policy.value_head, [weight])
         apart.add(weight)
     return apart >= trained
 

@@ -71,13 +71,14 @@ class TokenScores:
 
     `logps`: log p(y), differentiable. `correct`: whether the token has the largest logit. The others are on request.
     `entropy`: of the predicted distribution, in nats. `alignment`: log p(y) − log Σ_v p(v)², for the weights of WPO
-    (Zhou et al. 2024, Eq. 2).
+    (Zhou et al. 2024, Eq. 2). `values`: by a value head, of the text before the token; differentiable.
     """
 
     logps: Tensor
     correct: Tensor
     entropy: Tensor | None = None
     alignment: Tensor | None = None
+    values: Tensor | None = None
 
 
 def score_tokens(

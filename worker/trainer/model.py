@@ -102,6 +102,8 @@ class Policy:
     """The factor of the current loss, one of `loss_scales`."""
     reward_head: RewardHead | None = None
     """The head of a reward model."""
+    value_head: RewardHead | None = None
+    """Estimates what is still to come of an answer's reward (PPO). It is no part of the artifact."""
     segment_gradients: SegmentGradients = field(default_factory=SegmentGradients)
     """Keeps the gradients of a pack's segments apart."""
     groups: Groups = field(default_factory=Groups)
@@ -148,10 +150,11 @@ class Policy:
         self.packing = replace(self.packing, windows=tuple(sorted(windows, key=lambda window: window or 0)))
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The trained parameters by name, the reward head's weight included."""
+        """The trained parameters by name, the weights of heads included."""
         parameters = self.model.named_parameters()
         trained = {name: parameter for name, parameter in parameters if parameter.requires_grad}
-        return trained if self.reward_head is None else trained | {"reward_head.weight": self.reward_head.weight}
+        heads = {"reward_head.weight": self.reward_head, "value_head.weight": self.value_head}
+        return trained | {name: head.weight for name, head in heads.items() if head is not None}
 
     @property
     def has_dropout(self) -> bool:
@@ -262,9 +265,13 @@ class Policy:
     def _token_scores(self, pack: Pack, entropy: bool, alignment: bool) -> TokenScores:
         if self.own_logits:
             return score_logits(self._own_logits(pack), pack.targets, entropy=entropy, alignment=alignment)
-        hidden = self._hidden(pack).flatten(0, 1).index_select(0, pack.predictors)  # (N, H)
+        states = self._hidden(pack).flatten(0, 1)  # (B · T, H)
+        hidden = states.index_select(0, pack.predictors)  # (N, H)
         self.shards.gather_head()
-        return score_tokens(hidden, Head.of(self.causal), pack.targets, entropy=entropy, alignment=alignment)
+        scores = score_tokens(hidden, Head.of(self.causal), pack.targets, entropy=entropy, alignment=alignment)
+        if self.value_head is None:
+            return scores
+        return replace(scores, values=self.value_head(states).index_select(0, pack.predictors))
 
     def _rewards(self, pack: Pack) -> Tensor:
         assert self.reward_head is not None

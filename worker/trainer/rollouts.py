@@ -150,25 +150,30 @@ def all_rows(tasks: Sequence[Task], answers: Sequence[Answer], samples: int) -> 
     return AnswerRows.of(tasks, answers, members)
 
 
-def token_logps(
+def token_scores(
     launcher: Launcher, answers: AnswerRows, lengths: Sequence[int], between: Callable[[], None]
-) -> TokenValues:
-    """log π of each token of all answers under the current weights, by the kernels that train.
+) -> dict[str, TokenValues]:
+    """`logps`, log π of each token of all answers under the current weights, by the kernels that train.
 
-    `between` is called after each launch.
+    With a value head also its `values`. `between` is called after each launch.
     """
-    policy, parts = launcher.policy, dict[int, Tensor]()
+    policy, parts = launcher.policy, dict[str, dict[int, Tensor]]()
 
     def score(pack: Pack) -> Values:
-        return {"logps": policy.score(pack).tokens.logps}
+        tokens = policy.score(pack).tokens
+        return {"logps": tokens.logps} | ({} if tokens.values is None else {"values": tokens.values})
 
     segments = launcher.plan(answers.segments(policy)).segments
     for group, values in launcher.forward(segments, score):
         numbers = answers.of_segments(group)
-        pieces = torch.split(values["logps"], [lengths[number] for number in numbers])
-        parts.update(zip(numbers, pieces, strict=True))
+        for name, flat in values.items():
+            pieces = torch.split(flat, [lengths[number] for number in numbers])
+            parts.setdefault(name, {}).update(zip(numbers, pieces, strict=True))
         between()
-    return TokenValues(torch.cat([parts[number] for number in range(len(lengths))]), lengths)
+    return {
+        name: TokenValues(torch.cat([pieces[number] for number in range(len(lengths))]), lengths)
+        for name, pieces in parts.items()
+    }
 
 
 def check(policy: Policy, tasks: Sequence[Task], launcher: Launcher) -> None:

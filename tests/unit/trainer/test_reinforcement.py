@@ -43,6 +43,7 @@ from worker.trainer.errors import Stopped, UserError
 from worker.trainer.grading import Exercise, Grading
 from worker.trainer.launcher import Launcher
 from worker.trainer.loop import train
+from worker.trainer.lora import RewardHead
 from worker.trainer.methods.preference import Preference
 from worker.trainer.methods.reinforcement import Reinforcement
 from worker.trainer.model import Policy
@@ -66,7 +67,7 @@ QUESTIONS: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": f"{number}. the cat?"}], "answer": "e" if number % 2 else "a"}
     for number in range(20)
 ]
-ALGORITHMS = ("rloo", "grpo", "online_dpo")
+ALGORITHMS = ("rloo", "grpo", "ppo", "online_dpo")
 
 
 def spec(
@@ -169,6 +170,27 @@ def test_the_loss_of_grpo_is_that_of_trl() -> None:
         torch.testing.assert_close(own, other, rtol=0, atol=1e-12)
 
 
+def test_ppos_advantages_are_the_decayed_sums_of_their_definition() -> None:
+    """δ_t = r_t + V_{t+1} − V_t and A_t = Σ_k λ^k δ_{t+k}. With λ = 1 they are what is still to come, minus V."""
+    generator = torch.Generator().manual_seed(0)
+    rewards, values = torch.randn(2, 9, generator=generator, dtype=torch.float64)
+    deltas = [float(rewards[t] + (values[t + 1] if t < 8 else 0) - values[t]) for t in range(9)]
+    for decay in (0.0, 0.7, 1.0):
+        expected = [sum(decay ** (k - t) * deltas[k] for k in range(t, 9)) for t in range(9)]
+        assert objectives.generalised_advantages(rewards, values, decay).tolist() == pytest.approx(expected, abs=1e-12)
+    whole = objectives.generalised_advantages(rewards, values, 1.0)
+    torch.testing.assert_close(whole, rewards.flip(0).cumsum(0).flip(0) - values, rtol=0, atol=1e-12)
+
+
+def test_the_value_head_may_move_by_the_clip_only() -> None:
+    before, returns = torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+    values = torch.tensor([0.1, 0.5, -0.5, 3.0], dtype=torch.float64, requires_grad=True)
+    losses = objectives.value_loss(values, before, returns, 0.2)
+    assert losses.tolist() == pytest.approx([0.9**2 / 2, 0.8**2 / 2, 1.5**2 / 2, 2.0**2 / 2])
+    (gradient,) = torch.autograd.grad(losses.sum(), values)
+    assert gradient.tolist() == pytest.approx([-0.9, 0.0, -1.5, 2.0])
+
+
 # -- the method ------------------------------------------------------------------------------------------------
 
 
@@ -185,6 +207,10 @@ class Fixed(Tasks):
 
 def method_on(policy: Policy, prompts: Sequence[Sequence[int]], **settings: Any) -> Reinforcement:
     """The method over prompts of token ids. Its grader is not asked."""
+    if settings.get("algorithm") == "ppo" and policy.value_head is None:  # as `loading` does
+        policy.value_head = RewardHead(policy.causal.config.hidden_size, policy.device)
+        torch.nn.init.zeros_(policy.value_head.weight)
+        policy.segment_gradients.keep_apart(policy.value_head, [policy.trainable()["value_head.weight"]])
     hyperparameters = ReinforcementHyperparameters(**{"max_tokens": 5, **settings}).resolved(full=False)
     rows = Rows.of(Row(line, tuple(prompt), (Response((5,), (True,)),)) for line, prompt in enumerate(prompts))
     tasks = Fixed([Task(Prompt(tuple(prompt), ""), cast(Any, None), {}) for prompt in prompts])
@@ -219,6 +245,40 @@ def plain_logps(policy: Policy, prompt: Sequence[int], ids: Sequence[int]) -> Te
     return logps.gather(1, torch.tensor(ids)[:, None]).squeeze(1)
 
 
+def ppo_loss(
+    policy: Policy, batch: Any, logps: list[Tensor], reference: list[Tensor], prompts: list[tuple[int, ...]]
+) -> Tensor:
+    """PPO's loss by its definition, with the hidden states of plain forward passes."""
+    head, graded = cast(Any, policy.value_head), batch.graded
+    lengths = [len(answer.ids) for answer in graded.answers]
+    old, values = (torch.split(flat.double(), lengths) for flat in (graded.old.flat, graded.values.flat))
+    advantages, returns = list[float](), list[float]()
+    for k, (own, value) in enumerate(zip(old, values, strict=True)):
+        costs = [-0.3 * float(own[t] - reference[k][t]) for t in range(lengths[k])]
+        costs[-1] += float(graded.rewards.flatten()[k])
+        deltas = [
+            costs[t] + (float(value[t + 1]) if t + 1 < lengths[k] else 0) - float(value[t]) for t in range(lengths[k])
+        ]
+        found = [sum(0.95 ** (j - t) * deltas[j] for j in range(t, lengths[k])) for t in range(lengths[k])]
+        advantages += found
+        returns += [advantage + float(before) for advantage, before in zip(found, value, strict=True)]
+    whitened = torch.tensor(advantages, dtype=torch.float64)
+    whitened = ((whitened - whitened.mean()) / (whitened.std() + 1e-4)).float()
+    total, place = torch.zeros(()), 0
+    for k, answer in enumerate(graded.answers):
+        with policy.own_attention_in_use():
+            states = policy.body(input_ids=torch.tensor([[*prompts[k // 5], *answer.ids]]), use_cache=False)[0][0]
+        now = (states[len(prompts[k // 5]) - 1 : -1] * head.weight[0]).sum(1)
+        for t in range(lengths[k]):
+            ratio, advantage = (logps[k][t] - old[k][t].float()).exp(), whitened[place]
+            total = total - torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+            before = float(values[k][t])
+            near = now[t].clamp(before - 0.2, before + 0.2)
+            total = total + 0.1 * torch.maximum((now[t] - returns[place]) ** 2, (near - returns[place]) ** 2) / 2
+            place += 1
+    return total / place
+
+
 @pytest.mark.parametrize("updates", [1, 2])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_the_gradient_is_that_of_the_formula(
@@ -230,6 +290,9 @@ def test_the_gradient_is_that_of_the_formula(
     method = method_on(
         policy, [(5, 6, 7), (9, 8), (4,)], algorithm=algorithm, samples=5, updates_per_batch=updates, beta=0.3
     )
+    head = policy.value_head
+    if head is not None:
+        head.weight.data.normal_(generator=torch.Generator().manual_seed(4))
     disturb(policy, 0.05, seed=8)  # the reference is the policy before
     method.gradient([0, 1, 2], Averages())
     batch = method._batch
@@ -253,6 +316,8 @@ def test_the_gradient_is_that_of_the_formula(
     torch.testing.assert_close(batch.graded.reference.flat, torch.cat(reference), rtol=1e-4, atol=1e-4)
     rewards = batch.graded.rewards
     total = torch.zeros(())
+    if algorithm == "ppo":
+        total = ppo_loss(policy, batch, logps, reference, prompts)
     for k in range(3):
         group = range(5 * k, 5 * k + 5)
         divergence = torch.tensor([float((old[j] - reference[j]).sum()) for j in group])
@@ -260,7 +325,7 @@ def test_the_gradient_is_that_of_the_formula(
             best, worst = 5 * k + int(rewards[k].argmax()), 5 * k + int(rewards[k].argmin())
             margin = (logps[best] - reference[best]).sum() - (logps[worst] - reference[worst]).sum()
             total = total - torch.nn.functional.logsigmoid(0.3 * margin) / 3
-        for j in group if algorithm != "online_dpo" else ():
+        for j in group if algorithm in ("rloo", "grpo") else ():
             values = rewards[k] - (0.3 * divergence if algorithm == "rloo" else 0)
             if algorithm == "rloo":
                 others = [float(values[i]) for i in range(5) if i != j - 5 * k]
@@ -307,7 +372,7 @@ def test_rewards_that_are_all_equal_teach_nothing_without_a_price_of_divergence(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rewarded(monkeypatch, lambda *_: 1.0)
-    for algorithm in ALGORITHMS:
+    for algorithm in ("rloo", "grpo", "online_dpo"):  # PPO's value head learns from equal rewards too
         policy = disturb(load(llama))
         method = method_on(policy, [(5, 6), (9,)], algorithm=algorithm, beta=0.1 if algorithm == "online_dpo" else 0.0)
         averages = Averages()
@@ -355,7 +420,10 @@ def descend(policy: Policy, steps: int, rate: float, gradient: Callable[[int], o
         optimizer.zero_grad()
 
 
-def test_reinforcement_reaches_the_optimum_of_its_objective(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("algorithm", ["rloo", "ppo"])
+def test_reinforcement_reaches_the_optimum_of_its_objective(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str
+) -> None:
     """π* ∝ π_ref exp(r/β) (Rafailov et al. 2023, Eq. 4), over all answers of one token."""
     policy = load(llama, adapter="none")
     reference = next_token(policy)
@@ -363,13 +431,13 @@ def test_reinforcement_reaches_the_optimum_of_its_objective(llama: Path, monkeyp
     optimum = (reference + rewards / BETA).log_softmax(-1)
     assert float((optimum.exp() * (optimum - reference)).sum()) > 1
     rewarded(monkeypatch, lambda _, ids: float(rewards[ids[0]]))
-    method = method_on(policy, [PROMPT] * 4, algorithm="rloo", samples=64, max_tokens=1, beta=BETA)
+    method = method_on(policy, [PROMPT] * 4, algorithm=algorithm, samples=64, max_tokens=1, beta=BETA)
 
     def gradient(step: int) -> None:
         method.gradient([0, 1, 2, 3], Averages())
         method.after_step(step + 1)
 
-    descend(policy, 150, 2e-3, gradient)
+    descend(policy, 150 if algorithm == "rloo" else 400, 2e-3, gradient)  # four updates of PPO have the same answers
     learned = next_token(policy)
     assert float((learned.exp() * (learned - optimum)).sum()) < 0.01
 
@@ -399,7 +467,8 @@ def test_dpo_reaches_the_same_optimum(llama: Path) -> None:
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_run_raises_the_reward_of_prompts_that_it_has_not_seen(llama: Path, tmp_path: Path, algorithm: str) -> None:
     settings: dict[str, Any] = {
-        "max_steps": 30, "batch_size": 8, "samples": 8, "eval_every": 15, "eval_samples": 4, "algorithm": algorithm,
+        "max_steps": 120 if algorithm == "ppo" else 30,  # four updates have the same answers
+        "batch_size": 8, "samples": 8, "eval_every": 15, "eval_samples": 4, "algorithm": algorithm,
     }  # fmt: skip
     folder = make_work_folder(tmp_path, llama, spec(fields={"validation_split": 0.3}, **settings), train=QUESTIONS)
     events = run_in_process(folder)
@@ -414,6 +483,7 @@ def test_a_run_raises_the_reward_of_prompts_that_it_has_not_seen(llama: Path, tm
     (done,) = of_kind(events, "done")
     tokens = training_metrics(events, "rollouts/tokens", "reinforcement")
     assert done["trained_tokens"] > sum(tokens) * 64
+    assert {file.name for file in (folder / "output").glob("*.safetensors")} == {"adapter_model.safetensors"}
 
 
 @pytest.mark.parametrize("stop_at", [2, 3])
@@ -435,9 +505,12 @@ def test_a_resumed_run_has_the_same_bytes(llama: Path, tmp_path: Path, algorithm
     ).read_bytes()
 
 
-def test_several_devices_and_recomputed_activations_give_the_same_bytes(llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("algorithm", ["rloo", "ppo"])
+def test_several_devices_and_recomputed_activations_give_the_same_bytes(
+    llama: Path, tmp_path: Path, algorithm: str
+) -> None:
     """A batch has more answers than are sampled together."""
-    body = spec(batch_size=10, max_steps=3, updates_per_batch=2)
+    body = spec(batch_size=10, max_steps=3, updates_per_batch=2, algorithm=algorithm)
     outputs = []
     changes: list[tuple[str, int, dict[str, Any]]] = [
         ("one", 1, {}), ("two", 2, {}), ("again", 1, {"activation_checkpointing": True}),
@@ -620,13 +693,15 @@ def test_answers_need_room_beside_their_prompt(llama: Path, tmp_path: Path) -> N
     ("change", "param", "words"),
     [
         ({"method": {"type": "reinforcement"}}, "method.reinforcement", "grader"),
-        (spec(algorithm="ppo"), "method.reinforcement.hyperparameters.algorithm", "rloo"),
+        (spec(algorithm="reinforce"), "method.reinforcement.hyperparameters.algorithm", "rloo"),
         (spec(samples=1), "method.reinforcement.hyperparameters.samples", "greater than or equal to 2"),
         (spec(compute_multiplier=2), "method.reinforcement.hyperparameters.compute_multiplier", "not both"),
         (spec(fields={"sft": {}}), "sft.training_file", "answers of its own"),
         (spec(eval_interval=2), "method.reinforcement.hyperparameters.eval_interval", "not both"),
         (spec(algorithm="online_dpo", beta=0), "method.reinforcement.hyperparameters.beta", "above 0"),
         (spec(algorithm="online_dpo", clip=0.1), "method.reinforcement.hyperparameters.clip", "no meaning"),
+        (spec(gae_lambda=0.9), "method.reinforcement.hyperparameters.gae_lambda", "no meaning"),
+        (spec(algorithm="grpo", value_weight=1), "method.reinforcement.hyperparameters.value_weight", "no meaning"),
         (spec(reasoning_effort="high"), "method.reinforcement.hyperparameters.reasoning_effort", "default"),
         (spec(max_length=32, max_tokens=32), "method.reinforcement.hyperparameters.max_tokens", "no room"),
         (spec(CHECK | {"input": "{{x}}"}), "method.reinforcement.grader.input", "{{x}}"),

@@ -10,7 +10,7 @@ The tree of a prompt carries its answers, so the prompt is computed once for all
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -24,6 +24,7 @@ from worker.trainer.errors import UserError
 from worker.trainer.grading import Exercise
 from worker.trainer.hardware import upload
 from worker.trainer.launcher import Launcher, TokenCounts, Values, nothing
+from worker.trainer.logps import TokenScores
 from worker.trainer.methods.method import Method, ValidatedRow
 from worker.trainer.model import per_response
 from worker.trainer.objectives import reinforcement as objectives
@@ -35,6 +36,8 @@ from worker.trainer.tasks import Task
 if TYPE_CHECKING:
     from worker.trainer.plan import Stage
 
+FLAT = ("old", "reference", "values")
+"""The numbers of all tokens in a checkpoint."""
 MOST_UNGRADED = 0.5
 """The largest share of the prompts of a batch that may be left out, because an answer could not be graded."""
 
@@ -50,6 +53,8 @@ class Graded:
     """log π_ref of their tokens."""
     samples: int
     """K."""
+    values: TokenValues | None = None
+    """PPO's estimates of what is still to come, before each token."""
 
     @property
     def lengths(self) -> Tensor:
@@ -102,16 +107,21 @@ class Batch:
     graded: Graded
     trained: AnswerRows
     """The answers that are trained on."""
-    advantages: Tensor
-    """The advantage of each answer, [M] in float64. For `online_dpo` they are not used."""
+    advantages: TokenValues
+    """The advantage of each token, in float64. For `online_dpo` they are not used."""
     counts: Tensor
     """Whether an answer counts, [M]."""
     total: int
-    """The number of answers that count; for `online_dpo`, of pairs."""
+    """The number of answers that count; for `online_dpo`, of pairs; for `ppo`, of tokens."""
+    returns: TokenValues | None = None
+    """What PPO's value head is to say before each token."""
 
 
 class Reinforcement(Method):
-    """Reinforcement. The loss of a step is the mean over its answers; for `online_dpo`, over its pairs."""
+    """Reinforcement. The loss of a step is the mean over answers, for `online_dpo` over pairs, for `ppo` over tokens.
+
+    `ppo` has a value head. Its weights are in checkpoints, and not in the artifact.
+    """
 
     def __init__(
         self,
@@ -139,6 +149,9 @@ class Reinforcement(Method):
         return cls(launcher, settings, stage.train, stage.validation, stage.exercise, stage.seed)
 
     def begin(self, references: Callable[[float | None], References]) -> None:
+        if self.settings.algorithm == "ppo" and self.policy.own_logits:
+            message = f"'{self.policy.name}' has no hidden states for PPO's value head. Take the algorithm 'rloo'."
+            raise UserError("unsupported_model", message, f"{self.launcher.param}.algorithm")
         self.anchor = weights.copied(self.policy)
 
     # -- a step --------------------------------------------------------------------------------------------------
@@ -153,6 +166,8 @@ class Reinforcement(Method):
         averages.add("loss", values["loss"].double().sum() / batch.total)
         if "clipped" in values:
             averages.add("rollouts/clipped", values["clipped"], values["parts"])
+        if "value_loss" in values:
+            averages.add("rollouts/value_loss", values["value_loss"], values["parts"])
         batch.graded.report(averages)
         batch.graded.report_training(averages)
         return counts
@@ -168,7 +183,7 @@ class Reinforcement(Method):
 
     def _batch_of(self, numbers: Sequence[int]) -> Batch:
         """The answers for the next step, over the rows `numbers`: written now, unless the step before had them too."""
-        number = self.steps // self.settings.updates_per_batch
+        number = self.steps // self.settings.repeats
         if self._batch is None or self._batch.number != number:
             tasks = [self._task(row) for row in numbers]
             graded = self._write(tasks, self.settings.answers, f"{self.seed} batch {number}")
@@ -193,8 +208,30 @@ class Reinforcement(Method):
             else:
                 advantages = objectives.standardised(rewards)
             total = int(counts.sum()) * graded.samples
-        each = counts[:, None].expand_as(rewards).flatten()
-        return Batch(number, numbers, graded, trained, advantages.flatten(), each, max(1, total))
+        each, lengths = counts[:, None].expand_as(rewards).flatten(), graded.lengths
+        by_token = TokenValues(advantages.flatten().repeat_interleave(lengths), lengths.tolist())
+        batch = Batch(number, numbers, graded, trained, by_token, each, max(1, total))
+        return batch if settings.algorithm != "ppo" else self._with_values(batch, rewards.flatten())
+
+    def _with_values(self, batch: Batch, rewards: Tensor) -> Batch:
+        """`batch` with the advantages of PPO. `rewards` [M] come with the last token of each answer.
+
+        Each token also costs β times its part of the divergence from the reference.
+        """
+        graded, lengths = batch.graded, batch.graded.lengths
+        assert graded.values is not None
+        values = graded.values.flat.double()
+        costs = -(self.settings.beta or 0.0) * (graded.old.flat.double() - graded.reference.flat.double())
+        costs[lengths.cumsum(0) - 1] += rewards
+        each = zip(*(torch.split(flat, lengths.tolist()) for flat in (costs, values)), strict=True)
+        decay = 1.0 if self.settings.gae_lambda is None else self.settings.gae_lambda
+        advantages = torch.cat([objectives.generalised_advantages(own, value, decay) for own, value in each])  # (T,)
+        returns = advantages + values
+        counted = advantages[batch.counts.repeat_interleave(lengths)]
+        if len(counted) > 1:
+            advantages = (advantages - counted.mean()) / (counted.std() + objectives.STD_FLOOR)
+        by_token = [TokenValues(flat, lengths.tolist()) for flat in (advantages, returns)]
+        return replace(batch, advantages=by_token[0], returns=by_token[1], total=max(1, len(counted)))
 
     def _require_graded(self, graded: Graded, where: str) -> None:
         """Raise `UserError` if the grader fails on too many answers of a step or of the validation."""
@@ -210,32 +247,46 @@ class Reinforcement(Method):
         settings, device = self.settings, self.policy.device
         answers = batch.trained.answers(pack.places)
         scores, lengths = self.policy.score(pack), pack.lengths[pack.leaves]  # leaves are answers, in order
-        old, reference = (
-            upload(values.of(answers), device) for values in (batch.graded.old, batch.graded.reference)
+        old, reference, by_token = (
+            upload(values.of(answers), device).to(scores.responses.dtype)
+            for values in (batch.graded.old, batch.graded.reference, batch.advantages)
         )  # (N,)
         counts = upload(batch.counts[answers], device)
-        advantages = upload(batch.advantages[answers], device).to(scores.responses.dtype)
         beta, clip = settings.beta or 0.0, settings.clip or 0.0
         values: Values = {}
         if settings.algorithm == "online_dpo":
             pairs = scores.responses.view(-1, 2), per_response(pack, reference).view(-1, 2)
             losses = objectives.preference(*pairs, beta).repeat_interleave(2) / 2
         elif settings.algorithm == "rloo":
-            logratios = scores.responses - per_response(pack, old)
+            logratios, advantages = scores.responses - per_response(pack, old), by_token[lengths.cumsum(0) - 1]
             losses = objectives.clipped(logratios, advantages, clip)
             clipped = objectives.is_clipped(logratios, advantages, clip) & counts
             values |= {"clipped": clipped.double(), "parts": counts.double()}
         else:
-            logps, by_token = scores.tokens.logps, advantages[pack.leaf]
-            tokens = objectives.clipped(logps - old, by_token, clip) + beta * objectives.k3(logps, reference)
-            losses = per_response(pack, tokens) / lengths
+            logps = scores.tokens.logps
+            tokens = objectives.clipped(logps - old, by_token, clip)
             clipped = objectives.is_clipped(logps - old, by_token, clip) & counts[pack.leaf]
-            values |= {
-                "clipped": per_response(pack, clipped.double()),
-                "parts": torch.where(counts, lengths, 0).double(),
-            }
+            values["clipped"] = per_response(pack, clipped.double())
+            values["parts"] = torch.where(counts, lengths, 0).double()
+            if settings.algorithm == "grpo":
+                losses = per_response(pack, tokens + beta * objectives.k3(logps, reference)) / lengths
+            else:
+                errors = self._value_errors(pack, batch, answers, scores.tokens)
+                values["value_loss"] = torch.where(counts, per_response(pack, errors.detach().double()), 0.0)
+                losses = per_response(pack, tokens + (settings.value_weight or 0.0) * errors)
         losses = torch.where(counts, losses, 0.0)
         return losses.sum() / batch.total, values | {"loss": losses}
+
+    def _value_errors(self, pack: Pack, batch: Batch, answers: Sequence[int], tokens: TokenScores) -> Tensor:
+        """The loss of the value head for each token of a pack, [N]."""
+        assert batch.graded.values is not None
+        assert batch.returns is not None
+        assert tokens.values is not None
+        before, returns = (
+            upload(values.of(answers), self.policy.device).to(tokens.values.dtype)
+            for values in (batch.graded.values, batch.returns)
+        )
+        return objectives.value_loss(tokens.values, before, returns, self.settings.clip or 0.0)
 
     # -- answers -------------------------------------------------------------------------------------------------
 
@@ -252,10 +303,10 @@ class Reinforcement(Method):
             self.check_stop,
         )  # fmt: skip
         rows, lengths = rollouts.all_rows(tasks, answers, samples), [len(answer.ids) for answer in answers]
-        old = rollouts.token_logps(self.launcher, rows, lengths, between)
+        old = rollouts.token_scores(self.launcher, rows, lengths, between)
         with weights.swapped(self.policy, self.anchor):
-            reference = rollouts.token_logps(self.launcher, rows, lengths, between)
-        return Graded(answers, old, reference, samples)
+            reference = rollouts.token_scores(self.launcher, rows, lengths, between)
+        return Graded(answers, old["logps"], reference["logps"], samples, old.get("values"))
 
     # -- a validation --------------------------------------------------------------------------------------------
 
@@ -280,7 +331,7 @@ class Reinforcement(Method):
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         state = {"anchor": self.anchor, "sampler": {"shared": torch.tensor(self.policy.shared)}}
         batch = self._batch
-        if batch is not None and batch.number == self.steps // self.settings.updates_per_batch:
+        if batch is not None and batch.number == self.steps // self.settings.repeats:
             graded, answers = batch.graded, batch.graded.answers
             state["rollouts"] = {
                 "rows": torch.tensor(batch.numbers),
@@ -291,7 +342,10 @@ class Reinforcement(Method):
                 "rewards": graded.rewards,
                 "old": graded.old.flat,
                 "reference": graded.reference.flat,
+                **({} if graded.values is None else {"values": graded.values.flat}),
             }
+        if self.policy.value_head is not None:
+            state["value_head"] = {"weight": self.policy.value_head.weight.detach()}
         return state
 
     def load_state_dict(self, state: Mapping[str, dict[str, Tensor]], step: int) -> None:
@@ -300,15 +354,17 @@ class Reinforcement(Method):
         if not state["sampler"]["shared"] and self.policy.shared:  # its check has found that before
             self.policy.shared = False
         self._checked = True
+        if self.policy.value_head is not None:
+            self.policy.value_head.weight.data.copy_(state["value_head"]["weight"])
         if "rollouts" not in state:
             return
-        kept = {name: values.tolist() for name, values in state["rollouts"].items() if name not in ("old", "reference")}
+        kept = {name: values.tolist() for name, values in state["rollouts"].items() if name not in FLAT}
         lengths, rewards = kept["lengths"], [reward for row in kept["rewards"] for reward in row]
         ids = torch.split(state["rollouts"]["ids"], lengths)
         answers = [
             Answer(tuple(part.tolist()), ended, logp, "", None if math.isnan(reward) else reward)
             for part, ended, logp, reward in zip(ids, kept["ended"], kept["logps"], rewards, strict=True)
         ]
-        old, reference = (TokenValues(state["rollouts"][name], lengths) for name in ("old", "reference"))
-        graded = Graded(answers, old, reference, len(kept["rewards"][0]))
-        self._batch = self._prepared(step // self.settings.updates_per_batch, tuple(kept["rows"]), graded)
+        flat = {name: TokenValues(state["rollouts"][name], lengths) for name in FLAT if name in state["rollouts"]}
+        graded = Graded(answers, flat["old"], flat["reference"], len(kept["rewards"][0]), flat.get("values"))
+        self._batch = self._prepared(step // self.settings.repeats, tuple(kept["rows"]), graded)

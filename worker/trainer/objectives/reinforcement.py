@@ -40,6 +40,25 @@ def is_clipped(logratios: Tensor, advantages: Tensor, clip: float) -> Tensor:
     return ((ratios > 1 + clip) & (advantages > 0)) | ((ratios < 1 - clip) & (advantages < 0))
 
 
+def generalised_advantages(rewards: Tensor, values: Tensor, decay: float) -> Tensor:
+    """A_t = Σ_k λ^k δ_{t+k} with δ_t = r_t + V_{t+1} − V_t, [T], for the tokens of one answer, after which V is 0.
+
+    GAE with γ = 1 and λ = `decay` (Schulman et al. 2016, arXiv:1506.02438, Eq. 16).
+    """
+    following = torch.cat([values[1:], values.new_zeros(1)])
+    deltas, total, advantages = (rewards + following - values).tolist(), 0.0, list[float]()
+    for delta in reversed(deltas):
+        total = delta + decay * total
+        advantages.append(total)
+    return rewards.new_tensor(advantages[::-1])
+
+
+def value_loss(values: Tensor, before: Tensor, returns: Tensor, clip: float) -> Tensor:
+    """½ max((V − R)², (V′ − R)²), with V′ = V within ± `clip` of the value `before` the update."""
+    near = before + (values - before).clamp(-clip, clip)
+    return torch.maximum((values - returns) ** 2, (near - returns) ** 2) / 2
+
+
 def k3(logps: Tensor, reference: Tensor) -> Tensor:
     """The estimate ρ − log ρ − 1 of KL(π‖π_ref), with ρ = π_ref/π, never negative (Schulman 2020; GRPO, Eq. 4)."""
     difference = (reference - logps).clamp(max=LARGEST)
