@@ -336,8 +336,8 @@ class ReinforcementHyperparameters(Hyperparameters):
     clip: Annotated[float, Field(gt=0, lt=1)] | None = None
     """ε of the clipping: a ratio counts between 1 − ε and 1 + ε (Schulman et al. 2017, Eq. 7). The default is 0.2."""
     gae_lambda: Annotated[float, Field(ge=0, le=1)] | None = None
-    """λ of `ppo`'s advantages: 1 takes whole answers, 0 only the next value (Schulman et al. 2016). The default is
-    0.95."""
+    """λ of `ppo`'s advantages (Schulman et al. 2016): 1 takes whole answers, and 0 only the next value.
+    The default is 0.95."""
     value_weight: Annotated[float, Field(gt=0, le=100)] | None = None
     """The weight of the loss of `ppo`'s value head. The default is 0.1."""
     compute_multiplier: Annotated[float, Field(gt=0, le=10)] | None = None

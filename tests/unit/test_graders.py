@@ -43,7 +43,7 @@ def refusal(grader: object) -> tuple[str, str | None]:
         ("{{sample.output_text}}", '{"n": [1, {"x": "ü"}]}'),
         ("a {{ item.answer }}, {{item.more.list.1}}!", "a yes, 2.5!"),
         ("{{sample.output_json.n.1.x}}", "ü"),
-        ("{{item.more}} {{item.flag}} {{item.day}}", '{"list": ["ä", 2.5]} true "2026-01-02"'),
+        ("{{item.more}} {{item.flag}} {{item.day}}", '{"list": ["ä", 2.5]} true 2026-01-02'),
         ("{{" + " " * 20_000 + "item.answer" + " " * 20_000 + "}}", "yes"),
         ("{{" + " " * 60_000, "{{" + " " * 60_000),
         ("{item.answer} {{{item.answer}}}", "{item.answer} {yes}"),

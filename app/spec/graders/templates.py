@@ -96,5 +96,6 @@ def _value(path: str, sample: Sample, item: JsonObject) -> object:
 
 
 def _text(value: object) -> str:
-    """A value as text: a string as it is, any other value as JSON. A table's dates are written as Python does."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    """A value as text: a string and a table's date as they are, numbers, lists and objects as JSON."""
+    is_json = isinstance(value, bool | int | float | list | dict)
+    return json.dumps(value, ensure_ascii=False, default=str) if is_json else str(value)
