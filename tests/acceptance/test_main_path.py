@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from openai import BadRequestError, NotFoundError
+from openai import BadRequestError, NotFoundError, OpenAI
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
 
