@@ -252,12 +252,12 @@ def test_jobs_share_reference_logps_and_a_reward_model_is_a_classifier(service: 
     method = {"type": "reinforcement", "reinforcement": {"grader": grader, "hyperparameters": settings}}
     # As by default, this client does not validate answers: OpenAI has no such grader.
     with OpenAI(base_url=service.url, api_key=service.key, max_retries=0) as plain:
-        body: Any = {"model": policy, "training_file": file.id, "method": method, "seed": 3}
-        job = plain.fine_tuning.jobs.create(**body)
+        asked: Any = {"model": policy, "training_file": file.id, "method": method, "seed": 3}
+        job = plain.fine_tuning.jobs.create(**asked)
         service.wait_for(job.id, lambda state: state["status"] == "succeeded")
         grader["model"] = policy
         with pytest.raises(BadRequestError, match="not a reward model") as refused:
-            plain.fine_tuning.jobs.create(**body)
+            plain.fine_tuning.jobs.create(**asked)
     assert refused.value.param == "method.reinforcement.grader.model"
     classifier = AutoModelForSequenceClassification.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
