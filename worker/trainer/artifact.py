@@ -225,7 +225,8 @@ def _card(results: Results, kind: str, quantisation: str) -> str:
         data += f". {results.stage.repeated} of the validation rows ask the same as a training row"
     library = "peft" if kind == "adapter" else "transformers"
     front = f"base_model: {base.name}\nlibrary_name: {library}\ntags: [dpo-service, {results.stage.name}]"
-    method = "reward model" if kind == "reward" else results.stage.name.upper()
+    stage = results.stage.name
+    method = "reward model" if kind == "reward" else stage if stage == "reinforcement" else stage.upper()
     return f"""---
 {front}
 ---
