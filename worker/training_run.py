@@ -210,16 +210,17 @@ class Training(JobAttempt[JobSpec]):
                     session, self.job.id, quality_gates.summary(verdicts), level=quality_gates.level(verdicts)
                 )
             result = result_file()
+            pace: dict[str, Any] = {"pace": outcome.pace} if outcome.pace else {}
             self.end(
                 session,
                 Status.SUCCEEDED,
                 f"The job has succeeded. New fine-tuned model: {name}",
                 gates=verdicts or None,
-                pace=outcome.pace or None,
                 fine_tuned_model=name,
                 trained_tokens=outcome.trained_tokens,
                 result_files=[result.id],
                 metrics=outcome.metrics,
+                **pace,
             )
             session.add(self._model(content))
             session.add(result)

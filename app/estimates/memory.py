@@ -18,7 +18,7 @@ BUDGET = {"cpu": 2048, "cuda": 8192}
 SEGMENT_TOKENS = 1024
 """Tokens of a segment, as in worker/trainer/packing.py."""
 TREE_TOKENS = 4096
-"""Maximum tokens of the answers to a prompt that are computed together, as in worker/trainer/packing.py."""
+"""Maximum tokens of a prompt and its answers that are computed together, as in worker/trainer/packing.py."""
 WIDTH_STEP = 1024
 """The widths of packs on a GPU are multiples of it, as in worker/trainer/packing.py."""
 

@@ -150,9 +150,11 @@ class Estimates:
         _require(token_report, Kind(arguments["need"]), field)
         counted: JsonObject = token_report["tokens"]
         if isinstance(settings, ReinforcementHyperparameters):  # the answers are written in training
-            prompts, answers = counted["lengths"]["prompt"], settings.answers * settings.max_tokens
-            longest = prompts["max"] + max(settings.max_tokens, min(answers, TREE_TOKENS))
-            counted |= {"tokens_per_row": prompts["mean"] + answers, "longest_row": longest}
+            room = max(1, arguments["max_length"] - settings.max_tokens)
+            longest, mean = (min(room, counted["lengths"]["prompt"][name]) for name in ("max", "mean"))
+            answers, together = settings.answers * settings.max_tokens, 2 if settings.algorithm == "online_dpo" else 1
+            tree = max(longest + together * settings.max_tokens, min(longest + answers, TREE_TOKENS))
+            counted |= {"tokens_per_row": mean + answers, "longest_row": tree}
         if arguments["need"] == Kind.LABELLED:  # KTO also computes each prompt with the answer of another row
             answers = counted["lengths"]["answer"]
             counted |= {

@@ -280,7 +280,8 @@ class JobSpec(RenderingSettings, Automatic):
             raise inconsistent("more_training_files", "A file is named twice; use 'n_epochs' to repeat all files")
         if self.sft is not None and self.method.type == "supervised":
             raise inconsistent("sft", "'sft' runs before another method; a supervised job is one SFT stage already")
-        if self.sft is not None and self.sft.training_file is None and self.method.type == "reinforcement":
+        has_no_answers = self.method.type == "reinforcement" and info.context != STORED
+        if self.sft is not None and self.sft.training_file is None and has_no_answers:
             message = "'sft' before reinforcement needs a file with answers of its own: the job's files are prompts"
             raise inconsistent("sft.training_file", message)
         if self.sft is not None and self.sft.validation_file is not None and self.sft.training_file is None:

@@ -234,9 +234,12 @@ def _in_form(examples: Iterable[Example], need: Kind) -> Iterator[Example]:
 
 
 def _asks(example: Example) -> bool:
-    """Whether there is something to answer: plain text without a prompt, and blanks, ask nothing."""
-    last = example.prompt if isinstance(example.prompt, str) else example.prompt[-1]["content"]
-    return not example.raw and bool(last.strip())
+    """Whether there is something to answer: plain text, an answer without a prompt, and blanks ask nothing."""
+    if example.raw or not example.prompt:
+        return False
+    if isinstance(example.prompt, str):
+        return bool(example.prompt.strip())
+    return example.prompt[-1]["role"] != "user" or bool(example.prompt[-1]["content"].strip())
 
 
 def batched(items: Iterable[Element], size: int) -> Iterator[list[Element]]:

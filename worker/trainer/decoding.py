@@ -13,7 +13,8 @@ H heads of queries and G of keys, of size D.
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Protocol
+from math import isnan
+from typing import NamedTuple, Protocol
 
 import torch
 from bitsandbytes.nn import Linear8bitLt
@@ -36,8 +37,10 @@ ANSWER_TOKENS = 128
 """The cache of the answers grows by so many tokens at a time."""
 ERROR, ERROR_IN_16_BITS = 1e-4, 0.015
 """Allowed norm of the difference to the model's own log-probs, relative to their norm. A right one has half of it."""
-CHECKED_TOKENS = 4096
-"""Longer prompts are not checked."""
+GROSS_ERROR = 0.2
+"""The error from which on answers are not those of the model."""
+CHECKED_TOKENS, CHECKED_ANSWER = 4096, 3
+"""Longer prompts are not checked, nor more tokens of an answer."""
 
 
 class Decoder(Protocol):
@@ -364,7 +367,7 @@ def _logits(policy: Policy, hidden: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def check(policy: Policy, prompts: Sequence[Prompt], events: Events | None, ranks: Ranks) -> None:
+def check(policy: Policy, prompts: Sequence[Prompt], max_tokens: int, events: Events | None, ranks: Ranks) -> None:
     """Let `policy` copy its prompts, with a warning, if shared ones give other logits than the model's own pass.
 
     Raises `UserError` if copied ones do too.
@@ -372,30 +375,57 @@ def check(policy: Policy, prompts: Sequence[Prompt], events: Events | None, rank
     Compares the logits behind the shortest and the longest of `prompts`, each alone and followed by some tokens.
     """
     if not policy.shared or policy.own_logits:
-        _require_exact_copies(policy, prompts, ranks)
+        _require_copies(policy, prompts, max_tokens, events, ranks)
         return
-    reason = next((reason for reason in ranks.gather(_why_wrong(policy, prompts)) if reason is not None), None)
-    if reason is not None:
+    own = ERROR if policy.autocast_dtype is None else ERROR_IN_16_BITS
+    error = _worst(policy, prompts, max_tokens, ranks)
+    reason = error.reason or ("" if error.size <= own else f"its log-probs have an error of {error.size:.2g}")
+    if reason:
         policy.shared = False
-        _require_exact_copies(policy, prompts, ranks)
+        _require_copies(policy, prompts, max_tokens, events, ranks)
         if events is not None:
             events.message(f"The completions of a prompt do not share its cache: {reason}.", level="warn")
 
 
-def _require_exact_copies(policy: Policy, prompts: Sequence[Prompt], ranks: Ranks) -> None:
-    """Raise `UserError` if not even copied prompts give the model's own logits: its cache is of an unknown kind."""
-    reason = next((reason for reason in ranks.gather(_why_wrong(policy, prompts)) if reason is not None), None)
-    if reason is not None:
-        message = f"'{policy.name}' cannot write answers here: {reason}."
-        raise UserError("unsupported_model", message, "model")
+def _require_copies(
+    policy: Policy, prompts: Sequence[Prompt], max_tokens: int, events: Events | None, ranks: Ranks
+) -> None:
+    """Raise `UserError` if copied prompts give other logits: then the cache of the model is of an unknown kind.
+
+    Warn of smaller errors. Models whose rows depend on each other, such as those in int8, have some.
+    """
+    error = _worst(policy, prompts, max_tokens, ranks)
+    if error.reason or not error.size <= GROSS_ERROR:
+        reason = error.reason or f"the log-probs of its cache have an error of {error.size:.2g}"
+        raise UserError("unsupported_model", f"'{policy.name}' cannot write answers here: {reason}.", "model")
+    if error.size > ERROR_IN_16_BITS and events is not None:
+        message = f"The log-probs of written answers differ by {error.size:.2g} from those of the model's own pass."
+        events.message(message, level="warn")
 
 
-def _why_wrong(policy: Policy, prompts: Sequence[Prompt]) -> str | None:
-    """Why the decoder of `policy` is wrong; None if it is right. A model that takes one text decodes one."""
+class _Error(NamedTuple):
+    """How wrong a decoder is: the relative error of its log-probs, or the `reason` why it has none."""
+
+    size: float
+    reason: str = ""
+
+
+def _worst(policy: Policy, prompts: Sequence[Prompt], max_tokens: int, ranks: Ranks) -> _Error:
+    """The worst error of the decoder of `policy` on any of the `ranks`."""
+    errors = ranks.gather(_error(policy, prompts, min(CHECKED_ANSWER, max_tokens)))
+    return max(errors, key=lambda error: (bool(error.reason), isnan(error.size), error.size))
+
+
+def _error(policy: Policy, prompts: Sequence[Prompt], count: int) -> _Error:
+    """The error of the decoder of `policy` behind some prompts, and behind answers of `count` tokens.
+
+    A model that takes one text decodes one.
+    """
     shortest = min(prompts, key=len)
     longest = max((prompt for prompt in prompts if len(prompt) <= CHECKED_TOKENS), key=len, default=shortest)
     texts = [shortest, shortest, longest]
-    answers = torch.tensor([texts[0][:1] * 3, texts[1][-1:] * 3, texts[2][-1:] * 3], device=policy.device)  # (3, 3)
+    ids = [texts[0][:1] * count, texts[1][-1:] * count, texts[2][-1:] * count]
+    answers = torch.tensor(ids, device=policy.device)  # (3, count)
     try:
         if policy.one_by_one:
             parts = zip(texts, answers, strict=True)
@@ -407,21 +437,18 @@ def _why_wrong(policy: Policy, prompts: Sequence[Prompt]) -> str | None:
     except Exception as error:
         if is_peer_loss(error):
             raise
-        return first_line(error)
+        return _Error(0.0, first_line(error))
     own = list[Tensor]()
     with policy.own_attention_in_use():
         for text, answer in zip(texts, answers.tolist(), strict=True):
             logits = policy.logits(torch.tensor([*text, *answer], device=policy.device))
-            own.append(logits[len(text) - 1 :].double().log_softmax(-1))  # (4, V)
-    theirs = torch.stack(own)  # (3, 4, V)
-    difference = float((ours - theirs).norm() / theirs.norm())
-    if not difference <= (ERROR if policy.autocast_dtype is None else ERROR_IN_16_BITS):
-        return f"its log-probs have an error of {difference:.2g}"
-    return None
+            own.append(logits[len(text) - 1 :].double().log_softmax(-1))  # (count + 1, V)
+    theirs = torch.stack(own)  # (3, count + 1, V)
+    return _Error(float((ours - theirs).norm() / theirs.norm()))
 
 
 def _logps(decoder: Decoder, answers: Tensor) -> Tensor:
-    """The log-probs of all tokens behind each prompt, and behind each token of its answer [n, 3]: [n, 4, V]."""
+    """The log-probs of all tokens behind each prompt, and behind each token of its answer [n, c]: [n, c + 1, V]."""
     slots = torch.tensor([decoder.active.index(number) for number in range(len(answers))], device=answers.device)
     numbers = torch.tensor(decoder.active, device=answers.device).clamp(min=0)
     logits = [decoder.logits[slots]]

@@ -61,7 +61,7 @@ class Grading:
 
 @dataclass(frozen=True)
 class Exercise:
-    """What a reinforcement stage does with its rows: answer the tasks, and take their grades."""
+    """The work of a reinforcement stage: answer the tasks, and take their grades."""
 
     grading: Grading
     train: Tasks

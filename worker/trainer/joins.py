@@ -104,9 +104,9 @@ def outcomes(policy: Policy, segments: Sequence[Segment]) -> Outcomes:
     sums: list[Sum] = [{} for _ in segments]
     try:
         with policy.shards.together(backward=True), policy.segment_gradients.added_to(sums, pack.extents):
-            values = policy.rewards(pack) if policy.reward_head is not None else policy.score(pack).responses  # [R]
-            if values.requires_grad:
-                values.sum().backward()  # type: ignore[no-untyped-call]
+            values, total = policy.outcome(pack)
+            if total.requires_grad:
+                total.backward()  # type: ignore[no-untyped-call]
     except torch.OutOfMemoryError:
         warn_again()
         take_gradients({}, policy.trainable().values())

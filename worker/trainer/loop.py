@@ -167,6 +167,8 @@ def check_policy(run: TrainingRun, stages: list[Stage], policy: Policy) -> None:
     exactness.check(policy, stages[-1].train, run.events, run.ranks)
     _warn_of_untrained_tokens(run, stages, policy)
     for stage in stages:
+        if stage.exercise is not None:
+            stage.exercise.grading.load()
         require_possible(stage, policy)
         require_disk(run.folder, policy, stage.hyperparameters.optimizer)
     if policy.reward_head is not None:
@@ -193,6 +195,9 @@ def require_possible(stage: Stage, policy: Policy) -> None:
     if settings.early_stopping is not None and not stage.validation:
         message = "'early_stopping' needs validation rows, and none were held out. Give a 'validation_file'."
         raise UserError("no_validation_rows", message, f"{stage.param}.early_stopping")
+    if policy.value_head is not None and policy.own_logits:
+        message = f"'{policy.name}' has no hidden states for PPO's value head. Take the algorithm 'rloo'."
+        raise UserError("unsupported_model", message, f"{stage.param}.algorithm")
     if settings.optimizer in NEED_GPU and policy.device.type != "cuda":
         message = f"The optimizer '{settings.optimizer}' needs a GPU. Use 'adamw'."
         raise UserError("optimizer_needs_gpu", message, f"{stage.param}.optimizer")

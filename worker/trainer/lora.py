@@ -51,7 +51,7 @@ class _AddDelta(torch.autograd.Function):
 
 
 class RewardHead(nn.Linear):
-    """The head of a reward model: the reward of each response, w · h."""
+    """A head with one output, w · h: the reward of each response, or the value of each token."""
 
     views: Views | None = None
 

@@ -39,7 +39,7 @@ def activation_bytes(policy: Policy, pack: Pack) -> int:
     as_in_a_step = policy.segment_gradients.added_to([{} for _ in pack.extents], pack.extents)
     with policy.shards.together(backward=False), as_in_a_step, recording:
         # Keep the result until the sum is done: its graph holds the storages, and so no address is reused.
-        result = policy.rewards(pack) if policy.reward_head is not None else policy.score(pack).responses
+        result = policy.outcome(pack)
         total = sum(saved.values())
     del result
     return total

@@ -238,20 +238,36 @@ class Policy:
             yield pack.to(self.device)
 
     def score(
-        self, pack: Pack, *, entropy: bool = False, alignment: bool = False, tail_weight: float | None = None
+        self,
+        pack: Pack,
+        *,
+        entropy: bool = False,
+        alignment: bool = False,
+        values: bool = False,
+        tail_weight: float | None = None,
     ) -> Scores:
         """The log-probs of all scored tokens of `pack`, which is on the policy's device, in one forward pass.
 
         With `tail_weight` (LD-DPO) the tokens of a response beyond the length of its row's shortest response count
-        with this weight in `Scores.responses`. The pack must then have no merged rows.
+        with this weight in `Scores.responses`. The pack must then have no merged rows. `values`: also compute those of
+        the value head.
         """
         # FSDP looks for tensors in tuples and dictionaries.
-        tokens = TokenScores(**self._compute(lambda: vars(self._token_scores(pack, entropy, alignment))))
+        tokens = TokenScores(**self._compute(lambda: vars(self._token_scores(pack, entropy, alignment, values))))
         logps = tokens.logps
         if tail_weight is not None:
             # The tokens of the tail, by their number within the response.
             logps = torch.where(pack.order < shortest_lengths(pack)[pack.leaf], logps, tail_weight * logps)
         return Scores(tokens, per_response(pack, logps))
+
+    def outcome(self, pack: Pack) -> tuple[Tensor, Tensor]:
+        """(log-probs or rewards of the responses of `pack` [R], a sum whose gradient reaches all that is trained)."""
+        if self.reward_head is not None:
+            rewards = self.rewards(pack)
+            return rewards, rewards.sum()
+        scores = self.score(pack, values=self.value_head is not None)
+        total = scores.responses.sum()
+        return scores.responses, total if scores.tokens.values is None else total + scores.tokens.values.sum()
 
     def rewards(self, pack: Pack) -> Tensor:
         """The reward of each response of each row of `pack`, [R], float32 or wider: the head at its last token."""
@@ -262,15 +278,16 @@ class Policy:
         result: Result = compute() if self.root is None else self.root(compute)
         return result
 
-    def _token_scores(self, pack: Pack, entropy: bool, alignment: bool) -> TokenScores:
+    def _token_scores(self, pack: Pack, entropy: bool, alignment: bool, values: bool) -> TokenScores:
         if self.own_logits:
             return score_logits(self._own_logits(pack), pack.targets, entropy=entropy, alignment=alignment)
         states = self._hidden(pack).flatten(0, 1)  # (B · T, H)
         hidden = states.index_select(0, pack.predictors)  # (N, H)
         self.shards.gather_head()
         scores = score_tokens(hidden, Head.of(self.causal), pack.targets, entropy=entropy, alignment=alignment)
-        if self.value_head is None:
+        if not values:
             return scores
+        assert self.value_head is not None
         return replace(scores, values=self.value_head(states).index_select(0, pack.predictors))
 
     def _rewards(self, pack: Pack) -> Tensor:

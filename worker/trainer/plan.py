@@ -49,7 +49,7 @@ class Stage:
     shelf: Shelf = field(default_factory=Shelf)
     """Where the order of its rows is kept."""
     exercise: Exercise | None = None
-    """What a reinforcement stage does with its rows."""
+    """The prompts of a reinforcement stage, and their grading."""
 
     @property
     def batch_size(self) -> int:
@@ -202,7 +202,7 @@ class _Loader:
         return room + 1
 
     def _exercise(self, spec: StageSpec, recipe: Recipe) -> Exercise:
-        """What a reinforcement stage does."""
+        """The prompts of a reinforcement stage, and their grading."""
         assert self.grading is not None
         recipe = replace(recipe, max_length=recipe.max_length - 1)
 

@@ -151,22 +151,28 @@ def all_rows(tasks: Sequence[Task], answers: Sequence[Answer], samples: int) -> 
 
 
 def token_scores(
-    launcher: Launcher, answers: AnswerRows, lengths: Sequence[int], between: Callable[[], None]
+    launcher: Launcher,
+    answers: AnswerRows,
+    lengths: Sequence[int],
+    between: Callable[[], None],
+    *,
+    values: bool = True,
 ) -> dict[str, TokenValues]:
     """`logps`, log π of each token of all answers under the current weights, by the kernels that train.
 
-    With a value head also its `values`. `between` is called after each launch.
+    With a value head also its `values`, unless nobody wants them. `between` is called after each launch.
     """
     policy, parts = launcher.policy, dict[str, dict[int, Tensor]]()
+    wanted = values and policy.value_head is not None
 
     def score(pack: Pack) -> Values:
-        tokens = policy.score(pack).tokens
+        tokens = policy.score(pack, values=wanted).tokens
         return {"logps": tokens.logps} | ({} if tokens.values is None else {"values": tokens.values})
 
     segments = launcher.plan(answers.segments(policy)).segments
-    for group, values in launcher.forward(segments, score):
+    for group, scored in launcher.forward(segments, score):
         numbers = answers.of_segments(group)
-        for name, flat in values.items():
+        for name, flat in scored.items():
             pieces = torch.split(flat, [lengths[number] for number in numbers])
             parts.setdefault(name, {}).update(zip(numbers, pieces, strict=True))
         between()
@@ -176,7 +182,7 @@ def token_scores(
     }
 
 
-def check(policy: Policy, tasks: Sequence[Task], launcher: Launcher) -> None:
+def check(policy: Policy, tasks: Sequence[Task], max_tokens: int, launcher: Launcher) -> None:
     """Let `policy` copy its prompts if the cache of shared ones is not exact, judged by some of `tasks`."""
     with policy.plain_layers():
-        decoding.check(policy, [task.prompt.ids for task in tasks], launcher.events, launcher.ranks)
+        decoding.check(policy, [task.prompt.ids for task in tasks], max_tokens, launcher.events, launcher.ranks)

@@ -268,8 +268,6 @@ def begin(
     """
     settings = stage.hyperparameters
     policy.set_dropout(False)
-    if stage.exercise is not None:
-        stage.exercise.grading.load()
     _choose_checkpointing(run, stage, policy)
     may_recompute = settings.activation_checkpointing is not False
     virtual_ranks = run.spec.parallel.virtual_ranks

@@ -120,11 +120,11 @@ def hide_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cache_that_gives_other_logits_is_not_shared(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     events = Events(stream)
-    decoding.check(policy, PROMPTS, events, Ranks())
+    decoding.check(policy, PROMPTS, 8, events, Ranks())
     assert policy.shared and stream.getvalue() == ""
 
     hide_a_token(monkeypatch)
-    decoding.check(policy, PROMPTS, events, Ranks())
+    decoding.check(policy, PROMPTS, 8, events, Ranks())
     (message,) = of_kind(parse(stream), "message")
     assert message["level"] == "warn" and "error" in message["message"]
     assert not policy.shared and isinstance(decoding.begin(policy, PROMPTS), CopiedPrompts)
@@ -135,7 +135,7 @@ def test_a_model_whose_layers_do_not_decode_this_way_copies_its_prompts(
 ) -> None:
     stream = io.StringIO()
     monkeypatch.setattr(SharedPrompts, "attend", lambda *_, **__: 1 / 0)
-    decoding.check(policy, PROMPTS, Events(stream), Ranks())
+    decoding.check(policy, PROMPTS, 8, Events(stream), Ranks())
     assert not policy.shared and "division by zero" in stream.getvalue()
 
 
@@ -143,10 +143,10 @@ def test_the_check_tells_rounding_to_sixteen_bits_from_errors(llama: Any, monkey
     choose_as_on_a_gpu(monkeypatch)
     stream = io.StringIO()
     policy = disturb(load(llama))
-    decoding.check(policy, PROMPTS, Events(stream), Ranks())
+    decoding.check(policy, PROMPTS, 8, Events(stream), Ranks())
     assert policy.shared, stream.getvalue()
     hide_a_token(monkeypatch)
-    decoding.check(policy, PROMPTS, Events(stream), Ranks())
+    decoding.check(policy, PROMPTS, 8, Events(stream), Ranks())
     assert not policy.shared
 
 
@@ -182,7 +182,7 @@ def test_a_layer_that_changes_the_keys_of_its_cache_copies_its_prompts(
     monkeypatch.setattr(
         SharedPrompts, "attend", lambda self, query, key, *rest, **more: attend(self, query, key + 0, *rest, **more)
     )
-    decoding.check(policy, PROMPTS, Events(stream), Ranks())
+    decoding.check(policy, PROMPTS, 8, Events(stream), Ranks())
     assert not policy.shared and "other keys" in stream.getvalue()
 
 

@@ -670,7 +670,7 @@ def test_a_model_whose_cache_is_unknown_is_refused(llama: Path, monkeypatch: pyt
     """The sampler's logits are compared with the model's own, also where prompts are copied."""
     policy = load(llama)
     policy.shared = False
-    decoding.check(policy, [(5, 6, 7)], None, Ranks())
+    decoding.check(policy, [(5, 6, 7)], 8, None, Ranks())
     step = decoding.CopiedPrompts.step
 
     def wrong(self: decoding.CopiedPrompts, tokens: Tensor) -> None:
@@ -679,7 +679,7 @@ def test_a_model_whose_cache_is_unknown_is_refused(llama: Path, monkeypatch: pyt
 
     monkeypatch.setattr(decoding.CopiedPrompts, "step", wrong)
     with pytest.raises(UserError, match="cannot write answers here"):
-        decoding.check(policy, [(5, 6, 7)], None, Ranks())
+        decoding.check(policy, [(5, 6, 7)], 8, None, Ranks())
 
 
 def test_answers_need_room_beside_their_prompt(llama: Path, tmp_path: Path) -> None:

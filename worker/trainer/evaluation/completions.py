@@ -96,7 +96,7 @@ def complete(
     vocabulary: int = policy.causal.config.get_text_config().vocab_size
     largest_batch = 1 if policy.one_by_one else max(1, chosen.sampled_logits // vocabulary)
     if prompts:
-        decoding.check(policy, [prompt.ids for prompt in prompts.values()], run.events, run.ranks)
+        decoding.check(policy, [prompt.ids for prompt in prompts.values()], spec.max_tokens, run.events, run.ranks)
     unwritten, written_at = list[Completion](), time.monotonic() - PART_SECONDS
     for temperature in spec.temperatures:
         sampling = Sampling(temperature, spec.top_p, spec.max_tokens, seed)

@@ -26,7 +26,8 @@ def scores(
         folder = folder_at(run.folder / "sides" / name / "base")
         model = reward.RewardModel(folder, run.rendering(name), run.spec.max_length)
     values = model.scores(answers, run.check_stop, run.ranks)
-    if not all(map(math.isfinite, values)):
-        message = "The template of the reward model cannot write an answer, or the model gives it no finite score."
-        raise UserError("chat_template_error", message, f"{name}.model")
+    for (example, _), value in zip(answers, values, strict=True):
+        if not math.isfinite(value):
+            message = f"Line {example.line}: the answer has no finite score, or the reward model cannot read it."
+            raise UserError("chat_template_error", message, f"{name}.{'model' if scorer.model else 'classifier.file'}")
     return values

@@ -114,7 +114,7 @@ class Batch:
     total: int
     """The number of answers that count; for `online_dpo`, of pairs; for `ppo`, of tokens."""
     returns: TokenValues | None = None
-    """What PPO's value head is to say before each token."""
+    """The values that PPO's head learns, before each token."""
 
 
 class Reinforcement(Method):
@@ -149,9 +149,6 @@ class Reinforcement(Method):
         return cls(launcher, settings, stage.train, stage.validation, stage.exercise, stage.seed)
 
     def begin(self, references: Callable[[float | None], References]) -> None:
-        if self.settings.algorithm == "ppo" and self.policy.own_logits:
-            message = f"'{self.policy.name}' has no hidden states for PPO's value head. Take the algorithm 'rloo'."
-            raise UserError("unsupported_model", message, f"{self.launcher.param}.algorithm")
         self.anchor = weights.copied(self.policy)
 
     # -- a step --------------------------------------------------------------------------------------------------
@@ -246,7 +243,8 @@ class Reinforcement(Method):
         """The loss of a pack, and for each of its answers its part of the loss and how much of it is clipped, [R]."""
         settings, device = self.settings, self.policy.device
         answers = batch.trained.answers(pack.places)
-        scores, lengths = self.policy.score(pack), pack.lengths[pack.leaves]  # leaves are answers, in order
+        ppo = settings.algorithm == "ppo"
+        scores, lengths = self.policy.score(pack, values=ppo), pack.lengths[pack.leaves]  # leaves: answers, in order
         old, reference, by_token = (
             upload(values.of(answers), device).to(scores.responses.dtype)
             for values in (batch.graded.old, batch.graded.reference, batch.advantages)
@@ -296,7 +294,7 @@ class Reinforcement(Method):
     def _write(self, tasks: Sequence[Task], samples: int, draw: str, between: Callable[[], None] = nothing) -> Graded:
         """Graded answers to `tasks`. `between` is called between the launches that compute their log-probs."""
         if not self._checked:
-            rollouts.check(self.policy, tasks, self.launcher)
+            rollouts.check(self.policy, tasks, self.settings.max_tokens, self.launcher)
             self._checked = True
         answers = rollouts.write_answers(
             self.policy, self.launcher, tasks, samples, self.settings.max_tokens, draw, self.exercise.grading,
@@ -305,7 +303,7 @@ class Reinforcement(Method):
         rows, lengths = rollouts.all_rows(tasks, answers, samples), [len(answer.ids) for answer in answers]
         old = rollouts.token_scores(self.launcher, rows, lengths, between)
         with weights.swapped(self.policy, self.anchor):
-            reference = rollouts.token_scores(self.launcher, rows, lengths, between)
+            reference = rollouts.token_scores(self.launcher, rows, lengths, between, values=False)
         return Graded(answers, old["logps"], reference["logps"], samples, old.get("values"))
 
     # -- a validation --------------------------------------------------------------------------------------------
