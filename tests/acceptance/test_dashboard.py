@@ -13,7 +13,8 @@ import httpx2
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
-from app.spec.metrics import CHARTS
+from app.spec.hyperparameters import DPOHyperparameters, SupervisedHyperparameters
+from app.spec.metrics import CHARTS, measured
 from tests.helpers.preferences import pairs, write
 from tests.helpers.service import Running, create_job, job_body
 
@@ -64,6 +65,11 @@ def moving_picture(page: Page, name: str, status: str) -> None:
     first.save(path, save_all=True, append_images=rest, duration=[250] * len(rest) + [4000], loop=0)
 
 
+TRAITS = DPOHyperparameters().traits | SupervisedHyperparameters().traits
+DRAWN = [title for title, names in CHARTS.items() if set(names) & set(measured(TRAITS, validates=True))]
+"""The charts of a job with SFT and DPO."""
+
+
 def test_people_follow_a_job_and_read_a_report_in_the_browser(page: Page, service: Running, tmp_path: Path) -> None:
     with service.http() as http:
         root = str(httpx2.URL(service.url).join("/dashboard"))
@@ -90,13 +96,13 @@ def test_people_follow_a_job_and_read_a_report_in_the_browser(page: Page, servic
         assert cookie["httpOnly"] and cookie["sameSite"] == "Strict" and service.key not in cookie["value"]
 
         page.get_by_role("link", name=job_id).click()
-        expect(page.locator("#charts canvas")).to_have_count(len(CHARTS))  # drawn while it trains
+        expect(page.locator("#charts canvas")).to_have_count(len(DRAWN))  # drawn while it trains
         moving_picture(page, "dashboard", "succeeded")
         expect(page.locator("#job")).to_have_attribute("data-status", "succeeded", timeout=120_000)
         expect(page.get_by_role("cell", name="eval/rewards/accuracies")).to_be_visible()
         expect(page.locator(".events li").first).to_contain_text("succeeded")
         page.reload()
-        expect(page.locator("#charts canvas")).to_have_count(len(CHARTS))
+        expect(page.locator("#charts canvas")).to_have_count(len(DRAWN))
         picture(page, "dashboard-job")
         page.goto(root)
         expect(page.locator(".state.succeeded").first).to_be_visible()
