@@ -43,7 +43,6 @@ from worker.trainer.errors import Stopped, UserError
 from worker.trainer.grading import Exercise, Grading
 from worker.trainer.launcher import Launcher
 from worker.trainer.loop import train
-from worker.trainer.lora import RewardHead
 from worker.trainer.methods.preference import Preference
 from worker.trainer.methods.reinforcement import Reinforcement
 from worker.trainer.model import Policy
@@ -207,10 +206,6 @@ class Fixed(Tasks):
 
 def method_on(policy: Policy, prompts: Sequence[Sequence[int]], **settings: Any) -> Reinforcement:
     """The method over prompts of token ids. Its grader is not asked."""
-    if settings.get("algorithm") == "ppo" and policy.value_head is None:  # as `loading` does
-        policy.value_head = RewardHead(policy.causal.config.hidden_size, policy.device)
-        torch.nn.init.zeros_(policy.value_head.weight)
-        policy.segment_gradients.keep_apart(policy.value_head, [policy.trainable()["value_head.weight"]])
     hyperparameters = ReinforcementHyperparameters(**{"max_tokens": 5, **settings}).resolved(full=False)
     rows = Rows.of(Row(line, tuple(prompt), (Response((5,), (True,)),)) for line, prompt in enumerate(prompts))
     tasks = Fixed([Task(Prompt(tuple(prompt), ""), cast(Any, None), {}) for prompt in prompts])
@@ -286,7 +281,7 @@ def test_the_gradient_is_that_of_the_formula(
 ) -> None:
     """By plain forward passes over each answer. With several updates, the second has other weights than its answers."""
     rewarded(monkeypatch, lambda _, ids: (sum(ids) % 7) / 7 if ids[0] % 5 else 1.0)
-    policy = disturb(load(llama, adapter={"r": 4}))
+    policy = disturb(load(llama, method=spec(algorithm=algorithm)["method"]))
     method = method_on(
         policy, [(5, 6, 7), (9, 8), (4,)], algorithm=algorithm, samples=5, updates_per_batch=updates, beta=0.3
     )
@@ -351,7 +346,7 @@ def test_a_prompt_that_cannot_be_graded_changes_nothing(
     rewarded(monkeypatch, lambda task, ids: None if task.prompt.ids == (9, 8) and ids[0] % 2 else sum(ids) % 3)
     gradients = []
     for prompts in ([(5, 6, 7), (4, 4), (9, 8)], [(5, 6, 7), (4, 4)]):
-        policy = disturb(load(llama))
+        policy = disturb(load(llama, method=spec(algorithm=algorithm)["method"]))
         method = method_on(policy, prompts, algorithm=algorithm, samples=4)
         averages = Averages()
         method.gradient(list(range(len(prompts))), averages)
@@ -365,7 +360,8 @@ def test_a_prompt_that_cannot_be_graded_changes_nothing(
         UserError, match=r"3 of 3 prompts of a step have an answer that could not be graded\. .*no 'answer'"
     ):
         monkeypatch.setattr(rollouts, "text_of", lambda *_: "text")
-        method_on(disturb(load(llama)), [(5, 6), (9, 8), (4,)], algorithm=algorithm).gradient([0, 1, 2], Averages())
+        policy = load(llama, method=spec(algorithm=algorithm)["method"])
+        method_on(policy, [(5, 6), (9, 8), (4,)], algorithm=algorithm).gradient([0, 1, 2], Averages())
 
 
 def test_rewards_that_are_all_equal_teach_nothing_without_a_price_of_divergence(
@@ -425,7 +421,7 @@ def test_reinforcement_reaches_the_optimum_of_its_objective(
     llama: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str
 ) -> None:
     """π* ∝ π_ref exp(r/β) (Rafailov et al. 2023, Eq. 4), over all answers of one token."""
-    policy = load(llama, adapter="none")
+    policy = load(llama, adapter="none", method=spec(algorithm=algorithm)["method"])
     reference = next_token(policy)
     rewards = rewards_of(len(reference))
     optimum = (reference + rewards / BETA).log_softmax(-1)
@@ -523,6 +519,41 @@ def test_several_devices_and_recomputed_activations_give_the_same_bytes(
         assert status == 0, events[-1]
         outputs.append(adapter(folder))
     assert outputs[0] == outputs[1] == outputs[2]
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 7])
+def test_ppo_after_sft_with_early_stopping_resumes_in_either_stage(
+    llama: Path, tmp_path_factory: pytest.TempPathFactory, stop_at: int, ppo_after_sft: Path
+) -> None:
+    """The weights of the value head, and the best weights, are in the checkpoint."""
+    again = make_work_folder(tmp_path_factory.mktemp("again"), llama, PPO_AFTER_SFT, **PPO_FILES)
+    shutil.copytree(ppo_after_sft / "checkpoints" / f"step-{stop_at}", again / "resume")
+    run_in_process(again)
+    assert adapter(again) == adapter(ppo_after_sft)
+
+
+PPO_AFTER_SFT = spec(
+    algorithm="ppo", early_stopping={"metric": "eval/reward", "patience": 50}, eval_every=2, updates_per_batch=2,
+    fields={
+        "sft": {
+            "training_file": "answers.jsonl",
+            "hyperparameters": {"max_steps": 2, "batch_size": 4, "checkpoint_every": 1},
+        },
+        "validation_split": 0.3,
+    },
+)  # fmt: skip
+PPO_FILES: dict[str, Any] = {
+    "train": QUESTIONS,
+    "answers": [{"prompt": f"{number}. a?", "completion": " the end"} for number in range(8)],
+}
+
+
+@pytest.fixture(scope="module")
+def ppo_after_sft(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a whole run."""
+    folder = make_work_folder(tmp_path_factory.mktemp("whole"), llama, PPO_AFTER_SFT, **PPO_FILES)
+    run_in_process(folder)
+    return folder
 
 
 def test_a_run_that_is_stopped_while_it_writes_answers_goes_on_later(
