@@ -67,7 +67,8 @@ def _repays(policy: Policy, stage: Stage) -> bool:
     """Whether `stage` has so much to compute that faster steps save more time than the compilation takes."""
     if not policy.shared or policy.is_divided or policy.has_dropout or has_experts(policy.causal):
         return False
-    tokens = stage.steps * stage.batch_size * stage.train.all_tokens // len(stage.train)
+    rows = stage.steps * stage.batch_size
+    tokens = rows * stage.train.all_tokens // len(stage.train) + rows * stage.written_tokens
     flops = throughput.needed_flops(policy, throughput.layer_weights(policy.causal), tokens, 0)
     return flops >= hardware(policy.device).compiled_from
 

@@ -24,6 +24,7 @@ from worker.trainer.errors import UserError
 from worker.trainer.events import Events
 from worker.trainer.grading import Exercise, Grading
 from worker.trainer.methods import METHODS
+from worker.trainer.packing import TREE_TOKENS
 from worker.trainer.rendering import Renderer
 from worker.trainer.tasks import Tasks
 
@@ -55,6 +56,20 @@ class Stage:
     def batch_size(self) -> int:
         """Rows per optimizer step. A stage with fewer rows takes all of them."""
         return min(self.hyperparameters.batch_size or 16, len(self.train))
+
+    @property
+    def written_tokens(self) -> int:
+        """The most tokens of the answers that a reinforcement stage writes to a prompt; 0 for other stages."""
+        settings = self.hyperparameters
+        return settings.answers * settings.max_tokens if isinstance(settings, ReinforcementHyperparameters) else 0
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of a prompt and its responses that are computed together, which no pack can split."""
+        settings, written = self.hyperparameters, 0
+        if isinstance(settings, ReinforcementHyperparameters):
+            written = max(settings.max_tokens, min(self.written_tokens, TREE_TOKENS))
+        return self.train.longest + written
 
     @property
     def steps(self) -> int:

@@ -335,6 +335,6 @@ def _fits(policy: Policy, stage: Stage) -> bool:
     sample = Segment(tuple(trees(stage.train, [0], 0)))
     try:
         pack = policy.packing.build([sample]).to(policy.device)
-        return memory.activations_fit(policy, pack, stage.train.longest)
+        return memory.activations_fit(policy, pack, stage.longest)
     except torch.OutOfMemoryError:
         return False

@@ -47,6 +47,7 @@ from worker.trainer.methods.preference import Preference
 from worker.trainer.methods.reinforcement import Reinforcement
 from worker.trainer.model import Policy
 from worker.trainer.objectives import reinforcement as objectives
+from worker.trainer.packing import TREE_TOKENS
 from worker.trainer.ranks import Ranks
 from worker.trainer.reference import References, compute
 from worker.trainer.reward import RewardModel
@@ -746,6 +747,20 @@ def test_settings_that_do_not_fit_are_refused(change: dict[str, Any], param: str
     error = refused.value.errors()[0]
     message, named, _ = describe_validation_error(error | {"loc": ("body", *error["loc"])})
     assert words in message and str(named).endswith(param)
+
+
+@pytest.mark.parametrize(
+    ("samples", "max_tokens", "together"), [(4, 100, 400), (8, 1000, TREE_TOKENS), (2, 5000, 5000)]
+)
+def test_what_fits_and_what_repays_is_judged_with_the_answers_that_are_still_to_come(
+    samples: int, max_tokens: int, together: int
+) -> None:
+    rows = Rows.of([Row(1, (5,) * 30, (Response((6,), (True,)),)), Row(2, (5,) * 10, (Response((6,), (True,)),))])
+    settings = ReinforcementHyperparameters(samples=samples, max_tokens=max_tokens).resolved(full=False)
+    stage = plan.Stage("reinforcement", settings, rows, rows[:0], seed=0)
+    assert (stage.longest, stage.written_tokens) == (31 + together, samples * max_tokens)
+    plain = plan.Stage("dpo", DPOHyperparameters().resolved(full=False), rows, rows[:0], seed=0)
+    assert (plain.longest, plain.written_tokens) == (31, 0)
 
 
 def test_a_stored_spec_says_what_was_run() -> None:
