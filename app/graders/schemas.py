@@ -53,7 +53,7 @@ class RunGrader(Defaulted):
 
 
 class GradingErrors(BaseModel):
-    """What kept the grader from grading: at most one is true."""
+    """The reason why a grader could not grade: at most one is true."""
 
     formula_parse_error: bool = False
     sample_parse_error: bool = False

@@ -60,7 +60,7 @@ class ReinforcementMethod(Automatic):
     NOT_BUILT = frozenset({"response_format"})
 
     grader: Grader
-    """What an answer is worth."""
+    """It gives each answer its reward."""
     hyperparameters: ReinforcementHyperparameters = ReinforcementHyperparameters()
 
 
@@ -437,7 +437,7 @@ class JobSpec(RenderingSettings, Automatic):
                 ("sft.validation_file", self.sft.validation_file),
             ]
         files += [
-            (f"{path}classifier.file", grader.source)
+            (f"{path}{CLASSIFIER}", grader.source)
             for path, grader in self._by_models if isinstance(grader, ByClassifier)
         ]  # fmt: skip
         return [(field, name) for field, name in files if name is not None]

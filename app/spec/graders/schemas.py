@@ -97,14 +97,14 @@ class ByClassifier(Strict):
 ByModel = RewardModel | ByClassifier
 """Graders whose scores come from models, in trainings only."""
 AnySingle = StringCheck | TextSimilarity | RewardModel | ByClassifier
-Single = Annotated[
+SINGLE_TYPES = ("string_check", "text_similarity", "reward_model", "classifier")
+TaggedSingle = (
     Annotated[StringCheck, Tag("[string_check]")]
     | Annotated[TextSimilarity, Tag("[text_similarity]")]
     | Annotated[RewardModel, Tag("[reward_model]")]
-    | Annotated[ByClassifier, Tag("[classifier]")],
-    Discriminator(_tag),
-    _of_types("string_check", "text_similarity", "reward_model", "classifier"),
-]
+    | Annotated[ByClassifier, Tag("[classifier]")]
+)
+Single = Annotated[TaggedSingle, Discriminator(_tag), _of_types(*SINGLE_TYPES)]
 MAX_GRADERS = 16
 
 
@@ -157,13 +157,9 @@ class Multi(Strict):
 
 AnyGrader = AnySingle | Multi
 Grader = Annotated[
-    Annotated[StringCheck, Tag("[string_check]")]
-    | Annotated[TextSimilarity, Tag("[text_similarity]")]
-    | Annotated[RewardModel, Tag("[reward_model]")]
-    | Annotated[ByClassifier, Tag("[classifier]")]
-    | Annotated[Multi, Tag("[multi]")],
+    TaggedSingle | Annotated[Multi, Tag("[multi]")],
     Discriminator(_tag),
-    _of_types("string_check", "text_similarity", "reward_model", "classifier", "multi"),
+    _of_types(*SINGLE_TYPES, "multi"),
 ]
 
 
