@@ -288,7 +288,8 @@ class Policy:
         if not values:
             return scores
         assert self.value_head is not None
-        return replace(scores, values=self.value_head(states).index_select(0, pack.predictors))
+        values_of_slots = self.value_head(states)  # of all slots: by them its gradients of segments are kept apart
+        return replace(scores, values=values_of_slots.index_select(0, pack.predictors))
 
     def _rewards(self, pack: Pack) -> Tensor:
         assert self.reward_head is not None
