@@ -153,6 +153,7 @@ class _ArtifactAttempt:
             "mapping": mapping,
             "rendering": arguments.get("rendering", {}),
             "truncation": arguments.get("truncation", "keep_end"),
+            "pairs": arguments.get("pairs", {}),
         }
         (counted,) = count(self.reader, self.folder, [CountRequest(dataset, recipe, report["kept"])], self.lease.check)
         _require(counted)

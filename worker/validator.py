@@ -228,6 +228,7 @@ class _Check:
                 "truncation": settings.truncation,
                 "max_length": settings.max_length or DEFAULT_MAX_LENGTH,
                 "loss_on": settings.scored,
+                "pairs": vars(settings.pair_rule),
             }
             for name in (*spec.training_fields(field), field.replace("training", "validation")):
                 if name in files:

@@ -136,6 +136,7 @@ class Estimates:
             "mapping": None if mapping is None else mapping.model_dump(mode="json"),
             "rendering": spec.undated,
             "truncation": settings.truncation,
+            **({} if settings.pair_rule.takes_all else {"pairs": vars(settings.pair_rule)}),
         }
         report = reports.structural_report(session, project, file_id)
         if report.status == "pending":

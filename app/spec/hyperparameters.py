@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 from pydantic import Field, StringConstraints, model_validator
 
 from app.spec.datasets.example import Kind
+from app.spec.datasets.pairs import PairRule, Rule
 from app.spec.losses import BETA_HALVED, LOSSES, OPTIONS, Loss, LossName, default_options, refuses
 from app.spec.metrics import METRICS, TRAINING, Trait, measured
 from app.spec.schema_base import Automatic, inconsistent
@@ -136,6 +137,11 @@ class Hyperparameters(Automatic):
         """Optimizer steps in a row that have the same rows."""
         return 1
 
+    @property
+    def pair_rule(self) -> PairRule:
+        """Which pairs a row with ranked answers gives."""
+        return PairRule()
+
     def resolved(self, full: bool) -> Self:
         """A copy with its defaults written out. `full`: the job trains all parameters."""
         return self.model_copy(
@@ -190,6 +196,11 @@ class DPOHyperparameters(Hyperparameters):
     """β of Eq. 7: how strongly the policy is kept close to the reference. Each loss has its own default."""
     loss: LossName | Annotated[list[WeightedLoss], Field(min_length=1, max_length=8)] = "sigmoid"
     """The name of a loss, or a weighted sum of losses."""
+    pairs: Rule | None = None
+    """The pairs of a row with ranked answers: every two of them (`all`, the default), the best and the worst, or the
+    best and a random other one."""
+    min_margin: Annotated[float, Field(ge=0)] | None = None
+    """Leave out pairs whose scores differ by less. Each row needs scores, or ranks."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] | None = None
     """The assumed share of wrong labels. With the loss `sigmoid` this is cDPO."""
     f_divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] | None = None
@@ -249,6 +260,10 @@ class DPOHyperparameters(Hyperparameters):
         return f"The loss '{self.losses[0].name}'"
 
     @property
+    def pair_rule(self) -> PairRule:
+        return PairRule(self.pairs or "all", self.min_margin)
+
+    @property
     def rewards(self) -> bool:
         """Whether the stage trains a reward model instead of a policy."""
         return self.losses[0].name == "reward_model"
@@ -274,6 +289,10 @@ class DPOHyperparameters(Hyperparameters):
             is_set = value is not None and not (field == "use_weighting" and value is False)
             if is_set and refusing is not None:
                 raise inconsistent(field, f"'{field}' has no meaning with the loss '{refusing}'")
+        for field in ("pairs", "min_margin"):
+            if getattr(self, field) is not None and self.data != Kind.PREFERENCE:
+                message = f"'{field}' has no meaning with the loss '{names[0]}', which takes whole rows"
+                raise inconsistent(field, message)
         if self.f_alpha is not None and self.f_divergence != "alpha_divergence":
             raise inconsistent("f_alpha", "'f_alpha' goes with 'f_divergence': 'alpha_divergence'")
         if "exo_pair" in names and self.label_smoothing == 0:

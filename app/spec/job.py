@@ -369,6 +369,10 @@ class JobSpec(RenderingSettings, Automatic):
             del stored["method"]["reinforcement"]
         if self.parallel.shard is None and "parallel" in stored:
             del stored["parallel"]["shard"]
+        for name in ("pairs", "min_margin"):
+            settings = (stored["method"]["dpo"] or {}).get("hyperparameters") or {}
+            if settings.get(name) is None:
+                settings.pop(name, None)
         if isinstance(stored["adapter"], dict) and stored["adapter"]["modules_to_save"] is None:
             del stored["adapter"]["modules_to_save"]
         return stored

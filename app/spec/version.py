@@ -4,5 +4,5 @@ In a rolling upgrade, a new API creates jobs while old workers still run. An old
 to a new worker. It would ignore the settings that it does not know, and train something else.
 """
 
-SPEC_VERSION = 6
+SPEC_VERSION = 7
 """Raise it with each change of a spec that a worker of the version before would not obey."""

@@ -236,15 +236,18 @@ def test_an_unknown_label_is_refused_and_never_ignored() -> None:
 
 
 @pytest.mark.parametrize(
-    ("order", "expected"),
+    ("order", "expected", "scores"),
     [
-        ({}, ("a", "b", "c")),
-        ({"ranks": [2, 3, 1]}, ("c", "a", "b")),
-        ({"scores": [0.5, -1, 7]}, ("c", "a", "b")),
+        ({}, ("a", "b", "c"), ()),
+        ({"ranks": [2, 3, 1]}, ("c", "a", "b"), (-1, -2, -3)),
+        ({"scores": [0.5, -1, 7]}, ("c", "a", "b"), (7, 0.5, -1)),
     ],
 )
-def test_ranked_answers_are_sorted_best_first(order: dict[str, list[float]], expected: tuple[str, ...]) -> None:
-    assert read_one({"prompt": "q", "responses": ["a", "b", "c"], **order}) == Example(1, "q", expected)
+def test_ranked_answers_are_sorted_best_first(
+    order: dict[str, list[float]], expected: tuple[str, ...], scores: tuple[float, ...]
+) -> None:
+    row = {"prompt": "q", "responses": ["a", "b", "c"], **order}
+    assert read_one(row) == Example(1, "q", expected, scores=scores)
 
 
 @pytest.mark.parametrize(

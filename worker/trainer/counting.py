@@ -14,6 +14,7 @@ from app.spec.datasets.check import examples
 from app.spec.datasets.errors import DatasetError
 from app.spec.datasets.example import Example, Kind
 from app.spec.datasets.mapping import Mapping
+from app.spec.datasets.pairs import PairRule
 from app.spec.datasets.rendering import Rendering, today
 from app.spec.datasets.report import Lengths
 from app.spec.json_types import JsonObject
@@ -54,7 +55,7 @@ def count(path: Path, tokenizer: Tokenizer, recipe: Recipe, kept: int, sample: i
     weights: dict[int, float] = {}  # by line: the rows that each counted row stands for
     with path.open("rb") as file:
         counted = _every_nth(examples(file, recipe.mapping), step)
-        if recipe.need == Kind.PREFERENCE:
+        if recipe.need == Kind.PREFERENCE and recipe.pairs.takes_all:
             counted = _with_fewer_answers(counted, weights)
         for whole in data.whole_rows(counted, renderer, recipe, tally):
             fitted = [row for row in data.cut(whole, recipe, tally) if row.learnable]
@@ -230,7 +231,7 @@ def _counted(request: JsonObject, tokenizer: Tokenizer) -> JsonObject:
     rendering = Rendering(**{"date": today()} | settings.get("rendering", {}))
     recipe = Recipe(
         Kind(settings["need"]), settings["max_length"], settings["loss_on"], mapping, rendering,
-        settings.get("truncation", "keep_end"),
+        settings.get("truncation", "keep_end"), PairRule(**settings.get("pairs", {})),
     )  # fmt: skip
     try:
         return count(Path(request["dataset"]), tokenizer, recipe, request["rows"], request.get("sample", SAMPLED_ROWS))

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from app.spec.datasets.example import Example, Kind, ResponseContent
 from app.spec.datasets.mapping import Mapping
+from app.spec.datasets.pairs import PairRule
 from app.spec.datasets.rendering import Rendering
 from worker.trainer.control import Encoding
 from worker.trainer.errors import UserError
@@ -123,6 +124,8 @@ class Recipe:
     """Which column holds which part of an example, if the file does not say so itself."""
     rendering: Rendering = field(default_factory=Rendering)
     truncation: Truncation = "keep_end"
+    pairs: PairRule = field(default_factory=PairRule)
+    """Which pairs a row with ranked answers gives."""
     lenient: bool = False
     """Put an answer after its prompt unchanged if the chat template would change it. For scoring a model's own answers,
     not for training."""
@@ -157,7 +160,7 @@ class Whole:
 
 def whole_rows(examples: Iterable[Example], renderer: Renderer, recipe: Recipe, tally: Tally) -> Iterator[Whole]:
     """The rows of examples, before cutting."""
-    for group in batched(_in_form(examples, recipe.need), 256):
+    for group in batched(_in_form(examples, recipe), 256):
         # 1. Render all examples of the group.
         renderings = [_render(example, renderer, recipe, tally) for example in group]
         # 2. Encode their texts in one call, which is much faster than one by one.
@@ -212,17 +215,16 @@ def _group(example: Example) -> int:
     return int.from_bytes(hashlib.blake2b(example.prompt_key.encode(), digest_size=8).digest(), signed=True)
 
 
-def _in_form(examples: Iterable[Example], need: Kind) -> Iterator[Example]:
-    """The examples in the form that `need` requires, for example one pair for each two ranked answers."""
+def _in_form(examples: Iterable[Example], recipe: Recipe) -> Iterator[Example]:
+    """The examples in the form that the recipe needs, for example one pair for each two ranked answers."""
+    need = recipe.need
     for example in examples:
         answers = example.responses
         if need == Kind.SUPERVISED:
             if example.desirable:
                 yield replace(example, responses=answers[:1])
         elif need == Kind.PREFERENCE:
-            for k, better in enumerate(answers):
-                for worse in answers[k + 1 :]:
-                    yield replace(example, responses=(better, worse))
+            yield from recipe.pairs.pairs(example)
         elif need == Kind.PROMPTS:
             if _asks(example):
                 yield replace(example, responses=PROBES[:1], desirable=True, turns=())

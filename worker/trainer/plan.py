@@ -192,7 +192,10 @@ class _Loader:
         max_length = min(settings.max_length or DEFAULT_MAX_LENGTH, self.context)
         if isinstance(settings, ReinforcementHyperparameters):
             max_length = self._prompt_room(settings, max_length, spec.field)
-        recipe = Recipe(settings.data, max_length, settings.scored, spec.mapping, self.rendering, settings.truncation)
+        recipe = Recipe(
+            settings.data, max_length, settings.scored, spec.mapping, self.rendering, settings.truncation,
+            settings.pair_rule,
+        )  # fmt: skip
         train, notes = self._rows(spec.training, recipe, param, shelf.of("all"))
         if spec.validation is not None:
             held_out, _ = self._rows((spec.validation,), recipe, param.replace("training", "validation"), shelf)

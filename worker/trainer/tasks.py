@@ -46,7 +46,7 @@ class Tasks:
             if len(self._known) == KNOWN:
                 self._known.clear()
             fields, item = orjson.loads(self._rows[place])
-            example = Example(**fields | {"responses": (), "tools": tuple(fields["tools"])})
+            example = Example(**fields | {"responses": (), "scores": (), "tools": tuple(fields["tools"])})
             prompt = Prompt(*data.prompt_ids(example, self._renderer, self.recipe))
             self._known[place] = Task(prompt, example, item)
         return self._known[place]

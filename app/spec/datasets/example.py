@@ -84,9 +84,11 @@ class Example:
     system: str = ""
     number: int = 0
     """The number of its record in the file, counted from 0. Several records may be on one line."""
+    scores: tuple[float, ...] = ()
+    """The scores of ranked responses, higher is better; empty if they have none."""
 
-    def with_responses(self, responses: tuple[ResponseContent, ...]) -> "Example":
-        """A copy with other responses."""
+    def with_responses(self, responses: tuple[ResponseContent, ...], scores: tuple[float, ...] = ()) -> "Example":
+        """A copy with other responses, which have these scores."""
         return Example(
             self.line,
             self.prompt,
@@ -97,6 +99,7 @@ class Example:
             self.turns,
             self.system,
             self.number,
+            scores,
         )
 
     @property

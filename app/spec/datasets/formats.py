@@ -545,7 +545,10 @@ def _ranked(prompt: str, column: str) -> Callable[[FileRow], Example]:
             objects.append({} if key is None else item)
             answers.append("" if value is None else row.reading.messages.answer(value, f"{column}[{number}]", row.line))
         example = _with_answers(unanswered, answers, tuple(f"{column}[{number}]" for number in range(len(answers))))
-        return _best_first(example, column, _scores(row, column, objects))
+        scores = _scores(row, column, objects)
+        if scores is not None:
+            return _best_first(example, column, scores)
+        return _best_first(example, column, [-float(position) for position in range(len(answers))], scored=False)
 
     return read
 
@@ -555,8 +558,11 @@ def _wraps_answer(item: object) -> bool:
     return isinstance(item, dict) and not ("role" in item or "from" in item)
 
 
-def _scores(row: FileRow, column: str, objects: list[JsonObject]) -> list[float]:
-    """A score for each answer, higher is better: from a column, from the objects around the answers, or by position."""
+def _scores(row: FileRow, column: str, objects: list[JsonObject]) -> list[float] | None:
+    """A score for each answer, higher is better: from a column, or from the objects around the answers.
+
+    None if the row has none: the best answer comes first.
+    """
     count = len(objects)
     if row.record.get("ranks") is not None and row.record.get("scores") is not None:
         raise DatasetError(row.line, "ranks", "must come without 'scores': only one of them can set the order")
@@ -571,11 +577,14 @@ def _scores(row: FileRow, column: str, objects: list[JsonObject]) -> list[float]
             return [sign * value for value in _numbers(values, f"{column}[].{name}", count, row.line)]
     if any(objects):
         raise DatasetError(row.line, column, "must have a 'rank' or a 'score' for each answer, which sets the order")
-    return [-float(position) for position in range(count)]
+    return None
 
 
-def _best_first(example: Example, column: str, scores: list[float]) -> Example:
-    """`example` with its answers sorted by score, the best first. Answers with equal scores: only the first stays."""
+def _best_first(example: Example, column: str, scores: list[float], *, scored: bool = True) -> Example:
+    """`example` with its answers sorted by score, the best first. Answers with equal scores: only the first stays.
+
+    Unless they are `scored`, the scores say nothing but the order.
+    """
     if any(map(is_empty, example.responses)):
         raise Dropped("empty_response", column)
     first_by_score: dict[float, ResponseContent] = {}
@@ -583,10 +592,11 @@ def _best_first(example: Example, column: str, scores: list[float]) -> Example:
         first_by_score.setdefault(score, response)
     if len(first_by_score) < 2:
         raise Dropped("tied_ranks", column)
-    ranked = [first_by_score[score] for score in sorted(first_by_score, reverse=True)]
+    ordered = sorted(first_by_score, reverse=True)
+    ranked = [first_by_score[score] for score in ordered]
     if len({response if isinstance(response, str) else repr(response) for response in ranked}) < len(ranked):
         raise Dropped("identical_responses", column)
-    return example.with_responses(tuple(ranked))
+    return example.with_responses(tuple(ranked), tuple(ordered) if scored else ())
 
 
 def _numbers(values: object, field: str, count: int, line: int) -> list[float]:
