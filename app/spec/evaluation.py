@@ -28,6 +28,7 @@ from app.spec.schema_base import (
     Strict,
     inconsistent,
     plain_json,
+    with_files,
 )
 
 EvaluationType = Literal["preference", "win_rate", "reward_kl", "agreement"]
@@ -387,14 +388,7 @@ class EvaluationSpec(RenderingSettings):
 
     def with_files(self, places: dict[str, str]) -> Self:
         """A copy with other file names. `places` maps the fields that `files` returns to the new names."""
-        body = self.model_dump(mode="json")
-        for field, place in places.items():
-            *path, last = field.split(".")
-            target = body
-            for name in path:
-                target = target[name]
-            target[last] = place
-        return self.model_validate(body)
+        return self.model_validate(with_files(self.model_dump(mode="json"), places))
 
     def sealed(self, seal: Callable[[str], str | None]) -> Self:
         """A copy in which `seal` has replaced the API key of the judge's endpoint."""

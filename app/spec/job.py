@@ -7,7 +7,7 @@ contract that are not supported yet are refused too. A field that is left out, n
 
 import secrets
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, StringConstraints, ValidationInfo, model_validator
 
@@ -36,6 +36,7 @@ from app.spec.schema_base import (
     Quantization,
     Strict,
     inconsistent,
+    with_files,
 )
 
 KEEP_CHECKPOINTS = 10
@@ -457,14 +458,7 @@ class JobSpec(RenderingSettings, Automatic):
 
     def with_files(self, places: dict[str, str]) -> Self:
         """A copy with other file names. `places` maps the fields that `files` returns to the new names."""
-        body = self.model_dump(mode="json")
-        for field, place in places.items():
-            *path, last = [int(name) if name.isdecimal() else name for name in field.split(".")]
-            target: Any = body
-            for name in path:
-                target = target[name]
-            target[last] = place
-        return self.stored(body)
+        return self.stored(with_files(self.model_dump(mode="json"), places))
 
     @property
     def reference_model(self) -> str | None:

@@ -1,10 +1,11 @@
 """Every metric that a job reports: its meaning, the better direction, its unit, and where it is shown.
 
-Training jobs report `TRAINING` and `VALIDATION`, evaluations report `EVALUATION`, `ENDPOINT` and `BEST_OF`.
+Training jobs report `TRAINING` and `VALIDATION`, evaluations report `EVALUATION`, `ENDPOINT` and `BEST_OF`, labellings
+report `LABELLING`.
 Gates, early stopping, sweeps, progress lines and the docs read these tables. A new metric is one entry here.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -341,6 +342,73 @@ def figures_of(kind: str, *, judged: bool, asked: bool) -> list[str]:
         if kind in metric.types and (judged or not metric.judged) and (asked or not metric.asked)
     }
     return [*metrics, *_intervals(name for name, metric in metrics.items() if metric.interval)]
+
+
+@dataclass(frozen=True)
+class LabellingMetric(Metric):
+    """A metric of a labelling."""
+
+    interval: bool = False
+    """Whether `NAME/error`, `NAME/low` and `NAME/high` (95 %) are metrics too."""
+    asked: bool = False
+    """Whether it needs a first labeller that is asked for a verdict, not one that scores."""
+    compared: bool = False
+    """Whether it compares the first labeller with another one, NAME, as `METRIC@NAME`."""
+    endpoint: bool = False
+    """Whether it needs an endpoint."""
+
+
+LABELLING = {
+    "prompts": LabellingMetric("Different prompts of the data.", unit="count"),
+    "rows": LabellingMetric("Rows of the file: prompts with an order of answers.", "higher", "count", summary=True),
+    "answers": LabellingMetric("Different answers to these prompts.", unit="count", summary=True),
+    "repeated": LabellingMetric("Answers that repeat another one to the same prompt.", "lower", "count"),
+    "missing": LabellingMetric("Answers that a writer did not give.", "lower", "count"),
+    "unlabelled": LabellingMetric("Answers to which the first labeller gave no score.", "lower", "count"),
+    "score": LabellingMetric("The mean score of an answer by the first labeller.", interval=True),
+    "margin": LabellingMetric(
+        "The score of a row's best answer minus that of its worst.", interval=True, summary=True
+    ),
+    "longer_preferred": LabellingMetric(
+        "How often the longer one of two answers has the higher score.", unit="share", interval=True
+    ),
+    "agreement": LabellingMetric(
+        "How often two labellers order two answers alike.", "higher", "share", interval=True, compared=True
+    ),
+    "kappa": LabellingMetric(
+        "Cohen's κ between two labellers, over all pairs of answers.", "higher", interval=True, compared=True,
+        summary=True,
+    ),
+    "first_shown_preferred": LabellingMetric(
+        "How often the judge prefers the answer that it reads first.", unit="share", interval=True, asked=True
+    ),
+    "unparseable": LabellingMetric("Pairs of answers without a readable verdict.", "lower", "count", asked=True),
+    "inconsistent": LabellingMetric(
+        "Pairs of answers whose verdict changes with their order.", "lower", "count", asked=True
+    ),
+    "endpoints/answers": LabellingMetric("Replies of all endpoints.", unit="count", endpoint=True),
+    "endpoints/input_tokens": LabellingMetric("Tokens that the endpoints read.", unit="count", endpoint=True),
+    "endpoints/output_tokens": LabellingMetric("Tokens that the endpoints wrote.", unit="count", endpoint=True),
+    "endpoints/cost": LabellingMetric(
+        "The cost of these tokens at the endpoints that have a `price`, in its currency.", "lower", endpoint=True
+    ),
+}  # fmt: skip
+"""The metrics of a labelling, by name."""
+
+
+def figures_of_labelling(others: Sequence[str], *, asked: bool, endpoints: bool, priced: bool) -> list[str]:
+    """The names of the metrics that a labelling reports, with those of their intervals.
+
+    `others` are the names of its labellers after the first one, of which `asked` says whether it compares answers.
+    """
+    names = []
+    for name, metric in LABELLING.items():
+        reported = (asked or not metric.asked) and (endpoints or not metric.endpoint)
+        if not reported or (name == "endpoints/cost" and not priced):
+            continue
+        plain = [name, *(_intervals([name]) if metric.interval else [])]
+        names += [f"{one}@{other}" for other in others for one in plain] if metric.compared else plain
+    return names
 
 
 def _intervals(names: Iterable[str]) -> list[str]:

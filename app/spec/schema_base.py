@@ -3,11 +3,13 @@
 import difflib
 import json
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import orjson
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
+
+from app.spec.json_types import JsonObject
 
 STORED = "stored"
 """Validation context for specs from the database. During an upgrade, the next version may have written them: fields
@@ -98,6 +100,17 @@ class Automatic(Defaulted):
     """A model in which "auto" means the default too, as in OpenAI's hyperparameters."""
 
     UNSET = (None, "auto")
+
+
+def with_files(body: JsonObject, places: dict[str, str]) -> JsonObject:
+    """`body` with other file names, in place. `places` maps the dotted paths of fields to the new names."""
+    for field, place in places.items():
+        *path, last = [int(name) if name.isdecimal() else name for name in field.split(".")]
+        target: Any = body
+        for name in path:
+            target = target[name]
+        target[last] = place
+    return body
 
 
 MAX_DEPTH = 32

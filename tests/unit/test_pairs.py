@@ -15,13 +15,14 @@ from app.spec.datasets.example import Example
 from app.spec.datasets.pairs import PairRule, Rule
 from app.spec.hyperparameters import DPOHyperparameters
 from app.spec.job import JobSpec
+from app.spec.json_types import JsonObject
 
 
 def pairs(example: Example, rule: Rule, min_margin: float | None = None) -> list[tuple[object, ...]]:
     return [pair.responses for pair in PairRule(rule, min_margin).pairs(example)]
 
 
-def read(tmp_path: Path, row: dict[str, object]) -> Example:
+def read(tmp_path: Path, row: JsonObject) -> Example:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(orjson.dumps(row) + b"\n")
     with path.open("rb") as file:
@@ -29,7 +30,7 @@ def read(tmp_path: Path, row: dict[str, object]) -> Example:
     return example
 
 
-SCORED = {"prompt": "q", "responses": ["c", "a", "b"], "scores": [1.0, 4.0, 2.5]}
+SCORED: JsonObject = {"prompt": "q", "responses": ["c", "a", "b"], "scores": [1.0, 4.0, 2.5]}
 
 
 def test_each_rule_takes_its_pairs_of_a_scored_row(tmp_path: Path) -> None:
@@ -50,9 +51,7 @@ def test_each_rule_takes_its_pairs_of_a_scored_row(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_margin_compares_scores_and_ranks(
-    tmp_path: Path, row: dict[str, object], expected: list[tuple[str, str]]
-) -> None:
+def test_a_margin_compares_scores_and_ranks(tmp_path: Path, row: JsonObject, expected: list[tuple[str, str]]) -> None:
     assert pairs(read(tmp_path, row), "all", 1.5) == expected
 
 

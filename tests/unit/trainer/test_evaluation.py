@@ -35,13 +35,13 @@ from tests.helpers.trainer import (
 from worker.evaluation_figures import flatten, report
 from worker.trainer import reward
 from worker.trainer.errors import Stopped, UserError
-from worker.trainer.evaluation import completions, judging
 from worker.trainer.evaluation import evaluate as run_evaluation
-from worker.trainer.evaluation.completions import prompts_of
-from worker.trainer.evaluation.rows import examples_of
 from worker.trainer.evaluation.run import EvaluationRun
 from worker.trainer.events import Events
 from worker.trainer.sampling import sample
+from worker.trainer.sides import asking, completions
+from worker.trainer.sides.completions import prompts_of
+from worker.trainer.sides.rows import examples_of
 
 PAIRS = make_pairs(24)
 CLASSIFIER = {"terms": {"the": [1.0, 0.5], "and": [1.0, -0.3], "was": [1.0, 1.0]}, "intercept": 0.1, "normalise": False}
@@ -265,7 +265,7 @@ def test_a_model_judges_as_its_own_generate_answers(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It answers as the model's own greedy `generate`, in both orders. A question that does not fit is not asked."""
-    monkeypatch.setattr(judging, "JUDGE_TOKENS", 6)
+    monkeypatch.setattr(asking, "REPLY_TOKENS", 6)
     spec = {
         "type": "win_rate", "candidate": {"answers": "rejected"}, "baseline": {"answers": "chosen"}, "max_rows": 6,
         "judge": {"type": "model", "model": "judge", "template": "{prompt} {a} or {b}"},
@@ -285,7 +285,7 @@ def test_a_model_judges_as_its_own_generate_answers(
             generated = model.generate(ids, **settings)[0, ids.shape[1] :]
             assert judgement == tokenizer.decode(generated, skip_special_tokens=True)
     assert figures(tmp_path / "run")["unparseable"] == 6, "a model of 40 words gives no verdict"
-    monkeypatch.setattr(judging, "JUDGE_TOKENS", model.config.max_position_embeddings - 2)
+    monkeypatch.setattr(asking, "REPLY_TOKENS", model.config.max_position_embeddings - 2)
     unasked = evaluate(with_judge(lay_out(tmp_path / "small", llama, spec), llama))
     assert all(item["judgements"] == [None, None] for item in unasked), "a question is never truncated"
 
@@ -568,7 +568,7 @@ def test_each_side_reads_prompts_as_it_was_trained(tmp_path: Path) -> None:
     this_run = EvaluationRun.of(folder, Events(io.StringIO()), threading.Event())
     rows, policy = examples_of(this_run), load(model)
     texts = {
-        name: policy.tokenizer.decode(prompts_of(this_run, policy, name, rows)[0].ids)
+        name: policy.tokenizer.decode(prompts_of(this_run, policy, name, rows, 4)[0].ids)
         for name in ("candidate", "baseline")
     }
     assert "<|assistant|>" in texts["candidate"] and "<|assistant|>" not in texts["baseline"]

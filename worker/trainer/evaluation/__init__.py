@@ -19,9 +19,9 @@ from app.spec.evaluation import EvaluationType
 from worker.trainer.alike import require_alike
 from worker.trainer.errors import UserError
 from worker.trainer.evaluation import agreement, preference, reward_kl, win_rate
-from worker.trainer.evaluation.rows import Item
 from worker.trainer.evaluation.run import EvaluationRun
 from worker.trainer.events import EvaluationDone
+from worker.trainer.sides.rows import Item
 
 TYPES: dict[EvaluationType, Callable[[EvaluationRun], list[Item]]] = {
     "preference": preference.items,

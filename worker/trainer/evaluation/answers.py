@@ -1,16 +1,17 @@
 """The answers of a side. They come from its model, from a file, or from the data."""
 
 import gc
+from dataclasses import replace
 
 from app.spec.datasets.check import numbered_examples
 from app.spec.datasets.example import Example
 from app.spec.evaluation import BestOf, Side
 from worker.trainer.data import answer_text, prompt_text
 from worker.trainer.errors import UserError
-from worker.trainer.evaluation.completions import CompletionKey, complete, prompts_of
 from worker.trainer.evaluation.run import EvaluationRun
-from worker.trainer.evaluation.scorers import scores
 from worker.trainer.sampling import text_of
+from worker.trainer.sides.completions import Assignment, CompletionKey, complete, prompts_of
+from worker.trainer.sides.scorers import scores
 
 FIXED = -1.0
 """Stands for the temperature of an answer that was not sampled."""
@@ -27,13 +28,29 @@ def answers_of(run: EvaluationRun, name: str, side: Side, rows: dict[int, Exampl
         return _answers_of_file(run, name, side, rows)
     assert run.spec.sampling is not None
     policy = run.load(name)
-    prompts = prompts_of(run, policy, name, rows)
+    prompts = prompts_of(run, policy, name, rows, run.spec.sampling.max_tokens)
     texts = {
         completion.key: text_of(policy, completion, prompts[completion.row], rows[completion.row])
-        for completion in complete(run, policy, name, prompts, run.spec.sampling)
+        for completion in complete(run, policy, name, prompts, assignment_of(run, name))
     }
     del policy
     return {key: texts[best] for key, best in choose_best(run, name, side.best_of, texts, rows).items()}
+
+
+def assignment_of(run: EvaluationRun, name: str) -> Assignment:
+    """What the model of the side `name` writes. The two sides of `win_rate` count together."""
+    own = _assignment(run, name)
+    if run.spec.type != "win_rate":
+        return own
+    writing = [side for side in ("candidate", "baseline") if getattr(run.spec, side).model is not None]
+    return replace(own, of_all=sum(_assignment(run, side).each for side in writing))
+
+
+def _assignment(run: EvaluationRun, name: str) -> Assignment:
+    side, sampling = getattr(run.spec, name), run.spec.sampling
+    assert sampling is not None
+    samples = sampling.samples * (side.best_of.n if side.best_of is not None else 1)
+    return Assignment(sampling, samples, stream=name == "baseline")
 
 
 def choose_best(

@@ -1,20 +1,12 @@
 """The judge's verdict on two answers to a prompt. It scores each answer, or it is asked which one is better."""
 
-from app.spec.datasets.example import Example, Kind
-from app.spec.evaluation import Judge, SamplingSpec
+from app.spec.datasets.example import Example
+from app.spec.evaluation import Judge
 from worker.judges.questions import questions, verdicts
-from worker.trainer.data import Recipe, prompt_ids
-from worker.trainer.evaluation.completions import complete
-from worker.trainer.evaluation.rows import Item
-from worker.trainer.evaluation.run import JUDGE, EvaluationRun, context_of
-from worker.trainer.evaluation.scorers import scores
-from worker.trainer.rendering import Renderer
-from worker.trainer.sampling import Prompt
-
-JUDGE_TOKENS = 512
-"""Maximum tokens of the answer of a model that is asked as a judge."""
-MAX_PROMPT_TOKENS = 1 << 30
-"""Large enough that no question is cut. A question that is too long is left out."""
+from worker.trainer.evaluation.run import JUDGE, EvaluationRun
+from worker.trainer.sides.asking import ask
+from worker.trainer.sides.rows import Item
+from worker.trainer.sides.scorers import scores
 
 
 def judge(run: EvaluationRun, items: list[Item], rows: dict[int, Example]) -> None:
@@ -37,29 +29,13 @@ def judge(run: EvaluationRun, items: list[Item], rows: dict[int, Example]) -> No
 
 
 def _ask(run: EvaluationRun, judge: Judge, items: list[Item]) -> None:
-    """Ask a model which answer of each item it prefers. It gets the questions of an endpoint, and decodes greedily."""
+    """Ask a model which answer of each item it prefers. It gets the questions of an endpoint."""
     sides = run.spec.answer_names
     # (index of the item, question). An item has two questions, or none if its answers are identical.
     numbered_questions = [(number, text) for number, item in enumerate(items) for text in questions(judge, item, sides)]
-    policy = run.load(JUDGE)
-    room = context_of(policy) - JUDGE_TOKENS
-    renderer, prompts = Renderer(policy.tokenizer, run.rendering(JUDGE)), dict[int, Prompt]()
-    for index, (_, text) in enumerate(numbered_questions):
-        example = Example(0, [{"role": "user", "content": text}], ())
-        prompt = Prompt(*prompt_ids(example, renderer, Recipe(Kind.RANKED, MAX_PROMPT_TOKENS)))
-        if len(prompt.ids) <= room:
-            prompts[index] = prompt
-    count = len(numbered_questions)
-    if len(prompts) < count:
-        text = f"{count - len(prompts)} of {count} questions do not fit into the judge's context."
-        run.events.message(text, level="warn")
-    greedy = SamplingSpec(temperatures=[0.0], max_tokens=JUDGE_TOKENS)
-    texts = {
-        completion.row: policy.tokenizer.decode(completion.ids, skip_special_tokens=True)
-        for completion in complete(run, policy, JUDGE, prompts, greedy)
-    }
     judgements: list[list[str | None]] = [[] for _ in items]
-    for index, (number, _) in enumerate(numbered_questions):
-        judgements[number].append(texts.get(index))
+    replies = ask(run, JUDGE, [text for _, text in numbered_questions])
+    for (number, _), reply in zip(numbered_questions, replies, strict=True):
+        judgements[number].append(reply)
     for item, answers in zip(items, judgements, strict=True):
         item |= {"asked": bool(answers), "verdicts": verdicts(answers, sides), "judgements": answers}

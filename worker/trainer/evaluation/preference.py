@@ -8,9 +8,9 @@ from worker.trainer import dataset, exactness, reference
 from worker.trainer.alike import require_same_rows
 from worker.trainer.data import Recipe
 from worker.trainer.errors import UserError
-from worker.trainer.evaluation.rows import Item, draw_rows
 from worker.trainer.evaluation.run import EvaluationRun
 from worker.trainer.launcher import Launcher
+from worker.trainer.sides.rows import Item, draw_rows
 
 PairKey = tuple[int, int]
 """(line of the pair, index of the pair among those of the line)."""

@@ -7,13 +7,13 @@ from app.spec.datasets.example import Example
 from worker.trainer import dataset, exactness, reference
 from worker.trainer.data import Response, Row, prompt_text
 from worker.trainer.errors import UserError
-from worker.trainer.evaluation.answers import choose_best
-from worker.trainer.evaluation.completions import CompletionKey, complete, prompts_of
-from worker.trainer.evaluation.rows import Item, examples_of, prompt_numbers
+from worker.trainer.evaluation.answers import assignment_of, choose_best
 from worker.trainer.evaluation.run import JUDGE, EvaluationRun
-from worker.trainer.evaluation.scorers import scores
 from worker.trainer.launcher import Launcher
 from worker.trainer.sampling import Completion, text_of
+from worker.trainer.sides.completions import CompletionKey, complete, prompts_of
+from worker.trainer.sides.rows import Item, examples_of, prompt_numbers
+from worker.trainer.sides.scorers import scores
 
 
 def items(run: EvaluationRun) -> list[Item]:
@@ -26,9 +26,9 @@ def items(run: EvaluationRun) -> list[Item]:
     assert sampling is not None
     # 1. Sample the completions.
     policy = run.load("candidate")
-    prompts = prompts_of(run, policy, "candidate", rows)
+    prompts = prompts_of(run, policy, "candidate", rows, sampling.max_tokens)
     completions, texts = dict[CompletionKey, Completion](), dict[CompletionKey, str]()
-    for completion in complete(run, policy, "candidate", prompts, sampling):
+    for completion in complete(run, policy, "candidate", prompts, assignment_of(run, "candidate")):
         completions[completion.key] = completion
         texts[completion.key] = text_of(policy, completion, prompts[completion.row], rows[completion.row])
     vocabulary = policy.tokenizer.get_vocab()

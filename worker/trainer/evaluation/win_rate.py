@@ -2,8 +2,8 @@
 
 from worker.trainer.evaluation.answers import FIXED, answers_of
 from worker.trainer.evaluation.judging import judge
-from worker.trainer.evaluation.rows import Item, examples_of, prompt_numbers, row_fields
 from worker.trainer.evaluation.run import EvaluationRun
+from worker.trainer.sides.rows import Item, examples_of, prompt_numbers, row_fields
 
 
 def items(run: EvaluationRun) -> list[Item]:

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.spec.datasets.example import Example, Kind
-from app.spec.evaluation import SamplingSpec, Side
+from app.spec.evaluation import SamplingSpec
 from worker.trainer import data, decoding
 from worker.trainer.data import Recipe
 from worker.trainer.errors import Stopped, UserError
-from worker.trainer.evaluation.run import JUDGE, EvaluationRun
 from worker.trainer.events import CompletionsWritten
 from worker.trainer.hardware import hardware
 from worker.trainer.model import Policy
@@ -28,15 +27,15 @@ from worker.trainer.sampling import (
     end_tokens,
     sample_together,
 )
+from worker.trainer.sides.run import SidesRun
 
 PART_SECONDS = 5.0
 """Minimum time between two parts."""
 MAX_COMPLETIONS = 1_000_000
-BASELINE_SEEDS = 1 << 31
-"""Added to the seed of the baseline. User seeds are smaller, so the two sides never share random numbers.
+SEEDS = 1 << 31
+"""User seeds are smaller. Each side adds a multiple of it to the seed, so that no two sides share random numbers.
 
-With the same random numbers, similar models would give correlated answers. The win rate is defined for independent
-ones.
+With the same random numbers, similar models would give correlated answers.
 """
 CompletionKey = tuple[float, int, int]
 """(temperature, row, number of the completion among those of the row)."""
@@ -46,10 +45,10 @@ CompletionKey = tuple[float, int, int]
 class CompletionStore:
     """The completions of one side in `parts/`, one per line. A part is named by its side, number and attempt."""
 
-    run: EvaluationRun
+    run: SidesRun
     side: str
     total: int
-    """Number of completions that the whole evaluation needs."""
+    """Number of completions that the whole job needs."""
 
     def read(self) -> Iterator[Completion]:
         """All completions in the folder."""
@@ -76,21 +75,39 @@ class CompletionStore:
         return self.run.folder / "parts"
 
 
+@dataclass(frozen=True)
+class Assignment:
+    """The completions that the model of a side is to write for each prompt."""
+
+    sampling: SamplingSpec
+    samples: int
+    """Number of completions at each temperature above 0. Greedy decoding has one answer."""
+    stream: int = 0
+    """Number of the stream of random numbers. No two sides have the same."""
+    of_all: int | None = None
+    """Number of completions of a prompt by all sides together. None: this one is alone."""
+
+    @property
+    def each(self) -> int:
+        """Number of completions of a prompt."""
+        return sum(self.samples if temperature else 1 for temperature in self.sampling.temperatures)
+
+
 def complete(
-    run: EvaluationRun, policy: Policy, side: str, prompts: dict[int, Prompt], spec: SamplingSpec
+    run: SidesRun, policy: Policy, side: str, prompts: dict[int, Prompt], assignment: Assignment
 ) -> Iterator[Completion]:
     """All completions of the model of `side`. `prompts` maps rows to prompts.
 
     Raises `Stopped` after writing what was sampled, and `UserError` if there are too many completions.
     """
-    total = _completions_of_a_prompt(run, side, spec) * len(prompts)
+    spec, total = assignment.sampling, (assignment.of_all or assignment.each) * len(prompts)
     if total > MAX_COMPLETIONS:
         message = f"{total} completions exceed the limit of {MAX_COMPLETIONS}. Set 'max_rows', or fewer 'samples'."
         raise UserError("invalid_value", message, "sampling.samples")
     store = CompletionStore(run, side, total)
     completions = {completion.key: completion for completion in store.read()}
     run.events.message(f"{side}: {len(completions)} completions of earlier attempts are reused.")
-    seed = (run.spec.seed or 0) + (BASELINE_SEEDS if side == "baseline" else 0)
+    seed = (run.spec.seed or 0) + SEEDS * assignment.stream
     ends = end_tokens(policy, Renderer(policy.tokenizer, run.rendering(side)).ends)
     chosen = hardware(policy.device)
     vocabulary: int = policy.causal.config.get_text_config().vocab_size
@@ -100,7 +117,7 @@ def complete(
     unwritten, written_at = list[Completion](), time.monotonic() - PART_SECONDS
     for temperature in spec.temperatures:
         sampling = Sampling(temperature, spec.top_p, spec.max_tokens, seed)
-        numbers = range(samples_of(run, side) if temperature else 1)  # greedy decoding has one answer
+        numbers = range(assignment.samples if temperature else 1)  # greedy decoding has one answer
         requests = [CompletionRequest(row, k, prompt.ids) for row, prompt in prompts.items() for k in numbers]
         # Every attempt forms the same batches and samples whole batches, on whatever rank. Its results are therefore
         # bit-identical.
@@ -124,33 +141,17 @@ def complete(
     store.write(unwritten)
 
 
-def samples_of(run: EvaluationRun, name: str) -> int:
-    """Number of completions that the model of the side `name` samples for each prompt."""
-    if name == JUDGE:
-        return 1
-    side: Side = getattr(run.spec, name)
-    samples = run.spec.sampling.samples if run.spec.sampling is not None else 1
-    return samples * (side.best_of.n if side.best_of is not None else 1)
-
-
-def prompts_of(run: EvaluationRun, policy: Policy, side: str, rows: dict[int, Example]) -> dict[int, Prompt]:
-    """The prompts, rendered as in the training of the side's model, and cut to leave room for an answer.
+def prompts_of(
+    run: SidesRun, policy: Policy, side: str, rows: dict[int, Example], max_tokens: int
+) -> dict[int, Prompt]:
+    """The prompts, rendered as in the training of the side's model, and cut to leave room for `max_tokens`.
 
     Raises `UserError` if `max_tokens` leaves no room for a prompt.
     """
-    assert run.spec.sampling is not None
-    room = run.max_length(policy) - run.spec.sampling.max_tokens
+    room = run.max_length(policy) - max_tokens
     if room < 1:
         message = f"'max_tokens' leaves no room for a prompt in the model's {run.max_length(policy)} tokens."
         raise UserError("invalid_value", message, "sampling.max_tokens")
     renderer = Renderer(policy.tokenizer, run.rendering(side))
     recipe = Recipe(Kind.RANKED, room)
     return {row: Prompt(*data.prompt_ids(example, renderer, recipe)) for row, example in rows.items()}
-
-
-def _completions_of_a_prompt(run: EvaluationRun, side: str, spec: SamplingSpec) -> int:
-    """Number of completions per prompt, over all temperatures. For `win_rate`, of both sides together."""
-    sides = [side]
-    if side != JUDGE and run.spec.type == "win_rate":
-        sides = [name for name in ("candidate", "baseline") if getattr(run.spec, name).model is not None]
-    return sum(samples_of(run, name) if temperature else 1 for temperature in spec.temperatures for name in sides)

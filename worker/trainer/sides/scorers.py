@@ -8,13 +8,11 @@ from app.spec.evaluation import Scorer as ScorerSpec
 from worker.model_files import folder_at
 from worker.trainer import reward
 from worker.trainer.errors import UserError
-from worker.trainer.evaluation.run import EvaluationRun
 from worker.trainer.scorers import ClassifierScorer, Scorer
+from worker.trainer.sides.run import SidesRun
 
 
-def scores(
-    run: EvaluationRun, scorer: ScorerSpec | Judge, name: str, answers: list[tuple[Example, str]]
-) -> list[float]:
+def scores(run: SidesRun, scorer: ScorerSpec | Judge, name: str, answers: list[tuple[Example, str]]) -> list[float]:
     """The score of each (example, answer). A reward model is in the folder of the side `name`.
 
     Raises `UserError` for a file that is not a classifier.
