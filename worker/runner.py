@@ -37,6 +37,7 @@ from app.prune import tidy_job
 from app.services import Services
 from app.spec.evaluation import EvaluationSpec
 from app.spec.job import JobSpec
+from app.spec.labelling import LabellingSpec
 from app.stored_content import sha256_of
 from worker.base_models import BaseModels
 from worker.device import Device
@@ -68,7 +69,7 @@ from worker.work import work_folder
 
 log = structlog.get_logger(__name__)
 Result = TypeVar("Result")
-Spec = TypeVar("Spec", JobSpec, EvaluationSpec)
+Spec = TypeVar("Spec", JobSpec, EvaluationSpec, LabellingSpec)
 Outcome = TrainingDone | EvaluationDone | Failed | Broken | DeviceFailed
 """The events that end a run."""
 

@@ -10,7 +10,7 @@ from sklearn.metrics import cohen_kappa_score
 from app.spec.evaluation import EvaluationSpec, Price
 from app.spec.json_types import JsonObject
 from worker import evaluation_figures
-from worker.judges.questions import verdicts
+from worker.judge import verdicts
 
 Judge = Callable[[int, int, random.Random], str | None]
 SIDES = ("candidate", "baseline")

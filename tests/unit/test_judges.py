@@ -1,14 +1,15 @@
 """Judges behind an endpoint: their questions, the parsing of their answers, and a server that fails."""
 
 import time
+from collections.abc import Iterator
 
 import pytest
 
 from app.spec.evaluation import Endpoint, Judge
 from tests.helpers.judge_server import running_judge
-from worker.judges import endpoint
-from worker.judges.endpoint import Answer, JudgeClient, JudgeFailed, key_of
-from worker.judges.questions import choice, questions, verdicts
+from worker.endpoints import client
+from worker.endpoints.client import Answer, EndpointClient, EndpointFailed, Question
+from worker.judge import choice, questions, verdicts
 
 SIDES = ("candidate", "baseline")
 ITEM = {"prompt": "\n\nHuman: why {a}?\n\nAssistant:", "candidate": "Because {b}. ", "baseline": "No."}
@@ -96,13 +97,25 @@ class AnswerStore:
 
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "MAX_WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(client, "MAX_WAIT_SECONDS", 0.05)
+
+
+def key_of(question: str) -> str:
+    return Question.of_text(question).key
+
+
+def asked() -> Iterator[Question]:
+    return map(Question.of_text, QUESTIONS)
+
+
+def judge_client(spec: Endpoint, key: str | None = None) -> EndpointClient:
+    return EndpointClient(spec, key, ("localhost:*",), "judge")
 
 
 def ask(url: str, known: dict[str, Answer] | None = None, key: str | None = None, **fields: object) -> AnswerStore:
     store = AnswerStore()
     spec = Endpoint.model_validate({"base_url": url, "model": "judge", **fields})
-    answers = JudgeClient(spec, key, ("localhost:*",)).ask_all(iter(QUESTIONS), known or {}, store.keep, lambda: None)
+    answers = judge_client(spec, key).ask_all(asked(), known or {}, store.keep, lambda: None)
     assert answers == (known or {}) | store.answers and answers.keys() == {key_of(question) for question in QUESTIONS}
     return store
 
@@ -136,20 +149,20 @@ def test_a_question_that_always_fails_stays_unanswered_while_others_are_answered
     with running_judge(faults=("error",) * 1000, only=failing) as server:
         server.delay = 0.05  # per answer; a failed question waits at most as long for its retry
         store = ask(server.url, concurrency=2)
-        assert server.requests[failing] >= endpoint.MAX_FAILED and failing not in server.answered
+        assert server.requests[failing] >= client.MAX_FAILED and failing not in server.answered
     assert [question for question in QUESTIONS if store.answers[key_of(question)].text is None] == [failing]
 
 
 def test_the_last_failing_question_is_given_up_but_a_dead_judge_is_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(endpoint, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(client, "PATIENCE_SECONDS", 0.3)
     with running_judge(faults=("error",) * 1000, only=QUESTIONS[3]) as server:
         store = ask(server.url, concurrency=1)
         assert [
             number for number, question in enumerate(QUESTIONS) if store.answers[key_of(question)].text is None
         ] == [3]
-    with running_judge(faults=("error",) * 1000) as server, pytest.raises(JudgeFailed, match="no answer for"):
+    with running_judge(faults=("error",) * 1000) as server, pytest.raises(EndpointFailed, match="no answer for"):
         ask(server.url, ONE_KNOWN, concurrency=1)
 
 
@@ -157,14 +170,14 @@ def test_answers_that_arrive_along_with_a_refusal_are_kept() -> None:
     with running_judge() as server:
         server.delay, server.credit, store = 0.02, 20, AnswerStore()
         spec = Endpoint.model_validate({"base_url": server.url, "model": "judge", "concurrency": 8})
-        with pytest.raises(JudgeFailed, match="402"):
-            JudgeClient(spec, None, ("localhost:*",)).ask_all(iter(QUESTIONS), {}, store.keep, lambda: None)
+        with pytest.raises(EndpointFailed, match="402"):
+            judge_client(spec).ask_all(asked(), {}, store.keep, lambda: None)
         assert store.answers.keys() == {key_of(question) for question in server.answered}
 
 
 def test_known_refusals_do_not_count_as_answers() -> None:
     known = {key_of(question): Answer(None) for question in QUESTIONS[:9]}
-    with running_judge(faults=("refuse",)) as server, pytest.raises(JudgeFailed, match="answered 400"):
+    with running_judge(faults=("refuse",)) as server, pytest.raises(EndpointFailed, match="answered 400"):
         ask(server.url, known)
 
 
@@ -179,7 +192,7 @@ def test_the_end_of_a_long_answer_is_kept() -> None:
     with running_judge(lambda *_: "thinking " * 100_000 + "\nPreferred: A") as server:
         store = ask(server.url)
     assert {choice(answer.text or "") for answer in store.answers.values()} == {"A"}
-    assert all(len(answer.text or "") <= endpoint.MAX_ANSWER_CHARACTERS for answer in store.answers.values())
+    assert all(len(answer.text or "") <= client.MAX_VERDICT_CHARACTERS for answer in store.answers.values())
 
 
 def test_a_known_answer_is_not_asked_for_again() -> None:
@@ -195,7 +208,7 @@ ONE_KNOWN = {key_of(QUESTIONS[0]): Answer("Preferred: A")}
 def test_invalid_responses_are_no_answer_but_an_unparseable_text_is_one() -> None:
     with running_judge(faults=("not json",) * 5) as server:
         assert {answer.text for answer in ask(server.url, ONE_KNOWN).answers.values()} == {None}
-        with pytest.raises(JudgeFailed, match="answered nothing"):
+        with pytest.raises(EndpointFailed, match="answered nothing"):
             server.requests.clear()
             ask(server.url)  # no question was ever answered
     with running_judge(faults=("babble",)) as server:
@@ -209,35 +222,35 @@ def test_a_refusal_fails_only_its_question_if_another_was_answered() -> None:
             "the known answer shows that the judge works"
         )
         server.requests.clear()
-        with pytest.raises(JudgeFailed, match="answered 400: I will not talk about this"):
+        with pytest.raises(EndpointFailed, match="answered 400: I will not talk about this"):
             ask(server.url)  # only refusals: the request itself is at fault
         server.requests.clear()
         server.faults = ("no credit",)
-        with pytest.raises(JudgeFailed, match="402"):
+        with pytest.raises(EndpointFailed, match="402"):
             ask(server.url, ONE_KNOWN)
 
 
 def test_a_wrong_key_fails_at_once_and_is_not_shown() -> None:
     with running_judge(key="right-key") as server:
         ask(server.url, key="right-key")
-        with pytest.raises(JudgeFailed, match="401") as raised:
+        with pytest.raises(EndpointFailed, match="401") as raised:
             ask(server.url, key="wrong-key")
     assert raised.value.code == "judge_refused" and "wrong-key" not in str(raised.value)
 
 
 def test_an_unreachable_judge_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(client, "PATIENCE_SECONDS", 0.3)
     with running_judge() as server:
         url = server.url
-    with pytest.raises(JudgeFailed, match="no answer for") as raised:
+    with pytest.raises(EndpointFailed, match="no answer for") as raised:
         ask(url)
     assert raised.value.code == "judge_unavailable"
 
 
 def test_a_judge_on_a_private_host_is_refused_unless_the_operator_allows_it() -> None:
     spec = Endpoint(base_url="http://localhost:1/v1", model="judge")
-    with pytest.raises(JudgeFailed, match="https"):
-        JudgeClient(spec, None, ()).ask_all(iter(QUESTIONS), {}, AnswerStore().keep, lambda: None)
+    with pytest.raises(EndpointFailed, match="https"):
+        EndpointClient(spec, None, (), "judge").ask_all(asked(), {}, AnswerStore().keep, lambda: None)
 
 
 def test_answers_in_flight_are_kept_when_the_run_is_cancelled() -> None:
@@ -253,7 +266,7 @@ def test_answers_in_flight_are_kept_when_the_run_is_cancelled() -> None:
 
         spec = Endpoint(base_url=server.url, model="judge", concurrency=4)
         with pytest.raises(Cancelled):
-            JudgeClient(spec, None, ("localhost:*",)).ask_all(iter(QUESTIONS), {}, store.keep, stop_after_an_answer)
+            judge_client(spec).ask_all(asked(), {}, store.keep, stop_after_an_answer)
         began = time.monotonic()
         assert store.answers.keys() == {key_of(question) for question in server.answered} and len(store.answers) <= 8
         server.delay = 0.0

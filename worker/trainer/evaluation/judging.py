@@ -2,7 +2,7 @@
 
 from app.spec.datasets.example import Example
 from app.spec.evaluation import Judge
-from worker.judges.questions import questions, verdicts
+from worker.judge import questions, verdicts
 from worker.trainer.evaluation.run import JUDGE, EvaluationRun
 from worker.trainer.sides.asking import ask
 from worker.trainer.sides.rows import Item

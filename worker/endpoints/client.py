@@ -1,19 +1,20 @@
-"""A judge behind OpenAI's chat completions API. A question is repeated until it has an answer, and then never again.
+"""A server with OpenAI's chat completions API. A question is repeated until it has an answer, and then never again.
 
-429                                          →  retry later, as long as the judge answers any question
+429                                          →  retry later, as long as the server answers any question
 5xx, no connection, an unusable response     →  retry later too. A question that keeps failing, while others are
                                                 answered or as the last one, stays without an answer
 400, 413, 422: one question is refused       →  this question stays without an answer
-any other refusal, or nothing but refusals   →  `JudgeFailed`: the evaluation fails with the reason
+any other refusal, or nothing but refusals   →  `EndpointFailed`: the job fails with the reason
 """
 
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
+from typing import Literal
 
 import httpx2
 import orjson
@@ -27,7 +28,7 @@ from app.spec.json_types import JsonObject
 TIMEOUT_SECONDS = 300.0
 """Time limit of one answer. A model that reasons first may take minutes."""
 PATIENCE_SECONDS = 900.0
-"""Time without an answer to any question after which the judge has failed. It allows for several lost requests."""
+"""Time without an answer to any question after which the server has failed. It allows for several lost requests."""
 MAX_WAIT_SECONDS = 60.0
 """The longest pause before a retry."""
 MAX_UNUSABLE = 5
@@ -35,20 +36,20 @@ MAX_UNUSABLE = 5
 MAX_FAILED = 8
 """Number of failures of a question, with answers to others in between, after which it stays without an answer."""
 MAX_GIVEN_UP = 3
-"""Number of questions in a row that may fail while no other is under way. After that, the judge has failed."""
+"""Number of questions in a row that may fail while no other is under way. After that, the server has failed."""
 MAX_REFUSED = 5
-"""Number of refused questions, without any answer, after which the judge has failed."""
+"""Number of refused questions, without any answer, after which the server has failed."""
 MAX_ANSWER_BYTES = 4 << 20
-MAX_ANSWER_CHARACTERS = 16_384
-"""Number of characters of an answer that are kept. They are the last ones, because the verdict is at the end."""
+MAX_VERDICT_CHARACTERS = 16_384
+"""Number of characters of a judge's answer that are kept. They are the last ones: the verdict is at the end."""
 GRACE_SECONDS = 10.0
 """Time to wait for answers under way after a failure or a stop. They are paid for."""
 KEEP_SECONDS = 1.0
 """Interval at which new answers are handed over."""
 
 
-class JudgeFailed(Exception):
-    """The judge gives no answers. It has an error `code` and a message for the user."""
+class EndpointFailed(Exception):
+    """The endpoint gives no answers. It has an error `code` and a message for the user."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -57,16 +58,42 @@ class JudgeFailed(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """The judge's answer to one question (None without a usable one) and the tokens that it reported."""
+    """The answer to one question (None without a usable one) and the tokens that the server reported.
+
+    `ended`: the answer was not cut at the maximum of tokens.
+    """
 
     text: str | None
     input_tokens: int = 0
     output_tokens: int = 0
+    ended: bool = True
 
 
-def key_of(question: str) -> str:
-    """The key of a question's answer: its SHA-256."""
-    return sha256(question.encode()).hexdigest()
+@dataclass(frozen=True)
+class Question:
+    """A conversation that the endpoint is asked to continue. `key` is the key of its answer.
+
+    `fields` are further fields of its request. The endpoint's own parameters replace them.
+    """
+
+    key: str
+    messages: Sequence[JsonObject]
+    fields: JsonObject = field(default_factory=dict)
+
+    @classmethod
+    def of_text(cls, text: str) -> "Question":
+        """A question in one message. It is asked once, whoever asks it."""
+        return cls(sha256(text.encode()).hexdigest(), [{"role": "user", "content": text}])
+
+    @classmethod
+    def of_prompt(cls, messages: Sequence[JsonObject], fields: JsonObject, number: int) -> "Question":
+        """A prompt to be answered. `number` counts the answers that are asked for."""
+        identity = orjson.dumps([messages, fields, number], option=orjson.OPT_SORT_KEYS)
+        return cls(sha256(identity).hexdigest(), messages, fields)
+
+
+Role = Literal["judge", "writer"]
+"""What an endpoint does. Messages and error codes name it so."""
 
 
 class _Retry(Exception):
@@ -80,11 +107,11 @@ class _Retry(Exception):
         self.after, self.unusable, self.busy = after, unusable, busy
 
 
-class JudgeClient:
+class EndpointClient:
     """Asks one endpoint several questions at a time."""
 
-    def __init__(self, endpoint: Endpoint, key: str | None, private_hosts: tuple[str, ...]) -> None:
-        self.endpoint, self._key, self.private_hosts = endpoint, key, private_hosts
+    def __init__(self, endpoint: Endpoint, key: str | None, private_hosts: tuple[str, ...], role: Role) -> None:
+        self.endpoint, self._key, self.private_hosts, self.role = endpoint, key, private_hosts, role
         self.headers = {"Content-Type": "application/json", "User-Agent": f"dpo-service/{__version__}"}
         if key is not None:
             self.headers["Authorization"] = f"Bearer {key}"
@@ -95,7 +122,7 @@ class JudgeClient:
 
     def ask_all(
         self,
-        questions: Iterator[str],
+        questions: Iterator[Question],
         known: dict[str, Answer],
         keep: Callable[[dict[str, Answer]], None],
         check_stop: Callable[[], None],
@@ -103,21 +130,21 @@ class JudgeClient:
         """The answers to all `questions` by key. Answers that are `known` are included and not asked for again.
 
         `keep` is called with new answers as they come. `check_stop` is called several times a second and may raise to
-        stop. Answers under way are then kept too, if they come within `GRACE_SECONDS`. Raises `JudgeFailed`.
+        stop. Answers under way are then kept too, if they come within `GRACE_SECONDS`. Raises `EndpointFailed`.
         """
         answers, fresh, kept_at = dict(known), dict[str, Answer](), time.monotonic()  # `fresh`: not yet kept
         pending: dict[Future[Answer], str] = {}
         self._answered, more = sum(answer.text is not None for answer in known.values()), True
         with new_client(TIMEOUT_SECONDS) as self._client:
-            pool = ThreadPoolExecutor(self.endpoint.concurrency, thread_name_prefix="judge")
+            pool = ThreadPoolExecutor(self.endpoint.concurrency, thread_name_prefix=self.role)
             try:
                 while more or pending:
                     while more and len(pending) < self.endpoint.concurrency:
                         question = next(questions, None)
                         more = question is not None
-                        if question is None or (key := key_of(question)) in answers or key in pending.values():
+                        if question is None or question.key in answers or question.key in pending.values():
                             continue
-                        pending[pool.submit(self._ask, question)] = key
+                        pending[pool.submit(self._ask, question)] = question.key
                     new, error = self._collect(pending, 0.25)
                     answers.update(new)
                     fresh |= new
@@ -154,7 +181,7 @@ class JudgeClient:
             first_error = first_error or error
         return answers, first_error
 
-    def _ask(self, question: str) -> Answer:
+    def _ask(self, question: Question) -> Answer:
         """Ask one question until it has an answer or is given up."""
         with self._lock:
             self._under_way += 1
@@ -164,12 +191,12 @@ class JudgeClient:
             with self._lock:
                 self._under_way -= 1
 
-    def _ask_until_answered(self, question: str) -> Answer:
+    def _ask_until_answered(self, question: Question) -> Answer:
         tries, unusable, failed, answered = 0, 0, 0, self._answered
         while True:
             self._wait_until(self._quiet_until)
             if self._stopping.is_set():
-                raise JudgeFailed("judge_unavailable", "The evaluation was stopped.")
+                raise self._failed("unavailable", "was asked no further")
             try:
                 answer = self._post(question)
             except _Retry as retry:
@@ -178,7 +205,7 @@ class JudgeClient:
                 answered = self._answered
                 if unusable >= MAX_UNUSABLE:
                     if not self._answered:
-                        raise JudgeFailed("judge_refused", f"The judge has answered nothing: {retry}.") from None
+                        raise self._failed("refused", f"has answered nothing: {retry}") from None
                     return Answer(None)
                 if failed >= MAX_FAILED:
                     return Answer(None)
@@ -188,8 +215,8 @@ class JudgeClient:
                         if self._answered and self._under_way == 1 and self._given_up < MAX_GIVEN_UP:
                             self._given_up, self._last_answer = self._given_up + 1, time.monotonic()
                             return Answer(None)
-                        message = f"The judge has given no answer for {silent / 60:.0f} minutes: {retry}."
-                        raise JudgeFailed("judge_unavailable", message) from None
+                        reason = f"has given no answer for {silent / 60:.0f} minutes: {retry}"
+                        raise self._failed("unavailable", reason) from None
                     pause = min(MAX_WAIT_SECONDS, 0.5 * 2 ** min(tries - 1, 7) * random.uniform(0.5, 1.0))  # noqa: S311
                     if retry.after is not None:  # the server's pause applies to all questions
                         pause = min(MAX_WAIT_SECONDS, max(pause, retry.after))
@@ -206,27 +233,25 @@ class JudgeClient:
         while (seconds := moment - time.monotonic()) > 0 and not self._stopping.wait(seconds):
             pass
 
-    def _post(self, question: str) -> Answer:
-        """Send one request. Raises `_Retry` or `JudgeFailed`."""
-        body = {
-            **self.endpoint.parameters,
-            "model": self.endpoint.model,
-            "messages": [{"role": "user", "content": question}],
-        }
+    def _post(self, question: Question) -> Answer:
+        """Send one request. Raises `_Retry` or `EndpointFailed`."""
+        fields = {**question.fields, **self.endpoint.parameters}
+        body = {name: value for name, value in fields.items() if value is not None}
+        body |= {"model": self.endpoint.model, "messages": question.messages}
         try:
             url = f"{self.endpoint.base_url.rstrip('/')}/chat/completions"
             target = resolve(url, self.private_hosts, PRIVATE_JUDGES_SETTING)
         except HostRefused as refused:
             if refused.unknown:  # the name server may be unreachable
                 raise _Retry(str(refused)) from None
-            raise JudgeFailed("judge_refused", f"The judge cannot be asked: {refused}.") from None
+            raise self._failed("refused", f"cannot be asked: {refused}") from None
         try:
             response, content = self._send(target.post(self._client, orjson.dumps(body), self.headers))
         except (httpx2.HTTPError, OSError, RuntimeError) as error:
             raise _Retry(f"{type(error).__name__}: {error}"[:300]) from None
         status = response.status_code
         if status == 200:
-            return _read(content)
+            return _read(content, MAX_VERDICT_CHARACTERS if self.role == "judge" else None)
         reason = f"it answered {status}: {self._error_message(content)}"
         if status in (408, 409, 425, 429) or status >= 500:
             after = _seconds(response.headers.get("retry-after"))
@@ -235,8 +260,11 @@ class JudgeClient:
             self._refused += 1
             refuses_all = self._refused >= MAX_REFUSED and not self._answered
         if status not in (400, 413, 422) or refuses_all:
-            raise JudgeFailed("judge_refused", f"The judge refuses the questions: {reason}")
+            raise self._failed("refused", f"refuses the questions: {reason}")
         return Answer(None)  # only this question is refused: it may be too long, or its topic unwanted
+
+    def _failed(self, kind: str, reason: str) -> EndpointFailed:
+        return EndpointFailed(f"{self.role}_{kind}", f"The {self.role} {reason.removesuffix('.')}.")
 
     def _error_message(self, content: bytes) -> str:
         """The message in the body of an error response. The API key is removed from it."""
@@ -260,16 +288,17 @@ class JudgeClient:
         return response, content
 
 
-def _read(content: bytes) -> Answer:
-    """Read a chat completion. Raises `_Retry` for any other content."""
+def _read(content: bytes, last: int | None) -> Answer:
+    """Read a chat completion, of whose text the `last` characters count. Raises `_Retry` for any other content."""
     try:
         completion: JsonObject = orjson.loads(content)
-        text = completion["choices"][0]["message"]["content"]
+        choice = completion["choices"][0]
+        text, ended = choice["message"]["content"], choice.get("finish_reason") != "length"
         usage = completion.get("usage") or {}
         counts = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
     except (orjson.JSONDecodeError, LookupError, TypeError, AttributeError, ValueError):
         raise _Retry("its answer is not a chat completion", unusable=True) from None
-    return Answer(text[-MAX_ANSWER_CHARACTERS:] if isinstance(text, str) else None, *counts)
+    return Answer(text[-last if last else 0 :] if isinstance(text, str) else None, counts[0], counts[1], ended)
 
 
 def _seconds(retry_after: str | None) -> float | None:

@@ -1,1 +1,0 @@
-"""Judges that are asked which of two answers is better: their questions, verdicts and endpoints."""
