@@ -50,13 +50,13 @@ def preference(items: Sequence[Item]) -> Figures:
     reference = numpy.array([item["reference_logps"] for item in items])
     return {
         "pairs": len(items),
-        "accuracy": _shown(confidence.rate(right, prompts)),
-        "margin": _shown(confidence.mean(margins, prompts)),
-        "chosen_logratio": _shown(confidence.mean(logps[:, 0] - reference[:, 0], prompts)),
-        "rejected_logratio": _shown(confidence.mean(logps[:, 1] - reference[:, 1], prompts)),
+        "accuracy": shown(confidence.rate(right, prompts)),
+        "margin": shown(confidence.mean(margins, prompts)),
+        "chosen_logratio": shown(confidence.mean(logps[:, 0] - reference[:, 0], prompts)),
+        "rejected_logratio": shown(confidence.mean(logps[:, 1] - reference[:, 1], prompts)),
         "calibration": {"error": error, "bins": [asdict(entry) for entry in bins]},
         "by_length": by_length(longer, right.tolist(), prompts),
-        "longer_answer_preferred": _shown(confidence.rate(longer_preferred, prompts)),
+        "longer_answer_preferred": shown(confidence.rate(longer_preferred, prompts)),
     }
 
 
@@ -69,7 +69,7 @@ def by_length(differences: Sequence[float], points: Sequence[float], prompts: Se
             "least": float(differences[group[0]]),
             "most": float(differences[group[-1]]),
             "count": len(group),
-            "rate": _shown(confidence.rate([points[k] for k in group], [prompts[k] for k in group])),
+            "rate": shown(confidence.rate([points[k] for k in group], [prompts[k] for k in group])),
         }
         for group in groups
     ]
@@ -90,9 +90,9 @@ def reward_kl(items: Sequence[Item]) -> Figures:
             {
                 "temperature": temperature,
                 "completions": len(sampled),
-                **({"reward": _shown(confidence.mean(rewards, prompts))} if rewards else {}),
-                "kl": _shown(confidence.mean([_kl(item) for item in sampled], prompts)),
-                "tokens": _shown(confidence.mean([item["tokens"] for item in sampled], prompts)),
+                **({"reward": shown(confidence.mean(rewards, prompts))} if rewards else {}),
+                "kl": shown(confidence.mean([_kl(item) for item in sampled], prompts)),
+                "tokens": shown(confidence.mean([item["tokens"] for item in sampled], prompts)),
                 "ended": sum(item["ended"] for item in sampled) / len(sampled),
             }
         )
@@ -118,7 +118,7 @@ def win_rate(items: Sequence[Item]) -> Figures:
             {
                 "temperature": temperature,
                 "comparisons": len(compared),
-                **{f"{side}_characters": _shown(_characters(compared, side)) for side in sides},
+                **{f"{side}_characters": shown(_characters(compared, side)) for side in sides},
                 **(_win_figures(*map(list, zip(*judged, strict=True))) if judged else {}),
                 **_order_effects(compared),
             }
@@ -132,11 +132,11 @@ def _win_figures(items: list[Item], points: list[float]) -> Figures:
     longer = [float(item["candidate_characters"] - item["baseline_characters"]) for item in items]
     longer_wins = confidence.accuracy_points((array - 0.5) * numpy.array(longer))
     return {
-        "win_rate": _shown(confidence.win_rate(array, prompts)),
+        "win_rate": shown(confidence.win_rate(array, prompts)),
         "wins": int((array == 1).sum()),
         "ties": int((array == 0.5).sum()),
         "losses": int((array == 0).sum()),
-        "longer_answer_wins": _shown(confidence.rate(longer_wins, prompts)),
+        "longer_answer_wins": shown(confidence.rate(longer_wins, prompts)),
         "by_length": by_length(longer, points, prompts),
     }
 
@@ -178,7 +178,7 @@ def _order_effects(items: Sequence[Item]) -> Figures:
     }
     if orders:
         shown_first = [float(verdict == shown) for _, verdict, shown in orders]
-        figures["first_shown_preferred"] = _shown(
+        figures["first_shown_preferred"] = shown(
             confidence.mean(shown_first, [item["prompt_number"] for item, _, _ in orders])
         )
     return figures
@@ -214,7 +214,7 @@ def agreement(items: Sequence[Item]) -> Figures:
     figures: Figures = {
         "comparisons": len(items),
         "votes": int(sum(sum(item["votes"]) for item in items)),
-        "people_prefer_longer": _shown(_longer(votes)),
+        "people_prefer_longer": shown(_longer(votes)),
     }
     if people.any():
         figures["people_people"] = _agreement(people) | {"cases": int(people.sum()) // 2}
@@ -222,7 +222,7 @@ def agreement(items: Sequence[Item]) -> Figures:
         clear = judged.copy()
         clear[:, CLASSES.index("tie")] = 0
         figures["judge_people"] = _agreement(judged) | ({"without_ties": _agreement(clear)} if clear.any() else {})
-        figures["judge_prefers_longer"] = _shown(_longer(opinions))
+        figures["judge_prefers_longer"] = shown(_longer(opinions))
     return figures | _order_effects(items)
 
 
@@ -230,8 +230,8 @@ def _agreement(tables: Floats) -> Figures:
     tables = tables[tables.any((1, 2))]
     return {
         "cases": int(tables.sum()),
-        "agreement": _shown(confidence.share(numpy.trace(tables, axis1=1, axis2=2), tables.sum((1, 2)))),
-        "kappa": _shown(confidence.kappa(tables)),
+        "agreement": shown(confidence.share(numpy.trace(tables, axis1=1, axis2=2), tables.sum((1, 2)))),
+        "kappa": shown(confidence.kappa(tables)),
     }
 
 
@@ -291,6 +291,6 @@ def flatten(report: Figures, prefix: str = "") -> dict[str, float]:
     return numbers
 
 
-def _shown(estimate: IntervalEstimate) -> dict[str, float]:
+def shown(estimate: IntervalEstimate) -> dict[str, float]:
     """An estimate as JSON, which has no NaN: unknown numbers are left out."""
     return {name: value for name, value in asdict(estimate).items() if not math.isnan(value)}

@@ -7,22 +7,16 @@ from pathlib import Path
 from sqlalchemy.orm import Session
 
 from app.jobs import checkpoints as job_checkpoints
-from app.jobs import events as job_events
-from app.jobs.queue import JOBS
-from app.jobs.states import Status
 from app.jobs.tables import Job
 from app.models import repository as models
-from app.spec import quality_gates
 from app.spec.datasets.rendering import RenderingSettings
 from app.spec.evaluation import EvaluationSpec
 from app.spec.job import JobSpec
 from app.spec.json_types import JsonObject
 from worker.endpoints.client import EndpointFailed, Question
 from worker.judge import questions, verdicts
-from worker.lease import LeaseLost
-from worker.runner import CannotRun
-from worker.sides_attempt import ANSWERS, SidesAttempt
-from worker.trainer.events import EvaluationDone, TrainingDone
+from worker.runner import CannotRun, Done
+from worker.sides_attempt import ANSWERS, SidesAttempt, change_items, read_items
 
 
 class Evaluation(SidesAttempt[EvaluationSpec]):
@@ -69,29 +63,28 @@ class Evaluation(SidesAttempt[EvaluationSpec]):
         asking = self.asks(judge.endpoint, ANSWERS, "judge")
 
         def all_questions() -> Iterator[Question]:
-            for item in _items(path):
+            for item in read_items(path):
                 yield from map(Question.of_text, questions(judge, item, sides))
 
         try:
             asking.ask(all_questions, self.report_answers)
         except EndpointFailed as failed:
             return self.fail(failed.code, str(failed), "judge.endpoint")
-        judged_path = path.with_name("judged.jsonl")
-        with judged_path.open("w") as file:
-            for item in _items(path):
-                asked = map(Question.of_text, questions(judge, item, sides))
-                texts = [asking.answers[question.key].text for question in asked]
-                item |= {"asked": bool(texts), "verdicts": verdicts(texts, sides), "judgements": texts}
-                file.write(json.dumps(item, ensure_ascii=False) + "\n")
-        judged_path.replace(path)
+
+        def add(item: JsonObject) -> JsonObject:
+            asked = map(Question.of_text, questions(judge, item, sides))
+            texts = [asking.answers[question.key].text for question in asked]
+            return item | {"asked": bool(texts), "verdicts": verdicts(texts, sides), "judgements": texts}
+
+        change_items(path, add)
         return True
 
-    def succeed(self, outcome: TrainingDone | EvaluationDone) -> None:
+    def succeed(self, outcome: Done) -> None:
         items_path, report_path = self.folder / "output" / "items.jsonl", self.folder / "report.json"
         endpoint = self.spec.judge and self.spec.judge.endpoint
         if endpoint and not self._ask(items_path):
             return
-        items = [_without_texts(item) for item in _items(items_path)]
+        items = [_without_texts(item) for item in read_items(items_path)]
         if not items:
             self.fail("invalid_file", "No row of the data is left to evaluate.", "data")
             return
@@ -103,29 +96,10 @@ class Evaluation(SidesAttempt[EvaluationSpec]):
             tokens = self.asks(endpoint, ANSWERS, "judge").tokens
             report["judge"] = evaluation_figures.judge_usage(endpoint.price, tokens)
         metrics = evaluation_figures.flatten(report)
-        verdicts = quality_gates.judge(self.spec.gates or [], metrics)
         report_path.write_text(json.dumps(report, indent=1, allow_nan=False))
         stored = [self.store_result(report_path, "report.json"), self.store_result(items_path, "items.jsonl")]
-
-        def write(session: Session) -> None:
-            if verdicts:
-                if not JOBS.write(session, self.job.id, self.job.attempt, gates=verdicts):
-                    raise LeaseLost
-                job_events.add(
-                    session, self.job.id, quality_gates.summary(verdicts), level=quality_gates.level(verdicts)
-                )
-            results = [make_row() for make_row in stored]
-            self.end(
-                session,
-                Status.SUCCEEDED,
-                f"The evaluation has succeeded: {evaluation_figures.summary(report)}",
-                result_files=[file.id for file in results],
-                metrics=metrics,
-                gates=verdicts or None,
-            )
-            session.add_all(results)
-
-        self.lease.write(write)
+        summary = evaluation_figures.summary(report)
+        self.finish(f"The evaluation has succeeded: {summary}", metrics, self.spec.gates or [], stored)
 
 
 def rendering_of(spec: EvaluationSpec, project: str, side: str, name: str, session: Session) -> JsonObject:
@@ -141,11 +115,6 @@ def rendering_of(spec: EvaluationSpec, project: str, side: str, name: str, sessi
     if side == "judge":  # the candidate's settings do not concern a base model that judges
         return vars(RenderingSettings(date=spec.date).rendering)
     return vars(spec.rendering)
-
-
-def _items(path: Path) -> Iterator[JsonObject]:
-    with path.open() as file:
-        yield from map(json.loads, file)
 
 
 def _without_texts(item: JsonObject) -> JsonObject:

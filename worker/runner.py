@@ -58,6 +58,7 @@ from worker.trainer.events import (
     EvaluationDone,
     Event,
     Failed,
+    LabellingDone,
     Notice,
     TrainingDone,
     Working,
@@ -70,7 +71,9 @@ from worker.work import work_folder
 log = structlog.get_logger(__name__)
 Result = TypeVar("Result")
 Spec = TypeVar("Spec", JobSpec, EvaluationSpec, LabellingSpec)
-Outcome = TrainingDone | EvaluationDone | Failed | Broken | DeviceFailed
+Done = TrainingDone | EvaluationDone | LabellingDone
+"""The events that end a run well."""
+Outcome = Done | Failed | Broken | DeviceFailed
 """The events that end a run."""
 
 CACHE_KEY = re.compile(r"(tokens|reference)(/[0-9a-f]{64}){1,2}")
@@ -129,7 +132,7 @@ class JobAttempt(ABC, Generic[Spec]):
             self.folder = Path(name)
             try:
                 in_thread(self.prepare, self.lease.check)
-                self._finish(self._train())
+                self.run_trainer()
             except AskedToStop:
                 with suppress(LeaseLost):
                     self.stop_early()
@@ -149,6 +152,11 @@ class JobAttempt(ABC, Generic[Spec]):
                 self.close()
         if not self.stopping.is_set():
             briefly(partial(tidy_job, self.services, self.job.id), TIDY_SECONDS)  # pruning removes what is left
+
+    def run_trainer(self) -> None:
+        """Run the trainer over the folder, and end the attempt as its outcome demands."""
+        self.outcome = None
+        self._finish(self._train())
 
     @property
     def overdue(self) -> bool:
@@ -187,7 +195,7 @@ class JobAttempt(ABC, Generic[Spec]):
         """Called after `batch` is written."""
 
     @abstractmethod
-    def succeed(self, outcome: TrainingDone | EvaluationDone) -> None:
+    def succeed(self, outcome: Done) -> None:
         """Upload the results, then make them visible in one transaction."""
 
     def close(self) -> None:
@@ -338,7 +346,7 @@ class JobAttempt(ABC, Generic[Spec]):
 
     def _finish(self, status: int) -> None:
         match self.outcome:
-            case TrainingDone() | EvaluationDone() if status == 0:
+            case TrainingDone() | EvaluationDone() | LabellingDone() if status == 0:
                 self.health.worked()
                 self.succeed(self.outcome)
             case Failed(code, message, _) if code in WRONG_NUMBERS and self.health.at_fault(message, self.devices):
@@ -423,7 +431,7 @@ class JobAttempt(ABC, Generic[Spec]):
         """
         return in_thread(partial(self.lease.outlast, work), self.lease.check)
 
-    def store_result(self, path: Path, name: str) -> Callable[[], File]:
+    def store_result(self, path: Path, name: str, purpose: str = "fine-tune-results") -> Callable[[], File]:
         """Upload a result file of the job. Returns what makes its row, which the caller adds in a transaction."""
         file_id, size, sha256 = new_id("file"), path.stat().st_size, sha256_of(path)
         self.store(partial(self.services.storage.put_file, f"files/{file_id}", path))
@@ -431,7 +439,7 @@ class JobAttempt(ABC, Generic[Spec]):
             id=file_id,
             project=self.job.project,
             filename=name,
-            purpose="fine-tune-results",
+            purpose=purpose,
             bytes=size,
             sha256=sha256,
             created_at=database_now(),

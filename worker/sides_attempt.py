@@ -6,18 +6,24 @@ Completions and paid answers are parts in the job's folder of the object store. 
 import json
 from abc import abstractmethod
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from sqlalchemy.orm import Session
 
+from app.files.tables import File
+from app.jobs import events as job_events
 from app.jobs.queue import JOBS
+from app.jobs.states import Status
 from app.jobs.tables import Job
 from app.models import repository as models
+from app.spec import quality_gates
 from app.spec.evaluation import Endpoint, EvaluationSpec
 from app.spec.json_types import JsonObject
 from app.spec.labelling import LabellingSpec
+from app.spec.quality_gates import Gate
 from app.work_queue import PROGRESS
 from worker.endpoints.asking import Asking
 from worker.endpoints.client import Role
@@ -149,6 +155,32 @@ class SidesAttempt(JobAttempt[SidesSpec], Generic[SidesSpec]):
 
         self.lease.write(write)
 
+    def finish(
+        self, message: str, metrics: dict[str, float], gates: Sequence[Gate], stored: Sequence[Callable[[], File]]
+    ) -> None:
+        """End the job as succeeded, with its `metrics`, its gates and its files. `stored` make the files' rows."""
+        verdicts = quality_gates.judge(gates, metrics)
+
+        def write(session: Session) -> None:
+            if verdicts:
+                if not JOBS.write(session, self.job.id, self.job.attempt, gates=verdicts):
+                    raise LeaseLost
+                job_events.add(
+                    session, self.job.id, quality_gates.summary(verdicts), level=quality_gates.level(verdicts)
+                )
+            results = [make_row() for make_row in stored]
+            self.end(
+                session,
+                Status.SUCCEEDED,
+                message,
+                result_files=[file.id for file in results],
+                metrics=metrics,
+                gates=verdicts or None,
+            )
+            session.add_all(results)
+
+        self.lease.write(write)
+
     def fail(self, code: str, message: str, param: str | None) -> bool:
         """Fail the job, and keep the new answers of endpoints for later jobs."""
         for asking in self.asking.values():
@@ -158,6 +190,20 @@ class SidesAttempt(JobAttempt[SidesSpec], Generic[SidesSpec]):
     def _by_judge(self, part: Path) -> bool:
         """Whether a part holds completions of a model that judges."""
         return part.name.startswith(self.JUDGES)
+
+
+def read_items(path: Path) -> Iterator[JsonObject]:
+    """The items in `path`, one by one."""
+    with path.open() as file:
+        yield from map(json.loads, file)
+
+
+def change_items(path: Path, change: Callable[[JsonObject], JsonObject]) -> None:
+    """Replace each item in `path` by what `change` makes of it."""
+    changed = path.with_suffix(".changed")
+    with changed.open("w") as file:
+        file.writelines(json.dumps(change(item), ensure_ascii=False) + "\n" for item in read_items(path))
+    changed.replace(path)
 
 
 def _line_count(path: Path) -> int:

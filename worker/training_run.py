@@ -25,8 +25,8 @@ from app.work_queue import PROGRESS
 from worker.checkpoints import Checkpoints
 from worker.integrations import Reporter
 from worker.lease import LeaseLost
-from worker.runner import JobAttempt
-from worker.trainer.events import CheckpointWritten, EvaluationDone, Event, Metrics, StageBegan, TrainingDone, Working
+from worker.runner import Done, JobAttempt
+from worker.trainer.events import CheckpointWritten, Event, Metrics, StageBegan, TrainingDone, Working
 
 FINISH_SECONDS = 30.0
 """Time to send the last metrics of an attempt to its integrations. A worker that stops does not take it."""
@@ -192,7 +192,7 @@ class Training(JobAttempt[JobSpec]):
             except Exception as error:  # the training must not wait for it
                 self.log.warning("checkpoints not trimmed", reason=str(error))
 
-    def succeed(self, outcome: TrainingDone | EvaluationDone) -> None:
+    def succeed(self, outcome: Done) -> None:
         assert isinstance(outcome, TrainingDone)
         name = self.job.makes
         folder = self.folder / "output"

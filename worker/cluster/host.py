@@ -41,6 +41,7 @@ from worker.trainer.events import (
     CompletionsWritten,
     EvaluationDone,
     Event,
+    LabellingDone,
     TrainingDone,
     read,
 )
@@ -213,7 +214,7 @@ class Host:
                 places = [self.folder / "cache" / key]
             case TrainingDone():
                 places = [self.folder / "output", self.folder / "result.csv"]
-            case EvaluationDone():
+            case EvaluationDone() | LabellingDone():
                 places = [self.folder / "output"]
             case _:
                 places = []

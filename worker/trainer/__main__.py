@@ -1,4 +1,4 @@
-"""`python -m worker.trainer WORKDIR`: train or evaluate in a work folder, with events on standard output.
+"""`python -m worker.trainer WORKDIR`: train, evaluate or label in a work folder, with events on standard output.
 
 Exit status:
 
@@ -58,10 +58,11 @@ def load_bitsandbytes() -> None:
 
 
 def load() -> None:
-    """Import all that a training or an evaluation needs. The fork server does it before the first job."""
+    """Import all that a training, an evaluation or a labelling needs. The fork server does it before the first job."""
     os.environ.update(ENVIRONMENT)
     load_bitsandbytes()
     import worker.trainer.evaluation
+    import worker.trainer.labelling
     import worker.trainer.loop  # noqa: F401
 
 
@@ -165,18 +166,22 @@ def _train_or_evaluate(
     from worker.trainer.evaluation import evaluate
     from worker.trainer.evaluation.run import EvaluationRun
     from worker.trainer.events import Broken, DeviceFailed, Failed
+    from worker.trainer.labelling import make_labels
+    from worker.trainer.labelling.run import LabellingRun
     from worker.trainer.loop import train
     from worker.trainer.room import NoRoom
     from worker.trainer.run import TrainingRun, require_placed
 
-    is_evaluation = (folder / "evaluation.json").exists()
+    is_training = (folder / "spec.json").exists()
     try:
         require_placed(folder, about)
         with lost_peers():
-            if is_evaluation:
-                evaluate(EvaluationRun.of(folder, events, stopping, cache, ranks))
-            else:
+            if is_training:
                 train(TrainingRun.of(folder, events, stopping, cache, ranks))
+            elif (folder / "labelling.json").exists():
+                make_labels(LabellingRun.of(folder, events, stopping, cache, ranks))
+            else:
+                evaluate(EvaluationRun.of(folder, events, stopping, cache, ranks))
             ranks.close()
     except Stopped:
         return STOPPED
@@ -187,7 +192,7 @@ def _train_or_evaluate(
         fail(Failed(error.code, error.message, error.param))
         return 1
     except DatasetError as error:
-        fail(Failed("invalid_file", str(error), "data" if is_evaluation else "training_file"))
+        fail(Failed("invalid_file", str(error), "training_file" if is_training else "data"))
         return 1
     except NoRoom as error:
         fail(Broken(str(error)))

@@ -226,7 +226,7 @@ def _in_form(examples: Iterable[Example], recipe: Recipe) -> Iterator[Example]:
         elif need == Kind.PREFERENCE:
             yield from recipe.pairs.pairs(example)
         elif need == Kind.PROMPTS:
-            if _asks(example):
+            if asks(example):
                 yield replace(example, responses=PROBES[:1], desirable=True, turns=())
         elif need == Kind.LABELLED and len(answers) == 2:
             yield replace(example, responses=answers[:1], desirable=True)
@@ -235,7 +235,7 @@ def _in_form(examples: Iterable[Example], recipe: Recipe) -> Iterator[Example]:
             yield example
 
 
-def _asks(example: Example) -> bool:
+def asks(example: Example) -> bool:
     """Whether there is something to answer: plain text, an answer without a prompt, and blanks ask nothing."""
     if example.raw or not example.prompt:
         return False

@@ -82,7 +82,7 @@ class CheckpointWritten(Event):
 
 @dataclass(frozen=True)
 class CompletionsWritten(Event):
-    """Some completions of an evaluation are in the file `path`. `total` is the number that it needs."""
+    """Some completions of a job are in the file `path`. `total` is the number that it needs."""
 
     KIND = "part"
     path: str
@@ -122,6 +122,14 @@ class EvaluationDone(Event):
     """The evaluation is done. Its items are in `output/items.jsonl`."""
 
     KIND = "evaluated"
+    items: int
+
+
+@dataclass(frozen=True)
+class LabellingDone(Event):
+    """The trainer's part of a labelling is done. Its items are in `output/items.jsonl`."""
+
+    KIND = "labelled"
     items: int
 
 

@@ -163,7 +163,8 @@ def stages(
     grading = None
     if spec.method.reinforcement is not None:
         own = [Rendering(**rendering) for rendering in renderings] or [Rendering()] * len(spec.grader_models)
-        grading = Grading(spec.method.reinforcement.grader, folder, own)
+        models = [(folder / "graders" / str(number) / "base", rendering) for number, rendering in enumerate(own)]
+        grading = Grading(spec.method.reinforcement.grader, folder, models)
     loader = _Loader(folder, tokenizer, context, cache, events, spec.seed or 0, spec.rendering, grading)
     if Renderer(tokenizer, spec.rendering).never_ends:
         events.message(NEVER_ENDS, level="warn", data={"code": "template_never_ends"})
