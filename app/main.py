@@ -37,6 +37,7 @@ from app.jobs.endpoints import router as jobs_router
 from app.keys.access import AccessTable, access
 from app.keys.endpoints import router as keys_router
 from app.keys.middleware import AccessMiddleware
+from app.labellings.endpoints import router as labellings_router
 from app.logging import configure_logging
 from app.models.endpoints import router as models_router
 from app.monitoring.collector import ProjectCollector, ServiceCollector
@@ -70,6 +71,7 @@ ROUTERS = (
     estimates_router,
     graders_router,
     evaluations_router,
+    labellings_router,
     sweeps_router,
     models_router,
     webhooks_router,

@@ -9,11 +9,11 @@ from app.database import Database
 from app.encryption import SecretBox
 from app.errors import ServiceError
 from app.installation import Installation
-from app.jobs.kinds import EVALUATION_JOB
+from app.jobs.kinds import KINDS, TRAINING_JOB
 from app.jobs.states import ACTIVE
 from app.jobs.tables import Job
 from app.keys.tables import ApiKey
-from app.spec.evaluation import EvaluationSpec
+from app.spec.job import JobSpec
 from app.webhooks.tables import WebhookEndpoint
 
 
@@ -69,13 +69,14 @@ def reseal(database: Database, secret_box: SecretBox) -> Resealed:
 
 
 def _reseal_judges(session: Session, secret_box: SecretBox) -> int:
-    """Seal the keys of the judges of unfinished evaluations anew. Returns the number of these evaluations."""
-    unfinished = (Job.kind == EVALUATION_JOB.name, Job.status.in_(ACTIVE))
+    """Seal the keys of the endpoints of unfinished evaluations and labellings anew. Returns the number of these."""
+    unfinished = (Job.kind != TRAINING_JOB.name, Job.status.in_(ACTIVE))  # a training keeps no key in its own row
     resealed = 0
     for job in session.scalars(select(Job).where(*unfinished).with_for_update()):
-        spec = EvaluationSpec.stored(job.spec)
+        spec = KINDS[job.kind].read(job.spec)
+        assert not isinstance(spec, JobSpec)
         new = spec.sealed(secret_box.reseal)
-        if new is not spec:
+        if new != spec:
             job.spec, resealed = new.to_store(), resealed + 1
     return resealed
 

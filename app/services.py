@@ -14,6 +14,7 @@ from app.jobs.event_feed import Feed
 from app.jobs.service import Jobs
 from app.keys.rates import RateLimiter, WrongKeys
 from app.keys.service import Keys
+from app.labellings.service import Labellings
 from app.models.service import Models
 from app.operations.service import OperationsControl
 from app.projects.service import Projects
@@ -45,6 +46,7 @@ class Services:
     jobs: Jobs
     estimates: Estimates
     evaluations: Evaluations
+    labellings: Labellings
     sweeps: Sweeps
     models: Models
     secret_box: SecretBox
@@ -81,6 +83,7 @@ class Services:
             jobs=jobs,
             estimates=Estimates(database, broker, jobs),
             evaluations=evaluations,
+            labellings=Labellings(database, storage, broker, keys, feed, secret_box, settings.private_judges),
             sweeps=Sweeps(database, broker, jobs),
             models=Models(database, storage, broker),
             secret_box=secret_box,

@@ -32,7 +32,7 @@ def report(spec: LabellingSpec, items: Iterable[JsonObject]) -> Figures:
     asked = {title: _Asked() for title, labeller in zip(titles, spec.labellers, strict=True) if labeller.asked}
     scores, prompts = list[float](), list[int]()
     for number, item in enumerate(items):
-        labels, texts = item["labels"], [answer["text"] for answer in item["answers"]]
+        labels, texts = item["labels"], [answer["text"].strip() for answer in item["answers"]]
         first: Scores = labels[titles[0]]["scores"]
         counts["prompts"] += 1
         counts["rows"] += row_of(spec, item) is not None
@@ -163,7 +163,7 @@ class _Writers:
         tops = scores.count(best)
         for answer, score in zip(answers, scores, strict=True):
             writer = answer["writer"]
-            self._characters[writer].append(len(answer["text"]))
+            self._characters[writer].append(len(answer["text"].strip()))
             self._ended[writer] += answer["ended"]
             if score is not None:
                 self._scores[writer].append(score)

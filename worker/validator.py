@@ -2,7 +2,7 @@
 
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from app.estimates.service import needs
 from app.files.tables import File
 from app.jobs import events as job_events
 from app.jobs import transitions
-from app.jobs.kinds import KINDS
+from app.jobs.kinds import EVALUATION_JOB, KINDS, LABELLING_JOB, AnySpec
 from app.jobs.queue import JOBS
 from app.jobs.states import Actor, Status
 from app.jobs.tables import Job
@@ -27,10 +27,11 @@ from app.spec.evaluation import EvaluationSpec
 from app.spec.hyperparameters import DEFAULT_MAX_LENGTH
 from app.spec.job import JobSpec
 from app.spec.json_types import JsonObject
+from app.spec.labelling import LabellingSpec
 from app.work_queue import PROGRESS
+from worker import evaluation_run, labelling_run
 from worker.base_models import BaseModels, has_chat_template
 from worker.counting import CountRequest, count, place_tokenizer
-from worker.evaluation_run import rendering_of
 from worker.input_file import InputLost, fetch_input
 from worker.lease import AskedToStop, JobLease, Lease, LeaseLost
 from worker.model_files import folder_at
@@ -42,6 +43,11 @@ from worker.work import work_folder
 
 log = structlog.get_logger(__name__)
 
+RENDERINGS: dict[str, Callable[[Any, str, str, str, Session], JsonObject]] = {
+    EVALUATION_JOB.name: evaluation_run.rendering_of,
+    LABELLING_JOB.name: labelling_run.rendering_of,
+}
+"""How the model of a side renders conversations, by the job's kind."""
 SAMPLE = 200
 """Maximum number of rows of a file that are rendered for the model before the job waits for a GPU."""
 
@@ -211,15 +217,13 @@ class _Check:
     def _to_render(self) -> Iterator[tuple[str, list[tuple[str, CountRequest]]]]:
         """(model name, [(field of a file, how the model reads it)]) of each model that reads a file."""
         spec = self.spec
-        if isinstance(spec, EvaluationSpec):
-            kept = self.outlines["data"].kept
-            need = Kind.PREFERENCE if spec.type == "preference" else Kind.PROMPTS
-            for name, side in (("candidate", spec.candidate), ("baseline", spec.baseline)):
-                if side is not None and side.model is not None:
-                    with self.services.database.read() as session:
-                        rendering = rendering_of(spec, self.job.project, name, side.model, session)
-                    recipe = self._recipe(spec, "data", need) | {"rendering": rendering}
-                    yield side.model, [("data", CountRequest(self._path(spec.data), recipe, kept, SAMPLE))]
+        if not isinstance(spec, JobSpec):
+            need = Kind.PREFERENCE if isinstance(spec, EvaluationSpec) and spec.type == "preference" else Kind.PROMPTS
+            for side, model in self._written_by(spec):
+                with self.services.database.read() as session:
+                    rendering = RENDERINGS[self.kind.name](spec, self.job.project, side, model, session)
+                recipe = self._recipe(spec, "data", need) | {"rendering": rendering}
+                yield model, [("data", CountRequest(self._path(spec.data), recipe, self.outlines["data"].kept, SAMPLE))]
             return
         files, requests = dict(spec.files()), []
         for stage in spec.stages():
@@ -237,7 +241,17 @@ class _Check:
         yield spec.model, requests
 
     @staticmethod
-    def _recipe(spec: JobSpec | EvaluationSpec, field: str, need: Kind) -> JsonObject:
+    def _written_by(spec: EvaluationSpec | LabellingSpec) -> list[tuple[str, str]]:
+        """(side, model name) of each model that reads the data to answer it or to score its answers."""
+        if isinstance(spec, LabellingSpec):
+            named = [(f"writers.{number}", writer.model) for number, writer in enumerate(spec.writers)]
+        else:
+            sides = (("candidate", spec.candidate), ("baseline", spec.baseline))
+            named = [(name, side.model) for name, side in sides if side is not None]
+        return [(side, model) for side, model in named if model is not None]
+
+    @staticmethod
+    def _recipe(spec: AnySpec, field: str, need: Kind) -> JsonObject:
         mapping = spec.reads(field)
         return {
             "need": need.value,

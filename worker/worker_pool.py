@@ -20,7 +20,7 @@ from app.broker import Lane
 from app.derived_artifacts import repository as artifacts
 from app.derived_artifacts.tables import DerivedArtifact
 from app.jobs import queue as job_queue
-from app.jobs.kinds import EVALUATION_JOB, TRAINING_JOB
+from app.jobs.kinds import EVALUATION_JOB, LABELLING_JOB, TRAINING_JOB
 from app.jobs.states import Status
 from app.jobs.tables import Job
 from app.models import repository as models
@@ -46,6 +46,7 @@ from worker.housekeeping import (
     prune_objects,
     retain_checkpoints,
 )
+from worker.labelling_run import Labelling
 from worker.lease import AskedToStop
 from worker.processes import ForkServer
 from worker.reader.client import Reader
@@ -58,7 +59,11 @@ from worker.work import work_folder
 
 log = structlog.get_logger(__name__)
 
-ATTEMPTS: dict[str, type[Training | Evaluation]] = {TRAINING_JOB.name: Training, EVALUATION_JOB.name: Evaluation}
+ATTEMPTS: dict[str, type[Training | Evaluation | Labelling]] = {
+    TRAINING_JOB.name: Training,
+    EVALUATION_JOB.name: Evaluation,
+    LABELLING_JOB.name: Labelling,
+}
 """The class that runs a job, by the job's kind."""
 POLL_SECONDS = 2.0
 """Interval at which an idle worker looks for work, in case a wake-up was lost. Housekeeping and reaper use it too."""
@@ -247,10 +252,10 @@ class WorkerPool:
         if job is None:
             return False
         chosen = choose(free, job.devices or 1, job.nodes)
-        self._begin(job, partial(self._train_or_evaluate, job, chosen), chosen)
+        self._begin(job, partial(self._run_job, job, chosen), chosen)
         return True
 
-    def _train_or_evaluate(self, job: Job, devices: list[Device]) -> None:
+    def _run_job(self, job: Job, devices: list[Device]) -> None:
         """Run one job on `devices`."""
         shared = (self.services, self.base_models, job, self.stopping, self.fork_server, self.health)
         ATTEMPTS[job.kind](*shared, devices).run()

@@ -10,7 +10,7 @@ from app.jobs.states import Status
 from app.jobs.tables import Job
 from app.spec.evaluation import EvaluationType
 from app.spec.json_types import JsonObject
-from app.spec.schema_base import unix_seconds
+from app.spec.schema_base import unix_seconds, without_nulls
 
 
 class EvaluationProgress(BaseModel):
@@ -115,8 +115,8 @@ class EvaluationObject(BaseModel):
             devices=shown_devices(job),
             status=Status(job.status),
             error=JobError(**job.error) if job.error else None,
-            candidate=_without_nulls(spec["candidate"]),
-            baseline=_without_nulls(spec["baseline"]),
+            candidate=without_nulls(spec["candidate"]),
+            baseline=without_nulls(spec["baseline"]),
             judge=_shown_judge(spec["judge"]),
             metadata=job.job_metadata,
             priority=job.priority,
@@ -136,17 +136,9 @@ class EvaluationObject(BaseModel):
         )
 
 
-def _without_nulls(fields: JsonObject | None) -> JsonObject | None:
-    return fields and {
-        name: _without_nulls(value) if isinstance(value, dict) else value
-        for name, value in fields.items()
-        if value is not None
-    }
-
-
 def _shown_judge(stored_judge: JsonObject | None) -> JsonObject | None:
     """The judge without the API key of its endpoint, which the API never shows."""
-    judge = _without_nulls(stored_judge)
+    judge = without_nulls(stored_judge)
     if judge is not None and "endpoint" in judge:
-        judge["endpoint"] = _without_nulls({**judge["endpoint"], "api_key": None})
+        judge["endpoint"] = without_nulls({**judge["endpoint"], "api_key": None})
     return judge

@@ -1,48 +1,43 @@
 """The HTTP operations on evaluations."""
 
-from collections.abc import Iterable, Iterator
-from itertools import chain
+from collections.abc import Iterable
 
 import structlog
 from sqlalchemy.orm import Session
 
-from app.archive import Entry, tar
 from app.broker import Broker, Lane
 from app.database import Database
 from app.encryption import SecretBox
-from app.errors import NotFound, ServiceError
+from app.errors import ServiceError
 from app.estimates import fit
 from app.evaluations.schemas import EvaluationObject
 from app.files import repository as files
-from app.files.tables import File
 from app.idempotency.service import RequestIdentity
 from app.jobs import checkpoints as job_checkpoints
 from app.jobs import queries
 from app.jobs.event_feed import Feed
 from app.jobs.kinds import EVALUATION_JOB
-from app.jobs.lifecycle import Lifecycle
 from app.jobs.queue_forecast import QueuePlace
+from app.jobs.result_files import ResultFiles
+from app.jobs.sides import require_model, require_reachable
 from app.jobs.states import ACTIVE
 from app.jobs.tables import Job
 from app.keys.service import Keys
 from app.models import repository as models
-from app.outbound_http import HostRefused, resolve
+from app.models.repository import ResolvedModel
 from app.spec.datasets.mapping import Mapping
 from app.spec.evaluation import ALLOWED_FIELDS, EvaluationSpec, JobEvaluation, Side
 from app.spec.json_types import JsonObject
 from app.storage import Storage
-from app.stored_content import ContentDamaged, chunks_of, gone
 
 log = structlog.get_logger(__name__)
 
 PURPOSES = ("evals", "fine-tune")
 DEFAULT_BETA = 0.1
 """The beta of implicit rewards, if no training gives one."""
-PRIVATE_JUDGES_SETTING = "DPO_PRIVATE_JUDGES"
-"""The setting that allows judges in the operator's network, for error messages."""
 
 
-class Evaluations(Lifecycle[EvaluationObject]):
+class Evaluations(ResultFiles[EvaluationObject]):
     """Create, find, follow and cancel evaluations, and read their results."""
 
     KIND = EVALUATION_JOB
@@ -78,17 +73,10 @@ class Evaluations(Lifecycle[EvaluationObject]):
         return self.show(job) if earlier_id is None else self.get(project, job.id)
 
     def require_reachable(self, specs: Iterable[EvaluationSpec], param: str = "") -> None:
-        """Raise `ServiceError` for a judge that no request may be sent to.
-
-        It looks up host names, so call it outside a transaction.
-        """
-        endpoints = [spec.judge.endpoint for spec in specs if spec.judge is not None]
-        for url in dict.fromkeys(endpoint.base_url for endpoint in endpoints if endpoint is not None):
-            try:
-                resolve(url, self.private_hosts, PRIVATE_JUDGES_SETTING)
-            except HostRefused as refused:
-                message = f"The judge at {url} cannot be asked: {refused}."
-                raise ServiceError(message, param=f"{param}judge.endpoint.base_url", code="invalid_url") from None
+        """Raise `ServiceError` for a judge that no request may be sent to. To be called outside a transaction."""
+        judges = [spec.judge for spec in specs if spec.judge is not None]
+        field = f"{param}judge.endpoint"
+        require_reachable([(field, judge.endpoint) for judge in judges if judge.endpoint], self.private_hosts)
 
     def attach(self, session: Session, job: Job, number: int, evaluation: JobEvaluation) -> Job:
         """Store an evaluation of the model that the training `job` makes. It waits until that model exists."""
@@ -108,9 +96,8 @@ class Evaluations(Lifecycle[EvaluationObject]):
         training: Job | None = None,
     ) -> Job:
         """Store an evaluation. `training` is the job that will make its candidate, if that does not exist yet."""
-        scores = spec.judge is not None and not spec.judge.asked
         models_by_field = {
-            field: self._require_model(session, project, field, name, scores=scores)
+            field: self._require_model(session, project, spec, field, name)
             for field, name in spec.models() if training is None or field != "candidate.model"
         }  # fmt: skip
         for field, file_id in spec.files():
@@ -120,7 +107,7 @@ class Evaluations(Lifecycle[EvaluationObject]):
         resolved = self._resolved(session, project, spec, training)
         if resolved.baseline != spec.baseline:
             models_by_field |= {
-                field: self._require_model(session, project, field, name, scores=scores)
+                field: self._require_model(session, project, spec, field, name)
                 for field, name in resolved.models() if field == "baseline.model"
             }  # fmt: skip
         main_model = next(iter(models_by_field.values()), None)
@@ -152,15 +139,11 @@ class Evaluations(Lifecycle[EvaluationObject]):
         )
 
     @staticmethod
-    def _require_model(session: Session, project: str, field: str, name: str, *, scores: bool) -> models.ResolvedModel:
-        """A model that an evaluation loads, locked: nobody can delete it until this transaction ends."""
-        model = models.require(session, project, name, field, lock=True)
-        needs_reward = field.endswith("best_of.by.model") or (field == "judge.model" and scores)
-        # A checkpoint of a reward training is not the classifier that the training ends with.
-        if (model.kind == "reward") != needs_reward or (needs_reward and models.get(session, project, name) is None):
-            expected = "a reward model that a training has ended with" if needs_reward else "a language model"
-            raise ServiceError(f"'{name}' is not {expected}.", param=field, code="invalid_value")
-        return model
+    def _require_model(session: Session, project: str, spec: EvaluationSpec, field: str, name: str) -> ResolvedModel:
+        """A model that an evaluation loads."""
+        judges = field == "judge.model" and spec.judge is not None and not spec.judge.asked
+        scores = judges or field.endswith("best_of.by.model")
+        return require_model(session, project, field, name, scores=scores)
 
     @staticmethod
     def _resolved(session: Session, project: str, spec: EvaluationSpec, training: Job | None) -> EvaluationSpec:
@@ -194,44 +177,6 @@ class Evaluations(Lifecycle[EvaluationObject]):
         if spec.type == "preference" and spec.beta is None:
             changes["beta"] = dpo_settings.get("beta") or DEFAULT_BETA
         return spec.model_copy(update=changes).inheriting(training_spec).resolved()
-
-    def report(self, project: str, evaluation_id: str) -> Iterator[bytes]:
-        """The report, as JSON. Raises `NotFound` if there is none."""
-        job, result_files = self._results(project, evaluation_id)
-        if result_files[0].id != job.result_files[0]:
-            message = f"The report of evaluation {evaluation_id} was deleted."
-            raise NotFound(message, code="report_not_found")
-        return self._content(evaluation_id, result_files[0])
-
-    def _content(self, evaluation_id: str, file: File) -> Iterator[bytes]:
-        """The bytes of a result file. Raises `Gone` if they are lost."""
-        try:
-            return chunks_of(self.storage, file)
-        except ContentDamaged as damage:
-            raise gone("evaluation", evaluation_id, damage, "evaluation_id") from damage
-
-    def download(self, project: str, evaluation_id: str) -> Iterator[bytes]:
-        """The evaluation, its report and its items, as a tar stream. Raises `NotFound` if there are none."""
-        job, result_files = self._results(project, evaluation_id)
-        evaluation = self.show(job).model_dump_json(indent=1).encode()
-        content: list[Entry] = [
-            (file.filename, file.bytes, self._content(evaluation_id, file)) for file in result_files
-        ]
-        return tar(chain([("evaluation.json", len(evaluation), [evaluation])], content))
-
-    def _results(self, project: str, evaluation_id: str) -> tuple[Job, list[File]]:
-        """An evaluation and its remaining result files, the report first. Raises `NotFound` if none is left."""
-        with self.database.read() as session:
-            job = self._require_job(session, project, evaluation_id)
-            result_files = [
-                file for file_id in job.result_files if (file := files.get(session, project, file_id)) is not None
-            ]
-        if not result_files:
-            message = f"Evaluation {evaluation_id} has no results: it is {job.status}."
-            if job.result_files:
-                message = f"The results of evaluation {evaluation_id} were deleted."
-            raise NotFound(message, code="report_not_found")
-        return job, result_files
 
 
 def _reference_side(side: Side | None, model: str | None) -> Side:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from app.spec.evaluation import EvaluationSpec
 from app.spec.job import CLASSIFIER, MORE, JobSpec
 from app.spec.json_types import JsonObject
+from app.spec.labelling import LabellingSpec
 
+AnySpec = JobSpec | EvaluationSpec | LabellingSpec
 StoredSpec = JsonObject
 """The spec of a job as its row stores it."""
 
@@ -38,7 +40,7 @@ class JobKind:
     """The verb that an error message uses for its files: `training_file cannot be trained on`."""
     file_code: Callable[[str], str]
     """The error code of a bad file, from the field that names the file."""
-    read: Callable[[StoredSpec], JobSpec | EvaluationSpec]
+    read: Callable[[StoredSpec], AnySpec]
     files: Callable[[StoredSpec], list[str]]
     """Ids of the files that a job reads."""
     models: Callable[[StoredSpec], list[str | None]]
@@ -88,4 +90,19 @@ EVALUATION_JOB = JobKind(
     files=lambda spec: [file_id for _, file_id in EvaluationSpec.stored(spec).files()],
     models=lambda spec: [name for _, name in EvaluationSpec.stored(spec).models()],
 )
-KINDS = {kind.name: kind for kind in (TRAINING_JOB, EVALUATION_JOB)}
+LABELLING_JOB = JobKind(
+    name="labelling",
+    noun="labelling",
+    title="labelling",
+    code="labelling",
+    id_prefix="labelling",
+    path="/v1/labellings",
+    webhook="labelling",
+    started="Labelling started.",
+    used="labelled",
+    file_code=lambda field: "invalid_file",
+    read=LabellingSpec.stored,
+    files=lambda spec: [file_id for _, file_id in LabellingSpec.stored(spec).files()],
+    models=lambda spec: [name for _, name in LabellingSpec.stored(spec).models()],
+)
+KINDS = {kind.name: kind for kind in (TRAINING_JOB, EVALUATION_JOB, LABELLING_JOB)}

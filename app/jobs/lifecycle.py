@@ -1,4 +1,4 @@
-"""The HTTP operations that trainings and evaluations share: get, list, follow, pause, resume and cancel."""
+"""The HTTP operations that all kinds of jobs share: get, list, follow, pause, resume and cancel."""
 
 import asyncio
 from abc import ABC, abstractmethod
@@ -20,15 +20,13 @@ from app.jobs import events as job_events
 from app.jobs import labels, queries, transitions
 from app.jobs import queue as job_queue
 from app.jobs.event_feed import Feed
-from app.jobs.kinds import JobKind
+from app.jobs.kinds import AnySpec, JobKind
 from app.jobs.queue_forecast import QueuePlace, forecast
 from app.jobs.schemas import EventObject, StreamToken
 from app.jobs.states import ACTIVE, Actor, Status
 from app.jobs.tables import Job, JobInput, OtherBase
 from app.keys.service import Caller, Keys
 from app.projects.service import require_room
-from app.spec.evaluation import EvaluationSpec
-from app.spec.job import JobSpec
 from app.spec.json_types import JsonObject
 from app.storage import Storage
 
@@ -59,7 +57,7 @@ class Lifecycle(ABC, Generic[Shown]):
         self,
         session: Session,
         project: str,
-        submitted: JobSpec | EvaluationSpec,
+        submitted: AnySpec,
         request_id: str | None,
         bases: Iterable[str],
         **columns: object,

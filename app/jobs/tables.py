@@ -42,10 +42,10 @@ class Job(Queued, Table):
     foundation: Mapped[str | None]
     """The fully trained model that `model` is or is an adapter on, if any. It replaces the base model."""
     training_file: Mapped[str]
-    """For an evaluation: its data file."""
+    """For an evaluation or a labelling: its data file."""
     validation_file: Mapped[str | None]
     spec: Mapped[JsonObject]
-    """The resolved `JobSpec` or `EvaluationSpec`."""
+    """The resolved spec, as its `JobKind` reads it."""
     spec_version: Mapped[int] = mapped_column(default=SPEC_VERSION, server_default="1")
     """The version of the spec. Workers of an earlier version leave the job to others."""
     job_metadata: Mapped[JsonObject | None]

@@ -280,7 +280,19 @@ JOBS = {
         "The message has its answer. Answers so far are kept",
     ),
     "judge_unavailable": JobError(
-        "The judge did not answer for a long time", "Start the evaluation again. It asks only the remaining questions"
+        "The judge did not answer for a long time", "Start the job again. It asks only the remaining questions"
+    ),
+    "writer_refused": JobError(
+        "The endpoint that writes answers refuses the key, the path, the bill or every prompt",
+        "The message has its answer. Answers so far are kept",
+    ),
+    "writer_unavailable": JobError(
+        "The endpoint that writes answers did not answer for a long time",
+        "Start the labelling again. It asks only for the remaining answers",
+    ),
+    "nothing_to_compare": JobError(
+        "No prompt of a labelling has two different answers whose scores differ",
+        "A higher temperature, more `samples`, or another labeller. The items of the job's log show the scores",
     ),
     "worker_lost": JobError(
         "Three attempts in a row were lost without a checkpoint between them",

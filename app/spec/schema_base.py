@@ -102,6 +102,15 @@ class Automatic(Defaulted):
     UNSET = (None, "auto")
 
 
+def without_nulls(fields: JsonObject | None) -> JsonObject | None:
+    """`fields` without those that are null, at all depths of objects."""
+    return fields and {
+        name: without_nulls(value) if isinstance(value, dict) else value
+        for name, value in fields.items()
+        if value is not None
+    }
+
+
 def with_files(body: JsonObject, places: dict[str, str]) -> JsonObject:
     """`body` with other file names, in place. `places` maps the dotted paths of fields to the new names."""
     for field, place in places.items():

@@ -16,6 +16,9 @@ EventType = Literal[
     "evaluation.succeeded",
     "evaluation.failed",
     "evaluation.cancelled",
+    "labelling.succeeded",
+    "labelling.failed",
+    "labelling.cancelled",
 ]
 EVENTS: tuple[EventType, ...] = (
     "fine_tuning.job.succeeded",

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 WORDS = ["sun", "moon", "star", "rain", "snow", "wind", "leaf", "tree", "bird", "fish"]
@@ -17,6 +18,6 @@ def pairs(count: int, seed: int) -> list[dict[str, str]]:
     return rows
 
 
-def write(path: Path, rows: list[dict[str, str]]) -> Path:
+def write(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:
     path.write_text("\n".join(json.dumps(row) for row in rows))
     return path

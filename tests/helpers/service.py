@@ -230,13 +230,22 @@ def upload(service: Running, path: Path, purpose: str) -> str:
 
 def ended_evaluation(service: Running, evaluation_id: str, status: str = "succeeded") -> dict[str, Any]:
     """Wait until the evaluation has ended. Returns it. Fails if it has not ended with `status`."""
-    evaluation: dict[str, Any] = {}
+    return _ended(service, f"/evaluations/{evaluation_id}", status)
+
+
+def ended_labelling(service: Running, labelling_id: str, status: str = "succeeded") -> dict[str, Any]:
+    """Wait until the labelling has ended. Returns it. Fails if it has not ended with `status`."""
+    return _ended(service, f"/labellings/{labelling_id}", status)
+
+
+def _ended(service: Running, path: str, status: str) -> dict[str, Any]:
+    job: dict[str, Any] = {}
 
     def has_ended() -> bool:
         with service.http() as http:
-            evaluation.update(http.get(f"/evaluations/{evaluation_id}").raise_for_status().json())
-        return evaluation["status"] in ("succeeded", "failed", "cancelled")
+            job.update(http.get(path).raise_for_status().json())
+        return job["status"] in ("succeeded", "failed", "cancelled")
 
-    service.until(has_ended, evaluation_id)
-    assert evaluation["status"] == status, evaluation["error"]
-    return evaluation
+    service.until(has_ended, path)
+    assert job["status"] == status, job["error"]
+    return job

@@ -69,7 +69,7 @@ def load() -> None:
 
 
 def run(folder: Path) -> int:
-    """Train or evaluate in `folder` on machines of the cluster. Returns the exit status."""
+    """Do the work of a job in `folder` on machines of the cluster. Returns the exit status."""
     stream = os.fdopen(os.dup(1), "w")  # only events go to the real standard output, as in a trainer
     os.dup2(2, 1)
     load()

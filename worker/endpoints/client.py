@@ -20,7 +20,7 @@ import httpx2
 import orjson
 
 from app import __version__
-from app.evaluations.service import PRIVATE_JUDGES_SETTING
+from app.jobs.sides import PRIVATE_JUDGES_SETTING
 from app.outbound_http import HostRefused, new_client, resolve
 from app.spec.evaluation import Endpoint
 from app.spec.json_types import JsonObject

@@ -67,7 +67,7 @@ def load() -> None:
 
 
 def run(folder: Path) -> int:
-    """Train or evaluate in `folder`. Returns the exit status."""
+    """Do the work of a job in `folder`. Returns the exit status."""
     # Libraries print to standard output. Their output goes to the log; only events go to the real standard output.
     stream = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -144,10 +144,10 @@ def _run_rank(
         fail(DeviceFailed(reason))
         return 1
     ranks = Ranks() if alone else DistributedRanks(device)
-    return _train_or_evaluate(folder, about, events, stopping, Cache(folder / "cache", events, answers), ranks, fail)
+    return _do_work(folder, about, events, stopping, Cache(folder / "cache", events, answers), ranks, fail)
 
 
-def _train_or_evaluate(
+def _do_work(
     folder: Path,
     about: JsonObject,
     events: "Events",

@@ -1,0 +1,163 @@
+"""Labellings on the wire."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from app.evaluations.schemas import EvaluationProgress
+from app.jobs.queue_forecast import QueuePlace
+from app.jobs.schemas import GateVerdict, JobError, shown_devices, shown_gates
+from app.jobs.states import Status
+from app.jobs.tables import Job
+from app.spec.json_types import JsonObject
+from app.spec.labelling import LabellingSpec
+from app.spec.schema_base import unix_seconds, without_nulls
+
+
+class LabellingObject(BaseModel):
+    """A labelling. It has a `file` and `metrics` once it has succeeded."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "id": "labelling-abc123",
+                "object": "labelling",
+                "created_at": 1730000000,
+                "status": "succeeded",
+                "data": "file-abc123",
+                "writers": [{"model": "ft:Llama-3.1-8B:default:support:1a2b3c4d"}],
+                "labellers": [{"judge": {"type": "reward_model", "model": "ft:Llama-3.1-8B:default:reward:5e6f7a8b"}}],
+                "metrics": {"rows": 994, "answers": 3912, "margin": 1.71},
+                "file": "file-def456",
+                "result_files": ["file-def456", "file-report", "file-items"],
+            }
+        }
+    )
+
+    id: str
+    object: Literal["labelling"] = "labelling"
+    created_at: int
+    started_at: int | None
+    finished_at: int | None
+    estimated_start: int | None
+    estimated_finish: int | None
+    organization_id: str
+    status: Status
+    error: JobError | None
+    name: str | None
+    data: str
+    mapping: JsonObject | None
+    max_rows: int | None
+    writers: list[JsonObject]
+    own_answers: bool
+    sampling: JsonObject | None
+    labellers: list[JsonObject]
+    quantization: str
+    max_length: int | None
+    seed: int
+    metadata: dict[str, str] | None
+    resources: JsonObject
+    devices: int | None
+    """The devices of the last attempt. While a labelling waits for its first one, the fewest that it takes."""
+    priority: int
+    timeout_seconds: int | None
+    running_seconds: float
+    progress: EvaluationProgress | None
+    queue_position: int | None
+    waiting_for: str | None
+    """The need that keeps a queued job waiting, apart from the jobs before it."""
+    attempt: int
+    metrics: dict[str, float] | None
+    gates: list[GateVerdict]
+    file: str | None
+    """The ranked answers: a file that a training takes."""
+    result_files: list[str]
+    """This file, the report as JSON, and the items behind it: one line for each prompt."""
+    paused: bool
+
+    @classmethod
+    def of(cls, job: Job, place: QueuePlace | None = None) -> "LabellingObject":
+        """The API object of the row `job`. `place` is its place in the queue or on a worker."""
+        place, spec = place or QueuePlace(), LabellingSpec.stored(job.spec).sealed(lambda _: None).to_store()
+        copied = (
+            "name",
+            "data",
+            "mapping",
+            "max_rows",
+            "own_answers",
+            "quantization",
+            "max_length",
+            "seed",
+            "resources",
+        )
+        return cls(
+            id=job.id,
+            created_at=int(job.created_at),
+            started_at=unix_seconds(job.started_at),
+            finished_at=unix_seconds(job.finished_at),
+            estimated_start=unix_seconds(place.start),
+            estimated_finish=unix_seconds(place.finish),
+            organization_id=f"org-{job.project}",
+            devices=shown_devices(job),
+            status=Status(job.status),
+            error=JobError(**job.error) if job.error else None,
+            writers=[without_nulls(writer) or {} for writer in spec["writers"]],
+            sampling=spec["sampling"],
+            labellers=[without_nulls(labeller) or {} for labeller in spec["labellers"]],
+            metadata=job.job_metadata,
+            priority=job.priority,
+            timeout_seconds=job.timeout_seconds,
+            running_seconds=job.ran_seconds,
+            progress=EvaluationProgress(**job.progress) if job.progress else None,
+            queue_position=place.position,
+            waiting_for=place.waiting_for,
+            attempt=job.attempt,
+            metrics=job.metrics,
+            gates=shown_gates(job),
+            file=job.result_files[0] if job.result_files else None,
+            result_files=job.result_files,
+            paused=job.paused,
+            **{name: spec[name] for name in copied},
+        )
+
+
+class EndpointEstimate(BaseModel):
+    """What an endpoint would be asked, at most."""
+
+    field: str
+    role: Literal["writer", "judge"]
+    model: str
+    questions: int
+    input_tokens: int
+    """Roughly, at four characters a token."""
+    output_tokens: int
+    cost: float | None
+    """In the currency of its `price`; null without one."""
+
+
+class LabellingEstimate(BaseModel):
+    """What a labelling would write and ask, at most. Equal answers are asked about once, so it may be less."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "object": "labelling.estimate",
+                "prompts": 1000,
+                "answers": 4000,
+                "sampled_tokens": 1024000,
+                "endpoints": [],
+                "cost": None,
+                "warnings": [],
+            }
+        }
+    )
+
+    object: Literal["labelling.estimate"] = "labelling.estimate"
+    prompts: int
+    answers: int
+    sampled_tokens: int
+    """Tokens that models of the service write."""
+    endpoints: list[EndpointEstimate]
+    cost: float | None
+    """The sum over all endpoints; null if none has a price."""
+    warnings: list[str]
