@@ -88,7 +88,7 @@ class Settings(BaseSettings):
     """Hosts of your own network that webhooks may be sent to: `name` for the ports 80 and 443, `name:8080`, or
     `name:*`."""
     private_judges: Annotated[tuple[str, ...], NoDecode] = ()
-    """Hosts of your own network that evaluations may ask as judges, in the same form."""
+    """Hosts of your own network that evaluations and labellings may ask, in the same form."""
 
     @model_validator(mode="before")
     @classmethod

@@ -1,24 +1,19 @@
 """`dpo evaluate` and `dpo evaluations`: measure whether a model is better."""
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
-from urllib.parse import quote
 
 import typer
-from rich.console import Console
 
+from app.cli import result_files
 from app.cli.client import Client
-from app.cli.describe import describe_gate
-from app.cli.output import Json, Limit, Output, emit, emit_table, read_body, read_gates
+from app.cli.output import Json, emit, read_body, read_gates
+from app.cli.result_files import group_of
 from app.cli.uploads import IdempotencyKey, Uploads, upload_files
-from app.cli.watch import exit_status, watch
-from app.evaluations.figures import figures
 from app.spec.evaluation import side_name
 from app.spec.json_types import JsonObject
 
-evaluations = typer.Typer(help="Evaluations of models.", no_args_is_help=True)
 PATH = "/evaluations"
 
 RewardModelOption = Annotated[str, typer.Option(help="The judge: a reward model of this service.")]
@@ -30,10 +25,6 @@ JudgeModelOption = Annotated[
     str, typer.Option(help="The judge's model there; without --judge-url, a model of this service.")
 ]
 QuestionOption = Annotated[str, typer.Option(help="Its question: dialogue, plain_summary or concise_summary.")]
-
-
-def _path(evaluation_id: str) -> str:
-    return f"{PATH}/{quote(evaluation_id, safe='')}"
 
 
 def evaluate(
@@ -83,21 +74,21 @@ def evaluate(
     judge = judge_from_options(reward_model, classifier, judge_url, judge_model, question)
     if judge:
         body["judge"] = {**(body.get("judge") or {}), **judge}
-    sampling = _set_options(temperatures=temperature, samples=samples, max_tokens=max_tokens)
+    sampling = set_options(temperatures=temperature, samples=samples, max_tokens=max_tokens)
     if sampling:
         body["sampling"] = {**(body.get("sampling") or {}), **sampling}
-    body |= _set_options(max_rows=max_rows, seed=seed)
+    body |= set_options(max_rows=max_rows, seed=seed)
     if gate:
         body["gates"] = [*body.get("gates", []), *read_gates(gate)]
     with Uploads(client, idempotency_key) as uploads:
         upload_files(uploads.add, body)
         started = client.request("POST", PATH, json=body, headers=uploads.headers)
     if follow:
-        _follow(client, started["id"], as_json)
+        result_files.follow(client, f"{PATH}/{started['id']}", as_json)
     emit(started, as_json, f"{started['id']}: {started['status']}\nfollow it: dpo evaluations watch {started['id']}")
 
 
-def _set_options(**options: object) -> JsonObject:
+def set_options(**options: object) -> JsonObject:
     """The options that are not None."""
     return {name: value for name, value in options.items() if value is not None}
 
@@ -126,60 +117,10 @@ def judge_from_options(
     return judge | ({"question": question} if question else {})
 
 
-@evaluations.command("list")
-def evaluations_list(limit: Limit = 20, as_json: Json = False) -> None:
-    """Evaluations, newest first."""
-    rows = list(Client().pages(PATH, limit))
-    cells = [row | {name: side_name(row[name]) for name in ("candidate", "baseline")} for row in rows]
-    emit_table(rows if as_json else cells, ["id", "status", "type", "candidate", "baseline"], as_json)
+def _cells(row: JsonObject) -> JsonObject:
+    return {name: side_name(row[name]) for name in ("candidate", "baseline")}
 
 
-@evaluations.command("show")
-def evaluations_show(evaluation_id: str, as_json: Json = False) -> None:
-    """One evaluation."""
-    fields = Client().request("GET", _path(evaluation_id))
-    emit(fields, as_json, "\n".join(f"{key}: {value}" for key, value in fields.items() if value not in (None, [], {})))
-
-
-@evaluations.command("watch")
-def evaluations_watch(evaluation_id: str, as_json: Json = False) -> None:
-    """Follow an evaluation to its end. Exit status: 0 succeeded, 1 failed, 3 cancelled, 4 a gate not met."""
-    _follow(Client(), evaluation_id, as_json)
-
-
-def _follow(client: Client, evaluation_id: str, as_json: bool) -> None:
-    evaluation = watch(client, _path(evaluation_id), Console(stderr=as_json))
-    text = f"{evaluation['id']}: {evaluation['status']}"
-    if evaluation["error"]:
-        text += f"\n{evaluation['error']['message']}"
-    for figure in figures(evaluation["metrics"] or {}):
-        text += f"\n{figure.name:<32} {figure}"
-    for gate in evaluation["gates"]:
-        text += f"\n{describe_gate(gate)}"
-    emit(evaluation, as_json, text)
-    raise typer.Exit(exit_status(evaluation))
-
-
-@evaluations.command("report")
-def evaluations_report(
-    evaluation_id: str,
-    _as_json: Annotated[bool, typer.Option("--json", help="The same: a report is JSON in any case.")] = False,
-) -> None:
-    """All figures of an evaluation, as JSON."""
-    with Client().stream("GET", f"{_path(evaluation_id)}/report") as response:
-        for chunk in response.iter_bytes():
-            sys.stdout.buffer.write(chunk)
-
-
-@evaluations.command("download")
-def evaluations_download(evaluation_id: str, output: Output, as_json: Json = False) -> None:
-    """Download an evaluation, its report and its items (one line for each pair or completion) into a folder."""
-    Client().download(f"{_path(evaluation_id)}/download", output)
-    emit({"evaluation": evaluation_id, "folder": str(output)}, as_json, str(output))
-
-
-@evaluations.command("cancel")
-def evaluations_cancel(evaluation_id: str, as_json: Json = False) -> None:
-    """Cancel an evaluation."""
-    evaluation = Client().request("POST", f"{_path(evaluation_id)}/cancel")
-    emit(evaluation, as_json, f"{evaluation['id']}: {evaluation['status']}")
+evaluations = group_of(
+    "evaluation", "Evaluations of models.", ["id", "status", "type", "candidate", "baseline"], _cells
+)

@@ -17,6 +17,7 @@ from app.cli.files import files
 from app.cli.fsck import fsck
 from app.cli.jobs import jobs
 from app.cli.keys import keys
+from app.cli.labellings import label, labellings
 from app.cli.models import models
 from app.cli.operations import read_only, workers
 from app.cli.output import plain
@@ -29,13 +30,14 @@ from app.errors import ServiceError
 
 cli = typer.Typer(name="dpo", help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 VERBS = (
-    service.serve, service.api, service.worker, service.migrate, service.train, evaluate, compare, read_only, fsck,
+    service.serve, service.api, service.worker, service.migrate, service.train, evaluate, label, compare, read_only,
+    fsck,
 )  # fmt: skip
 for verb in VERBS:
     cli.command()(verb)
 GROUPS = {
     "keys": keys, "projects": projects, "storage": storage, "files": files, "jobs": jobs, "models": models,
-    "evaluations": evaluations, "sweeps": sweeps, "secrets": secrets, "workers": workers,
+    "evaluations": evaluations, "labellings": labellings, "sweeps": sweeps, "secrets": secrets, "workers": workers,
 }  # fmt: skip
 for name, group in GROUPS.items():
     cli.add_typer(group, name=name)

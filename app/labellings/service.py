@@ -75,8 +75,8 @@ class Labellings(ResultFiles[LabellingObject]):
             self.broker.wake(Lane.CPU)
             return None
         if not summary["valid"]:
-            message = f"The file cannot be labelled: {summary['error']['message']}"
-            raise ServiceError(message, param="data", code="invalid_file")
+            reason = summary["error"]["message"] if summary.get("error") else "no row of it is left"
+            raise ServiceError(f"The file cannot be labelled: {reason}", param="data", code="invalid_value")
         return estimate(resolved, summary)
 
     @staticmethod

@@ -142,6 +142,7 @@ REQUESTS = {
         for noun in (
             "fine tuning job",
             "evaluation",
+            "labelling",
             "sweep",
             "event",
             "checkpoint",
@@ -157,7 +158,7 @@ REQUESTS = {
         for noun in ("key", "project", "worker", "audit event")
     },
     "report_not_found": RequestError(
-        (404,), "The evaluation has not succeeded, or its result files were deleted", "Wait for its end"
+        (404,), "The evaluation or labelling has not succeeded, or its files were deleted", "Wait for its end"
     ),
     "frontier_not_found": RequestError(
         (404,), "The sweep has no frontier", "Give `frontier`, or an evaluation of the type `reward_kl` with a judge"

@@ -197,8 +197,8 @@ class DPOHyperparameters(Hyperparameters):
     loss: LossName | Annotated[list[WeightedLoss], Field(min_length=1, max_length=8)] = "sigmoid"
     """The name of a loss, or a weighted sum of losses."""
     pairs: Rule | None = None
-    """The pairs of a row with ranked answers: every two of them (`all`, the default), the best and the worst, or the
-    best and a random other one."""
+    """The pairs of a row with ranked answers: every two of them (`all`), the best and the worst, or the best and a
+    random other one. The default is `all`."""
     min_margin: Annotated[float, Field(ge=0)] | None = None
     """Leave out pairs whose scores differ by less. Each row needs scores, or ranks."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] | None = None

@@ -3,7 +3,7 @@
 from typing import get_args
 
 from app.spec.losses import LOSSES, Loss
-from app.spec.metrics import BEST_OF, ENDPOINT, EVALUATION, TRAINING, Metric, Trait
+from app.spec.metrics import BEST_OF, ENDPOINT, EVALUATION, LABELLING, TRAINING, Metric, Trait
 from app.webhooks.schemas import EVENTS, EventType
 from docs.generate.markdown import codes, table
 from worker.trainer.advice import WARNINGS
@@ -90,7 +90,19 @@ def metrics() -> str:
         (*_cells(f"best_of/SIDE/{name}", metric), "any", "", "a side with `best_of`")
         for name, metric in BEST_OF.items()
     ]
-    return "\n".join([*lines, table((*HEAD, "types", "interval", "needs"), rows)])
+    lines += [
+        table((*HEAD, "types", "interval", "needs"), rows),
+        "## Labellings",
+        "",
+        "The scores are those of the first labeller. `METRIC@NAME` compares it with the labeller NAME.",
+        "",
+    ]
+    rows = []
+    for name, number in LABELLING.items():
+        needs = "a first labeller that is asked" if number.asked else "an endpoint" if number.endpoint else ""
+        shown = f"{name}@NAME" if number.compared else name
+        rows.append((*_cells(shown, number), "yes" if number.interval else "", needs))
+    return "\n".join([*lines, table((*HEAD, "interval", "needs"), rows)])
 
 
 HEAD = ("metric", "meaning", "better", "unit")
@@ -111,6 +123,9 @@ SENT_WHEN: dict[EventType, str] = {
     "evaluation.succeeded": "An evaluation has its figures",
     "evaluation.failed": "An evaluation has failed",
     "evaluation.cancelled": "An evaluation was cancelled",
+    "labelling.succeeded": "A labelling has its file",
+    "labelling.failed": "A labelling has failed",
+    "labelling.cancelled": "A labelling was cancelled",
 }
 
 

@@ -302,4 +302,30 @@ def test_a_classifier_labels_pairs_as_people_did(service: Running, files: dict[s
     labelling = label(service, {"data": files["pairs"], "own_answers": True, "labellers": [{"judge": judge}]})
     rows = lines(content(service, labelling))
     assert rows and all(row["responses"][1].split()[0] == "no" for row in rows)
-    assert {tuple(row["scores"]) for row in rows} == {(0.0, -1.0)}
+    assert all(row["scores"][0] == 0.0 and set(row["scores"][1:]) == {-1.0} for row in rows)
+
+
+def test_the_command_line_estimates_follows_and_downloads_a_labelling(service: Running, tmp_path: Path) -> None:
+    write(tmp_path / "pairs.jsonl", pairs(6, seed=4))
+    (tmp_path / "classifier.json").write_text(json.dumps(YES_NO_CLASSIFIER))
+    arguments = ("label", "--data", "pairs.jsonl", "--own-answers", "--classifier", "classifier.json", "--max-rows", "4")
+    estimated = service.dpo(*arguments, "--estimate", folder=tmp_path)
+    assert estimated.returncode == 0 and "answers: 8" in estimated.stdout, estimated.stderr
+    ended = service.dpo(*arguments, "--watch", "--json", folder=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    labelling_id, file_id = (json.loads(ended.stdout)[name] for name in ("id", "file"))
+    watched = service.dpo("labellings", "watch", labelling_id)
+    assert watched.returncode == 0 and file_id in watched.stdout
+    listed = service.dpo("labellings", "list", "--json")
+    row = next(row for row in json.loads(listed.stdout) if row["id"] == labelling_id)
+    assert row["file"] == file_id and row["metrics"]["rows"] == 4
+    assert labelling_id in service.dpo("labellings", "list").stdout
+    report = json.loads(service.dpo("labellings", "report", labelling_id).stdout)
+    assert report["rows"] == 4 and report["writers"][0]["name"] == "data"
+    output = tmp_path / "all"
+    assert service.dpo("labellings", "download", labelling_id, "--output", str(output)).returncode == 0
+    assert {path.name for path in output.iterdir()} == {
+        "labelling.json", "report.json", "items.jsonl", f"{labelling_id}.jsonl"
+    }  # fmt: skip
+    assert "file: " in service.dpo("labellings", "show", labelling_id).stdout
+    assert service.dpo("labellings", "cancel", labelling_id).returncode != 0, "it has ended"

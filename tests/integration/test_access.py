@@ -35,6 +35,7 @@ UNKNOWN_IDS = {
     "upload_id": "upload-none",
     "job_id": "ftjob-none",
     "evaluation_id": "eval-none",
+    "labelling_id": "labelling-none",
     "sweep_id": "sweep-none",
     "name": "ft:tiny:none::none",
     "endpoint_id": "whe-none",
@@ -62,6 +63,9 @@ def known_ids(client: TestClient, services: Services) -> dict[str, str]:
     job_id = client.post("/v1/fine_tuning/jobs", json={"model": "tiny", "training_file": file_id}).json()["id"]
     evaluation = {"type": "preference", "data": file_id, "candidate": {"model": "tiny"}, "baseline": {"model": "tiny"}}
     evaluation_id = client.post("/v1/evaluations", json=evaluation).json()["id"]
+    writers = {"writers": [{"model": "tiny"}, {"model": "tiny"}]}
+    labelling = {"data": file_id, "labellers": [{"judge": {"type": "model", "model": "tiny"}}], **writers}
+    labelling_id = client.post("/v1/labellings", json=labelling).json()["id"]
     services.storage.put_bytes("jobs/x/model/adapter_config.json", b"{}")
     services.storage.put_bytes(f"jobs/{job_id}/attempt-1/trainer.log", b"a log")
     with services.database.write() as session:
@@ -97,6 +101,7 @@ def known_ids(client: TestClient, services: Services) -> dict[str, str]:
         "upload_id": client.post("/v1/uploads", json=body).json()["id"],
         "job_id": job_id,
         "evaluation_id": evaluation_id,
+        "labelling_id": labelling_id,
         "sweep_id": "sweep-1",
         "name": MODEL,
         "endpoint_id": "whe-1",
@@ -157,12 +162,16 @@ def made(services: Services) -> dict[str, int]:
     return rows | {"objects": sum(len(services.storage.list(prefix)) for prefix in NEEDED)}
 
 
+NO_ANSWER = ("/stream", "/report", "{evaluation_id}/download", "{labelling_id}/download")
+"""The ends of the paths of routes without a finished answer here."""
 READ_POSTS = {
     "/v1/fine_tuning/alpha/graders/run",
     "/v1/fine_tuning/alpha/graders/validate",
     "/v1/fine_tuning/estimate",
     "/v1/fine_tuning/jobs/{job_id}/stream_token",
     "/v1/evaluations/{evaluation_id}/stream_token",
+    "/v1/labellings/estimate",
+    "/v1/labellings/{labelling_id}/stream_token",
 }
 """Routes that change nothing, though their method is POST."""
 
@@ -244,7 +253,7 @@ def owner_view(client: TestClient, known_ids: dict[str, str]) -> list[bytes]:
     answers = []
     for method, path in operations(client):
         project_route = path.startswith("/v1") and not path.startswith(INSTALLATION_ROUTES)
-        if method == "GET" and project_route and not path.endswith(("/stream", "/report", "{evaluation_id}/download")):
+        if method == "GET" and project_route and not path.endswith(NO_ANSWER):
             answer = client.get(path.format(**known_ids))
             assert answer.status_code == 200, (path, answer.text)
             answers.append(answer.content)

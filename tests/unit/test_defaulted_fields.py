@@ -7,7 +7,7 @@ import pytest
 
 from app.graders.schemas import RunGrader
 from app.keys.schemas import KeySpec
-from app.spec import evaluation, job, sweep
+from app.spec import evaluation, job, labelling, sweep
 from app.spec.datasets.mapping import Mapping
 from app.spec.hyperparameters import Hyperparameters, WeightedLoss
 from app.spec.job import JobSpec
@@ -26,10 +26,19 @@ REQUIRED: dict[type[Defaulted], dict[str, Any]] = {
     sweep.SweepSpec: {"job": {"model": "base", "training_file": "p", "method": {"type": "dpo"}}, "grid": {"beta": [1]}},
     evaluation.EvaluationSpec: {"type": "agreement", "data": "pairs"},
     evaluation.JobEvaluation: {"name": "held-out", "type": "preference", "data": "pairs"},
+    labelling.LabellingSpec: {
+        "data": "prompts",
+        "writers": [{"model": "base"}, {"model": "base"}],
+        "own_answers": True,
+        "labellers": [{"grader": GRADER}],
+    },
+    labelling.WriterEndpoint: {"base_url": "https://writer.example.com/v1", "model": "writer"},
     evaluation.Endpoint: {"base_url": "https://judge.example.com/v1", "model": "judge"},
 }
 """A valid body of each model that does not take an empty one."""
-LEFT_OUT = (Hyperparameters, evaluation.Scorer, evaluation.Side, evaluation.Judge)
+LEFT_OUT = (
+    Hyperparameters, evaluation.Scorer, evaluation.Side, evaluation.Judge, labelling.Writer, labelling.Labeller,
+)  # fmt: skip
 """The base of all hyperparameters, and models of which one of the optional fields must be given."""
 
 

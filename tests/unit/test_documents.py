@@ -24,6 +24,7 @@ from app.spec.evaluation import EvaluationSpec, Side
 from app.spec.hyperparameters import DPOHyperparameters
 from app.spec.job import JobSpec
 from app.spec.json_types import JsonObject
+from app.spec.labelling import LabellingSpec
 from app.webhooks.schemas import EventType
 from docs.generate import api
 from tests.helpers.documents import PAGES, SHELLS, Block, blocks, shell_lines, simple_commands
@@ -155,12 +156,15 @@ JSON_KINDS: dict[str, Callable[[Any], None]] = {
     "part of a job": is_a_part_of_a_job,
     "hyperparameters": is_valid(DPOHyperparameters),
     "evaluation": is_valid(EvaluationSpec),
+    "labelling": is_valid(LabellingSpec),
     "side": is_valid(Side),
     "mapping": is_valid(Mapping),
     "webhook event": is_an_event_of_a_webhook,
     "policy": lambda value: None,  # tests/integration/test_storage.py has a server enforce it
 }
-OBJECTS = {"job object": "JobObject", "evaluation object": "EvaluationObject"}
+OBJECTS = {
+    "job object": "JobObject", "evaluation object": "EvaluationObject", "labelling object": "LabellingObject",
+}  # fmt: skip
 
 
 @each(of("json"))

@@ -12,6 +12,7 @@ from app.jobs.kinds import KINDS
 from app.operations.service import READ_ONLY
 from app.spec.error_codes import JOBS, REQUESTS
 from app.stored_content import GONE
+from worker.endpoints.client import CODES as ENDPOINT_CODES
 
 ROOT = Path(__file__).parents[2]
 STATUSES = {
@@ -20,7 +21,7 @@ STATUSES = {
     if isinstance(error, type) and issubclass(error, errors.ServiceError)
 } | {"no_such": 404}
 """The status of each class of errors."""
-FAILURES = {"UserError": 0, "Failed": 0, "ArtifactFailed": 0, "JudgeFailed": 0, "fail": 0, "Loss": 0, "_Invalid": 2}
+FAILURES = {"UserError": 0, "Failed": 0, "ArtifactFailed": 0, "fail": 0, "Loss": 0, "_Invalid": 2}
 """The calls that fail a job, with the place of the code in their arguments."""
 
 
@@ -71,7 +72,7 @@ def request_codes() -> dict[str, set[int]]:
 
 def job_codes() -> set[str]:
     """The codes of failed jobs, reports and merges that the code names."""
-    found = {GONE}
+    found = {GONE, *(code for codes in ENDPOINT_CODES.values() for code in codes)}
     for name, call in calls():
         if name in FAILURES and len(call.args) > FAILURES[name]:
             found.update(filter(None, [text(call.args[FAILURES[name]])]))

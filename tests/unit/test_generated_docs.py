@@ -73,7 +73,8 @@ def test_the_reference_of_the_command_line_has_every_command_and_option() -> Non
     page = (DOCS / "reference/command-line.md").read_text()
     sections = {part.partition("\n")[0]: part for part in re.split(r"^###? ", page, flags=re.MULTILINE)}
     for path, command in commands(typer.main.get_command(cli), "dpo"):
-        missing = [option for parameter in command.params for option in parameter.opts if option not in sections[path]]
+        names = [[parameter.metavar] if parameter.metavar else parameter.opts for parameter in command.params]
+        missing = [name for options in names for name in options if name not in sections[path]]
         assert missing == [], path
 
 

@@ -5,6 +5,7 @@ import json
 
 from app.spec.evaluation import EvaluationSpec
 from app.spec.job import JobSpec
+from app.spec.labelling import LabellingSpec
 from app.spec.version import SPEC_VERSION
 
 KNOWN = {
@@ -14,6 +15,7 @@ KNOWN = {
     4: "34e3b14596145985",
     5: "4d3e573cc8283e38",
     6: "30743a6cfb2a92d6",
+    7: "61bba80bef51a54b",
 }
 """By version: the hash of the schemas."""
 
@@ -28,8 +30,8 @@ def schemas() -> str:
             }
         return [without_texts(value) for value in node] if isinstance(node, list) else node
 
-    both = [without_texts(spec.model_json_schema()) for spec in (JobSpec, EvaluationSpec)]
-    return hashlib.sha256(json.dumps(both, sort_keys=True).encode()).hexdigest()[:16]
+    specs = [without_texts(spec.model_json_schema()) for spec in (JobSpec, EvaluationSpec, LabellingSpec)]
+    return hashlib.sha256(json.dumps(specs, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def test_the_schemas_change_only_with_their_version() -> None:

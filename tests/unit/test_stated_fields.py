@@ -19,6 +19,7 @@ from app.spec.hyperparameters import (
     SyncReference,
 )
 from app.spec.job import Adapter, JobSpec, SftStage
+from app.spec.labelling import Labeller, LabellingSpec, Writer
 from app.spec.resources import DeviceRange, Parallel, Resources
 from app.spec.sweep import SweepSpec
 
@@ -48,6 +49,11 @@ MODELS: dict[str, dict[str, list[type[BaseModel]]]] = {
         "Questions": [Judge],
         "A judge behind an endpoint": [Endpoint],
         "Sweeps": [SweepSpec],
+    },
+    "labellings.md": {
+        "Fields": [LabellingSpec, Resources],
+        "Writers": [Writer],
+        "Labellers": [Labeller],
     },
 }
 """The models whose fields the tables of a section list."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from app import counted_objects
 from app.spec.evaluation import Endpoint
-from worker.endpoints.client import Answer, EndpointClient, EndpointFailed, Question, Role
+from worker.endpoints.client import CODES, Answer, EndpointClient, EndpointFailed, Question, Role
 
 if TYPE_CHECKING:
     from worker.sides_attempt import SidesAttempt
@@ -46,7 +46,7 @@ class Asking:
             sealed = self.endpoint.api_key
             api_key = None if sealed is None else services.secret_box.open(sealed)
         except ValueError as error:
-            raise EndpointFailed(f"{self.role}_refused", f"The {self.role}'s key cannot be read: {error}.") from error
+            raise EndpointFailed(CODES[self.role][0], f"The {self.role}'s key cannot be read: {error}.") from error
         keys, new_parts = {question.key for question in questions()}, 0
         self._read_earlier(keys)
 

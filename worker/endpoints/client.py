@@ -94,6 +94,11 @@ class Question:
 
 Role = Literal["judge", "writer"]
 """What an endpoint does. Messages and error codes name it so."""
+CODES: dict[Role, tuple[str, str]] = {
+    "judge": ("judge_refused", "judge_unavailable"),
+    "writer": ("writer_refused", "writer_unavailable"),
+}
+"""The error codes of an endpoint that refuses, and of one that does not answer."""
 
 
 class _Retry(Exception):
@@ -196,7 +201,7 @@ class EndpointClient:
         while True:
             self._wait_until(self._quiet_until)
             if self._stopping.is_set():
-                raise self._failed("unavailable", "was asked no further")
+                raise self._is_away("was asked no further")
             try:
                 answer = self._post(question)
             except _Retry as retry:
@@ -205,7 +210,7 @@ class EndpointClient:
                 answered = self._answered
                 if unusable >= MAX_UNUSABLE:
                     if not self._answered:
-                        raise self._failed("refused", f"has answered nothing: {retry}") from None
+                        raise self._refuses(f"has answered nothing: {retry}") from None
                     return Answer(None)
                 if failed >= MAX_FAILED:
                     return Answer(None)
@@ -216,7 +221,7 @@ class EndpointClient:
                             self._given_up, self._last_answer = self._given_up + 1, time.monotonic()
                             return Answer(None)
                         reason = f"has given no answer for {silent / 60:.0f} minutes: {retry}"
-                        raise self._failed("unavailable", reason) from None
+                        raise self._is_away(reason) from None
                     pause = min(MAX_WAIT_SECONDS, 0.5 * 2 ** min(tries - 1, 7) * random.uniform(0.5, 1.0))  # noqa: S311
                     if retry.after is not None:  # the server's pause applies to all questions
                         pause = min(MAX_WAIT_SECONDS, max(pause, retry.after))
@@ -244,7 +249,7 @@ class EndpointClient:
         except HostRefused as refused:
             if refused.unknown:  # the name server may be unreachable
                 raise _Retry(str(refused)) from None
-            raise self._failed("refused", f"cannot be asked: {refused}") from None
+            raise self._refuses(f"cannot be asked: {refused}") from None
         try:
             response, content = self._send(target.post(self._client, orjson.dumps(body), self.headers))
         except (httpx2.HTTPError, OSError, RuntimeError) as error:
@@ -260,11 +265,14 @@ class EndpointClient:
             self._refused += 1
             refuses_all = self._refused >= MAX_REFUSED and not self._answered
         if status not in (400, 413, 422) or refuses_all:
-            raise self._failed("refused", f"refuses the questions: {reason}")
+            raise self._refuses(f"refuses the questions: {reason}")
         return Answer(None)  # only this question is refused: it may be too long, or its topic unwanted
 
-    def _failed(self, kind: str, reason: str) -> EndpointFailed:
-        return EndpointFailed(f"{self.role}_{kind}", f"The {self.role} {reason.removesuffix('.')}.")
+    def _refuses(self, reason: str) -> EndpointFailed:
+        return EndpointFailed(CODES[self.role][0], f"The {self.role} {reason.removesuffix('.')}.")
+
+    def _is_away(self, reason: str) -> EndpointFailed:
+        return EndpointFailed(CODES[self.role][1], f"The {self.role} {reason.removesuffix('.')}.")
 
     def _error_message(self, content: bytes) -> str:
         """The message in the body of an error response. The API key is removed from it."""
