@@ -54,7 +54,13 @@ ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 class Table(DeclarativeBase):
     """The tables of every feature register here."""
 
-    type_annotation_map = {float: Double, JsonObject: JSON, list[str]: JSON, list[JsonObject]: JSON}
+    type_annotation_map = {
+        float: Double,
+        JsonObject: JSON,
+        list[str]: JSON,
+        list[JsonObject]: JSON,
+        list[list[int]]: JSON(none_as_null=True),
+    }
 
 
 class database_now(FunctionElement[float]):  # noqa: N801 - reads as the SQL function it is

@@ -24,9 +24,11 @@ from app.audit.endpoints import router as audit_router
 from app.audit.middleware import AuditMiddleware
 from app.compression import DecompressionMiddleware
 from app.connections import BoundedConnection, most_connections
-from app.dashboard.endpoints import FOLDER as DASHBOARD
 from app.dashboard.endpoints import router as dashboard_router
-from app.dashboard.session import NotSignedIn, ask_for_a_key
+from app.dashboard.labels import refuse
+from app.dashboard.labels import router as label_router
+from app.dashboard.pages import FOLDER as DASHBOARD
+from app.dashboard.session import MayNotLabel, NotSignedIn, ask_for_a_key
 from app.dataset_reports.endpoints import router as reports_router
 from app.estimates.endpoints import router as estimates_router
 from app.evaluations.endpoints import router as evaluations_router
@@ -136,6 +138,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     ProcessCollector(registry=registry)
     install_handlers(app)
     app.add_exception_handler(NotSignedIn, ask_for_a_key)
+    app.add_exception_handler(MayNotLabel, refuse)
     app.state.routes = routes = _add_routes(app)
     _add_middleware(app, services, registry, routes)
     app.openapi = lambda: _openapi_document(app, routes)  # type: ignore[method-assign]
@@ -151,8 +154,9 @@ def _add_routes(app: FastAPI) -> AccessTable:
     for router in ROUTERS:
         app.include_router(router, prefix="/v1", responses=ERRORS, dependencies=[Depends(refuse_unknown)])
         routes.add(router.routes, "/v1")
-    app.include_router(dashboard_router)
-    routes.add(dashboard_router.routes)
+    for pages in (dashboard_router, label_router):
+        app.include_router(pages)
+        routes.add(pages.routes)
     app.include_router(monitoring_router, responses=ERRORS)
     routes.add(monitoring_router.routes)
     app.include_router(health_router)

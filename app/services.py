@@ -14,6 +14,7 @@ from app.jobs.event_feed import Feed
 from app.jobs.service import Jobs
 from app.keys.rates import RateLimiter, WrongKeys
 from app.keys.service import Keys
+from app.labellings.people import PeopleWhoLabel
 from app.labellings.service import Labellings
 from app.models.service import Models
 from app.operations.service import OperationsControl
@@ -47,6 +48,7 @@ class Services:
     estimates: Estimates
     evaluations: Evaluations
     labellings: Labellings
+    people: PeopleWhoLabel
     sweeps: Sweeps
     models: Models
     secret_box: SecretBox
@@ -84,6 +86,7 @@ class Services:
             estimates=Estimates(database, broker, jobs),
             evaluations=evaluations,
             labellings=Labellings(database, storage, broker, keys, feed, secret_box, settings.private_judges),
+            people=PeopleWhoLabel(database, broker),
             sweeps=Sweeps(database, broker, jobs),
             models=Models(database, storage, broker),
             secret_box=secret_box,

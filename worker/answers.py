@@ -61,11 +61,16 @@ def row_of(spec: LabellingSpec, item: JsonObject) -> JsonObject | None:
         return None
     answers = [item["answers"][k] for k in places]
     source: JsonObject = item["source"]
+    people = {
+        name: [values[k] for k in places]
+        for label in item["labels"].values() for name, values in label.get("people", {}).items()
+    }  # fmt: skip
     return source | {
         "responses": [answer["text"] for answer in answers],
         "scores": [scores[k] for k in places],
         "writers": [names[answer["writer"]] for answer in answers],
         "labels": {title: [label["scores"][k] for k in places] for title, label in item["labels"].items()},
+        **({"people": people} if people else {}),
     }
 
 

@@ -4,7 +4,7 @@ An answer's score is the share of its comparisons that it wins, where a tie coun
 each other one, so this order is also that of the Bradley–Terry model's maximum likelihood (Ford 1957).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations, islice
 
 from app.spec.evaluation import Judge
@@ -54,3 +54,26 @@ def scores(count: int, results: Sequence[float | None]) -> list[float | None]:
             compared[first] += 1
             compared[second] += 1
     return [wins / number if number else None for wins, number in zip(won, compared, strict=True)]
+
+
+def label_of_people(count: int, rankings: Mapping[str, Sequence[Sequence[int]]], flags: Sequence[str]) -> JsonObject:
+    """The label of `count` answers by people: their mean score, and the scores of each person.
+
+    `rankings` are groups of answers by person, the best group first. A person's score of an answer is the share of the
+    other answers that it is ranked above; one beside it counts half. An item with `flags` has no scores.
+    """
+    people = {name: _scores_of(count, ranking) for name, ranking in rankings.items()}
+    means: list[float | None] = [None] * count
+    if people and not flags:
+        means = [sum(values) / len(people) for values in zip(*people.values(), strict=True)]
+    return {"scores": means, "people": people, "flags": list(flags)}
+
+
+def _scores_of(count: int, ranking: Sequence[Sequence[int]]) -> list[float]:
+    """The scores of `count` answers by one person's ranking."""
+    group = {place: number for number, places in enumerate(ranking) for place in places}
+    results = [
+        0.5 + 0.5 * ((group[first] < group[second]) - (group[first] > group[second]))
+        for first, second in combinations(range(count), 2)
+    ]
+    return [value for value in scores(count, results) if value is not None]

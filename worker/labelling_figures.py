@@ -3,6 +3,7 @@
 `report` returns all figures, nested, for people. `metrics` returns the numbers among them by name.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import combinations
 
@@ -15,7 +16,6 @@ from worker import confidence
 from worker.answers import row_of, writer_names
 from worker.comparisons import SIDES
 from worker.confidence import Floats
-from worker.endpoints.asking import Asking
 from worker.evaluation_figures import shown
 
 Figures = JsonObject
@@ -30,6 +30,7 @@ def report(spec: LabellingSpec, items: Iterable[JsonObject]) -> Figures:
     pairs = {names: list[Floats]() for names in combinations(titles, 2)}
     margins, longer, writers = list[float](), list[tuple[float, float]](), _Writers(spec)
     asked = {title: _Asked() for title, labeller in zip(titles, spec.labellers, strict=True) if labeller.asked}
+    people = _People() if spec.people is not None else None
     scores, prompts = list[float](), list[int]()
     for number, item in enumerate(items):
         labels, texts = item["labels"], [answer["text"].strip() for answer in item["answers"]]
@@ -49,6 +50,8 @@ def report(spec: LabellingSpec, items: Iterable[JsonObject]) -> Figures:
         writers.add(item["answers"], first)
         for title, entry in asked.items():
             entry.add(labels[title]["verdicts"])
+        if people is not None:
+            people.add(labels[next(one.title for one in spec.labellers if one.people is not None)])
         for (one, other), tables in pairs.items():
             tables.append(_table(labels[one]["scores"], labels[other]["scores"]))
     figures: Figures = dict(counts)
@@ -67,6 +70,8 @@ def report(spec: LabellingSpec, items: Iterable[JsonObject]) -> Figures:
     figures["agreement"] = [
         {"labellers": list(names), **_agreement(numpy.array(tables))} for names, tables in pairs.items()
     ]
+    if people is not None:
+        figures["people"] = people.figures()
     return figures
 
 
@@ -104,14 +109,14 @@ def _class(sign: int) -> int:
     return {1: FIRST, -1: SECOND, 0: TIE}[sign]
 
 
-def _agreement(tables: Floats) -> Figures:
-    """Raw agreement and Cohen's κ from tables [prompts, 3, 3]."""
+def _agreement(tables: Floats, orders: int = 2) -> Figures:
+    """Raw agreement and Cohen's κ from tables [prompts, 3, 3], which have each case in so many orders."""
     tables = tables.reshape(-1, 3, 3)
     tables = tables[tables.any((1, 2))]
     if not len(tables):
         return {"pairs": 0}
     return {
-        "pairs": int(tables.sum()) // 2,
+        "pairs": int(tables.sum()) // orders,
         "agreement": shown(confidence.share(numpy.trace(tables, axis1=1, axis2=2), tables.sum((1, 2)))),
         "kappa": shown(confidence.kappa(tables)),
     }
@@ -145,6 +150,31 @@ class _Asked:
         if self.first:
             figures["first_shown_preferred"] = shown(confidence.mean(self.first, self.prompts))
         return figures
+
+
+class _People:
+    """The verdicts of people, and how they agree."""
+
+    def __init__(self) -> None:
+        self.verdicts = Counter[str]()
+        self.flagged = 0
+        self._tables: list[Floats] = []
+
+    def add(self, label: JsonObject) -> None:
+        """Add the label of an item. Each two people who labelled it are compared."""
+        self.verdicts.update(label["people"].keys())
+        self.flagged += bool(label["flags"])
+        tables = [_table(one, other) for one, other in combinations(label["people"].values(), 2)]
+        # Two people have no order, so each two count in both orders.
+        self._tables.append(sum((table + table.T for table in tables), numpy.zeros((3, 3))))
+
+    def figures(self) -> Figures:
+        return {
+            "verdicts": self.verdicts.total(),
+            "flagged": self.flagged,
+            "annotators": [{"name": name, "verdicts": number} for name, number in sorted(self.verdicts.items())],
+            **_agreement(numpy.array(self._tables), orders=4),
+        }
 
 
 class _Writers:
@@ -183,24 +213,6 @@ class _Writers:
         ]  # fmt: skip
 
 
-def usage(asked: Iterable[Asking]) -> list[Figures]:
-    """The answers, tokens and cost of each endpoint."""
-    figures = []
-    for asking in asked:
-        tokens, price = asking.tokens, asking.endpoint.price
-        entry: Figures = {
-            "role": asking.role,
-            "model": asking.endpoint.model,
-            "answers": len(tokens),
-            "input_tokens": sum(read for read, _ in tokens),
-            "output_tokens": sum(written for _, written in tokens),
-        }
-        if price is not None:
-            entry["cost"] = (entry["input_tokens"] * price.input + entry["output_tokens"] * price.output) / 1e6
-        figures.append(entry)
-    return figures
-
-
 def metrics(spec: LabellingSpec, report: Figures) -> dict[str, float]:
     """The numbers of a report by the names of `app.spec.metrics.LABELLING`."""
     first = spec.labellers[0].title
@@ -212,6 +224,9 @@ def metrics(spec: LabellingSpec, report: Figures) -> dict[str, float]:
                 one, other = entry["labellers"]
                 if one == first and name in entry:
                     numbers |= _numbers(name, entry[name], f"@{other}")
+        elif name.startswith("people/"):
+            if (value := report.get("people", {}).get(name.split("/")[1])) is not None:
+                numbers |= _numbers(name, value)
         elif name.startswith("endpoints/"):
             values = [entry[part] for entry in report.get("endpoints", []) if (part := name.split("/")[1]) in entry]
             numbers |= {name: float(sum(values))} if values else {}

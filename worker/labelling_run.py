@@ -2,21 +2,30 @@
 
 import json
 from collections.abc import Iterator
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 from sqlalchemy.orm import Session
 
+from app.jobs.states import Status
 from app.jobs.tables import Job
+from app.labellings import queue as label_queue
+from app.labellings.queue import PEOPLE
 from app.models import repository as models
 from app.spec.datasets.rendering import RenderingSettings
 from app.spec.job import JobSpec
 from app.spec.json_types import JsonObject
-from app.spec.labelling import LabellingSpec, WriterEndpoint
+from app.spec.labelling import MAX_SHOWN, LabellingSpec, WriterEndpoint
 from worker import comparisons
 from worker.answers import distinct, messages_of, row_of
+from worker.endpoints.asking import used
 from worker.endpoints.client import EndpointFailed, Question
 from worker.runner import Done
 from worker.sides_attempt import ANSWERS, SidesAttempt, change_items, read_items
+
+MOST_ITEMS = 50_000
+"""The most prompts that people can be given."""
 
 
 class Labelling(SidesAttempt[LabellingSpec]):
@@ -30,8 +39,39 @@ class Labelling(SidesAttempt[LabellingSpec]):
         return LabellingSpec.stored(job.spec)
 
     def prepare(self) -> None:
+        self.items_path = self.folder / "output" / "items.jsonl"
+        self.people_have_labelled = self.lease.read(lambda session: label_queue.exists(session, self.job.id))
         self.fetch_parts()
-        self.place(self.spec)
+        if self.people_have_labelled:
+            self.services.storage.get_file(self.items_key, self.items_path)
+            self.services.storage.get_file(self.usage_key, self.folder / "usage.json")
+        else:
+            self.place(self.spec)
+
+    @property
+    def items_key(self) -> str:
+        """The key of the items with the labels of all but people, while these label."""
+        return f"jobs/{self.job.id}/items.jsonl"
+
+    @property
+    def usage_key(self) -> str:
+        """The key of what the endpoints have cost until then."""
+        return f"jobs/{self.job.id}/usage.json"
+
+    def _usage(self) -> list[JsonObject]:
+        """What the endpoints have cost."""
+        path = self.folder / "usage.json"
+        if path.exists():
+            usage: list[JsonObject] = json.loads(path.read_text())
+            return usage
+        return [used(asking) for asking in self.asking.values()]
+
+    def work(self) -> None:
+        if self.people_have_labelled:
+            self._add_people(self.items_path)
+            self._end(self.items_path)
+        else:
+            self.run_trainer()
 
     def rendering(self, session: Session, side: str, name: str) -> JsonObject:
         return rendering_of(self.spec, self.job.project, side, name, session)
@@ -40,13 +80,13 @@ class Labelling(SidesAttempt[LabellingSpec]):
         return next((writer.model for writer in self.spec.writers if writer.model is not None), None)
 
     def succeed(self, outcome: Done) -> None:
-        items_path, answered_path = self.folder / "output" / "items.jsonl", self.folder / "answered.jsonl"
+        items_path, answered_path = self.items_path, self.folder / "answered.jsonl"
         writers = [(number, writer.endpoint) for number, writer in enumerate(self.spec.writers) if writer.endpoint]
         if writers and not answered_path.exists():
             for number, endpoint in writers:
                 if not self._write(items_path, number, endpoint):
                     return
-            if any(labeller.endpoint is None for labeller in self.spec.labellers):
+            if any(labeller.is_local for labeller in self.spec.labellers):
                 items_path.rename(answered_path)
                 self.run_trainer()  # it labels all answers, and ends here again
                 return
@@ -54,7 +94,10 @@ class Labelling(SidesAttempt[LabellingSpec]):
         for number, labeller in enumerate(self.spec.labellers):
             if labeller.endpoint is not None and not self._judge(items_path, number):
                 return
-        self._end(items_path)
+        if self.spec.people is None:
+            self._end(items_path)
+        else:
+            self._ask_people(items_path)
 
     def _write(self, path: Path, number: int, endpoint: WriterEndpoint) -> bool:
         """Ask a writer's endpoint for its answers to the items in `path`, and add them. False if the job has failed."""
@@ -119,6 +162,44 @@ class Labelling(SidesAttempt[LabellingSpec]):
         change_items(path, add)
         return True
 
+    def _ask_people(self, path: Path) -> None:
+        """Give the items in `path` to people, and put the job aside until they have labelled them."""
+        contents = [
+            {"prompt": item["prompt"], "answers": [answer["text"] for answer in item["answers"]]}
+            for item in read_items(path)
+        ]
+        numbered = enumerate(contents)
+        many = [(number, content) for number, content in numbered if 2 <= len(content["answers"]) <= MAX_SHOWN]
+        if not many or len(many) > MOST_ITEMS:
+            message = f"{len(many)} prompts have from 2 to {MAX_SHOWN} answers. People label from 1 to {MOST_ITEMS}."
+            self.fail("nothing_to_compare", message, "labellers")
+            return
+        usage_path = self.folder / "usage.json"
+        usage_path.write_text(json.dumps(self._usage()))
+        self.store(partial(self.services.storage.put_file, self.items_key, path))
+        self.store(partial(self.services.storage.put_file, self.usage_key, usage_path))
+
+        def write(session: Session) -> None:
+            self.end(session, Status.QUEUED, f"People can label {len(many)} prompts.", awaits=PEOPLE)
+            label_queue.add(session, self.job.id, many)
+
+        self.lease.write(write)
+
+    def _add_people(self, path: Path) -> None:
+        """Add the labels of people to the items in `path`."""
+        (title,) = (labeller.title for labeller in self.spec.labellers if labeller.people is not None)
+        verdicts = self.lease.read(lambda session: label_queue.verdicts(session, self.job.id))
+        numbers = count()
+
+        def add(item: JsonObject) -> JsonObject:
+            found = verdicts.get(next(numbers), [])
+            rankings = {verdict.annotator: verdict.ranking for verdict in found if verdict.ranking is not None}
+            flags = [verdict.flag for verdict in found if verdict.flag is not None]
+            item["labels"][title] = comparisons.label_of_people(len(item["answers"]), rankings, flags)
+            return item
+
+        change_items(path, add)
+
     def _end(self, items_path: Path) -> None:
         """Write the file of ranked answers and the report, and end the job."""
         # Imported here, so that a worker starts without NumPy.
@@ -133,8 +214,8 @@ class Labelling(SidesAttempt[LabellingSpec]):
             message = "No prompt has two different answers whose scores differ: there is nothing to learn from."
             self.fail("nothing_to_compare", message, "labellers.0")
             return
-        if self.asking:
-            report["endpoints"] = labelling_figures.usage(self.asking.values())
+        if usage := self._usage():
+            report["endpoints"] = usage
         report_path.write_text(json.dumps(report, indent=1, allow_nan=False))
         metrics = labelling_figures.metrics(self.spec, report)
         stored = [

@@ -132,7 +132,7 @@ class JobAttempt(ABC, Generic[Spec]):
             self.folder = Path(name)
             try:
                 in_thread(self.prepare, self.lease.check)
-                self.run_trainer()
+                self.work()
             except AskedToStop:
                 with suppress(LeaseLost):
                     self.stop_early()
@@ -152,6 +152,10 @@ class JobAttempt(ABC, Generic[Spec]):
                 self.close()
         if not self.stopping.is_set():
             briefly(partial(tidy_job, self.services, self.job.id), TIDY_SECONDS)  # pruning removes what is left
+
+    def work(self) -> None:
+        """Do the work of the attempt, and end it."""
+        self.run_trainer()
 
     def run_trainer(self) -> None:
         """Run the trainer over the folder, and end the attempt as its outcome demands."""

@@ -15,7 +15,7 @@ keys = typer.Typer(help="API keys of this installation (on the service's machine
 def keys_create(
     name: Annotated[str, typer.Option(help="The purpose of the key.")],
     project: Annotated[str, typer.Option(help="The project whose data the key reaches.")] = "default",
-    scope: Annotated[list[Scope] | None, typer.Option(help="read, write (the default) or admin.")] = None,
+    scope: Annotated[list[Scope] | None, typer.Option(help="label, read, write (the default) or admin.")] = None,
     expires_in_days: Annotated[float | None, typer.Option(min=0, help="Days until it expires; default: never.")] = None,
     as_json: Json = False,
 ) -> None:

@@ -1,64 +1,23 @@
 """/dashboard"""
 
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Form, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
-from fastapi.templating import Jinja2Templates
 from starlette.concurrency import run_in_threadpool
 
+from app.dashboard.pages import POLICY, by_session, missing, page
 from app.dashboard.session import COOKIE, ViewerDependency, from_this_site, home_of, sign_in
 from app.dependencies import ServicesDependency
 from app.errors import ServiceError
-from app.evaluations.figures import figures
 from app.evaluations.schemas import EvaluationObject
 from app.jobs.lifecycle import Lifecycle
 from app.jobs.schemas import JobObject, MetricSeries
-from app.keys.access import access
 from app.keys.middleware import address_of
-from app.spec.evaluation import side_name
-from app.spec.metrics import CHARTS
 
-FOLDER = Path(__file__).parent
-POLICY = "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'; object-src 'none'"
 EVENTS, JOBS, SWEEPS = 50, 50, 20
-LATEST = 2.5e11
-"""The latest time that can be written as a date, in unix seconds."""
 
 router = APIRouter(prefix="/dashboard", include_in_schema=False)
-by_session = access(public=True)
-"""The middleware asks for no key here. Each page checks its session and redirects to the login without one."""
-templates = Jinja2Templates(FOLDER / "templates")
-
-
-def _time(seconds: float | None) -> str:
-    if seconds is None or seconds > LATEST:
-        return ""
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
-
-
-templates.env.filters |= {"time": _time, "duration": _duration, "side": side_name, "figures": figures}
-templates.env.globals |= {"charts": CHARTS}
-
-
-def _page(request: Request, name: str, status: int = 200, **context: object) -> HTMLResponse:
-    headers = {"Content-Security-Policy": POLICY, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
-    context |= {"root": request.scope["root_path"]}
-    return templates.TemplateResponse(request, name, context, status_code=status, headers=headers)
-
-
-def _missing(request: Request, error: ServiceError) -> HTMLResponse:
-    return _page(request, "missing.html", error.status, message=error.message)
 
 
 def _followed(
@@ -73,16 +32,16 @@ def _followed(
         job = lifecycle.get(project, job_id)
         events = lifecycle.events(project, job_id, after=None, limit=EVENTS)[:EVENTS]
     except ServiceError as error:
-        return _missing(request, error)
+        return missing(request, error)
     context: dict[str, object] = {name: job, "events": [event for event in events if event.type == "message"]}
     template = f"{name}_live.html" if "hx-request" in request.headers else f"{name}.html"
-    return _page(request, template, 200, **context)
+    return page(request, template, 200, **context)
 
 
 @router.get("/login")
 @by_session
 def login_page(request: Request) -> HTMLResponse:
-    return _page(request, "login.html", wrong=False)
+    return page(request, "login.html", wrong=False)
 
 
 @router.post("/login", dependencies=[Depends(from_this_site)])
@@ -93,7 +52,7 @@ async def login(
     response = RedirectResponse(home_of(request), status_code=303)
     if not await run_in_threadpool(sign_in, services, request, response, key.strip()):
         await services.wrong_keys.note(address_of(request.scope))
-        return _page(request, "login.html", 401, wrong=True)
+        return page(request, "login.html", 401, wrong=True)
     return response
 
 
@@ -110,7 +69,7 @@ def logout(request: Request) -> Response:
 def jobs(request: Request, viewer: ViewerDependency, services: ServicesDependency) -> HTMLResponse:
     newest = services.jobs.page(viewer.project, after=None, limit=JOBS, metadata={})[:JOBS]
     name = "jobs_rows.html" if "hx-request" in request.headers else "jobs.html"
-    return _page(request, name, jobs=newest, project=viewer.project)
+    return page(request, name, jobs=newest, project=viewer.project)
 
 
 @router.get("/jobs/{job_id}")
@@ -130,7 +89,7 @@ def metrics(job_id: str, viewer: ViewerDependency, services: ServicesDependency)
 def evaluations(request: Request, viewer: ViewerDependency, services: ServicesDependency) -> HTMLResponse:
     newest = services.evaluations.page(viewer.project, after=None, limit=JOBS, metadata={})[:JOBS]
     name = "evaluations_rows.html" if "hx-request" in request.headers else "evaluations.html"
-    return _page(request, name, evaluations=newest, project=viewer.project)
+    return page(request, name, evaluations=newest, project=viewer.project)
 
 
 @router.get("/evaluations/{evaluation_id}")
@@ -145,7 +104,7 @@ def evaluation(
 @by_session
 def sweeps(request: Request, viewer: ViewerDependency, services: ServicesDependency) -> HTMLResponse:
     newest = services.sweeps.page(viewer.project, after=None, limit=SWEEPS)[:SWEEPS]
-    return _page(request, "sweeps.html", sweeps=newest, project=viewer.project)
+    return page(request, "sweeps.html", sweeps=newest, project=viewer.project)
 
 
 @router.get("/sweeps/{sweep_id}")
@@ -154,8 +113,8 @@ def sweep(request: Request, sweep_id: str, viewer: ViewerDependency, services: S
     try:
         sweep_object = services.sweeps.get(viewer.project, sweep_id)
     except ServiceError as error:
-        return _missing(request, error)
-    return _page(request, "sweep_live.html" if "hx-request" in request.headers else "sweep.html", sweep=sweep_object)
+        return missing(request, error)
+    return page(request, "sweep_live.html" if "hx-request" in request.headers else "sweep.html", sweep=sweep_object)
 
 
 @router.get("/sweeps/{sweep_id}/frontier")
@@ -165,7 +124,7 @@ def frontier(request: Request, sweep_id: str, viewer: ViewerDependency, services
     try:
         picture, media_type = services.sweeps.frontier(viewer.project, sweep_id, "svg")
     except ServiceError as error:
-        return _missing(request, error)
+        return missing(request, error)
     return Response(picture, media_type=media_type, headers={"Content-Security-Policy": POLICY})
 
 
@@ -180,7 +139,7 @@ def file(
         file_object = services.files.get(viewer.project, file_id)
         report = services.reports.get(viewer.project, file_id, model=None)
     except ServiceError as error:
-        return _missing(request, error)
+        return missing(request, error)
     token_report = None
     if report is not None and model is not None:
         try:
@@ -188,7 +147,7 @@ def file(
         except ServiceError as error:
             problem = error.message
     name = "file_report.html" if "hx-request" in request.headers else "file.html"
-    return _page(
+    return page(
         request,
         name,
         file=file_object,

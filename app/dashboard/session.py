@@ -24,6 +24,14 @@ class NotSignedIn(Exception):
     """The request has no valid session. The page asks for a key."""
 
 
+class OnlyLabels(NotSignedIn):
+    """The key of the session may only label. Its pages are elsewhere."""
+
+
+class MayNotLabel(Exception):
+    """The key of the session may not label."""
+
+
 def home_of(request: Request) -> str:
     """The path of the dashboard's first page."""
     return f"{request.scope['root_path']}/dashboard"
@@ -32,7 +40,7 @@ def home_of(request: Request) -> str:
 def sign_in(services: Services, request: Request, response: Response, key: str) -> bool:
     """Begin a session with `key`; False if the key is not valid."""
     caller = services.keys.identify(key)
-    if caller is None or not caller.may(Scope.READ):
+    if caller is None or not (caller.may(Scope.READ) or caller.may(Scope.LABEL)):
         return False
     response.set_cookie(
         COOKIE,
@@ -46,15 +54,31 @@ def sign_in(services: Services, request: Request, response: Response, key: str) 
     return True
 
 
-def _viewer(request: Request, services: ServicesDependency) -> Caller:
+def _caller(request: Request, services: ServicesDependency) -> Caller:
+    """Who has signed in. Raises `NotSignedIn`."""
     try:
         key = services.secret_box.open(request.cookies.get(COOKIE, ""), SESSION_SECONDS)
     except ValueError:
         raise NotSignedIn from None
     caller = services.keys.identify(key)
-    if caller is None or not caller.may(Scope.READ):
+    if caller is None:
         raise NotSignedIn
     services.rate_limiter.check(caller)
+    return caller
+
+
+SignedIn = Annotated[Caller, Depends(_caller)]
+
+
+def _viewer(caller: SignedIn) -> Caller:
+    if not caller.may(Scope.READ):
+        raise OnlyLabels
+    return caller
+
+
+def _annotator(caller: SignedIn) -> Caller:
+    if not caller.may(Scope.LABEL):
+        raise MayNotLabel
     return caller
 
 
@@ -70,10 +94,10 @@ def from_this_site(request: Request) -> None:
 
 
 ViewerDependency = Annotated[Caller, Depends(_viewer)]
+AnnotatorDependency = Annotated[Caller, Depends(_annotator)]
 
 
-def ask_for_a_key(request: Request, _error: Exception) -> Response:
-    """The answer to `NotSignedIn`: a redirect to the login, for htmx in its own header."""
-    if "hx-request" in request.headers:
-        return Response(headers={"HX-Redirect": f"{home_of(request)}/login"})
-    return RedirectResponse(f"{home_of(request)}/login", status_code=303)
+def ask_for_a_key(request: Request, error: Exception) -> Response:
+    """The answer to `NotSignedIn` and `OnlyLabels`: a redirect, for htmx in its own header."""
+    place = f"{home_of(request)}/{'label' if isinstance(error, OnlyLabels) else 'login'}"
+    return Response(headers={"HX-Redirect": place}) if "hx-request" in request.headers else RedirectResponse(place, 303)

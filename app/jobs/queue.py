@@ -60,7 +60,7 @@ def _ready() -> ColumnElement[bool]:
     return or_(Job.parent_id.is_(None), status == Status.SUCCEEDED)
 
 
-WAITING = (Job.status == Status.QUEUED, Job.paused.is_(False), _ready())
+WAITING = (Job.status == Status.QUEUED, Job.paused.is_(False), Job.awaits.is_(None), _ready())
 WAITING_CANDIDATES = fair_share.candidates(QUEUE_ORDER, *WAITING)
 READ_AT_ONCE = 200
 """Waiting jobs of a project that are read first. The rest is read if somebody asks for a place behind them."""

@@ -55,6 +55,7 @@ def forecast(session: Session, jobs: list[Job]) -> dict[str, QueuePlace]:
             for job in waiting
             if job.id not in ready and job.parent_id is not None
         }
+        places |= {job.id: QueuePlace(waiting_for=job.awaits) for job in waiting if job.awaits is not None}
         stopped = operations.current(session)
         if stopped.claims_paused or stopped.read_only is not None:
             places |= {

@@ -73,7 +73,7 @@ TRANSITIONS: dict[tuple[Status, Status], Transition] = {
         _edge(_Q, Status.CANCELLED, {_API, _KEEPER}, _END, fenced=False),
         _edge(
             _R, _Q, {_RUNNER, _KEEPER},
-            _LEASE | {"lost_attempts", "setbacks", "eligible_at", "memory_bytes"}, fenced=True,
+            _LEASE | {"lost_attempts", "setbacks", "eligible_at", "memory_bytes", "awaits"}, fenced=True,
         ),
         _edge(
             _R, Status.SUCCEEDED, {_RUNNER},

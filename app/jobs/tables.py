@@ -58,6 +58,8 @@ class Job(Queued, Table):
     status: Mapped[str]
     paused: Mapped[bool]
     """No worker starts a paused job. A running one writes a checkpoint and returns to the queue."""
+    awaits: Mapped[str | None]
+    """Who has to do something before a worker goes on with it: `people` who label. None: nobody."""
     stage: Mapped[str | None]
     progress: Mapped[JsonObject | None]
     metrics: Mapped[JsonObject | None]

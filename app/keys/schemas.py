@@ -13,8 +13,10 @@ if TYPE_CHECKING:  # the command line needs these schemas, but not SQLAlchemy
 
 
 class Scope(StrEnum):
-    """The permission of a key. Each scope includes the one before it."""
+    """The permission of a key. `write` includes `read`, and `admin` includes all others."""
 
+    LABEL = "label"
+    """Label what labellings of the project give to people, and see nothing else."""
     READ = "read"
     WRITE = "write"
     ADMIN = "admin"
@@ -32,7 +34,7 @@ class KeySpec(Strict):
 
     name: Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00]*$")]
     project: ProjectId = "default"
-    scopes: Annotated[list[Annotated[Scope, Field(strict=False)]], Field(min_length=1, max_length=3)] = [
+    scopes: Annotated[list[Annotated[Scope, Field(strict=False)]], Field(min_length=1, max_length=len(Scope))] = [
         Scope.READ,
         Scope.WRITE,
     ]

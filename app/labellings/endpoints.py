@@ -10,7 +10,7 @@ from app.jobs.routes import add_routes
 from app.keys.access import access
 from app.keys.middleware import CallerDependency
 from app.keys.schemas import Scope
-from app.labellings.schemas import LabellingEstimate, LabellingObject
+from app.labellings.schemas import Given, LabellingEstimate, LabellingObject, PeopleState, Verdicts, VerdictSpec
 from app.pending import NOT_READY, Pending, not_ready
 from app.spec.labelling import LabellingSpec
 
@@ -36,6 +36,48 @@ def estimate_labelling(
     """
     estimate = services.labellings.estimate(caller.project, spec)
     return not_ready(seconds=1) if estimate is None else estimate
+
+
+@router.post("/{labelling_id}/next")
+@access(scope=Scope.LABEL)
+def next_item(labelling_id: str, caller: CallerDependency, services: ServicesDependency) -> Given:
+    """Take the next item to label. It is kept for this key for some minutes. Asking again gives the same one."""
+    return services.people.next(caller, labelling_id)
+
+
+@router.post("/{labelling_id}/verdicts")
+@access(scope=Scope.LABEL)
+def give_verdict(
+    labelling_id: str, verdict: VerdictSpec, caller: CallerDependency, services: ServicesDependency
+) -> Given:
+    """Rank, skip or flag an item. The answer has the next one. The same verdict sent twice counts once."""
+    return services.people.answer(caller, labelling_id, verdict)
+
+
+@router.post("/{labelling_id}/verdicts/undo")
+@access(scope=Scope.LABEL)
+def undo_verdict(labelling_id: str, caller: CallerDependency, services: ServicesDependency) -> Given:
+    """Take back this key's last verdict, and label its item anew."""
+    return services.people.undo(caller, labelling_id)
+
+
+@router.get("/{labelling_id}/verdicts")
+def list_verdicts(labelling_id: str, caller: CallerDependency, services: ServicesDependency) -> Verdicts:
+    """All verdicts of people, oldest first, with those that were taken back."""
+    return Verdicts(data=services.people.verdicts(caller.project, labelling_id))
+
+
+@router.get("/{labelling_id}/people")
+def get_people(labelling_id: str, caller: CallerDependency, services: ServicesDependency) -> PeopleState:
+    """How far people are, and what each has done."""
+    return services.people.state(caller.project, labelling_id)
+
+
+@router.post("/{labelling_id}/close")
+def close_labelling(labelling_id: str, caller: CallerDependency, services: ServicesDependency) -> LabellingObject:
+    """Wait for people no longer, and make the file from the verdicts so far."""
+    services.people.close(caller.project, labelling_id)
+    return services.labellings.get(caller.project, labelling_id)
 
 
 add_routes(router, LABELLING_JOB, LabellingObject, lambda services: services.labellings)

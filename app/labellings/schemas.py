@@ -1,17 +1,20 @@
 """Labellings on the wire."""
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from app.errors import ServiceError
 from app.evaluations.schemas import EvaluationProgress
 from app.jobs.queue_forecast import QueuePlace
 from app.jobs.schemas import GateVerdict, JobError, shown_devices, shown_gates
 from app.jobs.states import Status
 from app.jobs.tables import Job
+from app.labellings.tables import LabelVerdict
 from app.spec.json_types import JsonObject
-from app.spec.labelling import LabellingSpec
-from app.spec.schema_base import unix_seconds, without_nulls
+from app.spec.labelling import MAX_SHOWN, LabellingSpec
+from app.spec.schema_base import NO_NUL, Defaulted, inconsistent, unix_seconds, without_nulls
 
 
 class LabellingObject(BaseModel):
@@ -66,6 +69,8 @@ class LabellingObject(BaseModel):
     queue_position: int | None
     waiting_for: str | None
     """The need that keeps a queued job waiting, apart from the jobs before it."""
+    awaits: Literal["people"] | None
+    """`people` while they label."""
     attempt: int
     metrics: dict[str, float] | None
     gates: list[GateVerdict]
@@ -111,6 +116,7 @@ class LabellingObject(BaseModel):
             progress=EvaluationProgress(**job.progress) if job.progress else None,
             queue_position=place.position,
             waiting_for=place.waiting_for,
+            awaits=job.awaits,
             attempt=job.attempt,
             metrics=job.metrics,
             gates=shown_gates(job),
@@ -161,3 +167,119 @@ class LabellingEstimate(BaseModel):
     cost: float | None
     """The sum over all endpoints; null if none has a price."""
     warnings: list[str]
+
+
+class LabelTask(BaseModel):
+    """An item to label. The answers are in an order that is drawn for each annotator."""
+
+    item: int
+    prompt: str
+    answers: list[str]
+    reserved_until: int
+    """Until then nobody else gets it."""
+
+
+class Given(BaseModel):
+    """The next item for an annotator. `task` is null if there is none: all are done, or others have them."""
+
+    object: Literal["labelling.given"] = "labelling.given"
+    name: str | None
+    guideline: str | None
+    open: bool
+    """Whether people may label at present."""
+    task: LabelTask | None
+    done: int
+    """Items that the annotator has labelled, skipped or flagged."""
+    items: int
+
+
+Group = Annotated[list[int], Field(min_length=1, max_length=MAX_SHOWN)]
+
+
+class VerdictSpec(Defaulted):
+    """The body of `POST /v1/labellings/{id}/verdicts`: a ranking, or that the item is skipped or flagged."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"item": 3, "ranking": [[1], [0, 2]]}})
+
+    item: Annotated[int, Field(ge=0, le=2**31 - 1)]
+    ranking: Annotated[list[Group], Field(min_length=1, max_length=MAX_SHOWN)] | None = None
+    """Groups of answers, the best first. An answer is its place in the order that was shown, from 0. The answers of a
+    group are equally good."""
+    skip: Literal[True] | None = None
+    flag: Annotated[str, StringConstraints(min_length=1, max_length=2000, pattern=NO_NUL)] | None = None
+    """What is wrong with the item. Nobody else gets it, and it is left out of the file."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if sum(value is not None for value in (self.ranking, self.skip, self.flag)) != 1:
+            raise inconsistent("ranking", "A verdict is a 'ranking', a 'skip' or a 'flag': one of them")
+        return self
+
+    def placed(self, order: Sequence[int]) -> list[list[int]] | None:
+        """The ranking by the places of the answers in the item. `order` is that in which they were shown.
+
+        Raises `ServiceError` unless it has each answer once.
+        """
+        if self.ranking is None:
+            return None
+        if sorted(place for group in self.ranking for place in group) != list(range(len(order))):
+            message = f"A ranking has each of the {len(order)} answers once: 0 to {len(order) - 1}."
+            raise ServiceError(message, param="ranking", code="invalid_value")
+        return [sorted(order[place] for place in group) for group in self.ranking]
+
+
+class VerdictObject(BaseModel):
+    """A verdict, for those who own the labelling. A ranking has the places of the answers in the item."""
+
+    id: str
+    object: Literal["labelling.verdict"] = "labelling.verdict"
+    created_at: int
+    annotator: str
+    item: int
+    ranking: list[list[int]] | None
+    flag: str | None
+    skipped: bool
+    withdrawn_at: int | None
+
+    @classmethod
+    def of(cls, verdict: LabelVerdict, annotator: str) -> "VerdictObject":
+        return cls(
+            id=verdict.id,
+            created_at=int(verdict.created_at),
+            annotator=annotator,
+            item=verdict.number,
+            ranking=verdict.ranking,
+            flag=verdict.flag,
+            skipped=verdict.ranking is None and verdict.flag is None,
+            withdrawn_at=unix_seconds(verdict.withdrawn_at),
+        )
+
+
+class Annotator(BaseModel):
+    """What a person has done."""
+
+    name: str
+    verdicts: int
+    skips: int
+    flags: int
+
+
+class PeopleState(BaseModel):
+    """How far the people of a labelling are."""
+
+    object: Literal["labelling.people"] = "labelling.people"
+    open: bool
+    """Whether people may label at present."""
+    items: int
+    flagged: int
+    wanted: int
+    """Verdicts that are wanted in all."""
+    verdicts: int
+    annotators: list[Annotator]
+
+
+class Verdicts(BaseModel):
+    """All verdicts of a labelling, oldest first."""
+
+    object: Literal["list"] = "list"
+    data: list[VerdictObject]

@@ -151,6 +151,11 @@ REQUESTS = {
             "webhook delivery",
         )
     },
+    "item_not_found": RequestError((404,), "The labelling has no item of this number", "Take an item with `…/next`"),
+    "people_not_found": RequestError(
+        (404,), "The labelling has no `people` among its labellers", "Look at another one"
+    ),
+    "verdict_not_found": RequestError((404,), "The key has no verdict that could be taken back", "Label first"),
     **{
         f"{noun.replace(' ', '_')}_not_found": RequestError(
             (404,), f"The {noun} does not exist", "Check its id or name"
@@ -167,6 +172,15 @@ REQUESTS = {
         (405,), "The route takes other methods", "The message and the header `Allow` name them"
     ),
     # 409, 410
+    "already_labelled": RequestError((409,), "The key has another verdict on this item", "Undo that first"),
+    "not_given": RequestError(
+        (409,), "The item needs no more verdicts, or was given to somebody else", "Take the next one with `…/next`"
+    ),
+    "not_waiting_for_people": RequestError(
+        (409,),
+        "The labelling does not wait for people: its answers are not ready, it is paused, or it has ended",
+        "Look at its `status`, `paused` and `awaits`",
+    ),
     "job_already_ended": RequestError(
         (409,), "It has succeeded, failed or been cancelled", "Nothing. A retry does not help"
     ),

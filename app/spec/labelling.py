@@ -5,7 +5,7 @@ A labelling makes preference data: models answer prompts, and labellers say whic
 
 import secrets
 from collections.abc import Callable, Iterator
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
@@ -31,10 +31,12 @@ from app.spec.schema_base import (
     with_files,
 )
 
-LabellerKind = Literal["judge", "grader"]
+LabellerKind = Literal["judge", "grader", "people"]
 MAX_WRITERS, MAX_LABELLERS = 8, 8
 MAX_COMPARED = 16
 """The most answers to a prompt that a judge compares: it is asked about every two of them, in both orders."""
+MAX_SHOWN = 9
+"""The most answers to a prompt that people rank: a key of the keyboard for each."""
 
 
 class WriterEndpoint(Endpoint):
@@ -65,8 +67,19 @@ class Writer(Defaulted):
         return self.model if self.endpoint is None else self.endpoint.model  # type: ignore[return-value]
 
 
+class People(Defaulted):
+    """People who label on the page `/dashboard/label/ID`, each with a key of the scope `label`."""
+
+    guideline: Annotated[str, StringConstraints(min_length=1, max_length=16_384, pattern=NO_NUL)] | None = None
+    """What a good answer is, in Markdown. The page shows it."""
+    verdicts: Annotated[int, Field(ge=1, le=16)] = 1
+    """The number of people who label each prompt. With two or more, their agreement is measured."""
+    minutes: Annotated[int, Field(ge=1, le=1440)] = 15
+    """The time for which a prompt is kept for the person to whom it was given."""
+
+
 class Labeller(Defaulted):
-    """Says which answers are better: a judge, which scores or compares them, or a grader, which checks them."""
+    """Says which answers are better: a judge, which scores or compares them, a grader, which checks them, or people."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] | None = None
     """Its name in rows and metrics. The default is the kind of labeller."""
@@ -74,17 +87,19 @@ class Labeller(Defaulted):
     """As in evaluations. A judge that is asked compares every two answers, in both orders."""
     grader: Grader | None = None
     """As in reinforcement. It reads the row of the prompt as `{{item.FIELD}}`."""
+    people: People | None = None
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
-        if (self.judge is None) == (self.grader is None):
-            field = "judge" if self.judge is None else "grader"
-            raise inconsistent(field, "A labeller is a 'judge' or a 'grader': one of them")
+        kinds = [kind for kind in get_args(LabellerKind) if getattr(self, kind) is not None]
+        if len(kinds) != 1:
+            field = kinds[1] if kinds else "judge"
+            raise inconsistent(field, "A labeller is a 'judge', a 'grader' or 'people': one of them")
         return self
 
     @property
     def kind(self) -> LabellerKind:
-        return "grader" if self.judge is None else "judge"
+        return "judge" if self.judge is not None else "grader" if self.grader is not None else "people"
 
     @property
     def title(self) -> str:
@@ -95,6 +110,11 @@ class Labeller(Defaulted):
     def asked(self) -> bool:
         """Whether it compares two answers at a time. Otherwise it scores each."""
         return self.judge is not None and self.judge.asked
+
+    @property
+    def is_local(self) -> bool:
+        """Whether a model or a grader of the service labels. The others are endpoints, and people."""
+        return self.people is None and self.endpoint is None
 
     @property
     def endpoint(self) -> Endpoint | None:
@@ -168,6 +188,11 @@ class LabellingSpec(RenderingSettings):
                     f"not {self.written}"
                 )
                 raise inconsistent(f"labellers.{number}.judge", message)
+            if labeller.people is not None and self.written > MAX_SHOWN:
+                message = f"People rank at most {MAX_SHOWN} answers to a prompt, not {self.written}"
+                raise inconsistent(f"labellers.{number}.people", message)
+            if labeller.people is not None and any(other.people for other in self.labellers[:number]):
+                raise inconsistent(f"labellers.{number}.people", "One labeller is 'people': all who have a key for it")
             if labeller.title in [other.title for other in self.labellers[:number]]:
                 message = f"Two labellers are called '{labeller.title}': give them a 'name' each"
                 raise inconsistent(f"labellers.{number}.name", message)
@@ -186,12 +211,18 @@ class LabellingSpec(RenderingSettings):
         sampling = self.sampling or SamplingSpec()
         return sum(sampling.samples if temperature else 1 for temperature in sampling.temperatures)
 
+    @property
+    def people(self) -> People | None:
+        """The people who label, if any."""
+        return next((labeller.people for labeller in self.labellers if labeller.people is not None), None)
+
     def figures(self) -> list[str]:
         """The names of the metrics that the labelling will have."""
         first, *others = self.labellers
         return figures_of_labelling(
             [labeller.title for labeller in others],
             asked=first.asked,
+            people=self.people is not None,
             endpoints=bool(self.endpoints()),
             priced=any(endpoint.price is not None for _, endpoint in self.endpoints()),
         )

@@ -356,6 +356,8 @@ class LabellingMetric(Metric):
     """Whether it compares the first labeller with another one, NAME, as `METRIC@NAME`."""
     endpoint: bool = False
     """Whether it needs an endpoint."""
+    people: bool = False
+    """Whether it needs people who label."""
 
 
 LABELLING = {
@@ -386,6 +388,12 @@ LABELLING = {
     "inconsistent": LabellingMetric(
         "Pairs of answers whose verdict changes with their order.", "lower", "count", asked=True
     ),
+    "people/verdicts": LabellingMetric("Verdicts of people.", unit="count", people=True),
+    "people/flagged": LabellingMetric("Prompts that people have flagged.", "lower", "count", people=True),
+    "people/agreement": LabellingMetric(
+        "How often two people order two answers alike.", "higher", "share", interval=True, people=True
+    ),
+    "people/kappa": LabellingMetric("Cohen's κ between two people.", "higher", interval=True, people=True),
     "endpoints/answers": LabellingMetric("Replies of all endpoints.", unit="count", endpoint=True),
     "endpoints/input_tokens": LabellingMetric("Tokens that the endpoints read.", unit="count", endpoint=True),
     "endpoints/output_tokens": LabellingMetric("Tokens that the endpoints wrote.", unit="count", endpoint=True),
@@ -396,7 +404,9 @@ LABELLING = {
 """The metrics of a labelling, by name."""
 
 
-def figures_of_labelling(others: Sequence[str], *, asked: bool, endpoints: bool, priced: bool) -> list[str]:
+def figures_of_labelling(
+    others: Sequence[str], *, asked: bool, people: bool, endpoints: bool, priced: bool
+) -> list[str]:
     """The names of the metrics that a labelling reports, with those of their intervals.
 
     `others` are the names of its labellers after the first one, of which `asked` says whether it compares answers.
@@ -404,6 +414,7 @@ def figures_of_labelling(others: Sequence[str], *, asked: bool, endpoints: bool,
     names = []
     for name, metric in LABELLING.items():
         reported = (asked or not metric.asked) and (endpoints or not metric.endpoint)
+        reported &= people or not metric.people
         if not reported or (name == "endpoints/cost" and not priced):
             continue
         plain = [name, *(_intervals([name]) if metric.interval else [])]

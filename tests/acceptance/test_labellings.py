@@ -308,7 +308,16 @@ def test_a_classifier_labels_pairs_as_people_did(service: Running, files: dict[s
 def test_the_command_line_estimates_follows_and_downloads_a_labelling(service: Running, tmp_path: Path) -> None:
     write(tmp_path / "pairs.jsonl", pairs(6, seed=4))
     (tmp_path / "classifier.json").write_text(json.dumps(YES_NO_CLASSIFIER))
-    arguments = ("label", "--data", "pairs.jsonl", "--own-answers", "--classifier", "classifier.json", "--max-rows", "4")
+    arguments = (
+        "label",
+        "--data",
+        "pairs.jsonl",
+        "--own-answers",
+        "--classifier",
+        "classifier.json",
+        "--max-rows",
+        "4",
+    )
     estimated = service.dpo(*arguments, "--estimate", folder=tmp_path)
     assert estimated.returncode == 0 and "answers: 8" in estimated.stdout, estimated.stderr
     ended = service.dpo(*arguments, "--watch", "--json", folder=tmp_path)

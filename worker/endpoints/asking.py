@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from app import counted_objects
 from app.spec.evaluation import Endpoint
+from app.spec.json_types import JsonObject
 from worker.endpoints.client import CODES, Answer, EndpointClient, EndpointFailed, Question, Role
 
 if TYPE_CHECKING:
@@ -95,6 +96,21 @@ class Asking:
     def tokens(self) -> list[tuple[int, int]]:
         """The (input, output) tokens of each answer."""
         return [(answer.input_tokens, answer.output_tokens) for answer in self.answers.values()]
+
+
+def used(asking: Asking) -> JsonObject:
+    """The answers, tokens and cost of an endpoint."""
+    tokens, price = asking.tokens, asking.endpoint.price
+    figures: JsonObject = {
+        "role": asking.role,
+        "model": asking.endpoint.model,
+        "answers": len(tokens),
+        "input_tokens": sum(read for read, _ in tokens),
+        "output_tokens": sum(written for _, written in tokens),
+    }
+    if price is not None:
+        figures["cost"] = (figures["input_tokens"] * price.input + figures["output_tokens"] * price.output) / 1e6
+    return figures
 
 
 def _write(path: Path, answers: dict[str, Answer]) -> None:

@@ -12,10 +12,10 @@ from worker.trainer.sides.scorers import scores
 def label(run: LabellingRun, items: list[Item], prompts: dict[int, Prompt]) -> None:
     """Add to each item the labels of all labellers that are here.
 
-    A judge behind an endpoint is asked later by the runner, because the trainer has no network.
+    A judge behind an endpoint is asked later by the runner, because the trainer has no network. People come last.
     """
     for number, labeller in enumerate(run.spec.labellers):
-        if labeller.endpoint is not None:
+        if not labeller.is_local:
             continue
         if labeller.grader is not None:
             _grade(run, number, items, prompts)
