@@ -5,41 +5,29 @@
 
 import io
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
 from app.spec.hyperparameters import DPOHyperparameters, SupervisedHyperparameters
 from app.spec.metrics import CHARTS, measured
+from tests.helpers.browser import chromium, watched
 from tests.helpers.preferences import pairs, write
 from tests.helpers.service import Running, create_job, job_body
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 PICTURES = os.environ.get("DASHBOARD_PICTURES")
 """The folder for the pictures of docs/. Without it, no pictures are taken."""
-expect.set_options(timeout=60_000)  # milliseconds: a busy machine draws a page late
-ARGUMENTS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 
 
 @pytest.fixture
 def page() -> Iterator[Page]:
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium on this machine: the dashboard was not tested")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+    with chromium() as browser:
         page = browser.new_page(viewport={"width": 1200, "height": 900})
-        problems: list[str] = []
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        problems = watched(page)
         yield page
-        browser.close()
     assert problems == []
 
 
