@@ -1,7 +1,9 @@
 """/v1/labellings"""
 
-from fastapi import APIRouter
-from fastapi.responses import JSONResponse
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+from fastapi.responses import JSONResponse, StreamingResponse
 
 from app.dependencies import ServicesDependency
 from app.idempotency.service import RequestIdentityDependency
@@ -10,6 +12,7 @@ from app.jobs.routes import add_routes
 from app.keys.access import access
 from app.keys.middleware import CallerDependency
 from app.keys.schemas import Scope
+from app.labellings.export import ExportFormat
 from app.labellings.schemas import Given, LabellingEstimate, LabellingObject, PeopleState, Verdicts, VerdictSpec
 from app.pending import NOT_READY, Pending, not_ready
 from app.spec.labelling import LabellingSpec
@@ -65,6 +68,22 @@ def undo_verdict(labelling_id: str, caller: CallerDependency, services: Services
 def list_verdicts(labelling_id: str, caller: CallerDependency, services: ServicesDependency) -> Verdicts:
     """All verdicts of people, oldest first, with those that were taken back."""
     return Verdicts(data=services.people.verdicts(caller.project, labelling_id))
+
+
+@router.get(
+    "/{labelling_id}/export",
+    response_class=StreamingResponse,
+    responses={200: {"content": {"application/json": {}}}},
+)
+def export_labels(
+    labelling_id: str,
+    caller: CallerDependency,
+    services: ServicesDependency,
+    format: Annotated[ExportFormat, Query(description="The tool whose form it has.")] = "label_studio",
+) -> StreamingResponse:
+    """What people have labelled, as Label Studio or Argilla export it. Both can be uploaded as a file for training."""
+    labels = services.people.export(caller.project, labelling_id, format)
+    return StreamingResponse(labels, media_type="application/json")
 
 
 @router.get("/{labelling_id}/people")

@@ -4,8 +4,10 @@ An item is kept for the person to whom it was given. It goes to as many people a
 answers that is drawn for each. When all items have their verdicts, a worker makes the file.
 """
 
+from collections.abc import Iterator
 from hashlib import sha256
 
+import orjson
 from sqlalchemy import ColumnElement, case, func, or_, select, update
 from sqlalchemy.orm import Session, aliased
 
@@ -18,9 +20,12 @@ from app.jobs.kinds import LABELLING_JOB
 from app.jobs.states import Status
 from app.jobs.tables import Job
 from app.keys.service import Caller
+from app.labellings import queue as label_queue
+from app.labellings.export import FORMS, ExportFormat
 from app.labellings.queue import PEOPLE, STANDS, names_of
 from app.labellings.schemas import Annotator, Given, LabelTask, PeopleState, VerdictObject, VerdictSpec
 from app.labellings.tables import LabelItem, LabelVerdict
+from app.spec.json_types import JsonObject
 from app.spec.labelling import LabellingSpec, People
 
 
@@ -149,6 +154,16 @@ class PeopleWhoLabel:
             names = names_of(session, {verdict.annotator for verdict in found})
             return [VerdictObject.of(verdict, names[verdict.annotator]) for verdict in found]
 
+    def export(self, project: str, labelling_id: str, form: ExportFormat) -> Iterator[bytes]:
+        """All items with their verdicts as a JSON list, in the form of another tool."""
+        with self.database.read() as session:
+            job = _labelling(session, project, labelling_id)
+            verdicts = label_queue.verdicts(session, job.id)
+            statement = select(LabelItem.number, LabelItem.content).where(LabelItem.labelling_id == job.id)
+            rows = session.execute(statement.order_by(LabelItem.number)).all()
+        records = FORMS[form]((number, content, verdicts.get(number, [])) for number, content in rows)
+        return _json_list(records)
+
     def close(self, project: str, labelling_id: str) -> None:
         """Let a worker make the file from the verdicts so far. Raises `Conflict` if people do not label."""
         with self.database.write() as session:
@@ -205,6 +220,14 @@ def people_of(job: Job) -> People:
     if people is None:
         raise NotFound(f"Labelling {job.id} has no people among its labellers.", code="people_not_found")
     return people
+
+
+def _json_list(records: Iterator[JsonObject]) -> Iterator[bytes]:
+    start = b"["
+    for record in records:
+        yield start + orjson.dumps(record)
+        start = b",\n"
+    yield b"]\n" if start != b"[" else b"[]\n"
 
 
 def _labelling(session: Session, project: str, labelling_id: str, *, lock: bool = False) -> Job:

@@ -32,6 +32,19 @@ SAMPLES: dict[str, JsonObject] = {
     },
     "implicit_prompt": {"chosen": "The fox is in the barn.", "rejected": "The fox is in the sea."},
     "stack_exchange_paired": {"question": _ASK, "response_j": _GOOD, "response_k": _BAD},
+    "label_studio": {
+        "data": {"prompt": _ASK, "answer1": _GOOD, "answer2": _BAD},
+        "annotations": [
+            {"result": [{"type": "pairwise", "value": {"selected": "left"}, "to_name": ["answer1", "answer2"]}]}
+        ],
+    },
+    "argilla": {
+        "prompt": _ASK,
+        "response_1": _BAD,
+        "response_2": _GOOD,
+        "ranking.responses": [["response_2", "response_1"]],
+        "ranking.responses.status": ["submitted"],
+    },
     "judged": {"prompt": _ASK, "response_a": _GOOD, "response_b": _BAD, "winner": "response_a"},
     "ranked": {"prompt": _ASK, "responses": [_GOOD, "In the house.", _BAD]},
     "ultrafeedback": {

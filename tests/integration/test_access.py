@@ -64,7 +64,7 @@ def known_ids(client: TestClient, services: Services) -> dict[str, str]:
     evaluation = {"type": "preference", "data": file_id, "candidate": {"model": "tiny"}, "baseline": {"model": "tiny"}}
     evaluation_id = client.post("/v1/evaluations", json=evaluation).json()["id"]
     writers = {"writers": [{"model": "tiny"}, {"model": "tiny"}]}
-    labelling = {"data": file_id, "labellers": [{"judge": {"type": "model", "model": "tiny"}}], **writers}
+    labelling = {"data": file_id, "labellers": [{"people": {}}], **writers}
     labelling_id = client.post("/v1/labellings", json=labelling).json()["id"]
     services.storage.put_bytes("jobs/x/model/adapter_config.json", b"{}")
     services.storage.put_bytes(f"jobs/{job_id}/attempt-1/trainer.log", b"a log")

@@ -1,5 +1,6 @@
 """People label: who gets which item, what a verdict writes, and what the other people see."""
 
+import io
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,6 +18,7 @@ from app.labellings import queue as label_queue
 from app.labellings.people import shown_order
 from app.labellings.tables import LabelItem, LabelVerdict
 from app.services import Services
+from app.spec.datasets.check import examples, survey
 from app.spec.labelling import LabellingSpec
 from tests.helpers.api import error_of, key_of
 from tests.helpers.jobs import make_job
@@ -253,7 +255,8 @@ def test_a_labelling_without_people_has_no_items(client: TestClient, services: S
         }
     )  # fmt: skip
     job_id = make_job(services, id=new_id("labelling"), kind="labelling", spec=spec.resolved().to_store())
-    assert error_of(client.get(f"/v1/labellings/{job_id}/people"), 404)["code"] == "people_not_found"
+    for path in ("people", "verdicts", "export?format=argilla"):
+        assert error_of(client.get(f"/v1/labellings/{job_id}/{path}"), 404)["code"] == "people_not_found"
 
 
 def test_the_last_two_verdicts_at_once_end_the_labelling(client: TestClient, services: Services) -> None:
@@ -291,3 +294,28 @@ def test_many_people_at_once_get_each_item_once(client: TestClient, services: Se
         done = list(pool.map(work, people))
     assert sorted(item for items in done for item in items) == list(range(20))
     assert client.get(f"/v1/labellings/{job_id}").json()["awaits"] is None
+
+
+@pytest.mark.parametrize(("form", "kind"), [("label_studio", "label_studio"), ("argilla", "argilla")])
+def test_an_export_is_a_file_that_trains(form: str, kind: str, client: TestClient, services: Services) -> None:
+    """What is exported for another tool, and comes back from it, says who won."""
+    job_id = labelling(services, items=2, answers=3, verdicts=2)
+    for name in ("anna", "ben"):
+        person = Annotator(client, services, job_id, name)
+        while person.prefer_longer() is not None:
+            pass
+    exported = client.get(f"/v1/labellings/{job_id}/export", params={"format": form})
+    assert exported.headers["content-type"] == "application/json"
+    records = exported.json()
+    report = survey(io.BytesIO(exported.content))
+    assert report.error is None and report.format == kind
+    read = list(examples(io.BytesIO(exported.content)))
+    if form == "argilla":
+        assert [example.responses for example in read] == [tuple(reversed(ANSWERS))] * 2
+        assert [example.scores for example in read] == [(1.0, 0.5, 0.0)] * 2
+        assert records[0]["ranking.responses.users"] == ["anna", "ben"]
+    else:
+        longer = [("a longer one", "short"), ("the longest of all", "short"), ("the longest of all", "a longer one")]
+        assert [example.responses for example in read] == longer * 2
+        assert records[0]["data"]["annotators"] == ["anna", "ben"]
+    error_of(client.get(f"/v1/labellings/{job_id}/export", params={"format": "excel"}), 400)

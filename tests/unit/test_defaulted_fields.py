@@ -7,6 +7,7 @@ import pytest
 
 from app.graders.schemas import RunGrader
 from app.keys.schemas import KeySpec
+from app.labellings.schemas import VerdictSpec
 from app.spec import evaluation, job, labelling, sweep
 from app.spec.datasets.mapping import Mapping
 from app.spec.hyperparameters import Hyperparameters, WeightedLoss
@@ -38,6 +39,7 @@ REQUIRED: dict[type[Defaulted], dict[str, Any]] = {
 """A valid body of each model that does not take an empty one."""
 LEFT_OUT = (
     Hyperparameters, evaluation.Scorer, evaluation.Side, evaluation.Judge, labelling.Writer, labelling.Labeller,
+    VerdictSpec,
 )  # fmt: skip
 """The base of all hyperparameters, and models of which one of the optional fields must be given."""
 

@@ -85,7 +85,7 @@ def test_the_sample_of_a_format_is_recognised_as_it(name: str, row: JsonObject) 
 
 
 def test_every_format_has_a_sample() -> None:
-    assert set(SAMPLES) == {known.name for known in FORMATS} | {"judged"}
+    assert set(SAMPLES) == {known.name for known in FORMATS} | {"judged", "argilla"}
 
 
 def test_the_page_of_storage_names_every_kind_of_object() -> None:

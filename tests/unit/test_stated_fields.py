@@ -19,7 +19,7 @@ from app.spec.hyperparameters import (
     SyncReference,
 )
 from app.spec.job import Adapter, JobSpec, SftStage
-from app.spec.labelling import Labeller, LabellingSpec, Writer
+from app.spec.labelling import Labeller, LabellingSpec, People, Writer
 from app.spec.resources import DeviceRange, Parallel, Resources
 from app.spec.sweep import SweepSpec
 
@@ -54,6 +54,7 @@ MODELS: dict[str, dict[str, list[type[BaseModel]]]] = {
         "Fields": [LabellingSpec, Resources],
         "Writers": [Writer],
         "Labellers": [Labeller],
+        "People": [People],
     },
 }
 """The models whose fields the tables of a section list."""
@@ -63,6 +64,7 @@ PREFIXES: dict[type[BaseModel], str] = {
     Resources: "resources.",
     Parallel: "parallel.",
     DeviceRange: "resources.gpus.",
+    People: "people.",
 }
 """Where the fields of a model are in the body, if not at its top."""
 RESOLVED = JobSpec.model_validate(
@@ -109,7 +111,7 @@ def rows(page: str) -> Iterator[Row]:
 def field_of(page: str, row: Row) -> tuple[type[BaseModel], str] | None:
     """(model, field) that a row is about; None for a path into a nested object that another table lists."""
     for model in MODELS[page].get(row.section, []):
-        prefixes = ("adapter.", "sft.", "resources.", "parallel.")
+        prefixes = ("adapter.", "sft.", "resources.", "parallel.", "people.")
         name = row.name.rpartition(".")[2] if row.name.startswith(prefixes) else row.name
         if name in model.model_fields and (model is not JobSpec or not row.name.startswith("sft.")):
             return model, name

@@ -15,7 +15,9 @@ from app.spec.datasets.formats import (
     Reading,
     Record,
     VerdictColumns,
+    argilla_format,
     find_verdict_columns,
+    ranked_fields,
     verdict_format,
 )
 from app.spec.datasets.labels import LabelScheme
@@ -123,6 +125,9 @@ def _reading(head: list[tuple[int, Record]], mapping: Mapping | None) -> Reading
         if scheme is None and verdict_columns.known_meanings is not None and verdict_columns.verdict is not None:
             scheme = LabelScheme(verdict_columns.verdict, dict(verdict_columns.known_meanings))
         return Reading(verdict_format(verdict_columns), messages, scheme)
+    ranked = ranked_fields(first_records)
+    if ranked is not None and {"prompt", *ranked} <= columns:
+        return Reading(argilla_format(ranked), messages, scheme)
     for names in (filled, columns):  # columns that are empty in all first rows count only if no format fits without
         for candidate in FORMATS:
             if candidate.needs <= names and candidate.fits(first_records):

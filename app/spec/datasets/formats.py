@@ -421,6 +421,109 @@ def _compared_answers(row: FileRow, columns: VerdictColumns) -> tuple[Example, l
     return replace(_with_system(row.unanswered([]), answers), prompt=shared), answers
 
 
+# -- exports of labelling tools -----------------------------------------------------------------------------------
+
+
+def _label_studio(row: FileRow) -> Example:
+    """A task of Label Studio with two answers in its `data`, and a choice of `left` or `right` in each annotation.
+
+    The votes of all annotations that were not cancelled decide.
+    """
+    data, annotations = row.record["data"], row.record["annotations"]
+    if not isinstance(data, dict) or not isinstance(annotations, list):
+        raise DatasetError(row.line, "annotations", "must be a list, and 'data' an object")
+    task = FileRow(data, row.line, row.reading)
+    names = frozenset(data)
+    prompt, answers = (
+        next((name for name in _PROMPT_COLUMNS if name in names), None),
+        _column_pair(names, _ANSWER_COLUMN),
+    )
+    if prompt is None or answers is None:
+        raise DatasetError(row.line, "data", "must have a prompt and two answers, such as 'answer1' and 'answer2'")
+    votes, voted = 0, False
+    for place, annotation in enumerate(annotations):
+        if not isinstance(annotation, dict) or not isinstance(annotation.get("result"), list):
+            raise DatasetError(row.line, f"annotations[{place}]", "must be an object with a list 'result'")
+        if annotation.get("was_cancelled"):
+            continue
+        for item in annotation["result"]:
+            if isinstance(item, dict) and item.get("type") == "pairwise":
+                votes += _vote(item, answers, row.line, f"annotations[{place}].result")
+                voted = True
+    if not voted:
+        raise Dropped("no_verdict", "annotations")
+    if votes == 0:
+        raise Dropped("tie", "annotations")
+    better, worse = answers if votes > 0 else answers[::-1]
+    example = task.unanswered_from(prompt)
+    return _checked_pair(_with_answers(example, [task.answer(better), task.answer(worse)], (better, worse)))
+
+
+def _are_tasks(records: list[Record]) -> bool:
+    """Whether the records are tasks of Label Studio with their annotations."""
+    return all(
+        isinstance(record.get("data"), dict) and isinstance(record.get("annotations"), list) for record in records
+    )
+
+
+def _vote(item: JsonObject, answers: tuple[str, str], line: int, field: str) -> int:
+    """1 for the first of `answers`, −1 for the second. `to_name` says which one was on the left."""
+    value = item.get("value")
+    selected = value.get("selected") if isinstance(value, dict) else None
+    if selected not in ("left", "right"):
+        raise DatasetError(line, field, "must have a 'value' with 'selected': 'left' or 'right'")
+    shown = item.get("to_name")
+    shown = shown.split(",") if isinstance(shown, str) else shown
+    swapped = shown == [answers[1], answers[0]]
+    return 1 if (selected == "left") != swapped else -1
+
+
+ARGILLA = "ranking.responses"
+"""The column of Argilla's exports with the rankings that people gave."""
+
+
+def ranked_fields(records: list[Record]) -> list[str] | None:
+    """The columns with the answers that rankings in an export of Argilla name; None if it is no such export."""
+    for record in records:
+        rankings = record.get(ARGILLA)
+        for ranking in rankings if isinstance(rankings, list) else ():
+            if isinstance(ranking, list) and len(ranking) > 1 and all(isinstance(name, str) for name in ranking):
+                return sorted(ranking)
+    return None
+
+
+def argilla_format(names: list[str]) -> Format:
+    """The format of an export of Argilla with the answers in the columns `names`."""
+    optional = frozenset({f"{ARGILLA}.status", f"{ARGILLA}.users"})
+    needs = frozenset({"prompt", ARGILLA, *names})
+    return Format("argilla", Kind.RANKED, needs, _argilla(names), _CONTEXT | optional)
+
+
+def _argilla(names: list[str]) -> Callable[[FileRow], Example]:
+    """The reader of an export of Argilla. Rankings name the columns of answers, the best first.
+
+    Only submitted ones count. The score of an answer is the mean share of the others that it is above.
+    """
+
+    def read(row: FileRow) -> Example:
+        rankings, statuses = row.record[ARGILLA], row.record.get(f"{ARGILLA}.status")
+        if rankings is not None and not isinstance(rankings, list):
+            raise DatasetError(row.line, ARGILLA, "must be a list of rankings")
+        rankings = rankings or []
+        statuses = statuses if isinstance(statuses, list) else [None] * len(rankings)
+        taken = [ranking for ranking, status in zip(rankings, statuses, strict=False) if status in (None, "submitted")]
+        if not taken:
+            raise Dropped("no_verdict", ARGILLA)
+        if not all(isinstance(ranking, list) and sorted(map(str, ranking)) == names for ranking in taken):
+            raise DatasetError(row.line, ARGILLA, f"must rank the columns {', '.join(names)}, each once")
+        others = len(names) - 1
+        scores = [sum(others - ranking.index(name) for ranking in taken) / (others * len(taken)) for name in names]
+        example = _with_answers(row.unanswered_from("prompt"), [row.answer(name) for name in names], tuple(names))
+        return _best_first(example, ARGILLA, scores)
+
+    return read
+
+
 # -- answers ----------------------------------------------------------------------------------------------------
 
 
@@ -669,6 +772,7 @@ def _formats() -> Iterator[Format]:
     alpaca = ("input", "history")
     yield format("openai_preference", pairs, "input preferred_output non_preferred_output", _openai_preference)
     yield format("openai_preference", pairs, "input preferred_completion non_preferred_completion", _openai_preference)
+    yield format("label_studio", pairs, "data annotations", _label_studio, fits=_are_tasks)
     yield format("preference", pairs, "prompt chosen rejected", _preference("prompt"))
     yield format("sharegpt_preference", pairs, "conversations chosen rejected", _preference("conversations"))
     yield format("alpaca_preference", pairs, "instruction chosen rejected", _alpaca_preference, *alpaca)
