@@ -47,6 +47,7 @@ UNKNOWN_IDS = {
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/uploads/{upload_id}/complete": {"json": {"part_ids": ["part-x"]}},
     "/v1/uploads/{upload_id}/parts": {"files": {"data": b"x"}},
+    "/v1/labellings/{labelling_id}/verdicts": {"json": {"item": 0, "skip": True}},
     "/v1/webhooks/{endpoint_id}": {"json": {"enabled": False}},
     "/v1/workers/{name}": {"json": {"cordoned": True}},
     "/v1/projects/{project_id}": {"json": {"max_running_jobs": 1}},
@@ -227,7 +228,7 @@ def test_no_route_shows_or_changes_an_object_of_another_project(
     client: TestClient, services: Services, known_ids: dict[str, str]
 ) -> None:
     """A key of another project gets the same bytes for an existing id as for a missing one."""
-    stranger = {"Authorization": f"Bearer {key_of(services, 'other', Scope.WRITE)}"}
+    stranger = {"Authorization": f"Bearer {key_of(services, 'other', Scope.WRITE, Scope.LABEL)}"}
     view_before = owner_view(client, known_ids)
     for method, path in operations(client):
         options = BODIES.get(path, {"json": {}} if method == "POST" else {})
