@@ -50,6 +50,7 @@ from app.monitoring.readiness import Readiness
 from app.monitoring.repository import EndedJobs
 from app.operations.endpoints import router as operations_router
 from app.paths import PathMiddleware
+from app.pipelines.endpoints import router as pipelines_router
 from app.projects.endpoints import router as projects_router
 from app.query_parameters import refuse_unknown
 from app.secret_rotation import require_known_key
@@ -74,6 +75,7 @@ ROUTERS = (
     graders_router,
     evaluations_router,
     labellings_router,
+    pipelines_router,
     sweeps_router,
     models_router,
     webhooks_router,

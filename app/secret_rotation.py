@@ -13,6 +13,7 @@ from app.jobs.kinds import KINDS, TRAINING_JOB
 from app.jobs.states import ACTIVE
 from app.jobs.tables import Job
 from app.keys.tables import ApiKey
+from app.pipelines.tables import Pipeline
 from app.spec.job import JobSpec
 from app.webhooks.tables import WebhookEndpoint
 
@@ -69,7 +70,7 @@ def reseal(database: Database, secret_box: SecretBox) -> Resealed:
 
 
 def _reseal_judges(session: Session, secret_box: SecretBox) -> int:
-    """Seal the keys of the endpoints of unfinished evaluations and labellings anew. Returns the number of these."""
+    """Seal the keys of endpoints of unfinished evaluations, labellings and pipelines anew. Returns their number."""
     unfinished = (Job.kind != TRAINING_JOB.name, Job.status.in_(ACTIVE))  # a training keeps no key in its own row
     resealed = 0
     for job in session.scalars(select(Job).where(*unfinished).with_for_update()):
@@ -78,6 +79,8 @@ def _reseal_judges(session: Session, secret_box: SecretBox) -> int:
         new = spec.sealed(secret_box.reseal)
         if new != spec:
             job.spec, resealed = new.to_store(), resealed + 1
+    for pipeline in session.scalars(select(Pipeline).where(Pipeline.sealed_spec.is_not(None)).with_for_update()):
+        pipeline.sealed_spec, resealed = secret_box.reseal(pipeline.sealed_spec or ""), resealed + 1
     return resealed
 
 

@@ -18,6 +18,8 @@ from app.labellings.people import PeopleWhoLabel
 from app.labellings.service import Labellings
 from app.models.service import Models
 from app.operations.service import OperationsControl
+from app.pipelines.advance import Makers
+from app.pipelines.service import Pipelines
 from app.projects.service import Projects
 from app.settings import Settings
 from app.storage import Storage
@@ -49,6 +51,7 @@ class Services:
     evaluations: Evaluations
     labellings: Labellings
     people: PeopleWhoLabel
+    pipelines: Pipelines
     sweeps: Sweeps
     models: Models
     secret_box: SecretBox
@@ -69,6 +72,8 @@ class Services:
         feed = Feed(database)
         evaluations = Evaluations(database, storage, broker, keys, feed, secret_box, settings.private_judges)
         jobs = Jobs(database, storage, broker, keys, feed, evaluations)
+        labellings = Labellings(database, storage, broker, keys, feed, secret_box, settings.private_judges)
+        makers = Makers(jobs, evaluations, labellings, secret_box)
         return cls(
             settings=settings,
             database=database,
@@ -85,8 +90,9 @@ class Services:
             jobs=jobs,
             estimates=Estimates(database, broker, jobs),
             evaluations=evaluations,
-            labellings=Labellings(database, storage, broker, keys, feed, secret_box, settings.private_judges),
+            labellings=labellings,
             people=PeopleWhoLabel(database, broker),
+            pipelines=Pipelines(database, broker, makers, settings.private_judges),
             sweeps=Sweeps(database, broker, jobs),
             models=Models(database, storage, broker),
             secret_box=secret_box,

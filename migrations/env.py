@@ -15,6 +15,7 @@ from app.jobs import tables as _jobs  # noqa: F401
 from app.keys import tables as _keys  # noqa: F401
 from app.labellings import tables as _labellings  # noqa: F401
 from app.models import tables as _models  # noqa: F401
+from app.pipelines import tables as _pipelines  # noqa: F401
 from app.projects import tables as _projects  # noqa: F401
 from app.sweeps import tables as _sweeps  # noqa: F401
 from app.uploads import tables as _uploads  # noqa: F401

@@ -28,6 +28,8 @@ FORGET_BATCH = 1000
 
 EXPIRY_SECONDS, RETENTION_SECONDS = 2.0, 3600.0
 """Intervals at which things expire, and at which old events are deleted."""
+PIPELINE_SECONDS = 2.0
+"""Interval at which pipelines are taken further."""
 USE_SECONDS, STORAGE_SECONDS = 60.0, 3600.0
 """Intervals at which the GPU time of running jobs is counted, and at which what projects store is measured."""
 PACK_SECONDS, PACK_BLOCKS = 60.0, 300
@@ -43,10 +45,12 @@ log = structlog.get_logger(__name__)
 
 
 def keep_house(services: Services) -> None:
-    """End what has expired, and remove deleted files that no job needs. One worker at a time does it."""
+    """End what has expired, remove deleted files, and take pipelines further. One worker at a time does it."""
     if chores.take(services.database, "expiry", EXPIRY_SECONDS) is not None:
         expire(services)
         purge_deleted_files(services)
+    if chores.take(services.database, "pipelines", PIPELINE_SECONDS) is not None:
+        services.pipelines.look()
 
 
 def count_usage(services: Services) -> None:

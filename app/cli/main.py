@@ -21,6 +21,7 @@ from app.cli.labellings import label, labellings
 from app.cli.models import models
 from app.cli.operations import read_only, workers
 from app.cli.output import plain
+from app.cli.pipelines import pipelines
 from app.cli.processes import end_with_parent
 from app.cli.projects import projects
 from app.cli.secrets import secrets
@@ -37,7 +38,8 @@ for verb in VERBS:
     cli.command()(verb)
 GROUPS = {
     "keys": keys, "projects": projects, "storage": storage, "files": files, "jobs": jobs, "models": models,
-    "evaluations": evaluations, "labellings": labellings, "sweeps": sweeps, "secrets": secrets, "workers": workers,
+    "evaluations": evaluations, "labellings": labellings,
+    "pipelines": pipelines, "sweeps": sweeps, "secrets": secrets, "workers": workers,
 }  # fmt: skip
 for name, group in GROUPS.items():
     cli.add_typer(group, name=name)

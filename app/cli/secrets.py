@@ -22,7 +22,7 @@ def secrets_reseal(as_json: Json = False) -> None:
     services = local()
     outcome = reseal(services.database, services.secret_box)
     text = (
-        f"{outcome.webhooks} webhooks and {outcome.evaluations} evaluations sealed anew; "
+        f"{outcome.webhooks} webhooks and {outcome.evaluations} evaluations, labellings and pipelines sealed anew; "
         f"{outcome.api_keys_left} API keys have not been used since and still need the old key"
     )
     emit(asdict(outcome), as_json, text)

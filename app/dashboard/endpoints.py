@@ -100,6 +100,26 @@ def evaluation(
     return _followed(request, "evaluation", services.evaluations, viewer.project, evaluation_id)
 
 
+@router.get("/pipelines")
+@by_session
+def pipelines(request: Request, viewer: ViewerDependency, services: ServicesDependency) -> HTMLResponse:
+    newest = services.pipelines.page(viewer.project, after=None, limit=SWEEPS)[:SWEEPS]
+    return page(request, "pipelines.html", pipelines=newest, project=viewer.project)
+
+
+@router.get("/pipelines/{pipeline_id}")
+@by_session
+def pipeline(
+    request: Request, pipeline_id: str, viewer: ViewerDependency, services: ServicesDependency
+) -> HTMLResponse:
+    try:
+        found = services.pipelines.get(viewer.project, pipeline_id)
+    except ServiceError as error:
+        return missing(request, error)
+    name = "pipeline_live.html" if "hx-request" in request.headers else "pipeline.html"
+    return page(request, name, pipeline=found)
+
+
 @router.get("/sweeps")
 @by_session
 def sweeps(request: Request, viewer: ViewerDependency, services: ServicesDependency) -> HTMLResponse:

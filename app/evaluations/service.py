@@ -66,7 +66,7 @@ class Evaluations(ResultFiles[EvaluationObject]):
             earlier_id = identity.earlier(session, "evaluations.create", content)
             job = None if earlier_id is None else queries.get(session, project, earlier_id, EVALUATION_JOB)
             if job is None:
-                job = self._insert(session, project, spec, identity.request_id)
+                job = self.add(session, project, spec, identity.request_id)
                 identity.record(session, "evaluations.create", content, job.id)
         log.info("evaluation accepted", job=job.id, project=project, request=identity.request_id)
         self.broker.wake(Lane.CPU)
@@ -81,12 +81,12 @@ class Evaluations(ResultFiles[EvaluationObject]):
     def attach(self, session: Session, job: Job, number: int, evaluation: JobEvaluation) -> Job:
         """Store an evaluation of the model that the training `job` makes. It waits until that model exists."""
         try:
-            return self._insert(session, job.project, evaluation.of(job.makes), job.request_id, training=job)
+            return self.add(session, job.project, evaluation.of(job.makes), job.request_id, training=job)
         except ServiceError as error:
             error.param = f"evaluations.{number}.{error.param}"
             raise
 
-    def _insert(
+    def add(
         self,
         session: Session,
         project: str,

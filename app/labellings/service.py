@@ -59,7 +59,7 @@ class Labellings(ResultFiles[LabellingObject]):
             earlier_id = identity.earlier(session, "labellings.create", content)
             job = None if earlier_id is None else queries.get(session, project, earlier_id, LABELLING_JOB)
             if job is None:
-                job = self._insert(session, project, spec, identity.request_id)
+                job = self.add(session, project, spec, identity.request_id)
                 identity.record(session, "labellings.create", content, job.id)
         log.info("labelling accepted", job=job.id, project=project, request=identity.request_id)
         self.broker.wake(Lane.CPU)
@@ -97,7 +97,8 @@ class Labellings(ResultFiles[LabellingObject]):
         resolved = spec.model_copy(update={"quantization": quantization})
         return used, resolved.inheriting(training.spec if training is not None else {}).resolved()
 
-    def _insert(self, session: Session, project: str, spec: LabellingSpec, request_id: str | None) -> Job:
+    def add(self, session: Session, project: str, spec: LabellingSpec, request_id: str | None) -> Job:
+        """Check the models and files of the spec and store the labelling. Raises `ServiceError`."""
         used, resolved = self._prepare(session, project, spec)
         main = used[0] if used else None
         # A reward model has whole weights: it needs no base model.

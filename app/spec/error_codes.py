@@ -143,6 +143,7 @@ REQUESTS = {
             "fine tuning job",
             "evaluation",
             "labelling",
+            "pipeline",
             "sweep",
             "event",
             "checkpoint",
@@ -304,6 +305,9 @@ JOBS = {
     "writer_unavailable": JobError(
         "The endpoint that writes answers did not answer for a long time",
         "Start the labelling again. It asks only for the remaining answers",
+    ),
+    "stage_failed": JobError(
+        "A stage of a pipeline has failed", "The message has its error. Start a pipeline from the last model"
     ),
     "nothing_to_compare": JobError(
         "No prompt of a labelling has two different answers whose scores differ",

@@ -19,6 +19,9 @@ EventType = Literal[
     "labelling.succeeded",
     "labelling.failed",
     "labelling.cancelled",
+    "pipeline.succeeded",
+    "pipeline.failed",
+    "pipeline.cancelled",
 ]
 EVENTS: tuple[EventType, ...] = (
     "fine_tuning.job.succeeded",

@@ -126,6 +126,9 @@ SENT_WHEN: dict[EventType, str] = {
     "labelling.succeeded": "A labelling has its file",
     "labelling.failed": "A labelling has failed",
     "labelling.cancelled": "A labelling was cancelled",
+    "pipeline.succeeded": "A pipeline has run its rounds, or a gate has stopped it",
+    "pipeline.failed": "A stage of a pipeline has failed, or could not begin",
+    "pipeline.cancelled": "A pipeline or one of its stages was cancelled",
 }
 
 

@@ -36,6 +36,7 @@ UNKNOWN_IDS = {
     "job_id": "ftjob-none",
     "evaluation_id": "eval-none",
     "labelling_id": "labelling-none",
+    "pipeline_id": "pipeline-none",
     "sweep_id": "sweep-none",
     "name": "ft:tiny:none::none",
     "endpoint_id": "whe-none",
@@ -67,6 +68,7 @@ def known_ids(client: TestClient, services: Services) -> dict[str, str]:
     writers = {"writers": [{"model": "tiny"}, {"model": "tiny"}]}
     labelling = {"data": file_id, "labellers": [{"people": {}}], **writers}
     labelling_id = client.post("/v1/labellings", json=labelling).json()["id"]
+    pipeline = {"stages": [{"name": "label", "labelling": labelling}]}
     services.storage.put_bytes("jobs/x/model/adapter_config.json", b"{}")
     services.storage.put_bytes(f"jobs/{job_id}/attempt-1/trainer.log", b"a log")
     with services.database.write() as session:
@@ -103,6 +105,7 @@ def known_ids(client: TestClient, services: Services) -> dict[str, str]:
         "job_id": job_id,
         "evaluation_id": evaluation_id,
         "labelling_id": labelling_id,
+        "pipeline_id": client.post("/v1/pipelines", json=pipeline).raise_for_status().json()["id"],
         "sweep_id": "sweep-1",
         "name": MODEL,
         "endpoint_id": "whe-1",

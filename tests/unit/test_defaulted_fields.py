@@ -8,7 +8,7 @@ import pytest
 from app.graders.schemas import RunGrader
 from app.keys.schemas import KeySpec
 from app.labellings.schemas import VerdictSpec
-from app.spec import evaluation, job, labelling, sweep
+from app.spec import evaluation, job, labelling, pipeline, sweep
 from app.spec.datasets.mapping import Mapping
 from app.spec.hyperparameters import Hyperparameters, WeightedLoss
 from app.spec.job import JobSpec
@@ -33,12 +33,15 @@ REQUIRED: dict[type[Defaulted], dict[str, Any]] = {
         "own_answers": True,
         "labellers": [{"grader": GRADER}],
     },
+    pipeline.PipelineSpec: {"stages": [{"name": "dpo", "job": {"model": "base", "training_file": "pairs"}}]},
+    pipeline.Variable: {"first": "base"},
+    pipeline.Best: {"metric": "dpo/loss"},
     labelling.WriterEndpoint: {"base_url": "https://writer.example.com/v1", "model": "writer"},
     evaluation.Endpoint: {"base_url": "https://judge.example.com/v1", "model": "judge"},
 }
 """A valid body of each model that does not take an empty one."""
 LEFT_OUT = (
-    Hyperparameters, evaluation.Scorer, evaluation.Side, evaluation.Judge, labelling.Writer, labelling.Labeller,
+    Hyperparameters, evaluation.Scorer, evaluation.Side, evaluation.Judge, labelling.Writer, labelling.Labeller, pipeline.Stage,
     VerdictSpec,
 )  # fmt: skip
 """The base of all hyperparameters, and models of which one of the optional fields must be given."""

@@ -25,6 +25,7 @@ from app.spec.hyperparameters import DPOHyperparameters
 from app.spec.job import JobSpec
 from app.spec.json_types import JsonObject
 from app.spec.labelling import Labeller, LabellingSpec
+from app.spec.pipeline import PipelineSpec
 from app.webhooks.schemas import EventType
 from docs.generate import api
 from tests.helpers.documents import PAGES, SHELLS, Block, blocks, shell_lines, simple_commands
@@ -158,6 +159,7 @@ JSON_KINDS: dict[str, Callable[[Any], None]] = {
     "evaluation": is_valid(EvaluationSpec),
     "labelling": is_valid(LabellingSpec),
     "labeller": is_valid(Labeller),
+    "pipeline": is_valid(PipelineSpec),
     "side": is_valid(Side),
     "mapping": is_valid(Mapping),
     "webhook event": is_an_event_of_a_webhook,

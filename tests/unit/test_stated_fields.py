@@ -20,6 +20,7 @@ from app.spec.hyperparameters import (
 )
 from app.spec.job import Adapter, JobSpec, SftStage
 from app.spec.labelling import Labeller, LabellingSpec, People, Writer
+from app.spec.pipeline import PipelineSpec
 from app.spec.resources import DeviceRange, Parallel, Resources
 from app.spec.sweep import SweepSpec
 
@@ -56,6 +57,7 @@ MODELS: dict[str, dict[str, list[type[BaseModel]]]] = {
         "Labellers": [Labeller],
         "People": [People],
     },
+    "pipelines.md": {"Fields": [PipelineSpec]},
 }
 """The models whose fields the tables of a section list."""
 PREFIXES: dict[type[BaseModel], str] = {
