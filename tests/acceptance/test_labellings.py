@@ -12,6 +12,7 @@ import pytest
 from rapidfuzz import fuzz
 
 from tests.helpers.judge_server import JudgeServer, prefer_first, prefer_longer, running_judge
+from tests.helpers.labellings import by_likeness
 from tests.helpers.preferences import pairs, write
 from tests.helpers.service import (
     YES_NO_CLASSIFIER,
@@ -39,15 +40,6 @@ def prepared(service: Running, folder: Path) -> dict[str, str]:
         "pairs": upload(service, write(folder / "pairs.jsonl", pairs(20, seed=1)), "fine-tune"),
         "classifier": upload(service, folder / "classifier.json", "evals"),
     }
-
-
-def by_likeness(**fields: Any) -> dict[str, Any]:
-    """A labeller that prefers answers with the letters of the prompt. Hardly two answers have the same score."""
-    grader = {
-        "type": "text_similarity", "name": "likeness", "evaluation_metric": "fuzzy_match",
-        "input": "{{sample.output_text}}", "reference": "{{item.prompt}}",
-    }  # fmt: skip
-    return {"grader": grader, **fields}
 
 
 def label(service: Running, body: dict[str, Any], status: str = "succeeded") -> dict[str, Any]:

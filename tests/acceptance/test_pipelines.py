@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.acceptance.test_labellings import by_likeness
+from tests.helpers.labellings import by_likeness
 from tests.helpers.preferences import pairs, write
 from tests.helpers.service import Running, busy_trainer_pid, running, upload, worker_pids
 

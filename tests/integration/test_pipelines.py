@@ -17,7 +17,7 @@ from app.pipelines.tables import Pipeline, PipelineStage
 from app.services import Services
 from app.webhooks.tables import WebhookDelivery, WebhookEndpoint
 from tests.helpers.api import error_of, upload
-from tests.unit.test_pipeline_spec import CHECK, DPO, LABEL, POLICY, changed
+from tests.helpers.pipelines import CHECK, DPO, LABEL, POLICY, changed
 
 
 def body(client: TestClient, **fields: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from app import errors
 from app.estimates import fit
 from app.jobs.kinds import KINDS
 from app.operations.service import READ_ONLY
+from app.pipelines.advance import STAGE_FAILED
 from app.spec.error_codes import JOBS, REQUESTS
 from app.stored_content import GONE
 from worker.endpoints.client import CODES as ENDPOINT_CODES
@@ -72,7 +73,7 @@ def request_codes() -> dict[str, set[int]]:
 
 def job_codes() -> set[str]:
     """The codes of failed jobs, reports and merges that the code names."""
-    found = {GONE, *(code for codes in ENDPOINT_CODES.values() for code in codes)}
+    found = {GONE, STAGE_FAILED, *(code for codes in ENDPOINT_CODES.values() for code in codes)}
     for name, call in calls():
         if name in FAILURES and len(call.args) > FAILURES[name]:
             found.update(filter(None, [text(call.args[FAILURES[name]])]))

@@ -6,23 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from app.spec.pipeline import PipelineSpec, references, replaced
-
-GRADER = {"type": "string_check", "name": "g", "input": "{{sample.output_text}}", "reference": "b", "operation": "eq"}
-LABEL: dict[str, Any] = {
-    "name": "label",
-    "labelling": {
-        "data": "file-1", "writers": [{"model": "${policy}"}], "sampling": {"samples": 2},
-        "labellers": [{"grader": GRADER}],
-    },
-}  # fmt: skip
-DPO: dict[str, Any] = {
-    "name": "dpo", "job": {"model": "${policy}", "training_file": "${label.file}", "method": {"type": "dpo"}},
-}  # fmt: skip
-CHECK: dict[str, Any] = {
-    "name": "check",
-    "evaluation": {"type": "preference", "candidate": {"model": "${dpo.model}"}, "baseline": {"model": "tiny"}, "data": "f"},
-}  # fmt: skip
-POLICY = {"policy": {"first": "tiny", "then": "${dpo.model}"}}
+from tests.helpers.pipelines import CHECK, DPO, LABEL, POLICY, changed
 
 
 def pipeline(**fields: Any) -> PipelineSpec:
@@ -36,10 +20,6 @@ def test_references_are_found_and_replaced_wherever_they_are() -> None:
     job = spec.stages[1].with_values({"policy": "tiny", "label.file": "file-9"})
     assert (job.model, job.training_file) == ("tiny", "file-9")  # type: ignore[union-attr]
     assert replaced({"a": ["${x}", "${y.id} and more"]}, {"x": "1"}) == {"a": ["1", "${y.id} and more"]}
-
-
-def changed(stage: dict[str, Any], kind: str, **fields: Any) -> dict[str, Any]:
-    return stage | {kind: stage[kind] | fields}
 
 
 @pytest.mark.parametrize(
