@@ -14,8 +14,8 @@ from app.paths import own_path
 from app.spec.json_types import JsonObject
 
 MAX_DETAILS_BYTES = 4096
-UNRECORDED = "/v1/uploads/{upload_id}/parts"
-"""A part of an upload is no change yet: its completion is."""
+UNRECORDED = ("/v1/uploads/{upload_id}/parts", "/v1/labellings/{labelling_id}/next")
+"""A part of an upload is no change yet: its completion is. Neither is an item to label: its verdict is."""
 
 
 class AuditMiddleware:

@@ -4,6 +4,7 @@ Each stage is an ordinary job. The row of a stage and its job are written in one
 whoever looks and whatever is killed.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pydantic import ValidationError
@@ -51,11 +52,13 @@ class Makers:
         return self.labellings.add(session, pipeline.project, spec, pipeline.request_id)
 
 
-def jobs_of(session: Session, pipeline_id: str) -> dict[tuple[int, str], Job]:
-    """The jobs of a pipeline's stages, by round and name."""
-    statement = select(PipelineStage.round, PipelineStage.name, Job).join(Job, Job.id == PipelineStage.job_id)
-    rows = session.execute(statement.where(PipelineStage.pipeline_id == pipeline_id))
-    return {(number, name): job for number, name, job in rows}
+def jobs_of(session: Session, pipelines: Sequence[Pipeline]) -> dict[str, dict[tuple[int, str], Job]]:
+    """The jobs of the stages of each pipeline, by its id, by round and name."""
+    found: dict[str, dict[tuple[int, str], Job]] = {pipeline.id: {} for pipeline in pipelines}
+    statement = select(PipelineStage, Job).join(Job, Job.id == PipelineStage.job_id)
+    for stage, job in session.execute(statement.where(PipelineStage.pipeline_id.in_(found))):
+        found[stage.pipeline_id][stage.round, stage.name] = job
+    return found
 
 
 def advance(session: Session, makers: Makers, pipeline: Pipeline) -> bool:
@@ -67,7 +70,8 @@ def advance(session: Session, makers: Makers, pipeline: Pipeline) -> bool:
     spec = PipelineSpec.model_validate_json(makers.secret_box.open(pipeline.sealed_spec))
     begun = False
     while pipeline.status == "running" and not pipeline.paused:
-        jobs = {name: job for (number, name), job in jobs_of(session, pipeline.id).items() if number == pipeline.round}
+        of_all_rounds = jobs_of(session, [pipeline])[pipeline.id]
+        jobs = {name: job for (number, name), job in of_all_rounds.items() if number == pipeline.round}
         broken = next((job for job in jobs.values() if job.status in (Status.FAILED, Status.CANCELLED)), None)
         if broken is not None:
             _break_off(session, pipeline, jobs, broken)

@@ -59,7 +59,7 @@ class Pipelines:
                 session.flush()
                 advance(session, self.makers, pipeline)
                 identity.record(session, "pipelines.create", content, pipeline.id)
-            shown = self._shown(session, pipeline)
+            (shown,) = _shown(session, [pipeline])
         log.info("pipeline accepted", pipeline=shown.id, project=project, request=identity.request_id)
         self.broker.wake(Lane.CPU)
         return shown
@@ -73,8 +73,13 @@ class Pipelines:
         with self.database.read() as session:
             ids = session.scalars(running.order_by(Pipeline.created_at)).all()
         for pipeline_id in ids:
-            if self._advance(pipeline_id):
-                self.broker.wake(Lane.CPU)
+            try:
+                begun = self._advance(pipeline_id)
+            except Exception as error:  # the others go on, and the next look tries again
+                log.error("pipeline not taken further", pipeline=pipeline_id, exc_info=error)
+            else:
+                if begun:
+                    self.broker.wake(Lane.CPU)
 
     def _advance(self, pipeline_id: str) -> bool:
         """Take one pipeline further, in a transaction of its own. Returns whether a stage has begun."""
@@ -92,7 +97,8 @@ class Pipelines:
 
     def get(self, project: str, pipeline_id: str) -> PipelineObject:
         with self.database.read() as session:
-            return self._shown(session, self._require(session, project, pipeline_id))
+            (shown,) = _shown(session, [self._require(session, project, pipeline_id)])
+            return shown
 
     def page(self, project: str, *, after: str | None, limit: int) -> list[PipelineObject]:
         """Up to `limit` + 1 pipelines, newest first."""
@@ -100,7 +106,7 @@ class Pipelines:
             last = None if after is None else self._require(session, project, after, "after")
             statement = select(Pipeline).where(Pipeline.project == project)
             found = session.scalars(keyset(statement, (Pipeline.created_at, Pipeline.id), last, limit)).all()
-            return [self._shown(session, pipeline) for pipeline in found]
+            return _shown(session, found)
 
     def cancel(self, project: str, pipeline_id: str, identity: RequestIdentity) -> PipelineObject:
         """Cancel a pipeline and its unfinished jobs."""
@@ -108,10 +114,11 @@ class Pipelines:
             pipeline = self._require(session, project, pipeline_id)
             if pipeline.status != "running":
                 if pipeline.status == "cancelled" and identity.resent:
-                    return self._shown(session, pipeline)
+                    (shown,) = _shown(session, [pipeline])
+                    return shown
                 raise Conflict(f"Pipeline {pipeline_id} is {pipeline.status} already.", code="job_already_ended")
             end(session, pipeline, "cancelled")
-            jobs = list(jobs_of(session, pipeline_id).values())
+            jobs = list(jobs_of(session, [pipeline])[pipeline_id].values())
         for job in jobs:
             with suppress(Conflict):  # it has just ended
                 if job.status in ACTIVE:
@@ -125,7 +132,7 @@ class Pipelines:
             if pipeline.status != "running":
                 raise Conflict(f"Pipeline {pipeline_id} is {pipeline.status} already.", code="job_already_ended")
             pipeline.paused = paused
-            jobs = list(jobs_of(session, pipeline_id).values())
+            jobs = list(jobs_of(session, [pipeline])[pipeline_id].values())
         for job in jobs:
             with suppress(Conflict):
                 if job.status in ACTIVE:
@@ -138,16 +145,17 @@ class Pipelines:
         return next(service for service in services if service.KIND.name == job.kind)
 
     @staticmethod
-    def _shown(session: Session, pipeline: Pipeline) -> PipelineObject:
-        return PipelineObject.of(pipeline, jobs_of(session, pipeline.id))
-
-    @staticmethod
     def _require(session: Session, project: str, pipeline_id: str, param: str | None = None) -> Pipeline:
         statement = select(Pipeline).where(Pipeline.project == project, Pipeline.id == pipeline_id)
         pipeline = session.scalar(statement.with_for_update())
         if pipeline is None:
             raise no_such("pipeline", pipeline_id, code="pipeline", param=param)
         return pipeline
+
+
+def _shown(session: Session, pipelines: Sequence[Pipeline]) -> list[PipelineObject]:
+    jobs = jobs_of(session, pipelines)
+    return [PipelineObject.of(pipeline, jobs[pipeline.id]) for pipeline in pipelines]
 
 
 def _locked(session: Session, pipeline_id: str) -> Pipeline | None:

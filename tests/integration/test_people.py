@@ -319,3 +319,10 @@ def test_an_export_is_a_file_that_trains(form: str, kind: str, client: TestClien
         assert [example.responses for example in read] == longer * 2
         assert records[0]["data"]["annotators"] == ["anna", "ben"]
     error_of(client.get(f"/v1/labellings/{job_id}/export", params={"format": "excel"}), 400)
+
+
+def test_the_audit_has_verdicts_and_not_each_look_at_an_item(client: TestClient, services: Services) -> None:
+    anna = Annotator(client, services, labelling(services), "anna")
+    anna.prefer_longer()
+    actions = [event["action"] for event in client.get("/v1/audit").json()["data"] if event["actor"] == anna.id]
+    assert actions == ["POST /v1/labellings/{labelling_id}/verdicts"]
