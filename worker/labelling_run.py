@@ -18,7 +18,7 @@ from app.spec.job import JobSpec
 from app.spec.json_types import JsonObject
 from app.spec.labelling import MAX_SHOWN, LabellingSpec, WriterEndpoint
 from worker import comparisons
-from worker.answers import distinct, messages_of, row_of
+from worker.answers import distinct, messages_of, row_of, too_many_to_compare
 from worker.endpoints.asking import used
 from worker.endpoints.client import EndpointFailed, Question
 from worker.runner import Done
@@ -115,7 +115,8 @@ class Labelling(SidesAttempt[LabellingSpec]):
             for place, temperature in places:
                 fields: JsonObject = {"temperature": temperature, "max_tokens": sampling.max_tokens}
                 fields |= {"top_p": sampling.top_p} if sampling.top_p < 1 else {}
-                yield place, Question.of_prompt(messages, fields | ({"tools": tools} if tools else {}), place)
+                fields |= {"tools": tools} if tools else {}
+                yield place, Question.of_prompt(messages, fields, f"{number}.{place}")
 
         try:
             asking.ask(
@@ -148,6 +149,10 @@ class Labelling(SidesAttempt[LabellingSpec]):
         def all_questions() -> Iterator[Question]:
             return (question for item in read_items(path) for question in asked(item))
 
+        for item in read_items(path):
+            if (reason := too_many_to_compare(item)) is not None:
+                return self.fail("invalid_value", reason, f"labellers.{number}.judge")
+
         try:
             asking.ask(all_questions, self.report_answers)
         except EndpointFailed as failed:
@@ -170,6 +175,8 @@ class Labelling(SidesAttempt[LabellingSpec]):
         ]
         numbered = enumerate(contents)
         many = [(number, content) for number, content in numbered if 2 <= len(content["answers"]) <= MAX_SHOWN]
+        left = len(contents) - len(many)
+        others = f" {left} others have one answer, or more than {MAX_SHOWN}." if left else ""
         if not many or len(many) > MOST_ITEMS:
             message = f"{len(many)} prompts have from 2 to {MAX_SHOWN} answers. People label from 1 to {MOST_ITEMS}."
             self.fail("nothing_to_compare", message, "labellers")
@@ -180,7 +187,7 @@ class Labelling(SidesAttempt[LabellingSpec]):
         self.store(partial(self.services.storage.put_file, self.usage_key, usage_path))
 
         def write(session: Session) -> None:
-            self.end(session, Status.QUEUED, f"People can label {len(many)} prompts.", awaits=PEOPLE)
+            self.end(session, Status.QUEUED, f"People can label {len(many)} prompts.{others}", awaits=PEOPLE)
             label_queue.add(session, self.job.id, many)
 
         self.lease.write(write)

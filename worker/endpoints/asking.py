@@ -87,7 +87,7 @@ class Asking:
         path = attempt.folder / f"{self.name}.jsonl"
         try:
             _write(path, new)
-            key = f"{self.prefix}/{attempt.job.id}.jsonl"
+            key = f"{self.prefix}/{attempt.job.id}.{self.name}.jsonl"  # the job may ask the server in two roles
             counted_objects.put(attempt.services.storage, attempt.services.database, attempt.job.project, key, path)
         except Exception as error:  # the answers only save money
             attempt.log.warning("answers not kept", reason=str(error))

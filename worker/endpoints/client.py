@@ -86,9 +86,9 @@ class Question:
         return cls(sha256(text.encode()).hexdigest(), [{"role": "user", "content": text}])
 
     @classmethod
-    def of_prompt(cls, messages: Sequence[JsonObject], fields: JsonObject, number: int) -> "Question":
-        """A prompt to be answered. `number` counts the answers that are asked for."""
-        identity = orjson.dumps([messages, fields, number], option=orjson.OPT_SORT_KEYS)
+    def of_prompt(cls, messages: Sequence[JsonObject], fields: JsonObject, which: str) -> "Question":
+        """A prompt to be answered. `which` tells apart the answers that are asked for."""
+        identity = orjson.dumps([messages, fields, which], option=orjson.OPT_SORT_KEYS)
         return cls(sha256(identity).hexdigest(), messages, fields)
 
 

@@ -201,3 +201,13 @@ def test_data_without_a_prompt_is_refused(models: dict[str, Path], tmp_path: Pat
     with pytest.raises(UserError) as raised:
         label(folder)
     assert (raised.value.code, raised.value.param) == ("invalid_file", "data")
+
+
+def test_more_answers_than_a_judge_compares_are_refused_with_their_line(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = lay_out(tmp_path / "run", models, writers=[], sampling=None)
+    write_records(folder / "data.jsonl", [{"prompt": "q", "responses": [f"answer {k}" for k in range(17)]}])
+    with pytest.raises(UserError, match="Line 1: 17 answers") as raised:
+        label(folder)
+    assert raised.value.param == "labellers.2.judge"

@@ -1,6 +1,8 @@
 """The labels of a labelling's answers by models of the service, and by graders."""
 
 from worker import comparisons
+from worker.answers import too_many_to_compare
+from worker.trainer.errors import UserError
 from worker.trainer.grading import Grading
 from worker.trainer.labelling.prompts import Prompt
 from worker.trainer.labelling.run import LabellingRun
@@ -40,6 +42,9 @@ def _compare(run: LabellingRun, number: int, items: list[Item]) -> None:
     judge = labeller.judge
     assert judge is not None
     texts = [[answer["text"] for answer in item["answers"]] for item in items]
+    for item in items:
+        if (reason := too_many_to_compare(item)) is not None:
+            raise UserError("invalid_value", reason, f"labellers.{number}.judge")
     questions = [
         question
         for item, answers in zip(items, texts, strict=True)
