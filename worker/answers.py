@@ -3,7 +3,7 @@
 import json
 
 from app.spec.json_types import JsonObject
-from app.spec.labelling import MAX_COMPARED, LabellingSpec
+from app.spec.labelling import LabellingSpec
 
 DATA = -1
 """Stands for the number of a writer for answers of the data."""
@@ -23,14 +23,6 @@ def distinct(item: JsonObject) -> JsonObject:
         empty += not text
     repeated = len(item["answers"]) - empty - len(answers)
     return item | {"answers": list(answers.values()), "repeated": repeated, "empty": empty, "labels": {}}
-
-
-def too_many_to_compare(item: JsonObject) -> str | None:
-    """Why a judge that is asked is not asked about an item: it compares every two answers. None if it is."""
-    count = len(item["answers"])
-    if count <= MAX_COMPARED:
-        return None
-    return f"Line {item['line']}: {count} answers are too many to compare. A judge that is asked takes {MAX_COMPARED}."
 
 
 def messages_of(source: JsonObject) -> list[JsonObject]:

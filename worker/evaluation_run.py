@@ -10,10 +10,10 @@ from app.jobs import checkpoints as job_checkpoints
 from app.jobs.tables import Job
 from app.models import repository as models
 from app.spec.datasets.rendering import RenderingSettings
-from app.spec.evaluation import EvaluationSpec
+from app.spec.evaluation import Endpoint, EvaluationSpec
 from app.spec.job import JobSpec
 from app.spec.json_types import JsonObject
-from worker.endpoints.client import EndpointFailed, Question
+from worker.endpoints.client import EndpointFailed, Question, Role
 from worker.judge import questions, verdicts
 from worker.runner import CannotRun, Done
 from worker.sides_attempt import ANSWERS, SidesAttempt, change_items, read_items
@@ -44,6 +44,10 @@ class Evaluation(SidesAttempt[EvaluationSpec]):
     def rendering(self, session: Session, side: str, name: str) -> JsonObject:
         return rendering_of(self.spec, self.job.project, side, name, session)
 
+    def endpoints(self) -> list[tuple[str, Endpoint, Role]]:
+        endpoint = self.spec.judge.endpoint if self.spec.judge is not None else None
+        return [(ANSWERS, endpoint, "judge")] if endpoint is not None else []
+
     def measured_by(self) -> str | None:
         return self.spec.candidate.model if self.spec.candidate is not None else None
 
@@ -69,7 +73,7 @@ class Evaluation(SidesAttempt[EvaluationSpec]):
         try:
             asking.ask(all_questions, self.report_answers)
         except EndpointFailed as failed:
-            return self.fail(failed.code, str(failed), "judge.endpoint")
+            return self.fail(failed.code, str(failed), failed.param("judge.endpoint"))
 
         def add(item: JsonObject) -> JsonObject:
             asked = map(Question.of_text, questions(judge, item, sides))

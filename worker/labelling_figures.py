@@ -55,7 +55,7 @@ def report(spec: LabellingSpec, items: Iterable[JsonObject]) -> Figures:
         for (one, other), tables in pairs.items():
             tables.append(_table(labels[one]["scores"], labels[other]["scores"]))
     figures: Figures = dict(counts)
-    if scores:
+    if scores and spec.labellers[0].scores:
         figures["score"] = shown(confidence.mean(scores, prompts))
     if margins:
         figures["margin"] = shown(confidence.mean(margins))
@@ -178,7 +178,7 @@ class _People:
 
 
 class _Writers:
-    """What each writer wrote, and how it was labelled."""
+    """The answers of each writer, and how they were labelled."""
 
     def __init__(self, spec: LabellingSpec) -> None:
         self.names = writer_names(spec)

@@ -14,18 +14,19 @@ from app.labellings import queue as label_queue
 from app.labellings.queue import PEOPLE
 from app.models import repository as models
 from app.spec.datasets.rendering import RenderingSettings
+from app.spec.evaluation import Endpoint
 from app.spec.job import JobSpec
 from app.spec.json_types import JsonObject
-from app.spec.labelling import MAX_SHOWN, LabellingSpec, WriterEndpoint
+from app.spec.labelling import LabellingSpec, WriterEndpoint
 from worker import comparisons
-from worker.answers import distinct, messages_of, row_of, too_many_to_compare
+from worker.answers import distinct, messages_of, row_of
 from worker.endpoints.asking import used
-from worker.endpoints.client import EndpointFailed, Question
+from worker.endpoints.client import EndpointFailed, Question, Role
 from worker.runner import Done
 from worker.sides_attempt import ANSWERS, SidesAttempt, change_items, read_items
 
-MOST_ITEMS = 50_000
-"""The most prompts that people can be given."""
+WRITER: Role = "writer"
+JUDGE: Role = "judge"
 
 
 class Labelling(SidesAttempt[LabellingSpec]):
@@ -55,11 +56,11 @@ class Labelling(SidesAttempt[LabellingSpec]):
 
     @property
     def usage_key(self) -> str:
-        """The key of what the endpoints have cost until then."""
+        """The key of the endpoints' usage until then."""
         return f"jobs/{self.job.id}/usage.json"
 
     def _usage(self) -> list[JsonObject]:
-        """What the endpoints have cost."""
+        """The answers, tokens and cost of each endpoint."""
         path = self.folder / "usage.json"
         if path.exists():
             usage: list[JsonObject] = json.loads(path.read_text())
@@ -75,6 +76,11 @@ class Labelling(SidesAttempt[LabellingSpec]):
 
     def rendering(self, session: Session, side: str, name: str) -> JsonObject:
         return rendering_of(self.spec, self.job.project, side, name, session)
+
+    def endpoints(self) -> list[tuple[str, Endpoint, Role]]:
+        writers = [(_part("writers", k), one.endpoint, WRITER) for k, one in enumerate(self.spec.writers)]
+        judges = [(_part("labellers", k), one.endpoint, JUDGE) for k, one in enumerate(self.spec.labellers)]
+        return [(name, endpoint, role) for name, endpoint, role in (*writers, *judges) if endpoint is not None]
 
     def measured_by(self) -> str | None:
         return next((writer.model for writer in self.spec.writers if writer.model is not None), None)
@@ -103,7 +109,7 @@ class Labelling(SidesAttempt[LabellingSpec]):
         """Ask a writer's endpoint for its answers to the items in `path`, and add them. False if the job has failed."""
         sampling, field = self.spec.sampling, f"writers.{number}.endpoint"
         assert sampling is not None
-        asking = self.asks(endpoint, f"{ANSWERS}.writers.{number}", "writer")
+        asking = self.asks(endpoint, _part("writers", number), WRITER)
         places = [
             (k * sampling.samples + sample, temperature)
             for k, temperature in enumerate(sampling.temperatures)
@@ -123,7 +129,7 @@ class Labelling(SidesAttempt[LabellingSpec]):
                 lambda: (question for item in read_items(path) for _, question in asked(item)), self.report_answers
             )
         except EndpointFailed as failed:
-            return self.fail(failed.code, str(failed), field)
+            return self.fail(failed.code, str(failed), failed.param(field))
 
         def add(item: JsonObject) -> JsonObject:
             for place, question in asked(item):
@@ -140,7 +146,7 @@ class Labelling(SidesAttempt[LabellingSpec]):
         judge, field = labeller.judge, f"labellers.{number}.judge.endpoint"
         assert judge is not None
         assert judge.endpoint is not None
-        asking = self.asks(judge.endpoint, f"{ANSWERS}.labellers.{number}", "judge")
+        asking = self.asks(judge.endpoint, _part("labellers", number), JUDGE)
 
         def asked(item: JsonObject) -> list[Question]:
             texts = [answer["text"] for answer in item["answers"]]
@@ -149,14 +155,10 @@ class Labelling(SidesAttempt[LabellingSpec]):
         def all_questions() -> Iterator[Question]:
             return (question for item in read_items(path) for question in asked(item))
 
-        for item in read_items(path):
-            if (reason := too_many_to_compare(item)) is not None:
-                return self.fail("invalid_value", reason, f"labellers.{number}.judge")
-
         try:
             asking.ask(all_questions, self.report_answers)
         except EndpointFailed as failed:
-            return self.fail(failed.code, str(failed), field)
+            return self.fail(failed.code, str(failed), failed.param(field))
 
         def add(item: JsonObject) -> JsonObject:
             replies = iter([asking.answers[question.key].text for question in asked(item)])
@@ -169,17 +171,13 @@ class Labelling(SidesAttempt[LabellingSpec]):
 
     def _ask_people(self, path: Path) -> None:
         """Give the items in `path` to people, and put the job aside until they have labelled them."""
-        contents = [
-            {"prompt": item["prompt"], "answers": [answer["text"] for answer in item["answers"]]}
-            for item in read_items(path)
+        many = [
+            (number, {"prompt": item["prompt"], "answers": [answer["text"] for answer in item["answers"]]})
+            for number, item in enumerate(read_items(path))
+            if len(item["answers"]) > 1
         ]
-        numbered = enumerate(contents)
-        many = [(number, content) for number, content in numbered if 2 <= len(content["answers"]) <= MAX_SHOWN]
-        left = len(contents) - len(many)
-        others = f" {left} others have one answer, or more than {MAX_SHOWN}." if left else ""
-        if not many or len(many) > MOST_ITEMS:
-            message = f"{len(many)} prompts have from 2 to {MAX_SHOWN} answers. People label from 1 to {MOST_ITEMS}."
-            self.fail("nothing_to_compare", message, "labellers")
+        if not many:
+            self.fail("nothing_to_compare", "No prompt has two different answers to compare.", "labellers")
             return
         usage_path = self.folder / "usage.json"
         usage_path.write_text(json.dumps(self._usage()))
@@ -187,7 +185,7 @@ class Labelling(SidesAttempt[LabellingSpec]):
         self.store(partial(self.services.storage.put_file, self.usage_key, usage_path))
 
         def write(session: Session) -> None:
-            self.end(session, Status.QUEUED, f"People can label {len(many)} prompts.{others}", awaits=PEOPLE)
+            self.end(session, Status.QUEUED, f"People can label {len(many)} prompts.", awaits=PEOPLE)
             label_queue.add(session, self.job.id, many)
 
         self.lease.write(write)
@@ -196,10 +194,15 @@ class Labelling(SidesAttempt[LabellingSpec]):
         """Add the labels of people to the items in `path`."""
         (title,) = (labeller.title for labeller in self.spec.labellers if labeller.people is not None)
         verdicts = self.lease.read(lambda session: label_queue.verdicts(session, self.job.id))
+        shown = self.lease.read(lambda session: label_queue.answers(session, self.job.id))
         numbers = count()
 
         def add(item: JsonObject) -> JsonObject:
-            found = verdicts.get(next(numbers), [])
+            number = next(numbers)
+            texts = [answer["text"] for answer in item["answers"]]
+            if shown.get(number, texts) != texts:  # an attempt that lost its lease wrote the items later
+                raise RuntimeError(f"the items of {self.job.id} are not those that people have labelled")
+            found = verdicts.get(number, [])
             rankings = {verdict.annotator: verdict.ranking for verdict in found if verdict.ranking is not None}
             flags = [verdict.flag for verdict in found if verdict.flag is not None]
             item["labels"][title] = comparisons.label_of_people(len(item["answers"]), rankings, flags)
@@ -232,6 +235,11 @@ class Labelling(SidesAttempt[LabellingSpec]):
         ]
         summary = labelling_figures.summary(metrics)
         self.finish(f"The labelling has succeeded: {summary}", metrics, self.spec.gates or [], stored)
+
+
+def _part(group: str, number: int) -> str:
+    """The beginning of the names of the parts with an endpoint's answers."""
+    return f"{ANSWERS}.{group}.{number}"
 
 
 def rendering_of(spec: LabellingSpec, project: str, side: str, name: str, session: Session) -> JsonObject:

@@ -168,7 +168,7 @@ class JobAttempt(ABC, Generic[Spec]):
         limit = self.job.timeout_seconds
         return limit is not None and self.job.ran_seconds + time.monotonic() - self.began > limit
 
-    # -- implemented by trainings and evaluations -------------------------------------------------------------------
+    # -- implemented by each kind of job ------------------------------------------------------------------------------
 
     @staticmethod
     @abstractmethod

@@ -47,7 +47,7 @@ class SidesAttempt(JobAttempt[SidesSpec], Generic[SidesSpec]):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.asking = dict[str, Asking]()
-        """What asks each endpoint, by the beginning of the names of its parts."""
+        """The asking of each endpoint, by the beginning of the names of its parts."""
 
     @property
     def parts_prefix(self) -> str:
@@ -65,9 +65,15 @@ class SidesAttempt(JobAttempt[SidesSpec], Generic[SidesSpec]):
     def measured_by(self) -> str | None:
         """The name of the model whose training decides the precision of the base models; None without one."""
 
+    @abstractmethod
+    def endpoints(self) -> list[tuple[str, Endpoint, Role]]:
+        """(beginning of the names of its parts, endpoint, role) of every endpoint that the job asks."""
+
     def fetch_parts(self) -> None:
         """Fetch the completions and answers of earlier attempts, and count the completions."""
         self.services.storage.get_folder(self.parts_prefix, self.folder / "parts")
+        for name, endpoint, role in self.endpoints():  # whenever the job fails, their answers are kept
+            self.asks(endpoint, name, role)
         self.completions = Counter[bool]()  # whether a judge made them → number
         for path in (self.folder / "parts").glob("*.jsonl"):
             if not path.name.startswith(ANSWERS):
@@ -117,7 +123,7 @@ class SidesAttempt(JobAttempt[SidesSpec], Generic[SidesSpec]):
         return {name: training.spec.get(name) for name in ("double_quantization", "compute_dtype")}
 
     def asks(self, endpoint: Endpoint, name: str, role: Role) -> Asking:
-        """What asks `endpoint`, with the answers of earlier attempts. `name` begins the names of its parts."""
+        """The asking of `endpoint`, with the answers of earlier attempts. `name` begins the names of its parts."""
         if name not in self.asking:
             self.asking[name] = Asking(self, endpoint, name, role)
         return self.asking[name]

@@ -74,9 +74,8 @@ def label(
 def _cells(row: JsonObject) -> JsonObject:
     """The writers and labellers of a labelling by name."""
     writers = [writer.get("model") or writer["endpoint"]["model"] for writer in row["writers"]]
-    labellers = [
-        labeller.get("name") or ("judge" if "judge" in labeller else "grader") for labeller in row["labellers"]
-    ]
+    kinds = ("judge", "grader", "people")
+    labellers = [one.get("name") or next(kind for kind in kinds if kind in one) for one in row["labellers"]]
     return {"writers": ", ".join(writers), "labellers": ", ".join(labellers)}
 
 

@@ -8,9 +8,10 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from app.dashboard.pages import by_session, missing, page
 from app.dashboard.session import AnnotatorDependency, from_this_site, home_of
 from app.dependencies import ServicesDependency
-from app.errors import ServiceError
+from app.errors import ServiceError, Unavailable
 from app.keys.service import Caller
 from app.labellings.schemas import Given, VerdictSpec
+from app.operations.service import require_writable
 from app.services import Services
 
 router = APIRouter(prefix="/dashboard/label", include_in_schema=False)
@@ -37,6 +38,7 @@ def label(
 ) -> HTMLResponse:
     """The next item of a labelling."""
     try:
+        require_writable(services.database)  # to give an item to somebody is a change
         given = services.people.next(annotator, labelling_id)
     except ServiceError as error:
         return missing(request, error)
@@ -51,18 +53,28 @@ def answer(
     annotator: AnnotatorDependency,
     services: ServicesDependency,
     item: Annotated[int, Form(ge=0, le=2**31 - 1)],
-    verdict: Annotated[str, Form(max_length=200)],
+    verdict: Annotated[str, Form(max_length=200)] = "",
     reason: Annotated[str, Form(max_length=2000)] = "",
 ) -> Response:
     """Store a verdict: `skip`, `flag`, `undo`, or groups of places with the best group first, such as `1 0,2`."""
     try:
+        require_writable(services.database)
         _store(services, annotator, labelling_id, item, verdict, reason)
+    except Unavailable as error:
+        return missing(request, error)
     except ServiceError as error:
         try:
             given = services.people.next(annotator, labelling_id)
         except ServiceError:
             return missing(request, error)
         return _item(request, labelling_id, given, problem=error.message, status=error.status)
+    services.audit.record(
+        actor=annotator.key_id,
+        project=annotator.project,
+        action=f"POST /v1/labellings/{{labelling_id}}/verdicts{'/undo' if verdict == 'undo' else ''}",
+        subject=f"/v1/labellings/{labelling_id}/verdicts",
+        request_id=request.state.request_id,
+    )
     return RedirectResponse(f"{home_of(request)}/label/{labelling_id}", status_code=303)
 
 

@@ -149,7 +149,7 @@ def require_place(session: Session, project_id: str, priority: int) -> None:
     if project.max_queued_jobs is None:
         return
     limit = projects.lock(session, project_id).max_queued_jobs  # two requests at once would both find a place
-    queued = (Job.status.in_((Status.VALIDATING, Status.QUEUED)), Job.project == project_id)
+    queued = (Job.status.in_((Status.VALIDATING, Status.QUEUED)), Job.project == project_id, Job.awaits.is_(None))
     if limit is not None and session.scalars(select(func.count()).where(*queued)).one() >= limit:
         raise Forbidden(
             f"{limit} jobs of the project '{project_id}' wait already, and it may have no more. "
@@ -264,7 +264,8 @@ def _claiming(
     within_limit, of_project = _within_limit(status), bindparam("of_project", type_=String)
     any_queued, values = None, dict[str, object]()
     if served is not None:
-        any_queued = select(Job.id).where(_base_is_served(served), Job.status == Status.QUEUED).limit(1)
+        served_and_queued = (_base_is_served(served), Job.status == Status.QUEUED, Job.awaits.is_(None))
+        any_queued = select(Job.id).where(*served_and_queued).limit(1)
     if status == Status.QUEUED:
         started = func.coalesce(Job.started_at, database_now())
         values = {"status": Status.RUNNING, "started_at": started, "worker": bindparam("on_worker")}

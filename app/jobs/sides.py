@@ -1,4 +1,4 @@
-"""What evaluations and labellings need of the models and endpoints that they name."""
+"""Checks of the models and endpoints that evaluations and labellings name."""
 
 from collections.abc import Iterable
 

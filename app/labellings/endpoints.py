@@ -81,7 +81,7 @@ def export_labels(
     services: ServicesDependency,
     format: Annotated[ExportFormat, Query(description="The tool whose form it has.")] = "label_studio",
 ) -> StreamingResponse:
-    """What people have labelled, as Label Studio or Argilla export it. Both can be uploaded as a file for training."""
+    """All verdicts, as Label Studio or Argilla export them. Both can be uploaded as a file for training."""
     labels = services.people.export(caller.project, labelling_id, format)
     return StreamingResponse(labels, media_type="application/json")
 

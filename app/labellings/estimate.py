@@ -1,4 +1,4 @@
-"""What a labelling would write and ask, at most: answers, questions, tokens and money. A pure function."""
+"""The answers, questions, tokens and money of a labelling, at most. A pure function."""
 
 from typing import Literal
 
@@ -36,11 +36,12 @@ def estimate(spec: LabellingSpec, report: JsonObject) -> LabellingEstimate:
         if writer.endpoint is not None:
             asked = prompts * spec.answers_of_a_writer
             field = f"writers.{number}.endpoint"
-            endpoints.append(_asked(field, "writer", writer.endpoint, asked, prompt, sampling.max_tokens))
+            written = _token_limit(writer.endpoint, sampling.max_tokens)
+            endpoints.append(_asked(field, "writer", writer.endpoint, asked, prompt, written))
     for number, labeller in enumerate(spec.labellers):
         if labeller.endpoint is not None:
             asked = prompts * answers * (answers - 1)  # every two answers, in both orders
-            read, written = prompt + round(2 * answer) + QUESTION_TOKENS, _reply_tokens(labeller.endpoint)
+            read, written = prompt + round(2 * answer) + QUESTION_TOKENS, _token_limit(labeller.endpoint, REPLY_TOKENS)
             field = f"labellers.{number}.judge.endpoint"
             endpoints.append(_asked(field, "judge", labeller.endpoint, asked, read, written))
     costs = [entry.cost for entry in endpoints if entry.cost is not None]
@@ -55,15 +56,16 @@ def estimate(spec: LabellingSpec, report: JsonObject) -> LabellingEstimate:
     )
 
 
-def _reply_tokens(endpoint: Endpoint) -> int:
-    limits = (endpoint.parameters.get(name) for name in ("max_tokens", "max_completion_tokens"))
-    return next((limit for limit in limits if isinstance(limit, int)), REPLY_TOKENS)
+def _token_limit(endpoint: Endpoint, default: int) -> int:
+    """The most tokens of an answer, by the endpoint's own parameters."""
+    limits = (endpoint.parameters.get(name) for name in ("max_completion_tokens", "max_tokens"))
+    return next((limit for limit in limits if isinstance(limit, int)), default)
 
 
 def _asked(
     field: str, role: Literal["writer", "judge"], endpoint: Endpoint, questions: int, read: int, written: int
 ) -> EndpointEstimate:
-    """What `questions` cost that have `read` tokens each, with replies of at most `written` tokens."""
+    """The cost of `questions` that have `read` tokens each, with replies of at most `written` tokens."""
     price, tokens = endpoint.price, (questions * read, questions * written)
     return EndpointEstimate(
         field=field,

@@ -1,4 +1,4 @@
-"""What people have labelled, in the forms of other labelling tools. Pure functions."""
+"""The verdicts of people in the forms of other labelling tools. Pure functions."""
 
 from collections.abc import Iterator, Sequence
 from itertools import combinations

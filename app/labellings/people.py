@@ -98,7 +98,10 @@ class PeopleWhoLabel:
         return given
 
     def undo(self, caller: Caller, labelling_id: str) -> Given:
-        """Take back the caller's last verdict; returns its item. Raises `NotFound` if there is none."""
+        """Take back the caller's last verdict; returns its item, unless somebody else has that by now.
+
+        Raises `NotFound` if there is none.
+        """
         with self.database.write() as session:
             job = _labelling(session, caller.project, labelling_id, lock=True)
             _require_open(job)
@@ -116,6 +119,8 @@ class PeopleWhoLabel:
                 .values(reserved_by=None, reserved_until=None)
             )
             session.flush()
+            if item.reserved_by is not None and (item.reserved_until or 0.0) >= now(session):
+                return self._next(session, job, caller)  # somebody else has it
             return self._given(session, job, caller, _reserve(session, job, item, caller))
 
     # -- for those who own the labelling -----------------------------------------------------------------------------
@@ -168,7 +173,7 @@ class PeopleWhoLabel:
         """Let a worker make the file from the verdicts so far. Raises `Conflict` if people do not label."""
         with self.database.write() as session:
             job = _labelling(session, project, labelling_id)
-            if job.awaits != PEOPLE or not _go_on(session, job, "The labelling was closed to people."):
+            if not _go_on(session, job, "The labelling was closed to people."):
                 raise Conflict(f"Labelling {labelling_id} does not wait for people.", code="not_waiting_for_people")
         self.broker.wake(Lane.GPU)
 
@@ -215,7 +220,7 @@ class PeopleWhoLabel:
 
 
 def people_of(job: Job) -> People:
-    """What a labelling wants of people. Raises `NotFound` if it wants nothing."""
+    """The people that a labelling wants. Raises `NotFound` if it wants none."""
     people = LabellingSpec.stored(job.spec).people
     if people is None:
         raise NotFound(f"Labelling {job.id} has no people among its labellers.", code="people_not_found")
@@ -293,8 +298,8 @@ def _unfinished(job: Job) -> tuple[ColumnElement[bool], ...]:
 
 def _go_on(session: Session, job: Job, message: str) -> bool:
     """Let a worker go on with the labelling; False if it waits for nobody any more."""
-    statement = update(Job).where(Job.id == job.id, Job.awaits == PEOPLE).values(awaits=None).returning(Job.id)
-    if session.scalar(statement) is None:
+    waits = (Job.id == job.id, Job.status == Status.QUEUED, Job.awaits == PEOPLE)
+    if session.scalar(update(Job).where(*waits).values(awaits=None).returning(Job.id)) is None:
         return False
     job_events.add(session, job.id, message)
     session.refresh(job)

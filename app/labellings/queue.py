@@ -1,4 +1,4 @@
-"""What a labelling gives to people, and what they said: written and read by its worker."""
+"""The items that a labelling gives to people, and their verdicts: written and read by its worker."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -36,6 +36,12 @@ def add(session: Session, labelling_id: str, items: Iterable[tuple[int, JsonObje
         for number, content in items
     ]
     session.execute(insert(LabelItem), rows)
+
+
+def answers(session: Session, labelling_id: str) -> dict[int, list[str]]:
+    """The texts that people were shown, by the number of the item."""
+    statement = select(LabelItem).where(LabelItem.labelling_id == labelling_id)
+    return {item.number: item.content["answers"] for item in session.scalars(statement)}
 
 
 def verdicts(session: Session, labelling_id: str) -> dict[int, list[PersonsVerdict]]:

@@ -116,7 +116,7 @@ class LabellingObject(BaseModel):
             progress=EvaluationProgress(**job.progress) if job.progress else None,
             queue_position=place.position,
             waiting_for=place.waiting_for,
-            awaits=job.awaits,
+            awaits=job.awaits if job.status == Status.QUEUED else None,
             attempt=job.attempt,
             metrics=job.metrics,
             gates=shown_gates(job),
@@ -128,7 +128,7 @@ class LabellingObject(BaseModel):
 
 
 class EndpointEstimate(BaseModel):
-    """What an endpoint would be asked, at most."""
+    """The questions to an endpoint, at most."""
 
     field: str
     role: Literal["writer", "judge"]
@@ -142,7 +142,7 @@ class EndpointEstimate(BaseModel):
 
 
 class LabellingEstimate(BaseModel):
-    """What a labelling would write and ask, at most. Equal answers are asked about once, so it may be less."""
+    """The answers and questions of a labelling, at most. Equal answers are asked about once, so it may be less."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -207,7 +207,7 @@ class VerdictSpec(Defaulted):
     group are equally good."""
     skip: Literal[True] | None = None
     flag: Annotated[str, StringConstraints(min_length=1, max_length=2000, pattern=NO_NUL)] | None = None
-    """What is wrong with the item. Nobody else gets it, and it is left out of the file."""
+    """The reason for a flag. Nobody else gets the item, and it is left out of the file."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
@@ -256,7 +256,7 @@ class VerdictObject(BaseModel):
 
 
 class Annotator(BaseModel):
-    """What a person has done."""
+    """A person, and the number of verdicts of each kind."""
 
     name: str
     verdicts: int

@@ -66,9 +66,14 @@ class Labellings(ResultFiles[LabellingObject]):
         return self.show(job) if earlier_id is None else self.get(project, job.id)
 
     def estimate(self, project: str, spec: LabellingSpec) -> LabellingEstimate | None:
-        """What the labelling would write and ask; None while its file is being read. Nothing is stored or run."""
+        """The answers and questions of a labelling; None while its file is being read. Nothing is stored or run."""
         with self.database.write() as session:
             _, resolved = self._prepare(session, project, spec)
+            file = files.require(session, project, resolved.data, "data", PURPOSES)
+            mapping = resolved.mapping.model_dump(mode="json") if resolved.mapping is not None else None
+            if mapping != file.mapping:
+                message = "An estimate reads the file as it was uploaded: upload it with this 'mapping'."
+                raise ServiceError(message, param="mapping", code="invalid_value")
             artifact = reports.structural_report(session, project, resolved.data)
             summary = artifact.result if artifact.status == "done" else None
         if summary is None:

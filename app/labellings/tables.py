@@ -27,7 +27,7 @@ class LabelItem(Table):
 
 
 class LabelVerdict(Table):
-    """What an annotator has said about an item. A verdict that was taken back stays, with the time of that."""
+    """The verdict of an annotator on an item. One that was taken back stays, with the time of that."""
 
     __tablename__ = "label_verdicts"
     __table_args__ = (Index("ix_label_verdicts_annotator", "labelling_id", "annotator", "number", "withdrawn_at"),)

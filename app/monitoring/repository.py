@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, case, func, literal_column, select
+from sqlalchemy import ColumnElement, case, func, literal_column, or_, select
 from sqlalchemy.orm import Session
 
 from app.broker import Lane
@@ -40,7 +40,7 @@ class Snapshot:
     """The installation at one moment. Times are durations in seconds."""
 
     jobs: dict[str, int]
-    """Number of jobs by status. `paused` counts queued jobs on hold."""
+    """Number of jobs by status. `paused` counts queued jobs on hold, and those that wait for people."""
     attempts: int
     """Sum over all jobs. More than two attempts of a job mean that some were lost, paused or handed back."""
     oldest_waiting: float
@@ -109,8 +109,9 @@ class EndedJobs:
 
 def snapshot(session: Session, ended: EndedJobs) -> Snapshot:
     """Read the state once. It takes milliseconds, however long the history is, except at the first time."""
-    unfinished = select(Job.status, Job.paused, func.count(), func.sum(Job.attempt)).where(Job.status.in_(ACTIVE))
-    counts = session.execute(unfinished.group_by(Job.status, Job.paused)).all()
+    on_hold = or_(Job.paused, Job.awaits.is_not(None)).label("on_hold")
+    unfinished = select(Job.status, on_hold, func.count(), func.sum(Job.attempt)).where(Job.status.in_(ACTIVE))
+    counts = session.execute(unfinished.group_by(Job.status, on_hold)).all()
     ended_counts, attempts = ended.count(session)
     jobs = {status.value: 0 for status in Status} | {"paused": 0}
     for group, count in ended_counts.items():

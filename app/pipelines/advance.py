@@ -23,7 +23,8 @@ from app.pipelines.tables import Pipeline, PipelineStage
 from app.spec.evaluation import EvaluationSpec
 from app.spec.job import JobSpec
 from app.spec.json_types import JsonObject
-from app.spec.pipeline import PipelineSpec, Stage, references
+from app.spec.pipeline import PipelineSpec, Stage, references, replaced
+from app.spec.schema_base import STORED
 from app.webhooks import repository as webhooks
 
 STAGE_FAILED = "stage_failed"
@@ -31,7 +32,7 @@ STAGE_FAILED = "stage_failed"
 
 @dataclass(frozen=True)
 class Makers:
-    """What makes the jobs of stages."""
+    """The services that make the jobs of stages."""
 
     jobs: Jobs
     evaluations: Evaluations
@@ -52,10 +53,18 @@ class Makers:
         return self.labellings.add(session, pipeline.project, spec, pipeline.request_id)
 
 
-def jobs_of(session: Session, pipelines: Sequence[Pipeline]) -> dict[str, dict[tuple[int, str], Job]]:
-    """The jobs of the stages of each pipeline, by its id, by round and name."""
+def jobs_of(
+    session: Session, pipelines: Sequence[Pipeline], *, only_current: bool = False
+) -> dict[str, dict[tuple[int, str], Job]]:
+    """The jobs of the stages of each pipeline, by its id, by round and name.
+
+    `only_current`: only those of the round under way.
+    """
     found: dict[str, dict[tuple[int, str], Job]] = {pipeline.id: {} for pipeline in pipelines}
     statement = select(PipelineStage, Job).join(Job, Job.id == PipelineStage.job_id)
+    if only_current:
+        statement = statement.join(Pipeline, Pipeline.id == PipelineStage.pipeline_id)
+        statement = statement.where(Pipeline.round == PipelineStage.round)
     for stage, job in session.execute(statement.where(PipelineStage.pipeline_id.in_(found))):
         found[stage.pipeline_id][stage.round, stage.name] = job
     return found
@@ -67,11 +76,11 @@ def advance(session: Session, makers: Makers, pipeline: Pipeline) -> bool:
     Raises `ServiceError` for a stage that cannot begin; `param` is its path in the spec of the pipeline.
     """
     assert pipeline.sealed_spec is not None
-    spec = PipelineSpec.model_validate_json(makers.secret_box.open(pipeline.sealed_spec))
+    spec = PipelineSpec.model_validate_json(makers.secret_box.open(pipeline.sealed_spec), context=STORED)
     begun = False
     while pipeline.status == "running" and not pipeline.paused:
-        of_all_rounds = jobs_of(session, [pipeline])[pipeline.id]
-        jobs = {name: job for (number, name), job in of_all_rounds.items() if number == pipeline.round}
+        of_round = jobs_of(session, [pipeline], only_current=True)[pipeline.id]
+        jobs = {name: job for (_, name), job in of_round.items()}
         broken = next((job for job in jobs.values() if job.status in (Status.FAILED, Status.CANCELLED)), None)
         if broken is not None:
             _break_off(session, pipeline, jobs, broken)
@@ -97,7 +106,7 @@ def _begin_stages(
         try:
             job = makers.make(session, pipeline, stage, values)
         except ServiceError as error:
-            error.param = f"stages.{number}.{stage.kind}.{error.param}"
+            error.param = ".".join(["stages", str(number), stage.kind, *([error.param] if error.param else [])])
             raise
         session.add(PipelineStage(pipeline_id=pipeline.id, round=pipeline.round, name=stage.name, job_id=job.id))
         session.flush()
@@ -141,8 +150,7 @@ def _end_round(session: Session, pipeline: Pipeline, spec: PipelineSpec, jobs: d
         return
     values = _values(pipeline, jobs)
     pipeline.variables = {
-        name: variable.first if variable.then is None else values[variable.then[2:-1]] if "${" in variable.then
-        else variable.then
+        name: variable.first if variable.then is None else replaced(variable.then, values)
         for name, variable in spec.variables.items()
     }  # fmt: skip
     pipeline.round += 1

@@ -68,19 +68,23 @@ class PipelineObject(BaseModel):
     """The round that is under way, or was last."""
     rounds: int
     history: list[RoundObject]
+    """All rounds so far. In a list of pipelines, only the last one."""
     model: str | None
     """The result: the model of the best or last round that met its gates. Null if none did."""
     error: JobError | None
     spec: JsonObject
-    """What was asked for, without the keys of endpoints."""
+    """The body of the request, without the keys of endpoints."""
     metadata: dict[str, str] | None
 
     @classmethod
-    def of(cls, pipeline: Pipeline, jobs: dict[tuple[int, str], Job]) -> "PipelineObject":
-        """The API object of `pipeline`. `jobs` are those of its stages, by round and name."""
+    def of(cls, pipeline: Pipeline, jobs: dict[tuple[int, str], Job], only_current: bool = False) -> "PipelineObject":
+        """The API object of `pipeline`. `jobs` are those of its stages, by round and name.
+
+        `only_current`: its history has only the round under way.
+        """
         results = {result["round"]: result for result in pipeline.results}
         history = []
-        for number in range(1, pipeline.round + 1):
+        for number in range(pipeline.round if only_current else 1, pipeline.round + 1):
             result = results.get(number, {})
             variables = result.get("variables", pipeline.variables if number == pipeline.round else {})
             stages = [_stage(stage, jobs.get((number, stage["name"]))) for stage in pipeline.spec["stages"]]

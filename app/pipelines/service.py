@@ -5,12 +5,12 @@ from contextlib import suppress
 from typing import Any
 
 import structlog
-from sqlalchemy import select
+from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from app.broker import Broker, Lane
 from app.database import Database, new_id
-from app.errors import Conflict, ServiceError, no_such
+from app.errors import Conflict, Forbidden, ServiceError, TooMany, Unavailable, no_such
 from app.idempotency.service import RequestIdentity
 from app.jobs.lifecycle import Lifecycle
 from app.jobs.sides import require_reachable
@@ -25,6 +25,10 @@ from app.spec.json_types import JsonObject
 from app.spec.pipeline import PipelineSpec
 
 log = structlog.get_logger(__name__)
+TEMPORARY = (Forbidden, TooMany, Unavailable)
+"""Refusals of a stage that end by themselves: a limit of the project, or something that is away. It begins later."""
+TEMPORARY_CODES = ("integration_not_configured",)
+"""The same, by their codes: no worker is there at present."""
 
 
 class Pipelines:
@@ -87,7 +91,12 @@ class Pipelines:
             with self.database.write() as session:
                 pipeline = _locked(session, pipeline_id)
                 return pipeline is not None and advance(session, self.makers, pipeline)
+        except TEMPORARY as error:
+            log.warning("pipeline waits", pipeline=pipeline_id, reason=error.message)
+            return False
         except ServiceError as error:
+            if error.code in TEMPORARY_CODES:
+                return False
             with self.database.write() as session:
                 pipeline = _locked(session, pipeline_id)
                 if pipeline is not None:
@@ -97,8 +106,7 @@ class Pipelines:
 
     def get(self, project: str, pipeline_id: str) -> PipelineObject:
         with self.database.read() as session:
-            (shown,) = _shown(session, [self._require(session, project, pipeline_id)])
-            return shown
+            return _shown(session, [self._require(session, project, pipeline_id)])[0]
 
     def page(self, project: str, *, after: str | None, limit: int) -> list[PipelineObject]:
         """Up to `limit` + 1 pipelines, newest first."""
@@ -106,38 +114,38 @@ class Pipelines:
             last = None if after is None else self._require(session, project, after, "after")
             statement = select(Pipeline).where(Pipeline.project == project)
             found = session.scalars(keyset(statement, (Pipeline.created_at, Pipeline.id), last, limit)).all()
-            return _shown(session, found)
+            return _shown(session, found, only_current=True)
 
     def cancel(self, project: str, pipeline_id: str, identity: RequestIdentity) -> PipelineObject:
-        """Cancel a pipeline and its unfinished jobs."""
+        """Cancel a pipeline and its unfinished jobs. After a failure on the way, the same request goes on."""
         with self.database.write() as session:
-            pipeline = self._require(session, project, pipeline_id)
-            if pipeline.status != "running":
-                if pipeline.status == "cancelled" and identity.resent:
-                    (shown,) = _shown(session, [pipeline])
-                    return shown
-                raise Conflict(f"Pipeline {pipeline_id} is {pipeline.status} already.", code="job_already_ended")
-            end(session, pipeline, "cancelled")
-            jobs = list(jobs_of(session, [pipeline])[pipeline_id].values())
+            pipeline = self._require(session, project, pipeline_id, lock=True)
+            if pipeline.status == "cancelled" and identity.resent:
+                return _shown(session, [pipeline])[0]
+            _require_running(pipeline)
+            pipeline.paused = True  # nothing begins meanwhile
+            jobs = _unfinished(session, pipeline)
         for job in jobs:
             with suppress(Conflict):  # it has just ended
-                if job.status in ACTIVE:
-                    self._lifecycle(job).cancel(project, job.id, identity)
-        return self.get(project, pipeline_id)
+                self._lifecycle(job).cancel(project, job.id, identity)
+        with self.database.write() as session:
+            pipeline = self._require(session, project, pipeline_id, lock=True)
+            if pipeline.status == "running":
+                pipeline.paused = False
+                end(session, pipeline, "cancelled")
+            return _shown(session, [pipeline])[0]
 
     def set_paused(self, project: str, pipeline_id: str, paused: bool) -> PipelineObject:
         """Pause a pipeline and its unfinished jobs, or resume them."""
         with self.database.write() as session:
-            pipeline = self._require(session, project, pipeline_id)
-            if pipeline.status != "running":
-                raise Conflict(f"Pipeline {pipeline_id} is {pipeline.status} already.", code="job_already_ended")
+            pipeline = self._require(session, project, pipeline_id, lock=True)
+            _require_running(pipeline)
             pipeline.paused = paused
-            jobs = list(jobs_of(session, [pipeline])[pipeline_id].values())
+            jobs = _unfinished(session, pipeline)
         for job in jobs:
             with suppress(Conflict):
-                if job.status in ACTIVE:
-                    lifecycle = self._lifecycle(job)
-                    (lifecycle.pause if paused else lifecycle.resume)(project, job.id)
+                lifecycle = self._lifecycle(job)
+                (lifecycle.pause if paused else lifecycle.resume)(project, job.id)
         return self.get(project, pipeline_id)
 
     def _lifecycle(self, job: Job) -> Lifecycle[Any]:
@@ -145,17 +153,32 @@ class Pipelines:
         return next(service for service in services if service.KIND.name == job.kind)
 
     @staticmethod
-    def _require(session: Session, project: str, pipeline_id: str, param: str | None = None) -> Pipeline:
+    def _require(
+        session: Session, project: str, pipeline_id: str, param: str | None = None, *, lock: bool = False
+    ) -> Pipeline:
         statement = select(Pipeline).where(Pipeline.project == project, Pipeline.id == pipeline_id)
-        pipeline = session.scalar(statement.with_for_update())
+        pipeline = session.scalar(statement.with_for_update() if lock else statement)
         if pipeline is None:
             raise no_such("pipeline", pipeline_id, code="pipeline", param=param)
         return pipeline
 
 
-def _shown(session: Session, pipelines: Sequence[Pipeline]) -> list[PipelineObject]:
-    jobs = jobs_of(session, pipelines)
-    return [PipelineObject.of(pipeline, jobs[pipeline.id]) for pipeline in pipelines]
+def _require_running(pipeline: Pipeline) -> None:
+    if pipeline.status != "running":
+        raise Conflict(f"Pipeline {pipeline.id} is {pipeline.status} already.", code="job_already_ended")
+
+
+def _unfinished(session: Session, pipeline: Pipeline) -> list[Job]:
+    """The unfinished jobs of a pipeline: those of its stages, and evaluations that its trainings asked for."""
+    stages = select(PipelineStage.job_id).where(PipelineStage.pipeline_id == pipeline.id)
+    jobs = select(Job).where(or_(Job.id.in_(stages), Job.parent_id.in_(stages)), Job.status.in_(ACTIVE))
+    return list(session.scalars(jobs))
+
+
+def _shown(session: Session, pipelines: Sequence[Pipeline], *, only_current: bool = False) -> list[PipelineObject]:
+    """The API objects of `pipelines`. `only_current`: with no round but the one under way."""
+    jobs = jobs_of(session, pipelines, only_current=only_current)
+    return [PipelineObject.of(pipeline, jobs[pipeline.id], only_current) for pipeline in pipelines]
 
 
 def _locked(session: Session, pipeline_id: str) -> Pipeline | None:

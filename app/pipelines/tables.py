@@ -34,7 +34,7 @@ class Pipeline(Table):
     variables: Mapped[JsonObject]
     """The values of the variables in this round."""
     results: Mapped[list[JsonObject]]
-    """Of each round that has ended: its `round`, `variables`, `model`, and the `value` of the metric that decides."""
+    """The rounds that have ended: `round`, `variables`, `model`, `gates_met`, and the `value` that decides."""
     stopped_by: Mapped[str | None]
     """`gate` if a gate that was not met has ended it before its last round."""
     model: Mapped[str | None]

@@ -35,6 +35,8 @@ LabellerKind = Literal["judge", "grader", "people"]
 MAX_WRITERS, MAX_LABELLERS = 8, 8
 MAX_COMPARED = 16
 """The most answers to a prompt that a judge compares: it is asked about every two of them, in both orders."""
+MAX_ITEMS = 50_000
+"""The most prompts that people can be given."""
 MAX_SHOWN = 9
 """The most answers to a prompt that people rank: a key of the keyboard for each."""
 
@@ -71,7 +73,7 @@ class People(Defaulted):
     """People who label on the page `/dashboard/label/ID`, each with a key of the scope `label`."""
 
     guideline: Annotated[str, StringConstraints(min_length=1, max_length=16_384, pattern=NO_NUL)] | None = None
-    """What a good answer is, in Markdown. The page shows it."""
+    """The rule for what is a good answer, in Markdown. The page shows it."""
     verdicts: Annotated[int, Field(ge=1, le=16)] = 1
     """The number of people who label each prompt. With two or more, their agreement is measured."""
     minutes: Annotated[int, Field(ge=1, le=1440)] = 15
@@ -110,6 +112,11 @@ class Labeller(Defaulted):
     def asked(self) -> bool:
         """Whether it compares two answers at a time. Otherwise it scores each."""
         return self.judge is not None and self.judge.asked
+
+    @property
+    def scores(self) -> bool:
+        """Whether it scores each answer. Others compare answers, and their scores always have the same mean."""
+        return self.people is None and not self.asked
 
     @property
     def is_local(self) -> bool:
@@ -160,7 +167,7 @@ class LabellingSpec(RenderingSettings):
     name: Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=NO_NUL)] | None = None
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     gates: Gates | None = None
-    """Bounds on the labelling's metrics, such as `agreement/kappa`."""
+    """Bounds on the labelling's metrics, such as `margin/low`, or `kappa/low@NAME` for the second labeller NAME."""
     metadata: Annotated[Metadata, Field(max_length=16)] | None = None
     resources: Resources = Resources()
     """The devices that sample and score together. The file has the same bytes whatever their number. Null: one."""
@@ -206,6 +213,12 @@ class LabellingSpec(RenderingSettings):
         return self.answers_of_a_writer * len(self.writers)
 
     @property
+    def most_answers(self) -> int:
+        """The most answers to a prompt that all labellers take, with those of the data."""
+        most = MAX_COMPARED if any(labeller.asked for labeller in self.labellers) else limits.MAX_ANSWERS
+        return min(most, MAX_SHOWN) if self.people is not None else most
+
+    @property
     def answers_of_a_writer(self) -> int:
         """The number of answers that each writer gives to a prompt. At temperature 0 there is only one."""
         sampling = self.sampling or SamplingSpec()
@@ -222,6 +235,7 @@ class LabellingSpec(RenderingSettings):
         return figures_of_labelling(
             [labeller.title for labeller in others],
             asked=first.asked,
+            scores=first.scores,
             people=self.people is not None,
             endpoints=bool(self.endpoints()),
             priced=any(endpoint.price is not None for _, endpoint in self.endpoints()),

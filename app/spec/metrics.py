@@ -358,6 +358,8 @@ class LabellingMetric(Metric):
     """Whether it needs an endpoint."""
     people: bool = False
     """Whether it needs people who label."""
+    scored: bool = False
+    """Whether it needs a first labeller that scores each answer, and does not compare them."""
 
 
 LABELLING = {
@@ -367,7 +369,7 @@ LABELLING = {
     "repeated": LabellingMetric("Answers that repeat another one to the same prompt.", "lower", "count"),
     "missing": LabellingMetric("Answers that a writer did not give.", "lower", "count"),
     "unlabelled": LabellingMetric("Answers to which the first labeller gave no score.", "lower", "count"),
-    "score": LabellingMetric("The mean score of an answer by the first labeller.", interval=True),
+    "score": LabellingMetric("The mean score of an answer by the first labeller.", interval=True, scored=True),
     "margin": LabellingMetric(
         "The score of a row's best answer minus that of its worst.", interval=True, summary=True
     ),
@@ -405,16 +407,16 @@ LABELLING = {
 
 
 def figures_of_labelling(
-    others: Sequence[str], *, asked: bool, people: bool, endpoints: bool, priced: bool
+    others: Sequence[str], *, asked: bool, scores: bool, people: bool, endpoints: bool, priced: bool
 ) -> list[str]:
     """The names of the metrics that a labelling reports, with those of their intervals.
 
-    `others` are the names of its labellers after the first one, of which `asked` says whether it compares answers.
+    `others` are the names of its labellers after the first one. That is `asked`, or `scores`, or is people.
     """
     names = []
     for name, metric in LABELLING.items():
         reported = (asked or not metric.asked) and (endpoints or not metric.endpoint)
-        reported &= people or not metric.people
+        reported &= (people or not metric.people) and (scores or not metric.scored)
         if not reported or (name == "endpoints/cost" and not priced):
             continue
         plain = [name, *(_intervals([name]) if metric.interval else [])]

@@ -14,14 +14,17 @@ from app.spec.evaluation import EvaluationSpec
 from app.spec.job import JobSpec
 from app.spec.json_types import JsonObject
 from app.spec.labelling import LabellingSpec
+from app.spec.metrics import measured
+from app.spec.quality_gates import require_metric
 from app.spec.schema_base import NO_NUL, Defaulted, Metadata, inconsistent
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,63}$")]
 StageKind = Literal["job", "evaluation", "labelling"]
 AnyStageSpec = JobSpec | EvaluationSpec | LabellingSpec
 OUTPUTS: dict[StageKind, tuple[str, ...]] = {"job": ("model", "id"), "evaluation": ("id",), "labelling": ("file", "id")}
-"""What a stage of each kind leaves, by the word after its name in a reference."""
+"""The outputs of a stage of each kind: the words after its name in a reference."""
 REFERENCE = re.compile(r"\$\{([^}.]*)(?:\.([^}]*))?\}")
+ONLY_WHOLE = "A reference is a whole text: '${STAGE.model}', '${STAGE.file}', '${STAGE.id}' or '${VARIABLE}'"
 MAX_STAGES, MAX_ROUNDS = 16, 100
 Text = Annotated[str, StringConstraints(min_length=1, max_length=512, pattern=NO_NUL)]
 
@@ -55,6 +58,12 @@ class Stage(Defaulted):
     def body(self) -> JsonObject:
         """The fields of its spec that were given."""
         return self.spec.model_dump(mode="json", exclude_unset=True)
+
+    def figures(self) -> list[str]:
+        """The names of the metrics that it will have."""
+        if isinstance(self.spec, JobSpec):
+            return measured(self.spec.stages()[-1].settings.traits, validates=True)
+        return self.spec.figures()
 
     def with_values(self, values: dict[str, str]) -> AnyStageSpec:
         """Its spec with references replaced by `values`. Raises what pydantic raises."""
@@ -118,10 +127,14 @@ class PipelineSpec(Defaulted):
         for number, stage in enumerate(self.stages):
             if stage.name in kinds or stage.name in self.variables:
                 raise inconsistent(f"stages.{number}.name", f"Two stages or variables are called '{stage.name}'")
+            for path in partial_references(stage.body):
+                raise inconsistent(f"stages.{number}.{stage.kind}.{path}", ONLY_WHOLE)
             for path, name, output in references(stage.body):
                 self._check(f"stages.{number}.{stage.kind}.{path}", name, output, kinds)
             kinds[stage.name] = stage.kind
         for variable, value in self.variables.items():
+            for path in partial_references({"first": value.first, "then": value.then}):
+                raise inconsistent(f"variables.{variable}.{path}", ONLY_WHOLE)
             for path, name, output in references({"then": value.then}):
                 self._check(f"variables.{variable}.{path}", name, output, kinds, variables=False)
             if REFERENCE.fullmatch(value.first):
@@ -132,6 +145,8 @@ class PipelineSpec(Defaulted):
                 raise inconsistent("best.metric", "'best.metric' is STAGE/METRIC, with a stage of the pipeline")
             if "job" not in kinds.values():
                 raise inconsistent("best", "No stage makes a model: there is no best one")
+            judged = next(stage for stage in self.stages if stage.name == stage_name)
+            require_metric(metric, judged.figures(), "best.metric")
         return self
 
     def _check(
@@ -163,6 +178,18 @@ def references(value: object, path: str = "") -> Iterator[tuple[str, str, str | 
             yield from references(part, f"{path}.{number}")
     elif isinstance(value, str) and (found := REFERENCE.fullmatch(value)):
         yield path, found[1], found[2]
+
+
+def partial_references(value: object, path: str = "") -> Iterator[str]:
+    """The path of each text in `value` that holds `${` and is no whole reference."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from partial_references(part, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list):
+        for number, part in enumerate(value):
+            yield from partial_references(part, f"{path}.{number}")
+    elif isinstance(value, str) and "${" in value and not REFERENCE.fullmatch(value):
+        yield path
 
 
 def replaced(value: Any, values: dict[str, str]) -> Any:

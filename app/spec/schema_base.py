@@ -103,9 +103,9 @@ class Automatic(Defaulted):
 
 
 def without_nulls(fields: JsonObject | None) -> JsonObject | None:
-    """`fields` without those that are null, at all depths of objects."""
+    """`fields` without those that are null, at all depths of objects. Those of `parameters` mean something."""
     return fields and {
-        name: without_nulls(value) if isinstance(value, dict) else value
+        name: without_nulls(value) if isinstance(value, dict) and name != "parameters" else value
         for name, value in fields.items()
         if value is not None
     }

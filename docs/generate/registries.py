@@ -99,7 +99,9 @@ def metrics() -> str:
     ]
     rows = []
     for name, number in LABELLING.items():
-        needs = "a first labeller that is asked" if number.asked else "an endpoint" if number.endpoint else ""
+        kinds = {"a first labeller that is asked": number.asked, "a first labeller that scores": number.scored,
+                 "an endpoint": number.endpoint, "people": number.people}  # fmt: skip
+        needs = next((kind for kind, needed in kinds.items() if needed), "")
         shown = f"{name}@NAME" if number.compared else name
         rows.append((*_cells(shown, number), "yes" if number.interval else "", needs))
     return "\n".join([*lines, table((*HEAD, "interval", "needs"), rows)])

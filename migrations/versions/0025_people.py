@@ -1,4 +1,4 @@
-"""What labellings give to people, and their verdicts"""
+"""The items that labellings give to people, and their verdicts"""
 
 import sqlalchemy as sa
 from alembic import op

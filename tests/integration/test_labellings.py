@@ -202,3 +202,27 @@ def test_an_estimate_refuses_a_file_that_cannot_be_read(client: TestClient, serv
     work(services)
     error = error_of(client.post("/v1/labellings/estimate", json=request), 400)
     assert error["param"] == "data"
+
+
+def test_an_estimate_takes_the_limit_of_an_endpoint_that_has_its_own(client: TestClient, services: Services) -> None:
+    rows = b'{"prompt": "x"}\n' * 2 + b'{"prompt": "y"}\n'
+    endpoint = WRITER["endpoint"] | {"parameters": {"max_tokens": None, "max_completion_tokens": 1000}}
+    request = body(client, data=upload(client, rows), writers=[{"endpoint": endpoint}])
+    client.post("/v1/labellings/estimate", json=request)
+    work(services)
+    (writer,) = client.post("/v1/labellings/estimate", json=request).raise_for_status().json()["endpoints"]
+    assert writer["output_tokens"] == writer["questions"] * 1000
+    created = client.post("/v1/labellings", json=request).json()
+    shown = created["writers"][0]["endpoint"]["parameters"]
+    assert shown == {"max_tokens": None, "max_completion_tokens": 1000}, "null means something there"
+
+
+def test_an_estimate_asks_for_an_upload_with_the_mapping(client: TestClient, services: Services) -> None:
+    mapping = {"prompt": "q"}
+    rows = b'{"q": "x", "z": "y"}\n'
+    error = error_of(
+        client.post("/v1/labellings/estimate", json=body(client, data=upload(client, rows), mapping=mapping)), 400
+    )
+    assert error["param"] == "mapping"
+    mapped = body(client, data=upload(client, rows, mapping=json.dumps(mapping)))
+    assert client.post("/v1/labellings/estimate", json=mapped | {"mapping": mapping}).status_code == 202

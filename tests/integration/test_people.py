@@ -20,7 +20,7 @@ from app.labellings.tables import LabelItem, LabelVerdict
 from app.services import Services
 from app.spec.datasets.check import examples, survey
 from app.spec.labelling import LabellingSpec
-from tests.helpers.api import error_of, key_of
+from tests.helpers.api import error_of, key_of, upload
 from tests.helpers.jobs import make_job
 
 ANSWERS = ["short", "a longer one", "the longest of all"]
@@ -54,7 +54,9 @@ class Annotator:
         self.client, self.path, self.job_id = client, f"/v1/labellings/{job_id}", job_id
 
     def next(self) -> dict[str, Any]:
-        given: dict[str, Any] = self.client.post(f"{self.path}/next", headers=self.headers).raise_for_status().json()
+        answer = self.client.post(f"{self.path}/next", headers=self.headers)
+        assert answer.status_code == 200, answer.text
+        given: dict[str, Any] = answer.json()
         return given
 
     def say(self, item: int, status: int = 200, **verdict: Any) -> dict[str, Any]:
@@ -326,3 +328,55 @@ def test_the_audit_has_verdicts_and_not_each_look_at_an_item(client: TestClient,
     anna.prefer_longer()
     actions = [event["action"] for event in client.get("/v1/audit").json()["data"] if event["actor"] == anna.id]
     assert actions == ["POST /v1/labellings/{labelling_id}/verdicts"]
+
+
+def test_undo_takes_no_item_away_from_somebody_else(client: TestClient, services: Services) -> None:
+    job_id = labelling(services, items=2, verdicts=2)
+    anna, ben = (Annotator(client, services, job_id, name) for name in ("anna", "ben"))
+    assert anna.prefer_longer() == 0
+    assert ben.next()["task"]["item"] == 0
+    back = client.post(f"{anna.path}/verdicts/undo", headers=anna.headers).json()
+    assert back["task"]["item"] == 1 and back["done"] == 0, "the verdict is taken back, and the item is with Ben"
+    assert ben.prefer_longer() == 0
+
+
+def test_a_cancelled_labelling_cannot_be_closed(client: TestClient, services: Services) -> None:
+    job_id = labelling(services)
+    client.post(f"/v1/labellings/{job_id}/cancel").raise_for_status()
+    error = error_of(client.post(f"/v1/labellings/{job_id}/close"), 409)
+    assert error["code"] == "not_waiting_for_people"
+    assert client.get(f"/v1/labellings/{job_id}").json()["awaits"] is None
+
+
+def test_a_labelling_that_waits_for_people_is_no_work_that_waits(client: TestClient, services: Services) -> None:
+    """An autoscaler counts queued jobs, and a project may have so many."""
+    labelling(services)
+    text = client.get("/metrics").text
+    assert 'dpo_jobs{status="queued"} 0.0' in text and 'dpo_jobs{status="paused"} 1.0' in text
+    client.post("/v1/projects/default", json={"max_queued_jobs": 1}).raise_for_status()
+    body = {"model": "tiny", "training_file": upload(client)}
+    assert client.post("/v1/fine_tuning/jobs", json=body).status_code == 200
+
+
+def test_the_page_changes_nothing_while_nothing_may_be_changed_and_the_audit_has_its_verdicts(
+    client: TestClient, services: Services
+) -> None:
+    job_id = labelling(services)
+    anna = Annotator(client, services, job_id, "anna")
+    page = TestClient(client.app, base_url=str(client.base_url), follow_redirects=False)
+    page.post("/dashboard/login", data={"key": anna.headers["Authorization"].removeprefix("Bearer ")})
+    path = f"/dashboard/label/{job_id}"
+    assert page.get(path).status_code == 200
+    client.post("/v1/operations", json={"read_only": "backup"}).raise_for_status()
+    for answer in (page.get(path), page.post(path, data={"item": "0", "verdict": "0 1"})):
+        assert answer.status_code == 503 and "backup" in answer.text
+    client.post("/v1/operations", json={"read_only": None}).raise_for_status()
+    assert page.post(path, data={"item": "0", "verdict": "0 1"}).status_code == 303
+    assert page.post(path, data={"item": "0", "verdict": "undo"}).status_code == 303
+    events = client.get("/v1/audit").json()["data"]
+    actions = [event["action"] for event in events if event["actor"] == anna.id]
+    path = "POST /v1/labellings/{labelling_id}/verdicts"
+    assert actions == [f"{path}/undo", path]
+    for verdict in ("", "0", "a b", "0 0", "0 1 2", "0,1,2"):
+        answer = page.post(f"/dashboard/label/{job_id}", data={"item": "0", "verdict": verdict})
+        assert answer.status_code == 400 and 'role="alert"' in answer.text, verdict

@@ -249,3 +249,42 @@ def test_a_resent_pipeline_is_created_once_and_its_end_is_told(client: TestClien
 def test_a_bad_pipeline_is_refused(fields: dict[str, Any], client: TestClient) -> None:
     error = error_of(client.post("/v1/pipelines", json=body(client) | fields), 400)
     assert error["param"] and error["message"]
+
+
+def test_a_limit_of_the_project_delays_a_stage_and_does_not_fail_it(client: TestClient, services: Services) -> None:
+    pipeline = create(client)
+    succeed(services, stage(pipeline, "label")["id"])
+    client.post("/v1/projects/default", json={"max_queued_jobs": 0}).raise_for_status()
+    services.pipelines.look()
+    waiting = shown(client, pipeline)
+    assert waiting["status"] == "running" and stage(waiting, "dpo")["status"] == "waiting"
+    client.post("/v1/projects/default", json={"max_queued_jobs": 5}).raise_for_status()
+    services.pipelines.look()
+    assert stage(shown(client, pipeline), "dpo")["status"] == "validating_files"
+
+
+def test_pausing_and_cancelling_reach_evaluations_that_a_training_asked_for(
+    client: TestClient, services: Services
+) -> None:
+    request = body(client)
+    held = {"name": "held", "type": "preference", "data": request["stages"][0]["labelling"]["data"]}
+    request["stages"][1] = changed(request["stages"][1], "job", evaluations=[held])
+    pipeline = client.post("/v1/pipelines", json=request).raise_for_status().json()
+    succeed(services, stage(pipeline, "label")["id"])
+    services.pipelines.look()
+    job = client.get(f"/v1/fine_tuning/jobs/{stage(shown(client, pipeline), 'dpo')['id']}").json()
+    evaluation = f"/v1/evaluations/{job['evaluations'][0]['id']}"
+    client.post(f"/v1/pipelines/{pipeline['id']}/pause").raise_for_status()
+    assert client.get(evaluation).json()["paused"]
+    client.post(f"/v1/pipelines/{pipeline['id']}/cancel").raise_for_status()
+    assert client.get(evaluation).json()["status"] == "cancelled"
+    again = {"x-stainless-retry-count": "1"}
+    assert client.post(f"/v1/pipelines/{pipeline['id']}/cancel", headers=again).json()["status"] == "cancelled"
+
+
+def test_a_list_has_the_round_under_way_and_one_pipeline_has_all(client: TestClient, services: Services) -> None:
+    pipeline = create(client)
+    run_round(client, services, pipeline, 0.5)
+    assert [entry["round"] for entry in shown(client, pipeline)["history"]] == [1, 2]
+    (listed,) = client.get("/v1/pipelines").json()["data"]
+    assert [entry["round"] for entry in listed["history"]] == [2] and listed["history"][0]["stages"][0]["id"]

@@ -90,3 +90,14 @@ def test_a_ranking_of_other_columns_is_refused() -> None:
     rows = [ranked("312"), ranked("12")]
     report = survey(io.BytesIO(json.dumps(rows).encode()))
     assert report.error is not None and report.error["field"] == "ranking.responses"
+
+
+def test_columns_of_other_tools_beside_pairs_change_nothing() -> None:
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    for more in (
+        {"data": {"source": "x"}, "annotations": []},
+        {"ranking.responses": [["rejected", "chosen"]], "ranking.responses.status": ["draft"]},
+    ):
+        assert read(pair | more) == ("a", "b")
+    chat = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    assert read(chat | {"data": {"source": "x"}, "annotations": []}) == ("a",)

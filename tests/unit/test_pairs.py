@@ -1,5 +1,6 @@
 """The pairs that a row with ranked answers gives, by each rule."""
 
+import pickle
 from collections import Counter
 from pathlib import Path
 
@@ -97,3 +98,9 @@ def test_a_stored_spec_has_the_rule_only_if_it_was_set() -> None:
     assert stored["method"]["dpo"]["hyperparameters"]["pairs"] == "best_worst"
     rule = JobSpec.stored(stored).stages()[-1].settings.pair_rule
     assert rule == PairRule("best_worst", 2.0)
+
+
+def test_an_error_of_a_row_survives_the_way_from_another_process() -> None:
+    error = pickle.loads(pickle.dumps(DatasetError(3, "scores", "is missing", {"prompt": "q"})))
+    assert (error.line, error.field, error.reason, error.mapping) == (3, "scores", "is missing", {"prompt": "q"})
+    assert str(error) == "Line 3: field 'scores': is missing"

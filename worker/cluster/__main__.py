@@ -123,7 +123,7 @@ def _listen(answers: "queue.Queue[bytes]") -> None:
 
 
 class Training:
-    """A training or an evaluation on several machines, the first of which has the first rank."""
+    """A job on several machines, the first of which has the first rank."""
 
     def __init__(
         self,
@@ -216,7 +216,8 @@ class Training:
                 without = [number for number, has in enumerate(found) if not has]
                 for path in model_files(folder) if without else ():
                     self._send(path, f"{place}/{path.relative_to(folder).as_posix()}", without)
-        for place in ("spec.json", "evaluation.json", "parts", *self.about.get("placed", [])):
+        specs = ("spec.json", "evaluation.json", "labelling.json", "answered.jsonl")
+        for place in (*specs, "parts", *self.about.get("placed", [])):
             path = self.folder / place
             if not (place in bases and path.is_file()):
                 for file in files_below(path) if path.is_dir() else [path] if path.exists() else []:

@@ -47,9 +47,9 @@ class Asking:
             sealed = self.endpoint.api_key
             api_key = None if sealed is None else services.secret_box.open(sealed)
         except ValueError as error:
-            raise EndpointFailed(CODES[self.role][0], f"The {self.role}'s key cannot be read: {error}.") from error
+            message = f"The {self.role}'s key cannot be read: {error}."
+            raise EndpointFailed(CODES[self.role][0], message, "api_key") from error
         keys, new_parts = {question.key for question in questions()}, 0
-        self._read_earlier(keys)
 
         def keep(fresh: dict[str, Answer]) -> None:
             nonlocal new_parts
@@ -62,20 +62,24 @@ class Asking:
             report(len(self.answers), len(keys))
 
         (attempt.folder / "parts").mkdir(exist_ok=True)
+        earlier = self._earlier_answers(keys)
+        if earlier:
+            keep(earlier)  # from now on they are this job's: the next attempt has the same
         client = EndpointClient(self.endpoint, api_key, services.settings.private_judges, self.role)
         self.answers = client.ask_all(questions(), self.answers, keep, attempt.lease.check)
 
-    def _read_earlier(self, keys: set[str]) -> None:
-        """Add the answers that failed jobs have paid for. `keys` are those of this job's questions."""
-        folder = self.attempt.folder / f"earlier-{self.name}"
+    def _earlier_answers(self, keys: set[str]) -> dict[str, Answer]:
+        """The answers that failed jobs have paid for, to questions with `keys` that this job has not asked yet."""
+        folder, found = self.attempt.folder / f"earlier-{self.name}", dict[str, Answer]()
         try:
             self.attempt.services.storage.get_folder(self.prefix, folder)
             for key, answer in _answers(folder.glob("*.jsonl")):
                 self._earlier.add(key)
-                if key in keys:
-                    self.answers.setdefault(key, answer)
+                if key in keys and key not in self.answers:
+                    found.setdefault(key, answer)
         except Exception as error:  # the answers only save money
             self.attempt.log.warning("earlier answers not read", reason=str(error))
+        return found
 
     def leave(self) -> None:
         """Keep the new answers for later jobs, because this one fails."""
@@ -120,7 +124,7 @@ def _write(path: Path, answers: dict[str, Answer]) -> None:
 
 def _answers(paths: Iterable[Path]) -> Iterator[tuple[str, Answer]]:
     """(key of the question, answer) of each line in `paths`."""
-    for path in paths:
+    for path in sorted(paths):
         for line in path.read_text().splitlines():
             fields = json.loads(line)
             yield fields.pop("key"), Answer(**fields)

@@ -49,11 +49,18 @@ KEEP_SECONDS = 1.0
 
 
 class EndpointFailed(Exception):
-    """The endpoint gives no answers. It has an error `code` and a message for the user."""
+    """The endpoint gives no answers. It has an error `code` and a message for the user.
 
-    def __init__(self, code: str, message: str) -> None:
+    `field` is the field of the endpoint that is at fault, if one is.
+    """
+
+    def __init__(self, code: str, message: str, field: str = "") -> None:
         super().__init__(message)
-        self.code = code
+        self.code, self._field = code, field
+
+    def param(self, endpoint: str) -> str:
+        """The path of the field at fault. `endpoint` is that of the endpoint."""
+        return f"{endpoint}.{self._field}" if self._field else endpoint
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,7 @@ class Question:
 
 
 Role = Literal["judge", "writer"]
-"""What an endpoint does. Messages and error codes name it so."""
+"""The role of an endpoint. Messages and error codes name it so."""
 CODES: dict[Role, tuple[str, str]] = {
     "judge": ("judge_refused", "judge_unavailable"),
     "writer": ("writer_refused", "writer_unavailable"),
@@ -241,8 +248,9 @@ class EndpointClient:
     def _post(self, question: Question) -> Answer:
         """Send one request. Raises `_Retry` or `EndpointFailed`."""
         fields = {**question.fields, **self.endpoint.parameters}
-        body = {name: value for name, value in fields.items() if value is not None}
-        body |= {"model": self.endpoint.model, "messages": question.messages}
+        if self.role == "writer":  # null leaves a field out
+            fields = {name: value for name, value in fields.items() if value is not None}
+        body = {**fields, "model": self.endpoint.model, "messages": question.messages}
         try:
             url = f"{self.endpoint.base_url.rstrip('/')}/chat/completions"
             target = resolve(url, self.private_hosts, PRIVATE_JUDGES_SETTING)

@@ -4,6 +4,14 @@ const count = Number(form?.dataset.count ?? 0);
 let groups = []; // places of the answers, the best group first
 let tied = false; // whether the next answer is as good as the last one
 
+// The ranking so far. Once one answer is left, it is the last.
+function complete() {
+  const left = [...Array(count).keys()].filter((place) => !groups.flat().includes(place));
+  if (left.length > 1) return null;
+  if (!left.length) return groups;
+  return tied ? [...groups.slice(0, -1), [...groups.at(-1), ...left]] : [...groups, left];
+}
+
 function show() {
   const ranked = groups.flat();
   for (const output of form.querySelectorAll("output.rank")) {
@@ -14,8 +22,9 @@ function show() {
     button.disabled = ranked.includes(Number(button.dataset.place));
   }
   const submit = document.getElementById("submit");
-  submit.value = groups.map((group) => group.join(",")).join(" ");
-  submit.disabled = ranked.length < count;
+  const ranking = complete();
+  submit.value = ranking ? ranking.map((group) => group.join(",")).join(" ") : "";
+  submit.disabled = !ranking;
   document.getElementById("tie").setAttribute("aria-pressed", String(tied));
 }
 
@@ -23,8 +32,6 @@ function rank(place) {
   if (tied && groups.length) groups.at(-1).push(place);
   else groups.push([place]);
   tied = false;
-  const left = [...Array(count).keys()].filter((other) => !groups.flat().includes(other));
-  if (left.length === 1 && !tied) groups.push(left); // one is left: it is the last
   show();
 }
 
@@ -50,7 +57,13 @@ form?.addEventListener("submit", (event) => {
 });
 
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input:not([type=hidden]), textarea")) return;
+  if (event.repeat || event.ctrlKey || event.metaKey || event.altKey) return; // a held key is not for the next item
+  if (event.target.matches("input[name=reason]")) {
+    if (event.key !== "Enter") return;
+    event.preventDefault(); // else the browser presses the first button: a verdict
+    form.querySelector("button[value=flag]").click();
+    return;
+  }
   if (event.key === "Enter" && event.target.matches("button, a, summary")) return;
   const button = form && [...form.querySelectorAll("button[data-key]")].find((each) => each.dataset.key === event.key);
   if (!button || button.disabled) return;

@@ -126,7 +126,7 @@ def _reading(head: list[tuple[int, Record]], mapping: Mapping | None) -> Reading
             scheme = LabelScheme(verdict_columns.verdict, dict(verdict_columns.known_meanings))
         return Reading(verdict_format(verdict_columns), messages, scheme)
     ranked = ranked_fields(first_records)
-    if ranked is not None and {"prompt", *ranked} <= columns:
+    if ranked is not None and {"prompt", *ranked} <= columns and not {"chosen", "rejected"} <= columns:
         return Reading(argilla_format(ranked), messages, scheme)
     for names in (filled, columns):  # columns that are empty in all first rows count only if no format fits without
         for candidate in FORMATS:

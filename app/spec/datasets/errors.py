@@ -13,6 +13,10 @@ class DatasetError(Exception):
         self.line, self.field, self.reason, self.mapping = line, field, reason, mapping
         super().__init__(f"Line {line}: " + (f"field '{field}': " if field else "") + reason)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """It comes from processes that tokenise a file."""
+        return type(self), (self.line, self.field, self.reason, self.mapping)
+
 
 class Dropped(Exception):
     """A row that is well-formed but useless for training. It is left out and counted under `reason`."""

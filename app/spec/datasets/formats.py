@@ -772,7 +772,6 @@ def _formats() -> Iterator[Format]:
     alpaca = ("input", "history")
     yield format("openai_preference", pairs, "input preferred_output non_preferred_output", _openai_preference)
     yield format("openai_preference", pairs, "input preferred_completion non_preferred_completion", _openai_preference)
-    yield format("label_studio", pairs, "data annotations", _label_studio, fits=_are_tasks)
     yield format("preference", pairs, "prompt chosen rejected", _preference("prompt"))
     yield format("sharegpt_preference", pairs, "conversations chosen rejected", _preference("conversations"))
     yield format("alpaca_preference", pairs, "instruction chosen rejected", _alpaca_preference, *alpaca)
@@ -801,6 +800,7 @@ def _formats() -> Iterator[Format]:
     yield format("prompt_completion", answers, "prompt completion", _prompt_completion)
     yield format("text", answers, "text", _plain_text)
     yield format("prompts", Kind.PROMPTS, "prompt", _only_a_prompt, fits=_only_prompts)
+    yield format("label_studio", pairs, "data annotations", _label_studio, fits=_are_tasks)
 
 
 def _has_list(column: str) -> Callable[[list[Record]], bool]:

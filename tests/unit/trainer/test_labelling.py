@@ -210,4 +210,4 @@ def test_more_answers_than_a_judge_compares_are_refused_with_their_line(
     write_records(folder / "data.jsonl", [{"prompt": "q", "responses": [f"answer {k}" for k in range(17)]}])
     with pytest.raises(UserError, match="Line 1: 17 answers") as raised:
         label(folder)
-    assert raised.value.param == "labellers.2.judge"
+    assert raised.value.param == "own_answers"

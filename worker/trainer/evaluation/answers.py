@@ -38,7 +38,7 @@ def answers_of(run: EvaluationRun, name: str, side: Side, rows: dict[int, Exampl
 
 
 def assignment_of(run: EvaluationRun, name: str) -> Assignment:
-    """What the model of the side `name` writes. The two sides of `win_rate` count together."""
+    """The completions that the side `name` is to write. The two sides of `win_rate` count together."""
     own = _assignment(run, name)
     if run.spec.type != "win_rate":
         return own

@@ -1,14 +1,18 @@
 """The labels of a labelling's answers by models of the service, and by graders."""
 
+from hashlib import sha256
+
 from worker import comparisons
-from worker.answers import too_many_to_compare
-from worker.trainer.errors import UserError
+from worker.trainer.data import batched
 from worker.trainer.grading import Grading
 from worker.trainer.labelling.prompts import Prompt
 from worker.trainer.labelling.run import LabellingRun
 from worker.trainer.sides.asking import ask
 from worker.trainer.sides.rows import Item
 from worker.trainer.sides.scorers import scores
+
+GRADED_TOGETHER = 64
+"""Number of prompts whose answers are graded between two looks whether to stop."""
 
 
 def label(run: LabellingRun, items: list[Item], prompts: dict[int, Prompt]) -> None:
@@ -42,15 +46,14 @@ def _compare(run: LabellingRun, number: int, items: list[Item]) -> None:
     judge = labeller.judge
     assert judge is not None
     texts = [[answer["text"] for answer in item["answers"]] for item in items]
-    for item in items:
-        if (reason := too_many_to_compare(item)) is not None:
-            raise UserError("invalid_value", reason, f"labellers.{number}.judge")
     questions = [
         question
         for item, answers in zip(items, texts, strict=True)
         for question in comparisons.all_questions(judge, item["prompt"], answers)
     ]
-    replies = iter(ask(run, f"labellers.{number}.judge", questions))
+    # Replies are kept by the numbers of their questions. Those to other questions have another name.
+    side, digest = f"labellers.{number}.judge", sha256("\0".join(questions).encode()).hexdigest()[:16]
+    replies = iter(ask(run, side, questions, f"{side}.{digest}"))
     for item, answers in zip(items, texts, strict=True):
         item["labels"][labeller.title] = comparisons.label(judge, item["prompt"], answers, replies)
 
@@ -61,8 +64,10 @@ def _grade(run: LabellingRun, number: int, items: list[Item], prompts: dict[int,
     sides = [name.removesuffix(".model") for name, _ in run.spec.models() if name.startswith(field)]
     models = [(run.folder / "sides" / side / "base", run.rendering(side)) for side in sides]
     grading = Grading(labeller.grader, run.folder, models, field)
-    answered = [(prompts[item["row"]], answer["text"]) for item in items for answer in item["answers"]]
-    grades = iter(grading.grades(answered, run.ranks))
-    for item in items:
-        rewards = [next(grades).reward for _ in item["answers"]]
-        item["labels"][labeller.title] = {"scores": rewards}
+    for stretch in batched(items, GRADED_TOGETHER):
+        run.check_stop()
+        answered = [(prompts[item["row"]], answer["text"]) for item in stretch for answer in item["answers"]]
+        grades = iter(grading.grades(answered, run.ranks))
+        for item in stretch:
+            rewards = [next(grades).reward for _ in item["answers"]]
+            item["labels"][labeller.title] = {"scores": rewards}

@@ -9,9 +9,11 @@ from app.spec.datasets.check import numbered_examples
 from app.spec.datasets.example import Example, ResponseContent
 from app.spec.datasets.reader import records
 from app.spec.json_types import JsonObject
-from worker.trainer.data import asks, prompt_text
+from app.spec.labelling import MAX_ITEMS
+from worker.trainer.data import answer_text, asks, prompt_text
 from worker.trainer.errors import UserError
 from worker.trainer.labelling.run import LabellingRun
+from worker.trainer.sides.completions import MAX_COMPLETIONS
 from worker.trainer.sides.rows import draw_rows
 
 
@@ -27,7 +29,7 @@ class Prompt:
 def prompts_of(run: LabellingRun) -> dict[int, Prompt]:
     """The drawn prompts, by the number of their first row. Raises `UserError` if there are none.
 
-    Rows with the same prompt are one. If a grader reads the rows, they must be equal in all fields, answers apart.
+    Rows with the same prompt are one. If a grader reads the rows, they are one only if all of their fields are equal.
     """
     graded = any(labeller.grader is not None for labeller in run.spec.labellers)
     by_text, prompts = dict[bytes, int](), dict[int, Prompt]()
@@ -43,7 +45,30 @@ def prompts_of(run: LabellingRun) -> dict[int, Prompt]:
     drawn = draw_rows(run, prompts.keys())
     if not drawn:
         raise UserError("invalid_file", "No row of the data has a prompt to be answered.", "data")
-    return {row: prompts[row] for row in sorted(drawn)}
+    found = {row: prompts[row] for row in sorted(drawn)}
+    _require_few(run, found)
+    return found
+
+
+def _require_few(run: LabellingRun, prompts: dict[int, Prompt]) -> None:
+    """Refuse more prompts or answers than a labeller takes, before anything is sampled or paid. Raises `UserError`."""
+    spec = run.spec
+    if spec.people is not None and len(prompts) > MAX_ITEMS:
+        message = f"{len(prompts)} prompts are too many for people. They take {MAX_ITEMS}: set 'max_rows'."
+        raise UserError("invalid_value", message, "max_rows")
+    if spec.written * len(prompts) > MAX_COMPLETIONS:
+        message = f"{spec.written * len(prompts)} answers exceed the limit of {MAX_COMPLETIONS}. Set 'max_rows'."
+        raise UserError("invalid_value", message, "max_rows")
+    most, questions = spec.most_answers, 0
+    for prompt in prompts.values():
+        count = spec.written + len({answer_text(answer).strip() for answer in prompt.own})
+        questions += count * (count - 1)
+        if count > most:
+            message = f"Line {prompt.example.line}: {count} answers are too many. These labellers take {most}."
+            raise UserError("invalid_value", message, "own_answers")
+    if questions > MAX_COMPLETIONS and any(labeller.asked for labeller in spec.labellers):
+        message = f"{questions} questions to a judge exceed the limit of {MAX_COMPLETIONS}. Set 'max_rows'."
+        raise UserError("invalid_value", message, "max_rows")
 
 
 def _rows(run: LabellingRun) -> Iterator[tuple[int, Example, JsonObject]]:

@@ -16,8 +16,11 @@ MAX_PROMPT_TOKENS = 1 << 30
 """Large enough that no question is cut. A question that is too long is left out."""
 
 
-def ask(run: SidesRun, side: str, questions: Sequence[str]) -> list[str | None]:
-    """The reply of the model of `side` to each question; None to one that does not fit into its context."""
+def ask(run: SidesRun, side: str, questions: Sequence[str], parts: str | None = None) -> list[str | None]:
+    """The reply of the model of `side` to each question; None to one that does not fit into its context.
+
+    `parts` begins the names of the parts with its replies. By default it is `side`.
+    """
     policy = run.load(side)
     room = context_of(policy) - REPLY_TOKENS
     renderer, prompts = Renderer(policy.tokenizer, run.rendering(side)), dict[int, Prompt]()
@@ -29,7 +32,7 @@ def ask(run: SidesRun, side: str, questions: Sequence[str]) -> list[str | None]:
     if len(prompts) < len(questions):
         text = f"{len(questions) - len(prompts)} of {len(questions)} questions do not fit into the judge's context."
         run.events.message(text, level="warn")
-    greedy = Assignment(SamplingSpec(temperatures=[0.0], max_tokens=REPLY_TOKENS), samples=1)
+    greedy = Assignment(SamplingSpec(temperatures=[0.0], max_tokens=REPLY_TOKENS), samples=1, parts=parts)
     replies = {
         completion.row: policy.tokenizer.decode(completion.ids, skip_special_tokens=True)
         for completion in complete(run, policy, side, prompts, greedy)

@@ -86,6 +86,8 @@ class Assignment:
     """Number of the stream of random numbers. No two sides have the same."""
     of_all: int | None = None
     """Number of completions of a prompt by all sides together. None: this one is alone."""
+    parts: str | None = None
+    """The beginning of the names of its parts. None: the side's name."""
 
     @property
     def each(self) -> int:
@@ -104,7 +106,7 @@ def complete(
     if total > MAX_COMPLETIONS:
         message = f"{total} completions exceed the limit of {MAX_COMPLETIONS}. Set 'max_rows', or fewer 'samples'."
         raise UserError("invalid_value", message, "sampling.samples")
-    store = CompletionStore(run, side, total)
+    store = CompletionStore(run, assignment.parts or side, total)
     completions = {completion.key: completion for completion in store.read()}
     run.events.message(f"{side}: {len(completions)} completions of earlier attempts are reused.")
     seed = (run.spec.seed or 0) + SEEDS * assignment.stream
