@@ -324,10 +324,14 @@ def rank_pids(folder: Path) -> list[int]:
     return [int((path / "beat").read_text()) for path in sorted((folder / "ranks").glob("?"))]
 
 
+ENDLESS = dpo_method(**STEPS | {"max_steps": 100_000})
+"""It is still running when a test strikes it, however busy the machine is."""
+
+
 @pytest.mark.parametrize("way", ["killed", "stopped"])
 def test_a_rank_that_dies_or_hangs_ends_the_training_at_once(llama: Path, tmp_path: Path, way: str) -> None:
     """The trainer ends like a trainer of one rank that was killed, so that the attempt counts as lost."""
-    folder = work_folder(tmp_path / "run", llama, "SFT, then DPO", ranks=2)
+    folder = work_folder(tmp_path / "run", llama, "SFT, then DPO", ranks=2, method=ENDLESS)
     with TrainerProcess(folder) as process:
         events = process.events()
         next(event for event in events if event["kind"] == "stage")
@@ -397,7 +401,7 @@ def is_alive(pid: int) -> bool:
 
 
 def test_the_ranks_end_when_the_runner_dies(llama: Path, tmp_path: Path) -> None:
-    folder = work_folder(tmp_path / "run", llama, "SFT, then DPO", ranks=2)
+    folder = work_folder(tmp_path / "run", llama, "SFT, then DPO", ranks=2, method=ENDLESS)
     with TrainerProcess(folder) as process:
         next(event for event in process.events() if event["kind"] == "stage")
         pids = rank_pids(folder)
