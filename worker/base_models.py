@@ -156,7 +156,8 @@ LAYER = re.compile(r"\.\d+\.")
 def _shape(config: JsonObject, weights: list[Path]) -> JsonObject | None:
     """The sizes that memory use depends on, from the headers of the weight files; None if some are unknown.
 
-    `linears` lists [name, rows, columns, count] of the linear layers. `others` counts all other parameters.
+    `linears` lists [name, rows, columns, count] of the linear layers. `others` counts all other parameters. `cached`
+    counts the keys and values of a token in all layers, as if all of them had full attention.
     """
     linears: Counter[tuple[str, int, int]] = Counter()
     others = 0
@@ -176,9 +177,12 @@ def _shape(config: JsonObject, weights: list[Path]) -> JsonObject | None:
     layers = config.get("num_hidden_layers") or config.get("n_layer") or config.get("n_layers")
     if not hidden or not layers or not linears:
         return None
+    heads = config.get("num_attention_heads") or config.get("n_head") or config.get("n_heads") or 1
+    width = config.get("head_dim") or hidden // heads
     return {
         "hidden": hidden,
         "layers": layers,
+        "cached": 2 * layers * width * (config.get("num_key_value_heads") or heads),
         "vocabulary": config.get("vocab_size") or 0,
         "linears": [[*key, count] for key, count in sorted(linears.items())],
         "others": others,

@@ -136,7 +136,7 @@ class _Check:
         """The columns of a training that say what it needs. Empty for other jobs."""
         if not isinstance(self.spec, JobSpec):
             return {}
-        return needs(session, self.spec, self.job.base_model, self.outlines)
+        return needs(session, self.job.project, self.spec, self.job.base_model, self.outlines)
 
     def _path(self, file_id: str) -> Path:
         return self.folder / file_id

@@ -9,6 +9,7 @@ from app.broker import Lane
 from app.errors import ServiceError
 from app.estimates.memory import MemorySettings, Shape, estimate
 from app.estimates.schemas import Device
+from app.models import repository as models
 from app.models.tables import Model
 from app.spec.job import JobSpec, StageSpec
 from app.spec.resources import Resources
@@ -22,8 +23,17 @@ SHORTEST_ROW = 16
 """The assumed row length in tokens if the rows have not been counted: the minimum of `max_length`."""
 
 
-def shape_of(session: Session, base_model: str) -> Shape | None:
-    """The shape of a base model; None if no worker has registered it."""
+def shape_of(session: Session, project: str, spec: JobSpec, base_model: str) -> Shape | None:
+    """The shape of a job's base model, with its reward models; None if no worker has registered the base."""
+    shape = _shape(session, base_model)
+    if shape is None:
+        return None
+    graders = [models.find(session, project, name) for _, name in spec.grader_models]
+    shapes = [_shape(session, grader.base_model) for grader in graders if grader is not None]
+    return replace(shape, graders=sum(grader.parameters for grader in shapes if grader is not None))
+
+
+def _shape(session: Session, base_model: str) -> Shape | None:
     base = session.get(Model, base_model)
     return None if base is None else Shape.of(base.details)
 
@@ -93,16 +103,12 @@ def _on(spec: JobSpec, count: int) -> JobSpec:
     return spec.model_copy(update={"resources": spec.resources.model_copy(update={"gpus": count})})
 
 
-def least_memory(session: Session, spec: JobSpec, base_model: str, longest_rows: dict[str, int]) -> int | None:
-    """Bytes of memory of a device without which the resolved job cannot run.
-
-    None if the sizes of its base are not known.
+def least_memory(spec: JobSpec, shape: Shape, devices: Sequence[Device], longest_rows: dict[str, int]) -> int:
+    """Bytes of memory of a device without which the resolved job cannot run on any kind of `devices`.
 
     `longest_rows` has the tokens of the longest row by stage. The packing adapts to a device, so this counts one row.
     """
-    shape, device = shape_of(session, base_model), largest(devices_of(session, base_model))
-    if shape is None:
-        return None
+    device = largest(devices)
     kind = "cuda" if device is None else device.kind
     smallest = (_smallest(spec, stage, max(SHORTEST_ROW, longest_rows[stage.name])) for stage in spec.stages())
     return int(max(estimate(shape, settings, kind, None).total for settings in smallest) / TOLERANCE)
@@ -157,8 +163,10 @@ def _remedy(shape: Shape, settings: MemorySettings, device: Device) -> tuple[str
     length = settings.longest_row
     while length > 256:
         length //= 2
-        shorter = replace(settings, longest_row=length)
-        changes.append(("method", f"A 'max_length' that keeps rows under {length} tokens would fit.", shorter))
+        advice = f"A 'max_length' that keeps rows under {length} tokens would fit."
+        if settings.answers:
+            advice = f"A 'max_tokens' that keeps a prompt and its answers under {length} tokens would fit."
+        changes.append(("method", advice, replace(settings, longest_row=length)))
     if settings.rank is not None and settings.quantization != "nf4":
         advice = "'quantization': 'nf4' would fit."
         if settings.quantization == "fp8":

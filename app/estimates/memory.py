@@ -8,7 +8,7 @@ compares this model with measured peaks, and docs/engine.md reports the result.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from app.spec.hyperparameters import MOMENT_BYTES, Hyperparameters
+from app.spec.hyperparameters import MOMENT_BYTES, Hyperparameters, ReinforcementHyperparameters
 from app.spec.job import Adapter, JobSpec
 from app.spec.json_types import JsonObject
 from app.spec.resources import SHARDED_FROM
@@ -19,6 +19,12 @@ SEGMENT_TOKENS = 1024
 """Tokens of a segment, as in worker/trainer/packing.py."""
 TREE_TOKENS = 4096
 """Maximum tokens of a prompt and its answers that are computed together, as in worker/trainer/packing.py."""
+SAMPLED_TOKENS = {"cpu": 16_384, "cuda": 131_072}
+"""Maximum tokens of answers that are written together, with their prompts, as in worker/trainer/hardware.py."""
+SAMPLED_ANSWERS = {"cpu": 32, "cuda": 64}
+"""Maximum number of answers that a training writes together, as in worker/trainer/hardware.py."""
+SAMPLED_LOGIT = 28
+"""Bytes of a logit of the next token while it is drawn: float32, and three times float64."""
 WIDTH_STEP = 1024
 """The widths of packs on a GPU are multiples of it, as in worker/trainer/packing.py."""
 
@@ -85,6 +91,10 @@ class Shape:
     others: int
     tied: bool = False
     """Whether embeddings and head share one tensor."""
+    cached: int = 0
+    """Keys and values of a token in the cache of a sampler, all layers together. 0 if not known."""
+    graders: int = 0
+    """Parameters of the reward models that are in memory beside it. They are not quantised."""
 
     @classmethod
     def of(cls, details: JsonObject) -> "Shape | None":
@@ -127,6 +137,8 @@ class MemorySettings:
     """The devices of the training. Each holds the whole model unless it is divided."""
     shard: bool | None = False
     """Whether several devices divide the model; None: only if it would fill half of one."""
+    answers: int = 0
+    """Number of answers of a batch that the model writes itself."""
 
     @classmethod
     def of(cls, spec: JobSpec, stage: Hyperparameters, tokens_per_row: float, longest_row: int) -> "MemorySettings":
@@ -145,24 +157,31 @@ class MemorySettings:
             compiled=bool(stage.compile),
             devices=spec.resources.least,
             shard=False if spec.why_not_sharded() is not None else spec.parallel.shard,
+            answers=stage.answers * (stage.batch_size or 16) if isinstance(stage, ReinforcementHyperparameters) else 0,
         )
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the peak, by purpose. `recompute`: whether activations are recomputed in the backward pass."""
+    """Bytes at the peak, by purpose. `recompute`: whether activations are recomputed in the backward pass.
+
+    `rollouts` are there while answers are written, and `activations` and `temporary` while the model learns from them.
+    """
 
     runtime: int
     model: int
+    graders: int
     adapter: int
     optimizer: int
     activations: int
     temporary: int
+    rollouts: int
     recompute: bool
 
     @property
     def total(self) -> int:
-        return self.runtime + self.model + self.adapter + self.optimizer + self.activations + self.temporary
+        always = self.runtime + self.model + self.graders + self.adapter + self.optimizer
+        return always + max(self.activations + self.temporary, self.rollouts)
 
 
 def estimate(shape: Shape, settings: MemorySettings, device: str, available: int | None) -> Memory:
@@ -184,6 +203,7 @@ def estimate(shape: Shape, settings: MemorySettings, device: str, available: int
     optimizer = _optimizer(settings, trained, divided=divided and full)
     if divided:
         model = _divided(shape, settings, model, width)
+    graders = shape.graders * (2 if device == "cuda" else 4) if settings.answers else 0
     tokens = max(settings.longest_row, min(BUDGET[device], settings.batch_tokens))
     if device == "cuda":
         tokens = -(-int(tokens) // WIDTH_STEP) * WIDTH_STEP
@@ -194,13 +214,21 @@ def estimate(shape: Shape, settings: MemorySettings, device: str, available: int
     temporary += int(tokens * width * factors.temporary * outputs)
     recompute = settings.recompute
     if recompute is None:
-        fixed = factors.runtime + model + adapter + optimizer
+        fixed = factors.runtime + model + graders + adapter + optimizer
         recompute = available is not None and activations > RESERVE * (available - fixed)
     if recompute:
         activations = int(tokens * width * shape.layers * factors.recomputed * shape.hidden)
         # The layer that is being recomputed. On a CPU the fitted coefficients include it.
         temporary += int(tokens * width * kept * outputs) if device == "cuda" else 0
-    return Memory(factors.runtime, model, adapter, optimizer, activations, temporary, recompute)
+    rollouts = _rollouts(shape, settings, device, width) if settings.answers else 0
+    return Memory(factors.runtime, model, graders, adapter, optimizer, activations, temporary, rollouts, recompute)
+
+
+def _rollouts(shape: Shape, settings: MemorySettings, device: str, width: int) -> int:
+    """Bytes of the sampler's cache and of its logits. The answers to a prompt share its part of the cache."""
+    together = min(settings.answers, SAMPLED_ANSWERS[device])
+    tokens = min(SAMPLED_TOKENS[device], settings.batch_tokens * together / settings.answers)
+    return int(tokens * width * shape.cached) + together * shape.vocabulary * SAMPLED_LOGIT
 
 
 def _optimizer(settings: MemorySettings, trained: int, *, divided: bool) -> int:

@@ -30,13 +30,18 @@ class StageEstimate(BaseModel):
 
 
 class MemoryEstimate(BaseModel):
-    """Bytes on the device at the peak, by purpose."""
+    """Bytes on the device at the peak, by purpose.
+
+    `rollouts` are there while the model writes answers, and `activations` and `temporary` while it learns.
+    """
 
     model: int
+    graders: int
     adapter: int
     optimizer: int
     activations: int
     temporary: int
+    rollouts: int
     runtime: int
     total: int
     recompute_activations: bool

@@ -64,11 +64,14 @@ class Estimates:
 
     def _estimate(self, session: Session, project: str, spec: JobSpec) -> Estimate:
         model, _, spec = self.jobs.prepare(session, project, spec)
-        shape = fit.shape_of(session, model.base_model)
+        shape = fit.shape_of(session, project, spec, model.base_model)
         devices = fit.devices_of(session, model.base_model, spec.resources.nodes)
         device = fit.largest(devices)
         context = shape.context if shape is not None else DEFAULT_MAX_LENGTH
-        pace = _shown_pace(session, model.base_model, project)
+        paces = {
+            writes: _shown_pace(session, model.base_model, project, writes=writes)
+            for writes in {stage.writes for stage in spec.stages()}
+        }
         counts = [
             _merge_counts(
                 [
@@ -84,16 +87,14 @@ class Estimates:
             device = fit.largest(fit.wide_enough(devices, spec) or devices)
         stages, memories = [], []
         for stage_spec, counted in zip(spec.stages(), counts, strict=True):
-            stage, settings = _stage(stage_spec, counted, pace, spec), stage_spec.settings
+            stage, settings = _stage(stage_spec, counted, paces[stage_spec.writes], spec), stage_spec.settings
             stages.append(stage)
             if shape is not None:
                 memory_settings = MemorySettings.of(spec, settings, stage.tokens_per_row, stage.longest_row)
                 kind = device.kind if device is not None else "cuda"
                 memories.append(estimate(shape, memory_settings, kind, None if device is None else device.memory_bytes))
         memory = max(memories, key=lambda stage_memory: stage_memory.total, default=None)
-        seconds = None
-        if pace is not None:
-            seconds = pace.overhead_seconds + sum(stage.seconds or 0.0 for stage in stages)
+        pace = paces[spec.stages()[-1].writes]
         estimated = Estimate(
             ok=True,
             stages=stages,
@@ -102,7 +103,7 @@ class Estimates:
             devices=spec.resources.least,
             fits=None if memory is None or device is None else memory.total <= device.memory_bytes,
             pace=pace,
-            seconds=seconds,
+            seconds=_seconds(pace, stages),
             queued_jobs=job_queue.count_waiting(session, 1000, project),
         )
         estimated.warnings = _warnings(spec, estimated, shape)
@@ -206,7 +207,6 @@ def _stage(stage: StageSpec, counted: JsonObject, pace: Pace | None, spec: JobSp
     steps = settings.max_steps or math.ceil(rows * (settings.n_epochs or 1) / batch) * settings.repeats
     tokens = round(steps * batch * counted["tokens_per_row"])
     faster = speedup(spec, spec.resources.least, tokens / max(1, steps))
-    writes = settings.data == Kind.PROMPTS  # the pace of other jobs does not tell how long it takes to write answers
     return StageEstimate(
         name=stage.name,
         rows=rows,
@@ -217,8 +217,16 @@ def _stage(stage: StageSpec, counted: JsonObject, pace: Pace | None, spec: JobSp
         tokens_per_row=counted["tokens_per_row"],
         longest_row=counted["longest_row"],
         truncated_share=counted["truncated_share"],
-        seconds=None if pace is None or writes else tokens / (pace.tokens_per_second * faster),
+        seconds=None if pace is None else tokens / (pace.tokens_per_second * faster),
     )
+
+
+def _seconds(pace: Pace | None, stages: list[StageEstimate]) -> float | None:
+    """Seconds of a job from its start to its end. `pace` is that of its last stage. None if a stage has no pace."""
+    parts = [stage.seconds for stage in stages]
+    if pace is None or None in parts:
+        return None
+    return pace.overhead_seconds + sum(part for part in parts if part is not None)
 
 
 def speedup(spec: JobSpec, devices: int, step_tokens: float) -> float:
@@ -232,15 +240,15 @@ def speedup(spec: JobSpec, devices: int, step_tokens: float) -> float:
     return parts / math.ceil(parts / devices)
 
 
-def _shown_pace(session: Session, base_model: str, project: str) -> Pace | None:
+def _shown_pace(session: Session, base_model: str, project: str, *, writes: bool) -> Pace | None:
     """The pace that a project may see: that of its own last jobs, else roughly that of the machines.
 
-    It does not tell what other projects do.
+    It does not tell what other projects do. `writes`: of stages in which the model writes answers.
     """
-    own = _pace(session, base_model, project)
+    own = _pace(session, base_model, project, writes=writes)
     if own is not None:
         return own
-    pace = _pace(session, base_model)
+    pace = _pace(session, base_model, writes=writes)
     if pace is None:
         return None
     return Pace(
@@ -253,11 +261,14 @@ def _roughly(value: float) -> float:
     return float(f"{value:.0e}")
 
 
-def _pace(session: Session, base_model: str, project: str | None = None) -> Pace | None:
-    """The pace of the last jobs on a base model, of a project or of all, with their mean overhead; None without any."""
+def _pace(session: Session, base_model: str, project: str | None = None, *, writes: bool) -> Pace | None:
+    """The pace of the last jobs on a base model, of a project or of all, with their mean overhead; None without any.
+
+    `writes`: of stages in which the model writes answers, else of the others.
+    """
     jobs = [
         job
-        for job in queries.paces(session, base_model, MAX_PACES)
+        for job in queries.paces(session, base_model, MAX_PACES, writes=writes)
         if job.pace and job.pace["seconds"] > 0 and project in (None, job.project)
     ]
     measured = [job.pace for job in jobs if job.pace]
@@ -282,20 +293,24 @@ def expected_seconds(session: Session, spec: JobSpec, base_model: str, outlines:
 
     `outlines` has each file by field. The queue forecast uses the result until the job runs.
     """
-    pace = _pace(session, base_model)
-    if pace is None or any(stage.settings.data == Kind.PROMPTS for stage in spec.stages()):
-        return None
-    seconds = pace.overhead_seconds
+    pace, stages = None, []
     for stage in spec.stages():
+        pace = _pace(session, base_model, writes=stage.writes)
         trained = [outlines[field] for field in spec.training_fields(stage.file_field)]
-        rows, pairs = sum(file.kept for file in trained), stage.settings.data != Kind.SUPERVISED
-        characters = sum(file.prompts + file.best + (file.worst if pairs else 0) for file in trained)
-        counted = {"rows": rows, "examples": rows, "tokens_per_row": characters / CHARACTERS_PER_TOKEN / max(1, rows)}
-        seconds += _stage(stage, counted | {"longest_row": 0, "truncated_share": 0.0}, pace, spec).seconds or 0.0
-    return seconds
+        rows, settings = sum(file.kept for file in trained), stage.settings
+        characters = sum(file.prompts for file in trained)
+        if not stage.writes:
+            pairs = settings.data != Kind.SUPERVISED
+            characters += sum(file.best + (file.worst if pairs else 0) for file in trained)
+        tokens = characters / CHARACTERS_PER_TOKEN / max(1, rows)
+        if isinstance(settings, ReinforcementHyperparameters):
+            tokens += settings.answers * settings.max_tokens
+        counted = {"rows": rows, "examples": rows, "tokens_per_row": tokens}
+        stages.append(_stage(stage, counted | {"longest_row": 0, "truncated_share": 0.0}, pace, spec))
+    return _seconds(pace, stages)
 
 
-def needs(session: Session, spec: JobSpec, base_model: str, outlines: dict[str, Outline]) -> JsonObject:
+def needs(session: Session, project: str, spec: JobSpec, base_model: str, outlines: dict[str, Outline]) -> JsonObject:
     """The columns of a resolved job that say what it needs: devices, their memory, and seconds.
 
     All are rough, from the characters of its files. The memory is None if the sizes of the base model are not known. A
@@ -306,14 +321,15 @@ def needs(session: Session, spec: JobSpec, base_model: str, outlines: dict[str, 
         longest = max(outlines[field].longest for field in spec.training_fields(stage.file_field))
         allowed = stage.settings.max_length or DEFAULT_MAX_LENGTH
         longest_rows[stage.name] = min(allowed, longest // CHARACTERS_PER_TOKEN)
-    shape = fit.shape_of(session, base_model)
+    shape, memory = fit.shape_of(session, project, spec, base_model), None
     if shape is not None:
         longest = max(fit.SHORTEST_ROW, *longest_rows.values())
         spec = fit.placed(spec, shape, fit.devices_of(session, base_model, spec.resources.nodes), longest)
+        memory = fit.least_memory(spec, shape, fit.devices_of(session, base_model), longest_rows)
     return {
         "least_devices": spec.resources.least,
         "most_devices": spec.resources.most,
-        "memory_bytes": fit.least_memory(session, spec, base_model, longest_rows),
+        "memory_bytes": memory,
         "estimated_seconds": expected_seconds(session, spec, base_model, outlines),
     }
 
@@ -330,10 +346,10 @@ def _warnings(spec: JobSpec, estimated: Estimate, shape: Shape | None) -> list[s
         warnings.append(f"No present worker serves '{spec.model}'. The job would wait for one.")
     if shape is None:
         warnings.append("Memory cannot be estimated: no worker has registered the sizes of this model yet.")
-    if estimated.pace is None:
-        warnings.append("Time cannot be estimated: no job on this base model has succeeded here yet.")
-    elif any(stage.settings.data == Kind.PROMPTS for stage in spec.stages()):
-        warnings.append("The time does not include the reinforcement stage, in which the model writes answers.")
+    untimed = next((stage.name for stage in estimated.stages if stage.seconds is None), None)
+    if untimed is not None:
+        kind = "reinforcement" if untimed == ReinforcementHyperparameters.STAGE else "job"
+        warnings.append(f"Time cannot be estimated: no {kind} on this base model has succeeded here yet.")
     for stage in estimated.stages:
         if stage.truncated_share > 0.01:
             warnings.append(f"'max_length' cuts or drops {stage.truncated_share:.0%} of rows in stage {stage.name}.")

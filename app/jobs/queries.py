@@ -48,9 +48,14 @@ def running(session: Session) -> Sequence[Job]:
     return session.scalars(select(Job).where(Job.status == Status.RUNNING)).all()
 
 
-def paces(session: Session, base_model: str, limit: int) -> Sequence[Job]:
-    """The last `limit` jobs that succeeded on `base_model` and measured their pace."""
-    statement = select(Job).where(Job.status == Status.SUCCEEDED, Job.base_model == base_model, Job.pace.is_not(None))
+def paces(session: Session, base_model: str, limit: int, *, writes: bool) -> Sequence[Job]:
+    """The last `limit` jobs that succeeded on `base_model` and measured their pace.
+
+    `writes`: those whose model wrote the answers that it learned from. Else the others.
+    """
+    wrote = func.coalesce(Job.pace["writes"].as_boolean(), false())
+    succeeded = (Job.status == Status.SUCCEEDED, Job.base_model == base_model, Job.pace.is_not(None))
+    statement = select(Job).where(*succeeded, wrote == writes)
     return session.scalars(statement.order_by(Job.finished_at.desc()).limit(limit)).all()
 
 

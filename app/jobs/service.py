@@ -97,7 +97,7 @@ class Jobs(Lifecycle[JobObject]):
         `sweep_id` is the sweep that the job belongs to, if any.
         """
         model, reference, resolved = self.prepare(session, project, spec)
-        shape = fit.shape_of(session, model.base_model)
+        shape = fit.shape_of(session, project, resolved, model.base_model)
         devices = fit.devices_of(session, model.base_model, resolved.resources.nodes)
         if shape is not None:
             refused = fit.refusal(fit.placed(resolved, shape, devices, None), shape, devices, None)

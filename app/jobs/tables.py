@@ -103,7 +103,10 @@ class Job(Queued, Table):
     reserved_until: Mapped[float | None]
     """When the reservation ends, unless the worker renews it."""
     pace: Mapped[JsonObject | None]
-    """Measured by the last attempt: `tokens`, `seconds`, and `overhead_seconds` before the first step."""
+    """Measured by the last attempt: `tokens`, `steps`, `seconds`, and `overhead_seconds` before the first step.
+
+    If the model wrote the answers that it learned from, `writes` is true, and only that stage counts.
+    """
     finished_at: Mapped[float | None]
     error: Mapped[JsonObject | None]
     fine_tuned_model: Mapped[str | None]

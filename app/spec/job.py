@@ -148,6 +148,11 @@ class StageSpec:
         """Whether the stage asks for validation rows."""
         return self.validation is not None or self.validation_split > 0
 
+    @property
+    def writes(self) -> bool:
+        """Whether the model writes the answers that it learns from."""
+        return self.settings.data == Kind.PROMPTS
+
 
 SavedModule = Literal["embed_tokens", "lm_head"]
 

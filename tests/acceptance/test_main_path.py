@@ -14,7 +14,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
 
 from tests.helpers.preferences import pairs, write
-from tests.helpers.service import Running
+from tests.helpers.service import Running, get_when_ready
 
 
 def test_an_uploaded_file_becomes_an_adapter_that_plain_peft_loads(
@@ -255,6 +255,9 @@ def test_jobs_share_reference_logps_and_a_reward_model_is_a_classifier(service: 
         asked: Any = {"model": policy, "training_file": file.id, "method": method, "seed": 3}
         job = plain.fine_tuning.jobs.create(**asked)
         service.wait_for(job.id, lambda state: state["status"] == "succeeded")
+        with service.http() as http:
+            estimate = get_when_ready(http, "POST", "/fine_tuning/estimate", json=asked).json()
+        assert estimate["seconds"] > 0 and estimate["memory"]["graders"] > 0 and estimate["memory"]["rollouts"] > 0
         grader["model"] = policy
         with pytest.raises(BadRequestError, match="not a reward model") as refused:
             plain.fine_tuning.jobs.create(**asked)

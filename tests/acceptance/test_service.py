@@ -4,19 +4,18 @@ import hashlib
 import json
 import threading
 from pathlib import Path
-from typing import Any
 
 import httpx2
 import pytest
 from transformers import AutoModelForCausalLM
 
 from tests.helpers.preferences import pairs, write
-from tests.helpers.servers import wait_until
 from tests.helpers.service import (
     Running,
     busy_trainer_pid,
     create_job,
     frozen_until_sigterm,
+    get_when_ready,
     job_body,
     trainer_pids,
 )
@@ -24,19 +23,6 @@ from tests.helpers.service import (
 
 def adapter_hash(folder: Path) -> str:
     return hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
-
-
-def get_when_ready(client: httpx2.Client, method: str, path: str, **options: Any) -> httpx2.Response:
-    """Repeat the request until the answer is not 202. Returns the answer, which has to be 200."""
-    responses: list[httpx2.Response] = []
-
-    def is_ready() -> bool:
-        responses.append(client.request(method, path, **options))
-        return responses[-1].status_code != 202
-
-    wait_until(is_ready, path)
-    assert responses[-1].status_code == 200, responses[-1].text
-    return responses[-1]
 
 
 def test_a_pause_frees_the_gpu_and_changes_no_bit(service_on_servers: Running, tmp_path: Path) -> None:

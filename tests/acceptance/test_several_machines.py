@@ -8,8 +8,10 @@ import pytest
 
 from tests.helpers.cluster import Network, ray_hosts
 from tests.helpers.devices import job_on, succeeded, weights
+from tests.helpers.judge_server import running_judge
+from tests.helpers.labellings import by_likeness
 from tests.helpers.preferences import write
-from tests.helpers.service import YES_NO_CLASSIFIER, Running, ended_evaluation, running, upload
+from tests.helpers.service import YES_NO_CLASSIFIER, Running, ended_evaluation, ended_labelling, running, upload
 from tests.helpers.trainer import make_pairs
 
 WHY_NOT = Network.why_not()
@@ -23,7 +25,8 @@ def test_a_job_over_two_machines_that_loses_one_has_the_bytes_of_a_narrow_one(ho
     with ray_hosts(tmp_path) as hosts:
         hosts.add(2, models)
         hosts.add(2, tmp_path / "none", hidden=[models])
-        with running(home, {"DPO_RAY_ADDRESS": hosts.address, "DPO_DEVICE": "cpu"}) as service:
+        environment = {"DPO_RAY_ADDRESS": hosts.address, "DPO_DEVICE": "cpu", "DPO_PRIVATE_JUDGES": "localhost:*"}
+        with running(home, environment) as service, running_judge(lambda question, *_: f"Longer: {question}") as writer:
             file_id = upload(service, write(tmp_path / "pairs.jsonl", make_pairs(200)), "fine-tune")
             service.until(lambda: machines_of(service) == [2, 2], "a worker with two machines")
             # 1. The job is wider than either machine. One that is wider than both is refused.
@@ -62,6 +65,23 @@ def test_a_job_over_two_machines_that_loses_one_has_the_bytes_of_a_narrow_one(ho
             ends = [ended_evaluation(service, evaluation_id) for evaluation_id in ids]
             assert ends[0]["metrics"] == ends[1]["metrics"]
             contents = [content_of(service, end["result_files"][1]) for end in ends]
+            assert contents[0] == contents[1]
+            # 4. So has a labelling, some of whose answers come from an endpoint.
+            body = {
+                "data": data, "max_rows": 6, "sampling": sampling | {"samples": 2}, "seed": 5,
+                "writers": [
+                    {"model": job["fine_tuned_model"]}, {"endpoint": {"base_url": writer.url, "model": "other"}}
+                ],
+                "labellers": [by_likeness(), {"judge": judge}],
+            }  # fmt: skip
+            with service.http() as client:
+                ids = [
+                    client.post("/labellings", json=body | {"resources": each}).raise_for_status().json()["id"]
+                    for each in ({"gpus": 3, "nodes": 2}, {"gpus": 1})
+                ]
+            ends = [ended_labelling(service, labelling_id) for labelling_id in ids]
+            assert ends[0]["metrics"]["answers"] > 6 and "kappa@judge" in ends[0]["metrics"]
+            contents = [content_of(service, end["result_files"][2]) for end in ends]
             assert contents[0] == contents[1]
 
 

@@ -228,6 +228,19 @@ def upload(service: Running, path: Path, purpose: str) -> str:
     return str(answer.json()["id"])
 
 
+def get_when_ready(client: httpx2.Client, method: str, path: str, **options: Any) -> httpx2.Response:
+    """Repeat the request until the answer is not 202. Returns the answer, which has to be 200."""
+    responses: list[httpx2.Response] = []
+
+    def is_ready() -> bool:
+        responses.append(client.request(method, path, **options))
+        return responses[-1].status_code != 202
+
+    wait_until(is_ready, path)
+    assert responses[-1].status_code == 200, responses[-1].text
+    return responses[-1]
+
+
 def ended_evaluation(service: Running, evaluation_id: str, status: str = "succeeded") -> dict[str, Any]:
     """Wait until the evaluation has ended. Returns it. Fails if it has not ended with `status`."""
     return _ended(service, f"/evaluations/{evaluation_id}", status)

@@ -226,7 +226,7 @@ def test_an_estimate_tells_the_pace_of_the_projects_own_jobs_only(services: Serv
         pace = {"tokens": 1000 * speed, "seconds": 1000.0, "overhead_seconds": 12.3}
         make_job(services, name=project, project=project, status=Status.SUCCEEDED, pace=pace)
     with services.database.read() as session:
-        own, shown = (_shown_pace(session, "tiny", project) for project in ("search", "third"))
+        own, shown = (_shown_pace(session, "tiny", project, writes=False) for project in ("search", "third"))
     assert own is not None and (own.tokens_per_second, own.overhead_seconds, own.jobs) == (77.5, 12.3, 1)
     assert shown is not None and (shown.tokens_per_second, shown.overhead_seconds, shown.jobs) == (700.0, 10.0, 0)
 
@@ -235,8 +235,19 @@ def test_the_pace_of_a_job_on_several_devices_is_that_of_one(services: Services)
     pace = {"tokens": 4000.0, "seconds": 10.0, "overhead_seconds": 1.0}
     make_job(services, project="search", status=Status.SUCCEEDED, pace=pace, devices=4)
     with services.database.read() as session:
-        measured = _shown_pace(session, "tiny", "search")
+        measured = _shown_pace(session, "tiny", "search", writes=False)
     assert measured is not None and measured.tokens_per_second == 100.0
+
+
+def test_the_pace_of_stages_in_which_the_model_writes_is_one_of_its_own(services: Services) -> None:
+    for speed, writes in ((100.0, None), (10.0, True), (300.0, False)):
+        pace = {"tokens": 10 * speed, "seconds": 10.0, "overhead_seconds": 1.0}
+        pace |= {} if writes is None else {"writes": writes}  # a version before did not tell
+        make_job(services, name=f"{speed}", project="search", status=Status.SUCCEEDED, pace=pace)
+    with services.database.read() as session:
+        others, writing = (_shown_pace(session, "tiny", "search", writes=writes) for writes in (False, True))
+    assert others is not None and (others.tokens_per_second, others.jobs) == (200.0, 2)
+    assert writing is not None and (writing.tokens_per_second, writing.jobs) == (10.0, 1)
 
 
 def test_an_estimate_counts_the_waiting_jobs_of_the_project_only(services: Services) -> None:

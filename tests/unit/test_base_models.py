@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, Qwen3Config
 
 from app.settings import Settings
 from app.spec.json_types import JsonObject
@@ -159,3 +159,26 @@ def test_the_shape_of_gpt_2_is_read_from_its_own_names_of_sizes(root: Path) -> N
     assert details["context_length"] == 64
     assert (details["shape"]["hidden"], details["shape"]["layers"]) == (32, 2)
     assert ["c_attn", 32, 96, 2] in details["shape"]["linears"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+        LlamaConfig(
+            vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2,
+        ),
+        Qwen3Config(
+            vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=1, head_dim=16,
+        ),
+    ],
+    ids=lambda config: config.model_type,
+)  # fmt: skip
+def test_the_keys_and_values_of_a_token_are_those_that_the_model_caches(root: Path, config: PretrainedConfig) -> None:
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(root / "tiny")
+    cache = model(torch.tensor([[1, 2, 3]]), use_cache=True).past_key_values
+    cached = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    assert 3 * details_of(root, "tiny")["shape"]["cached"] == cached

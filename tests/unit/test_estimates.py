@@ -52,6 +52,7 @@ LLAMA_8B = Shape(
         Linear("o_proj", 4096, 4096, 32), Linear("gate_proj", 14336, 4096, 32), Linear("up_proj", 14336, 4096, 32),
         Linear("down_proj", 4096, 14336, 32),
     ),
+    cached=2 * 32 * 8 * 128,  # keys and values of 8 heads with 128 numbers, in 32 layers
 )  # fmt: skip
 
 
@@ -99,6 +100,40 @@ def test_rows_that_are_too_long_are_given_as_the_reason() -> None:
     assert field_and_message is not None and field_and_message[0] == "method"
     assert re.search(r"A 'max_length' that keeps rows under \d+ tokens would fit\.$", field_and_message[1])
     assert refusal(job(), long_context, [gpu(16)], None) is None, "a job whose longest row is unknown is accepted"
+
+
+def reinforcement(**hyperparameters: object) -> JobSpec:
+    grader = {"type": "string_check", "name": "g", "input": "a", "reference": "b", "operation": "eq"}
+    return job(
+        method={"type": "reinforcement", "reinforcement": {"grader": grader, "hyperparameters": hyperparameters}}
+    )
+
+
+def test_the_cache_of_keys_and_values_counts_while_answers_are_written() -> None:
+    """It takes 128 KiB for each token of Llama 3.1 8B in 16 bits. The answers to a prompt share those of the prompt."""
+    spec = reinforcement(batch_size=16, samples=8, max_tokens=512)
+    settings = MemorySettings.of(spec, spec.method.hyperparameters, 1000 + 8 * 512, 1000 + 8 * 512)
+    memory = estimate(LLAMA_8B, settings, "cuda", int(80e9))
+    logits = 64 * 128256 * (4 + 3 * 8)
+    assert memory.rollouts == 8 * (1000 + 8 * 512) * 128 * 1024 + logits, "64 answers to 8 prompts are written together"
+    others = memory.runtime + memory.model + memory.adapter + memory.optimizer
+    assert memory.total == others + max(memory.rollouts, memory.activations + memory.temporary)
+    long = replace(settings, batch_tokens=1e9)
+    assert estimate(LLAMA_8B, long, "cuda", int(80e9)).rollouts == 131_072 * 128 * 1024 + logits
+    other = MemorySettings.of(job(), job().method.hyperparameters, 500, 1000)
+    assert estimate(LLAMA_8B, other, "cuda", int(80e9)).rollouts == 0
+
+
+def test_reward_models_stay_in_memory_beside_the_policy() -> None:
+    """They are merged and not quantised. A second model of 8B in 16 bits fills a device of 24 GB."""
+    judged = replace(LLAMA_8B, graders=LLAMA_8B.parameters)
+    spec = reinforcement(samples=4, max_tokens=64)
+    settings = MemorySettings.of(spec, spec.method.hyperparameters, 300, 300)
+    difference = estimate(judged, settings, "cuda", None).total - estimate(LLAMA_8B, settings, "cuda", None).total
+    assert difference == pytest.approx(2 * 8.03e9, rel=0.01)
+    assert refusal(spec, LLAMA_8B, [gpu(16)], 300) is None
+    refused = refusal(spec, judged, [gpu(16)], 300)
+    assert refused is not None and refused[1].startswith("The job needs about 25.1 GB")
 
 
 def test_activations_are_recomputed_if_they_would_not_fit() -> None:

@@ -113,7 +113,7 @@ class TrainingDone(Event):
     KIND = "done"
     trained_tokens: int
     metrics: dict[str, float]
-    pace: dict[str, float]
+    pace: dict[str, float | bool]
     """`tokens` trained in this attempt, the `seconds` they took, and `overhead_seconds` before the first step."""
 
 

@@ -74,9 +74,11 @@ def _train(run: TrainingRun) -> None:
         f"on {devices if run.ranks.size == 1 else f'{run.ranks.size} × {devices}'}."
     )
     ready, resume = time.monotonic(), run.resume
-    tokens_before, step_before = state.trained_tokens, state.step
+    counted_from, tokens_before, step_before = ready, state.trained_tokens, state.step
     planned_steps = sum(stage.steps for stage in stages)
     for stage in stages[first_stage:]:
+        if stage.exercise is not None:  # much of its time goes into writing answers: the pace is that of this stage
+            counted_from, tokens_before, step_before = time.monotonic(), state.trained_tokens, state.step
         running = stage_run.begin(run, stage, policy, state, planned_steps, resume=resume, references=other_references)
         final_metrics = run_stage(running)
         resume = None
@@ -90,12 +92,11 @@ def _train(run: TrainingRun) -> None:
     pace = {
         "tokens": state.trained_tokens - tokens_before,
         "steps": state.step - step_before,
-        "seconds": trained - ready,
+        "seconds": trained - counted_from,
         "overhead_seconds": ready - began,
+        "writes": stages[-1].exercise is not None,
     }
     metrics = last_metrics(state.history, state.stage) | final_metrics
-    if stages[-1].exercise is not None:  # much of its time went into writing answers, which tells nothing about others
-        pace = {}
     run.events.emit(TrainingDone(state.trained_tokens, metrics, pace))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from app.estimates import memory
-from app.estimates.memory import BUDGET, LOGITS
+from app.estimates.memory import BUDGET, LOGITS, SAMPLED_ANSWERS, SAMPLED_TOKENS
 from tests.helpers.hardware import causal_attention, choose_as_on_a_gpu, dense_attention, use_own_kernel
 from tests.helpers.trainer import (
     ROWS,
@@ -268,6 +268,8 @@ def train(policy: Policy, rows: list[Row]) -> int:
 
 def test_the_estimates_of_memory_have_the_engines_sizes() -> None:
     assert {kind: choices.pack_tokens for kind, choices in BY_KIND.items()} == BUDGET
+    assert {kind: choices.sampled_tokens for kind, choices in BY_KIND.items()} == SAMPLED_TOKENS
+    assert {kind: choices.sampled_answers for kind, choices in BY_KIND.items()} == SAMPLED_ANSWERS
     assert GPU.head_logits == LOGITS
     assert packing.WIDTH_STEP == memory.WIDTH_STEP
     assert packing.SEGMENT_TOKENS == memory.SEGMENT_TOKENS
