@@ -2,10 +2,9 @@
 
 from collections.abc import Iterable
 
-import structlog
 from sqlalchemy.orm import Session
 
-from app.broker import Broker, Lane
+from app.broker import Broker
 from app.database import Database
 from app.encryption import SecretBox
 from app.errors import ServiceError
@@ -14,7 +13,6 @@ from app.evaluations.schemas import EvaluationObject
 from app.files import repository as files
 from app.idempotency.service import RequestIdentity
 from app.jobs import checkpoints as job_checkpoints
-from app.jobs import queries
 from app.jobs.event_feed import Feed
 from app.jobs.kinds import EVALUATION_JOB
 from app.jobs.queue_forecast import QueuePlace
@@ -29,8 +27,6 @@ from app.spec.datasets.mapping import Mapping
 from app.spec.evaluation import ALLOWED_FIELDS, EvaluationSpec, JobEvaluation, Side
 from app.spec.json_types import JsonObject
 from app.storage import Storage
-
-log = structlog.get_logger(__name__)
 
 PURPOSES = ("evals", "fine-tune")
 DEFAULT_BETA = 0.1
@@ -60,17 +56,10 @@ class Evaluations(ResultFiles[EvaluationObject]):
 
     def create(self, project: str, spec: EvaluationSpec, identity: RequestIdentity) -> EvaluationObject:
         """Check the models and files of the spec, store the evaluation, and wake a CPU worker to check the files."""
-        content = spec.to_store()
         self.require_reachable([spec])
-        with self.database.write() as session:
-            earlier_id = identity.earlier(session, "evaluations.create", content)
-            job = None if earlier_id is None else queries.get(session, project, earlier_id, EVALUATION_JOB)
-            if job is None:
-                job = self.add(session, project, spec, identity.request_id)
-                identity.record(session, "evaluations.create", content, job.id)
-        log.info("evaluation accepted", job=job.id, project=project, request=identity.request_id)
-        self.broker.wake(Lane.CPU)
-        return self.show(job) if earlier_id is None else self.get(project, job.id)
+        return self._create(
+            project, spec, identity, lambda session: self.add(session, project, spec, identity.request_id)
+        )
 
     def require_reachable(self, specs: Iterable[EvaluationSpec], param: str = "") -> None:
         """Raise `ServiceError` for a judge that no request may be sent to. To be called outside a transaction."""

@@ -41,10 +41,12 @@ class JobKind:
     file_code: Callable[[str], str]
     """The error code of a bad file, from the field that names the file."""
     read: Callable[[StoredSpec], AnySpec]
-    files: Callable[[StoredSpec], list[str]]
-    """Ids of the files that a job reads."""
     models: Callable[[StoredSpec], list[str | None]]
     """Names of the models that a job loads beside the one in the column `model`."""
+
+    def files(self, spec: StoredSpec) -> list[str]:
+        """Ids of the files that a job reads."""
+        return [file_id for _, file_id in self.read(spec).files()]
 
 
 def _training_models(spec: StoredSpec) -> list[str | None]:
@@ -72,7 +74,6 @@ TRAINING_JOB = JobKind(
     used="trained on",
     file_code=_training_file_code,
     read=JobSpec.stored,
-    files=lambda spec: [file_id for _, file_id in JobSpec.stored(spec).files()],
     models=_training_models,
 )
 EVALUATION_JOB = JobKind(
@@ -87,7 +88,6 @@ EVALUATION_JOB = JobKind(
     used="evaluated",
     file_code=lambda field: "invalid_file",
     read=EvaluationSpec.stored,
-    files=lambda spec: [file_id for _, file_id in EvaluationSpec.stored(spec).files()],
     models=lambda spec: [name for _, name in EvaluationSpec.stored(spec).models()],
 )
 LABELLING_JOB = JobKind(
@@ -102,7 +102,6 @@ LABELLING_JOB = JobKind(
     used="labelled",
     file_code=lambda field: "invalid_file",
     read=LabellingSpec.stored,
-    files=lambda spec: [file_id for _, file_id in LabellingSpec.stored(spec).files()],
     models=lambda spec: [name for _, name in LabellingSpec.stored(spec).models()],
 )
 KINDS = {kind.name: kind for kind in (TRAINING_JOB, EVALUATION_JOB, LABELLING_JOB)}

@@ -2,11 +2,12 @@
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import ClassVar, Generic, TypeVar
 from urllib.parse import quote
 
+import structlog
 from fastapi.sse import ServerSentEvent
 from pydantic import BaseModel
 from sqlalchemy.orm import Session
@@ -30,6 +31,8 @@ from app.projects.service import require_room
 from app.spec.json_types import JsonObject
 from app.storage import Storage
 
+log = structlog.get_logger(__name__)
+
 Shown = TypeVar("Shown", bound=BaseModel)
 STREAM_BATCH = 500
 STATE_SECONDS = 5.0
@@ -52,6 +55,19 @@ class Lifecycle(ABC, Generic[Shown]):
     @abstractmethod
     def show(self, job: Job, place: QueuePlace | None = None) -> Shown:
         """The API object of a job. `place` is its place in the queue or on a worker."""
+
+    def _create(self, project: str, spec: AnySpec, identity: RequestIdentity, add: Callable[[Session], Job]) -> Shown:
+        """Store a job with `add`, unless this request was sent before. Then wake a CPU worker to check its files."""
+        operation, content = f"{self.KIND.noun}s.create", spec.to_store()
+        with self.database.write() as session:
+            earlier_id = identity.earlier(session, operation, content)
+            job = None if earlier_id is None else queries.get(session, project, earlier_id, self.KIND)
+            if job is None:
+                job = add(session)
+                identity.record(session, operation, content, job.id)
+        log.info(f"{self.KIND.noun} accepted", job=job.id, project=project, request=identity.request_id)
+        self.broker.wake(Lane.CPU)
+        return self.show(job) if earlier_id is None else self.get(project, job.id)
 
     def _add(
         self,

@@ -2,7 +2,6 @@
 
 from typing import cast
 
-import structlog
 from sqlalchemy.orm import Session
 
 from app.broker import Broker, Lane
@@ -15,7 +14,6 @@ from app.files.tables import File
 from app.idempotency.service import RequestIdentity
 from app.jobs import checkpoints as job_checkpoints
 from app.jobs import events as job_events
-from app.jobs import queries
 from app.jobs.downsample import downsample
 from app.jobs.event_feed import Feed
 from app.jobs.kinds import TRAINING_JOB
@@ -30,8 +28,6 @@ from app.spec.job import JobSpec
 from app.spec.prequantized import TRAINABLE, refusal
 from app.storage import Storage
 from app.workers import repository as workers
-
-log = structlog.get_logger(__name__)
 
 
 class Jobs(Lifecycle[JobObject]):
@@ -56,17 +52,10 @@ class Jobs(Lifecycle[JobObject]):
 
     def create(self, project: str, spec: JobSpec, identity: RequestIdentity) -> JobObject:
         """Check the models and files that the spec names, store the job, and wake a CPU worker to check its files."""
-        content = spec.to_store()
         self.evaluations.require_reachable(spec.evaluations or [], "evaluations.")
-        with self.database.write() as session:
-            earlier_id = identity.earlier(session, "jobs.create", content)
-            job = None if earlier_id is None else queries.get(session, project, earlier_id)
-            if job is None:
-                job = self.add(session, project, spec, identity.request_id)
-                identity.record(session, "jobs.create", content, job.id)
-        log.info("job accepted", job=job.id, project=project, request=identity.request_id)
-        self.broker.wake(Lane.CPU)
-        return JobObject.of(job) if earlier_id is None else self.get(project, job.id)
+        return self._create(
+            project, spec, identity, lambda session: self.add(session, project, spec, identity.request_id)
+        )
 
     def prepare(
         self, session: Session, project: str, spec: JobSpec

@@ -1,6 +1,5 @@
 """The HTTP operations on labellings."""
 
-import structlog
 from sqlalchemy.orm import Session
 
 from app.broker import Broker, Lane
@@ -11,7 +10,6 @@ from app.errors import ServiceError
 from app.estimates import fit
 from app.files import repository as files
 from app.idempotency.service import RequestIdentity
-from app.jobs import queries
 from app.jobs.event_feed import Feed
 from app.jobs.kinds import LABELLING_JOB
 from app.jobs.queue_forecast import QueuePlace
@@ -26,7 +24,6 @@ from app.spec.datasets.mapping import Mapping
 from app.spec.labelling import LabellingSpec
 from app.storage import Storage
 
-log = structlog.get_logger(__name__)
 PURPOSES = ("evals", "fine-tune")
 
 
@@ -53,17 +50,10 @@ class Labellings(ResultFiles[LabellingObject]):
 
     def create(self, project: str, spec: LabellingSpec, identity: RequestIdentity) -> LabellingObject:
         """Check the models and files of the spec, store the labelling, and wake a CPU worker to check the files."""
-        content = spec.to_store()
         require_reachable(spec.endpoints(), self.private_hosts)
-        with self.database.write() as session:
-            earlier_id = identity.earlier(session, "labellings.create", content)
-            job = None if earlier_id is None else queries.get(session, project, earlier_id, LABELLING_JOB)
-            if job is None:
-                job = self.add(session, project, spec, identity.request_id)
-                identity.record(session, "labellings.create", content, job.id)
-        log.info("labelling accepted", job=job.id, project=project, request=identity.request_id)
-        self.broker.wake(Lane.CPU)
-        return self.show(job) if earlier_id is None else self.get(project, job.id)
+        return self._create(
+            project, spec, identity, lambda session: self.add(session, project, spec, identity.request_id)
+        )
 
     def estimate(self, project: str, spec: LabellingSpec) -> LabellingEstimate | None:
         """The answers and questions of a labelling; None while its file is being read. Nothing is stored or run."""
