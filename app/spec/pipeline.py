@@ -168,28 +168,25 @@ class PipelineSpec(Defaulted):
         return next((stage.name for stage in reversed(self.stages) if stage.kind == "job"), None)
 
 
-def references(value: object, path: str = "") -> Iterator[tuple[str, str, str | None]]:
+def references(value: object) -> Iterator[tuple[str, str, str | None]]:
     """(path, name, output) of each reference in `value`. A variable has no output."""
-    if isinstance(value, dict):
-        for key, part in value.items():
-            yield from references(part, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, list):
-        for number, part in enumerate(value):
-            yield from references(part, f"{path}.{number}")
-    elif isinstance(value, str) and (found := REFERENCE.fullmatch(value)):
-        yield path, found[1], found[2]
+    for path, text in _texts(value):
+        if found := REFERENCE.fullmatch(text):
+            yield path, found[1], found[2]
 
 
-def partial_references(value: object, path: str = "") -> Iterator[str]:
+def partial_references(value: object) -> Iterator[str]:
     """The path of each text in `value` that holds `${` and is no whole reference."""
-    if isinstance(value, dict):
-        for key, part in value.items():
-            yield from partial_references(part, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, list):
-        for number, part in enumerate(value):
-            yield from partial_references(part, f"{path}.{number}")
-    elif isinstance(value, str) and "${" in value and not REFERENCE.fullmatch(value):
-        yield path
+    return (path for path, text in _texts(value) if "${" in text and not REFERENCE.fullmatch(text))
+
+
+def _texts(value: object, path: str = "") -> Iterator[tuple[str, str]]:
+    """(path, text) of each text in `value`."""
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in parts:
+        yield from _texts(part, f"{path}.{key}" if path else str(key))
+    if isinstance(value, str):
+        yield path, value
 
 
 def replaced(value: Any, values: dict[str, str]) -> Any:
