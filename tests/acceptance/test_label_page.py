@@ -126,7 +126,7 @@ def test_three_people_with_known_bias_label_a_file_that_trains_a_model(
     ended = ended_labelling(service, labelling_id)
     metrics = ended["metrics"]
     assert metrics["people/verdicts"] == 18 and metrics["people/flagged"] == 0
-    # Of the three pairs of people, Anna and Ben never agree, and Cleo agrees with each on half of the prompts.
+    # Anna and Ben never agree. Cleo agrees with each of them on half of the prompts.
     assert metrics["people/agreement"] == pytest.approx((0 + 0.5 + 0.5) / 3)
     # Each class is given in half of all cases, so that chance agrees in half of them.
     assert metrics["people/kappa"] == pytest.approx((1 / 3 - 0.5) / 0.5)

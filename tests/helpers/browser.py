@@ -27,7 +27,7 @@ def chromium() -> Iterator[Browser]:
 
 
 def watched(page: Page) -> list[str]:
-    """What goes wrong on a page from now on: errors of scripts, and what the console shows as an error."""
+    """The errors of a page from now on: those of scripts, and those that the console shows."""
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)

@@ -300,7 +300,7 @@ def test_many_people_at_once_get_each_item_once(client: TestClient, services: Se
 
 @pytest.mark.parametrize(("form", "kind"), [("label_studio", "label_studio"), ("argilla", "argilla")])
 def test_an_export_is_a_file_that_trains(form: str, kind: str, client: TestClient, services: Services) -> None:
-    """What is exported for another tool, and comes back from it, says who won."""
+    """An export for another tool says who won, also once it has come back from that tool."""
     job_id = labelling(services, items=2, answers=3, verdicts=2)
     for name in ("anna", "ben"):
         person = Annotator(client, services, job_id, name)
