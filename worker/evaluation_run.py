@@ -13,7 +13,7 @@ from app.spec.datasets.rendering import RenderingSettings
 from app.spec.evaluation import Endpoint, EvaluationSpec
 from app.spec.job import JobSpec
 from app.spec.json_types import JsonObject
-from worker.endpoints.client import EndpointFailed, Question, Role
+from worker.endpoints.client import Question, Role
 from worker.judge import questions, verdicts
 from worker.runner import CannotRun, Done
 from worker.sides_attempt import ANSWERS, SidesAttempt, change_items, read_items
@@ -70,10 +70,8 @@ class Evaluation(SidesAttempt[EvaluationSpec]):
             for item in read_items(path):
                 yield from map(Question.of_text, questions(judge, item, sides))
 
-        try:
-            asking.ask(all_questions, self.report_answers)
-        except EndpointFailed as failed:
-            return self.fail(failed.code, str(failed), failed.param("judge.endpoint"))
+        if not self.ask(asking, all_questions, "judge.endpoint"):
+            return False
 
         def add(item: JsonObject) -> JsonObject:
             asked = map(Question.of_text, questions(judge, item, sides))

@@ -21,7 +21,7 @@ from app.spec.labelling import LabellingSpec, WriterEndpoint
 from worker import comparisons
 from worker.answers import distinct, messages_of, row_of
 from worker.endpoints.asking import used
-from worker.endpoints.client import EndpointFailed, Question, Role
+from worker.endpoints.client import Question, Role
 from worker.runner import Done
 from worker.sides_attempt import ANSWERS, SidesAttempt, change_items, read_items
 
@@ -107,7 +107,7 @@ class Labelling(SidesAttempt[LabellingSpec]):
 
     def _write(self, path: Path, number: int, endpoint: WriterEndpoint) -> bool:
         """Ask a writer's endpoint for its answers to the items in `path`, and add them. False if the job has failed."""
-        sampling, field = self.spec.sampling, f"writers.{number}.endpoint"
+        sampling = self.spec.sampling
         assert sampling is not None
         asking = self.asks(endpoint, _part("writers", number), WRITER)
         places = [
@@ -124,12 +124,11 @@ class Labelling(SidesAttempt[LabellingSpec]):
                 fields |= {"tools": tools} if tools else {}
                 yield place, Question.of_prompt(messages, fields, f"{number}.{place}")
 
-        try:
-            asking.ask(
-                lambda: (question for item in read_items(path) for _, question in asked(item)), self.report_answers
-            )
-        except EndpointFailed as failed:
-            return self.fail(failed.code, str(failed), failed.param(field))
+        def all_questions() -> Iterator[Question]:
+            return (question for item in read_items(path) for _, question in asked(item))
+
+        if not self.ask(asking, all_questions, f"writers.{number}.endpoint"):
+            return False
 
         def add(item: JsonObject) -> JsonObject:
             for place, question in asked(item):
@@ -143,7 +142,7 @@ class Labelling(SidesAttempt[LabellingSpec]):
     def _judge(self, path: Path, number: int) -> bool:
         """Ask a judge's endpoint about the items in `path`, and add its labels. False if the job has failed."""
         labeller = self.spec.labellers[number]
-        judge, field = labeller.judge, f"labellers.{number}.judge.endpoint"
+        judge = labeller.judge
         assert judge is not None
         assert judge.endpoint is not None
         asking = self.asks(judge.endpoint, _part("labellers", number), JUDGE)
@@ -155,10 +154,8 @@ class Labelling(SidesAttempt[LabellingSpec]):
         def all_questions() -> Iterator[Question]:
             return (question for item in read_items(path) for question in asked(item))
 
-        try:
-            asking.ask(all_questions, self.report_answers)
-        except EndpointFailed as failed:
-            return self.fail(failed.code, str(failed), failed.param(field))
+        if not self.ask(asking, all_questions, f"labellers.{number}.judge.endpoint"):
+            return False
 
         def add(item: JsonObject) -> JsonObject:
             replies = iter([asking.answers[question.key].text for question in asked(item)])

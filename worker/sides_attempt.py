@@ -26,7 +26,7 @@ from app.spec.labelling import LabellingSpec
 from app.spec.quality_gates import Gate
 from app.work_queue import PROGRESS
 from worker.endpoints.asking import Asking
-from worker.endpoints.client import Role
+from worker.endpoints.client import EndpointFailed, Question, Role
 from worker.lease import LeaseLost
 from worker.runner import JobAttempt
 from worker.trainer.events import CompletionsWritten, Event
@@ -127,6 +127,14 @@ class SidesAttempt(JobAttempt[SidesSpec], Generic[SidesSpec]):
         if name not in self.asking:
             self.asking[name] = Asking(self, endpoint, name, role)
         return self.asking[name]
+
+    def ask(self, asking: Asking, questions: Callable[[], Iterator[Question]], field: str) -> bool:
+        """Let an endpoint, which `field` names, answer all `questions`. False if it does not: the job has failed."""
+        try:
+            asking.ask(questions, self.report_answers)
+        except EndpointFailed as failed:
+            return self.fail(failed.code, str(failed), failed.param(field))
+        return True
 
     def report_answers(self, answers: int, questions: int) -> None:
         """Show that so many of the questions to an endpoint are answered."""
